@@ -1,0 +1,128 @@
+"""Linear recurrences over a matrix state: the equations one token at a time, and the same in chunks.
+
+Shapes: q, k (batch, heads, time, dim), v (batch, heads, time, value dim), log-decay g and write strength beta
+(batch, heads, time), state (batch, heads, dim, value dim). `segments` (batch, time) numbers the documents of a packed
+row; the state starts from zero at each. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import pad_time
+
+CHUNK = 64
+
+
+def _start(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    return k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
+
+
+def naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    segments: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as the papers write it; returns outputs (batch, heads, time, value dim) and the last state.
+
+    Without beta: S_t = exp(g_t) S_{t-1} + k_t v_t^T (decayed linear attention; SUPRA, arXiv 2405.06640, eq. 10).
+    With beta, the gated delta rule (arXiv 2412.06464, eq. 10): the value already stored under k_t is replaced,
+    S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T exp(g_t) k_t)^T. In both, o_t = S_t^T q_t.
+    """
+    S, outputs = _start(k, v, state), []
+    for t in range(q.shape[2]):
+        if segments is not None and t > 0:
+            S = S * (segments[:, t] == segments[:, t - 1]).view(-1, 1, 1, 1)
+        S = S * g[:, :, t, None, None].exp()
+        write = v[:, :, t]
+        if beta is not None:
+            write = beta[:, :, t, None] * (write - torch.einsum("bhd,bhde->bhe", k[:, :, t], S))
+        S = S + k[:, :, t, :, None] * write[:, :, None, :]
+        outputs.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], S))
+    return torch.stack(outputs, dim=2), S
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    segments: Tensor | None = None,
+    state: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """`naive` in chunks: matrix products inside a chunk, one small product per chunk to carry the state.
+
+    Within a chunk the delta rule's writes solve a unit triangular system (the WY form, arXiv 2406.06484, section 3), so
+    a chunk maps the state affinely, S -> A S + B, and only that map is applied in sequence.
+    """
+    time, n = q.shape[2], -(-q.shape[2] // chunk)
+    S = _start(k, v, state)
+    q, k, v, g = (pad_time(x, chunk).unflatten(2, (n, chunk)) for x in (q, k, v, g))
+    total = g.cumsum(-1)  # (b, h, n, c): log-decay from the chunk's start
+    decay = total.unsqueeze(-1) - total.unsqueeze(-2)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    reads, writes, keeps = _document_masks(segments, n, chunk)
+    if segments is not None:
+        ids = _chunk_ids(segments, n, chunk)
+        causal = causal & (ids.unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
+    decay = decay.masked_fill(~causal, -torch.inf).exp()
+    scores = (q @ k.transpose(-1, -2)) * decay
+    from_state = total.exp() * reads
+    to_state = (total[..., -1:] - total).exp() * writes
+    keep = total[..., -1].exp() * keeps
+    k_out = (k * to_state.unsqueeze(-1)).transpose(-1, -2)
+    q_in = q * from_state.unsqueeze(-1)
+    if beta is None:
+        carried, last = _carry_plain(keep, k_out @ v, S)
+        out = scores @ v + q_in @ carried
+    else:
+        strength = pad_time(beta, chunk).unflatten(2, (n, chunk)).unsqueeze(-1)
+        inner = strength * (k @ k.transpose(-1, -2)) * decay
+        right = torch.cat((strength * v, strength * from_state.unsqueeze(-1) * k), dim=-1)
+        solved = torch.linalg.solve_triangular(inner, right, upper=False, unitriangular=True)
+        fixed, against = solved.split((v.shape[-1], k.shape[-1]), dim=-1)  # writes = fixed - against @ S
+        carried, last = _carry_affine(keep, k_out @ against, k_out @ fixed, S)
+        out = scores @ (fixed - against @ carried) + q_in @ carried
+    return out.flatten(2, 3)[:, :, :time], last
+
+
+def _chunk_ids(segments: Tensor, n: int, chunk: int) -> Tensor:
+    """Document numbers as (batch, chunks, chunk); the tail repeats the last document, whose padded writes are zero."""
+    tail = segments[:, -1:].expand(-1, n * chunk - segments.shape[1])
+    return torch.cat((segments, tail), dim=1).unflatten(1, (n, chunk))
+
+
+def _document_masks(segments: Tensor | None, n: int, chunk: int) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    """Which tokens may read the carried state, which write to it, and which chunks keep it: 0/1, over heads alike."""
+    if segments is None:
+        return 1.0, 1.0, 1.0
+    ids = _chunk_ids(segments, n, chunk)
+    last = ids[:, :, -1]
+    before = torch.cat((ids[:, :1, 0], last[:, :-1]), dim=1)
+    reads = (ids == before.unsqueeze(-1)).unsqueeze(1).float()
+    return reads, (ids == last.unsqueeze(-1)).unsqueeze(1).float(), (before == last).unsqueeze(1).float()
+
+
+def _carry_plain(keep: Tensor, add: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    states = []
+    for i in range(add.shape[2]):
+        states.append(S)
+        S = keep[:, :, i, None, None] * S + add[:, :, i]
+    return torch.stack(states, dim=2), S
+
+
+def _carry_affine(keep: Tensor, against: Tensor, add: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(against.shape[-1], device=S.device)
+    maps = keep[..., None, None] * eye - against
+    states = []
+    for i in range(add.shape[2]):
+        states.append(S)
+        S = maps[:, :, i] @ S + add[:, :, i]
+    return torch.stack(states, dim=2), S

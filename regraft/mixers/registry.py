@@ -1,0 +1,45 @@
+"""Mixers by name, discovered by folder."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any
+
+from ..errors import RegraftError
+from .base import Attention, Mixer, Weight
+
+
+@cache
+def mixers() -> dict[str, type[Mixer]]:
+    """Every mixer of this folder by its `name`."""
+    package = __package__ or "regraft.mixers"
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+    return {mixer.name: mixer for mixer in Mixer.__subclasses__()}
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class registered as `name`; RegraftError names the known ones."""
+    if name not in mixers():
+        raise RegraftError(f"unknown mixer '{name}': use one of {', '.join(sorted(mixers()))}")
+    return mixers()[name]
+
+
+def validate(spec: dict[str, Any]) -> None:
+    """Raise RegraftError unless `spec` names a mixer and options it has."""
+    options = mixer_class(spec["name"]).parse(spec)
+    for nested in vars(options).values():
+        if isinstance(nested, dict):
+            validate(nested)
+
+
+def weights(spec: dict[str, Any], attention: Attention) -> dict[str, Weight]:
+    """Local parameter name -> Weight of a mixer spec."""
+    return mixer_class(spec["name"]).weights(attention, spec)
+
+
+def build(spec: dict[str, Any], attention: Attention) -> Mixer:
+    """The mixer of a spec with uninitialised weights."""
+    return mixer_class(spec["name"])(attention, spec)
