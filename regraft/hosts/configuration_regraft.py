@@ -1,0 +1,51 @@
+"""Configuration of a host decoder whose attention slots hold mixers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+STATE_LAYER = "regraft_state"
+
+
+@strict
+class RegraftConfig(PreTrainedConfig):
+    """`host`: the source's own config. `slot`: where layer i's attention lives, with `{}` for i.
+
+    `mixers[i]`: the mixer spec of layer i, None where softmax attention is kept. `attention[i]`: what the mixer replaces
+    (fields of `mixers.base.Attention`), None where kept.
+    """
+
+    model_type = "regraft"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    host: dict[str, Any] | None = None
+    slot: str = "model.layers.{}.self_attn"
+    mixers: list[Any] | None = None
+    attention: list[Any] | None = None
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any):
+        self.host = self.host or {"model_type": "llama"}
+        host = self.host_config()
+        self.num_hidden_layers = host.num_hidden_layers
+        self.mixers = self.mixers or [None] * host.num_hidden_layers
+        self.attention = self.attention or [None] * host.num_hidden_layers
+        for key in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+            setattr(self, key, getattr(host, key))
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "sliding_window"):
+            kwargs.setdefault(key, getattr(host, key, None))
+        kept, _ = get_layer_types_and_kwargs(host)
+        kwargs["layer_types"] = [STATE_LAYER if m else kind for m, kind in zip(self.mixers, kept, strict=True)]
+        super().__post_init__(**kwargs)
+
+    def host_config(self) -> PreTrainedConfig:
+        """The host's configuration object."""
+        fields = {key: value for key, value in (self.host or {}).items() if key != "model_type"}
+        return AutoConfig.for_model((self.host or {})["model_type"], **fields)
+
+    def validate_layer_type(self) -> None:
+        """The state layers of mixers are a layer type of their own, which the stock check does not know."""

@@ -1,0 +1,146 @@
+"""One model class for every host family and mixer: the host's decoder with mixers in its attention slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import RegraftError
+from ..mixers.base import Attention, Mixing
+from ..mixers.registry import build
+from .configuration_regraft import RegraftConfig
+from .states import MixerState
+
+
+class MixerSlot(nn.Module):
+    """A mixer where the host's decoder layer expects its attention module."""
+
+    def __init__(self, spec: dict[str, Any], attention: Attention, layer: int):
+        super().__init__()
+        self.mixer = build(spec, attention)
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
+        mixing: Mixing | None = None,
+        **host_arguments: Any,  # each family hands its attention more than a mixer needs: masks, flags
+    ) -> tuple[Tensor, None]:
+        """hidden_states: (batch, time, hidden) -> the same shape, and no attention weights."""
+        cache = past_key_values if past_key_values is not None else layer_past
+        entry = cache.layers[self.layer] if cache is not None else None
+        if entry is not None and not isinstance(entry, MixerState):
+            raise RegraftError(
+                f"layer {self.layer} got a {type(entry).__name__} cache but holds a mixer: pass "
+                "DynamicCache(config=model.config) or no cache"
+            )
+        mixing = mixing or Mixing()
+        mixing = Mixing(position_embeddings, mixing.valid, mixing.segments)
+        y, state = self.mixer(hidden_states, mixing, entry.state if entry is not None else None)
+        if entry is not None:
+            entry.store(state, hidden_states.shape[1])
+        return y, None
+
+
+class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model: any supported host, with the mixers that `config.mixers` names.
+
+    Left and right padding through `attention_mask` (batch, time); packed documents through `position_ids` that restart,
+    without a mask or cache. Decoding state lives in a `DynamicCache(config=model.config)`.
+    """
+
+    config_class = RegraftConfig
+    base_model_prefix = "host"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules: list[str] = []
+
+    def __init__(self, config: RegraftConfig):
+        super().__init__(config)
+        host_config = config.host_config()
+        host_config.use_cache = config.use_cache
+        self.host = AutoModelForCausalLM.from_config(host_config, attn_implementation=config._attn_implementation)
+        for layer, (spec, attention) in enumerate(zip(config.mixers, config.attention, strict=True)):
+            if spec is not None:
+                slot = MixerSlot(spec, Attention(**attention), layer)
+                self.host.set_submodule(config.slot.format(layer), slot)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The host's token embedding."""
+        return self.host.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the host's token embedding."""
+        self.host.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The host's head."""
+        return self.host.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the host's head."""
+        self.host.set_output_embeddings(new_embeddings)
+
+    def slots(self) -> list[nn.Module]:
+        """The attention slot of every layer, in order."""
+        return [self.host.get_submodule(self.config.slot.format(i)) for i in range(self.config.num_hidden_layers)]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """input_ids: (batch, time) -> logits (batch, time, vocab)."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise RegraftError("neither input_ids nor inputs_embeds was given: pass one of them")
+        mixing = mixing_of(tokens.shape[1], attention_mask, position_ids, past_key_values)
+        if all(self.config.mixers):
+            attention_mask = None  # no softmax layer is left to read it
+        return self.host(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mixing=mixing,
+            **kwargs,
+        )
+
+
+def mixing_of(time: int, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Mixing:
+    """Padding of the last `time` tokens and documents of a packed row; RegraftError on a mask that is not 2-D."""
+    valid = segments = None
+    if mask is not None:
+        if mask.ndim != 2:
+            raise RegraftError(f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where a token counts")
+        valid = mask[:, -time:].bool()
+        valid = None if bool(valid.all()) else valid
+    elif cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:
+        restart = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if bool(restart.any()):
+            segments = torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
+    return Mixing(None, valid, segments)

@@ -1,0 +1,92 @@
+"""Mixer states inside transformers' cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration_regraft import STATE_LAYER
+
+
+class MixerState(CacheLayerMixin):
+    """One layer's state: named tensors with the batch first, and how many positions went in. Its size is constant."""
+
+    _layer_type = STATE_LAYER
+    is_sliding = False
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.state: dict[str, torch.Tensor] = {}
+        self.cumulative_length = 0
+
+    def store(self, state: dict[str, torch.Tensor], tokens: int) -> None:
+        """Keep the state after `tokens` more positions."""
+        self.state = state
+        self.cumulative_length += tokens
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to allocate ahead: the mixer makes its first state."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse softmax attention: this layer holds a mixer's state."""
+        raise TypeError("a mixer's state holds no keys and values: this cache belongs to a model with other layers")
+
+    def get_seq_length(self) -> int:
+        """Positions seen."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As a full-attention layer would say, so that kept layers' masks come out right whichever layer is asked."""
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def _map(self, change: Any) -> None:
+        self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+    def reset(self) -> None:
+        """Back to before the first token."""
+        self.state, self.cumulative_length, self.is_initialized = {}, 0, False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows for the beams that go on."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only these rows."""
+        self._map(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        """To the CPU."""
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """States are moved by the mixer's own arithmetic; nothing waits on a device."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: a recurrent state cannot forget tokens."""
+        if tokens_to_remove:
+            raise ValueError(f"cannot take {tokens_to_remove} tokens back out of a recurrent state: decode without drafts")
+
+
+def state_bytes(cache: Cache) -> list[int]:
+    """Bytes held by each layer of a cache, mixer state or keys and values."""
+    sizes = []
+    for layer in cache.layers:
+        if isinstance(layer, MixerState):
+            tensors = list(layer.state.values())
+        else:
+            tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    return sizes
