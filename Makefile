@@ -1,0 +1,35 @@
+# make test and make demo each do all set-up in .venv; once .venv/.ready exists they need no network (the demo: no
+# network once .cache holds its downloads). A different wheel of torch: make test TORCH_ARGS="--index-url URL".
+PYTHON ?= python3
+TORCH_ARGS ?=
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: test lint format demo clean
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: .venv/.ready
+	$(BIN)/regraft demo demo-out
+
+# torch first and alone, from wherever pip is set up to find wheels for this machine; the constraint holds it there.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'regraft needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=/path/to/python3.11')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(TORCH_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .cache demo-out
