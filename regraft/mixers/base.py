@@ -202,6 +202,28 @@ class Mixer(nn.Module):
         """Forward FLOPs per token beside the parameters' own matrix products, decoding."""
         raise NotImplementedError
 
+    def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
+        """Set gates from the teacher's attention, both (heads,): mean distance looked back over, entropy in [0, 1].
+
+        A mixer without gates has nothing to set.
+        """
+
+    @torch.no_grad()
+    def fold_heads(self, maps: Tensor) -> bool:
+        """Fold a linear map of each head's output, (heads, dim, dim) acting on rows, into the weights; False if it cannot."""
+        heads, dim = self.attention.heads, self.attention.dim
+        if self.values_are_linear:
+            value: nn.Linear = self.qkv.v
+            value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))
+            if value.bias is not None:
+                value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())
+        elif hasattr(self, "o"):
+            per_head = self.o.weight.unflatten(1, (heads, dim)).transpose(0, 1)  # (heads, hidden, dim)
+            self.o.weight.copy_((per_head @ maps.mT).transpose(0, 1).flatten(1))
+        else:
+            return False
+        return True
+
     def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> per-head outputs (batch, time, heads, dim) and the state after the last token."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,17 @@ class GatedDeltaNet(Mixer):
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Decay, read for the delta rule, write, read out."""
         return 7 * attention.heads * attention.dim**2
+
+    @torch.no_grad()
+    def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
+        """Half-life = mean distance, write strength from entropy (Taylor-Calibrate, arXiv 2606.16429).
+
+        The log-decay is ln 2 / distance within [1e-3, 5]; beta = 0.3 + 0.4 (1 - entropy).
+        """
+        g = (math.log(2) / distance).clamp(1e-3, 5.0)
+        self.decay.bias.copy_(g.expm1().log())
+        self.rate.zero_()
+        self.beta.bias.copy_(torch.logit(0.3 + 0.4 * (1 - entropy)))
 
     def inputs(self, x: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Unit q and k, v, log-decay and write strength in float32; padding neither writes nor decays."""

@@ -1,0 +1,53 @@
+"""The teacher's attention inputs and outputs, layer by layer, from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..mixers.base import Mixing
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass
+class LayerRecord:
+    """What one attention slot saw and gave: inputs and outputs (batch, time, hidden), the rotary tables."""
+
+    inputs: Tensor
+    outputs: Tensor
+    rotary: Rotary | None
+
+    def mixing(self, segments: Tensor | None) -> Mixing:
+        """The context a mixer in this slot would get."""
+        return Mixing(self.rotary, None, segments)
+
+
+@contextmanager
+def recording(slots: list[nn.Module], layers: list[int], keep: Callable[[int, LayerRecord], None]) -> Iterator[None]:
+    """While inside, every forward of slot `layer` calls `keep(layer, record)`."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            keep(layer, LayerRecord(inputs.detach(), output[0].detach(), kwargs.get("position_embeddings")))
+
+        return record
+
+    handles = [slots[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def body(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> None:
+    """Run the decoder without its head, for what the hooks see; input_ids, position_ids: (batch, time)."""
+    model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
