@@ -1,0 +1,196 @@
+"""The `regraft` command: parses, calls one verb, prints, sets the exit code; heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from . import verbs
+from .errors import RegraftError
+
+VERBS: dict[str, Callable[..., verbs.Outcome]] = {
+    "plan": verbs.plan,
+    "linearize": verbs.linearize,
+    "check": verbs.check,
+    "train": verbs.train,
+    "eval": verbs.evaluate,
+    "generate": verbs.generate,
+    "bench": verbs.bench,
+    "run": verbs.run,
+    "demo": verbs.demo,
+}
+RESUMES = ("train", "run", "demo")
+OPEN_ENDED = ("run", "demo")  # take `--key.sub VALUE` for any field of their recipe
+FLAGS = {
+    "json": "print one JSON object on standard output and nothing else",
+    "overwrite": "replace the output if it exists",
+    "plot": "also draw the rows into bench.svg in the current folder",
+    "chat": "wrap the prompt in the model's chat template",
+}
+
+
+def build_parser() -> ArgumentParser:
+    """The whole command line, from the verbs' signatures and docstrings."""
+    parser = ArgumentParser(
+        prog="regraft", exit_on_error=False, description="A pretrained model in, a linear-cost model out."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subcommands(dest="verb", required=False, metavar="VERB")
+    for name, function in VERBS.items():
+        sub = ArgumentParser(exit_on_error=False, description=summary(function))
+        parameters = inspect.signature(function).parameters.values()
+        flags = {p.name for p in parameters if p.default is False}
+        places = {p.name for p in parameters if p.name == "out" and p.default is not inspect.Parameter.empty}
+        for place in places:
+            sub.add_argument(place, nargs="?", default=inspect.signature(function).parameters[place].default)
+        sub.add_function_arguments(function, as_positional=True, skip=flags | places | {"overrides"})
+        for flag in sorted(flags):
+            sub.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
+        commands.add_subcommand(name, sub, help=summary(function))
+    return parser
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """First line of a docstring."""
+    return (function.__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--key.sub VALUE` and `--key.sub=VALUE` of recipes out of a command line; flags of the verb itself stay."""
+    own = {f"--{flag}" for flag in (*FLAGS, "help")}
+    rest, overrides, queue = [], {}, list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or word in own:
+            rest.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals and not queue:
+            raise RegraftError(f"override --{key} has no value: write --{key} VALUE")
+        overrides[key] = value if equals else queue.pop(0)
+    return rest, overrides
+
+
+def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Command line -> verb and its arguments; RegraftError on wrong use."""
+    overrides: dict[str, str] = {}
+    words = list(words)
+    if words and words[0] in OPEN_ENDED:
+        words[1:], overrides = split_overrides(words[1:])
+    parser = build_parser()
+    try:
+        namespace = parser.parse_args(words)
+    except argparse.ArgumentError as error:
+        raise RegraftError(f"{tidy(str(error), words)}; see: regraft {usage_of(words)}--help") from error
+    if namespace.version:
+        return "version", {}
+    if namespace.verb is None:
+        raise RegraftError(f"no verb given (got {words}): use one of {', '.join(VERBS)}; see: regraft --help")
+    arguments = namespace[namespace.verb].as_dict()
+    if namespace.verb in OPEN_ENDED:
+        arguments["overrides"] = overrides
+    return namespace.verb, arguments
+
+
+def usage_of(words: Sequence[str]) -> str:
+    """The verb and a space when the command line began with one."""
+    return f"{words[0]} " if words and words[0] in VERBS else ""
+
+
+def tidy(message: str, words: Sequence[str]) -> str:
+    """The parser's message on one line in the user's words; near matches for an unknown verb or flag."""
+    message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
+    message = re.sub(r"required: (\w+)\.", "required: ", message)
+    if match := re.match(r"unrecognized arguments: (--?[\w.-]+)(.*)", message):
+        known = [f"--{name}" for name in option_names(words)]
+        return f"unknown flag {match[1]} (in '{match[1]}{match[2]}'){near(match[1], known)}"
+    if match := re.search(r"invalid choice: '([^']+)'", message):
+        return f"unknown verb '{match[1]}'{near(match[1], list(VERBS))}: use one of {', '.join(VERBS)}"
+    return message
+
+
+def option_names(words: Sequence[str]) -> list[str]:
+    """Parameters of the verb that the command line names."""
+    return list(inspect.signature(VERBS[words[0]]).parameters) if usage_of(words) else []
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """`, did you mean X` for a close match."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def show(outcome: verbs.Outcome, as_json: bool) -> None:
+    """JSON or the human form on standard output."""
+    if as_json:
+        print(json.dumps(outcome.data))
+    elif outcome.show is not None:
+        from rich.console import Console
+
+        outcome.show(Console())
+
+
+def quiet() -> None:
+    """Libraries log errors only; downloads and tokenizers print no bars. What the user has set stays."""
+    settings = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def fail(message: object) -> int:
+    """One line on standard error; 2."""
+    print("regraft: " + re.sub(r"\s*\n\s*", " ", str(message)).strip(), file=sys.stderr)
+    return 2
+
+
+def interrupted(verb: str) -> int:
+    """One line on how to go on; 130."""
+    how = "the same command goes on from here" if verb in RESUMES else "nothing was finished; run the command again"
+    print(f"regraft: interrupted: {how}", file=sys.stderr)
+    return 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code: 0 done, 1 a check does not hold, 2 wrong use or input, 130 Ctrl-C."""
+    quiet()
+    verb = ""
+    try:
+        verb, options = parse(sys.argv[1:] if arguments is None else arguments)
+        if verb == "version":
+            from importlib.metadata import version
+
+            print(f"regraft {version('regraft')}")
+            return 0
+        as_json = options.pop("json", False)
+        streams = verb == "generate" and not as_json
+        with contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr):
+            outcome = VERBS[verb](**options)
+        show(outcome, as_json)
+        return outcome.code
+    except RegraftError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return interrupted(verb)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit, so that flushing it cannot fail again
+        return 0
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return fail(f"{error.strerror or error}{where}: free space or check the path, then run the command again")

@@ -1,0 +1,1 @@
+"""Measuring a model: perplexity and divergence from a teacher, baselines, speed and memory."""

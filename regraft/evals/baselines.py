@@ -1,0 +1,59 @@
+"""The rows a result is read against: teacher, zero-token windows, the untrained conversion, one branch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from .. import hosts
+from ..checkpoint import Checkpoint
+from ..steps.remix import Remix
+from .perplexity import Candidate
+
+TEACHER = "teacher"
+WINDOW_ALL = "teacher, window in every layer"
+WINDOW_KEPT = "same kept layers, window elsewhere"
+UNTRAINED = "converted, before training"
+MODEL = "model"
+NO_LINEAR = "model, linear branch off"
+ZERO_TOKEN = (WINDOW_ALL, WINDOW_KEPT, UNTRAINED)
+ROWS = (TEACHER, *ZERO_TOKEN, NO_LINEAR)
+
+
+def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candidate]]:
+    """Makers of the rows that need no training, by name; the models are built when called, in memory only.
+
+    The windows are `remix`'s own, or 64 with 4 sinks where it has none.
+    """
+    size, sinks = (remix.window, remix.sinks) if remix.window else (64, 4)
+    everywhere = Remix(mixer="window", keep="none", window=size, sinks=sinks)
+    elsewhere = Remix(mixer="window", keep=remix.keep, window=size, sinks=sinks)
+    return {
+        TEACHER: partial(built, source, None),
+        WINDOW_ALL: partial(built, source, everywhere),
+        WINDOW_KEPT: partial(built, source, elsewhere),
+        UNTRAINED: partial(built, source, remix),
+    }
+
+
+def built(source: Checkpoint, remix: Remix | None) -> Candidate:
+    """The source's model, remixed or as it is."""
+    return Candidate(hosts.materialize(remix(source) if remix else source))
+
+
+def trained(model: nn.Module) -> dict[str, Candidate]:
+    """The model's own rows: as it is and, where it has gated layers, with their linear branch switched off."""
+    rows = {MODEL: Candidate(model)}
+    if any((spec or {}).get("name") == "gated" for spec in getattr(model.config, "mixers", None) or []):
+        rows[NO_LINEAR] = Candidate(model, partial(hosts.branch, model, "window"))
+    return rows
+
+
+def remix_of(checkpoint: Checkpoint) -> Remix | None:
+    """The Remix that made a checkpoint, from its lineage; None when there was none (a plain source)."""
+    for step in reversed(checkpoint.history):
+        if step.get("step") == "Remix":
+            return Remix(**step["arguments"])
+    return None

@@ -1,0 +1,126 @@
+"""Decode and prefill speed, state bytes and peak memory by context length, each measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegraftError
+
+CHUNK = 1024
+STEPS = 32
+
+
+def parse_lengths(text: str) -> list[int]:
+    """`1k,4k,16k` or `512,2048` -> token counts; RegraftError on anything else."""
+    lengths = []
+    for word in text.lower().split(","):
+        digits, factor = (word[:-1], 1024) if word.endswith("k") else (word, 1)
+        if not digits.strip().isdigit() or int(digits) == 0:
+            raise RegraftError(f"'{word}' in --lengths '{text}' is no length: write counts such as 512 or 16k")
+        lengths.append(int(digits) * factor)
+    return lengths
+
+
+def bench(
+    models: dict[str, str],
+    lengths: Sequence[int],
+    steps: int = STEPS,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by model name: `length, decode_tok_s, prefill_tok_s, state_bytes, converted_bytes, kept_bytes, peak_bytes`.
+
+    `models` maps names to paths. A fresh process per model and length prefills random tokens in chunks of 1,024 through
+    the cache, then decodes: one warm-up step, then the median over `steps` steps. `peak_bytes` is the process's peak
+    resident memory (accelerator memory where one is used), weights and interpreter included; `load_bytes` the same
+    before the first token.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    jobs = [(name, path, length) for length in lengths for name, path in models.items()]
+    for done, (name, path, length) in enumerate(jobs):
+        if progress:
+            progress(done, len(jobs), f"{name} at {length}")
+        rows[name].append(worker(path, length, steps))
+    return rows
+
+
+def worker(path: str, length: int, steps: int) -> dict[str, Any]:
+    """One row, measured in a child process that sees the same package; RegraftError with its last line if it fails."""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
+    command = [sys.executable, "-m", "regraft.evals.bench", path, str(length), str(steps)]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if finished.returncode:
+        last = (finished.stderr.strip().splitlines() or [f"killed by signal {-finished.returncode}"])[-1]
+        raise RegraftError(f"bench of {path} at {length} tokens failed: {last}; try shorter --lengths")
+    return json.loads(finished.stdout.strip().splitlines()[-1])
+
+
+def measure(path: str, length: int, steps: int) -> dict[str, Any]:
+    """The row of one model at one length, in this process."""
+    import torch
+
+    from .. import hosts
+
+    torch.manual_seed(0)
+    model = hosts.load(path)
+    device = next(model.parameters()).device
+    loaded = peak_bytes(device.type)
+    ids = torch.randint(model.config.vocab_size, (1, length), device=device)
+    mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        cache = None
+        for part in ids.split(CHUNK, dim=1):
+            out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+        finish(device.type)
+        prefill = time.perf_counter() - begin
+        sizes = hosts.state_bytes(cache)
+        seconds = []
+        for _ in range(steps + 1):
+            begin = time.perf_counter()
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+            finish(device.type)
+            seconds.append(time.perf_counter() - begin)
+    converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
+    return {
+        "length": length,
+        "decode_tok_s": 1 / statistics.median(seconds[1:]),
+        "prefill_tok_s": length / prefill,
+        "state_bytes": sum(sizes),
+        "converted_bytes": converted,
+        "kept_bytes": sum(sizes) - converted,
+        "peak_bytes": peak_bytes(device.type),
+        "load_bytes": loaded,
+    }
+
+
+def finish(device: str) -> None:
+    """Wait for queued work on an accelerator."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    """Peak memory of this process so far: accelerator's, or resident."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

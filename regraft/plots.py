@@ -1,0 +1,103 @@
+"""The report's pictures: SVG text drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import RegraftError
+
+COLOURS = ("#2f6f9f", "#c8643c", "#6a8f3c", "#8a5a9e", "#b08a2e", "#5b6770")
+
+
+def figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
+    """A matplotlib figure and its axes side by side; RegraftError when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise RegraftError(
+            f"a report needs {error.name}, which is not installed: pip install 'regraft[report]'"
+        ) from error
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    axes = drawing.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return drawing, list(axes)
+
+
+def svg(drawing: Any) -> bytes:
+    """The figure as SVG, without a date so that the same numbers give the same bytes."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "regraft"}):
+        drawing.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """One panel per stage: loss against the stage's tokens, its running mean on top; None without training rows."""
+    stages: dict[str, list[tuple[float, float]]] = {}
+    for row in metrics:
+        if "loss" in row and "stage" in row:
+            stages.setdefault(str(row["stage"]), []).append((row["tokens"], row["loss"]))
+    if not stages:
+        return None
+    drawing, axes = figure(4.2 * len(stages), 3.2, len(stages))
+    for axis, colour, (stage, points) in zip(axes, COLOURS * len(stages), stages.items(), strict=False):
+        tokens, values = zip(*points, strict=True)
+        axis.plot(tokens, values, color=colour, alpha=0.3, linewidth=0.8)
+        axis.plot(tokens, smooth(values), color=colour, linewidth=1.6)
+        axis.set(title=stage, xlabel="tokens", ylabel="loss")
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axis.set_yscale("log")
+    return svg(drawing)
+
+
+def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
+    """Exponential mean whose memory is `share` of the series."""
+    rate, mean, out = 1 / max(1.0, share * len(values)), values[0], []
+    for value in values:
+        mean += rate * (value - mean)
+        out.append(mean)
+    return out
+
+
+def bars(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Perplexity and KL to the teacher of every row of the table."""
+    drawing, axes = figure(9.0, 0.5 + 0.42 * len(rows), 2)
+    names = list(rows)
+    for axis, key, title in zip(
+        axes, ("perplexity", "kl"), ("perplexity per token", "KL(teacher‖model), nats"), strict=True
+    ):
+        values = [rows[name].get(key) or 0.0 for name in names]
+        drawn = axis.barh(
+            range(len(names)), values, color=[COLOURS[0] if "model" in name else COLOURS[5] for name in names]
+        )
+        axis.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+        axis.set(title=title)
+        axis.set_yticks(range(len(names)), names if key == "perplexity" else [""] * len(names), fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+    return svg(drawing)
+
+
+def lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Decode speed, prefill speed, state and peak memory against context length, one line per model."""
+    panels = (
+        ("decode_tok_s", 1.0, "decode, tokens/s"),
+        ("prefill_tok_s", 1.0, "prefill, tokens/s"),
+        ("state_bytes", 2**20, "state, MiB"),
+        ("peak_bytes", 2**20, "peak memory, MiB"),
+    )
+    drawing, axes = figure(12.5, 3.0, len(panels))
+    for axis, (key, unit, title) in zip(axes, panels, strict=True):
+        for colour, (name, rows) in zip(COLOURS, models.items(), strict=False):
+            axis.plot([r["length"] for r in rows], [r[key] / unit for r in rows], marker="o", color=colour, label=name)
+        axis.set(title=title, xlabel="context, tokens")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    return svg(drawing)

@@ -1,0 +1,99 @@
+"""What a long run is doing, on standard error: a live bar on a terminal, else a line at least every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+BEAT = 8.0  # seconds between lines when there is no terminal
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss."""
+    return f"{int(max(seconds, 0)) // 60}:{int(max(seconds, 0)) % 60:02d}"
+
+
+class Ticker:
+    """Says the current phase, how far it is, and the time used and left; never silent for longer than `BEAT` seconds.
+
+    `budget`: seconds for everything, or None; `spent`: seconds used by earlier, interrupted runs. Use as a context.
+    """
+
+    def __init__(self, budget: float | None = None, spent: float = 0.0, stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
+        self.budget, self.spent, self.begin = budget, spent, time.monotonic()
+        self.phase, self.note, self.fraction, self.phase_begin = "starting", "", None, time.monotonic()
+        self.last = 0.0
+        self.stop = threading.Event()
+        self.bar = bar(self.stream) if self.stream.isatty() else None
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+
+    fraction: float | None
+
+    def __enter__(self) -> Ticker:
+        if self.bar is not None:
+            self.task = self.bar.add_task(self.phase, total=1.0, words="")
+            self.bar.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        if self.bar is not None:
+            self.bar.stop()
+
+    def used(self) -> float:
+        """Seconds spent so far, earlier runs included."""
+        return self.spent + time.monotonic() - self.begin
+
+    def left(self) -> float | None:
+        """Seconds of the budget that remain, None without a budget."""
+        return None if self.budget is None else self.budget - self.used()
+
+    def start(self, phase: str) -> None:
+        """Begin a phase and say so at once."""
+        self.phase, self.note, self.fraction, self.phase_begin = phase, "", None, time.monotonic()
+        self.show(force=True)
+
+    def update(self, fraction: float | None = None, note: str = "") -> None:
+        """How far the phase is, 0 to 1, and a few words."""
+        self.fraction, self.note = fraction, note
+        self.show()
+
+    def words(self) -> str:
+        """The line: share done, note, time used, time left of the phase or of the budget."""
+        here = time.monotonic() - self.phase_begin
+        parts = [f"{self.fraction:.0%}"] if self.fraction is not None else []
+        parts += [self.note] if self.note else []
+        if self.fraction and self.fraction > 0.02:
+            parts.append(f"about {clock(here / self.fraction - here)} to go here")
+        left = self.left()
+        parts.append(f"{clock(self.used())} used")
+        if left is not None:
+            parts.append(f"{clock(left)} of {clock(self.budget or 0)} left")
+        return " · ".join(parts)
+
+    def show(self, force: bool = False) -> None:
+        """Draw the bar, or print a line if one is due."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=self.phase, completed=self.fraction or 0.0, words=self.words())
+        elif force or time.monotonic() - self.last >= BEAT:
+            self.last = time.monotonic()
+            print(f"regraft: {self.phase} · {self.words()}", file=self.stream, flush=True)
+
+    def beat(self) -> None:
+        """Keep talking while one operation takes long."""
+        while not self.stop.wait(0.5):
+            self.show()
+
+
+def bar(stream: TextIO) -> Progress:
+    """The live display."""
+    columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
+    return Progress(*columns, console=Console(file=stream), transient=True)

@@ -1,0 +1,198 @@
+"""One self-contained HTML page about a run, and the same numbers as report.json."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .errors import RegraftError
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#22272c;background:#fff}
+h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d5dade}
+table{border-collapse:collapse;font-size:.9rem;margin:.8rem 0}td,th{padding:.25rem .7rem;text-align:right}
+td:first-child,th:first-child{text-align:left}
+tr+tr{border-top:1px solid #e4e8eb}tr.own{font-weight:600;background:#eef4f8}
+img{max-width:100%;height:auto}p.note{color:#5b6770;font-size:.9rem}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
+.pair div,pre{background:#f5f7f8;padding:.7rem;border-radius:4px}
+.pair div,pre{font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
+"""
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of the run, None when the phase has not written it; RegraftError when it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RegraftError(f"{path} is not JSON ({error}): delete it and run again") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise RegraftError(f"{path} line {number} is not JSON ({line[:40]!r}): delete the line") from error
+    return rows
+
+
+def ledger(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens, FLOPs and seconds of every stage (metrics rows are running totals of their stage), and their sum."""
+    last: dict[str, dict[str, Any]] = {}
+    for row in metrics:
+        if "stage" in row and "tokens" in row:
+            keep = ("tokens", "flops", "seconds")
+            last[str(row["stage"])] = {"stage": str(row["stage"]), **{key: row.get(key, 0) for key in keep}}
+    rows = list(last.values())
+    total: dict[str, Any] = {"stage": "total"}
+    return (
+        [*rows, total | {key: sum(row[key] for row in rows) for key in ("tokens", "flops", "seconds")}] if rows else []
+    )
+
+
+def collect(directory: Path) -> dict[str, Any]:
+    """The report's numbers from a run directory: whatever its phases have written."""
+    names = ("plan", "eval", "bench", "samples", "receipts", "recipe", "time", "lineage")
+    numbers = {name: read_json(directory / f"{name}.json") for name in names}
+    metrics = read_metrics(directory / "metrics.jsonl")
+    return numbers | {"ledger": ledger(metrics)}
+
+
+def write(directory: Path) -> Path:
+    """Write report.html and report.json into a run directory; returns the page's path."""
+    numbers = collect(directory)
+    page = render(numbers, read_metrics(directory / "metrics.jsonl"))
+    (directory / "report.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    return directory / "report.html"
+
+
+def render(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The page."""
+    source = (numbers.get("recipe") or {}).get("source", "a model")
+    title = f"regraft: {Path(str(source)).name}"
+    parts = [f"<h1>{html.escape(title)}</h1>", summary(numbers)]
+    if numbers.get("eval"):
+        rows = eval_rows(numbers["eval"])
+        parts += [
+            "<h2>Quality on held-out text</h2>",
+            picture(plots.bars(rows), "perplexity and KL of every row"),
+            quality(rows),
+        ]
+    if curve := plots.losses(metrics):
+        parts += ["<h2>Training</h2>", picture(curve, "loss of each stage against tokens")]
+    if numbers.get("ledger"):
+        parts.append(table(("stage", "tokens", "FLOPs", "seconds"), ([*row.values()] for row in numbers["ledger"])))
+    if numbers.get("bench"):
+        drawn = picture(plots.lengths(numbers["bench"]), "speed and memory against context length")
+        parts += ["<h2>Speed and memory by context length</h2>", drawn, *speed(numbers["bench"])]
+    if numbers.get("samples"):
+        parts += ["<h2>Text</h2>", *(sample(pair) for pair in numbers["samples"])]
+    for name, heading in (
+        ("plan", "Weight map"),
+        ("receipts", "Receipts"),
+        ("recipe", "Recipe"),
+        ("lineage", "Lineage"),
+    ):
+        if numbers.get(name):
+            shown = html.escape(json.dumps(numbers[name], indent=1))
+            parts += [f"<h2>{heading}</h2>", f"<details><summary>{name}.json</summary><pre>{shown}</pre></details>"]
+    body = "\n".join(parts)
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def eval_rows(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Baselines in order, then the model's own row last."""
+    own = {key: value for key, value in evaluation.items() if not isinstance(value, dict)}
+    return {**evaluation.get("baselines", {}), "model": own}
+
+
+def summary(numbers: Mapping[str, Any]) -> str:
+    """One sentence of parameters and time."""
+    sentences = []
+    if plan := numbers.get("plan"):
+        sentences.append(f"{plan['parameters']:,} parameters.")
+    if numbers.get("ledger"):
+        total = numbers["ledger"][-1]
+        sentences.append(
+            f"Uptrained on {total['tokens']:,} tokens, {total['flops']:.3g} FLOPs with the teacher's forward."
+        )
+    if spent := numbers.get("time"):
+        sentences.append(f"The whole run took {spent['seconds'] / 60:.1f} minutes.")
+    return f"<p>{html.escape(' '.join(sentences))}</p>"
+
+
+def quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of baselines, the model's row marked."""
+    keys = ("perplexity", "byte_perplexity", "bits_per_byte", "kl", "tokens")
+    cells = ([name, *(row.get(key) for key in keys)] for name, row in rows.items())
+    return table(("", "perplexity", "per byte", "bits per byte", "KL to teacher", "tokens"), cells, own="model")
+
+
+def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """One table per model."""
+    keys = ("length", "decode_tok_s", "prefill_tok_s", "state_bytes", "converted_bytes", "kept_bytes", "peak_bytes")
+    heads = (
+        "context",
+        "decode tok/s",
+        "prefill tok/s",
+        "state bytes",
+        "in converted layers",
+        "in kept layers",
+        "peak bytes",
+    )
+    return [
+        f"<h3>{html.escape(name)}</h3>" + table(heads, ([row.get(key) for key in keys] for row in rows))
+        for name, rows in models.items()
+    ]
+
+
+def sample(pair: Mapping[str, str]) -> str:
+    """Teacher and student side by side under their prompt."""
+    sides = "".join(
+        f"<div><strong>{side}</strong>\n{html.escape(pair[side])}</div>"
+        for side in ("teacher", "student")
+        if side in pair
+    )
+    return f'<p class="note">{html.escape(pair["prompt"])}</p><div class="pair">{sides}</div>'
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], own: str = "") -> str:
+    """An HTML table; numbers right-aligned and shortened."""
+    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    lines = []
+    for row in rows:
+        mark = ' class="own"' if own and row[0] == own else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(short(cell))}</td>" for cell in row) + "</tr>")
+    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+
+
+def short(value: Any) -> str:
+    """A number for reading: 4 significant digits, thousands separated, an em dash for nothing."""
+    if value is None:
+        return "—"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def picture(data: bytes, words: str) -> str:
+    """An SVG inside the page."""
+    return f'<img alt="{html.escape(words)}" src="data:image/svg+xml;base64,{base64.b64encode(data).decode()}">'
