@@ -1,0 +1,214 @@
+"""What each parameter of a model family is: parts by role, and config keys as products of axes."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .axes import Signature, product, signature
+from .errors import RegraftError
+
+Config = Mapping[str, Any]
+Key = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter: its name in the model's state dict ("{}" is the layer), signature and storage order.
+
+    `fused` names the roles that are packed into it, in order. It exists only `when` / `unless` a config key is true.
+    """
+
+    name: str
+    signature: str
+    stored: str = "out in"
+    fused: tuple[str, ...] = ()
+    when: str | None = None
+    unless: str | None = None
+
+    @property
+    def axes(self) -> Signature:
+        """The parsed signature."""
+        return signature(self.signature)
+
+    def present(self, config: Config) -> bool:
+        """Whether a model of this config has the parameter."""
+        return (self.when is None or bool(config[self.when])) and (self.unless is None or not config[self.unless])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A part of one model: its layer is filled in and its shape is known."""
+
+    name: str
+    part: Part
+    shape: tuple[int, ...]
+
+
+def linear(
+    role: str,
+    name: str,
+    axes: str,
+    *,
+    bias: bool | str = False,
+    stored: str = "out in",
+    fused: tuple[str, ...] = (),
+) -> dict[str, Part]:
+    """A weight and, if `bias` (a config key: only when it is true), a bias; `role` and `name` without their ending."""
+    table = {f"{role}.weight": Part(f"{name}.weight", axes, stored, fused)}
+    if bias:
+        when = bias if isinstance(bias, str) else None
+        table[f"{role}.bias"] = Part(f"{name}.bias", f"->{axes.partition('->')[2]}", stored, fused, when=when)
+    return table
+
+
+def norm(role: str, name: str, axis: str = "hidden", *, bias: bool = False) -> dict[str, Part]:
+    """A norm's gain over `axis` and, for a layer norm, its bias."""
+    table = {f"{role}.weight": Part(f"{name}.weight", f"gain {axis}")}
+    return table | ({f"{role}.bias": Part(f"{name}.bias", f"-> {axis}")} if bias else {})
+
+
+def _plain_scale(config: Config, dim: int, layer: int) -> float:
+    return dim**-0.5
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A family: every tensor of its checkpoints is claimed by exactly one part, ignored with a reason, or refused.
+
+    `sizes` pairs a config key with a product of axes and is solved in both directions; `fixed` sets axes the family
+    does not have. `defaults` fills missing config keys (a value, or a function of the config). `slot` is the attention
+    module's name. `aliases` maps name prefixes found in files to those of the model. `ignored`: pattern -> reason.
+    """
+
+    family: str
+    parts: dict[str, Part]
+    sizes: tuple[tuple[str, str], ...]
+    slot: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, int] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    eps: str = "rms_norm_eps"
+    rotary: bool = True
+    scale: Callable[[Config, int, int], float] = _plain_scale
+
+    def filled(self, config: Config) -> dict[str, Any]:
+        """The config with the family's defaults for keys that are missing or null."""
+        full = dict(config)
+        for key, default in self.defaults.items():
+            if full.get(key) is None:
+                full[key] = default(full) if callable(default) else default
+        return full
+
+    def solve(self, config: Config) -> dict[str, int]:
+        """Axis sizes of a config. RegraftError when a key is missing, or the equations have no whole solution."""
+        config = self.filled(config)
+        sizes = dict(self.fixed)
+        waiting = list(self.sizes)
+        while waiting:
+            left = [pair for pair in waiting if not self._solve_one(config, *pair, sizes)]
+            if len(left) == len(waiting):
+                raise RegraftError(
+                    f"{self.family} table leaves axes of '{left[0][1]}' open: add a config key to `sizes`"
+                )
+            waiting = left
+        return sizes
+
+    def _solve_one(self, config: Config, key: str, text: str, sizes: dict[str, int]) -> bool:
+        value, axes = config.get(key), text.split()
+        if not isinstance(value, int) or value < 1:
+            raise RegraftError(f"{self.family} config has {key} = {value!r}: it must be a positive whole number")
+        unknown = [axis for axis in axes if axis not in sizes]
+        if len(unknown) > 1:
+            return False
+        known = product(tuple(axis for axis in axes if axis in sizes), sizes)
+        if not unknown and known != value:
+            raise RegraftError(f"{self.family} config has {key} = {value}, but {text} is {known}: make them equal")
+        if unknown and value % known:
+            raise RegraftError(
+                f"{self.family} config has {key} = {value}, not a multiple of {known} (of {text}): fix it"
+            )
+        if unknown:
+            sizes[unknown[0]] = value // known
+        return True
+
+    def config_keys(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The inverse of `solve`: config keys of axis sizes. RegraftError when two equations disagree."""
+        keys: dict[str, tuple[int, str]] = {}
+        for key, text in self.sizes:
+            value = product(tuple(text.split()), sizes)
+            if key in keys and keys[key][0] != value:
+                other, axes = keys[key]
+                raise RegraftError(
+                    f"{self.family} has one key {key} for {axes} ({other}) and {text} ({value}): grow them together"
+                )
+            keys[key] = (value, text)
+        return {key: value for key, (value, _) in keys.items()}
+
+    def place(self, config: Config) -> dict[Key, Placed]:
+        """Every parameter of a model of this config by (role, layer); layer is None outside the stack."""
+        full, sizes = self.filled(config), self.solve(config)
+        placed: dict[Key, Placed] = {}
+        for role, part in self.parts.items():
+            if part.present(full):
+                shape = part.axes.shape(sizes, part.stored)
+                layers = range(sizes["depth"]) if "{}" in part.name else (None,)
+                placed |= {(role, layer): Placed(part.name.format(layer), part, shape) for layer in layers}
+        return placed
+
+    def canonical(self, name: str) -> str:
+        """The model's name of a tensor found in a file."""
+        for prefix, replacement in self.aliases.items():
+            if name.startswith(prefix):
+                return replacement + name[len(prefix) :]
+        return name
+
+    def reason_to_drop(self, name: str, config: Config) -> str | None:
+        """Why a tensor of a file is not a parameter of the model, or None."""
+        for pattern, reason in self.ignored.items():
+            if re.fullmatch(pattern, name):
+                return reason
+        head = self.parts.get("head.weight")
+        tied = self.filled(config).get("tie_word_embeddings")
+        return "tied: the config shares it with the embedding" if head and tied and name == head.name else None
+
+    def attention(self, config: Config, layer: int) -> dict[str, Any]:
+        """Shape and conventions of a layer's attention, the arguments of `mixers.base.Attention`."""
+        full, sizes = self.filled(config), self.solve(config)
+        roles = {role for role, part in self.parts.items() if part.present(full)}
+        roles |= {f"{name}.{role.rpartition('.')[2]}" for role in roles for name in self.parts[role].fused}
+        return {
+            "hidden": sizes["hidden"],
+            "kv": sizes["kv"],
+            "group": sizes["group"],
+            "dim": sizes["dim"],
+            "scale": self.scale(full, sizes["dim"], layer),
+            "qkv_bias": "attn.q.bias" in roles,
+            "o_bias": "attn.o.bias" in roles,
+            "qk_norm": float(full[self.eps]) if "attn.q_norm.weight" in roles else None,
+            "rotary": self.rotary,
+        }
+
+    def extras(self, directory: str, config: Config) -> None:
+        """Write what a saved model of this family needs beside config and weights: nothing for stock families."""
+
+
+def families() -> list[str]:
+    """The model types that have a file in regraft/families."""
+    package = importlib.import_module("regraft.families")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def find(config: Config) -> Anatomy:
+    """The anatomy of a config's `model_type`; RegraftError names the file to write when there is none."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in families():
+        known = ", ".join(name for name in families() if name != "regraft")
+        raise RegraftError(f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})")
+    anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
+    return anatomy

@@ -1,0 +1,60 @@
+"""GPT-2 (Radford et al., 2019): learned positions, Conv1D storage (input first), queries, keys and values stacked."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, Part, linear, norm
+
+LAYER = "transformer.h.{}"
+QKV = ("attn.q", "attn.k", "attn.v")
+
+
+def scale(config: Any, dim: int, layer: int) -> float:
+    """Optional scaling by head width and by depth."""
+    plain = dim**-0.5 if config["scale_attn_weights"] else 1.0
+    return plain / (layer + 1) if config["scale_attn_by_inverse_layer_idx"] else plain
+
+
+anatomy = Anatomy(
+    family="gpt2",
+    parts={
+        **linear("embed", "transformer.wte", "vocab -> hidden", stored="in out"),
+        **linear("pos", "transformer.wpe", "pos -> hidden", stored="in out"),
+        **norm("norm.attn", f"{LAYER}.ln_1", bias=True),
+        **linear(
+            "attn.qkv",
+            f"{LAYER}.attn.c_attn",
+            "hidden -> kv dim + kv dim + kv dim",
+            bias=True,
+            stored="in out",
+            fused=QKV,
+        ),
+        **linear("attn.o", f"{LAYER}.attn.c_proj", "kv dim -> hidden", bias=True, stored="in out"),
+        **norm("norm.mlp", f"{LAYER}.ln_2", bias=True),
+        **linear("mlp.up", f"{LAYER}.mlp.c_fc", "hidden -> ffn", bias=True, stored="in out"),
+        **linear("mlp.down", f"{LAYER}.mlp.c_proj", "ffn -> hidden", bias=True, stored="in out"),
+        **norm("norm.final", "transformer.ln_f", bias=True),
+        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings"),
+    },
+    sizes=(
+        ("vocab_size", "vocab"),
+        ("n_embd", "hidden"),
+        ("n_embd", "kv dim"),
+        ("n_inner", "ffn"),
+        ("n_layer", "depth"),
+        ("n_head", "kv"),
+        ("n_positions", "pos"),
+    ),
+    slot=f"{LAYER}.attn",
+    defaults={
+        "n_inner": lambda config: 4 * config["n_embd"],
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
+    fixed={"group": 1},
+    aliases={prefix: f"transformer.{prefix}" for prefix in ("wte.", "wpe.", "h.", "ln_f.")},
+    ignored={r"transformer\.h\.\d+\.attn\.(bias|masked_bias)": "buffer: the causal mask"},
+    eps="layer_norm_epsilon",
+    rotary=False,
+    scale=scale,
+)

@@ -1,0 +1,37 @@
+"""GPT-NeoX (arXiv 2204.06745): interleaved queries, keys and values, layer norms, partial rotary, parallel residual."""
+
+from ..anatomy import Anatomy, Part, linear, norm
+
+LAYER = "gpt_neox.layers.{}"
+QKV = ("attn.q", "attn.k", "attn.v")
+
+anatomy = Anatomy(
+    family="gpt_neox",
+    parts={
+        **linear("embed", "gpt_neox.embed_in", "vocab -> hidden", stored="in out"),
+        **norm("norm.attn", f"{LAYER}.input_layernorm", bias=True),
+        **linear(
+            "attn.qkv", f"{LAYER}.attention.query_key_value", "hidden -> kv three dim", bias="attention_bias", fused=QKV
+        ),
+        **linear("attn.o", f"{LAYER}.attention.dense", "kv dim -> hidden", bias="attention_bias"),
+        **norm("norm.mlp", f"{LAYER}.post_attention_layernorm", bias=True),
+        **linear("mlp.up", f"{LAYER}.mlp.dense_h_to_4h", "hidden -> ffn", bias=True),
+        **linear("mlp.down", f"{LAYER}.mlp.dense_4h_to_h", "ffn -> hidden", bias=True),
+        **norm("norm.final", "gpt_neox.final_layer_norm", bias=True),
+        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings"),
+    },
+    sizes=(
+        ("vocab_size", "vocab"),
+        ("hidden_size", "hidden"),
+        ("hidden_size", "kv dim"),
+        ("intermediate_size", "ffn"),
+        ("num_hidden_layers", "depth"),
+        ("num_attention_heads", "kv"),
+    ),
+    slot=f"{LAYER}.attention",
+    defaults={"attention_bias": True, "tie_word_embeddings": False, "layer_norm_eps": 1e-5},
+    fixed={"group": 1},
+    aliases={"embed_out.": "lm_head."},
+    ignored={r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": "buffer: recomputed"},
+    eps="layer_norm_eps",
+)

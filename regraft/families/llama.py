@@ -1,0 +1,52 @@
+"""Llama (arXiv 2302.13971): grouped queries, RMS norms, gated MLP, rotary positions."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, Part, linear, norm
+
+LAYER = "model.layers.{}"
+SIZES = (
+    ("vocab_size", "vocab"),
+    ("hidden_size", "hidden"),
+    ("intermediate_size", "ffn"),
+    ("num_hidden_layers", "depth"),
+    ("num_key_value_heads", "kv"),
+    ("num_attention_heads", "kv group"),
+    ("head_dim", "dim"),
+)
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": lambda config: config["num_attention_heads"],
+    "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
+IGNORED = {r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "buffer: computed from the config"}
+
+
+def parts(qkv_bias: bool | str, o_bias: bool | str, mlp_bias: bool | str) -> dict[str, Part]:
+    """Llama's parts, with biases where the family has them."""
+    attention, mlp = f"{LAYER}.self_attn", f"{LAYER}.mlp"
+    return {
+        **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
+        **norm("norm.attn", f"{LAYER}.input_layernorm"),
+        **linear("attn.q", f"{attention}.q_proj", "hidden -> kv group dim", bias=qkv_bias),
+        **linear("attn.k", f"{attention}.k_proj", "hidden -> kv dim", bias=qkv_bias),
+        **linear("attn.v", f"{attention}.v_proj", "hidden -> kv dim", bias=qkv_bias),
+        **linear("attn.o", f"{attention}.o_proj", "kv group dim -> hidden", bias=o_bias),
+        **norm("norm.mlp", f"{LAYER}.post_attention_layernorm"),
+        **linear("mlp.gate", f"{mlp}.gate_proj", "hidden -> ffn", bias=mlp_bias),
+        **linear("mlp.up", f"{mlp}.up_proj", "hidden -> ffn", bias=mlp_bias),
+        **linear("mlp.down", f"{mlp}.down_proj", "ffn -> hidden", bias=mlp_bias),
+        **norm("norm.final", "model.norm"),
+        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings"),
+    }
+
+
+anatomy = Anatomy(
+    family="llama",
+    parts=parts("attention_bias", "attention_bias", "mlp_bias"),
+    sizes=SIZES,
+    slot=f"{LAYER}.self_attn",
+    defaults={**DEFAULTS, "attention_bias": False, "mlp_bias": False},
+    ignored=IGNORED,
+)

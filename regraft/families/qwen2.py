@@ -1,0 +1,13 @@
+"""Qwen2 (arXiv 2407.10671): Llama with biases on queries, keys and values."""
+
+from ..anatomy import Anatomy
+from .llama import DEFAULTS, IGNORED, LAYER, SIZES, parts
+
+anatomy = Anatomy(
+    family="qwen2",
+    parts=parts(qkv_bias=True, o_bias=False, mlp_bias=False),
+    sizes=SIZES,
+    slot=f"{LAYER}.self_attn",
+    defaults=DEFAULTS,
+    ignored=IGNORED,
+)

@@ -1,0 +1,50 @@
+"""A linearized model: its host's parts under "host.", and a mixer's own in every slot that has one."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..anatomy import Anatomy, Config, Key, Part, Placed, find
+from ..axes import signature
+from ..mixers.base import Attention
+from ..mixers.registry import weights
+
+
+@dataclass(frozen=True)
+class Regrafted(Anatomy):
+    """The anatomy of `model_type: "regraft"`: derived from the config's host, mixers and attentions."""
+
+    def filled(self, config: Config) -> dict[str, Any]:
+        """The host's config with the host family's defaults."""
+        return find(config["host"]).filled(config["host"])
+
+    def solve(self, config: Config) -> dict[str, int]:
+        """Axis sizes of the host."""
+        return find(config["host"]).solve(config["host"])
+
+    def place(self, config: Config) -> dict[Key, Placed]:
+        """Host parts outside converted attentions by their role, mixer weights as ("mixer.<local name>", layer)."""
+        host, sizes = find(config["host"]), self.solve(config)
+        placed: dict[Key, Placed] = {}
+        for (role, layer), spot in host.place(config["host"]).items():
+            if layer is None or config["mixers"][layer] is None or not role.startswith("attn."):
+                name = f"host.{spot.name}"
+                placed[role, layer] = Placed(name, replace(spot.part, name=name), spot.shape)
+        for layer, spec in enumerate(config["mixers"]):
+            for local, weight in weights(spec, Attention(**config["attention"][layer])).items() if spec else ():
+                part = Part(f"host.{host.slot.format(layer)}.{local}", weight.signature)
+                placed[f"mixer.{local}", layer] = Placed(part.name, part, signature(weight.signature).shape(sizes))
+        return placed
+
+    def attention(self, config: Config, layer: int) -> dict[str, Any]:
+        """The host's attention of a layer."""
+        return find(config["host"]).attention(config["host"], layer)
+
+    def extras(self, directory: str, config: Config) -> None:
+        """The code files that `trust_remote_code` loads."""
+        importlib.import_module("regraft.hosts.remote").write(directory, config)
+
+
+anatomy = Regrafted(family="regraft", parts={}, sizes=(), slot="")
