@@ -1,0 +1,19 @@
+"""Runnable models: a stock decoder with mixers in its attention slots."""
+
+from .configuration_regraft import STATE_LAYER, RegraftConfig
+from .loading import branch, load, load_tokenizer, materialize, slots
+from .modeling_regraft import RegraftForCausalLM
+from .states import MixerState, state_bytes
+
+__all__ = [
+    "STATE_LAYER",
+    "MixerState",
+    "RegraftConfig",
+    "RegraftForCausalLM",
+    "branch",
+    "load",
+    "load_tokenizer",
+    "materialize",
+    "slots",
+    "state_bytes",
+]

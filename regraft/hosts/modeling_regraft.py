@@ -95,6 +95,12 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         """The attention slot of every layer, in order."""
         return [self.host.get_submodule(self.config.slot.format(i)) for i in range(self.config.num_hidden_layers)]
 
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
+        """The decoder's output before the head, without a cache; input_ids, position_ids: (batch, time)."""
+        mixing = mixing_of(input_ids.shape[1], None, position_ids, None)
+        decoder = self.host.get_decoder()
+        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, mixing=mixing)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

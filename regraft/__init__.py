@@ -1,0 +1,58 @@
+"""regraft: reuse the weights of a pretrained transformer in a different architecture.
+
+Importing it makes `AutoConfig` and `AutoModelForCausalLM` of transformers know linearized models, whichever of the two is
+imported first. Public names load when first used, so that the command line starts without PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from .check import check
+    from .checkpoint import Checkpoint
+    from .errors import RegraftError
+    from .hosts import load
+    from .plan import Plan
+    from .steps.remix import Remix
+
+__version__ = "0.1.0"
+__all__ = ["Checkpoint", "Plan", "RegraftError", "Remix", "check", "load", "open"]
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "Plan": "plan",
+    "RegraftError": "errors",
+    "Remix": "steps.remix",
+    "check": "check",
+    "load": "hosts",
+}
+
+
+def open(path: str) -> Checkpoint:  # noqa: A001  # the name users type: regraft.open(path)
+    """Open a model directory or GGUF file without reading weights."""
+    from .checkpoint import Checkpoint
+
+    return Checkpoint.open(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regraft' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def _register(module: Any) -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .hosts.configuration_regraft import RegraftConfig
+    from .hosts.modeling_regraft import RegraftForCausalLM
+
+    AutoConfig.register("regraft", RegraftConfig, exist_ok=True)
+    module.AutoModelForCausalLM.register(RegraftConfig, RegraftForCausalLM, exist_ok=True)
+
+
+wrapt.register_post_import_hook(_register, "transformers.models.auto.modeling_auto")

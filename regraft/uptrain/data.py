@@ -1,0 +1,126 @@
+"""Text to token windows: documents packed into rows, positions restarting at every document."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RegraftError
+
+SUFFIXES = (".txt", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Token rows: input_ids and position_ids (rows, length); `bytes`: UTF-8 bytes of each row's text, (rows,)."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    bytes: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __getitem__(self, rows: Any) -> Packed:
+        return Packed(self.input_ids[rows], self.position_ids[rows], self.bytes[rows])
+
+    def segments(self) -> Tensor | None:
+        """Document index of every token (rows, length), None when each row is one document."""
+        restart = self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1
+        return torch.nn.functional.pad(restart.long().cumsum(1), (1, 0)) if bool(restart.any()) else None
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Documents of a .txt file (separated by two blank lines), a .jsonl file (field `text`), or a folder of these.
+
+    Raises RegraftError on a missing path, a wrong suffix, text that is not UTF-8, a bad line, or no text at all.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RegraftError(f"no text at '{path}': give a .txt or .jsonl file, or a folder of them")
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    documents = [document for file in files for document in _read_file(file)]
+    if not documents:
+        raise RegraftError(f"no text in '{path}': it holds no document ({', '.join(SUFFIXES)} with at least one word)")
+    return documents
+
+
+def _read_file(file: Path) -> Iterator[str]:
+    if file.suffix not in SUFFIXES:
+        raise RegraftError(f"cannot read '{file}' as text: its name must end in {' or '.join(SUFFIXES)}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RegraftError(f"'{file}' is not UTF-8 (byte {error.start}): convert it first, e.g. with iconv") from error
+    parts = re.split(r"\n[ \t]*\n[ \t]*\n\s*", text) if file.suffix == ".txt" else _json_lines(file, text)
+    return (part.strip("\n") for part in parts if part.strip())
+
+
+def _json_lines(file: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RegraftError(f"'{file}' line {number} is not JSON ({error.msg}): fix or remove it") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise RegraftError(f"'{file}' line {number} has no string field 'text': every line needs one")
+        yield row["text"]
+
+
+def _tokens(documents: list[str], tokenizer: Any) -> list[list[int]]:
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded: list[list[int]] = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids + end for ids in encoded]
+
+
+def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
+    """All documents end to end, cut into rows of `length` tokens; a document's positions restart at the cut.
+
+    The last incomplete row is dropped. Raises RegraftError when there is not one full row.
+    """
+    rows = _tokens(documents, tokenizer)
+    ids = torch.tensor([token for row in rows for token in row])
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    count = len(ids) // length
+    if not count:
+        raise RegraftError(f"the text has {len(ids)} tokens, less than one row of {length}: give more text or a shorter length")
+    ids, positions = ids[: count * length].view(count, length), positions[: count * length].view(count, length)
+    first_of_document = torch.where(positions <= torch.arange(length), torch.arange(length) - positions, 0)
+    positions = torch.arange(length) - first_of_document.cummax(1).values
+    return Packed(ids, positions, _bytes(ids, tokenizer))
+
+
+def long_windows(documents: list[str], tokenizer: Any, length: int) -> Packed:
+    """Rows of `length` tokens that each lie inside one document; shorter documents and remainders are left out.
+
+    Raises RegraftError when no document is long enough.
+    """
+    rows = [
+        row[start : start + length]
+        for row in _tokens(documents, tokenizer)
+        for start in range(0, len(row) - length + 1, length)
+    ]
+    if not rows:
+        raise RegraftError(f"no document has {length} tokens: give longer documents or a shorter length")
+    ids = torch.tensor(rows)
+    return Packed(ids, torch.arange(length).expand_as(ids).contiguous(), _bytes(ids, tokenizer))
+
+
+def _bytes(ids: Tensor, tokenizer: Any) -> Tensor:
+    return torch.tensor([len(text.encode()) for text in tokenizer.batch_decode(ids)])
+
+
+def shuffled(rows: int, count: int, seed: int) -> Tensor:
+    """`count` row numbers: whole passes over the rows, each in its own seeded order."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(rows, generator=generator) for _ in range(-(-count // rows))]
+    return torch.cat(passes)[:count]

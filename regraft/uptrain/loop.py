@@ -1,0 +1,168 @@
+"""The training loop: stages in order, a checkpoint every so often, resume that continues the same losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import RegraftError
+from .data import Packed, shuffled
+from .resume import RunState, load_state, save_state
+from .stages import Stage, align_step, distil_step, finite, next_step, parameter_groups
+
+MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
+Progress = Callable[[Stage, int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training run needs. `rows` gives the packed text for a row length; `limit` seconds for a stage, or None.
+
+    `teacher_slots` are the attention modules of the teacher, for alignment.
+    """
+
+    model: nn.Module
+    stages: Sequence[Stage]
+    rows: Callable[[int], Packed]
+    out: Path
+    teacher: nn.Module | None = None
+    teacher_slots: Sequence[nn.Module] = ()
+    seed: int = 0
+    limit: Callable[[int], float | None] = lambda stage: None
+    progress: Progress = lambda stage, step, steps, row: None
+    save_seconds: float = 120.0
+
+
+@cache
+def bfloat16_is_faster(device: str) -> bool:
+    """Whether this machine multiplies bfloat16 matrices clearly faster than float32; measured in some milliseconds."""
+    if device != "cpu":
+        return True
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        best = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            a @ a
+            best.append(time.perf_counter() - begin)
+        times[dtype] = min(best)
+    return times[torch.bfloat16] < 0.75 * times[torch.float32]
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train through every stage; returns the ledger: per stage tokens, FLOPs (the teacher's forward included), seconds.
+
+    Progress is kept in `out/run`: called again with the same arguments it goes on where the last checkpoint was, with
+    the losses the uninterrupted run would have had. Rows go to `out/metrics.jsonl`. Raises RegraftError when `out/run`
+    belongs to other settings, when a stage lacks its teacher, or when a loss is not finite.
+    """
+    for stage in run.stages:
+        if stage.kind in ("align", "distil") and run.teacher is None:
+            raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
+    state = load_state(run.out, run.model, settings(run))
+    state.trim_metrics(run.out / "metrics.jsonl")
+    for index in range(state.stage, len(run.stages)):
+        train_stage(run, state, index)
+    return {"stages": state.ledger, **totals(state.ledger)}
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What must not change between a run and its resumption."""
+    return {"seed": run.seed, "stages": [dataclasses.asdict(stage) for stage in run.stages]}
+
+
+def totals(ledger: list[dict[str, Any]]) -> dict[str, float]:
+    """Sums over stages."""
+    return {key: sum(entry[key] for entry in ledger) for key in ("tokens", "flops", "seconds")}
+
+
+def train_stage(run: Run, state: RunState, index: int) -> None:
+    """One stage from where `state` says; ends with a checkpoint that starts the next."""
+    stage, rows = run.stages[index], run.rows(run.stages[index].length)
+    if state.tokens:
+        stage = dataclasses.replace(stage, tokens=state.tokens)
+    if stage.precision == "auto":
+        fast = state.fast if state.fast is not None else bfloat16_is_faster(rows.input_ids.device.type)
+    else:
+        fast = stage.precision == "bfloat16"
+    state.fast = fast
+    optimizer = torch.optim.AdamW(parameter_groups(run.model, stage), betas=(0.9, 0.95), fused=True)
+    state.restore_optimizer(run.model, optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    state.changed |= {name for name, p in run.model.named_parameters() if p.requires_grad}
+    order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
+    entry = state.entry(index, stage.kind, fast)
+    saved, begun, first = time.monotonic(), time.monotonic(), state.step
+    while state.step < stage.steps:
+        tick = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * stage.rate(state.step)
+        picked = rows[order[state.step * stage.batch : (state.step + 1) * stage.batch]]
+        loss = counted_step(run, stage, picked, fast, entry)
+        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        entry["tokens"] += picked.input_ids.numel()
+        entry["flops"] += entry["flops_per_step"]
+        entry["seconds"] += time.monotonic() - tick
+        row = {
+            "stage": index, "kind": stage.kind, "step": state.step, "tokens": entry["tokens"],
+            "loss": finite(loss, stage, state.step), "grad_norm": float(norm), "lr": stage.rate(state.step - 1) * stage.lr_new,
+            "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
+        }  # fmt: skip
+        with (run.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        run.progress(stage, state.step, stage.steps, row)
+        limit = run.limit(index)
+        if limit is not None and not state.tokens and state.step == max(MEASURED_STEPS, first + MEASURED_STEPS):
+            stage = fit_to_time(stage, state, limit, (time.monotonic() - begun) / (state.step - first))
+            order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
+        if time.monotonic() - saved > run.save_seconds and state.step < stage.steps:
+            save_state(run.out, run.model, optimizer, state, settings(run))
+            saved = time.monotonic()
+    state.next_stage()
+    save_state(run.out, run.model, None, state, settings(run))
+
+
+def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> Stage:
+    """The stage with as many steps as fit into `left` seconds, at least those done, at most those asked for."""
+    steps = min(stage.steps, max(state.step, state.step + int(left / per_step)))
+    state.tokens = steps * stage.length * stage.batch
+    return dataclasses.replace(stage, tokens=state.tokens)
+
+
+def counted_step(run: Run, stage: Stage, rows: Packed, fast: bool, entry: dict[str, Any]) -> float:
+    """One forward and backward; the stage's first one is run under PyTorch's FLOP counter."""
+    if entry["flops_per_step"]:
+        return one_step(run, stage, rows, fast)
+    with FlopCounterMode(display=False) as counter:
+        loss = one_step(run, stage, rows, fast)
+    entry["flops_per_step"] = counter.get_total_flops()
+    return loss
+
+
+def one_step(run: Run, stage: Stage, rows: Packed, fast: bool) -> float:
+    """The stage's loss on these rows, backpropagated."""
+    if stage.kind == "next" or run.teacher is None:
+        return next_step(run.model, rows, fast)
+    if stage.kind == "align":
+        return align_step(run.model, run.teacher, list(run.teacher_slots), rows, fast)
+    return distil_step(run.model, run.teacher, rows, fast)
+
+
+def batches(rows: Packed, count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """`count` rows as calibration batches of one: (input_ids, position_ids, segments)."""
+    picked = [rows[i : i + 1] for i in shuffled(len(rows), min(count, len(rows)), seed)]
+    return [(row.input_ids, row.position_ids, row.segments()) for row in picked]
