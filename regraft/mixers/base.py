@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,9 @@ class Mixer(nn.Module):
         known = [field.name for field in dataclasses.fields(cls.Options)]
         if unknown := sorted(set(given) - set(known)):
             raise RegraftError(f"mixer '{cls.name}' has no option '{unknown[0]}': it takes {', '.join(known)}")
+        for key, hint in typing.get_type_hints(cls.Options).items():
+            if (choices := typing.get_args(hint)) and typing.get_origin(hint) is Literal and given.get(key, choices[0]) not in choices:
+                raise RegraftError(f"mixer '{cls.name}': {key} is '{given[key]}', use one of {', '.join(choices)}")
         return cls.Options(**given)
 
     @classmethod

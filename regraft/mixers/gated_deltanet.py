@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class DeltaOptions:
     """
 
     rotary: bool = True
-    activation: str = "none"
+    activation: Literal["none", "silu"] = "none"
     norm: bool = False
     gate: bool = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,9 @@ class SupraOptions:
     without gain; a published patent application (US20250307633A1) claims this norm, so it can be switched off.
     """
 
-    feature: str = "head"
-    start: str = "identity"
-    decays: str = "lightning"
+    feature: Literal["head", "dense"] = "head"
+    start: Literal["identity", "uniform"] = "identity"
+    decays: Literal["lightning", "retnet"] = "lightning"
     rotary: bool = True
     norm: bool = True
 

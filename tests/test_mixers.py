@@ -1,0 +1,220 @@
+"""Laws of every mixer: parallel == chunked == recurrent, forward and gradient, under any split, padding and packing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regraft.errors import RegraftError
+from regraft.mixers import registry
+from regraft.mixers.base import Attention, Mixer, Mixing, fresh
+from regraft.mixers.recurrence import chunked, naive
+from regraft.mixers.window import naive_window
+
+SMALL_WINDOW = {"name": "window", "window": 8, "sinks": 2}
+SPECS = [
+    SMALL_WINDOW,
+    {"name": "window", "window": 5, "sinks": 0},
+    {"name": "supra"},
+    {"name": "supra", "feature": "dense", "decays": "retnet", "norm": False},
+    {"name": "gated_deltanet"},
+    {"name": "gated_deltanet", "norm": True, "gate": True, "activation": "silu", "rotary": False},
+    {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": SMALL_WINDOW, "start": 0.3},
+    {"name": "gated", "linear": {"name": "supra"}, "window": SMALL_WINDOW},
+]
+IDS = [f"{spec['name']}-{i}" for i, spec in enumerate(SPECS)]
+SHAPES = {
+    "9-heads-3-kv": Attention(hidden=36, kv=3, group=3, dim=10, scale=0.3, qkv_bias=True, o_bias=True, qk_norm=1e-6),
+    "5-heads-no-rotary": Attention(hidden=20, kv=5, group=1, dim=6, scale=6**-0.5, rotary=False),
+}
+TOLERANCE = 1e-5
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+
+
+def made(spec: dict, attention: Attention, seed: int = 0) -> Mixer:
+    torch.manual_seed(seed)
+    mixer = registry.build(spec, attention)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return mixer
+
+
+def rotary(position: torch.Tensor, attention: Attention) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not attention.rotary:
+        return None
+    frequency = 10.0 ** -torch.linspace(0, 2, attention.dim // 2)
+    angle = (position.unsqueeze(-1) * frequency).repeat(1, 1, 2)
+    return angle.cos(), angle.sin()
+
+
+def run(mixer: Mixer, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    """Outputs of a prompt fed in pieces."""
+    state, outputs, begin = None, [], 0
+    for cut in cuts:
+        position = torch.arange(begin, begin + cut).expand(x.shape[0], cut)
+        y, state = mixer(x[:, begin : begin + cut], Mixing(rotary(position, mixer.attention)), state)
+        outputs.append(y)
+        begin += cut
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=8, deadline=None)
+@given(cuts=st.lists(st.integers(1, 70), min_size=1, max_size=5))
+@torch.no_grad()
+def test_any_split_equals_the_whole(spec: dict, shape: str, cuts: list[int]) -> None:
+    mixer = made(spec, SHAPES[shape])
+    x = torch.randn(2, sum(cuts), mixer.attention.hidden)
+    whole = run(mixer, x, [x.shape[1]])
+    assert relative(run(mixer, x, cuts), whole) < TOLERANCE
+    assert relative(run(mixer, x, [1] * x.shape[1]), whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@torch.no_grad()
+def test_state_does_not_grow(spec: dict) -> None:
+    attention = SHAPES["9-heads-3-kv"]
+    mixer, sizes = made(spec, attention), set()
+    for time in (1, 3, 40, 200):
+        position = torch.arange(time).expand(2, time)
+        _, state = mixer(torch.randn(2, time, attention.hidden), Mixing(rotary(position, attention)))
+        sizes.add(sum(tensor[0].numel() for tensor in state.values()))
+    assert sizes == {registry.mixer_class(spec["name"]).state_numbers(attention, spec)}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@torch.no_grad()
+def test_padding_changes_nothing(spec: dict, left: bool) -> None:
+    mixer, time, pad = made(spec, SHAPES["9-heads-3-kv"]), 70, 13
+    x = torch.randn(1, time, 36)
+    alone = run(mixer, x, [time])
+    padded, valid = torch.randn(1, time + pad, 36), torch.zeros(1, time + pad, dtype=torch.bool)
+    real = slice(pad, None) if left else slice(0, time)
+    padded[:, real], valid[:, real] = x, True
+    position = (valid.long().cumsum(1) - 1).clamp(min=0)
+    y, state = mixer(padded, Mixing(rotary(position, mixer.attention), valid))
+    assert relative(y[:, real], alone) < TOLERANCE
+    assert torch.isfinite(y).all()
+    token = torch.randn(1, 1, 36)
+    context = Mixing(rotary(torch.full((1, 1), time), mixer.attention))
+    assert relative(mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(spec: dict) -> None:
+    mixer, lengths = made(spec, SHAPES["9-heads-3-kv"]), [1, 30, 64, 5, 90]
+    documents = [torch.randn(1, length, 36) for length in lengths]
+    position = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    segments = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).unsqueeze(0)
+    packed, _ = mixer(torch.cat(documents, 1), Mixing(rotary(position, mixer.attention), None, segments))
+    alone = torch.cat([run(mixer, document, [document.shape[1]]) for document in documents], 1)
+    assert relative(packed, alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "packed"])
+@pytest.mark.parametrize("time", [1, 63, 64, 150])
+def test_chunked_equals_naive_with_gradients(delta: bool, packed: bool, time: int) -> None:
+    torch.manual_seed(time)
+    q, k = (F.normalize(torch.randn(2, 3, time, 8), dim=-1).requires_grad_() for _ in range(2))
+    v, g = torch.randn(2, 3, time, 6).requires_grad_(), (-0.3 * torch.rand(2, 3, time)).requires_grad_()
+    beta = torch.rand(2, 3, time).requires_grad_() if delta else None
+    state = None if packed else torch.randn(2, 3, 8, 6).requires_grad_()
+    segments = torch.randint(0, 5, (2, time)).sort(1).values if packed else None
+    inputs = [t for t in (q, k, v, g, beta, state) if t is not None]
+    weight, results = torch.randn(2, 3, time, 6), []
+    for form in (naive, chunked):
+        out, last = form(q, k, v, g, beta, segments, state)
+        results.append((out, last, torch.autograd.grad((out * weight).sum() + last.square().sum(), inputs)))
+    (out, last, grads), (out2, last2, grads2) = results
+    assert relative(out2, out) < TOLERANCE and relative(last2, last) < TOLERANCE
+    for a, b in zip(grads2, grads, strict=True):
+        assert float((a - b).norm() / b.norm().clamp(min=1e-12)) < 1e-4 or float(b.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> None:
+    mixer, time = made(SMALL_WINDOW, SHAPES["9-heads-3-kv"]), 45
+    x = torch.randn(2, time, 36)
+    segments = torch.randint(0, 4, (2, time)).sort(1).values if segmented else torch.zeros(2, time, dtype=torch.long)
+    position = torch.stack([torch.cat([torch.arange(n) for n in row.unique_consecutive(return_counts=True)[1]]) for row in segments])
+    context = Mixing(rotary(position, mixer.attention), None, segments if segmented else None)
+    heads, _ = mixer.mix(x, context, None)
+    q, k, v = mixer.qkv(x)
+    from regraft.mixers.base import rotate
+
+    q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+    expected = naive_window(q, k, v, mixer.attention.scale, 8, 2, position, segments).transpose(1, 2)
+    assert relative(heads, expected) < TOLERANCE
+    parameters = list(mixer.qkv.parameters())
+    weight = torch.randn_like(heads)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), parameters) for y in (heads, expected)), strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+
+
+@torch.no_grad()
+def test_gate_pinned_to_a_branch_is_that_branch() -> None:
+    spec = {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": SMALL_WINDOW}
+    mixer, x = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(1, 40, 36)
+    free = run(mixer, x, [40])
+    mixer.force = "window"
+    pinned = run(mixer, x, [40])
+    mixer.force = None
+    mixer.gate.weight.zero_()
+    mixer.gate.bias.fill_(-torch.inf)
+    assert relative(run(mixer, x, [40]), pinned) < 1e-6
+    assert relative(free, pinned) > 1e-2
+
+
+@torch.no_grad()
+def test_window_as_wide_as_the_text_is_softmax_attention() -> None:
+    attention = SHAPES["9-heads-3-kv"]
+    wide, x = made({"name": "window", "window": 64, "sinks": 0}, attention), torch.randn(2, 40, 36)
+    context = Mixing(rotary(torch.arange(40).expand(2, 40), attention))
+    q, k, v = wide.qkv(x)
+    from regraft.mixers.base import rotate
+
+    q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+    softmax = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale, enable_gqa=True)
+    assert relative(wide.mix(x, context, None)[0], softmax.transpose(1, 2)) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_weight_table_names_every_parameter(spec: dict) -> None:
+    for attention in SHAPES.values():
+        mixer = registry.build(spec, attention)
+        table = registry.weights(spec, attention)
+        assert set(table) == set(dict(mixer.named_parameters()))
+        assert all((weight.source is None) != (weight.fresh is None) for weight in table.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [SPECS[2], SPECS[3], SPECS[4]], ids=["supra", "supra-no-norm", "delta"])
+def test_folded_head_maps_act_on_head_outputs(spec: dict) -> None:
+    mixer, x, maps = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(1, 20, 36), torch.randn(9, 10, 10)
+    context = Mixing(rotary(torch.arange(20).expand(1, 20), mixer.attention))
+    heads, _ = mixer.mix(x, context, None)
+    expected = mixer.o(torch.einsum("bthd,hde->bthe", heads, maps).flatten(-2))
+    assert mixer.fold_heads(maps)
+    assert relative(mixer(x, context)[0], expected) < 1e-4
+
+
+def test_bad_specs_are_refused() -> None:
+    with pytest.raises(RegraftError, match="unknown mixer 'mambo'.*supra"):
+        registry.validate({"name": "mambo"})
+    with pytest.raises(RegraftError, match="no option 'windw'.*window"):
+        registry.validate({"name": "gated", "window": {"name": "window", "windw": 3}})
+    with pytest.raises(RegraftError, match="feature.*'heads'.*head, dense"):
+        registry.validate({"name": "supra", "feature": "heads"})
+    with pytest.raises(RegraftError, match="unknown initial value 'zero'"):
+        fresh("zero", (2,), torch.Generator())
