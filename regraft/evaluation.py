@@ -14,7 +14,6 @@ from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .evals import baselines
 from .evals.perplexity import Candidate, measure
-from .generate import load_tokenizer
 from .report import eval_rows, short
 from .text import held_out
 from .uptrain.data import Packed, long_windows, read_documents
@@ -43,7 +42,7 @@ def evaluate(
     linear branch switched off.
     """
     checkpoint = Checkpoint.open(model)
-    rows = evaluation_windows(data, load_tokenizer(checkpoint.path), count, length)
+    rows = evaluation_windows(data, hosts.load_tokenizer(model), count, length)
     candidates: dict[str, Candidate] = {}
     if baseline:
         remix = baselines.remix_of(checkpoint)

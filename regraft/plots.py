@@ -41,8 +41,8 @@ def losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
     """One panel per stage: loss against the stage's tokens, its running mean on top; None without training rows."""
     stages: dict[str, list[tuple[float, float]]] = {}
     for row in metrics:
-        if "loss" in row and "stage" in row:
-            stages.setdefault(str(row["stage"]), []).append((row["tokens"], row["loss"]))
+        if "loss" in row:
+            stages.setdefault(stage_name(row), []).append((row["tokens"], row["loss"]))
     if not stages:
         return None
     drawing, axes = figure(4.2 * len(stages), 3.2, len(stages))
@@ -54,6 +54,11 @@ def losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
         if min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
     return svg(drawing)
+
+
+def stage_name(row: Mapping[str, Any]) -> str:
+    """Number from one and kind of a metrics row's stage."""
+    return f"{row['stage'] + 1} {row['kind']}"
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
@@ -21,14 +22,22 @@ def clock(seconds: float) -> str:
 class Ticker:
     """Says the current phase, how far it is, and the time used and left; never silent for longer than `BEAT` seconds.
 
-    `budget`: seconds for everything, or None; `spent`: seconds used by earlier, interrupted runs. Use as a context.
+    `budget`: seconds for everything, or None; `spent`: seconds used by earlier, interrupted runs; `each_beat` is
+    called twice a second from a thread of its own. Use as a context.
     """
 
-    def __init__(self, budget: float | None = None, spent: float = 0.0, stream: TextIO | None = None):
+    def __init__(
+        self,
+        budget: float | None = None,
+        spent: float = 0.0,
+        stream: TextIO | None = None,
+        each_beat: Callable[[], None] = lambda: None,
+    ):
         self.stream = stream or sys.stderr
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
         self.phase, self.note, self.fraction, self.phase_begin = "starting", "", None, time.monotonic()
         self.last = 0.0
+        self.each_beat = each_beat
         self.stop = threading.Event()
         self.bar = bar(self.stream) if self.stream.isatty() else None
         self.thread = threading.Thread(target=self.beat, daemon=True)
@@ -90,6 +99,7 @@ class Ticker:
     def beat(self) -> None:
         """Keep talking while one operation takes long."""
         while not self.stop.wait(0.5):
+            self.each_beat()
             self.show()
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from . import plots
 from .errors import RegraftError
 
@@ -52,9 +54,9 @@ def ledger(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Tokens, FLOPs and seconds of every stage (metrics rows are running totals of their stage), and their sum."""
     last: dict[str, dict[str, Any]] = {}
     for row in metrics:
-        if "stage" in row and "tokens" in row:
+        if "loss" in row:
             keep = ("tokens", "flops", "seconds")
-            last[str(row["stage"])] = {"stage": str(row["stage"]), **{key: row.get(key, 0) for key in keep}}
+            last[plots.stage_name(row)] = {"stage": plots.stage_name(row), **{key: row[key] for key in keep}}
     rows = list(last.values())
     total: dict[str, Any] = {"stage": "total"}
     return (
@@ -64,8 +66,10 @@ def ledger(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def collect(directory: Path) -> dict[str, Any]:
     """The report's numbers from a run directory: whatever its phases have written."""
-    names = ("plan", "eval", "bench", "samples", "receipts", "recipe", "time", "lineage")
+    names = ("plan", "eval", "bench", "samples", "time", "lineage")
     numbers = {name: read_json(directory / f"{name}.json") for name in names}
+    recipe = directory / "recipe.yaml"
+    numbers["recipe"] = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
     metrics = read_metrics(directory / "metrics.jsonl")
     return numbers | {"ledger": ledger(metrics)}
 
@@ -100,15 +104,10 @@ def render(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
         parts += ["<h2>Speed and memory by context length</h2>", drawn, *speed(numbers["bench"])]
     if numbers.get("samples"):
         parts += ["<h2>Text</h2>", *(sample(pair) for pair in numbers["samples"])]
-    for name, heading in (
-        ("plan", "Weight map"),
-        ("receipts", "Receipts"),
-        ("recipe", "Recipe"),
-        ("lineage", "Lineage"),
-    ):
+    for name, heading in (("plan", "Weight map"), ("recipe", "Recipe"), ("lineage", "Lineage")):
         if numbers.get(name):
             shown = html.escape(json.dumps(numbers[name], indent=1))
-            parts += [f"<h2>{heading}</h2>", f"<details><summary>{name}.json</summary><pre>{shown}</pre></details>"]
+            parts += [f"<h2>{heading}</h2>", f"<details><summary>{name}</summary><pre>{shown}</pre></details>"]
     body = "\n".join(parts)
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'

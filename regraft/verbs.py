@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RegraftError
 
@@ -154,13 +154,12 @@ def generate(
     """
     from . import generate as generating
     from . import hosts
-    from .checkpoint import Checkpoint
 
     def say(piece: str) -> None:
         print(piece, end="", flush=True)
 
     loaded = hosts.load(model)
-    tokenizer = generating.load_tokenizer(Checkpoint.open(model).path)
+    tokenizer = hosts.load_tokenizer(model)
     result = generating.generate(loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else say)
     if not json:
         print()
@@ -209,10 +208,13 @@ def train(
     out: str,
     data: str | None = None,
     tokens: int = 0,
-    stage: str = "distil",
+    stage: Literal["align", "distil", "next"] = "distil",
     teacher: str | None = None,
     length: int = 1024,
     batch: int = 1,
+    lr_new: float | None = None,
+    lr_mixer: float | None = None,
+    lr_body: float | None = None,
     seed: int = 0,
     json: bool = False,
 ) -> Outcome:
@@ -227,16 +229,31 @@ def train(
         teacher: the source, needed by align and distil
         length: tokens per row
         batch: rows per step
+        lr_new: learning rate of weights that the source does not have
+        lr_mixer: learning rate of inherited weights inside mixers
+        lr_body: learning rate of all other weights, 0 to freeze them
         seed: of the data order
     """
-    from . import experiment
+    from . import training
     from .progress import Ticker
+    from .settings import Text
+    from .uptrain.stages import Stage
 
     if not data or tokens < 1:
         raise RegraftError(f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}")
+    rates = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
+    asked = Stage(stage, tokens, length, batch, **{key: rate for key, rate in rates.items() if rate is not None})
     with Ticker() as ticker:
-        result = experiment.train_once(model, out, data, tokens, stage, teacher, length, batch, seed, ticker)
-    return Outcome(result, lambda console: console.print_json(data=result))
+        result = training.train_once(model, out, [Text(data)], asked, teacher, seed, ticker)
+
+    def show(console: Console) -> None:
+        console.print(
+            f"{result['tokens']:,} tokens, {result['flops']:.3g} FLOPs, {result['seconds']:.0f} s; wrote {out}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    return Outcome(result, show)
 
 
 def run(recipe: str, out: str, overrides: dict[str, str] | None = None, json: bool = False) -> Outcome:

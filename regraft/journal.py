@@ -1,0 +1,74 @@
+"""Where a run is: finished phases and seconds spent, on disk, so that the same command goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from .errors import RegraftError
+from .progress import Ticker
+from .report import read_json
+
+SAVE_EVERY = 2.0
+
+
+class Journal:
+    """`time.json` of a run directory: total `seconds`, and seconds by phase of those that are done."""
+
+    def __init__(self, directory: Path, recipe: str, minutes: float | None):
+        self.directory = directory
+        self.claim(recipe)
+        past = read_json(directory / "time.json") or {"seconds": 0.0, "phases": {}}
+        self.phases: dict[str, float] = past["phases"]
+        self.ticker = Ticker(minutes * 60 if minutes else None, past["seconds"], each_beat=self.beat)
+        self.saved = 0.0
+
+    def claim(self, recipe: str) -> None:
+        """Write the resolved recipe beside the output; RegraftError when the directory holds something else."""
+        file = self.directory / "recipe.yaml"
+        if file.exists() and (theirs := file.read_text(encoding="utf-8")) != recipe:
+            pairs = zip(theirs.splitlines(), recipe.splitlines(), strict=False)
+            line = next(
+                (f"'{old.strip()}' there, '{new.strip()}' here" for old, new in pairs if old != new), "other keys"
+            )
+            raise RegraftError(
+                f"{self.directory} holds a run of another recipe ({line}): choose another folder or delete it"
+            )
+        if not file.exists() and self.directory.is_dir() and any(self.directory.iterdir()):
+            raise RegraftError(f"{self.directory} exists and holds no run: choose another folder or delete it")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(file, recipe)
+
+    def done(self, phase: str) -> bool:
+        """Whether a phase is finished."""
+        return phase in self.phases
+
+    def finish(self, phase: str) -> None:
+        """Mark the current phase finished."""
+        self.phases[phase] = round(time.monotonic() - self.ticker.phase_begin, 2)
+        self.save()
+
+    def beat(self) -> None:
+        """Save the time spent now and then."""
+        if time.monotonic() - self.saved > SAVE_EVERY and self.directory.exists():
+            self.save()
+
+    def save(self) -> None:
+        """Write time.json."""
+        self.saved = time.monotonic()
+        write_json(self.directory / "time.json", {"seconds": round(self.ticker.used(), 2), "phases": self.phases})
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, put in place whole."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")

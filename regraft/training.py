@@ -1,0 +1,146 @@
+"""Between the training loop and the disk: text to rows, calibration kept for a restart, the trained checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import hosts
+from .checkpoint import Checkpoint, Lazy, Story
+from .errors import RegraftError
+from .progress import Ticker
+from .settings import Text
+from .uptrain import loop
+from .uptrain.calibrate import calibrate
+from .uptrain.data import Packed, pack, read_documents
+from .uptrain.stages import Stage
+
+
+def training_rows(texts: Sequence[Text], tokenizer: Any) -> Callable[[int], Packed]:
+    """Packed rows by length, each text in its share: the largest set of rows, none repeated, in which the shares hold.
+
+    RegraftError when there is no text or a share is not positive.
+    """
+    if not texts or any(text.share <= 0 for text in texts):
+        raise RegraftError(f"no training text with a positive share in {[dataclasses.asdict(text) for text in texts]}")
+
+    @cache
+    def rows(length: int) -> Packed:
+        packs = [pack(read_documents(text.path), tokenizer, length) for text in texts]
+        scale = min(len(rows) / text.share for rows, text in zip(packs, texts, strict=True))
+        chosen = []
+        for packed, text in zip(packs, texts, strict=True):
+            count = max(1, int(scale * text.share))
+            chosen.append(packed[torch.linspace(0, len(packed) - 1, count).round().long()])
+        parts = [[getattr(packed, field.name) for packed in chosen] for field in dataclasses.fields(Packed)]
+        return Packed(*(torch.cat(part) for part in parts))
+
+    return rows
+
+
+def calibrated(
+    student: nn.Module,
+    teacher: nn.Module,
+    teacher_slots: Sequence[nn.Module],
+    batches: list[Any],
+    work: Path,
+    ticker: Ticker,
+) -> None:
+    """Give the student its closed-form start from `batches` (none: leave it), or the one an earlier run kept."""
+    file = work / "calibrated.safetensors"
+    if not batches:
+        return
+    if not file.exists():
+
+        def tell(done: int, total: int) -> None:
+            ticker.update(done / total, "calibrating")
+
+        for _ in calibrate(hosts.slots(student), teacher, list(teacher_slots), batches, tell):
+            pass
+        work.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in mixer_weights(student).items()}, part)
+        part.replace(file)
+    values = load_file(file)
+    with torch.no_grad():
+        for name, parameter in mixer_weights(student).items():
+            parameter.copy_(values[name])
+
+
+def mixer_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters inside converted layers, by number of the layer and name."""
+    pairs = zip(hosts.slots(model), model.config.mixers, strict=True)
+    return {
+        f"{layer}.{name}": parameter.data
+        for layer, (slot, spec) in enumerate(pairs)
+        if spec is not None
+        for name, parameter in slot.named_parameters()
+    }
+
+
+def save_trained(
+    checkpoint: Checkpoint, model: nn.Module, stages: Sequence[Stage], ledger: dict[str, Any], out: Path
+) -> None:
+    """Write the trained weights as the checkpoint they came from, into `out`, which may hold other files of the run.
+
+    Everything is written beside first; config.json moves last, so a directory that looks like a model is whole.
+    """
+    weights = model.state_dict()
+
+    def lazy(name: str) -> Lazy:
+        tensor = weights[name].detach()
+        return Lazy(tuple(tensor.shape), tensor.dtype, Story("copied", (name,), "trained"), lambda: tensor)
+
+    tensors = {key: lazy(checkpoint.names[key]) for key in checkpoint.tensors}
+    step = {"step": "Uptrain", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
+    folder = out / "work" / "trained"
+    changed = dataclasses.replace(checkpoint, tensors=tensors, history=(*checkpoint.history, step))
+    changed.save(folder, overwrite=True)
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, out / file.name)
+    shutil.rmtree(folder)
+
+
+def train_once(
+    model: str, out: str, texts: Sequence[Text], stage: Stage, teacher: str | None, seed: int, ticker: Ticker
+) -> dict[str, Any]:
+    """One stage on a saved model, written to `out`; called again with the same arguments it goes on where it was.
+
+    Returns the ledger. RegraftError when `out` holds a finished model already, or anything that is no run.
+    """
+    target = Path(out)
+    if (target / "config.json").exists():
+        raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
+    if target.exists() and any(target.iterdir()) and not any((target / name).exists() for name in ("run", "run.old")):
+        raise RegraftError(f"{out} exists and holds no run: choose another folder or delete it")
+    ticker.start(f"reading {model}")
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.config["model_type"] != "regraft":
+        raise RegraftError(
+            f"{model} is a {checkpoint.config['model_type']} model without mixers: regraft linearize it first"
+        )
+    student, tokenizer = hosts.load(model), hosts.load_tokenizer(model)
+    guide = hosts.load(teacher) if teacher else None
+    slots = hosts.slots(guide, Checkpoint.open(teacher)) if guide is not None and teacher else []
+    ticker.start(stage.kind)
+
+    def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+        ticker.update(step / steps, f"loss {row['loss']:.4f}, {row['tokens']:,} tokens")
+
+    rows = training_rows(texts, tokenizer)
+    ledger = loop.train(
+        loop.Run(student, [stage], rows, target, guide, slots, seed=seed, progress=tell),
+    )
+    save_trained(checkpoint, student, [stage], ledger, target)
+    shutil.rmtree(target / "run", ignore_errors=True)
+    shutil.rmtree(target / "work", ignore_errors=True)
+    return ledger | {"out": out}
