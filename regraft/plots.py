@@ -103,6 +103,8 @@ def lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
             axis.plot([r["length"] for r in rows], [r[key] / unit for r in rows], marker="o", color=colour, label=name)
         axis.set(title=title, xlabel="context, tokens")
         axis.set_xscale("log", base=2)
+        ticks = sorted({row["length"] for rows in models.values() for row in rows})
+        axis.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks])
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     return svg(drawing)

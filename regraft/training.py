@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import hosts
-from .checkpoint import Checkpoint, Lazy, Story
+from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .progress import Ticker
 from .settings import Text
@@ -94,17 +94,9 @@ def save_trained(
 
     Everything is written beside first; config.json moves last, so a directory that looks like a model is whole.
     """
-    weights = model.state_dict()
-
-    def lazy(name: str) -> Lazy:
-        tensor = weights[name].detach()
-        return Lazy(tuple(tensor.shape), tensor.dtype, Story("copied", (name,), "trained"), lambda: tensor)
-
-    tensors = {key: lazy(checkpoint.names[key]) for key in checkpoint.tensors}
-    step = {"step": "Uptrain", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
+    step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
     folder = out / "work" / "trained"
-    changed = dataclasses.replace(checkpoint, tensors=tensors, history=(*checkpoint.history, step))
-    changed.save(folder, overwrite=True)
+    checkpoint.replaced(model.state_dict(), step).save(folder, overwrite=True)
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)
