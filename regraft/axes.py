@@ -23,7 +23,8 @@ class Signature:
     """What a parameter is, over named axes.
 
     `kind` is map ("a b -> c d", stacked outputs "a -> b + c"), bias ("-> c"), gain ("gain hidden", or "1+gain hidden"
-    stored minus one, `unit`) or plain ("kv group dim dim"). `inputs` is empty except for maps.
+    stored minus one, `unit`) or plain ("kv group dim dim": one
+    dimension per axis, heads `kv group` being one). `inputs` is empty except for maps.
     """
 
     text: str
@@ -35,7 +36,7 @@ class Signature:
     def dims(self, stored: str = "out in") -> tuple[tuple[Axes, ...], ...]:
         """Per stored dimension, the axis products that are stacked along it."""
         if self.kind == "plain":
-            return tuple(((axis,),) for axis in self.outputs[0])
+            return tuple((axes,) for axes in _heads_together(self.outputs[0]))
         if self.kind != "map":
             return (self.outputs,)
         return (self.outputs, (self.inputs,)) if stored == "out in" else ((self.inputs,), self.outputs)
@@ -48,6 +49,16 @@ class Signature:
         """Signature of the index-th of several fused maps: its own outputs, without the axis `three`."""
         outputs = self.outputs[index] if len(self.outputs) > 1 else self.outputs[0]
         return Signature(self.text, self.kind, self.inputs, (tuple(axis for axis in outputs if axis != "three"),))
+
+
+def _heads_together(axes: Axes) -> list[Axes]:
+    dims: list[Axes] = []
+    for axis in axes:
+        if axis == "group" and dims[-1:] == [("kv",)]:
+            dims[-1] = ("kv", "group")
+        else:
+            dims.append((axis,))
+    return dims
 
 
 def product(axes: Axes, sizes: Sizes) -> int:

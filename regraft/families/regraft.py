@@ -11,6 +11,11 @@ from ..axes import signature
 from ..mixers.base import Attention
 from ..mixers.registry import weights
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_regraft.RegraftConfig",
+    "AutoModelForCausalLM": "modeling_regraft.RegraftForCausalLM",
+}
+
 
 @dataclass(frozen=True)
 class Regrafted(Anatomy):
@@ -34,7 +39,7 @@ class Regrafted(Anatomy):
                 placed[role, layer] = Placed(name, replace(spot.part, name=name), spot.shape)
         for layer, spec in enumerate(config["mixers"]):
             for local, weight in weights(spec, Attention(**config["attention"][layer])).items() if spec else ():
-                part = Part(f"host.{host.slot.format(layer)}.{local}", weight.signature)
+                part = Part(f"host.{host.slot.format(layer)}.mixer.{local}", weight.signature)
                 placed[f"mixer.{local}", layer] = Placed(part.name, part, signature(weight.signature).shape(sizes))
         return placed
 

@@ -1,0 +1,275 @@
+"""A model as config plus promises of tensors: opened from headers, changed without computing, saved shard by shard."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gguf, lineage, storage
+from .anatomy import Anatomy, Config, Key, Part, Placed, find
+from .axes import Signature, product
+from .errors import RegraftError
+
+SIDECARS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "LICENSE*",
+)
+SHARD = 500_000_000
+
+
+@dataclass(frozen=True)
+class Story:
+    """Where numbers come from: `kind` is copied, grown, broadcast, zero or fresh; `sources` are tensor names."""
+
+    kind: str
+    sources: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A promise of a tensor: nothing is computed before `read()`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    story: Story
+    read: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size when saved."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A config and `{(role, layer): Lazy}`, immutable; layer is None outside the stack.
+
+    `tensors` hold values as stored, `names` their state-dict names; `checkpoint[role, layer]` is in output-first order
+    and takes fused parts apart. `origin` is what was opened, `path` the directory with its tokenizer and other files.
+    """
+
+    origin: Path
+    config: dict[str, Any]
+    anatomy: Anatomy
+    sizes: dict[str, int]
+    tensors: dict[Key, Lazy]
+    names: dict[Key, str]
+    folder: Path | None
+    dropped: dict[str, str] = field(default_factory=dict)
+    history: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a model directory or a GGUF file, reading headers only. RegraftError when something does not fit."""
+        origin = Path(path)
+        if not origin.exists():
+            raise RegraftError(f"no model at '{path}': give a Hugging Face model directory or a GGUF file")
+        file = gguf.file_in(origin)
+        folder = gguf.cached(file) if file else origin
+        if folder is not None:
+            return _from_folder(file or origin, folder)
+        assert file is not None
+        return _from_gguf(file)
+
+    @property
+    def path(self) -> Path:
+        """The directory with tokenizer and other files; a GGUF file is converted first, once."""
+        return self.folder or gguf.converted(self.origin)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.sizes["depth"]
+
+    def __getitem__(self, key: tuple[str, int | None]) -> Lazy:
+        """A tensor in output-first order; a fused part gives its piece. KeyError says which roles there are."""
+        role, layer = key
+        placed = self.anatomy.place(self.config)
+        if key in self.tensors:
+            lazy, part = self.tensors[key], placed[key].part
+            if part.stored == "out in" or part.axes.kind != "map":
+                return lazy
+            return replace(lazy, shape=lazy.shape[::-1], read=lambda: lazy.read().T)
+        for (fused, at), spot in placed.items():
+            base, _, ending = role.rpartition(".")
+            if at == layer and fused.endswith(f".{ending}") and base in spot.part.fused:
+                return _piece(self.tensors[fused, at], spot.part, spot.part.fused.index(base), self.sizes)
+        raise KeyError(
+            f"{self.anatomy.family} has no '{role}' in layer {layer}: {sorted({r for r, _ in self.tensors})}"
+        )
+
+    def part(self, role: str) -> Part | None:
+        """The table's part for a role, fused ones included; None when the family has none."""
+        base, _, ending = role.rpartition(".")
+        for name, part in self.anatomy.parts.items():
+            if name == role or (base in part.fused and name.endswith(f".{ending}")):
+                return part
+        return None
+
+    def signature(self, role: str) -> Signature:
+        """The signature of a role as `checkpoint[role, layer]` gives it."""
+        part = self.part(role)
+        if part is None:
+            raise RegraftError(
+                f"{self.anatomy.family} has no part '{role}': use one of {', '.join(self.anatomy.parts)}"
+            )
+        base = role.rpartition(".")[0]
+        return part.axes.piece(part.fused.index(base)) if base in part.fused else part.axes
+
+    def replaced(self, values: Mapping[str, Tensor], step: dict[str, Any]) -> Checkpoint:
+        """The same model with other values by tensor name (a trained state dict) and one more step in its history."""
+        tensors = dict(self.tensors)
+        for key, name in self.names.items():
+            if name not in values or tuple(values[name].shape) != tensors[key].shape:
+                got = tuple(values[name].shape) if name in values else "nothing"
+                raise RegraftError(
+                    f"new value of '{name}' is {got}, expected {tensors[key].shape}: pass the model's state dict"
+                )
+            tensors[key] = replace(tensors[key], read=_constant(values[name], tensors[key].dtype))
+        return replace(self, tensors=tensors, history=(*self.history, step))
+
+    def verify(self) -> None:
+        """Compare files with the hashes that lineage.json records, if it does; RegraftError names a damaged file."""
+        if self.folder is not None:
+            lineage.verify(self.folder)
+
+    def save(self, path: str | Path, overwrite: bool = False, shard_bytes: int = SHARD) -> None:
+        """Write a loadable directory with lineage.json, model card and tokenizer; whole or not at all.
+
+        One shard is in memory at a time. RegraftError when `path` exists and not `overwrite`, or on a full disk.
+        """
+        with storage.new_directory(Path(path), overwrite) as folder:
+            for file in sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}):
+                shutil.copyfile(file, folder / file.name)
+            storage.write_json(folder / "config.json", with_older_keys(self.config))
+            self.anatomy.extras(str(folder), self.config)
+            named = {self.names[key]: lazy for key, lazy in self.tensors.items()}
+            storage.write_weights(folder, named, shard_bytes)
+            (folder / "README.md").write_text(lineage.card(self), encoding="utf-8")
+            written = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
+            record = lineage.record(self, {file.name: storage.sha256(file) for file in written})
+            storage.write_json(folder / lineage.FILE, record)
+
+
+def with_older_keys(config: Config) -> dict[str, Any]:
+    """The config plus the rotary keys that readers older than `rope_parameters` look for."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return dict(config)
+    older: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = rope
+    if config["model_type"] == "gpt_neox":
+        older |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    return older | dict(config)
+
+
+def _from_folder(origin: Path, folder: Path) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        raise RegraftError(f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file")
+    config = storage.read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise RegraftError(f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first")
+    anatomy = find(config)
+    found: dict[str, storage.Entry] = {}
+    for name, entry in storage.entries(folder).items():
+        if found.setdefault(anatomy.canonical(name), entry) is not entry:
+            raise RegraftError(
+                f"'{folder}' holds '{anatomy.canonical(name)}' under two names, '{name}' too: remove one"
+            )
+    placed = anatomy.place(config)
+    known = lineage.read(folder)
+    dropped = _unclaimed(found, placed, anatomy, config)
+    stories = {
+        name: Story(kind, tuple(sources), note) for name, (kind, sources, note) in known.get("tensors", {}).items()
+    }
+    tensors = {key: _lazy(found, spot, folder, stories) for key, spot in placed.items()}
+    names = {key: spot.name for key, spot in placed.items()}
+    history = tuple(known.get("steps", ()))
+    return Checkpoint(origin, config, anatomy, anatomy.solve(config), tensors, names, folder, dropped, history)
+
+
+def _from_gguf(file: Path) -> Checkpoint:
+    """From the header alone: shapes come from the config, values from the conversion when first read."""
+    config = gguf.config(file)
+    anatomy = find(config)
+    placed = anatomy.place(config)
+    gguf.check_size(file, sum(math.prod(spot.shape) for spot in placed.values()))
+
+    def value(key: Key) -> Callable[[], Tensor]:
+        return lambda: _from_folder(file, gguf.converted(file)).tensors[key].read()
+
+    tensors = {
+        k: Lazy(spot.shape, torch.float32, Story("copied", (spot.name,)), value(k)) for k, spot in placed.items()
+    }
+    names = {key: spot.name for key, spot in placed.items()}
+    return Checkpoint(file, config, anatomy, anatomy.solve(config), tensors, names, None, history=(gguf.STEP,))
+
+
+def _unclaimed(
+    found: Mapping[str, storage.Entry], placed: Mapping[Key, Placed], anatomy: Anatomy, config: Config
+) -> dict[str, str]:
+    dropped: dict[str, str] = {}
+    for name in sorted(set(found) - {spot.name for spot in placed.values()}):
+        reason = anatomy.reason_to_drop(name, config)
+        if reason is None:
+            raise RegraftError(
+                f"{anatomy.family} anatomy has no part for parameter '{name}' {list(found[name].shape)}: add it to "
+                f"regraft/families/{anatomy.family}.py, or check that config.json belongs to these weights"
+            )
+        dropped[name] = reason
+    return dropped
+
+
+def _lazy(found: Mapping[str, storage.Entry], spot: Placed, folder: Path, stories: Mapping[str, Story]) -> Lazy:
+    entry = found.get(spot.name)
+    if entry is None:
+        raise RegraftError(f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model again")
+    if entry.shape != spot.shape:
+        raise RegraftError(
+            f"tensor '{spot.name}' in '{entry.file}' has shape {list(entry.shape)}, expected {list(spot.shape)} "
+            f"({spot.part.signature}): config.json and weights do not belong together"
+        )
+    story = stories.get(spot.name, Story("copied", (spot.name,)))
+    return Lazy(spot.shape, entry.torch_dtype(), story, entry.read)
+
+
+def _piece(lazy: Lazy, part: Part, index: int, sizes: Mapping[str, int]) -> Lazy:
+    """One of several fused maps or biases, output-first."""
+    whole, mine = part.axes, part.axes.piece(index)
+    shape = mine.shape(sizes)
+
+    def read() -> Tensor:
+        value = lazy.read()
+        value = value.T if part.stored == "in out" and whole.kind == "map" else value
+        if len(whole.outputs) > 1:
+            return value.split([product(axes, sizes) for axes in whole.outputs])[index]
+        axes = whole.outputs[0]
+        value = value.unflatten(0, [product((axis,), sizes) for axis in axes])
+        return value.select(axes.index("three"), index).reshape(shape)
+
+    return Lazy(shape, lazy.dtype, replace(lazy.story, note=f"piece {index} of {len(part.fused)}"), read)
+
+
+def _constant(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: value.detach().to("cpu", dtype)

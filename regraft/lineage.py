@@ -1,0 +1,117 @@
+"""Where a model comes from: lineage.json and the model card beside every output."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import RegraftError
+from .storage import read_json, sha256, weight_files
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+FILE = "lineage.json"
+KINDS = ("copied", "grown", "broadcast", "zero", "fresh")
+PAPERS = {
+    "gated_deltanet": "Gated Delta Networks, arXiv 2412.06464",
+    "supra": "Linearizing Large Language Models, arXiv 2405.06640",
+    "window": "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
+}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """lineage.json of a directory, or an empty dict."""
+    return read_json(folder / FILE) if (folder / FILE).is_file() else {}
+
+
+def trained(lineage: dict[str, Any]) -> bool:
+    """Whether a step changed weights by training."""
+    return any(step.get("step") == "Train" for step in lineage.get("steps", []))
+
+
+def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The pretrained model at the root of a checkpoint: path, family, hash of every weight file, hash over all."""
+    if known := read(checkpoint.folder).get("source") if checkpoint.folder else None:
+        return dict(known)
+    files = [checkpoint.origin] if checkpoint.origin.is_file() else weight_files(checkpoint.origin)
+    hashes = {file.name: sha256(file) for file in files}
+    whole = "".join(hashes.values())
+    one = len(hashes) == 1
+    return {
+        "path": str(checkpoint.origin.resolve()),
+        "family": checkpoint.config.get("host", checkpoint.config)["model_type"],
+        "files": hashes,
+        "sha256": whole if one else hashlib.sha256(whole.encode()).hexdigest(),
+    }
+
+
+def totals(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+    """Per kind of story: number of tensors, parameters, and their share of all parameters."""
+    table = {kind: {"count": 0, "parameters": 0, "share": 0.0} for kind in KINDS}
+    whole = sum(lazy.size for lazy in checkpoint.tensors.values())
+    for lazy in checkpoint.tensors.values():
+        row = table[lazy.story.kind]
+        row["count"] += 1
+        row["parameters"] += lazy.size
+        row["share"] = row["parameters"] / whole
+    return table
+
+
+def record(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
+    """The content of lineage.json for a checkpoint saved as `files` (name -> sha256)."""
+    stories = {checkpoint.names[key]: lazy.story for key, lazy in checkpoint.tensors.items()}
+    seeds = [step["arguments"]["seed"] for step in checkpoint.history if "seed" in step.get("arguments", {})]
+    packages = ("torch", "transformers", "safetensors")
+    return {
+        "source": origin(checkpoint),
+        "steps": list(checkpoint.history),
+        "seed": seeds[-1] if seeds else None,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "totals": totals(checkpoint),
+        "dropped": checkpoint.dropped,
+        "tensors": {name: [s.kind, list(s.sources), s.note] for name, s in stories.items()},
+        "files": files,
+    }
+
+
+def verify(folder: Path) -> None:
+    """Compare a directory's files with the hashes its lineage records; RegraftError names the first that differs."""
+    for name, recorded in read(folder).get("files", {}).items():
+        file = folder / name
+        if not file.is_file():
+            raise RegraftError(f"'{folder}' lacks '{name}' that its {FILE} records: make the model again")
+        if (found := sha256(file)) != recorded:
+            raise RegraftError(
+                f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]}; make the model again"
+            )
+
+
+def card(checkpoint: Checkpoint) -> str:
+    """The model card: what was done to which model, and the papers."""
+    source = origin(checkpoint)
+    mixers = {name for spec in checkpoint.config.get("mixers", []) if spec for name in _names(spec)}
+    papers = "\n".join(f"- {PAPERS[name]}" for name in sorted(mixers & set(PAPERS))) or "- none beyond the source's own"
+    steps = "\n".join(f"{n}. {describe(step)}" for n, step in enumerate(checkpoint.history, 1)) or "1. saved unchanged"
+    library = "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
+    load = "Load it with `import regraft` (or `trust_remote_code=True`) and `AutoModelForCausalLM.from_pretrained`."
+    return (
+        f"{library}# {source['family']}, regrafted\n\n"
+        f"Source: `{Path(source['path']).name}`, sha256 `{source['sha256']}`.\n\n"
+        f"## What was done\n\n{steps}\n\n{load if mixers else ''}\n\n## Papers\n\n{papers}\n\n"
+        f"`{FILE}` says where every number comes from.\n"
+    )
+
+
+def describe(step: dict[str, Any]) -> str:
+    """One step as `Name(argument=value, ...)`."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in step.get("arguments", {}).items())
+    return f"{step.get('step', '?')}({arguments})"
+
+
+def _names(spec: dict[str, Any]) -> list[str]:
+    nested = [name for value in spec.values() if isinstance(value, dict) for name in _names(value)]
+    return [spec["name"], *nested]

@@ -1,0 +1,156 @@
+"""The weight map of a change before it is made: parameters, bytes, FLOPs and decoding state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import lineage
+from .checkpoint import SHARD, Checkpoint
+from .mixers.base import Attention
+from .mixers.registry import mixer_class
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What changes from `source` to `target`; `tensors` shares add up to one, `dropped` ones are of the source.
+
+    `flops_per_token`: forward, decoding after `context` tokens (a multiply-add is 2). `state_bytes`: decoding state of
+    one sequence after `context` tokens by kind of layer, float32. `peak_bytes`: writing the target, one shard and
+    working copies of the largest tensor.
+    """
+
+    source: dict[str, int]
+    target: dict[str, int]
+    parameters: int
+    source_parameters: int
+    tensors: dict[str, Any]
+    dropped: dict[str, str]
+    layers: dict[str, list[int]]
+    bytes: int
+    peak_bytes: int
+    context: int
+    flops_per_token: dict[str, int]
+    state_bytes: dict[str, int]
+    source_state_bytes: int
+    steps: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, source: Checkpoint, target: Checkpoint, context: int = 16384) -> Plan:
+        """Compare two open checkpoints; reads no weights."""
+        sizes = [lazy.bytes for lazy in target.tensors.values()]
+        before = sum(lazy.size for lazy in source.tensors.values())
+        dropped = sum(lazy.size for key, lazy in source.tensors.items() if source.names[key] in target.dropped)
+        counts: dict[str, Any] = dict(lineage.totals(target))
+        counts["dropped"] = {"count": len(target.dropped), "parameters": dropped, "share": dropped / before}
+        counts["unclaimed"] = {"count": 0, "parameters": 0, "share": 0.0}
+        kinds = layer_kinds(target)
+        return cls(
+            source=source.sizes,
+            target=target.sizes,
+            parameters=sum(lazy.size for lazy in target.tensors.values()),
+            source_parameters=before,
+            tensors=counts,
+            dropped=target.dropped,
+            layers={kind: [layer for layer, name in enumerate(kinds) if name == kind] for kind in sorted(set(kinds))},
+            bytes=sum(sizes),
+            peak_bytes=min(SHARD, sum(sizes)) + 2 * max(sizes),
+            context=context,
+            flops_per_token={"source": flops(source, context), "target": flops(target, context)},
+            state_bytes=state_bytes(target, context),
+            source_state_bytes=sum(state_bytes(source, context).values()),
+            steps=list(target.history),
+        )
+
+    def json(self) -> dict[str, Any]:
+        """Fields as plain values."""
+        return asdict(self)
+
+
+def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
+    """The mixer spec of every layer, None where softmax attention is."""
+    return list(checkpoint.config.get("mixers") or [None] * checkpoint.layers)
+
+
+def layer_kinds(checkpoint: Checkpoint) -> list[str]:
+    """A name for every layer's mixer: softmax, or as `gated(gated_deltanet, window)`."""
+    return [_kind(spec) if spec else "softmax" for spec in mixers_of(checkpoint)]
+
+
+def _kind(spec: Mapping[str, Any]) -> str:
+    nested = [_kind(value) for value in spec.values() if isinstance(value, Mapping)]
+    return f"{spec['name']}({', '.join(nested)})" if nested else str(spec["name"])
+
+
+def _attention(checkpoint: Checkpoint, layer: int) -> Attention:
+    return Attention(**checkpoint.anatomy.attention(checkpoint.config, layer))
+
+
+def _reach(checkpoint: Checkpoint, layer: int, context: int) -> int:
+    """Tokens that a softmax layer sees and keeps: the source's own sliding window, if it has one."""
+    host = checkpoint.config.get("host", checkpoint.config)
+    kinds, window = host.get("layer_types"), host.get("sliding_window")
+    sliding = kinds[layer] == "sliding_attention" if kinds else host["model_type"] == "mistral"
+    return min(context, window) if sliding and window else context
+
+
+def flops(checkpoint: Checkpoint, context: int) -> int:
+    """Forward FLOPs of one token after `context` others: matrix products, attention and state updates."""
+    tables = ("embed.weight", "pos.weight")
+    maps = sum(
+        lazy.size for (role, _), lazy in checkpoint.tensors.items() if len(lazy.shape) > 1 and role not in tables
+    )
+    tied = ("head.weight", None) not in checkpoint.tensors
+    total = 2 * (maps + (checkpoint.tensors["embed.weight", None].size if tied else 0))
+    for layer, spec in enumerate(mixers_of(checkpoint)):
+        attention = _attention(checkpoint, layer)
+        if spec is None:
+            total += 4 * attention.heads * attention.dim * _reach(checkpoint, layer, context)
+        else:
+            total += mixer_class(spec["name"]).mixing_flops(attention, spec)
+    return total
+
+
+def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
+    """Decoding state of one sequence after `context` tokens, by kind of layer, in float32."""
+    table: dict[str, int] = {}
+    for layer, (kind, spec) in enumerate(zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)):
+        attention = _attention(checkpoint, layer)
+        if spec is None:
+            numbers = 2 * attention.kv * attention.dim * _reach(checkpoint, layer, context)
+        else:
+            numbers = mixer_class(spec["name"]).state_numbers(attention, spec)
+        table[kind] = table.get(kind, 0) + 4 * numbers
+    return table
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Show a plan to a person."""
+    from rich.table import Table
+
+    table = Table("tensors", "count", "parameters", "share", title="Weight map")
+    for kind, row in plan.tensors.items():
+        if row["count"]:
+            base = " of the source" if kind == "dropped" else ""
+            table.add_row(kind, str(row["count"]), f"{row['parameters']:,}", f"{row['share']:.2%}{base}")
+    console.print(table)
+    for name, reason in plan.dropped.items():
+        console.print(f"dropped {name}: {reason}", soft_wrap=True, highlight=False)
+    facts = Table("", "source", "target", title=f"After {plan.context:,} tokens")
+    facts.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
+    facts.add_row("state, MB", _mega(plan.source_state_bytes), _mega(sum(plan.state_bytes.values())))
+    facts.add_row("GFLOP per token", *(f"{value / 1e9:.3f}" for value in plan.flops_per_token.values()))
+    facts.add_row("on disk, MB", "", _mega(plan.bytes))
+    facts.add_row("memory to write it, MB", "", _mega(plan.peak_bytes))
+    console.print(facts)
+    for kind, layers in plan.layers.items():
+        held = _mega(plan.state_bytes[kind])
+        console.print(f"{kind}: layers {', '.join(map(str, layers))}; state {held} MB", soft_wrap=True, highlight=False)
+
+
+def _mega(count: int) -> str:
+    return f"{count / 1e6:,.1f}"

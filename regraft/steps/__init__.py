@@ -1,0 +1,1 @@
+"""Steps: one file each, `Checkpoint -> Checkpoint`."""

@@ -1,0 +1,152 @@
+"""Remix: another token mixer in some layers, everything else unchanged."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..anatomy import Key, find
+from ..axes import Sizes, signature, spread
+from ..checkpoint import Checkpoint, Lazy, Story
+from ..errors import RegraftError
+from ..families.regraft import AUTO_MAP
+from ..mixers.base import Attention, Weight, fresh
+from ..mixers.registry import validate, weights
+from ..recipe import entry
+
+
+@dataclass(frozen=True)
+class Remix:
+    """Replace softmax attention by `mixer` in all layers but those of `keep` (XATL, arXiv 2404.02684).
+
+    `keep`: "every:4" keeps layers 0, 4, 8, ...; "0,7,14" these; "all"; "none". A linear mixer with `window` > 0 gets a
+    gated branch of sliding-window attention with `sinks` first tokens always seen; window 0 leaves it alone. `seed` is
+    of fresh weights, drawn per tensor name.
+
+    Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the logits.
+    Refuses: unknown mixers, layers beyond the last, a model that is already linearized.
+    """
+
+    mixer: str = "gated_deltanet"
+    keep: str = "every:4"
+    window: int = 64
+    sinks: int = 4
+    seed: int = 0
+
+    def __call__(self, source: Checkpoint) -> Checkpoint:
+        """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
+        config = self.config(source)
+        anatomy = find(config)
+        tensors: dict[Key, Lazy] = {}
+        names: dict[Key, str] = {}
+        used: set[str] = set()
+        for key, spot in anatomy.place(config).items():
+            role, layer = key
+            names[key] = spot.name
+            if key in source.tensors:
+                lazy = source.tensors[key]
+                tensors[key] = Lazy(lazy.shape, lazy.dtype, Story("copied", (source.names[key],)), lazy.read)
+            else:
+                assert layer is not None
+                weight = weights(config["mixers"][layer], Attention(**config["attention"][layer]))[role[6:]]
+                tensors[key] = self.weight(source, weight, layer, spot.name, spot.shape)
+            used.update(tensors[key].story.sources)
+        unused = {name: f"mixer '{self.mixer}' does not use it" for name in source.names.values() if name not in used}
+        history = (*source.history, entry(self))
+        dropped = source.dropped | unused
+        return Checkpoint(source.origin, config, anatomy, source.sizes, tensors, names, source.folder, dropped, history)
+
+    def config(self, source: Checkpoint) -> dict[str, Any]:
+        """config.json of the result."""
+        if source.config["model_type"] == "regraft":
+            raise RegraftError(
+                f"'{source.origin}' is linearized already: run this on its source ({source.history[-1:]})"
+            )
+        kept = self.kept(source.layers)
+        specs = [None if layer in kept else self.spec() for layer in range(source.layers)]
+        attention = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
+        special = {key: source.config[key] for key in SPECIAL if source.config.get(key) is not None}
+        return {
+            "model_type": "regraft",
+            "architectures": ["RegraftForCausalLM"],
+            "auto_map": AUTO_MAP,
+            "dtype": source.config.get("dtype") or source.config.get("torch_dtype") or "float32",
+            "host": source.config,
+            "slot": source.anatomy.slot,
+            "mixers": specs,
+            "attention": [None if spec is None else shape for spec, shape in zip(specs, attention, strict=True)],
+            "tie_word_embeddings": source.anatomy.filled(source.config)["tie_word_embeddings"],
+            **special,
+        }
+
+    def spec(self) -> dict[str, Any]:
+        """The mixer spec of every converted layer."""
+        if self.window < 0 or self.sinks < 0 or (self.mixer == "window" and self.window == 0):
+            raise RegraftError(f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 --sinks 4")
+        window = {"name": "window", "window": self.window, "sinks": self.sinks}
+        plain = window if self.mixer == "window" else {"name": self.mixer}
+        validate(plain)
+        gated = self.mixer != "window" and self.window > 0
+        return {"name": "gated", "linear": plain, "window": window} if gated else plain
+
+    def kept(self, layers: int) -> frozenset[int]:
+        """The layers that keep softmax attention, out of `layers`."""
+        word, _, number = self.keep.partition(":")
+        if self.keep in ("all", "none"):
+            return frozenset(range(layers) if self.keep == "all" else ())
+        try:
+            every = int(number) if word == "every" else 0
+            chosen = list(range(0, layers, every)) if every else [int(item) for item in self.keep.split(",")]
+        except ValueError:
+            raise RegraftError(f"--keep '{self.keep}' is not every:N, a list such as 0,7,14, all or none") from None
+        if beyond := [layer for layer in chosen if not 0 <= layer < layers]:
+            raise RegraftError(f"--keep '{self.keep}' names layer {beyond[0]}: the last layer is {layers - 1}")
+        return frozenset(chosen)
+
+    def weight(self, source: Checkpoint, weight: Weight, layer: int, name: str, shape: tuple[int, ...]) -> Lazy:
+        """One weight of a mixer: inherited or fresh."""
+        if weight.source is not None:
+            return inherited(source, weight, layer, shape)
+        spec = weight.fresh or "zeros"
+        seed = self.seed * 2**32 + zlib.crc32(name.encode())
+        kind = "zero" if spec == "zeros" else "fresh"
+        dtype = source.tensors["norm.final.weight", None].dtype
+        read = _fresh(spec, shape, seed, dtype)
+        return Lazy(shape, dtype, Story(kind, (), spec), read)
+
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def inherited(source: Checkpoint, weight: Weight, layer: int, shape: tuple[int, ...]) -> Lazy:
+    """A weight of the source with the axes it lacks broadcast on the output side (`group`: per head)."""
+    assert weight.source is not None
+    lazy = source[weight.source, layer]
+    have, want = source.signature(weight.source), signature(weight.signature)
+    if have.kind != want.kind or _sized(have.inputs, source.sizes) != _sized(want.inputs, source.sizes):
+        raise RegraftError(f"cannot inherit '{weight.signature}' from '{have.text}' ({weight.source}): inputs differ")
+    names = lazy.story.sources
+    if lazy.shape == shape:
+        return Lazy(shape, lazy.dtype, Story("copied", names, lazy.story.note), lazy.read)
+    (mine,), (theirs,) = have.outputs, want.outputs
+    read = _spread(lazy.read, mine, theirs, source.sizes)
+    return Lazy(shape, lazy.dtype, Story("broadcast", names, f"'{weight.signature}' from '{have.text}'"), read)
+
+
+def _sized(axes: tuple[str, ...], sizes: Sizes) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if sizes[axis] > 1)
+
+
+def _spread(
+    read: Callable[[], Tensor], have: tuple[str, ...], want: tuple[str, ...], sizes: Sizes
+) -> Callable[[], Tensor]:
+    return lambda: spread(read(), have, want, sizes)
+
+
+def _fresh(spec: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: fresh(spec, shape, torch.Generator().manual_seed(seed)).to(dtype)

@@ -1,0 +1,234 @@
+"""Safetensors files: checked headers, one tensor at a time, shards; directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import RegraftError
+
+if TYPE_CHECKING:
+    from .checkpoint import Lazy
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+WIDTHS |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: `dtype` as safetensors spells it."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def torch_dtype(self) -> torch.dtype:
+        """The floating-point dtype; RegraftError for integers, which means a quantised model."""
+        if self.dtype not in DTYPES:
+            raise RegraftError(
+                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, not floating point: dequantise the model first"
+            )
+        return DTYPES[self.dtype]
+
+    def read(self) -> Tensor:
+        """The tensor's values; RegraftError when they cannot be read or are not finite."""
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                value: Tensor = file.get_tensor(self.name)
+        except (OSError, SafetensorError) as error:
+            raise RegraftError(
+                f"cannot read '{self.name}' from '{self.file}' ({error}): fetch the file again"
+            ) from error
+        if not torch.isfinite(value).all():
+            raise RegraftError(f"tensor '{self.name}' in '{self.file}' holds NaN or infinity: fetch the file again")
+        return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model directory; RegraftError says what is missing."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if (folder / INDEX).exists():
+        names = sorted(set(_index(folder).values()))
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise RegraftError(f"'{folder}' lacks shard '{missing[0]}' that {INDEX} lists: fetch it")
+        return [folder / name for name in names]
+    if pickles := sorted(folder.glob("*.bin")):
+        raise RegraftError(
+            f"'{pickles[0]}' is a pickle, which is never loaded: convert it with "
+            "`python -m safetensors.torch_convert` or transformers' save_pretrained"
+        )
+    raise RegraftError(
+        f"no model.safetensors or {INDEX} in '{folder}': give a Hugging Face model directory or a GGUF file"
+    )
+
+
+def _index(folder: Path) -> dict[str, str]:
+    table = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise RegraftError(f"'{folder / INDEX}' has no weight_map of tensor to file: fetch it again")
+    return table
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a model directory by name, from the headers alone."""
+    found: dict[str, Entry] = {}
+    files = weight_files(folder)
+    for file in files:
+        for entry in header(file):
+            if entry.name in found:
+                raise RegraftError(
+                    f"tensor '{entry.name}' is in '{found[entry.name].file}' and in '{file}': remove one"
+                )
+            found[entry.name] = entry
+    listed = _index(folder) if files[0].name != "model.safetensors" else {}
+    if missing := sorted(set(listed) - set(found)):
+        raise RegraftError(
+            f"'{folder / listed[missing[0]]}' lacks tensor '{missing[0]}' that {INDEX} lists: fetch it again"
+        )
+    return found
+
+
+def header(file: Path) -> list[Entry]:
+    """The header of a safetensors file, checked against the file's size."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise RegraftError(f"'{file}' is cut short or not safetensors ({size} bytes): fetch it again")
+        raw = stream.read(length)
+    try:
+        table = json.loads(raw)
+        rows = {name: row for name, row in table.items() if name != "__metadata__"}
+        found = [Entry(file, name, row["dtype"], tuple(row["shape"])) for name, row in rows.items()]
+        spans = sorted(tuple(row["data_offsets"]) for row in rows.values())
+        bytes_of = {name: math.prod(row["shape"]) * WIDTHS.get(row["dtype"], 0) for name, row in rows.items()}
+        fits = all(
+            row["data_offsets"][1] - row["data_offsets"][0]
+            == (bytes_of[name] or row["data_offsets"][1] - row["data_offsets"][0])
+            for name, row in rows.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RegraftError(f"'{file}' has a garbled safetensors header ({error}): fetch it again") from error
+    gapless = all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
+    end = spans[-1][1] if spans else 0
+    if not fits or not gapless or 8 + length + end != size:
+        expected = 8 + length + end
+        raise RegraftError(
+            f"'{file}' has {size} bytes where its header says {expected}: cut short or damaged, fetch it again"
+        )
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; RegraftError when it is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RegraftError(f"cannot read '{file}' as JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise RegraftError(f"'{file}' holds a JSON {type(value).__name__}, not an object: fetch it again")
+    return value
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file; remembered while size and time of the file stay."""
+    stat = file.stat()
+    return _sha256(file.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256(file: Path, size: int, time: int) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, grouped so that a group holds at most `limit` bytes or one tensor."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def write_weights(folder: Path, tensors: dict[str, Lazy], limit: int) -> None:
+    """Write safetensors shards of at most `limit` bytes one after the other: one shard is in memory at a time."""
+    groups = shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
+    places: dict[str, str] = {}
+    for number, names in enumerate(groups, 1):
+        single = len(groups) == 1
+        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        values = {name: tensors[name].read().contiguous().clone() for name in names}
+        try:
+            save_file(values, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        places |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        total = sum(lazy.bytes for lazy in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, indented."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling to fill, which becomes `target` when the block ends well; nothing is left when it does not.
+
+    RegraftError when `target` exists (with `overwrite`: exists and is not a model directory), or on a full disk.
+    """
+    if target.exists() and not overwrite:
+        raise RegraftError(f"'{target}' exists: choose another output or pass --overwrite")
+    if target.exists() and not (target / "config.json").exists() and (target.is_file() or any(target.iterdir())):
+        raise RegraftError(
+            f"'{target}' exists and is not a model directory, so it is not overwritten: choose another output"
+        )
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise RegraftError(f"cannot write '{target}' ({error}): free some space or choose another output") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
