@@ -21,7 +21,7 @@ from .errors import RegraftError
 VERBS: dict[str, Callable[..., verbs.Outcome]] = {
     "plan": verbs.plan,
     "linearize": verbs.linearize,
-    "check": verbs.check,
+    "check": verbs.receipts,
     "train": verbs.train,
     "eval": verbs.evaluate,
     "generate": verbs.generate,

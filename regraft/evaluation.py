@@ -78,21 +78,21 @@ def render(table: Mapping[str, Any], console: Console) -> None:
 
 def render_bench(models: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
     """Print speed and memory, models interleaved by length."""
-    heads = ["model", "context", "decode tok/s", "prefill tok/s", "state MiB", "of it converted", "peak MiB"]
+    heads = ["model", "context", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
     body = [
         [name, short(r["length"]), short(r["decode_tok_s"]), short(r["prefill_tok_s"])]
         + [short(r[key] / 2**20) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
         for name, rows in models.items()
         for r in rows
     ]
-    console.print(grid("speed and memory by context length", heads, body))
+    console.print(grid("tokens per second and memory by context length", heads, body))
 
 
 def grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table, first column left, others right."""
     table = Table(title=title, title_justify="left")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", no_wrap=number > 0)
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 BEAT = 8.0  # seconds between lines when there is no terminal
+QUIET = 2.0  # nothing is said in the first seconds: wrong input then gives its one line and no other
 
 
 def clock(seconds: float) -> str:
@@ -36,7 +37,7 @@ class Ticker:
         self.stream = stream or sys.stderr
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
         self.phase, self.note, self.fraction, self.phase_begin = "starting", "", None, time.monotonic()
-        self.last = 0.0
+        self.last = self.begin - BEAT
         self.each_beat = each_beat
         self.stop = threading.Event()
         self.bar = bar(self.stream) if self.stream.isatty() else None
@@ -92,7 +93,7 @@ class Ticker:
         """Draw the bar, or print a line if one is due."""
         if self.bar is not None:
             self.bar.update(self.task, description=self.phase, completed=self.fraction or 0.0, words=self.words())
-        elif force or time.monotonic() - self.last >= BEAT:
+        elif time.monotonic() - self.begin > QUIET and (force or time.monotonic() - self.last >= BEAT):
             self.last = time.monotonic()
             print(f"regraft: {self.phase} · {self.words()}", file=self.stream, flush=True)
 

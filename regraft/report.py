@@ -16,7 +16,8 @@ from .errors import RegraftError
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#22272c;background:#fff}
-h1{font-size:1.6rem}h3{font-size:1rem;margin-bottom:0}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d5dade}
+h1{font-size:1.6rem}h3{font-size:1rem;margin-bottom:0}
+h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d5dade}
 table{border-collapse:collapse;font-size:.9rem;margin:.8rem 0}td,th{padding:.25rem .7rem;text-align:right}
 td:first-child,th:first-child{text-align:left}
 tr+tr{border-top:1px solid #e4e8eb}tr.own{font-weight:600;background:#eef4f8}

@@ -90,7 +90,7 @@ def linearize(
     return Outcome(made.json() | {"out": out}, show)
 
 
-def check(source: str, out: str, json: bool = False) -> Outcome:
+def receipts(source: str, out: str, json: bool = False) -> Outcome:
     """Receipts: every tensor accounted for, step-0 difference, parallel against recurrent; exit 1 if one does not hold.
 
     Args:
@@ -99,13 +99,13 @@ def check(source: str, out: str, json: bool = False) -> Outcome:
     """
     from . import check as checking
 
-    receipts = checking.check(source, out)
+    found = checking.check(source, out)
 
     def show(console: Console) -> None:
-        for name, value in receipts.items():
+        for name, value in found.items():
             console.print(f"{name:>24}  {value}", soft_wrap=True, highlight=False)
 
-    return Outcome(receipts, show, 0 if receipts["holds"] else 1)
+    return Outcome(found, show, 0 if found["holds"] else 1)
 
 
 def evaluate(

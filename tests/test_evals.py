@@ -1,0 +1,139 @@
+"""Laws of measuring: perplexity and KL against a plain computation, baselines, the bench."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import speaking
+import torch
+from models import tiny, tokens
+
+from regraft import evaluation, hosts
+from regraft.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.evals import baselines, bench
+from regraft.evals.perplexity import SLICE, Candidate, measure
+from regraft.steps.remix import Remix
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return speaking.save(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def linearized(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("linear") / "model"
+    Remix(keep="0", window=16, sinks=2)(Checkpoint.open(source)).save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return speaking.write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def test_perplexity_and_kl_equal_the_plain_computation():
+    teacher, student = tiny("llama", seed=0)[1], tiny("llama", seed=3)[1]
+    ids, sizes = tokens(3, SLICE + 40), torch.tensor([700, 800, 900])
+    scores = measure({"student": Candidate(student), "teacher": Candidate(teacher)}, ids, sizes, "teacher")
+    with torch.no_grad():
+        p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
+    nll = -q.gather(2, ids[:, 1:, None]).mean()
+    row = scores["student"].json()
+    assert row["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)
+    assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert row["tokens"] == 3 * (SLICE + 39) and row["windows"] == 3
+    assert row["bits_per_byte"] == pytest.approx(float(nll) * row["tokens"] / 2400 / math.log(2), rel=1e-4)
+    assert row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"])
+    assert scores["teacher"].json()["kl"] is None
+
+
+def test_a_model_has_no_divergence_from_itself():
+    model = tiny("qwen3")[1]
+    scores = measure({"t": Candidate(model), "s": Candidate(model)}, tokens(1, 32), torch.tensor([90]), "t")
+    assert scores["s"].json()["kl"] == 0.0
+
+
+def test_progress_counts_every_forward():
+    seen = []
+    model = tiny("llama")[1]
+    rows = {"a": Candidate(model), "b": Candidate(model)}
+    measure(rows, tokens(3, 8), torch.ones(3), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(number, 6) for number in range(1, 7)]
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 1)])
+def test_nothing_to_predict_is_refused(shape):
+    with pytest.raises(RegraftError, match="nothing to predict"):
+        measure({}, torch.zeros(shape, dtype=torch.long), torch.ones(shape[0]))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny("llama")[1]
+    model.get_output_embeddings().weight.data[5, 0] = math.nan
+    with pytest.raises(RegraftError, match="likelihood is nan"):
+        measure({"m": Candidate(model)}, tokens(1, 8), torch.ones(1))
+
+
+def test_table_has_every_baseline_in_order(source, linearized, text):
+    table = evaluation.evaluate(str(linearized), str(source), str(text), 4, 64)
+    assert list(table["baselines"]) == list(baselines.ROWS)
+    for name, row in table["baselines"].items():
+        assert row["perplexity"] > 1 and row["windows"] == 4
+        assert (row["kl"] is None) == (name == baselines.TEACHER)
+    before = table["baselines"][baselines.UNTRAINED]
+    assert table["perplexity"] == pytest.approx(before["perplexity"], rel=1e-6), (
+        "an untrained model is its own baseline"
+    )
+    off = table["baselines"][baselines.NO_LINEAR]
+    window = table["baselines"][baselines.WINDOW_KEPT]
+    assert off["perplexity"] == pytest.approx(window["perplexity"], rel=1e-5), "gate at the window end is the window"
+
+
+def test_window_everywhere_needs_text_longer_than_the_window(source, linearized, text):
+    short = evaluation.evaluate(str(linearized), str(source), str(text), 2, 16)["baselines"]
+    assert short[baselines.WINDOW_ALL]["kl"] == pytest.approx(0, abs=1e-6), "16 tokens fit into a window of 16"
+    long = evaluation.evaluate(str(linearized), str(source), str(text), 2, 64)["baselines"]
+    assert long[baselines.WINDOW_ALL]["kl"] > 1e-4
+
+
+def test_a_plain_model_has_no_baselines_of_its_own(source, text):
+    table = evaluation.evaluate(str(source), None, str(text), 2, 32)
+    assert table["baselines"] == {} and table["kl"] is None
+
+
+def test_default_text_is_the_held_out_documentation(source):
+    windows = evaluation.evaluation_windows(None, hosts.load_tokenizer(source), 3, 1024)
+    assert windows.input_ids.shape == (3, 1024)
+
+
+@pytest.mark.parametrize(("text", "counts"), [("1k,4k", [1024, 4096]), ("512", [512]), ("16K,7", [16384, 7])])
+def test_lengths_are_read(text, counts):
+    assert bench.parse_lengths(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "1q", "0", "-1k", "1k,,2k", "k"])
+def test_wrong_lengths_are_named(text):
+    with pytest.raises(RegraftError, match="is no length"):
+        bench.parse_lengths(text)
+
+
+@pytest.mark.slow
+def test_bench_rows_and_constant_state(source, linearized):
+    rows = bench.bench({"teacher": str(source), "student": str(linearized)}, [64, 256], steps=2)
+    for name in ("teacher", "student"):
+        for row in rows[name]:
+            assert row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0
+            assert row["peak_bytes"] >= row["load_bytes"] > 0
+            assert row["state_bytes"] == row["converted_bytes"] + row["kept_bytes"]
+    small, large = rows["student"]
+    assert small["converted_bytes"] == large["converted_bytes"] > 0
+    assert large["kept_bytes"] == 4 * small["kept_bytes"]
+    assert rows["teacher"][1]["state_bytes"] == 4 * rows["teacher"][0]["state_bytes"]
+
+
+def test_a_failing_bench_says_why(tmp_path):
+    with pytest.raises(RegraftError, match=r"bench of .* at 8 tokens failed: .*no model at"):
+        bench.worker(str(tmp_path / "nothing"), 8, 1)
