@@ -214,10 +214,14 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def fold_heads(self, maps: Tensor) -> bool:
-        """Fold a linear map of each head's output, (heads, dim, dim) acting on rows, into the weights; False if it cannot."""
+        """Fold a linear map of each head's output, (heads, dim, dim) acting on rows, into the weights; False if it cannot.
+
+        Where the heads of a group share their values, `maps` has one map per group.
+        """
         heads, dim = self.attention.heads, self.attention.dim
         if self.values_are_linear:
             value: nn.Linear = self.qkv.v
+            heads = value.weight.shape[0] // dim
             value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))
             if value.bias is not None:
                 value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())

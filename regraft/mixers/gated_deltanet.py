@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Mixer, Mixing, Projections, State, Weight, rotate, silence
+from .base import Attention, Mixer, Mixing, Projections, State, Weight, output_weights, rotate, silence
 from .recurrence import chunked, naive
 
 ACTIVATIONS = {"none": lambda x: x, "silu": F.silu}
@@ -20,11 +20,13 @@ ACTIVATIONS = {"none": lambda x: x, "silu": F.silu}
 class DeltaOptions:
     """`rotary`: rotate queries and keys as the source does. `activation`: none or silu on q, k and v.
 
+    `grouped`: query heads of a group share keys, values, gates and state, as in the source; else each has its own.
     `norm`: RMS-normalise each head's output. `gate`: multiply it by silu of a projection of the input.
     """
 
     rotary: bool = True
     activation: Literal["none", "silu"] = "none"
+    grouped: bool = False
     norm: bool = False
     gate: bool = False
 
@@ -42,10 +44,11 @@ class GatedDeltaNet(Mixer):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
-        self.qkv = Projections(attention, expand=True)
-        self.decay = nn.Linear(attention.hidden, attention.heads)
-        self.beta = nn.Linear(attention.hidden, attention.heads)
-        self.rate = nn.Parameter(torch.zeros(attention.heads))
+        self.qkv = Projections(attention, expand=not self.options.grouped)
+        self.states = attention.kv if self.options.grouped else attention.heads
+        self.decay = nn.Linear(attention.hidden, self.states)
+        self.beta = nn.Linear(attention.hidden, self.states)
+        self.rate = nn.Parameter(torch.zeros(self.states))
         width = attention.heads * attention.dim
         self.norm = nn.Parameter(torch.ones(attention.dim)) if self.options.norm else None
         self.gate = nn.Linear(attention.hidden, width, bias=False) if self.options.gate else None
@@ -59,11 +62,13 @@ class GatedDeltaNet(Mixer):
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
         """Gates start constant: half-life about 44 tokens, write strength one half."""
         options = cls.parse(spec)
-        table = super().weights(attention, spec, output)
+        axes = "kv" if options.grouped else "kv group"
+        table = {f"qkv.{n}": w for n, w in Projections.weights(attention, not options.grouped).items()}
+        table |= output_weights(attention) if output else {}
         for name, start in (("decay", "constant -4.0"), ("beta", "zeros")):
-            table[f"{name}.weight"] = Weight("hidden -> kv group", fresh="zeros", decay=False)
-            table[f"{name}.bias"] = Weight("-> kv group", fresh=start, decay=False)
-        table["rate"] = Weight("-> kv group", fresh="zeros", decay=False)
+            table[f"{name}.weight"] = Weight(f"hidden -> {axes}", fresh="zeros", decay=False)
+            table[f"{name}.bias"] = Weight(f"-> {axes}", fresh=start, decay=False)
+        table["rate"] = Weight(f"-> {axes}", fresh="zeros", decay=False)
         if options.norm:
             table["norm"] = Weight("gain dim", fresh="ones", decay=False)
         if options.gate:
@@ -72,13 +77,13 @@ class GatedDeltaNet(Mixer):
 
     @classmethod
     def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
-        """One (dim, dim) matrix per query head."""
-        return attention.heads * attention.dim**2
+        """One (dim, dim) matrix per query head, or per group."""
+        return (attention.kv if cls.parse(spec).grouped else attention.heads) * attention.dim**2
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
-        """Decay, read for the delta rule, write, read out."""
-        return 7 * attention.heads * attention.dim**2
+        """Decay, read for the delta rule and write per state, read out per query head."""
+        return 5 * cls.state_numbers(attention, spec) + 2 * attention.heads * attention.dim**2
 
     @torch.no_grad()
     def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
@@ -86,6 +91,7 @@ class GatedDeltaNet(Mixer):
 
         The log-decay is ln 2 / distance within [1e-3, 5]; beta = 0.3 + 0.4 (1 - entropy).
         """
+        distance, entropy = (t.view(self.states, -1).mean(1) for t in (distance, entropy))
         g = (math.log(2) / distance).clamp(1e-3, 5.0)
         self.decay.bias.copy_(g.expm1().log())
         self.rate.zero_()

@@ -1,7 +1,7 @@
 """Linear recurrences over a matrix state: the equations one token at a time, and the same in chunks.
 
-Shapes: q, k (batch, heads, time, dim), v (batch, heads, time, value dim), log-decay g and write strength beta
-(batch, heads, time), state (batch, heads, dim, value dim). `segments` (batch, time) numbers the documents of a packed
+Shapes: q (batch, heads * group, time, dim), k (batch, heads, time, dim), v (batch, heads, time, value dim), log-decay g and
+write strength beta (batch, heads, time), state (batch, heads, dim, value dim). `group` queries read one state. `segments` (batch, time) numbers the documents of a packed
 row; the state starts from zero at each. Everything is computed in float32.
 """
 
@@ -28,14 +28,15 @@ def naive(
     segments: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as the papers write it; returns outputs (batch, heads, time, value dim) and the last state.
+    """The recurrence as the papers write it; returns outputs (batch, heads * group, time, value dim) and the last state.
 
     Without beta: S_t = exp(g_t) S_{t-1} + k_t v_t^T (decayed linear attention; SUPRA, arXiv 2405.06640, eq. 10).
     With beta, the gated delta rule (arXiv 2412.06464, eq. 10): the value already stored under k_t is replaced,
     S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T exp(g_t) k_t)^T. In both, o_t = S_t^T q_t.
     """
     S, outputs = _start(k, v, state), []
-    for t in range(q.shape[2]):
+    q = q.unflatten(1, (k.shape[1], -1))
+    for t in range(k.shape[2]):
         if segments is not None and t > 0:
             S = S * (segments[:, t] == segments[:, t - 1]).view(-1, 1, 1, 1)
         S = S * g[:, :, t, None, None].exp()
@@ -43,8 +44,8 @@ def naive(
         if beta is not None:
             write = beta[:, :, t, None] * (write - torch.einsum("bhd,bhde->bhe", k[:, :, t], S))
         S = S + k[:, :, t, :, None] * write[:, :, None, :]
-        outputs.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], S))
-    return torch.stack(outputs, dim=2), S
+        outputs.append(q[:, :, :, t] @ S)
+    return torch.stack(outputs, dim=3).flatten(1, 2), S
 
 
 def chunked(
@@ -62,9 +63,10 @@ def chunked(
     Within a chunk the delta rule's writes solve a unit triangular system (the WY form, arXiv 2406.06484, section 3), so
     a chunk maps the state affinely, S -> A S + B, and only that map is applied in sequence.
     """
-    time, n = q.shape[2], -(-q.shape[2] // chunk)
+    time, n, heads = q.shape[2], -(-q.shape[2] // chunk), k.shape[1]
     S = _start(k, v, state)
     q, k, v, g = (pad_time(x, chunk).unflatten(2, (n, chunk)) for x in (q, k, v, g))
+    q = q.unflatten(1, (heads, -1)).transpose(2, 3)  # (b, h, n, group, c, d)
     total = g.cumsum(-1)  # (b, h, n, c): log-decay from the chunk's start
     decay = total.unsqueeze(-1) - total.unsqueeze(-2)
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
@@ -73,23 +75,25 @@ def chunked(
         ids = _chunk_ids(segments, n, chunk)
         causal = causal & (ids.unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
     decay = decay.masked_fill(~causal, -torch.inf).exp()
-    scores = (q @ k.transpose(-1, -2)) * decay
-    from_state = total.exp() * reads
+    scores = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * decay.unsqueeze(3)
+    from_state = (total.exp() * reads).unsqueeze(-1)
     to_state = (total[..., -1:] - total).exp() * writes
     keep = total[..., -1].exp() * keeps
-    k_out = (k * to_state.unsqueeze(-1)).transpose(-1, -2)
-    q_in = q * from_state.unsqueeze(-1)
+    k_out = (k * to_state.unsqueeze(-1)).mT
     if beta is None:
         carried, last = _carry_plain(keep, k_out @ v, S)
-        out = scores @ v + q_in @ carried
+        written = v
     else:
         strength = pad_time(beta, chunk).unflatten(2, (n, chunk)).unsqueeze(-1)
-        inner = strength * (k @ k.transpose(-1, -2)) * decay
-        right = torch.cat((strength * v, strength * from_state.unsqueeze(-1) * k), dim=-1)
+        inner = strength * (k @ k.mT) * decay
+        right = torch.cat((strength * v, strength * from_state * k), dim=-1)
         solved = torch.linalg.solve_triangular(inner, right, upper=False, unitriangular=True)
         fixed, against = solved.split((v.shape[-1], k.shape[-1]), dim=-1)  # writes = fixed - against @ S
         carried, last = _carry_affine(keep, k_out @ against, k_out @ fixed, S)
-        out = scores @ (fixed - against @ carried) + q_in @ carried
+        written = fixed - against @ carried
+    q_in = q * from_state.unsqueeze(3)
+    out = scores.flatten(3, 4) @ written + q_in.flatten(3, 4) @ carried
+    out = out.unflatten(3, q.shape[3:5]).transpose(2, 3).flatten(1, 2)  # (b, h * group, n, c, e)
     return out.flatten(2, 3)[:, :, :time], last
 
 

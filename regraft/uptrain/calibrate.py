@@ -96,8 +96,9 @@ def fit_heads(mixer: Mixer, linear: Mixer, records: list[tuple[LayerRecord, Atte
             gate = mixer.gate(record.inputs).float().sigmoid().transpose(1, 2).unsqueeze(-1)
             window = mixer.window.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
             out, target = gate * out, target - (1 - gate) * window
-        flat = [t.transpose(0, 1).flatten(1, 2) for t in (out, target)]
-        moments.add(flat[0], flat[1])
+        values = linear.qkv.v.out_features // linear.attention.dim if linear.values_are_linear else out.shape[1]
+        out, target = (t.transpose(0, 1).unflatten(0, (values, -1)).flatten(1, 3) for t in (out, target))
+        moments.add(out, target)
     return linear.fold_heads(moments.solve()) if linear is not mixer else mixer.fold_heads(moments.solve())
 
 
@@ -130,7 +131,7 @@ def calibrate(
 def _calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]) -> dict[str, float]:
     gated = isinstance(mixer, Gated)
     linear: Mixer = mixer.linear if gated else mixer
-    if not hasattr(linear, "qkv") or not linear.expand:
+    if linear.name == "window":
         return {"heads_folded": 0.0}
     window, sinks = (mixer.window.options.window, mixer.window.options.sinks) if gated else (0, 0)
     pairs = [(r, attend(linear, r, ids, window, sinks)) for r, ids in zip(records, segments, strict=True)]
