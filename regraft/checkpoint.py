@@ -102,7 +102,7 @@ class Checkpoint:
         return self.sizes["depth"]
 
     def __getitem__(self, key: tuple[str, int | None]) -> Lazy:
-        """A tensor in output-first order; a fused part gives its piece. KeyError says which roles there are."""
+        """A tensor in output-first order; a fused part gives its piece. RegraftError lists the roles there are."""
         role, layer = key
         placed = self.anatomy.place(self.config)
         if key in self.tensors:
@@ -114,9 +114,8 @@ class Checkpoint:
             base, _, ending = role.rpartition(".")
             if at == layer and fused.endswith(f".{ending}") and base in spot.part.fused:
                 return _piece(self.tensors[fused, at], spot.part, spot.part.fused.index(base), self.sizes)
-        raise KeyError(
-            f"{self.anatomy.family} has no '{role}' in layer {layer}: {sorted({r for r, _ in self.tensors})}"
-        )
+        roles = ", ".join(sorted({role for role, _ in self.tensors}))
+        raise RegraftError(f"{self.anatomy.family} has no '{role}' in layer {layer}: use one of {roles}")
 
     def part(self, role: str) -> Part | None:
         """The table's part for a role, fused ones included; None when the family has none."""

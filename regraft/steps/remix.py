@@ -88,6 +88,8 @@ class Remix:
         """The mixer spec of every converted layer."""
         if self.window < 0 or self.sinks < 0 or (self.mixer == "window" and self.window == 0):
             raise RegraftError(f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 --sinks 4")
+        if self.mixer == "gated":
+            raise RegraftError(f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as supra")
         window = {"name": "window", "window": self.window, "sinks": self.sinks}
         plain = window if self.mixer == "window" else {"name": self.mixer}
         validate(plain)
@@ -100,8 +102,9 @@ class Remix:
         if self.keep in ("all", "none"):
             return frozenset(range(layers) if self.keep == "all" else ())
         try:
-            every = int(number) if word == "every" else 0
-            chosen = list(range(0, layers, every)) if every else [int(item) for item in self.keep.split(",")]
+            if word == "every" and (every := int(number)) > 0:
+                return frozenset(range(0, layers, every))
+            chosen = [int(item) for item in self.keep.split(",")]
         except ValueError:
             raise RegraftError(f"--keep '{self.keep}' is not every:N, a list such as 0,7,14, all or none") from None
         if beyond := [layer for layer in chosen if not 0 <= layer < layers]:

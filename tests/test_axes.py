@@ -1,0 +1,88 @@
+"""The signature grammar, expansions and broadcasting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regraft import axes
+from regraft.errors import RegraftError
+
+SIZES = {"hidden": 36, "kv": 3, "group": 2, "dim": 4, "ffn": 10, "vocab": 97}
+MAKERS = {"pad": lambda old, by: axes.pad(old, old + by), "repeat": axes.repeat, "tile": axes.tile}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(sorted(MAKERS)), st.integers(1, 7), st.integers(1, 4))
+def test_reading_undoes_embedding(name: str, old: int, by: int) -> None:
+    expansion = MAKERS[name](old, by)
+    assert torch.allclose(expansion.read @ expansion.embed, torch.eye(old))
+    energy = expansion.energy
+    assert energy == (1.0 if name == "pad" else by)
+
+
+def test_identity_is_the_neutral_expansion() -> None:
+    assert torch.equal(axes.identity(5).embed, torch.eye(5)) and axes.identity(5).energy == 1.0
+
+
+def test_no_energy_when_copies_are_not_balanced() -> None:
+    embed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert axes.Expansion("uneven", embed, torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])).energy is None
+
+
+@pytest.mark.parametrize(
+    ("text", "stored", "shape"),
+    [
+        ("hidden -> kv group dim", "out in", (24, 36)),
+        ("hidden -> kv group dim", "in out", (36, 24)),
+        ("hidden -> kv dim + kv dim + kv dim", "in out", (36, 36)),
+        ("hidden -> kv three dim", "out in", (36, 36)),
+        ("-> kv group", "out in", (6,)),
+        ("gain hidden", "out in", (36,)),
+        ("1+gain dim", "out in", (4,)),
+        ("kv group dim dim", "out in", (6, 4, 4)),
+    ],
+)
+def test_shapes_of_signatures(text: str, stored: str, shape: tuple[int, ...]) -> None:
+    assert axes.signature(text).shape(SIZES, stored) == shape
+
+
+def test_unit_gains_are_told_apart() -> None:
+    assert axes.signature("1+gain hidden").unit and not axes.signature("gain hidden").unit
+
+
+@pytest.mark.parametrize("text", ["hidden -> heads", "gain width", "hidden -> ffn + experts"])
+def test_unknown_axis_quotes_the_signature(text: str) -> None:
+    with pytest.raises(RegraftError, match="unknown axis") as caught:
+        axes.signature(text)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "hidden ->", "gain hidden -> ffn", "-> ffn +"])
+def test_signature_without_output_is_refused(text: str) -> None:
+    with pytest.raises(RegraftError, match="names no output"):
+        axes.signature(text)
+
+
+def test_broadcast_repeats_each_head_for_its_queries() -> None:
+    value = torch.arange(12.0).reshape(12, 1)  # 3 heads of 4
+    wide = axes.spread(value, ("kv", "dim"), ("kv", "group", "dim"), SIZES)
+    expected = value.view(3, 4, 1).repeat_interleave(2, 0).reshape(24, 1)
+    assert torch.equal(wide, expected)
+    matrix = torch.kron(axes.repeat(3, 2).embed, torch.eye(4))
+    assert torch.equal(wide, matrix @ value)
+
+
+def test_broadcast_refuses_to_lose_or_reorder_axes() -> None:
+    with pytest.raises(RegraftError, match=r"axes \['group'\] have nowhere to go"):
+        axes.spread(torch.zeros(24, 2), ("kv", "group", "dim"), ("kv", "dim"), SIZES)
+    with pytest.raises(RegraftError, match="cannot inherit 'dim kv' from 'kv dim'"):
+        axes.spread(torch.zeros(12, 2), ("kv", "dim"), ("dim", "kv"), SIZES)
+
+
+@pytest.mark.parametrize("make", [lambda: axes.pad(5, 3), lambda: axes.repeat(5, 0), lambda: axes.tile(5, -1)])
+def test_expansions_do_not_shrink(make) -> None:
+    with pytest.raises(RegraftError, match="5|0|-1"):
+        make()
