@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import hosts
 from .checkpoint import Checkpoint
@@ -76,7 +77,7 @@ def calibrated(
             parameter.copy_(values[name])
 
 
-def mixer_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters inside converted layers, by number of the layer and name."""
     pairs = zip(hosts.slots(model), model.config.mixers, strict=True)
     return {

@@ -97,15 +97,10 @@ def receipts(source: str, out: str, json: bool = False) -> Outcome:
         source: the model that was changed
         out: what came of it
     """
-    from . import check as checking
+    from . import receipts as proofs
 
-    found = checking.check(source, out)
-
-    def show(console: Console) -> None:
-        for name, value in found.items():
-            console.print(f"{name:>24}  {value}", soft_wrap=True, highlight=False)
-
-    return Outcome(found, show, 0 if found["holds"] else 1)
+    found = proofs.check(source, out)
+    return Outcome(found, lambda console: proofs.render(found, console), 0 if found["holds"] else 1)
 
 
 def evaluate(
@@ -241,7 +236,7 @@ def train(
 
     if not data or tokens < 1:
         raise RegraftError(f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}")
-    rates = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
+    rates: dict[str, Any] = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
     asked = Stage(stage, tokens, length, batch, **{key: rate for key, rate in rates.items() if rate is not None})
     with Ticker() as ticker:
         result = training.train_once(model, out, [Text(data)], asked, teacher, seed, ticker)

@@ -25,9 +25,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save(path: Path, family: str = "llama", layers: int = 4) -> Path:
+def save(path: Path, family: str = "llama", layers: int = 4, seed: int = 0) -> Path:
     """Write the model and its tokenizer; returns the path."""
-    _, model = tiny(family, layers=layers, vocab=len(SPECIAL) + 256)
+    _, model = tiny(family, layers=layers, vocab=len(SPECIAL) + 256, seed=seed)
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

@@ -140,6 +140,14 @@ def test_plan_is_readable(folder, capsys):
     assert code == 0 and "Weight map" in out and err == ""
 
 
+def test_check_holds_for_what_linearize_made_and_not_for_a_changed_copy(folder, tmp_path, capsys):
+    table = as_json(capsys, "check", folder / "model", folder / "linear")
+    assert table["holds"] and table["unaccounted"] == [] and table["parallel_vs_recurrent"] < 1e-4
+    speaking.save(tmp_path / "other", layers=4, seed=7)
+    code, out, err = run_main(capsys, "check", tmp_path / "other", folder / "linear")
+    assert code == 1 and "does NOT hold" in out and err == ""
+
+
 def test_keep_beyond_the_last_layer(folder, tmp_path, capsys):
     line = refused(capsys, "linearize", folder / "model", tmp_path / "out", "--keep", "0,9")
     assert "last layer is 3" in line and not (tmp_path / "out").exists()

@@ -71,7 +71,7 @@ def measure(path: str, length: int, steps: int) -> dict[str, Any]:
     from .. import hosts
 
     torch.manual_seed(0)
-    model = hosts.load(path)
+    model: Any = hosts.load(path)
     device = next(model.parameters()).device
     loaded = peak_bytes(device.type)
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
