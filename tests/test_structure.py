@@ -168,6 +168,7 @@ def test_readme_tree_names_every_module():
 def test_readme_flags_exist():
     """Every `regraft VERB ... --flag` in a fence is one that the verb takes."""
     import re
+    import shlex
 
     from regraft import cli
 
@@ -175,7 +176,7 @@ def test_readme_flags_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for fence in re.findall(r"```[a-z]*\n(.*?)```", text, re.S):
         for line in fence.replace("\\\n", " ").splitlines():
-            words = line.split("#")[0].split()
+            words = shlex.split(line, comments=True)
             if words[:1] == ["regraft"] and words[1] not in cli.OPEN_ENDED:
                 parser.parse_args(words[1:])
 
