@@ -176,8 +176,8 @@ def test_readme_flags_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for fence in re.findall(r"```[a-z]*\n(.*?)```", text, re.S):
         for line in fence.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["regraft"] and words[1] not in cli.OPEN_ENDED:
+            words = shlex.split(line, comments=True) if line.startswith("regraft ") else []
+            if words and words[1] not in cli.OPEN_ENDED:
                 parser.parse_args(words[1:])
 
 
