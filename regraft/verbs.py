@@ -265,7 +265,11 @@ def run(recipe: str, out: str, overrides: dict[str, str] | None = None, json: bo
 
 def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: bool = False) -> Outcome:
     """Do the main job on the default model and text: linearize, train, measure, report, in 15 minutes."""
-    from . import demo as demonstration
+    from .progress import Ticker
+
+    with Ticker() as ticker:
+        ticker.start("loading libraries")
+        from . import demo as demonstration
 
     return finished(demonstration.run(out, overrides or {}), out)
 
