@@ -30,7 +30,7 @@ ATTENTION = Attention(hidden=576, kv=3, group=3, dim=64, scale=64**-0.5)
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
 MIXERS = {
     "gated(gated_deltanet, window)": {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": WINDOW},
-    "gated(grouped, window)": {"name": "gated", "linear": {"name": "gated_deltanet", "grouped": True}, "window": WINDOW},
+    "gated(expanded, window)": {"name": "gated", "linear": {"name": "gated_deltanet", "grouped": False}, "window": WINDOW},
     "gated_deltanet": {"name": "gated_deltanet"},
     "supra": {"name": "supra"},
     "window": WINDOW,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from .check import check
+    from .receipts import check
     from .checkpoint import Checkpoint
     from .errors import RegraftError
     from .hosts import load
@@ -27,7 +27,7 @@ _HOMES = {
     "Plan": "plan",
     "RegraftError": "errors",
     "Remix": "steps.remix",
-    "check": "check",
+    "check": "receipts",
     "load": "hosts",
 }
 

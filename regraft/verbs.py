@@ -29,6 +29,7 @@ def plan(
     keep: str = "every:4",
     window: int = 64,
     sinks: int = 4,
+    options: dict[str, Any] | None = None,
     context: int = 16384,
     json: bool = False,
 ) -> Outcome:
@@ -40,6 +41,7 @@ def plan(
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
         window: width of the gated window branch, 0 for none
         sinks: first tokens that the window always sees
+        options: the mixer's own options as JSON, such as {"grouped": false}
         context: tokens for which state sizes are given
     """
     from . import plan as planning
@@ -47,7 +49,7 @@ def plan(
     from .steps.remix import Remix
 
     before = Checkpoint.open(source)
-    after = Remix(mixer, keep, window, sinks)(before) if mixer else before
+    after = Remix(mixer, keep, window, sinks, options=options or {})(before) if mixer else before
     made = planning.Plan.of(before, after, context=context)
     return Outcome(made.json(), lambda console: planning.render(made, console))
 
@@ -60,6 +62,7 @@ def linearize(
     window: int = 64,
     sinks: int = 4,
     seed: int = 0,
+    options: dict[str, Any] | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -73,13 +76,14 @@ def linearize(
         window: width of the gated window branch, 0 for the linear mixer alone
         sinks: first tokens that the window always sees
         seed: of fresh weights
+        options: the mixer's own options as JSON, such as {"grouped": false}
     """
     from . import plan as planning
     from .checkpoint import Checkpoint
     from .steps.remix import Remix
 
     before = Checkpoint.open(source)
-    after = Remix(mixer, keep, window, sinks, seed)(before)
+    after = Remix(mixer, keep, window, sinks, seed, options or {})(before)
     made = planning.Plan.of(before, after)
     after.save(out, overwrite=overwrite)
 

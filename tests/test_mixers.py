@@ -21,7 +21,7 @@ SPECS = [
     {"name": "supra"},
     {"name": "supra", "feature": "dense", "decays": "retnet", "norm": False},
     {"name": "gated_deltanet"},
-    {"name": "gated_deltanet", "grouped": True},
+    {"name": "gated_deltanet", "grouped": False},
     {"name": "gated_deltanet", "norm": True, "gate": True, "activation": "silu", "rotary": False},
     {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": SMALL_WINDOW, "start": 0.3},
     {"name": "gated", "linear": {"name": "supra"}, "window": SMALL_WINDOW},

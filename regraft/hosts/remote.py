@@ -8,10 +8,6 @@ from typing import Any
 
 from ..mixers.registry import mixer_class
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_regraft.RegraftConfig",
-    "AutoModelForCausalLM": "modeling_regraft.RegraftForCausalLM",
-}
 HOST_FILES = ("configuration_regraft", "modeling_regraft", "states")
 REGISTRY = '''"""Mixers of this model by name."""
 

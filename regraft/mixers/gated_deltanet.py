@@ -26,7 +26,7 @@ class DeltaOptions:
 
     rotary: bool = True
     activation: Literal["none", "silu"] = "none"
-    grouped: bool = False
+    grouped: bool = True
     norm: bool = False
     gate: bool = False
 

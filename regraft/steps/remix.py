@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Remix:
 
     `keep`: "every:4" keeps layers 0, 4, 8, ...; "0,7,14" these; "all"; "none". A linear mixer with `window` > 0 gets a
     gated branch of sliding-window attention with `sinks` first tokens always seen; window 0 leaves it alone. `seed` is
-    of fresh weights, drawn per tensor name.
+    of fresh weights, drawn per tensor name. `options` are the mixer's own (see its class), such as {"grouped": False}.
 
     Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the logits.
     Refuses: unknown mixers, layers beyond the last, a model that is already linearized.
@@ -37,6 +37,7 @@ class Remix:
     window: int = 64
     sinks: int = 4
     seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
@@ -91,7 +92,7 @@ class Remix:
         if self.mixer == "gated":
             raise RegraftError(f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as supra")
         window = {"name": "window", "window": self.window, "sinks": self.sinks}
-        plain = window if self.mixer == "window" else {"name": self.mixer}
+        plain = window if self.mixer == "window" else {"name": self.mixer, **self.options}
         validate(plain)
         gated = self.mixer != "window" and self.window > 0
         return {"name": "gated", "linear": plain, "window": window} if gated else plain

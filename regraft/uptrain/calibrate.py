@@ -14,6 +14,8 @@ from ..mixers.gated import Gated
 from .capture import LayerRecord, body, recording
 
 RIDGE = 1e-3
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+GATE_RANGE = (0.01, 0.9)
 
 
 @dataclass
@@ -30,6 +32,7 @@ def attend(mixer: Mixer, record: LayerRecord, segments: Tensor | None, window: i
     """Softmax attention from the mixer's inherited projections, before anything was folded or trained."""
     q, k, v = mixer.qkv(record.inputs)
     q, k = rotate(q, record.rotary), rotate(k, record.rotary)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     time = q.shape[2]
     index = torch.arange(time, device=q.device)
     distance = index.unsqueeze(-1) - index
@@ -47,59 +50,87 @@ def attend(mixer: Mixer, record: LayerRecord, segments: Tensor | None, window: i
 
 
 class Moments:
-    """Running normal equations for ridge regression: features (n, f) -> targets (n, t)."""
+    """Running normal equations for ridge regression: features (..., n, f) -> targets (..., n, t), problems side by side."""
 
     def __init__(self) -> None:
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
+        self.energy: Tensor | float = 0.0
 
     def add(self, features: Tensor, targets: Tensor) -> None:
-        """Leading axes beyond the last two are independent problems."""
+        """More rows."""
         self.gram = self.gram + features.mT @ features
         self.cross = self.cross + features.mT @ targets
+        self.energy = self.energy + targets.square().sum((-2, -1))
 
-    def solve(self, ridge: float = RIDGE) -> Tensor:
-        """Coefficients (f, t); the penalty is `ridge` times the mean square of the features."""
-        gram = torch.as_tensor(self.gram)
-        size = gram.shape[-1]
+    def solve(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+        """Coefficients (..., f, t) and squared error left; the penalty is `ridge` times the features' mean square."""
+        gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
         scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        eye = torch.eye(size, device=gram.device)
-        return torch.linalg.solve(gram + (ridge * scale + 1e-12) * eye, torch.as_tensor(self.cross))
+        found = torch.linalg.solve(gram + (ridge * scale + 1e-12) * torch.eye(gram.shape[-1], device=gram.device), cross)
+        left = torch.as_tensor(self.energy) - 2 * (found * cross).sum((-2, -1)) + (found * (gram @ found)).sum((-2, -1))
+        return found, left
 
 
-def fit_gate(gated: Gated, records: list[tuple[LayerRecord, Attended]], low: float = 0.01, high: float = 0.9) -> None:
-    """The gate's target is known: softmax attention is (1 - m) window + m rest, m the mass outside the window.
+def gate_candidates(records: list[tuple[LayerRecord, Attended]]) -> Tensor:
+    """Gate weights and bias, (candidates, hidden + 1, heads), for g = share x attention mass outside the window.
 
-    Ridge regression of logit(m), clamped to [low, high], on the layer's input.
+    Softmax attention is exactly (1 - m) window + m rest, so m is the right gate for a linear branch that gives the rest;
+    smaller shares suit one that does not. Ridge regression of logit(share x m) on the layer's input.
     """
-    moments = Moments()
-    for record, seen in records:
-        x = record.inputs.float().flatten(0, 1)
-        features = torch.cat((x, torch.ones_like(x[:, :1])), dim=1)
-        moments.add(features, seen.outside.clamp(low, high).logit().transpose(1, 2).flatten(0, 1))
-    solution = moments.solve()
-    gated.gate.weight.copy_(solution[:-1].T)
-    gated.gate.bias.copy_(solution[-1])
+    fits = []
+    for share in SHARES:
+        moments = Moments()
+        for record, seen in records:
+            target = (share * seen.outside).clamp(*GATE_RANGE).logit().transpose(1, 2).flatten(0, 1)
+            moments.add(_with_one(record.inputs).flatten(0, 1), target)
+        fits.append(moments.solve()[0])
+    return torch.stack(fits)
 
 
-def fit_heads(mixer: Mixer, linear: Mixer, records: list[tuple[LayerRecord, Attended]], segments: list[Tensor | None]) -> bool:
-    """Per head, the dim x dim map of the linear branch's output that best completes the window's to the teacher's.
+def _with_one(x: Tensor) -> Tensor:
+    return torch.cat((x.float(), torch.ones_like(x[..., :1])), dim=-1)
 
-    A linear mixer's output is linear in its values, so the map folds into the value projection.
+
+def fit(mixer: Mixer, records: list[tuple[LayerRecord, Attended]], segments: list[Tensor | None]) -> tuple[bool, float]:
+    """Gates and value maps that best complete the window's output to the teacher's, head by head.
+
+    A linear mixer's output is linear in its values, so a dim x dim map of it, found by ridge regression, folds into the
+    value projection (or the output projection where a norm stands between). Of the gate candidates each group of heads
+    takes the one that leaves the least error. Returns whether the maps were folded, and the mean share chosen.
     """
-    moments = Moments()
+    gated = isinstance(mixer, Gated)
+    linear: Mixer = mixer.linear if gated else mixer
+    heads = linear.attention.heads
+    maps = linear.qkv.v.out_features // linear.attention.dim if linear.values_are_linear else heads
+    gates = gate_candidates(records) if gated else None
+    moments = [Moments() for _ in SHARES] if gated else [Moments()]
     for (record, seen), ids in zip(records, segments, strict=True):
         mixing = record.mixing(ids)
         out = linear.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
-        target = seen.heads
-        if isinstance(mixer, Gated):
-            gate = mixer.gate(record.inputs).float().sigmoid().transpose(1, 2).unsqueeze(-1)
-            window = mixer.window.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
-            out, target = gate * out, target - (1 - gate) * window
-        values = linear.qkv.v.out_features // linear.attention.dim if linear.values_are_linear else out.shape[1]
-        out, target = (t.transpose(0, 1).unflatten(0, (values, -1)).flatten(1, 3) for t in (out, target))
-        moments.add(out, target)
-    return linear.fold_heads(moments.solve()) if linear is not mixer else mixer.fold_heads(moments.solve())
+        if gates is None:
+            moments[0].add(*_grouped(maps, out, seen.heads))
+            continue
+        window = mixer.window.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
+        for index, candidate in enumerate(gates):
+            gate = (_with_one(record.inputs) @ candidate).sigmoid().transpose(1, 2).unsqueeze(-1)
+            moments[index].add(*_grouped(maps, gate * out, seen.heads - (1 - gate) * window))
+    solved = [problem.solve() for problem in moments]
+    left = torch.stack([error for _, error in solved])  # (candidates, maps)
+    best = left.argmin(0)
+    chosen = torch.stack([found for found, _ in solved])[best, torch.arange(maps)]
+    if gates is None:
+        return linear.fold_heads(chosen), 1.0
+    per_head = best.repeat_interleave(heads // maps)
+    picked = gates[per_head, :, torch.arange(heads)]  # (heads, hidden + 1)
+    mixer.gate.weight.copy_(picked[:, :-1])
+    mixer.gate.bias.copy_(picked[:, -1])
+    return linear.fold_heads(chosen), float(torch.tensor(SHARES)[best].mean())
+
+
+def _grouped(maps: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(batch, heads, time, dim) -> (maps, rows, dim): the rows of heads that share a map side by side."""
+    return tuple(t.transpose(0, 1).unflatten(0, (maps, -1)).flatten(1, 3) for t in tensors)
 
 
 @torch.no_grad()
@@ -139,14 +170,13 @@ def _calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Te
     distance = torch.stack([seen.distance.mean((0, 2)) for _, seen in pairs]).mean(0) / mass.clamp(min=1e-6)
     entropy = torch.stack([seen.entropy.mean((0, 2)) for _, seen in pairs]).mean(0)
     linear.start_gates(distance.clamp(min=1.0), entropy.clamp(0, 1))
-    if gated:
-        fit_gate(mixer, pairs)
-    folded = fit_heads(mixer, linear, pairs, segments)
+    folded, share = fit(mixer, pairs, segments)
     return {
         "outside_window": float(mass.mean()),
         "mean_distance": float(distance.mean()),
         "entropy": float(entropy.mean()),
         "half_life": math.log(2) / float((math.log(2) / distance).clamp(1e-3, 5.0).mean()),
+        "gate_share": share,
         "heads_folded": float(folded),
     }
 

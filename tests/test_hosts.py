@@ -1,0 +1,165 @@
+"""One class for all hosts: cached and uncached agree, generation in every mode, save and load, loading without regraft."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, tiny, tokens
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache, StaticCache
+
+import regraft
+from regraft import hosts
+from regraft.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.steps.remix import Remix
+
+TOLERANCE = 1e-5
+REMIXES = {
+    "hybrid": Remix("gated_deltanet", "0", window=8, sinks=2),
+    "none-kept": Remix("gated_deltanet", "none", window=8, sinks=2),
+    "supra": Remix("supra", "1", window=0),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    for family in FAMILIES:
+        tiny(family)[1].save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+def linearized(source: Path, remix: Remix) -> torch.nn.Module:
+    """A linearized model whose fresh weights are perturbed, so that no gate hides a branch."""
+    model = hosts.materialize(remix(Checkpoint.open(source)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for slot in model.slots():
+            for parameter in slot.parameters() if hasattr(slot, "mixer") else []:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+@pytest.mark.parametrize("remix", REMIXES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str, remix: str) -> None:
+    model, ids = linearized(sources[family], REMIXES[remix]), tokens(2, 60)
+    whole = model(ids, use_cache=False).logits
+    for cuts in ([1] * 60, [7, 1, 1, 40, 11], [59, 1]):
+        cache, parts = None, []
+        for piece in ids.split(cuts, 1):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+        assert relative(torch.cat(parts, 1), whole) < TOLERANCE
+    assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("remix", REMIXES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_generation(sources: dict[str, Path], family: str, remix: str) -> None:
+    model, ids = linearized(sources[family], REMIXES[remix]), tokens(2, 20)
+    model.generation_config.eos_token_id = None
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    greedy = model.generate(ids, **arguments)
+    assert torch.equal(greedy, model.generate(ids, use_cache=False, **arguments))
+    beams = model.generate(ids, num_beams=3, **arguments)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **arguments))
+    assert model.generate(ids, max_new_tokens=12, do_sample=True, top_k=20).shape == (2, 32)
+    padded = torch.cat((torch.zeros(2, 5, dtype=torch.long), ids), 1)
+    padded[1, 5:] = torch.cat((torch.zeros(3, dtype=torch.long), ids[1, 3:]))
+    mask = torch.ones_like(padded)
+    mask[0, :5], mask[1, :8] = 0, 0
+    batched = model.generate(padded, attention_mask=mask, **arguments)
+    assert torch.equal(batched[0, 25:], greedy[0, 20:])
+    alone = model.generate(ids[1:, 3:], **arguments)
+    assert torch.equal(batched[1, 25:], alone[0, 17:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_documents_equal_documents_alone(sources: dict[str, Path], family: str) -> None:
+    model, ids = linearized(sources[family], REMIXES["hybrid"]), tokens(1, 50)
+    positions = torch.cat([torch.arange(n) for n in (20, 30)]).unsqueeze(0)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    for part in (slice(0, 20), slice(20, 50)):
+        assert relative(packed[:, part], model(ids[:, part], use_cache=False).logits) < TOLERANCE
+
+
+@torch.no_grad()
+def test_state_bytes_do_not_depend_on_length(sources: dict[str, Path]) -> None:
+    model, sizes = linearized(sources["llama"], REMIXES["hybrid"]), []
+    for length in (30, 300):
+        cache = model(tokens(1, length), use_cache=True).past_key_values
+        sizes.append(hosts.state_bytes(cache))
+    (kept, *converted), (kept_long, *converted_long) = sizes
+    assert converted == converted_long and kept_long == 10 * kept
+
+
+def test_save_and_load_through_auto_classes(sources: dict[str, Path], tmp_path: Path) -> None:
+    Remix("gated_deltanet", "0", window=8)(Checkpoint.open(sources["qwen3"])).save(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(model).__name__ == "RegraftForCausalLM"
+    ids = tokens(1, 30)
+    logits = model(ids).logits
+    assert torch.equal(regraft.load(str(tmp_path / "out"))(ids).logits, logits)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, logits)
+
+
+REMOTE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "regraft" not in sys.modules and type(model).__name__ == "RegraftForCausalLM"
+ids = torch.arange(3, 33).unsqueeze(0)
+print(float(model(ids).logits.double().sum()), model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
+"""
+
+
+@pytest.mark.parametrize("remix", REMIXES)
+def test_loads_without_regraft(sources: dict[str, Path], tmp_path: Path, remix: str) -> None:
+    REMIXES[remix](Checkpoint.open(sources["llama"])).save(tmp_path / "out")
+    model, ids = regraft.load(str(tmp_path / "out")), torch.arange(3, 33).unsqueeze(0)
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "out")]
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    total, _, new = printed.stdout.strip().partition(" ")
+    with torch.no_grad():
+        assert float(total) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-5)
+        assert new == str(model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
+
+
+def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
+    model, ids = linearized(sources["llama"], REMIXES["hybrid"]), tokens(1, 4)
+    with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 1, 4, 4\)"):
+        model(ids, attention_mask=torch.ones(1, 1, 4, 4))
+    with pytest.raises(RegraftError, match="StaticLayer.*DynamicCache"):
+        model(ids, past_key_values=StaticCache(config=model.config.host_config(), max_cache_len=8))
+    with pytest.raises(RegraftError, match="no branch 'linera'"), hosts.branch(model, "linera"):
+        pass
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot take 2 tokens back"):
+        cache.crop(2)
+
+
+@torch.no_grad()
+def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
+    model, ids = linearized(sources["llama"], REMIXES["hybrid"]), tokens(1, 40)
+    free = model(ids).logits
+    with hosts.branch(model, "window"):
+        window = model(ids).logits
+    assert not torch.equal(free, window) and torch.equal(model(ids).logits, free)
