@@ -1,8 +1,8 @@
 """Training-step time of one converted attention layer against the softmax attention it replaces, as ratios in one run.
 
-Claim: forward + backward of the chunked mixers on CPU is no slower than softmax attention (PyTorch's fused kernel) at 2,048
-tokens and faster at 8,192, for a SmolLM2-135M layer (hidden 576, 9 query heads, 3 key/value heads of 64). Weights are
-random; time does not depend on them. `--decoder` measures the whole decoder layer, MLP and norms included.
+Claim: forward + backward of the chunked mixers on CPU is no slower than softmax attention (PyTorch's fused kernel) at
+2,048 tokens and faster at 8,192, for a SmolLM2-135M layer (hidden 576, 9 query heads, 3 key/value heads of 64).
+Weights are random; time does not depend on them. `--decoder` measures the whole decoder layer, MLP and norms included.
 Run: python benchmarks/layer_speed.py [--lengths 2048,8192] [--repeats 5] [--decoder] [--json]
 """
 
@@ -30,7 +30,11 @@ ATTENTION = Attention(hidden=576, kv=3, group=3, dim=64, scale=64**-0.5)
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
 MIXERS = {
     "gated(gated_deltanet, window)": {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": WINDOW},
-    "gated(expanded, window)": {"name": "gated", "linear": {"name": "gated_deltanet", "grouped": False}, "window": WINDOW},
+    "gated(expanded, window)": {
+        "name": "gated",
+        "linear": {"name": "gated_deltanet", "grouped": False},
+        "window": WINDOW,
+    },
     "gated_deltanet": {"name": "gated_deltanet"},
     "supra": {"name": "supra"},
     "window": WINDOW,
@@ -97,7 +101,10 @@ def main() -> None:
         print(json.dumps(rows))
         return
     for row in rows:
-        print(f"{row['length']:>6} tokens  {row['layer']:<30} {row['seconds'] * 1e3:8.1f} ms  {row['ratio']:.2f} x softmax")
+        print(
+            f"{row['length']:>6} tokens  {row['layer']:<30}"
+            f" {row['seconds'] * 1e3:8.1f} ms  {row['ratio']:.2f} x softmax"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """regraft: reuse the weights of a pretrained transformer in a different architecture.
 
-Importing it makes `AutoConfig` and `AutoModelForCausalLM` of transformers know linearized models, whichever of the two is
-imported first. Public names load when first used, so that the command line starts without PyTorch.
+Importing it makes `AutoConfig` and `AutoModelForCausalLM` of transformers know linearized models, whichever of the two
+is imported first. Public names load when first used, so that the command line starts without PyTorch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from .receipts import check
     from .checkpoint import Checkpoint
     from .errors import RegraftError
     from .hosts import load
     from .plan import Plan
+    from .receipts import check
     from .steps.remix import Remix
 
 __version__ = "0.1.0"

@@ -19,10 +19,19 @@ CONFIGS = {
 }
 
 
-def sizes_of(family: str, hidden: int, heads: int, kv: int, dim: int, ffn: int, layers: int, vocab: int) -> dict[str, Any]:
+def sizes_of(
+    family: str, hidden: int, heads: int, kv: int, dim: int, ffn: int, layers: int, vocab: int
+) -> dict[str, Any]:
     """Config keys; families without a head_dim of their own get hidden = heads * dim."""
     if family == "gpt2":
-        return {"n_embd": heads * dim, "n_head": heads, "n_inner": ffn, "n_layer": layers, "n_positions": 512, "vocab_size": vocab}
+        return {
+            "n_embd": heads * dim,
+            "n_head": heads,
+            "n_inner": ffn,
+            "n_layer": layers,
+            "n_positions": 512,
+            "vocab_size": vocab,
+        }
     common = {"num_attention_heads": heads, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocab}
     if family == "gpt_neox":
         return common | {"hidden_size": heads * dim}

@@ -1,4 +1,4 @@
-"""One class for all hosts: cached and uncached agree, generation in every mode, save and load, loading without regraft."""
+"""One class for all hosts: cached equals uncached, generation in every mode, save and load, loading without regraft."""
 
 from __future__ import annotations
 
@@ -133,7 +133,12 @@ def test_loads_without_regraft(sources: dict[str, Path], tmp_path: Path, remix: 
     REMIXES[remix](Checkpoint.open(sources["llama"])).save(tmp_path / "out")
     model, ids = regraft.load(str(tmp_path / "out")), torch.arange(3, 33).unsqueeze(0)
     command = [sys.executable, "-c", REMOTE, str(tmp_path / "out")]
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "HOME": str(tmp_path),
+    }
     printed = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert printed.returncode == 0, printed.stderr
     total, _, new = printed.stdout.strip().partition(" ")

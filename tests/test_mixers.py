@@ -107,7 +107,9 @@ def test_padding_changes_nothing(spec: dict, left: bool) -> None:
     assert torch.isfinite(y).all()
     token = torch.randn(1, 1, 36)
     context = Mixing(rotary(torch.full((1, 1), time), mixer.attention))
-    assert relative(mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]) < TOLERANCE
+    assert (
+        relative(mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
@@ -148,7 +150,9 @@ def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> N
     mixer, time = made(SMALL_WINDOW, SHAPES["9-heads-3-kv"]), 45
     x = torch.randn(2, time, 36)
     segments = torch.randint(0, 4, (2, time)).sort(1).values if segmented else torch.zeros(2, time, dtype=torch.long)
-    position = torch.stack([torch.cat([torch.arange(n) for n in row.unique_consecutive(return_counts=True)[1]]) for row in segments])
+    position = torch.stack(
+        [torch.cat([torch.arange(n) for n in row.unique_consecutive(return_counts=True)[1]]) for row in segments]
+    )
     context = Mixing(rotary(position, mixer.attention), None, segments if segmented else None)
     heads, _ = mixer.mix(x, context, None)
     q, k, v = mixer.qkv(x)

@@ -105,7 +105,9 @@ def test_sliced_kl_equals_the_definition_with_gradients(bias: bool) -> None:
     expected = (target.exp() * (target - student)).sum(-1).mean()
     loss = head_kl(h, head, t, teacher_head, fast=False)
     torch.testing.assert_close(loss, expected)
-    for a, b in zip(*(torch.autograd.grad(x, (h, head.weight), retain_graph=True) for x in (loss, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, (h, head.weight), retain_graph=True) for x in (loss, expected)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
 
 
@@ -190,7 +192,9 @@ def test_resumed_losses_equal_uninterrupted(source: Checkpoint, tmp_path: Path, 
                 raise Killed
 
         slots = hosts.slots(teacher, source)
-        run = loop.Run(model, stages, lambda length: text_rows(), out, teacher, slots, progress=progress, save_seconds=0)
+        run = loop.Run(
+            model, stages, lambda length: text_rows(), out, teacher, slots, progress=progress, save_seconds=0
+        )
         ledger = loop.train(run)
         assert ledger["tokens"] == sum(stage.steps * stage.batch * stage.length for stage in stages)
         assert all(entry["flops"] > 0 for entry in ledger["stages"])

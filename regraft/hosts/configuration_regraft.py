@@ -15,8 +15,8 @@ STATE_LAYER = "regraft_state"
 class RegraftConfig(PreTrainedConfig):
     """`host`: the source's own config. `slot`: where layer i's attention lives, with `{}` for i.
 
-    `mixers[i]`: the mixer spec of layer i, None where softmax attention is kept. `attention[i]`: what the mixer replaces
-    (fields of `mixers.base.Attention`), None where kept.
+    `mixers[i]`: the mixer spec of layer i, None where softmax attention is kept. `attention[i]`: what the mixer
+    replaces (fields of `mixers.base.Attention`), None where kept.
     """
 
     model_type = "regraft"
@@ -28,7 +28,7 @@ class RegraftConfig(PreTrainedConfig):
     attention: list[Any] | None = None
     use_cache: bool = True
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.host = self.host or {"model_type": "llama"}
         host = self.host_config()
         self.num_hidden_layers = host.num_hidden_layers

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..checkpoint import Checkpoint
@@ -19,7 +19,7 @@ from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 
 
-def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Module:
+def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a checkpoint, source or linearized, built in memory without writing it; in eval mode.
 
     Raises RegraftError when a tensor the model needs is not in the checkpoint, or the other way round.
@@ -36,13 +36,15 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> n
     missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     if lost := (set(missing) - tied) | set(unexpected):
-        raise RegraftError(f"'{checkpoint.path}' does not fit its model: parameter '{sorted(lost)[0]}' has no counterpart")
+        raise RegraftError(
+            f"'{checkpoint.path}' does not fit its model: parameter '{sorted(lost)[0]}' has no counterpart"
+        )
     model.tie_weights()
     return model.to(dtype).eval()
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model at `path` (directory of a supported family or of regraft's own, or a GGUF file), checked, in eval mode."""
+def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model at `path`: a directory of a supported family or of regraft's own, or a GGUF file; in eval mode."""
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     model = materialize(checkpoint, dtype)
@@ -58,11 +60,13 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise RegraftError(f"no tokenizer in '{folder}': put tokenizer.json there ({str(error).splitlines()[0]})") from error
+        raise RegraftError(
+            f"no tokenizer in '{folder}': put tokenizer.json there ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def slots(model: nn.Module, checkpoint: Checkpoint | None = None) -> list[nn.Module]:
-    """The attention module of every layer, in order: mixers or softmax. A stock model needs its checkpoint's anatomy."""
+def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[nn.Module]:
+    """The attention module of every layer, in order. A stock model's are found by its checkpoint's anatomy."""
     if isinstance(model, RegraftForCausalLM):
         return model.slots()
     if checkpoint is None:

@@ -69,7 +69,7 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         host_config = config.host_config()
         host_config.use_cache = config.use_cache
         self.host = AutoModelForCausalLM.from_config(host_config, attn_implementation=config._attn_implementation)
-        for layer, (spec, attention) in enumerate(zip(config.mixers, config.attention, strict=True)):
+        for layer, (spec, attention) in enumerate(zip(config.mixers or [], config.attention or [], strict=True)):
             if spec is not None:
                 slot = MixerSlot(spec, Attention(**attention), layer)
                 self.host.set_submodule(config.slot.format(layer), slot)
@@ -119,7 +119,7 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
-            raise RegraftError("neither input_ids nor inputs_embeds was given: pass one of them")
+            raise RegraftError(f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them")
         mixing = mixing_of(tokens.shape[1], attention_mask, position_ids, past_key_values)
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left to read it
@@ -142,7 +142,9 @@ def mixing_of(time: int, mask: Tensor | None, position_ids: Tensor | None, cache
     valid = segments = None
     if mask is not None:
         if mask.ndim != 2:
-            raise RegraftError(f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where a token counts")
+            raise RegraftError(
+                f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where a token counts"
+            )
         valid = mask[:, -time:].bool()
         valid = None if bool(valid.all()) else valid
     elif cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:

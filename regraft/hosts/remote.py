@@ -78,5 +78,7 @@ def registry_text(classes: list[type], gated: bool) -> str:
     text = REGISTRY.format(imports=imports, classes="".join(f"{cls.__name__}, " for cls in classes))
     if not gated:
         return text
-    lookup = '    if name == "gated":\n        from .gated import Gated\n\n        return Gated\n    return MIXERS[name]'
+    lookup = (
+        '    if name == "gated":\n        from .gated import Gated\n\n        return Gated\n    return MIXERS[name]'
+    )
     return text.replace("    return MIXERS[name]", lookup)

@@ -77,7 +77,9 @@ class MixerState(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: a recurrent state cannot forget tokens."""
         if tokens_to_remove:
-            raise ValueError(f"cannot take {tokens_to_remove} tokens back out of a recurrent state: decode without drafts")
+            raise ValueError(
+                f"cannot take {tokens_to_remove} tokens back out of a recurrent state: decode without drafts"
+            )
 
 
 def state_bytes(cache: Cache) -> list[int]:

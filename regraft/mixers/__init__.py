@@ -1,0 +1,1 @@
+"""Token mixers, one file each; `registry` finds them by name."""

@@ -62,7 +62,8 @@ class Mixing:
     """What a mixer needs to know beside its input.
 
     `rotary`: cos and sin of shape (batch or 1, time, rotary dims), or None. `valid`: (batch, time) bool, False on
-    padding, None when all tokens count. `segments`: (batch, time) document index in a packed row, None for one document.
+    padding, None when all tokens count. `segments`: (batch, time) document index in a packed row, None for one
+    document.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
@@ -170,6 +171,8 @@ class Mixer(nn.Module):
     Options: ClassVar[type]
     expand: ClassVar[bool] = True
     values_are_linear: ClassVar[bool] = False
+    qkv: Projections
+    o: nn.Linear
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__()
@@ -186,7 +189,11 @@ class Mixer(nn.Module):
         if unknown := sorted(set(given) - set(known)):
             raise RegraftError(f"mixer '{cls.name}' has no option '{unknown[0]}': it takes {', '.join(known)}")
         for key, hint in typing.get_type_hints(cls.Options).items():
-            if (choices := typing.get_args(hint)) and typing.get_origin(hint) is Literal and given.get(key, choices[0]) not in choices:
+            if (
+                (choices := typing.get_args(hint))
+                and typing.get_origin(hint) is Literal
+                and given.get(key, choices[0]) not in choices
+            ):
                 raise RegraftError(f"mixer '{cls.name}': {key} is '{given[key]}', use one of {', '.join(choices)}")
         return cls.Options(**given)
 
@@ -214,13 +221,14 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def fold_heads(self, maps: Tensor) -> bool:
-        """Fold a linear map of each head's output, (heads, dim, dim) acting on rows, into the weights; False if it cannot.
+        """Fold a linear map of each head's output, (heads, dim, dim) acting on rows, into the weights; False if it
+        cannot.
 
         Where the heads of a group share their values, `maps` has one map per group.
         """
         heads, dim = self.attention.heads, self.attention.dim
         if self.values_are_linear:
-            value: nn.Linear = self.qkv.v
+            value = self.qkv.v
             heads = value.weight.shape[0] // dim
             value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))
             if value.bias is not None:

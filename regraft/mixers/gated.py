@@ -23,13 +23,16 @@ class GatedOptions:
 class Gated(Mixer):
     """o = g o_linear + (1 - g) o_window with g = sigmoid(w x + b) per head (convex mix of arXiv 2603.15590, eq. 11).
 
-    The window branch is the source's own attention under a mask; the linear branch has projections of its own. They share
-    the output projection. `force` pins the gate: "window" or "linear" shows one branch alone.
+    The window branch is the source's own attention under a mask; the linear branch has projections of its own. They
+    share the output projection. `force` pins the gate: "window" or "linear" shows one branch alone.
     """
 
     name = "gated"
     Options = GatedOptions
     force: str | None = None
+    linear: Mixer
+    window: Mixer
+    gate: nn.Linear
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
@@ -66,11 +69,16 @@ class Gated(Mixer):
 
     def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim); the state holds both branches' under their names."""
-        outputs, states = {}, {}
+        outputs: dict[str, Tensor] = {}
+        states: State = {}
         for name, branch in (("linear", self.linear), ("window", self.window)):
             if self.force not in (None, name):
                 continue
-            past = {key.removeprefix(f"{name}."): s for key, s in state.items() if key.startswith(f"{name}.")} if state else None
+            past = (
+                {key.removeprefix(f"{name}."): s for key, s in state.items() if key.startswith(f"{name}.")}
+                if state
+                else None
+            )
             outputs[name], last = branch.mix(x, mixing, past)
             states |= {f"{name}.{key}": s for key, s in last.items()}
         if self.force is not None:

@@ -34,8 +34,8 @@ class DeltaOptions:
 class GatedDeltaNet(Mixer):
     """Gated delta rule (Yang et al., arXiv 2412.06464) on unit-length queries and keys.
 
-    g_t = -exp(rate) softplus(W_g x_t + b_g) is the log-decay, beta_t = sigmoid(W_b x_t + b_b) the write strength, both per
-    query head. No convolution, activation or output norm unless asked for: what the teacher lacks does not pay in a
+    g_t = -exp(rate) softplus(W_g x_t + b_g) is the log-decay, beta_t = sigmoid(W_b x_t + b_b) the write strength, both
+    per query head. No convolution, activation or output norm unless asked for: what the teacher lacks does not pay in a
     short distillation (arXiv 2505.03005, ablations).
     """
 

@@ -1,8 +1,9 @@
 """Linear recurrences over a matrix state: the equations one token at a time, and the same in chunks.
 
-Shapes: q (batch, heads * group, time, dim), k (batch, heads, time, dim), v (batch, heads, time, value dim), log-decay g and
-write strength beta (batch, heads, time), state (batch, heads, dim, value dim). `group` queries read one state. `segments` (batch, time) numbers the documents of a packed
-row; the state starts from zero at each. Everything is computed in float32.
+Shapes: q (batch, heads * group, time, dim), k (batch, heads, time, dim), v (batch, heads, time, value dim), log-decay
+g and write strength beta (batch, heads, time), state (batch, heads, dim, value dim). `group` queries read one state.
+`segments` (batch, time) numbers the documents of a packed row; the state starts from zero at each. Everything is
+computed in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def naive(
     segments: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as the papers write it; returns outputs (batch, heads * group, time, value dim) and the last state.
+    """The recurrence as the papers write it; returns outputs (batch, heads * group, time, value dim) and the last
+    state.
 
     Without beta: S_t = exp(g_t) S_{t-1} + k_t v_t^T (decayed linear attention; SUPRA, arXiv 2405.06640, eq. 10).
     With beta, the gated delta rule (arXiv 2412.06464, eq. 10): the value already stored under k_t is replaced,
@@ -103,7 +105,9 @@ def _chunk_ids(segments: Tensor, n: int, chunk: int) -> Tensor:
     return torch.cat((segments, tail), dim=1).unflatten(1, (n, chunk))
 
 
-def _document_masks(segments: Tensor | None, n: int, chunk: int) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+def _document_masks(
+    segments: Tensor | None, n: int, chunk: int
+) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
     """Which tokens may read the carried state, which write to it, and which chunks keep it: 0/1, over heads alike."""
     if segments is None:
         return 1.0, 1.0, 1.0

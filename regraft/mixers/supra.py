@@ -31,7 +31,7 @@ class SupraOptions:
 
 
 def slopes(heads: int) -> list[float]:
-    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409): powers of 2^(-8/n), extended by interleaving."""
+    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409), interleaved beyond a power of two."""
     power = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     return first if power == heads else first + slopes(2 * power)[::2][: heads - power]
@@ -47,8 +47,8 @@ def log_decays(kind: str, heads: int) -> Tensor:
 class Supra(Mixer):
     """SUPRA (Mercat et al., arXiv 2405.06640, eqs. 7-10): phi(x) = relu(W x + b), the same W for queries and keys.
 
-    v'_i = GroupNorm(sum_j gamma^(i-j) RoPE(phi(q_i)) . RoPE(phi(k_j)) v_j). Keys and values are broadcast per head before
-    the map, so grouped-query sources keep their heads.
+    v'_i = GroupNorm(sum_j gamma^(i-j) RoPE(phi(q_i)) . RoPE(phi(k_j)) v_j). Keys and values are broadcast per head
+    before the map, so grouped-query sources keep their heads.
     """
 
     name = "supra"

@@ -25,7 +25,8 @@ class WindowOptions:
 def naive_window(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, position: Tensor, segments: Tensor
 ) -> Tensor:
-    """Masked softmax attention; q: (b, heads, t, d), k, v: (b, kv, t, d), position, segments: (b, t) -> (b, heads, t, d).
+    """Masked softmax attention; q: (b, heads, t, d), k, v: (b, kv, t, d), position, segments: (b, t) -> (b, heads, t,
+    d).
 
     `position` counts tokens within a document, EMPTY on padding. Source: arXiv 2309.17453 (attention sinks).
     """

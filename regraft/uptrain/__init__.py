@@ -1,0 +1,1 @@
+"""Uptraining: closed-form calibration, stages, the loop, resume."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..mixers.base import Mixer, Mixing, rotate
 from ..mixers.gated import Gated
@@ -50,7 +52,7 @@ def attend(mixer: Mixer, record: LayerRecord, segments: Tensor | None, window: i
 
 
 class Moments:
-    """Running normal equations for ridge regression: features (..., n, f) -> targets (..., n, t), problems side by side."""
+    """Running normal equations of ridge regressions side by side: features (..., n, f) -> targets (..., n, t)."""
 
     def __init__(self) -> None:
         self.gram: Tensor | float = 0.0
@@ -67,7 +69,9 @@ class Moments:
         """Coefficients (..., f, t) and squared error left; the penalty is `ridge` times the features' mean square."""
         gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
         scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        found = torch.linalg.solve(gram + (ridge * scale + 1e-12) * torch.eye(gram.shape[-1], device=gram.device), cross)
+        found = torch.linalg.solve(
+            gram + (ridge * scale + 1e-12) * torch.eye(gram.shape[-1], device=gram.device), cross
+        )
         left = torch.as_tensor(self.energy) - 2 * (found * cross).sum((-2, -1)) + (found * (gram @ found)).sum((-2, -1))
         return found, left
 
@@ -75,8 +79,8 @@ class Moments:
 def gate_candidates(records: list[tuple[LayerRecord, Attended]]) -> Tensor:
     """Gate weights and bias, (candidates, hidden + 1, heads), for g = share x attention mass outside the window.
 
-    Softmax attention is exactly (1 - m) window + m rest, so m is the right gate for a linear branch that gives the rest;
-    smaller shares suit one that does not. Ridge regression of logit(share x m) on the layer's input.
+    Softmax attention is exactly (1 - m) window + m rest, so m is the right gate for a linear branch that gives the
+    rest; smaller shares suit one that does not. Ridge regression of logit(share x m) on the layer's input.
     """
     fits = []
     for share in SHARES:
@@ -99,16 +103,15 @@ def fit(mixer: Mixer, records: list[tuple[LayerRecord, Attended]], segments: lis
     value projection (or the output projection where a norm stands between). Of the gate candidates each group of heads
     takes the one that leaves the least error. Returns whether the maps were folded, and the mean share chosen.
     """
-    gated = isinstance(mixer, Gated)
-    linear: Mixer = mixer.linear if gated else mixer
+    linear = mixer.linear if isinstance(mixer, Gated) else mixer
     heads = linear.attention.heads
     maps = linear.qkv.v.out_features // linear.attention.dim if linear.values_are_linear else heads
-    gates = gate_candidates(records) if gated else None
-    moments = [Moments() for _ in SHARES] if gated else [Moments()]
+    gates = gate_candidates(records) if isinstance(mixer, Gated) else None
+    moments = [Moments() for _ in SHARES] if gates is not None else [Moments()]
     for (record, seen), ids in zip(records, segments, strict=True):
         mixing = record.mixing(ids)
         out = linear.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
-        if gates is None:
+        if gates is None or not isinstance(mixer, Gated):
             moments[0].add(*_grouped(maps, out, seen.heads))
             continue
         window = mixer.window.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
@@ -119,7 +122,7 @@ def fit(mixer: Mixer, records: list[tuple[LayerRecord, Attended]], segments: lis
     left = torch.stack([error for _, error in solved])  # (candidates, maps)
     best = left.argmin(0)
     chosen = torch.stack([found for found, _ in solved])[best, torch.arange(maps)]
-    if gates is None:
+    if gates is None or not isinstance(mixer, Gated):
         return linear.fold_heads(chosen), 1.0
     per_head = best.repeat_interleave(heads // maps)
     picked = gates[per_head, :, torch.arange(heads)]  # (heads, hidden + 1)
@@ -135,8 +138,8 @@ def _grouped(maps: int, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def calibrate(
-    slots: list[nn.Module],
-    teacher: nn.Module,
+    slots: list[Any],
+    teacher: PreTrainedModel,
     teacher_slots: list[nn.Module],
     batches: list[tuple[Tensor, Tensor, Tensor | None]],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -160,11 +163,10 @@ def calibrate(
 
 
 def _calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]) -> dict[str, float]:
-    gated = isinstance(mixer, Gated)
-    linear: Mixer = mixer.linear if gated else mixer
+    linear = mixer.linear if isinstance(mixer, Gated) else mixer
     if linear.name == "window":
         return {"heads_folded": 0.0}
-    window, sinks = (mixer.window.options.window, mixer.window.options.sinks) if gated else (0, 0)
+    window, sinks = (mixer.window.options.window, mixer.window.options.sinks) if isinstance(mixer, Gated) else (0, 0)
     pairs = [(r, attend(linear, r, ids, window, sinks)) for r, ids in zip(records, segments, strict=True)]
     mass = torch.stack([seen.outside.mean((0, 2)) for _, seen in pairs]).mean(0)
     distance = torch.stack([seen.distance.mean((0, 2)) for _, seen in pairs]).mean(0) / mass.clamp(min=1e-6)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..mixers.base import Mixing
 
@@ -48,6 +49,6 @@ def recording(slots: list[nn.Module], layers: list[int], keep: Callable[[int, La
 
 
 @torch.no_grad()
-def body(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> None:
+def body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
     """Run the decoder without its head, for what the hooks see; input_ids, position_ids: (batch, time)."""
     model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -92,7 +92,9 @@ def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     count = len(ids) // length
     if not count:
-        raise RegraftError(f"the text has {len(ids)} tokens, less than one row of {length}: give more text or a shorter length")
+        raise RegraftError(
+            f"the text has {len(ids)} tokens, less than one row of {length}: give more text or a shorter length"
+        )
     ids, positions = ids[: count * length].view(count, length), positions[: count * length].view(count, length)
     first_of_document = torch.where(positions <= torch.arange(length), torch.arange(length) - positions, 0)
     positions = torch.arange(length) - first_of_document.cummax(1).values

