@@ -1,10 +1,11 @@
 """Held-out perplexity and KL to the teacher against training tokens, for one way of linearizing SmolLM2-135M.
 
-Claim: with no softmax layer kept (`--arm none`), and for SUPRA without a window (`--arm supra`), uptraining on CPU brings
-perplexity and KL below every zero-token baseline. Baselines, the calibrated start and every point are measured on the same
-held-out windows (documents of 1,024 tokens and more that are not in the training text). Training itself resumes when
-called again; points already measured stay in the file. The demo's text and model must be in .cache (`regraft demo` puts
-them there). Run: python benchmarks/uptrain_curves.py --arm none --out curves/none [--tokens 98304] [--every 16]
+Claim: with no softmax layer kept (`--arm none`), and for SUPRA without a window (`--arm supra`), uptraining on CPU
+brings perplexity and KL below every zero-token baseline. Baselines, the calibrated start and every point are measured
+on the same held-out windows (documents of 1,024 tokens and more that are not in the training text). Training itself
+resumes when called again; points already measured stay in the file. The demo's text and model must be in .cache
+(`regraft demo` puts them there). Run: python benchmarks/uptrain_curves.py --arm none --out curves/none [--tokens
+98304] [--every 16]
 """
 
 from __future__ import annotations
@@ -98,17 +99,14 @@ def main() -> None:
         ticker.start("calibrate")
         calibrated(student, teacher, slots, loop.batches(rows(1024), 8, 0), options.out, ticker)
         point("calibrated, no gradient step", Candidate(student), tokens=8192)
-        counts = {"tokens": 0, "flops": 0}
+        plan = stages(options.arm, options.tokens)
 
         def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
             ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}")
             if step == steps or (stage.kind == "distil" and step % options.every == 0):
-                total = {key: counts[key] + row[key] for key in counts}
-                point(f"{stage.kind}, {row['tokens']:,} tokens", Candidate(student), **total)
-            if step == steps:
-                counts.update({key: counts[key] + row[key] for key in counts})
+                tokens = sum(earlier.tokens for earlier in plan[: row["stage"]]) + row["tokens"]
+                point(f"{stage.kind}, {tokens:,} tokens", Candidate(student), tokens=tokens)
 
-        plan = stages(options.arm, options.tokens)
         run = loop.Run(student, plan, rows, options.out, teacher, slots, progress=tell)
         ledger = loop.train(run)
     for name, candidate in baselines.trained(student).items():
