@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import resource
@@ -74,6 +76,7 @@ def measure(path: str, length: int, steps: int) -> dict[str, Any]:
     model: Any = hosts.load(path)
     device = next(model.parameters()).device
     loaded = peak_bytes(device.type)
+    reset_peak(device.type)
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
     mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     with torch.inference_mode():
@@ -113,13 +116,31 @@ def finish(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak memory of this process so far: accelerator's, or resident."""
+    """Peak memory since `reset_peak`, or since the start: the accelerator's, or resident.
+
+    Linux's own high-water mark is read where there is one: getrusage reports the parent's peak when that was higher.
+    """
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device: str) -> None:
+    """Forget the peak of loading, where the system can."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

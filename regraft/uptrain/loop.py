@@ -126,10 +126,12 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
         }  # fmt: skip
         with (run.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if state.step == first + 1:
+            begun = time.monotonic()  # the first step is slower: it is counted, and memory is new
         run.progress(stage, state.step, stage.steps, row)
         limit = run.limit(index)
         if limit is not None and not state.tokens and state.step == max(MEASURED_STEPS, first + MEASURED_STEPS):
-            stage = fit_to_time(stage, state, limit, (time.monotonic() - begun) / (state.step - first))
+            stage = fit_to_time(stage, state, limit, (time.monotonic() - begun) / (state.step - first - 1))
             order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
         if time.monotonic() - saved > run.save_seconds and state.step < stage.steps:
             save_state(run.out, run.model, optimizer, state, settings(run))
