@@ -63,7 +63,7 @@ def assemble(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
 
 def render(table: Mapping[str, Any], console: Console) -> None:
     """Print the quality table."""
-    keys = {"perplexity": "ppl/token", "byte_perplexity": "ppl/byte", "bits_per_byte": "bits/byte", "kl": "KL"}
+    keys = {"perplexity": "ppl/token", "byte_perplexity": "ppl/byte", "kl": "KL"}
     heads = ["", *keys.values()]
     rows = eval_rows(table)
     body = [[name, *(short(row.get(key)) for key in keys)] for name, row in rows.items()]

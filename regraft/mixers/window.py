@@ -176,15 +176,15 @@ class Window(Mixer):
             return state  # packed rows are whole documents: nothing follows them
         size, sinks = self.options.window, self.options.sinks
         new = {"seen": state["seen"] + (position > EMPTY).sum(1, keepdim=True)}
+        joined = {part: torch.cat((state[part], fresh), 2) for part, fresh in (("window_k", k), ("window_v", v))}
         at = torch.cat((state["window_at"], position), 1)
         if mixing.valid is None:
-            last = torch.arange(at.shape[1] - size, at.shape[1], device=at.device).expand(at.shape[0], -1)
+            new |= {part: tensor[:, :, -size:] for part, tensor in joined.items()} | {"window_at": at[:, -size:]}
         else:  # padding goes to the front, whatever side it was on
             last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
-        new["window_at"] = at.gather(1, last)
-        index = last[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        for part, fresh in (("window_k", k), ("window_v", v)):
-            new[part] = torch.cat((state[part], fresh), 2).gather(2, index)
+            index = last[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            new |= {part: tensor.gather(2, index) for part, tensor in joined.items()}
+            new["window_at"] = at.gather(1, last)
         new |= {part: state[part] for part in ("sink_k", "sink_v", "sink_at")}
         slots = torch.arange(sinks, device=k.device)
         if sinks and bool((state["seen"] < sinks).any()):
