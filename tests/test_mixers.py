@@ -204,7 +204,7 @@ def test_weight_table_names_every_parameter(spec: dict) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [SPECS[2], SPECS[3], SPECS[4]], ids=["supra", "supra-no-norm", "delta"])
+@pytest.mark.parametrize("spec", [SPECS[2], SPECS[3], SPECS[5]], ids=["supra", "supra-no-norm", "delta"])
 def test_folded_head_maps_act_on_head_outputs(spec: dict) -> None:
     mixer, x, maps = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(1, 20, 36), torch.randn(9, 10, 10)
     context = Mixing(rotary(torch.arange(20).expand(1, 20), mixer.attention))

@@ -60,7 +60,7 @@ def test_a_window_over_everything_is_the_source(source: Checkpoint) -> None:
 def test_keys_are_broadcast_per_head(tmp_path: Path) -> None:
     _, model = tiny("llama")
     model.save_pretrained(tmp_path / "source")
-    made = Remix(keep="none", window=0)(Checkpoint.open(tmp_path / "source"))
+    made = Remix(keep="none", window=0, options={"grouped": False})(Checkpoint.open(tmp_path / "source"))
     wide = made.tensors["mixer.qkv.k.weight", 0]
     heads = model.model.layers[0].self_attn.k_proj.weight.view(3, 8, 36)
     assert wide.story.kind == "broadcast" and wide.story.sources == ("model.layers.0.self_attn.k_proj.weight",)

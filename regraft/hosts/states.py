@@ -78,7 +78,7 @@ class MixerState(CacheLayerMixin):
         """Refuse: a recurrent state cannot forget tokens."""
         if tokens_to_remove:
             raise ValueError(
-                f"cannot take {tokens_to_remove} tokens back out of a recurrent state: decode without drafts"
+                f"cannot take {abs(tokens_to_remove)} tokens back out of a recurrent state: decode without drafts"
             )
 
 
