@@ -42,7 +42,7 @@ class Run:
     seed: int = 0
     limit: Callable[[int], float | None] = lambda stage: None
     progress: Progress = lambda stage, step, steps, row: None
-    save_seconds: float = 120.0
+    save_seconds: float = 60.0
 
 
 @cache
