@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     options = parser.parse_args()
     remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
+    os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     source = Checkpoint.open(GGUF)
     tokenizer = hosts.load_tokenizer(source.path)
