@@ -1,7 +1,7 @@
 """Held-out perplexity and KL to the teacher against training tokens, for one way of linearizing SmolLM2-135M.
 
-Claim: with no softmax layer kept (`--arm none`), and for SUPRA without a window (`--arm supra`), uptraining on CPU
-brings perplexity and KL below every zero-token baseline. Baselines, the calibrated start and every point are measured
+Claim: with no softmax layer kept (`--arm none`) uptraining on CPU brings perplexity and KL below every zero-token
+baseline. SUPRA without a window (`--arm supra`) has not got there yet, see docs/log.md. Baselines, the calibrated start and every point are measured
 on the same held-out windows (documents of 1,024 tokens and more that are not in the training text). Training itself
 resumes when called again; points already measured stay in the file. The demo's text and model must be in .cache
 (`regraft demo` puts them there). Run: python benchmarks/uptrain_curves.py --arm none --out curves/none [--tokens
@@ -38,9 +38,9 @@ ARMS = {
 }
 
 
-def stages(arm: str, tokens: int) -> list[Stage]:
-    """Alignment first, more of it where no window carries the start; then distillation."""
-    align = tokens // 2 if arm == "supra" else tokens // 8
+def stages(tokens: int, align: int | None) -> list[Stage]:
+    """An eighth of the tokens for alignment, or `align`; the rest for distillation."""
+    align = align if align is not None else tokens // 8
     rates = {"lr_new": 2e-3, "lr_mixer": 5e-4, "lr_body": 5e-5}
     return [Stage("align", align // 1024 * 1024, **rates), Stage("distil", (tokens - align) // 1024 * 1024, **rates)]
 
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=98304)
+    parser.add_argument("--align", type=int, help="tokens of alignment among them, an eighth unless given")
     parser.add_argument("--every", type=int, default=16, help="steps between points while distilling")
     parser.add_argument("--windows", type=int, default=6)
     options = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
         ticker.start("calibrate")
         calibrated(student, teacher, slots, loop.batches(rows(1024), 8, 0), options.out, ticker)
         point("calibrated, no gradient step", Candidate(student), tokens=8192)
-        plan = stages(options.arm, options.tokens)
+        plan = stages(options.tokens, options.align)
 
         def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
             ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}")
