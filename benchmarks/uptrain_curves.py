@@ -1,11 +1,11 @@
 """Held-out perplexity and KL to the teacher against training tokens, for one way of linearizing SmolLM2-135M.
 
 Claim: with no softmax layer kept (`--arm none`) uptraining on CPU brings perplexity and KL below every zero-token
-baseline. SUPRA without a window (`--arm supra`) has not got there yet, see docs/log.md. Baselines, the calibrated start and every point are measured
-on the same held-out windows (documents of 1,024 tokens and more that are not in the training text). Training itself
-resumes when called again; points already measured stay in the file. The demo's text and model must be in .cache
-(`regraft demo` puts them there). Run: python benchmarks/uptrain_curves.py --arm none --out curves/none [--tokens
-98304] [--every 16]
+baseline. SUPRA without a window (`--arm supra`) has not got there yet, see docs/log.md. Baselines, the calibrated start
+and every point are measured on the same held-out windows (documents of 1,024 tokens and more that are not in the
+training text). Training resumes when called again; points already measured stay in the file.
+
+Run: python benchmarks/uptrain_curves.py --arm none --out .cache/curves/none [--tokens 98304] [--every 16]
 """
 
 from __future__ import annotations
