@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..mixers.base import Mixer
 from ..mixers.registry import mixer_class
 
 HOST_FILES = ("configuration_regraft", "modeling_regraft", "states")
@@ -16,23 +17,25 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Attention, Mixer
-{imports}
-
-MIXERS: dict[str, type[Mixer]] = {{mixer.name: mixer for mixer in ({classes})}}
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class registered as `name`."""
-    return MIXERS[name]
+    """The class registered as `name`; imported when asked for, since combinators ask too."""
+{cases}    raise KeyError(name)
 
 
 def build(spec: dict[str, Any], attention: Attention) -> Mixer:
     """The mixer of a spec with uninitialised weights."""
     return mixer_class(spec["name"])(attention, spec)
 '''
+CASE = """    if name == "{name}":
+        from .{module} import {cls}
+
+        return {cls}
+"""
 
 
-def used_classes(config: dict[str, Any]) -> list[type]:
+def used_classes(config: dict[str, Any]) -> list[type[Mixer]]:
     """Mixer classes that a config names, nested ones included."""
     names: dict[str, None] = {}
 
@@ -53,18 +56,19 @@ def write(directory: str | Path, config: dict[str, Any]) -> list[str]:
     package = Path(__file__).parent.parent
     directory = Path(directory)
     classes = used_classes(config)
-    modules = {cls.__module__.rsplit(".", 1)[1] for cls in classes} - {"gated"}
+    modules = {module_of(cls) for cls in classes}
     files = [package / "hosts" / f"{name}.py" for name in HOST_FILES]
     files += [package / "mixers" / f"{name}.py" for name in sorted(modules | {"base", "recurrence"})]
     files.append(package / "errors.py")
-    gated = any(cls.__module__.endswith(".gated") for cls in classes)
-    if gated:
-        files.append(package / "mixers" / "gated.py")
     for file in files:
         (directory / file.name).write_text(flat(file.read_text()))
-    plain = [cls for cls in classes if not cls.__module__.endswith(".gated")]
-    (directory / "registry.py").write_text(registry_text(plain, gated))
+    (directory / "registry.py").write_text(registry_text(classes))
     return [file.name for file in files] + ["registry.py"]
+
+
+def module_of(cls: type) -> str:
+    """Name of the file that defines a mixer."""
+    return cls.__module__.rsplit(".", 1)[1]
 
 
 def flat(text: str) -> str:
@@ -72,13 +76,7 @@ def flat(text: str) -> str:
     return re.sub(r"from \.\.(?:mixers\.|hosts\.)?(\w+) import", r"from .\1 import", text)
 
 
-def registry_text(classes: list[type], gated: bool) -> str:
-    """Source of the flat registry; the combinator imports it, so it is looked up when first asked for."""
-    imports = "\n".join(f"from .{cls.__module__.rsplit('.', 1)[1]} import {cls.__name__}" for cls in classes)
-    text = REGISTRY.format(imports=imports, classes="".join(f"{cls.__name__}, " for cls in classes))
-    if not gated:
-        return text
-    lookup = (
-        '    if name == "gated":\n        from .gated import Gated\n\n        return Gated\n    return MIXERS[name]'
-    )
-    return text.replace("    return MIXERS[name]", lookup)
+def registry_text(classes: list[type[Mixer]]) -> str:
+    """Source of the flat registry."""
+    cases = [CASE.format(name=cls.name, module=module_of(cls), cls=cls.__name__) for cls in classes]
+    return REGISTRY.format(cases="".join(cases))

@@ -263,7 +263,7 @@ def silence(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t * valid.view(valid.shape[0], 1, -1, *[1] * (t.ndim - 3)).to(t.dtype) for t in tensors)
 
 
-def pad_time(x: Tensor, multiple: int, dim: int = 2) -> Tensor:
-    """Zero-pad axis `dim` (time) at the end to a multiple of `multiple`."""
-    short = -x.shape[dim] % multiple
-    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, short]) if short else x
+def pad_time(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad axis 2 (time) at the end to a multiple of `multiple`."""
+    short = -x.shape[2] % multiple
+    return F.pad(x, [0, 0] * (x.ndim - 3) + [0, short]) if short else x
