@@ -16,13 +16,58 @@ CONFIGS = {
     "qwen3": "Qwen3Config",
     "gpt_neox": "GPTNeoXConfig",
     "gpt2": "GPT2Config",
+    "gemma": "GemmaConfig",
+    "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig",
+    "phi3": "Phi3Config",
+    "olmo2": "Olmo2Config",
+    "starcoder2": "Starcoder2Config",
+    "mixtral": "MixtralConfig",
+    "phi": "PhiConfig",
+    "bert": "BertConfig",
+    "roberta": "RobertaConfig",
+    "vit": "ViTConfig",
+    "dinov2": "Dinov2Config",
+}
+GROWABLE = tuple(CONFIGS)
+# Classes of the encoders, the default first; the others are AutoModelForCausalLM's.
+ARCHITECTURES = {
+    "bert": (
+        "BertForMaskedLM",
+        "BertModel",
+        "BertForSequenceClassification",
+        "BertForPreTraining",
+        "BertForNextSentencePrediction",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
+    ),
+    "roberta": (
+        "RobertaForMaskedLM",
+        "RobertaModel",
+        "RobertaForSequenceClassification",
+        "RobertaForTokenClassification",
+        "RobertaForQuestionAnswering",
+    ),
+    "vit": ("ViTForImageClassification", "ViTModel"),
+    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2Backbone"),
+}
+# Both kinds of layers in three, and numbers that differ from what the sizes would give.
+GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 16}
+EXTRA: dict[str, dict[str, Any]] = {
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "mixtral": {"num_local_experts": 3},
+    "bert": {"max_position_embeddings": 41, "num_labels": 5},
+    "roberta": {"max_position_embeddings": 41, "num_labels": 5},
+    "vit": {"image_size": 15, "patch_size": 5, "num_labels": 7},
+    "dinov2": {"image_size": 15, "patch_size": 5, "num_labels": 7},
 }
 
 
 def sizes_of(
     family: str, hidden: int, heads: int, kv: int, dim: int, ffn: int, layers: int, vocab: int
 ) -> dict[str, Any]:
-    """Config keys; families without a head_dim of their own get hidden = heads * dim."""
+    """Config keys, as near to the asked sizes as the class allows."""
     if family == "gpt2":
         return {
             "n_embd": heads * dim,
@@ -33,8 +78,13 @@ def sizes_of(
             "vocab_size": vocab,
         }
     common = {"num_attention_heads": heads, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocab}
-    if family == "gpt_neox":
+    if family in ("gpt_neox", "bert", "roberta"):
         return common | {"hidden_size": heads * dim}
+    if family in ("vit", "dinov2"):
+        del common["vocab_size"]
+        common |= {"hidden_size": hidden, "head_dim": dim}
+        return common | ({"mlp_ratio": -(-common.pop("intermediate_size") // hidden)} if family == "dinov2" else {})
+    hidden = -(-hidden // 8) * 8 if family == "mixtral" else hidden
     return common | {"hidden_size": hidden, "num_key_value_heads": kv, "head_dim": dim}
 
 
@@ -49,23 +99,37 @@ def tiny(
     layers: int = 3,
     vocab: int = 97,
     seed: int = 0,
+    architecture: str | None = None,
     **keys: Any,
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """(config, model in eval mode, float32) of `family`: odd sizes by default, biases, gains and maps all perturbed.
 
-    9 query heads over 3 key/value heads and heads * dim != hidden where the family allows it; gpt_neox and gpt2 get
-    hidden = heads * dim. `keys` are further config keys, such as `tie_word_embeddings=True` or `attention_bias=True`.
+    9 query heads over 3 key/value heads and heads * dim != hidden where the family allows it; gpt_neox, gpt2, bert and
+    roberta get hidden = heads * dim, mixtral the next multiple of 8, dinov2 the next multiple of hidden as ffn.
+    `architecture` is the class of an encoder, one of ARCHITECTURES. `keys` are further config keys, such as
+    `tie_word_embeddings=True` or `attention_bias=True`.
     """
     torch.manual_seed(seed)
     sizes = sizes_of(family, hidden, heads, kv, dim, ffn, layers, vocab)
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = getattr(transformers, CONFIGS[family])(**(sizes | special | keys))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    extra = dict(EXTRA.get(family, {}))
+    if family == "gemma3_text" and layers != 3:
+        del extra["layer_types"]
+    if (architecture or "").endswith("ForQuestionAnswering"):
+        extra["num_labels"] = 2  # where an answer begins and ends
+    special = {} if "vocab_size" not in sizes else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, CONFIGS[family])(**(sizes | special | extra | keys))
+    if family in ARCHITECTURES:
+        model = getattr(transformers, architecture or ARCHITECTURES[family][0])(config).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config.architectures = model.config.architectures = [type(model).__name__]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                start = 0.0 if name.endswith("bias") else 1.0
+                start = 0.0 if name.endswith("bias") or family.startswith("gemma") else 1.0
                 parameter.copy_(start + 0.3 * torch.randn_like(parameter))
+            elif not parameter.any():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.mul_(5.0)
     return config, model
@@ -74,3 +138,11 @@ def tiny(
 def tokens(rows: int, length: int, vocab: int = 97, seed: int = 1) -> torch.Tensor:
     """Random token ids (rows, length), none of them special."""
     return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(config: PreTrainedConfig, rows: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
+    """What `model(**inputs)` takes: token ids (rows, 23), or pixels (rows, channels, side, side)."""
+    if hasattr(config, "image_size"):
+        shape = (rows, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+    return {"input_ids": tokens(rows, 23, config.vocab_size, seed)}

@@ -1,0 +1,136 @@
+"""BERT (arXiv 1810.04805): an encoder whose norms come after each sum, with the head that its class says."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from ..anatomy import Anatomy, Part, linear, norm
+from ..errors import RegraftError
+
+HEADS = {
+    "BertModel": "pooler",
+    "BertForMaskedLM": "mlm",
+    "BertForPreTraining": "pooler mlm next",
+    "BertForNextSentencePrediction": "pooler next",
+    "BertForSequenceClassification": "pooler pooled",
+    "BertForTokenClassification": "tokens",
+    "BertForQuestionAnswering": "span",
+}
+SIZES = (
+    ("vocab_size", "vocab"),
+    ("hidden_size", "hidden"),
+    ("hidden_size", "kv dim"),
+    ("intermediate_size", "ffn"),
+    ("num_hidden_layers", "depth"),
+    ("num_attention_heads", "kv"),
+    ("max_position_embeddings", "pos"),
+    ("type_vocab_size", "type"),
+    ("_labels", "label"),
+)
+LAYER = "{p}encoder.layer.{}"
+IN: dict[str, Any] = {"writes": "branch"}
+AFTER: dict[str, Any] = {"bias": True, "reads": "branch", "writes": "stream"}
+
+
+def architecture(config: Any, table: Mapping[str, str]) -> str:
+    """The class that a config names, the first of the table when it names none. RegraftError when it is not there."""
+    name = (config.get("architectures") or list(table))[0]
+    if name not in table:
+        raise RegraftError(f"no table for the class '{name}' of config.json's architectures: use {', '.join(table)}")
+    return str(name)
+
+
+def has(config: Any, table: Mapping[str, str], head: str) -> bool:
+    """Whether the class of a config has a head."""
+    return head in table[architecture(config, table)].split()
+
+
+def flags(table: Mapping[str, str]) -> dict[str, Any]:
+    """Defaults that say by a key "_<head>" which heads the class of a config has, and by "_labels" how many labels."""
+    heads = sorted({head for row in table.values() for head in row.split()})
+    return {f"_{head}": partial(has, table=table, head=head) for head in heads} | {"_labels": labels}
+
+
+def labels(config: Any) -> int:
+    """How many labels a classifier tells apart."""
+    return len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
+
+
+def prefixed(table: Mapping[str, str], base: str) -> Callable[[Any], str]:
+    """The name prefix of the base model, which it has inside every class but itself."""
+    return lambda config: base if "For" in architecture(config, table) else ""
+
+
+def body() -> dict[str, Part]:
+    """Embeddings and layers."""
+    attention = f"{LAYER}.attention"
+    return {
+        **linear("embed", "{p}embeddings.word_embeddings", "vocab -> hidden", stored="in out", **IN),
+        **linear("pos", "{p}embeddings.position_embeddings", "pos -> hidden", stored="in out", **IN),
+        **linear("type", "{p}embeddings.token_type_embeddings", "type -> hidden", stored="in out", **IN),
+        **norm("norm.embed", "{p}embeddings.LayerNorm", **AFTER),
+        **linear("attn.q", f"{attention}.self.query", "hidden -> kv dim", bias=True, reads="stream"),
+        **linear("attn.k", f"{attention}.self.key", "hidden -> kv dim", bias=True, reads="stream"),
+        **linear("attn.v", f"{attention}.self.value", "hidden -> kv dim", bias=True, reads="stream"),
+        **linear("attn.o", f"{attention}.output.dense", "kv dim -> hidden", bias=True, **IN),
+        **norm("norm.attn_post", f"{attention}.output.LayerNorm", **AFTER),
+        **linear("mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", bias=True, reads="stream"),
+        **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", bias=True, **IN),
+        **norm("norm.mlp_post", f"{LAYER}.output.LayerNorm", **AFTER),
+    }
+
+
+def mlm(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
+    """The head of a masked language model; untied, the class reads the decoder's own bias instead of the shared one."""
+    own: dict[str, Any] = {"bias": True, "when": "_mlm"}
+    untied: dict[str, Any] = {"when": "_mlm", "unless": "tie_word_embeddings"}
+    return {
+        **linear("transform", dense, "hidden -> hidden", reads="stream", writes="own", **own),
+        **norm("norm.head", layer_norm, reads="own", writes="head", **own),
+        "head.weight": Part(f"{head}.decoder.weight", "hidden -> vocab", reads="head", **untied),
+        "head.bias": Part(f"{head}.bias", "-> vocab", when="_mlm"),
+        "head.own.bias": Part(f"{head}.decoder.bias", "-> vocab", **untied),
+    }
+
+
+def outer(role: str, name: str, axes: str, when: str, reads: str = "stream") -> dict[str, Part]:
+    """A map with a bias outside the stack that a class may have."""
+    return linear(role, name, axes, bias=True, when=when, reads=reads, writes="own")
+
+
+DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "tie_word_embeddings": True,
+    "layer_norm_eps": 1e-12,
+}
+IGNORED = {
+    r"(\w+\.)?embeddings\.(position_ids|token_type_ids)": "buffer: counted up",
+    r"\w+\.pooler\.dense\.(weight|bias)": "the class does not pool",
+}
+
+anatomy = Anatomy(
+    family="bert",
+    parts={
+        **body(),
+        **outer("pooler", "{p}pooler.dense", "hidden -> hidden", "_pooler"),
+        **mlm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+        **outer("next", "cls.seq_relationship", "hidden -> two", "_next", reads="own"),
+        **outer("pooled", "classifier", "hidden -> label", "_pooled", reads="own"),
+        **outer("tokens", "classifier", "hidden -> label", "_tokens"),
+        **outer("span", "qa_outputs", "hidden -> label", "_span"),
+    },
+    sizes=SIZES,
+    slot=f"{LAYER}.attention.self",
+    defaults={**DEFAULTS, **flags(HEADS)},
+    fixed={"group": 1},
+    ignored={
+        **IGNORED,
+        r"cls\.predictions\.decoder\.bias": "tied: the config shares it with cls.predictions.bias",
+        r"cls\.seq_relationship\.(weight|bias)": "the class has no next-sentence head",
+    },
+    eps="layer_norm_eps",
+    rotary=False,
+    prefix=prefixed(HEADS, "bert."),
+    causal=False,
+)

@@ -1,0 +1,96 @@
+"""DINOv2 (arXiv 2304.07193): ViT with a factor per coordinate behind each branch; the class holds a whole MLP ratio."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, Part, linear, norm
+from ..errors import RegraftError
+from . import vit
+from .bert import flags, outer, prefixed
+from .vit import LAYER
+
+HEADS = {"Dinov2Model": "", "Dinov2Backbone": "", "Dinov2ForImageClassification": "classifier"}
+ATTN: dict[str, Any] = {"bias": True, "scaled": "scale.attn.weight"}
+MLP: dict[str, Any] = {"bias": True, "scaled": "scale.mlp.weight"}
+PLAIN: dict[str, Any] = {"unless": "use_swiglu_ffn"}
+GATED: dict[str, Any] = {"when": "use_swiglu_ffn"}
+
+
+def width(hidden: int, ratio: float, gated: bool) -> int:
+    """The MLP's width: a gated one takes two thirds, rounded up to a multiple of 8."""
+    units = int(hidden * ratio)
+    return (int(units * 2 / 3) + 7) // 8 * 8 if gated else units
+
+
+def units(config: Any) -> int:
+    """The MLP's width of a config."""
+    return width(config["hidden_size"], config["mlp_ratio"], config["use_swiglu_ffn"])
+
+
+def finish(config: Any) -> dict[str, Any]:
+    """The MLP ratio of a width, and the stages of a depth. RegraftError when no whole ratio gives the width."""
+    hidden, ffn, gated = config["hidden_size"], config["_ffn"], config["use_swiglu_ffn"]
+    widths = {width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)}
+    if units(config) != ffn and ffn not in widths:
+        near = sorted(sorted(widths, key=lambda size: abs(size - ffn))[:2])
+        raise RegraftError(
+            f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have ffn {ffn}, use --ffn "
+            f"{' or '.join(map(str, near))}"
+        )
+    return {"mlp_ratio": config["mlp_ratio"] if units(config) == ffn else widths[ffn]} | stages(config)
+
+
+def stages(config: Any) -> dict[str, Any]:
+    """A backbone that gives its last layer's features gives the new last layer's."""
+    if config.get("stage_names") is None:
+        return {}
+    names = ["stem", *(f"stage{layer + 1}" for layer in range(config["num_hidden_layers"]))]
+    if config.get("out_features") != config["stage_names"][-1:]:
+        return {"stage_names": names}
+    return {"stage_names": names, "out_features": names[-1:], "out_indices": [len(names) - 1]}
+
+
+anatomy = Anatomy(
+    family="dinov2",
+    parts={
+        **vit.embeddings(),
+        "mask.weight": Part("{p}embeddings.mask_token", "one hidden", when="use_mask_token"),
+        **norm("norm.attn", f"{LAYER}.norm1", bias=True),
+        **vit.qkv(),
+        **linear("attn.o", f"{LAYER}.attention.output.dense", "kv dim -> hidden", **ATTN),
+        "scale.attn.weight": Part(f"{LAYER}.layer_scale1.lambda1", "scale hidden", reads="own"),
+        **norm("norm.mlp", f"{LAYER}.norm2", bias=True),
+        **linear("mlp.up", f"{LAYER}.mlp.fc1", "hidden -> ffn", bias=True, **PLAIN),
+        **linear("mlp.down", f"{LAYER}.mlp.fc2", "ffn -> hidden", **MLP, **PLAIN),
+        **linear(
+            "mlp.swiglu.gate_up",
+            f"{LAYER}.mlp.weights_in",
+            "hidden -> ffn + ffn",
+            bias=True,
+            fused=("mlp.swiglu.gate", "mlp.swiglu.up"),
+            **GATED,
+        ),
+        **linear("mlp.swiglu.down", f"{LAYER}.mlp.weights_out", "ffn -> hidden", **MLP, **GATED),
+        "scale.mlp.weight": Part(f"{LAYER}.layer_scale2.lambda1", "scale hidden", reads="own"),
+        **norm("norm.final", "{p}layernorm", bias=True),
+        **outer("classifier", "classifier", "two hidden -> label", "_classifier", reads="normed"),
+    },
+    sizes=(*vit.SIZES, ("_ffn", "ffn")),
+    slot=f"{LAYER}.attention",
+    defaults={
+        "patch_size": 14,
+        **vit.DEFAULTS,
+        "mlp_ratio": 4,
+        "use_swiglu_ffn": False,
+        "use_mask_token": True,
+        "layer_norm_eps": 1e-6,
+        "_ffn": units,
+        **flags(HEADS),
+    },
+    fixed={"group": 1},
+    eps="layer_norm_eps",
+    rotary=False,
+    finish=finish,
+    prefix=prefixed(HEADS, "dinov2."),
+    causal=False,
+    inputs="pixels",
+)

@@ -1,0 +1,30 @@
+"""Gemma (arXiv 2403.08295): Llama with norm gains stored minus one and embeddings multiplied by sqrt(hidden)."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, Part, norm
+from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import parts as llama
+
+TIED: dict[str, Any] = {**DEFAULTS, "head_dim": 256, "tie_word_embeddings": True, "attention_bias": False}
+
+
+def parts() -> dict[str, Part]:
+    """Llama's parts with Gemma's gains."""
+    return {
+        **llama("attention_bias", "attention_bias", mlp_bias=False),
+        **norm("norm.attn", f"{LAYER}.input_layernorm", unit=True),
+        **norm("norm.mlp", f"{LAYER}.post_attention_layernorm", unit=True),
+        **norm("norm.final", "model.norm", unit=True, writes="head"),
+    }
+
+
+anatomy = Anatomy(
+    family="gemma",
+    parts=parts(),
+    sizes=SIZES,
+    slot=f"{LAYER}.self_attn",
+    defaults={**TIED, "num_key_value_heads": 16},
+    ignored=IGNORED,
+    embed_scale=True,
+)

@@ -1,0 +1,46 @@
+"""Gemma 2 (arXiv 2408.00118): Gemma whose branches end in a norm too; every second layer sees a window."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, Part, linear, norm
+from . import gemma
+from .llama import IGNORED, LAYER, SIZES
+
+
+def parts() -> dict[str, Part]:
+    """Gemma's parts with norms before and after both branches."""
+    after: dict[str, Any] = {"unit": True, "reads": "branch", "writes": "stream"}
+    o, down = f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.down_proj"
+    return {
+        **gemma.parts(),
+        **linear("attn.o", o, "kv group dim -> hidden", bias="attention_bias", writes="branch"),
+        **norm("norm.attn_post", f"{LAYER}.post_attention_layernorm", **after),
+        **norm("norm.mlp", f"{LAYER}.pre_feedforward_layernorm", unit=True),
+        **linear("mlp.down", down, "ffn -> hidden", writes="branch"),
+        **norm("norm.mlp_post", f"{LAYER}.post_feedforward_layernorm", **after),
+    }
+
+
+def scale(config: Any, dim: int, layer: int) -> float:
+    """A number of the config, whatever the width of a head."""
+    return float(config["query_pre_attn_scalar"]) ** -0.5
+
+
+def alternating(config: Any) -> list[str]:
+    """Windows on layers 0, 2, 4, ..."""
+    return [("sliding_attention", "full_attention")[layer % 2] for layer in range(config["num_hidden_layers"])]
+
+
+anatomy = Anatomy(
+    family="gemma2",
+    parts=parts(),
+    sizes=SIZES,
+    slot=f"{LAYER}.self_attn",
+    defaults={**gemma.TIED, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "layer_types": alternating},
+    ignored=IGNORED,
+    embed_scale=True,
+    scale=scale,
+    layer_lists=("layer_types",),
+    divides=(("hidden_size", "num_attention_heads"),),
+    activation="hidden_activation",
+)

@@ -1,0 +1,26 @@
+"""Gemma 3, its text model (arXiv 2503.19786): Gemma 2 plus a norm on each head's queries and keys."""
+
+from dataclasses import replace
+from typing import Any
+
+from ..anatomy import norm
+from . import gemma2
+from .llama import LAYER
+
+
+def periodic(config: Any) -> list[str]:
+    """Windows on all layers but every sixth (or whatever an old config says)."""
+    period = config.get("sliding_window_pattern", 6)
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])]
+
+
+anatomy = replace(
+    gemma2.anatomy,
+    family="gemma3_text",
+    parts={
+        **gemma2.parts(),
+        **norm("attn.q_norm", f"{LAYER}.self_attn.q_norm", "dim", unit=True),
+        **norm("attn.k_norm", f"{LAYER}.self_attn.k_norm", "dim", unit=True),
+    },
+    defaults={**gemma2.anatomy.defaults, "layer_types": periodic},
+)

@@ -1,0 +1,32 @@
+"""Mixtral (arXiv 2401.04088): Mistral whose MLPs are experts behind a router, each with tensors of its own in files."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, linear
+from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import parts as llama
+
+MOE = f"{LAYER}.block_sparse_moe"
+EXPERT = f"{MOE}.experts.{{e}}"
+
+
+def kv_heads(config: Any) -> int:
+    """The class's default: 8 when the key is missing, a key/value head per query head when it is null."""
+    return int(config["num_attention_heads"]) if "num_key_value_heads" in config else 8
+
+
+anatomy = Anatomy(
+    family="mixtral",
+    parts={
+        **{role: part for role, part in llama(False, False, False).items() if not role.startswith("mlp.")},
+        **linear("mlp.router", f"{MOE}.gate", "hidden -> expert"),
+        **linear("mlp.{e}.gate", f"{EXPERT}.w1", "hidden -> ffn"),
+        **linear("mlp.{e}.up", f"{EXPERT}.w3", "hidden -> ffn"),
+        **linear("mlp.{e}.down", f"{EXPERT}.w2", "ffn -> hidden"),
+    },
+    sizes=(*SIZES, ("num_local_experts", "expert")),
+    slot=f"{LAYER}.self_attn",
+    defaults={**DEFAULTS, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "num_local_experts": 8},
+    ignored=IGNORED,
+    multiples={"hidden": 8},
+)

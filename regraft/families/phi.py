@@ -1,0 +1,33 @@
+"""Phi (arXiv 2306.11644): one layer norm feeds attention and MLP side by side; partial rotary, biases everywhere."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, Part, linear, norm
+from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+
+ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
+QK: dict[str, Any] = {"bias": True, "when": "qk_layernorm"}
+
+anatomy = Anatomy(
+    family="phi",
+    parts={
+        **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
+        **norm("norm.attn", f"{LAYER}.input_layernorm", bias=True),
+        **linear("attn.q", f"{ATTENTION}.q_proj", "hidden -> kv group dim", bias=True),
+        **linear("attn.k", f"{ATTENTION}.k_proj", "hidden -> kv dim", bias=True),
+        **linear("attn.v", f"{ATTENTION}.v_proj", "hidden -> kv dim", bias=True),
+        **norm("attn.q_norm", f"{ATTENTION}.q_layernorm", "dim", **QK),
+        **norm("attn.k_norm", f"{ATTENTION}.k_layernorm", "dim", **QK),
+        **linear("attn.o", f"{ATTENTION}.dense", "kv group dim -> hidden", bias=True),
+        **linear("mlp.up", f"{MLP}.fc1", "hidden -> ffn", bias=True),
+        **linear("mlp.down", f"{MLP}.fc2", "ffn -> hidden", bias=True),
+        **norm("norm.final", "model.final_layernorm", bias=True, writes="head"),
+        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"),
+        "head.bias": Part("lm_head.bias", "-> vocab"),
+    },
+    sizes=SIZES,
+    slot=ATTENTION,
+    defaults={**DEFAULTS, "qk_layernorm": False, "layer_norm_eps": 1e-5},
+    ignored=IGNORED,
+    eps="layer_norm_eps",
+)

@@ -1,0 +1,38 @@
+"""Phi-3 (arXiv 2404.14219): Llama with queries, keys and values packed, and gate and up too."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, linear
+from ..errors import RegraftError
+from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import parts as llama
+
+QKV = ("attn.q", "attn.k", "attn.v")
+SPLIT = ("attn.q.", "attn.k.", "attn.v.", "mlp.gate.", "mlp.up.")
+
+
+def finish(config: Any) -> dict[str, Any]:
+    """Refuses long-rope factors where hidden // heads is not head_dim: the class counts factors by the first."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    heads, dim = config["num_attention_heads"], config["head_dim"]
+    if rope.get("short_factor") and config["hidden_size"] // heads != dim:
+        raise RegraftError(
+            f"phi3 with long-rope factors wants hidden // heads to be head_dim {dim}, got {config['hidden_size']} // "
+            f"{heads}: use --hidden {heads * dim}"
+        )
+    return {}
+
+
+anatomy = Anatomy(
+    family="phi3",
+    parts={
+        **{role: part for role, part in llama(False, False, False).items() if not role.startswith(SPLIT)},
+        **linear("attn.qkv", f"{LAYER}.self_attn.qkv_proj", "hidden -> kv group dim + kv dim + kv dim", fused=QKV),
+        **linear("mlp.gate_up", f"{LAYER}.mlp.gate_up_proj", "hidden -> ffn + ffn", fused=("mlp.gate", "mlp.up")),
+    },
+    sizes=SIZES,
+    slot=f"{LAYER}.self_attn",
+    defaults={**DEFAULTS, "rms_norm_eps": 1e-5},
+    ignored=IGNORED,
+    finish=finish,
+)

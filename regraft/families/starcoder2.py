@@ -1,0 +1,34 @@
+"""StarCoder2 (arXiv 2402.19173): Llama's attention with layer norms, a plain MLP and biases everywhere."""
+
+from ..anatomy import Anatomy, Part, linear, norm
+from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+
+ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
+
+anatomy = Anatomy(
+    family="starcoder2",
+    parts={
+        **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
+        **norm("norm.attn", f"{LAYER}.input_layernorm", bias=True),
+        **linear("attn.q", f"{ATTENTION}.q_proj", "hidden -> kv group dim", bias="use_bias"),
+        **linear("attn.k", f"{ATTENTION}.k_proj", "hidden -> kv dim", bias="use_bias"),
+        **linear("attn.v", f"{ATTENTION}.v_proj", "hidden -> kv dim", bias="use_bias"),
+        **linear("attn.o", f"{ATTENTION}.o_proj", "kv group dim -> hidden", bias="use_bias"),
+        **norm("norm.mlp", f"{LAYER}.post_attention_layernorm", bias=True),
+        **linear("mlp.up", f"{MLP}.c_fc", "hidden -> ffn", bias="use_bias"),
+        **linear("mlp.down", f"{MLP}.c_proj", "ffn -> hidden", bias="use_bias"),
+        **norm("norm.final", "model.norm", bias=True, writes="head"),
+        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"),
+    },
+    sizes=SIZES,
+    slot=ATTENTION,
+    defaults={
+        **DEFAULTS,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "use_bias": True,
+        "norm_epsilon": 1e-5,
+    },
+    ignored=IGNORED,
+    eps="norm_epsilon",
+)

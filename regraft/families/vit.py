@@ -1,0 +1,103 @@
+"""ViT (arXiv 2010.11929): a pre-norm encoder of image patches behind a class token."""
+
+from typing import Any
+
+from ..anatomy import Anatomy, Part, linear, norm
+from ..errors import RegraftError
+from .bert import flags, outer, prefixed
+
+HEADS = {"ViTModel": "pooler", "ViTForImageClassification": "classifier"}
+LAYER = "{p}encoder.layer.{}"
+SIZES = (
+    ("hidden_size", "hidden"),
+    ("num_hidden_layers", "depth"),
+    ("num_attention_heads", "kv"),
+    ("head_dim", "dim"),
+    ("num_channels", "channel"),
+    ("_patch", "patch"),
+    ("_positions", "pos"),
+    ("_labels", "label"),
+)
+
+
+def sides(value: Any) -> tuple[int, int]:
+    """Height and width of a size that is one number or two."""
+    return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) else (int(value), int(value))
+
+
+def patch(config: Any) -> int:
+    """The side of a patch. RegraftError when patches are no squares."""
+    height, width = sides(config["patch_size"])
+    if height != width:
+        raise RegraftError(f"patches of {height} x {width}: only square ones have a table")
+    return height
+
+
+def positions(config: Any) -> int:
+    """One for the class token and one for every patch."""
+    (height, width), (high, wide) = sides(config["image_size"]), sides(config["patch_size"])
+    return 1 + (height // high) * (width // wide)
+
+
+DEFAULTS: dict[str, Any] = {
+    "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
+    "image_size": 224,
+    "num_channels": 3,
+    "qkv_bias": True,
+    "_patch": patch,
+    "_positions": positions,
+}
+
+
+def embeddings() -> dict[str, Part]:
+    """Patches, class token and positions."""
+    name = "{p}embeddings"
+    return {
+        "embed.weight": Part(f"{name}.patch_embeddings.projection.weight", "hidden channel patch patch"),
+        "embed.bias": Part(f"{name}.patch_embeddings.projection.bias", "-> hidden"),
+        "first.weight": Part(f"{name}.cls_token", "one one hidden"),
+        "pos.weight": Part(f"{name}.position_embeddings", "one pos hidden"),
+    }
+
+
+def qkv() -> dict[str, Part]:
+    """Queries, keys and values under the names that files have."""
+    name = f"{LAYER}.attention.attention"
+    return {
+        **linear("attn.q", f"{name}.query", "hidden -> kv dim", bias="qkv_bias"),
+        **linear("attn.k", f"{name}.key", "hidden -> kv dim", bias="qkv_bias"),
+        **linear("attn.v", f"{name}.value", "hidden -> kv dim", bias="qkv_bias"),
+    }
+
+
+anatomy = Anatomy(
+    family="vit",
+    parts={
+        **embeddings(),
+        **norm("norm.attn", f"{LAYER}.layernorm_before", bias=True),
+        **qkv(),
+        **linear("attn.o", f"{LAYER}.attention.output.dense", "kv dim -> hidden", bias=True),
+        **norm("norm.mlp", f"{LAYER}.layernorm_after", bias=True),
+        **linear("mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", bias=True),
+        **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", bias=True),
+        **norm("norm.final", "{p}layernorm", bias=True),
+        **outer("pooler", "{p}pooler.dense", "hidden -> pool", "_pooler", reads="normed"),
+        **outer("classifier", "classifier", "hidden -> label", "_classifier", reads="normed"),
+    },
+    sizes=(*SIZES, ("intermediate_size", "ffn"), ("pooler_output_size", "pool")),
+    slot=f"{LAYER}.attention",
+    defaults={
+        "patch_size": 16,
+        **DEFAULTS,
+        "pooler_output_size": lambda config: config["hidden_size"],
+        "layer_norm_eps": 1e-12,
+        **flags(HEADS),
+    },
+    fixed={"group": 1},
+    ignored={r"vit\.pooler\.dense\.(weight|bias)": "the class does not pool"},
+    eps="layer_norm_eps",
+    rotary=False,
+    prefix=prefixed(HEADS, "vit."),
+    causal=False,
+    inputs="pixels",
+)
