@@ -84,7 +84,9 @@ def sizes_of(
         del common["vocab_size"]
         common |= {"hidden_size": hidden, "head_dim": dim}
         return common | ({"mlp_ratio": -(-common.pop("intermediate_size") // hidden)} if family == "dinov2" else {})
-    hidden = -(-hidden // 8) * 8 if family == "mixtral" else hidden
+    if family == "mixtral":
+        hidden = -(-hidden // 8) * 8
+        common["intermediate_size"] = -(-ffn // 8) * 8
     return common | {"hidden_size": hidden, "num_key_value_heads": kv, "head_dim": dim}
 
 
@@ -105,7 +107,7 @@ def tiny(
     """(config, model in eval mode, float32) of `family`: odd sizes by default, biases, gains and maps all perturbed.
 
     9 query heads over 3 key/value heads and heads * dim != hidden where the family allows it; gpt_neox, gpt2, bert and
-    roberta get hidden = heads * dim, mixtral the next multiple of 8, dinov2 the next multiple of hidden as ffn.
+    roberta get hidden = heads * dim, mixtral the next multiples of 8, dinov2 the next multiple of hidden as ffn.
     `architecture` is the class of an encoder, one of ARCHITECTURES. `keys` are further config keys, such as
     `tie_word_embeddings=True` or `attention_bias=True`.
     """

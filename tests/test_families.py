@@ -73,7 +73,7 @@ def test_sizes_are_those_asked_for(family: str, tmp_path: Path) -> None:
     assert (sizes["kv"] * sizes["group"], sizes["dim"], sizes["depth"]) == (9, 8, 3)
     assert sizes["group"] == (1 if checkpoint.anatomy.fixed else 3)
     wide = {"gpt2": 72, "gpt_neox": 72, "bert": 72, "roberta": 72, "mixtral": 40}
-    assert sizes["hidden"] == wide.get(family, 36) and sizes["ffn"] == (72 if family == "dinov2" else 52)
+    assert (sizes["hidden"], sizes["ffn"]) == (wide.get(family, 36), {"dinov2": 72, "mixtral": 56}.get(family, 52))
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -172,6 +172,8 @@ def test_constraints_of_the_class_are_refused_with_the_nearest_size() -> None:
             resized(family, hidden=40)
     with pytest.raises(RegraftError, match="hidden to be a multiple of 8, got 44: use 40 or 48"):
         resized("mixtral", hidden=44)
+    with pytest.raises(RegraftError, match="ffn to be a multiple of 8, got 60: use 56 or 64"):
+        resized("mixtral", ffn=60)
     with pytest.raises(RegraftError, match=r"hidden 48 cannot have ffn 72, use --ffn 48 or 96"):
         resized("dinov2", hidden=48)
 
@@ -208,6 +210,15 @@ def test_phi3_longrope_wants_hidden_to_be_heads_times_head_dim() -> None:
     assert anatomy.resized(config, sizes) == config
     with pytest.raises(RegraftError, match="hidden // heads to be head_dim 8, got 90 // 9: use --hidden 72"):
         anatomy.resized(config, sizes | {"hidden": 90})
+
+
+def test_phi_norms_want_hidden_to_be_heads_times_head_dim() -> None:
+    config = tiny("phi", hidden=72, qk_layernorm=True)[0].to_dict()
+    sizes = find(config).solve(config)
+    with pytest.raises(RegraftError, match="hidden // heads to be head_dim 8, got 90 // 9: use --hidden 72"):
+        find(config).resized(config, sizes | {"hidden": 90})
+    plain = config | {"qk_layernorm": False}
+    assert find(plain).resized(plain, sizes | {"hidden": 90})["head_dim"] == 8
 
 
 def test_classes_without_a_table_are_named() -> None:

@@ -1,4 +1,7 @@
-"""Mixtral (arXiv 2401.04088): Mistral whose MLPs are experts behind a router, each with tensors of its own in files."""
+"""Mixtral (arXiv 2401.04088): Mistral whose MLPs are experts behind a router, each with tensors of its own in files.
+
+The experts' grouped products want rows of 16 bytes: in bfloat16, hidden and ffn in multiples of 8.
+"""
 
 from typing import Any
 
@@ -28,5 +31,5 @@ anatomy = Anatomy(
     slot=f"{LAYER}.self_attn",
     defaults={**DEFAULTS, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "num_local_experts": 8},
     ignored=IGNORED,
-    multiples={"hidden": 8},
+    multiples={"hidden": 8, "ffn": 8},
 )

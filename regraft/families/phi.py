@@ -3,10 +3,23 @@
 from typing import Any
 
 from ..anatomy import Anatomy, Part, linear, norm
+from ..errors import RegraftError
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 QK: dict[str, Any] = {"bias": True, "when": "qk_layernorm"}
+
+
+def finish(config: Any) -> dict[str, Any]:
+    """Refuses query and key norms where hidden // heads is not head_dim: the class sizes them by the first."""
+    hidden, heads, dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
+    if config["qk_layernorm"] and hidden // heads != dim:
+        raise RegraftError(
+            f"phi with qk_layernorm wants hidden // heads to be head_dim {dim}, got {hidden} // {heads}: use --hidden "
+            f"{heads * dim}"
+        )
+    return {}
+
 
 anatomy = Anatomy(
     family="phi",
@@ -30,4 +43,5 @@ anatomy = Anatomy(
     defaults={**DEFAULTS, "qk_layernorm": False, "layer_norm_eps": 1e-5},
     ignored=IGNORED,
     eps="layer_norm_eps",
+    finish=finish,
 )
