@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,14 @@ Key = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter: its name in the model's state dict ("{}" is the layer), signature and storage order.
+    """One parameter: its name in the model's state dict ("{}" is the layer, "{e}" the expert, "{p}" the family's
+    prefix), signature and storage order.
 
     `fused` names the roles that are packed into it, in order. It exists only `when` / `unless` a config key is true.
+    `reads`, `writes`: between which streams of hidden size it stands. "stream" runs through the whole stack, "normed"
+    is a norm's output, "branch" ends in a norm before it is added, "head" feeds the output embedding, "own" belongs to
+    this part alone. Maps read "normed" and write "stream" unless they say otherwise, norms write "normed". `norm`: a
+    gain or bias of a norm. `scaled`: the role of the factors that its output is multiplied by.
     """
 
     name: str
@@ -29,6 +34,10 @@ class Part:
     fused: tuple[str, ...] = ()
     when: str | None = None
     unless: str | None = None
+    reads: str = "normed"
+    writes: str = "stream"
+    norm: bool = False
+    scaled: str | None = None
 
     @property
     def axes(self) -> Signature:
@@ -57,23 +66,42 @@ def linear(
     bias: bool | str = False,
     stored: str = "out in",
     fused: tuple[str, ...] = (),
+    **streams: Any,
 ) -> dict[str, Part]:
-    """A weight and, if `bias` (a config key: only when it is true), a bias; `role` and `name` without their ending."""
-    table = {f"{role}.weight": Part(f"{name}.weight", axes, stored, fused)}
+    """A weight and, if `bias` (a config key: only when it is true), a bias; `role` and `name` without their ending.
+
+    `streams`: further fields of both parts.
+    """
+    table = {f"{role}.weight": Part(f"{name}.weight", axes, stored, fused, **streams)}
     if bias:
-        when = bias if isinstance(bias, str) else None
-        table[f"{role}.bias"] = Part(f"{name}.bias", f"->{axes.partition('->')[2]}", stored, fused, when=when)
+        fields = streams | ({"when": bias} if isinstance(bias, str) else {})
+        table[f"{role}.bias"] = Part(f"{name}.bias", f"->{axes.partition('->')[2]}", stored, fused, **fields)
     return table
 
 
-def norm(role: str, name: str, axis: str = "hidden", *, bias: bool = False) -> dict[str, Part]:
-    """A norm's gain over `axis` and, for a layer norm, its bias."""
-    table = {f"{role}.weight": Part(f"{name}.weight", f"gain {axis}")}
-    return table | ({f"{role}.bias": Part(f"{name}.bias", f"-> {axis}")} if bias else {})
+def norm(
+    role: str, name: str, axis: str = "hidden", *, bias: bool = False, unit: bool = False, **streams: Any
+) -> dict[str, Part]:
+    """A norm's gain over `axis` (`unit`: stored minus one) and, for a layer norm, its bias."""
+    fields: dict[str, Any] = {"reads": "stream", "writes": "normed", "norm": True} | streams
+    table = {f"{role}.weight": Part(f"{name}.weight", f"{'1+gain' if unit else 'gain'} {axis}", **fields)}
+    return table | ({f"{role}.bias": Part(f"{name}.bias", f"-> {axis}", **fields)} if bias else {})
 
 
 def _plain_scale(config: Config, dim: int, layer: int) -> float:
     return dim**-0.5
+
+
+def _no_prefix(config: Config) -> str:
+    return ""
+
+
+def _no_bridge(config: Config) -> str | None:
+    return None
+
+
+def _nothing(config: Config) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,12 @@ class Anatomy:
     `sizes` pairs a config key with a product of axes and is solved in both directions; `fixed` sets axes the family
     does not have. `defaults` fills missing config keys (a value, or a function of the config). `slot` is the attention
     module's name. `aliases` maps name prefixes found in files to those of the model. `ignored`: pattern -> reason.
+    Config keys that begin with "_" are computed (by `defaults`) and never written; `finish` turns them back into keys
+    that are. `layer_lists`: keys with one entry per layer. `divides`: (key, key) of which the class wants the first to
+    be a multiple of the second; `multiples`: axis -> number its size must be a multiple of. `embed_scale`: embeddings
+    are multiplied by sqrt(hidden). `scale(config, dim, layer)`: the softmax scale. `rotary`: queries and keys turn, in
+    halves. `bridge`: the family that can hold what this class cannot, if there is one. `causal`: reads text from left
+    to right; `inputs`: tokens or pixels. `activation`: key of the MLP's.
     """
 
     family: str
@@ -96,6 +130,16 @@ class Anatomy:
     eps: str = "rms_norm_eps"
     rotary: bool = True
     scale: Callable[[Config, int, int], float] = _plain_scale
+    prefix: Callable[[Config], str] = _no_prefix
+    finish: Callable[[Config], dict[str, Any]] = _nothing
+    bridge: Callable[[Config], str | None] = _no_bridge
+    layer_lists: tuple[str, ...] = ()
+    divides: tuple[tuple[str, str], ...] = ()
+    multiples: dict[str, int] = field(default_factory=dict)
+    embed_scale: bool = False
+    causal: bool = True
+    inputs: str = "tokens"
+    activation: str = "hidden_act"
 
     def filled(self, config: Config) -> dict[str, Any]:
         """The config with the family's defaults for keys that are missing or null."""
@@ -137,7 +181,7 @@ class Anatomy:
             sizes[unknown[0]] = value // known
         return True
 
-    def config_keys(self, sizes: Mapping[str, int]) -> dict[str, int]:
+    def config_keys(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """The inverse of `solve`: config keys of axis sizes. RegraftError when two equations disagree."""
         keys: dict[str, tuple[int, str]] = {}
         for key, text in self.sizes:
@@ -154,12 +198,54 @@ class Anatomy:
         """Every parameter of a model of this config by (role, layer); layer is None outside the stack."""
         full, sizes = self.filled(config), self.solve(config)
         placed: dict[Key, Placed] = {}
+        prefix = self.prefix(full)
         for role, part in self.parts.items():
             if part.present(full):
                 shape = part.axes.shape(sizes, part.stored)
                 layers = range(sizes["depth"]) if "{}" in part.name else (None,)
-                placed |= {(role, layer): Placed(part.name.format(layer), part, shape) for layer in layers}
+                for layer in layers:
+                    for e in range(sizes["expert"]) if "{e}" in part.name else (0,):
+                        name = part.name.format(layer, e=e, p=prefix)
+                        placed[role.format(e=e), layer] = Placed(name, part, shape)
         return placed
+
+    def resized(self, config: Config, sizes: Mapping[str, int], order: Sequence[int] | None = None) -> dict[str, Any]:
+        """The config of a model with other axis sizes, whose layer i takes per-layer settings from layer `order[i]`.
+
+        Keys that equal the family's default and were not there stay away. RegraftError when the family cannot hold it.
+        """
+        full, keys = self.filled(config), self.config_keys(sizes)
+        for key in self.layer_lists:
+            if order is not None and isinstance(full.get(key), list):
+                keys[key] = [full[key][layer] for layer in order]
+        keys |= self.finish(full | keys)
+        for whole, part in self.divides:
+            if keys[whole] % keys[part]:
+                raise RegraftError(
+                    f"{self.family} wants {whole} to be a multiple of {part}, got {keys[whole]} and {keys[part]}: "
+                    f"choose {keys[whole] // keys[part] * keys[part]} or {-(-keys[whole] // keys[part]) * keys[part]}"
+                    + self.bridge_hint(config)
+                )
+        for axis, step in self.multiples.items():
+            if sizes[axis] % step:
+                near = sizes[axis] // step * step
+                raise RegraftError(
+                    f"{self.family} needs {axis} to be a multiple of {step}, got {sizes[axis]}: use {near or step} or "
+                    f"{near + step}"
+                )
+        written = {key: value for key, value in keys.items() if not key.startswith("_")}
+        bare = self.filled({k: v for k, v in (dict(config) | written).items() if k in config or k in self.required()})
+        kept = {key: v for key, v in written.items() if config.get(key) is not None or bare.get(key) != v}
+        return dict(config) | kept
+
+    def bridge_hint(self, config: Config) -> str:
+        """How to get around a constraint of the class, for the end of an error message."""
+        name = self.bridge(self.filled(config))
+        return f", or --bridge to write it as {name}" if name else ""
+
+    def required(self) -> set[str]:
+        """Config keys that have no default."""
+        return {key for key, _ in self.sizes if key not in self.defaults}
 
     def canonical(self, name: str) -> str:
         """The model's name of a tensor found in a file."""

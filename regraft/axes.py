@@ -6,14 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .errors import RegraftError
 
-AXES = frozenset("vocab hidden ffn kv group dim depth pos three expert kernel".split())
+AXES = frozenset(
+    "vocab hidden ffn kv group dim depth pos one two three expert kernel type label pool channel patch".split()
+)
+UNITS = {"one": 1, "two": 2, "three": 3}
 Axes = tuple[str, ...]
 Sizes = Mapping[str, int]
 
@@ -22,13 +25,13 @@ Sizes = Mapping[str, int]
 class Signature:
     """What a parameter is, over named axes.
 
-    `kind` is map ("a b -> c d", stacked outputs "a -> b + c"), bias ("-> c"), gain ("gain hidden", or "1+gain hidden"
-    stored minus one, `unit`) or plain ("kv group dim dim": one
-    dimension per axis, heads `kv group` being one). `inputs` is empty except for maps.
+    `kind` is map ("a b -> c d", stacked outputs "a -> b + c"), bias ("-> c"), gain of a norm ("gain hidden", or
+    "1+gain hidden" stored minus one, `unit`), scale ("scale hidden": a factor per coordinate) or plain ("kv group dim
+    dim": one dimension per axis, heads `kv group` being one). `inputs` is empty except for maps.
     """
 
     text: str
-    kind: Literal["map", "bias", "gain", "plain"]
+    kind: Literal["map", "bias", "gain", "scale", "plain"]
     inputs: Axes
     outputs: tuple[Axes, ...]
     unit: bool = False
@@ -63,7 +66,7 @@ def _heads_together(axes: Axes) -> list[Axes]:
 
 def product(axes: Axes, sizes: Sizes) -> int:
     """Number of coordinates of a product of axes."""
-    return math.prod(3 if axis == "three" else sizes[axis] for axis in axes)
+    return math.prod(UNITS.get(axis) or sizes[axis] for axis in axes)
 
 
 @lru_cache
@@ -72,7 +75,7 @@ def signature(text: str) -> Signature:
     body, arrow, right = text.partition("->")
     head = body.split()
     unit = head[:1] == ["1+gain"]
-    gain = unit or head[:1] == ["gain"]
+    gain = unit or head[:1] in (["gain"], ["scale"])
     inputs = tuple(head[1:] if gain else head)
     outputs = tuple(tuple(part.split()) for part in right.split("+")) if arrow else (inputs,)
     if unknown := [axis for axes in (inputs, *outputs) for axis in axes if axis not in AXES]:
@@ -81,49 +84,141 @@ def signature(text: str) -> Signature:
         raise RegraftError(f"signature '{text}' names no output: write 'a b -> c d', '-> c', 'gain c' or 'a b c'")
     if arrow:
         return Signature(text, "map" if inputs else "bias", inputs, outputs)
-    return Signature(text, "gain" if gain else "plain", (), outputs, unit)
+    kind: Literal["gain", "scale", "plain"] = "plain" if not gain else "scale" if head[0] == "scale" else "gain"
+    return Signature(text, kind, (), outputs, unit)
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """(E, R) on one axis: `embed` (new, old) puts old coordinates into the new space, `read` (old, new) back.
+    """(E, R) on one axis: E puts old coordinates into the new space, R reads them back, R @ E == I.
 
-    The law is R @ E == I. `energy` is c with E^T E = c I, or None when there is no such c.
+    `index`: for every new coordinate the old one it copies, -1 when it copies none. `share`: how much readers take of
+    it, summing to one over the copies of an old coordinate. Of a coordinate that copies none, one side is `free` (its
+    numbers do not matter: "writes" or "reads") and the other holds zeros, so that it does nothing and still learns.
+    `pairs`: such coordinates come in twos that are written alike and read with opposite signs. `following`: values of
+    further copies come from the next layer (AKI), which gives up exactness.
     """
 
     name: str
-    embed: Tensor
-    read: Tensor
+    old: int
+    index: Tensor
+    share: Tensor
+    free: Literal["writes", "reads"] = "writes"
+    pairs: bool = False
+    following: bool = False
 
     @property
-    def energy(self) -> float | None:
-        """c with E^T E = c I, so that norms over the axis scale by sqrt(c)."""
-        gram = self.embed.T @ self.embed
-        c = float(gram[0, 0])
-        return c if torch.allclose(gram, c * torch.eye(len(gram), dtype=gram.dtype)) else None
+    def new(self) -> int:
+        """Size of the new axis."""
+        return len(self.index)
+
+    @property
+    def fresh(self) -> Tensor:
+        """Coordinates that copy none, (count,)."""
+        return (self.index < 0).nonzero()[:, 0]
+
+    @property
+    def embed(self) -> Tensor:
+        """E as a matrix (new, old)."""
+        return (self.index[:, None] == torch.arange(self.old)).double()
+
+    @property
+    def read(self) -> Tensor:
+        """R as a matrix (old, new)."""
+        return (self.embed * self.share[:, None]).T
+
+    @property
+    def copies(self) -> int | None:
+        """How many copies every old coordinate has, c in E^T E = c I; None when they differ."""
+        counts = torch.bincount(self.index[self.index >= 0], minlength=self.old)
+        return int(counts[0]) if bool((counts == counts[0]).all()) else None
+
+    @property
+    def identical(self) -> bool:
+        """Whether nothing changes."""
+        return self.new == self.old and bool((self.index == torch.arange(self.old)).all())
+
+    @property
+    def in_place(self) -> bool:
+        """Whether old coordinates keep their places and each has one copy."""
+        return self.copies == 1 and bool((self.index[: self.old] == torch.arange(self.old)).all())
+
+    def twin(self) -> tuple[Tensor, Tensor]:
+        """First and second members of the pairs; both empty without `pairs`."""
+        fresh = self.fresh if self.pairs else self.fresh[:0]
+        half = len(fresh) // 2
+        return fresh[:half], fresh[half : 2 * half]
+
+
+def _expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any) -> Expansion:
+    if share is None:
+        counts = torch.bincount(index[index >= 0], minlength=old).double()
+        share = torch.where(index < 0, 0.0, 1 / counts[index.clamp(min=0)])
+    return Expansion(name, old, index, share, **fields)
 
 
 def identity(size: int) -> Expansion:
     """The axis stays as it is."""
-    return Expansion("identity", torch.eye(size), torch.eye(size))
+    return _expansion("identity", size, torch.arange(size))
 
 
-def pad(old: int, new: int) -> Expansion:
-    """Zeros behind the old coordinates (composable expansions, arXiv 2308.06103)."""
+def pad(old: int, new: int, free: Literal["writes", "reads"] = "writes", pairs: bool = False) -> Expansion:
+    """New coordinates behind the old ones that do nothing yet (composable expansions, arXiv 2308.06103)."""
     _grows("pad", old, new)
-    return Expansion("pad", torch.eye(new, old), torch.eye(old, new))
+    index = torch.cat([torch.arange(old), torch.full((new - old,), -1)])
+    return _expansion("pad", old, index, free=free, pairs=pairs)
+
+
+def place(old: int, new: int, index: Tensor) -> Expansion:
+    """Old coordinate i goes to `index[i]`; the others are new."""
+    _grows("place", old, new)
+    back = torch.full((new,), -1)
+    back[index] = torch.arange(old)
+    return _expansion("place", old, back)
 
 
 def repeat(old: int, times: int) -> Expansion:
     """Each coordinate `times` times in a row: how grouped key/value heads serve their queries (arXiv 2305.13245)."""
-    embed = torch.eye(old).repeat_interleave(_times("repeat", times), 0)
-    return Expansion("repeat", embed, embed.T / times)
+    return _expansion("repeat", old, torch.arange(old).repeat_interleave(_times("repeat", times)))
 
 
-def tile(old: int, times: int) -> Expansion:
-    """The whole axis `times` times, one copy after the other (HyperCloning, arXiv 2409.12903)."""
-    embed = torch.eye(old).repeat(_times("tile", times), 1)
-    return Expansion("tile", embed, embed.T / times)
+def tile(old: int, new: int) -> Expansion:
+    """The whole axis several times, one copy after the other (HyperCloning, arXiv 2409.12903)."""
+    if new < old or new % old:
+        low, high = max(new // old, 1) * old, -(-max(new, 1) // old) * old
+        raise RegraftError(
+            f"tile makes whole copies: {new} is no multiple of {old}; use {sorted({low, high})} or --how lemon"
+        )
+    return _expansion("tile", old, torch.arange(old).repeat(new // old))
+
+
+def duplicate(old: int, new: int, seed: int = 0, following: bool = False) -> Expansion:
+    """All old coordinates once, then copies drawn at random, shared evenly (Net2Net, arXiv 1511.05641; bert2BERT's
+    function-preserving initialisation, arXiv 2110.07143; with `following` its advanced knowledge initialisation).
+    """
+    _grows("duplicate", old, new)
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(old, generator=generator) for _ in range(-(-(new - old) // old))]
+    index = torch.cat([torch.arange(old), *rounds])[:new]
+    return _expansion("duplicate", old, index, following=following)
+
+
+def split(old: int, new: int, seed: int = 0) -> Expansion:
+    """Old coordinates copied in turn, shared unevenly so that copies separate (LEMON, arXiv 2310.07999: circular copies
+    with unequal fan-out).
+    """
+    _grows("split", old, new)
+    index = torch.arange(new) % old
+    weight = 0.5 + torch.rand(new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    total = torch.zeros(old, dtype=torch.float64).index_add(0, index, weight)
+    return _expansion("split", old, index, weight / total[index])
+
+
+def rounds(old: int, new: int, free: Literal["writes", "reads"] = "reads") -> Expansion:
+    """As many whole copies as fit, then new coordinates that hold nothing (LEMON on the residual stream)."""
+    _grows("rounds", old, new)
+    index = torch.cat([torch.arange(old).repeat(new // old), torch.full((new % old,), -1)])
+    return _expansion("rounds", old, index, free=free)
 
 
 def _grows(name: str, old: int, new: int) -> None:

@@ -11,25 +11,34 @@ from regraft import axes
 from regraft.errors import RegraftError
 
 SIZES = {"hidden": 36, "kv": 3, "group": 2, "dim": 4, "ffn": 10, "vocab": 97}
-MAKERS = {"pad": lambda old, by: axes.pad(old, old + by), "repeat": axes.repeat, "tile": axes.tile}
+MAKERS = {
+    "pad": lambda old, by: axes.pad(old, old + by),
+    "place": lambda old, by: axes.place(old, old + by, torch.randperm(old + by)[:old]),
+    "repeat": axes.repeat,
+    "tile": lambda old, by: axes.tile(old, old * by),
+    "duplicate": lambda old, by: axes.duplicate(old, old + by, seed=by),
+    "split": lambda old, by: axes.split(old, old + by, seed=by),
+    "rounds": lambda old, by: axes.rounds(old, old + by),
+}
+EVEN = {"pad": lambda by: 1, "place": lambda by: 1, "repeat": lambda by: by, "tile": lambda by: by}
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.sampled_from(sorted(MAKERS)), st.integers(1, 7), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(MAKERS)), st.integers(1, 7), st.integers(1, 12))
 def test_reading_undoes_embedding(name: str, old: int, by: int) -> None:
     expansion = MAKERS[name](old, by)
-    assert torch.allclose(expansion.read @ expansion.embed, torch.eye(old))
-    energy = expansion.energy
-    assert energy == (1.0 if name == "pad" else by)
+    assert torch.allclose(expansion.read @ expansion.embed, torch.eye(old, dtype=torch.float64))
+    if name in EVEN:
+        assert expansion.copies == EVEN[name](by)
+        assert torch.equal(expansion.embed.T @ expansion.embed, expansion.copies * torch.eye(old, dtype=torch.float64))
 
 
 def test_identity_is_the_neutral_expansion() -> None:
-    assert torch.equal(axes.identity(5).embed, torch.eye(5)) and axes.identity(5).energy == 1.0
+    assert axes.identity(5).identical and axes.identity(5).in_place and axes.identity(5).copies == 1
 
 
-def test_no_energy_when_copies_are_not_balanced() -> None:
-    embed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    assert axes.Expansion("uneven", embed, torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])).energy is None
+def test_no_single_count_when_copies_are_not_balanced() -> None:
+    assert axes.duplicate(4, 6).copies is None and axes.rounds(4, 9).copies == 2
 
 
 @pytest.mark.parametrize(
@@ -71,7 +80,7 @@ def test_broadcast_repeats_each_head_for_its_queries() -> None:
     wide = axes.spread(value, ("kv", "dim"), ("kv", "group", "dim"), SIZES)
     expected = value.view(3, 4, 1).repeat_interleave(2, 0).reshape(24, 1)
     assert torch.equal(wide, expected)
-    matrix = torch.kron(axes.repeat(3, 2).embed, torch.eye(4))
+    matrix = torch.kron(axes.repeat(3, 2).embed.float(), torch.eye(4))
     assert torch.equal(wide, matrix @ value)
 
 
@@ -82,7 +91,7 @@ def test_broadcast_refuses_to_lose_or_reorder_axes() -> None:
         axes.spread(torch.zeros(12, 2), ("kv", "dim"), ("dim", "kv"), SIZES)
 
 
-@pytest.mark.parametrize("make", [lambda: axes.pad(5, 3), lambda: axes.repeat(5, 0), lambda: axes.tile(5, -1)])
-def test_expansions_do_not_shrink(make) -> None:
-    with pytest.raises(RegraftError, match="5|0|-1"):
+@pytest.mark.parametrize("make", [lambda: axes.pad(5, 3), lambda: axes.repeat(5, 0), lambda: axes.tile(5, 12)])
+def test_expansions_refuse_what_they_cannot_do(make) -> None:
+    with pytest.raises(RegraftError, match="5|0|10, 15"):
         make()

@@ -32,7 +32,7 @@ anatomy = Anatomy(
         **norm("norm.mlp", f"{LAYER}.ln_2", bias=True),
         **linear("mlp.up", f"{LAYER}.mlp.c_fc", "hidden -> ffn", bias=True, stored="in out"),
         **linear("mlp.down", f"{LAYER}.mlp.c_proj", "ffn -> hidden", bias=True, stored="in out"),
-        **norm("norm.final", "transformer.ln_f", bias=True),
+        **norm("norm.final", "transformer.ln_f", bias=True, writes="head"),
         "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings"),
     },
     sizes=(
@@ -55,6 +55,7 @@ anatomy = Anatomy(
     aliases={prefix: f"transformer.{prefix}" for prefix in ("wte.", "wpe.", "h.", "ln_f.")},
     ignored={r"transformer\.h\.\d+\.attn\.(bias|masked_bias)": "buffer: the causal mask"},
     eps="layer_norm_epsilon",
+    activation="activation_function",
     rotary=False,
     scale=scale,
 )

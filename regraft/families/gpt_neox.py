@@ -17,7 +17,7 @@ anatomy = Anatomy(
         **norm("norm.mlp", f"{LAYER}.post_attention_layernorm", bias=True),
         **linear("mlp.up", f"{LAYER}.mlp.dense_h_to_4h", "hidden -> ffn", bias=True),
         **linear("mlp.down", f"{LAYER}.mlp.dense_4h_to_h", "ffn -> hidden", bias=True),
-        **norm("norm.final", "gpt_neox.final_layer_norm", bias=True),
+        **norm("norm.final", "gpt_neox.final_layer_norm", bias=True, writes="head"),
         "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings"),
     },
     sizes=(
@@ -29,9 +29,15 @@ anatomy = Anatomy(
         ("num_attention_heads", "kv"),
     ),
     slot=f"{LAYER}.attention",
-    defaults={"attention_bias": True, "tie_word_embeddings": False, "layer_norm_eps": 1e-5},
+    defaults={
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+    },
     fixed={"group": 1},
     aliases={"embed_out.": "lm_head."},
     ignored={r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": "buffer: recomputed"},
     eps="layer_norm_eps",
+    bridge=lambda config: "phi" if config["use_parallel_residual"] else "starcoder2",
 )

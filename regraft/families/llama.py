@@ -37,7 +37,7 @@ def parts(qkv_bias: bool | str, o_bias: bool | str, mlp_bias: bool | str) -> dic
         **linear("mlp.gate", f"{mlp}.gate_proj", "hidden -> ffn", bias=mlp_bias),
         **linear("mlp.up", f"{mlp}.up_proj", "hidden -> ffn", bias=mlp_bias),
         **linear("mlp.down", f"{mlp}.down_proj", "ffn -> hidden", bias=mlp_bias),
-        **norm("norm.final", "model.norm"),
+        **norm("norm.final", "model.norm", writes="head"),
         "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings"),
     }
 
@@ -48,5 +48,7 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults={**DEFAULTS, "attention_bias": False, "mlp_bias": False},
+    divides=(("hidden_size", "num_attention_heads"),),
+    bridge=lambda config: None if config["attention_bias"] or config["mlp_bias"] else "mistral",
     ignored=IGNORED,
 )

@@ -10,4 +10,5 @@ anatomy = Anatomy(
     slot=f"{LAYER}.self_attn",
     defaults=DEFAULTS,
     ignored=IGNORED,
+    layer_lists=("layer_types",),
 )

@@ -14,4 +14,5 @@ anatomy = Anatomy(
     slot=f"{LAYER}.self_attn",
     defaults={**DEFAULTS, "attention_bias": False, "head_dim": 128},
     ignored=IGNORED,
+    layer_lists=("layer_types",),
 )

@@ -1,0 +1,169 @@
+"""One tensor under expansions of its axes: copies placed, new entries zero, free, averaged or turned."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..axes import Expansion
+
+SAMPLE = 65536  # entries that a tensor's standard deviation is estimated from
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one axis of a tensor grows.
+
+    `axis`: position in the tensor seen axis by axis. `reads`: the tensor reads this axis, so copies share. `fresh`:
+    what coordinates that copy none hold: `zero`, `free` (random, as spread out as the tensor), `one`, `mean` (of the
+    old coordinates, with `weights` when given) or `turn` (old ones turned by a random rotation of axis `turned`).
+    """
+
+    axis: int
+    expansion: Expansion
+    reads: bool = False
+    fresh: Literal["zero", "free", "one", "mean", "turn"] = "zero"
+    weights: Tensor | None = None
+    turned: int = -1
+
+
+class Draw:
+    """Random numbers that depend on a seed and a name only."""
+
+    def __init__(self, seed: int, name: str):
+        key = zlib.crc32(name.encode())
+        self.bits = np.random.Generator(np.random.SFC64([seed, key]))
+        self.turns = np.random.Generator(np.random.SFC64([seed, key, 1]))
+
+    def uniform(self, shape: Sequence[int], std: float, dtype: torch.dtype) -> Tensor:
+        """Uniform, mean zero, standard deviation `std`: as good a start as a normal one and many times quicker."""
+        count = math.prod(shape)
+        raw = torch.frombuffer(bytearray(self.bits.bytes(2 * count)), dtype=torch.int16) if count else torch.empty(0)
+        return raw.to(dtype).mul_(std * math.sqrt(3) / 32768).reshape(tuple(shape))
+
+    def rotation(self, size: int) -> Tensor:
+        """A random orthogonal matrix (size, size), float64; their sequence does not depend on other draws."""
+        q, r = np.linalg.qr(self.turns.standard_normal((size, size)))
+        return torch.from_numpy(q * np.sign(np.diag(r)))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def spread_of(value: Tensor) -> float:
+    """Standard deviation, from at most SAMPLE entries evenly spaced; 1 when there is none."""
+    flat = value.reshape(-1)
+    std = float(flat[:: max(1, flat.numel() // SAMPLE)].float().std()) if flat.numel() > 1 else 0.0
+    return std or 1.0
+
+
+def grow(value: Tensor, sides: Sequence[Side], factor: float, draw: Draw, noise: float = 0.0) -> Tensor:
+    """`value` seen axis by axis -> its grown form, stored in the same dtype.
+
+    Copies are multiplied by `factor` and, on axes that are read, by their share. `noise`: standard deviation, relative
+    to the tensor's own, of noise that readers of copies add; it sums to zero over the copies, so nothing changes.
+    """
+    noisy = [side for side in sides if noise and side.reads and side.expansion.copies != 1]
+    shared = any(side.reads and not side.expansion.in_place for side in sides)
+    computes = factor != 1.0 or shared or bool(noisy) or any(side.fresh in ("mean", "turn") for side in sides)
+    std = spread_of(value) * abs(factor)
+    out = value.to(wide(value.dtype)) * factor if computes else value
+    if all(side.expansion.in_place and side.fresh != "turn" for side in sides):
+        out = _behind(out, sides)
+        for side in sides:
+            _fill(out, side, std, draw)
+    else:
+        for side in sides:
+            out = _extended(out, side, draw)
+            _fill(out, side, std, draw)
+    for side in noisy:
+        out += _silent(draw.uniform(out.shape, noise * std, out.dtype), side)
+    _settle(out, sides)
+    return out.to(value.dtype)
+
+
+def _behind(value: Tensor, sides: Sequence[Side]) -> Tensor:
+    """Old values in front, zeros behind, on all axes at once."""
+    shape = list(value.shape)
+    for side in sides:
+        shape[side.axis] = side.expansion.new
+    out = value.new_zeros(shape)
+    out[tuple(slice(0, size) for size in value.shape)] = value
+    return out
+
+
+def _extended(value: Tensor, side: Side, draw: Draw) -> Tensor:
+    """One axis: copies with their shares, zeros or turned copies elsewhere."""
+    expansion = side.expansion
+    out = value.index_select(side.axis, expansion.index.clamp(min=0))
+    shape = [-1 if axis == side.axis else 1 for axis in range(value.ndim)]
+    if side.reads:
+        out = out * expansion.share.to(out.dtype).reshape(shape)
+    fresh = expansion.fresh
+    if side.fresh == "turn":
+        for begin in range(0, len(fresh), expansion.old):
+            turn = draw.rotation(value.shape[side.turned]).to(out.dtype)
+            turned = torch.tensordot(turn, value, ([1], [side.turned])).movedim(0, side.turned)
+            out.index_copy_(side.axis, fresh[begin : begin + expansion.old], turned)
+    elif len(fresh) and not side.reads:
+        out.index_fill_(side.axis, fresh, 0)
+    return out
+
+
+def _fill(out: Tensor, side: Side, std: float, draw: Draw) -> None:
+    """New coordinates of one axis: random numbers or ones."""
+    fresh = side.expansion.fresh
+    if not len(fresh):
+        return
+    if side.fresh == "one":
+        out.index_fill_(side.axis, fresh, 1)
+    elif side.fresh == "free":
+        shape = list(out.shape)
+        shape[side.axis] = len(fresh)
+        values = draw.uniform(shape, std, out.dtype)
+        if int(fresh[-1]) - int(fresh[0]) + 1 == len(fresh):
+            out.narrow(side.axis, int(fresh[0]), len(fresh)).copy_(values)
+        else:
+            out.index_copy_(side.axis, fresh, values)
+    if side.expansion.pairs:
+        first, second = side.expansion.twin()
+        sign = -1 if side.reads else 1
+        out.index_copy_(side.axis, second, sign * out.index_select(side.axis, first))
+        if side.reads and len(fresh) % 2:
+            out.index_fill_(side.axis, fresh[-1:], 0)
+
+
+def _silent(noise: Tensor, side: Side) -> Tensor:
+    """N - N E R along an axis that is read: what copies hear of it sums to zero; new coordinates hear none."""
+    expansion = side.expansion
+    index = expansion.index.clamp(min=0)
+    shape = [-1 if axis == side.axis else 1 for axis in range(noise.ndim)]
+    noise = noise.index_fill_(side.axis, expansion.fresh, 0)
+    old = [expansion.old if axis == side.axis else size for axis, size in enumerate(noise.shape)]
+    heard = noise.new_zeros(old).index_add_(side.axis, index, noise).index_select(side.axis, index)
+    return noise - heard * expansion.share.to(noise.dtype).reshape(shape)
+
+
+def _settle(out: Tensor, sides: Sequence[Side]) -> None:
+    """Zeros win over what other axes filled in; averages come last."""
+    for side in sides:
+        if side.fresh == "zero" and len(side.expansion.fresh) and len(sides) > 1:
+            out.index_fill_(side.axis, side.expansion.fresh, 0)
+    for side in sides:
+        fresh = side.expansion.fresh
+        if side.fresh == "mean" and len(fresh):
+            old = out.narrow(side.axis, 0, side.expansion.old)
+            if side.weights is not None:
+                shape = [-1 if axis == side.axis else 1 for axis in range(out.ndim)]
+                old = old * side.weights.to(out.dtype).reshape(shape)
+            mean = old.mean(side.axis, keepdim=True)
+            out.index_copy_(side.axis, fresh, mean.repeat_interleave(len(fresh), side.axis))
