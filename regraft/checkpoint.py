@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gguf, lineage, storage
+from . import gguf, lineage, storage, writing
 from .anatomy import Anatomy, Config, Key, Part, Placed, find
 from .axes import Signature, product
 from .errors import RegraftError
@@ -77,6 +77,7 @@ class Checkpoint:
     folder: Path | None
     dropped: dict[str, str] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
+    in_memory: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -145,7 +146,7 @@ class Checkpoint:
                     f"new value of '{name}' is {got}, expected {tensors[key].shape}: pass the model's state dict"
                 )
             tensors[key] = replace(tensors[key], read=_constant(values[name], tensors[key].dtype))
-        return replace(self, tensors=tensors, history=(*self.history, step))
+        return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
     def verify(self) -> None:
         """Compare files with the hashes that lineage.json records, if it does; RegraftError names a damaged file."""
@@ -155,19 +156,21 @@ class Checkpoint:
     def save(self, path: str | Path, overwrite: bool = False, shard_bytes: int = SHARD) -> None:
         """Write a loadable directory with lineage.json, model card and tokenizer; whole or not at all.
 
-        One shard is in memory at a time. RegraftError when `path` exists and not `overwrite`, or on a full disk.
+        Tensors are computed and written one after the other. After Ctrl-C or a kill the same call goes on from the
+        shards that were finished. RegraftError when `path` exists and not `overwrite`, or on a full disk.
         """
-        with storage.new_directory(Path(path), overwrite) as folder:
+        mark = None if self.in_memory else lineage.fingerprint(self, shard_bytes)
+        with writing.new_directory(Path(path), overwrite, mark) as partial:
+            folder = partial.path
+            writing.write_weights(partial, {self.names[key]: lazy for key, lazy in self.tensors.items()}, shard_bytes)
             for file in sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}):
                 shutil.copyfile(file, folder / file.name)
             storage.write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.extras(str(folder), self.config)
-            named = {self.names[key]: lazy for key, lazy in self.tensors.items()}
-            storage.write_weights(folder, named, shard_bytes)
             (folder / "README.md").write_text(lineage.card(self), encoding="utf-8")
-            written = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
-            record = lineage.record(self, {file.name: storage.sha256(file) for file in written})
-            storage.write_json(folder / lineage.FILE, record)
+            index = [folder / storage.INDEX] if (folder / storage.INDEX).exists() else []
+            small = {file.name: storage.sha256(file) for file in [*index, folder / "config.json"]}
+            storage.write_json(folder / lineage.FILE, lineage.record(self, partial.done | small))
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:

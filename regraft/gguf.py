@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import storage
+from . import storage, writing
 from .errors import RegraftError
 
 STEP = {"step": "FromGGUF", "arguments": {}}
@@ -83,16 +83,16 @@ def converted(file: Path) -> Path:
     _reader(file)
     folder = home() / "gguf" / storage.sha256(file)
     log.info("converting %s once, into %s", file, folder)
-    with storage.new_directory(folder, overwrite=True) as partial:
+    with writing.new_directory(folder, overwrite=True) as partial:
         try:
-            _convert(file, partial)
+            _convert(file, partial.path)
         except OSError:
             raise
         except Exception as error:  # whatever the loader raises on weights it cannot dequantise
             raise RegraftError(
                 f"cannot convert '{file}' ({_line(error)}): fetch it again or convert it elsewhere"
             ) from error
-        _record(file, partial)
+        _record(file, partial.path)
     return folder
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,16 +67,37 @@ def record(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
     """The content of lineage.json for a checkpoint saved as `files` (name -> sha256)."""
     stories = {checkpoint.names[key]: lazy.story for key, lazy in checkpoint.tensors.items()}
     seeds = [step["arguments"]["seed"] for step in checkpoint.history if "seed" in step.get("arguments", {})]
-    packages = ("torch", "transformers", "safetensors")
     return {
         "source": origin(checkpoint),
         "steps": list(checkpoint.history),
         "seed": seeds[-1] if seeds else None,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": versions(),
         "totals": totals(checkpoint),
         "dropped": checkpoint.dropped,
         "tensors": {name: [s.kind, list(s.sources), s.note] for name, s in stories.items()},
         "files": files,
+    }
+
+
+def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
+    """A hash over all that decides what a checkpoint's files hold when saved: source files, steps, sizes, versions."""
+    folder = checkpoint.path
+    stories = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
+    facts = {
+        "source": {file.name: sha256(file) for file in [*weight_files(folder), folder / "config.json"]},
+        "config": checkpoint.config,
+        "steps": list(checkpoint.history),
+        "tensors": [[name, lazy.shape, str(lazy.dtype), asdict(lazy.story)] for name, lazy in stories.items()],
+        "shard_bytes": shard_bytes,
+        "versions": [version("regraft"), *versions().values()],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What computes: Python and the packages."""
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "transformers", "safetensors")
     }
 
 

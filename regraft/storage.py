@@ -1,28 +1,20 @@
-"""Safetensors files: checked headers, one tensor at a time, shards; directories that appear whole or not at all."""
+"""Safetensors files: checked headers, one tensor at a time, what goes into which shard; JSON files and hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import RegraftError
-
-if TYPE_CHECKING:
-    from .checkpoint import Lazy
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
@@ -174,61 +166,6 @@ def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def write_weights(folder: Path, tensors: dict[str, Lazy], limit: int) -> None:
-    """Write safetensors shards of at most `limit` bytes one after the other: one shard is in memory at a time."""
-    groups = shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
-    places: dict[str, str] = {}
-    for number, names in enumerate(groups, 1):
-        single = len(groups) == 1
-        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        values = {name: tensors[name].read().contiguous().clone() for name in names}
-        try:
-            save_file(values, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        places |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        total = sum(lazy.bytes for lazy in tensors.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-
-
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write a JSON object, indented."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling to fill, which becomes `target` when the block ends well; nothing is left when it does not.
-
-    RegraftError when `target` exists (with `overwrite`: exists and is not a model directory), or on a full disk.
-    """
-    if target.exists() and not overwrite:
-        raise RegraftError(f"'{target}' exists: choose another output or pass --overwrite")
-    if target.exists() and not (target / "config.json").exists() and (target.is_file() or any(target.iterdir())):
-        raise RegraftError(
-            f"'{target}' exists and is not a model directory, so it is not overwritten: choose another output"
-        )
-    partial = target.parent / f".{target.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise RegraftError(f"cannot write '{target}' ({error}): free some space or choose another output") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ import torch
 from models import tiny
 from safetensors.torch import load_file, save_file
 
-from regraft import storage
+from regraft import storage, writing
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
@@ -182,11 +182,10 @@ def test_overwriting_the_source_itself(single: Path) -> None:
 
 
 def test_full_disk_leaves_nothing(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object, **options: object) -> None:
-        Path(str(arguments[1])).write_bytes(b"half")
+    def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr(writing, "_put", full)
     with pytest.raises(RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"):
         Checkpoint.open(single).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["single"]

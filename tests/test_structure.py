@@ -20,6 +20,7 @@ PUBLIC = [file for file in FILES if not file.name.startswith("__")]
 LAYERS = (
     ("errors",),
     ("axes", "storage", "progress"),
+    ("writing",),
     ("anatomy", "gguf", "lineage", "mixers", "text"),
     ("checkpoint", "families"),
     ("recipe", "plan", "growth"),
