@@ -148,3 +148,30 @@ def inputs(config: PreTrainedConfig, rows: int = 2, seed: int = 1) -> dict[str, 
         shape = (rows, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
     return {"input_ids": tokens(rows, 23, config.vocab_size, seed)}
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor a model gives, by name."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in model(**given).items():
+        if torch.is_tensor(value) and value.ndim:
+            found[name] = value
+        elif name == "feature_maps":
+            found |= {f"{name}.{index}": item for index, item in enumerate(value)}
+    return found
+
+
+def apart(before: torch.Tensor, after: torch.Tensor, axis: int = -1) -> float:
+    """max |difference| / max |before|. Where the hidden width itself comes out, wider than it was, every block of its
+    old size holds the old values or, with new coordinates that are silent, zeros.
+    """
+    if before.shape != after.shape:
+        width = before.shape[axis]
+        blocks = after.split(width, axis)
+        worst = [apart(before, blocks[0], axis)]
+        for block in blocks[1:]:
+            same = before.narrow(axis, 0, block.shape[axis])
+            worst.append(min(apart(same, block, axis), float(block.abs().max() / before.abs().max())))
+        return max(worst)
+    return float((before - after).abs().max() / before.abs().max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from models import FAMILIES, tiny
+from models import FAMILIES, GROWABLE, tiny
 
 from regraft.anatomy import Anatomy, Part, families, find
 from regraft.errors import RegraftError
@@ -81,7 +81,7 @@ def test_gpt2_scales_follow_its_config() -> None:
 
 
 def test_families_are_found_by_folder() -> None:
-    assert set(families()) == {*FAMILIES, "regraft"}
+    assert set(families()) == {*GROWABLE, "regraft"}
 
 
 def test_unknown_family_names_the_file_to_write() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,7 @@ class Side:
     expansion: Expansion
     reads: bool = False
     fresh: Literal["zero", "free", "one", "mean", "turn"] = "zero"
-    weights: Tensor | None = None
+    weights: Callable[[], Tensor] | None = None
     turned: int = -1
 
 
@@ -164,6 +164,6 @@ def _settle(out: Tensor, sides: Sequence[Side]) -> None:
             old = out.narrow(side.axis, 0, side.expansion.old)
             if side.weights is not None:
                 shape = [-1 if axis == side.axis else 1 for axis in range(out.ndim)]
-                old = old * side.weights.to(out.dtype).reshape(shape)
+                old = old * side.weights().to(out.dtype).reshape(shape)
             mean = old.mean(side.axis, keepdim=True)
             out.index_copy_(side.axis, fresh, mean.repeat_interleave(len(fresh), side.axis))

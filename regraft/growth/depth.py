@@ -78,10 +78,11 @@ def deepened(source: Checkpoint, config: dict[str, Any], order: list[Layer], how
         change = softmax_change(source, config, place.source, layer)
         if change != 1.0 and any(kind_of(base) == "k" for base, _, _ in pieces(part_of(source, home), role)):
             lazy = rescaled(source, home, lazy, change)
-        if place.new:
-            lazy = quiet.idle(home, lazy, how, Draw(seed, f"{role}.{layer}"))
-        elif quiet.hands_on and role.startswith(quiet.last) and layer + 1 < len(order) and order[layer + 1].new:
+        followed = layer + 1 < len(order) and order[layer + 1].new
+        if quiet.hands_on and role.startswith(quiet.last) and followed:
             lazy = plain_norm(source, home, lazy)
+        elif place.new:
+            lazy = quiet.idle(home, lazy, how, Draw(seed, f"{role}.{layer}"))
         table[key] = lazy
     return table
 

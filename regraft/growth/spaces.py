@@ -157,7 +157,9 @@ def qk_gain(widening: Widening, kind: str, layer: int) -> float:
     return wanted / growth if kind == "k_norm" else 1.0
 
 
-def sides(widening: Widening, role: str, part: Part, signature: Signature, output: Axes) -> list[Side]:
+def sides(
+    widening: Widening, role: str, part: Part, signature: Signature, output: Axes, layer: int | None
+) -> list[Side]:
     """How every axis of one output of a tensor grows."""
     table = []
     for position, axis in enumerate(view(signature, output)):
@@ -166,11 +168,17 @@ def sides(widening: Widening, role: str, part: Part, signature: Signature, outpu
             continue
         reads = position >= len(output)
         side = Side(position, expansion, reads)
-        table.append(_read(side, part) if reads else _written(widening, side, axis, role, part, signature, output))
+        if reads:
+            table.append(_read(side))
+            continue
+        side = _written(widening, side, axis, role, part, signature, output)
+        if side.fresh == "mean" and part.scaled:  # averages of what reaches the stream, whose new factors are one
+            side = replace(side, weights=widening.source.tensors[part.scaled, layer].read)
+        table.append(side)
     return table
 
 
-def _read(side: Side, part: Part) -> Side:
+def _read(side: Side) -> Side:
     free = side.expansion.free == "reads" or side.expansion.pairs
     return replace(side, fresh="free" if free else "zero")
 

@@ -73,7 +73,7 @@ class Piece:
         self.widening, self.role, self.part, self.signature = widening, role, part, signature
         self.axes = view(signature, output)
         self.has_group = "group" in self.axes
-        self.sides: list[Side] = sides(widening, role, part, signature, output)
+        self.sides: list[Side] = sides(widening, role, part, signature, output, layer)
         self.factor = factor(widening, role, part, signature, layer)
         self.layer = layer
         copies = widening.hidden.copies or 1
