@@ -14,11 +14,12 @@ from ..axes import product
 from ..checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
 from .block import Draw, spread_of, wide
+from .operators import DEPTH, preserving
 from .spaces import kind_of
 from .widen import apart, pieces, together
 
-EXACT = ("identity", "llama_pro")
-ORDERS = (*EXACT, "stack", "gstack", "interpolate", "midas", "upscale", "mslt")
+ORDERS = tuple(DEPTH)
+EXACT = preserving(DEPTH, "bits", "rounding")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from ..axes import Expansion
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from . import rotary
+from .operators import WIDTH
 from .spaces import DEAD, LIVE, Widening
 
-HOWS = ("pad", "zero_in", "pair", "split", "tile", "duplicate", "aki", "lemon")
+HOWS = tuple(WIDTH)
 NOISE = {"tile": 0.1, "duplicate": 0.1, "lemon": 0.5}  # relative to a tensor's own spread
 PLACES = ("hidden", "ffn", "heads", "head_dim")
 

@@ -6,22 +6,21 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint import Checkpoint
 from ..growth import depth
+from ..growth.operators import DEPTH, told
 from ..recipe import entry
 
 
+@told(DEPTH)
 @dataclass(frozen=True)
 class Deepen:
-    """Grow the stack to `layers` (composable expansions, arXiv 2308.06103; LLaMA-Pro, arXiv 2401.02415; StackBERT,
-    Gong et al. 2019; G_stack, arXiv 2405.15319; MIDAS, arXiv 2409.19044; SOLAR, arXiv 2312.15166; MSLT, Yang et al.
-    2020).
+    """Grow the stack to `layers`. Per-layer settings follow their layers. `how`:
 
-    `how`: `identity` inserts evenly spread layers that add nothing (zero outputs, or zero gains of the norms behind
-    them), the rest of them random; `llama_pro` the same with copies of the layer below; `stack` repeats from the
-    bottom, `gstack` the whole model, `interpolate` each layer in place, `midas` the middle block, `upscale` joins two
-    overlapping copies, `mslt` repeats the top. Per-layer settings follow their layers.
+    {operators}
 
-    Preserves: with `identity` and `llama_pro` the logits, bit for bit (post-norm families: up to the norms' epsilon);
-    nothing exactly with the others.
+    From {papers}.
+
+    Preserves: with {exact} the logits, bit for bit (post-norm families: up to the norms' epsilon); nothing exactly with
+    {inexact}.
     Refuses: fewer layers, and numbers that an operator cannot reach.
     """
 

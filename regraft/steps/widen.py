@@ -8,25 +8,26 @@ from typing import Literal
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth import targets
+from ..growth.operators import WIDTH, told
 from ..growth.widen import widened
 from ..recipe import entry
 
 
+@told(WIDTH)
 @dataclass(frozen=True)
 class Widen:
-    """Grow axes together, every size given or derived from the others (composable expansions, arXiv 2308.06103, made
-    exact on real classes; HyperCloning, arXiv 2409.12903; Net2Net, arXiv 1511.05641; bert2BERT, arXiv 2110.07143;
-    LEMON, arXiv 2310.07999).
+    """Grow axes together, every size given or derived from the others.
 
-    `heads` are query heads; `how` is one operator for all axes or one each ("hidden=tile,ffn=pad"): `pad` (new units
-    do nothing: zero outputs, random inputs), `zero_in` (zero inputs), `pair` (two alike with opposite outputs), `split`
-    (copies that share unevenly), `tile` (whole copies), `duplicate` (copies drawn at random), `aki` (copies from the
-    next layer), `lemon` (as many whole copies of the stream as fit, then zeros or averages). Heads' own coordinates are
-    always padded. `fold`: how norms over a padded stream keep their mean square, `eps` (gains and epsilon), `stream`
-    (everything written) or `auto` (`eps` where the class allows it). `noise` breaks the symmetry of copies without
-    changing the function; None turns it on where copies would stay identical.
+    `heads` are query heads. Heads' own coordinates are always padded. `fold`: how norms over a padded stream keep their
+    mean square, `eps` (gains and epsilon), `stream` (everything written) or `auto` (`eps` where the class allows it).
+    `noise` breaks the symmetry of copies without changing the function; None turns it on where copies would stay
+    identical. `how` is one operator for all axes or one each ("hidden=tile,ffn=pad"):
 
-    Preserves: the logits, up to rounding, except with `aki`.
+    {operators}
+
+    From {papers}; made exact on real classes.
+
+    Preserves: the logits, up to rounding, except with {inexact}.
     Refuses: smaller sizes, and sizes the class cannot hold exactly; the message names the nearest that work.
     """
 
