@@ -32,7 +32,7 @@ def difference(family: str, step: Any, folder: Path) -> float:
 
 def holds(promise: str, found: float) -> bool:
     """Whether a difference is what an operator promises; one that preserves nothing must be seen to."""
-    return {"bits": found == 0.0, "rounding": found < BOUND, "nothing": found > 100 * BOUND}[promise]
+    return {"exactly": found == 0.0, "up to rounding": found < BOUND, "not": found > 100 * BOUND}[promise]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

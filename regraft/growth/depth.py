@@ -19,7 +19,7 @@ from .spaces import kind_of
 from .widen import apart, pieces, together
 
 ORDERS = tuple(DEPTH)
-EXACT = preserving(DEPTH, "bits", "rounding")
+EXACT = preserving(DEPTH, "exactly", "up to rounding")
 
 
 @dataclass(frozen=True)

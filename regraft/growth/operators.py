@@ -15,9 +15,9 @@ from typing import Literal, TypeVar
 Step = TypeVar("Step")
 
 PRESERVES = {
-    "bits": "the logits, bit for bit (families whose norms come after the sum: up to the norms' epsilon)",
-    "rounding": "the logits, up to rounding",
-    "nothing": "nothing exactly",
+    "exactly": "the logits, bit for bit (families whose norms come after the sum: up to the norms' epsilon)",
+    "up to rounding": "the logits, up to rounding",
+    "not": "nothing exactly",
 }
 NOTES = {"E": "`expansions.md`, section 6", "L": "`ligo.md`, section 4"}
 PAPERS = {
@@ -41,7 +41,7 @@ class Operator:
     """One operator: `does` in a line, `preserves` (a key of PRESERVES), `papers` (keys of PAPERS), `when` to use it."""
 
     does: str
-    preserves: Literal["bits", "rounding", "nothing"]
+    preserves: Literal["exactly", "up to rounding", "not"]
     papers: tuple[str, ...]
     when: str
 
@@ -55,7 +55,7 @@ WIDTH = {
     "pad": Operator(
         "new units take random inputs and give zero outputs; the stream's new coordinates hold zeros, or averages "
         "under a LayerNorm, and are read at random",
-        "rounding",
+        "up to rounding",
         ("composable",),
         "The default, for any size: nothing is copied, so nothing stays symmetric, and of every two matrices only one "
         "starts at zero, so nothing is dead. The best exact start of the small experiment in the notes [E], which is "
@@ -63,7 +63,7 @@ WIDTH = {
     ),
     "zero_in": Operator(
         "new units take zero inputs and give random outputs",
-        "rounding",
+        "up to rounding",
         (),
         "The mirror image of `pad`, for outputs whose weights should start at random. Under a gated MLP only the gated "
         "factor is zero; under ReLU without a gate such units would never wake up, so that is refused. The notes [E] "
@@ -71,21 +71,21 @@ WIDTH = {
     ),
     "pair": Operator(
         "new units come in twos with the same random inputs and opposite random outputs",
-        "rounding",
+        "up to rounding",
         ("lemon",),
         "When no new weight should start at zero: every entry gets a gradient from the first step on. LEMON calls such "
         "weights cancelling. The notes [E] saw no gain over `pad`.",
     ),
     "split": Operator(
         "new units are copies taken in turn, their outputs shared unevenly",
-        "rounding",
+        "up to rounding",
         ("lemon", "net2net"),
         "When new units should start as useful as old ones: uneven shares let copies part without noise. A little "
         "behind `pad` in the notes' small experiment [E].",
     ),
     "tile": Operator(
         "whole copies of the axis, one after the other, read in equal shares",
-        "rounding",
+        "up to rounding",
         ("hypercloning",),
         "For whole multiples. HyperCloning's authors report training up to 4 times faster than from scratch. Shared "
         "weights are smaller, so under an unchanged learning rate their steps are relatively larger; in the notes' "
@@ -94,14 +94,14 @@ WIDTH = {
     ),
     "duplicate": Operator(
         "copies of units drawn at random, read in equal shares",
-        "rounding",
+        "up to rounding",
         ("net2net", "bert2bert"),
         "To compare with the literature: the classic function-preserving start. Keep the noise on, and lower the "
         "learning rate as for `tile` [E].",
     ),
     "aki": Operator(
         "as `duplicate`, but further copies are written as in the next layer",
-        "nothing",
+        "not",
         ("bert2bert",),
         "When a faster descent matters more than the start. bert2BERT's authors report it ahead of their exact start, "
         "and the whole method to save about 45 % of BERT-Base's and 47 % of GPT-Base's training cost; AquilaMoE (arXiv "
@@ -109,7 +109,7 @@ WIDTH = {
     ),
     "lemon": Operator(
         "as many whole copies of the stream as fit, then zeros, or averages under a LayerNorm; units as `split`",
-        "rounding",
+        "up to rounding",
         ("lemon",),
         "When copies are wanted at a width that is no multiple. LEMON's authors report 56.7 % less training cost for "
         "Vision Transformers and 33.2 % for BERT than from scratch, with a learning rate that decays faster [L].",
@@ -118,56 +118,56 @@ WIDTH = {
 DEPTH = {
     "identity": Operator(
         "new layers, spread evenly, whose outputs are zero (or the gains of the norms behind them), the rest random",
-        "bits",
+        "exactly",
         ("composable", "net2net"),
         "The default: nothing is lost at the start, and of every two matrices only one starts at zero. In the "
         "notes' small experiment [E] it ended ahead of `stack` at one learning rate and behind it at the other.",
     ),
     "llama_pro": Operator(
         "as `identity`, but the rest of a new layer is a copy of the layer below",
-        "bits",
+        "exactly",
         ("llama_pro",),
         "To teach a finished model something new: its authors train the new layers alone, so that the old ones forget "
         "less, and made an 8.3B model of Llama 2 7B.",
     ),
     "stack": Operator(
         "all layers again from the bottom until the number is reached",
-        "nothing",
+        "not",
         ("stackbert",),
         "To double a shallow model early in pre-training. LiGO (arXiv 2303.00980) measured 34.1 % fewer FLOPs than "
         "from scratch for BERT-Small to BERT-Base.",
     ),
     "gstack": Operator(
         "the whole model a whole number of times",
-        "nothing",
+        "not",
         ("gstack",),
         "For long pre-training, where the start is soon forgotten: the best of four kinds of operators in its authors' "
         "comparison; at 7B they reach with 194B tokens the loss that training from scratch reaches with 300B.",
     ),
     "interpolate": Operator(
-        "each layer several times in place",
-        "nothing",
+        "layers repeated in place, spread evenly",
+        "not",
         ("multilevel",),
         "When the start should not be far off without being exact: AquilaMoE (arXiv 2408.06567), growing 1.3B to 7B "
         "by an exact widening and then in depth, started at a loss of 3.31 with it and of 4.30 with stacking [L].",
     ),
     "midas": Operator(
         "the block of layers in the middle twice",
-        "nothing",
+        "not",
         ("midas",),
         "To grow by stages during pre-training: its authors report up to 40 % faster training and better reasoning at "
         "equal perplexity, at 1B, 2B and 8B.",
     ),
     "upscale": Operator(
         "the lower layers of one copy, then the upper layers of another, overlapping in the middle",
-        "nothing",
+        "not",
         ("solar",),
         "To make a larger model of a finished one and pre-train it further: SOLAR's 48 layers come from two copies of "
         "32 without the last, or first, 8.",
     ),
     "mslt": Operator(
         "the top layers once more on top",
-        "nothing",
+        "not",
         ("mslt",),
         "To train in stages, the new top layers alone at first: its authors report more than 110 % faster training of "
         "BERT; LiGO (arXiv 2303.00980) measured 34.9 % fewer FLOPs than from scratch.",
@@ -183,8 +183,8 @@ def told(table: Mapping[str, Operator]) -> Callable[[type[Step]], type[Step]]:
             textwrap.fill(f"- `{name}`: {one.does}", 110, subsequent_indent="  ") for name, one in table.items()
         ),
         "{papers}": textwrap.fill("; ".join(", ".join(PAPERS[key]) for key in papers), 110),
-        "{exact}": ", ".join(f"`{name}`" for name in preserving(table, "bits", "rounding")),
-        "{inexact}": ", ".join(f"`{name}`" for name in preserving(table, "nothing")),
+        "{exact}": ", ".join(f"`{name}`" for name in preserving(table, "exactly", "up to rounding")),
+        "{inexact}": ", ".join(f"`{name}`" for name in preserving(table, "not")),
     }
 
     def fill(step: type[Step]) -> type[Step]:

@@ -1,0 +1,270 @@
+"""Writes docs/gallery.md and its pictures: what every operator of growth does to a small matrix, and when to use it.
+
+Nothing is drawn by hand. Tiny models are grown by the steps themselves. Where a number of a grown matrix comes from is
+found out by changing the source's numbers one by one and looking at what moves: nothing (a constant), one entry (a
+copy), some (an average) or all (random numbers, whose spread is the tensor's). Words come from the tables in
+regraft/growth/operators.py and from docstrings.
+
+Run: python docs/gallery.py [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from drawing import ladder, picture
+from tracing import (
+    ATTENTION,
+    HEADS,
+    ONE_HEAD,
+    RMS,
+    UNITS,
+    Matrix,
+    Scene,
+    Slot,
+    Source,
+    deeper,
+    on_stream,
+    on_units,
+    same,
+    scene,
+)
+
+from regraft import axes
+from regraft.errors import RegraftError
+from regraft.growth import depth, rotary, targets
+from regraft.growth.operators import DEPTH, NOTES, PRESERVES, WIDTH, Operator
+from regraft.steps.widen import Widen
+
+WIDER = """An axis has tensors that *write* it, whose rows are its coordinates, and tensors that *read* it, whose
+columns are. Matrices are drawn as (outputs, inputs). Grey numbers say which old coordinate an entry belongs to or
+copies, numbers under a matrix what copies are multiplied by; paler cells are smaller numbers. First comes an axis of
+*units*, the neurons of a gated MLP; then the *stream*, where `down` stands for everything that writes it and `up` for
+everything that reads it behind a norm. A padded stream has a smaller mean square: here the norms' gains and epsilon
+make up for it, with `fold="stream"` everything that is written does. Sizes are what the operator takes; the class of a
+family may want more of them and says so when it refuses."""
+DEEPER = """Which layer of the source each layer of the grown model comes from. The layer next to the input, number 0,
+is on the left."""
+COMPOSABLE = """Gesmundo & Maile (arXiv 2308.06103) compose any growth of six expansions, each exact. Here they are
+arguments of two steps, made exact on real classes, which have norms with an epsilon, LayerNorms, rotary positions,
+grouped queries and tied embeddings. Stock classes have one width for queries, keys and values, so the third and the
+fourth come together: old keys make up for the new softmax scale, and rotary pairs move to where their frequencies
+stay."""
+
+
+def reached(sizes: Sequence[int], old: int, make: Callable[[int], Any]) -> str:
+    """Which of some sizes an operator takes, found by asking for each."""
+    taken = []
+    for size in sizes:
+        try:
+            make(size)
+            taken.append(size)
+        except RegraftError:
+            continue
+    if taken == list(sizes):
+        return "any size"
+    if taken == [size for size in sizes if size % old == 0]:
+        return "whole multiples"
+    if taken == [size for size in sizes if size <= 2 * old]:
+        return "at most twice as many"
+    raise RegraftError(f"no words for an operator that takes {taken} of {list(sizes)}: add them to docs/gallery.py")
+
+
+def width_sizes(how: str) -> str:
+    """Sizes that a width operator takes, on units and on the stream."""
+    made = Source(RMS | {"intermediate_size": 4}).checkpoint
+    sizes = range(5, 17)
+    units = reached(sizes, 4, lambda size: Widen(ffn=size, how=f"ffn={how}")(made))
+    stream = reached(sizes, 4, lambda size: Widen(hidden=size, how=f"hidden={how}")(made))
+    return units if units == stream else f"units: {units}; stream: {stream}"
+
+
+def depth_sizes(how: str) -> str:
+    """Numbers of layers that a depth operator takes."""
+    return reached(range(5, 17), 4, lambda size: depth.layers(how, 4, size)).replace("any size", "any number of layers")
+
+
+def first_sentence(text: str | None) -> str:
+    """The first sentence of a docstring, on one line."""
+    return " ".join((text or "").split()).split(". ")[0].removesuffix(".") + "."
+
+
+def said(name: str, function: Callable[..., Any]) -> str:
+    """A function's name and docstring."""
+    return f"`{name}`: " + " ".join((function.__doc__ or "").split())
+
+
+def maps(how: str) -> str:
+    """The functions of regraft.axes behind a width operator, and their docstrings."""
+    source = Source(UNITS | {"hidden_size": 4}).checkpoint
+    made = targets.widening(source, targets.Asked(hidden=8, ffn=8), how).axes
+    names = {"units": made["ffn"].name, "stream": made["hidden"].name}
+    said = {name: f"`axes.{name}`: {first_sentence(getattr(axes, name).__doc__)}" for name in names.values()}
+    if len(said) == 1:
+        return said[names["units"]]
+    return " ".join(f"{place.capitalize()}, {said[name]}" for place, name in names.items())
+
+
+def facts(one: Operator, *rows: tuple[str, str]) -> str:
+    """The table under an operator's name."""
+    lines = [("Preserves", PRESERVES[one.preserves]), *rows, ("Paper", one.cited), ("When", one.when)]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in lines)])
+
+
+def sentence(words: str) -> str:
+    """With a capital letter and a full stop."""
+    return words[0].upper() + words[1:] + "."
+
+
+def told(scenes: Sequence[Scene]) -> str:
+    """Matrices in words, for those who do not see them."""
+    return "; ".join(f"{one.name} {', '.join(drawn.told() for drawn in one.news)}".strip() for one in scenes)
+
+
+def fresh(*drawn: Matrix) -> str:
+    """What new entries hold, matrix by matrix."""
+    kinds = {one.title: {str(kind) for kind in one.kinds.flat} - {"old", "copy"} for one in drawn}
+    return ", ".join(f"`{title}` {' and '.join(sorted(words))}" for title, words in kinds.items() if words)
+
+
+class Page:
+    """The gallery: its text, and its pictures by file name, drawn when asked for."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, Callable[[], bytes]] = {}
+        blocks = [*opening(), *self.widths(), *self.depths(), *self.composable(), *closing()]
+        self.text = "\n\n".join(blocks) + "\n"
+
+    def image(self, name: str, words: str, draw: Callable[[], bytes]) -> str:
+        """A picture's line in the page."""
+        self.pictures[f"{name}.svg"] = draw
+        return f"![{words}](gallery/{name}.svg)"
+
+    def widths(self) -> list[str]:
+        """The operators on an axis."""
+        blocks = ["## Wider", WIDER.replace("\n", " ")]
+        for how, one in WIDTH.items():
+            noise = targets.NOISE.get(how)
+            on = f"{noise:g} of a tensor's own spread, unless `noise` says otherwise" if noise else "off by default"
+            rows = (("Sizes", width_sizes(how)), ("Noise", on), ("Code", maps(how)))
+            blocks += [f"### {how}", sentence(one.does), facts(one, *rows)]
+            blocks += [self.one_kind(how, "units", on_units), self.one_kind(how, "stream", on_stream)]
+        return blocks
+
+    def one_kind(self, how: str, kind: str, scenes: Callable[[str], tuple[Scene, ...]]) -> str:
+        """The picture of an operator, or the name of an earlier one that does the same there."""
+        place = "the stream" if kind == "stream" else kind
+        for other in list(WIDTH)[: list(WIDTH).index(how)]:
+            if same(scenes(how), scenes(other)):
+                return f"On {place} it does what [`{other}`](#{other}) does."
+        return self.image(f"{how}-{kind}", f"{how} on {place}: {told(scenes(how))}", lambda: picture(scenes(how)))
+
+    def depths(self) -> list[str]:
+        """The operators on the stack of layers."""
+        blocks = ["## Deeper", DEEPER.replace("\n", " ")]
+        for how, one in DEPTH.items():
+            slots = deeper(how)
+            marks = [("random" if s.source is None else str(s.source)) + (" (idle)" if s.idle else "") for s in slots]
+            words = f"{how}, 6 to {len(slots)} layers: {', '.join(marks)}"
+            blocks += [f"### {how}", sentence(one.does), facts(one, ("Sizes", depth_sizes(how)))]
+            blocks += [self.image(how, words, partial(ladder, slots))]
+        return blocks
+
+    def composable(self) -> list[str]:
+        """The paper's six expansions as arguments of the steps, with what their new entries hold."""
+        heads = (scene("", HEADS, ATTENTION, heads=3, kv_heads=3),)
+        wider = (scene("", ONE_HEAD, ATTENTION, head_dim=4),)
+        (units,), (rms, norm) = on_units("pad"), on_stream("pad")
+        q, k, v, o = wider[0].news
+        stream = "; ".join(f"{one.name}: {fresh(*one.news)}" for one in (rms, norm))
+        layer = next("outputs zero, other maps random" for slot in deeper("identity") if slot == Slot(None, True))
+        rows = [
+            ("3.1 MLP", "`Widen(ffn=...)`", fresh(*units.news), "[pad](#pad)"),
+            (
+                "3.2 head addition",
+                "`Widen(heads=..., kv_heads=...)`",
+                fresh(*heads[0].news),
+                "[more heads](#more-heads)",
+            ),
+            ("3.3 heads (values)", "`Widen(head_dim=...)`, with 3.4", fresh(v, o), "[wider heads](#wider-heads)"),
+            (
+                "3.4 attention (queries, keys)",
+                "`Widen(head_dim=...)`, with 3.3",
+                fresh(q, k),
+                "[wider heads](#wider-heads)",
+            ),
+            ("3.5 hidden dimension", "`Widen(hidden=...)`", stream, "[pad](#pad)"),
+            ("3.6 layer addition", "`Deepen(...)`", layer, "[identity](#identity)"),
+        ]
+        head = ["| in the paper | step | new entries | picture |", "|---|---|---|---|"]
+        return [
+            "## The six composable expansions",
+            COMPOSABLE.replace("\n", " "),
+            "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]),
+            "### more heads",
+            said("growth.targets.head_layout", targets.head_layout),
+            self.image("heads", f"2 to 3 heads: {told(heads)}", lambda: picture(heads)),
+            "### wider heads",
+            said("growth.rotary.widened", rotary.widened),
+            self.image("head_dim", f"heads of 2 to heads of 4: {told(wider)}", lambda: picture(wider)),
+        ]
+
+
+def opening() -> list[str]:
+    """Everything at a glance."""
+    rows = [
+        f"| [`{name}`](#{name}) | {one.does} | {one.preserves} | {one.cited} |"
+        for table in (WIDTH, DEPTH)
+        for name, one in table.items()
+    ]
+    return [
+        "# Gallery: the operators of growth",
+        "What each operator does to a small matrix, what it preserves, where it comes from and when to use it. Every "
+        "picture shows a tiny model that the operator itself has grown: [how](#how-this-page-is-made).",
+        "\n".join(["| operator | what it does | keeps the logits | paper |", "|---|---|---|---|", *rows]),
+    ]
+
+
+def closing() -> list[str]:
+    """Sources, and how to make the page again."""
+    notes = "; ".join(f"[{key}] is {words}" for key, words in NOTES.items())
+    how = (__doc__ or "").split("\n\n")[1]
+    return [
+        "## How this page is made",
+        " ".join(how.split()),
+        f"Notes are the project's reading notes, kept beside the repository: {notes}. Figures are those that papers "
+        "named with them report; none was measured for this page.",
+        "After a change of an operator or of its words, write the page and its pictures again "
+        "(`tests/test_gallery.py` fails until then):",
+        "```\npython docs/gallery.py\n```",
+    ]
+
+
+def write(folder: Path) -> Page:
+    """Write gallery.md and its pictures into a folder, whose older pictures go."""
+    page = Page()
+    pictures = folder / "gallery"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for stale in {file.name for file in pictures.glob("*.svg")} - set(page.pictures):
+        (pictures / stale).unlink()
+    for name, draw in page.pictures.items():
+        (pictures / name).write_bytes(draw())
+    (folder / "gallery.md").write_text(page.text, encoding="utf-8")
+    return page
+
+
+def main() -> None:
+    """Write the page beside this script, or elsewhere."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    page = write(options.out)
+    print(f"wrote {options.out}/gallery.md and {len(page.pictures)} pictures")
+
+
+if __name__ == "__main__":
+    main()
