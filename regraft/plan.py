@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import lineage
-from .checkpoint import SHARD, Checkpoint
+from .checkpoint import Checkpoint
 from .mixers.base import Attention
 from .mixers.registry import mixer_class
+from .storage import Entry
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+OVERHEAD = 96_000_000  # hashing, blocks of random numbers, what the allocator keeps
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class Plan:
     """What changes from `source` to `target`; `tensors` shares add up to one, `dropped` ones are of the source.
 
     `flops_per_token`: forward, decoding after `context` tokens (a multiply-add is 2). `state_bytes`: decoding state of
-    one sequence after `context` tokens by kind of layer, float32. `peak_bytes`: writing the target, one shard and
-    working copies of the largest tensor.
+    one sequence after `context` tokens by kind of layer, float32. `peak_bytes`: what writing the target takes at most,
+    in anonymous memory above that of the opened source.
     """
 
     source: dict[str, int]
@@ -58,7 +62,7 @@ class Plan:
             dropped=target.dropped,
             layers={kind: [layer for layer, name in enumerate(kinds) if name == kind] for kind in sorted(set(kinds))},
             bytes=sum(sizes),
-            peak_bytes=min(SHARD, sum(sizes)) + 2 * max(sizes),
+            peak_bytes=writing_bytes(target),
             context=context,
             flops_per_token={"source": flops(source, context), "target": flops(target, context)},
             state_bytes=state_bytes(target, context),
@@ -69,6 +73,19 @@ class Plan:
     def json(self) -> dict[str, Any]:
         """Fields as plain values."""
         return asdict(self)
+
+
+def writing_bytes(target: Checkpoint) -> int:
+    """Upper bound of the memory that saving takes: one tensor being made, another being written, and OVERHEAD.
+
+    A tensor that comes straight from a file is mapped and takes none. Any other takes, while it is made, two of it in
+    the dtype that is computed in and two in its own at most; many operators take half of that.
+    """
+    made = [lazy for lazy in target.tensors.values() if not isinstance(getattr(lazy.read, "__self__", None), Entry)]
+    held = sorted((lazy.bytes for lazy in made), reverse=True) + [0, 0]
+    making = [2 * max(4, lazy.dtype.itemsize) * lazy.size + 2 * lazy.bytes for lazy in made]
+    beside = [held[lazy.bytes == held[0]] for lazy in made]
+    return OVERHEAD + max((work + other for work, other in zip(making, beside, strict=True)), default=0)
 
 
 def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..axes import Expansion
 
 SAMPLE = 65536  # entries that a tensor's standard deviation is estimated from
+BLOCK = 1 << 18  # entries of noise that are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Draw:
     def uniform(self, shape: Sequence[int], std: float, dtype: torch.dtype) -> Tensor:
         """Uniform, mean zero, standard deviation `std`: as good a start as a normal one and many times quicker."""
         count = math.prod(shape)
-        raw = torch.frombuffer(bytearray(self.bits.bytes(2 * count)), dtype=torch.int16) if count else torch.empty(0)
+        words = self.bits.integers(0, 2**32, -(-count // 2), np.uint32)
+        raw = torch.from_numpy(words.view(np.int16)[:count])
         return raw.to(dtype).mul_(std * math.sqrt(3) / 32768).reshape(tuple(shape))
 
     def rotation(self, size: int) -> Tensor:
@@ -86,7 +88,9 @@ def grow(value: Tensor, sides: Sequence[Side], factor: float, draw: Draw, noise:
             out = _extended(out, side, draw)
             _fill(out, side, std, draw)
     for side in noisy:
-        out += _silent(draw.uniform(out.shape, noise * std, out.dtype), side)
+        flat = out.view(-1, *out.shape[side.axis :])
+        for rows in flat.split(_rows(flat)):
+            rows += _silent(draw.uniform(rows.shape, noise * std, out.dtype), replace(side, axis=1))
     _settle(out, sides)
     return out.to(value.dtype)
 
@@ -107,7 +111,7 @@ def _extended(value: Tensor, side: Side, draw: Draw) -> Tensor:
     out = value.index_select(side.axis, expansion.index.clamp(min=0))
     shape = [-1 if axis == side.axis else 1 for axis in range(value.ndim)]
     if side.reads:
-        out = out * expansion.share.to(out.dtype).reshape(shape)
+        out *= expansion.share.to(out.dtype).reshape(shape)
     fresh = expansion.fresh
     if side.fresh == "turn":
         for begin in range(0, len(fresh), expansion.old):
@@ -150,7 +154,12 @@ def _silent(noise: Tensor, side: Side) -> Tensor:
     noise = noise.index_fill_(side.axis, expansion.fresh, 0)
     old = [expansion.old if axis == side.axis else size for axis, size in enumerate(noise.shape)]
     heard = noise.new_zeros(old).index_add_(side.axis, index, noise).index_select(side.axis, index)
-    return noise - heard * expansion.share.to(noise.dtype).reshape(shape)
+    return noise.sub_(heard.mul_(expansion.share.to(noise.dtype).reshape(shape)))
+
+
+def _rows(value: Tensor) -> int:
+    """Rows that are worked on at a time, so that copies stay small; even, for random numbers come in pairs."""
+    return max(2, BLOCK // max(1, value[0].numel()) // 2 * 2)
 
 
 def _settle(out: Tensor, sides: Sequence[Side]) -> None:
