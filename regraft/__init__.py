@@ -17,16 +17,39 @@ if TYPE_CHECKING:
     from .hosts import load
     from .plan import Plan
     from .receipts import check
+    from .steps.composable import AddHeads, AddLayers, GrowHeadDim, GrowHeadValues, GrowHidden, GrowMLP, GrowQueryKeys
+    from .steps.deepen import Deepen
     from .steps.remix import Remix
+    from .steps.widen import Widen
 
 __version__ = "0.1.0"
-__all__ = ["Checkpoint", "Plan", "RegraftError", "Remix", "check", "load", "open"]
+__all__ = [
+    "AddHeads",
+    "AddLayers",
+    "Checkpoint",
+    "Deepen",
+    "GrowHeadDim",
+    "GrowHeadValues",
+    "GrowHidden",
+    "GrowMLP",
+    "GrowQueryKeys",
+    "Plan",
+    "RegraftError",
+    "Remix",
+    "Widen",
+    "check",
+    "load",
+    "open",
+]
 
-_HOMES = {
+_COMPOSABLE = ("AddHeads", "AddLayers", "GrowHeadDim", "GrowHeadValues", "GrowHidden", "GrowMLP", "GrowQueryKeys")
+_HOMES = dict.fromkeys(_COMPOSABLE, "steps.composable") | {
     "Checkpoint": "checkpoint",
+    "Deepen": "steps.deepen",
     "Plan": "plan",
     "RegraftError": "errors",
     "Remix": "steps.remix",
+    "Widen": "steps.widen",
     "check": "receipts",
     "load": "hosts",
 }

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ SIDECARS = (
     "*.model",
     "LICENSE*",
 )
+Holds = Literal["weights", "exp_avg", "exp_avg_sq"]
 SHARD = 500_000_000
 
 
@@ -65,7 +66,8 @@ class Checkpoint:
     """A config and `{(role, layer): Lazy}`, immutable; layer is None outside the stack.
 
     `tensors` hold values as stored, `names` their state-dict names; `checkpoint[role, layer]` is in output-first order
-    and takes fused parts apart. `origin` is what was opened, `path` the directory with its tokenizer and other files.
+    and takes fused parts apart. `holds`: weights, or Adam's moments of them under the same names. `origin` is what was
+    opened, `path` the directory with its tokenizer and other files.
     """
 
     origin: Path
@@ -78,6 +80,7 @@ class Checkpoint:
     dropped: dict[str, str] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     in_memory: bool = False
+    holds: Holds = "weights"
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:

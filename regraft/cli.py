@@ -20,6 +20,7 @@ from .errors import RegraftError
 
 VERBS: dict[str, Callable[..., verbs.Outcome]] = {
     "plan": verbs.plan,
+    "grow": verbs.grow,
     "linearize": verbs.linearize,
     "check": verbs.receipts,
     "train": verbs.train,
@@ -35,6 +36,7 @@ FLAGS = {
     "json": "print one JSON object on standard output and nothing else",
     "overwrite": "replace the output if it exists",
     "plot": "also draw the rows into bench.svg in the current folder",
+    "bridge": "write the model as another class where its own cannot hold the sizes",
     "chat": "wrap the prompt in the model's chat template",
 }
 
@@ -42,7 +44,9 @@ FLAGS = {
 def build_parser() -> ArgumentParser:
     """The whole command line, from the verbs' signatures and docstrings."""
     parser = ArgumentParser(
-        prog="regraft", exit_on_error=False, description="A pretrained model in, a linear-cost model out."
+        prog="regraft",
+        exit_on_error=False,
+        description="Give pretrained weights a new body: wider, deeper, or linear in cost.",
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subcommands(dest="verb", required=False, metavar="VERB")

@@ -70,6 +70,10 @@ class Plan:
             steps=list(target.history),
         )
 
+    def forecast(self) -> str:
+        """What writing the target takes, in a line."""
+        return f"{_mega(self.bytes)} MB to write, {_mega(self.peak_bytes)} MB of memory needed"
+
     def json(self) -> dict[str, Any]:
         """Fields as plain values."""
         return asdict(self)
@@ -121,8 +125,9 @@ def flops(checkpoint: Checkpoint, context: int) -> int:
     maps = sum(
         lazy.size for (role, _), lazy in checkpoint.tensors.items() if len(lazy.shape) > 1 and role not in tables
     )
-    tied = ("head.weight", None) not in checkpoint.tensors
+    tied = ("head.weight", None) not in checkpoint.tensors and checkpoint.anatomy.causal
     total = 2 * (maps + (checkpoint.tensors["embed.weight", None].size if tied else 0))
+    context = context if checkpoint.anatomy.causal else checkpoint.sizes["pos"]
     for layer, spec in enumerate(mixers_of(checkpoint)):
         attention = _attention(checkpoint, layer)
         if spec is None:
@@ -135,6 +140,7 @@ def flops(checkpoint: Checkpoint, context: int) -> int:
 def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     """Decoding state of one sequence after `context` tokens, by kind of layer, in float32."""
     table: dict[str, int] = {}
+    context = context if checkpoint.anatomy.causal else 0  # encoders keep no state
     for layer, (kind, spec) in enumerate(zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)):
         attention = _attention(checkpoint, layer)
         if spec is None:
@@ -157,6 +163,11 @@ def render(plan: Plan, console: Console) -> None:
     console.print(table)
     for name, reason in plan.dropped.items():
         console.print(f"dropped {name}: {reason}", soft_wrap=True, highlight=False)
+    sizes = Table("axis", "source", "target", title="Sizes")
+    for axis, size in plan.source.items():
+        changed = plan.target[axis] != size
+        sizes.add_row(axis, f"{size:,}", f"{plan.target[axis]:,}", style="bold" if changed else "")
+    console.print(sizes)
     facts = Table("", "source", "target", title=f"After {plan.context:,} tokens")
     facts.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
     facts.add_row("state, MB", _mega(plan.source_state_bytes), _mega(sum(plan.state_bytes.values())))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import hosts, lineage
+from . import hosts, lineage, parity
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .mixers.base import Attention, Weight
@@ -37,6 +37,8 @@ def check(source: str | Path, out: str | Path, seed: int = 0) -> dict[str, Any]:
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     before.verify()
     after.verify()
+    if steps := parity.grown(after, before):
+        return grown(before, after, steps, seed)
     if after.sizes != before.sizes:
         raise RegraftError(
             f"'{out}' was not made from '{source}': axes {after.sizes} against {before.sizes}; name its source"
@@ -52,6 +54,24 @@ def check(source: str | Path, out: str | Path, seed: int = 0) -> dict[str, Any]:
         bounds["rel_logit_diff"] = EXACT
     within = all(result[name] is None or result[name] <= bound for name, bound in bounds.items())
     result["holds"] = within and result["source_matches"] and not unaccounted and not unequal
+    return result
+
+
+def grown(before: Checkpoint, after: Checkpoint, steps: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Receipts of a grown model: parity of all outputs, greedy text, cached decoding, dead and locked entries.
+
+    Steps that do not keep the function (and training) leave parity unbound; it is measured all the same.
+    """
+    known = lineage.read(after.path)
+    result: dict[str, Any] = {"holds": False, "trained": lineage.trained(known), "unequal": []}
+    result["unaccounted"] = parity.accounted(before, after)
+    result["source_matches"] = lineage.origin(before)["sha256"] == known.get("source", {}).get("sha256")
+    result["exact"] = parity.exact(list(after.history)[len(before.history) :])
+    result |= {"zero_layers": None, "window_end": None} | parity.compare(before, after, seed)
+    result["bound"] = parity.bound(before, after)
+    same = not result["exact"] or result["rel_logit_diff"] <= result["bound"]
+    steady = result["parallel_vs_recurrent"] is None or result["parallel_vs_recurrent"] <= RECURRENT
+    result["holds"] = same and steady and result["source_matches"] and not result["unaccounted"]
     return result
 
 
@@ -172,6 +192,9 @@ MEANINGS = {
     "zero_layers": "linearizing no layer: logits against the source's",
     "window_end": "gates shut: logits against the pure-window model's",
     "parallel_vs_recurrent": "token by token against all at once",
+    "exact": "every step keeps the function",
+    "bound": "largest relative difference that counts as equal",
+    "greedy": f"greedy tokens that agree, of {parity.NEW}",
 }
 
 
@@ -181,6 +204,8 @@ def render(receipts: dict[str, Any], console: Console) -> None:
 
     table = Table("receipt", "value", title="holds" if receipts["holds"] else "does NOT hold")
     for name, meaning in MEANINGS.items():
+        if name not in receipts:
+            continue
         table.add_row(meaning, shown(receipts[name]))
     console.print(table)
 
@@ -189,6 +214,8 @@ def shown(value: Any) -> str:
     """A receipt's value in a few characters."""
     if value is None:
         return "does not apply"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if isinstance(value, list):
         return ", ".join(value[:3]) + (f" and {len(value) - 3} more" if len(value) > 3 else "") if value else "none"
     return f"{value:.2e}" if isinstance(value, float) else {True: "yes", False: "NO"}[value]

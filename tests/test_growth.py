@@ -13,7 +13,9 @@ from models import ARCHITECTURES, GROWABLE, apart, inputs, outputs, tiny
 
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.hosts import load
 from regraft.steps.deepen import Deepen
+from regraft.steps.remix import Remix
 from regraft.steps.widen import Widen
 
 BOUND = 2e-5
@@ -209,3 +211,25 @@ def test_noise_separates_copies_and_changes_nothing(tmp_path: Path) -> None:
     assert not torch.allclose(down[:, :36], down[:, 36:])
     even = Widen(hidden=72, how="tile", noise=0.0)(Checkpoint.open(tmp_path / "source"))["mlp.up.weight", 0].read()
     assert torch.equal(even[:, :36], even[:, 36:])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("step", ["stream", "tile", "ffn", "layers", "llama_pro"])
+def test_a_linearized_model_grows_too(family: str, step: str, tmp_path: Path) -> None:
+    _, model = tiny(family)
+    model.save_pretrained(tmp_path / "source")
+    mixed = Remix(keep="1", window=9)(Checkpoint.open(tmp_path / "source"))
+    wide = 96 if family in COUPLED else 45
+    steps = {"ffn": Widen(ffn=60), "layers": Deepen(5), "llama_pro": Deepen(7, "llama_pro")}
+    if family not in COUPLED:
+        steps |= {"stream": Widen(hidden=wide), "tile": Widen(hidden=72, how="tile")}
+    if step not in steps:
+        with pytest.raises(RegraftError, match="grow heads first, then linearize"):
+            Widen(hidden=wide)(mixed)
+        return
+    mixed.save(tmp_path / "mixed")
+    grown = steps[step](Checkpoint.open(tmp_path / "mixed"))
+    grown.save(tmp_path / "out")
+    given = {"input_ids": torch.arange(24)[None] + 3}
+    before, after = (outputs(load(tmp_path / name), given)["logits"] for name in ("mixed", "out"))
+    assert apart(before, after) < BOUND

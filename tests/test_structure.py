@@ -20,6 +20,7 @@ PUBLIC = [file for file in FILES if not file.name.startswith("__")]
 LAYERS = (
     ("errors",),
     ("axes", "storage", "progress"),
+    ("parts",),
     ("writing",),
     ("anatomy", "gguf", "lineage", "mixers", "text"),
     ("checkpoint", "families"),
@@ -27,8 +28,9 @@ LAYERS = (
     ("steps",),
     ("hosts",),
     ("uptrain", "evals"),
+    ("parity",),
     ("receipts", "generate", "plots", "report", "settings"),
-    ("evaluation", "journal", "training"),
+    ("evaluation", "journal", "training", "growing", "moments"),
     ("experiment",),
     ("demo",),
     ("verbs",),
@@ -91,8 +93,8 @@ def test_files_are_short(file):
 
 
 def test_the_package_stays_small():
-    # A budget to argue with: linearization with its storage, receipts and report took 4,500, growth takes 2,000 more.
-    assert sum(code_lines(file) for file in FILES) <= 6500
+    # A budget to argue with: linearization with its storage, receipts and report took 4,500, growth 2,900 more.
+    assert sum(code_lines(file) for file in FILES) <= 7400
     assert statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 130
 
 

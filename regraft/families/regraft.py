@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..anatomy import Anatomy, Config, Key, Part, Placed, find
 from ..axes import signature
+from ..errors import RegraftError
 from ..mixers.base import Attention
 from ..mixers.registry import weights
 
@@ -42,6 +44,35 @@ class Regrafted(Anatomy):
                 part = Part(f"host.{host.slot.format(layer)}.mixer.{local}", weight.signature)
                 placed[f"mixer.{local}", layer] = Placed(part.name, part, signature(weight.signature).shape(sizes))
         return placed
+
+    def host(self, config: Config) -> Anatomy:
+        """The stock family that the mixers were put into."""
+        return find(config["host"])
+
+    def host_config(self, config: Config) -> Config:
+        """The stock config."""
+        host: Config = config["host"]
+        return host
+
+    def resized(
+        self,
+        config: Config,
+        sizes: Mapping[str, int],
+        order: Sequence[int] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The host resized; mixers follow their layers. RegraftError for other heads than the mixers were made for."""
+        old = self.solve(config)
+        if changed := [axis for axis in ("kv", "group", "dim") if old[axis] != sizes[axis]]:
+            raise RegraftError(
+                f"mixers were made for {changed[0]} {old[changed[0]]}, not {sizes[changed[0]]}: grow heads first, then "
+                "linearize"
+            )
+        family = find(config["host"])
+        host = family.resized(config["host"], sizes, order, extra)
+        specs = [config["mixers"][layer] for layer in order or range(len(config["mixers"]))]
+        attention = [None if spec is None else family.attention(host, layer) for layer, spec in enumerate(specs)]
+        return {**config, "host": host, "mixers": specs, "attention": attention}
 
     def attention(self, config: Config, layer: int) -> dict[str, Any]:
         """The host's attention of a layer."""

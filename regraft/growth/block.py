@@ -95,6 +95,25 @@ def grow(value: Tensor, sides: Sequence[Side], factor: float, draw: Draw, noise:
     return out.to(value.dtype)
 
 
+def grow_moment(value: Tensor, sides: Sequence[Side], factor: float, power: int) -> Tensor:
+    """Adam's mean of gradients (`power` 1) or of their squares (2) of a tensor under the same growth.
+
+    An old entry stored as c times itself has 1/c of its gradient; a copy that is written has its readers' share of it,
+    a copy that is read has all of it. Where a query or key norm also runs over turned copies this holds approximately.
+    New entries start with a mean of zero and the tensor's average square: an optimiser in its stride divides by it at
+    once, and zero would make the first steps too long.
+    """
+    table = []
+    for side in sides:
+        expansion = replace(side.expansion, share=side.expansion.share**power, pairs=False)
+        table.append(Side(side.axis, expansion, not side.reads))
+    out = grow(value, table, factor**-power, Draw(0, ""))
+    for side in table if power == 2 else ():
+        if len(side.expansion.fresh):
+            out.index_fill_(side.axis, side.expansion.fresh, float(value.mean()) * factor**-power)
+    return out
+
+
 def _behind(value: Tensor, sides: Sequence[Side]) -> Tensor:
     """Old values in front, zeros behind, on all axes at once."""
     shape = list(value.shape)

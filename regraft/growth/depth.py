@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..anatomy import Key, Part
+from ..anatomy import Key, Part, Placed
 from ..axes import product
 from ..checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
@@ -67,47 +67,39 @@ def near(old: int, new: int) -> str:
 
 def deepened(source: Checkpoint, config: dict[str, Any], order: list[Layer], how: str, seed: int) -> dict[Key, Lazy]:
     """Every tensor of the deeper model by key."""
-    quiet = Quiet(source)
+    spots = source.anatomy.place(source.config)
+    quiet = Quiet(source, spots)
     table: dict[Key, Lazy] = {}
     for key in source.anatomy.place(config):
         role, layer = key
         if layer is None:
-            table[key] = copied(source, key)
+            table[key] = source.tensors[key]
             continue
         place, home = order[layer], (role, order[layer].source)
-        lazy = copied(source, home)
+        lazy = source.tensors[home]
         change = softmax_change(source, config, place.source, layer)
-        if change != 1.0 and any(kind_of(base) == "k" for base, _, _ in pieces(part_of(source, home), role)):
-            lazy = rescaled(source, home, lazy, change)
+        if source.holds != "weights":
+            change **= -1 if source.holds == "exp_avg" else -2
+        if change != 1.0 and any(kind_of(base) == "k" for base, _, _ in pieces(spots[home].part, role)):
+            lazy = rescaled(source, spots[home].part, role, lazy, change)
         followed = layer + 1 < len(order) and order[layer + 1].new
         if quiet.hands_on and role.startswith(quiet.last) and followed:
-            lazy = plain_norm(source, home, lazy)
+            lazy = quiet.plain(home, lazy)
         elif place.new:
             lazy = quiet.idle(home, lazy, how, Draw(seed, f"{role}.{layer}"))
         table[key] = lazy
     return table
 
 
-def part_of(source: Checkpoint, key: Key) -> Part:
-    """The table's part of a key."""
-    return source.anatomy.place(source.config)[key].part
-
-
-def copied(source: Checkpoint, key: Key) -> Lazy:
-    """A tensor as it is."""
-    return replace(source.tensors[key], story=Story("copied", (source.names[key],)))
-
-
 def softmax_change(source: Checkpoint, config: dict[str, Any], before: int, after: int) -> float:
     """What keys of a layer that moves are multiplied by when the softmax scale depends on the layer."""
-    anatomy, dim = source.anatomy, source.sizes["dim"]
-    return anatomy.scale(anatomy.filled(source.config), dim, before) / anatomy.scale(anatomy.filled(config), dim, after)
+    anatomy, family, dim = source.anatomy, source.anatomy.host(source.config), source.sizes["dim"]
+    return family.scale(anatomy.filled(source.config), dim, before) / family.scale(anatomy.filled(config), dim, after)
 
 
-def rescaled(source: Checkpoint, key: Key, lazy: Lazy, change: float) -> Lazy:
+def rescaled(source: Checkpoint, part: Part, role: str, lazy: Lazy, change: float) -> Lazy:
     """A tensor with its keys multiplied."""
-    part = part_of(source, key)
-    roles = [kind_of(base) for base, _, _ in pieces(part, key[0])]
+    roles = [kind_of(base) for base, _, _ in pieces(part, role)]
 
     def read() -> Tensor:
         values = apart(lazy.read(), part, source.sizes)
@@ -134,10 +126,9 @@ class Quiet:
     norm comes after the sum, by taking over the affine map of the norm before it.
     """
 
-    def __init__(self, source: Checkpoint):
-        self.source = source
-        spots = source.anatomy.place(source.config)
-        layered = {role: spot.part for (role, layer), spot in spots.items() if layer == 0}
+    def __init__(self, source: Checkpoint, spots: Mapping[Key, Placed]):
+        self.source, self.spots = source, spots
+        layered = {role: spot.part for (role, layer), spot in spots.items() if layer is not None}
         after = {role for role, part in layered.items() if part.norm and part.writes == "stream"}
         biased = {role for role in after if layered[role].axes.kind == "bias"}
         self.hands_on = bool(biased)
@@ -154,11 +145,14 @@ class Quiet:
     def idle(self, key: Key, lazy: Lazy, how: str, draw: Draw) -> Lazy:
         """A tensor of a layer that starts by doing nothing; `how` says whether the rest is random or copied."""
         role = key[0]
-        part = part_of(self.source, key)
+        part = self.spots[key].part
+        if self.source.holds != "weights":
+            moved = role in self.norms and role.startswith(self.last)
+            return lazy if moved or self.source.holds == "exp_avg_sq" else filled(lazy, 0.0)
         if role in self.gains:
             return filled(lazy, -1.0 if part.axes.unit else 0.0)
         if role in self.norms and not role.startswith(self.last):
-            return plain_norm(self.source, key, lazy)
+            return self.plain(key, lazy)
         if role in self.norms:
             return replace(lazy, story=Story("copied", lazy.story.sources, "taken over from the norm before"))
         if role in self.outputs and not self.gains:
@@ -167,18 +161,17 @@ class Quiet:
             return awake(lazy, draw)
         return random(lazy, part, draw)
 
+    def plain(self, key: Key, lazy: Lazy) -> Lazy:
+        """A norm without an affine map of its own: gain one, bias zero; its moments start anew."""
+        axes = self.spots[key].part.axes
+        one = axes.kind == "gain" and not axes.unit and self.source.holds == "weights"
+        return filled(lazy, 1.0 if one else 0.0)
+
 
 def filled(lazy: Lazy, value: float) -> Lazy:
     """A tensor of one number."""
     story = Story("zero" if value in (0.0, -1.0) else "fresh", (), f"all {value:g}")
     return replace(lazy, story=story, read=lambda: torch.full(lazy.shape, value, dtype=lazy.dtype))
-
-
-def plain_norm(source: Checkpoint, key: Key, lazy: Lazy) -> Lazy:
-    """A norm without an affine map of its own: gain one, bias zero."""
-    part = part_of(source, key)
-    one = part.axes.kind == "gain" and not part.axes.unit
-    return filled(lazy, 1.0 if one else 0.0)
 
 
 def random(lazy: Lazy, part: Part, draw: Draw) -> Lazy:
@@ -187,9 +180,9 @@ def random(lazy: Lazy, part: Part, draw: Draw) -> Lazy:
     if kind in ("gain", "bias"):
         return filled(lazy, 1.0 if kind == "gain" and not part.axes.unit else 0.0)
     if kind == "scale":
-        return replace(lazy, story=Story("copied", lazy.story.sources))
+        return lazy
     read: Callable[[], Tensor] = lambda: draw_like(lazy, draw)  # noqa: E731
-    return replace(lazy, story=Story("fresh", (), f"uniform, spread of {lazy.story.sources[0]}"), read=read)
+    return replace(lazy, story=Story("fresh", (), "uniform, as spread out as the layer below"), read=read)
 
 
 def draw_like(lazy: Lazy, draw: Draw) -> Tensor:

@@ -42,8 +42,13 @@ class Widening:
 
     @property
     def anatomy(self) -> Anatomy:
-        """The family."""
+        """What is grown: a family, or a linearized model."""
         return self.source.anatomy
+
+    @property
+    def family(self) -> Anatomy:
+        """The family whose norms, positions and constraints count."""
+        return self.anatomy.host(self.source.config)
 
     def expansion(self, axis: str, role: str) -> Expansion:
         """The expansion of an axis for a role: queries and keys have their own for `dim`."""
@@ -93,20 +98,20 @@ class Widening:
     @property
     def embed_factor(self) -> float:
         """What the stored embedding is multiplied by."""
-        rooted = math.sqrt(self.hidden.old / self.hidden.new) if self.anatomy.embed_scale else 1.0
+        rooted = math.sqrt(self.hidden.old / self.hidden.new) if self.family.embed_scale else 1.0
         return self.scale("stream") * rooted
 
     @property
     def eps(self) -> float | None:
         """The norms' new epsilon, None when it stays."""
-        old = self.anatomy.filled(self.source.config).get(self.anatomy.eps)
+        old = self.anatomy.filled(self.source.config).get(self.family.eps)
         return float(old) / self.ratio**2 if self.fold == "eps" and self.ratio != 1 and old is not None else None
 
     def softmax(self, layer: int) -> float:
         """Old softmax scale over the new one: what keys are multiplied by to make up for it."""
-        anatomy, full = self.anatomy, self.anatomy.filled(self.source.config)
-        before = anatomy.scale(full, self.source.sizes["dim"], layer)
-        return before / anatomy.scale(anatomy.filled(self.config), self.sizes["dim"], layer)
+        scale = self.family.scale
+        before = scale(self.anatomy.filled(self.source.config), self.source.sizes["dim"], layer)
+        return before / scale(self.anatomy.filled(self.config), self.sizes["dim"], layer)
 
 
 def kind_of(role: str) -> str:

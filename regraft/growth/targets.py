@@ -53,20 +53,23 @@ def widening(
 ) -> Widening:
     """The widening of a checkpoint to the asked sizes; RegraftError says what cannot be and the nearest that can."""
     anatomy, old = source.anatomy, source.sizes
+    host = anatomy.host_config(source.config)
     sizes, split = solve(source, asked)
     ways = hows(how)
     table = unit_axes(old, sizes, split, ways, seed)
     made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)
     table["hidden"] = stream_axis(made, old["hidden"], sizes["hidden"], ways["hidden"], seed)
-    qk_keys, table["qk"] = rotary.widened(anatomy, source.config, old["dim"], sizes["dim"])
-    qk_norm = query_norm(made, table)
-    config = anatomy.resized(source.config, sizes) | qk_keys
+    keys, table["qk"] = rotary.widened(made.family, host, old["dim"], sizes["dim"])
+    config = anatomy.resized(source.config, sizes, extra=keys)
     check_activation(source, ways, sizes)
     copies = [NOISE.get(ways[place], 0.0) for place in PLACES if grew(place, old, sizes)]
     kind = folding(made, fold)
+    qk_norm = query_norm(made, table)
     heard = max([0.0, *copies]) if noise is None else noise
     done = replace(made, config=config, fold=kind, noise=heard, qk_norm=qk_norm)
-    return done if done.eps is None else replace(done, config=config | {anatomy.eps: done.eps})
+    if done.eps is None:
+        return done
+    return replace(done, config=anatomy.resized(source.config, sizes, extra={**keys, made.family.eps: done.eps}))
 
 
 def grew(place: str, old: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
@@ -77,7 +80,7 @@ def grew(place: str, old: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
 
 def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
     """(axis sizes of the target, parts each key/value head is split into)."""
-    old, anatomy = source.sizes, source.anatomy
+    old, anatomy = source.sizes, source.anatomy.host(source.config)
     heads_before = old["kv"] * old["group"]
     before = {"hidden": old["hidden"], "ffn": old["ffn"], "heads": heads_before, "kv_heads": old["kv"]}
     for name, size in {**before, "head_dim": old["dim"]}.items():
@@ -90,6 +93,8 @@ def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
     hidden, heads, dim = asked.hidden or old["hidden"], asked.heads, asked.head_dim
     if coupled(source):
         hidden, heads, dim = couple(source, asked)
+    elif anatomy.divides and asked.hidden and heads is None and hidden % heads_before:
+        heads = fitting(source, hidden, asked.kv_heads)
     kv, group, split = head_layout(source, heads, asked.kv_heads)
     sizes = {
         **old,
@@ -105,8 +110,26 @@ def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
 
 def coupled(source: Checkpoint) -> bool:
     """Whether the class wants hidden = heads * head_dim."""
-    keys = [key for key, _ in source.anatomy.sizes]
-    return any(keys.count(key) > 1 and text == "hidden" for key, text in source.anatomy.sizes)
+    table = source.anatomy.host(source.config).sizes
+    keys = [key for key, _ in table]
+    return any(keys.count(key) > 1 and text == "hidden" for key, text in table)
+
+
+def fitting(source: Checkpoint, hidden: int, kv: int | None) -> int | None:
+    """Heads, at most twice as many, that a class which wants whole heads per hidden size takes; None without any.
+
+    As many as keep hidden = heads x head_dim come first, then the fewest.
+    """
+    before = source.sizes["kv"] * source.sizes["group"]
+    counts = sorted(range(before, 2 * before + 1), key=lambda count: (count * source.sizes["dim"] != hidden, count))
+    for count in counts:
+        if hidden % count == 0:
+            try:
+                head_layout(source, count, kv)
+            except RegraftError:
+                continue
+            return count
+    return None
 
 
 def couple(source: Checkpoint, asked: Asked) -> tuple[int, int, int]:
@@ -147,7 +170,7 @@ def couple(source: Checkpoint, asked: Asked) -> tuple[int, int, int]:
 def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[int, int, int]:
     """(key/value heads, queries each, split) for the asked numbers; more queries, whole groups, or split kv heads."""
     old_kv, old_group = source.sizes["kv"], source.sizes["group"]
-    if "group" in source.anatomy.fixed:
+    if "group" in source.anatomy.host(source.config).fixed:
         if kv is not None and kv != (heads or old_kv):
             raise RegraftError(
                 f"{source.anatomy.family} has a key/value head per query head: leave out --kv-heads {kv}"
@@ -238,15 +261,8 @@ def folding(made: Widening, fold: str) -> Literal["stream", "eps"]:
 
 def query_norm(made: Widening, table: Mapping[str, Expansion]) -> str | None:
     """How normed queries and keys take wider heads: LIVE for multiples, DEAD (new coordinates stay zero) otherwise."""
-    norms = [p for p in made.parts if p.norm and "dim" in p.axes.outputs[0]]
-    if not norms:
+    if not any(p.norm and "dim" in p.axes.outputs[0] for p in made.parts):
         return None
-    old, new = table["qk"].old, table["qk"].new
-    if new != old and any(p.axes.kind == "bias" for p in norms):
-        raise RegraftError(
-            f"{made.anatomy.family}'s query and key norms subtract the mean of a head, so --head-dim {new} cannot keep "
-            f"what they give: leave it at {old} and grow --heads, --hidden, --ffn or --layers"
-        )
     for axis in ("kv", "group") if made.full_norm else ():
         if table[axis].new % table[axis].old or table[axis].copies != 1:
             times = -(-table[axis].new // table[axis].old)
@@ -254,15 +270,15 @@ def query_norm(made: Widening, table: Mapping[str, Expansion]) -> str | None:
                 f"{made.anatomy.family} norms all heads together, so heads come in whole multiples by --how heads=pad, "
                 f"not {table[axis].old} to {table[axis].new}: use {times} times as many"
             )
-    return DEAD if new % old else LIVE
+    return DEAD if table["qk"].new % table["qk"].old else LIVE
 
 
 def check_activation(source: Checkpoint, ways: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     """RegraftError when silent inputs would stay silent for ever."""
     if ways["ffn"] == "zero_in" and sizes["ffn"] != source.sizes["ffn"]:
-        anatomy = source.anatomy
+        anatomy = source.anatomy.host(source.config)
         gated = any(role.split(".")[-2] == "gate" for role, _ in source.tensors)
-        name = str(anatomy.filled(source.config).get(anatomy.activation, ""))
+        name = str(source.anatomy.filled(source.config).get(anatomy.activation, ""))
         if name.startswith("relu") and not gated:
             raise RegraftError(
                 f"units whose inputs are zero never wake up under {name}: use --how ffn=pad, pair or split"

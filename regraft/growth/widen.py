@@ -12,7 +12,7 @@ from ..anatomy import Part, Placed
 from ..axes import Axes, Signature, product
 from ..checkpoint import Lazy, Story
 from ..errors import RegraftError
-from .block import Draw, Side, grow, wide
+from .block import Draw, Side, grow, grow_moment, wide
 from .spaces import Widening, factor, head_gain, sides, view
 
 Key = tuple[str, int | None]
@@ -26,18 +26,19 @@ def widened(widening: Widening) -> dict[Key, Lazy]:
 
 
 def _lazy(widening: Widening, key: Key, spot: Placed, before: Placed) -> Lazy:
-    source, name = widening.source.tensors[key], widening.source.names[key]
+    source = widening.source.tensors[key]
     work = [
         Piece(widening, role, before.part, signature, output, key[1])
         for role, signature, output in pieces(before.part, key[0])
     ]
     if not any(piece.changes for piece in work):
-        return replace(source, story=Story("copied", (name,)))
+        return source
     if source.shape == spot.shape and all(not piece.sides for piece in work):
         note = f"times {work[0].factor:.6g}"
     else:
         note = f"'{before.part.signature}' {list(source.shape)} to {list(spot.shape)}"
-    return Lazy(spot.shape, source.dtype, Story("grown", (name,), note), _reader(widening, key, before, spot, work))
+    story = Story("grown" if source.story.sources else source.story.kind, source.story.sources, note)
+    return Lazy(spot.shape, source.dtype, story, _reader(widening, key, before, spot, work))
 
 
 def _reader(widening: Widening, key: Key, before: Placed, spot: Placed, work: list[Piece]) -> Callable[[], Tensor]:
@@ -101,6 +102,8 @@ class Piece:
         value = value.reshape(self.shape())
         if self.splits and not self.has_group:
             value = value.repeat_interleave(widening.split, self.axes.index("kv"))
+        if widening.source.holds != "weights":
+            return self._moment(value)
         draw = Draw(widening.seed, f"{self.role.rpartition('.')[0]}.{self.layer}")
         shifted = self.signature.unit and (self.factor != 1.0 or self.headed or bool(self.sides))
         dtype = value.dtype
@@ -110,6 +113,14 @@ class Piece:
         if self.headed:
             out = (out.to(wide(dtype)) * head_gain(widening, widening.hidden.copies or 1).to(wide(dtype))).to(out.dtype)
         return (out - 1 if shifted else out).to(dtype)
+
+    def _moment(self, value: Tensor) -> Tensor:
+        """Adam's moments follow their weights; copies of a gain that a tied head reads are each read in full."""
+        whole = [replace(side.expansion, share=torch.ones(side.expansion.new)) for side in self.sides]
+        sides = [replace(s, expansion=e) for s, e in zip(self.sides, whole, strict=True)] if self.headed else self.sides
+        power = 1 if self.widening.source.holds == "exp_avg" else 2
+        parts = self.widening.split if self.splits and not self.has_group else 1
+        return grow_moment(value, sides, self.factor * parts, power)
 
     def shape(self) -> list[int]:
         """Sizes of the axes before growth; heads that are split are seen as more key/value heads already."""

@@ -1,7 +1,7 @@
 """Runnable models: a stock decoder with mixers in its attention slots."""
 
 from .configuration_regraft import STATE_LAYER, RegraftConfig
-from .loading import branch, load, load_tokenizer, materialize, slots
+from .loading import branch, example, load, load_tokenizer, materialize, slots
 from .modeling_regraft import RegraftForCausalLM
 from .states import MixerState, state_bytes
 
@@ -11,6 +11,7 @@ __all__ = [
     "RegraftConfig",
     "RegraftForCausalLM",
     "branch",
+    "example",
     "load",
     "load_tokenizer",
     "materialize",

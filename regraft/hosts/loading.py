@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..checkpoint import Checkpoint
@@ -20,27 +21,49 @@ from .modeling_regraft import RegraftForCausalLM
 
 
 def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a checkpoint, source or linearized, built in memory without writing it; in eval mode.
+    """The model of a checkpoint, source or changed, built in memory without writing it; in eval mode.
 
-    Raises RegraftError when a tensor the model needs is not in the checkpoint, or the other way round.
+    Stock families come as the class that the config's `architectures` names. Raises RegraftError when a tensor the
+    model needs is not in the checkpoint, or the other way round.
     """
-    fields = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
-    if checkpoint.config["model_type"] == "regraft":
-        build: Any = lambda: RegraftForCausalLM(RegraftConfig(**fields))  # noqa: E731
-    else:
-        config = AutoConfig.for_model(checkpoint.config["model_type"], **fields)
-        build = lambda: AutoModelForCausalLM.from_config(config)  # noqa: E731
-    with no_init_weights():
-        model = build()
     values = {checkpoint.names[key]: lazy.read().to(dtype) for key, lazy in checkpoint.tensors.items()}
-    missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    if lost := (set(missing) - tied) | set(unexpected):
+    if checkpoint.config["model_type"] == "regraft":
+        fields = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
+        with no_init_weights():
+            model: Any = RegraftForCausalLM(RegraftConfig(**fields))
+        missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
+        lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
+        model.tie_weights()
+    else:
+        model, lost = stock(checkpoint, values, dtype)
+    if lost:
         raise RegraftError(
             f"'{checkpoint.path}' does not fit its model: parameter '{sorted(lost)[0]}' has no counterpart"
         )
-    model.tie_weights()
     return model.to(dtype).eval()
+
+
+def stock(checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """(model of transformers' own class, names without a counterpart); the library renames and fuses what it must."""
+    fields = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
+    config = AutoConfig.for_model(checkpoint.config["model_type"], **fields)
+    name = (checkpoint.config.get("architectures") or [""])[0]
+    auto = AutoModelForCausalLM if checkpoint.anatomy.causal else AutoModel
+    kind: Any = getattr(transformers, name, None) or auto._model_mapping[type(config)]
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    model, info = kind.from_pretrained(None, state_dict=values, **options)
+    return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | set(info["mismatched_keys"])
+
+
+def example(checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0) -> dict[str, Tensor]:
+    """Random arguments for a model: token ids (rows, length), or pixels (rows, channels, height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    if checkpoint.anatomy.inputs == "pixels":
+        size = checkpoint.anatomy.filled(checkpoint.config)["image_size"]
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.randn(rows, checkpoint.sizes["channel"], height, width, generator=generator)}
+    length = min(length, checkpoint.sizes.get("pos", length + 2) - 2)  # two: an encoder may count positions from two
+    return {"input_ids": torch.randint(0, checkpoint.sizes["vocab"], (rows, length), generator=generator)}
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

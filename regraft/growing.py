@@ -1,0 +1,126 @@
+"""Sizes as a user asks for them turned into growth steps, and how far an inexact one moves the function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import storage
+from .anatomy import find
+from .checkpoint import Checkpoint
+from .errors import RegraftError
+from .growth import depth
+from .steps.deepen import Deepen
+from .steps.widen import Widen
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What `regraft grow` and `regraft plan` are asked: sizes or a target config `to`, operators, storage dtype."""
+
+    hidden: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    layers: int | None = None
+    to: str | None = None
+    how: str = "pad"
+    depth_how: str = "identity"
+    fold: Literal["auto", "stream", "eps"] = "auto"
+    noise: float | None = None
+    bridge: bool = False
+    dtype: str | None = None
+    seed: int = 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything but defaults is asked."""
+        return self != Growth(seed=self.seed)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every operator keeps the function."""
+        return "aki" not in self.how and (self.layers is None or self.depth_how in depth.EXACT)
+
+    def __call__(self, source: Checkpoint) -> Checkpoint:
+        """The grown checkpoint. RegraftError when nothing grows, or says what the class cannot hold."""
+        steps = self.steps(source)
+        if not steps:
+            raise RegraftError(
+                f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads, --head-dim, "
+                "--layers or --to CONFIG_DIR"
+            )
+        for step in steps:
+            source = step(source)
+        return stored(source, self.dtype) if self.dtype else source
+
+    def steps(self, source: Checkpoint) -> list[Callable[[Checkpoint], Checkpoint]]:
+        """The growth steps in order."""
+        asked = self.sized(source)
+        steps: list[Callable[[Checkpoint], Checkpoint]] = []
+        if self.bridge:
+            raise RegraftError(f"--bridge from {source.anatomy.family} comes with the next change: leave it out")
+        widths = {name: getattr(asked, name) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim")}
+        if any(size is not None for size in widths.values()):
+            steps.append(Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed))
+        if asked.layers is not None:
+            steps.append(Deepen(asked.layers, self.depth_how, self.seed))
+        return steps
+
+    def sized(self, source: Checkpoint) -> Growth:
+        """With the sizes of the target config, if there is one."""
+        if self.to is None:
+            return self
+        if given := [f.name for f in fields(self)[:6] if getattr(self, f.name) is not None]:
+            raise RegraftError(f"--to '{self.to}' gives all sizes: leave out --{given[0].replace('_', '-')}")
+        sizes = target_sizes(source, self.to)
+        heads = sizes["kv"] * sizes["group"]
+        kv = None if "group" in source.anatomy.fixed else sizes["kv"]
+        wide, deep = sizes["hidden"], sizes["depth"]
+        return replace(
+            self, hidden=wide, ffn=sizes["ffn"], heads=heads, kv_heads=kv, head_dim=sizes["dim"], layers=deep
+        )
+
+
+def target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
+    """Axis sizes of the config in a directory (or of a config.json). RegraftError when it is another kind of model."""
+    file = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
+    if not file.is_file():
+        raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
+    config = storage.read_json(file)
+    anatomy = find(config)
+    if anatomy.family != source.anatomy.family:
+        raise RegraftError(
+            f"'{to}' is a {anatomy.family}, the source a {source.anatomy.family}: growth stays in a family, give a "
+            f"{source.anatomy.family} config"
+        )
+    sizes = anatomy.solve(config)
+    fixed = {axis: size for axis, size in sizes.items() if axis in ("vocab", "pos", "expert", "label", "type")}
+    for axis, size in fixed.items():
+        if source.sizes[axis] != size:
+            raise RegraftError(
+                f"'{to}' has {axis} {size}, the source {source.sizes[axis]}: growth does not change {axis}"
+            )
+    return sizes
+
+
+def stored(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The same numbers stored in another dtype."""
+    if name not in DTYPES:
+        raise RegraftError(f"unknown --dtype '{name}': use one of {', '.join(DTYPES)}")
+    dtype = DTYPES[name]
+    tensors = {
+        key: replace(lazy, dtype=dtype, read=lambda lazy=lazy: lazy.read().to(dtype))  # type: ignore[misc]
+        for key, lazy in checkpoint.tensors.items()
+    }
+    step: dict[str, Any] = {"step": "Store", "arguments": {"dtype": name}}
+    keys = {key: name for key in ("dtype", "torch_dtype") if key in checkpoint.config} or {"dtype": name}
+    config = checkpoint.config | keys
+    return replace(checkpoint, tensors=tensors, config=config, history=(*checkpoint.history, step))

@@ -1,0 +1,75 @@
+"""Adam's state grows with the weights: moments and step counts of every parameter, under the grown model's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .anatomy import Key
+from .checkpoint import Checkpoint, Holds, Lazy, Story
+from .errors import RegraftError
+from .storage import Entry, header
+
+MOMENTS: tuple[Holds, ...] = ("exp_avg", "exp_avg_sq")
+FILE = "optimizer.safetensors"
+Steps = Sequence[Callable[[Checkpoint], Checkpoint]]
+
+
+def grow(source: Checkpoint, steps: Steps, file: str | Path, out: str | Path) -> int:
+    """Write `out/optimizer.safetensors` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of the grown model.
+
+    `file` holds the same keys for `source`, as a run of `regraft train` keeps them in run/state.safetensors. Moments of
+    weights stored c-fold are divided by c and c squared; new entries start at zero and at the tensor's mean square. The
+    tensors of one moment are in memory at a time. Returns the number of parameters. RegraftError when the file lacks a
+    parameter or has one too many.
+    """
+    entries = read(source, Path(file))
+    table: dict[str, torch.Tensor] = {}
+    for holds in MOMENTS:
+        grown = moments(source, entries, holds)
+        for step in steps:
+            grown = step(grown)
+        table |= {f"{holds}/{grown.names[key]}": lazy.read().contiguous() for key, lazy in grown.tensors.items()}
+    counts = [entry.read() for key, entry in entries.items() if key.startswith("step/")]
+    steps_done = max((count.reshape(()) for count in counts), default=torch.tensor(0.0))
+    table |= {f"step/{name}": steps_done.clone() for name in grown.names.values()}
+    save_file(table, Path(out) / FILE)
+    return len(grown.names)
+
+
+def read(source: Checkpoint, file: Path) -> dict[str, Entry]:
+    """The entries of a file of moments by key, checked against the source's parameters."""
+    if not file.is_file():
+        raise RegraftError(f"no optimiser state at '{file}': give safetensors with exp_avg/NAME and exp_avg_sq/NAME")
+    if file.suffix in (".pt", ".bin", ".pth"):
+        raise RegraftError(
+            f"'{file}' is a pickle, which is never loaded: save its moments with safetensors as exp_avg/NAME, "
+            "exp_avg_sq/NAME and step/NAME"
+        )
+    entries = {entry.name: entry for entry in header(file)}
+    wanted = {f"{moment}/{name}" for moment in MOMENTS for name in source.names.values()}
+    if missing := sorted(wanted - set(entries)):
+        raise RegraftError(f"'{file}' lacks '{missing[0]}': it belongs to another model or to a stage that froze it")
+    known = ("step/", "model/")
+    if extra := sorted(key for key in set(entries) - wanted if not key.startswith(known)):
+        raise RegraftError(f"'{file}' has '{extra[0]}', which '{source.origin}' has not: give the state of this model")
+    return entries
+
+
+def moments(source: Checkpoint, entries: dict[str, Entry], holds: Holds) -> Checkpoint:
+    """The source with a moment in place of every weight."""
+
+    def lazy(key: Key) -> Lazy:
+        entry, shape = entries[f"{holds}/{source.names[key]}"], source.tensors[key].shape
+        if entry.shape != shape:
+            raise RegraftError(
+                f"'{entry.name}' in '{entry.file}' has shape {list(entry.shape)}, its weight {list(shape)}: give the "
+                "state of this model"
+            )
+        return Lazy(shape, entry.torch_dtype(), Story("copied", (entry.name,)), entry.read)
+
+    return replace(source, tensors={key: lazy(key) for key in source.tensors}, holds=holds)

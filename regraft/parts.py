@@ -1,0 +1,84 @@
+"""One parameter of a family: its name, its signature, and the streams it stands between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .axes import Signature, signature
+
+Config = Mapping[str, Any]
+Key = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter: its name in the model's state dict ("{}" is the layer, "{e}" the expert, "{p}" the family's
+    prefix), signature and storage order.
+
+    `fused` names the roles that are packed into it, in order. It exists only `when` / `unless` a config key is true.
+    `reads`, `writes`: between which streams of hidden size it stands. "stream" runs through the whole stack, "normed"
+    is a norm's output, "branch" ends in a norm before it is added, "head" feeds the output embedding, "own" belongs to
+    this part alone. Maps read "normed" and write "stream" unless they say otherwise, norms write "normed". `norm`: a
+    gain or bias of a norm. `scaled`: the role of the factors that its output is multiplied by.
+    """
+
+    name: str
+    signature: str
+    stored: str = "out in"
+    fused: tuple[str, ...] = ()
+    when: str | None = None
+    unless: str | None = None
+    reads: str = "normed"
+    writes: str = "stream"
+    norm: bool = False
+    scaled: str | None = None
+
+    @property
+    def axes(self) -> Signature:
+        """The parsed signature."""
+        return signature(self.signature)
+
+    def present(self, config: Config) -> bool:
+        """Whether a model of this config has the parameter."""
+        return (self.when is None or bool(config[self.when])) and (self.unless is None or not config[self.unless])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A part of one model: its layer is filled in and its shape is known."""
+
+    name: str
+    part: Part
+    shape: tuple[int, ...]
+
+
+def linear(
+    role: str,
+    name: str,
+    axes: str,
+    *,
+    bias: bool | str = False,
+    stored: str = "out in",
+    fused: tuple[str, ...] = (),
+    **streams: Any,
+) -> dict[str, Part]:
+    """A weight and, if `bias` (a config key: only when it is true), a bias; `role` and `name` without their ending.
+
+    `streams`: further fields of both parts.
+    """
+    table = {f"{role}.weight": Part(f"{name}.weight", axes, stored, fused, **streams)}
+    if bias:
+        fields = streams | ({"when": bias} if isinstance(bias, str) else {})
+        table[f"{role}.bias"] = Part(f"{name}.bias", f"->{axes.partition('->')[2]}", stored, fused, **fields)
+    return table
+
+
+def norm(
+    role: str, name: str, axis: str = "hidden", *, bias: bool = False, unit: bool = False, **streams: Any
+) -> dict[str, Part]:
+    """A norm's gain over `axis` (`unit`: stored minus one) and, for a layer norm, its bias."""
+    fields: dict[str, Any] = {"reads": "stream", "writes": "normed", "norm": True} | streams
+    table = {f"{role}.weight": Part(f"{name}.weight", f"{'1+gain' if unit else 'gain'} {axis}", **fields)}
+    return table | ({f"{role}.bias": Part(f"{name}.bias", f"-> {axis}", **fields)} if bias else {})

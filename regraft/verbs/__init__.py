@@ -1,0 +1,20 @@
+"""What each verb of the command line does."""
+
+from .improve import demo, run, train
+from .make import grow, linearize, plan, receipts
+from .outcome import Outcome
+from .use import bench, evaluate, generate
+
+__all__ = [
+    "Outcome",
+    "bench",
+    "demo",
+    "evaluate",
+    "generate",
+    "grow",
+    "linearize",
+    "plan",
+    "receipts",
+    "run",
+    "train",
+]

@@ -1,0 +1,196 @@
+"""Verbs that plan, make and prove a model; heavy imports happen inside, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def plan(
+    source: str,
+    mixer: str | None = None,
+    keep: str = "every:4",
+    window: int = 64,
+    sinks: int = 4,
+    options: dict[str, Any] | None = None,
+    context: int = 16384,
+    hidden: int | None = None,
+    ffn: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    layers: int | None = None,
+    to: str | None = None,
+    how: str = "pad",
+    depth_how: str = "identity",
+    fold: Literal["auto", "stream", "eps"] = "auto",
+    noise: float | None = None,
+    dtype: str | None = None,
+    bridge: bool = False,
+    json: bool = False,
+) -> Outcome:
+    """Show the weight map, totals and memory of a change; reads no weights.
+
+    Args:
+        source: model directory or GGUF file
+        mixer: linearize with this mixer; without it the model as it is (for regraft's own output: what was done)
+        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
+        window: width of the gated window branch, 0 for none
+        sinks: first tokens that the window always sees
+        options: the mixer's own options as JSON, such as {"grouped": false}
+        context: tokens for which state sizes are given
+        hidden: width of the residual stream
+        ffn: neurons of every MLP
+        heads: query heads
+        kv_heads: key/value heads
+        head_dim: width of a head
+        layers: number of layers
+        to: a directory whose config.json gives all sizes
+        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon
+        depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
+        fold: how norms keep their mean square over a padded stream
+        noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
+        dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
+    """
+    from .. import plan as planning
+    from ..checkpoint import Checkpoint
+    from ..growing import Growth
+    from ..steps.remix import Remix
+
+    before = Checkpoint.open(source)
+    sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
+    growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
+    after = growth(before) if growth.asked else before
+    after = Remix(mixer, keep, window, sinks, options=options or {})(after) if mixer else after
+    made = planning.Plan.of(before, after, context=context)
+    return Outcome(made.json(), lambda console: planning.render(made, console))
+
+
+def grow(
+    source: str,
+    out: str,
+    hidden: int | None = None,
+    ffn: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    layers: int | None = None,
+    to: str | None = None,
+    how: str = "pad",
+    depth_how: str = "identity",
+    fold: Literal["auto", "stream", "eps"] = "auto",
+    noise: float | None = None,
+    dtype: str | None = None,
+    optimizer_state: str | None = None,
+    seed: int = 0,
+    bridge: bool = False,
+    overwrite: bool = False,
+    json: bool = False,
+) -> Outcome:
+    """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
+
+    Args:
+        source: model directory or GGUF file
+        out: directory to write; after a kill the same command goes on
+        hidden: width of the residual stream
+        ffn: neurons of every MLP
+        heads: query heads
+        kv_heads: key/value heads
+        head_dim: width of a head
+        layers: number of layers
+        to: a directory whose config.json gives all sizes
+        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon
+        depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
+        fold: how norms keep their mean square over a padded stream
+        noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
+        dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
+        optimizer_state: safetensors with exp_avg/NAME, exp_avg_sq/NAME: grown into OUT/optimizer.safetensors
+        seed: of fresh weights
+    """
+    from .. import moments, parity
+    from .. import plan as planning
+    from ..checkpoint import Checkpoint
+    from ..growing import Growth
+    from ..progress import Ticker
+
+    before = Checkpoint.open(source)
+    sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
+    growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype, seed)
+    after = growth(before)
+    made = planning.Plan.of(before, after)
+    print(f"regraft: {made.forecast()}", file=sys.stderr)
+    with Ticker() as ticker:
+        ticker.start(f"writing {out}")
+        if optimizer_state:
+            moments.read(before, Path(optimizer_state))
+        after.save(out, overwrite=overwrite)
+        if optimizer_state:
+            moments.grow(before, growth.steps(before), optimizer_state, out)
+        step0 = None if growth.exact else parity.step0(source, out)
+
+    def show(console: Console) -> None:
+        planning.render(made, console)
+        if step0:
+            console.print(parity.told(step0), soft_wrap=True, highlight=False)
+        console.print(f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False)
+
+    return Outcome(made.json() | {"out": out, "step0": step0}, show)
+
+
+def linearize(
+    source: str,
+    out: str,
+    mixer: str = "gated_deltanet",
+    keep: str = "every:4",
+    window: int = 64,
+    sinks: int = 4,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> Outcome:
+    """Replace attention layers by linear-cost mixers and save the model.
+
+    Args:
+        source: model directory or GGUF file
+        out: directory to write
+        mixer: gated_deltanet, supra or window
+        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
+        window: width of the gated window branch, 0 for the linear mixer alone
+        sinks: first tokens that the window always sees
+        seed: of fresh weights
+        options: the mixer's own options as JSON, such as {"grouped": false}
+    """
+    from .. import plan as planning
+    from ..checkpoint import Checkpoint
+    from ..steps.remix import Remix
+
+    before = Checkpoint.open(source)
+    after = Remix(mixer, keep, window, sinks, seed, options or {})(before)
+    made = planning.Plan.of(before, after)
+    after.save(out, overwrite=overwrite)
+
+    def show(console: Console) -> None:
+        planning.render(made, console)
+        console.print(f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False)
+
+    return Outcome(made.json() | {"out": out}, show)
+
+
+def receipts(source: str, out: str, json: bool = False) -> Outcome:
+    """Receipts: every tensor accounted for, step-0 difference, parallel against recurrent; exit 1 if one does not hold.
+
+    Args:
+        source: the model that was changed
+        out: what came of it
+    """
+    from .. import receipts as proofs
+
+    found = proofs.check(source, out)
+    return Outcome(found, lambda console: proofs.render(found, console), 0 if found["holds"] else 1)
