@@ -42,6 +42,7 @@ class Plan:
     state_bytes: dict[str, int]
     source_state_bytes: int
     steps: list[dict[str, Any]]
+    notes: list[str]
 
     @classmethod
     def of(cls, source: Checkpoint, target: Checkpoint, context: int = 16384) -> Plan:
@@ -68,6 +69,7 @@ class Plan:
             state_bytes=state_bytes(target, context),
             source_state_bytes=sum(state_bytes(source, context).values()),
             steps=list(target.history),
+            notes=[note for step in target.history for note in step.get("notes", [])],
         )
 
     def forecast(self) -> str:
@@ -178,6 +180,8 @@ def render(plan: Plan, console: Console) -> None:
     for kind, layers in plan.layers.items():
         held = _mega(plan.state_bytes[kind])
         console.print(f"{kind}: layers {', '.join(map(str, layers))}; state {held} MB", soft_wrap=True, highlight=False)
+    for note in plan.notes:
+        console.print(f"Note: {note}", soft_wrap=True, highlight=False)
 
 
 def _mega(count: int) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, GROWABLE, apart, inputs, outputs, tiny
 
+from regraft import parity
+from regraft.anatomy import find
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.hosts import load
+from regraft.parts import Part
+from regraft.plan import Plan
 from regraft.steps.deepen import Deepen
 from regraft.steps.remix import Remix
 from regraft.steps.widen import Widen
@@ -233,3 +241,115 @@ def test_a_linearized_model_grows_too(family: str, step: str, tmp_path: Path) ->
     given = {"input_ids": torch.arange(24)[None] + 3}
     before, after = (outputs(load(tmp_path / name), given)["logits"] for name in ("mixed", "out"))
     assert apart(before, after) < BOUND
+
+
+def test_wider_normed_heads_that_cannot_learn_are_said(tmp_path: Path) -> None:
+    assert difference("qwen3", tmp_path, Widen(head_dim=12)) < BOUND
+    source = Checkpoint.open(tmp_path / "source")
+    notes = Plan.of(source, Widen(head_dim=12)(source)).notes
+    assert len(notes) == 1 and "--head-dim 16 keeps all of them alive" in notes[0]
+    assert not Plan.of(source, Widen(head_dim=16)(source)).notes
+
+
+def test_heads_that_follow_hidden_are_said(tmp_path: Path) -> None:
+    assert difference("llama", tmp_path, Widen(hidden=48), hidden=36) < BOUND
+    source = Checkpoint.open(tmp_path / "source")
+    target = Widen(hidden=48)(source)
+    assert target.sizes["kv"] * target.sizes["group"] == 12
+    assert Plan.of(source, target).notes == ["9 heads became 12: llama wants hidden and heads to fit each other"]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoding_through_the_cache_gives_the_same(family: str, tmp_path: Path) -> None:
+    hidden = 144 if family in COUPLED else 72
+    assert difference(family, tmp_path, Widen(hidden=hidden, ffn=104), Deepen(4)) < BOUND
+    source, out = Checkpoint.open(tmp_path / "source"), Checkpoint.open(tmp_path / "out")
+    found = parity.compare(source, out, seed=0)
+    assert found["parallel_vs_recurrent"] < BOUND and found["greedy"] == parity.NEW
+
+
+@pytest.mark.parametrize("family", GROWABLE)
+def test_the_algebra_holds_in_double_precision(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the stock code's float32 islands (norms, rotary tables, routers) run in float64 too."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    to = torch.Tensor.to
+
+    def kept(self: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        given = tuple(torch.float64 if item is torch.float32 else item for item in given)
+        named = {name: torch.float64 if item is torch.float32 else item for name, item in named.items()}
+        return to(self, *given, **named)
+
+    _, model = tiny(family)
+    model.double().save_pretrained(tmp_path / "source")
+    hidden = 144 if family in COUPLED else 80 if family == "mixtral" else 72
+    ffn = 4 * hidden if family == "dinov2" else 104
+    grown = Deepen(5)(Widen(hidden=hidden, ffn=ffn)(Checkpoint.open(tmp_path / "source")))
+    grown.save(tmp_path / "out")
+    monkeypatch.setattr(torch.Tensor, "to", kept)
+    with torch.random.fork_rng(), double_default():
+        pair = [type(model).from_pretrained(tmp_path / name, dtype=torch.float64).eval() for name in ("source", "out")]
+        for each in pair if family == "mixtral" else ():
+            each.set_experts_implementation("eager")
+        given = {k: v if v.dtype == torch.long else v.double() for k, v in inputs(model.config).items()}
+        before, after = (outputs(each, given) for each in pair)
+    worst = max(apart(before[name], after[name]) for name in before)
+    assert worst < (1e-8 if family in AFTER else 1e-10), worst
+
+
+@contextmanager
+def double_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+Table = dict[str, Part]
+
+
+def changed(*roles: str, **fields: Any) -> Callable[[Table], Table]:
+    """A table with some fields of some parts wrong."""
+    return lambda parts: parts | {role: replace(parts[role], **fields) for role in roles}
+
+
+LAYER_NORMS = ("norm.attn.bias", "norm.mlp.bias", "norm.final.bias")
+STACKED = "hidden -> kv dim + kv dim + kv dim"
+QKV = ("attn.q", "attn.v", "attn.k")
+MUTATIONS: dict[str, tuple[str, Callable[[Table], Table]]] = {
+    "one-plus of a gain forgotten": ("gemma", changed("norm.attn.weight", signature="gain hidden")),
+    "fused order wrong": ("gpt2", changed("attn.qkv.weight", "attn.qkv.bias", fused=QKV)),
+    "layer norm taken for RMS": ("gpt2", changed(*LAYER_NORMS, norm=False, writes="own")),
+    "axes swapped": ("llama", changed("attn.o.weight", signature="kv dim group -> hidden")),
+    "stored the other way round": ("gpt2", changed("attn.o.weight", stored="out in")),
+    "gate and up not told apart": ("phi3", changed("mlp.gate_up.weight", signature="hidden -> ffn", fused=())),
+    "post-norm read as pre-norm": ("gemma2", changed("norm.attn_post.weight", writes="normed")),
+    "stream read as normed": ("olmo2", changed("attn.q.weight", reads="normed")),
+    "norm before a tied head forgotten": ("llama", changed("norm.final.weight", writes="normed")),
+    "interleaved read as stacked": (
+        "gpt_neox",
+        changed("attn.qkv.weight", signature="hidden -> kv dim + kv dim + kv dim"),
+    ),
+    "average forgets the layer scale": ("dinov2", changed("mlp.down.weight", scaled=None)),
+}
+WIDE = {"gpt2": 144, "gpt_neox": 96, "dinov2": 72, "gemma2": 45, "llama": 45}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_wrong_tables_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused, or visibly another function: no mistake in a table goes unnoticed."""
+    family, mutate = MUTATIONS[name]
+    anatomy = find({"model_type": family})
+    keys = {"tie_word_embeddings": True} if family == "llama" else {}
+    heads = {"heads": 9, "head_dim": 16} if family == "gpt2" else {}
+    ffn = 288 if family == "dinov2" else 60
+    first = Widen(hidden=WIDE.get(family, 48), ffn=ffn, fold="stream", **heads)
+    more = Widen(ffn=2 * ffn) if family in COUPLED or family == "dinov2" else Widen(heads=18, kv_heads=6)
+    assert can(first, family, tmp_path, **keys) < BOUND
+    module = importlib.import_module(f"regraft.families.{family}")
+    monkeypatch.setattr(module, "anatomy", replace(anatomy, parts=mutate(dict(anatomy.parts))))
+    try:
+        found = difference(family, tmp_path, first, more, **keys)
+    except (RegraftError, RuntimeError):
+        return
+    assert found > 20 * BOUND, found

@@ -124,3 +124,18 @@ def test_wrong_use_is_refused(step: Remix, message: str, tmp_path: Path) -> None
 def test_linearizing_twice_is_refused(source: Checkpoint) -> None:
     with pytest.raises(RegraftError, match="is linearized already"):
         Remix()(Remix(keep="all")(source))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("bert", "both directions"),
+        ("vit", "both directions"),
+        ("olmo2", "gain kv group dim"),
+        ("gemma3_text", "1.gain"),
+    ],
+)
+def test_what_mixers_do_not_carry_over_is_refused(family: str, message: str, tmp_path: Path) -> None:
+    tiny(family)[1].save_pretrained(tmp_path / "source")
+    with pytest.raises(RegraftError, match=message):
+        Remix()(Checkpoint.open(tmp_path / "source"))

@@ -72,6 +72,22 @@ def widening(
     return replace(done, config=anatomy.resized(source.config, sizes, extra={**keys, made.family.eps: done.eps}))
 
 
+def notes(made: Widening, asked: Asked) -> list[str]:
+    """What a user should know of a widening beyond its sizes: sizes that followed, entries that cannot learn."""
+    old, new = made.source.sizes, made.sizes
+    found = []
+    before, after = old["kv"] * old["group"], new["kv"] * new["group"]
+    if asked.heads is None and asked.kv_heads is None and after != before:
+        found.append(f"{before} heads became {after}: {made.family.family} wants hidden and heads to fit each other")
+    if made.qk_norm == DEAD:
+        times = -(-new["dim"] // old["dim"]) * old["dim"]
+        found.append(
+            f"query and key norms keep the {new['dim'] - old['dim']} new coordinates of every query and key at zero "
+            f"for ever: --head-dim {times} keeps all of them alive"
+        )
+    return found
+
+
 def grew(place: str, old: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
     """Whether an axis of PLACES grew."""
     names = {"heads": ("kv", "group"), "head_dim": ("dim",)}.get(place, (place,))

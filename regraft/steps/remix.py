@@ -68,6 +68,7 @@ class Remix:
             raise RegraftError(
                 f"'{source.origin}' is linearized already: run this on its source ({source.history[-1:]})"
             )
+        refuse(source)
         kept = self.kept(source.layers)
         specs = [None if layer in kept else self.spec() for layer in range(source.layers)]
         attention = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
@@ -122,6 +123,22 @@ class Remix:
         dtype = source.tensors["norm.final.weight", None].dtype
         read = _fresh(spec, shape, seed, dtype)
         return Lazy(shape, dtype, Story(kind, (), spec), read)
+
+
+def refuse(source: Checkpoint) -> None:
+    """RegraftError for models whose attention the mixers do not carry over."""
+    anatomy = source.anatomy
+    if not anatomy.causal:
+        raise RegraftError(
+            f"{anatomy.family} reads in both directions, linear mixers read from left to right: give a decoder"
+        )
+    for spot in anatomy.place(source.config).values():
+        text = spot.part.axes.text
+        if spot.part.norm and "hidden" not in text and text not in ("gain dim",):
+            raise RegraftError(
+                f"{anatomy.family} norms queries and keys by '{text}', which mixers do not carry over yet: linearize a "
+                "family with plain RMS norms per head, or none"
+            )
 
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -51,6 +51,6 @@ class Widen:
             raise RegraftError(
                 f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend its table"
             )
-        return replace(
-            source, config=config, sizes=sizes, tensors=widened(made), history=(*source.history, entry(self))
-        )
+        said = {"notes": told} if (told := targets.notes(made, asked)) else {}
+        step = entry(self) | said
+        return replace(source, config=config, sizes=sizes, tensors=widened(made), history=(*source.history, step))
