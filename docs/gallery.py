@@ -36,7 +36,7 @@ from tracing import (
 
 from regraft import axes
 from regraft.errors import RegraftError
-from regraft.growth import depth, rotary, targets
+from regraft.growth import depth, rotary, solving, targets
 from regraft.growth.operators import DEPTH, NOTES, PRESERVES, WIDTH, Operator
 from regraft.steps.widen import Widen
 
@@ -101,7 +101,7 @@ def said(name: str, function: Callable[..., Any]) -> str:
 def maps(how: str) -> str:
     """The functions of regraft.axes behind a width operator, and their docstrings."""
     source = Source(UNITS | {"hidden_size": 4}).checkpoint
-    made = targets.widening(source, targets.Asked(hidden=8, ffn=8), how).axes
+    made = targets.widening(source, solving.Asked(hidden=8, ffn=8), how).axes
     names = {"units": made["ffn"].name, "stream": made["hidden"].name}
     said = {name: f"`axes.{name}`: {first_sentence(getattr(axes, name).__doc__)}" for name in names.values()}
     if len(said) == 1:
@@ -206,7 +206,7 @@ class Page:
             COMPOSABLE.replace("\n", " "),
             "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]),
             "### more heads",
-            said("growth.targets.head_layout", targets.head_layout),
+            said("growth.solving.head_layout", solving.head_layout),
             self.image("heads", f"2 to 3 heads: {told(heads)}", lambda: picture(heads)),
             "### wider heads",
             said("growth.rotary.widened", rotary.widened),

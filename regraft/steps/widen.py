@@ -9,6 +9,7 @@ from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth import targets
 from ..growth.operators import WIDTH, told
+from ..growth.solving import Asked
 from ..growth.widen import widened
 from ..recipe import entry
 
@@ -43,7 +44,7 @@ class Widen:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        asked = targets.Asked(self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim)
+        asked = Asked(self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim)
         made = targets.widening(source, asked, self.how, self.fold, self.noise, self.seed)
         config = dict(made.config)
         sizes = source.anatomy.solve(config)

@@ -1,0 +1,140 @@
+"""Asked sizes to all sizes: what follows from what, and what a class or its heads cannot hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..checkpoint import Checkpoint
+from ..errors import RegraftError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Sizes as a user gives them, None for those left open."""
+
+    hidden: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
+    """(axis sizes of the target, parts each key/value head is split into)."""
+    old, anatomy = source.sizes, source.anatomy.host(source.config)
+    heads_before = old["kv"] * old["group"]
+    before = {"hidden": old["hidden"], "ffn": old["ffn"], "heads": heads_before, "kv_heads": old["kv"]}
+    for name, size in {**before, "head_dim": old["dim"]}.items():
+        wanted = getattr(asked, name)
+        if wanted is not None and wanted < size:
+            raise RegraftError(
+                f"--{name.replace('_', '-')} {wanted} is smaller than the source's {size}: growth never shrinks, "
+                f"give {size} or more"
+            )
+    hidden, heads, dim = asked.hidden or old["hidden"], asked.heads, asked.head_dim
+    if coupled(source):
+        hidden, heads, dim = couple(source, asked)
+    elif anatomy.divides and asked.hidden and heads is None and hidden % heads_before:
+        heads = fitting(source, hidden, asked.kv_heads)
+    kv, group, split = head_layout(source, heads, asked.kv_heads)
+    sizes = {
+        **old,
+        "hidden": hidden,
+        "ffn": asked.ffn or old["ffn"],
+        "kv": kv,
+        "group": group,
+        "dim": dim or old["dim"],
+    }
+    anatomy.config_keys(sizes)
+    return sizes, split
+
+
+def coupled(source: Checkpoint) -> bool:
+    """Whether the class wants hidden = heads * head_dim."""
+    table = source.anatomy.host(source.config).sizes
+    keys = [key for key, _ in table]
+    return any(keys.count(key) > 1 and text == "hidden" for key, text in table)
+
+
+def fitting(source: Checkpoint, hidden: int, kv: int | None) -> int | None:
+    """Heads, at most twice as many, that a class which wants whole heads per hidden size takes; None without any.
+
+    As many as keep hidden = heads x head_dim come first, then the fewest.
+    """
+    before = source.sizes["kv"] * source.sizes["group"]
+    counts = sorted(range(before, 2 * before + 1), key=lambda count: (count * source.sizes["dim"] != hidden, count))
+    for count in counts:
+        if hidden % count == 0:
+            try:
+                head_layout(source, count, kv)
+            except RegraftError:
+                continue
+            return count
+    return None
+
+
+def couple(source: Checkpoint, asked: Asked) -> tuple[int, int, int]:
+    """(hidden, heads, head_dim) with hidden = heads * head_dim; one left open follows from the others."""
+    old, family = source.sizes, source.anatomy.family
+    heads, dim = old["kv"] * old["group"], old["dim"]
+    if asked.hidden is None:
+        heads, dim = asked.heads or heads, asked.head_dim or dim
+        if heads * dim != old["hidden"]:
+            raise RegraftError(
+                f"{family} wants hidden = heads x head_dim, so {heads} heads of {dim} cannot come alone: add --hidden "
+                f"{heads * dim}{source.anatomy.bridge_hint(source.config)}"
+            )
+        return old["hidden"], heads, dim
+    hidden = asked.hidden
+    options = [(asked.heads, asked.head_dim), (asked.heads, None), (None, asked.head_dim), (None, dim), (heads, None)]
+    if asked.heads or asked.head_dim:
+        options = options[:1] if asked.heads and asked.head_dim else options[1:2] if asked.heads else options[2:3]
+    else:
+        options = options[3:]
+    for some_heads, some_dim in options:
+        divisor = some_heads or some_dim or 1
+        if some_heads and some_dim:
+            if some_heads * some_dim == hidden:
+                return hidden, some_heads, some_dim
+        elif hidden % divisor == 0:
+            found = (some_heads or hidden // divisor, some_dim or hidden // divisor)
+            if found[0] >= heads and found[1] >= dim:
+                return hidden, *found
+    step = asked.head_dim or dim
+    near = sorted({max(old["hidden"], hidden // step * step), -(-hidden // step) * step})
+    raise RegraftError(
+        f"{family} wants hidden = heads x head_dim, which {hidden} is not for {asked.heads or 'any number of'} heads "
+        f"of {step}: use --hidden {' or '.join(map(str, near))}{source.anatomy.bridge_hint(source.config)}"
+    )
+
+
+def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[int, int, int]:
+    """(key/value heads, queries each, split) for the asked numbers; more queries, whole groups, or split kv heads."""
+    old_kv, old_group = source.sizes["kv"], source.sizes["group"]
+    if "group" in source.anatomy.host(source.config).fixed:
+        if kv is not None and kv != (heads or old_kv):
+            raise RegraftError(
+                f"{source.anatomy.family} has a key/value head per query head: leave out --kv-heads {kv}"
+            )
+        return heads or old_kv, 1, 1
+    wanted = heads or old_kv * old_group
+    if kv is None:
+        whole = wanted // old_group if wanted % old_group == 0 else old_kv
+        kv = old_kv if heads is None else whole
+    if wanted % kv:
+        near = sorted({max(old_kv * old_group, wanted // kv * kv), -(-wanted // kv) * kv})
+        fewer = max(number for number in range(1, kv + 1) if wanted % number == 0)
+        raise RegraftError(
+            f"{wanted} query heads cannot share {kv} key/value heads evenly: use --heads "
+            f"{' or '.join(map(str, near))}, or --kv-heads {fewer}"
+        )
+    group = wanted // kv
+    splits = [m for m in range(1, old_group + 1) if old_group % m == 0 and old_group // m <= group and old_kv * m <= kv]
+    if not splits:
+        every = old_kv * old_group
+        raise RegraftError(
+            f"{old_kv} key/value heads of {old_group} queries do not become {kv} of {group}: whole groups, more "
+            f"queries a group and split heads reach --kv-heads {old_kv} --heads {-(-wanted // old_kv) * old_kv} or "
+            f"--kv-heads {every} --heads {-(-wanted // every) * every}"
+        )
+    return kv, group, splits[0]
