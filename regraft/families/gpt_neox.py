@@ -34,6 +34,7 @@ anatomy = Anatomy(
         "tie_word_embeddings": False,
         "layer_norm_eps": 1e-5,
         "use_parallel_residual": True,
+        "_rotary_share": {"rotary_pct": 0.25},
     },
     fixed={"group": 1},
     aliases={"embed_out.": "lm_head."},

@@ -40,7 +40,12 @@ anatomy = Anatomy(
     },
     sizes=SIZES,
     slot=ATTENTION,
-    defaults={**DEFAULTS, "qk_layernorm": False, "layer_norm_eps": 1e-5},
+    defaults={
+        **DEFAULTS,
+        "qk_layernorm": False,
+        "layer_norm_eps": 1e-5,
+        "_rotary_share": {"partial_rotary_factor": 0.5},
+    },
     ignored=IGNORED,
     eps="layer_norm_eps",
     finish=finish,

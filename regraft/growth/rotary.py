@@ -12,30 +12,38 @@ from ..anatomy import Anatomy
 from ..axes import Expansion, pad, place
 from ..errors import RegraftError
 
-MULTIPLE = ("default", "linear", "llama3")  # types whose frequencies at old pairs return when every m-th pair is used
+MULTIPLE = (
+    "default",
+    "linear",
+    "llama3",
+    "proportional",
+)  # types whose frequencies at old pairs return when every m-th pair is used
 LOWERED = (*MULTIPLE, "yarn", "longrope", "su")  # types that allow theta ** (new / old)
+SHARE = "_rotary_share"  # table key of classes that can turn a part of a head: {config key: what a missing one means}
+LARGEST = 3e38  # theta is a float32 number where frequencies are computed
 
 
 def widened(anatomy: Anatomy, config: Mapping[str, Any], old: int, new: int) -> tuple[dict[str, Any], Expansion]:
     """(config keys, expansion) for queries and keys whose heads grow from `old` to `new`.
 
-    Heads that turn in part keep the turning coordinates and append to the others. Otherwise `new` = m * old keeps theta
-    and uses every m-th pair, which leaves the frequencies bit for bit; other sizes take theta ** (new / old), exact in
-    real numbers. RegraftError for odd sizes and for types whose frequencies depend on the length seen.
+    Classes that can turn a part of a head keep the turning coordinates and append to the others. Otherwise `new` = m *
+    old keeps theta and uses every m-th pair, which leaves the frequencies bit for bit; other sizes take theta ** (new /
+    old), exact in real numbers. RegraftError for odd sizes and for types whose frequencies depend on the length seen.
     """
     if not anatomy.rotary or new == old:
         return {}, pad(old, new)
-    if new % 2:
-        raise RegraftError(f"rotary positions need an even --head-dim, got {new}: use {new - 1} or {new + 1}")
-    scopes = [scope for scope in _scopes(config) if scope]
-    turning = {_turning(scope, config, old) for scope in scopes} or {old}
+    full = anatomy.filled(config)
+    scopes = [scope for scope in _scopes(full) if scope]
+    spread = any(kind(scope) == "proportional" for scope in scopes)
+    turning = {old} if spread else {_turning(scope, full, old) for scope in scopes} or {_turning({}, full, old)}
     if len(turning) > 1:
         raise RegraftError(f"layers turn different parts of a head ({sorted(turning)}): keep --head-dim {old}")
-    keys = _partial(config, turning.pop(), new) if turning != {old} else None
-    if keys is not None:
-        return keys, pad(old, new)
+    if turning != {old} or (full.get(SHARE) and not spread):
+        return _partial(full, turning.pop(), new), pad(old, new)
+    if new % 2:
+        raise RegraftError(f"rotary positions need an even --head-dim, got {new}: use {new - 1} or {new + 1}")
     whole = new % old == 0 and all(kind(scope) in MULTIPLE for scope in scopes)
-    changed = {} if whole else _lowered(config, old, new)
+    changed = {} if whole and not spread else _lowered(config, old, new, 1.0 if whole else new / old)
     half, step = old // 2, new // old if whole else 1
     pairs = torch.arange(half) * step
     return changed, place(old, new, torch.cat([pairs, pairs + new // 2]))
@@ -55,43 +63,63 @@ def _scopes(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _turning(scope: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> int:
-    share = scope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or config.get("rotary_pct") or 1.0
-    return int(dim * share)
+    said = [scope.get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct")]
+    shares = [share for share in (*said, *config.get(SHARE, {}).values()) if share is not None]
+    return int(dim * shares[0]) if shares else dim
+
+
+def share_of(turning: int, dim: int) -> float:
+    """The share of `dim` coordinates that a class rounds down to `turning` ones."""
+    share = turning / dim
+    while int(dim * share) < turning:
+        share = math.nextafter(share, 1)
+    return share
 
 
 def _partial(config: Mapping[str, Any], turning: int, new: int) -> dict[str, Any]:
     """The share of a wider head that leaves `turning` coordinates turning."""
-    share = turning / new
-    while int(new * share) < turning:
-        share = math.nextafter(share, 1)
-    keys: dict[str, Any] = {key: share for key in ("partial_rotary_factor", "rotary_pct") if key in config}
-    if config.get("rope_parameters"):
-        keys["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": share}
+    share = share_of(turning, new)
+    names = [key for key in ("partial_rotary_factor", "rotary_pct") if config.get(key) is not None]
+    keys: dict[str, Any] = dict.fromkeys([*names, *config.get(SHARE, {})], share)
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.get(key):
+            keys[key] = {**config[key], "partial_rotary_factor": share}
     return keys
 
 
-def _lowered(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """theta ** (new / old) wherever theta is said."""
+def raised(theta: float, power: float, instead: str = "use a smaller --head-dim, or a whole multiple") -> float:
+    """theta ** power; RegraftError when that is too large for the precision that frequencies are computed in."""
+    if power * math.log(theta) > math.log(LARGEST):
+        raise RegraftError(
+            f"rotary theta {theta:g} would have to be {theta:g} ** {power:g}, beyond float32, to keep its frequencies: "
+            f"{instead}"
+        )
+    return float(theta) ** power
+
+
+def _lowered(config: Mapping[str, Any], old: int, new: int, power: float) -> dict[str, Any]:
+    """theta ** power wherever theta is said."""
     keys: dict[str, Any] = {}
-    power = new / old
     for key in ("rope_theta", "rope_local_base_freq", "rotary_emb_base"):
         if config.get(key) is not None:
-            keys[key] = float(config[key]) ** power
+            keys[key] = raised(config[key], power)
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
         if isinstance(rope, dict):
             nested = bool(rope) and all(isinstance(value, dict) for value in rope.values())
             keys[key] = (
-                {name: _scope(scope, power, new) for name, scope in rope.items()}
+                {name: _scope(scope, old, new, power) for name, scope in rope.items()}
                 if nested
-                else _scope(rope, power, new)
+                else _scope(rope, old, new, power)
             )
+            if kind(keys[key]) == "proportional":
+                keys["partial_rotary_factor"] = keys[key]["partial_rotary_factor"]
     if not any(key in keys for key in ("rope_theta", "rope_parameters")):
-        keys["rope_theta"] = 10000.0**power
+        keys["rope_theta"] = raised(10000.0, power)
     return keys
 
 
-def _scope(scope: Mapping[str, Any], power: float, new: int) -> dict[str, Any]:
+def _scope(scope: Mapping[str, Any], old: int, new: int, power: float) -> dict[str, Any]:
     if kind(scope) not in LOWERED:
         raise RegraftError(
             f"rotary type '{kind(scope)}' sets frequencies by the length it sees, so wider heads cannot keep them: "
@@ -99,7 +127,10 @@ def _scope(scope: Mapping[str, Any], power: float, new: int) -> dict[str, Any]:
         )
     changed = dict(scope)
     if "rope_theta" in scope:
-        changed["rope_theta"] = float(scope["rope_theta"]) ** power
+        changed["rope_theta"] = raised(scope["rope_theta"], power)
+    if kind(scope) == "proportional":
+        pairs = int(scope.get("partial_rotary_factor", 1.0) * old // 2)
+        changed["partial_rotary_factor"] = share_of(2 * pairs * (new // old if power == 1 else 1), new)
     for key in ("short_factor", "long_factor"):
         if key in scope:
             changed[key] = [*scope[key], *[1.0] * (new // 2 - len(scope[key]))]

@@ -50,11 +50,11 @@ def widening(
     made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)
     table["hidden"] = stream_axis(made, old["hidden"], sizes["hidden"], ways["hidden"], seed)
     keys, table["qk"] = rotary.widened(made.family, host, old["dim"], sizes["dim"])
+    qk_norm = query_norm(made, table)
     config = anatomy.resized(source.config, sizes, extra=keys)
     check_activation(source, ways, sizes)
     copies = [NOISE.get(ways[place], 0.0) for place in PLACES if grew(place, old, sizes)]
     kind = folding(made, fold)
-    qk_norm = query_norm(made, table)
     heard = max([0.0, *copies]) if noise is None else noise
     done = replace(made, config=config, fold=kind, noise=heard, qk_norm=qk_norm)
     if done.eps is None:
@@ -146,8 +146,15 @@ def folding(made: Widening, fold: str) -> Literal["stream", "eps"]:
 
 def query_norm(made: Widening, table: Mapping[str, Expansion]) -> str | None:
     """How normed queries and keys take wider heads: LIVE for multiples, DEAD (new coordinates stay zero) otherwise."""
-    if not any(p.norm and "dim" in p.axes.outputs[0] for p in made.parts):
+    norms = [p for p in made.parts if p.norm and "dim" in p.axes.outputs[0]]
+    if not norms:
         return None
+    old, new = table["qk"].old, table["qk"].new
+    if new != old and any(p.axes.kind == "bias" for p in norms):
+        raise RegraftError(
+            f"{made.anatomy.family}'s query and key norms subtract the mean of a head, so --head-dim {new} cannot keep "
+            f"what they give: leave it at {old} and grow --heads, --hidden, --ffn or --layers"
+        )
     for axis in ("kv", "group") if made.full_norm else ():
         if table[axis].new % table[axis].old or table[axis].copies != 1:
             times = -(-table[axis].new // table[axis].old)
@@ -155,7 +162,7 @@ def query_norm(made: Widening, table: Mapping[str, Expansion]) -> str | None:
                 f"{made.anatomy.family} norms all heads together, so heads come in whole multiples by --how heads=pad, "
                 f"not {table[axis].old} to {table[axis].new}: use {times} times as many"
             )
-    return DEAD if table["qk"].new % table["qk"].old else LIVE
+    return DEAD if new % old else LIVE
 
 
 def check_activation(source: Checkpoint, ways: Mapping[str, str], sizes: Mapping[str, int]) -> None:
