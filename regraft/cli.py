@@ -30,7 +30,7 @@ VERBS: dict[str, Callable[..., verbs.Outcome]] = {
     "run": verbs.run,
     "demo": verbs.demo,
 }
-RESUMES = ("train", "run", "demo")
+RESUMES = ("grow", "linearize", "train", "run", "demo")
 OPEN_ENDED = ("run", "demo")  # take `--key.sub VALUE` for any field of their recipe
 FLAGS = {
     "json": "print one JSON object on standard output and nothing else",

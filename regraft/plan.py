@@ -63,7 +63,7 @@ class Plan:
             dropped=target.dropped,
             layers={kind: [layer for layer, name in enumerate(kinds) if name == kind] for kind in sorted(set(kinds))},
             bytes=sum(sizes),
-            peak_bytes=writing_bytes(target),
+            peak_bytes=writing_bytes(source, target),
             context=context,
             flops_per_token={"source": flops(source, context), "target": flops(target, context)},
             state_bytes=state_bytes(target, context),
@@ -81,15 +81,16 @@ class Plan:
         return asdict(self)
 
 
-def writing_bytes(target: Checkpoint) -> int:
+def writing_bytes(source: Checkpoint, target: Checkpoint) -> int:
     """Upper bound of the memory that saving takes: one tensor being made, another being written, and OVERHEAD.
 
     A tensor that comes straight from a file is mapped and takes none. Any other takes, while it is made, two of it in
     the dtype that is computed in and two in its own at most; many operators take half of that.
     """
+    wide = max(4, *(lazy.dtype.itemsize for lazy in (*source.tensors.values(), *target.tensors.values())))
     made = [lazy for lazy in target.tensors.values() if not isinstance(getattr(lazy.read, "__self__", None), Entry)]
     held = sorted((lazy.bytes for lazy in made), reverse=True) + [0, 0]
-    making = [2 * max(4, lazy.dtype.itemsize) * lazy.size + 2 * lazy.bytes for lazy in made]
+    making = [2 * wide * lazy.size + 2 * lazy.bytes for lazy in made]
     beside = [held[lazy.bytes == held[0]] for lazy in made]
     return OVERHEAD + max((work + other for work, other in zip(making, beside, strict=True)), default=0)
 

@@ -318,6 +318,6 @@ def test_memory_stays_under_the_forecast(steps: str, large: Path, tmp_path: Path
 
 def test_forecast_counts_what_is_made(source: Path) -> None:
     opened = Checkpoint.open(source)
-    assert writing_bytes(opened) == OVERHEAD == writing_bytes(Deepen(6, how="upscale")(opened))
+    assert writing_bytes(opened, opened) == OVERHEAD == writing_bytes(opened, Deepen(6, how="upscale")(opened))
     wider = Widen(hidden=72, how="tile")(opened)
     assert Plan.of(opened, wider).peak_bytes == OVERHEAD + 5 * 4 * 97 * 72
