@@ -16,7 +16,7 @@ from .solving import Asked, solve
 from .spaces import DEAD, LIVE, Widening
 
 HOWS = tuple(WIDTH)
-NOISE = {"tile": 0.1, "duplicate": 0.1, "lemon": 0.5}  # relative to a tensor's own spread
+NOISE = {"tile": 0.1, "duplicate": 0.1, "aki": 0.1, "lemon": 0.5}  # relative to a tensor's own spread
 PLACES = ("hidden", "ffn", "heads", "head_dim")
 
 
@@ -53,7 +53,8 @@ def widening(
     qk_norm = query_norm(made, table)
     config = anatomy.resized(source.config, sizes, extra=keys)
     check_activation(source, ways, sizes)
-    copies = [NOISE.get(ways[place], 0.0) for place in PLACES if grew(place, old, sizes)]
+    made_by = ways | ({"hidden": "tile"} if table["hidden"].name == "tile" else {})  # post-norm families always tile
+    copies = [NOISE.get(made_by[place], 0.0) for place in PLACES if grew(place, old, sizes)]
     kind = folding(made, fold)
     heard = max([0.0, *copies]) if noise is None else noise
     done = replace(made, config=config, fold=kind, noise=heard, qk_norm=qk_norm)
