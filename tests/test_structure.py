@@ -29,7 +29,7 @@ LAYERS = (
     ("hosts",),
     ("uptrain", "evals"),
     ("parity",),
-    ("receipts", "generate", "plots", "report", "settings"),
+    ("receipts", "trial", "liveness", "generate", "plots", "report", "settings"),
     ("evaluation", "journal", "training", "growing", "moments"),
     ("experiment",),
     ("demo",),
@@ -93,8 +93,9 @@ def test_files_are_short(file):
 
 
 def test_the_package_stays_small():
-    # A budget to argue with: linearization with its storage, receipts and report took 4,500, growth 2,900 more.
-    assert sum(code_lines(file) for file in FILES) <= 7400
+    # A budget to argue with: linearization with its storage, receipts and report took 4,500, growth 2,900 more,
+    # liveness (a trial of a few training steps, what it shows) 300.
+    assert sum(code_lines(file) for file in FILES) <= 7700
     assert statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 130
 
 
