@@ -183,22 +183,27 @@ class Page:
         stream = "; ".join(f"{one.name}: {fresh(*one.news)}" for one in (rms, norm))
         layer = next("outputs zero, other maps random" for slot in deeper("identity") if slot == Slot(None, True))
         rows = [
-            ("3.1 MLP", "`Widen(ffn=...)`", fresh(*units.news), "[pad](#pad)"),
+            ("3.1 MLP", "`GrowMLP`: `Widen(ffn=...)`", fresh(*units.news), "[pad](#pad)"),
             (
                 "3.2 head addition",
-                "`Widen(heads=..., kv_heads=...)`",
+                "`AddHeads`: `Widen(heads=..., kv_heads=...)`",
                 fresh(*heads[0].news),
                 "[more heads](#more-heads)",
             ),
-            ("3.3 heads (values)", "`Widen(head_dim=...)`, with 3.4", fresh(v, o), "[wider heads](#wider-heads)"),
+            (
+                "3.3 heads (values)",
+                "`GrowHeadDim`: `Widen(head_dim=...)`, with 3.4",
+                fresh(v, o),
+                "[wider heads](#wider-heads)",
+            ),
             (
                 "3.4 attention (queries, keys)",
-                "`Widen(head_dim=...)`, with 3.3",
+                "`GrowHeadDim`: `Widen(head_dim=...)`, with 3.3",
                 fresh(q, k),
                 "[wider heads](#wider-heads)",
             ),
-            ("3.5 hidden dimension", "`Widen(hidden=...)`", stream, "[pad](#pad)"),
-            ("3.6 layer addition", "`Deepen(...)`", layer, "[identity](#identity)"),
+            ("3.5 hidden dimension", "`GrowHidden`: `Widen(hidden=...)`", stream, "[pad](#pad)"),
+            ("3.6 layer addition", "`AddLayers`: `Deepen(...)`", layer, "[identity](#identity)"),
         ]
         head = ["| in the paper | step | new entries | picture |", "|---|---|---|---|"]
         return [

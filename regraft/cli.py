@@ -41,6 +41,19 @@ FLAGS = {
 }
 
 
+class Parser(ArgumentParser):
+    """Shows `--kv-heads` where Python says kv_heads; `dashed` takes either."""
+
+    def format_help(self) -> str:
+        """The help text with dashes inside flags."""
+        return re.sub(r"(?<=--)[a-z_]+", lambda name: name[0].replace("_", "-"), super().format_help())
+
+
+def dashed(words: Sequence[str]) -> list[str]:
+    """Flags as the parser knows them: underscores inside names."""
+    return [re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+
+
 def build_parser() -> ArgumentParser:
     """The whole command line, from the verbs' signatures and docstrings."""
     parser = ArgumentParser(
@@ -51,7 +64,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subcommands(dest="verb", required=False, metavar="VERB")
     for name, function in VERBS.items():
-        sub = ArgumentParser(exit_on_error=False, description=summary(function))
+        sub = Parser(exit_on_error=False, description=summary(function))
         parameters = inspect.signature(function).parameters.values()
         flags = {p.name for p in parameters if p.default is False}
         places = {p.name for p in parameters if p.name == "out" and p.default is not inspect.Parameter.empty}
@@ -93,7 +106,7 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         words[1:], overrides = split_overrides(words[1:])
     parser = build_parser()
     try:
-        namespace = parser.parse_args(words)
+        namespace = parser.parse_args(dashed(words))
     except argparse.ArgumentError as error:
         raise RegraftError(f"{tidy(str(error), words)}; see: regraft {usage_of(words)}--help") from error
     if namespace.version:
@@ -116,8 +129,9 @@ def tidy(message: str, words: Sequence[str]) -> str:
     message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
     message = re.sub(r"required: (\w+)\.", "required: ", message)
     if match := re.match(r"unrecognized arguments: (--?[\w.-]+)(.*)", message):
-        known = [f"--{name}" for name in option_names(words)]
-        return f"unknown flag {match[1]} (in '{match[1]}{match[2]}'){near(match[1], known)}"
+        known = [f"--{name.replace('_', '-')}" for name in option_names(words)]
+        flag = match[1].replace("_", "-")
+        return f"unknown flag {flag} (in '{flag}{match[2]}'){near(flag, known)}"
     if match := re.search(r"invalid choice: '([^']+)'", message):
         return f"unknown verb '{match[1]}'{near(match[1], list(VERBS))}: use one of {', '.join(VERBS)}"
     return message

@@ -182,7 +182,7 @@ def test_readme_flags_exist():
         for line in fence.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if line.startswith("regraft ") else []
             if words and words[1] not in cli.OPEN_ENDED:
-                parser.parse_args(words[1:])
+                parser.parse_args(cli.dashed(words[1:]))
 
 
 def test_readme_recipe_is_one():

@@ -1,0 +1,152 @@
+"""`regraft grow`, its plan and its receipts, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import GROWABLE, tiny
+from safetensors.torch import load_file, save_file
+
+from regraft import cli, parity
+from regraft.checkpoint import Checkpoint
+from regraft.growing import Growth
+from regraft.receipts import check
+
+
+def source(folder: Path, family: str = "llama", **keys: Any) -> str:
+    tiny(family, **keys)[1].save_pretrained(folder / "source")
+    return str(folder / "source")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_grow_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path), str(tmp_path / "out")
+    code, said, _ = run(capsys, "grow", given, out, "--hidden", "45", "--ffn", "60", "--layers", "5", "--json")
+    made = json.loads(said)
+    assert code == 0 and made["target"] | {"hidden": 45, "ffn": 60, "depth": 5} == made["target"]
+    assert made["step0"] is None and made["tensors"]["unclaimed"]["count"] == 0
+    code, said, _ = run(capsys, "check", given, out, "--json")
+    receipts = json.loads(said)
+    assert code == 0 and receipts["holds"] and receipts["exact"] and receipts["rel_logit_diff"] < 2e-5
+    assert receipts["greedy"] == parity.NEW and not receipts["unaccounted"]
+    code, said, _ = run(capsys, "check", given, out)
+    assert code == 0 and "greedy tokens that agree" in said
+
+
+def test_a_plan_of_growth_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = source(tmp_path)
+    code, said, _ = run(capsys, "plan", given, "--head-dim", "16", "--json")
+    assert code == 0 and json.loads(said)["target"]["dim"] == 16
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_target_config_gives_all_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = source(tmp_path)
+    config, _ = tiny("llama", hidden=48, heads=12, kv=4, ffn=61, layers=4)
+    config.save_pretrained(tmp_path / "target")
+    code, _, said = run(capsys, "grow", given, str(tmp_path / "out"), "--to", str(tmp_path / "target"))
+    assert code == 0, said
+    assert Checkpoint.open(tmp_path / "out").sizes == Checkpoint.open(given).anatomy.solve(config.to_dict())
+    assert check(given, tmp_path / "out")["holds"]
+
+
+def test_inexact_growth_says_how_far_it_moves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path), str(tmp_path / "out")
+    code, said, _ = run(capsys, "grow", given, out, "--layers", "6", "--depth-how", "stack", "--json")
+    step0 = json.loads(said)["step0"]
+    assert code == 0 and step0["rel_logit_diff"] > 1e-3 and step0["loss_source"] != step0["loss_grown"]
+    receipts = check(given, out)
+    assert receipts["holds"] and not receipts["exact"]
+
+
+def test_a_grown_model_that_was_damaged_does_not_hold(tmp_path: Path) -> None:
+    given, out = source(tmp_path), tmp_path / "out"
+    Growth(ffn=60)(Checkpoint.open(given)).save(out)
+    values = load_file(out / "model.safetensors")
+    values["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+    save_file(values, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "lineage.json").write_text(json.dumps({**json.loads((out / "lineage.json").read_text()), "files": {}}))
+    receipts = check(given, out)
+    assert not receipts["holds"] and receipts["rel_logit_diff"] > receipts["bound"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_another_storage_dtype(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path), tmp_path / "out"
+    assert run(capsys, "grow", given, str(out), "--ffn", "60", "--dtype", dtype)[0] == 0
+    assert {lazy.dtype for lazy in Checkpoint.open(out).tensors.values()} == {getattr(torch, dtype)}
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+    assert check(given, out)["holds"]
+
+
+def test_moments_come_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path), tmp_path / "out"
+    names = Checkpoint.open(given).names.values()
+    values = load_file(Path(given) / "model.safetensors")
+    state = {f"{kind}/{name}": values[name].abs() for kind in ("exp_avg", "exp_avg_sq") for name in names}
+    save_file(state | {f"step/{name}": torch.tensor(7.0) for name in names}, tmp_path / "adam.safetensors")
+    code, _, said = run(
+        capsys, "grow", given, str(out), "--hidden", "45", "--optimizer-state", str(tmp_path / "adam.safetensors")
+    )
+    assert code == 0, said
+    grown = load_file(out / "optimizer.safetensors")
+    assert grown["exp_avg/model.embed_tokens.weight"].shape == (97, 45)
+    assert {float(value) for key, value in grown.items() if key.startswith("step/")} == {7.0}
+
+
+@pytest.mark.parametrize("family", GROWABLE)
+def test_growth_of_every_family_holds(family: str, tmp_path: Path) -> None:
+    given = source(tmp_path, family)
+    ffn = {"mixtral": 64, "dinov2": 108}.get(family, 60)
+    Growth(ffn=ffn, layers=4)(Checkpoint.open(given)).save(tmp_path / "out")
+    receipts = check(given, tmp_path / "out")
+    assert receipts["holds"], receipts
+    assert (receipts["greedy"] is None) == (not Checkpoint.open(given).anatomy.causal)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hidden", "abc"], "abc"),
+        (["--layers", "0"], "0 is less than the source's 3"),
+        (["--ffn", "10"], "smaller than the source's 52"),
+        (["--how", "stretch", "--ffn", "60"], "unknown operator 'stretch'"),
+        (["--depth-how", "fold", "--layers", "4"], "unknown --depth-how 'fold'"),
+        (["--widht", "60"], "unknown flag --widht"),
+        ([], "nothing to grow"),
+        (["--to", "nowhere"], "no config.json at 'nowhere'"),
+        (["--ffn", "60", "--dtype", "int8"], "unknown --dtype 'int8'"),
+        (["--ffn", "60", "--optimizer-state", "none.safetensors"], "no optimiser state at"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_ends_in_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = source(tmp_path)
+    code, said, error = run(capsys, "grow", given, str(tmp_path / "out"), *words)
+    lines = [line for line in error.splitlines() if line.startswith("regraft: ") and "to write" not in line]
+    assert code == 2 and not said and message in lines[-1], error
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_sizes_and_a_target_config_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = source(tmp_path)
+    code, _, error = run(capsys, "grow", given, str(tmp_path / "out"), "--to", given, "--ffn", "60")
+    assert code == 2 and "leave out --ffn" in error
+
+
+def test_a_target_of_another_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = source(tmp_path)
+    tiny("gpt2")[0].save_pretrained(tmp_path / "target")
+    code, _, error = run(capsys, "grow", given, str(tmp_path / "out"), "--to", str(tmp_path / "target"))
+    assert code == 2 and "is a gpt2, the source a llama" in error
