@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .hosts import load
     from .plan import Plan
     from .receipts import check
+    from .steps.bridge import Bridge
     from .steps.composable import AddHeads, AddLayers, GrowHeadDim, GrowHeadValues, GrowHidden, GrowMLP, GrowQueryKeys
     from .steps.deepen import Deepen
     from .steps.remix import Remix
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AddHeads",
     "AddLayers",
+    "Bridge",
     "Checkpoint",
     "Deepen",
     "GrowHeadDim",
@@ -44,6 +46,7 @@ __all__ = [
 
 _COMPOSABLE = ("AddHeads", "AddLayers", "GrowHeadDim", "GrowHeadValues", "GrowHidden", "GrowMLP", "GrowQueryKeys")
 _HOMES = dict.fromkeys(_COMPOSABLE, "steps.composable") | {
+    "Bridge": "steps.bridge",
     "Checkpoint": "checkpoint",
     "Deepen": "steps.deepen",
     "Plan": "plan",

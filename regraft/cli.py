@@ -56,7 +56,7 @@ def dashed(words: Sequence[str]) -> list[str]:
 
 def build_parser() -> ArgumentParser:
     """The whole command line, from the verbs' signatures and docstrings."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="regraft",
         exit_on_error=False,
         description="Give pretrained weights a new body: wider, deeper, or linear in cost.",

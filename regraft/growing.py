@@ -14,6 +14,7 @@ from .anatomy import find
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth
+from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.widen import Widen
 
@@ -63,10 +64,8 @@ class Growth:
 
     def steps(self, source: Checkpoint) -> list[Callable[[Checkpoint], Checkpoint]]:
         """The growth steps in order."""
-        asked = self.sized(source)
-        steps: list[Callable[[Checkpoint], Checkpoint]] = []
-        if self.bridge:
-            raise RegraftError(f"--bridge from {source.anatomy.family} comes with the next change: leave it out")
+        steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
+        asked = self.sized(steps[0](source) if steps else source)
         widths = {name: getattr(asked, name) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim")}
         if any(size is not None for size in widths.values()):
             steps.append(Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed))

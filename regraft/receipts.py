@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import hosts, lineage, parity
+from . import hosts, lineage, liveness, parity
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .mixers.base import Attention, Weight
@@ -69,6 +69,11 @@ def grown(before: Checkpoint, after: Checkpoint, steps: list[dict[str, Any]], se
     result["exact"] = parity.exact(list(after.history)[len(before.history) :])
     result |= {"zero_layers": None, "window_end": None} | parity.compare(before, after, seed)
     result["bound"] = parity.bound(before, after)
+    result |= {"dead": None, "dead_in": [], "locked": None, "locked_in": []}
+    if not result["trained"]:
+        alive = liveness.liveness(after, source=before)
+        result |= {"dead": alive["dead"]["entries"], "locked": alive["locked"]["units"]}
+        result |= {f"{kind}_in": alive[kind]["tensors"] for kind in ("dead", "locked")}
     same = not result["exact"] or result["rel_logit_diff"] <= result["bound"]
     steady = result["parallel_vs_recurrent"] is None or result["parallel_vs_recurrent"] <= RECURRENT
     result["holds"] = same and steady and result["source_matches"] and not result["unaccounted"]
@@ -194,6 +199,8 @@ MEANINGS = {
     "parallel_vs_recurrent": "token by token against all at once",
     "exact": "every step keeps the function",
     "bound": "largest relative difference that counts as equal",
+    "dead": "entries that no gradient reaches",
+    "locked": "units that stay like another for ever",
     "greedy": f"greedy tokens that agree, of {parity.NEW}",
 }
 
@@ -204,10 +211,13 @@ def render(receipts: dict[str, Any], console: Console) -> None:
 
     table = Table("receipt", "value", title="holds" if receipts["holds"] else "does NOT hold")
     for name, meaning in MEANINGS.items():
-        if name not in receipts:
+        if name not in receipts or ("exact" in receipts and receipts[name] is None):
             continue
         table.add_row(meaning, shown(receipts[name]))
     console.print(table)
+    for row in [*receipts.get("dead_in", []), *receipts.get("locked_in", [])][:8]:
+        count = f"{row['dead']:,} dead" if "dead" in row else "locked"
+        console.print(f"{count}: {row['name']}, {row['where']}", soft_wrap=True, highlight=False)
 
 
 def shown(value: Any) -> str:

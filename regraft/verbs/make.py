@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import RegraftError
 from .outcome import Outcome
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def grow(
     with Ticker() as ticker:
         ticker.start(f"writing {out}")
         if optimizer_state:
+            if bridge:
+                raise RegraftError(f"--optimizer-state '{optimizer_state}' has no law across --bridge: leave one out")
             moments.read(before, Path(optimizer_state))
         after.save(out, overwrite=overwrite)
         if optimizer_state:
