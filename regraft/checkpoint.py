@@ -25,6 +25,8 @@ SIDECARS = (
     "added_tokens.json",
     "chat_template*",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "*.model",
     "LICENSE*",
 )
