@@ -13,7 +13,7 @@ from .axes import product
 from .errors import RegraftError
 from .parts import Config, Key, Part, Placed, linear, norm
 
-__all__ = ["Anatomy", "Config", "Key", "Part", "Placed", "families", "find", "linear", "norm"]
+__all__ = ["Anatomy", "Config", "Key", "Part", "Placed", "families", "find", "linear", "norm", "older_rope"]
 
 
 def _plain_scale(config: Config, dim: int, layer: int) -> float:
@@ -32,13 +32,27 @@ def _nothing(config: Config) -> dict[str, Any]:
     return {}
 
 
+def older_rope(config: Config) -> dict[str, Any]:
+    """`rope_parameters` in the keys that readers look for which do not know it."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    keys: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = rope
+    if "partial_rotary_factor" in rope:
+        keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return keys
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """A family: every tensor of its checkpoints is claimed by exactly one part, ignored with a reason, or refused.
 
     `sizes` pairs a config key with a product of axes and is solved in both directions; `fixed` sets axes the family
     does not have. `defaults` fills missing config keys (a value, or a function of the config). `slot` is the attention
-    module's name. `aliases` maps name prefixes found in files to those of the model. `ignored`: pattern -> reason.
+    module's name. `aliases` maps name prefixes found in files to those of the model, `filed` the model's to those that
+    its class writes. `ignored`: pattern -> reason. `older(config)`: keys for readers that do not know newer ones.
     Config keys that begin with "_" are computed (by `defaults`) and never written; `finish` turns them back into keys
     that are. `layer_lists`: keys with one entry per layer. `divides`: (key, key) of which the class wants the first to
     be a multiple of the second; `multiples`: axis -> number its size must be a multiple of. `embed_scale`: embeddings
@@ -54,12 +68,14 @@ class Anatomy:
     defaults: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    filed: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     eps: str = "rms_norm_eps"
     rotary: bool = True
     scale: Callable[[Config, int, int], float] = _plain_scale
     prefix: Callable[[Config], str] = _no_prefix
     finish: Callable[[Config], dict[str, Any]] = _nothing
+    older: Callable[[Config], dict[str, Any]] = older_rope
     bridge: Callable[[Config], str | None] = _no_bridge
     layer_lists: tuple[str, ...] = ()
     divides: tuple[tuple[str, str], ...] = ()
@@ -192,10 +208,11 @@ class Anatomy:
 
     def canonical(self, name: str) -> str:
         """The model's name of a tensor found in a file."""
-        for prefix, replacement in self.aliases.items():
-            if name.startswith(prefix):
-                return replacement + name[len(prefix) :]
-        return name
+        return _renamed(name, self.aliases)
+
+    def in_file(self, name: str) -> str:
+        """The name under which the family's class writes a parameter."""
+        return _renamed(name, self.filed)
 
     def reason_to_drop(self, name: str, config: Config) -> str | None:
         """Why a tensor of a file is not a parameter of the model, or None."""
@@ -225,6 +242,13 @@ class Anatomy:
 
     def extras(self, directory: str, config: Config) -> None:
         """Write what a saved model of this family needs beside config and weights: nothing for stock families."""
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    for prefix, replacement in prefixes.items():
+        if name.startswith(prefix):
+            return replacement + name[len(prefix) :]
+    return name
 
 
 def families() -> list[str]:

@@ -167,7 +167,8 @@ class Checkpoint:
         mark = None if self.in_memory else lineage.fingerprint(self, shard_bytes)
         with writing.new_directory(Path(path), overwrite, mark) as partial:
             folder = partial.path
-            writing.write_weights(partial, {self.names[key]: lazy for key, lazy in self.tensors.items()}, shard_bytes)
+            filed = {self.anatomy.in_file(self.names[key]): lazy for key, lazy in self.tensors.items()}
+            writing.write_weights(partial, filed, shard_bytes)
             for file in sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}):
                 shutil.copyfile(file, folder / file.name)
             storage.write_json(folder / "config.json", with_older_keys(self.config))
@@ -179,16 +180,8 @@ class Checkpoint:
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:
-    """The config plus the rotary keys that readers older than `rope_parameters` look for."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return dict(config)
-    older: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":
-        older["rope_scaling"] = rope
-    if config["model_type"] == "gpt_neox":
-        older |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
-    return older | dict(config)
+    """The config plus the keys that older readers look for; what it says itself stays."""
+    return find(config).older(config) | dict(config)
 
 
 def _from_folder(origin: Path, folder: Path) -> Checkpoint:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, tiny, tokens
+from models import FAMILIES, GROWABLE, tiny, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -132,6 +132,29 @@ def test_readers_without_rope_parameters_find_older_keys() -> None:
     scaled = {"model_type": "llama", "rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}}
     assert with_older_keys(scaled)["rope_scaling"]["factor"] == 2.0
     assert with_older_keys({"model_type": "gpt2"}) == {"model_type": "gpt2"}
+    partial = {"model_type": "phi", "rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.4}}
+    assert with_older_keys(partial)["partial_rotary_factor"] == 0.4
+    assert with_older_keys(partial | {"rope_theta": 6.0})["rope_theta"] == 6.0
+
+
+def test_readers_without_nested_rope_parameters_find_older_keys() -> None:
+    full, sliding = {"rope_type": "linear", "factor": 8.0, "rope_theta": 7e5}, {"rope_theta": 2e4}
+    rope = {"full_attention": full, "sliding_attention": sliding}
+    older = with_older_keys({"model_type": "gemma3_text", "rope_parameters": rope})
+    assert (older["rope_theta"], older["rope_local_base_freq"], older["rope_scaling"]["factor"]) == (7e5, 2e4, 8.0)
+    long = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "rope_theta": 5e4}
+    rope = long | {"original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}
+    older = with_older_keys({"model_type": "phi3", "rope_parameters": rope})
+    assert older["rope_scaling"] == {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    assert (older["rope_theta"], older["original_max_position_embeddings"]) == (5e4, 16)
+
+
+@pytest.mark.parametrize("family", GROWABLE)
+def test_parameters_are_filed_under_the_names_that_transformers_writes(family: str, tmp_path: Path) -> None:
+    tiny(family)[1].save_pretrained(tmp_path / "source")
+    Checkpoint.open(tmp_path / "source").save(tmp_path / "out")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "source"))
+    assert set(ours) == set(theirs)
 
 
 def test_unknown_role_lists_the_known() -> None:

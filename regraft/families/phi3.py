@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from ..anatomy import Anatomy, linear
+from ..anatomy import Anatomy, linear, older_rope
 from ..errors import RegraftError
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama
 
 QKV = ("attn.q", "attn.k", "attn.v")
+FACTORS = ("short_factor", "long_factor")
 SPLIT = ("attn.q.", "attn.k.", "attn.v.", "mlp.gate.", "mlp.up.")
 
 
@@ -23,6 +24,16 @@ def finish(config: Any) -> dict[str, Any]:
     return {}
 
 
+def older(config: Any) -> dict[str, Any]:
+    """Older classes take exactly three keys in `rope_scaling`, and the first length beside it."""
+    keys = older_rope(config)
+    if rope := keys.get("rope_scaling"):
+        keys["rope_scaling"] = {"type": rope["rope_type"]} | {key: rope.get(key) for key in FACTORS}
+        if "original_max_position_embeddings" in rope:
+            keys["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return keys
+
+
 anatomy = Anatomy(
     family="phi3",
     parts={
@@ -35,4 +46,5 @@ anatomy = Anatomy(
     defaults={**DEFAULTS, "rms_norm_eps": 1e-5},
     ignored=IGNORED,
     finish=finish,
+    older=older,
 )
