@@ -51,8 +51,21 @@ def stock(checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype)
     auto = AutoModelForCausalLM if checkpoint.anatomy.causal else AutoModel
     kind: Any = getattr(transformers, name, None) or auto._model_mapping[type(config)]
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    model, info = kind.from_pretrained(None, state_dict=values, **options)
+    with silent():
+        model, info = kind.from_pretrained(None, state_dict=values, **options)
     return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | set(info["mismatched_keys"])
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside, transformers draws no bar of its own over ours."""
+    drawn = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def example(checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0) -> dict[str, Tensor]:
