@@ -185,9 +185,9 @@ def repeat(old: int, times: int) -> Expansion:
 def tile(old: int, new: int) -> Expansion:
     """The whole axis several times, one copy after the other (HyperCloning, arXiv 2409.12903)."""
     if new < old or new % old:
-        low, high = max(new // old, 1) * old, -(-max(new, 1) // old) * old
+        near = sorted({max(new // old, 1) * old, -(-max(new, 1) // old) * old})
         raise RegraftError(
-            f"tile makes whole copies: {new} is no multiple of {old}; use {sorted({low, high})} or --how lemon"
+            f"tile makes whole copies: {new} is no multiple of {old}; use {' or '.join(map(str, near))}, or --how lemon"
         )
     return _expansion("tile", old, torch.arange(old).repeat(new // old))
 

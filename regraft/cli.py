@@ -32,6 +32,7 @@ VERBS: dict[str, Callable[..., verbs.Outcome]] = {
 }
 RESUMES = ("grow", "linearize", "train", "run", "demo")
 OPEN_ENDED = ("run", "demo")  # take `--key.sub VALUE` for any field of their recipe
+KINDS = {"int": "a whole number", "float": "a number"}
 FLAGS = {
     "json": "print one JSON object on standard output and nothing else",
     "overwrite": "replace the output if it exists",
@@ -134,6 +135,11 @@ def tidy(message: str, words: Sequence[str]) -> str:
         return f"unknown flag {flag} (in '{flag}{match[2]}'){near(flag, known)}"
     if match := re.search(r"invalid choice: '([^']+)'", message):
         return f"unknown verb '{match[1]}'{near(match[1], list(VERBS))}: use one of {', '.join(VERBS)}"
+    if match := re.match(r"\"(\w+)\": (.*(?:Expected a|Subtypes:).*)(?:Got|Given) value: (.*)", message):
+        choices = re.findall(r"'(\w+)'", "".join(re.findall(r"Literal\[(.*?)\]", match[2])))
+        kinds = [words for kind, words in KINDS.items() if f"<class '{kind}'>" in match[2].partition("Given")[0]]
+        if choices or kinds:
+            return f"--{match[1].replace('_', '-')} takes {' or '.join(choices or kinds[:1])}, got '{match[3]}'"
     return message
 
 

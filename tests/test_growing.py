@@ -116,7 +116,15 @@ def test_growth_of_every_family_holds(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--hidden", "abc"], "abc"),
+        (["--hidden", "abc"], "--hidden takes a whole number, got 'abc'"),
+        (["--kv-heads", "1.5"], "--kv-heads takes a whole number, got '1.5'"),
+        (["--seed", "x"], "--seed takes a whole number, got 'x'"),
+        (["--noise", "x"], "--noise takes a number, got 'x'"),
+        (["--ffn", "60", "--noise", "-1"], "--noise -1.0 is no spread"),
+        (["--ffn", "60", "--fold", "x"], "--fold takes auto or stream or eps, got 'x'"),
+        (["--ffn", "60", "--how", "tile"], "use 52 or 104, or --how lemon"),
+        (["--heads", "10"], "3 key/value heads evenly: use --heads 9 or 12"),
+        (["--kv-heads", "4"], "4 key/value heads evenly: use --heads 12"),
         (["--layers", "0"], "0 is less than the source's 3"),
         (["--ffn", "10"], "smaller than the source's 52"),
         (["--how", "stretch", "--ffn", "60"], "unknown operator 'stretch'"),
@@ -150,3 +158,28 @@ def test_a_target_of_another_family_is_refused(tmp_path: Path, capsys: pytest.Ca
     tiny("gpt2")[0].save_pretrained(tmp_path / "target")
     code, _, error = run(capsys, "grow", given, str(tmp_path / "out"), "--to", str(tmp_path / "target"))
     assert code == 2 and "is a gpt2, the source a llama" in error
+
+
+def test_the_source_is_not_grown_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = source(tmp_path)
+    before = {file.name: file.read_bytes() for file in Path(given).iterdir()}
+    (tmp_path / "link").symlink_to(given)
+    for name in ("source", "link"):
+        code, _, error = run(capsys, "grow", given, str(tmp_path / name), "--ffn", "60", "--overwrite")
+        assert code == 2 and "is the source, which" in error
+    assert {file.name: file.read_bytes() for file in Path(given).iterdir()} == before
+
+
+@pytest.mark.parametrize("words", [["generate", "MODEL", "hello"], ["eval", "MODEL"], ["bench", "MODEL"]])
+def test_an_encoder_does_not_continue_text(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = source(tmp_path, "bert")
+    code, _, error = run(capsys, *[given if word == "MODEL" else word for word in words])
+    assert code == 2 and "is a bert, which does not continue text" in error.splitlines()[-1]
+
+
+def test_suggested_heads_can_be_had(tmp_path: Path) -> None:
+    given = Checkpoint.open(source(tmp_path))
+    assert Growth(heads=12)(given).sizes["kv"] == 4
+    assert Growth(heads=12, kv_heads=4)(given).sizes["group"] == 3

@@ -180,7 +180,7 @@ def test_steps_compose_in_any_order(family: str, tmp_path: Path, order: list[int
         ("llama", Widen(hidden=30), "smaller than the source's 36"),
         ("llama", Widen(hidden=40), "36 or 45, or --bridge to write it as mistral"),
         ("llama", Widen(head_dim=11), "even --head-dim, got 11: use 10 or 12"),
-        ("llama", Widen(heads=10, kv_heads=4), "use --heads 9 or 12"),
+        ("llama", Widen(heads=10, kv_heads=4), "evenly: use --heads 12"),
         ("llama", Widen(hidden=40, how="tile"), "use --hidden 36 or 72"),
         ("llama", Widen(ffn=60, how="stretch"), "unknown operator 'stretch'"),
         ("llama", Widen(ffn=60, how="width=tile"), "names no axis 'width'"),

@@ -122,19 +122,24 @@ def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[
         whole = wanted // old_group if wanted % old_group == 0 else old_kv
         kv = old_kv if heads is None else whole
     if wanted % kv:
-        near = sorted({max(old_kv * old_group, wanted // kv * kv), -(-wanted // kv) * kv})
-        fewer = max(number for number in range(1, kv + 1) if wanted % number == 0)
+        every = old_kv * old_group
+        near = [n for n in (wanted // kv * kv, -(-wanted // kv) * kv) if n >= every and splits(source, n, kv)]
         raise RegraftError(
             f"{wanted} query heads cannot share {kv} key/value heads evenly: use --heads "
-            f"{' or '.join(map(str, near))}, or --kv-heads {fewer}"
+            f"{' or '.join(map(str, near)) or f'{every} --kv-heads {old_kv}'}"
         )
-    group = wanted // kv
-    splits = [m for m in range(1, old_group + 1) if old_group % m == 0 and old_group // m <= group and old_kv * m <= kv]
-    if not splits:
+    group, parts = wanted // kv, splits(source, wanted, kv)
+    if not parts:
         every = old_kv * old_group
         raise RegraftError(
             f"{old_kv} key/value heads of {old_group} queries do not become {kv} of {group}: whole groups, more "
             f"queries a group and split heads reach --kv-heads {old_kv} --heads {-(-wanted // old_kv) * old_kv} or "
             f"--kv-heads {every} --heads {-(-wanted // every) * every}"
         )
-    return kv, group, splits[0]
+    return kv, group, parts[0]
+
+
+def splits(source: Checkpoint, heads: int, kv: int) -> list[int]:
+    """Numbers of parts into which key/value heads can be split to get `kv` of them, shared evenly by `heads`."""
+    old_kv, old_group, group = source.sizes["kv"], source.sizes["group"], heads // kv
+    return [m for m in range(1, old_group + 1) if old_group % m == 0 and old_group // m <= group and old_kv * m <= kv]

@@ -45,6 +45,8 @@ def widening(
     anatomy, old = source.anatomy, source.sizes
     host = anatomy.host_config(source.config)
     sizes, split = solve(source, asked)
+    if noise is not None and not 0 <= noise < float("inf"):
+        raise RegraftError(f"--noise {noise} is no spread: give 0 for none, or a number such as 0.1")
     ways = hows(how)
     table = unit_axes(old, sizes, split, ways, seed)
     made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)

@@ -1,7 +1,7 @@
 """Runnable models: a stock decoder with mixers in its attention slots."""
 
 from .configuration_regraft import STATE_LAYER, RegraftConfig
-from .loading import branch, example, load, load_tokenizer, materialize, slots
+from .loading import branch, example, load, load_tokenizer, materialize, slots, wants_decoder
 from .modeling_regraft import RegraftForCausalLM
 from .states import MixerState, state_bytes
 
@@ -17,4 +17,5 @@ __all__ = [
     "materialize",
     "slots",
     "state_bytes",
+    "wants_decoder",
 ]

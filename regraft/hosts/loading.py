@@ -90,6 +90,16 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     return model
 
 
+def wants_decoder(*paths: str | Path | None) -> None:
+    """RegraftError when a model does not read text from left to right; None stands for no model."""
+    for path in paths:
+        checkpoint = Checkpoint.open(path) if path else None
+        if checkpoint and not checkpoint.anatomy.host(checkpoint.config).causal:
+            raise RegraftError(
+                f"'{path}' is a {checkpoint.anatomy.family}, which does not continue text: give a decoder"
+            )
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer beside a model; RegraftError when there is none."""
     folder = Checkpoint.open(path).path

@@ -120,6 +120,8 @@ def grow(
     from ..growing import Growth
     from ..progress import Ticker
 
+    if Path(out).resolve() == Path(source).resolve():
+        raise RegraftError(f"'{out}' is the source, which the result is checked against: choose another output")
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype, seed)

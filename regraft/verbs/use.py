@@ -30,9 +30,10 @@ def evaluate(
         windows: number of windows, spread evenly over the text
         length: tokens per window
     """
-    from .. import evaluation
+    from .. import evaluation, hosts
     from ..progress import Ticker
 
+    hosts.wants_decoder(model, baseline)
     with Ticker() as ticker:
         ticker.start(f"evaluating {model}")
         table = evaluation.evaluate(model, baseline, data, windows, length, lambda d, n: ticker.update(d / n))
@@ -63,6 +64,7 @@ def generate(
     def say(piece: str) -> None:
         print(piece, end="", flush=True)
 
+    hosts.wants_decoder(model)
     loaded = hosts.load(model)
     tokenizer = hosts.load_tokenizer(model)
     result = generating.generate(loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else say)
@@ -88,11 +90,12 @@ def bench(
         lengths: context lengths, such as 1k,4k,16k
         steps: decoding steps behind each median
     """
-    from .. import evaluation
+    from .. import evaluation, hosts
     from ..evals import bench as benching
     from ..progress import Ticker
 
     counts = benching.parse_lengths(lengths)
+    hosts.wants_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
     with Ticker() as ticker:
         ticker.start("bench")
