@@ -4,9 +4,10 @@ Claims, each in one run on one disk: 4 GB of bfloat16 from a source of 2.2 GB in
 time of copying as many bytes file to file (shutil.copyfile of files of the output's sizes, each flushed) and at most
 1.2 GB of anonymous memory; depth growth is no slower than mergekit's passthrough of the same layers and takes no more.
 The source is a Llama of 1.1 B random parameters, made first. Every growth and merge is a process of its own, imports
-included; its anonymous memory is RssAnon, sampled every 10 ms. Ours hashes source and output and flushes the output to
-disk, mergekit does neither. `above` is the peak over a process that has imported regraft and torch, `forecast` what
-the plan says it is at most. Sides take turns --repeats times; the best seconds and the largest memory count.
+included; its anonymous memory is RssAnon, sampled every 20 ms. Ours hashes source and output and flushes the output to
+disk, mergekit does neither. `above` is the peak over a process that has done the imports, `forecast` what the
+plan says it is at most. Sides take turns --repeats times; medians of seconds and the largest memory count. Seconds of
+processor time stand beside seconds on the clock: far fewer of them mean a disk that waits or a core that others use.
 mergekit: python3 -m venv MK && MK/bin/pip install torch==2.13.0 mergekit==0.1.5
 Run: python benchmarks/grow_speed.py [--dir DIR] [--mergekit MK] [--repeats 3] [--small] [--json FILE]
 """
@@ -17,7 +18,9 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +33,7 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 
          "num_hidden_layers": 22, "vocab_size": 32000}  # fmt: skip
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2,
          "num_hidden_layers": 8, "vocab_size": 32000}  # fmt: skip
-IMPORTS = "import torch; from regraft.checkpoint import Checkpoint; from regraft.steps.deepen import Deepen"
+IMPORTS = "from regraft.checkpoint import Checkpoint; from regraft.growing import Growth"
 SILENT = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]
 Row = dict[str, Any]
 
@@ -47,7 +50,8 @@ def make_source(folder: Path, shape: dict[str, int]) -> None:
     folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
     torch.manual_seed(0)
-    places, total, quarter = {}, 0, -(-len(names) // 4)
+    places: dict[str, str] = {}
+    total, quarter = 0, -(-len(names) // 4)
     for number in range(4):
         file = f"model-{number + 1:05d}-of-00004.safetensors"
         mine = list(names)[number * quarter : (number + 1) * quarter]
@@ -69,33 +73,41 @@ def anonymous(process: int) -> int:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Run a command: seconds and the largest RssAnon of its process."""
+    """Run a command: seconds on the clock and of processors, and the largest RssAnon of its process."""
     os.sync()
-    begin, peak = time.perf_counter(), 0
+    begin, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
-            time.sleep(0.01)
+            time.sleep(0.02)
         seconds = time.perf_counter() - begin
         if process.returncode:
             said.seek(0)
             raise SystemExit(f"{command} ended with {process.returncode}: {said.read().decode()[-2000:]}")
-    return {"seconds": seconds, "peak": peak}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "processor": processor, "peak": peak}
 
 
-def copied(files: list[Path], folder: Path) -> float:
-    """Seconds to copy files into a folder, each flushed to disk."""
+def copied(files: list[Path], folder: Path) -> dict[str, float]:
+    """Copy files into a folder, each flushed to disk: seconds on the clock and of processors."""
     folder.mkdir()
     os.sync()
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     for file in files:
         shutil.copyfile(file, folder / file.name)
         with open(folder / file.name, "rb") as stream:
             os.fsync(stream.fileno())
-    seconds = time.perf_counter() - begin
+    row = {"seconds": time.perf_counter() - begin, "processor": time.process_time() - used}
     shutil.rmtree(folder)
-    return seconds
+    return row
+
+
+def together(runs: list[dict[str, float]]) -> Row:
+    """Several runs of one side as one row: median times, all seconds, the largest memory."""
+    row: Row = {name: statistics.median(run[name] for run in runs) for name in ("seconds", "processor")}
+    return row | {"all_seconds": [run["seconds"] for run in runs], "peak": max(run.get("peak", 0) for run in runs)}
 
 
 def weights(folder: Path) -> list[Path]:
@@ -108,19 +120,19 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in weights(folder))
 
 
-def grow_command(source: Path, out: Path, sizes: dict[str, int]) -> list[str]:
-    """`regraft grow` to sizes."""
+def command(source: Path, out: Path, sizes: Row) -> list[str]:
+    """What `regraft grow` computes and writes, without its command line and what it measures at step 0."""
+    grown = f"Growth(**{sizes!r})(Checkpoint.open({str(source)!r}))"
+    return [sys.executable, "-c", f"{IMPORTS}; {grown}.save({str(out)!r}, shard_bytes={SHARD})"]
+
+
+def command_line(source: Path, out: Path, sizes: Row) -> list[str]:
+    """`regraft grow` itself."""
     flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     return [sys.executable, "-m", "regraft", "grow", str(source), str(out), *flags]
 
 
-def deepen_command(source: Path, out: Path, layers: int, how: str) -> list[str]:
-    """Depth growth without what `regraft grow` measures besides, the loss at step 0."""
-    save = f"Deepen({layers}, {how!r})(Checkpoint.open({str(source)!r})).save({str(out)!r}, shard_bytes={SHARD})"
-    return [sys.executable, "-c", f"{IMPORTS}; {save}"]
-
-
-def forecast(source: Path, sizes: dict[str, int]) -> int:
+def forecast(source: Path, sizes: Row) -> int:
     """What the plan says about memory."""
     from regraft.checkpoint import Checkpoint
     from regraft.growing import Growth
@@ -130,28 +142,24 @@ def forecast(source: Path, sizes: dict[str, int]) -> int:
     return Plan.of(opened, Growth(**sizes)(opened)).peak_bytes
 
 
-def grow_against_copy(sizes: dict[str, int], source: Path, folder: Path, repeats: int) -> Row:
-    """The first claim: copy and growth taking turns."""
+def grow_against_copy(sizes: Row, source: Path, folder: Path, repeats: int) -> Row:
+    """The first claim: copy, growth and the command line taking turns."""
     out = folder / "out"
-    growths, copies = [], []
+    runs: dict[str, list[dict[str, float]]] = {"copy": [], "grow": [], "command_line": []}
     for _ in range(repeats):
-        shutil.rmtree(out, ignore_errors=True)
-        growths.append(measured(grow_command(source, out, sizes)))
-        copies.append(copied(weights(out), folder / "copy"))
-    written = size_of(out)
-    shutil.rmtree(out)
-    imported = measured([sys.executable, "-c", f"{IMPORTS}; import regraft.verbs, time; time.sleep(0.3)"])["peak"]
-    seconds, peak = [row["seconds"] for row in growths], max(row["peak"] for row in growths)
-    return {
-        "sizes": sizes,
-        "bytes": written,
-        "copy_seconds": copies,
-        "grow_seconds": seconds,
-        "ratio": min(seconds) / min(copies),
-        "peak": peak,
-        "above": peak - imported,
-        "forecast": forecast(source, sizes),
-    }
+        runs["command_line"].append(measured(command_line(source, out, sizes)))
+        shutil.rmtree(out)
+        runs["grow"].append(measured(command(source, out, sizes)))
+        runs["copy"].append(copied(weights(out), folder / "copy"))
+        written = size_of(out)
+        shutil.rmtree(out)
+    imported = measured([sys.executable, "-c", f"{IMPORTS}; import time; time.sleep(0.3)"])["peak"]
+    row: Row = {"sizes": sizes, "bytes": written} | {side: together(found) for side, found in runs.items()}
+    row["ratio"] = row["grow"]["seconds"] / row["copy"]["seconds"]
+    row["ratios"] = [
+        ours / theirs for ours, theirs in zip(row["grow"]["all_seconds"], row["copy"]["all_seconds"], strict=True)
+    ]
+    return row | {"above": row["grow"]["peak"] - imported, "forecast": forecast(source, sizes)}
 
 
 def inserted(layers: int, target: int) -> list[Row]:
@@ -166,7 +174,8 @@ def inserted(layers: int, target: int) -> list[Row]:
 
 def joined(layers: int, target: int) -> list[Row]:
     """mergekit's slices for two overlapping copies (SOLAR)."""
-    return [{"layer_range": [0, -(-target // 2)]}, {"layer_range": [layers - target // 2, layers]}]
+    lower: Row = {"layer_range": [0, -(-target // 2)]}
+    return [lower, {"layer_range": [layers - target // 2, layers]}]
 
 
 def merge_command(slices: list[Row], source: Path, folder: Path, venv: Path) -> list[str]:
@@ -178,9 +187,7 @@ def merge_command(slices: list[Row], source: Path, folder: Path, venv: Path) -> 
     return [str(venv / "bin" / "mergekit-yaml"), str(file), str(folder / "merged"), *options]
 
 
-def depth_against_mergekit(
-    how: str, slices: list[Row], target: int, source: Path, folder: Path, venv: Path, repeats: int
-) -> Row:
+def depth_against_mergekit(sizes: Row, slices: list[Row], source: Path, folder: Path, venv: Path, repeats: int) -> Row:
     """The second claim: both taking turns; whether the outputs hold the same numbers."""
     out, merged = folder / "out", folder / "merged"
     ours, theirs = [], []
@@ -188,13 +195,11 @@ def depth_against_mergekit(
         for place in (out, merged):
             shutil.rmtree(place, ignore_errors=True)
         theirs.append(measured(merge_command(slices, source, folder, venv)))
-        ours.append(measured(deepen_command(source, out, target, how)))
-    row = {"how": how, "layers": target, "bytes": size_of(out), "equal": equal(out, merged)}
+        ours.append(measured(command(source, out, sizes)))
+    row = {"sizes": sizes, "bytes": size_of(out), "equal": equal(out, merged)}
     for place in (out, merged):
         shutil.rmtree(place)
-    for side, runs in (("ours", ours), ("mergekit", theirs)):
-        row[side] = {"seconds": [run["seconds"] for run in runs], "peak": max(run["peak"] for run in runs)}
-    return row
+    return row | {"ours": together(ours), "mergekit": together(theirs)}
 
 
 def equal(left: Path, right: Path) -> bool:
@@ -207,23 +212,24 @@ def equal(left: Path, right: Path) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name].read(), second[name].read()) for name in first)
 
 
+def told(row: Row) -> str:
+    """Times and memory of one side."""
+    memory = f", {row['peak'] / 1e6:.0f} MB" if row["peak"] else ""
+    return f"{row['seconds']:.1f} s ({row['processor']:.1f} s of processor){memory}"
+
+
 def show(result: Row) -> None:
     """The results in lines."""
     row = result["copy"]
     print(f"{result['cores']} core; source {result['source_bytes'] / 1e9:.2f} GB, shards of {SHARD / 1e6:.0f} MB")
-    print(f"regraft grow {row['sizes']}: {row['bytes'] / 1e9:.2f} GB")
-    print(f"  copy {min(row['copy_seconds']):.1f} s, grow {min(row['grow_seconds']):.1f} s, ratio {row['ratio']:.2f}")
-    print(f"  RssAnon {row['peak'] / 1e6:.0f} MB, {row['above'] / 1e6:.0f} above imports; forecast at most", end=" ")
-    print(f"{row['forecast'] / 1e6:.0f}")
+    print(f"grow to {row['sizes']}, {row['bytes'] / 1e9:.2f} GB: {told(row['grow'])}; copy {told(row['copy'])}")
+    print(f"  ratio {row['ratio']:.2f}, of each turn {', '.join(f'{ratio:.2f}' for ratio in row['ratios'])}")
+    print(f"  memory above imports {row['above'] / 1e6:.0f} MB, forecast at most {row['forecast'] / 1e6:.0f} MB")
+    print(f"  the whole command line: {told(row['command_line'])}")
     for row in result.get("mergekit", []):
-        sides = [f"{side} {min(row[side]['seconds']):.1f} s, {row[side]['peak'] / 1e6:.0f} MB" for side in SIDES]
         same = "equal" if row["equal"] else "different"
-        print(
-            f"{row['how']} to {row['layers']} layers, {row['bytes'] / 1e9:.2f} GB, {same} tensors: {'; '.join(sides)}"
-        )
-
-
-SIDES = ("ours", "mergekit")
+        print(f"{row['sizes']}, {row['bytes'] / 1e9:.2f} GB, {same} tensors: ", end="")
+        print(f"ours {told(row['ours'])}; mergekit {told(row['mergekit'])}")
 
 
 def main() -> None:
@@ -249,7 +255,9 @@ def main() -> None:
             ways = {"upscale": joined(old, target), "llama_pro": inserted(old, target)}
             ways["identity"] = ways["llama_pro"]  # as many layers and bytes; ours draws random maps, so not equal
             result["mergekit"] = [
-                depth_against_mergekit(how, slices, target, source, folder, options.mergekit, options.repeats)
+                depth_against_mergekit(
+                    {"layers": target, "depth_how": how}, slices, source, folder, options.mergekit, options.repeats
+                )
                 for how, slices in ways.items()
             ]
     show(result)
