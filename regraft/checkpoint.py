@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -164,12 +165,15 @@ class Checkpoint:
         Tensors are computed and written one after the other. After Ctrl-C or a kill the same call goes on from the
         shards that were finished. RegraftError when `path` exists and not `overwrite`, or on a full disk.
         """
-        mark = None if self.in_memory else lineage.fingerprint(self, shard_bytes)
-        with writing.new_directory(Path(path), overwrite, mark) as partial:
+        sidecars = sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()})
+        with (
+            ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
+            writing.new_directory(Path(path), overwrite, self._mark(shard_bytes, background)) as partial,
+        ):
             folder = partial.path
             filed = {self.anatomy.in_file(self.names[key]): lazy for key, lazy in self.tensors.items()}
             writing.write_weights(partial, filed, shard_bytes)
-            for file in sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}):
+            for file in sidecars:
                 shutil.copyfile(file, folder / file.name)
             storage.write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.extras(str(folder), self.config)
@@ -177,6 +181,9 @@ class Checkpoint:
             index = [folder / storage.INDEX] if (folder / storage.INDEX).exists() else []
             small = {file.name: storage.sha256(file) for file in [*index, folder / "config.json"]}
             storage.write_json(folder / lineage.FILE, lineage.record(self, partial.done | small))
+
+    def _mark(self, shard_bytes: int, background: ThreadPoolExecutor) -> Callable[[], str] | None:
+        return None if self.in_memory else background.submit(lineage.fingerprint, self, shard_bytes).result
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:

@@ -15,24 +15,24 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import storage
+from .direct import Direct
 from .errors import RegraftError
 
 if TYPE_CHECKING:
     from .checkpoint import Lazy
 
 STATE = ".regraft.json"
-CHUNK = 4 << 20
 NAMES = {dtype: name for name, dtype in storage.DTYPES.items()}
 # safetensors' own order in a file: wide types first, then by name; tensors stay aligned.
 ORDER = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -46,44 +46,46 @@ class Partial:
     """A directory that is being filled. `done`: the sha256 of every finished file, those of an earlier run included."""
 
     path: Path
-    fingerprint: str | None = None
+    fingerprint: Callable[[], str] | None = None
     done: dict[str, str] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Keep the files that an earlier run of the same fingerprint finished; remove everything else."""
-        known = self._known() if self.fingerprint else {}
+        known = self._known(self.fingerprint) if self.fingerprint else {}
         self.done = {name: digest for name, digest in known.items() if (self.path / name).is_file()}
         for path in self.path.iterdir():
             if path.name not in self.done:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if self.done:
+        if self.done and self.fingerprint:
             log.info("going on in %s: %d files are finished", self.path, len(self.done))
-            self._note()
+            self._note(self.fingerprint())
 
     def finish(self, name: str, digest: str) -> None:
         """Flush `name`.part to disk, note its hash, and give it its name."""
         _sync(self.path / f"{name}.part")
         self.done[name] = digest
         if self.fingerprint:
-            self._note()
+            self._note(self.fingerprint())
         (self.path / f"{name}.part").rename(self.path / name)
 
-    def _known(self) -> dict[str, str]:
+    def _known(self, fingerprint: Callable[[], str]) -> dict[str, str]:
         try:
             state = json.loads((self.path / STATE).read_bytes())
-            return dict(state["files"]) if state["fingerprint"] == self.fingerprint else {}
+            return dict(state["files"]) if state["fingerprint"] == fingerprint() else {}
         except (OSError, ValueError, TypeError, KeyError):
             return {}
 
-    def _note(self) -> None:
+    def _note(self, fingerprint: str) -> None:
         file = self.path / f"{STATE}.part"
-        storage.write_json(file, {"fingerprint": self.fingerprint, "files": self.done})
+        storage.write_json(file, {"fingerprint": fingerprint, "files": self.done})
         _sync(file)
         file.rename(self.path / STATE)
 
 
 @contextmanager
-def new_directory(target: Path, overwrite: bool = False, fingerprint: str | None = None) -> Iterator[Partial]:
+def new_directory(
+    target: Path, overwrite: bool = False, fingerprint: Callable[[], str] | None = None
+) -> Iterator[Partial]:
     """A hidden sibling to fill, which becomes `target` when the block ends well.
 
     When it does not, everything written is removed and its space given back, except after Ctrl-C (or a kill) of a run
@@ -165,17 +167,17 @@ def _sync(path: Path) -> None:
 def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> None:
     """Write safetensors shards of at most `limit` bytes, or of one tensor; finished ones are left as they are.
 
-    Two tensors are in memory at a time: while one is computed, the one before is hashed and written, and the shard
-    before is flushed to disk.
+    Two tensors are in memory at a time: while one is computed, the one before is hashed and written past the page
+    cache, and the shard before is flushed to disk.
     """
     groups = storage.shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
     left = [(file, names) for file, names in zip(files, groups, strict=True) if file not in partial.done]
     _check_space(partial.path, sum(tensors[name].bytes for _, names in left for name in names))
-    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as finisher:
+    with ThreadPoolExecutor(2) as workers, ThreadPoolExecutor(1) as finisher, _fewer_threads():
         last: Future[None] | None = None
         for file, names in left:
-            digest = _write_shard(partial.path / f"{file}.part", {name: tensors[name] for name in names}, writer)
+            digest = _write_shard(partial.path / f"{file}.part", {name: tensors[name] for name in names}, workers)
             if last:
                 last.result()
             last = finisher.submit(partial.finish, file, digest)
@@ -185,6 +187,17 @@ def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> 
         total = sum(lazy.bytes for lazy in tensors.values())
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         storage.write_json(partial.path / storage.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+@contextmanager
+def _fewer_threads() -> Iterator[None]:
+    """Leave a core to hashing and writing: threads that compute in step wait for the slowest of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def shard_name(number: int, count: int) -> str:
@@ -212,18 +225,21 @@ def file_head(tensors: Mapping[str, Lazy]) -> tuple[bytes, list[str]]:
     return len(text).to_bytes(8, "little") + text, order
 
 
-def _write_shard(file: Path, tensors: Mapping[str, Lazy], writer: ThreadPoolExecutor) -> str:
+def _write_shard(file: Path, tensors: Mapping[str, Lazy], workers: ThreadPoolExecutor) -> str:
     """Write one file; its sha256."""
     head, order = file_head(tensors)
     digest = hashlib.sha256()
-    with open(file, "wb") as stream:
-        last = writer.submit(_put, stream, digest, memoryview(head))
-        for name in order:
-            data = _bytes_of(name, tensors[name])
-            last.result()
-            last = writer.submit(_put, stream, digest, data)
-            del data
-        last.result()
+    with Direct(file) as stream:
+        last = _put(memoryview(head), stream, digest, workers)
+        try:
+            for name in order:
+                data = _bytes_of(name, tensors[name])
+                _settled(last)
+                last = _put(data, stream, digest, workers)
+                del data
+        finally:
+            wait(last)
+        _settled(last)
     return digest.hexdigest()
 
 
@@ -237,8 +253,10 @@ def _bytes_of(name: str, lazy: Lazy) -> memoryview:
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _put(stream: BinaryIO, digest: hashlib._Hash, data: memoryview) -> None:
-    for begin in range(0, len(data), CHUNK):
-        chunk = data[begin : begin + CHUNK]
-        digest.update(chunk)
-        stream.write(chunk)
+def _put(data: memoryview, stream: Direct, digest: hashlib._Hash, workers: ThreadPoolExecutor) -> list[Future[None]]:
+    return [workers.submit(stream.write, data), workers.submit(digest.update, data)]
+
+
+def _settled(futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft import lineage, storage, writing
 from regraft.checkpoint import Checkpoint, Lazy, Story
+from regraft.direct import ROOM, Direct
 from regraft.errors import RegraftError
 from regraft.plan import OVERHEAD, Plan, writing_bytes
 from regraft.steps.deepen import Deepen
@@ -321,3 +323,38 @@ def test_forecast_counts_what_is_made(source: Path) -> None:
     assert writing_bytes(opened, opened) == OVERHEAD == writing_bytes(opened, Deepen(6, how="upscale")(opened))
     wider = Widen(hidden=72, how="tile")(opened)
     assert Plan.of(opened, wider).peak_bytes == OVERHEAD + 5 * 4 * 97 * 72
+
+
+def put(file: Path, pieces: list[bytes]) -> None:
+    with Direct(file) as stream:
+        for piece in pieces:
+            stream.write(piece)
+
+
+@pytest.mark.parametrize("size", [0, 1, ROOM - 1, ROOM, ROOM + 5, 2 * ROOM + 4097])
+def test_files_past_the_page_cache_hold_every_byte(size: int, tmp_path: Path) -> None:
+    data = random.Random(size).randbytes(size)
+    put(tmp_path / "out", [data[:1000], data[1000:1007], data[1007:]])
+    assert (tmp_path / "out").read_bytes() == data
+
+
+@pytest.mark.parametrize("call", ["open", "write"])
+def test_a_system_that_refuses_direct_writing_gets_ordinary_writing(call: str, tmp_path: Path, monkeypatch) -> None:
+    real, refused = getattr(os, call), []
+
+    def refusing(target, argument, *rest):
+        flags = argument if call == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            refused.append(target)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(target, argument, *rest)
+
+    data = random.Random(0).randbytes(ROOM + 3)
+    monkeypatch.setattr(os, call, refusing)
+    put(tmp_path / "out", [data])
+    assert len(refused) == 1 and (tmp_path / "out").read_bytes() == data
+
+
+def test_a_full_disk_is_not_taken_for_a_refusal() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        put(Path("/dev/full"), [bytes(ROOM)])

@@ -19,7 +19,7 @@ PUBLIC = [file for file in FILES if not file.name.startswith("__")]
 # Lower layers first; a module may import only modules of its own layer or of lower ones.
 LAYERS = (
     ("errors",),
-    ("axes", "storage", "progress"),
+    ("axes", "storage", "direct", "progress"),
     ("parts",),
     ("writing",),
     ("anatomy", "gguf", "lineage", "mixers", "text"),

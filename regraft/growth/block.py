@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..axes import Expansion
 
-SAMPLE = 65536  # entries that a tensor's standard deviation is estimated from
+SAMPLE = 65536  # entries that a tensor's standard deviation is estimated from, in runs of RUN
+RUN = 64
 BLOCK = 1 << 18  # entries of noise that are drawn at a time
 
 
@@ -46,9 +47,15 @@ class Draw:
     def uniform(self, shape: Sequence[int], std: float, dtype: torch.dtype) -> Tensor:
         """Uniform, mean zero, standard deviation `std`: as good a start as a normal one and many times quicker."""
         count = math.prod(shape)
-        words = self.bits.integers(0, 2**32, -(-count // 2), np.uint32)
+        words = self.bits.integers(0, 2**64 - 1, -(-count // 4), np.uint64, endpoint=True)
         raw = torch.from_numpy(words.view(np.int16)[:count])
         return raw.to(dtype).mul_(std * math.sqrt(3) / 32768).reshape(tuple(shape))
+
+    def fill(self, out: Tensor, std: float) -> None:
+        """`uniform` into a matrix (rows, entries), a block at a time."""
+        for rows in out.split(max(1, BLOCK // max(1, out.shape[1]))):
+            for block in rows.split(BLOCK, 1):
+                block.copy_(self.uniform(block.shape, std, out.dtype))
 
     def rotation(self, size: int) -> Tensor:
         """A random orthogonal matrix (size, size), float64; their sequence does not depend on other draws."""
@@ -64,7 +71,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def spread_of(value: Tensor) -> float:
     """Standard deviation, from at most SAMPLE entries evenly spaced; 1 when there is none."""
     flat = value.reshape(-1)
-    std = float(flat[:: max(1, flat.numel() // SAMPLE)].float().std()) if flat.numel() > 1 else 0.0
+    if flat.numel() > SAMPLE:  # runs of neighbours, for every far jump costs a page
+        flat = flat[: flat.numel() // RUN * RUN].view(-1, RUN)[:: max(1, flat.numel() // SAMPLE)]
+    std = float(flat.float().std()) if flat.numel() > 1 else 0.0
     return std or 1.0
 
 
@@ -115,11 +124,14 @@ def grow_moment(value: Tensor, sides: Sequence[Side], factor: float, power: int)
 
 
 def _behind(value: Tensor, sides: Sequence[Side]) -> Tensor:
-    """Old values in front, zeros behind, on all axes at once."""
+    """Old values in front, on all axes at once; zeros behind where nothing else will be filled in."""
     shape = list(value.shape)
     for side in sides:
         shape[side.axis] = side.expansion.new
-    out = value.new_zeros(shape)
+    out = value.new_empty(shape)
+    for side in sides:
+        if side.fresh not in ("free", "one") and len(side.expansion.fresh):
+            out.narrow(side.axis, side.expansion.old, side.expansion.new - side.expansion.old).zero_()
     out[tuple(slice(0, size) for size in value.shape)] = value
     return out
 
@@ -150,13 +162,12 @@ def _fill(out: Tensor, side: Side, std: float, draw: Draw) -> None:
     if side.fresh == "one":
         out.index_fill_(side.axis, fresh, 1)
     elif side.fresh == "free":
-        shape = list(out.shape)
-        shape[side.axis] = len(fresh)
-        values = draw.uniform(shape, std, out.dtype)
+        flat = out.view(-1, *out.shape[side.axis :])
         if int(fresh[-1]) - int(fresh[0]) + 1 == len(fresh):
-            out.narrow(side.axis, int(fresh[0]), len(fresh)).copy_(values)
+            draw.fill(flat.narrow(1, int(fresh[0]), len(fresh)).flatten(1), std)
         else:
-            out.index_copy_(side.axis, fresh, values)
+            shape = [flat.shape[0], len(fresh), *flat.shape[2:]]
+            flat.index_copy_(1, fresh, draw.uniform(shape, std, out.dtype))
     if side.expansion.pairs:
         first, second = side.expansion.twin()
         sign = -1 if side.reads else 1
@@ -177,8 +188,8 @@ def _silent(noise: Tensor, side: Side) -> Tensor:
 
 
 def _rows(value: Tensor) -> int:
-    """Rows that are worked on at a time, so that copies stay small; even, for random numbers come in pairs."""
-    return max(2, BLOCK // max(1, value[0].numel()) // 2 * 2)
+    """Rows that are worked on at a time, so that copies stay small."""
+    return max(1, BLOCK // max(1, value[0].numel()))
 
 
 def _settle(out: Tensor, sides: Sequence[Side]) -> None:
