@@ -42,8 +42,9 @@ def training_rows(texts: Sequence[Text], tokenizer: Any) -> Callable[[int], Pack
         for packed, text in zip(packs, texts, strict=True):
             count = max(1, int(scale * text.share))
             chosen.append(packed[torch.linspace(0, len(packed) - 1, count).round().long()])
-        parts = [[getattr(packed, field.name) for packed in chosen] for field in dataclasses.fields(Packed)]
-        return Packed(*(torch.cat(part) for part in parts))
+        parts = ("input_ids", "position_ids", "bytes")
+        whole: dict[str, Any] = {name: torch.cat([getattr(packed, name) for packed in chosen]) for name in parts}
+        return dataclasses.replace(chosen[0], **whole)
 
     return rows
 

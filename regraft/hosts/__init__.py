@@ -1,7 +1,18 @@
 """Runnable models: a stock decoder with mixers in its attention slots."""
 
 from .configuration_regraft import STATE_LAYER, RegraftConfig
-from .loading import branch, example, load, load_tokenizer, materialize, slots, wants_decoder
+from .loading import (
+    branch,
+    example,
+    fresh,
+    from_files,
+    in_files,
+    load,
+    load_tokenizer,
+    materialize,
+    slots,
+    wants_decoder,
+)
 from .modeling_regraft import RegraftForCausalLM
 from .states import MixerState, state_bytes
 
@@ -12,6 +23,9 @@ __all__ = [
     "RegraftForCausalLM",
     "branch",
     "example",
+    "fresh",
+    "from_files",
+    "in_files",
     "load",
     "load_tokenizer",
     "materialize",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
+from ..anatomy import find
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..mixers.gated import Gated
@@ -45,15 +48,55 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
 
 def stock(checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:
     """(model of transformers' own class, names without a counterpart); the library renames and fuses what it must."""
-    fields = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
-    config = AutoConfig.for_model(checkpoint.config["model_type"], **fields)
-    name = (checkpoint.config.get("architectures") or [""])[0]
-    auto = AutoModelForCausalLM if checkpoint.anatomy.causal else AutoModel
-    kind: Any = getattr(transformers, name, None) or auto._model_mapping[type(config)]
+    kind, config = stock_class(checkpoint.config)
+    return filled(kind, config, values, dtype)
+
+
+def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
+    """(class, config) of a stock model: the class that the config's `architectures` names, or its family's default."""
+    plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+    causal = find(fields).causal
+    config = AutoConfig.for_model(fields["model_type"], **plain)
+    auto = AutoModelForCausalLM if causal else AutoModel
+    name = (fields.get("architectures") or [""])[0]
+    return getattr(transformers, name, None) or auto._model_mapping[type(config)], config
+
+
+def filled(kind: Any, config: Any, values: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """(model of a stock class with these values by their names in files, names without a counterpart)."""
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with silent():
-        model, info = kind.from_pretrained(None, state_dict=values, **options)
+        model, info = kind.from_pretrained(None, state_dict=dict(values), **options)
     return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | set(info["mismatched_keys"])
+
+
+def fresh(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
+    """A new float32 model of a stock config (the mapping in a config.json) with transformers' own random start.
+
+    In eval mode; the same seed gives the same weights, and the global random numbers stay where they are.
+    """
+    kind, made = stock_class(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = kind(made)
+    model.config.architectures = [kind.__name__]
+    return model.float().eval()
+
+
+def in_files(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameter name of a running model -> by the names that its checkpoint has."""
+    if isinstance(model, RegraftForCausalLM):
+        return dict(values)
+    canonical = find(model.config.to_dict()).canonical
+    return {canonical(name): value for name, value in revert_weight_conversion(model, dict(values)).items()}
+
+
+def from_files(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `in_files`; names that the model has and `values` lack are left out."""
+    if isinstance(model, RegraftForCausalLM):
+        return dict(values)
+    twin, lost = filled(type(model), copy.deepcopy(model.config), values, torch.float32)
+    return {name: parameter.data for name, parameter in twin.named_parameters() if name not in lost}
 
 
 @contextmanager

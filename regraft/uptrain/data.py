@@ -1,14 +1,16 @@
-"""Text to token windows: documents packed into rows, positions restarting at every document."""
+"""Text to token windows: documents packed into rows, positions restarting at every document; images with labels."""
 
 from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -19,22 +21,93 @@ SUFFIXES = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class Packed:
-    """Token rows: input_ids and position_ids (rows, length); `bytes`: UTF-8 bytes of each row's text, (rows,)."""
+    """Token rows: input_ids and position_ids (rows, length); `bytes`: UTF-8 bytes of each row's text, (rows,).
+
+    `mask`: the tokenizer's mask token, None when it has none; `special`: its tokens that stand for no text.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     bytes: Tensor
+    mask: int | None = None
+    special: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def __getitem__(self, rows: Any) -> Packed:
-        return Packed(self.input_ids[rows], self.position_ids[rows], self.bytes[rows])
+        return replace(
+            self, input_ids=self.input_ids[rows], position_ids=self.position_ids[rows], bytes=self.bytes[rows]
+        )
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self.input_ids.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.input_ids.device
 
     def segments(self) -> Tensor | None:
         """Document index of every token (rows, length), None when each row is one document."""
         restart = self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1
         return torch.nn.functional.pad(restart.long().cumsum(1), (1, 0)) if bool(restart.any()) else None
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: pixel_values (n, channels, height, width) float32, as the model takes them; labels (n,) long."""
+
+    pixel_values: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def __getitem__(self, rows: Any) -> Images:
+        return Images(self.pixel_values[rows], self.labels[rows])
+
+    @property
+    def tokens(self) -> int:
+        """How many images there are: what a stage's budget counts."""
+        return len(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.pixel_values.device
+
+
+def read_images(path: str | Path) -> Images:
+    """Images of a .npz file: `pixel_values` (n, channels, height, width) of floats and `labels` (n,) of whole numbers.
+
+    Raises RegraftError on a missing file, one that is no .npz, a missing array, a wrong shape or kind of number.
+    """
+    if Path(path).suffix != ".npz":
+        raise RegraftError(f"cannot read '{path}' as images: give a .npz file with pixel_values and labels")
+    if not Path(path).is_file():
+        raise RegraftError(f"no images at '{path}': give a .npz file with pixel_values and labels")
+    try:
+        with numpy.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("pixel_values", "labels") if name in file.files}
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise RegraftError(f"'{path}' is no readable .npz file ({error}): save it again with numpy.savez") from error
+    if lost := [name for name in ("pixel_values", "labels") if name not in arrays]:
+        raise RegraftError(f"'{path}' has no array '{lost[0]}': it needs pixel_values and labels")
+    pixels, labels = arrays["pixel_values"], arrays["labels"]
+    if pixels.ndim != 4 or pixels.dtype.kind != "f":
+        raise RegraftError(
+            f"pixel_values in '{path}' are {pixels.dtype} {list(pixels.shape)}: they must be floats (n, channels, "
+            "height, width), normalised as the model's image processor does it"
+        )
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+        raise RegraftError(
+            f"labels in '{path}' are {labels.dtype} {list(labels.shape)}: they must be one whole number for each of "
+            f"the {len(pixels)} images"
+        )
+    return Images(torch.from_numpy(pixels.astype("float32")), torch.from_numpy(labels.astype("int64")))
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -77,7 +150,8 @@ def _json_lines(file: Path, text: str) -> Iterator[str]:
 
 
 def _tokens(documents: list[str], tokenizer: Any) -> list[list[int]]:
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else getattr(tokenizer, "sep_token_id", None)
+    end = [last] if last is not None else []
     encoded: list[list[int]] = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     return [ids + end for ids in encoded]
 
@@ -98,7 +172,8 @@ def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
     ids, positions = ids[: count * length].view(count, length), positions[: count * length].view(count, length)
     first_of_document = torch.where(positions <= torch.arange(length), torch.arange(length) - positions, 0)
     positions = torch.arange(length) - first_of_document.cummax(1).values
-    return Packed(ids, positions, _bytes(ids, tokenizer))
+    mask, special = getattr(tokenizer, "mask_token_id", None), getattr(tokenizer, "all_special_ids", ())
+    return Packed(ids, positions, _bytes(ids, tokenizer), mask, tuple(special))
 
 
 def long_windows(documents: list[str], tokenizer: Any, length: int) -> Packed:

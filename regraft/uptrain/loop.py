@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..errors import RegraftError
+from ..hosts.modeling_regraft import RegraftForCausalLM
 from .data import Packed, shuffled
+from .objectives import Rows, headed, loss
 from .resume import RunState, load_state, save_state
-from .stages import Stage, align_step, distil_step, finite, next_step, parameter_groups
+from .stages import Stage, align_step, distil_step, finite, parameter_groups
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
@@ -35,7 +37,7 @@ class Run:
 
     model: PreTrainedModel
     stages: Sequence[Stage]
-    rows: Callable[[int], Packed]
+    rows: Callable[[int], Rows]
     out: Path
     teacher: PreTrainedModel | None = None
     teacher_slots: Sequence[nn.Module] = ()
@@ -70,13 +72,28 @@ def train(run: Run) -> dict[str, Any]:
     belongs to other settings, when a stage lacks its teacher, or when a loss is not finite.
     """
     for stage in run.stages:
-        if stage.kind in ("align", "distil") and run.teacher is None:
-            raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
+        possible(run, stage)
     state = load_state(run.out, run.model, settings(run))
     state.trim_metrics(run.out / "metrics.jsonl")
     for index in range(state.stage, len(run.stages)):
         train_stage(run, state, index)
     return {"stages": state.ledger, **totals(state.ledger)}
+
+
+def possible(run: Run, stage: Stage) -> None:
+    """RegraftError when the model has no head for a stage, no mixers to align, or no fitting teacher."""
+    headed(run.model, stage.objective)
+    if stage.kind == "align" and not isinstance(run.model, RegraftForCausalLM):
+        raise RegraftError(f"stage 'align' fits mixers, which a {type(run.model).__name__} has not: linearize it first")
+    if stage.kind in ("align", "distil"):
+        if run.teacher is None:
+            raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
+        headed(run.teacher, "next")
+        if run.teacher.config.vocab_size != run.model.config.vocab_size:
+            raise RegraftError(
+                f"the teacher has {run.teacher.config.vocab_size} tokens, the model {run.model.config.vocab_size}: "
+                "give a teacher with the same tokenizer"
+            )
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -95,7 +112,7 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     if state.tokens:
         stage = dataclasses.replace(stage, tokens=state.tokens)
     if stage.precision == "auto":
-        fast = state.fast if state.fast is not None else bfloat16_is_faster(rows.input_ids.device.type)
+        fast = state.fast if state.fast is not None else bfloat16_is_faster(rows.device.type)
     else:
         fast = stage.precision == "bfloat16"
     state.fast = fast
@@ -111,18 +128,20 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * stage.rate(state.step)
         picked = rows[order[state.step * stage.batch : (state.step + 1) * stage.batch]]
-        loss = counted_step(run, stage, picked, fast, entry)
+        draws = generator(run.seed, index, state.step)
+        value = counted_step(run, stage, picked, fast, entry, draws)
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        entry["tokens"] += picked.input_ids.numel()
+        entry["tokens"] += picked.tokens
         entry["flops"] += entry["flops_per_step"]
         entry["seconds"] += time.monotonic() - tick
         row = {
             "stage": index, "kind": stage.kind, "step": state.step, "tokens": entry["tokens"],
-            "loss": finite(loss, stage, state.step), "grad_norm": float(norm), "lr": stage.rate(state.step - 1) *
-            stage.lr_new, "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
+            "loss": finite(value, stage, state.step), "grad_norm": float(norm),
+            "lr": max(group["lr"] for group in optimizer.param_groups),
+            "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
         }  # fmt: skip
         with (run.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -140,6 +159,11 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     save_state(run.out, run.model, None, state, settings(run))
 
 
+def generator(seed: int, stage: int, step: int) -> torch.Generator:
+    """Random numbers of one step, the same whenever it is run."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + stage) * 1_000_003 + step) % 2**63)
+
+
 def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> Stage:
     """The stage with as many steps as fit into `left` seconds, at least those done, at most those asked for."""
     steps = min(stage.steps, max(state.step, state.step + int(left / per_step)))
@@ -147,20 +171,25 @@ def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> 
     return dataclasses.replace(stage, tokens=state.tokens)
 
 
-def counted_step(run: Run, stage: Stage, rows: Packed, fast: bool, entry: dict[str, Any]) -> float:
+def counted_step(
+    run: Run, stage: Stage, rows: Rows, fast: bool, entry: dict[str, Any], draws: torch.Generator
+) -> float:
     """One forward and backward; the stage's first one is run under PyTorch's FLOP counter."""
     if entry["flops_per_step"]:
-        return one_step(run, stage, rows, fast)
+        return one_step(run, stage, rows, fast, draws)
     with FlopCounterMode(display=False) as counter:
-        loss = one_step(run, stage, rows, fast)
+        loss = one_step(run, stage, rows, fast, draws)
     entry["flops_per_step"] = counter.get_total_flops()
     return loss
 
 
-def one_step(run: Run, stage: Stage, rows: Packed, fast: bool) -> float:
+def one_step(run: Run, stage: Stage, rows: Rows, fast: bool, draws: torch.Generator) -> float:
     """The stage's loss on these rows, backpropagated."""
-    if stage.kind == "next" or run.teacher is None:
-        return next_step(run.model, rows, fast)
+    if stage.kind in ("next", "mask", "image"):
+        value = loss(run.model, stage.objective, rows, fast, draws, stage.mask_share)
+        value.backward()
+        return float(value.detach())
+    assert run.teacher is not None and isinstance(rows, Packed)
     if stage.kind == "align":
         return align_step(run.model, run.teacher, list(run.teacher_slots), rows, fast)
     return distil_step(run.model, run.teacher, rows, fast)

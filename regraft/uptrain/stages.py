@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RegraftError
@@ -20,6 +18,7 @@ from .calibrate import error
 from .capture import LayerRecord, body, recording
 from .data import Packed
 from .kl import head_kl
+from .objectives import Kind, last_hidden
 
 
 @dataclass(frozen=True)
@@ -27,27 +26,34 @@ class Stage:
     """One stage of training.
 
     `kind`: `align` (each mixer matches its teacher layer's output on the teacher's input; mixers only), `distil` (KL to
-    the teacher's full distribution) or `next` (next-token cross-entropy). `tokens`: budget; `length` and `batch`:
-    tokens a row and rows a step. Learning rates: `lr_new` for weights the source does not have, `lr_mixer` for
-    inherited weights inside mixers, `lr_body` for everything else (0 leaves it frozen). `warmup` and `cooldown` are
-    shares of the steps, constant between, linear to zero at the end. `precision`: `float32`, `bfloat16` (autocast; the
-    head stays float32) or `auto` (bfloat16 where this machine multiplies it faster).
+    the teacher's full distribution), `next` (next-token cross-entropy), `mask` (BERT's masked tokens, `mask_share` of
+    them) or `image` (the class). `tokens`: budget; `length` and `batch`: tokens a row and rows a step; for `image` the
+    budget counts images and the length is 1. Learning rates: `lr_new` for weights the source does not have, `lr_mixer`
+    for inherited weights inside mixers, `lr_body` for everything else (0 leaves it frozen; None: 3e-5, or 3e-4 for a
+    model without mixers). `warmup` and `cooldown` are shares of the steps, constant between, linear to zero at the end.
+    Dropout is off. `precision`: `float32`, `bfloat16` (autocast; a decoder's head stays float32) or `auto` (bfloat16
+    where this machine multiplies it faster).
     """
 
-    kind: Literal["align", "distil", "next"]
+    kind: Literal["align", "distil", "next", "mask", "image"]
     tokens: int
     length: int = 1024
     batch: int = 1
     lr_new: float = 1e-3
     lr_mixer: float = 3e-4
-    lr_body: float = 3e-5
+    lr_body: float | None = None
     warmup: float = 0.05
     cooldown: float = 0.5
     weight_decay: float = 0.0
     clip: float = 1.0
     precision: Literal["float32", "bfloat16", "auto"] = "auto"
+    mask_share: float = 0.15
 
     def __post_init__(self) -> None:
+        if self.kind == "image":
+            object.__setattr__(self, "length", 1)
+        if not 0 < self.mask_share <= 1:
+            raise RegraftError(f"mask_share is {self.mask_share}: give a share of the tokens above 0, at most 1")
         if self.tokens < self.length * self.batch:
             step = f"{self.batch} x {self.length}"
             raise RegraftError(f"stage '{self.kind}' has {self.tokens} tokens, less than one step of {step}: give more")
@@ -56,6 +62,11 @@ class Stage:
     def steps(self) -> int:
         """Optimiser steps."""
         return self.tokens // (self.length * self.batch)
+
+    @property
+    def objective(self) -> Kind:
+        """What tells on held-out rows how far the stage has come."""
+        return self.kind if self.kind == "mask" or self.kind == "image" else "next"
 
     def rate(self, step: int) -> float:
         """Learning-rate factor at a step, in (0, 1]."""
@@ -67,14 +78,12 @@ def parameter_groups(model: PreTrainedModel, stage: Stage) -> list[dict[str, obj
     """AdamW groups by origin (new, mixer, body) and by decay: none on gains, biases, gates and decays.
 
     Sets `requires_grad` so that only what the stage trains has gradients. Where a weight came from is read from the
-    mixers' own tables, never from names.
+    mixers' own tables, never from names; a model without mixers is all body.
     """
-    origin: dict[int, tuple[str, bool]] = {}
-    for spec, attention, slot in zip(model.config.mixers, model.config.attention, model.slots(), strict=True):
-        for name, weight in (weights(spec, Attention(**attention)) if spec else {}).items():
-            parameter = slot.mixer.get_parameter(name)
-            origin[id(parameter)] = ("mixer" if weight.source else "new", weight.decay)
-    rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind == "align" else stage.lr_body}
+    mixing = isinstance(model, RegraftForCausalLM)
+    origin = origins(model) if mixing else {}
+    body = stage.lr_body if stage.lr_body is not None else 3e-5 if mixing else 3e-4
+    rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind == "align" else body}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         kind, decay = origin.get(id(parameter), ("body", parameter.ndim > 1))
@@ -95,11 +104,14 @@ def parameter_groups(model: PreTrainedModel, stage: Stage) -> list[dict[str, obj
     ]
 
 
-def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
-    """The decoder's output before the head, (batch, time, hidden) in float32."""
-    run = model.hidden if isinstance(model, RegraftForCausalLM) else partial(model.get_decoder(), use_cache=False)
-    with torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=fast):
-        return run(input_ids=rows.input_ids, position_ids=rows.position_ids).last_hidden_state.float()
+def origins(model: PreTrainedModel) -> dict[int, tuple[str, bool]]:
+    """By identity of every parameter inside a mixer: "mixer" when inherited, else "new", and whether it decays."""
+    found: dict[int, tuple[str, bool]] = {}
+    for spec, attention, slot in zip(model.config.mixers, model.config.attention, model.slots(), strict=True):
+        for name, weight in (weights(spec, Attention(**attention)) if spec else {}).items():
+            parameter = slot.mixer.get_parameter(name)
+            found[id(parameter)] = ("mixer" if weight.source else "new", weight.decay)
+    return found
 
 
 def align_step(
@@ -132,15 +144,6 @@ def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, 
         target = last_hidden(teacher, rows, fast)
     student = last_hidden(model, rows, fast)
     loss = head_kl(student, model.get_output_embeddings(), target, teacher.get_output_embeddings(), fast)
-    loss.backward()
-    return float(loss.detach())
-
-
-def next_step(model: PreTrainedModel, rows: Packed, fast: bool) -> float:
-    """Cross-entropy of the next token within its document, backpropagated; returns it."""
-    logits = model.get_output_embeddings()(last_hidden(model, rows, fast)[:, :-1])
-    labels = rows.input_ids[:, 1:].masked_fill(rows.position_ids[:, 1:] == 0, -100)
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     loss.backward()
     return float(loss.detach())
 
