@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, tiny
+from safetensors.torch import load_file, save_file
 from test_objectives import CLASSIFIERS, images, text
 
+from regraft import hosts, moments
+from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.uptrain import loop
-from regraft.uptrain.objectives import Rows
+from regraft.steps.deepen import Deepen
+from regraft.steps.widen import Widen
+from regraft.uptrain import adam, loop
+from regraft.uptrain.data import shuffled
+from regraft.uptrain.objectives import Rows, loss, measured
 from regraft.uptrain.stages import Stage
 
 FAMILY = {"next": "qwen2", "mask": "bert", "image": "vit", "distil": "gpt2"}
@@ -101,3 +107,110 @@ def test_what_a_model_cannot_do_is_refused(tmp_path: Path) -> None:
         loop.train(loop.Run(model, [stage("align")], lambda length: text(), tmp_path, model))
     with pytest.raises(RegraftError, match="mask_share is 0"):
         stage("mask", mask_share=0)
+
+
+@pytest.mark.parametrize("kind", ["mask", "distil"])
+def test_held_out_rows_are_measured_and_not_counted(kind: str, tmp_path: Path) -> None:
+    stages, heldout = [stage(kind, 5), stage(kind, 2)], text(5)
+    plain, model, ledger = go(tmp_path / "plain", stages)
+    rows, watched, again = go(tmp_path / "watched", stages, heldout=heldout, every=2)
+    assert same(model, watched) and timeless([row for row in rows if "loss" in row]) == timeless(plain)
+    assert again["flops"] == ledger["flops"]
+    seen = [row for row in rows if "eval_loss" in row]
+    assert [(row["stage"], row["step"]) for row in seen] == [(0, 0), (0, 2), (0, 4), (0, 5), (1, 0), (1, 2)]
+    assert [row["tokens"] for row in seen] == [0, 96, 192, 240, 0, 96]
+    assert set(seen[0]) == {"stage", "step", "tokens", "flops", "seconds", "eval_loss", "eval_accuracy"}
+    start = measured(tiny(FAMILY[kind])[1], stages[0].objective, heldout)
+    assert (seen[0]["eval_loss"], seen[0]["eval_accuracy"]) == (start["loss"], start["accuracy"])
+    for cut in (1, 4, 5, 6):
+        with pytest.raises(Killed):
+            go(tmp_path / str(cut), stages, cut, heldout=heldout, every=2)
+        assert timeless(go(tmp_path / str(cut), stages, heldout=heldout, every=2)[0]) == timeless(rows)
+    few, _, _ = go(tmp_path / "few", stages, heldout=heldout)
+    assert [(row["stage"], row["step"]) for row in few if "eval_loss" in row] == [(0, 0), (0, 5), (1, 0), (1, 2)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "gpt_neox", "vit", "roberta"])
+def test_a_run_goes_on_with_the_moments_of_another(family: str, tmp_path: Path) -> None:
+    """The first update is torch's own from that state, whatever the names in the file."""
+    kind = {"vit": "image", "roberta": "mask"}.get(family, "next")
+    options = {"lr_body": 1e-2, "warmup": 0.0, "cooldown": 0.0, "clip": 1e9}
+    _, first, _ = go(tmp_path / "first", [stage(kind, 3, **options)], family=family, keep_moments=True)
+    file = tmp_path / "first" / "optimizer.safetensors"
+    first.save_pretrained(tmp_path / "model")
+    source = Checkpoint.open(tmp_path / "model")
+    entries = moments.read(source, file)
+    assert float(entries[f"step/{next(iter(source.names.values()))}"].read()) == 3
+
+    before = {name: value.detach().clone() for name, value in first.named_parameters()}
+    run = loop.Run(first, [stage(kind, 1, **options)], rows_of(kind, first), tmp_path / "next", moments=file)
+    twin = tiny(family, architecture=CLASSIFIERS.get(family))[1]
+    twin.load_state_dict(first.state_dict())
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    adam.begin(twin, optimizer, file)
+    order = shuffled(7, 2, 0)
+    loss(twin, run.stages[0].objective, rows_of(kind, twin)(24)[order], False, loop.generator(0, 0, 0)).backward()
+    optimizer.step()
+    loop.train(run)
+    for (name, ours), theirs in zip(first.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours - before[name], theirs - before[name], rtol=1e-4, atol=1e-5)  # of 1e-2
+    for key, name in source.names.items():
+        stored = entries[f"exp_avg/{name}"].read()
+        assert stored.shape == source.tensors[key].shape and bool(stored.any())
+    cold = tiny(family, architecture=CLASSIFIERS.get(family))[1]
+    cold.load_state_dict({name: value for name, value in before.items()}, strict=False)
+    loop.train(loop.Run(cold, [stage(kind, 1, **options)], rows_of(kind, cold), tmp_path / "cold"))
+    assert not same(cold, first)
+
+
+def test_moments_survive_growth_and_a_restart(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lr_body": 1e-3}
+    _, model, _ = go(tmp_path / "small", [stage("next", 2, **options)], keep_moments=True)
+    model.save_pretrained(tmp_path / "source")
+    source, steps = Checkpoint.open(tmp_path / "source"), [Widen(hidden=45), Deepen(4)]
+    grown = Deepen(4)(Widen(hidden=45)(source))
+    grown.save(tmp_path / "grown")
+    moments.grow(source, steps, tmp_path / "small" / "optimizer.safetensors", tmp_path / "grown")
+
+    def train(out: Path, stop: int = 9) -> list[float]:
+        def progress(*told: Any) -> None:
+            if told[1] > stop:
+                raise Killed
+
+        begun = tmp_path / "grown" / "optimizer.safetensors"
+        run = loop.Run(
+            hosts.load(tmp_path / "grown"), [stage("next", 3, **options)], lambda length: text(7), out,
+            moments=begun, save_seconds=0, progress=progress,
+        )  # fmt: skip
+        loop.train(run)
+        return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", 1)
+    assert train(tmp_path / "cut") == train(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["gone", "pickle", "steps", "lost", "shape"])
+def test_moments_of_another_model_are_refused(damage: str, tmp_path: Path) -> None:
+    go(tmp_path / "first", [stage("next", 1)], keep_moments=True)
+    file = tmp_path / "first" / "optimizer.safetensors"
+    state = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "steps":
+        state = {key: value for key, value in state.items() if not key.startswith("step/")}
+    if damage == "lost":
+        del state[f"exp_avg_sq/{name}"]
+    if damage == "shape":
+        state[f"exp_avg/{name}"] = state[f"exp_avg/{name}"][1:]
+    if damage == "pickle":
+        file = file.with_suffix(".pt")
+    save_file(state, file)
+    if damage == "gone":
+        file.unlink()
+    expected = {
+        "steps": "counts no steps",
+        "lost": f"holds nothing as exp_avg_sq of '{name}'",
+        "shape": f"holds nothing as exp_avg of '{name}'",
+    }
+    with pytest.raises(RegraftError, match=expected.get(damage, "no optimiser state")):
+        go(tmp_path / "next", [stage("next", 1)], moments=file)

@@ -66,8 +66,9 @@ def filled(kind: Any, config: Any, values: Mapping[str, Tensor], dtype: torch.dt
     """(model of a stock class with these values by their names in files, names without a counterpart)."""
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with silent():
-        model, info = kind.from_pretrained(None, state_dict=dict(values), **options)
-    return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | set(info["mismatched_keys"])
+        model, info = kind.from_pretrained(None, state_dict=dict(values), ignore_mismatched_sizes=True, **options)
+    resized = {name for name, *_ in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | resized
 
 
 def fresh(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
@@ -101,12 +102,14 @@ def from_files(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Inside, transformers draws no bar of its own over ours."""
-    drawn = transformers.utils.logging.is_progress_bar_enabled()
+    """Inside, transformers draws no bar of its own over ours and prints no table of what it did not find."""
+    drawn, told = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers.utils.logging.set_verbosity(told)
         if drawn:
             transformers.utils.logging.enable_progress_bar()
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ..errors import RegraftError
 from ..hosts.modeling_regraft import RegraftForCausalLM
+from . import adam
 from .data import Packed, shuffled
-from .objectives import Rows, headed, loss
+from .objectives import Rows, headed, loss, measured
 from .resume import RunState, load_state, save_state
 from .stages import Stage, align_step, distil_step, finite, parameter_groups
 
@@ -29,10 +30,13 @@ Progress = Callable[[Stage, int, int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a training run needs. `rows` gives the packed text for a row length; `limit` seconds for a stage, or
-    None.
+    """Everything a training run needs. `rows` gives the packed text for a row length, or images; `limit` seconds for a
+    stage, or None.
 
-    `teacher_slots` are the attention modules of the teacher, for alignment.
+    `teacher_slots` are the attention modules of the teacher, for alignment. `heldout` is measured before the first step
+    of a stage, at its end and, unless `every` is 0, after every so many steps; neither its time nor its FLOPs count.
+    `moments`: Adam's state to begin with, a file as `regraft grow --optimizer-state` writes it; `keep_moments` leaves
+    the last stage's as `out/optimizer.safetensors`. Order of rows, masks and drops follow from seed, stage and step.
     """
 
     model: PreTrainedModel
@@ -45,6 +49,10 @@ class Run:
     limit: Callable[[int], float | None] = lambda stage: None
     progress: Progress = lambda stage, step, steps, row: None
     save_seconds: float = 60.0
+    heldout: Rows | None = None
+    every: int = 0
+    moments: Path | None = None
+    keep_moments: bool = False
 
 
 @cache
@@ -98,7 +106,8 @@ def possible(run: Run, stage: Stage) -> None:
 
 def settings(run: Run) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
-    return {"seed": run.seed, "stages": [dataclasses.asdict(stage) for stage in run.stages]}
+    begun = {"moments": str(run.moments)} if run.moments else {}
+    return {"seed": run.seed, "stages": [dataclasses.asdict(stage) for stage in run.stages], **begun}
 
 
 def totals(ledger: list[dict[str, Any]]) -> dict[str, float]:
@@ -118,10 +127,14 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     state.fast = fast
     optimizer = torch.optim.AdamW(parameter_groups(run.model, stage), betas=(0.9, 0.95), fused=True)
     state.restore_optimizer(run.model, optimizer)
+    if run.moments is not None and index == state.step == 0:
+        adam.begin(run.model, optimizer, run.moments)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     state.changed |= {name for name, p in run.model.named_parameters() if p.requires_grad}
     order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
     entry = state.entry(index, stage.kind, fast)
+    if state.step == 0:
+        measure(run, stage, index, 0, entry)
     saved, begun, first = time.monotonic(), time.monotonic(), state.step
     while state.step < stage.steps:
         tick = time.monotonic()
@@ -143,8 +156,7 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
         }  # fmt: skip
-        with (run.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        write(run, row)
         if state.step == first + 1:
             begun = time.monotonic()  # the first step is slower: it is counted, and memory is new
         run.progress(stage, state.step, stage.steps, row)
@@ -152,11 +164,29 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
         if limit is not None and not state.tokens and state.step == max(MEASURED_STEPS, first + MEASURED_STEPS):
             stage = fit_to_time(stage, state, limit, (time.monotonic() - begun) / (state.step - first - 1))
             order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
+        if state.step == stage.steps or (run.every and state.step % run.every == 0):
+            measure(run, stage, index, state.step, entry)
         if time.monotonic() - saved > run.save_seconds and state.step < stage.steps:
             save_state(run.out, run.model, optimizer, state, settings(run))
             saved = time.monotonic()
+    if run.keep_moments and index == len(run.stages) - 1:
+        adam.keep(run.model, optimizer, run.out)
     state.next_stage()
     save_state(run.out, run.model, None, state, settings(run))
+
+
+def measure(run: Run, stage: Stage, index: int, step: int, entry: dict[str, Any]) -> None:
+    """A row of metrics.jsonl with the held-out loss and accuracy, when there are held-out rows."""
+    if run.heldout is not None:
+        found = measured(run.model, stage.objective, run.heldout)
+        spent = {"tokens": entry["tokens"], "flops": entry["flops"], "seconds": round(entry["seconds"], 3)}
+        write(run, {"stage": index, "step": step, **spent, **{f"eval_{key}": value for key, value in found.items()}})
+
+
+def write(run: Run, row: dict[str, Any]) -> None:
+    """One more row of metrics.jsonl."""
+    with (run.out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def generator(seed: int, stage: int, step: int) -> torch.Generator:

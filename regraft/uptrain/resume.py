@@ -52,7 +52,8 @@ class RunState:
         for group in optimizer.param_groups if self.moments else []:
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                optimizer.state[parameter] = {moment: self.moments[f"{moment}/{name}"] for moment in MOMENTS}
+                if f"step/{name}" in self.moments:  # a layer that was left out of every step so far has none
+                    optimizer.state[parameter] = {moment: self.moments[f"{moment}/{name}"] for moment in MOMENTS}
         self.moments = {}
 
     def trim_metrics(self, path: Path) -> None:
@@ -61,7 +62,9 @@ class RunState:
             return
         rows = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
         done = (self.stage, self.step)
-        kept = [row for row in rows if "step" not in row or (row["stage"], row["step"]) <= done]
+        again = (self.stage, 0) if self.step == 0 else None  # a stage that begins measures held-out rows itself
+        places = [(row["stage"], row["step"]) if "step" in row else (-1, 0) for row in rows]
+        kept = [row for row, place in zip(rows, places, strict=True) if place <= done and place != again]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)

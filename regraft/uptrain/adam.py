@@ -1,0 +1,69 @@
+"""Adam's state between runs: begun with from a file, kept as one, under the names that a checkpoint's weights have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import hosts
+from ..errors import RegraftError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FILE = "optimizer.safetensors"
+
+
+def begin(model: PreTrainedModel, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Give every trained parameter the moments and the number of steps in a file of `exp_avg/NAME`, `exp_avg_sq/NAME`
+    and `step/NAME`, as `regraft grow --optimizer-state` writes it.
+
+    RegraftError when there is no such file, or it is not of this model.
+    """
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise RegraftError(f"no optimiser state at '{file}': give the .safetensors that regraft grow or train wrote")
+    stored = load_file(file)
+    steps = max((value.float().reshape(()) for key, value in stored.items() if key.startswith("step/")), default=None)
+    if steps is None:
+        raise RegraftError(f"'{file}' counts no steps (step/NAME): give the state that regraft grow or train wrote")
+    found = {moment: by_parameter(model, stored, moment) for moment in MOMENTS}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        name = names[id(parameter)]
+        for moment in MOMENTS:
+            shape = list(found[moment][name].shape) if name in found[moment] else "nothing"
+            if shape != list(parameter.shape):
+                raise RegraftError(
+                    f"'{file}' holds {shape} as {moment} of '{name}' {list(parameter.shape)}: give the state of "
+                    "this model"
+                )
+        optimizer.state[parameter] = {moment: found[moment][name].clone() for moment in MOMENTS}
+        optimizer.state[parameter]["step"] = steps.clone()
+
+
+def by_parameter(model: PreTrainedModel, stored: dict[str, Tensor], moment: str) -> dict[str, Tensor]:
+    """One moment in float32 by the running model's parameter names."""
+    values = {key.partition("/")[2]: value.float() for key, value in stored.items() if key.startswith(f"{moment}/")}
+    return hosts.from_files(model, values)
+
+
+def keep(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write `folder/optimizer.safetensors`: the moments of all parameters that were trained; whole or not at all."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
+    table: dict[str, Tensor] = {}
+    for moment in MOMENTS:
+        filed = hosts.in_files(model, {name: state[moment] for name, state in held.items()})
+        table |= {f"{moment}/{name}": value.contiguous().clone() for name, value in filed.items()}
+    steps = max((state["step"].reshape(()) for state in held.values()), default=torch.tensor(0.0))
+    table |= {key.replace(MOMENTS[0], "step", 1): steps.clone() for key in table if key.startswith(f"{MOMENTS[0]}/")}
+    part = folder / f"{FILE}.part"
+    try:
+        save_file(table, part)
+        os.replace(part, folder / FILE)
+    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
+        part.unlink(missing_ok=True)
+        raise RegraftError(f"cannot write '{folder / FILE}' ({error}): free some space and run again") from error
