@@ -58,7 +58,8 @@ class Anatomy:
     be a multiple of the second; `multiples`: axis -> number its size must be a multiple of. `embed_scale`: embeddings
     are multiplied by sqrt(hidden). `scale(config, dim, layer)`: the softmax scale. `rotary`: queries and keys turn, in
     halves. `bridge`: the family that can hold what this class cannot, if there is one. `causal`: reads text from left
-    to right; `inputs`: tokens or pixels. `activation`: key of the MLP's.
+    to right; `inputs`: tokens or pixels. `activation`: key of the MLP's. `routed`: key of how many experts a position
+    is sent to.
     """
 
     family: str
@@ -84,6 +85,7 @@ class Anatomy:
     causal: bool = True
     inputs: str = "tokens"
     activation: str = "hidden_act"
+    routed: str = ""
 
     def filled(self, config: Config) -> dict[str, Any]:
         """The config with the family's defaults for keys that are missing or null."""
@@ -152,6 +154,10 @@ class Anatomy:
                         name = part.name.format(layer, e=e, p=prefix)
                         placed[role.format(e=e), layer] = Placed(name, part, shape)
         return placed
+
+    def untied(self, config: Config) -> Config:
+        """The config of the same model with a head of its own."""
+        return dict(config) | {"tie_word_embeddings": False}
 
     def host(self, config: Config) -> Anatomy:
         """The family whose norms, positions and constraints count: this one, for stock families."""

@@ -16,6 +16,7 @@ from .errors import RegraftError
 AXES = frozenset(
     "vocab hidden ffn kv group dim depth pos one two three expert kernel type label pool channel patch".split()
 )
+TABLES = frozenset(("vocab", "pos", "type"))  # a map that reads one of them is looked up
 UNITS = {"one": 1, "two": 2, "three": 3}
 Axes = tuple[str, ...]
 Sizes = Mapping[str, int]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from .axes import Signature, signature
+from .axes import TABLES, Signature, signature
 
 Config = Mapping[str, Any]
 Key = tuple[str, int | None]
@@ -21,7 +21,8 @@ class Part:
     `reads`, `writes`: between which streams of hidden size it stands. "stream" runs through the whole stack, "normed"
     is a norm's output, "branch" ends in a norm before it is added, "head" feeds the output embedding, "own" belongs to
     this part alone. Maps read "normed" and write "stream" unless they say otherwise, norms write "normed". `norm`: a
-    gain or bias of a norm. `scaled`: the role of the factors that its output is multiplied by.
+    gain or bias of a norm. `scaled`: the role of the factors that its output is multiplied by. `at`: the positions of a
+    row that it is applied to: each, the first (heads over a whole row), every patch, or those routed to the expert.
     """
 
     name: str
@@ -34,11 +35,18 @@ class Part:
     writes: str = "stream"
     norm: bool = False
     scaled: str | None = None
+    at: Literal["each", "first", "patch", "routed"] = "each"
 
     @property
     def axes(self) -> Signature:
         """The parsed signature."""
         return signature(self.signature)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether positions are multiplied by it as a matrix: maps that are no tables, and patch convolutions."""
+        axes = self.axes
+        return self.at == "patch" or (axes.kind == "map" and not TABLES.issuperset(axes.inputs))
 
     def present(self, config: Config) -> bool:
         """Whether a model of this config has the parameter."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import flops as ledger
 from . import lineage
 from .checkpoint import Checkpoint
 from .mixers.base import Attention
@@ -24,8 +25,9 @@ class Plan:
     """What changes from `source` to `target`; `tensors` shares add up to one, `dropped` ones are of the source.
 
     `flops_per_token`: forward, decoding after `context` tokens (a multiply-add is 2). `state_bytes`: decoding state of
-    one sequence after `context` tokens by kind of layer, float32. `peak_bytes`: what writing the target takes at most,
-    in anonymous memory above that of the opened source.
+    one sequence after `context` tokens by kind of layer, float32. `row_flops_per_token`: of a whole row of `row_tokens`
+    positions, forward and training (forward and backward). `peak_bytes`: what writing the target takes at most, in
+    anonymous memory above that of the opened source.
     """
 
     source: dict[str, int]
@@ -39,14 +41,17 @@ class Plan:
     peak_bytes: int
     context: int
     flops_per_token: dict[str, int]
+    row_tokens: int
+    row_flops_per_token: dict[str, dict[str, int]]
     state_bytes: dict[str, int]
     source_state_bytes: int
     steps: list[dict[str, Any]]
     notes: list[str]
 
     @classmethod
-    def of(cls, source: Checkpoint, target: Checkpoint, context: int = 16384) -> Plan:
-        """Compare two open checkpoints; reads no weights."""
+    def of(cls, source: Checkpoint, target: Checkpoint, context: int = 16384, length: int = 1024) -> Plan:
+        """Compare two open checkpoints; reads no weights. Rows have `length` tokens, or all positions if less."""
+        length = min(length, source.sizes.get("pos", length))
         sizes = [lazy.bytes for lazy in target.tensors.values()]
         before = sum(lazy.size for lazy in source.tensors.values())
         dropped = sum(lazy.size for key, lazy in source.tensors.items() if source.names[key] in target.dropped)
@@ -66,6 +71,8 @@ class Plan:
             peak_bytes=writing_bytes(source, target),
             context=context,
             flops_per_token={"source": flops(source, context), "target": flops(target, context)},
+            row_tokens=ledger.positions(source.config, length),
+            row_flops_per_token={"source": row_flops(source, length), "target": row_flops(target, length)},
             state_bytes=state_bytes(target, context),
             source_state_bytes=sum(state_bytes(source, context).values()),
             steps=list(target.history),
@@ -124,13 +131,9 @@ def _reach(checkpoint: Checkpoint, layer: int, context: int) -> int:
 
 def flops(checkpoint: Checkpoint, context: int) -> int:
     """Forward FLOPs of one token after `context` others: matrix products, attention and state updates."""
-    tables = ("embed.weight", "pos.weight")
-    maps = sum(
-        lazy.size for (role, _), lazy in checkpoint.tensors.items() if len(lazy.shape) > 1 and role not in tables
-    )
-    tied = ("head.weight", None) not in checkpoint.tensors and checkpoint.anatomy.causal
-    total = 2 * (maps + (checkpoint.tensors["embed.weight", None].size if tied else 0))
-    context = context if checkpoint.anatomy.causal else checkpoint.sizes["pos"]
+    if not checkpoint.anatomy.host(checkpoint.config).causal:  # it does not decode: one token of a row of all positions
+        return row_flops(checkpoint, checkpoint.sizes["pos"])["forward"]
+    total = ledger.maps(checkpoint.config, 1)[0]
     for layer, spec in enumerate(mixers_of(checkpoint)):
         attention = _attention(checkpoint, layer)
         if spec is None:
@@ -138,6 +141,13 @@ def flops(checkpoint: Checkpoint, context: int) -> int:
         else:
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total
+
+
+def row_flops(checkpoint: Checkpoint, length: int) -> dict[str, int]:
+    """FLOPs per position of a row of `length` tokens: `forward`, and `training` (forward and backward)."""
+    held = ledger.positions(checkpoint, length)
+    passes = {"forward": ledger.forward(checkpoint, length), "training": ledger.training(checkpoint, length)}
+    return {name: value // held for name, value in passes.items()}
 
 
 def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
@@ -175,6 +185,9 @@ def render(plan: Plan, console: Console) -> None:
     facts.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
     facts.add_row("state, MB", _mega(plan.source_state_bytes), _mega(sum(plan.state_bytes.values())))
     facts.add_row("GFLOP per token", *(f"{value / 1e9:.3f}" for value in plan.flops_per_token.values()))
+    for name, what in (("forward", "GFLOP per token of a row"), ("training", "GFLOP per token trained")):
+        values = (f"{row[name] / 1e9:.3f}" for row in plan.row_flops_per_token.values())
+        facts.add_row(f"{what} of {plan.row_tokens:,}" if name == "forward" else what, *values)
     facts.add_row("on disk, MB", "", _mega(plan.bytes))
     facts.add_row("memory to write it, MB", "", _mega(plan.peak_bytes))
     console.print(facts)

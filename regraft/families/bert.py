@@ -93,9 +93,9 @@ def mlm(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
     }
 
 
-def outer(role: str, name: str, axes: str, when: str, reads: str = "stream") -> dict[str, Part]:
+def outer(role: str, name: str, axes: str, when: str, reads: str = "stream", at: str = "first") -> dict[str, Part]:
     """A map with a bias outside the stack that a class may have."""
-    return linear(role, name, axes, bias=True, when=when, reads=reads, writes="own")
+    return linear(role, name, axes, bias=True, when=when, reads=reads, writes="own", at=at)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -117,8 +117,8 @@ anatomy = Anatomy(
         **mlm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
         **outer("next", "cls.seq_relationship", "hidden -> two", "_next", reads="own"),
         **outer("pooled", "classifier", "hidden -> label", "_pooled", reads="own"),
-        **outer("tokens", "classifier", "hidden -> label", "_tokens"),
-        **outer("span", "qa_outputs", "hidden -> label", "_span"),
+        **outer("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
+        **outer("span", "qa_outputs", "hidden -> label", "_span", at="each"),
     },
     sizes=SIZES,
     slot=f"{LAYER}.attention.self",

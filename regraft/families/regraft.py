@@ -45,6 +45,10 @@ class Regrafted(Anatomy):
                 placed[f"mixer.{local}", layer] = Placed(part.name, part, signature(weight.signature).shape(sizes))
         return placed
 
+    def untied(self, config: Config) -> Config:
+        """With the host's head of its own."""
+        return {**config, "host": find(config["host"]).untied(config["host"])}
+
     def host(self, config: Config) -> Anatomy:
         """The stock family that the mixers were put into."""
         return find(config["host"])

@@ -53,7 +53,7 @@ def embeddings() -> dict[str, Part]:
     """Patches, class token and positions."""
     name = "{p}embeddings"
     return {
-        "embed.weight": Part(f"{name}.patch_embeddings.projection.weight", "hidden channel patch patch"),
+        "embed.weight": Part(f"{name}.patch_embeddings.projection.weight", "hidden channel patch patch", at="patch"),
         "embed.bias": Part(f"{name}.patch_embeddings.projection.bias", "-> hidden"),
         "first.weight": Part(f"{name}.cls_token", "one one hidden"),
         "pos.weight": Part(f"{name}.position_embeddings", "one pos hidden"),

@@ -163,8 +163,8 @@ class Projections(nn.Module):
 class Mixer(nn.Module):
     """A token mixer for an attention slot: `mix` gives per-head outputs, `forward` projects them back to hidden.
 
-    Subclasses set `name`, an `Options` dataclass, `weights`, `mix`, `state_numbers` and `mixing_flops`. Parallel,
-    chunked and one-token forms agree; the state's size does not depend on how many tokens it has seen.
+    Subclasses set `name`, an `Options` dataclass, `weights`, `mix`, `state_numbers`, `mixing_flops` and `row_flops`.
+    Parallel, chunked and one-token forms agree; the state's size does not depend on how many tokens it has seen.
     """
 
     name: ClassVar[str]
@@ -212,6 +212,14 @@ class Mixer(nn.Module):
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Forward FLOPs per token beside the parameters' own matrix products, decoding."""
         raise NotImplementedError
+
+    @classmethod
+    def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
+        """(forward, backward) FLOPs of a row of `length` tokens, one document, beside the maps applied once a token.
+
+        As `flops.counter` counts the form that `mix` takes for many tokens.
+        """
+        raise RegraftError(f"mixer '{cls.name}' cannot say its FLOPs: give it `row_flops`, or measure a step")
 
     def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
         """Set gates from the teacher's attention, both (heads,): mean distance looked back over, entropy in [0, 1].

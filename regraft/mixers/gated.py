@@ -67,6 +67,12 @@ class Gated(Mixer):
         """Both branches'."""
         return sum(mixer.mixing_flops(attention, options) for mixer, options in cls.branches(spec).values())
 
+    @classmethod
+    def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
+        """Both branches'."""
+        costs = [mixer.row_flops(attention, options, length) for mixer, options in cls.branches(spec).values()]
+        return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
+
     def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim); the state holds both branches' under their names."""
         outputs: dict[str, Tensor] = {}

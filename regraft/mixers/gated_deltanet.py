@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Mixer, Mixing, Projections, State, Weight, output_weights, rotate, silence
-from .recurrence import chunked, naive
+from .recurrence import chunked, chunked_flops, naive
 
 ACTIVATIONS = {"none": lambda x: x, "silu": F.silu}
 
@@ -84,6 +84,12 @@ class GatedDeltaNet(Mixer):
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Decay, read for the delta rule and write per state, read out per query head."""
         return 5 * cls.state_numbers(attention, spec) + 2 * attention.heads * attention.dim**2
+
+    @classmethod
+    def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
+        """The chunked delta rule."""
+        states = attention.kv if cls.parse(spec).grouped else attention.heads
+        return chunked_flops(states, attention.heads // states, attention.dim, length, delta=True)
 
     @torch.no_grad()
     def start_gates(self, distance: Tensor, entropy: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Mixer, Mixing, Projections, State, Weight, rotate, silence
-from .recurrence import chunked, naive
+from .recurrence import chunked, chunked_flops, naive
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,21 @@ class Supra(Mixer):
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
-        """Feature maps are parameters; decay, write, read out."""
-        return 5 * attention.heads * attention.dim**2
+        """Feature maps, decay, write, read out."""
+        return cls.feature_flops(attention, spec) + 5 * attention.heads * attention.dim**2
+
+    @classmethod
+    def feature_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
+        """Feature maps of a token's queries and keys; a dense one is a map, which is counted once already."""
+        dense = cls.parse(spec).feature == "dense"
+        return 2 * (attention.heads * attention.dim) ** 2 if dense else 4 * attention.heads * attention.dim**2
+
+    @classmethod
+    def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
+        """The chunked recurrence and the feature maps."""
+        features = length * cls.feature_flops(attention, spec)
+        once, back = chunked_flops(attention.heads, 1, attention.dim, length, delta=False)
+        return once + features, back + 2 * features
 
     def features(self, x: Tensor) -> Tensor:
         """phi; x: (batch, heads, time, dim)."""

@@ -66,6 +66,15 @@ class Window(Mixer):
         options = cls.parse(spec)
         return 4 * attention.heads * attention.dim * (options.window + options.sinks)
 
+    @classmethod
+    def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
+        """Blocks of queries against two blocks of keys and the sinks that some token sees from beyond its window."""
+        options = cls.parse(spec)
+        sinks = min(options.sinks, max(0, length - options.window))
+        queries = -(-length // options.window) * options.window
+        once = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
+        return once, 2 * once
+
     def empty(self, like: Tensor) -> State:
         """The state before the first token; like: (batch, kv, time, dim)."""
         b, kv, _, d = like.shape

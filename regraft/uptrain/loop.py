@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from .. import flops
 from ..errors import RegraftError
 from ..hosts.modeling_regraft import RegraftForCausalLM
 from . import adam
@@ -204,10 +204,10 @@ def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> 
 def counted_step(
     run: Run, stage: Stage, rows: Rows, fast: bool, entry: dict[str, Any], draws: torch.Generator
 ) -> float:
-    """One forward and backward; the stage's first one is run under PyTorch's FLOP counter."""
+    """One forward and backward; the stage's first one is run under the FLOP counter."""
     if entry["flops_per_step"]:
         return one_step(run, stage, rows, fast, draws)
-    with FlopCounterMode(display=False) as counter:
+    with flops.counter() as counter:
         loss = one_step(run, stage, rows, fast, draws)
     entry["flops_per_step"] = counter.get_total_flops()
     return loss

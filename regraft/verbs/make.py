@@ -21,6 +21,7 @@ def plan(
     sinks: int = 4,
     options: dict[str, Any] | None = None,
     context: int = 16384,
+    length: int = 1024,
     hidden: int | None = None,
     ffn: int | None = None,
     heads: int | None = None,
@@ -46,6 +47,7 @@ def plan(
         sinks: first tokens that the window always sees
         options: the mixer's own options as JSON, such as {"grouped": false}
         context: tokens for which state sizes are given
+        length: tokens of a row for which FLOPs are given
         hidden: width of the residual stream
         ffn: neurons of every MLP
         heads: query heads
@@ -69,7 +71,7 @@ def plan(
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
     after = growth(before) if growth.asked else before
     after = Remix(mixer, keep, window, sinks, options=options or {})(after) if mixer else after
-    made = planning.Plan.of(before, after, context=context)
+    made = planning.Plan.of(before, after, context, length)
     return Outcome(made.json(), lambda console: planning.render(made, console))
 
 

@@ -1,0 +1,115 @@
+"""FLOPs of a forward pass and of a training step, from a config's anatomy alone: no weights, no model.
+
+A multiply-add is 2 and only matrix products count, as in `torch.utils.flop_counter`: every map 2 * in * out per
+position that it is applied to, attention over all pairs of positions, masked ones included. A training step is a
+forward and a backward pass, which has a product for each of the two operands of every one before; what a kernel or
+checkpointing computes a second time is not counted, so that a number belongs to the model and not to the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .anatomy import Config, find
+from .checkpoint import Checkpoint
+from .errors import RegraftError
+from .mixers.base import Attention
+from .mixers.registry import mixer_class
+
+Shape = tuple[int, ...]
+
+
+def forward(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
+    """FLOPs of one forward pass over `batch` rows of `length` tokens (of images: whatever length, see `positions`).
+
+    A linearized model's rows are one document each. RegraftError for a length that the model does not have.
+    """
+    return batch * row(model, length)[0]
+
+
+def training(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
+    """FLOPs of one forward and backward pass with every weight trained; arguments and errors as in `forward`."""
+    return batch * sum(row(model, length))
+
+
+def row(model: Checkpoint | Config, length: int) -> tuple[int, int]:
+    """(forward, backward) FLOPs of one row."""
+    config = _config(model)
+    length = positions(config, length)
+    costs = [maps(config, length)]
+    anatomy, sizes = find(config), find(config).solve(config)
+    softmax = 4 * sizes["kv"] * sizes["group"] * sizes["dim"] * length**2
+    for layer, spec in enumerate(config.get("mixers") or [None] * sizes["depth"]):
+        if spec is None:
+            costs.append((softmax, 2 * softmax))
+        else:
+            attention = Attention(**anatomy.attention(config, layer))
+            costs.append(mixer_class(spec["name"]).row_flops(attention, spec, length))
+    return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
+
+
+def maps(model: Checkpoint | Config, length: int) -> tuple[int, int]:
+    """(forward, backward) FLOPs of the products with weights on a row of `length` positions; a tied head is one too.
+
+    Nothing is passed back into pixels.
+    """
+    config = _config(model)
+    anatomy = find(config)
+    family, full, sizes = anatomy.host(config), anatomy.filled(config), anatomy.solve(config)
+    routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
+    places = {"each": length, "first": 1, "patch": length - 1, "routed": routed}
+    once, back = Fraction(0), Fraction(0)
+    for spot in anatomy.place(anatomy.untied(config)).values():
+        if spot.part.multiplies:
+            cost = 2 * math.prod(spot.shape) * places[spot.part.at]
+            once, back = once + cost, back + cost * (1 if spot.part.at == "patch" else 2)
+    return int(once), int(back)
+
+
+def positions(model: Checkpoint | Config, length: int) -> int:
+    """Positions of a row: `length` tokens; of an image its patches and the class token, at the config's size."""
+    config = _config(model)
+    anatomy = find(config)
+    held = anatomy.solve(config).get("pos")
+    if held and anatomy.host(config).inputs == "pixels":
+        return held
+    if length < 1 or (held and length > held):
+        raise RegraftError(f"rows of {length} tokens in a {anatomy.family}: give 1 to {held or 'any number'}")
+    return length
+
+
+def counter() -> FlopCounterMode:
+    """PyTorch's counter for real runs, counting as this module does.
+
+    Its own table lacks the processor's attention and grouped products, and counts scores that a fused backward pass
+    computes again.
+    """
+    aten = torch.ops.aten
+    backward = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    table: dict[Any, Any] = {getattr(aten, f"_scaled_dot_product_{name}_backward"): _passed_back for name in backward}
+    table[aten._scaled_dot_product_flash_attention_for_cpu] = _attended
+    table[aten._grouped_mm] = _grouped
+    return FlopCounterMode(display=False, custom_mapping=table)
+
+
+def _config(model: Checkpoint | Config) -> Config:
+    return model if isinstance(model, Mapping) else model.config
+
+
+def _attended(query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _passed_back(grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+    return 2 * int(sdpa_flop_count(query, key, value))
+
+
+def _grouped(left: Shape, right: Shape, *rest: Any, **named: Any) -> int:
+    """Rows in groups, each times its own matrix, or summed over groups: every row is used once."""
+    return 2 * math.prod(left[-2:]) * right[-1]

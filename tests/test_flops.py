@@ -1,0 +1,163 @@
+"""FLOPs from the anatomy equal PyTorch's own count on real models: every family and class, growth, mixers, the loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, CONFIGS, tiny, tokens
+from models import inputs as made
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from regraft import cli, flops, hosts
+from regraft.anatomy import find
+from regraft.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.growing import Growth
+from regraft.plan import Plan
+from regraft.steps.remix import Remix
+from regraft.uptrain import loop
+from regraft.uptrain.data import Packed
+from regraft.uptrain.stages import Stage
+
+CASES = [(family, name) for family in CONFIGS for name in ARCHITECTURES.get(family, (None,))]
+MIXERS = [
+    Remix("window", "0", window=16),
+    Remix("supra", "none", window=0),
+    Remix("supra", "none", window=0, options={"feature": "dense"}),
+    Remix("gated_deltanet", "none", window=0, options={"grouped": False, "norm": True, "gate": True}),
+    Remix("gated_deltanet", "0", window=16),
+]
+
+
+def outputs(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of everything that the class gives, so that nothing is left out of the backward pass."""
+    found = model(**given)
+    values = [v for v in found.values() if torch.is_tensor(v) and v.ndim] + list(found.get("feature_maps") or ())
+    return sum((value.sum() for value in values), torch.zeros(()))
+
+
+def counted(model: PreTrainedModel, given: dict[str, torch.Tensor], ours: bool = False) -> tuple[int, int]:
+    """(forward, forward and backward) FLOPs as PyTorch counts them; `ours`: with `flops.counter`'s further kernels."""
+    found = []
+    for back in (False, True):
+        with flops.counter() if ours else FlopCounterMode(display=False) as counter:
+            value = outputs(model, given)
+            if back:
+                value.backward()
+        found.append(counter.get_total_flops())
+    return found[0], found[1]
+
+
+def rows(config: Any, length: int) -> dict[str, torch.Tensor]:
+    """Two rows of input; images have one size."""
+    return made(config) if hasattr(config, "image_size") else {"input_ids": tokens(2, length)}
+
+
+def agrees(config: dict[str, Any] | Checkpoint, model: PreTrainedModel, length: int, ours: bool) -> None:
+    """Both passes to 1 %."""
+    forward, training = counted(model, rows(model.config, length), ours)
+    assert flops.forward(config, length, 2) == pytest.approx(forward, rel=0.01)
+    assert flops.training(config, length, 2) == pytest.approx(training, rel=0.01)
+
+
+@pytest.mark.parametrize(("family", "architecture"), CASES)
+def test_every_family_and_class(family: str, architecture: str | None) -> None:
+    config, model = tiny(family, architecture=architecture)
+    for length in (13, 39):
+        agrees(config.to_dict(), model, length, ours=True)
+    model.set_attn_implementation("eager")  # kernels that PyTorch's own table has
+    if find(config.to_dict()).routed:
+        model.set_experts_implementation("eager")
+    for length in (13, 39):
+        agrees(config.to_dict(), model, length, ours=False)
+    if "image_size" not in config.to_dict():
+        short, long = (counted(model, rows(config, length))[1] for length in (13, 39))
+        square = flops.training(config.to_dict(), 39, 2) - 3 * flops.training(config.to_dict(), 13, 2)
+        assert square == pytest.approx(long - 3 * short, rel=0.01)  # of attention alone, but for a head on one position
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_after_growth(family: str, tmp_path: Path) -> None:
+    tiny(family)[1].save_pretrained(tmp_path)
+    target = Growth(ffn=144, layers=5)(Checkpoint.open(tmp_path))
+    for length in (13, 39):
+        agrees(target, hosts.materialize(target), length, ours=True)
+    assert flops.forward(target, 13) > 1.5 * flops.forward(Checkpoint.open(tmp_path), 13)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("gpt2", {"tie_word_embeddings": False}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3}),
+        ("bert", {"tie_word_embeddings": False}),
+        ("dinov2", {"use_swiglu_ffn": True}),
+        ("vit", {"image_size": (10, 25)}),
+    ],
+)
+def test_options_of_a_family(family: str, keys: dict[str, Any]) -> None:
+    config, model = tiny(family, **keys)
+    if isinstance(config.to_dict().get("image_size"), (list, tuple)):
+        high, wide = config.image_size
+        given = {"pixel_values": torch.randn(2, config.num_channels, high, wide)}
+    else:
+        given = rows(config, 39)
+    forward, training = counted(model, given, ours=True)
+    assert flops.forward(config.to_dict(), 39, 2) == pytest.approx(forward, rel=0.01)
+    assert flops.training(config.to_dict(), 39, 2) == pytest.approx(training, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("remix", MIXERS, ids=lambda remix: f"{remix.mixer}-{remix.window}-{len(remix.options)}")
+def test_linearized_models(family: str, remix: Remix, tmp_path: Path) -> None:
+    tiny(family)[1].save_pretrained(tmp_path)
+    target = remix(Checkpoint.open(tmp_path))
+    model = hosts.materialize(target)
+    for length in (17, 150):
+        agrees(target, model, length, ours=True)
+
+
+def test_the_loops_ledger(tmp_path: Path) -> None:
+    tiny("llama")[1].save_pretrained(tmp_path / "source")
+    target = Remix(keep="every:2", window=16)(Checkpoint.open(tmp_path / "source"))
+    ids = tokens(4, 128)
+    packed = Packed(ids, torch.arange(128).expand_as(ids), torch.full((4,), 128))
+    stage = Stage("next", 256, length=128, batch=2, precision="float32")
+    made = loop.train(loop.Run(hosts.materialize(target), [stage], lambda length: packed, tmp_path / "run"))
+    assert made["stages"][0]["flops_per_step"] == pytest.approx(flops.training(target, 128, 2), rel=0.01)
+
+
+def test_what_has_no_count() -> None:
+    config = tiny("bert")[0].to_dict()
+    with pytest.raises(RegraftError, match="rows of 42 tokens in a bert: give 1 to 41"):
+        flops.forward(config, 42)
+    with pytest.raises(RegraftError, match="rows of 0 tokens"):
+        flops.forward(tiny("llama")[0].to_dict(), 0)
+
+
+def test_the_plan_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("llama")[1].save_pretrained(tmp_path)
+    assert cli.main(["plan", str(tmp_path), "--layers", "6", "--length", "64", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    source, target = said["row_flops_per_token"]["source"], said["row_flops_per_token"]["target"]
+    assert said["row_tokens"] == 64 and target["training"] == 3 * target["forward"]
+    assert source["forward"] == flops.forward(Checkpoint.open(tmp_path), 64) // 64 < target["forward"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_decoded_token_costs_what_one_step_through_the_cache_does(family: str, tmp_path: Path) -> None:
+    tiny(family, tie_word_embeddings=True)[1].save_pretrained(tmp_path)
+    source = Checkpoint.open(tmp_path)
+    model = hosts.materialize(source)
+    with torch.no_grad():
+        past = model(tokens(1, 40)).past_key_values
+        with flops.counter() as counter:
+            model(tokens(1, 1), past_key_values=past)
+    assert Plan.of(source, source, context=41).flops_per_token["source"] == counter.get_total_flops()
