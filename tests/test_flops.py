@@ -21,7 +21,7 @@ from regraft.growing import Growth
 from regraft.plan import Plan
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop
-from regraft.uptrain.data import Packed
+from regraft.uptrain.objectives import Images, Packed, Rows
 from regraft.uptrain.stages import Stage
 
 CASES = [(family, name) for family in CONFIGS for name in ARCHITECTURES.get(family, (None,))]
@@ -124,14 +124,41 @@ def test_linearized_models(family: str, remix: Remix, tmp_path: Path) -> None:
         agrees(target, model, length, ours=True)
 
 
-def test_the_loops_ledger(tmp_path: Path) -> None:
+def per_step(model: PreTrainedModel, stage: Stage, data: Rows, out: Path) -> int:
+    """The ledger's FLOPs of a step."""
+    return int(loop.train(loop.Run(model, [stage], lambda length: data, out))["stages"][0]["flops_per_step"])
+
+
+def text(length: int) -> Packed:
+    """Four rows, one document each."""
+    ids = tokens(4, length)
+    return Packed(ids, torch.arange(length).expand_as(ids), torch.full((4,), length), mask=96, special=(0, 1, 2))
+
+
+@pytest.mark.parametrize("remix", [None, Remix(keep="every:2", window=16)], ids=["stock", "linearized"])
+def test_the_loops_ledger(remix: Remix | None, tmp_path: Path) -> None:
     tiny("llama")[1].save_pretrained(tmp_path / "source")
-    target = Remix(keep="every:2", window=16)(Checkpoint.open(tmp_path / "source"))
-    ids = tokens(4, 128)
-    packed = Packed(ids, torch.arange(128).expand_as(ids), torch.full((4,), 128))
+    target = Checkpoint.open(tmp_path / "source")
+    target = remix(target) if remix else target
     stage = Stage("next", 256, length=128, batch=2, precision="float32")
-    made = loop.train(loop.Run(hosts.materialize(target), [stage], lambda length: packed, tmp_path / "run"))
-    assert made["stages"][0]["flops_per_step"] == pytest.approx(flops.training(target, 128, 2), rel=0.01)
+    found = per_step(hosts.materialize(target), stage, text(128), tmp_path / "run")
+    assert found == pytest.approx(flops.training(target, 128, 2), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_loops_ledger_of_masked_tokens(family: str, tmp_path: Path) -> None:
+    config, model = tiny(family)
+    stage = Stage("mask", 64, length=32, batch=2, precision="float32")
+    found = per_step(model, stage, text(32), tmp_path)
+    assert found == pytest.approx(flops.training(config.to_dict(), 32, 2), rel=0.01)
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("vit", None), ("dinov2", "Dinov2ForImageClassification")])
+def test_the_loops_ledger_of_images(family: str, architecture: str | None, tmp_path: Path) -> None:
+    config, model = tiny(family, architecture=architecture)
+    stage = Stage("image", 2, length=1, batch=2, precision="float32")
+    found = per_step(model, stage, Images(made(config, 4)["pixel_values"], torch.arange(4)), tmp_path)
+    assert found == pytest.approx(flops.training(config.to_dict(), 1, 2), rel=0.01)
 
 
 @pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
