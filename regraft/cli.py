@@ -39,6 +39,7 @@ FLAGS = {
     "plot": "also draw the rows into bench.svg in the current folder",
     "bridge": "write the model as another class where its own cannot hold the sizes",
     "chat": "wrap the prompt in the model's chat template",
+    "keep_moments": "leave Adam's state as OUT/optimizer.safetensors",
 }
 
 

@@ -22,7 +22,8 @@ from .progress import Ticker
 from .settings import Text
 from .uptrain import loop
 from .uptrain.calibrate import calibrate
-from .uptrain.data import Packed, pack, read_documents
+from .uptrain.data import Packed, pack, read_documents, read_images
+from .uptrain.objectives import Rows
 from .uptrain.stages import Stage
 
 
@@ -90,7 +91,7 @@ def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def save_trained(
-    checkpoint: Checkpoint, model: nn.Module, stages: Sequence[Stage], ledger: dict[str, Any], out: Path
+    checkpoint: Checkpoint, model: PreTrainedModel, stages: Sequence[Stage], ledger: dict[str, Any], out: Path
 ) -> None:
     """Write the trained weights as the checkpoint they came from, into `out`, which may hold other files of the run.
 
@@ -98,41 +99,62 @@ def save_trained(
     """
     step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
     folder = out / "work" / "trained"
-    checkpoint.replaced(model.state_dict(), step).save(folder, overwrite=True)
+    checkpoint.replaced(hosts.in_files(model, model.state_dict()), step).save(folder, overwrite=True)
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)
 
 
+def rows_of(data: str, stage: Stage, tokenizer: Any) -> Callable[[int], Rows]:
+    """Rows by length for a stage: packed text, or the images of a .npz file."""
+    if stage.kind == "image":
+        images = read_images(data)
+        return lambda length: images
+    return training_rows([Text(data)], tokenizer)
+
+
 def train_once(
-    model: str, out: str, texts: Sequence[Text], stage: Stage, teacher: str | None, seed: int, ticker: Ticker
+    model: str,
+    out: str,
+    data: str,
+    stage: Stage,
+    teacher: str | None,
+    seed: int,
+    ticker: Ticker,
+    heldout: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """One stage on a saved model, written to `out`; called again with the same arguments it goes on where it was.
 
-    Returns the ledger. RegraftError when `out` holds a finished model already, or anything that is no run.
+    `data` and `heldout`: text, or a .npz file of images; `options`: fields of loop.Run. Returns the ledger.
+    RegraftError when `out` holds a finished model already, or anything that is no run.
     """
     target = Path(out)
     if (target / "config.json").exists():
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
-    if target.exists() and any(target.iterdir()) and not any((target / name).exists() for name in ("run", "run.old")):
+    names = {file.name for file in target.iterdir()} if target.exists() else set()
+    if not names <= {"metrics.jsonl", "run.new"} and not names & {"run", "run.old"}:
         raise RegraftError(f"{out} exists and holds no run: choose another folder or delete it")
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
-    if checkpoint.config["model_type"] != "regraft":
-        raise RegraftError(
-            f"{model} is a {checkpoint.config['model_type']} model without mixers: regraft linearize it first"
-        )
-    student, tokenizer = hosts.load(model), hosts.load_tokenizer(model)
+    family = checkpoint.config["model_type"]
+    if stage.kind == "align" and family != "regraft":
+        raise RegraftError(f"{model} is a {family} model without mixers to align: regraft linearize it first")
+    student = hosts.load(model)
+    tokenizer = None if stage.kind == "image" else hosts.load_tokenizer(model)
     guide = hosts.load(teacher) if teacher else None
-    slots = hosts.slots(guide, Checkpoint.open(teacher)) if guide is not None and teacher else []
+    slots = (
+        hosts.slots(guide, Checkpoint.open(teacher)) if guide is not None and teacher and stage.kind == "align" else []
+    )
+    held = rows_of(heldout, stage, tokenizer)(stage.length) if heldout else None
     ticker.start(stage.kind)
 
     def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
-        ticker.update(step / steps, f"loss {row['loss']:.4f}, {row['tokens']:,} tokens")
+        ticker.update(step / steps, f"loss {row['loss']:.4f}, {row['tokens']:,} {stage.unit}")
 
-    rows = training_rows(texts, tokenizer)
+    rows = rows_of(data, stage, tokenizer)
     ledger = loop.train(
-        loop.Run(student, [stage], rows, target, guide, slots, seed=seed, progress=tell),
+        loop.Run(student, [stage], rows, target, guide, slots, seed=seed, progress=tell, heldout=held, **options),
     )
     save_trained(checkpoint, student, [stage], ledger, target)
     shutil.rmtree(target / "run", ignore_errors=True)

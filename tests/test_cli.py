@@ -194,6 +194,7 @@ def test_train_writes_a_model_and_will_not_write_it_twice(folder, tmp_path, caps
 def test_train_needs_its_teacher_and_mixers(folder, tmp_path, capsys):
     words = ["--data", folder / "text.txt", "--tokens", 256, "--length", 64]
     assert "teacher" in refused(capsys, "train", folder / "linear", tmp_path / "a", *words)
+    words += ["--stage", "align"]
     assert "linearize it first" in refused(capsys, "train", folder / "model", tmp_path / "b", *words)
 
 

@@ -20,7 +20,7 @@ from ..errors import RegraftError
 from ..hosts.modeling_regraft import RegraftForCausalLM
 from . import adam
 from .data import Packed, shuffled
-from .objectives import Rows, headed, loss, measured
+from .objectives import Rows, headed, loss, measured, suited
 from .resume import RunState, load_state, save_state
 from .stages import Stage, align_step, distil_step, finite, parameter_groups
 
@@ -118,6 +118,8 @@ def totals(ledger: list[dict[str, Any]]) -> dict[str, float]:
 def train_stage(run: Run, state: RunState, index: int) -> None:
     """One stage from where `state` says; ends with a checkpoint that starts the next."""
     stage, rows = run.stages[index], run.rows(run.stages[index].length)
+    for data in (rows, run.heldout or rows):
+        suited(run.model, stage.objective, data)
     if state.tokens:
         stage = dataclasses.replace(stage, tokens=state.tokens)
     if stage.precision == "auto":

@@ -52,16 +52,25 @@ class Stage:
     def __post_init__(self) -> None:
         if self.kind == "image":
             object.__setattr__(self, "length", 1)
+        if min(self.length, self.batch) < 1:
+            raise RegraftError(f"stage '{self.kind}' has {self.batch} rows of {self.length} a step: give 1 or more")
         if not 0 < self.mask_share <= 1:
             raise RegraftError(f"mask_share is {self.mask_share}: give a share of the tokens above 0, at most 1")
         if self.tokens < self.length * self.batch:
             step = f"{self.batch} x {self.length}"
-            raise RegraftError(f"stage '{self.kind}' has {self.tokens} tokens, less than one step of {step}: give more")
+            raise RegraftError(
+                f"stage '{self.kind}' has {self.tokens} {self.unit}, less than one step of {step}: give more"
+            )
 
     @property
     def steps(self) -> int:
         """Optimiser steps."""
         return self.tokens // (self.length * self.batch)
+
+    @property
+    def unit(self) -> str:
+        """What the budget counts."""
+        return "images" if self.kind == "image" else "tokens"
 
     @property
     def objective(self) -> Kind:

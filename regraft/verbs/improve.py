@@ -16,47 +16,65 @@ def train(
     out: str,
     data: str | None = None,
     tokens: int = 0,
-    stage: Literal["align", "distil", "next"] = "distil",
+    stage: Literal["align", "distil", "next", "mask", "image"] = "distil",
     teacher: str | None = None,
     length: int = 1024,
     batch: int = 1,
     lr_new: float | None = None,
     lr_mixer: float | None = None,
     lr_body: float | None = None,
+    mask_share: float = 0.15,
+    heldout: str | None = None,
+    every: int = 0,
+    moments: str | None = None,
+    keep_moments: bool = False,
     seed: int = 0,
     json: bool = False,
 ) -> Outcome:
-    """Train a linearized model; the same command resumes when OUT holds a run.
+    """Train a linearized or a stock model; the same command resumes when OUT holds a run.
 
     Args:
         model: model directory
         out: directory to write
-        data: text file or folder
-        tokens: how many tokens to train on
-        stage: align (layer outputs), distil (the teacher's distribution) or next (next token)
+        data: text file or folder; for image a .npz file with pixel_values and labels
+        tokens: how many tokens, for image how many images, to train on
+        stage: align (layer outputs), distil (the teacher's distribution), next (next token), mask (masked tokens of an
+            encoder) or image (the class of an image)
         teacher: the source, needed by align and distil
         length: tokens per row
         batch: rows per step
         lr_new: learning rate of weights that the source does not have
         lr_mixer: learning rate of inherited weights inside mixers
-        lr_body: learning rate of all other weights, 0 to freeze them
+        lr_body: learning rate of all other weights, 0 to freeze them; 3e-5, or 3e-4 for a model without mixers
+        mask_share: share of the tokens that mask hides
+        heldout: text or images to measure loss and accuracy on, before, after and every N steps
+        every: this N, 0 for before and after alone
+        moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
         seed: of the data order
     """
+    from pathlib import Path
+
     from .. import training
     from ..progress import Ticker
-    from ..settings import Text
     from ..uptrain.stages import Stage
 
     if not data or tokens < 1:
         raise RegraftError(f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}")
+    if every < 0 or (every and not heldout):
+        raise RegraftError(
+            f"--every {every} measures held-out rows every so many steps: give N >= 0 and --heldout PATH"
+        )
     rates: dict[str, Any] = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
-    asked = Stage(stage, tokens, length, batch, **{key: rate for key, rate in rates.items() if rate is not None})
+    rates = {key: rate for key, rate in rates.items() if rate is not None}
+    asked = Stage(stage, tokens, length, batch, mask_share=mask_share, **rates)
+    begun = Path(moments) if moments else None
+    options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
     with Ticker() as ticker:
-        result = training.train_once(model, out, [Text(data)], asked, teacher, seed, ticker)
+        result = training.train_once(model, out, data, asked, teacher, seed, ticker, **options)
 
     def show(console: Console) -> None:
         console.print(
-            f"{result['tokens']:,} tokens, {result['flops']:.3g} FLOPs, {result['seconds']:.0f} s; wrote {out}",
+            f"{result['tokens']:,} {asked.unit}, {result['flops']:.3g} FLOPs, {result['seconds']:.0f} s; wrote {out}",
             soft_wrap=True,
             highlight=False,
         )
