@@ -137,12 +137,17 @@ class Expansion:
     @property
     def identical(self) -> bool:
         """Whether nothing changes."""
-        return self.new == self.old and bool((self.index == torch.arange(self.old)).all())
+        return self.new == self.old and self.leading
+
+    @property
+    def leading(self) -> bool:
+        """Whether the old coordinates come first, in order."""
+        return bool((self.index[: self.old] == torch.arange(self.old)).all())
 
     @property
     def in_place(self) -> bool:
         """Whether old coordinates keep their places and each has one copy."""
-        return self.copies == 1 and bool((self.index[: self.old] == torch.arange(self.old)).all())
+        return self.copies == 1 and self.leading
 
     def twin(self) -> tuple[Tensor, Tensor]:
         """First and second members of the pairs; both empty without `pairs`."""
@@ -151,7 +156,8 @@ class Expansion:
         return fresh[:half], fresh[half : 2 * half]
 
 
-def _expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any) -> Expansion:
+def expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any) -> Expansion:
+    """The expansion of an index map; without `share` every copy is read as much as the others."""
     if share is None:
         counts = torch.bincount(index[index >= 0], minlength=old).double()
         share = torch.where(index < 0, 0.0, 1 / counts[index.clamp(min=0)])
@@ -160,14 +166,14 @@ def _expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, 
 
 def identity(size: int) -> Expansion:
     """The axis stays as it is."""
-    return _expansion("identity", size, torch.arange(size))
+    return expansion("identity", size, torch.arange(size))
 
 
 def pad(old: int, new: int, free: Literal["writes", "reads"] = "writes", pairs: bool = False) -> Expansion:
     """New coordinates behind the old ones that do nothing yet (composable expansions, arXiv 2308.06103)."""
     _grows("pad", old, new)
     index = torch.cat([torch.arange(old), torch.full((new - old,), -1)])
-    return _expansion("pad", old, index, free=free, pairs=pairs)
+    return expansion("pad", old, index, free=free, pairs=pairs)
 
 
 def place(old: int, new: int, index: Tensor) -> Expansion:
@@ -175,12 +181,12 @@ def place(old: int, new: int, index: Tensor) -> Expansion:
     _grows("place", old, new)
     back = torch.full((new,), -1)
     back[index] = torch.arange(old)
-    return _expansion("place", old, back)
+    return expansion("place", old, back)
 
 
 def repeat(old: int, times: int) -> Expansion:
     """Each coordinate `times` times in a row: how grouped key/value heads serve their queries (arXiv 2305.13245)."""
-    return _expansion("repeat", old, torch.arange(old).repeat_interleave(_times("repeat", times)))
+    return expansion("repeat", old, torch.arange(old).repeat_interleave(_times("repeat", times)))
 
 
 def tile(old: int, new: int) -> Expansion:
@@ -190,7 +196,7 @@ def tile(old: int, new: int) -> Expansion:
         raise RegraftError(
             f"tile makes whole copies: {new} is no multiple of {old}; use {' or '.join(map(str, near))}, or --how lemon"
         )
-    return _expansion("tile", old, torch.arange(old).repeat(new // old))
+    return expansion("tile", old, torch.arange(old).repeat(new // old))
 
 
 def duplicate(old: int, new: int, seed: int = 0, following: bool = False) -> Expansion:
@@ -201,7 +207,7 @@ def duplicate(old: int, new: int, seed: int = 0, following: bool = False) -> Exp
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(old, generator=generator) for _ in range(-(-(new - old) // old))]
     index = torch.cat([torch.arange(old), *rounds])[:new]
-    return _expansion("duplicate", old, index, following=following)
+    return expansion("duplicate", old, index, following=following)
 
 
 def split(old: int, new: int, seed: int = 0) -> Expansion:
@@ -212,14 +218,14 @@ def split(old: int, new: int, seed: int = 0) -> Expansion:
     index = torch.arange(new) % old
     weight = 0.5 + torch.rand(new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     total = torch.zeros(old, dtype=torch.float64).index_add(0, index, weight)
-    return _expansion("split", old, index, weight / total[index])
+    return expansion("split", old, index, weight / total[index])
 
 
 def rounds(old: int, new: int, free: Literal["writes", "reads"] = "reads") -> Expansion:
     """As many whole copies as fit, then new coordinates that hold nothing (LEMON on the residual stream)."""
     _grows("rounds", old, new)
     index = torch.cat([torch.arange(old).repeat(new // old), torch.full((new % old,), -1)])
-    return _expansion("rounds", old, index, free=free)
+    return expansion("rounds", old, index, free=free)
 
 
 def _grows(name: str, old: int, new: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,10 +15,13 @@ from .anatomy import find
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth
+from .growth.maps import Ligo
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
+from .steps.ligo import Learned
 from .steps.widen import Widen
 
+LEARNED = "ligo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -48,11 +52,17 @@ class Growth:
     @property
     def exact(self) -> bool:
         """Whether every operator keeps the function."""
-        return "aki" not in self.how and (self.layers is None or self.depth_how in depth.EXACT)
+        return not {"aki", LEARNED} & set(re.split("[,=]", self.how)) and (
+            self.layers is None or self.depth_how in depth.EXACT
+        )
 
-    def __call__(self, source: Checkpoint) -> Checkpoint:
-        """The grown checkpoint. RegraftError when nothing grows, or says what the class cannot hold."""
+    def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
+        """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when nothing grows, or
+        says what the class cannot hold.
+        """
         steps = self.steps(source)
+        if fitted:
+            steps[-1] = fitted
         if not steps:
             raise RegraftError(
                 f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads, --head-dim, "
@@ -67,11 +77,18 @@ class Growth:
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
         asked = self.sized(steps[0](source) if steps else source)
         widths = {name: getattr(asked, name) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim")}
+        if self.how == LEARNED and (asked.layers is not None or any(size is not None for size in widths.values())):
+            return [*steps, Learned(**widths, layers=asked.layers, method=self.method(), seed=self.seed)]
         if any(size is not None for size in widths.values()):
             steps.append(Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed))
         if asked.layers is not None:
             steps.append(Deepen(asked.layers, self.depth_how, self.seed))
         return steps
+
+    def method(self, **options: Any) -> Ligo:
+        """LiGO's options; `depth_how` other than its default is the order of layers that it begins with."""
+        order = {} if self.depth_how == "identity" else {"depth": self.depth_how}
+        return Ligo(**order | options)
 
     def sized(self, source: Checkpoint) -> Growth:
         """With the sizes of the target config, if there is one."""

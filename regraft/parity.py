@@ -20,6 +20,7 @@ STEPS = {
     "Deepen": lambda arguments: arguments["how"] in depth.EXACT,
     "Bridge": lambda arguments: True,
     "Store": lambda arguments: True,
+    "Learned": lambda arguments: False,
 }
 BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # what rounding the stored weights may move logits by
 EXACT = 2e-5
@@ -30,7 +31,7 @@ NEW = 24
 def grown(after: Checkpoint, before: Checkpoint) -> list[dict[str, Any]]:
     """The growth steps that lie between two checkpoints; empty when nothing grew."""
     steps = list(after.history)[len(before.history) :]
-    return [step for step in steps if step.get("step") in ("Widen", "Deepen", "Bridge")]
+    return [step for step in steps if step.get("step") in ("Widen", "Deepen", "Bridge", "Learned")]
 
 
 def exact(steps: list[dict[str, Any]]) -> bool:

@@ -65,6 +65,19 @@ def widening(
     return replace(done, config=anatomy.resized(source.config, sizes, extra={**keys, made.family.eps: done.eps}))
 
 
+def loosely(source: Checkpoint, asked: Asked, seed: int = 0) -> Widening:
+    """A padded widening to sizes that need not be exact, for operators that do not keep the function anyway."""
+    sizes, split = solve(source, asked)
+    table = unit_axes(source.sizes, sizes, split, hows("pad"), seed)
+    table["hidden"] = axes.pad(source.sizes["hidden"], sizes["hidden"], "reads")
+    made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)
+    host = source.anatomy.host_config(source.config)
+    keys, table["qk"] = rotary.widened(made.family, host, source.sizes["dim"], sizes["dim"])
+    done = replace(made, axes=table, fold=folding(made, "auto"))
+    extra = keys if done.eps is None else {**keys, made.family.eps: done.eps}
+    return replace(done, config=source.anatomy.resized(source.config, sizes, extra=extra))
+
+
 def notes(made: Widening, asked: Asked) -> list[str]:
     """What a user should know of a widening beyond its sizes: sizes that followed, entries that cannot learn."""
     old, new = made.source.sizes, made.sizes

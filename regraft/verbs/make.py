@@ -55,7 +55,8 @@ def plan(
         head_dim: width of a head
         layers: number of layers
         to: a directory whose config.json gives all sizes
-        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon
+        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
+            or ligo, which learns width and depth from --data
         depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
@@ -91,6 +92,8 @@ def grow(
     noise: float | None = None,
     dtype: str | None = None,
     optimizer_state: str | None = None,
+    data: str | None = None,
+    fit: dict[str, Any] | None = None,
     seed: int = 0,
     bridge: bool = False,
     overwrite: bool = False,
@@ -108,18 +111,21 @@ def grow(
         head_dim: width of a head
         layers: number of layers
         to: a directory whose config.json gives all sizes
-        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon
+        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
+            or ligo, which learns width and depth from --data
         depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
         optimizer_state: safetensors with exp_avg/NAME, exp_avg_sq/NAME: grown into OUT/optimizer.safetensors
+        data: for --how ligo: text (.txt, .jsonl, a folder), or .npz images
+        fit: for --how ligo: its options as JSON, such as {"steps": 100, "reads": "inverse", "batch": 16, "length": 256}
         seed: of fresh weights
     """
-    from .. import moments, parity
+    from .. import fitting, moments, parity
     from .. import plan as planning
     from ..checkpoint import Checkpoint
-    from ..growing import Growth
+    from ..growing import LEARNED, Growth
     from ..progress import Ticker
 
     if Path(out).resolve() == Path(source).resolve():
@@ -127,10 +133,14 @@ def grow(
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype, seed)
+    if how != LEARNED and (data or fit):
+        raise RegraftError(f"--data and --fit are for --how ligo, not {how}: leave them out")
     after = growth(before)
     made = planning.Plan.of(before, after)
     print(f"regraft: {made.forecast()}", file=sys.stderr)
     with Ticker() as ticker:
+        if how == LEARNED:
+            after = growth(before, fitting.fitted(before, growth, data, fit or {}, ticker))
         ticker.start(f"writing {out}")
         if optimizer_state:
             if bridge:

@@ -1,0 +1,188 @@
+"""Fitting LiGO's maps: a few training steps of the grown model in which only the maps learn."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import flops, hosts
+from .anatomy import Key
+from .checkpoint import Checkpoint
+from .errors import RegraftError
+from .growing import Growth
+from .growth.learned import Grower
+from .growth.maps import Ligo
+from .progress import Ticker
+from .steps.ligo import Learned
+from .training import rows_of  # T
+from .uptrain.data import shuffled
+from .uptrain.objectives import Rows, loss
+from .uptrain.stages import Stage
+
+CLIP = 1.0
+RUN: dict[str, Any] = {"batch": 16, "length": 256, "micro": None, "precision": "float32"}
+STILL = '{"steps": 0}'
+SIZES = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers")
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+def fit(
+    source: Checkpoint,
+    growth: Growth,
+    method: Ligo,
+    stage: Stage,
+    rows: Rows,
+    seed: int = 0,
+    micro: int | None = None,
+    progress: Progress = lambda step, steps, row: None,
+) -> Learned:
+    """Learn how to grow `source` to the sizes of `growth`; the step that does it.
+
+    `stage` gives the objective (next, mask or image), the rows of a step and their precision, `method` the steps and
+    learning rates. The grown weights are made once a step, also when `micro` rows at a time go through the model. The
+    step's `cost` holds steps, tokens (or images), flops, seconds and `overhead`: FLOPs of making the weights and
+    their gradients, as a share of a plain training step's. RegraftError when nothing grows, when the data is of another
+    kind than the objective, and when a loss is not finite.
+    """
+    asked = growth.sized(source)
+    sizes = {name: getattr(asked, name) for name in SIZES}
+    if all(size is None for size in sizes.values()):
+        raise RegraftError(f"nothing to grow in '{source.origin}': give sizes to LiGO, such as hidden or layers")
+    learned = Learned(**sizes, method=method, seed=seed)
+    grower = learned.grower(source)
+    made = Fitting(learned(source), grower.keep(), method)
+    count = stage.batch * method.steps
+    order = shuffled(len(rows), count, seed) if count else torch.empty(0, dtype=torch.long)
+    for step in range(method.steps):
+        picked = rows[order[step * stage.batch : (step + 1) * stage.batch]]
+        row = made.step(stage, picked, step, seed, micro or stage.batch)
+        progress(step + 1, method.steps, row)
+    maps = {name: value.detach().clone() for name, value in grower.state_dict().items()}
+    return replace(learned, maps=maps, cost=made.cost)
+
+
+def fitted(source: Checkpoint, growth: Growth, data: str | None, options: Mapping[str, Any], ticker: Ticker) -> Learned:
+    """`fit` from the command line: `data` is text or a .npz of images, the objective what the family is made for.
+
+    `options`: Ligo's, and `batch`, `length`, `micro`, `precision`. RegraftError names an unknown one, or asks for data.
+    """
+    known = {f.name for f in fields(Ligo)} | set(RUN)
+    if unknown := sorted(set(options) - known):
+        raise RegraftError(f"unknown --fit '{unknown[0]}': use {', '.join(sorted(known))}")
+    method = growth.method(**{name: value for name, value in options.items() if name not in RUN})
+    run = RUN | {name: value for name, value in options.items() if name in RUN}
+    if data is None and method.steps:
+        raise RegraftError(f"--how ligo learns from text or images: give --data PATH, or --fit '{STILL}'")
+    if data is None:
+        return cast(Learned, growth.steps(source)[-1])
+    anatomy = source.anatomy
+    kind = "image" if anatomy.inputs == "pixels" else "next" if anatomy.causal else "mask"
+    room = min(int(run["length"]), source.sizes.get("pos", int(run["length"])))
+    stage = Stage(kind, run["batch"] * room, room, run["batch"], precision=run["precision"])  # type: ignore[arg-type]
+    rows = rows_of(data, stage, None if kind == "image" else hosts.load_tokenizer(source.path))(stage.length)
+
+    def tell(step: int, steps: int, row: Mapping[str, float]) -> None:
+        ticker.update(step / steps, f"loss {row['loss']:.4f}, weights cost {100 * row['overhead']:.2f} % of a step")
+
+    ticker.start("fitting LiGO's maps")
+    return fit(source, growth, method, stage, rows, growth.seed, run["micro"], tell)
+
+
+class Fitting:
+    """The grown model, whose parameters hold what the maps make of the source's, and the maps' optimiser."""
+
+    def __init__(self, target: Checkpoint, grower: Grower, method: Ligo):
+        self.grower, self.method = grower, method
+        self.model = hosts.materialize(target)
+        named = list(self.model.named_parameters())
+        numbers = {name: torch.full_like(p, number) for number, (name, p) in enumerate(named)}
+        filed = hosts.in_files(self.model, numbers)
+        self.values: dict[Key, nn.Parameter] = {}
+        for key, name in target.names.items():
+            number = filed[name].unique().long().tolist() if name in filed else []
+            if len(number) != 1 or named[number[0]][1].shape != target.tensors[key].shape:
+                raise RegraftError(
+                    f"{target.anatomy.family}'s class keeps '{name}' inside a larger tensor, which LiGO cannot "
+                    "fit: use another --how"
+                )
+            self.values[key] = named[number[0]][1]
+        groups = [
+            {"params": list(grower.spaces.parameters()), "peak": method.lr},
+            {"params": list(grower.mixing.parameters()), "peak": method.lr_depth},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=method.lr, weight_decay=method.decay)
+        self.cost: dict[str, float] = {"steps": 0, "tokens": 0, "flops": 0, "seconds": 0.0, "overhead": 0.0}
+        self.counts: tuple[int, int] | None = None  # FLOPs of making weights, of training on them
+
+    def step(self, stage: Stage, rows: Rows, step: int, seed: int, micro: int) -> dict[str, float]:
+        """One step of the maps on `rows`, `micro` of them at a time."""
+        begun = time.monotonic()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.rate(step)
+        if self.counts is None:
+            value, self.counts = self.counted(stage, rows, seed, micro)
+        else:
+            made = self.make()
+            value = self.learn(stage, rows, seed + step, micro)
+            self.back(made)
+        if not math.isfinite(value):
+            raise RegraftError(
+                f"LiGO's loss is {value} at step {step}: lower its lr ({self.method.lr:g}) and run again"
+            )
+        torch.nn.utils.clip_grad_norm_(self.grower.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.cost["steps"] += 1
+        self.cost["tokens"] += rows.input_ids.numel() if hasattr(rows, "input_ids") else len(rows)
+        self.cost["flops"] += sum(self.counts)
+        self.cost["seconds"] += time.monotonic() - begun
+        self.cost["overhead"] = self.counts[0] / self.counts[1]
+        return {"loss": value, **self.cost}
+
+    def rate(self, step: int) -> float:
+        """Learning-rate factor: a short rise, then linearly down."""
+        return min((step + 1) / max(1, self.method.warmup), 1 - step / self.method.steps)
+
+    def counted(self, stage: Stage, rows: Rows, seed: int, micro: int) -> tuple[float, tuple[int, int]]:
+        """A step under the FLOP counter: its loss, FLOPs of making weights and of training on them."""
+        with flops.counter() as making:
+            made = self.make()
+        with flops.counter() as training:
+            value = self.learn(stage, rows, seed, micro)
+        with flops.counter() as back:
+            self.back(made)
+        return value, (making.get_total_flops() + back.get_total_flops(), training.get_total_flops())
+
+    def make(self) -> Mapping[Key, Tensor]:
+        """The grown weights, put into the model; with their graph."""
+        made = self.grower()
+        with torch.no_grad():
+            for key, parameter in self.values.items():
+                parameter.copy_(made[key])
+        return made
+
+    def learn(self, stage: Stage, rows: Rows, seed: int, micro: int) -> float:
+        """Gradients of the loss in the model's parameters; the mean loss."""
+        generator, total = torch.Generator().manual_seed(seed), 0.0
+        parts: list[Any] = [rows[begin : begin + micro] for begin in range(0, len(rows), micro)]
+        for part in parts:
+            value = loss(self.model, stage.kind, part, stage.precision == "bfloat16", generator, stage.mask_share)
+            share = len(part) / len(rows)
+            (share * value).backward()  # type: ignore[no-untyped-call]
+            total += share * float(value.detach())
+        return total
+
+    def back(self, made: Mapping[Key, Tensor]) -> None:
+        """The parameters' gradients, carried on to the maps."""
+        heard = [
+            key for key, parameter in self.values.items() if parameter.grad is not None and made[key].requires_grad
+        ]
+        torch.autograd.backward([made[key] for key in heard], [self.values[key].grad for key in heard])
+        self.model.zero_grad(set_to_none=True)

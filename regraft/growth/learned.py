@@ -1,0 +1,239 @@
+"""A grown model as a differentiable function of a small one: LiGO on any family's axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Key, Part
+from ..axes import product
+from ..errors import RegraftError
+from .depth import Layer, Quiet
+from .maps import Ligo, Space, dense
+from .spaces import GROWS, Widening, head_gain, kind_of
+from .widen import Piece, apart, pieces, together
+
+HEADS = ("kv", "group", "dim")
+QUERIES = ("q", "k", "q_norm", "k_norm")
+LINEAR = ("hidden", "dim")  # what a head reads of values is linear in them
+
+
+@dataclass(frozen=True)
+class Span:
+    """Axes of a tensor that one map acts on: `count` of them from `begin`, by the space `name`."""
+
+    begin: int
+    count: int
+    name: str
+    read: bool
+
+
+class Grower(nn.Module):
+    """Every tensor of the grown model from the source's, the maps of axes and the mixing of layers.
+
+    `order`: what each target layer is at first. W'_i = B (sum_j w_ij W_j) A^T per map and layer i: layers are mixed
+    first, at the small size, which is equal because all layers share their maps, and cheaper.
+    """
+
+    def __init__(self, widening: Widening, order: Sequence[Layer], method: Ligo, seed: int = 0):
+        super().__init__()
+        self.widening, self.order, self.method = widening, list(order), method
+        self.source = widening.source
+        self.before = self.source.anatomy.place(self.source.config)
+        self.stacks: dict[str, list[Tensor]] = {}
+        draw = torch.Generator().manual_seed(seed)
+        self.spaces = nn.ModuleDict(self._spaces(draw))
+        self.folds = method.reads != "tied" and self._folds()
+        if method.reads == "orthogonal" and not self.folds:
+            raise RegraftError(
+                f"orthogonal maps need root-mean-square norms before their readers and an output embedding of its own, "
+                f"which this {widening.family.family} has not: use reads inverse or tied"
+            )
+        for name, space in self.spaces.items():
+            if isinstance(space, Space):
+                space.levels = self.folds and name == "hidden"
+        self.mixing = nn.ParameterDict(self._mixing(draw))
+
+    def forward(self) -> dict[Key, Tensor]:
+        """Every tensor of the target by key, float32, with a graph to the maps."""
+        maps = {name: space() for name, space in self.spaces.items()}
+        found: dict[Key, Tensor] = {}
+        for role, layered in {role: layer is not None for role, layer in self.before}.items():
+            layers = list(range(len(self.order))) if layered else [None]
+            found |= {(role, i): value for i, value in zip(layers, self._role(role, layers, maps), strict=True)}
+        return found
+
+    @torch.no_grad()
+    def tensor(self, key: Key) -> Tensor:
+        """One tensor of the target, as forward gives it."""
+        maps = {name: space() for name, space in self.spaces.items()}
+        return self._role(key[0], [key[1]], maps)[0]
+
+    def keep(self) -> Grower:
+        """Hold the source's tensors in memory from now on, as fitting reads them at every step."""
+        for role in dict.fromkeys(role for role, _ in self.before):
+            self.stacks[role] = self._stack(role)
+        return self
+
+    def _spaces(self, draw: torch.Generator) -> dict[str, Space]:
+        widening, method = self.widening, self.method
+        table = dict(widening.axes)
+        if method.heads == "dense":
+            self._check_dense()
+            whole = dense(table.pop("kv"), table.pop("dim"))
+            table |= dict.fromkeys("qkv", whole)
+            del table["qk"]
+        return {
+            name: Space(axis, method, draw, name in LINEAR, not (name == "qk" and widening.family.rotary))
+            for name, axis in table.items()
+            if not axis.identical
+        }
+
+    def _check_dense(self) -> None:
+        sizes, anatomy = self.widening.sizes, self.widening.family
+        normed = any(part.norm and set(part.axes.outputs[0]) & set(HEADS) for part in self.widening.parts)
+        if anatomy.rotary or sizes["group"] > 1 or normed:
+            why = "rotary positions" if anatomy.rotary else "norms on its queries" if normed else "grouped queries"
+            raise RegraftError(f"dense maps would mix what the {why} of {anatomy.family} keep apart: use heads blocks")
+
+    def _folds(self) -> bool:
+        """Whether the gain of every norm over the stream can move into what reads it."""
+        norms = [part for part in self.widening.parts if part.norm and "hidden" in part.axes.outputs[0]]
+        plain = all(part.axes.kind == "gain" and part.reads == "stream" for part in norms)
+        kinds = {role for role, _ in self.before}
+        readers = {role: spot.part for (role, _), spot in self.before.items() if self._reads(spot.part)}
+        return plain and all(self._norm(role, part) in kinds for role, part in readers.items()) and not self._tied()
+
+    def _tied(self) -> bool:
+        return self.widening.tied and self.widening.family.causal
+
+    @staticmethod
+    def _reads(part: Part) -> bool:
+        return part.axes.kind == "map" and part.axes.inputs == ("hidden",) and not part.norm
+
+    @staticmethod
+    def _norm(role: str, part: Part) -> str:
+        """The norm whose output a map reads."""
+        return (
+            "norm.final.weight"
+            if part.reads == "head" or role == "head.weight"
+            else f"norm.{role.split('.')[0]}.weight"
+        )
+
+    def _mixing(self, draw: torch.Generator) -> dict[str, nn.Parameter]:
+        """w, (target layers, source layers), of every kind of module; none without more layers."""
+        count = self.source.layers
+        if [layer.source for layer in self.order] == list(range(count)):
+            return {}
+        quiet = Quiet(self.source, self.before)
+        if quiet.hands_on and any(layer.new for layer in self.order):
+            raise RegraftError(
+                f"idle layers of {self.widening.family.family} hand on the norm before them, which is no mixture of "
+                "layers: use depth stack or interpolate"
+            )
+        table: dict[str, nn.Parameter] = {}
+        for role in dict.fromkeys(role for role, layer in self.before if layer is not None):
+            silent = role in quiet.gains or (role in quiet.outputs and not quiet.gains)
+            start = torch.zeros(len(self.order), count)
+            for i, layer in enumerate(self.order):
+                start[i, layer.source] = 0.0 if layer.new and silent else 1.0
+            for base, _, _ in pieces(self.before[role, 0].part, role):
+                name = base.rpartition(".")[0].replace(".", "_")
+                if name not in table:
+                    blurred = start + self.method.blur * torch.rand(start.shape, generator=draw) * (
+                        start.sum(1, keepdim=True) > 0
+                    )
+                    table[name] = nn.Parameter(blurred / blurred.sum(1, keepdim=True).clamp(min=1.0))
+        return table
+
+    def _work(self, role: str, layer: int | None) -> list[Piece]:
+        part = self.before[role, layer].part
+        return [Piece(self.widening, name, part, axes, output, layer) for name, axes, output in pieces(part, role)]
+
+    def _stack(self, role: str) -> list[Tensor]:
+        """The source's maps of a role seen axis by axis, (source layers, ...) each, with their factors."""
+        if role in self.stacks:
+            return self.stacks[role]
+        layers = [None] if (role, None) in self.before else list(range(self.source.layers))
+        rows = []
+        for layer in layers:
+            part = self.before[role, layer].part
+            values = apart(self.source.tensors[role, layer].read().float(), part, self.source.sizes)
+            rows.append([self._small(p, v, layer) for p, v in zip(self._work(role, layer), values, strict=True)])
+        return [torch.stack(list(column)) for column in zip(*rows, strict=True)]
+
+    def _small(self, piece: Piece, value: Tensor, layer: int | None) -> Tensor:
+        value = value.reshape(piece.shape())
+        if piece.splits and not piece.has_group:
+            value = value.repeat_interleave(self.widening.split, piece.axes.index("kv"))
+        if piece.signature.unit:
+            value = value + 1
+        if self.folds and self._reads(piece.part):
+            norm = self._norm(piece.role, piece.part)
+            key = (norm, None if (norm, None) in self.before else layer)
+            gain = self.source.tensors[key].read().float()
+            value = value * (gain + 1 if self.before[key].part.axes.unit else gain)
+        return value * piece.factor
+
+    def _role(self, role: str, layers: Sequence[int | None], maps: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The tensors of a role in some layers of the target."""
+        first = None if (role, None) in self.before else 0
+        part, work = self.before[role, first].part, self._work(role, first)
+        stacks = self._stack(role)
+        rows = [[self._grown(p, v, i, maps) for p, v in zip(work, stacks, strict=True)] for i in layers]
+        return [together(row, part).contiguous() for row in rows]
+
+    def _grown(self, piece: Piece, stack: Tensor, layer: int | None, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """One piece in one layer of the target, mixed and then mapped."""
+        if piece.part.norm and self.folds and "hidden" in piece.signature.outputs[0]:
+            return self._level(piece)
+        name = piece.role.rpartition(".")[0].replace(".", "_")
+        if layer is not None and name in self.mixing:
+            value = torch.tensordot(self.mixing[name][layer], stack, 1)
+        else:
+            value = stack[layer or 0]
+        for span in self._spans(piece):
+            if span.name in maps:
+                value = self._applied(piece, value, span, maps[span.name][span.read])
+        if piece.headed:
+            value = value * head_gain(self.widening, self.widening.hidden.copies or 1).float()
+        return value - 1 if piece.signature.unit else value
+
+    def _level(self, piece: Piece) -> Tensor:
+        """Gains that have moved into the readers: the same number everywhere."""
+        size = product(piece.signature.outputs[0], self.widening.sizes)
+        return torch.full((size,), piece.factor - float(piece.signature.unit))
+
+    def _applied(self, piece: Piece, value: Tensor, span: Span, matrix: Tensor) -> Tensor:
+        at = span.begin
+        shape = value.shape
+        flat = value.flatten(at, at + span.count - 1)
+        out = torch.tensordot(flat, matrix, ([at], [1])).movedim(-1, at)
+        space = self.spaces[span.name]
+        if piece.signature.kind in ("gain", "scale") and isinstance(space, Space):
+            out = out.index_fill(at, space.silent, 1.0)
+        if span.count == 1:
+            return out
+        sizes = [product((axis,), self.widening.sizes) for axis in piece.axes[at : at + span.count]]
+        return out.reshape(*shape[:at], *sizes, *shape[at + span.count :])
+
+    def _spans(self, piece: Piece) -> list[Span]:
+        """Which map acts on which axes."""
+        outputs = len(piece.axes) - len(piece.signature.inputs)
+        kind = kind_of(piece.role)
+        spans: list[Span] = []
+        for at, axis in enumerate(piece.axes):
+            read = at >= outputs
+            if self.method.heads == "dense" and axis in HEADS:
+                name = "v" if read else kind
+                if spans and spans[-1].name == name and spans[-1].read == read:
+                    last = spans.pop()
+                    spans.append(Span(last.begin, last.count + 1, name, read))
+                else:
+                    spans.append(Span(at, 1, name, read))
+            elif axis in GROWS:
+                spans.append(Span(at, 1, "qk" if axis == "dim" and kind in QUERIES else axis, read))
+        return spans

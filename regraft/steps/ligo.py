@@ -1,0 +1,86 @@
+"""Learned: the growth that LiGO's maps make, folded into a stock checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, Lazy, Story
+from ..errors import RegraftError
+from ..growth import depth, targets
+from ..growth.learned import Grower
+from ..growth.maps import Ligo
+from ..growth.solving import Asked
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Grow by learned maps of axes and layers (LiGO, arXiv 2303.00980).
+
+    Sizes as in Widen and Deepen; `method` says how the maps are made, `maps` what they are once `regraft.fitting.fit`
+    has learned them (empty: their start), `cost` what that took.
+
+    Preserves: nothing exactly, except by reads `inverse` what is linear, and by reads `orthogonal` with start `pad`,
+    blur 0 and depth `llama_pro` the logits of families with root-mean-square norms and an output embedding of its own.
+    Refuses: smaller sizes, dense maps of heads that turn or are grouped, moments of an optimiser.
+    """
+
+    hidden: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    layers: int | None = None
+    method: Ligo = field(default_factory=Ligo)
+    seed: int = 0
+    maps: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+    def grower(self, source: Checkpoint) -> Grower:
+        """The differentiable form, with the maps in it."""
+        if source.holds != "weights":
+            raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
+        asked = Asked(self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim)
+        if self.method.start == "average":
+            made = targets.loosely(source, asked, self.seed)
+        else:
+            made = targets.widening(source, asked, self.method.start, noise=0.0, seed=self.seed)
+        order = depth.layers(self.method.depth, source.layers, self.layers or source.layers)
+        grower = Grower(made, order, self.method, self.seed)
+        if self.maps:
+            grower.load_state_dict(dict(self.maps))
+        return grower
+
+    def __call__(self, source: Checkpoint) -> Checkpoint:
+        """The grown checkpoint; every tensor is computed when it is read."""
+        grower = self.grower(source)
+        order = [layer.source for layer in grower.order]
+        sizes = {**grower.widening.sizes, "depth": len(order)}
+        config = source.anatomy.resized(dict(grower.widening.config), sizes, order)
+        placed = source.anatomy.place(config)
+        tensors: dict[Any, Lazy] = {}
+        for key, spot in placed.items():
+            role, layer = key
+            homes = [layer] if layer is None else list(range(source.layers))
+            lazies = [source.tensors[role, home] for home in homes]
+            origins = tuple(name for lazy in lazies for name in lazy.story.sources)
+            story = Story("grown", origins, f"learned, '{spot.part.signature}'")
+            dtype = lazies[0].dtype
+            tensors[key] = Lazy(spot.shape, dtype, story, lambda key=key, dtype=dtype: grower.tensor(key).to(dtype))  # type: ignore[misc]
+        names = {key: spot.name for key, spot in placed.items()}
+        history = (*source.history, self.entry())
+        return dataclasses.replace(source, config=config, sizes=sizes, tensors=tensors, names=names, history=history)
+
+    def entry(self) -> dict[str, Any]:
+        """The step as lineage.json keeps it: the maps by their hash."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("maps", "cost")}
+        digest = hashlib.sha256()
+        for name, value in sorted(self.maps.items()):
+            digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+        arguments = fields | {"method": dataclasses.asdict(self.method)}
+        return {"step": "Learned", "arguments": arguments, "cost": dict(self.cost), "maps": digest.hexdigest()}
