@@ -22,7 +22,7 @@ from .progress import Ticker
 from .steps.ligo import Learned
 from .training import rows_of  # T
 from .uptrain.data import shuffled
-from .uptrain.objectives import Rows, loss
+from .uptrain.objectives import Kind, Rows, loss
 from .uptrain.stages import Stage
 
 CLIP = 1.0
@@ -173,9 +173,11 @@ class Fitting:
         generator, total = torch.Generator().manual_seed(seed), 0.0
         parts: list[Any] = [rows[begin : begin + micro] for begin in range(0, len(rows), micro)]
         for part in parts:
-            value = loss(self.model, stage.kind, part, stage.precision == "bfloat16", generator, stage.mask_share)
+            value = loss(
+                self.model, cast(Kind, stage.kind), part, stage.precision == "bfloat16", generator, stage.mask_share
+            )
             share = len(part) / len(rows)
-            (share * value).backward()  # type: ignore[no-untyped-call]
+            (share * value).backward()
             total += share * float(value.detach())
         return total
 
