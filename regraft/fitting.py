@@ -80,7 +80,7 @@ def fitted(source: Checkpoint, growth: Growth, data: str | None, options: Mappin
     if data is None and method.steps:
         raise RegraftError(f"--how ligo learns from text or images: give --data PATH, or --fit '{STILL}'")
     if data is None:
-        return cast(Learned, growth.steps(source)[-1])
+        return replace(cast(Learned, growth.steps(source)[-1]), method=method)
     anatomy = source.anatomy
     kind = "image" if anatomy.inputs == "pixels" else "next" if anatomy.causal else "mask"
     room = min(int(run["length"]), source.sizes.get("pos", int(run["length"])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,9 @@ def liveness(
     judged: rows of looked-up tables that it used, experts that a token chose, parameters in the forward pass, but no
     key biases, which softmax cancels; the rest counts as `unseen`. `locked`: units that repeat another one in every map
     that writes or reads them, and moved with it. With the `source` of a grown model, duplicates that it has itself are
-    taken off, for each axis as many as its worst layer has. `share` is of the judged entries, `where` is for people.
+    taken off, for each axis as many as its worst layer has; where entries are dead, `source` says how many of it the
+    first gradient misses: neurons that random input leaves asleep. `share` is of the judged entries, `where` is for
+    people.
     """
     if steps < 1:
         raise RegraftError(f"liveness needs at least one step, got {steps}: give 3 or more")
@@ -70,8 +72,12 @@ def liveness(
     lanes = lanes_of(counted(observed(opened(model), steps, seed), dead, counts))
     units, locked = locks(lanes, known)
     entries, judged, unseen = sum(row["dead"] for row in dead), counts["judged"], counts["unseen"]
+    asleep: list[dict[str, Any]] = []
+    if source is not None and dead:
+        deque(counted(observed(opened(source), 1, seed), asleep, dict.fromkeys(counts, 0)), maxlen=0)
+    had = {"source": sum(row["dead"] for row in asleep)} if asleep else {}
     return {
-        "dead": {"entries": entries, "share": entries / max(judged, 1), "tensors": dead},
+        "dead": {"entries": entries, "share": entries / max(judged, 1), "tensors": dead} | had,
         "locked": {"units": units, "tensors": locked},
         "unseen": {"entries": unseen, "share": unseen / max(judged + unseen, 1)},
     }

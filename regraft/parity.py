@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import hosts, lineage
+from . import axes, hosts, lineage
 from .checkpoint import Checkpoint
 from .errors import RegraftError
-from .growth import depth
+from .growth import depth, targets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,17 +61,31 @@ def outputs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def difference(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """(relative, absolute) largest difference. Where the stream itself comes out, wider than it was, every block of its
-    old size must hold the old values or, with new coordinates that are silent, zeros.
+def stream(before: Checkpoint, after: Checkpoint) -> Tensor:
+    """For every coordinate of the grown stream the old one that it copies, if it copies any, (new,)."""
+    index = torch.arange(before.sizes["hidden"])
+    for step in list(after.history)[len(before.history) :]:
+        arguments, old = step.get("arguments", {}), len(index)
+        new = arguments.get("hidden") or old
+        if new > old:
+            drawn = targets.hows(arguments.get("how", "pad"))["hidden"] in ("duplicate", "aki")
+            index = index[axes.duplicate(old, new, arguments["seed"]).index if drawn else torch.arange(new) % old]
+    return index
+
+
+def difference(before: Tensor, after: Tensor, index: Tensor) -> tuple[float, float]:
+    """(relative, absolute) largest difference. Where the stream itself comes out, wider than it was, its first
+    coordinates must hold the old values and every other one those that it copies (`index`) or, being silent, zeros.
     """
-    axis = next((axis for axis in range(before.ndim) if before.shape[axis] != after.shape[axis]), -1)
-    width = before.shape[axis]
-    blocks = after.split(width, axis)
-    worst = float((blocks[0] - before).abs().max())
-    for block in blocks[1:]:
-        old = before.narrow(axis, 0, block.shape[axis])
-        worst = max(worst, min(float((block - old).abs().max()), float(block.abs().max())))
+    axis = next((axis for axis in range(before.ndim) if before.shape[axis] != after.shape[axis]), None)
+    if axis is None:
+        worst = float((after - before).abs().max())
+    else:
+        width = before.shape[axis]
+        first, new = after.transpose(0, axis).split([width, after.shape[axis] - width])
+        old = before.transpose(0, axis)
+        copied, silent = ((new - value).flatten(1).abs().amax(1) for value in (old[index[width:]], torch.zeros(())))
+        worst = max(float((first - old).abs().max()), float(torch.minimum(copied, silent).max()))
     return worst / float(before.abs().max()), worst
 
 
@@ -90,7 +104,8 @@ def compare(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str, Any]:
     ours = outputs(model, given)
     if missing := sorted(set(reference) - set(ours)):
         raise RegraftError(f"'{after.origin}' gives no '{missing[0]}' as its source does: name the source it came from")
-    pairs = [difference(value, ours[name]) for name, value in reference.items() if name != "past_key_values"]
+    index = stream(before, after)
+    pairs = [difference(value, ours[name], index) for name, value in reference.items() if name != "past_key_values"]
     found: dict[str, Any] = {
         "rel_logit_diff": max(relative for relative, _ in pairs),
         "max_abs_logit_diff": max(absolute for _, absolute in pairs),
@@ -137,10 +152,11 @@ def step0(source: str | Path, out: str | Path, length: int = 256) -> dict[str, f
     difference of their outputs: what an operator that does not keep the function costs before training.
     """
     before, after = Checkpoint.open(source), Checkpoint.open(out)
+    length = min(length, before.sizes.get("pos", length + 2) - 2)  # an encoder may count positions from two
     given = text(before, length) or hosts.example(before, length=length)
     first, second = (outputs(hosts.materialize(each), given) for each in (before, after))
     name = next(iter(first))
-    found = {"rel_logit_diff": difference(first[name], second[name])[0]}
+    found = {"rel_logit_diff": difference(first[name], second[name], stream(before, after))[0]}
     if before.anatomy.causal:
         found |= {"loss_source": loss(first, given), "loss_grown": loss(second, given)}
     return found

@@ -59,6 +59,7 @@ class Plan:
         counts["dropped"] = {"count": len(target.dropped), "parameters": dropped, "share": dropped / before}
         counts["unclaimed"] = {"count": 0, "parameters": 0, "share": 0.0}
         kinds = layer_kinds(target)
+        context = context if source.anatomy.causal else source.sizes["pos"]
         return cls(
             source=source.sizes,
             target=target.sizes,
@@ -183,7 +184,8 @@ def render(plan: Plan, console: Console) -> None:
     console.print(sizes)
     facts = Table("", "source", "target", title=f"After {plan.context:,} tokens")
     facts.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
-    facts.add_row("state, MB", _mega(plan.source_state_bytes), _mega(sum(plan.state_bytes.values())))
+    if keeps := plan.source_state_bytes > 0:  # encoders keep none
+        facts.add_row("state, MB", _mega(plan.source_state_bytes), _mega(sum(plan.state_bytes.values())))
     facts.add_row("GFLOP per token", *(f"{value / 1e9:.3f}" for value in plan.flops_per_token.values()))
     for name, what in (("forward", "GFLOP per token of a row"), ("training", "GFLOP per token trained")):
         values = (f"{row[name] / 1e9:.3f}" for row in plan.row_flops_per_token.values())
@@ -192,8 +194,8 @@ def render(plan: Plan, console: Console) -> None:
     facts.add_row("memory to write it, MB", "", _mega(plan.peak_bytes))
     console.print(facts)
     for kind, layers in plan.layers.items():
-        held = _mega(plan.state_bytes[kind])
-        console.print(f"{kind}: layers {', '.join(map(str, layers))}; state {held} MB", soft_wrap=True, highlight=False)
+        held = f"; state {_mega(plan.state_bytes[kind])} MB" if keeps else ""
+        console.print(f"{kind}: layers {', '.join(map(str, layers))}{held}", soft_wrap=True, highlight=False)
     for note in plan.notes:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)
 

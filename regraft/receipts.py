@@ -69,10 +69,11 @@ def grown(before: Checkpoint, after: Checkpoint, steps: list[dict[str, Any]], se
     result["exact"] = parity.exact(list(after.history)[len(before.history) :])
     result |= {"zero_layers": None, "window_end": None} | parity.compare(before, after, seed)
     result["bound"] = parity.bound(before, after)
-    result |= {"dead": None, "dead_in": [], "locked": None, "locked_in": []}
+    result |= {"dead": None, "dead_source": None, "dead_in": [], "locked": None, "locked_in": []}
     if not result["trained"]:
         alive = liveness.liveness(after, source=before)
         result |= {"dead": alive["dead"]["entries"], "locked": alive["locked"]["units"]}
+        result["dead_source"] = alive["dead"].get("source")
         result |= {f"{kind}_in": alive[kind]["tensors"] for kind in ("dead", "locked")}
     same = not result["exact"] or result["rel_logit_diff"] <= result["bound"]
     steady = result["parallel_vs_recurrent"] is None or result["parallel_vs_recurrent"] <= RECURRENT
@@ -192,14 +193,15 @@ MEANINGS = {
     "unaccounted": "source tensors found nowhere in the output",
     "unequal": "moved tensors whose bits changed",
     "source_matches": "the source is the one that lineage.json names",
-    "rel_logit_diff": "logits against the source's, relative",
-    "max_abs_logit_diff": "logits against the source's, largest difference",
+    "rel_logit_diff": "outputs against the source's, relative",
+    "max_abs_logit_diff": "outputs against the source's, largest difference",
     "zero_layers": "linearizing no layer: logits against the source's",
     "window_end": "gates shut: logits against the pure-window model's",
     "parallel_vs_recurrent": "token by token against all at once",
     "exact": "every step keeps the function",
     "bound": "largest relative difference that counts as equal",
     "dead": "entries that no gradient reaches",
+    "dead_source": "the source's own that its first gradient misses",
     "locked": "units that stay like another for ever",
     "greedy": f"greedy tokens that agree, of {parity.NEW}",
 }

@@ -42,6 +42,23 @@ def test_grow_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert code == 0 and "greedy tokens that agree" in said
 
 
+@pytest.mark.parametrize("family", ["bert", "dinov2"])
+def test_an_encoder_grows_in_drawn_copies(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path, family), str(tmp_path / "out")
+    hidden = 2 * Checkpoint.open(given).sizes["hidden"]
+    code, said, _ = run(capsys, "grow", given, out, "--hidden", str(hidden), "--how", "hidden=duplicate")
+    assert code == 0 and "state" not in said
+    assert check(given, out)["rel_logit_diff"] < 2e-5
+
+
+def test_a_refused_tile_names_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path, "bert"), str(tmp_path / "out")
+    code, _, said = run(capsys, "grow", given, out, "--hidden", "104", "--how", "tile")
+    assert code == 2 and "hidden 104" in said and "--hidden 72 or 144" in said
+    code, _, said = run(capsys, "grow", given, out, "--ffn", "60", "--how", "tile")
+    assert code == 2 and "ffn 60 is no multiple of 52" in said
+
+
 def test_a_plan_of_growth_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = source(tmp_path)
     code, said, _ = run(capsys, "plan", given, "--head-dim", "16", "--json")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import speaking
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
-from regraft import axes, hosts, parity
+from regraft import axes, hosts, lineage, parity
 from regraft.checkpoint import Checkpoint
+from regraft.cli import main
 from regraft.errors import RegraftError
 from regraft.fitting import Fitting, fit
 from regraft.growing import Growth
@@ -33,6 +36,13 @@ STILL = {"start": "pad", "blur": 0.0}
 def saved(folder: Path, family: str, **keys: Any) -> Checkpoint:
     tiny(family, **keys)[1].save_pretrained(folder / "source")
     return Checkpoint.open(folder / "source")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error)."""
+    code = main(list(words))
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
 
 def furthest(left: Checkpoint, right: Checkpoint) -> float:
@@ -220,6 +230,40 @@ def test_no_steps_keep_the_start(tmp_path: Path) -> None:
     assert furthest(learned(source), growth(source)) == 0.0 and learned.cost["flops"] == 0
 
 
+@pytest.mark.parametrize(("family", "architecture"), [("bert", "BertModel"), ("llama", None), ("vit", None)])
+def test_the_command_line_grows_checks_and_says_that_it_is_not_exact(
+    family: str, architecture: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(tmp_path, family, architecture=architecture)
+    given, out = str(source.path), str(tmp_path / "out")
+    sizes = ["--hidden", str(2 * source.sizes["hidden"]), "--layers", "5"]
+    code, said, _ = run(capsys, "grow", given, out, *sizes, "--how", "ligo", "--fit", '{"steps": 0}')
+    assert code == 0 and "Not exact: outputs move" in said
+    code, said, _ = run(capsys, "check", given, out, "--json")
+    assert code == 0 and json.loads(said)["exact"] is False
+    assert lineage.read(Path(out))["steps"][-1]["arguments"]["method"]["steps"] == 0
+
+
+WRONG = [
+    (["--how", "ligo"], "give --data PATH"),
+    (["--how", "ligo", "--fit", '{"stepz": 3}'], "unknown --fit 'stepz'"),
+    (["--how", "pad", "--data", "x.txt"], "--data and --fit are for --how ligo, not pad"),
+    (["--how", "ligo", "--data", "nowhere.txt"], "no text at 'nowhere.txt'"),
+    (["--how", "ligo", "--data", "x", "--fit", '{"reads": "odd"}'], "odd"),
+    (["--how", "ligo", "--data", "x", "--fit", '{"steps": "many"}'], "many"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), WRONG)
+def test_wrong_use_is_one_line(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = str(speaking.save(tmp_path / "source"))
+    code, _, said = run(capsys, "grow", given, str(tmp_path / "out"), "--hidden", "72", *flags)
+    last = said.splitlines()[-1]
+    assert code == 2 and words in last and last.startswith("regraft: ") and "Traceback" not in said
+
+
 def test_a_new_row_begins_as_an_average(tmp_path: Path) -> None:
     grower = Learned(hidden=72, method=Ligo()).grower(saved(tmp_path, "llama"))
     b = written(grower.spaces["hidden"])  # type: ignore[arg-type]
@@ -233,9 +277,9 @@ BAD: list[tuple[str, str, Callable[[Checkpoint], Any]]] = [
     ("gpt2", "orthogonal maps need root-mean-square", lambda s: Learned(ffn=60, method=Ligo(reads="orthogonal"))(s)),
     ("llama", "orthogonal maps need", lambda s: Learned(ffn=60, method=Ligo(reads="orthogonal"))(s)),
     ("bert", "idle layers of bert", lambda s: Learned(layers=5, method=Ligo(depth="identity"))(s)),
-    ("llama", "unknown start 'aki'", lambda s: Ligo(start="aki")),
-    ("llama", "unknown depth 'deep'", lambda s: Ligo(depth="deep")),
-    ("llama", "neither can be negative", lambda s: Ligo(steps=-1)),
+    ("llama", "no start 'aki'", lambda s: Ligo(start="aki")),
+    ("llama", "no depth 'deep'", lambda s: Ligo(depth="deep")),
+    ("llama", "at least 0", lambda s: Ligo(steps=-1)),
     ("llama", "nothing to grow", lambda s: fit(s, Growth(), Ligo(), stage_for("llama"), rows_for("llama"))),
     ("llama", "has no head for 'image'", lambda s: fit(s, Growth(ffn=60), Ligo(), stage_for("vit"), rows_for("vit"))),
     ("vit", "was given", lambda s: fit(s, Growth(ffn=60), Ligo(), stage_for("vit"), rows_for("llama"))),

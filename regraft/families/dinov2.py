@@ -31,10 +31,10 @@ def finish(config: Any) -> dict[str, Any]:
     hidden, ffn, gated = config["hidden_size"], config["_ffn"], config["use_swiglu_ffn"]
     widths = {width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)}
     if units(config) != ffn and ffn not in widths:
-        near = sorted(sorted(widths, key=lambda size: abs(size - ffn))[:2])
+        near = min(size for size in widths if size > ffn)  # smaller ones may be below the source's
         raise RegraftError(
             f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have ffn {ffn}, use --ffn "
-            f"{' or '.join(map(str, near))}"
+            f"{near}"
         )
     return {"mlp_ratio": config["mlp_ratio"] if units(config) == ffn else widths[ffn]} | stages(config)
 

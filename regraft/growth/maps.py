@@ -12,7 +12,15 @@ from ..axes import Expansion, expansion
 from ..errors import RegraftError
 from .operators import DEPTH, WIDTH
 
-STARTS = ("average", *(name for name in WIDTH if name != "aki"))  # AKI takes rows of the next layer, which is no map
+# AKI takes rows of the next layer, which no map of an axis does.
+STARTS: tuple[str, ...] = ("average", *(name for name in WIDTH if name != "aki"))
+CHOICES: dict[str, tuple[str, ...]] = {
+    "start": STARTS,
+    "depth": tuple(DEPTH),
+    "reads": ("tied", "inverse", "orthogonal"),
+    "free": ("new", "all"),
+    "heads": ("blocks", "dense"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,14 @@ class Ligo:
     decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.start not in STARTS:
-            raise RegraftError(f"unknown start '{self.start}' of LiGO: use one of {', '.join(STARTS)}")
-        if self.depth not in DEPTH:
-            raise RegraftError(f"unknown depth '{self.depth}' of LiGO: use one of {', '.join(DEPTH)}")
-        if self.steps < 0 or self.blur < 0:
-            raise RegraftError(f"LiGO with steps {self.steps} and blur {self.blur}: neither can be negative")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise RegraftError(f"LiGO has no {name} '{getattr(self, name)}': use one of {', '.join(allowed)}")
+        for name in ("steps", "warmup", "blur", "lr", "lr_depth", "decay"):
+            value = getattr(self, name)
+            whole = name in ("steps", "warmup")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < 0:
+                raise RegraftError(f"LiGO's {name} is {value!r}: give a {'whole ' if whole else ''}number, at least 0")
 
 
 class Space(nn.Module):

@@ -100,11 +100,14 @@ def couple(source: Checkpoint, asked: Asked) -> tuple[int, int, int]:
             found = (some_heads or hidden // divisor, some_dim or hidden // divisor)
             if found[0] >= heads and found[1] >= dim:
                 return hidden, *found
-    step = asked.head_dim or dim
-    near = sorted({max(old["hidden"], hidden // step * step), -(-hidden // step) * step})
+    least = (asked.heads or heads) * (asked.head_dim or dim)
+    step = least if asked.heads and asked.head_dim else asked.heads or asked.head_dim or dim
+    near = sorted({max(least, hidden // step * step), max(least, -(-hidden // step) * step)})
+    near = [least] if step == least else near
+    size = asked.head_dim or (f"{dim} or more" if asked.heads else dim)
     raise RegraftError(
         f"{family} wants hidden = heads x head_dim, which {hidden} is not for {asked.heads or 'any number of'} heads "
-        f"of {step}: use --hidden {' or '.join(map(str, near))}{source.anatomy.bridge_hint(source.config)}"
+        f"of {size}: use --hidden {' or '.join(map(str, near))}{source.anatomy.bridge_hint(source.config)}"
     )
 
 

@@ -48,9 +48,10 @@ def widening(
     if noise is not None and not 0 <= noise < float("inf"):
         raise RegraftError(f"--noise {noise} is no spread: give 0 for none, or a number such as 0.1")
     ways = hows(how)
-    table = unit_axes(old, sizes, split, ways, seed)
+    table: dict[str, Expansion] = {}
     made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)
     table["hidden"] = stream_axis(made, old["hidden"], sizes["hidden"], ways["hidden"], seed)
+    table |= unit_axes(old, sizes, split, ways, seed)
     keys, table["qk"] = rotary.widened(made.family, host, old["dim"], sizes["dim"])
     qk_norm = query_norm(made, table)
     config = anatomy.resized(source.config, sizes, extra=keys)
@@ -107,20 +108,25 @@ def unit_axes(
     inner = ways["head_dim"] if ways["head_dim"] in ("zero_in", "pair") else "pad"
     queries = "pad" if ways["heads"] == "zero_in" else ways["heads"]  # values have no axis of queries to silence
     return {
-        "ffn": units(ways["ffn"], old["ffn"], sizes["ffn"], seed),
-        "kv": units(ways["heads"], old["kv"] * split, sizes["kv"], seed),
-        "group": units(queries, old["group"] // split, sizes["group"], seed),
+        "ffn": units(ways["ffn"], old["ffn"], sizes["ffn"], seed, "ffn"),
+        "kv": units(ways["heads"], old["kv"] * split, sizes["kv"], seed, "heads"),
+        "group": units(queries, old["group"] // split, sizes["group"], seed, "heads"),
         "dim": units(inner, old["dim"], sizes["dim"], seed),
     }
 
 
-def units(how: str, old: int, new: int, seed: int) -> Expansion:
-    """The expansion of an axis of units by an operator's name."""
+def units(how: str, old: int, new: int, seed: int, place: str = "") -> Expansion:
+    """The expansion of an axis of units by an operator's name; RegraftError names its one of PLACES."""
     if new == old:
         return axes.identity(old)
     if how in ("pad", "zero_in", "pair"):
         return axes.pad(old, new, "reads" if how == "zero_in" else "writes", pairs=how == "pair")
     if how == "tile":
+        if new % old:
+            raise RegraftError(
+                f"tile makes whole copies: {place} {new} is no multiple of {old}; use {new // old * old} or "
+                f"{-(-new // old) * old}, or --how lemon"
+            )
         return axes.tile(old, new)
     if how in ("split", "lemon"):
         return axes.split(old, new, seed)
