@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import flops
 from ..errors import RegraftError
+from ..flops import counter as counted
 from ..hosts.modeling_regraft import RegraftForCausalLM
 from . import adam
 from .data import Packed, shuffled
-from .objectives import Rows, headed, loss, measured, suited
+from .layers import always, chosen, frozen, running, stack
+from .objectives import Rows, headed, loss_of, measured, suited, targets
 from .resume import RunState, load_state, save_state
 from .stages import Stage, align_step, distil_step, finite, parameter_groups
 
@@ -34,9 +35,10 @@ class Run:
     stage, or None.
 
     `teacher_slots` are the attention modules of the teacher, for alignment. `heldout` is measured before the first step
-    of a stage, at its end and, unless `every` is 0, after every so many steps; neither its time nor its FLOPs count.
-    `moments`: Adam's state to begin with, a file as `regraft grow --optimizer-state` writes it; `keep_moments` leaves
-    the last stage's as `out/optimizer.safetensors`. Order of rows, masks and drops follow from seed, stage and step.
+    of a stage, at its end and, unless `every` is 0, after every so many steps, with the layers that the stage runs;
+    neither its time nor its FLOPs count. `moments`: Adam's state to begin with, a file as `regraft grow
+    --optimizer-state` writes it; `keep_moments` leaves the last stage's as `out/optimizer.safetensors`. Order of rows,
+    masks and drops follow from seed, stage and step.
     """
 
     model: PreTrainedModel
@@ -93,6 +95,10 @@ def possible(run: Run, stage: Stage) -> None:
     headed(run.model, stage.objective)
     if stage.kind == "align" and not isinstance(run.model, RegraftForCausalLM):
         raise RegraftError(f"stage 'align' fits mixers, which a {type(run.model).__name__} has not: linearize it first")
+    if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
+        if isinstance(run.model, RegraftForCausalLM):
+            raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
+        chosen(stage.layers, len(stack(run.model)))
     if stage.kind in ("align", "distil"):
         if run.teacher is None:
             raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
@@ -127,7 +133,8 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     else:
         fast = stage.precision == "bfloat16"
     state.fast = fast
-    optimizer = torch.optim.AdamW(parameter_groups(run.model, stage), betas=(0.9, 0.95), fused=True)
+    groups = parameter_groups(run.model, stage, frozen(run.model, stage.layers))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     state.restore_optimizer(run.model, optimizer)
     if run.moments is not None and index == state.step == 0:
         adam.begin(run.model, optimizer, run.moments)
@@ -143,14 +150,14 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * stage.rate(state.step)
         picked = rows[order[state.step * stage.batch : (state.step + 1) * stage.batch]]
-        draws = generator(run.seed, index, state.step)
-        value = counted_step(run, stage, picked, fast, entry, draws)
+        value, flops = one_step(run, stage, index, state.step, picked, fast, state.costs)
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
         entry["tokens"] += picked.tokens
-        entry["flops"] += entry["flops_per_step"]
+        entry["flops"] += flops
+        entry["flops_per_step"] = entry["flops"] // state.step
         entry["seconds"] += time.monotonic() - tick
         row = {
             "stage": index, "kind": stage.kind, "step": state.step, "tokens": entry["tokens"],
@@ -180,7 +187,9 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
 def measure(run: Run, stage: Stage, index: int, step: int, entry: dict[str, Any]) -> None:
     """A row of metrics.jsonl with the held-out loss and accuracy, when there are held-out rows."""
     if run.heldout is not None:
-        found = measured(run.model, stage.objective, run.heldout)
+        whole = dataclasses.replace(stage, layer_drop=0.0, token_drop=0.0)
+        with running(run.model, whole, step, generator(run.seed, index, step)):
+            found = measured(run.model, stage.objective, run.heldout)
         spent = {"tokens": entry["tokens"], "flops": entry["flops"], "seconds": round(entry["seconds"], 3)}
         write(run, {"stage": index, "step": step, **spent, **{f"eval_{key}": value for key, value in found.items()}})
 
@@ -191,9 +200,9 @@ def write(run: Run, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def generator(seed: int, stage: int, step: int) -> torch.Generator:
-    """Random numbers of one step, the same whenever it is run."""
-    return torch.Generator().manual_seed(((seed * 1_000_003 + stage) * 1_000_003 + step) % 2**63)
+def generator(seed: int, stage: int, step: int, use: int = 0) -> torch.Generator:
+    """Random numbers of one step, the same whenever it is run; `use`: 0 for masks, 1 for drops."""
+    return torch.Generator().manual_seed((((seed * 1_000_003 + stage) * 1_000_003 + step) * 2 + use) % 2**63)
 
 
 def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> Stage:
@@ -203,22 +212,28 @@ def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> 
     return dataclasses.replace(stage, tokens=state.tokens)
 
 
-def counted_step(
-    run: Run, stage: Stage, rows: Rows, fast: bool, entry: dict[str, Any], draws: torch.Generator
-) -> float:
-    """One forward and backward; the stage's first one is run under the FLOP counter."""
-    if entry["flops_per_step"]:
-        return one_step(run, stage, rows, fast, draws)
-    with flops.counter() as counter:
-        loss = one_step(run, stage, rows, fast, draws)
-    entry["flops_per_step"] = counter.get_total_flops()
-    return loss
-
-
-def one_step(run: Run, stage: Stage, rows: Rows, fast: bool, draws: torch.Generator) -> float:
-    """The stage's loss on these rows, backpropagated."""
+def one_step(
+    run: Run, stage: Stage, index: int, step: int, rows: Rows, fast: bool, costs: dict[str, int]
+) -> tuple[float, int]:
+    """(the stage's loss on these rows, backpropagated; FLOPs). The first step of each cost is run under the counter."""
+    labels: Tensor | None = None
     if stage.kind in ("next", "mask", "image"):
-        value = loss(run.model, stage.objective, rows, fast, draws, stage.mask_share)
+        masks = generator(run.seed, index, step)
+        rows, labels = targets(run.model, stage.objective, rows, masks, stage.mask_share)
+    held = always(rows, labels) if stage.token_drop else None
+    with running(run.model, stage, step, generator(run.seed, index, step, 1), held) as cost:
+        if cost in costs:
+            return backpropagated(run, stage, rows, labels, fast), costs[cost]
+        with counted() as counter:
+            value = backpropagated(run, stage, rows, labels, fast)
+        costs[cost] = counter.get_total_flops()
+    return value, costs[cost]
+
+
+def backpropagated(run: Run, stage: Stage, rows: Rows, labels: Tensor | None, fast: bool) -> float:
+    """The stage's loss; gradients are left in the model."""
+    if labels is not None:
+        value = loss_of(run.model, stage.objective, rows, labels, fast)
         value.backward()
         return float(value.detach())
     assert run.teacher is not None and isinstance(rows, Packed)

@@ -23,7 +23,8 @@ class RunState:
     """`stage`, `step`: what comes next. `tokens`: the stage's budget once a time limit fixed it. `fast`: bfloat16
     chosen.
 
-    `changed`: names of all parameters any stage has trained. `ledger`: one entry per stage begun.
+    `changed`: names of all parameters any stage has trained. `ledger`: one entry per stage begun. `costs`: FLOPs of the
+    stage's steps by what ran in them; counting rounds otherwise, so that a resumed run must count the same steps.
     """
 
     stage: int = 0
@@ -33,6 +34,7 @@ class RunState:
     changed: set[str] = field(default_factory=set)
     ledger: list[dict[str, Any]] = field(default_factory=list)
     moments: dict[str, Tensor] = field(default_factory=dict)
+    costs: dict[str, int] = field(default_factory=dict)
 
     def entry(self, index: int, kind: str, fast: bool) -> dict[str, Any]:
         """The ledger entry of stage `index`."""
@@ -44,7 +46,8 @@ class RunState:
 
     def next_stage(self) -> None:
         """Point to the start of the next stage."""
-        self.stage, self.step, self.tokens, self.fast, self.moments = self.stage + 1, 0, 0, None, {}
+        self.stage, self.step, self.tokens, self.fast = self.stage + 1, 0, 0, None
+        self.moments, self.costs = {}, {}
 
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimiser back its moments."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +35,13 @@ class Stage:
     model without mixers). `warmup` and `cooldown` are shares of the steps, constant between, linear to zero at the end.
     Dropout is off. `precision`: `float32`, `bfloat16` (autocast; a decoder's head stays float32) or `auto` (bfloat16
     where this machine multiplies it faster).
+
+    For models without mixers. `layers`: `all`; `bottom:N`, the sub-model of the first N layers with embeddings and head
+    (bert2BERT's first stage, arXiv 2110.07143); `train:A-B` or `train:A,B,..`, counted from 0: all run, these and the
+    untied parts of the head learn (MSLT, arXiv 2011.13635; LLaMA Pro's new blocks, arXiv 2401.02415). `layer_drop`:
+    largest probability that a layer is left out of a step (progressive layer dropping, arXiv 2010.13369). `token_drop`:
+    share of the tokens that skip the middle layers (arXiv 2203.13240, here drawn at random). LiGO combines its growth
+    with a layer_drop of 0.1 and a token_drop of 0.15.
     """
 
     kind: Literal["align", "distil", "next", "mask", "image"]
@@ -48,12 +57,21 @@ class Stage:
     clip: float = 1.0
     precision: Literal["float32", "bfloat16", "auto"] = "auto"
     mask_share: float = 0.15
+    layer_drop: float = 0.0
+    token_drop: float = 0.0
+    layers: str = "all"
 
     def __post_init__(self) -> None:
         if self.kind == "image":
             object.__setattr__(self, "length", 1)
         if min(self.length, self.batch) < 1:
             raise RegraftError(f"stage '{self.kind}' has {self.batch} rows of {self.length} a step: give 1 or more")
+        if not re.fullmatch(r"all|bottom:\d+|train:\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
+            raise RegraftError(f"layers is '{self.layers}': give all, bottom:N, train:A-B or train:A,B,..")
+        if not (0 <= self.layer_drop < 1 and 0 <= self.token_drop < 1):
+            raise RegraftError(
+                f"layer_drop {self.layer_drop}, token_drop {self.token_drop}: give shares from 0, below 1"
+            )
         if not 0 < self.mask_share <= 1:
             raise RegraftError(f"mask_share is {self.mask_share}: give a share of the tokens above 0, at most 1")
         if self.tokens < self.length * self.batch:
@@ -83,8 +101,10 @@ class Stage:
         return min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
 
-def parameter_groups(model: PreTrainedModel, stage: Stage) -> list[dict[str, object]]:
+def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[int] = ()) -> list[dict[str, object]]:
     """AdamW groups by origin (new, mixer, body) and by decay: none on gains, biases, gates and decays.
+
+    `frozen`: identities of parameters that do not learn.
 
     Sets `requires_grad` so that only what the stage trains has gradients. Where a weight came from is read from the
     mixers' own tables, never from names; a model without mixers is all body.
@@ -96,8 +116,9 @@ def parameter_groups(model: PreTrainedModel, stage: Stage) -> list[dict[str, obj
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         kind, decay = origin.get(id(parameter), ("body", parameter.ndim > 1))
-        parameter.requires_grad_(rates[kind] > 0)
-        if rates[kind] > 0:
+        learns = rates[kind] > 0 and id(parameter) not in frozen
+        parameter.requires_grad_(learns)
+        if learns:
             groups.setdefault((kind, decay), []).append(parameter)
     if not groups:
         raise RegraftError(f"stage '{stage.kind}' trains nothing: all learning rates are 0 or no layer has a mixer")

@@ -24,6 +24,9 @@ def train(
     lr_mixer: float | None = None,
     lr_body: float | None = None,
     mask_share: float = 0.15,
+    layers: str = "all",
+    layer_drop: float = 0.0,
+    token_drop: float = 0.0,
     heldout: str | None = None,
     every: int = 0,
     moments: str | None = None,
@@ -47,6 +50,9 @@ def train(
         lr_mixer: learning rate of inherited weights inside mixers
         lr_body: learning rate of all other weights, 0 to freeze them; 3e-5, or 3e-4 for a model without mixers
         mask_share: share of the tokens that mask hides
+        layers: all, bottom:N (the sub-model of the first N layers) or train:A-B (only these and the head learn)
+        layer_drop: largest probability that a layer is left out of a step
+        token_drop: share of the tokens that skip the middle layers
         heldout: text or images to measure loss and accuracy on, before, after and every N steps
         every: this N, 0 for before and after alone
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
@@ -66,7 +72,8 @@ def train(
         )
     rates: dict[str, Any] = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
     rates = {key: rate for key, rate in rates.items() if rate is not None}
-    asked = Stage(stage, tokens, length, batch, mask_share=mask_share, **rates)
+    rates |= {"mask_share": mask_share, "layers": layers, "layer_drop": layer_drop, "token_drop": token_drop}
+    asked = Stage(stage, tokens, length, batch, **rates)
     begun = Path(moments) if moments else None
     options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
     with Ticker() as ticker:
