@@ -119,6 +119,9 @@ CASES = [
     ("next", {"batch": 0}, "0 rows of 64"),
     ("next", {"every": 3}, "--every 3 .* --heldout PATH"),
     ("next", {"moments": "nowhere.safetensors"}, "no optimiser state at 'nowhere.safetensors'"),
+    ("next", {"layers": "bottom:9"}, "layers 'bottom:9' of a model with layers 0 to 2"),
+    ("next", {"layers": "top:2"}, "layers is 'top:2'"),
+    ("next", {"layer-drop": 1}, "give shares from 0, below 1"),
     ("image", {"tokens": 2}, "has 2 images, less than one step of 4 x 1"),
 ]
 
