@@ -28,7 +28,7 @@ demo: .venv/.ready
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'regraft needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=/path/to/python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,compare,dev]"
 	touch $@
 
 clean:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .steps.composable import AddHeads, AddLayers, GrowHeadDim, GrowHeadValues, GrowHidden, GrowMLP, GrowQueryKeys
     from .steps.deepen import Deepen
     from .steps.remix import Remix
+    from .steps.transplant import Transplant
     from .steps.widen import Widen
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "RegraftError",
     "Remix",
+    "Transplant",
     "Widen",
     "check",
     "load",
@@ -52,6 +54,7 @@ _HOMES = dict.fromkeys(_COMPOSABLE, "steps.composable") | {
     "Plan": "plan",
     "RegraftError": "errors",
     "Remix": "steps.remix",
+    "Transplant": "steps.transplant",
     "Widen": "steps.widen",
     "check": "receipts",
     "load": "hosts",

@@ -28,10 +28,12 @@ VERBS: dict[str, Callable[..., verbs.Outcome]] = {
     "generate": verbs.generate,
     "bench": verbs.bench,
     "run": verbs.run,
+    "compare": verbs.compare,
     "demo": verbs.demo,
 }
-RESUMES = ("grow", "linearize", "train", "run", "demo")
-OPEN_ENDED = ("run", "demo")  # take `--key.sub VALUE` for any field of their recipe
+RESUMES = ("grow", "linearize", "train", "run", "compare", "demo")
+OPEN_ENDED = ("run", "compare", "demo")  # take `--key.sub VALUE` for any field of their recipe
+VALUED = ("--jobs",)  # flags of such a verb itself that have a value
 KINDS = {"int": "a whole number", "float": "a number"}
 FLAGS = {
     "json": "print one JSON object on standard output and nothing else",
@@ -90,6 +92,10 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     rest, overrides, queue = [], {}, list(words)
     while queue:
         word = queue.pop(0)
+        if word.partition("=")[0] in VALUED:
+            rest += [word] if "=" in word else [word, *queue[:1]]
+            queue = queue if "=" in word else queue[1:]
+            continue
         if not word.startswith("--") or word in own:
             rest.append(word)
             continue

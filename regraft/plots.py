@@ -108,3 +108,44 @@ def lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     return svg(drawing)
+
+
+def curves(arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words: str) -> bytes:
+    """Mean held-out loss of every arm against FLOPs or seconds, with its range over seeds; scratch is black."""
+    drawing, (panel,) = figure(10.0, 5.2, 1)
+    styles = [(colour, line) for line in ("-", "--", ":", "-.") for colour in COLOURS]
+    others = [name for name in arms if name != scratch]
+    for name, (colour, line) in [(scratch, ("#000000", "-")), *zip(others, styles, strict=False)]:
+        if name in arms:
+            curve, seeds = arms[name]["curve"], arms[name]["seeds"].values()
+            low, high = (
+                [pick(values) for values in zip(*(seed["curve"]["loss"] for seed in seeds), strict=True)]
+                for pick in (min, max)
+            )
+            panel.plot(curve[axis], curve["loss"], line, color=colour, label=name, linewidth=1.4 + (name == scratch))
+            panel.fill_between(curve[axis], low, high, color=colour, alpha=0.1, linewidth=0)
+    if scratch in arms:
+        panel.axhline(arms[scratch]["curve"]["loss"][-1], color="#000000", linewidth=0.6, alpha=0.6)
+    panel.set(xlabel=words, ylabel="held-out loss", yscale="log")
+    panel.legend(fontsize=7, ncols=2)
+    return svg(drawing)
+
+
+def savings(arms: Mapping[str, Mapping[str, Any]], scratch: str) -> bytes:
+    """FLOPs saved until scratch's final loss, in % of scratch's, without and with the source's pretraining."""
+    names = [name for name in arms if name != scratch and "savings" in arms[name]]
+    drawing, axes = figure(10.0, 1.0 + 0.3 * len(names), 2)
+    panels = (("", "FLOPs saved, %"), ("_with_source", "with the source's pretraining, %"))
+    for axis, (end, title) in zip(axes, panels, strict=True):
+        key = f"saved_flops_share{end}"
+        means = [arms[name]["savings"][key] for name in names]
+        errors = [100 * (arms[name]["savings_over_seeds"][key]["std"] or 0.0) for name in names]
+        heights = [100 * (mean or 0.0) for mean in means]
+        drawn = axis.barh(range(len(names)), heights, xerr=errors, color=COLOURS[0], ecolor=COLOURS[5])
+        said = ["not reached" if mean is None else f"{100 * mean:.1f}" for mean in means]
+        axis.bar_label(drawn, said, padding=3, fontsize=8)
+        axis.set(title=title)
+        axis.set_yticks(range(len(names)), names if not end else [""] * len(names), fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+    return svg(drawing)

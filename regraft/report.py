@@ -109,6 +109,11 @@ def render(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
         if numbers.get(name):
             shown = html.escape(json.dumps(numbers[name], indent=1))
             parts += [f"<h2>{heading}</h2>", f"<details><summary>{name}</summary><pre>{shown}</pre></details>"]
+    return page(title, parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A self-contained page of HTML pieces."""
     body = "\n".join(parts)
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import re
+import typing
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -126,28 +127,28 @@ def index(word: str, place: list[Any], key: str) -> int:
     return int(word)
 
 
-def build(fields: Mapping[str, Any], place: str = "recipe") -> Recipe:
-    """Check a mapping against the schema and make the Recipe."""
+def build(fields: Mapping[str, Any], place: str = "recipe", schema: type = Recipe) -> Any:
+    """Check a mapping against the schema and make the recipe."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(schema)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             made = parser.instantiate(parser.parse_object(dict(fields)))
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise RegraftError(f"recipe '{place}': {explain(str(error))}") from error
-    return Recipe(**made.as_dict() if hasattr(made, "as_dict") else dict(made))
+        raise RegraftError(f"recipe '{place}': {explain(str(error), schema)}") from error
+    return schema(**made.as_dict() if hasattr(made, "as_dict") else dict(made))
 
 
-def explain(message: str) -> str:
+def explain(message: str, schema: type = Recipe) -> str:
     """The schema's complaint in one line, with near matches for an unknown key."""
     message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
     message = re.sub(r"Problem with given class_path '[\w.]*\.(\w+)':", r"in \1:", message)
     unknown = re.search(r"[Oo]ption '([\w.]+)'(?: is not accepted)?", message)
     if unknown and "accept" in message:
         word = unknown[1]
-        close = difflib.get_close_matches(word.split(".")[-1], list(names(Recipe)), n=2)
-        head = difflib.get_close_matches(word.split(".")[0], list(names(Recipe)), n=2)
+        close = difflib.get_close_matches(word.split(".")[-1], list(names(schema)), n=2)
+        head = difflib.get_close_matches(word.split(".")[0], list(names(schema)), n=2)
         found = [name for name in dict.fromkeys(head + close) if name not in word.split(".")]
         where = re.search(r"Group '([\w.]+)'|\"(\w+)\":", message)
         inside = f" in '{where[1] or where[2]}'" if where else ""
@@ -157,11 +158,11 @@ def explain(message: str) -> str:
 
 def names(schema: type) -> Iterator[str]:
     """Every key of the schema, nested ones too."""
-    for part in dataclasses.fields(schema):
-        yield part.name
-    if schema is Recipe:
-        for nested in (Text, Remix, Stage, Measurements):
-            yield from names(nested)
+    for name, hint in typing.get_type_hints(schema).items():
+        yield name
+        for part in (hint, *typing.get_args(hint)):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                yield from names(part)
 
 
 def dump(recipe: Recipe) -> str:

@@ -32,7 +32,7 @@ LAYERS = (
     ("parity",),
     ("receipts", "trial", "liveness", "generate", "plots", "report", "settings"),
     ("evaluation", "journal", "training", "growing", "moments", "fitting"),
-    ("experiment",),
+    ("experiment", "compare"),
     ("demo",),
     ("verbs",),
     ("cli",),
@@ -96,8 +96,8 @@ def test_files_are_short(file):
 def test_the_package_stays_small():
     # A budget to argue with: linearization with its storage, receipts and report took 4,500, growth 2,900 more,
     # liveness (a trial of a few training steps, what it shows) 300, training of stock models 490,
-    # FLOPs from the anatomy 150, learned growth 490.
-    assert sum(code_lines(file) for file in FILES) <= 8880
+    # FLOPs from the anatomy 150, learned growth 490, comparisons of growth with scratch 890.
+    assert sum(code_lines(file) for file in FILES) <= 9770
     assert statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 130
 
 
@@ -203,7 +203,8 @@ def test_shipped_recipes_are_valid():
     from regraft import settings
 
     recipes = sorted((PACKAGE / "recipes").glob("*.yaml"))
-    assert recipes and all(settings.load(str(file), {}) for file in recipes)
+    plain = [file for file in recipes if not file.name.startswith("compare_")]  # those: tests/test_compare.py
+    assert plain and all(settings.load(str(file), {}) for file in plain)
 
 
 def test_docstrings_are_a_text():

@@ -1,6 +1,6 @@
 """What each verb of the command line does."""
 
-from .improve import demo, run, train
+from .improve import compare, demo, run, train
 from .make import grow, linearize, plan, receipts
 from .outcome import Outcome
 from .use import bench, evaluate, generate
@@ -8,6 +8,7 @@ from .use import bench, evaluate, generate
 __all__ = [
     "Outcome",
     "bench",
+    "compare",
     "demo",
     "evaluate",
     "generate",

@@ -112,6 +112,27 @@ def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: b
     return finished(demonstration.run(out, overrides or {}), out)
 
 
+def compare(
+    recipe: str, out: str, jobs: int = 1, overrides: dict[str, str] | None = None, json: bool = False
+) -> Outcome:
+    """Compare ways to grow a model with training from scratch, resumably; --key.sub VALUE overrides a field.
+
+    Args:
+        recipe: a YAML file such as regraft/recipes/compare_decoder.yaml
+        out: directory to write
+        jobs: runs at a time, each a process of its own with its share of the cores
+    """
+    from ..compare import report, runner, schema
+
+    numbers = runner.run(schema.load(recipe, overrides or {}), out, jobs)
+
+    def show(console: Console) -> None:
+        report.render(numbers, console)
+        console.print(f"Page: {out}/compare.html", soft_wrap=True, highlight=False)
+
+    return Outcome(numbers, show, 1 if numbers["failed"] else 0)
+
+
 def finished(numbers: dict[str, Any], out: str) -> Outcome:
     """The end of an experiment: its table and where the page is."""
 

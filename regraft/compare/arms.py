@@ -1,0 +1,159 @@
+"""One training run of a comparison: a source or an arm with one seed, begun, trained, and its last word kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .. import fitting, hosts, moments
+from ..checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..growing import Growth
+from ..journal import write_json
+from ..report import read_json
+from ..steps.ligo import Learned
+from ..steps.transplant import Transplant
+from ..uptrain import loop, objectives
+from ..uptrain.stages import Stage
+from . import material
+from .schema import MAIN, Arm, Comparison
+
+DONE = "done.json"
+GROWS = ("hidden", "ffn", "kv", "group", "dim", "depth")
+FREE = {"flops": 0, "seconds": 0.0, "tokens": 0}
+Tell = Callable[[float], None]
+
+
+def source_folder(recipe: Comparison, out: Path, name: str, seed: int) -> Path:
+    """Where a source is: its own directory when it was given as one."""
+    source = recipe.sources()[name]
+    return Path(source) if isinstance(source, str) else out / "sources" / name / str(seed)
+
+
+def arm_folder(out: Path, name: str, seed: int) -> Path:
+    """Where an arm's run with one seed is kept."""
+    return out / "arms" / name / str(seed)
+
+
+def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -> None:
+    """Train a source from its config; its folder then is a model with its tokenizer and Adam's state."""
+    folder, config = source_folder(recipe, out, name, seed), recipe.sources()[name]
+    assert isinstance(config, dict)
+    model = material.make_source(recipe, config, out, seed)
+    ledger = train(recipe, out, model, [recipe.stage(recipe.pretrain)], folder, seed, tell, keep_moments=True)
+    model.save_pretrained(folder)
+    for file in (out / "tokenizer").glob("*"):
+        shutil.copyfile(file, folder / file.name)
+    finish(folder, {"config": config, "seed": seed, "ledger": ledger})
+
+
+def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -> None:
+    """Make the arm's model and train it on the comparison's budget."""
+    arm, folder = recipe.arm(name), arm_folder(out, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, spent, state = begun(recipe, out, arm, seed)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    whole = objectives.measured(model, recipe.task, material.heldout(recipe, out)) if arm.legs else None
+    ledger = train(recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state)
+    facts = {"arm": dataclasses.asdict(arm), "seed": seed, "parameters": count, "ledger": ledger, "start": spent}
+    facts |= {"whole": whole}
+    finish(folder, facts)
+
+
+def train(
+    recipe: Comparison, out: Path, model: PreTrainedModel, stages: Sequence[Stage], folder: Path, seed: int, tell: Tell,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The training loop with the comparison's data and evaluations; the ledger."""
+    total = sum(stage.steps for stage in stages)
+
+    def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+        before = sum(one.steps for one in stages[: row["stage"]])
+        tell((before + step) / total)
+
+    return loop.train(
+        loop.Run(
+            model, stages, material.rows(recipe, out), folder, seed=seed, progress=progress,
+            heldout=material.heldout(recipe, out), every=recipe.every, **options,
+        )
+    )  # fmt: skip
+
+
+def begun(recipe: Comparison, out: Path, arm: Arm, seed: int) -> tuple[PreTrainedModel, dict[str, Any], Path | None]:
+    """(the arm's model before training, what making it cost, Adam's state or None)."""
+    if arm.scratch:
+        return hosts.fresh(material.target_config(material.blank(recipe, out, MAIN), recipe.target), seed), FREE, None
+    source = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
+    if arm.ligo is not None:
+        made, spent = fitted(recipe, out, arm, source, seed)
+        return hosts.materialize(made), spent, None
+    begin = time.monotonic()
+    steps = growth_steps(recipe, arm, source, seed)
+    grown = source
+    for step in steps:
+        grown = step(grown)
+    model = hosts.materialize(grown)
+    state = None
+    if arm.moments:
+        folder = arm_folder(out, arm.name, seed)
+        moments.grow(source, steps, source_folder(recipe, out, arm.source, seed) / moments.FILE, folder)
+        state = folder / moments.FILE
+    return model, FREE | {"seconds": time.monotonic() - begin}, state
+
+
+def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) -> list[Any]:
+    """The steps of an arm; a fitted arm's with its map as it starts."""
+    sizes = dataclasses.asdict(recipe.target)
+    if arm.random:
+        return [Transplant(**sizes, seed=seed)]
+    if arm.ligo is not None:
+        return [Learned(**sizes, method=arm.ligo, seed=seed)]
+    return list(arm.growth(recipe.target, seed).steps(source))
+
+
+def fitted(recipe: Comparison, out: Path, arm: Arm, source: Checkpoint, seed: int) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint that a fitted map gives, and what the fitting cost; both kept for a restart."""
+    folder = arm_folder(out, arm.name, seed)
+    if not (folder / "start.json").exists():
+        growth = Growth(**dataclasses.asdict(recipe.target), seed=seed)
+        stage = recipe.stages(arm)[-1]
+        assert arm.ligo is not None
+        learned = fitting.fit(source, growth, arm.ligo, stage, material.rows(recipe, out)(stage.length), seed=seed)
+        learned(source).save(folder / "grown", overwrite=True)
+        write_json(folder / "start.json", FREE | dict(learned.cost))
+    return Checkpoint.open(folder / "grown"), read_json(folder / "start.json")
+
+
+def verify(recipe: Comparison, out: Path) -> None:
+    """RegraftError before any training when an arm cannot reach the target or a source does not do the task."""
+    main = material.blank(recipe, out, MAIN)
+    config = material.target_config(main, recipe.target)
+    axes = main.anatomy.solve(config)
+    for arm in recipe.arms:
+        source = material.blank(recipe, out, MAIN if arm.scratch else arm.source)
+        material.suits(recipe, source)
+        recipe.stages(arm)
+        grown = source
+        for step in [] if arm.scratch else growth_steps(recipe, arm, source, 0):
+            grown = step(grown)
+        sizes = axes if arm.scratch else grown.sizes
+        if wrong := next((axis for axis in GROWS if axes[axis] != sizes[axis]), None):
+            raise RegraftError(
+                f"arm '{arm.name}' ends with {wrong} {sizes[wrong]}, the target has {axes[wrong]}: give the target "
+                "all sizes in which its sources differ"
+            )
+
+
+def finish(folder: Path, facts: dict[str, Any]) -> None:
+    """Keep the last word of a run and delete what only a restart needs."""
+    write_json(folder / DONE, facts)
+    for name in ("run", "run.old", "grown"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if "arm" in facts:
+        (folder / moments.FILE).unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""A comparison carried out: what is shared first, then sources, then arms, each run in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import settings
+from ..errors import RegraftError
+from ..journal import write_json
+from ..progress import Ticker
+from ..report import read_json
+from . import arms, material, report, summary
+from .schema import Comparison, dump
+
+RECIPE = "recipe.json"
+POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run: kind `source` or `arm`, its name and seed."""
+
+    kind: str
+    name: str
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Where it keeps its files."""
+        return out / ("sources" if self.kind == "source" else "arms") / self.name / str(self.seed)
+
+    def log(self, out: Path) -> Path:
+        """Its standard error."""
+        return out / "logs" / f"{self.kind}-{self.name}-{self.seed}.txt"
+
+    def said(self, out: Path) -> str:
+        """The last line of its standard error."""
+        lines = [line for line in self.log(out).read_text(encoding="utf-8", errors="replace").splitlines() if line]
+        return lines[-1].removeprefix("regraft: ") if lines else "it ended without a word"
+
+    def share(self, out: Path) -> float:
+        """How far it says it is."""
+        try:
+            return float(self.log(out).with_suffix(".share").read_text())
+        except (OSError, ValueError):
+            return 0.0
+
+
+def run(recipe: Comparison, out: str | Path, jobs: int = 1) -> dict[str, Any]:
+    """Carry out a comparison in directory `out`, going on where an earlier call stopped; the numbers of compare.json.
+
+    `failed` in them names runs that ended with an error, with its line. RegraftError when `out` holds something else,
+    or when the recipe cannot be carried out.
+    """
+    out = Path(out)
+    if jobs < 1:
+        raise RegraftError(f"--jobs {jobs} starts nothing: give 1 or more")
+    claim(recipe, out)
+    with Ticker() as ticker:
+        ticker.start("making data, tokenizer and configs")
+        material.prepare(recipe, out)
+        arms.verify(recipe, out)
+        failed = carry_out(sources(recipe), recipe, out, jobs, ticker)
+        lost = {(task.name, task.seed) for task in failed}
+        wanted = [task for task in trials(recipe) if not lost or (recipe_source(recipe, task), task.seed) not in lost]
+        failed |= carry_out(wanted, recipe, out, jobs, ticker)
+    numbers = summary.summarise(recipe, out)
+    numbers["failed"] = [{**dataclasses.asdict(task), "error": line} for task, line in failed.items()]
+    report.write(numbers, out)
+    return numbers
+
+
+def sources(recipe: Comparison) -> list[Task]:
+    """Pretraining runs."""
+    found = [name for name, source in recipe.sources().items() if isinstance(source, dict)]
+    return [Task("source", name, seed) for seed in recipe.seeds for name in found]
+
+
+def trials(recipe: Comparison) -> list[Task]:
+    """Runs of arms, all arms of a seed before the next seed."""
+    return [Task("arm", arm.name, seed) for seed in recipe.seeds for arm in recipe.arms]
+
+
+def recipe_source(recipe: Comparison, task: Task) -> str:
+    """The source that an arm's run needs; empty for scratch."""
+    arm = recipe.arm(task.name)
+    return "" if arm.scratch else arm.source
+
+
+def claim(recipe: Comparison, out: Path) -> None:
+    """Keep the recipe in `out`; arms and seeds may come and go, RegraftError for any other difference."""
+    file = out / RECIPE
+    if not file.exists() and out.is_dir() and any(out.iterdir()):
+        raise RegraftError(f"{out} exists and holds no comparison: choose another folder or delete it")
+    if file.exists():
+        theirs, mine = read_json(file), dump(recipe)
+        for key in (key for key in mine if key not in ("arms", "seeds", "others") and mine[key] != theirs.get(key)):
+            raise RegraftError(
+                f"{out} holds a comparison with another {key} ({theirs.get(key)} there, {mine[key]} here): choose "
+                "another folder or delete it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, dump(recipe))
+
+
+def kept(out: Path) -> Comparison:
+    """The recipe of a comparison's folder."""
+    made: Comparison = settings.build(read_json(out / RECIPE), str(out / RECIPE), Comparison)
+    return made
+
+
+def carry_out(tasks: Sequence[Task], recipe: Comparison, out: Path, jobs: int, ticker: Ticker) -> dict[Task, str]:
+    """Run what is not done yet, `jobs` at a time; the error lines of those that failed."""
+    waiting = [task for task in tasks if not done(recipe, out, task)]
+    count, running = len(waiting), dict[Task, subprocess.Popen[bytes]]()
+    failed: dict[Task, str] = {}
+    if waiting:
+        ticker.start(f"training {len(tasks)} {waiting[0].kind}s, {len(tasks) - count} of them done before")
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                task = waiting.pop(0)
+                running[task] = started(task, out, jobs)
+            for task, process in [(t, p) for t, p in running.items() if p.poll() is not None]:
+                del running[task]
+                if process.returncode or not done(recipe, out, task):
+                    failed[task] = task.said(out)
+                    print(f"regraft: {task.kind} {task.name}, seed {task.seed}: {failed[task]}", file=sys.stderr)
+            finished = count - len(waiting) - sum(1 - task.share(out) for task in running)
+            ticker.update(finished / count, ", ".join(f"{task.name} {task.seed}" for task in running))
+            time.sleep(POLL)
+    finally:
+        for process in running.values():
+            process.terminate()
+    return failed
+
+
+def started(task: Task, out: Path, jobs: int) -> subprocess.Popen[bytes]:
+    """The process of a run; cores are shared evenly."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    task.log(out).parent.mkdir(exist_ok=True)
+    task.log(out).with_suffix(".share").unlink(missing_ok=True)
+    words = [sys.executable, "-m", "regraft.compare", str(out), task.kind, task.name, str(task.seed)]
+    with task.log(out).open("wb") as log:
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+
+
+def done(recipe: Comparison, out: Path, task: Task) -> bool:
+    """Whether a run is finished; RegraftError when it was another one under the same name."""
+    facts = read_json(task.folder(out) / arms.DONE)
+    if facts is None:
+        return False
+    mine = dataclasses.asdict(recipe.arm(task.name)) if task.kind == "arm" else recipe.sources()[task.name]
+    theirs = facts["arm"] if task.kind == "arm" else facts["config"]
+    if mine != theirs:
+        raise RegraftError(
+            f"{task.folder(out)} holds another {task.kind} '{task.name}' ({theirs}): rename yours or delete that folder"
+        )
+    return True

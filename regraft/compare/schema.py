@@ -1,0 +1,203 @@
+"""The recipe of a comparison: its models, text, budgets and arms."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .. import settings
+from ..errors import RegraftError
+from ..growing import Growth
+from ..growth.maps import Ligo
+from ..uptrain.stages import Stage
+
+MAIN = "source"
+SELDOM = ("layer_drop", "token_drop")  # of a stage: said only when there is any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The target's sizes; those left open stay as in the source."""
+
+    hidden: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a source or an arm is trained, in the words of a training stage; `tokens` counts images for images.
+
+    `lr` is the peak learning rate of every weight.
+    """
+
+    tokens: int
+    length: int = 128
+    batch: int = 8
+    lr: float = 1e-3
+    warmup: float = 0.05
+    cooldown: float = 0.5
+    weight_decay: float = 0.01
+    mask_share: float = 0.15
+    layer_drop: float = 0.0
+    token_drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Operators:
+    """How an arm grows, in the words of `regraft grow`; the sizes are the recipe's target."""
+
+    how: str = "pad"
+    depth_how: str = "identity"
+    fold: Literal["auto", "stream", "eps"] = "auto"
+    noise: float | None = None
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A share of an arm's tokens on some layers only: `bottom:3` (a sub-model of them) or `train:6-11` (the rest
+    frozen); what the legs leave is trained on all layers."""
+
+    layers: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to the target: exactly one of `scratch`, `random` (direct copy, the rest random), `grow` and `ligo`.
+
+    `source`: which source it grows. `moments`: Adam's state grows too. `lr`, `warmup`, `layer_drop`, `token_drop`: its
+    own instead of the budget's. `legs`: stages that come before training all layers.
+    """
+
+    name: str
+    scratch: bool = False
+    random: bool = False
+    grow: Operators | None = None
+    ligo: Ligo | None = None
+    source: str = MAIN
+    moments: bool = False
+    lr: float | None = None
+    warmup: float | None = None
+    layer_drop: float | None = None
+    token_drop: float | None = None
+    legs: list[Leg] = field(default_factory=list)
+
+    def growth(self, target: Sizes, seed: int) -> Growth:
+        """The growth of a `grow` arm."""
+        return Growth(**dataclasses.asdict(target), **dataclasses.asdict(self.grow or Operators()), seed=seed)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A whole comparison.
+
+    `source`: a config in transformers' words, pretrained here, or the directory of a model. `others`: further sources,
+    each as keys that differ from `source`, or a directory. `target`: sizes that all arms train. `data`: text (a file or
+    folder), or images (.npz); None for Python's own documentation and docstrings, or scikit-learn's digits. `heldout`:
+    likewise, None for a part of the data. `vocabulary`: of the byte-level BPE that is trained when the source is a
+    config. `every`: steps between evaluations on at most `rows` held-out rows.
+    """
+
+    task: Literal["next", "mask", "image"]
+    source: str | dict[str, Any]
+    target: Sizes
+    pretrain: Budget
+    train: Budget
+    arms: list[Arm]
+    others: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    data: str | None = None
+    heldout: str | None = None
+    vocabulary: int = 1024
+    every: int = 20
+    rows: int = 64
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def sources(self) -> dict[str, str | dict[str, Any]]:
+        """Every source that an arm grows: a config to pretrain, or a directory."""
+        table: dict[str, Any] = {MAIN: self.source}
+        for name, one in self.others.items():
+            table[name] = {**self.source, **one} if isinstance(one, dict) and isinstance(self.source, dict) else one
+        used = {MAIN} | {arm.source for arm in self.arms if not arm.scratch}
+        return {name: one for name, one in table.items() if name in used}
+
+    def stage(self, budget: Budget, **changes: Any) -> Stage:
+        """A training stage of a budget."""
+        words = dataclasses.asdict(budget) | changes
+        rate = words.pop("lr")
+        length = 1 if self.task == "image" else words.pop("length")
+        words.pop("length", None)
+        words = {key: value for key, value in words.items() if key not in SELDOM or value}
+        return Stage(self.task, length=length, lr_new=rate, lr_mixer=rate, lr_body=rate, precision="float32", **words)
+
+    def stages(self, arm: Arm) -> list[Stage]:
+        """The stages of an arm: its legs, then all layers; the cooldown begins where it does for one stage alone."""
+        own = {key: getattr(arm, key) for key in ("lr", "warmup", "layer_drop", "token_drop")}
+        budget = dataclasses.replace(self.train, **{key: value for key, value in own.items() if value is not None})
+        whole = 1 - sum(leg.share for leg in arm.legs)
+        legs = [
+            self.stage(budget, tokens=round(leg.share * budget.tokens), cooldown=0.0, layers=leg.layers)
+            for leg in arm.legs
+        ]
+        used = sum(stage.steps for stage in legs)
+        step = budget.batch * (1 if self.task == "image" else budget.length)
+        tokens = (budget.tokens // step - used) * step
+        return [*legs, self.stage(budget, tokens=tokens, cooldown=min(1.0, budget.cooldown / whole))]
+
+
+def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
+    """A comparison from a YAML file with dotted overrides. RegraftError on an unknown key, a wrong type, or arms that
+    cannot be told apart or compared."""
+    fields = settings.from_yaml(Path(recipe))
+    for key, value in overrides.items():
+        settings.override(fields, key, yaml.safe_load(value))
+    made: Comparison = settings.build(fields, recipe, Comparison)
+    check(made)
+    return made
+
+
+def check(recipe: Comparison) -> None:
+    """RegraftError for what the types do not say."""
+    names = [arm.name for arm in recipe.arms]
+    if [arm.scratch for arm in recipe.arms].count(True) != 1:
+        raise RegraftError(f"arms {names} hold no single scratch arm: give exactly one with scratch: true")
+    if len(set(names)) < len(names):
+        raise RegraftError(f"arms {names} repeat a name: every arm needs its own")
+    if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
+        raise RegraftError(f"seeds {recipe.seeds} must be at least one, none twice")
+    known = [MAIN, *recipe.others]
+    for arm in recipe.arms:
+        check_arm(arm, known)
+
+
+def check_arm(arm: Arm, sources: list[str]) -> None:
+    """RegraftError for an arm that is none, or whose options do not go together."""
+    kinds = [kind for kind in ("scratch", "random", "grow", "ligo") if getattr(arm, kind) not in (False, None)]
+    if not re.fullmatch(r"[\w.+-]+", arm.name):
+        raise RegraftError(f"arm name '{arm.name}' becomes a folder: use letters, digits and . _ + - only")
+    if len(kinds) != 1:
+        raise RegraftError(f"arm '{arm.name}' has {kinds or 'no kind'}: give one of scratch, random, grow, ligo")
+    if arm.source not in sources:
+        raise RegraftError(f"arm '{arm.name}' grows source '{arm.source}': use one of {', '.join(sources)}")
+    if arm.moments and kinds != ["grow"]:
+        raise RegraftError(f"arm '{arm.name}' is {kinds[0]} with moments: only `grow` arms carry Adam's state over")
+    if any(leg.share <= 0 for leg in arm.legs) or sum(leg.share for leg in arm.legs) >= 1:
+        raise RegraftError(f"legs of arm '{arm.name}' share {[leg.share for leg in arm.legs]}: give less than 1")
+
+
+def dump(recipe: Comparison) -> dict[str, Any]:
+    """The recipe as plain values."""
+    return dataclasses.asdict(recipe)
