@@ -78,7 +78,15 @@ def note(numbers: Mapping[str, Any]) -> str:
     scratch = numbers["arms"].get(numbers["scratch"])
     if scratch is None:
         return "No run of scratch is finished: nothing to save against."
-    return NOTE.format(flops=scratch["flops"]["mean"], seconds=scratch["seconds"]["mean"])
+    goal, said = (
+        scratch["loss"]["mean"],
+        NOTE.format(flops=scratch["flops"]["mean"], seconds=scratch["seconds"]["mean"]),
+    )
+    for name, source in numbers["sources"].items():
+        losses = [one["loss"] for one in source["seeds"].values()]
+        if losses and sum(losses) / len(losses) <= goal:
+            said += f" {name} has scratch's final loss before it grows: only savings with the source say something."
+    return said
 
 
 def failures(numbers: Mapping[str, Any]) -> list[str]:
