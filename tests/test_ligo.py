@@ -97,6 +97,14 @@ def test_by_hand_it_is_zero_padding(tmp_path: Path) -> None:
         assert not value.any() or (lazy.shape != old.shape and set(value.unique().tolist()) == {0.0, 1.0}), key
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "phi3", "bert", "vit"])
+def test_a_live_start_is_the_operator_itself(family: str, tmp_path: Path) -> None:
+    source = saved(tmp_path, family)
+    sizes: dict[str, Any] = {"hidden": 2 * source.sizes["hidden"], "ffn": 2 * source.sizes["ffn"]}
+    ours = Learned(**sizes, layers=5, method=Ligo(live=True, **STILL))(source)
+    assert furthest(ours, Deepen(5, "stack")(Widen(**sizes, how="pad", noise=0.0)(source))) < 1e-6
+
+
 def written(space: Space) -> torch.Tensor:
     return space()[0].detach()
 
@@ -189,6 +197,7 @@ def stage_for(family: str, batch: int = 4) -> Stage:
 FITTED = [(family, {}) for family in ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "bert", "roberta", "vit")]
 FITTED += [("qwen3", {"reads": "inverse"}), ("mistral", {"reads": "orthogonal"}), ("bert", {"heads": "dense"})]
 FITTED += [("phi3", {"free": "all"}), ("gpt2", {"reads": "inverse", "start": "lemon"}), ("vit", {"start": "tile"})]
+FITTED += [("qwen2", {"reads": "inverse", "start": "pad", "live": True, "blur": 0.0}), ("gpt2", {"start": "random"})]
 
 
 @pytest.mark.parametrize(("family", "options"), FITTED)
@@ -279,6 +288,7 @@ BAD: list[tuple[str, str, Callable[[Checkpoint], Any]]] = [
     ("bert", "idle layers of bert", lambda s: Learned(layers=5, method=Ligo(depth="identity"))(s)),
     ("llama", "no start 'aki'", lambda s: Ligo(start="aki")),
     ("llama", "no depth 'deep'", lambda s: Ligo(depth="deep")),
+    ("llama", "no free entries to keep live", lambda s: Ligo(live=True)),
     ("llama", "at least 0", lambda s: Ligo(steps=-1)),
     ("llama", "nothing to grow", lambda s: fit(s, Growth(), Ligo(), stage_for("llama"), rows_for("llama"))),
     ("llama", "has no head for 'image'", lambda s: fit(s, Growth(ffn=60), Ligo(), stage_for("vit"), rows_for("vit"))),

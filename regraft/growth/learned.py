@@ -44,6 +44,7 @@ class Grower(nn.Module):
         self.source = widening.source
         self.before = self.source.anatomy.place(self.source.config)
         self.stacks: dict[str, list[Tensor]] = {}
+        self.free: dict[str, Tensor] = {}
         draw = torch.Generator().manual_seed(seed)
         self.spaces = nn.ModuleDict(self._spaces(draw))
         self.folds = method.reads != "tied" and self._folds()
@@ -56,10 +57,11 @@ class Grower(nn.Module):
             if isinstance(space, Space):
                 space.levels = self.folds and name == "hidden"
         self.mixing = nn.ParameterDict(self._mixing(draw))
+        self.begun = {name: (one[0].detach(), one[1].detach()) for name, one in self._maps().items()}
 
     def forward(self) -> dict[Key, Tensor]:
         """Every tensor of the target by key, float32, with a graph to the maps."""
-        maps = {name: space() for name, space in self.spaces.items()}
+        maps = self._maps()
         found: dict[Key, Tensor] = {}
         for role, layered in {role: layer is not None for role, layer in self.before}.items():
             layers = list(range(len(self.order))) if layered else [None]
@@ -69,8 +71,10 @@ class Grower(nn.Module):
     @torch.no_grad()
     def tensor(self, key: Key) -> Tensor:
         """One tensor of the target, as forward gives it."""
-        maps = {name: space() for name, space in self.spaces.items()}
-        return self._role(key[0], [key[1]], maps)[0]
+        return self._role(key[0], [key[1]], self._maps())[0]
+
+    def _maps(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: space() for name, space in self.spaces.items()}
 
     def keep(self) -> Grower:
         """Hold the source's tensors in memory from now on, as fitting reads them at every step."""
@@ -183,8 +187,14 @@ class Grower(nn.Module):
         first = None if (role, None) in self.before else 0
         part, work = self.before[role, first].part, self._work(role, first)
         stacks = self._stack(role)
-        rows = [[self._grown(p, v, i, maps) for p, v in zip(work, stacks, strict=True)] for i in layers]
-        return [together(row, part).contiguous() for row in rows]
+        made: list[Tensor] = []
+        for layer in layers:
+            values = [self._grown(p, stack, layer, maps) for p, stack in zip(work, stacks, strict=True)]
+            if self.method.live and not part.norm:
+                home = None if layer is None else self.order[layer].source
+                values = [value + self._free(role, index, home) for index, value in enumerate(values)]
+            made.append(together(values, part).contiguous())
+        return made
 
     def _grown(self, piece: Piece, stack: Tensor, layer: int | None, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """One piece in one layer of the target, mixed and then mapped."""
@@ -195,12 +205,29 @@ class Grower(nn.Module):
             value = torch.tensordot(self.mixing[name][layer], stack, 1)
         else:
             value = stack[layer or 0]
-        for span in self._spans(piece):
-            if span.name in maps:
-                value = self._applied(piece, value, span, maps[span.name][span.read])
+        value = self._mapped(piece, value, maps)
         if piece.headed:
             value = value * head_gain(self.widening, self.widening.hidden.copies or 1).float()
         return value - 1 if piece.signature.unit else value
+
+    def _mapped(self, piece: Piece, value: Tensor, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        for span in self._spans(piece):
+            if span.name in maps:
+                value = self._applied(piece, value, span, maps[span.name][span.read])
+        return value
+
+    @torch.no_grad()
+    def _free(self, role: str, index: int, layer: int | None) -> Tensor:
+        """What the operator that the maps begin with writes where no old value goes, for one map of a part."""
+        name = f"{role}.{index}.{layer}"
+        if name not in self.free:
+            piece, part = self._work(role, layer)[index], self.before[role, layer].part
+            value = apart(self.source.tensors[role, layer].read().float(), part, self.source.sizes)[index]
+            plain = value.reshape(piece.shape())
+            if piece.splits and not piece.has_group:
+                plain = plain.repeat_interleave(self.widening.split, piece.axes.index("kv"))
+            self.free[name] = piece(value) - self._mapped(piece, plain * piece.factor, self.begun)
+        return self.free[name]
 
     def _level(self, piece: Piece) -> Tensor:
         """Gains that have moved into the readers: the same number everywhere."""

@@ -13,7 +13,7 @@ from ..errors import RegraftError
 from .operators import DEPTH, WIDTH
 
 # AKI takes rows of the next layer, which no map of an axis does.
-STARTS: tuple[str, ...] = ("average", *(name for name in WIDTH if name != "aki"))
+STARTS: tuple[str, ...] = ("average", "random", *(name for name in WIDTH if name != "aki"))
 CHOICES: dict[str, tuple[str, ...]] = {
     "start": STARTS,
     "depth": tuple(DEPTH),
@@ -28,7 +28,9 @@ class Ligo:
     """LiGO (arXiv 2303.00980) and its options: W' = B (sum_j w_j W_j) A^T, with B and w learned in a few steps.
 
     `start`: what rows of B for new coordinates begin as: `average` (random convex combinations of all old ones, as the
-    authors' code), or an operator of --how, whose copies and shares B and A then begin with. `depth`: the order of
+    authors' code), `random` ones, or an operator of --how, whose copies and shares B and A then begin with. `live`: the
+    operator's free entries, random numbers that do not change the function, are added to what the maps give, so that 0
+    steps are the operator itself. `depth`: the order of
     layers that w begins with, an operator of --depth-how; `blur`: how much of the other layers is mixed in (the
     authors' code: 0.03). `reads`: A, by which a weight reads what B wrote: `tied` is B itself, as the paper has it
     (copies read with their shares); `inverse` is pinv(B)^T on the residual stream, with gains of norms moved into their
@@ -41,14 +43,15 @@ class Ligo:
     """
 
     start: str = "average"
+    live: bool = False
     depth: str = "stack"
     blur: float = 0.03
     reads: Literal["tied", "inverse", "orthogonal"] = "tied"
     free: Literal["new", "all"] = "new"
     heads: Literal["blocks", "dense"] = "blocks"
     steps: int = 100
-    lr: float = 1e-3
-    lr_depth: float = 1e-2
+    lr: float = 1e-2
+    lr_depth: float = 3e-2
     warmup: int = 5
     decay: float = 0.0
 
@@ -56,6 +59,8 @@ class Ligo:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RegraftError(f"LiGO has no {name} '{getattr(self, name)}': use one of {', '.join(allowed)}")
+        if self.live and self.start in ("average", "random"):
+            raise RegraftError(f"LiGO's start '{self.start}' has no free entries to keep live: use start pad")
         for name in ("steps", "warmup", "blur", "lr", "lr_depth", "decay"):
             value = getattr(self, name)
             whole = name in ("steps", "warmup")
@@ -78,6 +83,8 @@ class Space(nn.Module):
         if averaged:
             rows = torch.rand(len(fresh), axis.old, generator=draw)
             written[fresh] = rows / rows.sum(1, keepdim=True)
+        elif method.start == "random" and learns:
+            written[fresh] = torch.randn(len(fresh), axis.old, generator=draw) / axis.old**0.5
         self.silent: Tensor  # coordinates that nothing old is written to at first: their gains begin at one
         self.register_buffer("silent", fresh[:0] if averaged else fresh, persistent=False)
         kept = len(written) if not learns else axis.old if method.free == "new" and axis.leading else 0

@@ -46,7 +46,7 @@ class Learned:
         if source.holds != "weights":
             raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
         asked = Asked(self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim)
-        if self.method.start == "average":
+        if self.method.start in ("average", "random"):
             made = targets.loosely(source, asked, self.seed)
         else:
             made = targets.widening(source, asked, self.method.start, noise=0.0, seed=self.seed)
