@@ -117,14 +117,16 @@ def card(checkpoint: Checkpoint) -> str:
     """The model card: what was done to which model, and the papers."""
     source = origin(checkpoint)
     mixers = {name for spec in checkpoint.config.get("mixers", []) if spec for name in _names(spec)}
-    papers = "\n".join(f"- {PAPERS[name]}" for name in sorted(mixers & set(PAPERS))) or "- none beyond the source's own"
+    cited = [PAPERS[name] for name in sorted(mixers & set(PAPERS))]
+    cited += [paper for step in checkpoint.history for paper in step.get("papers", ())]
+    papers = "\n".join(f"- {paper}" for paper in dict.fromkeys(cited)) or "- none beyond the source's own"
     steps = "\n".join(f"{n}. {describe(step)}" for n, step in enumerate(checkpoint.history, 1)) or "1. saved unchanged"
     library = "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
-    load = "Load it with `import regraft` (or `trust_remote_code=True`) and `AutoModelForCausalLM.from_pretrained`."
+    load = "Load it with `import regraft` (or `trust_remote_code=True`) and `AutoModelForCausalLM.from_pretrained`.\n\n"
     return (
         f"{library}# {source['family']}, regrafted\n\n"
         f"Source: `{Path(source['path']).name}`, sha256 `{source['sha256']}`.\n\n"
-        f"## What was done\n\n{steps}\n\n{load if mixers else ''}\n\n## Papers\n\n{papers}\n\n"
+        f"## What was done\n\n{steps}\n\n{load if mixers else ''}## Papers\n\n{papers}\n\n"
         f"`{FILE}` says where every number comes from.\n"
     )
 

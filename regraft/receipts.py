@@ -31,8 +31,9 @@ def check(source: str | Path, out: str | Path, seed: int = 0) -> dict[str, Any]:
     `holds` is the conjunction. Values that a trained output cannot keep are None: its weights moved on purpose, so only
     its shapes, its source's hash and its own consistency count. Differences are relative to the largest logit.
 
-    Returns holds, trained, unaccounted (source tensors found nowhere), unequal (moved tensors whose bits changed),
-    source_matches, rel_logit_diff, max_abs_logit_diff, zero_layers, window_end, parallel_vs_recurrent.
+    Returns holds, trained, unaccounted (source tensors found nowhere), unequal (moved tensors whose bits changed; None
+    for grown models, whose outputs are compared instead), source_matches, rel_logit_diff,
+    max_abs_logit_diff, zero_layers, window_end, parallel_vs_recurrent.
     """
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     before.verify()
@@ -63,7 +64,7 @@ def grown(before: Checkpoint, after: Checkpoint, steps: list[dict[str, Any]], se
     Steps that do not keep the function (and training) leave parity unbound; it is measured all the same.
     """
     known = lineage.read(after.path)
-    result: dict[str, Any] = {"holds": False, "trained": lineage.trained(known), "unequal": []}
+    result: dict[str, Any] = {"holds": False, "trained": lineage.trained(known), "unequal": None}
     result["unaccounted"] = parity.accounted(before, after)
     result["source_matches"] = lineage.origin(before)["sha256"] == known.get("source", {}).get("sha256")
     result["exact"] = parity.exact(list(after.history)[len(before.history) :])

@@ -51,6 +51,15 @@ def test_an_encoder_grows_in_drawn_copies(family: str, tmp_path: Path, capsys: p
     assert check(given, out)["rel_logit_diff"] < 2e-5
 
 
+def test_the_card_names_the_papers_of_its_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path), tmp_path / "out"
+    run(
+        capsys, "grow", given, str(out), "--hidden", "45", "--how", "lemon", "--layers", "5", "--depth-how", "llama_pro"
+    )
+    card = (out / "README.md").read_text()
+    assert "arXiv 2310.07999" in card and "arXiv 2401.02415" in card and "\n\n\n" not in card
+
+
 def test_a_refused_tile_names_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, out = source(tmp_path, "bert"), str(tmp_path / "out")
     code, _, said = run(capsys, "grow", given, out, "--hidden", "104", "--how", "tile")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -49,6 +49,12 @@ class Operator:
     def cited(self) -> str:
         """The papers, each with where it is."""
         return "; ".join(", ".join(PAPERS[key]) for key in self.papers) or "none of its own"
+
+
+def cited(table: Mapping[str, Operator], names: Iterable[str]) -> list[str]:
+    """The papers of some operators of a table, each once, with where it is."""
+    keys = dict.fromkeys(key for name in names for key in table[name].papers)
+    return [", ".join(PAPERS[key]) for key in keys]
 
 
 WIDTH = {

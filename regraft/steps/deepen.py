@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint import Checkpoint
 from ..growth import depth
-from ..growth.operators import DEPTH, told
+from ..growth.operators import DEPTH, cited, told
 from ..recipe import entry
 
 
@@ -34,7 +34,8 @@ class Deepen:
         sizes = {**source.sizes, "depth": self.layers}
         config = source.anatomy.resized(source.config, sizes, [layer.source for layer in order])
         tensors = depth.deepened(source, config, order, self.how, self.seed)
+        step = entry(self) | {"papers": cited(DEPTH, [self.how])}
         names = {key: spot.name for key, spot in source.anatomy.place(config).items()}
         return replace(
-            source, config=config, sizes=sizes, tensors=tensors, names=names, history=(*source.history, entry(self))
+            source, config=config, sizes=sizes, tensors=tensors, names=names, history=(*source.history, step)
         )

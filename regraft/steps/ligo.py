@@ -17,6 +17,8 @@ from ..growth.learned import Grower
 from ..growth.maps import Ligo
 from ..growth.solving import Asked
 
+PAPERS = ["LiGO, arXiv 2303.00980"]
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -83,4 +85,10 @@ class Learned:
         for name, value in sorted(self.maps.items()):
             digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
         arguments = fields | {"method": dataclasses.asdict(self.method)}
-        return {"step": "Learned", "arguments": arguments, "cost": dict(self.cost), "maps": digest.hexdigest()}
+        return {
+            "step": "Learned",
+            "arguments": arguments,
+            "cost": dict(self.cost),
+            "maps": digest.hexdigest(),
+            "papers": PAPERS,
+        }

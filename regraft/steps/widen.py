@@ -8,7 +8,7 @@ from typing import Literal
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth import targets
-from ..growth.operators import WIDTH, told
+from ..growth.operators import WIDTH, cited, told
 from ..growth.solving import Asked
 from ..growth.widen import widened
 from ..recipe import entry
@@ -53,5 +53,5 @@ class Widen:
                 f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend its table"
             )
         said = {"notes": told} if (told := targets.notes(made, asked)) else {}
-        step = entry(self) | said
+        step = entry(self) | said | {"papers": cited(WIDTH, dict.fromkeys(targets.hows(self.how).values()))}
         return replace(source, config=config, sizes=sizes, tensors=widened(made), history=(*source.history, step))
