@@ -16,12 +16,13 @@ from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth
 from .growth.maps import Ligo
+from .growth.operators import AUTO
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
 from .steps.widen import Widen
 
-LEARNED = "ligo"
+LEARNED, AUTOMATIC = "ligo", "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -45,6 +46,14 @@ class Growth:
     seed: int = 0
 
     @property
+    def chosen(self) -> Growth:
+        """With `auto` replaced by the operators of AUTO; a depth operator that was asked for stays."""
+        if self.how != AUTOMATIC:
+            return self
+        width, deep = AUTO
+        return replace(self, how=width, depth_how=deep if self.depth_how == "identity" else self.depth_how)
+
+    @property
     def asked(self) -> bool:
         """Whether anything but defaults is asked."""
         return self != Growth(seed=self.seed)
@@ -52,9 +61,8 @@ class Growth:
     @property
     def exact(self) -> bool:
         """Whether every operator keeps the function."""
-        return not {"aki", LEARNED} & set(re.split("[,=]", self.how)) and (
-            self.layers is None or self.depth_how in depth.EXACT
-        )
+        ways, deeper = set(re.split("[,=]", self.chosen.how)), self.layers is not None or self.to is not None
+        return not {"aki", LEARNED} & ways and (not deeper or self.chosen.depth_how in depth.EXACT)
 
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
         """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when nothing grows, or
@@ -74,6 +82,8 @@ class Growth:
 
     def steps(self, source: Checkpoint) -> list[Callable[[Checkpoint], Checkpoint]]:
         """The growth steps in order."""
+        if self.how == AUTOMATIC:
+            return self.chosen.steps(source)
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
         asked = self.sized(steps[0](source) if steps else source)
         widths = {name: getattr(asked, name) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim")}

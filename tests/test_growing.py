@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from regraft import cli, parity
 from regraft.checkpoint import Checkpoint
 from regraft.growing import Growth
+from regraft.growth.operators import AUTO
 from regraft.receipts import check
 
 
@@ -58,6 +59,16 @@ def test_the_card_names_the_papers_of_its_operators(tmp_path: Path, capsys: pyte
     )
     card = (out / "README.md").read_text()
     assert "arXiv 2310.07999" in card and "arXiv 2401.02415" in card and "\n\n\n" not in card
+
+
+def test_auto_is_the_operators_that_it_stands_for(tmp_path: Path) -> None:
+    given, sizes = source(tmp_path), {"hidden": 45, "ffn": 60, "layers": 5}
+    before = Checkpoint.open(given)
+    width, deep = AUTO
+    ours, theirs = Growth(**sizes, how="auto")(before), Growth(**sizes, how=width, depth_how=deep)(before)
+    assert all(torch.equal(lazy.read(), theirs.tensors[key].read()) for key, lazy in ours.tensors.items())
+    assert not Growth(**sizes, how="auto").exact and Growth(**sizes, how="auto", depth_how="llama_pro").exact
+    assert Growth(hidden=45, how="auto").exact and not Growth(to="there", depth_how="stack").exact
 
 
 def test_a_refused_tile_names_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
