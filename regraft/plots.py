@@ -123,10 +123,12 @@ def curves(arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words
                 for pick in (min, max)
             )
             panel.plot(curve[axis], curve["loss"], line, color=colour, label=name, linewidth=1.4 + (name == scratch))
-            panel.fill_between(curve[axis], low, high, color=colour, alpha=0.1, linewidth=0)
+            panel.fill_between(curve[axis], low, high, color=colour, alpha=0.06, linewidth=0)
     if scratch in arms:
         panel.axhline(arms[scratch]["curve"]["loss"][-1], color="#000000", linewidth=0.6, alpha=0.6)
     panel.set(xlabel=words, ylabel="held-out loss", yscale="log")
+    for place in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        place("{x:.3g}")
     panel.legend(fontsize=7, ncols=2)
     return svg(drawing)
 
