@@ -233,6 +233,15 @@ def test_micro_batches_learn_what_the_whole_batch_does(tmp_path: Path) -> None:
     assert whole.cost["overhead"] == parts.cost["overhead"]
 
 
+def test_large_maps_are_mixed_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(tmp_path, "gpt_neox")
+    learned = Learned(hidden=144, layers=5, method=Ligo(blur=0.5))
+    whole = {key: lazy.read() for key, lazy in learned(source).tensors.items()}
+    monkeypatch.setattr("regraft.growth.learned.TOGETHER", 0)
+    for key, lazy in learned(source).tensors.items():
+        assert torch.allclose(lazy.read(), whole[key], rtol=1e-5, atol=1e-6), key
+
+
 def test_no_steps_keep_the_start(tmp_path: Path) -> None:
     source, growth = saved(tmp_path, "llama"), Growth(hidden=72, layers=4, how="ligo")
     learned = fit(source, growth, Ligo(steps=0), stage_for("llama"), rows_for("llama"))

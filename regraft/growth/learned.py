@@ -17,6 +17,7 @@ from .spaces import GROWS, Widening, head_gain, kind_of
 from .widen import Piece, apart, pieces, together
 
 HEADS = ("kv", "group", "dim")
+TOGETHER = 1 << 26  # entries of one map in all layers that are in memory at once when a fitted model is written
 QUERIES = ("q", "k", "q_norm", "k_norm")
 LINEAR = ("hidden", "dim")  # what a head reads of values is linear in them
 
@@ -157,17 +158,38 @@ class Grower(nn.Module):
         part = self.before[role, layer].part
         return [Piece(self.widening, name, part, axes, output, layer) for name, axes, output in pieces(part, role)]
 
+    def _read(self, role: str, layer: int | None) -> list[Tensor]:
+        """The maps of one tensor of the source, seen axis by axis, with their factors."""
+        values = apart(
+            self.source.tensors[role, layer].read().float(), self.before[role, layer].part, self.source.sizes
+        )
+        return [self._small(p, v, layer) for p, v in zip(self._work(role, layer), values, strict=True)]
+
     def _stack(self, role: str) -> list[Tensor]:
-        """The source's maps of a role seen axis by axis, (source layers, ...) each, with their factors."""
-        if role in self.stacks:
-            return self.stacks[role]
+        """The maps of a role in all layers of the source, (source layers, ...) each."""
         layers = [None] if (role, None) in self.before else list(range(self.source.layers))
-        rows = []
-        for layer in layers:
-            part = self.before[role, layer].part
-            values = apart(self.source.tensors[role, layer].read().float(), part, self.source.sizes)
-            rows.append([self._small(p, v, layer) for p, v in zip(self._work(role, layer), values, strict=True)])
-        return [torch.stack(list(column)) for column in zip(*rows, strict=True)]
+        return [
+            torch.stack(list(column)) for column in zip(*(self._read(role, layer) for layer in layers), strict=True)
+        ]
+
+    def _mixed(self, role: str, layer: int | None) -> list[Tensor]:
+        """The maps of a role for one layer of the target, still at their small size."""
+        names = [
+            piece.role.rpartition(".")[0].replace(".", "_") for piece in self._work(role, None if layer is None else 0)
+        ]
+        if layer is None or names[0] not in self.mixing:
+            return (
+                [stack[layer or 0] for stack in self.stacks[role]] if role in self.stacks else self._read(role, layer)
+            )
+        rows = [self.mixing[name][layer] for name in names]
+        if role in self.stacks or self.source.layers * self.source.tensors[role, 0].size <= TOGETHER:
+            stacks = self.stacks.get(role) or self._stack(role)
+            return [torch.tensordot(row, stack, 1) for row, stack in zip(rows, stacks, strict=True)]
+        total: list[Tensor] = []
+        for source, shares in enumerate(torch.stack(rows, 1).tolist()):
+            values = [share * value for share, value in zip(shares, self._read(role, source), strict=True)]
+            total = [one.add_(value) for one, value in zip(total, values, strict=True)] if total else values
+        return total
 
     def _small(self, piece: Piece, value: Tensor, layer: int | None) -> Tensor:
         value = value.reshape(piece.shape())
@@ -186,25 +208,19 @@ class Grower(nn.Module):
         """The tensors of a role in some layers of the target."""
         first = None if (role, None) in self.before else 0
         part, work = self.before[role, first].part, self._work(role, first)
-        stacks = self._stack(role)
         made: list[Tensor] = []
         for layer in layers:
-            values = [self._grown(p, stack, layer, maps) for p, stack in zip(work, stacks, strict=True)]
+            values = [self._grown(p, value, maps) for p, value in zip(work, self._mixed(role, layer), strict=True)]
             if self.method.live and not part.norm:
                 home = None if layer is None else self.order[layer].source
                 values = [value + self._free(role, index, home) for index, value in enumerate(values)]
             made.append(together(values, part).contiguous())
         return made
 
-    def _grown(self, piece: Piece, stack: Tensor, layer: int | None, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """One piece in one layer of the target, mixed and then mapped."""
+    def _grown(self, piece: Piece, value: Tensor, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """One piece of the target from its small form."""
         if piece.part.norm and self.folds and "hidden" in piece.signature.outputs[0]:
             return self._level(piece)
-        name = piece.role.rpartition(".")[0].replace(".", "_")
-        if layer is not None and name in self.mixing:
-            value = torch.tensordot(self.mixing[name][layer], stack, 1)
-        else:
-            value = stack[layer or 0]
         value = self._mapped(piece, value, maps)
         if piece.headed:
             value = value * head_gain(self.widening, self.widening.hidden.copies or 1).float()
