@@ -57,8 +57,8 @@ def cited(table: Mapping[str, Operator], names: Iterable[str]) -> list[str]:
     return [", ".join(PAPERS[key]) for key in keys]
 
 
-# What `--how auto` takes, for width and for depth: the best start of the comparison in docs/log.md.
-AUTO = ("pad", "stack")
+# What `--how auto` takes, for width and for depth: the best start from one source over docs/comparison.md's runs.
+AUTO = ("pad", "identity")
 WIDTH = {
     "pad": Operator(
         "new units take random inputs and give zero outputs; the stream's new coordinates hold zeros, or averages "
