@@ -17,6 +17,7 @@ from .errors import RegraftError
 from .growth import depth
 from .growth.maps import Ligo
 from .growth.operators import AUTO
+from .growth.solving import Sizes
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
@@ -27,15 +28,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Growth:
+class Growth(Sizes):
     """What `regraft grow` and `regraft plan` are asked: sizes or a target config `to`, operators, storage dtype."""
 
-    hidden: int | None = None
-    ffn: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    layers: int | None = None
     to: str | None = None
     how: str = "pad"
     depth_how: str = "identity"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from .. import hosts, text
 from ..anatomy import find
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..growth.solving import Asked, solve
+from ..growth.solving import solve
 from ..settings import Text
 from ..training import training_rows
 from ..uptrain.data import Images, pack, read_documents
@@ -158,9 +157,8 @@ def make_source(recipe: Comparison, config: dict[str, Any], out: Path, seed: int
 
 def target_config(source: Checkpoint, target: Sizes) -> dict[str, Any]:
     """The config of the target as one who starts from scratch writes it: the source's with the target's sizes."""
-    sizes = dataclasses.asdict(target)
-    layers = sizes.pop("layers") or source.layers
-    axes, _ = solve(source, Asked(**sizes))
+    layers = target.layers or source.layers
+    axes, _ = solve(source, target)
     order = [min(i, source.layers - 1) for i in range(layers)]
     return source.anatomy.resized(source.config, {**axes, "depth": layers}, order)
 

@@ -15,22 +15,11 @@ from .. import settings
 from ..errors import RegraftError
 from ..growing import Growth
 from ..growth.maps import Ligo
+from ..growth.solving import Sizes
 from ..uptrain.stages import Stage
 
 MAIN = "source"
 SELDOM = ("layer_drop", "token_drop")  # of a stage: said only when there is any
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The target's sizes; those left open stay as in the source."""
-
-    hidden: int | None = None
-    ffn: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    layers: int | None = None
 
 
 @dataclass(frozen=True)

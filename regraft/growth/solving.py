@@ -19,6 +19,13 @@ class Asked:
     head_dim: int | None = None
 
 
+@dataclass(frozen=True)
+class Sizes(Asked):
+    """Sizes of a whole target; those left open stay as in the source, or follow."""
+
+    layers: int | None = None
+
+
 def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
     """(axis sizes of the target, parts each key/value head is split into)."""
     old, anatomy = source.sizes, source.anatomy.host(source.config)

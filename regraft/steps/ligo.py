@@ -15,13 +15,13 @@ from ..errors import RegraftError
 from ..growth import depth, targets
 from ..growth.learned import Grower
 from ..growth.maps import Ligo
-from ..growth.solving import Asked
+from ..growth.solving import Sizes
 
 PAPERS = ["LiGO, arXiv 2303.00980"]
 
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(Sizes):
     """Grow by learned maps of axes and layers (LiGO, arXiv 2303.00980).
 
     Sizes as in Widen and Deepen; `method` says how the maps are made, `maps` what they are once `regraft.fitting.fit`
@@ -32,12 +32,6 @@ class Learned:
     Refuses: smaller sizes, dense maps of heads that turn or are grouped, moments of an optimiser.
     """
 
-    hidden: int | None = None
-    ffn: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    layers: int | None = None
     method: Ligo = field(default_factory=Ligo)
     seed: int = 0
     maps: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
@@ -47,11 +41,10 @@ class Learned:
         """The differentiable form, with the maps in it."""
         if source.holds != "weights":
             raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
-        asked = Asked(self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim)
         if self.method.start in ("average", "random"):
-            made = targets.loosely(source, asked, self.seed)
+            made = targets.loosely(source, self, self.seed)
         else:
-            made = targets.widening(source, asked, self.method.start, noise=0.0, seed=self.seed)
+            made = targets.widening(source, self, self.method.start, noise=0.0, seed=self.seed)
         order = depth.layers(self.method.depth, source.layers, self.layers or source.layers)
         grower = Grower(made, order, self.method, self.seed)
         if self.maps:

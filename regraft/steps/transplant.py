@@ -12,7 +12,7 @@ from ..axes import Axes, Signature, product
 from ..checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
 from ..growth.block import Draw
-from ..growth.solving import Asked, solve
+from ..growth.solving import Sizes, solve
 from ..growth.spaces import view
 from ..growth.widen import apart, pieces, together
 from ..recipe import entry
@@ -21,7 +21,7 @@ SPREAD = 0.02  # of fresh matrices where the config does not say it
 
 
 @dataclass(frozen=True)
-class Transplant:
+class Transplant(Sizes):
     """Direct copy: every tensor starts as from scratch (uniform with the config's `initializer_range`, gains one,
     biases zero), then the source's values go into its first coordinates along every axis, and its layers into the first
     layers. The baseline of the growth papers (as in LiGO, arXiv 2303.00980) that shows what weights alone give.
@@ -30,12 +30,6 @@ class Transplant:
     Refuses: smaller sizes, and sizes the class cannot hold.
     """
 
-    hidden: int | None = None
-    ffn: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    layers: int | None = None
     seed: int = 0
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
@@ -43,7 +37,7 @@ class Transplant:
         layers = self.layers or source.layers
         if layers < source.layers:
             raise RegraftError(f"--layers {layers} is less than the source's {source.layers}: growth never shrinks")
-        sizes, _ = solve(source, Asked(self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim))
+        sizes, _ = solve(source, self)
         sizes = {**sizes, "depth": layers}
         config = source.anatomy.resized(source.config, sizes, [min(i, source.layers - 1) for i in range(layers)])
         placed = source.anatomy.place(config)

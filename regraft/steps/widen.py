@@ -16,7 +16,7 @@ from ..recipe import entry
 
 @told(WIDTH)
 @dataclass(frozen=True)
-class Widen:
+class Widen(Asked):
     """Grow axes together, every size given or derived from the others.
 
     `heads` are query heads. Heads' own coordinates are always padded. `fold`: how norms over a padded stream keep their
@@ -32,11 +32,6 @@ class Widen:
     Refuses: smaller sizes, and sizes the class cannot hold exactly; the message names the nearest that work.
     """
 
-    hidden: int | None = None
-    ffn: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
     how: str = "pad"
     fold: Literal["auto", "stream", "eps"] = "auto"
     noise: float | None = None
@@ -44,14 +39,13 @@ class Widen:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        asked = Asked(self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim)
-        made = targets.widening(source, asked, self.how, self.fold, self.noise, self.seed)
+        made = targets.widening(source, self, self.how, self.fold, self.noise, self.seed)
         config = dict(made.config)
         sizes = source.anatomy.solve(config)
         if sizes != dict(made.sizes):
             raise RegraftError(
                 f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend its table"
             )
-        said = {"notes": told} if (told := targets.notes(made, asked)) else {}
+        said = {"notes": told} if (told := targets.notes(made, self)) else {}
         step = entry(self) | said | {"papers": cited(WIDTH, dict.fromkeys(targets.hows(self.how).values()))}
         return replace(source, config=config, sizes=sizes, tensors=widened(made), history=(*source.history, step))
