@@ -227,9 +227,9 @@ class Grower(nn.Module):
         return value - 1 if piece.signature.unit else value
 
     def _mapped(self, piece: Piece, value: Tensor, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        for span in self._spans(piece):
-            if span.name in maps:
-                value = self._applied(piece, value, span, maps[span.name][span.read])
+        spans = [span for span in self._spans(piece) if span.name in maps]
+        for span in sorted(spans, key=lambda span: -maps[span.name][0].shape[1]):  # the larger first: fewest products
+            value = self._applied(piece, value, span, maps[span.name][span.read])
         return value
 
     @torch.no_grad()
@@ -254,9 +254,12 @@ class Grower(nn.Module):
         at = span.begin
         shape = value.shape
         flat = value.flatten(at, at + span.count - 1)
-        out = torch.tensordot(flat, matrix, ([at], [1])).movedim(-1, at)
         space = self.spaces[span.name]
-        if piece.signature.kind in ("gain", "scale") and isinstance(space, Space):
+        assert isinstance(space, Space)
+        same = space.same(span.read)
+        out = torch.tensordot(flat, matrix[same:], ([at], [1])).movedim(-1, at)
+        out = torch.cat([flat, out], at) if same else out
+        if piece.signature.kind in ("gain", "scale"):
             out = out.index_fill(at, space.silent, 1.0)
         if span.count == 1:
             return out

@@ -96,7 +96,15 @@ class Space(nn.Module):
         apart = method.reads != "tied" and not linear and learns
         self.readers = nn.Parameter(torch.zeros_like(shares)) if apart else None
         self.linear = linear
+        self.first = axis.old if kept >= axis.old and axis.leading else 0  # rows of B that are the identity's
+        self.unshared = bool((shares[: axis.old].sum(1) == 1).all())
         self.levels = False  # whether B is kept as large, on average, as the start's: where norms read what it writes
+
+    def same(self, read: bool) -> int:
+        """How many coordinates, from the first, a map leaves as they are: [I; C] need not multiply by I."""
+        if read:
+            return self.first if self.reads == "tied" and self.unshared else 0
+        return 0 if self.linear and (self.reads == "orthogonal" or self.levels) else self.first
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(B, A)."""
