@@ -20,7 +20,7 @@ from .growth.learned import Grower
 from .growth.maps import Ligo
 from .progress import Ticker
 from .steps.ligo import Learned
-from .training import rows_of  # T
+from .training import rows_of
 from .uptrain.data import shuffled
 from .uptrain.objectives import Kind, Rows, loss
 from .uptrain.stages import Stage
@@ -28,7 +28,6 @@ from .uptrain.stages import Stage
 CLIP = 1.0
 RUN: dict[str, Any] = {"batch": 16, "length": 256, "micro": None, "precision": "float32"}
 STILL = '{"steps": 0}'
-SIZES = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "layers")
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
@@ -50,8 +49,7 @@ def fit(
     their gradients, as a share of a plain training step's. RegraftError when nothing grows, when the data is of another
     kind than the objective, and when a loss is not finite.
     """
-    asked = growth.sized(source)
-    sizes = {name: getattr(asked, name) for name in SIZES}
+    sizes = growth.sized(source).sizes
     if all(size is None for size in sizes.values()):
         raise RegraftError(f"nothing to grow in '{source.origin}': give sizes to LiGO, such as hidden or layers")
     learned = Learned(**sizes, method=method, seed=seed)
@@ -140,7 +138,7 @@ class Fitting:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.cost["steps"] += 1
-        self.cost["tokens"] += rows.input_ids.numel() if hasattr(rows, "input_ids") else len(rows)
+        self.cost["tokens"] += rows.tokens
         self.cost["flops"] += sum(self.counts)
         self.cost["seconds"] += time.monotonic() - begun
         self.cost["overhead"] = self.counts[0] / self.counts[1]

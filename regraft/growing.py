@@ -81,9 +81,9 @@ class Growth(Sizes):
             return self.chosen.steps(source)
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
         asked = self.sized(steps[0](source) if steps else source)
-        widths = {name: getattr(asked, name) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim")}
-        if self.how == LEARNED and (asked.layers is not None or any(size is not None for size in widths.values())):
-            return [*steps, Learned(**widths, layers=asked.layers, method=self.method(), seed=self.seed)]
+        if self.how == LEARNED and any(size is not None for size in asked.sizes.values()):
+            return [*steps, Learned(**asked.sizes, method=self.method(), seed=self.seed)]
+        widths = {name: size for name, size in asked.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
             steps.append(Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed))
         if asked.layers is not None:

@@ -19,7 +19,7 @@ from ..errors import RegraftError
 from ..growth.solving import solve
 from ..settings import Text
 from ..training import training_rows
-from ..uptrain.data import Images, pack, read_documents
+from ..uptrain.data import Images, pack, read_documents, read_images
 from ..uptrain.objectives import HEADS, Rows
 from .schema import Comparison, Sizes
 
@@ -80,29 +80,18 @@ def write_images(recipe: Comparison, folder: Path) -> None:
     """train.npz and heldout.npz."""
     if (folder / "heldout.npz").exists():
         return
-    pixels, labels = read_images(Path(recipe.data)) if recipe.data else digits()
+    whole = read_images(recipe.data) if recipe.data else Images(*map(torch.from_numpy, digits()))
     if recipe.heldout:
-        parts = {"train": (pixels, labels), "heldout": read_images(Path(recipe.heldout))}
+        parts = {"train": whole, "heldout": read_images(recipe.heldout)}
     else:
-        order = np.random.default_rng(0).permutation(len(labels))
-        held = max(1, len(labels) // DIGITS)
-        parts = {"train": (pixels[order[held:]], labels[order[held:]])}
-        parts["heldout"] = (pixels[order[:held]], labels[order[:held]])
+        order = np.random.default_rng(0).permutation(len(whole))
+        held = max(1, len(whole) // DIGITS)
+        parts = {"train": whole[order[held:]], "heldout": whole[order[:held]]}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (images, classes) in parts.items():
+    for name, images in parts.items():
         part = folder / f"{name}.part.npz"
-        np.savez(part, pixel_values=images, labels=classes)
+        np.savez(part, pixel_values=images.pixel_values.numpy(), labels=images.labels.numpy())
         part.replace(folder / f"{name}.npz")
-
-
-def read_images(file: Path) -> tuple[Any, Any]:
-    """(pixel_values, labels) of an .npz file."""
-    if file.suffix != ".npz" or not file.is_file():
-        raise RegraftError(f"no images at '{file}': give an .npz file with pixel_values and labels")
-    with np.load(file, allow_pickle=False) as table:
-        if missing := [name for name in ("pixel_values", "labels") if name not in table]:
-            raise RegraftError(f"'{file}' holds {list(table)}, not '{missing[0]}': give pixel_values and labels")
-        return table["pixel_values"].astype(np.float32), table["labels"].astype(np.int64)
 
 
 def digits() -> tuple[Any, Any]:
@@ -181,25 +170,19 @@ def suits(recipe: Comparison, source: Checkpoint) -> None:
 def rows(recipe: Comparison, out: Path) -> Callable[[int], Rows]:
     """Training rows by length."""
     if recipe.task == "image":
-        return lambda length: images(out / "data" / "train.npz")
+        return lambda length: read_images(out / "data" / "train.npz")
     return training_rows([Text(str(out / "data" / "train.jsonl"))], tokenizer_of(recipe, out))
 
 
 def heldout(recipe: Comparison, out: Path) -> Rows:
     """At most `rows` held-out rows, spread evenly over the held-out data."""
     if recipe.task == "image":
-        whole: Rows = images(out / "data" / "heldout.npz")
+        whole: Rows = read_images(out / "data" / "heldout.npz")
     else:
         documents = read_documents(out / "data" / "heldout.jsonl")
         whole = pack(documents, tokenizer_of(recipe, out), recipe.train.length)
     count = min(recipe.rows, len(whole))
     return whole[torch.linspace(0, len(whole) - 1, count).round().long()]
-
-
-def images(file: Path) -> Images:
-    """Images of an .npz file."""
-    pixels, labels = read_images(file)
-    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
 def tokenizer_of(recipe: Comparison, out: Path) -> Any:

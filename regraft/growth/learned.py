@@ -145,14 +145,17 @@ class Grower(nn.Module):
             start = torch.zeros(len(self.order), count)
             for i, layer in enumerate(self.order):
                 start[i, layer.source] = 0.0 if layer.new and silent else 1.0
-            for base, _, _ in pieces(self.before[role, 0].part, role):
-                name = base.rpartition(".")[0].replace(".", "_")
+            for name in self._kinds(role):
                 if name not in table:
                     blurred = start + self.method.blur * torch.rand(start.shape, generator=draw) * (
                         start.sum(1, keepdim=True) > 0
                     )
                     table[name] = nn.Parameter(blurred / blurred.sum(1, keepdim=True).clamp(min=1.0))
         return table
+
+    def _kinds(self, role: str) -> list[str]:
+        """The kinds of module that a layer's tensor holds, as `mixing` names them."""
+        return [base.rpartition(".")[0].replace(".", "_") for base, _, _ in pieces(self.before[role, 0].part, role)]
 
     def _work(self, role: str, layer: int | None) -> list[Piece]:
         part = self.before[role, layer].part
@@ -174,9 +177,7 @@ class Grower(nn.Module):
 
     def _mixed(self, role: str, layer: int | None) -> list[Tensor]:
         """The maps of a role for one layer of the target, still at their small size."""
-        names = [
-            piece.role.rpartition(".")[0].replace(".", "_") for piece in self._work(role, None if layer is None else 0)
-        ]
+        names = [] if layer is None else self._kinds(role)
         if layer is None or names[0] not in self.mixing:
             return (
                 [stack[layer or 0] for stack in self.stacks[role]] if role in self.stacks else self._read(role, layer)
@@ -192,9 +193,7 @@ class Grower(nn.Module):
         return total
 
     def _small(self, piece: Piece, value: Tensor, layer: int | None) -> Tensor:
-        value = value.reshape(piece.shape())
-        if piece.splits and not piece.has_group:
-            value = value.repeat_interleave(self.widening.split, piece.axes.index("kv"))
+        value = piece.seen(value)
         if piece.signature.unit:
             value = value + 1
         if self.folds and self._reads(piece.part):
@@ -239,10 +238,7 @@ class Grower(nn.Module):
         if name not in self.free:
             piece, part = self._work(role, layer)[index], self.before[role, layer].part
             value = apart(self.source.tensors[role, layer].read().float(), part, self.source.sizes)[index]
-            plain = value.reshape(piece.shape())
-            if piece.splits and not piece.has_group:
-                plain = plain.repeat_interleave(self.widening.split, piece.axes.index("kv"))
-            self.free[name] = piece(value) - self._mapped(piece, plain * piece.factor, self.begun)
+            self.free[name] = piece(value) - self._mapped(piece, piece.seen(value) * piece.factor, self.begun)
         return self.free[name]
 
     def _level(self, piece: Piece) -> Tensor:

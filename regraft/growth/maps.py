@@ -13,7 +13,8 @@ from ..errors import RegraftError
 from .operators import DEPTH, WIDTH
 
 # AKI takes rows of the next layer, which no map of an axis does.
-STARTS: tuple[str, ...] = ("average", "random", *(name for name in WIDTH if name != "aki"))
+DRAWN = ("average", "random")
+STARTS: tuple[str, ...] = (*DRAWN, *(name for name in WIDTH if name != "aki"))
 CHOICES: dict[str, tuple[str, ...]] = {
     "start": STARTS,
     "depth": tuple(DEPTH),
@@ -59,7 +60,7 @@ class Ligo:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RegraftError(f"LiGO has no {name} '{getattr(self, name)}': use one of {', '.join(allowed)}")
-        if self.live and self.start in ("average", "random"):
+        if self.live and self.start in DRAWN:
             raise RegraftError(f"LiGO's start '{self.start}' has no free entries to keep live: use start pad")
         for name in ("steps", "warmup", "blur", "lr", "lr_depth", "decay"):
             value = getattr(self, name)

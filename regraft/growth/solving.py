@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
@@ -24,6 +25,11 @@ class Sizes(Asked):
     """Sizes of a whole target; those left open stay as in the source, or follow."""
 
     layers: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """All of them by name, whatever else the step holds."""
+        return {field.name: getattr(self, field.name) for field in fields(Sizes)}
 
 
 def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:

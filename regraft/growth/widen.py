@@ -99,9 +99,7 @@ class Piece:
 
     def _grown(self, value: Tensor) -> Tensor:
         widening = self.widening
-        value = value.reshape(self.shape())
-        if self.splits and not self.has_group:
-            value = value.repeat_interleave(widening.split, self.axes.index("kv"))
+        value = self.seen(value)
         if widening.source.holds != "weights":
             return self._moment(value)
         draw = Draw(widening.seed, f"{self.role.rpartition('.')[0]}.{self.layer}")
@@ -113,6 +111,13 @@ class Piece:
         if self.headed:
             out = (out.to(wide(dtype)) * head_gain(widening, widening.hidden.copies or 1).to(wide(dtype))).to(out.dtype)
         return (out - 1 if shifted else out).to(dtype)
+
+    def seen(self, value: Tensor) -> Tensor:
+        """Value (outputs, inputs) axis by axis, its key/value heads already split."""
+        value = value.reshape(self.shape())
+        if self.splits and not self.has_group:
+            return value.repeat_interleave(self.widening.split, self.axes.index("kv"))
+        return value
 
     def _moment(self, value: Tensor) -> Tensor:
         """Adam's moments follow their weights; copies of a gain that a tied head reads are each read in full."""

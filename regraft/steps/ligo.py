@@ -14,7 +14,7 @@ from ..checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
 from ..growth import depth, targets
 from ..growth.learned import Grower
-from ..growth.maps import Ligo
+from ..growth.maps import DRAWN, Ligo
 from ..growth.solving import Sizes
 
 PAPERS = ["LiGO, arXiv 2303.00980"]
@@ -41,7 +41,7 @@ class Learned(Sizes):
         """The differentiable form, with the maps in it."""
         if source.holds != "weights":
             raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
-        if self.method.start in ("average", "random"):
+        if self.method.start in DRAWN:
             made = targets.loosely(source, self, self.seed)
         else:
             made = targets.widening(source, self, self.method.start, noise=0.0, seed=self.seed)
