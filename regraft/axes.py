@@ -28,7 +28,8 @@ class Signature:
 
     `kind` is map ("a b -> c d", stacked outputs "a -> b + c"), bias ("-> c"), gain of a norm ("gain hidden", or
     "1+gain hidden" stored minus one, `unit`), scale ("scale hidden": a factor per coordinate) or plain ("kv group dim
-    dim": one dimension per axis, heads `kv group` being one). `inputs` is empty except for maps.
+    dim": one dimension per axis, heads `kv group` being one). `inputs` is empty except for maps. A number is an axis
+    of that size, which never grows.
     """
 
     text: str
@@ -67,7 +68,7 @@ def _heads_together(axes: Axes) -> list[Axes]:
 
 def product(axes: Axes, sizes: Sizes) -> int:
     """Number of coordinates of a product of axes."""
-    return math.prod(UNITS.get(axis) or sizes[axis] for axis in axes)
+    return math.prod(UNITS.get(axis) or (int(axis) if axis.isdigit() else sizes[axis]) for axis in axes)
 
 
 @lru_cache
@@ -79,7 +80,7 @@ def signature(text: str) -> Signature:
     gain = unit or head[:1] in (["gain"], ["scale"])
     inputs = tuple(head[1:] if gain else head)
     outputs = tuple(tuple(part.split()) for part in right.split("+")) if arrow else (inputs,)
-    if unknown := [axis for axes in (inputs, *outputs) for axis in axes if axis not in AXES]:
+    if unknown := [axis for axes in (inputs, *outputs) for axis in axes if not (axis in AXES or axis.isdigit())]:
         raise RegraftError(f"unknown axis '{unknown[0]}' in signature '{text}': use {', '.join(sorted(AXES))}")
     if not all(outputs) or (gain and arrow):
         raise RegraftError(f"signature '{text}' names no output: write 'a b -> c d', '-> c', 'gain c' or 'a b c'")

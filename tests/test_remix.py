@@ -76,6 +76,30 @@ def test_fresh_weights_are_stated_and_seeded(source: Checkpoint) -> None:
     assert gated.tensors["mixer.gate.weight", 2].story.kind == "zero"
 
 
+@pytest.mark.parametrize(("inherit", "kept"), [("o", "o"), ("none", ""), ("k,v", "kv")])
+def test_projections_that_are_not_inherited_begin_anew(source: Checkpoint, inherit: str, kept: str) -> None:
+    whole, made = (Remix("gated_deltanet", "0", window=0, inherit=words)(source) for words in ("all", inherit))
+    std = (0.4 / source.sizes["hidden"]) ** 0.5
+    for (role, layer), lazy in made.tensors.items():
+        before = whole.tensors[role, layer]
+        letter = role.split(".")[-2].removesuffix("_norm")
+        if not role.startswith("mixer.") or before.story.kind != "copied" or letter in kept:
+            assert lazy.story == before.story and torch.equal(lazy.read(), before.read())
+        elif lazy.read().ndim == 2:
+            assert lazy.story.kind == "fresh" and lazy.story.note.startswith("normal")
+            assert lazy.read().std().item() == pytest.approx(std, rel=0.1)
+        else:
+            assert lazy.read().unique().tolist() == [1.0 if "norm" in role else 0.0]
+    assert account(source, made) == ([], [])
+    assert hosts.materialize(made)(tokens(1, 9)).logits.isfinite().all()
+
+
+def test_the_window_branch_stays_the_sources(source: Checkpoint) -> None:
+    made = Remix("gated_deltanet", "none", inherit="o")(source)
+    assert made.tensors["mixer.window.qkv.k.weight", 1].story.kind == "copied"
+    assert made.tensors["mixer.linear.qkv.k.weight", 1].story.kind == "fresh"
+
+
 def test_config_says_what_is_where(source: Checkpoint) -> None:
     config = Remix(keep="0,2", window=9, sinks=1)(source).config
     assert (
@@ -112,6 +136,9 @@ def test_layers_to_keep(keep: str, layers: int, kept: set[int]) -> None:
         (Remix(mixer="gated"), "'gated'"),
         (Remix(window=-1), "window -1"),
         (Remix(mixer="window", window=0), "window 0 with 4 sinks"),
+        (Remix(window=0, inherit="o,w"), "--inherit 'o,w' names 'w': give all, none or a list of q, k, v, o"),
+        (Remix(window=0, inherit=""), "names ''"),
+        (Remix(inherit="q,k,v"), "leaves out o, which the window branch of 64 tokens shares"),
     ],
 )
 def test_wrong_use_is_refused(step: Remix, message: str, tmp_path: Path) -> None:

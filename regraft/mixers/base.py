@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,17 +75,26 @@ class Mixing:
 def fresh(spec: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A float32 tensor of `shape` as stated: zeros, ones, identity, `constant x`, `uniform x` on (-x, x), `normal std`.
 
-    `identity` fills the last two axes with the unit matrix. Raises RegraftError on any other word.
+    `identity` fills the last two axes with the unit matrix. State-space models: `timesteps a b` is the inverse softplus
+    of log-uniform numbers on (a, b), `log_uniform a b` the logarithm of uniform ones, `log_counts` log(1), log(2), ...
+    along the last axis. Raises RegraftError on any other word.
     """
     word, *arguments = spec.split()
     values = [float(argument) for argument in arguments]
+
+    def between(low: float, high: float) -> Tensor:
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
     makers: dict[str, Callable[..., Tensor]] = {
         "zeros": lambda: torch.zeros(shape),
         "ones": lambda: torch.ones(shape),
         "identity": lambda: torch.eye(shape[-2], shape[-1]).expand(shape).clone(),
         "constant": lambda value: torch.full(shape, value),
-        "uniform": lambda bound: torch.empty(shape).uniform_(-bound, bound, generator=generator),
+        "uniform": lambda bound: between(-bound, bound),
         "normal": lambda std: torch.empty(shape).normal_(0.0, std, generator=generator),
+        "timesteps": lambda low, high: between(math.log(low), math.log(high)).exp().expm1().log(),
+        "log_uniform": lambda low, high: between(low, high).log(),
+        "log_counts": lambda: torch.arange(1.0, shape[-1] + 1).log().expand(shape).clone(),
     }
     if word not in makers:
         raise RegraftError(f"unknown initial value '{spec}': use one of {', '.join(makers)}")
@@ -184,7 +194,7 @@ class Mixer(nn.Module):
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
         """The options of a spec `{"name": ..., option: value}`; RegraftError on an unknown option."""
-        given = {key: value for key, value in spec.items() if key != "name"}
+        given = {key: value for key, value in spec.items() if key not in ("name", "inherit")}
         known = [field.name for field in dataclasses.fields(cls.Options)]
         if unknown := sorted(set(given) - set(known)):
             raise RegraftError(f"mixer '{cls.name}' has no option '{unknown[0]}': it takes {', '.join(known)}")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Attention, Mixer, Mixing, State, Weight, output_weights
-from .registry import mixer_class
+from .registry import mixer_class, weights
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Gated(Mixer):
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
         """Both branches' weights under their names, one output projection, the gate."""
         table = {}
-        for branch, (mixer, options) in cls.branches(spec).items():
-            for name, weight in mixer.weights(attention, options, output=False).items():
+        for branch, (_, options) in cls.branches(spec).items():
+            for name, weight in weights(options, attention, output=False).items():
                 table[f"{branch}.{name}"] = weight
         table["gate.weight"] = Weight("hidden -> kv group", fresh="zeros", decay=False)
         table["gate.bias"] = Weight("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import RegraftError
 from .base import Attention, Mixer, Weight
+from .inherit import inheriting, projections
 
 
 @cache
@@ -30,14 +31,16 @@ def mixer_class(name: str) -> type[Mixer]:
 def validate(spec: dict[str, Any]) -> None:
     """Raise RegraftError unless `spec` names a mixer and options it has."""
     options = mixer_class(spec["name"]).parse(spec)
+    projections(spec.get("inherit", "all"))
     for nested in vars(options).values():
         if isinstance(nested, dict):
             validate(nested)
 
 
-def weights(spec: dict[str, Any], attention: Attention) -> dict[str, Weight]:
-    """Local parameter name -> Weight of a mixer spec."""
-    return mixer_class(spec["name"]).weights(attention, spec)
+def weights(spec: dict[str, Any], attention: Attention, output: bool = True) -> dict[str, Weight]:
+    """Local parameter name -> Weight of a mixer spec, whose key `inherit` says which projections are copied."""
+    table = mixer_class(spec["name"]).weights(attention, spec, output)
+    return inheriting(table, spec.get("inherit", "all"), attention.hidden)
 
 
 def build(spec: dict[str, Any], attention: Attention) -> Mixer:

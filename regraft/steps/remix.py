@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
 from ..families.regraft import AUTO_MAP
 from ..mixers.base import Attention, Weight, fresh
+from ..mixers.inherit import projections
 from ..mixers.registry import validate, weights
 from ..recipe import entry
 
@@ -27,6 +28,8 @@ class Remix:
     `keep`: "every:4" keeps layers 0, 4, 8, ...; "0,7,14" these; "all"; "none". A linear mixer with `window` > 0 gets a
     gated branch of sliding-window attention with `sinks` first tokens always seen; window 0 leaves it alone. `seed` is
     of fresh weights, drawn per tensor name. `options` are the mixer's own (see its class), such as {"grouped": False}.
+    `inherit`: which projections of the source's attention the linear mixer copies: "all", "none", or a list such as
+    "v,o" (XATL copies "o"); the others begin anew (`mixers.inherit`). The window branch is the source's own.
 
     Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the logits.
     Refuses: unknown mixers, layers beyond the last, a model that is already linearized.
@@ -38,6 +41,7 @@ class Remix:
     sinks: int = 4
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    inherit: str = "all"
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
@@ -57,7 +61,8 @@ class Remix:
                 weight = weights(config["mixers"][layer], Attention(**config["attention"][layer]))[role[6:]]
                 tensors[key] = self.weight(source, weight, layer, spot.name, spot.shape)
             used.update(tensors[key].story.sources)
-        unused = {name: f"mixer '{self.mixer}' does not use it" for name in source.names.values() if name not in used}
+        reason = f"mixer '{self.mixer}' does not use it" + f" with inherit '{self.inherit}'" * (self.inherit != "all")
+        unused = {name: reason for name in source.names.values() if name not in used}
         history = (*source.history, entry(self))
         dropped = source.dropped | unused
         return Checkpoint(source.origin, config, anatomy, source.sizes, tensors, names, source.folder, dropped, history)
@@ -94,8 +99,14 @@ class Remix:
             raise RegraftError(f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as supra")
         window = {"name": "window", "window": self.window, "sinks": self.sinks}
         plain = window if self.mixer == "window" else {"name": self.mixer, **self.options}
+        plain |= {"inherit": self.inherit} if self.inherit != "all" else {}
         validate(plain)
         gated = self.mixer != "window" and self.window > 0
+        if gated and "o" not in projections(self.inherit):
+            raise RegraftError(
+                f"--inherit '{self.inherit}' leaves out o, which the window branch of {self.window} tokens shares: add "
+                "o, or give --window 0"
+            )
         return {"name": "gated", "linear": plain, "window": window} if gated else plain
 
     def kept(self, layers: int) -> frozenset[int]:

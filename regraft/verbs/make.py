@@ -20,6 +20,7 @@ def plan(
     window: int = 64,
     sinks: int = 4,
     options: dict[str, Any] | None = None,
+    inherit: str = "all",
     context: int = 16384,
     length: int = 1024,
     hidden: int | None = None,
@@ -46,6 +47,7 @@ def plan(
         window: width of the gated window branch, 0 for none
         sinks: first tokens that the window always sees
         options: the mixer's own options as JSON, such as {"grouped": false}
+        inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
         context: tokens for which state sizes are given
         length: tokens of a row for which FLOPs are given
         hidden: width of the residual stream
@@ -71,7 +73,7 @@ def plan(
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
     after = growth(before) if growth.asked else before
-    after = Remix(mixer, keep, window, sinks, options=options or {})(after) if mixer else after
+    after = Remix(mixer, keep, window, sinks, options=options or {}, inherit=inherit)(after) if mixer else after
     made = planning.Plan.of(before, after, context, length)
     return Outcome(made.json(), lambda console: planning.render(made, console))
 
@@ -169,6 +171,7 @@ def linearize(
     sinks: int = 4,
     seed: int = 0,
     options: dict[str, Any] | None = None,
+    inherit: str = "all",
     overwrite: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -183,13 +186,14 @@ def linearize(
         sinks: first tokens that the window always sees
         seed: of fresh weights
         options: the mixer's own options as JSON, such as {"grouped": false}
+        inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
     """
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..steps.remix import Remix
 
     before = Checkpoint.open(source)
-    after = Remix(mixer, keep, window, sinks, seed, options or {})(before)
+    after = Remix(mixer, keep, window, sinks, seed, options or {}, inherit)(before)
     made = planning.Plan.of(before, after)
     after.save(out, overwrite=overwrite)
 
