@@ -56,9 +56,9 @@ def write(directory: str | Path, config: dict[str, Any]) -> list[str]:
     package = Path(__file__).parent.parent
     directory = Path(directory)
     classes = used_classes(config)
-    modules = {module_of(cls) for cls in classes}
+    modules = with_siblings(package / "mixers", {"base", *(module_of(cls) for cls in classes)})
     files = [package / "hosts" / f"{name}.py" for name in HOST_FILES]
-    files += [package / "mixers" / f"{name}.py" for name in sorted(modules | {"base", "recurrence"})]
+    files += [package / "mixers" / f"{name}.py" for name in sorted(modules)]
     files.append(package / "errors.py")
     for file in files:
         (directory / file.name).write_text(flat(file.read_text()))
@@ -69,6 +69,13 @@ def write(directory: str | Path, config: dict[str, Any]) -> list[str]:
 def module_of(cls: type) -> str:
     """Name of the file that defines a mixer."""
     return cls.__module__.rsplit(".", 1)[1]
+
+
+def with_siblings(folder: Path, modules: set[str]) -> set[str]:
+    """Modules of a folder with all that they import from it; the registry is written anew."""
+    texts = [(folder / f"{name}.py").read_text() for name in modules]
+    found = {name for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)} - {"registry"}
+    return modules if found <= modules else with_siblings(folder, modules | found)
 
 
 def flat(text: str) -> str:

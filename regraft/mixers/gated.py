@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Attention, Mixer, Mixing, State, Weight, output_weights
-from .registry import mixer_class, weights
+from .inherit import inheriting
+from .registry import mixer_class
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Gated(Mixer):
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
         """Both branches' weights under their names, one output projection, the gate."""
         table = {}
-        for branch, (_, options) in cls.branches(spec).items():
-            for name, weight in weights(options, attention, output=False).items():
+        for branch, (mixer, options) in cls.branches(spec).items():
+            branch_table = mixer.weights(attention, options, output=False)
+            for name, weight in inheriting(branch_table, options.get("inherit", "all"), attention.hidden).items():
                 table[f"{branch}.{name}"] = weight
         table["gate.weight"] = Weight("hidden -> kv group", fresh="zeros", decay=False)
         table["gate.bias"] = Weight("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)

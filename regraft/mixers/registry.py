@@ -37,9 +37,9 @@ def validate(spec: dict[str, Any]) -> None:
             validate(nested)
 
 
-def weights(spec: dict[str, Any], attention: Attention, output: bool = True) -> dict[str, Weight]:
+def weights(spec: dict[str, Any], attention: Attention) -> dict[str, Weight]:
     """Local parameter name -> Weight of a mixer spec, whose key `inherit` says which projections are copied."""
-    table = mixer_class(spec["name"]).weights(attention, spec, output)
+    table = mixer_class(spec["name"]).weights(attention, spec)
     return inheriting(table, spec.get("inherit", "all"), attention.hidden)
 
 

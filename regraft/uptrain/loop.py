@@ -23,7 +23,7 @@ from .data import Packed, shuffled
 from .layers import always, chosen, frozen, running, stack
 from .objectives import Rows, headed, loss_of, measured, suited, targets
 from .resume import RunState, load_state, save_state
-from .stages import Stage, align_step, distil_step, finite, parameter_groups
+from .stages import Stage, align_step, distil_step, finite, parameter_groups, thaw
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
@@ -95,6 +95,9 @@ def possible(run: Run, stage: Stage) -> None:
     headed(run.model, stage.objective)
     if stage.kind == "align" and not isinstance(run.model, RegraftForCausalLM):
         raise RegraftError(f"stage 'align' fits mixers, which a {type(run.model).__name__} has not: linearize it first")
+    if stage.learn != "all" and not isinstance(run.model, RegraftForCausalLM):
+        kind = type(run.model).__name__
+        raise RegraftError(f"learn '{stage.learn}' is for models with mixers: train all of a {kind}")
     if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
         if isinstance(run.model, RegraftForCausalLM):
             raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
@@ -116,6 +119,11 @@ def settings(run: Run) -> dict[str, Any]:
     return {"seed": run.seed, "stages": [dataclasses.asdict(stage) for stage in run.stages], **begun}
 
 
+def learning(model: nn.Module) -> set[str]:
+    """Names of the parameters that learn."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def totals(ledger: list[dict[str, Any]]) -> dict[str, float]:
     """Sums over stages."""
     return {key: sum(entry[key] for entry in ledger) for key in ("tokens", "flops", "seconds")}
@@ -135,11 +143,12 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     state.fast = fast
     groups = parameter_groups(run.model, stage, frozen(run.model, stage.layers))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    if state.watch.unfrozen is not None:
+        thaw(run.model, stage, optimizer, state.watch.unfrozen)
     state.restore_optimizer(run.model, optimizer)
     if run.moments is not None and index == state.step == 0:
         adam.begin(run.model, optimizer, run.moments)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    state.changed |= {name for name, p in run.model.named_parameters() if p.requires_grad}
+    state.changed |= learning(run.model)
     order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
     entry = state.entry(index, stage.kind, fast)
     if state.step == 0:
@@ -148,9 +157,10 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     while state.step < stage.steps:
         tick = time.monotonic()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * stage.rate(state.step)
+            group["lr"] = group["peak"] * stage.rate(state.step, group.get("since"))
         picked = rows[order[state.step * stage.batch : (state.step + 1) * stage.batch]]
         value, flops = one_step(run, stage, index, state.step, picked, fast, state.costs)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -165,6 +175,10 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
         }  # fmt: skip
+        if stage.learn == "lit" and state.watch.observe(value, stage.lit):
+            row["unfrozen"] = entry["unfrozen"] = state.step
+            thaw(run.model, stage, optimizer, state.step)
+            state.changed, state.costs = state.changed | learning(run.model), {}
         write(run, row)
         if state.step == first + 1:
             begun = time.monotonic()  # the first step is slower: it is counted, and memory is new

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import RegraftError
+from .lit import Watch
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -21,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 @dataclass
 class RunState:
     """`stage`, `step`: what comes next. `tokens`: the stage's budget once a time limit fixed it. `fast`: bfloat16
-    chosen.
+    chosen. `watch`: what the stage has seen of its loss.
 
     `changed`: names of all parameters any stage has trained. `ledger`: one entry per stage begun. `costs`: FLOPs of the
     stage's steps by what ran in them; counting rounds otherwise, so that a resumed run must count the same steps.
@@ -35,6 +36,7 @@ class RunState:
     ledger: list[dict[str, Any]] = field(default_factory=list)
     moments: dict[str, Tensor] = field(default_factory=dict)
     costs: dict[str, int] = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
 
     def entry(self, index: int, kind: str, fast: bool) -> dict[str, Any]:
         """The ledger entry of stage `index`."""
@@ -47,7 +49,7 @@ class RunState:
     def next_stage(self) -> None:
         """Point to the start of the next stage."""
         self.stage, self.step, self.tokens, self.fast = self.stage + 1, 0, 0, None
-        self.moments, self.costs = {}, {}
+        self.moments, self.costs, self.watch = {}, {}, Watch()
 
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimiser back its moments."""
@@ -121,7 +123,7 @@ def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunStat
     facts = json.loads((folder / "state.json").read_text())
     if facts.pop("settings") != json.loads(json.dumps(settings)):
         raise RegraftError(f"'{out}' holds a run with other settings: give another output, or remove '{folder}'")
-    facts["changed"] = set(facts["changed"])
+    facts["changed"], facts["watch"] = set(facts["changed"]), Watch(**facts["watch"])
     state = RunState(**facts)
     file = folder / "state.safetensors"
     tensors = load_file(file) if file.exists() else {}

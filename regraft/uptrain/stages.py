@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from .calibrate import error
 from .capture import LayerRecord, body, recording
 from .data import Packed
 from .kl import head_kl
+from .lit import Lit
 from .objectives import Kind, last_hidden
 
 
@@ -42,6 +43,9 @@ class Stage:
     largest probability that a layer is left out of a step (progressive layer dropping, arXiv 2010.13369). `token_drop`:
     share of the tokens that skip the middle layers (arXiv 2203.13240, here drawn at random). LiGO combines its growth
     with a layer_drop of 0.1 and a token_drop of 0.15.
+
+    For models with mixers. `learn`: `all`; `new`, whatever was copied from the source stays as it is; or `lit`, which
+    begins like `new` and lets everything learn once the loss hardly falls (XATL, arXiv 2404.02684; `lit` says when).
     """
 
     kind: Literal["align", "distil", "next", "mask", "image"]
@@ -60,6 +64,8 @@ class Stage:
     layer_drop: float = 0.0
     token_drop: float = 0.0
     layers: str = "all"
+    learn: Literal["all", "new", "lit"] = "all"
+    lit: Lit = Lit()
 
     def __post_init__(self) -> None:
         if self.kind == "image":
@@ -95,8 +101,10 @@ class Stage:
         """What tells on held-out rows how far the stage has come."""
         return self.kind if self.kind == "mask" or self.kind == "image" else "next"
 
-    def rate(self, step: int) -> float:
-        """Learning-rate factor at a step, in (0, 1]."""
+    def rate(self, step: int, since: int | None = None) -> float:
+        """Learning-rate factor at a step, in (0, 1]; of weights that learn `since` a later step with their warm-up."""
+        if since is not None and step < (end := min(since + self.lit.warmup, self.steps)):
+            return self.rate(end - 1) * (step + 1 - since) / (end - since)
         warm, cool = max(1, round(self.warmup * self.steps)), max(1, round(self.cooldown * self.steps))
         return min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
@@ -113,6 +121,8 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
     origin = origins(model) if mixing else {}
     body = stage.lr_body if stage.lr_body is not None else 3e-5 if mixing else 3e-4
     rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind == "align" else body}
+    if stage.learn != "all":
+        rates |= {"mixer": 0.0, "body": 0.0}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         kind, decay = origin.get(id(parameter), ("body", parameter.ndim > 1))
@@ -121,7 +131,10 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
         if learns:
             groups.setdefault((kind, decay), []).append(parameter)
     if not groups:
-        raise RegraftError(f"stage '{stage.kind}' trains nothing: all learning rates are 0 or no layer has a mixer")
+        raise RegraftError(
+            f"stage '{stage.kind}' trains nothing: all learning rates are 0, no layer has a mixer, or learn is "
+            f"'{stage.learn}' and nothing is new"
+        )
     return [
         {
             "params": ps,
@@ -132,6 +145,13 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
         }
         for (kind, decay), ps in groups.items()
     ]
+
+
+def thaw(model: PreTrainedModel, stage: Stage, optimizer: torch.optim.Optimizer, since: int) -> None:
+    """What a stage has frozen so far learns `since` a step: groups of their own, with no moments and a warm-up."""
+    for group in parameter_groups(model, replace(stage, learn="all")):
+        if group["name"] != "new":
+            optimizer.add_param_group(group | {"since": since})
 
 
 def origins(model: PreTrainedModel) -> dict[int, tuple[str, bool]]:

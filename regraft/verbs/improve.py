@@ -27,6 +27,8 @@ def train(
     layers: str = "all",
     layer_drop: float = 0.0,
     token_drop: float = 0.0,
+    learn: Literal["all", "new", "lit"] = "all",
+    lit: dict[str, Any] | None = None,
     heldout: str | None = None,
     every: int = 0,
     moments: str | None = None,
@@ -53,6 +55,8 @@ def train(
         layers: all, bottom:N (the sub-model of the first N layers) or train:A-B (only these and the head learn)
         layer_drop: largest probability that a layer is left out of a step
         token_drop: share of the tokens that skip the middle layers
+        learn: all; new (what was copied from the source stays frozen); lit (the same until the loss hardly falls)
+        lit: when it hardly falls, as JSON: {"window": 100, "tau": 0.01, "patience": 1, "warmup": 40, "max_steps": 500}
         heldout: text or images to measure loss and accuracy on, before, after and every N steps
         every: this N, 0 for before and after alone
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
@@ -60,8 +64,9 @@ def train(
     """
     from pathlib import Path
 
-    from .. import training
+    from .. import settings, training
     from ..progress import Ticker
+    from ..uptrain.lit import Lit
     from ..uptrain.stages import Stage
 
     if not data or tokens < 1:
@@ -73,6 +78,7 @@ def train(
     rates: dict[str, Any] = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
     rates = {key: rate for key, rate in rates.items() if rate is not None}
     rates |= {"mask_share": mask_share, "layers": layers, "layer_drop": layer_drop, "token_drop": token_drop}
+    rates |= {"learn": learn, "lit": settings.build(lit or {}, "--lit", Lit)}
     asked = Stage(stage, tokens, length, batch, **rates)
     begun = Path(moments) if moments else None
     options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
