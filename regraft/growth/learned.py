@@ -35,8 +35,9 @@ class Span:
 class Grower(nn.Module):
     """Every tensor of the grown model from the source's, the maps of axes and the mixing of layers.
 
-    `order`: what each target layer is at first. W'_i = B (sum_j w_ij W_j) A^T per map and layer i: layers are mixed
-    first, at the small size, which is equal because all layers share their maps, and cheaper.
+    `order`: what each target layer is at first. W'_i = B (sum_j w_ij W_j) A^T per map and layer i. All layers share
+    their maps, so this equals sum_j w_ij (B W_j A^T): one tensor is mixed small, a whole model of more layers than the
+    source widens the source's layers once and then mixes, which is cheaper.
     """
 
     def __init__(self, widening: Widening, order: Sequence[Layer], method: Ligo, seed: int = 0):
@@ -182,15 +183,17 @@ class Grower(nn.Module):
             return (
                 [stack[layer or 0] for stack in self.stacks[role]] if role in self.stacks else self._read(role, layer)
             )
-        rows = [self.mixing[name][layer] for name in names]
         if role in self.stacks or self.source.layers * self.source.tensors[role, 0].size <= TOGETHER:
-            stacks = self.stacks.get(role) or self._stack(role)
-            return [torch.tensordot(row, stack, 1) for row, stack in zip(rows, stacks, strict=True)]
+            return self._mixture(names, layer, self.stacks.get(role) or self._stack(role))
+        rows = [self.mixing[name][layer] for name in names]
         total: list[Tensor] = []
         for source, shares in enumerate(torch.stack(rows, 1).tolist()):
             values = [share * value for share, value in zip(shares, self._read(role, source), strict=True)]
             total = [one.add_(value) for one, value in zip(total, values, strict=True)] if total else values
         return total
+
+    def _mixture(self, names: Sequence[str], layer: int, stacks: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.tensordot(self.mixing[name][layer], stack, 1) for name, stack in zip(names, stacks, strict=True)]
 
     def _small(self, piece: Piece, value: Tensor, layer: int | None) -> Tensor:
         value = piece.seen(value)
@@ -207,20 +210,36 @@ class Grower(nn.Module):
         """The tensors of a role in some layers of the target."""
         first = None if (role, None) in self.before else 0
         part, work = self.before[role, first].part, self._work(role, first)
+        wide = self._wide(role, work, maps) if len(layers) > self.source.layers else None
         made: list[Tensor] = []
         for layer in layers:
-            values = [self._grown(p, value, maps) for p, value in zip(work, self._mixed(role, layer), strict=True)]
+            if wide is None or layer is None:
+                values = [self._grown(p, value, maps) for p, value in zip(work, self._mixed(role, layer), strict=True)]
+            else:
+                mixed = self._mixture(self._kinds(role), layer, wide)
+                values = [self._finished(p, value) for p, value in zip(work, mixed, strict=True)]
             if self.method.live and not part.norm:
                 home = None if layer is None else self.order[layer].source
                 values = [value + self._free(role, index, home) for index, value in enumerate(values)]
             made.append(together(values, part).contiguous())
         return made
 
+    def _wide(self, role: str, work: Sequence[Piece], maps: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor] | None:
+        """The maps of a role in all layers of the source at their large size, to mix into more layers than these; None
+        where a tensor does not grow linearly, or none is held in memory."""
+        linear = not any(piece.part.norm or piece.signature.kind in ("gain", "scale") for piece in work)
+        if not linear or role not in self.stacks or self._kinds(role)[0] not in self.mixing:
+            return None
+        pairs = zip(work, self.stacks[role], strict=True)
+        return [torch.stack([self._mapped(piece, value, maps) for value in stack]) for piece, stack in pairs]
+
     def _grown(self, piece: Piece, value: Tensor, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """One piece of the target from its small form."""
         if piece.part.norm and self.folds and "hidden" in piece.signature.outputs[0]:
             return self._level(piece)
-        value = self._mapped(piece, value, maps)
+        return self._finished(piece, self._mapped(piece, value, maps))
+
+    def _finished(self, piece: Piece, value: Tensor) -> Tensor:
         if piece.headed:
             value = value * head_gain(self.widening, self.widening.hidden.copies or 1).float()
         return value - 1 if piece.signature.unit else value
