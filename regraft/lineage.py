@@ -20,6 +20,8 @@ FILE = "lineage.json"
 KINDS = ("copied", "grown", "broadcast", "zero", "fresh")
 PAPERS = {
     "gated_deltanet": "Gated Delta Networks, arXiv 2412.06464",
+    "lightning": "Lightning Attention-2, arXiv 2401.04658",
+    "retnet": "Retentive Network, arXiv 2307.08621",
     "supra": "Linearizing Large Language Models, arXiv 2405.06640",
     "window": "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
 }

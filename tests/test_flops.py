@@ -31,6 +31,8 @@ MIXERS = [
     Remix("supra", "none", window=0, options={"feature": "dense"}),
     Remix("gated_deltanet", "none", window=0, options={"grouped": False, "norm": True, "gate": True}),
     Remix("gated_deltanet", "0", window=16),
+    Remix("retnet", "none", window=0),
+    Remix("lightning", "0", window=16, options={"grouped": True}),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import regraft
 from regraft import hosts
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.hosts import remote
 from regraft.steps.remix import Remix
 
 TOLERANCE = 1e-5
@@ -24,6 +26,16 @@ REMIXES = {
     "none-kept": Remix("gated_deltanet", "none", window=8, sinks=2),
     "supra": Remix("supra", "1", window=0),
 }
+OTHERS = {
+    "retnet": Remix("retnet", "0", window=0),
+    "lightning": Remix("lightning", "1", window=8, options={"norm": "rms", "gate": "sigmoid"}),
+}
+# every family with the first, each other mixer with two families, whose turn it is
+HOSTED = [(family, remix) for family in FAMILIES for remix in REMIXES.values()]
+HOSTED += [(FAMILIES[(3 * i + j) % len(FAMILIES)], remix) for i, remix in enumerate(OTHERS.values()) for j in (0, 4)]
+HOSTS = pytest.mark.parametrize(
+    ("family", "remix"), HOSTED, ids=[f"{family}-{remix.mixer}-{remix.window}" for family, remix in HOSTED]
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +61,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
-@pytest.mark.parametrize("remix", REMIXES)
-@pytest.mark.parametrize("family", FAMILIES)
+@HOSTS
 @torch.no_grad()
-def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str, remix: str) -> None:
-    model, ids = linearized(sources[family], REMIXES[remix]), tokens(2, 60)
+def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str, remix: Remix) -> None:
+    model, ids = linearized(sources[family], remix), tokens(2, 60)
     whole = model(ids, use_cache=False).logits
     for cuts in ([1] * 60, [7, 1, 1, 40, 11], [59, 1]):
         cache, parts = None, []
@@ -65,11 +76,10 @@ def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str
     assert cache.get_seq_length() == 60
 
 
-@pytest.mark.parametrize("remix", REMIXES)
-@pytest.mark.parametrize("family", FAMILIES)
+@HOSTS
 @torch.no_grad()
-def test_generation(sources: dict[str, Path], family: str, remix: str) -> None:
-    model, ids = linearized(sources[family], REMIXES[remix]), tokens(2, 20)
+def test_generation(sources: dict[str, Path], family: str, remix: Remix) -> None:
+    model, ids = linearized(sources[family], remix), tokens(2, 20)
     model.generation_config.eos_token_id = None
     arguments = {"max_new_tokens": 12, "do_sample": False}
     greedy = model.generate(ids, **arguments)
@@ -116,6 +126,28 @@ def test_save_and_load_through_auto_classes(sources: dict[str, Path], tmp_path: 
     assert torch.equal(regraft.load(str(tmp_path / "out"))(ids).logits, logits)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, logits)
+
+
+@pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
+@torch.no_grad()
+def test_every_mixer_saves_loads_and_generates(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
+    model, ids = linearized(sources["qwen2"], remix), tokens(1, 12)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(again.generate(ids, **greedy), model.generate(ids, **greedy))
+
+
+@pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
+def test_remote_code_brings_all_that_it_imports(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
+    remote.write(tmp_path, remix(Checkpoint.open(sources["llama"])).config)
+    for file in tmp_path.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all((tmp_path / f"{name}.py").is_file() for name in names), (file.name, names)
 
 
 REMOTE = """

@@ -22,6 +22,10 @@ SPECS = [
     {"name": "supra", "feature": "dense", "decays": "retnet", "norm": False},
     {"name": "gated_deltanet"},
     {"name": "gated_deltanet", "grouped": False},
+    {"name": "retnet"},
+    {"name": "retnet", "grouped": True, "norm": "layer", "gate": "none", "rotary": False},
+    {"name": "lightning", "norm": "rms", "gate": "sigmoid", "activation": "silu"},
+    {"name": "lightning", "grouped": True, "decays": "none"},
     {"name": "gated_deltanet", "norm": True, "gate": True, "activation": "silu", "rotary": False},
     {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": SMALL_WINDOW, "start": 0.3},
     {"name": "gated", "linear": {"name": "supra"}, "window": SMALL_WINDOW},
@@ -204,7 +208,18 @@ def test_weight_table_names_every_parameter(spec: dict) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [SPECS[2], SPECS[3], SPECS[5]], ids=["supra", "supra-no-norm", "delta"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "supra"},
+        {"name": "supra", "norm": False},
+        {"name": "gated_deltanet", "grouped": False},
+        {"name": "gated_deltanet", "grouped": False, "gate": True},
+        {"name": "retnet"},
+        {"name": "lightning"},
+    ],
+    ids=str,
+)
 def test_folded_head_maps_act_on_head_outputs(spec: dict) -> None:
     mixer, x, maps = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(1, 20, 36), torch.randn(9, 10, 10)
     context = Mixing(rotary(torch.arange(20).expand(1, 20), mixer.attention))

@@ -151,7 +151,16 @@ def test_a_student_equal_to_its_teacher_has_no_kl(source: Checkpoint) -> None:
     assert abs(distil_step(student, teacher, text_rows(2), fast=False)) < 1e-6
 
 
-@pytest.mark.parametrize("remix", [REMIX, Remix("supra", "0", window=0), Remix("gated_deltanet", "0", window=0)])
+STARTED = [
+    REMIX,
+    Remix("supra", "0", window=0),
+    Remix("gated_deltanet", "0", window=0),
+    Remix("retnet", "0", window=0, options={"gate": "none"}),
+    Remix("lightning", "0", window=8, sinks=2),
+]
+
+
+@pytest.mark.parametrize("remix", STARTED, ids=lambda remix: f"{remix.mixer}-{remix.window}")
 def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix) -> None:
     model, teacher = hosts.materialize(remix(source)), hosts.materialize(source)
     slots, rows = hosts.slots(teacher, source), text_rows(33, 64)

@@ -99,22 +99,23 @@ def chunked(
     return out.flatten(2, 3)[:, :, :time], last
 
 
-def chunked_flops(states: int, group: int, dim: int, length: int, delta: bool) -> tuple[int, int]:
-    """(forward, backward) FLOPs of `chunked` on one row, from an empty state; value dim = dim.
+def chunked_flops(states: int, group: int, keys: int, values: int, length: int, delta: bool) -> tuple[int, int]:
+    """(forward, backward) FLOPs of `chunked` on one row, from an empty state of (keys, values) numbers.
 
     Triangular solves are not counted, as in PyTorch's counter; of their backward pass the product for the matrix is.
     """
     n = -(-length // CHUNK)
-    inner, outer, carry = 2 * CHUNK * CHUNK * dim, 2 * CHUNK * dim**2, 2 * dim**3  # per chunk; outer: to, from a state
+    scores, mixed = 2 * CHUNK * CHUNK * keys, 2 * CHUNK * CHUNK * values  # per chunk
+    outer, square, carry = 2 * CHUNK * keys * values, 2 * CHUNK * keys**2, 2 * keys**2 * values  # outer: to, from state
     reads = group * outer
-    once, back = 2 * group * inner, 4 * group * inner
+    inner = group * (scores + mixed)
     carried = 2 if n > 1 else 1  # with one chunk the state is a constant, and what goes into the next is not used
-    once, back = n * (once + reads), n * (back + carried * reads)
+    once, back = n * (inner + reads), n * (2 * inner + carried * reads)
     if not delta:
         return states * (once + n * outer), states * (back + (2 * n * outer if n > 1 else 0))
-    once += n * (inner + 3 * outer + carry)
-    back += n * (2 * inner + 2 * inner + carried * outer)  # twice for k k^T, and the solve's own
-    back += n * 4 * outer + (2 * n - 3) * carry if n > 1 else 0
+    once += n * (scores + 2 * outer + square + carry)
+    back += n * (2 * scores + scores + mixed + carried * outer)  # twice for k k^T, and the solve's own
+    back += n * 2 * (outer + square) + (2 * n - 3) * carry if n > 1 else 0
     return states * once, states * back
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,13 @@ def mixers() -> dict[str, type[Mixer]]:
     package = __package__ or "regraft.mixers"
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
-    return {mixer.name: mixer for mixer in Mixer.__subclasses__()}
+    return {mixer.name: mixer for mixer in _below(Mixer) if "name" in vars(mixer)}
+
+
+def _below(mixer: type[Mixer]) -> Iterator[type[Mixer]]:
+    for child in mixer.__subclasses__():
+        yield child
+        yield from _below(child)
 
 
 def mixer_class(name: str) -> type[Mixer]:

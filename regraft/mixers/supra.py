@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Mixer, Mixing, Projections, State, Weight, rotate, silence
-from .recurrence import chunked, chunked_flops, naive
+from .base import Attention, Mixing, Weight, rotate
+from .linear import Linear, fixed
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,7 @@ class SupraOptions:
     norm: bool = True
 
 
-def slopes(heads: int) -> list[float]:
-    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409), interleaved beyond a power of two."""
-    power = 2 ** math.floor(math.log2(heads))
-    first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return first if power == heads else first + slopes(2 * power)[::2][: heads - power]
-
-
-def log_decays(kind: str, heads: int) -> Tensor:
-    """Fixed log-decay per head, (heads,): -slope (lightning) or log(1 - 2^(-5-h)) (RetNet, arXiv 2307.08621)."""
-    if kind == "lightning":
-        return -torch.tensor(slopes(heads))
-    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float32))))
-
-
-class Supra(Mixer):
+class Supra(Linear):
     """SUPRA (Mercat et al., arXiv 2405.06640, eqs. 7-10): phi(x) = relu(W x + b), the same W for queries and keys.
 
     v'_i = GroupNorm(sum_j gamma^(i-j) RoPE(phi(q_i)) . RoPE(phi(k_j)) v_j). Keys and values are broadcast per head
@@ -56,16 +41,20 @@ class Supra(Mixer):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
-        self.qkv = Projections(attention, expand=True)
         heads, dim = attention.heads, attention.dim
         shape = (heads, dim, dim) if self.options.feature == "head" else (heads * dim, heads * dim)
         self.feature = nn.Parameter(torch.zeros(shape))
         self.feature_bias = nn.Parameter(torch.zeros(heads * dim))
 
-    @property
-    def values_are_linear(self) -> bool:  # type: ignore[override]
-        """Whether the output is a linear function of the value projection."""
-        return not self.options.norm
+    @classmethod
+    def grouped(cls, options: SupraOptions) -> bool:
+        """No: keys and values are broadcast."""
+        return False
+
+    @classmethod
+    def output(cls, options: SupraOptions) -> tuple[str, str]:
+        """The group norm, no gate."""
+        return "layer" if options.norm else "none", "none"
 
     @classmethod
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
@@ -81,27 +70,10 @@ class Supra(Mixer):
         return table
 
     @classmethod
-    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
-        """One (dim, dim) matrix per query head."""
-        return attention.heads * attention.dim**2
-
-    @classmethod
-    def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
-        """Feature maps, decay, write, read out."""
-        return cls.feature_flops(attention, spec) + 5 * attention.heads * attention.dim**2
-
-    @classmethod
-    def feature_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
+    def token_flops(cls, attention: Attention, options: SupraOptions) -> int:
         """Feature maps of a token's queries and keys; a dense one is a map, which is counted once already."""
-        dense = cls.parse(spec).feature == "dense"
+        dense = options.feature == "dense"
         return 2 * (attention.heads * attention.dim) ** 2 if dense else 4 * attention.heads * attention.dim**2
-
-    @classmethod
-    def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
-        """The chunked recurrence and the feature maps."""
-        features = length * cls.feature_flops(attention, spec)
-        once, back = chunked_flops(attention.heads, 1, attention.dim, length, delta=False)
-        return once + features, back + 2 * features
 
     def features(self, x: Tensor) -> Tensor:
         """phi; x: (batch, heads, time, dim)."""
@@ -111,18 +83,10 @@ class Supra(Mixer):
         flat = F.linear(x.transpose(1, 2).flatten(-2), self.feature)
         return F.relu(flat.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2) + bias)
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state matrix."""
+    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+        """Features of queries and keys, rotated after the map; values, the heads' decays."""
         q, k, v = self.qkv(x)
         q, k = self.features(q), self.features(k * self.attention.dim**-0.5)
         if self.options.rotary:
             q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
-        g = log_decays(self.options.decays, self.attention.heads).to(x.device)
-        g = g.view(1, -1, 1).expand(*k.shape[:3])
-        q, k, v, g = silence(mixing.valid, q.float(), k.float(), v.float(), g)
-        run = naive if x.shape[1] == 1 else chunked
-        out, last = run(q, k, v, g, None, mixing.segments, state["matrix"] if state else None)
-        out = out.transpose(1, 2)
-        if self.options.norm:
-            out = F.layer_norm(out, out.shape[-1:], eps=1e-5)
-        return out.to(x.dtype), {"matrix": last}
+        return {"q": q, "k": k, "v": v, "g": fixed(self.options.decays, k)}

@@ -180,7 +180,7 @@ def linearize(
     Args:
         source: model directory or GGUF file
         out: directory to write
-        mixer: gated_deltanet, supra or window
+        mixer: such as gated_deltanet, lightning, retnet, supra or window; README.md has the list
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
         window: width of the gated window branch, 0 for the linear mixer alone
         sinks: first tokens that the window always sees

@@ -1,0 +1,42 @@
+"""Lightning attention: linear attention with a fixed decay per head, and nothing more unless asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .base import Mixing, rotate
+from .linear import ACTIVATIONS, Linear, LinearOptions, fixed
+
+
+@dataclass(frozen=True)
+class LightningOptions(LinearOptions):
+    """As `LinearOptions`. `activation`: of queries and keys, none or silu. `decays`: `lightning` (ALiBi's slopes),
+    `retnet`, or none. HypeNet's form is {"norm": "rms", "gate": "sigmoid"}; without rotary, norm and gate the layer is
+    the plain fixed-decay recurrence.
+    """
+
+    activation: Literal["none", "silu"] = "none"
+    decays: Literal["lightning", "retnet", "none"] = "lightning"
+
+
+class Lightning(Linear):
+    """Lightning attention (Qin et al., arXiv 2401.04658, eq. 3): S_t = e^(-s_h) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t.
+
+    s_h are ALiBi's slopes, queries are scaled by 1/sqrt(dim). HypeNet (arXiv 2601.22156) puts it into pretrained models
+    with the source's rotary embedding, QK-norm, an RMS norm with gain and a sigmoid output gate.
+    """
+
+    name = "lightning"
+    Options = LightningOptions
+    gain = "dim"
+
+    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+        """Scaled queries, keys, values, the heads' decays."""
+        q, k, v = self.qkv(x)
+        q, k = (ACTIVATIONS[self.options.activation](t) for t in (q, k))
+        if self.options.rotary:
+            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+        return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": fixed(self.options.decays, k)}

@@ -1,0 +1,194 @@
+"""What mixers with a matrix state share: projections, padding, the recurrence, norm and gate of the heads' outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Attention, Mixer, Mixing, Projections, State, Weight, output_weights, silence
+from .dispatch import recur
+from .recurrence import chunked_flops
+
+ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}
+EPS = 1e-5
+SMALLEST = 1e-12  # of a denominator
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """`rotary`: rotate queries and keys as the source does. `grouped`: query heads of a group share keys, values and
+    state, as in the source; else each has its own. `norm`: of each head's output. `gate`: activation of an output gate,
+    a new projection of the input that multiplies the heads' outputs.
+    """
+
+    rotary: bool = True
+    grouped: bool = False
+    norm: Literal["none", "rms", "layer"] = "none"
+    gate: Literal["none", "silu", "sigmoid"] = "none"
+
+
+class Linear(Mixer):
+    """Linear attention o_t = S_t^T q_t over a matrix state per head; subclasses give `inputs` of the recurrence.
+
+    `inputs` may widen queries and keys to features (`keys`). With `denominator` the output is divided by the same sum
+    over values of one, kept as one more column of the state (Katharopoulos et al., arXiv 2006.16236, eq. 9).
+    """
+
+    denominator: ClassVar[bool] = False
+    gain: ClassVar[str | None] = None  # axes of the output norm's gain
+    bias: ClassVar[bool] = False  # whether that norm has a bias too
+    delta: ClassVar[bool] = False
+
+    def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
+        super().__init__(attention, spec, output)
+        self.states = self.state_heads(attention, self.options)
+        self.qkv = Projections(attention, expand=not self.grouped(self.options))
+        norm, self.activation = self.output(self.options)
+        self.kind = norm
+        if norm != "none" and self.gain is not None:
+            size = attention.dim if self.gain == "dim" else attention.heads * attention.dim
+            self.norm = nn.Parameter(torch.ones(size))
+            self.norm_bias = nn.Parameter(torch.zeros(size)) if self.bias else None
+        if self.activation != "none":
+            self.gate = nn.Linear(attention.hidden, attention.heads * attention.dim, bias=False)
+
+    @classmethod
+    def output(cls, options: Any) -> tuple[str, str]:
+        """(norm, activation of the gate) of the heads' outputs."""
+        return options.norm, options.gate
+
+    @classmethod
+    def grouped(cls, options: Any) -> bool:
+        """Whether the query heads of a group share a state."""
+        return bool(options.grouped)
+
+    @classmethod
+    def state_heads(cls, attention: Attention, options: Any) -> int:
+        """Heads that have a state."""
+        return attention.kv if cls.grouped(options) else attention.heads
+
+    @classmethod
+    def state_axes(cls, options: Any) -> str:
+        """The same as axes."""
+        return "kv" if cls.grouped(options) else "kv group"
+
+    @classmethod
+    def keys(cls, attention: Attention, options: Any) -> int:
+        """Width of queries and keys in the recurrence."""
+        return attention.dim
+
+    @classmethod
+    def values(cls, attention: Attention) -> int:
+        """Width of values in the recurrence."""
+        return attention.dim + cls.denominator
+
+    @property
+    def values_are_linear(self) -> bool:  # type: ignore[override]
+        """Whether a map of the head's output can act on its values instead."""
+        return self.output(self.options) == ("none", "none")
+
+    @classmethod
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+        """The source's projections; gains one, the gate's projection small."""
+        options = cls.parse(spec)
+        norm, gate = cls.output(options)
+        table = {f"qkv.{n}": w for n, w in Projections.weights(attention, not cls.grouped(options)).items()}
+        table |= output_weights(attention) if output else {}
+        if norm != "none" and cls.gain is not None:
+            table["norm"] = Weight(f"gain {cls.gain}", fresh="ones", decay=False)
+            if cls.bias:
+                table["norm_bias"] = Weight(f"-> {cls.gain}", fresh="zeros", decay=False)
+        if gate != "none":
+            table["gate.weight"] = Weight("hidden -> kv group dim", fresh="normal 0.02", decay=False)
+        return table
+
+    @classmethod
+    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+        """One (keys, values) matrix per head that has a state."""
+        options = cls.parse(spec)
+        return cls.state_heads(attention, options) * cls.keys(attention, options) * cls.values(attention)
+
+    @classmethod
+    def token_flops(cls, attention: Attention, options: Any) -> int:
+        """Forward FLOPs of a token's matrix products beside maps and recurrence, such as feature maps."""
+        return 0
+
+    @classmethod
+    def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
+        """Decay, (read for the delta rule,) write per state, read out per query head; what `token_flops` says."""
+        options = cls.parse(spec)
+        matrix = cls.keys(attention, options) * cls.values(attention)
+        heads = (5 if cls.delta else 3) * cls.state_heads(attention, options) + 2 * attention.heads
+        return heads * matrix + cls.token_flops(attention, options)
+
+    @classmethod
+    def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
+        """The chunked recurrence, and what `token_flops` says."""
+        options = cls.parse(spec)
+        states = cls.state_heads(attention, options)
+        widths = cls.keys(attention, options), cls.values(attention)
+        once, back = chunked_flops(states, attention.heads // states, *widths, length, cls.delta)
+        tokens = length * cls.token_flops(attention, options)
+        return once + tokens, back + 2 * tokens
+
+    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+        """Arguments of `dispatch.recur` but segments and state, from x: (batch, time, hidden)."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state matrix."""
+        out, last = self.read(self.inputs(x, mixing), mixing, state["matrix"] if state else None)
+        return self.finish(out, x).to(x.dtype), {"matrix": last}
+
+    def read(self, inputs: dict[str, Tensor], mixing: Mixing, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs (batch, time, heads, values) and the last state; padding neither writes nor decays."""
+        inputs = {name: value.float() for name, value in inputs.items()}
+        if self.denominator:
+            inputs["v"] = F.pad(inputs["v"], (0, 1), value=1.0)
+        for name in ("k", "v", "g", "beta"):
+            if name in inputs:
+                (inputs[name],) = silence(mixing.valid, inputs[name])
+        out, last = recur(**inputs, segments=mixing.segments, state=matrix)
+        return out.transpose(1, 2), last
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """Denominator, norm and gate; out: (batch, time, heads, values), x: what the gate reads."""
+        if self.denominator:
+            out = out[..., :-1] / out[..., -1:].clamp(min=SMALLEST)
+        if self.kind == "rms":
+            out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + EPS)
+        elif self.kind == "layer":
+            out = F.layer_norm(out, out.shape[-1:], eps=EPS)
+        if self.kind != "none" and self.gain is not None:
+            out = out * self.norm.float().view(-1, self.attention.dim)
+            if self.norm_bias is not None:
+                out = out + self.norm_bias.float().view(-1, self.attention.dim)
+        if self.activation != "none":
+            out = out * ACTIVATIONS[self.activation](self.gate(x).float()).view_as(out)
+        return out
+
+
+def slopes(heads: int) -> list[float]:
+    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409), interleaved beyond a power of two."""
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return first if power == heads else first + slopes(2 * power)[::2][: heads - power]
+
+
+def log_decays(kind: str, heads: int) -> Tensor:
+    """Fixed log-decay per head, (heads,): -slope (lightning), log(1 - 2^(-5-h)) (RetNet, arXiv 2307.08621), zeros."""
+    if kind == "none":
+        return torch.zeros(heads)
+    if kind == "lightning":
+        return -torch.tensor(slopes(heads))
+    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float32))))
+
+
+def fixed(kind: str, k: Tensor) -> Tensor:
+    """The same log-decay at every token, (batch, heads, time), for keys k: (batch, heads, time, dim)."""
+    return log_decays(kind, k.shape[1]).to(k.device).view(1, -1, 1).expand(k.shape[:3])

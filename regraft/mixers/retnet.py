@@ -1,0 +1,37 @@
+"""RetNet's multi-scale retention in the source's projections, as XATL puts it into a pretrained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .base import Mixing, rotate
+from .linear import Linear, LinearOptions, fixed
+
+
+@dataclass(frozen=True)
+class RetnetOptions(LinearOptions):
+    """As `LinearOptions`. `norm`: rms (XATL's released code) or layer (the paper's group norm), both without gain."""
+
+    norm: Literal["none", "rms", "layer"] = "rms"
+    gate: Literal["none", "silu", "sigmoid"] = "silu"
+
+
+class Retnet(Linear):
+    """Retention (Sun et al., arXiv 2307.08621, eqs. 6-8) as in XATL (arXiv 2404.02684).
+
+    S_t = gamma_h S_{t-1} + k_t v_t^T with gamma_h = 1 - 2^(-5-h), o_t = S_t^T q_t / sqrt(dim), and the layer gives
+    W_O (silu(W_G x_t) * norm(o_t)). W_G is new. The source's rotary embedding stands for xPos.
+    """
+
+    name = "retnet"
+    Options = RetnetOptions
+
+    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+        """Scaled queries, keys, values, the heads' decays."""
+        q, k, v = self.qkv(x)
+        if self.options.rotary:
+            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+        return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": fixed("retnet", k)}
