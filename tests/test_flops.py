@@ -32,6 +32,10 @@ MIXERS = [
     Remix("gated_deltanet", "none", window=0, options={"grouped": False, "norm": True, "gate": True}),
     Remix("gated_deltanet", "0", window=16),
     Remix("retnet", "none", window=0),
+    Remix("mamba", "none", window=0),
+    Remix("mamba", "0", window=0, options={"layout": "attention", "conv": 1}),
+    Remix("mamba2", "none", window=0, options={"expand": 3, "state": 20, "head_dim": 4}),
+    Remix("mamba2", "0", window=16, options={"layout": "attention"}),
     Remix("lightning", "0", window=16, options={"grouped": True}),
 ]
 

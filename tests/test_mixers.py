@@ -29,6 +29,11 @@ SPECS = [
     {"name": "gated_deltanet", "norm": True, "gate": True, "activation": "silu", "rotary": False},
     {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": SMALL_WINDOW, "start": 0.3},
     {"name": "gated", "linear": {"name": "supra"}, "window": SMALL_WINDOW},
+    {"name": "mamba", "state": 5},
+    {"name": "mamba", "layout": "attention", "conv": 2},
+    {"name": "mamba2", "state": 12, "head_dim": 8},
+    {"name": "mamba2", "layout": "attention"},
+    {"name": "gated", "linear": {"name": "mamba2", "layout": "attention"}, "window": SMALL_WINDOW},
 ]
 IDS = [f"{spec['name']}-{i}" for i, spec in enumerate(SPECS)]
 SHAPES = {

@@ -74,8 +74,12 @@ class Regrafted(Anatomy):
             )
         family = find(config["host"])
         host = family.resized(config["host"], sizes, order, extra)
-        specs = [config["mixers"][layer] for layer in order or range(len(config["mixers"]))]
+        order = order or range(len(config["mixers"]))
+        specs = [config["mixers"][layer] for layer in order]
         attention = [None if spec is None else family.attention(host, layer) for layer, spec in enumerate(specs)]
+        for layer, spec, shape in zip(order, specs, attention, strict=True):
+            if spec and shape and axes(spec, shape) != axes(spec, config["attention"][layer]):
+                raise RegraftError(f"mixer '{spec['name']}' has widths of its own: grow first, then linearize")
         return {**config, "host": host, "mixers": specs, "attention": attention}
 
     def attention(self, config: Config, layer: int) -> dict[str, Any]:
@@ -85,6 +89,11 @@ class Regrafted(Anatomy):
     def extras(self, directory: str, config: Config) -> None:
         """The code files that `trust_remote_code` loads."""
         importlib.import_module("regraft.hosts.remote").write(directory, config)
+
+
+def axes(spec: dict[str, Any], attention: dict[str, Any]) -> list[str]:
+    """Signatures of a mixer's weights, which hold numbers where it has widths of its own."""
+    return [weight.signature for weight in weights(spec, Attention(**attention)).values()]
 
 
 anatomy = Regrafted(family="regraft", parts={}, sizes=(), slot="")

@@ -188,6 +188,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.attention = attention
         self.options = self.parse(spec)
+        self.inherit: str = spec.get("inherit", "all")
         if output:
             self.o = nn.Linear(attention.heads * attention.dim, attention.hidden, bias=attention.o_bias)
 

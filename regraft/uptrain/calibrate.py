@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import RegraftError
 from ..mixers.base import Mixer, Mixing, rotate
 from ..mixers.gated import Gated
+from ..mixers.inherit import projections
 from .capture import LayerRecord, body, recording
 
 RIDGE = 1e-3
@@ -164,8 +166,13 @@ def calibrate(
 
 def _calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]) -> dict[str, float]:
     linear = mixer.linear if isinstance(mixer, Gated) else mixer
-    if linear.name == "window":
+    if linear.name == "window" or not hasattr(linear, "qkv"):  # nothing of its own to set, or nothing of the source
         return {"heads_folded": 0.0}
+    if not projections(linear.inherit) >= {"q", "k", "v"}:
+        raise RegraftError(
+            f"calibration sees the teacher's attention in inherited q, k and v, mixers inherit '{linear.inherit}': "
+            "leave calibration out (0 tokens)"
+        )
     window, sinks = (mixer.window.options.window, mixer.window.options.sinks) if isinstance(mixer, Gated) else (0, 0)
     pairs = [(r, attend(linear, r, ids, window, sinks)) for r, ids in zip(records, segments, strict=True)]
     mass = torch.stack([seen.outside.mean((0, 2)) for _, seen in pairs]).mean(0)

@@ -1,0 +1,94 @@
+"""Mamba: a selective state-space model with a decay for every number of its state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Attention, Mixing, State, Weight
+from .ssm import DT, ShortConv, SsmOptions, StateSpace, Widths, dense, naive_scan, own, scan
+
+
+class Mamba(StateSpace):
+    """S6 (Gu & Dao, arXiv 2312.00752, algorithm 2): h_t = exp(dt A) h_{t-1} + dt B_t x_t, y_t = C_t h_t + D x_t.
+
+    Per channel: x after convolution and SiLU, A = -exp(A_log) started at -1, -2, ..., D at one, the step dt = softplus
+    of a projection of low rank, its bias started so that dt is log-uniform on (0.001, 0.1); y times silu(gate). B, C
+    and dt read x (layout `own`), or B and C are the source's keys and queries, one state per head, and dt reads the
+    layer's input.
+    """
+
+    name = "mamba"
+    Options = SsmOptions
+
+    def __init__(self, attention: Attention, spec: dict[str, object], output: bool = True):
+        super().__init__(attention, spec, output)
+        widths, hidden = self.widths, attention.hidden
+        channels = (widths.inner,) if self.own else (widths.heads, widths.dim)
+        self.conv = ShortConv(channels, self.options.conv)
+        if self.own:
+            self.b = nn.Linear(widths.inner, widths.state, bias=False)
+            self.c = nn.Linear(widths.inner, widths.state, bias=False)
+        self.low = nn.Linear(widths.inner if self.own else hidden, rank(hidden), bias=False)
+        self.dt = nn.Linear(rank(hidden), widths.inner)
+        self.A_log = nn.Parameter(torch.zeros(*channels, widths.state))
+        self.D = nn.Parameter(torch.ones(widths.inner))
+
+    @classmethod
+    def widths_of(cls, attention: Attention, options: SsmOptions) -> Widths:
+        """All channels as one head that shares B and C, or the attention's heads."""
+        if options.layout == "attention":
+            return Widths(attention.heads, attention.dim, attention.dim, "kv group dim", "kv group", "dim")
+        inner = options.expand * attention.hidden
+        return Widths(1, inner, options.state, str(inner), "1", str(options.state))
+
+    @classmethod
+    def weights(cls, attention: Attention, spec: dict[str, object], output: bool = True) -> dict[str, Weight]:
+        """Convolution, B, C, steps, A and D beside the projections; no decay on A, D and biases."""
+        options, table = cls.parse(spec), super().weights(attention, spec, output)
+        widths, low = cls.widths_of(attention, options), rank(attention.hidden)
+        reads, width = ("hidden", attention.hidden)
+        if options.layout == "own":
+            reads, width = widths.channels, widths.inner
+            table |= {f"{name}.weight": dense(reads, widths.keys, width) for name in "bc"}
+        table |= ShortConv.weights("conv", widths.channels, options.conv)
+        table |= {"low.weight": dense(reads, str(low), width), "dt.weight": dense(str(low), widths.channels, low)}
+        table |= {"dt.bias": own(f"-> {widths.channels}", DT), "D": own(f"-> {widths.channels}", "ones")}
+        return table | {"A_log": own(f"{widths.channels} {widths.keys}", "log_counts")}
+
+    @classmethod
+    def row_flops(cls, attention: Attention, spec: dict[str, object], length: int) -> tuple[int, int]:
+        """Reading the states; decays and writes are no matrix products."""
+        widths = cls.widths_of(attention, cls.parse(spec))
+        once = 2 * length * widths.inner * widths.state
+        return once, 2 * once
+
+    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+        """x: (batch, time, hidden) -> (batch, time, heads, dim), (batch, time, 1, inner) in the own layout; states."""
+        state, heads = state or {}, (self.widths.heads, self.widths.dim)
+        if self.own:
+            values, conv = self.conv(self.x(x), mixing, state.get("conv"))
+            b, c = self.b(values).unsqueeze(2), self.c(values).unsqueeze(2)
+        else:
+            c, b, values = (t.transpose(1, 2) for t in self.qkv(x))
+            values, conv = self.conv(values.flatten(2), mixing, state.get("conv"))
+        dt = F.softplus(self.dt(self.low(values if self.own else x)).float()).unflatten(-1, heads)
+        values, b, c = values.float().unflatten(-1, heads), b.float(), c.float()
+        a = (dt.unsqueeze(-1) * -self.A_log.float().exp().view(*heads, -1)).exp()
+        u = (dt * values).unsqueeze(-1) * b.unsqueeze(-2)
+        if mixing.valid is not None:
+            valid = mixing.valid[:, :, None, None, None]
+            a, u = a.masked_fill(~valid, 1.0), u * valid
+        if mixing.segments is not None:
+            begins = mixing.segments[:, 1:] != mixing.segments[:, :-1]
+            a = a.masked_fill(F.pad(begins, (1, 0))[:, :, None, None, None], 0.0)
+        start = state["matrix"] if state else torch.zeros_like(u[:, 0])
+        h = (naive_scan if x.shape[1] == 1 else scan)(a, u, start)
+        y = (h @ c.unsqueeze(-1)).squeeze(-1) + self.D.float().view(heads) * values
+        return self.gated(y, x).to(x.dtype), {"conv": conv, "matrix": h[:, -1]}
+
+
+def rank(hidden: int) -> int:
+    """Rank of the projection that gives the steps."""
+    return -(-hidden // 16)
