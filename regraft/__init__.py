@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .steps.bridge import Bridge
     from .steps.composable import AddHeads, AddLayers, GrowHeadDim, GrowHeadValues, GrowHidden, GrowMLP, GrowQueryKeys
     from .steps.deepen import Deepen
+    from .steps.merge import Merge
     from .steps.remix import Remix
     from .steps.transplant import Transplant
     from .steps.widen import Widen
@@ -36,6 +37,7 @@ __all__ = [
     "GrowHidden",
     "GrowMLP",
     "GrowQueryKeys",
+    "Merge",
     "Plan",
     "RegraftError",
     "Remix",
@@ -51,6 +53,7 @@ _HOMES = dict.fromkeys(_COMPOSABLE, "steps.composable") | {
     "Bridge": "steps.bridge",
     "Checkpoint": "checkpoint",
     "Deepen": "steps.deepen",
+    "Merge": "steps.merge",
     "Plan": "plan",
     "RegraftError": "errors",
     "Remix": "steps.remix",

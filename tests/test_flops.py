@@ -37,6 +37,9 @@ MIXERS = [
     Remix("mamba2", "none", window=0, options={"expand": 3, "state": 20, "head_dim": 4}),
     Remix("mamba2", "0", window=16, options={"layout": "attention"}),
     Remix("lightning", "0", window=16, options={"grouped": True}),
+    Remix("t2r", "none", window=0, options={"feature": 6, "grouped": True}),
+    Remix("hedgehog", "none", window=0, options={"feature": 5}),
+    Remix("lolcats", "none", window=0, options={"window": 40, "grouped": True}),
 ]
 
 

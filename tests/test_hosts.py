@@ -29,6 +29,9 @@ REMIXES = {
 OTHERS = {
     "retnet": Remix("retnet", "0", window=0),
     "lightning": Remix("lightning", "1", window=8, options={"norm": "rms", "gate": "sigmoid"}),
+    "t2r": Remix("t2r", "0", window=0, options={"feature": 6}),
+    "hedgehog": Remix("hedgehog", "none", window=8, options={"grouped": True}),
+    "lolcats": Remix("lolcats", "0", window=0, options={"window": 8, "feature": 4}),
 }
 # every family with the first, each other mixer with two families, whose turn it is
 HOSTED = [(family, remix) for family in FAMILIES for remix in REMIXES.values()]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import pytest
 import torch
+from models import tiny, tokens
 from test_mixers import made, relative, rotary
 from torch import Tensor, nn
 
+from regraft import flops, hosts
+from regraft.checkpoint import Checkpoint
+from regraft.errors import RegraftError
 from regraft.mixers.base import Attention, Mixer, Mixing
+from regraft.steps.merge import Merge
+from regraft.steps.remix import Remix
 
 ATTENTION = Attention(hidden=24, kv=4, group=2, dim=6, scale=6**-0.5, qkv_bias=True, o_bias=True, qk_norm=1e-6)
 TIME = 37
@@ -80,3 +88,113 @@ def test_lightning_is_a_loop_with_fixed_decays() -> None:
         state = decay[:, None, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
         outputs.append((state * q[:, :, t, :, None] / math.sqrt(6)).sum(-2))
     assert relative(y, out(mixer, torch.stack(outputs, 2))) < TOLERANCE
+
+
+def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Linear attention over features with its denominator, by the causal matrix; zero for a zero row."""
+    weight = (q @ k.mT).tril()
+    return (weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)) @ v
+
+
+@torch.no_grad()
+def test_t2r_divides_by_the_sum_of_similarities() -> None:
+    mixer, x, y = case({"name": "t2r", "feature": 4})
+    q, k, v = attended(mixer, x, turn=False)
+    q, k = (
+        torch.stack([(t[:, h] @ mixer.map[h].T + mixer.map_bias.view(8, 4)[h]).clamp(min=0) for h in range(8)], 1)
+        for t in (q, k)
+    )
+    assert relative(y, out(mixer, divided(q, k, v))) < TOLERANCE
+
+
+@torch.no_grad()
+def test_t2r_gives_zero_where_no_feature_is_left() -> None:
+    mixer = made({"name": "t2r"}, ATTENTION)
+    mixer.map_bias.fill_(-1e3)
+    mixer.map.requires_grad_()
+    with torch.enable_grad():
+        heads, _ = mixer.mix(torch.randn(1, 70, 24), Mixing(), None)
+        (gradient,) = torch.autograd.grad(heads.sum(), mixer.map)
+    assert not heads.any() and torch.isfinite(gradient).all()
+
+
+@torch.no_grad()
+def test_hedgehog_divides_by_the_sum_of_similarities() -> None:
+    mixer, x, y = case({"name": "hedgehog", "feature": 5})
+    q, k, v = attended(mixer, x)
+    q, k = (torch.stack([t[:, h] @ maps[h].T for h in range(8)], 1) for t, maps in ((q, mixer.q_map), (k, mixer.k_map)))
+    q, k = (torch.cat((t.exp() / t.exp().sum(-1, True), (-t).exp() / (-t).exp().sum(-1, True)), -1) for t in (q, k))
+    assert relative(y, out(mixer, divided(q, k, v))) < TOLERANCE
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@torch.no_grad()
+def test_lolcats_sums_window_and_past_under_one_denominator(affine: bool) -> None:
+    mixer, x, y = case({"name": "lolcats", "window": 5, "affine": affine})
+    q, k, v = attended(mixer, x)
+    fq, fk = (
+        torch.stack(
+            [torch.cat(((t[:, h] @ maps[h].T).softmax(-1), (-t[:, h] @ maps[h].T).softmax(-1)), -1) for h in range(8)],
+            1,
+        )
+        for t, maps in ((q, mixer.q_map), (k, mixer.k_map))
+    )
+    gamma = mixer.factor.sigmoid()
+    rows = []
+    for n in range(TIME):
+        inside, outside = slice(max(0, n - 4), n + 1), slice(0, max(0, n - 4))
+        exponent = torch.einsum("bhd,bhid->bhi", q[:, :, n], k[:, :, inside]) / math.sqrt(6)
+        soft = gamma[:, None] * (exponent - exponent.amax(-1, keepdim=True)).exp()
+        linear = torch.einsum("bhf,bhif->bhi", fq[:, :, n], fk[:, :, outside]) * ((1 - gamma[:, None]) if affine else 1)
+        weight = torch.cat((linear, soft), -1)
+        rows.append(torch.einsum("bhi,bhid->bhd", weight / weight.sum(-1, keepdim=True), v[:, :, : n + 1]))
+    assert relative(y, out(mixer, torch.stack(rows, 2))) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_lolcats_window_over_everything_is_softmax_attention() -> None:
+    mixer, x, y = case({"name": "lolcats", "window": TIME})
+    softmax = torch.nn.functional.scaled_dot_product_attention(*attended(mixer, x), is_causal=True)
+    assert relative(y, out(mixer, softmax)) < TOLERANCE
+
+
+MERGED = [
+    ("gpt2", Remix("t2r", "0", window=0)),
+    ("qwen2", Remix("t2r", "none", window=0, options={"feature": 3, "grouped": True})),
+    ("llama", Remix("t2r", "none", window=8, options={"grouped": False})),
+]
+
+
+@pytest.mark.parametrize(("family", "remix"), MERGED, ids=[family for family, _ in MERGED])
+@torch.no_grad()
+def test_merged_maps_give_the_same_logits(family: str, remix: Remix, tmp_path: Path) -> None:
+    tiny(family)[1].save_pretrained(tmp_path / "source")
+    model = hosts.materialize(remix(Checkpoint.open(tmp_path / "source")))
+    for name, parameter in model.named_parameters():
+        if ".map" in name or "gate" in name:
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.save_pretrained(tmp_path / "trained")
+    merged = Merge()(Checkpoint.open(tmp_path / "trained"))
+    merged.save(tmp_path / "out")
+    again = hosts.load(tmp_path / "out")
+    assert not [name for name in again.state_dict() if ".map" in name]
+    assert relative(again(tokens(2, 70)).logits, model(tokens(2, 70)).logits) < TOLERANCE
+    assert flops.forward(merged, 70) < flops.forward(Checkpoint.open(tmp_path / "trained"), 70)
+    with pytest.raises(RegraftError, match="no t2r layer"):
+        Merge()(merged)
+
+
+def test_what_cannot_merge(tmp_path: Path) -> None:
+    tiny("qwen3")[1].save_pretrained(tmp_path / "qwen3")
+    with pytest.raises(RegraftError, match="layer 1 norms queries and keys"):
+        Merge()(Remix("t2r", "0", window=0)(Checkpoint.open(tmp_path / "qwen3")))
+    tiny("llama")[1].save_pretrained(tmp_path / "llama")
+    source = Checkpoint.open(tmp_path / "llama")
+    with pytest.raises(RegraftError, match="before rotary"):
+        Merge()(Remix("t2r", "0", window=0, options={"rotary": True})(source))
+    with pytest.raises(RegraftError, match="no t2r layer"):
+        Merge()(source)
+    with pytest.raises(RegraftError, match="window 0 sees nothing"):
+        Remix("lolcats", options={"window": 0})(source)
+    with pytest.raises(RegraftError, match="feature 0 keeps nothing"):
+        Remix("hedgehog", options={"feature": 0})(source)

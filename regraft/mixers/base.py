@@ -181,6 +181,7 @@ class Mixer(nn.Module):
     Options: ClassVar[type]
     expand: ClassVar[bool] = True
     values_are_linear: ClassVar[bool] = False
+    denominator: ClassVar[bool] = False  # whether outputs are averages of values, as those of softmax attention are
     qkv: Projections
     o: nn.Linear
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import RegraftError
 from .base import Attention, Mixer, Mixing, Projections, State, Weight, output_weights, silence
 from .dispatch import recur
 from .recurrence import chunked_flops
@@ -39,7 +40,6 @@ class Linear(Mixer):
     over values of one, kept as one more column of the state (Katharopoulos et al., arXiv 2006.16236, eq. 9).
     """
 
-    denominator: ClassVar[bool] = False
     gain: ClassVar[str | None] = None  # axes of the output norm's gain
     bias: ClassVar[bool] = False  # whether that norm has a bias too
     delta: ClassVar[bool] = False
@@ -192,3 +192,15 @@ def log_decays(kind: str, heads: int) -> Tensor:
 def fixed(kind: str, k: Tensor) -> Tensor:
     """The same log-decay at every token, (batch, heads, time), for keys k: (batch, heads, time, dim)."""
     return log_decays(kind, k.shape[1]).to(k.device).view(1, -1, 1).expand(k.shape[:3])
+
+
+def mapped(x: Tensor, maps: Tensor) -> Tensor:
+    """x: (batch, heads, time, dim) -> (..., features) by maps (heads or groups of heads, features, dim)."""
+    return (x.unflatten(1, (len(maps), -1)) @ maps.unsqueeze(1).mT).flatten(1, 2)
+
+
+def feature_size(name: str, feature: int | None, attention: Attention) -> int:
+    """Asked size of a feature map, the head's by default; RegraftError when it is none."""
+    if feature is not None and feature < 1:
+        raise RegraftError(f"mixer '{name}': feature {feature} keeps nothing, give 1 or more, or leave it out")
+    return feature or attention.dim

@@ -67,15 +67,20 @@ class Moments:
         self.cross = self.cross + features.mT @ targets
         self.energy = self.energy + targets.square().sum((-2, -1))
 
-    def solve(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-        """Coefficients (..., f, t) and squared error left; the penalty is `ridge` times the features' mean square."""
+    def solve(self, ridge: float = RIDGE, prior: float = 0.0) -> Tensor:
+        """Coefficients (..., f, t); the penalty on what differs from `prior` times the unit matrix is `ridge` times the
+        features' mean square.
+        """
         gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
         scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        found = torch.linalg.solve(
-            gram + (ridge * scale + 1e-12) * torch.eye(gram.shape[-1], device=gram.device), cross
-        )
-        left = torch.as_tensor(self.energy) - 2 * (found * cross).sum((-2, -1)) + (found * (gram @ found)).sum((-2, -1))
-        return found, left
+        penalty = (ridge * scale + 1e-12) * torch.eye(gram.shape[-1], device=gram.device)
+        return torch.linalg.solve(gram + penalty, cross + prior * penalty if prior else cross)
+
+    def left(self, found: Tensor) -> Tensor:
+        """Squared error that these coefficients leave, (...)."""
+        gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
+        explained = 2 * (found * cross).sum((-2, -1)) - (found * (gram @ found)).sum((-2, -1))
+        return torch.as_tensor(self.energy) - explained
 
 
 def gate_candidates(records: list[tuple[LayerRecord, Attended]]) -> Tensor:
@@ -90,7 +95,7 @@ def gate_candidates(records: list[tuple[LayerRecord, Attended]]) -> Tensor:
         for record, seen in records:
             target = (share * seen.outside).clamp(*GATE_RANGE).logit().transpose(1, 2).flatten(0, 1)
             moments.add(_with_one(record.inputs).flatten(0, 1), target)
-        fits.append(moments.solve()[0])
+        fits.append(moments.solve())
     return torch.stack(fits)
 
 
@@ -102,8 +107,9 @@ def fit(mixer: Mixer, records: list[tuple[LayerRecord, Attended]], segments: lis
     """Gates and value maps that best complete the window's output to the teacher's, head by head.
 
     A linear mixer's output is linear in its values, so a dim x dim map of it, found by ridge regression, folds into the
-    value projection (or the output projection where a norm stands between). Of the gate candidates each group of heads
-    takes the one that leaves the least error. Returns whether the maps were folded, and the mean share chosen.
+    value projection (or the output projection where a norm stands between; a branch with a norm takes no map). Averages
+    of values, as the teacher's outputs are too, are drawn towards what they are. Of the gate candidates each group of
+    heads takes the one that leaves the least error. Returns whether the maps were folded, and the mean share chosen.
     """
     linear = mixer.linear if isinstance(mixer, Gated) else mixer
     heads = linear.attention.heads
@@ -120,10 +126,12 @@ def fit(mixer: Mixer, records: list[tuple[LayerRecord, Attended]], segments: lis
         for index, candidate in enumerate(gates):
             gate = (_with_one(record.inputs) @ candidate).sigmoid().transpose(1, 2).unsqueeze(-1)
             moments[index].add(*_grouped(maps, gate * out, seen.heads - (1 - gate) * window))
-    solved = [problem.solve() for problem in moments]
-    left = torch.stack([error for _, error in solved])  # (candidates, maps)
-    best = left.argmin(0)
-    chosen = torch.stack([found for found, _ in solved])[best, torch.arange(maps)]
+    solved = [problem.solve(prior=float(linear.denominator)) for problem in moments]
+    if not (linear.values_are_linear or hasattr(linear, "o")):
+        solved = [torch.eye(linear.attention.dim).expand_as(found) for found in solved]
+    left = torch.stack([problem.left(found) for problem, found in zip(moments, solved, strict=True)])
+    best = left.argmin(0)  # of (candidates, maps)
+    chosen = torch.stack(solved)[best, torch.arange(maps)]
     if gates is None or not isinstance(mixer, Gated):
         return linear.fold_heads(chosen), 1.0
     per_head = best.repeat_interleave(heads // maps)

@@ -1,0 +1,81 @@
+"""Hedgehog: linear attention with learned softmax features and the denominator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Attention, Mixing, Weight, rotate
+from .linear import Linear, LinearOptions, feature_size, fixed, mapped
+
+
+@dataclass(frozen=True)
+class HedgehogOptions(LinearOptions):
+    """As `LinearOptions`; `rotary` turns queries and keys before the map, as in LoLCATs. `feature`: outputs of the map,
+    the head's size by default; there are twice as many features.
+    """
+
+    feature: int | None = None
+
+
+class Hedgehog(Linear):
+    """Hedgehog (Zhang et al., arXiv 2402.04347): phi(x) = [softmax(W x), softmax(-W x)], W per head and not shared.
+
+    o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)), the maps of queries and keys beginning as the
+    identity. Published with a first stage that fits the maps alone to the softmax weights.
+    """
+
+    name = "hedgehog"
+    Options = HedgehogOptions
+    denominator = True
+
+    def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
+        super().__init__(attention, spec, output)
+        size = self.keys(attention, self.options) // 2
+        self.q_map = nn.Parameter(torch.zeros(attention.heads, size, attention.dim))
+        self.k_map = nn.Parameter(torch.zeros(self.states, size, attention.dim))
+
+    @classmethod
+    def keys(cls, attention: Attention, options: HedgehogOptions) -> int:
+        """Features."""
+        return 2 * feature_size(cls.name, options.feature, attention)
+
+    @classmethod
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+        """The source's projections; maps that begin as the identity."""
+        options, table = cls.parse(spec), super().weights(attention, spec, output)
+        for name, axes in (("q_map", "kv group"), ("k_map", cls.state_axes(options))):
+            table[name] = Weight(f"{axes} {cls.keys(attention, options) // 2} dim", fresh="identity")
+        return table
+
+    @classmethod
+    def token_flops(cls, attention: Attention, options: HedgehogOptions) -> int:
+        """Feature maps of queries and keys."""
+        maps = attention.heads + cls.state_heads(attention, options)
+        return maps * attention.dim * cls.keys(attention, options)
+
+    def turned(self, x: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before the maps."""
+        q, k, v = self.qkv(x)
+        if self.options.rotary:
+            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+        return q, k, v
+
+    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+        """Features of queries and keys, values, no decay."""
+        q, k, v = self.turned(x, mixing)
+        return self.featured(q, k, v)
+
+    def featured(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """The same from queries, keys and values."""
+        q, k = (softmax_features(mapped(t, maps)) for t, maps in ((q, self.q_map), (k, self.k_map)))
+        return {"q": q, "k": k, "v": v, "g": fixed("none", k)}
+
+
+def softmax_features(x: Tensor) -> Tensor:
+    """[softmax(x), softmax(-x)] in float32."""
+    x = x.float()
+    return torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1)
