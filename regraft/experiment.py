@@ -12,6 +12,7 @@ from torch import nn
 
 from . import generate, hosts, report, settings
 from .checkpoint import Checkpoint
+from .converting import converted, uptrained
 from .evals import baselines
 from .evals.bench import bench
 from .evals.perplexity import Candidate, measure
@@ -19,8 +20,7 @@ from .evaluation import assemble, evaluation_windows
 from .journal import Journal, write_json
 from .plan import Plan
 from .settings import Recipe
-from .training import calibrated, save_trained, training_rows
-from .uptrain import loop
+from .training import training_rows
 from .uptrain.data import Packed
 
 MARGIN = 30.0  # seconds kept back for saving, loading and the page
@@ -98,13 +98,16 @@ class Experiment:
 
     def linearize(self) -> None:
         """Save the linearized model in the work folder, and the plan."""
-        after = self.recipe.remix(self.source)
+        rows = training_rows(self.recipe.train, self.tokenizer)
+        after = converted(self.source, self.recipe.remix, rows, self.journal.ticker)(self.source)
         write_json(self.out / "plan.json", Plan.of(self.source, after).json())
         after.save(self.linear, overwrite=True)
 
     def measure_baselines(self) -> None:
         """Rows that need no training."""
-        makers = baselines.zero_token(self.source, self.recipe.remix)
+        remix = baselines.remix_of(Checkpoint.open(self.linear))
+        assert remix is not None
+        makers = baselines.zero_token(self.source, remix)
         candidates = {name: make() for name, make in makers.items() if name != baselines.TEACHER}
         write_json(self.out / "baselines.json", self.score(candidates))
 
@@ -133,36 +136,13 @@ class Experiment:
 
     def train(self) -> None:
         """Calibrate and train; the trained model is put into the output directory."""
-        recipe, ticker = self.recipe, self.journal.ticker
-        checkpoint = Checkpoint.open(self.linear)
-        student = hosts.materialize(checkpoint)
+        recipe = self.recipe
         rows = training_rows(recipe.train, self.tokenizer)
-        slots = hosts.slots(self.teacher, self.source)
-        calibrated(student, self.teacher, slots, self.calibration(rows), self.work, ticker)
-
-        def tell(stage: Any, step: int, steps: int, row: dict[str, Any]) -> None:
-            ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}, {row['tokens']:,} tokens")
-
-        ledger = loop.train(
-            loop.Run(
-                model=student,
-                stages=recipe.stages,
-                rows=rows,
-                out=self.out,
-                teacher=self.teacher,
-                teacher_slots=slots,
-                seed=recipe.seed,
-                limit=self.limit,
-                progress=tell,
-            )
-        )
+        ledger = uptrained(
+            self.source, self.linear, self.teacher, rows, recipe.stages, recipe.calibration, self.out,
+            self.journal.ticker, recipe.seed, self.limit,
+        )  # fmt: skip
         write_json(self.out / "ledger.json", ledger)
-        save_trained(checkpoint, student, recipe.stages, ledger, self.out)
-
-    def calibration(self, rows: Callable[[int], Packed]) -> list[Any]:
-        """Batches for the closed-form start, rows as long as the first stage's."""
-        length = self.recipe.stages[0].length if self.recipe.stages else self.recipe.measure.length
-        return loop.batches(rows(length), self.recipe.calibration // length, self.recipe.seed)
 
     def evaluate(self) -> None:
         """The quality table."""

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from .errors import RegraftError
+from .methods.method import filled
 from .steps.remix import Remix
 from .uptrain.stages import Stage
 
@@ -50,6 +51,7 @@ class Recipe:
     `train`: texts to train on; `heldout`: text to measure on (None: the held-out topics of Python's documentation).
     `calibration`: tokens for the closed-form start, 0 to leave it out. `minutes`: budget of the whole run, restarts
     included; the last stage then gets the tokens that fit, at most its own number. `seed`: of the data's order.
+    A file may say `method` and `tokens` (with `length` and `batch` of a step) instead of remix, calibration and stages.
     """
 
     source: str
@@ -69,9 +71,10 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Recipe:
     RegraftError on a missing file, an unknown key (near matches are named) or a value of the wrong type.
     """
     fields = from_python(recipe) if ".py:" in recipe else from_yaml(Path(recipe))
-    for key, value in overrides.items():
-        override(fields, key, yaml.safe_load(value))
-    return build(fields, recipe)
+    for key in sorted(overrides, key=lambda key: "." in key):  # a method and its tokens before parts of what they mean
+        fields = filled(fields) if "." in key else fields
+        override(fields, key, yaml.safe_load(overrides[key]))
+    return build(filled(fields), recipe)
 
 
 def from_yaml(path: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_layers_to_keep(keep: str, layers: int, kept: set[int]) -> None:
         (Remix(keep="-1"), "names layer -1: the last layer is 2"),
         (Remix(keep="every:0"), "is not every:N"),
         (Remix(keep="every:-2"), "is not every:N"),
-        (Remix(keep="some"), "'some' is not every:N, a list such as 0,7,14, all or none"),
+        (Remix(keep="some"), "'some' is not every:N, a list such as 0,7,14, all, none, or a rule"),
         (Remix(mixer="mamba9"), "unknown mixer 'mamba9'"),
         (Remix(mixer="gated"), "'gated'"),
         (Remix(window=-1), "window -1"),

@@ -31,6 +31,8 @@ class Remix:
     `inherit`: which projections of the source's attention the linear mixer copies: "all", "none", or a list such as
     "v,o" (XATL copies "o"); the others begin anew (`mixers.inherit`). The window branch is the source's own.
 
+    `scores`: how the layers of `keep` were chosen, when they were measured (`regraft.choosing`); changes nothing here.
+
     Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the logits.
     Refuses: unknown mixers, layers beyond the last, a model that is already linearized.
     """
@@ -42,6 +44,7 @@ class Remix:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     inherit: str = "all"
+    scores: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
@@ -114,12 +117,20 @@ class Remix:
         word, _, number = self.keep.partition(":")
         if self.keep in ("all", "none"):
             return frozenset(range(layers) if self.keep == "all" else ())
+        if word in RULES:
+            raise RegraftError(
+                f"--keep '{self.keep}' is measured on the weights: regraft linearize does that, and its lineage then "
+                "says which layers; a plan needs every:N, a list, all or none"
+            )
         try:
             if word == "every" and (every := int(number)) > 0:
                 return frozenset(range(0, layers, every))
             chosen = [int(item) for item in self.keep.split(",")]
         except ValueError:
-            raise RegraftError(f"--keep '{self.keep}' is not every:N, a list such as 0,7,14, all or none") from None
+            raise RegraftError(
+                f"--keep '{self.keep}' is not every:N, a list such as 0,7,14, all, none, or a rule to "
+                f"measure by ({', '.join(RULES)}) and how many layers, such as {RULES[0]}:8"
+            ) from None
         if beyond := [layer for layer in chosen if not 0 <= layer < layers]:
             raise RegraftError(f"--keep '{self.keep}' names layer {beyond[0]}: the last layer is {layers - 1}")
         return frozenset(chosen)
@@ -152,6 +163,7 @@ def refuse(source: Checkpoint) -> None:
             )
 
 
+RULES = ("bypass", "halo", "restore")  # ways to choose layers by measurement, see `regraft.choosing`
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import find
 from ..errors import RegraftError
+from ..mixers.gated import Gated
 from .data import Images, Packed
 from .stages import Stage
 
@@ -92,6 +93,10 @@ def running(
     layer that stayed by chance has its change divided by that chance (the paper divides each branch's), unless norms
     stand in the residual stream behind it. Everything is as it was afterwards.
     """
+    if stage.window_drop:
+        with alone(model, stage.window_drop, draws) as count:
+            yield f"{count} without a window"
+        return
     if stage.layers == "all" and not stage.layer_drop and not stage.token_drop:
         yield "all"
         return
@@ -117,6 +122,20 @@ def running(
             layers[i] = layer
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def alone(model: PreTrainedModel, chance: float, draws: torch.Generator) -> Iterator[int]:
+    """Inside, each gated layer gives only its linear branch with this probability; yields how many do."""
+    gated = [module for module in model.modules() if isinstance(module, Gated)]
+    off = [module for module, draw in zip(gated, torch.rand(len(gated), generator=draws), strict=True) if draw < chance]
+    for module in off:
+        module.force = "linear"
+    try:
+        yield len(off)
+    finally:
+        for module in off:
+            module.force = None
 
 
 def middle_of(run: list[int]) -> list[int]:

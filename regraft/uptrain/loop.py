@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import RegraftError
 from ..flops import counter as counted
 from ..hosts.modeling_regraft import RegraftForCausalLM
+from ..mixers.gated import Gated
 from . import adam
 from .data import Packed, shuffled
 from .layers import always, chosen, frozen, running, stack
@@ -98,6 +99,10 @@ def possible(run: Run, stage: Stage) -> None:
     if stage.learn != "all" and not isinstance(run.model, RegraftForCausalLM):
         kind = type(run.model).__name__
         raise RegraftError(f"learn '{stage.learn}' is for models with mixers: train all of a {kind}")
+    if stage.window_drop and not any(isinstance(module, Gated) for module in run.model.modules()):
+        raise RegraftError(
+            f"window_drop {stage.window_drop} leaves windows out, and no layer has one: linearize with one"
+        )
     if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
         if isinstance(run.model, RegraftForCausalLM):
             raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
@@ -201,7 +206,7 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
 def measure(run: Run, stage: Stage, index: int, step: int, entry: dict[str, Any]) -> None:
     """A row of metrics.jsonl with the held-out loss and accuracy, when there are held-out rows."""
     if run.heldout is not None:
-        whole = dataclasses.replace(stage, layer_drop=0.0, token_drop=0.0)
+        whole = dataclasses.replace(stage, layer_drop=0.0, token_drop=0.0, window_drop=0.0)
         with running(run.model, whole, step, generator(run.seed, index, step)):
             found = measured(run.model, stage.objective, run.heldout)
         spent = {"tokens": entry["tokens"], "flops": entry["flops"], "seconds": round(entry["seconds"], 3)}
@@ -253,7 +258,7 @@ def backpropagated(run: Run, stage: Stage, rows: Rows, labels: Tensor | None, fa
     assert run.teacher is not None and isinstance(rows, Packed)
     if stage.kind == "align":
         return align_step(run.model, run.teacher, list(run.teacher_slots), rows, fast)
-    return distil_step(run.model, run.teacher, rows, fast)
+    return distil_step(run.model, run.teacher, rows, fast, stage.ce)
 
 
 def batches(rows: Packed, count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:

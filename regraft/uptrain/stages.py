@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ from .capture import LayerRecord, body, recording
 from .data import Packed
 from .kl import head_kl
 from .lit import Lit
-from .objectives import Kind, last_hidden
+from .objectives import IGNORED, Kind, last_hidden, targets
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Stage:
     share of the tokens that skip the middle layers (arXiv 2203.13240, here drawn at random). LiGO combines its growth
     with a layer_drop of 0.1 and a token_drop of 0.15.
 
-    For models with mixers. `learn`: `all`; `new`, whatever was copied from the source stays as it is; or `lit`, which
-    begins like `new` and lets everything learn once the loss hardly falls (XATL, arXiv 2404.02684; `lit` says when).
+    For models with mixers. `ce`: weight of next-token cross-entropy in `distil`, the KL has the rest. `window_drop`:
+    probability that a gated layer runs in a step without its window, so that the state is used (window dropout, arXiv
+    2510.05901, here per layer and step). `learn`: `all`; `new`, whatever was copied from the source stays as it is; or
+    `lit`, which begins like `new` and lets everything learn once the loss hardly falls (XATL, arXiv 2404.02684; `lit`
+    says when).
     """
 
     kind: Literal["align", "distil", "next", "mask", "image"]
@@ -64,6 +68,8 @@ class Stage:
     layer_drop: float = 0.0
     token_drop: float = 0.0
     layers: str = "all"
+    ce: float = 0.0
+    window_drop: float = 0.0
     learn: Literal["all", "new", "lit"] = "all"
     lit: Lit = Lit()
 
@@ -77,6 +83,11 @@ class Stage:
         if not (0 <= self.layer_drop < 1 and 0 <= self.token_drop < 1):
             raise RegraftError(
                 f"layer_drop {self.layer_drop}, token_drop {self.token_drop}: give shares from 0, below 1"
+            )
+        if not (0 <= self.ce < 1 and 0 <= self.window_drop < 1) or (self.ce and self.kind != "distil"):
+            raise RegraftError(
+                f"stage '{self.kind}' has ce {self.ce}, window_drop {self.window_drop}: both are from 0, below 1, and "
+                "ce is for distil"
             )
         if not 0 < self.mask_share <= 1:
             raise RegraftError(f"mask_share is {self.mask_share}: give a share of the tokens above 0, at most 1")
@@ -188,12 +199,17 @@ def align_step(
     return sum(losses) / len(losses)
 
 
-def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, fast: bool) -> float:
-    """KL(teacher || student) per token over the whole vocabulary, backpropagated; returns it."""
+def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, fast: bool, ce: float = 0.0) -> float:
+    """(1 - ce) KL(teacher || student) per token over the whole vocabulary + ce x next-token cross-entropy; the sum is
+    backpropagated and returned."""
     with torch.no_grad():
         target = last_hidden(teacher, rows, fast)
-    student = last_hidden(model, rows, fast)
-    loss = head_kl(student, model.get_output_embeddings(), target, teacher.get_output_embeddings(), fast)
+    student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
+    loss = head_kl(student, head, target, teacher.get_output_embeddings(), fast)
+    if ce:
+        labels = targets(model, "next", rows)[1]
+        told = F.cross_entropy(head(student[:, :-1]).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        loss = (1 - ce) * loss + ce * told
     loss.backward()
     return float(loss.detach())
 

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def plan(
     source: str,
     mixer: str | None = None,
-    keep: str = "every:4",
-    window: int = 64,
-    sinks: int = 4,
+    method: str | None = None,
+    keep: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
     options: dict[str, Any] | None = None,
-    inherit: str = "all",
+    inherit: str | None = None,
     context: int = 16384,
     length: int = 1024,
     hidden: int | None = None,
@@ -43,6 +44,7 @@ def plan(
     Args:
         source: model directory or GGUF file
         mixer: linearize with this mixer; without it the model as it is (for regraft's own output: what was done)
+        method: linearize as this method does, such as auto; the flags below change what it says
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
         window: width of the gated window branch, 0 for none
         sinks: first tokens that the window always sees
@@ -64,16 +66,18 @@ def plan(
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
     """
+    from .. import methods
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..growing import Growth
-    from ..steps.remix import Remix
 
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
     after = growth(before) if growth.asked else before
-    after = Remix(mixer, keep, window, sinks, options=options or {}, inherit=inherit)(after) if mixer else after
+    if mixer or method:
+        flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
+        after = methods.find(method or "auto").changed(**flags).remix(after)
     made = planning.Plan.of(before, after, context, length)
     return Outcome(made.json(), lambda console: planning.render(made, console))
 
@@ -165,43 +169,68 @@ def grow(
 def linearize(
     source: str,
     out: str,
-    mixer: str = "gated_deltanet",
-    keep: str = "every:4",
-    window: int = 64,
-    sinks: int = 4,
+    method: str = "auto",
+    mixer: str | None = None,
+    keep: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
     seed: int = 0,
     options: dict[str, Any] | None = None,
-    inherit: str = "all",
+    inherit: str | None = None,
+    data: str | None = None,
+    tokens: int = 0,
+    length: int = 1024,
+    batch: int = 1,
     overwrite: bool = False,
     json: bool = False,
 ) -> Outcome:
-    """Replace attention layers by linear-cost mixers and save the model.
+    """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens train it too.
 
     Args:
         source: model directory or GGUF file
-        out: directory to write
-        mixer: such as gated_deltanet, lightning, retnet, supra or window; README.md has the list
-        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
+        out: directory to write; a training that was stopped goes on with the same command
+        method: a published way, or auto, ours (an unknown name lists them); the flags below change what it says
+        mixer: the token mixer, such as gated_deltanet, lightning, retnet, supra or window; README.md has the list
+        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or chosen by measurement:
+            bypass, restore or halo with a number or share of layers, such as restore:8 or halo:25%
         window: width of the gated window branch, 0 for the linear mixer alone
         sinks: first tokens that the window always sees
-        seed: of fresh weights
+        seed: of fresh weights and of the data order
         options: the mixer's own options as JSON, such as {"grouped": false}
         inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
+        data: text to measure layers and to train on: .txt, .jsonl or a folder
+        tokens: how many to train on, over all stages of the method; 0 converts only
+        length: tokens per row
+        batch: rows per step
     """
+    from .. import converting, methods
     from .. import plan as planning
     from ..checkpoint import Checkpoint
-    from ..steps.remix import Remix
+    from ..progress import Ticker
 
+    if tokens < 0 or (tokens and not data):
+        raise RegraftError(f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens")
     before = Checkpoint.open(source)
-    after = Remix(mixer, keep, window, sinks, seed, options or {}, inherit)(before)
+    flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
+    way = methods.find(method).changed(seed=seed, **flags)
+    stages = way.stages(tokens, length, batch) if tokens else []
+    ledger = None
+    with Ticker() as ticker:
+        if tokens and data:
+            remix, ledger = converting.carry_out(before, way, Path(out), data, stages, seed, ticker, overwrite)
+            after = remix(before)
+        else:
+            rows = converting.text_rows(before, data) if data else None
+            after = converting.converted(before, way.remix, rows, ticker)(before)
+            after.save(out, overwrite=overwrite)
     made = planning.Plan.of(before, after)
-    after.save(out, overwrite=overwrite)
 
     def show(console: Console) -> None:
         planning.render(made, console)
-        console.print(f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False)
+        following = f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
+        console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
 
-    return Outcome(made.json() | {"out": out}, show)
+    return Outcome(made.json() | {"out": out, "method": method, "ledger": ledger}, show)
 
 
 def receipts(source: str, out: str, json: bool = False) -> Outcome:

@@ -1,0 +1,199 @@
+"""Which layers keep softmax attention, chosen by measurement: seconds a layer, no training."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import hosts
+from .checkpoint import Checkpoint
+from .errors import RegraftError
+from .evals.perplexity import Candidate, Score, add, window_logits
+from .steps.remix import RULES, Remix
+from .uptrain.calibrate import calibrate
+from .uptrain.data import Packed
+
+EPSILON = 1e-6
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a layer showed: its score (the highest are kept) and the numbers that it comes from."""
+
+    layer: int
+    score: float
+    numbers: dict[str, float]
+
+    def json(self) -> dict[str, float]:
+        """One row of the table."""
+        return {"layer": self.layer, "score": self.score, **self.numbers}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What layers are measured on: `windows` of text; `calibration` batches for the mixers' closed-form start."""
+
+    windows: Packed
+    calibration: Sequence[tuple[Tensor, Tensor, Tensor | None]] = ()
+    progress: Progress = lambda share: None
+
+
+def bypass(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+    """log perplexity of the source when one layer's attention gives nothing ("AR" of Taylor-Calibrate, arXiv
+    2606.16429): what a layer's attention is worth, whatever replaces it."""
+    model = hosts.materialize(source)
+    slots = hosts.slots(model, source)
+    found = []
+    for layer, slot in enumerate(slots):
+        with silenced(slot):
+            score = scored(model, bench.windows)
+        found.append(Measured(layer, score.nll / score.tokens, {"nll": score.nll / score.tokens}))
+        bench.progress((layer + 1) / len(slots))
+    return found
+
+
+def restore(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+    """-KL(teacher || student with this one layer back at softmax), all others converted (KL-guided selection, arXiv
+    2512.20569, here after the closed-form start instead of a training run per layer)."""
+    teacher, student = pair(source, remix, bench)
+    targets = [window_logits(Candidate(teacher), row) for row in bench.windows.input_ids]
+    found = []
+    for layer in range(source.layers):
+        with softmax_in(student, source, teacher, [layer]):
+            score = scored(student, bench.windows, targets)
+        kl = (score.kl or 0.0) / score.tokens
+        found.append(Measured(layer, -kl, {"kl": kl}))
+        bench.progress((layer + 1) / source.layers)
+    return found
+
+
+def halo(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+    """HALO's score (arXiv 2601.22156): s_i = (max R - R_i) / (max C - C_i + 1e-6), R recall and C commonsense of the
+    source with layer i alone converted. A layer is kept when losing it costs recall and little else.
+
+    Here both are log likelihoods on the windows: R of tokens whose last two tokens stood together before in the window,
+    further back than the sliding window sees (they can be copied), C of all other tokens; and the mixers have their
+    closed-form start instead of a first training stage.
+    """
+    teacher, student = pair(source, remix, bench)
+    far = torch.stack([repeated(row, remix.window or 64) for row in bench.windows.input_ids])
+    if not bool(far.any()):
+        raise RegraftError(
+            f"no token of {len(far)} windows of {far.shape[1] + 1} can be copied from beyond {remix.window or 64} "
+            "tokens: give longer windows or another text"
+        )
+    rows = []
+    for layer in range(source.layers):
+        others = [other for other in range(source.layers) if other != layer]
+        with softmax_in(student, source, teacher, others):
+            likelihood = torch.stack([told(student, row) for row in bench.windows.input_ids])
+        rows.append((float(likelihood[far].mean()), float(likelihood[~far].mean())))
+        bench.progress((layer + 1) / source.layers)
+    top = [max(column) for column in zip(*rows, strict=True)]
+    return [
+        Measured(i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common})
+        for i, (recall, common) in enumerate(rows)
+    ]
+
+
+CHOOSE: dict[str, Callable[[Checkpoint, Remix, Bench], list[Measured]]] = dict(
+    zip(RULES, (bypass, halo, restore), strict=True)
+)
+
+
+def asked(keep: str) -> tuple[str, str] | None:
+    """(rule, how many layers) of "RULE:N" or "RULE:P%"; None for a `keep` that needs no measurement."""
+    word, _, number = keep.partition(":")
+    if word not in RULES:
+        return None
+    if not re.fullmatch(r"[1-9]\d*%?", number):
+        raise RegraftError(
+            f"--keep '{keep}' does not say how many layers: give {word}:N or {word}:P%, such as {word}:25%"
+        )
+    return word, number
+
+
+def many(number: str, layers: int) -> int:
+    """How many of `layers` "8" or "25%" are, at least one."""
+    return max(1, layers * int(number[:-1]) // 100) if number.endswith("%") else int(number)
+
+
+def resolved(source: Checkpoint, remix: Remix, bench: Bench) -> Remix:
+    """`remix` with the layers that its rule chose, and the table of scores; unchanged when it names no rule."""
+    wanted = asked(remix.keep)
+    if wanted is None:
+        return remix
+    rule, count = wanted[0], many(wanted[1], source.layers)
+    if count > source.layers:
+        raise RegraftError(f"--keep '{remix.keep}' asks for more layers than the model's {source.layers}: ask for less")
+    found = CHOOSE[rule](source, remix, bench)
+    kept = sorted(sorted(found, key=lambda one: (-one.score, one.layer))[:count], key=lambda one: one.layer)
+    table = {"rule": rule, "tokens": bench.windows.input_ids.numel(), "layers": [one.json() for one in found]}
+    return dataclasses.replace(remix, keep=",".join(str(one.layer) for one in kept), scores=table)
+
+
+def pair(source: Checkpoint, remix: Remix, bench: Bench) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(the source, the source with every layer converted and in its closed-form start)."""
+    teacher = hosts.materialize(source)
+    student = hosts.materialize(dataclasses.replace(remix, keep="none", scores={})(source))
+    if bench.calibration:
+        for _ in calibrate(student.slots(), teacher, hosts.slots(teacher, source), list(bench.calibration)):
+            pass
+    return teacher, student
+
+
+@contextmanager
+def silenced(slot: nn.Module) -> Iterator[None]:
+    """Inside, an attention module gives zeros."""
+    handle = slot.register_forward_hook(lambda module, given, out: (torch.zeros_like(out[0]), *out[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def softmax_in(
+    student: PreTrainedModel, source: Checkpoint, teacher: PreTrainedModel, layers: Sequence[int]
+) -> Iterator[None]:
+    """Inside, these layers of a wholly converted student have the teacher's attention."""
+    mine, theirs = student.slots(), hosts.slots(teacher, source)
+    name = student.config.slot
+    for layer in layers:
+        student.host.set_submodule(name.format(layer), theirs[layer])
+    try:
+        yield
+    finally:
+        for layer in layers:
+            student.host.set_submodule(name.format(layer), mine[layer])
+
+
+def scored(model: PreTrainedModel, windows: Packed, targets: Sequence[Tensor] | None = None) -> Score:
+    """Likelihood of the windows, with KL where the teacher's logits are given."""
+    score = Score()
+    for i, (row, size) in enumerate(zip(windows.input_ids, windows.bytes.tolist(), strict=True)):
+        add(score, window_logits(Candidate(model), row), row[1:], int(size), targets[i] if targets else None)
+    return score
+
+
+def told(model: PreTrainedModel, row: Tensor) -> Tensor:
+    """Log likelihood of every token but the first, (length - 1,)."""
+    logits = window_logits(Candidate(model), row).float()
+    return logits.log_softmax(-1).gather(1, row[1:, None]).squeeze(1)
+
+
+def repeated(row: Tensor, window: int) -> Tensor:
+    """Which of row[1:] complete a pair of tokens that stood together last more than `window` tokens before."""
+    pairs = torch.stack((row[:-1], row[1:]), 1)
+    same = (pairs.unsqueeze(0) == pairs.unsqueeze(1)).all(-1)
+    index = torch.arange(len(pairs))
+    back = index.unsqueeze(1) - index.unsqueeze(0)
+    return (same & (back > window)).any(1) & ~(same & (back > 0) & (back <= window)).any(1)

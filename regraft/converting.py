@@ -1,0 +1,139 @@
+"""From a source to a linearized model: layers chosen, mixers put in, started in closed form and trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import choosing, hosts, text
+from .checkpoint import Checkpoint
+from .errors import RegraftError
+from .evals.baselines import remix_of
+from .journal import write_json
+from .methods import Method
+from .progress import Ticker
+from .report import read_json
+from .settings import Text
+from .steps.remix import Remix
+from .training import calibrated, save_trained, training_rows
+from .uptrain import loop
+from .uptrain.data import Packed, pack
+from .uptrain.stages import Stage
+
+WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
+ASKED = "asked.json"
+Limit = Callable[[int], float | None]
+
+
+def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Packed] | None, ticker: Ticker) -> Remix:
+    """`remix` with its layers chosen, by measurement where it names a rule; see `choosing`.
+
+    `rows`: packed text by length (None: Python's own documentation, without what is held out of it).
+    """
+    if choosing.asked(remix.keep) is None:
+        return remix
+    if rows is None:
+        tokenizer = hosts.load_tokenizer(source.path)
+        rows = cache(lambda length: pack(text.documentation(), tokenizer, length))
+    ticker.start(f"measuring layers ({remix.keep})")
+    table = rows(LENGTH)
+    picked = table[loop.shuffled(len(table), min(WINDOWS, len(table)), remix.seed)]
+    batches = loop.batches(table, WINDOWS, remix.seed + 1)
+    return choosing.resolved(source, remix, choosing.Bench(picked, batches, ticker.update))
+
+
+def uptrained(
+    source: Checkpoint,
+    folder: Path,
+    teacher: nn.Module,
+    rows: Callable[[int], Packed],
+    stages: Sequence[Stage],
+    calibration: int,
+    out: Path,
+    ticker: Ticker,
+    seed: int = 0,
+    limit: Limit = lambda stage: None,
+) -> dict[str, Any]:
+    """Calibrate the linearized model in `folder` on so many tokens, train it and put it into `out`; the ledger.
+
+    Called again it goes on where it was.
+    """
+    checkpoint = Checkpoint.open(folder)
+    student = hosts.materialize(checkpoint)
+    slots = hosts.slots(teacher, source)
+    length = stages[0].length if stages else LENGTH
+    batches = loop.batches(rows(length), calibration // length, seed) if calibration else []
+    calibrated(student, teacher, slots, batches, out / "work", ticker)
+
+    def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+        ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}, {row['tokens']:,} tokens")
+
+    ledger = loop.train(loop.Run(student, stages, rows, out, teacher, slots, seed=seed, limit=limit, progress=tell))
+    save_trained(checkpoint, student, stages, ledger, out)
+    return ledger
+
+
+def carry_out(
+    source: Checkpoint,
+    method: Method,
+    out: Path,
+    data: str,
+    stages: Sequence[Stage],
+    seed: int,
+    ticker: Ticker,
+    overwrite: bool = False,
+) -> tuple[Remix, dict[str, Any]]:
+    """A method from end to end: (what was replaced, the ledger); called again it goes on where it was.
+
+    RegraftError when `out` holds a finished model, which `overwrite` deletes, or another conversion.
+    """
+    work = out / "work"
+    facts: dict[str, Any] = {
+        "source": str(source.path),
+        "data": data,
+        "seed": seed,
+        "method": repr(method),
+        "stages": repr(stages),
+    }
+    if source.path.resolve().is_relative_to(out.resolve()):
+        raise RegraftError(f"'{out}' holds the source, which is read while the result is made: choose another output")
+    claim(out, facts, overwrite)
+    rows = text_rows(source, data)
+    linear = work / "linearized"
+    if not (linear / "config.json").exists():
+        converted(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
+    remix = remix_of(Checkpoint.open(linear))
+    assert remix is not None
+    ticker.start("training")
+    teacher = hosts.materialize(source)
+    ledger = uptrained(source, linear, teacher, rows, stages, method.calibration, out, ticker, seed)
+    for folder in (work, out / "run"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (out / ASKED).unlink(missing_ok=True)
+    return remix, ledger
+
+
+def text_rows(source: Checkpoint, data: str) -> Callable[[int], Packed]:
+    """Packed rows of a text by length, in the source's tokens."""
+    return training_rows([Text(data)], hosts.load_tokenizer(source.path))
+
+
+def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
+    """Note in `out` what is being made there; RegraftError when something else is there already."""
+    if overwrite and (out / "config.json").exists():
+        shutil.rmtree(out)
+    if (out / "config.json").exists():
+        raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to begin again")
+    theirs = read_json(out / ASKED)
+    if theirs is None and out.exists() and any(out.iterdir()):
+        raise RegraftError(f"{out} exists and holds no conversion: choose another folder or delete it")
+    other = next((key for key in facts if theirs is not None and theirs.get(key) != facts[key]), None)
+    if theirs is not None and other:
+        raise RegraftError(f"{out} holds a conversion with another {other}: choose another folder or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / ASKED, facts)

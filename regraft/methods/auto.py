@@ -1,0 +1,18 @@
+"""Ours: gated delta rule in the source's own heads beside its attention seen through a window, from a closed form.
+
+Grouped heads, biases, query/key norms and rotary embedding stay as the source has them; no convolution, activation or
+output norm that it lacks (RADLADS' ablations, arXiv 2505.03005). Gates, decays, write strengths and value maps are set
+in closed form on 8,192 tokens; a quarter of the budget aligns layers with the teacher's outputs, the rest matches its
+distribution with all weights.
+"""
+
+from ..steps.remix import Remix
+from .method import Leg, Method
+
+RATES = {"lr_new": 2e-3, "lr_mixer": 5e-4}
+
+method = Method(
+    Remix(),
+    (Leg("align", 0.25, RATES), Leg("distil", 0.75, RATES | {"lr_body": 5e-5})),
+    calibration=8192,
+)

@@ -1,0 +1,101 @@
+"""What a way to linearize consists of, and the registry of them by file name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RegraftError
+from ..steps.remix import Remix
+from ..uptrain.stages import Stage
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One stage: its kind, its share of all tokens, rows `longer` than the first length by this factor, and further
+    fields of a Stage."""
+
+    kind: str
+    share: float
+    fields: dict[str, Any] = field(default_factory=dict)
+    longer: int = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to linearize. `calibration`: tokens of the closed-form start, 0 for none. `legs`: training stages in order,
+    their shares adding up to 1. The docstring of the method's file has the paper, what differs from it here, and what
+    is known of patents and licences.
+    """
+
+    remix: Remix
+    legs: tuple[Leg, ...]
+    calibration: int = 0
+
+    def __post_init__(self) -> None:
+        assert abs(sum(leg.share for leg in self.legs) - 1) < 1e-9
+
+    def stages(self, tokens: int, length: int = 1024, batch: int = 1) -> list[Stage]:
+        """The stages on a budget, in whole steps; RegraftError when a stage has not one step."""
+        made = []
+        for leg in self.legs:
+            size = leg.longer * length
+            step = size * batch
+            steps = round(leg.share * tokens / step)
+            if steps < 1:
+                raise RegraftError(
+                    f"{tokens} tokens leave stage '{leg.kind}' with its share of {leg.share:g} less than a step of "
+                    f"{batch} x {size}: give {round(step / leg.share)} or more, or shorter rows"
+                )
+            fields: dict[str, Any] = {"kind": leg.kind, "tokens": steps * step, "length": size, "batch": batch}
+            made.append(Stage(**fields, **leg.fields))
+        return made
+
+    def changed(self, **given: Any) -> Method:
+        """With these fields of its Remix instead; None leaves one as it is. A mixer's options go with the mixer."""
+        given = {key: value for key, value in given.items() if value is not None}
+        if given.get("mixer", self.remix.mixer) != self.remix.mixer:
+            given = {"options": {}, "inherit": "all"} | given
+        return dataclasses.replace(self, remix=dataclasses.replace(self.remix, **given))
+
+
+def names() -> list[str]:
+    """Every method's name: the files of this folder."""
+    package = importlib.import_module(__package__ or "regraft.methods")
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "method"]
+
+
+def find(name: str) -> Method:
+    """The method called `name`; RegraftError names the known ones."""
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise RegraftError(f"unknown method '{name}': {hint}use one of {', '.join(names())}")
+    made: Method = importlib.import_module(f"{__package__}.{name}").method
+    return made
+
+
+def filled(fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's mapping with `method`, `tokens`, `length` and `batch` spelt out as remix, calibration and stages; what
+    the recipe says itself stays."""
+    if "method" not in fields:
+        return fields
+    rest = {key: value for key, value in fields.items() if key not in ("method", "tokens", "length", "batch")}
+    method = find(fields["method"])
+    remix = rest.pop("remix", None) or {}
+    if not isinstance(remix, dict):
+        raise RegraftError(f"remix is {remix!r}: give keys with values, such as keep: none")
+    made: dict[str, Any] = {
+        "remix": dataclasses.asdict(method.changed(**remix).remix),
+        "calibration": method.calibration,
+    }
+    if "stages" not in rest:
+        if not isinstance(fields.get("tokens"), int):
+            raise RegraftError(f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}")
+        sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
+        made["stages"] = [dataclasses.asdict(stage) for stage in method.stages(fields["tokens"], **sizes)]
+    return made | rest

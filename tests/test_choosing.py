@@ -1,0 +1,130 @@
+"""Layers chosen by measurement: each rule's numbers against models built one by one, and what the lineage then says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import speaking
+import torch
+from models import tiny, tokens
+from test_cli import as_json, refused
+
+from regraft import choosing, hosts
+from regraft.checkpoint import Checkpoint
+from regraft.choosing import Bench
+from regraft.errors import RegraftError
+from regraft.evals.baselines import remix_of
+from regraft.steps.remix import Remix
+from regraft.uptrain.data import Packed
+
+PLAIN = Remix(window=8, sinks=2, keep="none")
+
+
+def windows(rows: int = 2, length: int = 60) -> Packed:
+    ids = tokens(rows, length)
+    ids[:, 40:50] = ids[:, 5:15]  # what can be copied from beyond the window
+    return Packed(ids, torch.arange(length).expand_as(ids), torch.full((rows,), 4 * length))
+
+
+@pytest.fixture(params=["llama", "gpt_neox"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    tiny(request.param)[1].save_pretrained(tmp_path / "source")
+    return Checkpoint.open(tmp_path / "source")
+
+
+@torch.no_grad()
+def nll(model: torch.nn.Module, rows: Packed) -> torch.Tensor:
+    """(rows, length - 1)."""
+    logits = model(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    return -logits.gather(2, rows.input_ids[:, 1:, None]).squeeze(2)
+
+
+def test_bypass_is_the_loss_without_one_attention(source: Checkpoint) -> None:
+    rows = windows()
+    found = choosing.bypass(source, PLAIN, Bench(rows))
+    model = hosts.materialize(source)
+    for layer, slot in enumerate(hosts.slots(model, source)):
+        out = list(slot.children())[-1] if source.anatomy.family == "gpt_neox" else slot.o_proj
+        kept = {name: value.clone() for name, value in out.state_dict().items()}
+        for parameter in out.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert found[layer].score == pytest.approx(float(nll(model, rows).mean()), rel=1e-5)
+        out.load_state_dict(kept)
+    assert len({one.score for one in found}) == source.layers
+
+
+@torch.no_grad()
+def test_restore_is_the_divergence_with_one_layer_kept(source: Checkpoint) -> None:
+    rows = windows()
+    teacher = hosts.materialize(source)(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    for one in choosing.restore(source, PLAIN, Bench(rows)):
+        student = hosts.materialize(dataclasses.replace(PLAIN, keep=str(one.layer))(source))
+        logits = student(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        kl = float((teacher.exp() * (teacher - logits)).sum(-1).mean())
+        assert one.score == pytest.approx(-kl, rel=1e-4)
+
+
+def test_halo_tells_copying_from_the_rest(source: Checkpoint) -> None:
+    rows = windows()
+    found = choosing.halo(source, PLAIN, Bench(rows))
+    far = torch.stack([choosing.repeated(row, 8) for row in rows.input_ids])
+    numbers = []
+    for layer in range(source.layers):
+        keep = ",".join(str(other) for other in range(source.layers) if other != layer)
+        loss = nll(hosts.materialize(dataclasses.replace(PLAIN, keep=keep)(source)), rows)
+        numbers.append((-float(loss[far].mean()), -float(loss[~far].mean())))
+        assert (found[layer].numbers["recall"], found[layer].numbers["common"]) == pytest.approx(numbers[-1], rel=1e-4)
+    best = [max(column) for column in zip(*numbers, strict=True)]
+    for one, (recall, common) in zip(found, numbers, strict=True):
+        assert one.score == pytest.approx((best[0] - recall) / (best[1] - common + 1e-6), rel=2e-2, abs=1e-3)
+
+
+def test_repeated_pairs_are_found_by_looking_for_them() -> None:
+    row, window = torch.randint(0, 5, (70,), generator=torch.Generator().manual_seed(3)), 6
+    ids = row.tolist()
+    expected = []
+    for at in range(1, len(ids)):
+        earlier = [at - i for i in range(1, at) if ids[i - 1 : i + 1] == ids[at - 1 : at + 1]]
+        expected.append(bool(earlier) and min(earlier) > window)
+    assert choosing.repeated(row, window).tolist() == expected
+    assert any(expected) and not all(expected)
+
+
+def test_a_text_without_anything_to_copy_is_refused(source: Checkpoint) -> None:
+    ids = torch.arange(3, 63).expand(1, 60)
+    rows = Packed(ids, torch.arange(60).expand(1, 60), torch.tensor([60]))
+    with pytest.raises(RegraftError, match="no token of 1 windows of 60 can be copied from beyond 8 tokens"):
+        choosing.halo(source, PLAIN, Bench(rows))
+
+
+def test_the_best_are_kept_and_the_table_goes_into_the_lineage(source: Checkpoint, tmp_path: Path) -> None:
+    rows = windows()
+    scores = [one.score for one in choosing.restore(source, PLAIN, Bench(rows))]
+    made = choosing.resolved(source, dataclasses.replace(PLAIN, keep="restore:2"), Bench(rows))
+    assert made.keep == ",".join(str(layer) for layer in sorted(sorted(range(3), key=lambda i: -scores[i])[:2]))
+    made(source).save(tmp_path / "out")
+    again = remix_of(Checkpoint.open(tmp_path / "out"))
+    assert again == made and [row["score"] for row in again.scores["layers"]] == pytest.approx(scores)
+    assert choosing.many("25%", 30) == 7 and choosing.many("1%", 3) == 1
+    unchanged = dataclasses.replace(PLAIN, keep="every:2")
+    assert choosing.resolved(source, unchanged, Bench(rows)) is unchanged
+    for keep, why in {
+        "restore": "does not say how many",
+        "halo:0": "does not say",
+        "bypass:9": "more layers than",
+    }.items():
+        with pytest.raises(RegraftError, match=why):
+            choosing.resolved(source, dataclasses.replace(PLAIN, keep=keep), Bench(rows))
+
+
+def test_the_command_measures_and_plans_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = speaking.save(tmp_path / "model"), speaking.write_text(tmp_path / "text.txt")
+    words = ["linearize", model, tmp_path / "out", "--keep", "restore:25%", "--data", text, "--window", 16, "--json"]
+    as_json(capsys, *words)
+    remix = remix_of(Checkpoint.open(tmp_path / "out"))
+    assert remix is not None and remix.scores["rule"] == "restore" and len(remix.scores["layers"]) == 4
+    assert len(remix.keep.split(",")) == 1
+    said = refused(capsys, "plan", model, "--mixer", "supra", "--keep", "bypass:2")
+    assert "'bypass:2' is measured on the weights" in said

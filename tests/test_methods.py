@@ -1,0 +1,120 @@
+"""Ways to linearize: each builds, divides its budget, trains and goes on after a kill; what they will not do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import speaking
+import torch
+import yaml
+from models import tiny
+from test_cli import as_json, refused
+
+from regraft import methods, settings
+from regraft.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.uptrain import loop
+
+NAMES = methods.names()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("methods")
+    speaking.save(place / "model")
+    speaking.write_text(place / "text.txt", documents=12)
+    return place
+
+
+def words(folder: Path, method: str, out: Path, *more: object) -> list[object]:
+    text = folder / "text.txt"
+    plain = ["linearize", folder / "model", out, "--method", method, "--data", text]
+    return [*plain, "--tokens", 1024, "--length", 64, "--json", *more]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_says_where_it_comes_from_and_divides_its_budget(name: str) -> None:
+    method = methods.find(name)
+    assert "arXiv" in (importlib.import_module(f"regraft.methods.{name}").__doc__ or "")
+    stages = method.stages(1_000_000, 512, 2)
+    assert [stage.kind for stage in stages] == [leg.kind for leg in method.legs]
+    assert abs(sum(stage.tokens for stage in stages) - 1_000_000) < 0.01 * 1_000_000
+    with pytest.raises(RegraftError, match=f"leave stage '{method.legs[0].kind}'.*give .* or more"):
+        method.stages(64, 1024)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_goes_from_end_to_end(name: str, folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    told = as_json(capsys, *words(folder, name, out))
+    made = Checkpoint.open(out)
+    assert told["method"] == name and made.config["model_type"] == "regraft"
+    assert [step["step"] for step in made.history] == ["Remix", "Train"]
+    assert told["ledger"]["tokens"] == sum(stage.tokens for stage in methods.find(name).stages(1024, 64))
+    assert {file.name for file in out.iterdir()} >= {"metrics.jsonl", "lineage.json", "tokenizer.json"}
+    assert not (out / "work").exists() and not (out / "run").exists()
+    assert "holds a finished model" in refused(capsys, *words(folder, name, out))
+
+
+def test_a_killed_conversion_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    as_json(capsys, *words(folder, "auto", tmp_path / "whole", "--keep", "restore:1"))
+    write, rows = loop.write, []
+
+    def dying(run: loop.Run, row: dict) -> None:
+        write(run, row)
+        rows.append(row)
+        if len(rows) == 9:
+            raise KeyboardInterrupt
+
+    train = loop.train
+    monkeypatch.setattr(loop, "write", dying)
+    monkeypatch.setattr(loop, "train", lambda run: train(dataclasses.replace(run, save_seconds=0.0)))
+    with pytest.raises(AssertionError, match="130"):
+        as_json(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "restore:1"))
+    monkeypatch.undo()
+    said = refused(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "none"))
+    assert "holds a conversion with another method" in said
+    as_json(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "restore:1"))
+    one, two = (Checkpoint.open(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(lazy.read(), two.tensors[key].read()) for key, lazy in one.tensors.items())
+
+
+def test_flags_change_a_method_and_a_mixers_options_go_with_it() -> None:
+    supra = methods.find("supra")
+    assert supra.changed(keep="every:2").remix.options == supra.remix.options
+    other = supra.changed(mixer="gated_deltanet", window=32).remix
+    assert (other.mixer, other.options, other.window, other.keep) == ("gated_deltanet", {}, 32, "none")
+
+
+def test_a_recipe_may_name_a_method(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"source": "m", "train": [], "method": "taylor", "tokens": 65536}))
+    recipe = settings.load(str(file), {"stages.0.tokens": "2048", "remix": "{keep: none}"})
+    assert recipe.remix.keep == "none" and recipe.remix.window == 0 and recipe.calibration == 8192
+    assert [stage.kind for stage in recipe.stages] == ["align", "distil"] and recipe.stages[0].tokens == 2048
+    with pytest.raises(RegraftError, match="needs tokens"):
+        settings.build(methods.method.filled({"source": "m", "train": [], "method": "auto"}))
+
+
+def test_wrong_use(folder: Path, tmp_path: Path, capsys) -> None:
+    assert "did you mean 'supra'" in refused(capsys, "linearize", folder / "model", tmp_path / "o", "--method", "supr")
+    assert "give --data" in refused(capsys, "linearize", folder / "model", tmp_path / "o", "--tokens", 100)
+    assert "holds the source" in refused(capsys, *words(folder, "auto", folder / "model", "--overwrite"))
+    assert (folder / "model" / "model.safetensors").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("mine")
+    assert "holds no conversion" in refused(capsys, *words(folder, "auto", tmp_path / "full"))
+    assert json.loads((folder / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_dropping_windows_needs_windows(folder: Path, tmp_path: Path) -> None:
+    _, model = tiny("llama")
+    stage = loop.Stage("next", tokens=64, length=32, window_drop=0.5)
+    with pytest.raises(RegraftError, match="no layer has one"):
+        loop.possible(loop.Run(model, [stage], lambda length: None, tmp_path), stage)
+    with pytest.raises(RegraftError, match="ce is for distil"):
+        loop.Stage("next", tokens=64, length=32, ce=0.5)
