@@ -24,7 +24,7 @@ from .uptrain import loop
 from .uptrain.calibrate import calibrate
 from .uptrain.data import Packed, pack, read_documents, read_images
 from .uptrain.objectives import Rows
-from .uptrain.stages import Stage
+from .uptrain.stages import LAYERWISE, Stage
 
 
 def training_rows(texts: Sequence[Text], tokenizer: Any) -> Callable[[int], Packed]:
@@ -138,14 +138,15 @@ def train_once(
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
     family = checkpoint.config["model_type"]
-    if stage.kind == "align" and family != "regraft":
-        raise RegraftError(f"{model} is a {family} model without mixers to align: regraft linearize it first")
+    if stage.kind in LAYERWISE and family != "regraft":
+        raise RegraftError(
+            f"{model} is a {family} model without mixers, which '{stage.kind}' is for: regraft linearize it first"
+        )
     student = hosts.load(model)
     tokenizer = None if stage.kind == "image" else hosts.load_tokenizer(model)
     guide = hosts.load(teacher) if teacher else None
-    slots = (
-        hosts.slots(guide, Checkpoint.open(teacher)) if guide is not None and teacher and stage.kind == "align" else []
-    )
+    matched = teacher if stage.kind in LAYERWISE else None
+    slots = hosts.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
     held = rows_of(heldout, stage, tokenizer)(stage.length) if heldout else None
     ticker.start(stage.kind)
 

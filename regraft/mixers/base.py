@@ -260,6 +260,10 @@ class Mixer(nn.Module):
             return False
         return True
 
+    def matrix(self, x: Tensor, mixing: Mixing) -> Tensor:
+        """How values are mixed over tokens before norms and gates, (batch, heads, time, time); x as in `mix`."""
+        raise RegraftError(f"mixer '{self.name}' has no single matrix over tokens: leave out the stage 'matrix'")
+
     def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> per-head outputs (batch, time, heads, dim) and the state after the last token."""
         raise NotImplementedError

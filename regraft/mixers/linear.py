@@ -145,6 +145,16 @@ class Linear(Mixer):
         out, last = self.read(self.inputs(x, mixing), mixing, state["matrix"] if state else None)
         return self.finish(out, x).to(x.dtype), {"matrix": last}
 
+    def matrix(self, x: Tensor, mixing: Mixing) -> Tensor:
+        """As in the base class: what comes of values that are one at a single token."""
+        if type(self).mix is not Linear.mix:
+            return super().matrix(x, mixing)
+        inputs = self.inputs(x, mixing)
+        heads, time = inputs["v"].shape[1:3]
+        inputs["v"] = torch.eye(time, device=x.device).expand(x.shape[0], heads, time, time)
+        out, _ = self.read(inputs, mixing, None)
+        return (out[..., :-1] / out[..., -1:].clamp(min=SMALLEST) if self.denominator else out).transpose(1, 2)
+
     def read(self, inputs: dict[str, Tensor], mixing: Mixing, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs (batch, time, heads, values) and the last state; padding neither writes nor decays."""
         inputs = {name: value.float() for name, value in inputs.items()}

@@ -93,9 +93,9 @@ class Mamba2(StateSpace):
         step = F.softplus(self.dt.bias)
         self.A_log.copy_((torch.log(torch.tensor(2.0)) / distance.clamp(min=1.0) / step).log())
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the states."""
-        widths, past, new = self.widths, state or {}, {}
+    def inputs(self, x: Tensor, mixing: Mixing, past: State) -> tuple[dict[str, Tensor], State]:
+        """(C as q, B as k, values, dt and g, each (batch, heads, time, ..); states of the convolutions)."""
+        widths, new = self.widths, {}
         if self.own:
             parts = {"x": self.x(x), "b": self.b(x), "c": self.c(x)}
         else:
@@ -106,9 +106,23 @@ class Mamba2(StateSpace):
         b, c = (parts[n].float().unflatten(-1, (-1, widths.state)).transpose(1, 2) for n in "bc")
         b, c = (t.expand(-1, widths.heads, -1, -1) for t in (b, c))
         dt = F.softplus(self.dt(x).float())
-        g, v = (-self.A_log.float().exp() * dt).transpose(1, 2), (dt.unsqueeze(-1) * values).transpose(1, 2)
-        b, v, g = silence(mixing.valid, b, v, g)
-        out, new["matrix"] = recur(c, b, v, g, None, mixing.segments, past.get("matrix"))
-        y = self.gated(out.transpose(1, 2) + self.D.float().view(-1, 1) * values, x).flatten(2)
+        g = (-self.A_log.float().exp() * dt).transpose(1, 2)
+        made = {"q": c, "k": b, "values": values.transpose(1, 2), "dt": dt.transpose(1, 2).unsqueeze(-1), "g": g}
+        return made, new
+
+    def matrix(self, x: Tensor, mixing: Mixing) -> Tensor:
+        """As in the base class, D on the diagonal."""
+        made, _ = self.inputs(x, mixing, {})
+        eye = torch.eye(x.shape[1], device=x.device)
+        out, _ = recur(made["q"], made["k"], made["dt"] * eye, made["g"], None, mixing.segments, None)
+        return out + self.D.float().view(-1, 1, 1) * eye
+
+    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the states."""
+        widths, past = self.widths, state or {}
+        made, new = self.inputs(x, mixing, past)
+        b, v, g = silence(mixing.valid, made["k"], made["dt"] * made["values"], made["g"])
+        out, new["matrix"] = recur(made["q"], b, v, g, None, mixing.segments, past.get("matrix"))
+        y = self.gated((out + self.D.float().view(-1, 1, 1) * made["values"]).transpose(1, 2), x).flatten(2)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
         return y.unflatten(-1, (widths.heads, widths.dim)).to(x.dtype), new

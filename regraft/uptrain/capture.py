@@ -18,11 +18,13 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass
 class LayerRecord:
-    """What one attention slot saw and gave: inputs and outputs (batch, time, hidden), the rotary tables."""
+    """What one attention slot saw and gave: inputs and outputs (batch, time, hidden), the rotary tables, the softmax
+    matrices (batch, heads, time, time) where the model gives them."""
 
     inputs: Tensor
     outputs: Tensor
     rotary: Rotary | None
+    weights: Tensor | None = None
 
     def mixing(self, segments: Tensor | None) -> Mixing:
         """The context a mixer in this slot would get."""
@@ -36,7 +38,8 @@ def recording(slots: list[nn.Module], layers: list[int], keep: Callable[[int, La
     def hook(layer: int) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            keep(layer, LayerRecord(inputs.detach(), output[0].detach(), kwargs.get("position_embeddings")))
+            weights = output[1].detach() if len(output) > 1 and torch.is_tensor(output[1]) else None
+            keep(layer, LayerRecord(inputs.detach(), output[0].detach(), kwargs.get("position_embeddings"), weights))
 
         return record
 

@@ -22,9 +22,10 @@ from ..mixers.gated import Gated
 from . import adam
 from .data import Packed, shuffled
 from .layers import always, chosen, frozen, running, stack
+from .matching import align_step, matrix_step
 from .objectives import Rows, headed, loss_of, measured, suited, targets
 from .resume import RunState, load_state, save_state
-from .stages import Stage, align_step, distil_step, finite, parameter_groups, thaw
+from .stages import LAYERWISE, Stage, distil_step, finite, parameter_groups, thaw
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
@@ -94,8 +95,9 @@ def train(run: Run) -> dict[str, Any]:
 def possible(run: Run, stage: Stage) -> None:
     """RegraftError when the model has no head for a stage, no mixers to align, or no fitting teacher."""
     headed(run.model, stage.objective)
-    if stage.kind == "align" and not isinstance(run.model, RegraftForCausalLM):
-        raise RegraftError(f"stage 'align' fits mixers, which a {type(run.model).__name__} has not: linearize it first")
+    if stage.kind in LAYERWISE and not isinstance(run.model, RegraftForCausalLM):
+        kind = type(run.model).__name__
+        raise RegraftError(f"stage '{stage.kind}' fits mixers, which a {kind} has not: linearize it first")
     if stage.learn != "all" and not isinstance(run.model, RegraftForCausalLM):
         kind = type(run.model).__name__
         raise RegraftError(f"learn '{stage.learn}' is for models with mixers: train all of a {kind}")
@@ -107,7 +109,7 @@ def possible(run: Run, stage: Stage) -> None:
         if isinstance(run.model, RegraftForCausalLM):
             raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
         chosen(stage.layers, len(stack(run.model)))
-    if stage.kind in ("align", "distil"):
+    if stage.kind in (*LAYERWISE, "distil"):
         if run.teacher is None:
             raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
         headed(run.teacher, "next")
@@ -256,8 +258,9 @@ def backpropagated(run: Run, stage: Stage, rows: Rows, labels: Tensor | None, fa
         value.backward()
         return float(value.detach())
     assert run.teacher is not None and isinstance(rows, Packed)
-    if stage.kind == "align":
-        return align_step(run.model, run.teacher, list(run.teacher_slots), rows, fast)
+    if stage.kind in LAYERWISE:
+        match = align_step if stage.kind == "align" else matrix_step
+        return match(run.model, run.teacher, list(run.teacher_slots), rows, fast)
     return distil_step(run.model, run.teacher, rows, fast, stage.ce)
 
 

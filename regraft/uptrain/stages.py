@@ -15,21 +15,22 @@ from transformers import PreTrainedModel
 
 from ..errors import RegraftError
 from ..hosts.modeling_regraft import RegraftForCausalLM
-from ..mixers.base import Attention, Mixer
+from ..mixers.base import Attention
 from ..mixers.registry import weights
-from .calibrate import error
-from .capture import LayerRecord, body, recording
 from .data import Packed
 from .kl import head_kl
 from .lit import Lit
 from .objectives import IGNORED, Kind, last_hidden, targets
+
+LAYERWISE = ("matrix", "align")  # each mixer is matched to its teacher's layer on its own
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of training.
 
-    `kind`: `align` (each mixer matches its teacher layer's output on the teacher's input; mixers only), `distil` (KL to
+    `kind`: `matrix` (each mixer matches the softmax matrices of its teacher layer), `align` (each mixer matches its
+    teacher layer's output; both on the teacher's input and for mixers only), `distil` (KL to
     the teacher's full distribution), `next` (next-token cross-entropy), `mask` (BERT's masked tokens, `mask_share` of
     them) or `image` (the class). `tokens`: budget; `length` and `batch`: tokens a row and rows a step; for `image` the
     budget counts images and the length is 1. Learning rates: `lr_new` for weights the source does not have, `lr_mixer`
@@ -52,7 +53,7 @@ class Stage:
     says when).
     """
 
-    kind: Literal["align", "distil", "next", "mask", "image"]
+    kind: Literal["matrix", "align", "distil", "next", "mask", "image"]
     tokens: int
     length: int = 1024
     batch: int = 1
@@ -131,7 +132,7 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
     mixing = isinstance(model, RegraftForCausalLM)
     origin = origins(model) if mixing else {}
     body = stage.lr_body if stage.lr_body is not None else 3e-5 if mixing else 3e-4
-    rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind == "align" else body}
+    rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind in LAYERWISE else body}
     if stage.learn != "all":
         rates |= {"mixer": 0.0, "body": 0.0}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -173,30 +174,6 @@ def origins(model: PreTrainedModel) -> dict[int, tuple[str, bool]]:
             parameter = slot.mixer.get_parameter(name)
             found[id(parameter)] = ("mixer" if weight.source else "new", weight.decay)
     return found
-
-
-def align_step(
-    model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
-) -> float:
-    """One forward of the teacher's body; each mixer's relative squared error is backpropagated on its own.
-
-    Returns the mean over converted layers.
-    """
-    mixers = {i: slot.mixer for i, slot in enumerate(model.slots()) if isinstance(getattr(slot, "mixer", None), Mixer)}
-    segments, losses = rows.segments(), []
-
-    def learn(layer: int, record: LayerRecord) -> None:
-        with torch.enable_grad(), torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=fast):
-            loss = error(mixers[layer], record, record.mixing(segments))
-        loss.backward()
-        losses.append(float(loss.detach()))
-
-    with (
-        recording(teacher_slots, list(mixers), learn),
-        torch.autocast(rows.input_ids.device.type, torch.bfloat16, enabled=fast),
-    ):
-        body(teacher, rows.input_ids, rows.position_ids)
-    return sum(losses) / len(losses)
 
 
 def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, fast: bool, ce: float = 0.0) -> float:

@@ -16,7 +16,7 @@ def train(
     out: str,
     data: str | None = None,
     tokens: int = 0,
-    stage: Literal["align", "distil", "next", "mask", "image"] = "distil",
+    stage: Literal["matrix", "align", "distil", "next", "mask", "image"] = "distil",
     teacher: str | None = None,
     length: int = 1024,
     batch: int = 1,
@@ -43,8 +43,8 @@ def train(
         out: directory to write
         data: text file or folder; for image a .npz file with pixel_values and labels
         tokens: how many tokens, for image how many images, to train on
-        stage: align (layer outputs), distil (the teacher's distribution), next (next token), mask (masked tokens of an
-            encoder) or image (the class of an image)
+        stage: matrix (softmax matrices of layers), align (layer outputs), distil (the teacher's distribution), next
+            (next token), mask (masked tokens of an encoder) or image (the class of an image)
         teacher: the source, needed by align and distil
         length: tokens per row
         batch: rows per step

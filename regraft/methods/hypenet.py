@@ -1,0 +1,18 @@
+"""HALO's recipe for HypeNet (arXiv 2601.22156): fixed-decay linear attention with norm and output gate, a quarter of
+the layers kept where recall depends on them; outputs aligned, then the distribution matched, then longer rows.
+
+Shares of its 2.3 billion tokens: about 0.3, 1 and 1. Layers are scored on the closed-form start and on repeated pairs
+of tokens, not after a first stage and on benchmarks; kept layers keep their rotary embedding, which the paper removes.
+"""
+
+from ..steps.remix import Remix
+from .method import Leg, Method
+
+method = Method(
+    Remix(mixer="lightning", keep="halo:25%", window=0, options={"norm": "rms", "gate": "sigmoid"}),
+    (
+        Leg("align", 0.14),
+        Leg("distil", 0.43),
+        Leg("next", 0.43, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 1e-5}, longer=4),
+    ),
+)

@@ -1,0 +1,19 @@
+"""MOHAWK (Bick et al., arXiv 2408.10189): mixing matrices, then layer outputs, then the distribution are matched.
+
+Shares of its 3 billion tokens for Phi-Mamba: 80 M, 160 M, the rest; here at least a twentieth for each of the first
+two, so that small budgets have steps for them. The first two stages train mixers only. The mixer is Mamba-2 in the
+attention's layout; the paper's has no norm and no convolution's activation. Its repository has no licence file; none
+of it is used here.
+"""
+
+from ..steps.remix import Remix
+from .method import Leg, Method
+
+method = Method(
+    Remix(mixer="mamba2", keep="none", window=0, options={"layout": "attention"}),
+    (
+        Leg("matrix", 0.05, {"lr_mixer": 5e-4}),
+        Leg("align", 0.1, {"lr_mixer": 5e-4}),
+        Leg("distil", 0.85, {"lr_mixer": 5e-4}),
+    ),
+)

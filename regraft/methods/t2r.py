@@ -1,0 +1,14 @@
+"""T2R (Kasai et al., arXiv 2103.13076): a learned ReLU feature map with its denominator instead of softmax, then all
+weights fine-tuned on the next token in one stage, without a teacher.
+
+The map begins as PyTorch begins a linear layer, one per head for queries and keys (shared by the heads of a group's
+keys where there are groups). It can be merged into the projections afterwards (`steps.merge`).
+"""
+
+from ..steps.remix import Remix
+from .method import Leg, Method
+
+method = Method(
+    Remix(mixer="t2r", keep="none", window=0, options={"start": "uniform"}),
+    (Leg("next", 1.0, {"lr_new": 3e-5, "lr_mixer": 3e-5, "lr_body": 3e-5, "warmup": 0.1}),),
+)

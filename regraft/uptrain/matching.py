@@ -1,0 +1,85 @@
+"""Mixers matched to their teacher's layers, each on its own: outputs, or the matrices that mix tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import RegraftError
+from ..mixers.base import Mixer
+from .calibrate import error
+from .capture import LayerRecord, body, recording
+from .data import Packed
+
+Loss = Callable[[Mixer, LayerRecord, Tensor | None], Tensor]
+
+
+def mixers(model: PreTrainedModel) -> dict[int, Mixer]:
+    """Converted layers of a linearized model."""
+    return {i: slot.mixer for i, slot in enumerate(model.slots()) if isinstance(getattr(slot, "mixer", None), Mixer)}
+
+
+def align_step(
+    model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
+) -> float:
+    """Each mixer's relative squared error against its layer's output, on the teacher's inputs, backpropagated; the mean
+    over converted layers."""
+
+    def outputs(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
+        return error(mixer, record, record.mixing(segments))
+
+    return step(model, teacher, teacher_slots, rows, fast, outputs)
+
+
+def matrix_step(
+    model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
+) -> float:
+    """||A - M||^2 / ||A||^2, A the softmax matrices of a layer and M the mixer's, both (heads, time, time), on the
+    teacher's inputs (MOHAWK's first stage, arXiv 2408.10189, eq. 4); backpropagated, the mean over converted layers.
+
+    Rows are read as single documents, as the teacher's attention weights come without their boundaries.
+    """
+
+    def matrices(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
+        if record.weights is None:
+            raise RegraftError(f"{type(teacher).__name__} gives no attention weights: leave out the stage 'matrix'")
+        target = record.weights.float()
+        return (mixer.matrix(record.inputs, record.mixing(None)) - target).square().sum() / target.square().sum()
+
+    whole = torch.arange(rows.input_ids.shape[1], device=rows.device).expand_as(rows.input_ids)
+    with showing_weights(teacher):
+        return step(model, teacher, teacher_slots, Packed(rows.input_ids, whole, rows.bytes), fast, matrices)
+
+
+def step(
+    model: PreTrainedModel, teacher: PreTrainedModel, slots: list[nn.Module], rows: Packed, fast: bool, loss: Loss
+) -> float:
+    """One forward of the teacher's body; a loss per converted layer, each backpropagated at once; their mean."""
+    converted, segments, losses = mixers(model), rows.segments(), []
+    device = rows.input_ids.device.type
+
+    def learn(layer: int, record: LayerRecord) -> None:
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=fast):
+            value = loss(converted[layer], record, segments)
+        value.backward()
+        losses.append(float(value.detach()))
+
+    with recording(slots, list(converted), learn), torch.autocast(device, torch.bfloat16, enabled=fast):
+        body(teacher, rows.input_ids, rows.position_ids)
+    return sum(losses) / len(losses)
+
+
+@contextmanager
+def showing_weights(model: Any) -> Iterator[None]:
+    """Inside, attention layers also give their softmax matrices."""
+    kind = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kind)

@@ -1,0 +1,82 @@
+"""Mixers matched to their teacher's layers: the matrices are what mixes values, the loss is the paper's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny, tokens
+from test_mixers import SHAPES, made, rotary
+
+from regraft import hosts
+from regraft.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.mixers.base import Mixing
+from regraft.steps.remix import Remix
+from regraft.uptrain import matching
+from regraft.uptrain.data import Packed
+
+PLAIN = [
+    {"name": "gated_deltanet"},
+    {"name": "gated_deltanet", "grouped": False},
+    {"name": "lightning"},
+    {"name": "supra", "norm": False},
+    {"name": "t2r"},
+    {"name": "hedgehog"},
+]
+
+
+@pytest.mark.parametrize("spec", PLAIN, ids=lambda spec: "-".join(map(str, spec.values())))
+@torch.no_grad()
+def test_a_mixers_matrix_times_its_values_is_its_output(spec: dict) -> None:
+    mixer, x = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(2, 70, 36)
+    context = Mixing(rotary(torch.arange(70).expand(2, 70), mixer.attention))
+    heads, _ = mixer.mix(x, context, None)
+    values = mixer.qkv(x)[2]
+    matrix = mixer.matrix(x, context)
+    assert matrix.shape == (2, 9, 70, 70) and not matrix.triu(1).any()
+    found = matrix @ values.repeat_interleave(9 // values.shape[1], 1)
+    torch.testing.assert_close(found.transpose(1, 2), heads, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mamba2s_matrix_holds_what_its_recurrence_does() -> None:
+    mixer, x = made({"name": "mamba2", "layout": "attention"}, SHAPES["9-heads-3-kv"]), torch.randn(2, 70, 36)
+    values = mixer.inputs(x, Mixing(), {})[0]["values"]
+    y = mixer.gated((mixer.matrix(x, Mixing()) @ values).transpose(1, 2), x).flatten(2)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * mixer.norm
+    torch.testing.assert_close(y.unflatten(-1, (9, -1)), mixer.mix(x, Mixing(), None)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [{"name": "lolcats", "window": 8}, {"name": "mamba"}, {"name": "window"}])
+def test_mixers_without_one_matrix_say_so(spec: dict) -> None:
+    mixer = made(spec, SHAPES["5-heads-no-rotary"])
+    with pytest.raises(RegraftError, match=f"'{spec['name']}' has no single matrix.*leave out the stage"):
+        mixer.matrix(torch.randn(1, 9, 20), Mixing())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(family: str, tmp_path: Path) -> None:
+    tiny(family)[1].save_pretrained(tmp_path / "source")
+    source = Checkpoint.open(tmp_path / "source")
+    teacher = hosts.materialize(source)
+    slots = hosts.slots(teacher, source)
+    model = hosts.materialize(Remix(mixer="lightning", keep="1", window=0)(source))
+    rows = Packed(tokens(2, 40), torch.arange(40).expand(2, 40), torch.zeros(2))
+    kind = teacher.config._attn_implementation
+    value = matching.matrix_step(model, teacher, slots, rows, False)
+    assert teacher.config._attn_implementation == kind
+    teacher.set_attn_implementation("eager")
+    seen = teacher(rows.input_ids, output_attentions=True, output_hidden_states=True)
+    norms = [seen.attentions[layer] for layer in (0, 2)]
+    records: dict[int, torch.Tensor] = {}
+    with matching.recording(slots, [0, 2], lambda layer, record: records.update({layer: record})):
+        matching.body(teacher, rows.input_ids, rows.position_ids)
+    expected = [
+        (model.slots()[layer].mixer.matrix(records[layer].inputs, records[layer].mixing(None)) - target).norm() ** 2
+        / target.norm() ** 2
+        for layer, target in zip((0, 2), norms, strict=True)
+    ]
+    assert value == pytest.approx(float(sum(expected).detach()) / 2, rel=1e-4)
+    assert all(p.grad is not None and p.grad.any() for p in model.slots()[0].mixer.qkv.q.parameters())
