@@ -1,9 +1,8 @@
 """LoLCATs (Zhang et al., arXiv 2410.10254): Hedgehog features and a softmax window under one denominator; first the
 feature maps alone match the attention's outputs, then the model learns the next token.
 
-Half the tokens each, as in the paper (20 M and 20 M). Its second stage trains low-rank additions to the attention's
-projections (rank 8), here the projections themselves, everything else frozen. The released code is Apache-2.0; none of
-it is used here.
+Half the tokens each, as in the paper (20 M and 20 M). The second stage trains low-rank additions of rank 8 to the
+attention's projections and nothing else that was there. The released code is Apache-2.0; none of it is used here.
 """
 
 from ..steps.remix import Remix
@@ -13,6 +12,6 @@ method = Method(
     Remix(mixer="lolcats", keep="none", window=0, options={"window": 64}),
     (
         Leg("align", 0.5, {"learn": "new", "lr_new": 1e-2}),
-        Leg("next", 0.5, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 0.0}),
+        Leg("next", 0.5, {"rank": 8, "lr_new": 1e-4, "lr_mixer": 1e-4}),
     ),
 )

@@ -22,10 +22,11 @@ from ..mixers.gated import Gated
 from . import adam
 from .data import Packed, shuffled
 from .layers import always, chosen, frozen, running, stack
+from .lowrank import attach, detach
 from .matching import align_step, matrix_step
 from .objectives import Rows, headed, loss_of, measured, suited, targets
 from .resume import RunState, load_state, save_state
-from .stages import LAYERWISE, Stage, distil_step, finite, parameter_groups, thaw
+from .stages import LAYERWISE, Stage, distil_step, finite, parameter_groups, projections, thaw
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
@@ -101,6 +102,8 @@ def possible(run: Run, stage: Stage) -> None:
     if stage.learn != "all" and not isinstance(run.model, RegraftForCausalLM):
         kind = type(run.model).__name__
         raise RegraftError(f"learn '{stage.learn}' is for models with mixers: train all of a {kind}")
+    if stage.rank and not (isinstance(run.model, RegraftForCausalLM) and projections(run.model)):
+        raise RegraftError(f"rank {stage.rank} adds to projections inside mixers, and there are none: give 0")
     if stage.window_drop and not any(isinstance(module, Gated) for module in run.model.modules()):
         raise RegraftError(
             f"window_drop {stage.window_drop} leaves windows out, and no layer has one: linearize with one"
@@ -148,6 +151,8 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     else:
         fast = stage.precision == "bfloat16"
     state.fast = fast
+    names = projections(run.model) if stage.rank else []
+    low = attach(run.model, names, stage.rank, run.seed + index, state.moments) if names else None
     groups = parameter_groups(run.model, stage, frozen(run.model, stage.layers))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     if state.watch.unfrozen is not None:
@@ -156,6 +161,8 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     if run.moments is not None and index == state.step == 0:
         adam.begin(run.model, optimizer, run.moments)
     state.changed |= learning(run.model)
+    if low is not None:
+        state.changed |= low.begin(names)
     order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
     entry = state.entry(index, stage.kind, fast)
     if state.step == 0:
@@ -167,10 +174,14 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
             group["lr"] = group["peak"] * stage.rate(state.step, group.get("since"))
         picked = rows[order[state.step * stage.batch : (state.step + 1) * stage.batch]]
         value, flops = one_step(run, stage, index, state.step, picked, fast, state.costs)
+        if low is not None:
+            low.pull()
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if low is not None:
+            low.push()
         state.step += 1
         entry["tokens"] += picked.tokens
         entry["flops"] += flops
@@ -201,6 +212,8 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
             saved = time.monotonic()
     if run.keep_moments and index == len(run.stages) - 1:
         adam.keep(run.model, optimizer, run.out)
+    if low is not None:
+        state.changed -= detach(run.model)
     state.next_stage()
     save_state(run.out, run.model, None, state, settings(run))
 

@@ -129,7 +129,8 @@ def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunStat
     tensors = load_file(file) if file.exists() else {}
     named = dict(model.named_parameters())
     with torch.no_grad():
-        for key in [key for key in tensors if key.startswith("model/")]:
+        known = [key for key in tensors if key.removeprefix("model/") in named]
+        for key in known:
             named[key.removeprefix("model/")].copy_(tensors.pop(key))
     state.moments = tensors
     return state

@@ -20,6 +20,7 @@ from ..mixers.registry import weights
 from .data import Packed
 from .kl import head_kl
 from .lit import Lit
+from .lowrank import PLACE
 from .objectives import IGNORED, Kind, last_hidden, targets
 
 LAYERWISE = ("matrix", "align")  # each mixer is matched to its teacher's layer on its own
@@ -46,11 +47,12 @@ class Stage:
     share of the tokens that skip the middle layers (arXiv 2203.13240, here drawn at random). LiGO combines its growth
     with a layer_drop of 0.1 and a token_drop of 0.15.
 
-    For models with mixers. `ce`: weight of next-token cross-entropy in `distil`, the KL has the rest. `window_drop`:
-    probability that a gated layer runs in a step without its window, so that the state is used (window dropout, arXiv
-    2510.05901, here per layer and step). `learn`: `all`; `new`, whatever was copied from the source stays as it is; or
-    `lit`, which begins like `new` and lets everything learn once the loss hardly falls (XATL, arXiv 2404.02684; `lit`
-    says when).
+    For models with mixers. `rank`: above 0, inherited projections inside mixers learn low-rank additions (`lowrank`, at
+    `lr_mixer`), new weights at `lr_new`, and nothing else learns. `ce`: weight of next-token cross-entropy in `distil`,
+    the KL has the rest. `window_drop`: probability that a gated layer runs in a step without its window, so that the
+    state is used (window dropout, arXiv 2510.05901, here per layer and step). `learn`: `all`; `new`, whatever was copied
+    from the source stays as it is; or `lit`, which begins like `new` and lets everything learn once the loss hardly
+    falls (XATL, arXiv 2404.02684; `lit` says when).
     """
 
     kind: Literal["matrix", "align", "distil", "next", "mask", "image"]
@@ -70,6 +72,7 @@ class Stage:
     token_drop: float = 0.0
     layers: str = "all"
     ce: float = 0.0
+    rank: int = 0
     window_drop: float = 0.0
     learn: Literal["all", "new", "lit"] = "all"
     lit: Lit = Lit()
@@ -89,6 +92,11 @@ class Stage:
             raise RegraftError(
                 f"stage '{self.kind}' has ce {self.ce}, window_drop {self.window_drop}: both are from 0, below 1, and "
                 "ce is for distil"
+            )
+        if self.rank < 0 or (self.rank and (self.learn != "all" or self.kind in LAYERWISE)):
+            raise RegraftError(
+                f"stage '{self.kind}' has rank {self.rank} and learn '{self.learn}': a rank is 0 or more, with learn "
+                "'all', in stages of the whole model"
             )
         if not 0 < self.mask_share <= 1:
             raise RegraftError(f"mask_share is {self.mask_share}: give a share of the tokens above 0, at most 1")
@@ -133,8 +141,11 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
     origin = origins(model) if mixing else {}
     body = stage.lr_body if stage.lr_body is not None else 3e-5 if mixing else 3e-4
     rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind in LAYERWISE else body}
-    if stage.learn != "all":
+    if stage.learn != "all" or stage.rank:
         rates |= {"mixer": 0.0, "body": 0.0}
+    if stage.rank:
+        rates["low rank"] = stage.lr_mixer
+        origin |= dict.fromkeys(model.get_submodule(PLACE).learning(), ("low rank", True))
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         kind, decay = origin.get(id(parameter), ("body", parameter.ndim > 1))
@@ -157,6 +168,13 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
         }
         for (kind, decay), ps in groups.items()
     ]
+
+
+def projections(model: PreTrainedModel) -> list[str]:
+    """Names of the matrices inside mixers that come from the source."""
+    origin = origins(model)
+    named = model.named_parameters()
+    return [name for name, p in named if origin.get(id(p), ("",))[0] == "mixer" and p.ndim == 2]
 
 
 def thaw(model: PreTrainedModel, stage: Stage, optimizer: torch.optim.Optimizer, since: int) -> None:

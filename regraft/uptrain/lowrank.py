@@ -1,0 +1,79 @@
+"""Low-rank additions to the projections inside mixers (LoRA, Hu et al., arXiv 2106.09685), merged when a stage ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SCALE = 2.0  # alpha / rank, as LoLCATs (arXiv 2410.10254) and Liger (arXiv 2503.01496) have it
+PLACE = "low_rank"
+
+
+class LowRank(nn.Module):
+    """W = base + 2 B A for each of `weights`, (out, in) with A (rank, in) drawn like a linear layer's and B at zero.
+
+    The weights stay where they are and get gradients; `pull` hands these to A and B by the chain rule, `push` writes the
+    weights anew after a step. So the model needs no other layers, and its file has nothing to unwrap.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], rank: int, generator: torch.Generator):
+        super().__init__()
+        self.weights = dict(weights)
+        self.base, self.a, self.b = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for name, weight in weights.items():
+            key = name.replace(".", "/")
+            rows, columns = weight.shape
+            drawn = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
+            self.base[key] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            self.a[key] = nn.Parameter(drawn.to(weight))
+            self.b[key] = nn.Parameter(weight.new_zeros(rows, rank))
+
+    def learning(self) -> set[int]:
+        """Identities of A and B."""
+        return {id(parameter) for part in (self.a, self.b) for parameter in part.values()}
+
+    def begin(self, names: list[str]) -> set[str]:
+        """Let the weights have gradients; the names of all that a saved state must hold."""
+        for weight in self.weights.values():
+            weight.requires_grad_()
+        return {*names, *(f"{PLACE}.{name}" for name, _ in self.named_parameters())}
+
+    def pull(self) -> None:
+        """Gradients of the weights become those of A and B."""
+        for name, weight in self.weights.items():
+            key = name.replace(".", "/")
+            if weight.grad is not None:
+                self.a[key].grad = SCALE * self.b[key].detach().mT @ weight.grad
+                self.b[key].grad = SCALE * weight.grad @ self.a[key].detach().mT
+                weight.grad = None
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """The weights from base, A and B."""
+        for name, weight in self.weights.items():
+            key = name.replace(".", "/")
+            weight.copy_(self.base[key] + SCALE * self.b[key] @ self.a[key])
+
+
+def attach(model: PreTrainedModel, names: list[str], rank: int, seed: int, kept: dict[str, Tensor]) -> LowRank:
+    """Put low-rank additions to the weights of these names beside the model, as they were in `kept`, a saved state."""
+    weights = {name: model.get_parameter(name) for name in names}
+    low = LowRank(weights, rank, torch.Generator().manual_seed(seed))
+    model.add_module(PLACE, low)
+    with torch.no_grad():
+        for name, parameter in low.named_parameters():
+            if (key := f"model/{PLACE}.{name}") in kept:
+                parameter.copy_(kept.pop(key))
+    low.push()
+    return low
+
+
+def detach(model: PreTrainedModel) -> set[str]:
+    """Leave the weights as they are now and take the additions away; the names that are gone."""
+    gone = {f"{PLACE}.{name}" for name, _ in model.get_submodule(PLACE).named_parameters()}
+    delattr(model, PLACE)
+    return gone
