@@ -20,10 +20,12 @@ FILE = "lineage.json"
 KINDS = ("copied", "grown", "broadcast", "zero", "fresh")
 PAPERS = {
     "gated_deltanet": "Gated Delta Networks, arXiv 2412.06464",
+    "gla": "Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635",
     "hedgehog": "The Hedgehog & the Porcupine, arXiv 2402.04347",
     "lightning": "Lightning Attention-2, arXiv 2401.04658",
     "lolcats": "LoLCATs: On Low-Rank Linearizing of Large Language Models, arXiv 2410.10254",
     "retnet": "Retentive Network, arXiv 2307.08621",
+    "rwkv6": "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, arXiv 2404.05892",
     "supra": "Linearizing Large Language Models, arXiv 2405.06640",
     "t2r": "Finetuning Pretrained Transformers into RNNs, arXiv 2103.13076",
     "window": "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",

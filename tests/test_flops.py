@@ -39,6 +39,10 @@ MIXERS = [
     Remix("lightning", "0", window=16, options={"grouped": True}),
     Remix("t2r", "none", window=0, options={"feature": 6, "grouped": True}),
     Remix("hedgehog", "none", window=0, options={"feature": 5}),
+    Remix("gla", "none", window=0),
+    Remix("gla", "0", window=16, options={"gate_from": "keys", "grouped": True}),
+    Remix("rwkv6", "none", window=0),
+    Remix("rwkv6", "none", window=0, options={"decay": "static", "shift": False, "bonus": False, "grouped": True}),
     Remix("lolcats", "none", window=0, options={"window": 40, "grouped": True}),
 ]
 

@@ -31,6 +31,9 @@ OTHERS = {
     "lightning": Remix("lightning", "1", window=8, options={"norm": "rms", "gate": "sigmoid"}),
     "t2r": Remix("t2r", "0", window=0, options={"feature": 6}),
     "hedgehog": Remix("hedgehog", "none", window=8, options={"grouped": True}),
+    "gla": Remix("gla", "1", window=0, options={"rank": 4}),
+    "rwkv6": Remix("rwkv6", "none", window=0, options={"rank": 4, "shift_rank": 3}),
+    "rwkv6-beside-window": Remix("rwkv6", "0", window=8, options={"decay": "static", "grouped": True}),
     "lolcats": Remix("lolcats", "0", window=0, options={"window": 8, "feature": 4}),
 }
 # every family with the first, each other mixer with two families, whose turn it is

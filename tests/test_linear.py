@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny, tokens
-from test_mixers import made, relative, rotary
+from test_mixers import LIGER, RADLADS, made, relative, rotary
 from torch import Tensor, nn
 
 from regraft import flops, hosts
@@ -94,6 +94,107 @@ def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Linear attention over features with its denominator, by the causal matrix; zero for a zero row."""
     weight = (q @ k.mT).tril()
     return (weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)) @ v
+
+
+@torch.no_grad()
+def test_gla_decays_each_key_dimension() -> None:
+    mixer, x, y = case({"name": "gla", "rank": 3})
+    q, k, v = attended(mixer, x, turn=False)
+    gate = heads(mixer.decay_out, applied(mixer.decay_in, x)).sigmoid() ** (1 / 16)
+    state, outputs = torch.zeros(2, 8, 6, 6), []
+    for t in range(TIME):
+        state = gate[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append((state * q[:, :, t, :, None] / math.sqrt(6)).sum(-2))
+    found = torch.stack(outputs, 2)
+    found = found / (found.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm
+    swish = heads(mixer.gate, x) * heads(mixer.gate, x).sigmoid()
+    assert relative(y, out(mixer, swish * found)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_liger_takes_decays_from_keys() -> None:
+    mixer, x, y = case({"name": "gla"} | LIGER)
+    q, k, v = attended(mixer, x, turn=False)
+    kept = (k.sigmoid() ** (1 / 16)).log().cumsum(2)
+    rows = []
+    for n in range(TIME):
+        weight = (q[:, :, n, None].softmax(-1) * k.softmax(-1) * (kept[:, :, n, None] - kept).exp()).sum(-1)
+        rows.append((weight[:, :, : n + 1, None] * v[:, :, : n + 1]).sum(2))
+    assert relative(y, out(mixer, torch.stack(rows, 2))) < TOLERANCE
+
+
+@torch.no_grad()
+def test_rwkv6_is_the_papers_time_mixing() -> None:
+    mixer, x, y = case({"name": "rwkv6", "rank": 5, "shift_rank": 3})
+    earlier = torch.cat((torch.zeros(2, 1, 24), x[:, :-1]), 1)
+    mixed = x + (earlier - x) * mixer.shift_base
+    read = {}
+    for i, letter in enumerate("rkvwg"):
+        inner = (mixed @ mixer.shift_in.weight[3 * i : 3 * i + 3].T).tanh()
+        read[letter] = x + (earlier - x) * (mixer.shift_bias[i] + inner @ mixer.shift_out[i])
+    r, k = (
+        normed(heads(layer, read[letter])) * norm.weight
+        for layer, letter, norm in (
+            (mixer.qkv.q, "r", mixer.qkv.q_norm),
+            (mixer.qkv.k, "k", mixer.qkv.k_norm),
+        )
+    )
+    v = heads(mixer.qkv.v, read["v"])
+    w = torch.exp(-heads(mixer.decay_out, applied(mixer.decay_in, read["w"]).tanh()).exp())
+    state, outputs = torch.zeros(2, 8, 6, 6), []
+    for t in range(TIME):
+        write = k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append(((state + mixer.bonus[..., None] * write) * r[:, :, t, :, None] / math.sqrt(6)).sum(-2))
+        state = w[:, :, t, :, None] * state + write
+    found = torch.stack(outputs, 2)
+    found = (found - found.mean(-1, keepdim=True)) / (found.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    found = found * mixer.norm.view(8, 1, 6) + mixer.norm_bias.view(8, 1, 6)
+    gate = heads(mixer.gate, read["g"])
+    assert relative(y, out(mixer, gate * gate.sigmoid() * found)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_radlads_form_of_rwkv6() -> None:
+    mixer, x, y = case({"name": "rwkv6", "gate": "sigmoid"} | RADLADS)
+    q, k, v = attended(mixer, x)
+    w = torch.exp(-heads(mixer.decay_out, applied(mixer.decay_in, x).tanh()).exp())
+    state, outputs = torch.zeros(2, 8, 6, 6), []
+    for t in range(TIME):
+        state = w[:, :, t, :, None] * state + ((1 - w) * k)[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append((state * q[:, :, t, :, None] / math.sqrt(6)).sum(-2))
+    assert relative(y, out(mixer, heads(mixer.gate, x).sigmoid() * torch.stack(outputs, 2))) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", [{"name": "gla"}, {"name": "rwkv6"}, {"name": "rwkv6", "decay": "static"}], ids=str)
+@torch.no_grad()
+def test_gates_start_at_the_half_life_that_was_measured(spec: dict) -> None:
+    attention = Attention(hidden=24, kv=4, group=2, dim=6, scale=6**-0.5)
+    mixer = made(spec | {"norm": "none", "gate": "none"}, attention)
+    for name, parameter in mixer.named_parameters():
+        if name.startswith(("decay_out.weight", "shift")):
+            parameter.zero_()
+    distance = 2.0 ** torch.arange(1, 9)
+    mixer.start_gates(distance, torch.zeros(8))
+    x = torch.zeros(1, 300, 24)
+    x[:, 0] = 1.0  # writes once, then only decays
+    for layer in (mixer.qkv.k, mixer.qkv.v):
+        layer.weight.abs_()
+    sizes = torch.stack([mixer.mix(x[:, : 1 + n], Mixing(), None)[1]["matrix"].sum((0, 2, 3)) for n in (1, 3, 257)])
+    halved = 0.5 ** (torch.tensor([1, 3, 257])[:, None] / distance)
+    whole = mixer.mix(x[:, :1], Mixing(), None)[1]["matrix"].sum((0, 2, 3))
+    torch.testing.assert_close(sizes / whole, halved, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [{"name": "lolcats", "window": 5}, {"name": "rwkv6"}, {"name": "gla"}], ids=str)
+@torch.no_grad()
+def test_padding_between_pieces_changes_nothing(spec: dict) -> None:
+    mixer, x = made(spec, ATTENTION), torch.randn(1, 20, 24)
+    _, whole = mixer(x, Mixing(rotary(torch.arange(20)[None], ATTENTION)))
+    _, state = mixer(x[:, :9], Mixing(rotary(torch.arange(9)[None], ATTENTION)))
+    position = torch.cat((torch.zeros(7), torch.arange(9, 20)))[None]
+    padded, valid = torch.cat((torch.randn(1, 7, 24), x[:, 9:]), 1), torch.arange(18)[None] >= 7
+    _, state = mixer(padded, Mixing(rotary(position, ATTENTION), valid), state)
+    assert all(relative(state[name].float(), whole[name].float()) < TOLERANCE for name in whole)
 
 
 @torch.no_grad()

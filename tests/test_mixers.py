@@ -12,9 +12,12 @@ from regraft.errors import RegraftError
 from regraft.mixers import registry
 from regraft.mixers.base import Attention, Mixer, Mixing, fresh
 from regraft.mixers.recurrence import chunked, naive
+from regraft.mixers.vector import chunked_vector, naive_vector
 from regraft.mixers.window import naive_window
 
 SMALL_WINDOW = {"name": "window", "window": 8, "sinks": 2}
+LIGER = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}
+RADLADS = {"shift": False, "bonus": False, "balance": True, "norm": "none", "grouped": True, "rotary": True}
 SPECS = [
     SMALL_WINDOW,
     {"name": "window", "window": 5, "sinks": 0},
@@ -31,6 +34,12 @@ SPECS = [
     {"name": "t2r", "grouped": True, "merged": True, "feature": 4},
     {"name": "hedgehog"},
     {"name": "hedgehog", "grouped": True, "feature": 3, "norm": "rms"},
+    {"name": "gla"},
+    {"name": "gla", "rotary": True, "rank": 3} | LIGER,
+    {"name": "rwkv6", "rank": 5, "shift_rank": 3},
+    {"name": "rwkv6"} | RADLADS,
+    {"name": "rwkv6", "decay": "static", "grouped": True, "gate": "none", "norm": "rms"},
+    {"name": "gated", "linear": {"name": "rwkv6"}, "window": SMALL_WINDOW},
     {"name": "lolcats", "window": 8},
     {"name": "lolcats", "window": 100, "affine": True, "grouped": True, "feature": 4},
     {"name": "gated", "linear": {"name": "lolcats", "window": 3}, "window": SMALL_WINDOW},
@@ -54,6 +63,13 @@ TOLERANCE = 1e-5
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+
+
+def bound(spec: dict) -> float:
+    """Relative error that counts as rounding; a norm behind a sum that may cancel magnifies it (by 1 / sqrt(eps))."""
+    linear = spec.get("linear", spec)
+    normed = vars(registry.mixer_class(linear["name"]).parse(linear)).get("norm") in ("rms", "layer")
+    return 10 * TOLERANCE if normed else TOLERANCE
 
 
 def made(spec: dict, attention: Attention, seed: int = 0) -> Mixer:
@@ -92,8 +108,8 @@ def test_any_split_equals_the_whole(spec: dict, shape: str, cuts: list[int]) -> 
     mixer = made(spec, SHAPES[shape])
     x = torch.randn(2, sum(cuts), mixer.attention.hidden)
     whole = run(mixer, x, [x.shape[1]])
-    assert relative(run(mixer, x, cuts), whole) < TOLERANCE
-    assert relative(run(mixer, x, [1] * x.shape[1]), whole) < TOLERANCE
+    assert relative(run(mixer, x, cuts), whole) < bound(spec)
+    assert relative(run(mixer, x, [1] * x.shape[1]), whole) < bound(spec)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
@@ -120,12 +136,12 @@ def test_padding_changes_nothing(spec: dict, left: bool) -> None:
     padded[:, real], valid[:, real] = x, True
     position = (valid.long().cumsum(1) - 1).clamp(min=0)
     y, state = mixer(padded, Mixing(rotary(position, mixer.attention), valid))
-    assert relative(y[:, real], alone) < TOLERANCE
+    assert relative(y[:, real], alone) < bound(spec)
     assert torch.isfinite(y).all()
     token = torch.randn(1, 1, 36)
     context = Mixing(rotary(torch.full((1, 1), time), mixer.attention))
-    assert (
-        relative(mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]) < TOLERANCE
+    assert relative(mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]) < bound(
+        spec
     )
 
 
@@ -138,7 +154,7 @@ def test_packed_documents_do_not_see_each_other(spec: dict) -> None:
     segments = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).unsqueeze(0)
     packed, _ = mixer(torch.cat(documents, 1), Mixing(rotary(position, mixer.attention), None, segments))
     alone = torch.cat([run(mixer, document, [document.shape[1]]) for document in documents], 1)
-    assert relative(packed, alone) < TOLERANCE
+    assert relative(packed, alone) < bound(spec)
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
@@ -160,6 +176,42 @@ def test_chunked_equals_naive_with_gradients(delta: bool, packed: bool, time: in
     assert relative(out2, out) < TOLERANCE and relative(last2, last) < TOLERANCE
     for a, b in zip(grads2, grads, strict=True):
         assert float((a - b).norm() / b.norm().clamp(min=1e-12)) < 1e-4 or float(b.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("bonus", [False, True], ids=["plain", "bonus"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "packed"])
+@pytest.mark.parametrize("time", [1, 15, 16, 70])
+def test_chunked_vector_equals_naive_with_gradients(bonus: bool, packed: bool, time: int) -> None:
+    torch.manual_seed(time)
+    q, k, v = torch.randn(2, 6, time, 8), torch.randn(2, 3, time, 8), torch.randn(2, 3, time, 5)
+    g = -torch.randn(2, 3, time, 8).exp()
+    extra = torch.randn(3, 8).requires_grad_() if bonus else None
+    state = None if packed else torch.randn(2, 3, 8, 5).requires_grad_()
+    segments = torch.randint(0, 5, (2, time)).sort(1).values if packed else None
+    inputs = [t for t in (q, k, v, g) if t.requires_grad_() is t] + [t for t in (extra, state) if t is not None]
+    weight, results = torch.randn(2, 6, time, 5), []
+    for form in (naive_vector, chunked_vector):
+        out, last = form(q, k, v, g, extra, segments, state)
+        results.append((out, last, torch.autograd.grad((out * weight).sum() + last.square().sum(), inputs)))
+    (out, last, grads), (out2, last2, grads2) = results
+    assert relative(out2, out) < TOLERANCE and relative(last2, last) < TOLERANCE
+    for a, b in zip(grads2, grads, strict=True):
+        assert float((a - b).norm() / b.norm().clamp(min=1e-12)) < 1e-4 or float(b.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("bonus", [False, True], ids=["plain", "bonus"])
+@settings(max_examples=20, deadline=None)
+@given(strengths=st.lists(st.floats(-9, 9), min_size=2, max_size=40))
+def test_vector_decays_of_any_strength_are_safe(bonus: bool, strengths: list[float]) -> None:
+    """From e^-e^-9, nearly one, to e^-e^9, nothing: neither overflow nor loss of what weak decays keep."""
+    torch.manual_seed(len(strengths))
+    time = len(strengths)
+    q, k, v = (torch.randn(1, 2, time, 4).requires_grad_() for _ in range(3))
+    g = -(torch.tensor(strengths).view(1, 1, -1, 1) + torch.randn(1, 2, time, 4)).exp()
+    extra = torch.ones(2, 4) if bonus else None
+    (out, last), (expected, end) = (form(q, k, v, g, extra) for form in (chunked_vector, naive_vector))
+    assert relative(out, expected) < TOLERANCE and relative(last, end) < TOLERANCE
+    assert all(torch.isfinite(t).all() for t in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("segmented", [False, True])
@@ -233,6 +285,8 @@ def test_weight_table_names_every_parameter(spec: dict) -> None:
         {"name": "t2r"},
         {"name": "hedgehog"},
         {"name": "lolcats"},
+        {"name": "gla"} | LIGER | {"grouped": False},
+        {"name": "rwkv6"} | RADLADS | {"gate": "none", "grouped": False},
     ],
     ids=str,
 )

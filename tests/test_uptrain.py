@@ -161,6 +161,10 @@ STARTED = [
     Remix("hedgehog", "0", window=8, sinks=2),
     Remix("hedgehog", "0", window=8, sinks=2, options={"norm": "rms"}),
     Remix("lolcats", "0", window=0, options={"window": 4}),
+    Remix("gla", "0", window=0, options={"gate": "none"}),
+    Remix("gla", "0", window=8, sinks=2, options={"gate_from": "keys", "gate": "none", "norm": "none"}),
+    Remix("rwkv6", "0", window=0, options={"gate": "none"}),
+    Remix("rwkv6", "0", window=8, sinks=2, options={"gate": "none", "norm": "none", "decay": "static"}),
 ]
 
 
@@ -179,7 +183,7 @@ def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix
     before = errors()
     report = list(calibrate(model.slots(), teacher, slots, loop.batches(rows[:32], 32, 0)))
     assert [row["layer"] for row in report] == [1, 2] and all(
-        row["heads_folded"] != ("norm" in remix.options) for row in report
+        row["heads_folded"] != (remix.window > 0 and remix.options.get("norm") == "rms") for row in report
     )
     after = errors()
     assert sum(after) < sum(before), (before, after)

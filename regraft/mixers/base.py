@@ -162,9 +162,12 @@ class Projections(nn.Module):
             table |= {f"{n}.weight": Weight("gain dim", f"attn.{n}.weight", decay=False) for n in ("q_norm", "k_norm")}
         return table
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (batch, time, hidden) -> q, k, v: (batch, heads, time, dim), not yet rotated."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.dim)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (batch, time, hidden) -> q, k, v: (batch, heads, time, dim), not yet rotated. `others`: what keys and
+        values are made of, x too by default.
+        """
+        pairs = zip((self.q, self.k, self.v), (x, *(others or (x, x))), strict=True)
+        q, k, v = (layer(given).unflatten(-1, (-1, self.dim)).transpose(1, 2) for layer, given in pairs)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v

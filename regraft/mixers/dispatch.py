@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .recurrence import chunked, naive
+from .vector import chunked_vector, naive_vector
 
 
 def recur(
@@ -15,7 +16,12 @@ def recur(
     beta: Tensor | None = None,
     segments: Tensor | None = None,
     state: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and last state of `recurrence.naive`: as written for one token, in chunks for many."""
-    run = naive if q.shape[2] == 1 else chunked
-    return run(q, k, v, g, beta, segments, state)
+    """Outputs and last state of `recurrence.naive`, or of `vector.naive_vector` for a decay per key dimension: as
+    written for one token, in chunks for many.
+    """
+    one = q.shape[2] == 1
+    if g.ndim == 4:
+        return (naive_vector if one else chunked_vector)(q, k, v, g, bonus, segments, state)
+    return (naive if one else chunked)(q, k, v, g, beta, segments, state)

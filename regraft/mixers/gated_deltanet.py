@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Mixing, Weight, rotate
-from .linear import ACTIVATIONS, Linear
+from .linear import ACTIVATIONS, Linear, mean_decay
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,9 @@ class GatedDeltaNet(Linear):
 
         The log-decay is ln 2 / distance within [1e-3, 5]; beta = 0.3 + 0.4 (1 - entropy).
         """
-        distance, entropy = (t.view(self.states, -1).mean(1) for t in (distance, entropy))
-        g = (math.log(2) / distance).clamp(1e-3, 5.0)
-        self.decay.bias.copy_(g.expm1().log())
+        self.decay.bias.copy_(mean_decay(distance, self.states).expm1().log())
         self.rate.zero_()
-        self.beta.bias.copy_(torch.logit(0.3 + 0.4 * (1 - entropy)))
+        self.beta.bias.copy_(torch.logit(0.3 + 0.4 * (1 - entropy.view(self.states, -1).mean(1))))
 
     def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
         """Unit q and k, v, log-decay and write strength."""

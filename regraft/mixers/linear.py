@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import RegraftError
 from .base import Attention, Mixer, Mixing, Projections, State, Weight, output_weights, silence
 from .dispatch import recur
-from .recurrence import chunked_flops
+from .recurrence import CHUNK, chunked_flops
 
 ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}
 EPS = 1e-5
@@ -43,6 +43,7 @@ class Linear(Mixer):
     gain: ClassVar[str | None] = None  # axes of the output norm's gain
     bias: ClassVar[bool] = False  # whether that norm has a bias too
     delta: ClassVar[bool] = False
+    pairs: ClassVar[int] = CHUNK * CHUNK  # of queries and keys that are scored in a chunk
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
@@ -132,7 +133,7 @@ class Linear(Mixer):
         options = cls.parse(spec)
         states = cls.state_heads(attention, options)
         widths = cls.keys(attention, options), cls.values(attention)
-        once, back = chunked_flops(states, attention.heads // states, *widths, length, cls.delta)
+        once, back = chunked_flops(states, attention.heads // states, *widths, length, cls.delta, cls.pairs)
         tokens = length * cls.token_flops(attention, options)
         return once + tokens, back + 2 * tokens
 
@@ -214,3 +215,17 @@ def feature_size(name: str, feature: int | None, attention: Attention) -> int:
     if feature is not None and feature < 1:
         raise RegraftError(f"mixer '{name}': feature {feature} keeps nothing, give 1 or more, or leave it out")
     return feature or attention.dim
+
+
+def low_rank(name: str, rank: int, axes: str, start: str) -> dict[str, Weight]:
+    """A new low-rank map from the input that begins as its bias, `start`."""
+    return {
+        f"{name}_in.weight": Weight(f"hidden -> {rank}", fresh="normal 0.02", decay=False),
+        f"{name}_out.weight": Weight(f"{rank} -> {axes}", fresh="zeros", decay=False),
+        f"{name}_out.bias": Weight(f"-> {axes}", fresh=start, decay=False),
+    }
+
+
+def mean_decay(distance: Tensor, states: int) -> Tensor:
+    """Rate whose half-life is the mean distance (heads,) of each state's heads, within [1e-3, 5]: (states,)."""
+    return (math.log(2) / distance.view(states, -1).mean(1)).clamp(1e-3, 5.0)

@@ -16,7 +16,8 @@ from .base import pad_time
 CHUNK = 64
 
 
-def _start(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+def start(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    """The state, or the empty one for these keys and values."""
     return k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
 
 
@@ -36,7 +37,7 @@ def naive(
     With beta, the gated delta rule (arXiv 2412.06464, eq. 10): the value already stored under k_t is replaced,
     S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T exp(g_t) k_t)^T. In both, o_t = S_t^T q_t.
     """
-    S, outputs = _start(k, v, state), []
+    S, outputs = start(k, v, state), []
     q = q.unflatten(1, (k.shape[1], -1))
     for t in range(k.shape[2]):
         if segments is not None and t > 0:
@@ -66,15 +67,15 @@ def chunked(
     a chunk maps the state affinely, S -> A S + B, and only that map is applied in sequence.
     """
     time, n, heads = q.shape[2], -(-q.shape[2] // chunk), k.shape[1]
-    S = _start(k, v, state)
+    S = start(k, v, state)
     q, k, v, g = (pad_time(x, chunk).unflatten(2, (n, chunk)) for x in (q, k, v, g))
     q = q.unflatten(1, (heads, -1)).transpose(2, 3)  # (b, h, n, group, c, d)
     total = g.cumsum(-1)  # (b, h, n, c): log-decay from the chunk's start
     decay = total.unsqueeze(-1) - total.unsqueeze(-2)
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    reads, writes, keeps = _document_masks(segments, n, chunk)
+    reads, writes, keeps = document_masks(segments, n, chunk)
     if segments is not None:
-        ids = _chunk_ids(segments, n, chunk)
+        ids = chunk_ids(segments, n, chunk)
         causal = causal & (ids.unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
     decay = decay.masked_fill(~causal, -torch.inf).exp()
     scores = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * decay.unsqueeze(3)
@@ -83,7 +84,7 @@ def chunked(
     keep = total[..., -1].exp() * keeps
     k_out = (k * to_state.unsqueeze(-1)).mT
     if beta is None:
-        carried, last = _carry_plain(keep, k_out @ v, S)
+        carried, last = carry_plain(keep[..., None, None], k_out @ v, S)
         written = v
     else:
         strength = pad_time(beta, chunk).unflatten(2, (n, chunk)).unsqueeze(-1)
@@ -99,13 +100,16 @@ def chunked(
     return out.flatten(2, 3)[:, :, :time], last
 
 
-def chunked_flops(states: int, group: int, keys: int, values: int, length: int, delta: bool) -> tuple[int, int]:
+def chunked_flops(
+    states: int, group: int, keys: int, values: int, length: int, delta: bool, pairs: int = CHUNK * CHUNK
+) -> tuple[int, int]:
     """(forward, backward) FLOPs of `chunked` on one row, from an empty state of (keys, values) numbers.
 
+    `pairs` of queries and keys are scored in a chunk.
     Triangular solves are not counted, as in PyTorch's counter; of their backward pass the product for the matrix is.
     """
     n = -(-length // CHUNK)
-    scores, mixed = 2 * CHUNK * CHUNK * keys, 2 * CHUNK * CHUNK * values  # per chunk
+    scores, mixed = 2 * pairs * keys, 2 * pairs * values  # per chunk
     outer, square, carry = 2 * CHUNK * keys * values, 2 * CHUNK * keys**2, 2 * keys**2 * values  # outer: to, from state
     reads = group * outer
     inner = group * (scores + mixed)
@@ -119,30 +123,31 @@ def chunked_flops(states: int, group: int, keys: int, values: int, length: int, 
     return states * once, states * back
 
 
-def _chunk_ids(segments: Tensor, n: int, chunk: int) -> Tensor:
+def chunk_ids(segments: Tensor, n: int, chunk: int) -> Tensor:
     """Document numbers as (batch, chunks, chunk); the tail repeats the last document, whose padded writes are zero."""
     tail = segments[:, -1:].expand(-1, n * chunk - segments.shape[1])
     return torch.cat((segments, tail), dim=1).unflatten(1, (n, chunk))
 
 
-def _document_masks(
+def document_masks(
     segments: Tensor | None, n: int, chunk: int
 ) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
     """Which tokens may read the carried state, which write to it, and which chunks keep it: 0/1, over heads alike."""
     if segments is None:
         return 1.0, 1.0, 1.0
-    ids = _chunk_ids(segments, n, chunk)
+    ids = chunk_ids(segments, n, chunk)
     last = ids[:, :, -1]
     before = torch.cat((ids[:, :1, 0], last[:, :-1]), dim=1)
     reads = (ids == before.unsqueeze(-1)).unsqueeze(1).float()
     return reads, (ids == last.unsqueeze(-1)).unsqueeze(1).float(), (before == last).unsqueeze(1).float()
 
 
-def _carry_plain(keep: Tensor, add: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def carry_plain(keep: Tensor, add: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each chunk, S -> keep S + add, and the last; add: (batch, heads, chunks, dim, value dim)."""
     states = []
     for i in range(add.shape[2]):
         states.append(S)
-        S = keep[:, :, i, None, None] * S + add[:, :, i]
+        S = keep[:, :, i] * S + add[:, :, i]
     return torch.stack(states, dim=2), S
 
 

@@ -1,0 +1,155 @@
+"""RWKV-6's time mixing, each of its mechanisms optional: token shift, decay, bonus, norm, gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import Attention, Mixing, State, Weight, rotate
+from .linear import Linear, LinearOptions, low_rank, mean_decay
+from .vector import PAIRS
+
+
+@dataclass(frozen=True)
+class Rwkv6Options(LinearOptions):
+    """As `LinearOptions`. `shift`: each projection reads a mix of a token and the one before, which depends on both,
+    through `shift_rank`. `decay`: dynamic through `rank`, or static (RWKV-5). `bonus`: a weight per coordinate for the
+    current token. `balance`: keys times one minus decay. RADLADS' form, without the mechanisms that a teacher lacks, is
+    {"shift": false, "bonus": false, "balance": true, "norm": "none", "gate": "sigmoid", "grouped": true,
+    "rotary": true}.
+    """
+
+    rotary: bool = False
+    norm: Literal["none", "rms", "layer"] = "layer"
+    gate: Literal["none", "silu", "sigmoid"] = "silu"
+    decay: Literal["dynamic", "static"] = "dynamic"
+    rank: int = 64
+    shift: bool = True
+    shift_rank: int = 32
+    bonus: bool = True
+    balance: bool = False
+
+
+class Rwkv6(Linear):
+    """RWKV-6 (Peng et al., arXiv 2404.05892, section 4.2) in the source's projections.
+
+    Each of r (the queries), k, v, g and w reads x_t + (x_{t-1} - x_t) * lora(x_t + (x_{t-1} - x_t) * mu_x), where
+    lora(x) = lambda + tanh(x A) B; w_t = exp(-exp(lora(x^w_t))); o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t and
+    S_t = diag(w_t) S_{t-1} + k_t v_t^T; W_O (silu(W_G x^g_t) * GroupNorm(o_t)). Shifts begin at zero, u at one. Queries
+    are scaled by 1/sqrt(dim), as in RADLADS (arXiv 2505.03005). Without bonus o_t = S_t^T r_t.
+    """
+
+    name = "rwkv6"
+    Options = Rwkv6Options
+    gain = "kv group dim"
+    bias = True
+    pairs = PAIRS
+
+    def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
+        super().__init__(attention, spec, output)
+        options, hidden, dim = self.options, attention.hidden, attention.dim
+        self.streams = self.shifted_streams(options)
+        if options.shift:
+            count, rank = len(self.streams), options.shift_rank
+            self.shift_base = nn.Parameter(torch.zeros(hidden))
+            self.shift_bias = nn.Parameter(torch.zeros(count, hidden))
+            self.shift_in = nn.Linear(hidden, count * rank, bias=False)
+            self.shift_out = nn.Parameter(torch.zeros(count, rank, hidden))
+        if options.decay == "dynamic":
+            self.decay_in = nn.Linear(hidden, options.rank, bias=False)
+            self.decay_out = nn.Linear(options.rank, self.states * dim)
+        else:
+            self.decay = nn.Parameter(torch.zeros(self.states * dim))
+        self.bonus = nn.Parameter(torch.zeros(self.states, dim)) if options.bonus else None
+
+    @classmethod
+    def shifted_streams(cls, options: Rwkv6Options) -> str:
+        """Letters of what reads the input: r, k, v, w of a dynamic decay, g of a gate."""
+        return "rkv" + "w" * (options.decay == "dynamic") + "g" * (options.gate != "none")
+
+    @classmethod
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+        """No shift at first, a constant decay with a half-life of about 44 tokens."""
+        options, table = cls.parse(spec), super().weights(attention, spec, output)
+        axes = f"{cls.state_axes(options)} dim"
+        if options.shift:
+            count, rank = len(cls.shifted_streams(options)), options.shift_rank
+            table["shift_base"] = Weight("scale hidden", fresh="zeros", decay=False)
+            table["shift_bias"] = Weight(f"{count} hidden", fresh="zeros", decay=False)
+            table["shift_in.weight"] = Weight(f"hidden -> {count * rank}", fresh="normal 0.02", decay=False)
+            table["shift_out"] = Weight(f"{count} {rank} hidden", fresh="zeros", decay=False)
+        if options.decay == "dynamic":
+            table |= low_rank("decay", options.rank, axes, "constant -4.15")
+        else:
+            table["decay"] = Weight(f"-> {axes}", fresh="constant -4.15", decay=False)
+        if options.bonus:
+            table["bonus"] = Weight(axes, fresh="ones", decay=False)
+        return table
+
+    @classmethod
+    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+        """The matrices, and the last token's input for the shift."""
+        return super().state_numbers(attention, spec) + attention.hidden * cls.parse(spec).shift
+
+    @classmethod
+    def token_flops(cls, attention: Attention, options: Rwkv6Options) -> int:
+        """The shift's second map."""
+        count = len(cls.shifted_streams(options)) * options.shift
+        return 2 * count * options.shift_rank * attention.hidden
+
+    @torch.no_grad()
+    def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
+        """Half-life = mean distance, as in `gated_deltanet`."""
+        base = self.decay_out.bias if self.options.decay == "dynamic" else self.decay
+        base.copy_(mean_decay(distance, self.states).log().repeat_interleave(self.attention.dim))
+
+    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state."""
+        read, last = dict.fromkeys(self.streams, x), {}
+        if self.options.shift:
+            before, last["shift"] = previous(x, mixing, state["shift"] if state else None)
+            mixes = self.shifts(x, before - x)
+            read = {name: x + (before - x) * mixes[:, :, i] for i, name in enumerate(self.streams)}
+        out, last["matrix"] = self.read(self.made(read, mixing), mixing, state["matrix"] if state else None)
+        return self.finish(out, read.get("g", x)).to(x.dtype), last
+
+    def shifts(self, x: Tensor, change: Tensor) -> Tensor:
+        """How much of the change each stream takes, (batch, time, streams, hidden)."""
+        inner = self.shift_in(x + change * self.shift_base).tanh().unflatten(-1, (len(self.streams), -1))
+        return self.shift_bias + torch.einsum("btsr,srh->btsh", inner, self.shift_out)
+
+    def made(self, read: dict[str, Tensor], mixing: Mixing) -> dict[str, Tensor]:
+        """Arguments of the recurrence from what each stream reads."""
+        q, k, v = self.qkv(*(read[name] for name in "rkv"))
+        if self.options.rotary:
+            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+        base = (
+            self.decay_out(self.decay_in(read["w"]).tanh())
+            if "w" in read
+            else self.decay.expand(*read["k"].shape[:2], -1)
+        )
+        g = -base.float().exp().unflatten(-1, (self.states, -1)).transpose(1, 2)
+        k = k * -g.expm1() if self.options.balance else k
+        made = {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": g}
+        return made if self.bonus is None else made | {"bonus": self.bonus}
+
+
+def previous(x: Tensor, mixing: Mixing, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Every token's predecessor in its document, zeros for the first, (batch, time, hidden), and the last token.
+
+    x: (batch, time, hidden); past: (batch, hidden), the token before. Padding is no predecessor.
+    """
+    past = torch.zeros_like(x[:, 0]) if past is None else past
+    joined = torch.cat((past.unsqueeze(1), x), 1)
+    if mixing.valid is not None:
+        at = torch.arange(1, joined.shape[1], device=x.device) * mixing.valid
+        at = torch.nn.functional.pad(at, (1, 0)).cummax(1).values
+        joined = joined.gather(1, at.unsqueeze(-1).expand_as(joined))
+    before = joined[:, :-1]
+    if mixing.segments is not None:
+        same = mixing.segments[:, 1:] == mixing.segments[:, :-1]
+        before = before * torch.nn.functional.pad(same, (1, 0), value=True).unsqueeze(-1)
+    return before, joined[:, -1]
