@@ -21,7 +21,8 @@ from regraft.uptrain.calibrate import calibrate, error
 from regraft.uptrain.capture import body, recording
 from regraft.uptrain.data import Packed, long_windows, pack, read_documents, shuffled
 from regraft.uptrain.kl import head_kl
-from regraft.uptrain.stages import Stage, align_step, distil_step, parameter_groups
+from regraft.uptrain.matching import align_step
+from regraft.uptrain.stages import Stage, distil_step, parameter_groups
 
 REMIX = Remix("gated_deltanet", "0", window=8, sinks=2)
 
