@@ -18,6 +18,7 @@ from test_report import Balanced
 from regraft import cli, settings
 from regraft.checkpoint import Checkpoint
 from regraft.compare import material, report, runner, schema, summary
+from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
 from regraft.errors import RegraftError
 from regraft.steps.transplant import Transplant
@@ -71,18 +72,19 @@ def test_crossing_is_the_first_and_linear():
 def test_savings_of_known_curves():
     scratch = line([0, 50, 100], [5.0, 3.0, 2.0])
     grown = line([10, 60, 110], [4.0, 2.5, 1.5])  # a fitting of 10 is in its own totals; 2.0 is half-way from 60 to 110
-    found = saving(grown, scratch, {"flops": 20.0, "seconds": 3.0})
+    found = saving(grown, scratch, {"flops": 20.0, "seconds": 3.0, "tokens": 0.0})
     assert found["flops_to_reach"] == 85 and found["saved_flops"] == 15 and found["saved_flops_share"] == 0.15
     assert found["saved_flops_share_with_source"] == pytest.approx(-0.05)
+    assert found["times_flops"] == pytest.approx(100 / 85)
     assert found["saved_seconds"] == pytest.approx(1.5) and found["saved_seconds_with_source"] == pytest.approx(-1.5)
 
 
 def test_what_is_never_reached_is_no_saving():
     scratch = line([0, 100], [5.0, 2.0])
-    found = saving(line([0, 100], [4.0, 2.1]), scratch, {"flops": 0.0, "seconds": 0.0})
+    found = saving(line([0, 100], [4.0, 2.1]), scratch, FREE)
     assert set(found.values()) == {None}
     dipped = line([0, 50, 100], [5.0, 1.0, 2.0])
-    assert saving(dipped, dipped, {"flops": 0.0, "seconds": 0.0})["saved_flops"] == 0
+    assert saving(dipped, dipped, FREE)["saved_flops"] == 0
     arm = {
         "savings": found,
         "savings_over_seeds": {k: spread([v, 0.5]) for k, v in found.items()},
@@ -134,7 +136,7 @@ def test_shipped_comparisons_are_valid(name):
 
 
 BAD = [
-    ({"arms": [{"name": "a", "grow": {}}]}, "no single scratch arm"),
+    ({"arms": [{"name": "a", "grow": {}}]}, "no scratch arm"),
     ({"arms": [{"name": "scratch", "scratch": True, "hwo": "pad"}]}, "hwo"),
     ({"arms": [*TINY["arms"], {"name": "x", "grow": {"depth_hwo": "stack"}}]}, "depth_hwo"),
     ({"arms": [*TINY["arms"], {"name": "x"}]}, "no kind"),

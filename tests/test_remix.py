@@ -94,6 +94,14 @@ def test_projections_that_are_not_inherited_begin_anew(source: Checkpoint, inher
     assert hosts.materialize(made)(tokens(1, 9)).logits.isfinite().all()
 
 
+def test_another_seed_gives_other_fresh_weights(source: Checkpoint) -> None:
+    drawn = [
+        Remix("supra", "0", window=0, inherit="none", seed=seed)(source).tensors["mixer.qkv.q.weight", 1].read()
+        for seed in (0, 1, 0)
+    ]
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
 def test_the_window_branch_stays_the_sources(source: Checkpoint) -> None:
     made = Remix("gated_deltanet", "none", inherit="o")(source)
     assert made.tensors["mixer.window.qkv.k.weight", 1].story.kind == "copied"

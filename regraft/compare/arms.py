@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from .. import fitting, hosts, moments
+from .. import fitting, flops, hosts, moments
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growing import Growth
@@ -20,9 +23,11 @@ from ..report import read_json
 from ..steps.ligo import Learned
 from ..steps.transplant import Transplant
 from ..uptrain import loop, objectives
+from ..uptrain.calibrate import calibrate
+from ..uptrain.data import Packed
 from ..uptrain.stages import Stage
 from . import material
-from .schema import MAIN, Arm, Comparison
+from .schema import MAIN, Arm, Comparison, Linear
 
 DONE = "done.json"
 GROWS = ("hidden", "ffn", "kv", "group", "dim", "depth")
@@ -57,10 +62,12 @@ def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -
     """Make the arm's model and train it on the comparison's budget."""
     arm, folder = recipe.arm(name), arm_folder(out, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    model, spent, state = begun(recipe, out, arm, seed)
+    teacher = Teacher.of(recipe, out, arm, seed)
+    model, spent, state = begun(recipe, out, arm, seed, teacher)
     count = sum(parameter.numel() for parameter in model.parameters())
     whole = objectives.measured(model, recipe.task, material.heldout(recipe, out)) if arm.legs else None
-    ledger = train(recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state)
+    guide = {} if teacher is None else {"teacher": teacher.model, "teacher_slots": teacher.slots}
+    ledger = train(recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state, **guide)
     facts = {"arm": dataclasses.asdict(arm), "seed": seed, "parameters": count, "ledger": ledger, "start": spent}
     facts |= {"whole": whole}
     finish(folder, facts)
@@ -85,10 +92,33 @@ def train(
     )  # fmt: skip
 
 
-def begun(recipe: Comparison, out: Path, arm: Arm, seed: int) -> tuple[PreTrainedModel, dict[str, Any], Path | None]:
+@dataclass(frozen=True)
+class Teacher:
+    """The source of a linearized arm as it runs."""
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    slots: list[nn.Module]
+
+    @classmethod
+    def of(cls, recipe: Comparison, out: Path, arm: Arm, seed: int) -> Teacher | None:
+        """None for an arm that has none."""
+        if arm.linear is None or arm.scratch:
+            return None
+        checkpoint = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
+        model = hosts.materialize(checkpoint)
+        return cls(checkpoint, model, hosts.slots(model, checkpoint))
+
+
+def begun(
+    recipe: Comparison, out: Path, arm: Arm, seed: int, teacher: Teacher | None
+) -> tuple[PreTrainedModel, dict[str, Any], Path | None]:
     """(the arm's model before training, what making it cost, Adam's state or None)."""
     if arm.scratch:
-        return hosts.fresh(material.target_config(material.blank(recipe, out, MAIN), recipe.target), seed), FREE, None
+        config = material.target_config(material.blank(recipe, out, MAIN), recipe.target)
+        return fresh(config, arm, seed), FREE, None
+    if arm.linear is not None and teacher is not None:
+        return *linearized(recipe, out, arm.linear, seed, teacher), None
     source = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
     if arm.ligo is not None:
         made, spent = fitted(recipe, out, arm, source, seed)
@@ -107,6 +137,34 @@ def begun(recipe: Comparison, out: Path, arm: Arm, seed: int) -> tuple[PreTraine
     return model, FREE | {"seconds": time.monotonic() - begin}, state
 
 
+def fresh(config: dict[str, Any], arm: Arm, seed: int) -> PreTrainedModel:
+    """A new model of a stock config, with the arm's mixers if it has any, nothing of which is inherited."""
+    model = hosts.fresh(config, seed)
+    if arm.linear is None:
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return hosts.materialize(arm.linear.remix(inherit="none", seed=seed)(Checkpoint.open(folder)))
+
+
+def linearized(
+    recipe: Comparison, out: Path, linear: Linear, seed: int, teacher: Teacher
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(the linearized source with its closed-form start, what that cost)."""
+    begin, length = time.monotonic(), recipe.train.length
+    model = hosts.materialize(linear.remix(seed=seed)(teacher.checkpoint))
+    if not linear.calibration:
+        return model, FREE | {"seconds": time.monotonic() - begin}
+    rows = material.rows(recipe, out)(length)
+    assert isinstance(rows, Packed)  # verified: a linear arm's source is a decoder
+    batches = loop.batches(rows, -(-linear.calibration // length), seed)
+    with flops.counter() as counter:
+        for _ in calibrate(hosts.slots(model), teacher.model, teacher.slots, batches):
+            pass
+    spent = {"flops": counter.get_total_flops(), "tokens": len(batches) * length}
+    return model, spent | {"seconds": time.monotonic() - begin}
+
+
 def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) -> list[Any]:
     """The steps of an arm; a fitted arm's with its map as it starts."""
     sizes = dataclasses.asdict(recipe.target)
@@ -114,6 +172,8 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
         return [Transplant(**sizes, seed=seed)]
     if arm.ligo is not None:
         return [Learned(**sizes, method=arm.ligo, seed=seed)]
+    if arm.linear is not None:
+        return [arm.linear.remix(seed=seed)]
     return list(arm.growth(recipe.target, seed).steps(source))
 
 
@@ -140,7 +200,7 @@ def verify(recipe: Comparison, out: Path) -> None:
         material.suits(recipe, source)
         recipe.stages(arm)
         grown = source
-        for step in [] if arm.scratch else growth_steps(recipe, arm, source, 0):
+        for step in [] if arm.scratch and not arm.linear else growth_steps(recipe, arm, source, 0):
             grown = step(grown)
         sizes = axes if arm.scratch else grown.sizes
         if wrong := next((axis for axis in GROWS if axes[axis] != sizes[axis]), None):

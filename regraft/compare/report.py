@@ -14,50 +14,69 @@ from ..report import page, picture, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-HEADS = (
-    "arm",
-    "loss at start",
-    "final loss",
-    "FLOPs saved",
-    "with source",
-    "seconds saved",
-    "with source",
+HEADS = ("arm", "loss at start", "final loss", "FLOPs saved", "with source", "seconds saved", "with source")
+LINEAR = (
+    *("arm", "against", "loss at start", "final loss", "KL to source", "unfrozen at step"),
+    *("steps to its scratch's loss", "times fewer", "FLOPs saved", "with source"),
 )
 NOTE = (
-    "Loss is held out, mean and standard deviation over seeds. Saved: until scratch's final loss is first reached, "
-    "where the mean curve, linear between evaluations, crosses it, in % of scratch's {flops:.3g} FLOPs and "
+    "Loss is held out, mean and standard deviation over seeds. Saved: until {name}'s final loss is first reached, "
+    "where the mean curve, linear between evaluations, crosses it, in % of {name}'s {flops:.3g} FLOPs and "
     "{seconds:.0f} s; in brackets the standard deviation over seeds that reach it, with their number where some do "
-    "not. A fitted map's fitting is always counted, the source's pretraining only where it says so."
+    "not. A fitted map's fitting and calibration are always counted, the source's pretraining only where it says so."
 )
+MORE = "{name}: {flops:.3g} FLOPs, {seconds:.0f} s."
 
 
 def write(numbers: Mapping[str, Any], out: Path) -> None:
     """Write compare.json, table.md and compare.html into `out`."""
     write_json(out / "compare.json", numbers)
-    rows = list(cells(numbers))
-    lines = ["| " + " | ".join(row) + " |" for row in (HEADS, ["---"] * len(HEADS), *rows)]
+    heads, rows = columns(numbers), list(cells(numbers))
+    lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
     words = [*lines, "", note(numbers), *(f"\n{line}" for line in failures(numbers))]
     write_whole(out / "table.md", "\n".join(words) + "\n")
     write_whole(out / "compare.html", render_page(numbers))
 
 
+def columns(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    """Heads of the table: of growth, or of a comparison that linearizes."""
+    return LINEAR if any(arm["linear"] for arm in numbers["arms"].values()) else HEADS
+
+
+def scratches(numbers: Mapping[str, Any]) -> list[str]:
+    """Arms from scratch."""
+    return [name for name, arm in numbers["arms"].items() if arm["against"] is None]
+
+
 def cells(numbers: Mapping[str, Any]) -> Iterator[list[str]]:
     """The table's rows as text."""
+    linear = columns(numbers) == LINEAR
     for name, source in numbers["sources"].items():
         losses = [one["loss"] for one in source["seeds"].values()]
         shown = f"{sum(losses) / len(losses):.4f}" if losses else "not measured"
-        yield [f"({name} itself)", "", shown, "", "", "", ""]
+        yield [f"({name} itself)", *[""] * (1 + linear), shown, *[""] * (6 if linear else 4)]
     for name, arm in numbers["arms"].items():
+        start, end = measured(arm["start_loss"]), measured(arm["loss"])
         savings = [saved(arm, f"saved_flops_share{end}", 100, "%") for end in ("", "_with_source")]
-        savings += [saved(arm, f"saved_seconds{end}", 1, " s") for end in ("", "_with_source")]
-        if name == numbers["scratch"]:
-            savings = ["", "", "", ""]
-        yield [name, measured(arm["start_loss"]), measured(arm["loss"]), *savings]
+        if linear:
+            steps = [saved(arm, "tokens_to_reach", 1 / numbers["step"], ""), saved(arm, "times_tokens", 1, " x")]
+            savings = [*steps, *savings]
+        else:
+            savings += [saved(arm, f"saved_seconds{end}", 1, " s") for end in ("", "_with_source")]
+        if arm["against"] is None:
+            savings = [""] * 4
+        if linear:
+            yield [name, arm["against"] or "", start, end, measured(arm["kl"]), measured(arm["unfrozen"], 0), *savings]
+        else:
+            yield [name, start, end, *savings]
 
 
-def measured(value: Mapping[str, Any]) -> str:
-    """Mean and deviation."""
-    return f"{value['mean']:.4f} ± {value['std']:.4f}" if value["count"] > 1 else f"{value['mean']:.4f}"
+def measured(value: Mapping[str, Any], digits: int = 4) -> str:
+    """Mean and deviation; nothing where nothing was measured."""
+    if not value["count"]:
+        return ""
+    mean = f"{value['mean']:.{digits}f}"
+    return f"{mean} ± {value['std']:.{digits}f}" if value["count"] > 1 else mean
 
 
 def saved(arm: Mapping[str, Any], key: str, times: float, unit: str) -> str:
@@ -65,6 +84,8 @@ def saved(arm: Mapping[str, Any], key: str, times: float, unit: str) -> str:
     if "savings" not in arm:
         return "no scratch"
     value, seeds = arm["savings"][key], arm["savings_over_seeds"][key]
+    if key.startswith("times") and arm["savings"]["tokens_to_reach"] is not None and value is None:
+        return "from the start"
     total = len(arm["seeds"])
     some = f", {seeds['count']} of {total} seeds" if seeds["count"] < total else ""
     if value is None:
@@ -75,18 +96,19 @@ def saved(arm: Mapping[str, Any], key: str, times: float, unit: str) -> str:
 
 def note(numbers: Mapping[str, Any]) -> str:
     """What the columns mean, with scratch's totals."""
-    scratch = numbers["arms"].get(numbers["scratch"])
-    if scratch is None:
+    names = scratches(numbers)
+    if not names:
         return "No run of scratch is finished: nothing to save against."
-    goal, said = (
-        scratch["loss"]["mean"],
-        NOTE.format(flops=scratch["flops"]["mean"], seconds=scratch["seconds"]["mean"]),
-    )
-    for name, source in numbers["sources"].items():
-        losses = [one["loss"] for one in source["seeds"].values()]
-        if losses and sum(losses) / len(losses) <= goal:
-            said += f" {name} has scratch's final loss before it grows: only savings with the source say something."
-    return said
+    said: list[str] = []
+    for name in names:
+        arm = numbers["arms"][name]
+        totals = {"name": name, "flops": arm["flops"]["mean"], "seconds": arm["seconds"]["mean"]}
+        said.append((MORE if said else NOTE).format(**totals))
+        for source, one in numbers["sources"].items():
+            losses = [seed["loss"] for seed in one["seeds"].values()]
+            if losses and sum(losses) / len(losses) <= arm["loss"]["mean"]:
+                said.append(f"{source} itself has {name}'s final loss: only savings with the source say something.")
+    return " ".join(said)
 
 
 def failures(numbers: Mapping[str, Any]) -> list[str]:
@@ -99,7 +121,7 @@ def render(numbers: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False)
-    for head in HEADS:
+    for head in columns(numbers):
         shown.add_column(head, justify="left" if head == "arm" else "right", no_wrap=head == "arm")
     for row in cells(numbers):
         shown.add_row(*row)
@@ -110,13 +132,19 @@ def render(numbers: Mapping[str, Any], console: Console) -> None:
 
 
 def render_page(numbers: Mapping[str, Any]) -> str:
-    """The page: curves, bars, the table."""
-    title = f"regraft: growth against scratch, task {numbers['task']}, {len(numbers['seeds'])} seeds"
-    parts = [f"<h1>{html.escape(title)}</h1>", table(HEADS, cells(numbers), own=numbers["scratch"])]
+    """The page: the table, and for every scratch arm the curves and bars of what is measured against it."""
+    kind = "linearization" if columns(numbers) == LINEAR else "growth"
+    title = f"regraft: {kind} against scratch, task {numbers['task']}, {len(numbers['seeds'])} seeds"
+    names = scratches(numbers)
+    parts = [f"<h1>{html.escape(title)}</h1>", table(columns(numbers), cells(numbers), own=next(iter(names), ""))]
     parts += [f'<p class="note">{html.escape(line)}</p>' for line in (note(numbers), *failures(numbers))]
-    if numbers["arms"]:
+    groups = {name: [name, *(n for n, arm in numbers["arms"].items() if arm["against"] == name)] for name in names}
+    for scratch, members in groups.items() if names else [("", list(numbers["arms"]))]:
+        arms = {name: numbers["arms"][name] for name in members}
+        beside = f" beside {html.escape(scratch)}" if names[1:] else ""
         for axis, words in (("flops", "FLOPs"), ("seconds", "seconds")):
-            drawn = plots.curves(numbers["arms"], numbers["scratch"], axis, words)
-            parts += [f"<h2>Held-out loss against {words}</h2>", picture(drawn, f"loss of every arm against {words}")]
-        parts += ["<h2>Savings</h2>", picture(plots.savings(numbers["arms"], numbers["scratch"]), "savings of arms")]
+            drawn = plots.curves(arms, scratch, axis, words)
+            alt = f"loss of every arm against {words}{beside}"
+            parts += [f"<h2>Held-out loss against {words}{beside}</h2>", picture(drawn, alt)]
+        parts += [f"<h2>Savings{beside}</h2>", picture(plots.savings(arms, scratch), f"savings of arms{beside}")]
     return page(title, parts)

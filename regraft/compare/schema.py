@@ -16,6 +16,7 @@ from ..errors import RegraftError
 from ..growing import Growth
 from ..growth.maps import Ligo
 from ..growth.solving import Sizes
+from ..steps.remix import Remix
 from ..uptrain.stages import Stage
 
 MAIN = "source"
@@ -61,9 +62,27 @@ class Leg:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to the target: exactly one of `scratch`, `random` (direct copy, the rest random), `grow` and `ligo`.
+class Linear(Remix):
+    """How an arm is linearized, in the words of `Remix` (`seed` is the run's), and trained.
 
+    `calibration`: tokens for the closed-form start. `stages`: each in the words of a training stage, what it leaves out
+    as in the comparison's `train`; stages without `tokens` share what the others leave of its tokens.
+    """
+
+    calibration: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+    def remix(self, **changes: Any) -> Remix:
+        """The step alone."""
+        return Remix(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Remix)} | changes)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to the target: exactly one of `scratch`, `random` (direct copy, the rest random), `grow`, `ligo` and
+    `linear`; `scratch` with `linear` is that architecture with nothing inherited.
+
+    `against`: the scratch arm it is measured against, needed where there are several.
     `source`: which source it grows. `moments`: Adam's state grows too. `lr`, `warmup`, `layer_drop`, `token_drop`: its
     own instead of the budget's. `legs`: stages that come before training all layers.
     """
@@ -73,6 +92,8 @@ class Arm:
     random: bool = False
     grow: Operators | None = None
     ligo: Ligo | None = None
+    linear: Linear | None = None
+    against: str | None = None
     source: str = MAIN
     moments: bool = False
     lr: float | None = None
@@ -91,18 +112,18 @@ class Comparison:
     """A whole comparison.
 
     `source`: a config in transformers' words, pretrained here, or the directory of a model. `others`: further sources,
-    each as keys that differ from `source`, or a directory. `target`: sizes that all arms train. `data`: text (a file or
-    folder), or images (.npz); None for Python's own documentation and docstrings, or scikit-learn's digits. `heldout`:
-    likewise, None for a part of the data. `vocabulary`: of the byte-level BPE that is trained when the source is a
-    config. `every`: steps between evaluations on at most `rows` held-out rows.
+    each as keys that differ from `source`, or a directory. `target`: sizes that all arms train, the source's if open.
+    `data`: text (a file or folder), or images (.npz); None for Python's own documentation and docstrings, or
+    scikit-learn's digits. `heldout`: likewise, None for a part of the data. `vocabulary`: of the byte-level BPE that is
+    trained when the source is a config. `every`: steps between evaluations on at most `rows` held-out rows.
     """
 
     task: Literal["next", "mask", "image"]
     source: str | dict[str, Any]
-    target: Sizes
     pretrain: Budget
     train: Budget
     arms: list[Arm]
+    target: Sizes = field(default_factory=Sizes)
     others: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     data: str | None = None
@@ -114,6 +135,10 @@ class Comparison:
     def arm(self, name: str) -> Arm:
         """The arm of a name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    def scratch(self, arm: Arm) -> str:
+        """The name of the scratch arm that an arm is measured against: itself, the one it names, or the only one."""
+        return arm.name if arm.scratch else arm.against or next(one.name for one in self.arms if one.scratch)
 
     def sources(self) -> dict[str, str | dict[str, Any]]:
         """Every source that an arm grows: a config to pretrain, or a directory."""
@@ -143,8 +168,19 @@ class Comparison:
         ]
         used = sum(stage.steps for stage in legs)
         step = budget.batch * (1 if self.task == "image" else budget.length)
+        if arm.linear is not None:
+            return self.linear_stages(arm, budget)
         tokens = (budget.tokens // step - used) * step
         return [*legs, self.stage(budget, tokens=tokens, cooldown=min(1.0, budget.cooldown / whole))]
+
+    def linear_stages(self, arm: Arm, budget: Budget) -> list[Stage]:
+        """The stages of a linearized arm; RegraftError for words that a stage does not have."""
+        assert arm.linear is not None
+        said = [dict(words) for words in arm.linear.stages]
+        left = budget.tokens - sum(words.get("tokens", 0) for words in said)
+        share = left // max(1, sum("tokens" not in words for words in said))
+        whole = [dataclasses.asdict(self.stage(budget, tokens=budget.tokens)) | {"tokens": share} | w for w in said]
+        return [settings.build(words, f"stage {at} of arm '{arm.name}'", Stage) for at, words in enumerate(whole)]
 
 
 def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
@@ -161,8 +197,16 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
 def check(recipe: Comparison) -> None:
     """RegraftError for what the types do not say."""
     names = [arm.name for arm in recipe.arms]
-    if [arm.scratch for arm in recipe.arms].count(True) != 1:
-        raise RegraftError(f"arms {names} hold no single scratch arm: give exactly one with scratch: true")
+    scratch = [arm.name for arm in recipe.arms if arm.scratch]
+    if not scratch:
+        raise RegraftError(f"arms {names} hold no scratch arm: give one with scratch: true")
+    for arm in recipe.arms:
+        only = scratch[0] if not scratch[1:] else None
+        if arm.against if arm.scratch else (arm.against or only) not in scratch:
+            raise RegraftError(
+                f"arm '{arm.name}' is against '{arm.against}': of several scratch arms each other arm names its own, "
+                f"one of {', '.join(scratch)}"
+            )
     if len(set(names)) < len(names):
         raise RegraftError(f"arms {names} repeat a name: every arm needs its own")
     if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
@@ -174,11 +218,14 @@ def check(recipe: Comparison) -> None:
 
 def check_arm(arm: Arm, sources: list[str]) -> None:
     """RegraftError for an arm that is none, or whose options do not go together."""
-    kinds = [kind for kind in ("scratch", "random", "grow", "ligo") if getattr(arm, kind) not in (False, None)]
+    every = ("scratch", "random", "grow", "ligo", "linear")
+    kinds = [kind for kind in every if getattr(arm, kind) not in (False, None)]
     if not re.fullmatch(r"[\w.+-]+", arm.name):
         raise RegraftError(f"arm name '{arm.name}' becomes a folder: use letters, digits and . _ + - only")
-    if len(kinds) != 1:
-        raise RegraftError(f"arm '{arm.name}' has {kinds or 'no kind'}: give one of scratch, random, grow, ligo")
+    if len(kinds) != 1 and kinds != ["scratch", "linear"]:
+        raise RegraftError(f"arm '{arm.name}' has {kinds or 'no kind'}: give one of {', '.join(every)}")
+    if arm.linear is not None and (arm.legs or arm.layer_drop or arm.token_drop):
+        raise RegraftError(f"arm '{arm.name}' is linear with {len(arm.legs)} legs or drops: give it stages instead")
     if arm.source not in sources:
         raise RegraftError(f"arm '{arm.name}' grows source '{arm.source}': use one of {', '.join(sources)}")
     if arm.moments and kinds != ["grow"]:

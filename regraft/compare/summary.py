@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,25 @@ from ..report import read_json, read_metrics
 from . import arms
 from .schema import Comparison
 
-AXES = ("flops", "seconds")
-TOTALS = ("tokens", *AXES)
+AXES = ("tokens", "flops", "seconds")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Evaluations of one run, or the mean of several: running totals of tokens, FLOPs and seconds, held-out loss."""
+    """Evaluations of one run, or the mean of several: running totals of tokens, FLOPs and seconds, held-out loss.
+
+    `kl`: to the source, of arms that have it as their teacher.
+    """
 
     tokens: list[float]
     flops: list[float]
     seconds: list[float]
     loss: list[float]
     accuracy: list[float]
+    kl: list[float] = field(default_factory=list)
 
     def against(self, axis: str) -> list[float]:
-        """Totals of an axis: flops or seconds."""
+        """Totals of an axis: tokens, flops or seconds."""
         values: list[float] = getattr(self, axis)
         return values
 
@@ -48,14 +51,14 @@ def read_curve(folder: Path, facts: Mapping[str, Any]) -> Curve:
     inner = {index for index, leg in enumerate(legs) if leg["layers"].startswith("bottom")}
     rows = []
     if 0 in inner:
-        rows.append([*(spent[key] for key in TOTALS), facts["whole"]["loss"], facts["whole"]["accuracy"]])
+        rows.append([*(spent[key] for key in AXES), facts["whole"]["loss"], facts["whole"]["accuracy"]])
     for row in (row for row in read_metrics(folder / "metrics.jsonl") if "eval_loss" in row):
         before = entries[: row["stage"]]
         repeated = row["step"] == 0 and before and row["stage"] - 1 not in inner  # the end of the stage before it
         if repeated or row["stage"] in inner:
             continue
-        totals = [sum(e[key] for e in before) + row[key] + spent[key] for key in TOTALS]
-        rows.append([*totals, row["eval_loss"], row["eval_accuracy"]])
+        totals = [sum(e[key] for e in before) + row[key] + spent[key] for key in AXES]
+        rows.append([*totals, *(row[key] for key in ("eval_loss", "eval_accuracy", "eval_kl") if key in row)])
     if not rows:
         raise RegraftError(f"{folder}/metrics.jsonl has no evaluation: delete {folder} and run the command again")
     return Curve(*(list(column) for column in zip(*rows, strict=True)))
@@ -81,7 +84,8 @@ def crossing(totals: Sequence[float], losses: Sequence[float], target: float) ->
 
 def saving(curve: Curve, scratch: Curve, source: Mapping[str, float]) -> dict[str, float | None]:
     """What a curve saves against scratch until it has scratch's last loss, as a share of scratch's FLOPs and in
-    seconds, without and with the source's pretraining; None when it never has that loss.
+    seconds, without and with the source's pretraining, and how many times less it takes (`times`, None where it starts
+    there); None when it never has that loss.
 
     Scratch itself saves nothing, whatever its curve did before the end.
     """
@@ -89,7 +93,7 @@ def saving(curve: Curve, scratch: Curve, source: Mapping[str, float]) -> dict[st
     for axis in AXES:
         own = scratch.against(axis)[-1]
         reached = own if curve is scratch else crossing(curve.against(axis), curve.loss, scratch.loss[-1])
-        found[f"{axis}_to_reach"] = reached
+        found |= {f"{axis}_to_reach": reached, f"times_{axis}": own / reached if reached else None}
         for name, extra in (("", 0.0), ("_with_source", source[axis])):
             gained = None if reached is None else own - reached - extra
             found[f"saved_{axis}{name}"] = gained
@@ -109,15 +113,16 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 def summarise(recipe: Comparison, out: Path) -> dict[str, Any]:
     """The numbers of a comparison from its finished runs."""
     found = {arm.name: finished(out, arm.name, recipe.seeds) for arm in recipe.arms}
-    scratch = next(arm.name for arm in recipe.arms if arm.scratch)
-    table: dict[str, Any] = {"task": recipe.task, "seeds": recipe.seeds, "scratch": scratch, "arms": {}}
+    table: dict[str, Any] = {"task": recipe.task, "seeds": recipe.seeds, "arms": {}}
+    table["step"] = recipe.stage(recipe.train).length * recipe.train.batch
     table["sources"] = {name: source_numbers(recipe, out, name) for name in recipe.sources()}
     for arm in recipe.arms:
         runs = found[arm.name]
         if runs:
             needs = {} if arm.scratch else table["sources"][arm.source]["seeds"]
-            table["arms"][arm.name] = arm_numbers(runs, found[scratch], needs, arm.scratch)
-            table["arms"][arm.name]["source"] = None if arm.scratch else arm.source
+            row = arm_numbers(runs, found[recipe.scratch(arm)], needs, arm.scratch)
+            row |= {"source": None if arm.scratch else arm.source, "linear": arm.linear is not None}
+            table["arms"][arm.name] = row | {"against": None if arm.scratch else recipe.scratch(arm)}
     return table
 
 
@@ -135,7 +140,7 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> dict[str, Any]:
         folder = arms.source_folder(recipe, out, name, seed)
         known = None if isinstance(recipe.sources()[name], str) else read_json(folder / arms.DONE)
         if known is not None:
-            totals = {key: known["ledger"][key] for key in TOTALS}
+            totals = {key: known["ledger"][key] for key in AXES}
             seeds[seed] = totals | {"loss": read_curve(folder, known).loss[-1]}
     return {"pretrained_here": isinstance(recipe.sources()[name], dict), "seeds": seeds}
 
@@ -152,7 +157,10 @@ def arm_numbers(
     for seed, curve in curves.items():
         start = runs[seed][0]["start"]
         row = {"start_loss": curve.loss[0], "loss": curve.loss[-1], "accuracy": curve.accuracy[-1], "fitting": start}
-        row |= {"flops": curve.flops[-1], "seconds": curve.seconds[-1], "curve": curve.json()}
+        row |= {"flops": curve.flops[-1], "seconds": curve.seconds[-1], "tokens": curve.tokens[-1]}
+        row |= {"kl": curve.kl[-1] if curve.kl else None, "curve": curve.json()}
+        unfrozen = [entry["unfrozen"] for entry in runs[seed][0]["ledger"]["stages"] if "unfrozen" in entry]
+        row["unfrozen"] = unfrozen[0] if unfrozen else None
         if seed in scratch:
             reference = curve if is_scratch else scratch[seed][1]
             row |= saving(curve, reference, sources.get(seed, arms.FREE))
@@ -160,7 +168,7 @@ def arm_numbers(
     mean = mean_curve(list(curves.values()))
     both = [seed for seed in curves if seed in scratch]
     row = {"parameters": next(iter(runs.values()))[0]["parameters"], "curve": mean.json(), "seeds": seeds}
-    for key in ("start_loss", "loss", "accuracy", "flops", "seconds"):
+    for key in ("start_loss", "loss", "accuracy", "kl", "unfrozen", *AXES):
         row[key] = spread([one[key] for one in seeds.values()])
     if both:
         own = mean_curve([curves[seed] for seed in both])

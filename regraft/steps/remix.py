@@ -140,7 +140,7 @@ class Remix:
         if weight.source is not None:
             return inherited(source, weight, layer, shape)
         spec = weight.fresh or "zeros"
-        seed = self.seed * 2**32 + zlib.crc32(name.encode())
+        seed = zlib.crc32(name.encode(), self.seed)  # within 32 bits: torch's generator ignores the others
         kind = "zero" if spec == "zeros" else "fresh"
         dtype = source.tensors["norm.final.weight", None].dtype
         read = _fresh(spec, shape, seed, dtype)

@@ -26,7 +26,7 @@ from .lowrank import attach, detach
 from .matching import align_step, matrix_step
 from .objectives import Rows, headed, loss_of, measured, suited, targets
 from .resume import RunState, load_state, save_state
-from .stages import LAYERWISE, Stage, distil_step, finite, parameter_groups, projections, thaw
+from .stages import LAYERWISE, Stage, distil_step, finite, kl, parameter_groups, projections, thaw
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
@@ -112,9 +112,9 @@ def possible(run: Run, stage: Stage) -> None:
         if isinstance(run.model, RegraftForCausalLM):
             raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
         chosen(stage.layers, len(stack(run.model)))
-    if stage.kind in (*LAYERWISE, "distil"):
-        if run.teacher is None:
-            raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
+    if run.teacher is None and stage.kind in (*LAYERWISE, "distil"):
+        raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
+    if run.teacher is not None and stage.objective == "next":
         headed(run.teacher, "next")
         if run.teacher.config.vocab_size != run.model.config.vocab_size:
             raise RegraftError(
@@ -219,11 +219,13 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
 
 
 def measure(run: Run, stage: Stage, index: int, step: int, entry: dict[str, Any]) -> None:
-    """A row of metrics.jsonl with the held-out loss and accuracy, when there are held-out rows."""
+    """A row of metrics.jsonl on held-out rows, when there are any: loss, accuracy, and the KL to a teacher."""
     if run.heldout is not None:
         whole = dataclasses.replace(stage, layer_drop=0.0, token_drop=0.0, window_drop=0.0)
         with running(run.model, whole, step, generator(run.seed, index, step)):
-            found = measured(run.model, stage.objective, run.heldout)
+            found: dict[str, float] = measured(run.model, stage.objective, run.heldout)
+            if run.teacher is not None and isinstance(run.heldout, Packed) and stage.objective == "next":
+                found["kl"] = kl(run.model, run.teacher, run.heldout)
         spent = {"tokens": entry["tokens"], "flops": entry["flops"], "seconds": round(entry["seconds"], 3)}
         write(run, {"stage": index, "step": step, **spent, **{f"eval_{key}": value for key, value in found.items()}})
 

@@ -209,6 +209,19 @@ def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, 
     return float(loss.detach())
 
 
+@torch.no_grad()
+def kl(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, batch: int = 16) -> float:
+    """KL(teacher || model) per token over all rows."""
+    total = 0.0
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        hidden = (last_hidden(one, some, fast=False) for one in (model, teacher))
+        heads = (one.get_output_embeddings() for one in (model, teacher))
+        (mine, theirs), (head, teacher_head) = hidden, heads
+        total += len(some) * float(head_kl(mine, head, theirs, teacher_head, fast=False))
+    return total / len(rows)
+
+
 def finite(loss: float, stage: Stage, step: int) -> float:
     """The loss, or RegraftError when it is not a number."""
     if not math.isfinite(loss):
