@@ -38,7 +38,8 @@ KINDS = {"int": "a whole number", "float": "a number"}
 FLAGS = {
     "json": "print one JSON object on standard output and nothing else",
     "overwrite": "replace the output if it exists",
-    "plot": "also draw the rows into bench.svg in the current folder",
+    "plot": "also draw the rows into bench.svg or positions.svg in the current folder",
+    "positions": "measure perplexity by tokens of context, of --windows documents of --length tokens",
     "bridge": "write the model as another class where its own cannot hold the sizes",
     "chat": "wrap the prompt in the model's chat template",
     "keep_moments": "leave Adam's state as OUT/optimizer.safetensors",

@@ -1,4 +1,4 @@
-"""Tables of quality and speed: a model beside its baselines, as JSON and for the eye."""
+"""Tables of quality and speed: a model beside its baselines, as JSON."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import nn
 
 from . import hosts
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .evals import baselines
 from .evals.perplexity import Candidate, measure
-from .report import eval_rows, short
+from .evals.recall import KINDS
+from .evals.suite import LENGTHS, Suite, Tell, beside
 from .text import held_out
 from .uptrain.data import Packed, long_windows, read_documents
 
@@ -28,18 +28,29 @@ def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int
     """
     if count < 1 or length < 2:
         raise RegraftError(f"cannot measure {count} windows of {length} tokens: ask for >= 1 window of >= 2 tokens")
-    rows = long_windows(read_documents(data) if data else held_out(), tokenizer, length)
+    rows = long_windows(documents(data), tokenizer, length)
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
 
+def documents(data: str | None) -> list[str]:
+    """Texts to measure on: those of a file or folder, or the held-out topics of Python's documentation."""
+    return read_documents(data) if data else held_out()
+
+
 def evaluate(
-    model: str, baseline: str | None, data: str | None, count: int, length: int, progress: Progress | None = None
+    model: str,
+    baseline: str | None,
+    data: str | None,
+    count: int,
+    length: int,
+    progress: Progress | None = None,
+    scratch: str | None = None,
 ) -> dict[str, Any]:
     """The table of one model: its own fields and `baselines` by name.
 
     With `baseline`, a source: the teacher, the zero-token windows and, when the model's lineage tells how it was
-    linearized, the conversion before training; every row's KL is to that teacher. A gated model also has a row with its
-    linear branch switched off.
+    linearized, the conversion before training; every row's KL is to that teacher. With `scratch`, that model's row. A
+    gated model also has a row with its linear branch switched off.
     """
     checkpoint = Checkpoint.open(model)
     rows = evaluation_windows(data, hosts.load_tokenizer(model), count, length)
@@ -49,9 +60,106 @@ def evaluate(
         makers = baselines.zero_token(Checkpoint.open(baseline), remix) if remix else {}
         teacher = {baselines.TEACHER: lambda: Candidate(hosts.load(baseline))}
         candidates |= {name: make() for name, make in (teacher | makers).items()}
+    if scratch:
+        candidates[baselines.SCRATCH] = Candidate(hosts.load(alike(scratch, checkpoint)))
     candidates |= baselines.trained(hosts.materialize(checkpoint))
     scores = measure(candidates, rows.input_ids, rows.bytes, baselines.TEACHER if baseline else None, progress)
     return assemble({name: score.json() for name, score in scores.items()}, model)
+
+
+def suite(
+    model: str,
+    names: Sequence[str] = (),
+    data: str | None = None,
+    windows: tuple[int, int] | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    **options: Any,
+) -> Suite:
+    """What to measure of `model`, with its tokenizer: benchmarks and recall by name, recall's contexts filled with
+    `data`'s text; with `windows` (count, length), perplexity by position in `data`. `options`: Suite's others."""
+    checkpoint, tokenizer = Checkpoint.open(model), hosts.load_tokenizer(model)
+    recalls = [*lengths] if set(names) & set(KINDS) else []
+    fits(checkpoint, recalls + ([windows[1]] if windows else []))
+    rows = evaluation_windows(data, tokenizer, *windows).input_ids if windows else None
+    return Suite(
+        tokenizer, names, lengths=lengths, filler=documents(data) if recalls else (), documents=rows, **options
+    )
+
+
+def benchmark(
+    model: str, suite: Suite, baseline: str | None = None, scratch: str | None = None, tell: Tell = lambda s, w: None
+) -> dict[str, Any]:
+    """What `suite` measures, for the model and the same baselines as in `evaluate`, one model in memory at a time.
+
+    Baselines that are the same model (a window conversion and its own baseline) are measured once. With `baseline`,
+    tasks also have `of_teacher`.
+    """
+    checkpoint = Checkpoint.open(model)
+    remix = baselines.remix_of(checkpoint)
+    variants = (baselines.variants(remix) if remix else {baselines.TEACHER: None}) if baseline else {}
+    if scratch:
+        alike(scratch, checkpoint)
+    rows: dict[str, dict[str, Any]] = {}
+    total = len(variants) + bool(scratch) + 1
+
+    def row(name: str, candidate: Candidate) -> dict[str, Any]:
+        done = len(rows) / total
+        return suite(candidate, lambda share, words: tell(min(done + share / total, 1.0), f"{name}: {words}"))
+
+    for name, variant in variants.items():
+        twin = next((other for other in rows if variants[other] == variant), None)
+        rows[name] = rows[twin] if twin else row(name, baselines.built(Checkpoint.open(baseline or ""), variant))
+    if scratch:
+        rows[baselines.SCRATCH] = row(baselines.SCRATCH, Candidate(hosts.load(scratch)))
+    for name, candidate in baselines.trained(hosts.materialize(checkpoint)).items():
+        rows[name] = row(name, candidate)
+    if baseline:
+        rows = {name: beside(found, rows[baselines.TEACHER]) for name, found in rows.items()}
+    return assemble(rows, model)
+
+
+def alike(scratch: str, checkpoint: Checkpoint) -> str:
+    """The path of a model trained from scratch; RegraftError when it does not read the same tokens."""
+    theirs, ours = (opened.sizes["vocab"] for opened in (Checkpoint.open(scratch), checkpoint))
+    if theirs != ours:
+        raise RegraftError(
+            f"--scratch {scratch} has {theirs} tokens where the model has {ours}: give one with its tokenizer"
+        )
+    return scratch
+
+
+def fits(checkpoint: Checkpoint, lengths: Sequence[int]) -> None:
+    """RegraftError when a model counts its positions and cannot count that far."""
+    most = checkpoint.sizes.get("pos")
+    if most is not None and (far := [length for length in lengths if length > most]):
+        raise RegraftError(f"'{checkpoint.origin}' has {most} positions: {far[0]} tokens are too many for it")
+
+
+def tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    folder: str,
+    limit: int | None = None,
+    shots: int = 0,
+    batch: int = 8,
+) -> dict[str, Any]:
+    """Benchmark scores of a model in memory: `tasks` by name, `average`, `average_above_chance` (see evals.harness)."""
+    return Suite(tokenizer, names, folder, limit, shots, batch=batch)(Candidate(model))
+
+
+def recall(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str] = ("passkey", "needle", "mqar"),
+    lengths: Sequence[int] = LENGTHS,
+    limit: int | None = None,
+    data: str | None = None,
+    batch: int = 8,
+) -> dict[str, Any]:
+    """Recall of a model in memory by kind and length (see evals.recall); `data`: filler text."""
+    suite = Suite(tokenizer, names, limit=limit, lengths=lengths, filler=documents(data), batch=batch)
+    return suite(Candidate(model))["recall"]
 
 
 def assemble(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
@@ -59,35 +167,3 @@ def assemble(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
     order = (*baselines.ROWS, *rows)
     others = {name: rows[name] for name in dict.fromkeys(order) if name in rows and name != baselines.MODEL}
     return {"model": model, **rows[baselines.MODEL], "baselines": others}
-
-
-def render(table: Mapping[str, Any], console: Console) -> None:
-    """Print the quality table."""
-    keys = {"perplexity": "ppl/token", "byte_perplexity": "ppl/byte", "kl": "KL"}
-    heads = ["", *keys.values()]
-    rows = eval_rows(table)
-    body = [[name, *(short(row.get(key)) for key in keys)] for name, row in rows.items()]
-    some = table["windows"], table["tokens"]
-    console.print(grid(f"{some[0]} windows, {some[1]:,} predicted tokens", heads, body))
-
-
-def render_bench(models: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
-    """Print speed and memory, models interleaved by length."""
-    heads = ["model", "context", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
-    body = [
-        [name, short(r["length"]), short(r["decode_tok_s"]), short(r["prefill_tok_s"])]
-        + [short(r[key] / 2**20) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
-        for name, rows in models.items()
-        for r in rows
-    ]
-    console.print(grid("tokens per second and memory by context length", heads, body))
-
-
-def grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table, first column left, others right."""
-    table = Table(title=title, title_justify="left")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,22 @@ def lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         axis.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks])
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
+    return svg(drawing)
+
+
+def positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Perplexity against tokens of context, one line per row, with its standard error."""
+    drawing, (axis,) = figure(8.0, 4.2, 1)
+    for colour, (name, row) in zip(COLOURS * len(rows), rows.items(), strict=False):
+        cells = row["positions"]
+        middle = [math.sqrt(max(cell["from"], 1) * cell["to"]) for cell in cells]
+        values = [cell["perplexity"] for cell in cells]
+        errors = [value * (cell["stderr"] or 0.0) for value, cell in zip(values, cells, strict=True)]
+        axis.errorbar(middle, values, yerr=errors, marker="o", color=colour, label=name, capsize=2)
+    axis.set(xlabel="tokens of context", ylabel="perplexity", xscale="log", yscale="log")
+    for place in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter, axis.xaxis.set_major_formatter):
+        place("{x:.4g}")
+    axis.legend(fontsize=8)
     return svg(drawing)
 
 

@@ -96,6 +96,10 @@ def render(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
             picture(plots.bars(rows), "perplexity and KL of every row"),
             quality(rows),
         ]
+        if "tasks" in rows["model"]:
+            parts += ["<h2>Benchmarks, percent</h2>", table(*scored(rows), own="model")]
+        if "recall" in rows["model"]:
+            parts += ["<h2>Recall, percent of right answers ranked first</h2>", table(*recalled(rows), own="model")]
     if curve := plots.losses(metrics):
         parts += ["<h2>Training</h2>", picture(curve, "loss of each stage against tokens")]
     if numbers.get("ledger"):
@@ -125,7 +129,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 def eval_rows(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Baselines in order, then the model's own row last."""
-    own = {key: value for key, value in evaluation.items() if not isinstance(value, dict)}
+    own = {key: value for key, value in evaluation.items() if key != "baselines"}
     return {**evaluation.get("baselines", {}), "model": own}
 
 
@@ -151,11 +155,54 @@ def quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return table(("", "perplexity", "per byte", "bits per byte", "KL to teacher", "tokens"), cells, own="model")
 
 
+def scored(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Heads and lines of the benchmarks, in percent: chance and number of questions, every row, the model's standard
+    errors and its part of what the teacher has above chance."""
+    own = rows["model"]
+
+    def line(name: str, key: str, row: Mapping[str, Any], average: str = "") -> list[Any]:
+        values = [task[task["metric"] if key == "metric" else key] for task in row["tasks"].values()]
+        return [name, *map(percent, [*values, row.get(average)])]
+
+    body = [["questions", *(task["n"] for task in own["tasks"].values()), None], line("chance", "chance", own)]
+    body += [line(name, "metric", row, "average") for name, row in rows.items() if "tasks" in row]
+    body.append(line("± standard error", "stderr", own))
+    if "of_teacher" in own:
+        body.append(line("of the teacher's above chance", "of_teacher", own, "of_teacher"))
+    return ["", *own["tasks"], "average"], body
+
+
+def recalled(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Heads and lines of recall, in percent, one column for every kind and length."""
+    cells = [(kind, length) for kind, found in rows["model"]["recall"].items() for length in found]
+    lines = [
+        [name, *(percent(row["recall"][kind][length]["acc"]) for kind, length in cells)]
+        for name, row in rows.items()
+        if "recall" in row
+    ]
+    return ["", *(f"{kind} {length}" for kind, length in cells)], lines
+
+
+def percent(value: float | None) -> float | None:
+    """A share in percent, to a tenth."""
+    return None if value is None else round(100 * value, 1)
+
+
 def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """One table per model."""
-    keys = ("length", "decode_tok_s", "prefill_tok_s", "state_bytes", "converted_bytes", "kept_bytes", "peak_bytes")
+    keys = (
+        "length",
+        "batch",
+        "decode_tok_s",
+        "prefill_tok_s",
+        "state_bytes",
+        "converted_bytes",
+        "kept_bytes",
+        "peak_bytes",
+    )
     heads = (
         "context",
+        "batch",
         "decode tok/s",
         "prefill tok/s",
         "state bytes",

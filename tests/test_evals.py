@@ -78,11 +78,12 @@ def test_weights_that_are_not_finite_are_refused():
 
 
 def test_table_has_every_baseline_in_order(source, linearized, text):
-    table = evaluation.evaluate(str(linearized), str(source), str(text), 4, 64)
+    table = evaluation.evaluate(str(linearized), str(source), str(text), 4, 64, scratch=str(source))
     assert list(table["baselines"]) == list(baselines.ROWS)
     for name, row in table["baselines"].items():
         assert row["perplexity"] > 1 and row["windows"] == 4
         assert (row["kl"] is None) == (name == baselines.TEACHER)
+    assert table["baselines"][baselines.SCRATCH]["kl"] == 0.0, "here the teacher itself"
     before = table["baselines"][baselines.UNTRAINED]
     assert table["perplexity"] == pytest.approx(before["perplexity"], rel=1e-6), (
         "an untrained model is its own baseline"
@@ -121,10 +122,13 @@ def test_wrong_lengths_are_named(text):
 
 
 @pytest.mark.slow
-def test_bench_rows_and_constant_state(source, linearized):
-    rows = bench.bench({"teacher": str(source), "student": str(linearized)}, [64, 256], steps=2)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bench_rows_and_constant_state(source, linearized, batch):
+    rows = bench.bench({"teacher": str(source), "student": str(linearized)}, [64, 256], steps=2, batch=batch)
+    assert rows["teacher"][0]["state_bytes"] == batch * bench.measure(str(source), 64, 1)["state_bytes"]
     for name in ("teacher", "student"):
         for row in rows[name]:
+            assert row["batch"] == batch
             assert row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0
             assert row["peak_bytes"] >= row["load_bytes"] > 0
             assert row["state_bytes"] == row["converted_bytes"] + row["kept_bytes"]

@@ -35,6 +35,7 @@ LAYERS = (
     ("evaluation", "journal", "training", "growing", "moments", "fitting"),
     ("choosing",),
     ("converting",),
+    ("tables",),
     ("experiment", "compare"),
     ("demo",),
     ("verbs",),

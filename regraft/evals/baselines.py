@@ -18,24 +18,25 @@ WINDOW_KEPT = "same kept layers, window elsewhere"
 UNTRAINED = "converted, before training"
 MODEL = "model"
 NO_LINEAR = "model, linear branch off"
+SCRATCH = "same architecture, from scratch"
 ZERO_TOKEN = (WINDOW_ALL, WINDOW_KEPT, UNTRAINED)
-ROWS = (TEACHER, *ZERO_TOKEN, NO_LINEAR)
+ROWS = (TEACHER, *ZERO_TOKEN, SCRATCH, NO_LINEAR)
 
 
-def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candidate]]:
-    """Makers of the rows that need no training, by name; the models are built when called, in memory only.
+def variants(remix: Remix) -> dict[str, Remix | None]:
+    """What to do to the source for the rows that need no training, by name; None leaves it as it is.
 
     The windows are `remix`'s own, or 64 with 4 sinks where it has none.
     """
     size, sinks = (remix.window, remix.sinks) if remix.window else (64, 4)
     everywhere = Remix(mixer="window", keep="none", window=size, sinks=sinks)
     elsewhere = Remix(mixer="window", keep=remix.keep, window=size, sinks=sinks)
-    return {
-        TEACHER: partial(built, source, None),
-        WINDOW_ALL: partial(built, source, everywhere),
-        WINDOW_KEPT: partial(built, source, elsewhere),
-        UNTRAINED: partial(built, source, remix),
-    }
+    return {TEACHER: None, WINDOW_ALL: everywhere, WINDOW_KEPT: elsewhere, UNTRAINED: remix}
+
+
+def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candidate]]:
+    """Makers of the rows that need no training, by name; the models are built when called, in memory only."""
+    return {name: partial(built, source, variant) for name, variant in variants(remix).items()}
 
 
 def built(source: Checkpoint, remix: Remix | None) -> Candidate:

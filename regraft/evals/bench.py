@@ -17,7 +17,6 @@ from typing import Any
 
 from ..errors import RegraftError
 
-CHUNK = 1024
 STEPS = 32
 
 
@@ -37,68 +36,73 @@ def bench(
     lengths: Sequence[int],
     steps: int = STEPS,
     progress: Callable[[int, int, str], None] | None = None,
+    batch: int = 1,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows by model name: `length, decode_tok_s, prefill_tok_s, state_bytes, converted_bytes, kept_bytes, peak_bytes`.
+    """Rows by model name: `length, batch, decode_tok_s, prefill_tok_s, state_bytes, converted_bytes, kept_bytes,
+    peak_bytes, load_bytes`; speeds and bytes are those of all `batch` rows together.
 
     `models` maps names to paths. A fresh process per model and length prefills random tokens in chunks of 1,024 through
     the cache, then decodes: one warm-up step, then the median over `steps` steps. `peak_bytes` is the process's peak
     resident memory (accelerator memory where one is used), weights and interpreter included; `load_bytes` the same
     before the first token.
     """
+    if batch < 1 or steps < 1:
+        raise RegraftError(f"cannot bench a batch of {batch} for {steps} steps: ask for one of each at least")
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     jobs = [(name, path, length) for length in lengths for name, path in models.items()]
     for done, (name, path, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")
-        rows[name].append(worker(path, length, steps))
+        rows[name].append(worker(path, length, steps, batch))
     return rows
 
 
-def worker(path: str, length: int, steps: int) -> dict[str, Any]:
+def worker(path: str, length: int, steps: int, batch: int = 1) -> dict[str, Any]:
     """One row, measured in a child process that sees the same package; RegraftError with its last line if it fails."""
     root = str(Path(__file__).resolve().parents[2])
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    command = [sys.executable, "-m", "regraft.evals.bench", path, str(length), str(steps)]
+    command = [sys.executable, "-m", "regraft.evals.bench", path, *map(str, (length, steps, batch))]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
         last = (finished.stderr.strip().splitlines() or [f"killed by signal {-finished.returncode}"])[-1]
-        raise RegraftError(f"bench of {path} at {length} tokens failed: {last}; try shorter --lengths")
+        raise RegraftError(
+            f"bench of {path} at {length} tokens failed: {last}; try shorter --lengths or a smaller --batch"
+        )
     return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
-def measure(path: str, length: int, steps: int) -> dict[str, Any]:
+def measure(path: str, length: int, steps: int, batch: int = 1) -> dict[str, Any]:
     """The row of one model at one length, in this process."""
     import torch
 
     from .. import hosts
+    from . import reading
 
     torch.manual_seed(0)
     model: Any = hosts.load(path)
     device = next(model.parameters()).device
     loaded = peak_bytes(device.type)
     reset_peak(device.type)
-    ids = torch.randint(model.config.vocab_size, (1, length), device=device)
+    ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
     mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     with torch.inference_mode():
         begin = time.perf_counter()
-        cache = None
-        for part in ids.split(CHUNK, dim=1):
-            out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+        logits, cache = reading.last(model, ids)
         finish(device.type)
         prefill = time.perf_counter() - begin
         sizes = hosts.state_bytes(cache)
         seconds = []
         for _ in range(steps + 1):
             begin = time.perf_counter()
-            out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+            logits, cache = reading.last(model, logits.argmax(-1, keepdim=True), cache)
             finish(device.type)
             seconds.append(time.perf_counter() - begin)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     return {
         "length": length,
-        "decode_tok_s": 1 / statistics.median(seconds[1:]),
-        "prefill_tok_s": length / prefill,
+        "batch": batch,
+        "decode_tok_s": batch / statistics.median(seconds[1:]),
+        "prefill_tok_s": batch * length / prefill,
         "state_bytes": sum(sizes),
         "converted_bytes": converted,
         "kept_bytes": sum(sizes) - converted,
@@ -144,4 +148,4 @@ def reset_peak(device: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))

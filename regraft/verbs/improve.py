@@ -143,10 +143,10 @@ def finished(numbers: dict[str, Any], out: str) -> Outcome:
     """The end of an experiment: its table and where the page is."""
 
     def show(console: Console) -> None:
-        from .. import evaluation
+        from .. import tables
 
-        evaluation.render(numbers["eval"], console)
-        evaluation.render_bench(numbers["bench"], console)
+        tables.render(numbers["eval"], console)
+        console.print(tables.speed(numbers["bench"]))
         console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
 
     return Outcome(numbers, show)

@@ -3,41 +3,87 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..errors import RegraftError
 from .outcome import Outcome
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(
     model: str,
     data: str | None = None,
     baseline: str | None = None,
+    scratch: str | None = None,
     windows: int = 16,
     length: int = 1024,
+    tasks: str | None = None,
+    task_data: str | None = None,
+    limit: int | None = None,
+    shots: int = 0,
+    lengths: str = "512,1k,2k",
+    batch: int = 8,
+    positions: bool = False,
+    plot: bool = False,
     json: bool = False,
 ) -> Outcome:
-    """Measure perplexity per token and per byte, with the baselines of a source.
+    """Measure perplexity per token and per byte, or benchmarks and recall, beside the baselines of a source.
 
     Args:
         model: model directory or GGUF file
         data: text file or folder (default: the held-out part of Python's own documentation)
         baseline: the source: adds its row, the zero-token windows, the untrained conversion, KL to it
+        scratch: the same architecture trained from scratch: adds its row
         windows: number of windows, spread evenly over the text
         length: tokens per window
+        tasks: instead of perplexity, benchmarks (hellaswag,piqa,...) and recall (passkey,needle,mqar), by commas
+        task_data: folder of the benchmarks' jsonl files
+        limit: questions of each benchmark, spread evenly, and contexts of each recall (default: all, and 32)
+        shots: examples before each question, where a benchmark has a file of them (mmlu)
+        lengths: context lengths of recall, such as 512,1k,2k
+        batch: rows at a time in benchmarks and recall
+        positions: also, or alone, perplexity by tokens of context over these windows
     """
-    from .. import evaluation, hosts
+    from .. import evaluation, hosts, report
+    from .. import tables as printing
+    from ..evals.bench import parse_lengths
     from ..progress import Ticker
 
-    hosts.wants_decoder(model, baseline)
+    hosts.wants_decoder(model, baseline, scratch)
+    if plot and not positions:
+        raise RegraftError(f"--plot draws perplexity by position (positions is {positions}): add --positions")
     with Ticker() as ticker:
         ticker.start(f"evaluating {model}")
-        table = evaluation.evaluate(model, baseline, data, windows, length, lambda d, n: ticker.update(d / n))
-    return Outcome(table, lambda console: evaluation.render(table, console))
+        if tasks is None and not positions:
+            found = evaluation.evaluate(
+                model, baseline, data, windows, length, lambda d, n: ticker.update(d / n), scratch
+            )
+        else:
+            suite = evaluation.suite(
+                model,
+                tasks.split(",") if tasks else [],
+                data=data,
+                windows=(windows, length) if positions else None,
+                folder=task_data,
+                limit=limit,
+                shots=shots,
+                lengths=parse_lengths(lengths),
+                batch=batch,
+            )
+            found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update)
+    if plot:
+        drawn("positions.svg", lambda plots: plots.positions(report.eval_rows(found)))
+    return Outcome(found, lambda console: printing.render(found, console))
+
+
+def drawn(name: str, draw: Callable[[Any], bytes]) -> None:
+    """Write a picture into the current folder and say so; `draw` gets the module of pictures."""
+    from .. import plots
+
+    Path(name).write_bytes(draw(plots))
+    print(f"regraft: wrote {name}", file=sys.stderr)
 
 
 def generate(
@@ -79,6 +125,7 @@ def bench(
     against: str | None = None,
     lengths: str = "1k,4k,16k",
     steps: int = 32,
+    batch: int = 1,
     plot: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -89,8 +136,9 @@ def bench(
         against: a second model measured beside it, say the source
         lengths: context lengths, such as 1k,4k,16k
         steps: decoding steps behind each median
+        batch: rows decoded together; speeds and bytes are those of all rows
     """
-    from .. import evaluation, hosts
+    from .. import hosts, tables
     from ..evals import bench as benching
     from ..progress import Ticker
 
@@ -99,13 +147,10 @@ def bench(
     models = {"model": model} | ({"against": against} if against else {})
     with Ticker() as ticker:
         ticker.start("bench")
-        rows = benching.bench(models, counts, steps, lambda done, n, note: ticker.update(done / n, note))
+        rows = benching.bench(models, counts, steps, lambda done, n, note: ticker.update(done / n, note), batch)
     if plot:
-        from .. import plots
-
-        Path("bench.svg").write_bytes(plots.lengths(rows))
-        print("regraft: wrote bench.svg", file=sys.stderr)
+        drawn("bench.svg", lambda plots: plots.lengths(rows))
     data: dict[str, Any] = {"model": model, "rows": rows["model"]}
     if against:
         data |= {"source": against, "against": rows["against"]}
-    return Outcome(data, lambda console: evaluation.render_bench(rows, console))
+    return Outcome(data, lambda console: console.print(tables.speed(rows)))

@@ -1,0 +1,107 @@
+"""Questions through lm-evaluation-harness, which scores choices by their log-likelihood."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RegraftError
+from .perplexity import Candidate
+from .tasks import Question, Task
+
+ACC, ACC_NORM = ({"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm"))
+PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+
+
+def required() -> None:
+    """RegraftError with the command that installs lm-evaluation-harness when it is missing."""
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RegraftError(
+            f"benchmark tasks need {error.name}, which is not installed: pip install 'regraft[eval]'"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def language_model(candidate: Candidate, tokenizer: Any, batch: int) -> Any:
+    """The harness's view of a model in memory; it pads on the right and keeps no cache."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        """Without bars of its own; counts the requests that had to be cut on the left to fit."""
+
+        cut = 0
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+            with torch.no_grad():
+                return self.model(inps, use_cache=False).logits
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True)
+
+    return Model(pretrained=candidate.model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+
+
+def configured(name: str, questions: Sequence[Question]) -> Any:
+    """The harness's task of these questions, which are all of one form."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    several = len(questions[0].contexts) > 1
+    rows = [
+        {
+            "context": q.gold if several else q.contexts[0],
+            "choices": list(q.contexts if several else q.choices),
+            "target": q.choices[0] if several else q.gold if q.alternatives else f" {q.choices[0]}",
+        }
+        for q in questions
+    ]
+    config: dict[str, Any] = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "doc_to_text": "context",
+        "doc_to_target": "target",
+    }
+    if questions[0].alternatives:
+        metrics = [ACC] if several else [ACC, ACC_NORM]
+        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": metrics}
+    else:
+        config |= {"output_type": "loglikelihood", "metric_list": [PERPLEXITY, ACC]}
+    return ConfigurableTask(config=config)
+
+
+def score(model: Any, task: Task, name: str, questions: Sequence[Question]) -> dict[str, Any]:
+    """`acc, acc_norm, perplexity` (None where a task has none), `n`, `stderr, chance, above_chance` of `metric`.
+
+    `model` is a `language_model`. `acc_norm` divides a choice's log-likelihood by its characters; `above_chance` is
+    (metric - chance) / (1 - chance); `truncated` counts continuations whose context was cut on the left to fit.
+    """
+    from lm_eval.evaluator import evaluate
+
+    model.cut = 0
+    with contextlib.redirect_stdout(None):
+        found = evaluate(model, {"tasks": {name: configured(name, questions)}}, bootstrap_iters=0, log_samples=False)
+    results = {key.partition(",")[0]: value for key, value in found["results"][name].items()}
+    n, chance = len(questions), sum(q.chance for q in questions) / len(questions)
+    value = results[task.metric]
+    return {
+        "metric": task.metric,
+        **{key: results.get(key) for key in ("acc", "acc_norm", "perplexity")},
+        "n": n,
+        "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None,
+        "chance": chance,
+        "above_chance": (value - chance) / (1 - chance),
+        "truncated": model.cut,
+    }

@@ -1,0 +1,36 @@
+"""Long rows read through the cache in chunks: memory linear in their length, for every model with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 1024
+
+
+@torch.no_grad()
+def chunks(model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0) -> Iterator[tuple[Tensor, Any]]:
+    """ids: (rows, time) -> (logits (rows, chunk or `keep`, vocab), cache) after every chunk of 1,024 tokens.
+
+    `keep`: logits of the last so many positions only, 0 for all. A given `cache` is read on from, and changed.
+    """
+    device = next(model.parameters()).device
+    for part in ids.to(device).split(CHUNK, dim=1):
+        out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        cache = out.past_key_values
+        yield out.logits, cache
+
+
+def last(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """(logits of the last position (rows, vocab), cache) after ids: (rows, time)."""
+    *_, (logits, after) = chunks(model, ids, cache, keep=1)
+    return logits[:, -1], after
+
+
+def log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (..., vocab), targets (...) -> log p(target) in float32, (...)."""
+    targets = targets.to(logits.device)
+    return logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)

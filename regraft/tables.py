@@ -1,0 +1,93 @@
+"""Tables for the eye: quality, benchmarks, recall, perplexity by position, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .report import eval_rows, scored, short
+
+WIDE = 6  # tasks side by side
+
+
+def render(evaluation: Mapping[str, Any], console: Console) -> None:
+    """Print whatever an evaluation holds."""
+    rows = eval_rows(evaluation)
+    for table in (*quality(rows), *benchmarks(rows), *recall(rows), *positions(rows)):
+        console.print(table)
+
+
+def quality(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """Perplexity and divergence from the teacher."""
+    keys = {"perplexity": "ppl/token", "byte_perplexity": "ppl/byte", "kl": "KL"}
+    if own := own_part(rows, "perplexity"):
+        some = rows["model"]
+        title = f"{some['windows']} windows, {some['tokens']:,} predicted tokens"
+        yield grid(title, ["", *keys.values()], [[name, *(short(row.get(key)) for key in keys)] for name, row in own])
+
+
+def benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """Every task's score in percent, chance first, standard errors last; the average in the last table."""
+    if own_part(rows, "tasks"):
+        heads, body = scored(rows)
+        for start in range(1, len(heads), WIDE):
+            columns = [0, *range(start, min(start + WIDE, len(heads)))]
+            norm = [name for name in heads[start:] if rows["model"]["tasks"].get(name, {}).get("metric") == "acc_norm"]
+            by = f" (normalised: {', '.join(norm)})" if norm else ""
+            yield grid(
+                f"benchmarks, percent{by}",
+                [heads[i] for i in columns],
+                [[short(line[i]) for i in columns] for line in body],
+            )
+
+
+def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """One table a kind: how often the right answer is first among the candidates, and greedy text is it."""
+    some = own_part(rows, "recall")
+    for kind, cells in (some[0][1]["recall"] if some else {}).items():
+        one = next(iter(cells.values()))
+        title = f"{kind}: percent first of {round(1 / one['chance'])} answers / said greedily; n = {one['n']}"
+        body = [
+            [name, *(f"{100 * cell['acc']:.0f} / {100 * cell['exact']:.0f}" for cell in row["recall"][kind].values())]
+            for name, row in some
+        ]
+        yield grid(title, ["", *(f"{length} tokens" for length in cells)], body)
+
+
+def positions(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """Perplexity by tokens of context."""
+    if some := own_part(rows, "positions"):
+        buckets = some[0][1]["positions"]
+        heads = ["", *(f"{cell['from']}-{cell['to']}" for cell in buckets)]
+        body = [[name, *(short(cell["perplexity"]) for cell in row["positions"])] for name, row in some]
+        yield grid("perplexity by tokens of context", heads, body)
+
+
+def own_part(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Rows that have a part."""
+    return [(name, row) for name, row in rows.items() if key in row]
+
+
+def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Speed and memory, models interleaved by length."""
+    heads = ["model", "context", "batch", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
+    body = [
+        [name, *(short(r.get(key)) for key in ("length", "batch", "decode_tok_s", "prefill_tok_s"))]
+        + [short(r[key] / 2**20) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
+        for name, rows in models.items()
+        for r in rows
+    ]
+    return grid("tokens per second and memory by context length", heads, body)
+
+
+def grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A rich table, first column left, others right."""
+    table = Table(title=title, title_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
