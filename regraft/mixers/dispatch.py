@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .kernels import fused
 from .recurrence import chunked, naive
 from .vector import chunked_vector, naive_vector
 
@@ -17,11 +19,14 @@ def recur(
     segments: Tensor | None = None,
     state: Tensor | None = None,
     bonus: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and last state of `recurrence.naive`, or of `vector.naive_vector` for a decay per key dimension: as
-    written for one token, in chunks for many.
+    written for one token; for many in a kernel on a GPU, which takes q, k and v as `dtype`, else in chunks.
     """
     one = q.shape[2] == 1
+    if not one and (found := fused(q, k, v, g, beta, segments, state, bonus, dtype)) is not None:
+        return found
     if g.ndim == 4:
         return (naive_vector if one else chunked_vector)(q, k, v, g, bonus, segments, state)
     return (naive if one else chunked)(q, k, v, g, beta, segments, state)

@@ -158,13 +158,14 @@ class Linear(Mixer):
 
     def read(self, inputs: dict[str, Tensor], mixing: Mixing, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs (batch, time, heads, values) and the last state; padding neither writes nor decays."""
+        dtype = inputs["v"].dtype
         inputs = {name: value.float() for name, value in inputs.items()}
         if self.denominator:
             inputs["v"] = F.pad(inputs["v"], (0, 1), value=1.0)
         for name in ("k", "v", "g", "beta"):
             if name in inputs:
                 (inputs[name],) = silence(mixing.valid, inputs[name])
-        out, last = recur(**inputs, segments=mixing.segments, state=matrix)
+        out, last = recur(**inputs, segments=mixing.segments, state=matrix, dtype=dtype)
         return out.transpose(1, 2), last
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ PLACE = "low_rank"
 class LowRank(nn.Module):
     """W = base + 2 B A for each of `weights`, (out, in) with A (rank, in) drawn like a linear layer's and B at zero.
 
-    The weights stay where they are and get gradients; `pull` hands these to A and B by the chain rule, `push` writes the
-    weights anew after a step. So the model needs no other layers, and its file has nothing to unwrap.
+    The weights stay where they are and get gradients; `pull` hands these to A and B by the chain rule, `push` writes
+    the weights anew after a step. So the model needs no other layers, and its file has nothing to unwrap.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], rank: int, generator: torch.Generator):

@@ -50,9 +50,9 @@ class Stage:
     For models with mixers. `rank`: above 0, inherited projections inside mixers learn low-rank additions (`lowrank`, at
     `lr_mixer`), new weights at `lr_new`, and nothing else learns. `ce`: weight of next-token cross-entropy in `distil`,
     the KL has the rest. `window_drop`: probability that a gated layer runs in a step without its window, so that the
-    state is used (window dropout, arXiv 2510.05901, here per layer and step). `learn`: `all`; `new`, whatever was copied
-    from the source stays as it is; or `lit`, which begins like `new` and lets everything learn once the loss hardly
-    falls (XATL, arXiv 2404.02684; `lit` says when).
+    state is used (window dropout, arXiv 2510.05901, here per layer and step). `learn`: `all`; `new`, whatever was
+    copied from the source stays as it is; or `lit`, which begins like `new` and lets everything learn once the loss
+    hardly falls (XATL, arXiv 2404.02684; `lit` says when).
     """
 
     kind: Literal["matrix", "align", "distil", "next", "mask", "image"]
