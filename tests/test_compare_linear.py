@@ -89,7 +89,7 @@ def test_a_scratch_arm_has_the_architecture_and_nothing_of_the_source(tmp_path: 
     assert all((mine[name] == again[name]).all() for name in mine)
 
 
-@pytest.mark.parametrize("name", ["xatl"])
+@pytest.mark.parametrize("name", ["xatl", "linear"])
 def test_shipped_comparisons_are_valid(name: str) -> None:
     made = schema.load(str(RECIPES / f"compare_{name}.yaml"), {"seeds": "[7]"})
     for arm in made.arms:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import speaking
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny
+from test_cli import as_json, refused
 from test_uptrain import Killed, text_rows
 from torch import nn
 
@@ -151,3 +153,17 @@ def test_models_without_mixers_have_nothing_new(tmp_path: Path) -> None:
     model = tiny("gpt_neox", layers=2)[1]
     with pytest.raises(RegraftError, match="learn 'lit' is for models with mixers"):
         loop.train(loop.Run(model, [STAGE], lambda length: text_rows(), tmp_path))
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny("gpt_neox", layers=2, vocab=len(speaking.SPECIAL) + 256)[1]
+    model.save_pretrained(tmp_path / "source")
+    speaking.tokenizer().save_pretrained(tmp_path / "source")
+    speaking.write_text(tmp_path / "text.txt")
+    command = ["linearize", tmp_path / "source", tmp_path / "linear", "--mixer", "retnet", "--window", 0]
+    made = as_json(capsys, *command, "--keep", "none", "--inherit", "o")
+    assert made["steps"][-1]["arguments"]["inherit"] == "o"
+    train = ["train", tmp_path / "linear", tmp_path / "out", "--data", tmp_path / "text.txt", "--stage", "next"]
+    train += ["--tokens", 128, "--length", 32, "--learn", "lit", "--lit"]
+    assert "widow" in refused(capsys, *train, '{"widow": 2}')
+    assert as_json(capsys, *train, '{"window": 2, "max_steps": 2}')["stages"][0]["unfrozen"] == 2
