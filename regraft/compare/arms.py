@@ -63,7 +63,7 @@ def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -
     arm, folder = recipe.arm(name), arm_folder(out, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     teacher = Teacher.of(recipe, out, arm, seed)
-    model, spent, state = begun(recipe, out, arm, seed, teacher)
+    model, spent, state = begun(recipe, out, arm, seed, teacher, tell)
     count = sum(parameter.numel() for parameter in model.parameters())
     whole = objectives.measured(model, recipe.task, material.heldout(recipe, out)) if arm.legs else None
     guide = {} if teacher is None else {"teacher": teacher.model, "teacher_slots": teacher.slots}
@@ -111,7 +111,7 @@ class Teacher:
 
 
 def begun(
-    recipe: Comparison, out: Path, arm: Arm, seed: int, teacher: Teacher | None
+    recipe: Comparison, out: Path, arm: Arm, seed: int, teacher: Teacher | None, tell: Tell = lambda share: None
 ) -> tuple[PreTrainedModel, dict[str, Any], Path | None]:
     """(the arm's model before training, what making it cost, Adam's state or None)."""
     if arm.scratch:
@@ -121,7 +121,7 @@ def begun(
         return *linearized(recipe, out, arm.linear, seed, teacher), None
     source = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
     if arm.ligo is not None:
-        made, spent = fitted(recipe, out, arm, source, seed)
+        made, spent = fitted(recipe, out, arm, source, seed, tell)
         return hosts.materialize(made), spent, None
     begin = time.monotonic()
     steps = growth_steps(recipe, arm, source, seed)
@@ -177,14 +177,17 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
     return list(arm.growth(recipe.target, seed).steps(source))
 
 
-def fitted(recipe: Comparison, out: Path, arm: Arm, source: Checkpoint, seed: int) -> tuple[Checkpoint, dict[str, Any]]:
+def fitted(
+    recipe: Comparison, out: Path, arm: Arm, source: Checkpoint, seed: int, tell: Tell
+) -> tuple[Checkpoint, dict[str, Any]]:
     """The checkpoint that a fitted map gives, and what the fitting cost; both kept for a restart."""
     folder = arm_folder(out, arm.name, seed)
     if not (folder / "start.json").exists():
         growth = Growth(**dataclasses.asdict(recipe.target), seed=seed)
         stage = recipe.stages(arm)[-1]
         assert arm.ligo is not None
-        learned = fitting.fit(source, growth, arm.ligo, stage, material.rows(recipe, out)(stage.length), seed=seed)
+        rows = material.rows(recipe, out)(stage.length)
+        learned = fitting.fit(source, growth, arm.ligo, stage, rows, seed, progress=lambda *step: tell(0.0))
         learned(source).save(folder / "grown", overwrite=True)
         write_json(folder / "start.json", FREE | dict(learned.cost))
     return Checkpoint.open(folder / "grown"), read_json(folder / "start.json")
