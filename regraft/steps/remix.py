@@ -31,6 +31,7 @@ class Remix:
     `inherit`: which projections of the source's attention the linear mixer copies: "all", "none", or a list such as
     "v,o" (XATL copies "o"); the others begin anew (`mixers.inherit`). The window branch is the source's own.
 
+    `gate`: logit of the share that the linear branch beside a window has at first (0: half).
     `scores`: how the layers of `keep` were chosen, when they were measured (`regraft.choosing`); changes nothing here.
 
     Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the logits.
@@ -44,6 +45,7 @@ class Remix:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     inherit: str = "all"
+    gate: float = -4.0
     scores: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
@@ -110,7 +112,10 @@ class Remix:
                 f"--inherit '{self.inherit}' leaves out o, which the window branch of {self.window} tokens shares: add "
                 "o, or give --window 0"
             )
-        return {"name": "gated", "linear": plain, "window": window} if gated else plain
+        if not gated:
+            return plain
+        start = {} if self.gate == Remix.gate else {"start": self.gate}
+        return {"name": "gated", "linear": plain, "window": window} | start
 
     def kept(self, layers: int) -> frozenset[int]:
         """The layers that keep softmax attention, out of `layers`."""

@@ -1,0 +1,17 @@
+"""Liger (Lan et al., arXiv 2503.01496): gated linear attention whose gates come from the keys, with no new weights,
+half and half with a softmax window; low-rank additions learn the next token.
+
+The mix stays at one half (the gate starts there and does not learn); rank 8 as in the paper, on the attention's
+projections. The released pooling of the keys is the identity, and so it is here. The released code is Apache-2.0; none
+of it is used here.
+"""
+
+from ..steps.remix import Remix
+from .method import Leg, Method
+
+GLA = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}
+
+method = Method(
+    Remix(mixer="gla", keep="none", options=GLA, gate=0.0, sinks=0),
+    (Leg("next", 1.0, {"rank": 8, "lr_new": 0.0, "lr_mixer": 1e-4}),),
+)

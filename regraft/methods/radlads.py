@@ -1,0 +1,20 @@
+"""RADLADS (Goldstein et al., arXiv 2505.03005): RWKV-6 without what the teacher lacks; outputs aligned, then the
+distribution matched with all weights, then the next token on longer rows.
+
+Shares of its 100 + 500 + 100 million tokens for a 7B. Its RWKV-7 variant, the better one, is not here. Official code is
+Apache-2.0; none of it is used here.
+"""
+
+from ..steps.remix import Remix
+from .method import Leg, Method
+
+RWKV = {"shift": False, "bonus": False, "balance": True, "norm": "none", "gate": "sigmoid", "grouped": True}
+
+method = Method(
+    Remix(mixer="rwkv6", keep="none", window=0, options=RWKV | {"rotary": True}),
+    (
+        Leg("align", 0.15, {"lr_mixer": 1e-3}),
+        Leg("distil", 0.7, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 1e-5}),
+        Leg("next", 0.15, {"lr_new": 1e-5, "lr_mixer": 1e-5, "lr_body": 1e-5}, longer=2),
+    ),
+)
