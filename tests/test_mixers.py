@@ -145,6 +145,21 @@ def test_padding_changes_nothing(spec: dict, left: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@torch.no_grad()
+def test_bfloat16_stays_close_and_keeps_states_wide(spec: dict, autocast: bool) -> None:
+    mixer, x = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(2, 70, 36)
+    turn = rotary(torch.arange(70).expand(2, -1), mixer.attention)
+    exact, _ = mixer(x, Mixing(turn))
+    low = torch.float32 if autocast else torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, state = mixer.to(low)(x.to(low), Mixing(tuple(t.to(low) for t in turn)))
+        again, _ = mixer(x[:, :1].to(low), Mixing(tuple(t[:, :1].to(low) for t in turn)), state)
+    assert torch.isfinite(again).all() and float((y - exact).norm() / exact.norm()) < 0.2
+    assert all(tensor.dtype == torch.float32 for name, tensor in state.items() if name.endswith("matrix"))
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(spec: dict) -> None:

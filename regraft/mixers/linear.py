@@ -208,7 +208,7 @@ def fixed(kind: str, k: Tensor) -> Tensor:
 
 def mapped(x: Tensor, maps: Tensor) -> Tensor:
     """x: (batch, heads, time, dim) -> (..., features) by maps (heads or groups of heads, features, dim)."""
-    return (x.unflatten(1, (len(maps), -1)) @ maps.unsqueeze(1).mT).flatten(1, 2)
+    return (x.to(maps.dtype).unflatten(1, (len(maps), -1)) @ maps.unsqueeze(1).mT).flatten(1, 2)
 
 
 def feature_size(name: str, feature: int | None, attention: Attention) -> int:

@@ -157,5 +157,6 @@ def _carry_affine(keep: Tensor, against: Tensor, add: Tensor, S: Tensor) -> tupl
     states = []
     for i in range(add.shape[2]):
         states.append(S)
-        S = maps[:, :, i] @ S + add[:, :, i]
+        with torch.autocast(S.device.type, enabled=False):  # a state that is rounded at every chunk forgets
+            S = maps[:, :, i].float() @ S + add[:, :, i]
     return torch.stack(states, dim=2), S

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Mixing, Weight, rotate
-from .linear import Linear, fixed
+from .linear import Linear, fixed, mapped
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Supra(Linear):
         """phi; x: (batch, heads, time, dim)."""
         bias = self.feature_bias.view(self.attention.heads, 1, self.attention.dim)
         if self.options.feature == "head":
-            return F.relu(x @ self.feature.transpose(-1, -2) + bias)
+            return F.relu(mapped(x, self.feature) + bias)
         flat = F.linear(x.transpose(1, 2).flatten(-2), self.feature)
         return F.relu(flat.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2) + bias)
 

@@ -121,7 +121,7 @@ class Window(Mixer):
         seen = (at > EMPTY) & torch.where(in_window, distance < self.options.window, distance >= self.options.window)
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
         scores = (group @ keys.transpose(-1, -2)) * self.attention.scale
-        scores = scores.masked_fill(~seen[:, None, None], torch.finfo(q.dtype).min)
+        scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2)
 
     def blocks(
