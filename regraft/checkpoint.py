@@ -206,7 +206,7 @@ def _from_folder(origin: Path, folder: Path) -> Checkpoint:
             )
     placed = anatomy.place(config)
     known = lineage.read(folder)
-    dropped = _unclaimed(found, placed, anatomy, config)
+    dropped = known.get("dropped", {}) | _unclaimed(found, placed, anatomy, config)
     stories = {
         name: Story(kind, tuple(sources), note) for name, (kind, sources, note) in known.get("tensors", {}).items()
     }

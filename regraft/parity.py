@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import axes, hosts, lineage
+from . import axes, hosts
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth, targets
@@ -193,4 +193,4 @@ def loss(found: dict[str, Tensor], given: dict[str, Tensor]) -> float:
 def accounted(before: Checkpoint, after: Checkpoint) -> list[str]:
     """Source tensors that no tensor of the output comes from and that were not dropped with a reason."""
     had, has = ({name for lazy in each.tensors.values() for name in lazy.story.sources} for each in (before, after))
-    return sorted(had - has - set(after.dropped) - set(lineage.read(after.path).get("dropped", {})))
+    return sorted(had - has - set(after.dropped))

@@ -35,6 +35,8 @@ OTHERS = {
     "rwkv6": Remix("rwkv6", "none", window=0, options={"rank": 4, "shift_rank": 3}),
     "rwkv6-beside-window": Remix("rwkv6", "0", window=8, options={"decay": "static", "grouped": True}),
     "lolcats": Remix("lolcats", "0", window=0, options={"window": 8, "feature": 4}),
+    "mamba": Remix("mamba", "0", window=0),
+    "mamba2-beside-window": Remix("mamba2", "0", window=8, options={"layout": "attention"}),
 }
 # every family with the first, each other mixer with two families, whose turn it is
 HOSTED = [(family, remix) for family in FAMILIES for remix in REMIXES.values()]

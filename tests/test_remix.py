@@ -11,7 +11,7 @@ from models import FAMILIES, tiny, tokens
 from regraft import hosts, lineage
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.receipts import account
+from regraft.receipts import account, check
 from regraft.recipe import Step, entry
 from regraft.steps.remix import Remix
 
@@ -77,7 +77,9 @@ def test_fresh_weights_are_stated_and_seeded(source: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(("inherit", "kept"), [("o", "o"), ("none", ""), ("k,v", "kv")])
-def test_projections_that_are_not_inherited_begin_anew(source: Checkpoint, inherit: str, kept: str) -> None:
+def test_projections_that_are_not_inherited_begin_anew(
+    source: Checkpoint, inherit: str, kept: str, tmp_path: Path
+) -> None:
     whole, made = (Remix("gated_deltanet", "0", window=0, inherit=words)(source) for words in ("all", inherit))
     std = (0.4 / source.sizes["hidden"]) ** 0.5
     for (role, layer), lazy in made.tensors.items():
@@ -91,7 +93,12 @@ def test_projections_that_are_not_inherited_begin_anew(source: Checkpoint, inher
         else:
             assert lazy.read().unique().tolist() == [1.0 if "norm" in role else 0.0]
     assert account(source, made) == ([], [])
-    assert hosts.materialize(made)(tokens(1, 9)).logits.isfinite().all()
+    made.save(tmp_path / "out")
+    assert hosts.load(tmp_path / "out")(tokens(1, 9)).logits.isfinite().all()
+    found = check(source.path, tmp_path / "out")
+    assert found["holds"] and found["unaccounted"] == []
+    dropped = Checkpoint.open(tmp_path / "out").dropped
+    assert dropped == made.dropped and all(f"with inherit '{inherit}'" in reason for reason in dropped.values())
 
 
 def test_another_seed_gives_other_fresh_weights(source: Checkpoint) -> None:
