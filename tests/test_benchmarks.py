@@ -17,7 +17,7 @@ from torch import nn
 from regraft import evaluation, hosts, tables
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.evals import baselines, positions, reading, recall, tasks
+from regraft.evals import baselines, harness, positions, reading, recall, tasks
 from regraft.evals.perplexity import Candidate
 from regraft.evals.suite import Suite
 from regraft.steps.remix import Remix
@@ -393,3 +393,23 @@ def test_tables_hold_every_row(source, linearized, data, capsys):
     shown = capsys.readouterr().out
     for word in (*NAMES, "average", "250 tokens", "64-70", baselines.NO_LINEAR, "chance"):
         assert word in shown
+
+
+def test_contexts_read_once_score_as_the_harness_scores_whole_rows(linearized):
+    """Shared contexts and answers from the cache against HFLM's own full forward passes."""
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer, draw = hosts.load(linearized), hosts.load_tokenizer(linearized), random.Random(1)
+    texts = [sentence(draw, words) for words in (3, 3, 9, 9, 20)]
+    requests = [SimpleNamespace(args=(text, " " + sentence(draw, draw.randint(1, 4)))) for text in texts * 3]
+    requests += [SimpleNamespace(args=("", "the cat")), SimpleNamespace(args=(texts[0], " a"))]
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
+    ours = harness.language_model(Candidate(model), tokenizer, batch=4)
+    for (mine, greedy), (theirs, said) in zip(
+        ours.loglikelihood(requests), plain.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert mine == pytest.approx(theirs, rel=1e-4) and greedy == said
+    assert ours.cut == 0
+    ours._max_length = 30
+    assert ours.loglikelihood(requests)[4][0] != pytest.approx(plain.loglikelihood(requests, True)[4][0], rel=1e-4)
+    assert ours.cut == sum(len(r.args[0] + r.args[1]) > 31 for r in requests)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from ..errors import RegraftError
+from . import reading
 from .perplexity import Candidate
 from .tasks import Question, Task
 
@@ -31,7 +33,7 @@ def required() -> None:
 
 
 def language_model(candidate: Candidate, tokenizer: Any, batch: int) -> Any:
-    """The harness's view of a model in memory; it pads on the right and keeps no cache."""
+    """The harness's view of a model in memory: its tokenization and lengths, `likelihoods` for the scores."""
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
@@ -42,15 +44,46 @@ def language_model(candidate: Candidate, tokenizer: Any, batch: int) -> Any:
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-            with torch.no_grad():
-                return self.model(inps, use_cache=False).logits
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True)
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            pairs = []
+            for _, context, answer in requests:
+                room = max(self.max_length + 1 - len(answer), 1)
+                self.cut += len(context) > room
+                pairs.append((tuple(context[-room:]), answer))
+            return likelihoods(self.model, pairs, batch)
 
     return Model(pretrained=candidate.model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+
+
+def likelihoods(
+    model: nn.Module, pairs: Sequence[tuple[tuple[int, ...], list[int]]], batch: int
+) -> list[tuple[float, bool]]:
+    """For every (context, answer) of token ids: log p(answer | context), and whether greedy text is the answer.
+
+    A context is read once for all its answers, which go on from the cache, in batches of `batch` answers whose contexts
+    have the same length: nothing before an answer is padding.
+    """
+    found: dict[int, tuple[float, bool]] = {}
+    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], len(pairs[i][1])))
+    for _, alike in itertools.groupby(order, key=lambda i: len(pairs[i][0])):
+        while rows := list(itertools.islice(alike, batch)):
+            found |= dict(zip(rows, together(model, [pairs[i] for i in rows]), strict=True))
+    return [found[i] for i in range(len(pairs))]
+
+
+def together(model: nn.Module, pairs: Sequence[tuple[tuple[int, ...], list[int]]]) -> Iterator[tuple[float, bool]]:
+    """`likelihoods` of one batch, whose contexts have one length."""
+    contexts = list(dict.fromkeys(context for context, _ in pairs))
+    which = torch.tensor([contexts.index(context) for context, _ in pairs])
+    answers = nn.utils.rnn.pad_sequence([torch.tensor(answer) for _, answer in pairs], batch_first=True)
+    logits, cache = reading.last(model, torch.tensor(contexts))
+    steps = logits[which.to(logits.device), None]
+    if answers.shape[1] > 1:
+        cache.batch_select_indices(which.to(logits.device))
+        steps = torch.cat([steps, *(more for more, _ in reading.chunks(model, answers[:, :-1], cache))], 1)
+    every, greedy = reading.log_likelihoods(steps, answers), steps.argmax(-1).cpu() == answers
+    for row, (_, answer) in enumerate(pairs):
+        yield every[row, : len(answer)].sum().item(), bool(greedy[row, : len(answer)].all())
 
 
 def configured(name: str, questions: Sequence[Question]) -> Any:
