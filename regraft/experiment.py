@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from .converting import converted, uptrained
 from .evals import baselines
 from .evals.bench import bench
 from .evals.perplexity import Candidate, measure
-from .evaluation import assemble, evaluation_windows
+from .evals.suite import Suite, beside
+from .evaluation import assemble, evaluation_windows, suite
 from .journal import Journal, write_json
 from .plan import Plan
 from .settings import Recipe
@@ -86,18 +87,40 @@ class Experiment:
         wanted = self.recipe.measure
         return evaluation_windows(self.recipe.heldout, self.tokenizer, wanted.windows, wanted.length)
 
+    @cached_property
+    def suite(self) -> Suite:
+        """Benchmarks and recall, when the recipe has them."""
+        wanted = self.recipe.measure
+        return suite(
+            str(self.source.path),
+            wanted.tasks,
+            self.recipe.heldout,
+            lengths=wanted.recall,
+            folder=wanted.task_data,
+            limit=wanted.limit,
+        )
+
     def progress(self, done: int, total: int) -> None:
         """Tell the ticker."""
         self.journal.ticker.update(done / total)
 
-    def score(self, candidates: Mapping[str, Candidate]) -> dict[str, Any]:
-        """Rows of the quality table by name, KL to the teacher."""
+    def tell(self, name: str, share: float, words: str) -> None:
+        """Tell the ticker what is measured of which model."""
+        self.journal.ticker.update(share, f"{name}: {words}")
+
+    def score(self, candidates: Mapping[str, Candidate], known: Mapping[str, Any]) -> dict[str, Any]:
+        """Rows of the table by name, KL to the teacher, in addition to the known ones; benchmarks of the new ones."""
         everyone = {baselines.TEACHER: Candidate(self.teacher), **candidates}
         scores = measure(everyone, self.windows.input_ids, self.windows.bytes, baselines.TEACHER, self.progress)
-        return {name: score.json() for name, score in scores.items()}
+        rows = dict(known)
+        for name, candidate in everyone.items():
+            if name not in known:
+                rows[name] = scores[name].json() | self.suite(candidate, partial(self.tell, name))
+        return {name: beside(row, rows[baselines.TEACHER]) for name, row in rows.items()}
 
     def linearize(self) -> None:
-        """Save the linearized model in the work folder, and the plan."""
+        """Save the linearized model in the work folder, and the plan; missing benchmarks show now, not at the end."""
+        assert self.suite
         rows = training_rows(self.recipe.train, self.tokenizer)
         after = converted(self.source, self.recipe.remix, rows, self.journal.ticker)(self.source)
         write_json(self.out / "plan.json", Plan.of(self.source, after).json())
@@ -109,7 +132,7 @@ class Experiment:
         assert remix is not None
         makers = baselines.zero_token(self.source, remix)
         candidates = {name: make() for name, make in makers.items() if name != baselines.TEACHER}
-        write_json(self.out / "baselines.json", self.score(candidates))
+        write_json(self.out / "baselines.json", self.score(candidates, {}))
 
     def measure_speed(self) -> None:
         """Speed and memory of teacher and student by context length."""
@@ -146,8 +169,7 @@ class Experiment:
 
     def evaluate(self) -> None:
         """The quality table."""
-        rows = report.read_json(self.out / "baselines.json")
-        rows |= self.score(baselines.trained(hosts.load(self.out)))
+        rows = self.score(baselines.trained(hosts.load(self.out)), report.read_json(self.out / "baselines.json"))
         write_json(self.out / "eval.json", assemble(rows, str(self.out)))
 
     def sample(self) -> None:

@@ -33,10 +33,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured: evaluation windows and their length, context lengths of the bench, prompts of the samples."""
+    """What is measured: evaluation windows and their length, context lengths of the bench, prompts of the samples.
+
+    `tasks`: benchmarks, whose files lie in `task_data`, and kinds of recall, at the context lengths `recall`; `limit`:
+    questions of each and contexts of each recall (None: all, and 32).
+    """
 
     windows: int = 16
     length: int = 1024
+    tasks: list[str] = field(default_factory=list)
+    task_data: str | None = None
+    limit: int | None = None
+    recall: list[int] = field(default_factory=lambda: [512, 1024, 2048])
     bench: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
     bench_steps: int = 32
     prompts: list[str] = field(default_factory=list)

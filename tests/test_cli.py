@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("cli")
     speaking.save(place / "model")
     speaking.write_text(place / "text.txt")
+    (place / "copa.jsonl").write_text('{"query": "it rained, so", "choices": ["he ran", "it sat"], "gold": 0}\n' * 3)
     arguments = ["--keep", "0", "--window", "16", "--sinks", "2"]
     assert cli.main(["linearize", str(place / "model"), str(place / "linear"), *arguments]) == 0
     return place
@@ -44,6 +45,10 @@ def recipe(folder, tmp_path):
         "measure": {
             "windows": 2,
             "length": 64,
+            "tasks": ["copa", "passkey"],
+            "task_data": str(folder),
+            "limit": 2,
+            "recall": [250],
             "bench": [64],
             "bench_steps": 2,
             "prompts": ["the"],
@@ -240,6 +245,10 @@ def test_run_ends_with_the_report_and_repeats_for_free(recipe, tmp_path, capsys)
     out = tmp_path / "out"
     numbers = as_json(capsys, "run", recipe, out)
     assert numbers["eval"]["baselines"] and numbers["ledger"][-1]["tokens"] == 768
+    for row in (numbers["eval"], *numbers["eval"]["baselines"].values()):
+        assert row["tasks"]["copa"]["n"] == 2 and row["recall"]["passkey"]["250"]["n"] == 2 and row["perplexity"] > 1
+    page = (out / "report.html").read_text()
+    assert "copa" in page and "passkey 250" in page
     names = {file.name for file in out.iterdir()}
     assert {"report.html", "report.json", "metrics.jsonl", "lineage.json", "config.json", "recipe.yaml"} <= names
     assert not names & {"work", "run"}
