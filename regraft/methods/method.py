@@ -41,6 +41,10 @@ class Method:
 
     def stages(self, tokens: int, length: int = 1024, batch: int = 1) -> list[Stage]:
         """The stages on a budget, in whole steps; RegraftError when a stage has not one step."""
+        return [Stage(**words) for words in self.words(tokens, length, batch)]
+
+    def words(self, tokens: int, length: int = 1024, batch: int = 1) -> list[dict[str, Any]]:
+        """What `stages` says of each stage, the rest being a Stage's defaults."""
         made = []
         for leg in self.legs:
             size = leg.longer * length
@@ -51,8 +55,7 @@ class Method:
                     f"{tokens} tokens leave stage '{leg.kind}' with its share of {leg.share:g} less than a step of "
                     f"{batch} x {size}: give {round(step / leg.share)} or more, or shorter rows"
                 )
-            fields: dict[str, Any] = {"kind": leg.kind, "tokens": steps * step, "length": size, "batch": batch}
-            made.append(Stage(**fields, **leg.fields))
+            made.append({"kind": leg.kind, "tokens": steps * step, "length": size, "batch": batch, **leg.fields})
         return made
 
     def changed(self, **given: Any) -> Method:
@@ -85,17 +88,23 @@ def filled(fields: dict[str, Any]) -> dict[str, Any]:
     if "method" not in fields:
         return fields
     rest = {key: value for key, value in fields.items() if key not in ("method", "tokens", "length", "batch")}
-    method = find(fields["method"])
     remix = rest.pop("remix", None) or {}
     if not isinstance(remix, dict):
         raise RegraftError(f"remix is {remix!r}: give keys with values, such as keep: none")
-    made: dict[str, Any] = {
-        "remix": dataclasses.asdict(method.changed(**remix).remix),
-        "calibration": method.calibration,
-    }
-    if "stages" not in rest:
-        if not isinstance(fields.get("tokens"), int):
-            raise RegraftError(f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}")
-        sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
-        made["stages"] = [dataclasses.asdict(stage) for stage in method.stages(fields["tokens"], **sizes)]
-    return made | rest
+    if "stages" not in rest and not isinstance(fields.get("tokens"), int):
+        raise RegraftError(f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}")
+    method = find(fields["method"]).changed(**remix)
+    sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
+    made = {"remix": dataclasses.asdict(method.remix), "calibration": method.calibration}
+    stages = {} if "stages" in rest else {"stages": method.words(fields["tokens"], **sizes)}
+    return made | stages | rest
+
+
+def spelt(words: dict[str, Any], tokens: int, length: int, batch: int) -> dict[str, Any]:
+    """The same for a block that has a Remix's fields, `calibration` and `stages` side by side, as an arm's `linear`."""
+    if "method" not in words:
+        return words
+    rest = {key: value for key, value in words.items() if key in ("calibration", "stages")}
+    method = find(words["method"]).changed(**{k: v for k, v in words.items() if k not in rest and k != "method"})
+    stages = {} if "stages" in rest else {"stages": method.words(tokens, length, batch)}
+    return dataclasses.asdict(method.remix) | {"calibration": method.calibration} | stages | rest
