@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from . import hosts
 from .anatomy import Part
@@ -48,8 +47,8 @@ def observed(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[Piece]:
     model = hosts.materialize(checkpoint)
     ids, masks = train(model, checkpoint, steps, seed)
     with torch.no_grad():
-        reached = revert_weight_conversion(model, masks)
-        after = revert_weight_conversion(model, {name: p.detach() for name, p in model.named_parameters()})
+        reached = hosts.in_files(model, masks)
+        after = hosts.in_files(model, {name: p.detach() for name, p in model.named_parameters()})
     sizes = checkpoint.sizes
     for (role, layer), spot in checkpoint.anatomy.place(checkpoint.config).items():
         if spot.name not in after:

@@ -136,6 +136,14 @@ def test_save_and_load_through_auto_classes(sources: dict[str, Path], tmp_path: 
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_saved_model_opens_as_a_checkpoint(sources: dict[str, Path], tmp_path: Path, family: str) -> None:
+    model, ids = linearized(sources[family], REMIXES["hybrid"]), tokens(1, 12)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hosts.materialize(Checkpoint.open(tmp_path))(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
 @torch.no_grad()
 def test_every_mixer_saves_loads_and_generates(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:

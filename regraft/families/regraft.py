@@ -96,4 +96,6 @@ def axes(spec: dict[str, Any], attention: dict[str, Any]) -> list[str]:
     return [weight.signature for weight in weights(spec, Attention(**attention)).values()]
 
 
-anatomy = Regrafted(family="regraft", parts={}, sizes=(), slot="")
+# As a part of another model, transformers writes GPT-NeoX's head as its own files have it.
+aliases = {"host.embed_out.": "host.lm_head."}
+anatomy = Regrafted(family="regraft", parts={}, sizes=(), slot="", aliases=aliases)
