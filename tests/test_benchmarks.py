@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from regraft import evaluation, hosts, tables
+from regraft import evaluation, hosts, plots, report, tables
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals import baselines, harness, positions, reading, recall, tasks
@@ -384,6 +385,13 @@ def test_learned_positions_end(tmp_path):
         evaluation.suite(str(gpt2), ["passkey"], lengths=[100_000])
 
 
+def test_a_missing_harness_is_named_with_its_command(source, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.models.huggingface", raising=False)
+    with pytest.raises(RegraftError, match=r"pip install 'regraft\[eval\]'"):
+        Suite(hosts.load_tokenizer(source), ["lambada"], data)
+
+
 def test_tables_hold_every_row(source, linearized, data, capsys):
     from rich.console import Console
 
@@ -393,6 +401,7 @@ def test_tables_hold_every_row(source, linearized, data, capsys):
     shown = capsys.readouterr().out
     for word in (*NAMES, "average", "250 tokens", "64-70", baselines.NO_LINEAR, "chance"):
         assert word in shown
+    assert plots.positions(report.eval_rows(table)).lstrip().startswith(b"<?xml")
 
 
 def test_contexts_read_once_score_as_the_harness_scores_whole_rows(linearized):

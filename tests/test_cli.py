@@ -123,6 +123,8 @@ def test_every_verb_explains_itself(verb, capsys):
         (["bench", "/no/such/model", "--lengths", "1q"], "'1q'"),
         (["train", "a", "b"], "--data PATH"),
         (["train", "a", "b", "--stage", "sleep"], "sleep"),
+        (["eval", "x", "--limit", "3"], "--limit is about benchmarks and recall"),
+        (["eval", "x", "--plot"], "add --positions"),
         (["run", "/no/such/recipe.yaml", "/tmp/out"], "no recipe at"),
         (["run", "/no/such/recipe.py:f", "/tmp/out"], "no recipe file"),
         (["run", "/no/such/recipe.yaml", "/tmp/out", "--seed"], "has no value"),

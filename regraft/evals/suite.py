@@ -44,7 +44,7 @@ class Suite:
         chosen = [tasks.known(name, list(recall.KINDS)) for name in dict.fromkeys(names)]
         benchmarks = [name for name in chosen if name in tasks.TASKS]
         if benchmarks and folder is None:
-            raise RegraftError(f"{', '.join(benchmarks)} need their files: give their folder as --task-data DIR")
+            raise RegraftError(f"no files for {', '.join(benchmarks)}: give their folder as --task-data DIR")
         self.questions = {name: tasks.questions(name, folder or "", limit, shots) for name in benchmarks}
         items = ITEMS if limit is None else limit
         self.probes = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,14 +45,18 @@ def evaluate(
         batch: rows at a time in benchmarks and recall
         positions: also, or alone, perplexity by tokens of context over these windows
     """
-    from .. import evaluation, hosts, report
+    if plot and not positions:
+        raise RegraftError(f"--plot draws perplexity by position (positions is {positions}): add --positions")
+    if tasks is None and (idle := [n for n, v in (("task-data", task_data), ("limit", limit), ("shots", shots)) if v]):
+        raise RegraftError(f"--{idle[0]} is about benchmarks and recall: name some, such as --tasks hellaswag,passkey")
+    from .. import evaluation, hosts, plots, report
     from .. import tables as printing
     from ..evals.bench import parse_lengths
     from ..progress import Ticker
 
     hosts.wants_decoder(model, baseline, scratch)
-    if plot and not positions:
-        raise RegraftError(f"--plot draws perplexity by position (positions is {positions}): add --positions")
+    if plot:
+        plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
         ticker.start(f"evaluating {model}")
         if tasks is None and not positions:
@@ -74,15 +77,13 @@ def evaluate(
             )
             found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update)
     if plot:
-        drawn("positions.svg", lambda plots: plots.positions(report.eval_rows(found)))
+        drawn("positions.svg", plots.positions(report.eval_rows(found)))
     return Outcome(found, lambda console: printing.render(found, console))
 
 
-def drawn(name: str, draw: Callable[[Any], bytes]) -> None:
-    """Write a picture into the current folder and say so; `draw` gets the module of pictures."""
-    from .. import plots
-
-    Path(name).write_bytes(draw(plots))
+def drawn(name: str, picture: bytes) -> None:
+    """Write a picture into the current folder and say so."""
+    Path(name).write_bytes(picture)
     print(f"regraft: wrote {name}", file=sys.stderr)
 
 
@@ -138,18 +139,20 @@ def bench(
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
     """
-    from .. import hosts, tables
+    from .. import hosts, plots, tables
     from ..evals import bench as benching
     from ..progress import Ticker
 
     counts = benching.parse_lengths(lengths)
     hosts.wants_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
+    if plot:
+        plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
         ticker.start("bench")
         rows = benching.bench(models, counts, steps, lambda done, n, note: ticker.update(done / n, note), batch)
     if plot:
-        drawn("bench.svg", lambda plots: plots.lengths(rows))
+        drawn("bench.svg", plots.lengths(rows))
     data: dict[str, Any] = {"model": model, "rows": rows["model"]}
     if against:
         data |= {"source": against, "against": rows["against"]}
