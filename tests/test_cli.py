@@ -136,6 +136,12 @@ def test_wrong_use_is_one_line(words, says, capsys):
     assert says in refused(capsys, *words)
 
 
+def test_contexts_beyond_learned_positions_are_refused(tmp_path, capsys):
+    gpt2 = speaking.save(tmp_path / "gpt2", "gpt2")
+    for words in (["bench", gpt2, "--lengths", "100k"], ["eval", gpt2, "--tasks", "mqar", "--lengths", "100k"]):
+        assert "positions: 102" in refused(capsys, *words)
+
+
 def test_plan_prints_one_object(folder, capsys):
     table = as_json(capsys, "plan", folder / "model", "--mixer", "gated_deltanet", "--keep", "0")
     assert {"source", "target", "parameters", "tensors", "bytes", "peak_bytes"} <= set(table)

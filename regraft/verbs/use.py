@@ -139,13 +139,16 @@ def bench(
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
     """
-    from .. import hosts, plots, tables
+    from .. import evaluation, hosts, plots, tables
+    from ..checkpoint import Checkpoint
     from ..evals import bench as benching
     from ..progress import Ticker
 
     counts = benching.parse_lengths(lengths)
     hosts.wants_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
+    for path in models.values():
+        evaluation.fits(Checkpoint.open(path), [count + steps + 1 for count in counts])
     if plot:
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
