@@ -19,6 +19,7 @@ from .widen import Piece, apart, pieces, together
 HEADS = ("kv", "group", "dim")
 TOGETHER = 1 << 26  # entries of one map in all layers that are in memory at once when a fitted model is written
 QUERIES = ("q", "k", "q_norm", "k_norm")
+Maps = dict[str, tuple[Tensor, Tensor]]
 LINEAR = ("hidden", "dim")  # what a head reads of values is linear in them
 
 
@@ -75,7 +76,7 @@ class Grower(nn.Module):
         """One tensor of the target, as forward gives it."""
         return self._role(key[0], [key[1]], self._maps())[0]
 
-    def _maps(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _maps(self) -> Maps:
         return {name: space() for name, space in self.spaces.items()}
 
     def keep(self) -> Grower:
@@ -183,17 +184,15 @@ class Grower(nn.Module):
             return (
                 [stack[layer or 0] for stack in self.stacks[role]] if role in self.stacks else self._read(role, layer)
             )
-        if role in self.stacks or self.source.layers * self.source.tensors[role, 0].size <= TOGETHER:
-            return self._mixture(names, layer, self.stacks.get(role) or self._stack(role))
         rows = [self.mixing[name][layer] for name in names]
+        if role in self.stacks or self.source.layers * self.source.tensors[role, 0].size <= TOGETHER:
+            stacks = self.stacks.get(role) or self._stack(role)
+            return [torch.tensordot(row, stack, 1) for row, stack in zip(rows, stacks, strict=True)]
         total: list[Tensor] = []
         for source, shares in enumerate(torch.stack(rows, 1).tolist()):
             values = [share * value for share, value in zip(shares, self._read(role, source), strict=True)]
             total = [one.add_(value) for one, value in zip(total, values, strict=True)] if total else values
         return total
-
-    def _mixture(self, names: Sequence[str], layer: int, stacks: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.tensordot(self.mixing[name][layer], stack, 1) for name, stack in zip(names, stacks, strict=True)]
 
     def _small(self, piece: Piece, value: Tensor, layer: int | None) -> Tensor:
         value = piece.seen(value)
@@ -206,34 +205,36 @@ class Grower(nn.Module):
             value = value * (gain + 1 if self.before[key].part.axes.unit else gain)
         return value * piece.factor
 
-    def _role(self, role: str, layers: Sequence[int | None], maps: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def _role(self, role: str, layers: Sequence[int | None], maps: Maps) -> list[Tensor]:
         """The tensors of a role in some layers of the target."""
         first = None if (role, None) in self.before else 0
         part, work = self.before[role, first].part, self._work(role, first)
-        wide = self._wide(role, work, maps) if len(layers) > self.source.layers else None
+        wide = self._wide(role, layers, work, maps) if len(layers) > self.source.layers else None
         made: list[Tensor] = []
-        for layer in layers:
-            if wide is None or layer is None:
+        for at, layer in enumerate(layers):
+            if wide is None:
                 values = [self._grown(p, value, maps) for p, value in zip(work, self._mixed(role, layer), strict=True)]
             else:
-                mixed = self._mixture(self._kinds(role), layer, wide)
-                values = [self._finished(p, value) for p, value in zip(work, mixed, strict=True)]
+                values = [self._finished(p, value[at]) for p, value in zip(work, wide, strict=True)]
             if self.method.live and not part.norm:
                 home = None if layer is None else self.order[layer].source
                 values = [value + self._free(role, index, home) for index, value in enumerate(values)]
             made.append(together(values, part).contiguous())
         return made
 
-    def _wide(self, role: str, work: Sequence[Piece], maps: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor] | None:
-        """The maps of a role in all layers of the source at their large size, to mix into more layers than these; None
-        where a tensor does not grow linearly, or none is held in memory."""
+    def _wide(self, role: str, layers: Sequence[int | None], work: Sequence[Piece], maps: Maps) -> list[Tensor] | None:
+        """The maps of a role in these layers, (layers, ...) each: made large, then mixed. None where a tensor does not
+        grow linearly, or none is held in memory."""
         linear = not any(piece.part.norm or piece.signature.kind in ("gain", "scale") for piece in work)
-        if not linear or role not in self.stacks or self._kinds(role)[0] not in self.mixing:
+        names, made = self._kinds(role), []
+        if not linear or role not in self.stacks or names[0] not in self.mixing:
             return None
-        pairs = zip(work, self.stacks[role], strict=True)
-        return [torch.stack([self._mapped(piece, value, maps) for value in stack]) for piece, stack in pairs]
+        for name, piece, stack in zip(names, work, self.stacks[role], strict=True):
+            large = torch.stack([self._mapped(piece, value, maps) for value in stack])
+            made.append(torch.tensordot(self.mixing[name][torch.tensor(layers)], large, 1))
+        return made
 
-    def _grown(self, piece: Piece, value: Tensor, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def _grown(self, piece: Piece, value: Tensor, maps: Maps) -> Tensor:
         """One piece of the target from its small form."""
         if piece.part.norm and self.folds and "hidden" in piece.signature.outputs[0]:
             return self._level(piece)
@@ -244,7 +245,7 @@ class Grower(nn.Module):
             value = value * head_gain(self.widening, self.widening.hidden.copies or 1).float()
         return value - 1 if piece.signature.unit else value
 
-    def _mapped(self, piece: Piece, value: Tensor, maps: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def _mapped(self, piece: Piece, value: Tensor, maps: Maps) -> Tensor:
         spans = [span for span in self._spans(piece) if span.name in maps]
         for span in sorted(spans, key=lambda span: -maps[span.name][0].shape[1]):  # the larger first: fewest products
             value = self._applied(piece, value, span, maps[span.name][span.read])
