@@ -36,9 +36,8 @@ class Span:
 class Grower(nn.Module):
     """Every tensor of the grown model from the source's, the maps of axes and the mixing of layers.
 
-    `order`: what each target layer is at first. W'_i = B (sum_j w_ij W_j) A^T per map and layer i. All layers share
-    their maps, so this equals sum_j w_ij (B W_j A^T): one tensor is mixed small, a whole model of more layers than the
-    source widens the source's layers once and then mixes, which is cheaper.
+    `order`: what each target layer is at first. W'_i = B (sum_j w_ij W_j) A^T per map and layer i, all layers sharing
+    their maps: one tensor is mixed small; a whole model of more layers than the source is widened first, then mixed.
     """
 
     def __init__(self, widening: Widening, order: Sequence[Layer], method: Ligo, seed: int = 0):
