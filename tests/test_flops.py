@@ -36,7 +36,7 @@ MIXERS = [
     Remix("mamba", "0", window=0, options={"layout": "attention", "conv": 1}),
     Remix("mamba2", "none", window=0, options={"expand": 3, "state": 20, "head_dim": 4}),
     Remix("mamba2", "0", window=16, options={"layout": "attention"}),
-    Remix("lightning", "0", window=16, options={"grouped": True}),
+    Remix("lightning", "0", window=16, options={"grouped": True, "norm": "none"}),
     Remix("t2r", "none", window=0, options={"feature": 6, "grouped": True}),
     Remix("hedgehog", "none", window=0, options={"feature": 5}),
     Remix("gla", "none", window=0),

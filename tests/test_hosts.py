@@ -28,7 +28,7 @@ REMIXES = {
 }
 OTHERS = {
     "retnet": Remix("retnet", "0", window=0),
-    "lightning": Remix("lightning", "1", window=8, options={"norm": "rms", "gate": "sigmoid"}),
+    "lightning": Remix("lightning", "1", window=8, options={"gate": "sigmoid"}),
     "t2r": Remix("t2r", "0", window=0, options={"feature": 6}),
     "hedgehog": Remix("hedgehog", "none", window=8, options={"grouped": True}),
     "gla": Remix("gla", "1", window=0, options={"rank": 4}),

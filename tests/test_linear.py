@@ -80,7 +80,7 @@ def test_retnet_is_retention_in_its_parallel_form() -> None:
 
 @torch.no_grad()
 def test_lightning_is_a_loop_with_fixed_decays() -> None:
-    mixer, x, y = case({"name": "lightning"})
+    mixer, x, y = case({"name": "lightning", "norm": "none"})
     q, k, v = attended(mixer, x)
     decay = torch.exp(-(0.5 ** torch.arange(1.0, 9.0)))
     state, outputs = torch.zeros(2, 8, 6, 6), []

@@ -20,7 +20,7 @@ from regraft.uptrain.data import Packed
 PLAIN = [
     {"name": "gated_deltanet"},
     {"name": "gated_deltanet", "grouped": False},
-    {"name": "lightning"},
+    {"name": "lightning", "norm": "none"},
     {"name": "supra", "norm": False},
     {"name": "t2r"},
     {"name": "hedgehog"},

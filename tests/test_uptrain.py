@@ -157,7 +157,7 @@ STARTED = [
     Remix("supra", "0", window=0),
     Remix("gated_deltanet", "0", window=0),
     Remix("retnet", "0", window=0, options={"gate": "none"}),
-    Remix("lightning", "0", window=8, sinks=2),
+    Remix("lightning", "0", window=8, sinks=2, options={"norm": "none"}),
     Remix("t2r", "0", window=0),
     Remix("hedgehog", "0", window=8, sinks=2),
     Remix("hedgehog", "0", window=8, sinks=2, options={"norm": "rms"}),

@@ -14,19 +14,21 @@ from .linear import ACTIVATIONS, Linear, LinearOptions, fixed
 @dataclass(frozen=True)
 class LightningOptions(LinearOptions):
     """As `LinearOptions`. `activation`: of queries and keys, none or silu. `decays`: `lightning` (ALiBi's slopes),
-    `retnet`, or none. HypeNet's form is {"norm": "rms", "gate": "sigmoid"}; without rotary, norm and gate the layer is
-    the plain fixed-decay recurrence.
+    `retnet`, or none. HypeNet's form is {"gate": "sigmoid"}; without rotary and norm the layer is the plain fixed-decay
+    recurrence, whose outputs are as large as the source's queries and keys make them.
     """
 
+    norm: Literal["none", "rms", "layer"] = "rms"
     activation: Literal["none", "silu"] = "none"
     decays: Literal["lightning", "retnet", "none"] = "lightning"
 
 
 class Lightning(Linear):
-    """Lightning attention (Qin et al., arXiv 2401.04658, eq. 3): S_t = e^(-s_h) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t.
+    """Lightning attention (Qin et al., arXiv 2401.04658, eq. 3): S_t = e^(-s_h) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t,
+    then an RMS norm with gain.
 
     s_h are ALiBi's slopes, queries are scaled by 1/sqrt(dim). HypeNet (arXiv 2601.22156) puts it into pretrained models
-    with the source's rotary embedding, QK-norm, an RMS norm with gain and a sigmoid output gate.
+    with the source's rotary embedding, QK-norm and a sigmoid output gate.
     """
 
     name = "lightning"
