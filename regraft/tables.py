@@ -10,41 +10,49 @@ from rich.table import Table
 
 from .report import eval_rows, scored, short
 
-WIDE = 6  # tasks side by side
+Numbers = tuple[str, list[str], list[list[str]]]  # title, heads, lines
+FRAME = 3  # what a column takes beside its text
 
 
 def render(evaluation: Mapping[str, Any], console: Console) -> None:
-    """Print whatever an evaluation holds."""
+    """Print whatever an evaluation holds, columns that do not fit side by side below each other."""
     rows = eval_rows(evaluation)
-    for table in (*quality(rows), *benchmarks(rows), *recall(rows), *positions(rows)):
-        console.print(table)
+    for title, heads, body in (*quality(rows), *benchmarks(rows), *recall(rows), *positions(rows)):
+        for columns in fitting(heads, body, console.width):
+            console.print(grid(title, [heads[i] for i in columns], [[line[i] for i in columns] for line in body]))
 
 
-def quality(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+def fitting(heads: Sequence[str], body: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
+    """Column numbers of tables not wider than `width`, the first column in each."""
+    first, *widths = (max(map(len, column)) + FRAME for column in zip(heads, *body, strict=True))
+    columns = [0]
+    for number, wide in enumerate(widths, 1):
+        if len(columns) > 1 and 1 + first + wide + sum(widths[i - 1] for i in columns[1:]) > width:
+            yield columns
+            columns = [0]
+        columns.append(number)
+    yield columns
+
+
+def quality(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """Perplexity and divergence from the teacher."""
     keys = {"perplexity": "ppl/token", "byte_perplexity": "ppl/byte", "kl": "KL"}
     if own := own_part(rows, "perplexity"):
         some = rows["model"]
         title = f"{some['windows']} windows, {some['tokens']:,} predicted tokens"
-        yield grid(title, ["", *keys.values()], [[name, *(short(row.get(key)) for key in keys)] for name, row in own])
+        yield title, ["", *keys.values()], [[name, *(short(row.get(key)) for key in keys)] for name, row in own]
 
 
-def benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    """Every task's score in percent, chance first, standard errors last; the average in the last table."""
+def benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
+    """Every task's score in percent, chance first, standard errors last."""
     if own_part(rows, "tasks"):
         heads, body = scored(rows)
-        for start in range(1, len(heads), WIDE):
-            columns = [0, *range(start, min(start + WIDE, len(heads)))]
-            norm = [name for name in heads[start:] if rows["model"]["tasks"].get(name, {}).get("metric") == "acc_norm"]
-            by = f" (normalised: {', '.join(norm)})" if norm else ""
-            yield grid(
-                f"benchmarks, percent{by}",
-                [heads[i] for i in columns],
-                [[short(line[i]) for i in columns] for line in body],
-            )
+        norm = [name for name, task in rows["model"]["tasks"].items() if task["metric"] == "acc_norm"]
+        by = f" (normalised: {', '.join(norm)})" if norm else ""
+        yield f"benchmarks, percent{by}", heads, [[short(cell) for cell in line] for line in body]
 
 
-def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """One table a kind: how often the right answer is first among the candidates, and greedy text is it."""
     some = own_part(rows, "recall")
     for kind, cells in (some[0][1]["recall"] if some else {}).items():
@@ -54,16 +62,16 @@ def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             [name, *(f"{100 * cell['acc']:.0f} / {100 * cell['exact']:.0f}" for cell in row["recall"][kind].values())]
             for name, row in some
         ]
-        yield grid(title, ["", *(f"{length} tokens" for length in cells)], body)
+        yield title, ["", *(f"{length} tokens" for length in cells)], body
 
 
-def positions(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+def positions(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """Perplexity by tokens of context."""
     if some := own_part(rows, "positions"):
         buckets = some[0][1]["positions"]
         heads = ["", *(f"{cell['from']}-{cell['to']}" for cell in buckets)]
         body = [[name, *(short(cell["perplexity"]) for cell in row["positions"])] for name, row in some]
-        yield grid("perplexity by tokens of context", heads, body)
+        yield "perplexity by tokens of context", heads, body
 
 
 def own_part(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str, Mapping[str, Any]]]:

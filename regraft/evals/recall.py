@@ -80,8 +80,14 @@ class Pieces:
         return [ids for ids in every if len(ids) == size]
 
     def words(self, words: Iterable[object]) -> list[Ids]:
-        """Answers as they follow a word, all of one length, so that candidates compare."""
-        return self.alike(f" {word}" for word in words)
+        """Answers as they follow a word, all of one length, so that candidates compare; RegraftError for too few."""
+        found = self.alike(f" {word}" for word in words)
+        if len(found) < CHOICES:
+            raise RegraftError(
+                f"recall needs {CHOICES} answers of one length and this tokenizer gives {len(found)}: it is not for "
+                "English text"
+            )
+        return found
 
     def text(self, tokens: int) -> Ids:
         """A stretch of the filler text, from the start again when it ends."""
