@@ -295,7 +295,7 @@ def test_what_cannot_merge(tmp_path: Path) -> None:
         Merge()(Remix("t2r", "0", window=0, options={"rotary": True})(source))
     with pytest.raises(RegraftError, match="no t2r layer"):
         Merge()(source)
-    with pytest.raises(RegraftError, match="window 0 sees nothing"):
+    with pytest.raises(RegraftError, match="window is 0, give 1 or more"):
         Remix("lolcats", options={"window": 0})(source)
-    with pytest.raises(RegraftError, match="feature 0 keeps nothing"):
+    with pytest.raises(RegraftError, match="feature is 0, give 1 or more"):
         Remix("hedgehog", options={"feature": 0})(source)

@@ -303,5 +303,12 @@ def test_bad_specs_are_refused() -> None:
         registry.validate({"name": "gated", "window": {"name": "window", "windw": 3}})
     with pytest.raises(RegraftError, match="feature.*'heads'.*head, dense"):
         registry.validate({"name": "supra", "feature": "heads"})
+    with pytest.raises(RegraftError, match="gated_deltanet.*gate is 'none', give bool"):
+        registry.validate({"name": "gated_deltanet", "gate": "none"})
+    with pytest.raises(RegraftError, match="rank is 'True', give int"):
+        registry.validate({"name": "gla", "rank": True})
+    with pytest.raises(RegraftError, match="feature is '2.5', give int | None"):
+        registry.validate({"name": "t2r", "feature": 2.5})
+    registry.validate({"name": "lolcats", "start": 0, "feature": None})
     with pytest.raises(RegraftError, match="unknown initial value 'zero'"):
         fresh("zero", (2,), torch.Generator())

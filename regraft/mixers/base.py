@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RegraftError
+from .options import parsed
 
 State = dict[str, Tensor]
 
@@ -198,19 +197,10 @@ class Mixer(nn.Module):
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
-        """The options of a spec `{"name": ..., option: value}`; RegraftError on an unknown option."""
-        given = {key: value for key, value in spec.items() if key not in ("name", "inherit")}
-        known = [field.name for field in dataclasses.fields(cls.Options)]
-        if unknown := sorted(set(given) - set(known)):
-            raise RegraftError(f"mixer '{cls.name}' has no option '{unknown[0]}': it takes {', '.join(known)}")
-        for key, hint in typing.get_type_hints(cls.Options).items():
-            if (
-                (choices := typing.get_args(hint))
-                and typing.get_origin(hint) is Literal
-                and given.get(key, choices[0]) not in choices
-            ):
-                raise RegraftError(f"mixer '{cls.name}': {key} is '{given[key]}', use one of {', '.join(choices)}")
-        return cls.Options(**given)
+        """The options of a spec `{"name": ..., option: value}`; RegraftError on an unknown option or value."""
+        return parsed(
+            cls.name, cls.Options, {key: value for key, value in spec.items() if key not in ("name", "inherit")}
+        )
 
     @classmethod
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:

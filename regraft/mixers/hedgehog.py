@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Mixing, Weight, rotate
-from .linear import Linear, LinearOptions, feature_size, fixed, mapped
+from .linear import Linear, LinearOptions, fixed, mapped
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Hedgehog(Linear):
     @classmethod
     def keys(cls, attention: Attention, options: HedgehogOptions) -> int:
         """Features."""
-        return 2 * feature_size(cls.name, options.feature, attention)
+        return 2 * (options.feature or attention.dim)
 
     @classmethod
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:

@@ -17,6 +17,7 @@ from .recurrence import CHUNK, chunked_flops
 
 ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}
 EPS = 1e-5
+SIZES = ("feature", "rank", "shift_rank", "window")  # options of mixers below, which are 1 or more
 SMALLEST = 1e-12  # of a denominator
 
 
@@ -57,6 +58,15 @@ class Linear(Mixer):
             self.norm_bias = nn.Parameter(torch.zeros(size)) if self.bias else None
         if self.activation != "none":
             self.gate = nn.Linear(attention.hidden, attention.heads * attention.dim, bias=False)
+
+    @classmethod
+    def parse(cls, spec: dict[str, Any]) -> Any:
+        """The options; RegraftError for sizes that are none."""
+        options = super().parse(spec)
+        for key, value in vars(options).items():
+            if key in SIZES and isinstance(value, int) and value < 1:
+                raise RegraftError(f"mixer '{cls.name}': {key} is {value}, give 1 or more")
+        return options
 
     @classmethod
     def output(cls, options: Any) -> tuple[str, str]:
@@ -209,13 +219,6 @@ def fixed(kind: str, k: Tensor) -> Tensor:
 def mapped(x: Tensor, maps: Tensor) -> Tensor:
     """x: (batch, heads, time, dim) -> (..., features) by maps (heads or groups of heads, features, dim)."""
     return (x.to(maps.dtype).unflatten(1, (len(maps), -1)) @ maps.unsqueeze(1).mT).flatten(1, 2)
-
-
-def feature_size(name: str, feature: int | None, attention: Attention) -> int:
-    """Asked size of a feature map, the head's by default; RegraftError when it is none."""
-    if feature is not None and feature < 1:
-        raise RegraftError(f"mixer '{name}': feature {feature} keeps nothing, give 1 or more, or leave it out")
-    return feature or attention.dim
 
 
 def low_rank(name: str, rank: int, axes: str, start: str) -> dict[str, Weight]:

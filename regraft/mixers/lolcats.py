@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import RegraftError
 from .base import Attention, Mixing, State, Weight, pad_time
 from .hedgehog import Hedgehog, HedgehogOptions
 
@@ -38,14 +37,6 @@ class Lolcats(Hedgehog):
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
         self.factor = nn.Parameter(torch.zeros(attention.heads))
-
-    @classmethod
-    def parse(cls, spec: dict[str, Any]) -> LolcatsOptions:
-        """Options; RegraftError for a window that sees nothing."""
-        options: LolcatsOptions = super().parse(spec)
-        if options.window < 1:
-            raise RegraftError(f"mixer 'lolcats': window {options.window} sees nothing, give 1 or more")
-        return options
 
     @classmethod
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:

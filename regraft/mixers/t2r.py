@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import RegraftError
 from .base import Attention, Mixing, Weight, rotate
-from .linear import Linear, LinearOptions, feature_size, fixed, mapped
+from .linear import Linear, LinearOptions, fixed, mapped
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class T2r(Linear):
     @classmethod
     def keys(cls, attention: Attention, options: T2rOptions) -> int:
         """Features."""
-        return feature_size(cls.name, options.feature, attention)
+        return options.feature or attention.dim
 
     @classmethod
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
