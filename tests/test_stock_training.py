@@ -214,3 +214,13 @@ def test_moments_of_another_model_are_refused(damage: str, tmp_path: Path) -> No
     }
     with pytest.raises(RegraftError, match=expected.get(damage, "no optimiser state")):
         go(tmp_path / "next", [stage("next", 1)], moments=file)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox"])
+def test_a_grown_model_in_memory_can_be_checkpointed(family: str, tmp_path: Path) -> None:
+    tiny(family)[1].save_pretrained(tmp_path / "source")
+    source = Checkpoint.open(tmp_path / "source")
+    model = hosts.materialize(Widen(hidden=2 * source.sizes["hidden"])(source))
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    kind = "mask" if family == "bert" else "next"
+    loop.train(loop.Run(model, [stage(kind)], rows_of(kind, model), tmp_path / "run", save_seconds=0))

@@ -29,7 +29,7 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     Stock families come as the class that the config's `architectures` names. Raises RegraftError when a tensor the
     model needs is not in the checkpoint, or the other way round.
     """
-    values = {checkpoint.names[key]: lazy.read().to(dtype) for key, lazy in checkpoint.tensors.items()}
+    values = {checkpoint.names[key]: lazy.read().to(dtype).contiguous() for key, lazy in checkpoint.tensors.items()}
     if checkpoint.config["model_type"] == "regraft":
         fields = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
         with no_init_weights():
