@@ -216,7 +216,7 @@ def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
     assert cli.main(["compare", place, str(whole), "--jobs", "2", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     process = subprocess.Popen(command(place, broken, *one), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(broken.glob("arms/*/*/done.json")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
