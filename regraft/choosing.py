@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel
 from . import hosts
 from .checkpoint import Checkpoint
 from .errors import RegraftError
-from .evals.perplexity import Candidate, Score, add, window_logits
+from .evals.baselines import TEACHER
+from .evals.perplexity import Candidate, Score, measure, window_logits
+from .evals.reading import log_likelihoods
 from .steps.remix import RULES, Remix
 from .uptrain.calibrate import calibrate
 from .uptrain.data import Packed
@@ -51,28 +54,18 @@ def bypass(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
     2606.16429): what a layer's attention is worth, whatever replaces it."""
     model = hosts.materialize(source)
     slots = hosts.slots(model, source)
-    found = []
-    for layer, slot in enumerate(slots):
-        with silenced(slot):
-            score = scored(model, bench.windows)
-        found.append(Measured(layer, score.nll / score.tokens, {"nll": score.nll / score.tokens}))
-        bench.progress((layer + 1) / len(slots))
-    return found
+    scores = measured({i: Candidate(model, partial(silenced, slot)) for i, slot in enumerate(slots)}, bench)
+    return [Measured(i, one.nll / one.tokens, {"nll": one.nll / one.tokens}) for i, one in scores.items()]
 
 
 def restore(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
     """-KL(teacher || student with this one layer back at softmax), all others converted (KL-guided selection, arXiv
     2512.20569, here after the closed-form start instead of a training run per layer)."""
     teacher, student = pair(source, remix, bench)
-    targets = [window_logits(Candidate(teacher), row) for row in bench.windows.input_ids]
-    found = []
-    for layer in range(source.layers):
-        with softmax_in(student, source, teacher, [layer]):
-            score = scored(student, bench.windows, targets)
-        kl = (score.kl or 0.0) / score.tokens
-        found.append(Measured(layer, -kl, {"kl": kl}))
-        bench.progress((layer + 1) / source.layers)
-    return found
+    swapped = {i: partial(softmax_in, student, source, teacher, [i]) for i in range(source.layers)}
+    scores = measured({i: Candidate(student, swap) for i, swap in swapped.items()}, bench, Candidate(teacher))
+    kls = {i: (one.kl or 0.0) / one.tokens for i, one in scores.items()}
+    return [Measured(i, -kl, {"kl": kl}) for i, kl in kls.items()]
 
 
 def halo(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
@@ -176,18 +169,18 @@ def softmax_in(
             student.host.set_submodule(name.format(layer), mine[layer])
 
 
-def scored(model: PreTrainedModel, windows: Packed, targets: Sequence[Tensor] | None = None) -> Score:
-    """Likelihood of the windows, with KL where the teacher's logits are given."""
-    score = Score()
-    for i, (row, size) in enumerate(zip(windows.input_ids, windows.bytes.tolist(), strict=True)):
-        add(score, window_logits(Candidate(model), row), row[1:], int(size), targets[i] if targets else None)
-    return score
+def measured(layers: Mapping[int, Candidate], bench: Bench, teacher: Candidate | None = None) -> dict[int, Score]:
+    """The windows' likelihood, and KL to a teacher, with each layer changed in turn."""
+    everyone = {str(layer): candidate for layer, candidate in layers.items()}
+    everyone |= {TEACHER: teacher} if teacher else {}
+    ids, sizes = bench.windows.input_ids, bench.windows.bytes
+    scores = measure(everyone, ids, sizes, TEACHER if teacher else None, lambda done, n: bench.progress(done / n))
+    return {layer: scores[str(layer)] for layer in layers}
 
 
 def told(model: PreTrainedModel, row: Tensor) -> Tensor:
     """Log likelihood of every token but the first, (length - 1,)."""
-    logits = window_logits(Candidate(model), row).float()
-    return logits.log_softmax(-1).gather(1, row[1:, None]).squeeze(1)
+    return log_likelihoods(window_logits(Candidate(model), row), row[1:])
 
 
 def repeated(row: Tensor, window: int) -> Tensor:

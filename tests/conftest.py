@@ -1,4 +1,4 @@
-"""One thread per test process: the models are tiny, and two processes share two cores."""
+"""One thread per test process: the models are tiny, and two processes share two cores. Models of several files."""
 
 import os
 
@@ -6,6 +6,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"  # as the command line has it before libraries are imported
 
-import torch  # noqa: E402  # the variable must be set before
+import pytest  # noqa: E402  # the variables must be set before torch is imported
+import speaking  # noqa: E402
+import torch  # noqa: E402
+
+from regraft.checkpoint import Checkpoint  # noqa: E402
+from regraft.steps.remix import Remix  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return speaking.save(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def linearized(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("linear") / "model"
+    Remix(keep="0", window=16, sinks=2)(Checkpoint.open(source)).save(out)
+    return out

@@ -71,18 +71,6 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return speaking.save(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def linearized(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp("linear") / "model"
-    Remix(keep="0", window=16, sinks=2)(Checkpoint.open(source)).save(out)
-    return out
-
-
 @torch.no_grad()
 def likelihood(model, tokenizer, context: str, words: str) -> tuple[float, bool]:
     """Independent of the harness: log p(words | context) and whether greedy text says them, one row at a time."""

@@ -10,23 +10,9 @@ import torch
 from models import tiny, tokens
 
 from regraft import evaluation, hosts
-from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals import baselines, bench
 from regraft.evals.perplexity import SLICE, Candidate, measure
-from regraft.steps.remix import Remix
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return speaking.save(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def linearized(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp("linear") / "model"
-    Remix(keep="0", window=16, sinks=2)(Checkpoint.open(source)).save(out)
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,9 @@ def linearized(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the linearized source with its closed-form start, what that cost)."""
     begin, length = time.monotonic(), recipe.train.length
+    if not linear.calibration and choosing.asked(linear.keep) is None:
+        model = hosts.materialize(linear.remix(seed=seed)(teacher.checkpoint))
+        return model, FREE | {"seconds": time.monotonic() - begin, "keep": linear.keep}
     rows = material.rows(recipe, out)(length)
     assert isinstance(rows, Packed)  # verified: a linear arm's source is a decoder
     batches = loop.batches(rows, -(-linear.calibration // length), seed) if linear.calibration else []

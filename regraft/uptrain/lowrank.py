@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,21 +42,23 @@ class LowRank(nn.Module):
             weight.requires_grad_()
         return {*names, *(f"{PLACE}.{name}" for name, _ in self.named_parameters())}
 
+    def parts(self) -> Iterator[tuple[nn.Parameter, ...]]:
+        """(weight, base, A, B) of each weight."""
+        return zip(self.weights.values(), self.base.values(), self.a.values(), self.b.values(), strict=True)
+
     def pull(self) -> None:
         """Gradients of the weights become those of A and B."""
-        for name, weight in self.weights.items():
-            key = name.replace(".", "/")
+        for weight, _, a, b in self.parts():
             if weight.grad is not None:
-                self.a[key].grad = SCALE * self.b[key].detach().mT @ weight.grad
-                self.b[key].grad = SCALE * weight.grad @ self.a[key].detach().mT
+                a.grad = SCALE * b.detach().mT @ weight.grad
+                b.grad = SCALE * weight.grad @ a.detach().mT
                 weight.grad = None
 
     @torch.no_grad()
     def push(self) -> None:
         """The weights from base, A and B."""
-        for name, weight in self.weights.items():
-            key = name.replace(".", "/")
-            weight.copy_(self.base[key] + SCALE * self.b[key] @ self.a[key])
+        for weight, base, a, b in self.parts():
+            weight.copy_(base + SCALE * b @ a)
 
 
 def attach(model: PreTrainedModel, names: list[str], rank: int, seed: int, kept: dict[str, Tensor]) -> LowRank:
