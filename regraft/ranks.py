@@ -1,0 +1,88 @@
+"""The processes that torchrun started, and what they tell each other; one process is rank 0 of 1 and tells nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .errors import RegraftError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # the first process may measure or write for hours while the others wait
+
+
+def rank() -> int:
+    """Number of this process among all, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this process computes under torchrun: its own accelerator, or the processor."""
+    if torch.cuda.is_available() and world() > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def told(value: T) -> T:
+    """The first process's value, in all of them."""
+    if world() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: T) -> list[T]:
+    """Everybody's value, by rank."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, the processes of a torchrun know each other: gloo on processors, NCCL beside it on accelerators.
+
+    Without torchrun nothing happens. RegraftError when the processes cannot meet.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise RegraftError(
+                f"process {local} of this machine has no accelerator, there are {torch.cuda.device_count()}: start at "
+                "most that many with --nproc-per-node"
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
