@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, tiny, tokens
+from models import FAMILIES, GROWABLE, tiny, tokens
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -218,3 +218,16 @@ def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
     with hosts.branch(model, "window"):
         window = model(ids).logits
     assert not torch.equal(free, window) and torch.equal(model(ids).logits, free)
+
+
+@pytest.mark.parametrize("family", GROWABLE)
+def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(family, tmp_path):
+    tiny(family)[1].save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    real, empty = hosts.materialize(checkpoint), hosts.outline(checkpoint)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}
+    tables = dict(real.named_buffers())
+    assert tables.keys() == dict(empty.named_buffers()).keys()
+    assert all(torch.equal(value, tables[name]) for name, value in empty.named_buffers())

@@ -14,6 +14,7 @@ from .loading import (
     wants_decoder,
 )
 from .modeling_regraft import RegraftForCausalLM
+from .outline import outline
 from .states import MixerState, state_bytes
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "materialize",
+    "outline",
     "slots",
     "state_bytes",
     "wants_decoder",

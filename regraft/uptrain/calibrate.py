@@ -199,7 +199,12 @@ def _calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Te
 
 
 def error(mixer: Mixer, record: LayerRecord, mixing: Mixing) -> Tensor:
-    """Squared error of the mixer's output relative to the teacher's, a scalar: 0 perfect, 1 as good as silence."""
+    """Squared error of the mixer's output relative to the teacher's, the mean over rows: 0 perfect, 1 as silence."""
     y, _ = mixer(record.inputs, mixing)
-    target = record.outputs.float()
-    return (y.float() - target).square().sum() / target.square().sum().clamp(min=1e-12)
+    return relative(y.float(), record.outputs.float())
+
+
+def relative(value: Tensor, target: Tensor) -> Tensor:
+    """||value - target||^2 / ||target||^2 of each row (batch, ...), the mean over the batch: a scalar."""
+    gap, whole = ((part.square().flatten(1).sum(1)) for part in (value - target, target))
+    return (gap / whole.clamp(min=1e-12)).mean()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RegraftError
 from ..mixers.base import Mixer
-from .calibrate import error
+from .calibrate import error, relative
 from .capture import LayerRecord, body, recording
 from .data import Packed
 
@@ -27,8 +27,8 @@ def mixers(model: PreTrainedModel) -> dict[int, Mixer]:
 def align_step(
     model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
 ) -> float:
-    """Each mixer's relative squared error against its layer's output, on the teacher's inputs, backpropagated; the mean
-    over converted layers."""
+    """Each mixer's relative squared error against its layer's output, per row, on the teacher's inputs, backpropagated;
+    the mean over rows and converted layers."""
 
     def outputs(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
         return error(mixer, record, record.mixing(segments))
@@ -39,8 +39,9 @@ def align_step(
 def matrix_step(
     model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
 ) -> float:
-    """||A - M||^2 / ||A||^2, A the softmax matrices of a layer and M the mixer's, both (heads, time, time), on the
-    teacher's inputs (MOHAWK's first stage, arXiv 2408.10189, eq. 4); backpropagated, the mean over converted layers.
+    """||A - M||^2 / ||A||^2 of each row, A the softmax matrices of a layer and M the mixer's, both (heads, time, time),
+    on the teacher's inputs (MOHAWK's first stage, arXiv 2408.10189, eq. 4); backpropagated, the mean over rows and
+    converted layers.
 
     Rows are read as single documents, as the teacher's attention weights come without their boundaries.
     """
@@ -48,8 +49,7 @@ def matrix_step(
     def matrices(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
         if record.weights is None:
             raise RegraftError(f"{type(teacher).__name__} gives no attention weights: leave out the stage 'matrix'")
-        target = record.weights.float()
-        return (mixer.matrix(record.inputs, record.mixing(None)) - target).square().sum() / target.square().sum()
+        return relative(mixer.matrix(record.inputs, record.mixing(None)), record.weights.float())
 
     whole = torch.arange(rows.input_ids.shape[1], device=rows.device).expand_as(rows.input_ids)
     with showing_weights(teacher):

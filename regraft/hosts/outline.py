@@ -1,0 +1,46 @@
+"""A model without weights: its modules on the meta device, tables that are computed from the config real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..checkpoint import Checkpoint
+from .configuration_regraft import RegraftConfig
+from .loading import stock_class
+from .modeling_regraft import RegraftForCausalLM
+
+
+def outline(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of a checkpoint with parameters on the meta device and real buffers; takes no memory for weights.
+
+    Buffers are rotary tables and the like, which no file holds: the class's own initialisation makes them.
+    """
+    fields = checkpoint.config
+    with torch.device("meta"):
+        if fields["model_type"] == "regraft":
+            kept = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+            model: Any = RegraftForCausalLM(RegraftConfig(**kept))
+        else:
+            kind, config = stock_class(fields)
+            model = kind(config)
+    model.tie_weights()
+    stock = model.host if isinstance(model, RegraftForCausalLM) else model
+    for module in stock.modules():
+        unmade = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in unmade:
+            setattr(module, name, torch.zeros_like(getattr(module, name), device="cpu"))
+        if unmade:
+            stock._init_weights(module)
+    return model.eval()
+
+
+def buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(module, name, value) of every buffer."""
+    for module in model.modules():
+        for name, value in module.named_buffers(recurse=False):
+            yield module, name, value
