@@ -33,7 +33,7 @@ VERBS: dict[str, Callable[..., verbs.Outcome]] = {
 }
 RESUMES = ("grow", "linearize", "train", "run", "compare", "demo")
 OPEN_ENDED = ("run", "compare", "demo")  # take `--key.sub VALUE` for any field of their recipe
-VALUED = ("--jobs",)  # flags of such a verb itself that have a value
+VALUED = ("--jobs", "--track", "--jump")  # flags of such a verb itself that have a value
 KINDS = {"int": "a whole number", "float": "a number"}
 FLAGS = {
     "json": "print one JSON object on standard output and nothing else",

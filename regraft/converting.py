@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -24,6 +25,7 @@ from .training import calibrated, save_trained, training_rows
 from .uptrain import loop
 from .uptrain.data import Packed, pack
 from .uptrain.stages import Stage
+from .watching import USUAL, Watching
 
 WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
 ASKED = "asked.json"
@@ -58,6 +60,7 @@ def uptrained(
     ticker: Ticker,
     seed: int = 0,
     limit: Limit = lambda stage: None,
+    watching: Watching = USUAL,
 ) -> dict[str, Any]:
     """Calibrate the linearized model in `folder` on so many tokens, train it and put it into `out`; the ledger.
 
@@ -70,10 +73,9 @@ def uptrained(
     batches = loop.batches(rows(length), calibration // length, seed) if calibration else []
     calibrated(student, teacher, slots, batches, out / "work", ticker)
 
-    def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
-        ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}, {row['tokens']:,} tokens")
-
-    ledger = loop.train(loop.Run(student, stages, rows, out, teacher, slots, seed=seed, limit=limit, progress=tell))
+    facts = {"source": str(source.path), "seed": seed, "stages": [dataclasses.asdict(stage) for stage in stages]}
+    with watching.over(out, ticker, facts) as watched:
+        ledger = loop.train(loop.Run(student, stages, rows, out, teacher, slots, seed=seed, limit=limit, **watched))
     save_trained(checkpoint, student, stages, ledger, out)
     return ledger
 
@@ -87,6 +89,7 @@ def carry_out(
     seed: int,
     ticker: Ticker,
     overwrite: bool = False,
+    watching: Watching = USUAL,
 ) -> tuple[Remix, dict[str, Any]]:
     """A method from end to end: (what was replaced, the ledger); called again it goes on where it was.
 
@@ -111,7 +114,7 @@ def carry_out(
     assert remix is not None
     ticker.start("training")
     teacher = hosts.materialize(source)
-    ledger = uptrained(source, linear, teacher, rows, stages, method.calibration, out, ticker, seed)
+    ledger = uptrained(source, linear, teacher, rows, stages, method.calibration, out, ticker, seed, watching=watching)
     for folder in (work, out / "run"):
         shutil.rmtree(folder, ignore_errors=True)
     (out / ASKED).unlink(missing_ok=True)

@@ -23,17 +23,18 @@ from .plan import Plan
 from .settings import Recipe
 from .training import training_rows
 from .uptrain.data import Packed
+from .watching import USUAL, Watching
 
 MARGIN = 30.0  # seconds kept back for saving, loading and the page
 
 
-def run(recipe: Recipe, out: str) -> dict[str, Any]:
+def run(recipe: Recipe, out: str, watching: Watching = USUAL) -> dict[str, Any]:
     """Carry out a recipe in directory `out`, going on where an earlier call stopped; returns the report's numbers.
 
     `out` ends up holding the trained model, `report.html`, `report.json`, `metrics.jsonl`, `lineage.json` and the
     phases' JSON files. RegraftError when `out` holds another run or anything else.
     """
-    experiment = Experiment(recipe, Path(out))
+    experiment = Experiment(recipe, Path(out), watching)
     with experiment.journal.ticker:
         for name, phase in experiment.phases().items():
             if not experiment.journal.done(name):
@@ -47,8 +48,8 @@ def run(recipe: Recipe, out: str) -> dict[str, Any]:
 class Experiment:
     """What the phases share: the journal, the source, the models that are in memory now."""
 
-    def __init__(self, recipe: Recipe, out: Path):
-        self.recipe, self.out = recipe, out
+    def __init__(self, recipe: Recipe, out: Path, watching: Watching = USUAL):
+        self.recipe, self.out, self.watching = recipe, out, watching
         self.journal = Journal(out, settings.dump(recipe), recipe.minutes)
         self.work = out / "work"
         self.linear = self.work / "linearized"
@@ -163,7 +164,7 @@ class Experiment:
         rows = training_rows(recipe.train, self.tokenizer)
         ledger = uptrained(
             self.source, self.linear, self.teacher, rows, recipe.stages, recipe.calibration, self.out,
-            self.journal.ticker, recipe.seed, self.limit,
+            self.journal.ticker, recipe.seed, self.limit, self.watching,
         )  # fmt: skip
         write_json(self.out / "ledger.json", ledger)
 

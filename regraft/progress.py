@@ -16,7 +16,10 @@ QUIET = 2.0  # nothing is said in the first seconds: wrong input then gives its 
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss."""
+    """Seconds as m:ss, from two hours on as `h hours`, from two days on as `d days`."""
+    for size, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
     return f"{int(max(seconds, 0)) // 60}:{int(max(seconds, 0)) % 60:02d}"
 
 
@@ -37,13 +40,14 @@ class Ticker:
         self.stream = stream or sys.stderr
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
         self.phase, self.note, self.fraction, self.phase_begin = "starting", "", None, time.monotonic()
-        self.last = self.begin - BEAT
+        self.last, self.coming = self.begin - BEAT, None
         self.each_beat = each_beat
         self.stop = threading.Event()
         self.bar = bar(self.stream) if self.stream.isatty() else None
         self.thread = threading.Thread(target=self.beat, daemon=True)
 
     fraction: float | None
+    coming: float | None
 
     def __enter__(self) -> Ticker:
         if self.bar is not None:
@@ -69,11 +73,12 @@ class Ticker:
     def start(self, phase: str) -> None:
         """Begin a phase and say so at once."""
         self.phase, self.note, self.fraction, self.phase_begin = phase, "", None, time.monotonic()
+        self.coming = None
         self.show(force=True)
 
-    def update(self, fraction: float | None = None, note: str = "") -> None:
-        """How far the phase is, 0 to 1, and a few words."""
-        self.fraction, self.note = fraction, note
+    def update(self, fraction: float | None = None, note: str = "", coming: float | None = None) -> None:
+        """How far the phase is, 0 to 1, a few words, and the seconds it still takes where they are known."""
+        self.fraction, self.note, self.coming = fraction, note, coming
         self.show()
 
     def words(self) -> str:
@@ -81,8 +86,11 @@ class Ticker:
         here = time.monotonic() - self.phase_begin
         parts = [f"{self.fraction:.0%}"] if self.fraction is not None else []
         parts += [self.note] if self.note else []
-        if self.fraction and self.fraction > 0.02:
-            parts.append(f"about {clock(here / self.fraction - here)} to go here")
+        coming = self.coming
+        if coming is None and self.fraction and self.fraction > 0.02:
+            coming = here / self.fraction - here
+        if coming is not None:
+            parts.append(f"about {clock(coming)} to go here")
         left = self.left()
         parts.append(f"{clock(self.used())} used")
         if left is not None:

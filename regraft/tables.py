@@ -91,6 +91,18 @@ def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     return grid("tokens per second and memory by context length", heads, body)
 
 
+def training(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """What `watching.summary` says of every stage."""
+    heads = ["stage", "tokens", "loss, first", "last", "tokens/s", "of peak", "seconds"]
+    body = [
+        [f"{row['stage']}: {row['kind']}", f"{row['tokens']:,}", f"{row['first_loss']:.4f}", f"{row['last_loss']:.4f}"]
+        + [short(row["tokens_per_second"]), "" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
+        + [f"{row['seconds']:,.1f}"]
+        for row in stages
+    ]
+    return grid("training (losses: mean of the first and last 5 % of the steps)", heads, body)
+
+
 def grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table, first column left, others right."""
     table = Table(title=title, title_justify="left")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import hosts
+from . import hosts, tracking
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .progress import Ticker
@@ -25,6 +25,7 @@ from .uptrain.calibrate import calibrate
 from .uptrain.data import Packed, pack, read_documents, read_images
 from .uptrain.objectives import Rows
 from .uptrain.stages import LAYERWISE, Stage
+from .watching import USUAL, Watching, summary
 
 
 def training_rows(texts: Sequence[Text], tokenizer: Any) -> Callable[[int], Packed]:
@@ -122,18 +123,23 @@ def train_once(
     seed: int,
     ticker: Ticker,
     heldout: str | None = None,
+    watching: Watching = USUAL,
     **options: Any,
 ) -> dict[str, Any]:
     """One stage on a saved model, written to `out`; called again with the same arguments it goes on where it was.
 
-    `data` and `heldout`: text, or a .npz file of images; `options`: fields of loop.Run. Returns the ledger.
+    `data` and `heldout`: text, or a .npz file of images; `options`: fields of loop.Run. Returns the ledger, with a
+    summary of the stage as `watching.summary` gives it.
     RegraftError when `out` holds a finished model already, or anything that is no run.
     """
     target = Path(out)
     if (target / "config.json").exists():
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
     names = {file.name for file in target.iterdir()} if target.exists() else set()
-    if not names <= {"metrics.jsonl", "run.new"} and not names & {"run", "run.old"}:
+    if not names <= {"metrics.jsonl", "run.new", tracking.FILE, tracking.FOLDER, "wandb"} and not names & {
+        "run",
+        "run.old",
+    }:
         raise RegraftError(f"{out} exists and holds no run: choose another folder or delete it")
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
@@ -150,14 +156,13 @@ def train_once(
     held = rows_of(heldout, stage, tokenizer)(stage.length) if heldout else None
     ticker.start(stage.kind)
 
-    def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
-        ticker.update(step / steps, f"loss {row['loss']:.4f}, {row['tokens']:,} {stage.unit}")
-
     rows = rows_of(data, stage, tokenizer)
-    ledger = loop.train(
-        loop.Run(student, [stage], rows, target, guide, slots, seed=seed, progress=tell, heldout=held, **options),
-    )
+    facts = {"model": model, "data": data, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
+    with watching.over(target, ticker, facts) as watched:
+        ledger = loop.train(
+            loop.Run(student, [stage], rows, target, guide, slots, seed=seed, heldout=held, **watched, **options),
+        )
     save_trained(checkpoint, student, [stage], ledger, target)
     shutil.rmtree(target / "run", ignore_errors=True)
     shutil.rmtree(target / "work", ignore_errors=True)
-    return ledger | {"out": out}
+    return ledger | {"summary": summary(out), "out": out}

@@ -19,7 +19,7 @@ PUBLIC = [file for file in FILES if not file.name.startswith("__")]
 # Lower layers first; a module may import only modules of its own layer or of lower ones.
 LAYERS = (
     ("errors",),
-    ("axes", "storage", "direct", "progress"),
+    ("axes", "storage", "direct", "progress", "ranks"),
     ("parts",),
     ("writing",),
     ("anatomy", "gguf", "lineage", "mixers", "text"),
@@ -32,7 +32,7 @@ LAYERS = (
     ("parity",),
     ("receipts", "trial", "liveness", "generate", "plots", "report", "methods"),
     ("settings",),
-    ("evaluation", "journal", "training", "growing", "moments", "fitting"),
+    ("evaluation", "journal", "training", "growing", "moments", "fitting", "watching", "tracking"),
     ("choosing",),
     ("converting",),
     ("tables",),

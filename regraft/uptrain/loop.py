@@ -19,14 +19,15 @@ from ..errors import RegraftError
 from ..flops import counter as counted
 from ..hosts.modeling_regraft import RegraftForCausalLM
 from ..mixers.gated import Gated
-from . import adam
+from . import adam, speed
 from .data import Packed, shuffled
+from .divergence import Jump, guard
 from .layers import always, chosen, frozen, running, stack
 from .lowrank import attach, detach
 from .matching import align_step, matrix_step
 from .objectives import Rows, headed, loss_of, measured, suited, targets
-from .resume import RunState, load_state, save_state
-from .stages import LAYERWISE, Stage, distil_step, finite, kl, parameter_groups, projections, thaw
+from .resume import RunState, checkpoints, load_state, save_state
+from .stages import LAYERWISE, Stage, distil_step, kl, parameter_groups, projections, thaw
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
@@ -41,7 +42,8 @@ class Run:
     of a stage, at its end and, unless `every` is 0, after every so many steps, with the layers that the stage runs;
     neither its time nor its FLOPs count. `moments`: Adam's state to begin with, a file as `regraft grow
     --optimizer-state` writes it; `keep_moments` leaves the last stage's as `out/optimizer.safetensors`. Order of rows,
-    masks and drops follow from seed, stage and step.
+    masks and drops follow from seed, stage and step. `jump` says when a loss has gone astray; `track` gets every row
+    of metrics.jsonl once it is written.
     """
 
     model: PreTrainedModel
@@ -58,6 +60,8 @@ class Run:
     every: int = 0
     moments: Path | None = None
     keep_moments: bool = False
+    jump: Jump = Jump()
+    track: Callable[[dict[str, Any]], None] = lambda row: None
 
 
 @cache
@@ -164,6 +168,7 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
     if low is not None:
         state.changed |= low.begin(names)
     order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
+    best = speed.peak(rows.device, fast)
     entry = state.entry(index, stage.kind, fast)
     if state.step == 0:
         measure(run, stage, index, 0, entry)
@@ -186,12 +191,16 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
         entry["tokens"] += picked.tokens
         entry["flops"] += flops
         entry["flops_per_step"] = entry["flops"] // state.step
-        entry["seconds"] += time.monotonic() - tick
+        spent = time.monotonic() - tick
+        entry["seconds"] += spent
+        where = (index, state.step)
+        guard(state.trend, run.jump, stage, where, value, float(norm), lambda: checkpoints(run.out))
         row = {
             "stage": index, "kind": stage.kind, "step": state.step, "tokens": entry["tokens"],
-            "loss": finite(value, stage, state.step), "grad_norm": float(norm),
+            "loss": value, "grad_norm": float(norm),
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
+            **speed.rates(picked.tokens, flops, spent, best),
         }  # fmt: skip
         if stage.learn == "lit" and state.watch.observe(value, stage.lit):
             row["unfrozen"] = entry["unfrozen"] = state.step
@@ -207,7 +216,8 @@ def train_stage(run: Run, state: RunState, index: int) -> None:
             order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
         if state.step == stage.steps or (run.every and state.step % run.every == 0):
             measure(run, stage, index, state.step, entry)
-        if time.monotonic() - saved > run.save_seconds and state.step < stage.steps:
+        due = time.monotonic() - saved > run.save_seconds and not state.trend.suspected
+        if due and state.step < stage.steps:
             save_state(run.out, run.model, optimizer, state, settings(run))
             saved = time.monotonic()
     if run.keep_moments and index == len(run.stages) - 1:
@@ -234,6 +244,7 @@ def write(run: Run, row: dict[str, Any]) -> None:
     """One more row of metrics.jsonl."""
     with (run.out / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
+    run.track(row)
 
 
 def generator(seed: int, stage: int, step: int, use: int = 0) -> torch.Generator:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import RegraftError
+from .divergence import Place, Trend
 from .lit import Watch
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -22,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 @dataclass
 class RunState:
     """`stage`, `step`: what comes next. `tokens`: the stage's budget once a time limit fixed it. `fast`: bfloat16
-    chosen. `watch`: what the stage has seen of its loss.
+    chosen. `watch` and `trend`: what the stage has seen of its loss, for `learn: lit` and to know a jump.
 
     `changed`: names of all parameters any stage has trained. `ledger`: one entry per stage begun. `costs`: FLOPs of the
     stage's steps by what ran in them; counting rounds otherwise, so that a resumed run must count the same steps.
@@ -37,6 +38,7 @@ class RunState:
     moments: dict[str, Tensor] = field(default_factory=dict)
     costs: dict[str, int] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
+    trend: Trend = field(default_factory=Trend)
 
     def entry(self, index: int, kind: str, fast: bool) -> dict[str, Any]:
         """The ledger entry of stage `index`."""
@@ -49,7 +51,7 @@ class RunState:
     def next_stage(self) -> None:
         """Point to the start of the next stage."""
         self.stage, self.step, self.tokens, self.fast = self.stage + 1, 0, 0, None
-        self.moments, self.costs, self.watch = {}, {}, Watch()
+        self.moments, self.costs, self.watch, self.trend = {}, {}, Watch(), Trend()
 
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimiser back its moments."""
@@ -111,6 +113,13 @@ def save_state(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def checkpoints(out: Path) -> list[Place]:
+    """What can be gone back to in `out`: (stage, steps of it that are done, folder)."""
+    folders = [folder for folder in (out / "run", out / "run.old") if (folder / "state.json").exists()]
+    facts = [json.loads((folder / "state.json").read_text()) for folder in folders]
+    return [(fact["stage"], fact["step"], folder) for fact, folder in zip(facts, folders, strict=True)]
+
+
 def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunState:
     """The state in `out/run` with the model's changed weights put back; a fresh state when there is none.
 
@@ -124,6 +133,7 @@ def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunStat
     if facts.pop("settings") != json.loads(json.dumps(settings)):
         raise RegraftError(f"'{out}' holds a run with other settings: give another output, or remove '{folder}'")
     facts["changed"], facts["watch"] = set(facts["changed"]), Watch(**facts["watch"])
+    facts["trend"] = Trend(**facts.get("trend", {}))
     state = RunState(**facts)
     file = folder / "state.safetensors"
     tensors = load_file(file) if file.exists() else {}

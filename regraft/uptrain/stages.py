@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -220,12 +219,3 @@ def kl(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, batch: in
         (mine, theirs), (head, teacher_head) = hidden, heads
         total += len(some) * float(head_kl(mine, head, theirs, teacher_head, fast=False))
     return total / len(rows)
-
-
-def finite(loss: float, stage: Stage, step: int) -> float:
-    """The loss, or RegraftError when it is not a number."""
-    if not math.isfinite(loss):
-        raise RegraftError(
-            f"loss of stage '{stage.kind}' is {loss} at step {step}: lower its learning rates and run again"
-        )
-    return loss

@@ -33,6 +33,8 @@ def train(
     every: int = 0,
     moments: str | None = None,
     keep_moments: bool = False,
+    track: str | None = None,
+    jump: float = 1.5,
     seed: int = 0,
     json: bool = False,
 ) -> Outcome:
@@ -60,14 +62,19 @@ def train(
         heldout: text or images to measure loss and accuracy on, before, after and every N steps
         every: this N, 0 for before and after alone
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
         seed: of the data order
     """
     from pathlib import Path
 
-    from .. import settings, training
+    from .. import settings, tables, tracking, training
     from ..progress import Ticker
     from ..uptrain.lit import Lit
     from ..uptrain.stages import Stage
+    from ..watching import Watching
+
+    tracking.chosen(track)
 
     if not data or tokens < 1:
         raise RegraftError(f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}")
@@ -82,10 +89,12 @@ def train(
     asked = Stage(stage, tokens, length, batch, **rates)
     begun = Path(moments) if moments else None
     options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
+    options["watching"] = Watching(track, jump)
     with Ticker() as ticker:
         result = training.train_once(model, out, data, asked, teacher, seed, ticker, **options)
 
     def show(console: Console) -> None:
+        console.print(tables.training(result["summary"]))
         console.print(
             f"{result['tokens']:,} {asked.unit}, {result['flops']:.3g} FLOPs, {result['seconds']:.0f} s; wrote {out}",
             soft_wrap=True,
@@ -95,16 +104,27 @@ def train(
     return Outcome(result, show)
 
 
-def run(recipe: str, out: str, overrides: dict[str, str] | None = None, json: bool = False) -> Outcome:
+def run(
+    recipe: str,
+    out: str,
+    track: str | None = None,
+    jump: float = 1.5,
+    overrides: dict[str, str] | None = None,
+    json: bool = False,
+) -> Outcome:
     """Run a whole experiment from a recipe, resumably, ending with the report; --key.sub VALUE overrides a field.
 
     Args:
         recipe: a YAML file, or file.py:function that returns a Recipe
         out: directory to write
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
     """
-    from .. import experiment, settings
+    from .. import experiment, settings, tracking
+    from ..watching import Watching
 
-    return finished(experiment.run(settings.load(recipe, overrides or {}), out), out)
+    tracking.chosen(track)
+    return finished(experiment.run(settings.load(recipe, overrides or {}), out, Watching(track, jump)), out)
 
 
 def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: bool = False) -> Outcome:
@@ -143,9 +163,10 @@ def finished(numbers: dict[str, Any], out: str) -> Outcome:
     """The end of an experiment: its table and where the page is."""
 
     def show(console: Console) -> None:
-        from .. import tables
+        from .. import tables, watching
 
         tables.render(numbers["eval"], console)
+        console.print(tables.training(watching.summary(out)))
         console.print(tables.speed(numbers["bench"]))
         console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
 

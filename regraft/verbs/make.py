@@ -181,6 +181,8 @@ def linearize(
     tokens: int = 0,
     length: int = 1024,
     batch: int = 1,
+    track: str | None = None,
+    jump: float = 1.5,
     overwrite: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -202,12 +204,15 @@ def linearize(
         tokens: how many to train on, over all stages of the method; 0 converts only
         length: tokens per row
         batch: rows per step
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
     """
-    from .. import converting, methods
+    from .. import converting, methods, tables, tracking, watching
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..progress import Ticker
 
+    tracking.chosen(track)
     if tokens < 0 or (tokens and not data):
         raise RegraftError(f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens")
     before = Checkpoint.open(source)
@@ -217,7 +222,9 @@ def linearize(
     ledger = None
     with Ticker() as ticker:
         if tokens and data:
-            remix, ledger = converting.carry_out(before, way, Path(out), data, stages, seed, ticker, overwrite)
+            watched = watching.Watching(track, jump)
+            remix, ledger = converting.carry_out(before, way, Path(out), data, stages, seed, ticker, overwrite, watched)
+            ledger |= {"summary": watching.summary(out)}
             after = remix(before)
         else:
             rows = converting.text_rows(before, data) if data else None
@@ -227,6 +234,8 @@ def linearize(
 
     def show(console: Console) -> None:
         planning.render(made, console)
+        if ledger:
+            console.print(tables.training(ledger["summary"]))
         following = f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
         console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
 
