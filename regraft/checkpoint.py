@@ -154,6 +154,16 @@ class Checkpoint:
             tensors[key] = replace(tensors[key], read=_constant(values[name], tensors[key].dtype))
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
+    def patched(self, reads: Mapping[str, Callable[[], Tensor]], step: dict[str, Any]) -> Checkpoint:
+        """Like `replaced`, but only the named tensors have other values, which are read when they are saved."""
+        places = {name: key for key, name in self.names.items()}
+        if strange := sorted(set(reads) - set(places)):
+            raise RegraftError(f"'{self.origin}' has no tensor '{strange[0]}': pass names that it has")
+        tensors = dict(self.tensors)
+        for name, read in reads.items():
+            tensors[places[name]] = replace(tensors[places[name]], read=_cast(read, tensors[places[name]].dtype))
+        return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
+
     def verify(self) -> None:
         """Compare files with the hashes that lineage.json records, if it does; RegraftError names a damaged file."""
         if self.folder is not None:
@@ -280,3 +290,7 @@ def _piece(lazy: Lazy, part: Part, index: int, sizes: Mapping[str, int]) -> Lazy
 
 def _constant(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     return lambda: value.detach().to("cpu", dtype)
+
+
+def _cast(read: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: read().to(dtype)

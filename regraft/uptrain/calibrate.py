@@ -168,11 +168,15 @@ def calibrate(
             progress(done + 1, len(batches) + len(layers))
     segments = [ids for _, _, ids in batches]
     for done, layer in enumerate(layers):
-        yield {"layer": layer, **_calibrate_layer(slots[layer].mixer, captured.pop(layer), segments)}
+        yield {"layer": layer, **calibrate_layer(slots[layer].mixer, captured.pop(layer), segments)}
         progress(len(batches) + done + 1, len(batches) + len(layers))
 
 
-def _calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]) -> dict[str, float]:
+@torch.no_grad()
+def calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]) -> dict[str, float]:
+    """One mixer's start from what its layer saw and gave; `segments` by record. RegraftError when it inherits too
+    little of the teacher's attention.
+    """
     linear = mixer.linear if isinstance(mixer, Gated) else mixer
     if linear.name == "window" or not hasattr(linear, "qkv"):  # nothing of its own to set, or nothing of the source
         return {"heads_folded": 0.0}

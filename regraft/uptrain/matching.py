@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,11 +30,7 @@ def align_step(
 ) -> float:
     """Each mixer's relative squared error against its layer's output, per row, on the teacher's inputs, backpropagated;
     the mean over rows and converted layers."""
-
-    def outputs(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
-        return error(mixer, record, record.mixing(segments))
-
-    return step(model, teacher, teacher_slots, rows, fast, outputs)
+    return step(model, teacher, teacher_slots, rows, fast, apart)
 
 
 def matrix_step(
@@ -45,15 +42,32 @@ def matrix_step(
 
     Rows are read as single documents, as the teacher's attention weights come without their boundaries.
     """
-
-    def matrices(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
-        if record.weights is None:
-            raise RegraftError(f"{type(teacher).__name__} gives no attention weights: leave out the stage 'matrix'")
-        return relative(mixer.matrix(record.inputs, record.mixing(None)), record.weights.float())
-
-    whole = torch.arange(rows.input_ids.shape[1], device=rows.device).expand_as(rows.input_ids)
     with showing_weights(teacher):
-        return step(model, teacher, teacher_slots, Packed(rows.input_ids, whole, rows.bytes), fast, matrices)
+        return step(model, teacher, teacher_slots, single(rows), fast, matrices_apart)
+
+
+def apart(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
+    """A mixer's relative squared error against its layer's output, the mean over rows, a scalar."""
+    return error(mixer, record, record.mixing(segments))
+
+
+def matrices_apart(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
+    """The relative squared distance of a mixer's matrices from the softmax matrices, per row, the mean.
+
+    RegraftError when the record has none.
+    """
+    if record.weights is None:
+        raise RegraftError(
+            f"the teacher gives no attention weights beside its {list(record.outputs.shape)}: leave out the stage "
+            "'matrix'"
+        )
+    return relative(mixer.matrix(record.inputs, record.mixing(None)), record.weights.float())
+
+
+def single(rows: Packed) -> Packed:
+    """The same rows, each read as one document."""
+    whole = torch.arange(rows.input_ids.shape[1], device=rows.device).expand_as(rows.input_ids)
+    return replace(rows, position_ids=whole)
 
 
 def step(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -138,15 +138,27 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
     """
     mixing = isinstance(model, RegraftForCausalLM)
     origin = origins(model) if mixing else {}
+    if stage.rank:
+        origin |= dict.fromkeys(model.get_submodule(PLACE).learning(), ("low rank", True))
+    return grouped(model.parameters(), origin, stage, mixing, frozen)
+
+
+def grouped(
+    parameters: Iterable[nn.Parameter],
+    origin: Mapping[int, tuple[str, bool]],
+    stage: Stage,
+    mixing: bool,
+    frozen: Collection[int] = (),
+) -> list[dict[str, object]]:
+    """The groups of these parameters, whose `origin` says where they are from; see `parameter_groups`."""
     body = stage.lr_body if stage.lr_body is not None else 3e-5 if mixing else 3e-4
     rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind in LAYERWISE else body}
     if stage.learn != "all" or stage.rank:
         rates |= {"mixer": 0.0, "body": 0.0}
     if stage.rank:
         rates["low rank"] = stage.lr_mixer
-        origin |= dict.fromkeys(model.get_submodule(PLACE).learning(), ("low rank", True))
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         kind, decay = origin.get(id(parameter), ("body", parameter.ndim > 1))
         learns = rates[kind] > 0 and id(parameter) not in frozen
         parameter.requires_grad_(learns)
@@ -187,10 +199,14 @@ def origins(model: PreTrainedModel) -> dict[int, tuple[str, bool]]:
     """By identity of every parameter inside a mixer: "mixer" when inherited, else "new", and whether it decays."""
     found: dict[int, tuple[str, bool]] = {}
     for spec, attention, slot in zip(model.config.mixers, model.config.attention, model.slots(), strict=True):
-        for name, weight in (weights(spec, Attention(**attention)) if spec else {}).items():
-            parameter = slot.mixer.get_parameter(name)
-            found[id(parameter)] = ("mixer" if weight.source else "new", weight.decay)
+        found |= origins_in(slot.mixer, spec, Attention(**attention)) if spec else {}
     return found
+
+
+def origins_in(mixer: nn.Module, spec: dict[str, Any], attention: Attention) -> dict[int, tuple[str, bool]]:
+    """The same for one mixer, built by this spec."""
+    table = weights(spec, attention).items()
+    return {id(mixer.get_parameter(name)): ("mixer" if w.source else "new", w.decay) for name, w in table}
 
 
 def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, fast: bool, ce: float = 0.0) -> float:

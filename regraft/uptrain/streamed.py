@@ -1,0 +1,173 @@
+"""Alignment that streams layer by layer: what a run is asked for, how far it has come, what it leaves on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import ranks, storage
+from ..checkpoint import Checkpoint
+from ..errors import RegraftError
+from . import loop
+from .data import Packed
+from .stages import LAYERWISE, Stage
+
+Progress = Callable[[int, int, int, dict[str, Any]], None]
+FOLDER = "stream"
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One stage `align` or `matrix` that walks over the layers of `source`, the teacher, and trains the mixers of
+    `target`, what `Remix` makes of it or a linearized model; neither is ever whole in memory.
+
+    Rows, their order, loss, groups and schedule are those of `loop.train`; gradients are clipped layer by layer.
+    `rows` are all on the processor. `calibration`: rows for a closed-form start, 0 for none. `scratch`: where the
+    hidden states of two layers are kept, `out/stream` by default, a folder in /dev/shm for memory; `keep`: float32 or
+    bfloat16. Under torchrun every process takes its part of each batch. `progress` is told layer, step, steps and the
+    row of metrics.
+    """
+
+    source: Checkpoint
+    target: Checkpoint
+    stage: Stage
+    rows: Packed
+    out: Path
+    seed: int = 0
+    calibration: int = 0
+    scratch: Path | None = None
+    keep: str = "float32"
+    progress: Progress = lambda layer, step, steps, row: None
+    device: torch.device = field(default_factory=ranks.device)
+
+    @property
+    def folder(self) -> Path:
+        """What the run keeps for a restart."""
+        return self.out / FOLDER
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption."""
+        own = {"seed": self.seed, "calibration": self.calibration, "keep": self.keep, "rows": len(self.rows)}
+        models = {"source": str(self.source.origin), "mixers": self.target.config["mixers"]}
+        return json.loads(json.dumps(own | models | {"stage": dataclasses.asdict(self.stage)}))
+
+
+def possible(run: Streamed) -> None:
+    """RegraftError when a run cannot be streamed."""
+    stage = run.stage
+    if stage.kind not in LAYERWISE:
+        raise RegraftError(f"stage '{stage.kind}' needs the whole model: stream one of {', '.join(LAYERWISE)}")
+    if stage.learn == "lit" or stage.window_drop:
+        raise RegraftError(
+            f"learn '{stage.learn}' and window_drop {stage.window_drop} look at all layers of a step: stream without"
+        )
+    if run.target.config["model_type"] != "regraft" or run.source.config["model_type"] == "regraft":
+        kinds = run.source.config["model_type"], run.target.config["model_type"]
+        raise RegraftError(f"streaming from a {kinds[0]} to a {kinds[1]}: give a stock teacher and a linearized model")
+    if run.target.config["host"]["model_type"] != run.source.config["model_type"] or not any(
+        run.target.config["mixers"]
+    ):
+        raise RegraftError(
+            f"'{run.target.origin}' is no linearization of '{run.source.origin}' with a mixer: give its own source"
+        )
+    if stage.batch % ranks.world():
+        raise RegraftError(f"{stage.batch} rows a step cannot be shared by {ranks.world()} processes: give a multiple")
+    held = run.source.sizes.get("pos", stage.length)
+    if run.rows.input_ids.shape[1] > held:
+        raise RegraftError(f"rows of {run.rows.input_ids.shape[1]} tokens are longer than the model's {held} positions")
+
+
+@dataclass
+class State:
+    """How far a run has come. `passed`: the layer whose input was counted last; `trained`: layers on disk; `entry`: the
+    ledger's."""
+
+    passed: int = 0
+    trained: list[int] = field(default_factory=list)
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, run: Streamed) -> State:
+        """The state in `out`, the same for all processes; RegraftError when it is of another run."""
+        file, facts = run.folder / "state.json", None
+        if ranks.first() and file.exists():
+            facts = storage.read_json(file)
+        facts = ranks.told(facts)
+        if facts is None:
+            fast = run.stage.precision == "bfloat16"
+            if run.stage.precision == "auto":
+                fast = ranks.told(loop.bfloat16_is_faster(run.device.type))
+            precision = "bfloat16" if fast else "float32"
+            head = {"stage": 0, "kind": run.stage.kind, "precision": precision, "streamed": True}
+            return cls(entry=head | {"tokens": 0, "flops": 0, "seconds": 0.0, "flops_per_step": 0})
+        if facts.pop("settings") != run.settings:
+            raise RegraftError(f"'{run.out}' holds a run with other settings: give another output, or remove it")
+        return cls(**facts)
+
+    def save(self, run: Streamed) -> None:
+        """Write the state; the first process does."""
+        if ranks.first():
+            part = run.folder / "state.part"
+            part.write_text(json.dumps(dataclasses.asdict(self) | {"settings": run.settings}))
+            os.replace(part, run.folder / "state.json")
+
+    def spend(self, flops: int, begin: float) -> None:
+        """Count work that began at this time of the monotonic clock, on every process the same."""
+        self.entry["flops"] += sum(ranks.gathered(flops))
+        self.entry["seconds"] += ranks.told(time.monotonic() - begin)
+
+    def trim(self, file: Path) -> None:
+        """Take rows of layers that are not on disk out of metrics.jsonl; the first process does."""
+        if ranks.first() and file.exists():
+            rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            part = file.with_suffix(".tmp")
+            part.write_text("".join(line for line in rows if json.loads(line)["layer"] in self.trained))
+            os.replace(part, file)
+
+
+def layer_file(run: Streamed, layer: int) -> Path:
+    """Where a trained mixer is."""
+    return run.folder / f"layer-{layer}.safetensors"
+
+
+def write_layer(file: Path, values: dict[str, Tensor]) -> None:
+    """Write a trained mixer, whole or not at all; RegraftError on a full disk."""
+    part = file.with_suffix(".part")
+    try:
+        save_file(values, part)
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
+        part.unlink(missing_ok=True)
+        raise RegraftError(
+            f"cannot write '{file}' ({error}): free some space and run the same command again"
+        ) from error
+
+
+def tell(run: Streamed, row: dict[str, Any]) -> None:
+    """One more row of metrics.jsonl; the first process writes it."""
+    if ranks.first():
+        with (run.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def result(run: Streamed, ledger: dict[str, Any]) -> Checkpoint:
+    """The target whose mixers are those on disk, each tensor read when it is saved."""
+    values: dict[str, storage.Entry] = {}
+    for layer, spec in enumerate(run.target.config["mixers"]):
+        if spec:
+            values |= {entry.name: entry for entry in storage.header(layer_file(run, layer))}
+    step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(run.stage)], "streamed": True}}
+    return run.target.patched({name: entry.read for name, entry in values.items()}, step | {"ledger": ledger})

@@ -1,0 +1,224 @@
+"""Alignment layer by layer: one layer of the teacher and one mixer in memory, whatever the depth of the model."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import ranks
+from ..checkpoint import Checkpoint
+from ..flops import counter as counted
+from ..mixers.base import Attention, Mixer
+from ..mixers.registry import build
+from . import loop
+from .calibrate import calibrate_layer
+from .capture import LayerRecord
+from .data import shuffled
+from .hidden import Hidden
+from .hollow import Hollow
+from .matching import apart, matrices_apart, showing_weights, single
+from .stages import finite, grouped, origins_in
+from .streamed import State, Streamed, layer_file, possible, result, tell, write_layer
+
+
+def align(run: Streamed) -> tuple[Checkpoint, dict[str, Any]]:
+    """(the target with trained mixers, to be saved; the ledger, as `loop.train` gives it). Rows of metrics.jsonl go to
+    `out`.
+
+    Called again after a kill, it goes on with the layer that was not finished and ends with the same weights. Errors:
+    RegraftError for a stage that does not train mixers one by one, other settings than the run in `out` had, a model
+    that does not fit, a full disk, or a loss that is not finite.
+    """
+    possible(run)
+    state = State.load(run)
+    Walk(run, state).go()
+    ledger = {"stages": [state.entry], **loop.totals([state.entry])}
+    return result(run, ledger), ledger
+
+
+class Walk:
+    """A run on its way through the layers."""
+
+    def __init__(self, run: Streamed, state: State):
+        self.run, self.state, stage = run, state, run.stage
+        self.rows = single(run.rows) if stage.kind == "matrix" else run.rows
+        self.fast = state.entry["precision"] == "bfloat16"
+        self.order = shuffled(len(self.rows), stage.steps * stage.batch, run.seed).view(stage.steps, stage.batch)
+        self.share = stage.batch // ranks.world()
+        self.mine = self.order[:, ranks.rank() * self.share :][:, : self.share]
+        self.calibrating = shuffled(len(self.rows), len(self.rows), run.seed)[: run.calibration]
+        used = torch.cat((self.mine.flatten(), self.calibrating)).unique()
+        folder, width = run.scratch or run.folder, run.source.sizes["hidden"]
+        self.hidden = Hidden(folder, ranks.rank(), used, self.rows.input_ids.shape[1], width, run.keep)
+        self.converted = [layer for layer, spec in enumerate(run.target.config["mixers"]) if spec]
+
+    def go(self) -> None:
+        """Through all layers up to the last that is converted."""
+        run, state = self.run, self.state
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self.hidden.room()
+        state.trim(run.out / "metrics.jsonl")
+        teacher = Hollow(run.source, run.device)
+        whole = all(ranks.gathered(self.hidden.has(state.passed)))
+        layer = state.passed if whole else 0
+        if not whole:
+            self.enter(teacher)
+        while True:
+            self.hidden.drop(before=layer)
+            if layer in self.converted and layer not in state.trained:
+                self.train(teacher, layer)
+            if layer >= self.converted[-1]:
+                break
+            self.forward(teacher, layer)
+            layer += 1
+        self.hidden.drop(before=layer + 1)
+        state.entry["tokens"] = run.stage.steps * run.stage.batch * run.stage.length
+        state.entry["flops_per_step"] = state.entry["flops"] // run.stage.steps
+
+    def enter(self, teacher: Hollow) -> None:
+        """Write what the first layer gets."""
+        rows = self.rows[self.hidden.rows]
+        with self.hidden.write(0) as out, self.cast():
+            for _, values in teacher.embedded(rows.input_ids, rows.position_ids, self.share):
+                out.put(values)
+
+    def forward(self, teacher: Hollow, layer: int) -> None:
+        """Write what the next layer gets."""
+        begin, flops = time.monotonic(), 0
+        costs: dict[int, int] = {}
+        with self.hidden.write(layer + 1) as out, self.looking(teacher), teacher.opened(layer):
+            for numbers in self.hidden.rows.split(self.share):
+                given, positions = self.inputs(layer, numbers)
+                with Counted(costs, len(numbers)) as count, self.cast():
+                    out.put(teacher.through(given, positions))
+                flops += count.flops
+        ranks.barrier()
+        if layer + 1 > self.state.passed:
+            self.state.spend(flops, begin)
+            self.state.passed = layer + 1
+            self.state.save(self.run)
+
+    def train(self, teacher: Hollow, layer: int) -> None:
+        """Fit one mixer and write it to disk."""
+        run, stage, begin, flops = self.run, self.run.stage, time.monotonic(), 0
+        spec, attention = run.target.config["mixers"][layer], Attention(**run.target.config["attention"][layer])
+        mixer = made(run, layer).to(run.device)
+        with self.looking(teacher), teacher.opened(layer, mlp=False):
+            if run.calibration:
+                calibrate_layer(mixer, *self.records(teacher, layer))
+            groups = grouped(mixer.parameters(), origins_in(mixer, spec, attention), stage, True)
+            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+            learning = [p for group in optimizer.param_groups for p in group["params"]]
+            costs: dict[int, int] = {}
+            for step, numbers in enumerate(self.mine):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * stage.rate(step)
+                with Counted(costs, len(numbers)) as count:
+                    value = self.loss(teacher, mixer, layer, numbers)
+                flops += count.flops
+                value = reduced(value * self.share / stage.batch, learning, self.share / stage.batch)
+                norm = float(nn.utils.clip_grad_norm_(learning, stage.clip))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                row: dict[str, Any] = {
+                    "stage": 0, "kind": stage.kind, "layer": layer, "step": step + 1,
+                    "tokens": (step + 1) * stage.batch * stage.length, "loss": finite(value, stage, step + 1),
+                    "grad_norm": norm, "lr": max(group["lr"] for group in optimizer.param_groups),
+                    "seconds": round(self.state.entry["seconds"] + time.monotonic() - begin, 3),
+                }  # fmt: skip
+                tell(run, row)
+                run.progress(layer, step + 1, stage.steps, row)
+        if ranks.first():
+            place = f"host.{run.target.config['slot'].format(layer)}.mixer"
+            values = {
+                f"{place}.{name}": parameter.detach().cpu().contiguous() for name, parameter in mixer.named_parameters()
+            }
+            write_layer(layer_file(run, layer), values)
+        ranks.barrier()
+        self.state.spend(flops, begin)
+        self.state.trained.append(layer)
+        self.state.save(run)
+
+    def loss(self, teacher: Hollow, mixer: Mixer, layer: int, numbers: Tensor) -> float:
+        """The mean loss of these rows, backpropagated."""
+        rows = self.rows[numbers]
+        measure = apart if self.run.stage.kind == "align" else matrices_apart
+        with self.cast():
+            record, segments = teacher.attended(*self.inputs(layer, numbers)), rows.segments()
+            segments = None if segments is None else segments.to(self.run.device)
+            value = measure(mixer, record, segments)
+        value.backward()
+        return float(value.detach())
+
+    def records(self, teacher: Hollow, layer: int) -> tuple[list[LayerRecord], list[Tensor | None]]:
+        """What the layer sees and gives on the rows for calibration, one row at a time, and their documents."""
+        found: list[LayerRecord] = []
+        documents: list[Tensor | None] = []
+        for numbers in self.calibrating.split(1):
+            with self.cast():
+                found.append(teacher.attended(*self.inputs(layer, numbers)))
+            segments = self.rows[numbers].segments()
+            documents.append(None if segments is None else segments.to(self.run.device))
+        return found, documents
+
+    def inputs(self, layer: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden states, positions) of some rows, on the device."""
+        given, positions = self.hidden.read(layer, numbers), self.rows.position_ids[numbers]
+        return given.to(self.run.device), positions.to(self.run.device)
+
+    def cast(self) -> torch.autocast:
+        """The stage's precision."""
+        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.fast)
+
+    def looking(self, teacher: Hollow) -> AbstractContextManager[None]:
+        """For matrices: attention layers that give theirs."""
+        return showing_weights(teacher.model) if self.run.stage.kind == "matrix" else nullcontext()
+
+
+class Counted:
+    """Inside, work runs; afterwards `flops` is what it took: counted once for each number of rows, then looked up."""
+
+    def __init__(self, costs: dict[int, int], rows: int):
+        self.costs, self.rows, self.flops = costs, rows, costs.get(rows, 0)
+        self.counter = None if rows in costs else counted()
+
+    def __enter__(self) -> Counted:
+        if self.counter is not None:
+            self.counter.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        if self.counter is not None:
+            self.counter.__exit__(*reason)
+            self.flops = self.costs[self.rows] = self.counter.get_total_flops()
+
+
+def made(run: Streamed, layer: int) -> Mixer:
+    """A converted layer's mixer with the target's weights, float32."""
+    target = run.target
+    with torch.device("meta"):
+        mixer = build(target.config["mixers"][layer], Attention(**target.config["attention"][layer]))
+    values = {
+        role.removeprefix("mixer."): lazy.read().to(run.device, torch.float32, copy=True)
+        for (role, at), lazy in target.tensors.items()
+        if at == layer and role.startswith("mixer.")
+    }
+    mixer.load_state_dict(values, assign=True)
+    for tensor in mixer.parameters() if ranks.world() > 1 else ():
+        dist.broadcast(tensor.data, 0)
+    return mixer
+
+
+def reduced(value: float, parameters: list[nn.Parameter], share: float) -> float:
+    """The loss over all processes; gradients become those of the whole batch, of which each has had its share."""
+    if ranks.world() == 1:
+        return value
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad.mul_(share))
+    return sum(ranks.gathered(value))

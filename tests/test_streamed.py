@@ -1,0 +1,212 @@
+"""Alignment that streams: the mixers of the run that holds the whole model, after a kill and in parts too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny, tokens
+
+from regraft import hosts
+from regraft.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.steps.remix import Remix
+from regraft.uptrain import loop, walk
+from regraft.uptrain.calibrate import calibrate
+from regraft.uptrain.capture import LayerRecord, body, recording
+from regraft.uptrain.data import Packed
+from regraft.uptrain.hollow import Hollow
+from regraft.uptrain.layers import stack
+from regraft.uptrain.stages import Stage
+from regraft.uptrain.streamed import Streamed
+
+LINEAR = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "gemma", "phi3", "starcoder2", "phi")
+DECODERS = (*LINEAR, "gemma2", "gemma3_text", "olmo2", "mixtral")  # all whose layers can be run one by one
+STAGE = Stage("align", 4 * 64, length=32, batch=2, precision="float32", clip=math.inf, weight_decay=0.1)
+
+
+def opened(folder: Path, family: str = "llama", **sizes: Any) -> Checkpoint:
+    """A tiny model on disk."""
+    tiny(family, **sizes)[1].save_pretrained(folder / family)
+    return Checkpoint.open(folder / family)
+
+
+def rows(count: int = 9, length: int = 32) -> Packed:
+    """Rows of two documents each."""
+    ids = tokens(count, length)
+    places = torch.cat((torch.arange(length // 3), torch.arange(length - length // 3)))
+    return Packed(ids, places.expand_as(ids), torch.full((count,), length))
+
+
+def joint(source: Checkpoint, target: Checkpoint, stage: Stage, out: Path, calibration: int = 0) -> Any:
+    """The model that holds everything, trained by the loop; and its ledger."""
+    teacher, model, text = hosts.materialize(source), hosts.materialize(target), rows()
+    slots = hosts.slots(teacher, source)
+    if calibration:
+        list(calibrate(model.slots(), teacher, slots, loop.batches(text, calibration, 0)))
+    return model, loop.train(loop.Run(model, [stage], lambda length: text, out, teacher, slots))
+
+
+def mixers(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every mixer's weights by name."""
+    found = {checkpoint.names[key]: lazy.read() for key, lazy in checkpoint.tensors.items() if key[0][:5] == "mixer"}
+    assert found
+    return found
+
+
+def same(trained: Checkpoint, model: Any, start: Checkpoint) -> None:
+    """Streamed weights are the joint run's, and both moved."""
+    wanted, before = model.state_dict(), mixers(start)
+    for name, value in mixers(trained).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+    assert sum(not torch.equal(value, before[name]) for name, value in mixers(trained).items()) > 4
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_layers_run_one_by_one_as_they_run_together(family: str, tmp_path: Path) -> None:
+    source, text = opened(tmp_path, family), rows(4)
+    model, teacher = hosts.materialize(source), Hollow(source)
+    together: dict[int, LayerRecord] = {}
+    last: list[torch.Tensor] = []
+    stack(model)[2].register_forward_hook(lambda module, given, output: last.append(output))
+    with recording(hosts.slots(model, source), [0, 1, 2], together.__setitem__):
+        body(model, text.input_ids, text.position_ids)
+    hidden = torch.cat([part for _, part in teacher.embedded(text.input_ids, text.position_ids, 3)])
+    for layer in range(3):
+        with teacher.opened(layer, mlp=False):
+            alone = teacher.attended(hidden, text.position_ids)
+        for mine, theirs in ((alone.inputs, together[layer].inputs), (alone.outputs, together[layer].outputs)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        assert (alone.rotary is None) == (family == "gpt2")
+        for mine, theirs in zip(alone.rotary or (), together[layer].rotary or (), strict=True):
+            assert torch.equal(mine, theirs)
+        with teacher.opened(layer):
+            hidden = teacher.through(hidden, text.position_ids)
+    torch.testing.assert_close(hidden, last[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_streamed_mixers_are_those_of_the_joint_run(family: str, tmp_path: Path) -> None:
+    source = opened(tmp_path, family)
+    target = Remix("gated_deltanet", "1", window=8, sinks=2)(source)
+    model, spent = joint(source, target, STAGE, tmp_path / "joint")
+    trained, ledger = walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "streamed"))
+    same(trained, model, target)
+    assert ledger["tokens"] == spent["tokens"] and 0.5 < ledger["flops"] / spent["flops"] < 1.5
+    trained.save(tmp_path / "out")
+    again = hosts.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in mixers(trained).items())
+    untouched = hosts.materialize(target).state_dict()
+    assert all(torch.equal(again[name], untouched[name]) for name in set(again) - set(mixers(trained)))
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["steps"][-1]["ledger"]["tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("remix", "change", "calibration"),
+    [
+        (Remix("gated_deltanet", "0", window=8, sinks=2), {}, 3),
+        (Remix("supra", "none", window=0), {"learn": "new"}, 0),
+        (Remix("lightning", "none", window=0), {"kind": "matrix"}, 0),
+        (Remix("hedgehog", "2", window=0), {"precision": "bfloat16"}, 0),
+    ],
+    ids=["calibrated", "new", "matrix", "bfloat16"],
+)
+def test_every_way_to_align_streams(remix: Remix, change: dict, calibration: int, tmp_path: Path) -> None:
+    source, stage = opened(tmp_path), dataclasses.replace(STAGE, **change)
+    target = remix(source)
+    model, _ = joint(source, target, stage, tmp_path / "joint", calibration)
+    run = Streamed(source, target, stage, rows(), tmp_path / "streamed", calibration=calibration)
+    same(walk.align(run)[0], model, target)
+
+
+class Killed(Exception):
+    """A run cut off."""
+
+
+@pytest.mark.parametrize("scratch", [False, True], ids=["kept", "scratch lost"])
+@pytest.mark.parametrize("cut", [1, 4, 6, 8, 11])
+def test_a_killed_run_ends_with_the_same_weights(cut: int, scratch: bool, tmp_path: Path, monkeypatch) -> None:
+    source = opened(tmp_path, "qwen3", layers=4)
+    target, stage = Remix("gated_deltanet", "1", window=8)(source), dataclasses.replace(STAGE, clip=1.0)
+    whole, ledger = walk.align(Streamed(source, target, stage, rows(), tmp_path / "whole"))
+    seen: list[tuple[int, int]] = []
+
+    def stopping(layer: int, step: int, steps: int, row: dict[str, Any]) -> None:
+        seen.append((layer, step))
+        if len(seen) == cut:
+            raise Killed
+
+    run = Streamed(source, target, stage, rows(), tmp_path / "cut", scratch=tmp_path / "scratch")
+    with pytest.raises(Killed):
+        walk.align(dataclasses.replace(run, progress=stopping))
+    if scratch:
+        for file in (tmp_path / "scratch").iterdir():
+            file.unlink()
+    resumed, again = walk.align(dataclasses.replace(run, progress=lambda *told: seen.append(told[:2])))
+    expected = mixers(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in mixers(resumed).items())
+    assert again["tokens"] == ledger["tokens"] and again["flops"] == ledger["flops"]
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["layer"], row["step"]) for row in lines] == [(at, n) for at in (0, 2, 3) for n in (1, 2, 3, 4)]
+    assert [row["loss"] for row in lines] == [
+        json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(seen) == 12 + (cut - 1) % 4 + 1  # a layer that was finished is not trained again
+    assert not list((tmp_path / "scratch").glob("hidden*"))
+
+
+def test_only_one_layer_is_ever_there(tmp_path: Path, monkeypatch) -> None:
+    source = opened(tmp_path, "gpt_neox", layers=5)
+    held = []
+
+    def counting(self: Hollow, *given: Any) -> Any:
+        layers = [*self.layers, self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        real = [at for at, module in enumerate(layers) if any(not p.is_meta for p in module.parameters())]
+        held.append(real)
+        return original(self, *given)
+
+    original = Hollow.decode
+    monkeypatch.setattr(Hollow, "decode", counting)
+    walk.align(Streamed(source, Remix(keep="3")(source), STAGE, rows(), tmp_path / "out"))
+    assert {tuple(real) for real in held} == {(0,), (1,), (2,), (3,), (4,), (5,)}  # the fifth: the embedding
+
+
+def test_hidden_states_in_bfloat16_come_close(tmp_path: Path) -> None:
+    source = opened(tmp_path)
+    target = Remix(keep="0")(source)
+    exact = mixers(walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "a"))[0])
+    near = mixers(walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "b", keep="bfloat16"))[0])
+    assert all((near[name] - exact[name]).abs().max() < 0.05 for name in exact)
+    assert any(not torch.equal(near[name], exact[name]) for name in exact)
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
+    source = opened(tmp_path)
+    target = Remix(keep="0")(source)
+    run = Streamed(source, target, STAGE, rows(), tmp_path / "out")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"stage": dataclasses.replace(STAGE, kind="distil")}, "'distil' needs the whole model"),
+        ({"stage": dataclasses.replace(STAGE, learn="lit")}, "learn 'lit' and window_drop"),
+        ({"target": source}, "from a llama to a llama"),
+        ({"target": Remix(keep="all")(source)}, "is no linearization"),
+        ({"source": opened(tmp_path, "gpt2")}, "is no linearization"),
+        ({"keep": "float8"}, "kept as 'float8'"),
+    ]
+    for change, message in cases:
+        with pytest.raises(RegraftError, match=message):
+            walk.align(dataclasses.replace(run, **change))
+    walk.align(run)
+    with pytest.raises(RegraftError, match="other settings"):
+        walk.align(dataclasses.replace(run, seed=1))
+
+
+def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    source = opened(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    with pytest.raises(RegraftError, match="1,000 bytes free, the hidden states of 8 rows take 73,728"):
+        walk.align(Streamed(source, Remix(keep="0")(source), STAGE, rows(), tmp_path / "out"))
