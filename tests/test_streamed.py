@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +213,45 @@ def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     with pytest.raises(RegraftError, match="1,000 bytes free, the hidden states of 8 rows take 73,728"):
         walk.align(Streamed(source, Remix(keep="0")(source), STAGE, rows(), tmp_path / "out"))
+
+
+PART = """
+import sys
+from pathlib import Path
+
+from test_streamed import STAGE, rows
+from regraft import ranks
+from regraft.checkpoint import Checkpoint
+from regraft.steps.remix import Remix
+from regraft.uptrain import walk
+from regraft.uptrain.streamed import Streamed
+
+with ranks.joined():
+    source, out = Checkpoint.open(sys.argv[1]), Path(sys.argv[2])
+    target = Remix(keep="1", window=8)(source)
+    trained, ledger = walk.align(Streamed(source, target, STAGE, rows(), out, calibration=2))
+    if ranks.first():
+        trained.save(out / "model")
+        (out / "tokens").write_text(str(ledger["tokens"]))
+"""
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    source = opened(tmp_path, "qwen2")
+    target = Remix(keep="1", window=8)(source)
+    alone, ledger = walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "alone", calibration=2))
+    (tmp_path / "part.py").write_text(PART)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(tmp_path / "part.py"), str(source.origin), str(tmp_path / "both")]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    both, expected = mixers(Checkpoint.open(tmp_path / "both" / "model")), mixers(alone)
+    for name, value in both.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "both" / "tokens").read_text() == str(ledger["tokens"])
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        for out in ("alone", "both")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 8
