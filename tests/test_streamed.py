@@ -139,8 +139,12 @@ def test_a_killed_run_ends_with_the_same_weights(cut: int, scratch: bool, tmp_pa
     whole, ledger = walk.align(Streamed(source, target, stage, rows(), tmp_path / "whole"))
     seen: list[tuple[int, int]] = []
 
-    def stopping(layer: int, step: int, steps: int, row: dict[str, Any]) -> None:
-        seen.append((layer, step))
+    def noting(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+        assert steps == 12
+        seen.append((row["layer"], step))
+
+    def stopping(*told: Any) -> None:
+        noting(*told)
         if len(seen) == cut:
             raise Killed
 
@@ -150,12 +154,14 @@ def test_a_killed_run_ends_with_the_same_weights(cut: int, scratch: bool, tmp_pa
     if scratch:
         for file in (tmp_path / "scratch").iterdir():
             file.unlink()
-    resumed, again = walk.align(dataclasses.replace(run, progress=lambda *told: seen.append(told[:2])))
+    resumed, again = walk.align(dataclasses.replace(run, progress=noting))
     expected = mixers(whole)
     assert all(torch.equal(value, expected[name]) for name, value in mixers(resumed).items())
     assert again["tokens"] == ledger["tokens"] and again["flops"] == ledger["flops"]
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["layer"], row["step"]) for row in lines] == [(at, n) for at in (0, 2, 3) for n in (1, 2, 3, 4)]
+    assert [(row["layer"], row["step"]) for row in lines] == [
+        (at, n) for k, at in enumerate((0, 2, 3)) for n in range(4 * k + 1, 4 * k + 5)
+    ]
     assert [row["loss"] for row in lines] == [
         json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -177,6 +183,20 @@ def test_only_one_layer_is_ever_there(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Hollow, "decode", counting)
     walk.align(Streamed(source, Remix(keep="3")(source), STAGE, rows(), tmp_path / "out"))
     assert {tuple(real) for real in held} == {(0,), (1,), (2,), (3,), (4,), (5,)}  # the fifth: the embedding
+
+
+def test_a_layer_that_diverges_stops_the_run_and_earlier_ones_stay(tmp_path: Path) -> None:
+    source = opened(tmp_path)
+    target = Remix(keep="1", window=8)(source)
+    run = Streamed(source, target, STAGE, rows(), tmp_path / "out")
+
+    def spoil(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+        if step == STAGE.steps:  # what the third layer gets is no number
+            hidden = tmp_path / "out" / "stream" / "hidden-0.0"
+            hidden.write_bytes(b"\xff" * hidden.stat().st_size)
+
+    with pytest.raises(RegraftError, match=r"layer 2: loss of .* is nan at step 1; .*finished layers \[0\] are in"):
+        walk.align(dataclasses.replace(run, progress=spoil))
 
 
 def test_hidden_states_in_bfloat16_come_close(tmp_path: Path) -> None:

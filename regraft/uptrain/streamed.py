@@ -20,9 +20,9 @@ from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from . import loop
 from .data import Packed
+from .divergence import Jump
 from .stages import LAYERWISE, Stage
 
-Progress = Callable[[int, int, int, dict[str, Any]], None]
 FOLDER = "stream"
 
 
@@ -34,8 +34,8 @@ class Streamed:
     Rows, their order, loss, groups and schedule are those of `loop.train`; gradients are clipped layer by layer.
     `rows` are all on the processor. `calibration`: rows for a closed-form start, 0 for none. `scratch`: where the
     hidden states of two layers are kept, `out/stream` by default, a folder in /dev/shm for memory; `keep`: float32 or
-    bfloat16. Under torchrun every process takes its part of each batch. `progress` is told layer, step, steps and the
-    row of metrics.
+    bfloat16. Under torchrun every process takes its part of each batch. `progress`, `jump`, `track` as in `loop.Run`;
+    steps and tokens in rows of metrics count every layer's.
     """
 
     source: Checkpoint
@@ -47,7 +47,9 @@ class Streamed:
     calibration: int = 0
     scratch: Path | None = None
     keep: str = "float32"
-    progress: Progress = lambda layer, step, steps, row: None
+    progress: loop.Progress = lambda stage, step, steps, row: None
+    jump: Jump = Jump()
+    track: Callable[[dict[str, Any]], None] = lambda row: None
     device: torch.device = field(default_factory=ranks.device)
 
     @property
@@ -68,6 +70,8 @@ def possible(run: Streamed) -> None:
     stage = run.stage
     if stage.kind not in LAYERWISE:
         raise RegraftError(f"stage '{stage.kind}' needs the whole model: stream one of {', '.join(LAYERWISE)}")
+    if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
+        raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
     if stage.learn == "lit" or stage.window_drop:
         raise RegraftError(
             f"learn '{stage.learn}' and window_drop {stage.window_drop} look at all layers of a step: stream without"
@@ -161,6 +165,7 @@ def tell(run: Streamed, row: dict[str, Any]) -> None:
     if ranks.first():
         with (run.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        run.track(row)
 
 
 def result(run: Streamed, ledger: dict[str, Any]) -> Checkpoint:

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..checkpoint import Checkpoint
+from ..errors import RegraftError
 from ..flops import counter as counted
 from ..mixers.base import Attention, Mixer
 from ..mixers.registry import build
-from . import loop
+from . import loop, speed
 from .calibrate import calibrate_layer
 from .capture import LayerRecord
 from .data import shuffled
+from .divergence import Trend, guard
 from .hidden import Hidden
 from .hollow import Hollow
 from .matching import apart, matrices_apart, showing_weights, single
-from .stages import finite, grouped, origins_in
+from .stages import grouped, origins_in
 from .streamed import State, Streamed, layer_file, possible, result, tell, write_layer
 
 
@@ -115,6 +117,7 @@ class Walk:
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
             learning = [p for group in optimizer.param_groups for p in group["params"]]
             costs: dict[int, int] = {}
+            trend, best, tick = Trend(), speed.peak(run.device, self.fast), time.monotonic()
             for step, numbers in enumerate(self.mine):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * stage.rate(step)
@@ -125,14 +128,18 @@ class Walk:
                 norm = float(nn.utils.clip_grad_norm_(learning, stage.clip))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                self.watch(trend, layer, step + 1, value, norm)
+                tick, spent = time.monotonic(), time.monotonic() - tick
+                size, done = stage.batch * stage.length, self.converted.index(layer) * stage.steps + step + 1
                 row: dict[str, Any] = {
-                    "stage": 0, "kind": stage.kind, "layer": layer, "step": step + 1,
-                    "tokens": (step + 1) * stage.batch * stage.length, "loss": finite(value, stage, step + 1),
-                    "grad_norm": norm, "lr": max(group["lr"] for group in optimizer.param_groups),
+                    "stage": 0, "kind": stage.kind, "layer": layer, "step": done, "tokens": done * size,
+                    "loss": value, "grad_norm": norm, "lr": max(group["lr"] for group in optimizer.param_groups),
                     "seconds": round(self.state.entry["seconds"] + time.monotonic() - begin, 3),
+                    "flops": self.state.entry["flops"] + flops * ranks.world(),
+                    **speed.rates(size, count.flops * ranks.world(), spent, best),
                 }  # fmt: skip
                 tell(run, row)
-                run.progress(layer, step + 1, stage.steps, row)
+                run.progress(stage, done, stage.steps * len(self.converted), row)
         if ranks.first():
             place = f"host.{run.target.config['slot'].format(layer)}.mixer"
             values = {
@@ -143,6 +150,14 @@ class Walk:
         self.state.spend(flops, begin)
         self.state.trained.append(layer)
         self.state.save(run)
+
+    def watch(self, trend: Trend, layer: int, step: int, value: float, norm: float) -> None:
+        """RegraftError when a layer's loss is no number or has jumped; layers before it are on disk."""
+        try:
+            guard(trend, self.run.jump, self.run.stage, (0, step), value, norm, list)
+        except RegraftError as error:
+            done = f"finished layers {self.state.trained} are in '{self.run.folder}'"
+            raise RegraftError(f"layer {layer}: {error} ({done})") from None
 
     def loss(self, teacher: Hollow, mixer: Mixer, layer: int, numbers: Tensor) -> float:
         """The mean loss of these rows, backpropagated."""
