@@ -43,6 +43,7 @@ FLAGS = {
     "bridge": "write the model as another class where its own cannot hold the sizes",
     "chat": "wrap the prompt in the model's chat template",
     "keep_moments": "leave Adam's state as OUT/optimizer.safetensors",
+    "stream": "matrix and align layer by layer: two layers in memory, whatever the depth",
 }
 
 

@@ -101,6 +101,11 @@ def save_trained(
     step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
     folder = out / "work" / "trained"
     checkpoint.replaced(hosts.in_files(model, model.state_dict()), step).save(folder, overwrite=True)
+    moved(folder, out)
+
+
+def moved(folder: Path, out: Path) -> None:
+    """Move a model's files from a folder beside into `out`, config.json last."""
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)

@@ -32,7 +32,7 @@ LAYERS = (
     ("parity",),
     ("receipts", "trial", "liveness", "generate", "plots", "report", "methods"),
     ("settings",),
-    ("evaluation", "journal", "training", "growing", "moments", "fitting", "watching", "tracking"),
+    ("evaluation", "journal", "training", "streaming", "growing", "moments", "fitting", "watching", "tracking"),
     ("choosing",),
     ("converting",),
     ("tables",),
@@ -100,8 +100,9 @@ def test_files_are_short(file):
 def test_the_package_stays_small():
     # A budget to argue with: linearization with its storage, receipts and report took 4,500, growth 2,900 more,
     # liveness (a trial of a few training steps, what it shows) 300, training of stock models 490,
-    # FLOPs from the anatomy 150, learned growth 560, comparisons of growth with scratch 890.
-    assert sum(code_lines(file) for file in FILES) <= 13500
+    # FLOPs from the anatomy 150, learned growth 560, comparisons of growth with scratch 890,
+    # alignment layer by layer 490.
+    assert sum(code_lines(file) for file in FILES) <= 14000
     assert statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 130
 
 

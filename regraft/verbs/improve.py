@@ -35,6 +35,9 @@ def train(
     keep_moments: bool = False,
     track: str | None = None,
     jump: float = 1.5,
+    stream: bool = False,
+    scratch: str | None = None,
+    calibration: int = 0,
     seed: int = 0,
     json: bool = False,
 ) -> Outcome:
@@ -64,11 +67,13 @@ def train(
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
         jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+        scratch: with --stream, a folder for hidden states; one in /dev/shm keeps them in memory
+        calibration: with --stream, tokens for a closed-form start of the mixers, 0 for none
         seed: of the data order
     """
     from pathlib import Path
 
-    from .. import settings, tables, tracking, training
+    from .. import settings, streaming, tables, tracking, training
     from ..progress import Ticker
     from ..uptrain.lit import Lit
     from ..uptrain.stages import Stage
@@ -90,8 +95,18 @@ def train(
     begun = Path(moments) if moments else None
     options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
     options["watching"] = Watching(track, jump)
+    if not stream and (scratch or calibration):
+        raise RegraftError(
+            f"--scratch {scratch} and --calibration {calibration} are for --stream: add it, or omit them"
+        )
+    if stream and (heldout or moments or keep_moments):
+        raise RegraftError(f"--stream {stage} holds no whole model: leave out --heldout, --moments and --keep-moments")
     with Ticker() as ticker:
-        result = training.train_once(model, out, data, asked, teacher, seed, ticker, **options)
+        if stream:
+            place, watching = Path(scratch) if scratch else None, options["watching"]
+            result = streaming.align_once(model, out, data, asked, teacher, seed, ticker, place, calibration, watching)
+        else:
+            result = training.train_once(model, out, data, asked, teacher, seed, ticker, **options)
 
     def show(console: Console) -> None:
         console.print(tables.training(result["summary"]))

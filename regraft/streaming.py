@@ -1,0 +1,82 @@
+"""Alignment from the disk to the disk, layer by layer: no model is ever whole in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from . import hosts, ranks, tracking
+from .checkpoint import Checkpoint
+from .errors import RegraftError
+from .progress import Ticker
+from .report import read_metrics
+from .training import moved, rows_of
+from .uptrain import walk
+from .uptrain.data import Packed
+from .uptrain.stages import Stage
+from .uptrain.streamed import FOLDER, Streamed
+from .watching import USUAL, Watching, outcome
+
+OWN = {"metrics.jsonl", "metrics.tmp", FOLDER, tracking.FILE, tracking.FOLDER, "wandb"}
+
+
+def align_once(
+    model: str,
+    out: str,
+    data: str,
+    stage: Stage,
+    teacher: str | None,
+    seed: int,
+    ticker: Ticker,
+    scratch: Path | None = None,
+    calibration: int = 0,
+    watching: Watching = USUAL,
+) -> dict[str, Any]:
+    """A stage `align` or `matrix` on a linearized model, written to `out`; called again it goes on where it was.
+
+    `scratch`: folder for the hidden states of two layers; `calibration`: tokens for the closed-form start of a model as
+    linearize wrote it, 0 for none. Returns the ledger with a summary of every layer. RegraftError when `out` holds
+    anything but such a run, or the models and the stage do not fit.
+    """
+    target = Path(out)
+    names = {file.name for file in target.iterdir()} if target.exists() else set()
+    if "config.json" in names:
+        raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
+    if FOLDER not in names and names - OWN:
+        raise RegraftError(f"{out} holds '{min(names - OWN)}' and no streamed run: choose another folder or delete it")
+    if not teacher:
+        raise RegraftError(f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}")
+    ticker.start(f"reading {model}")
+    source, student = Checkpoint.open(teacher), Checkpoint.open(model)
+    for checkpoint in (source, student):
+        checkpoint.verify()
+    rows = rows_of(data, stage, hosts.load_tokenizer(model))(stage.length)
+    assert isinstance(rows, Packed)
+    held = -(-calibration // stage.length)
+    facts = {"model": model, "data": data, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
+    ticker.start(f"{stage.kind}, layer by layer")
+    with watching.over(target, ticker, facts) as watched:
+        run = Streamed(source, student, stage, rows, target, seed, held, scratch, **watched)
+        trained, ledger = walk.align(run)
+    ticker.start(f"writing {out}")
+    if ranks.first():
+        trained.save(run.folder / "trained", overwrite=True)
+        moved(run.folder / "trained", target)
+        shutil.rmtree(run.folder)
+    ranks.barrier()
+    return ledger | {"summary": summary(target), "out": out}
+
+
+def summary(out: Path) -> list[dict[str, Any]]:
+    """A row for every layer that was trained, as `watching.summary` has one for every stage."""
+    layers: dict[int, list[dict[str, Any]]] = {}
+    for row in read_metrics(out / "metrics.jsonl"):
+        layers.setdefault(row["layer"], []).append(row)
+    found, tokens, seconds = [], 0, 0.0
+    for layer, rows in layers.items():
+        own = [row | {"tokens": row["tokens"] - tokens, "seconds": row["seconds"] - seconds} for row in rows]
+        found.append({"stage": layer, **outcome(own)} | {"steps": len(rows)})
+        tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
+    return found
