@@ -42,6 +42,7 @@ FLAGS = {
     "positions": "measure perplexity by tokens of context, of --windows documents of --length tokens",
     "bridge": "write the model as another class where its own cannot hold the sizes",
     "chat": "wrap the prompt in the model's chat template",
+    "skip_bad": "leave out lines of text that cannot be read, and count them",
     "keep_moments": "leave Adam's state as OUT/optimizer.safetensors",
     "stream": "matrix and align layer by layer: two layers in memory, whatever the depth",
 }

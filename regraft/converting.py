@@ -13,6 +13,8 @@ from torch import nn
 
 from . import choosing, hosts, text
 from .checkpoint import Checkpoint
+from .corpus.building import Texts
+from .corpus.rows import Table
 from .errors import RegraftError
 from .evals.baselines import remix_of
 from .journal import write_json
@@ -23,7 +25,7 @@ from .settings import Text
 from .steps.remix import Remix
 from .training import calibrated, save_trained, training_rows
 from .uptrain import loop
-from .uptrain.data import Packed, pack
+from .uptrain.data import pack
 from .uptrain.stages import Stage
 from .watching import USUAL, Watching
 
@@ -32,7 +34,7 @@ ASKED = "asked.json"
 Limit = Callable[[int], float | None]
 
 
-def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Packed] | None, ticker: Ticker) -> Remix:
+def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | None, ticker: Ticker) -> Remix:
     """`remix` with its layers chosen, by measurement where it names a rule; see `choosing`.
 
     `rows`: packed text by length (None: Python's own documentation, without what is held out of it).
@@ -53,7 +55,7 @@ def uptrained(
     source: Checkpoint,
     folder: Path,
     teacher: nn.Module,
-    rows: Callable[[int], Packed],
+    rows: Callable[[int], Table],
     stages: Sequence[Stage],
     calibration: int,
     out: Path,
@@ -84,12 +86,13 @@ def carry_out(
     source: Checkpoint,
     method: Method,
     out: Path,
-    data: str,
+    data: Text,
     stages: Sequence[Stage],
     seed: int,
     ticker: Ticker,
     overwrite: bool = False,
     watching: Watching = USUAL,
+    cache: Path | None = None,
 ) -> tuple[Remix, dict[str, Any]]:
     """A method from end to end: (what was replaced, the ledger); called again it goes on where it was.
 
@@ -98,7 +101,7 @@ def carry_out(
     work = out / "work"
     facts: dict[str, Any] = {
         "source": str(source.path),
-        "data": data,
+        "data": repr(dataclasses.replace(data, skip_bad=False)),  # asked for after a bad line stopped the first attempt
         "seed": seed,
         "method": repr(method),
         "stages": repr(stages),
@@ -106,7 +109,7 @@ def carry_out(
     if source.path.resolve().is_relative_to(out.resolve()):
         raise RegraftError(f"'{out}' holds the source, which is read while the result is made: choose another output")
     claim(out, facts, overwrite)
-    rows = text_rows(source, data)
+    rows = text_rows(source, data, ticker, max((stage.tokens for stage in stages), default=0), cache or work / "text")
     linear = work / "linearized"
     if not (linear / "config.json").exists():
         converted(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
@@ -115,15 +118,16 @@ def carry_out(
     ticker.start("training")
     teacher = hosts.materialize(source)
     ledger = uptrained(source, linear, teacher, rows, stages, method.calibration, out, ticker, seed, watching=watching)
+    ledger["text"] = rows.facts()
     for folder in (work, out / "run"):
         shutil.rmtree(folder, ignore_errors=True)
     (out / ASKED).unlink(missing_ok=True)
     return remix, ledger
 
 
-def text_rows(source: Checkpoint, data: str) -> Callable[[int], Packed]:
-    """Packed rows of a text by length, in the source's tokens."""
-    return training_rows([Text(data)], hosts.load_tokenizer(source.path))
+def text_rows(source: Checkpoint, data: Text, ticker: Ticker, need: int = 0, cache: Path | None = None) -> Texts:
+    """Rows of a text by length, in the source's tokens."""
+    return training_rows([data], hosts.load_tokenizer(source.path), need, cache, ticker.update)
 
 
 def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from . import generate, hosts, report, settings
 from .checkpoint import Checkpoint
 from .converting import converted, uptrained
+from .corpus.building import Texts
 from .evals import baselines
 from .evals.bench import bench
 from .evals.perplexity import Candidate, measure
@@ -78,6 +79,12 @@ class Experiment:
         return hosts.load_tokenizer(self.source.path)
 
     @cached_property
+    def rows(self) -> Texts:
+        """Training text, read when it is asked for."""
+        need = max((stage.tokens for stage in self.recipe.stages), default=0)
+        return training_rows(self.recipe.train, self.tokenizer, need, self.work / "text", self.journal.ticker.update)
+
+    @cached_property
     def teacher(self) -> nn.Module:
         """The source as a model."""
         return hosts.load(self.source.path)
@@ -122,8 +129,7 @@ class Experiment:
     def linearize(self) -> None:
         """Save the linearized model in the work folder, and the plan; missing benchmarks show now, not at the end."""
         assert self.suite
-        rows = training_rows(self.recipe.train, self.tokenizer)
-        after = converted(self.source, self.recipe.remix, rows, self.journal.ticker)(self.source)
+        after = converted(self.source, self.recipe.remix, self.rows, self.journal.ticker)(self.source)
         write_json(self.out / "plan.json", Plan.of(self.source, after).json())
         after.save(self.linear, overwrite=True)
 
@@ -161,12 +167,11 @@ class Experiment:
     def train(self) -> None:
         """Calibrate and train; the trained model is put into the output directory."""
         recipe = self.recipe
-        rows = training_rows(recipe.train, self.tokenizer)
         ledger = uptrained(
-            self.source, self.linear, self.teacher, rows, recipe.stages, recipe.calibration, self.out,
+            self.source, self.linear, self.teacher, self.rows, recipe.stages, recipe.calibration, self.out,
             self.journal.ticker, recipe.seed, self.limit, self.watching,
         )  # fmt: skip
-        write_json(self.out / "ledger.json", ledger)
+        write_json(self.out / "ledger.json", ledger | {"text": self.rows.facts()})
 
     def evaluate(self) -> None:
         """The quality table."""

@@ -19,10 +19,11 @@ from .growing import Growth
 from .growth.learned import Grower
 from .growth.maps import Ligo
 from .progress import Ticker
+from .settings import Text
 from .steps.ligo import Learned
 from .training import rows_of
 from .uptrain.data import shuffled
-from .uptrain.objectives import Kind, Rows, loss
+from .uptrain.objectives import Data, Kind, Rows, loss
 from .uptrain.stages import Stage
 
 CLIP = 1.0
@@ -36,7 +37,7 @@ def fit(
     growth: Growth,
     method: Ligo,
     stage: Stage,
-    rows: Rows,
+    rows: Data,
     seed: int = 0,
     micro: int | None = None,
     progress: Progress = lambda step, steps, row: None,
@@ -65,8 +66,10 @@ def fit(
     return replace(learned, maps=maps, cost=made.cost)
 
 
-def fitted(source: Checkpoint, growth: Growth, data: str | None, options: Mapping[str, Any], ticker: Ticker) -> Learned:
-    """`fit` from the command line: `data` is text or a .npz of images, the objective what the family is made for.
+def fitted(
+    source: Checkpoint, growth: Growth, data: Text | None, options: Mapping[str, Any], ticker: Ticker
+) -> Learned:
+    """`fit` from the command line: `data` is text or names a .npz of images, the objective what the family is made for.
 
     `options`: Ligo's, and `batch`, `length`, `micro`, `precision`. RegraftError names an unknown one, or asks for data.
     """
@@ -83,7 +86,10 @@ def fitted(source: Checkpoint, growth: Growth, data: str | None, options: Mappin
     kind = "image" if anatomy.inputs == "pixels" else "next" if anatomy.causal else "mask"
     room = min(int(run["length"]), source.sizes.get("pos", int(run["length"])))
     stage = Stage(kind, run["batch"] * room, room, run["batch"], precision=run["precision"])  # type: ignore[arg-type]
-    rows = rows_of(data, stage, None if kind == "image" else hosts.load_tokenizer(source.path))(stage.length)
+    whole = replace(stage, tokens=stage.tokens * max(method.steps, 1))
+    ticker.start("reading data")
+    tokenizer = None if kind == "image" else hosts.load_tokenizer(source.path)
+    rows = rows_of(data, whole, tokenizer, ticker=ticker)(stage.length)
 
     def tell(step: int, steps: int, row: Mapping[str, float]) -> None:
         ticker.update(step / steps, f"loss {row['loss']:.4f}, weights cost {100 * row['overhead']:.2f} % of a step")

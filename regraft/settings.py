@@ -17,18 +17,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from .corpus.building import Text
 from .errors import RegraftError
 from .methods.method import filled
 from .steps.remix import Remix
 from .uptrain.stages import Stage
-
-
-@dataclass(frozen=True)
-class Text:
-    """Training text: a .txt or .jsonl file or a folder, and its share of the training rows beside the others."""
-
-    path: str
-    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .progress import Ticker
 from .report import read_metrics
-from .training import moved, rows_of
+from .settings import Text
+from .training import TEXT, moved, training_rows
 from .uptrain import walk
-from .uptrain.data import Packed
 from .uptrain.stages import Stage
 from .uptrain.streamed import FOLDER, Streamed
 from .watching import USUAL, Watching, outcome
 
-OWN = {"metrics.jsonl", "metrics.tmp", FOLDER, tracking.FILE, tracking.FOLDER, "wandb"}
+OWN = {"metrics.jsonl", "metrics.tmp", FOLDER, TEXT, tracking.FILE, tracking.FOLDER, "wandb"}
 
 
 def align_once(
     model: str,
     out: str,
-    data: str,
+    data: Text,
     stage: Stage,
     teacher: str | None,
     seed: int,
@@ -33,6 +33,7 @@ def align_once(
     scratch: Path | None = None,
     calibration: int = 0,
     watching: Watching = USUAL,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """A stage `align` or `matrix` on a linearized model, written to `out`; called again it goes on where it was.
 
@@ -52,10 +53,11 @@ def align_once(
     source, student = Checkpoint.open(teacher), Checkpoint.open(model)
     for checkpoint in (source, student):
         checkpoint.verify()
-    rows = rows_of(data, stage, hosts.load_tokenizer(model))(stage.length)
-    assert isinstance(rows, Packed)
+    ticker.start("reading data")
+    texts = training_rows([data], hosts.load_tokenizer(model), stage.tokens, cache or target / TEXT, ticker.update)
+    rows = texts(stage.length)
     held = -(-calibration // stage.length)
-    facts = {"model": model, "data": data, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
+    facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
     ticker.start(f"{stage.kind}, layer by layer")
     with watching.over(target, ticker, facts) as watched:
         run = Streamed(source, student, stage, rows, target, seed, held, scratch, **watched)
@@ -65,8 +67,9 @@ def align_once(
         trained.save(run.folder / "trained", overwrite=True)
         moved(run.folder / "trained", target)
         shutil.rmtree(run.folder)
+        shutil.rmtree(target / TEXT, ignore_errors=True)
     ranks.barrier()
-    return ledger | {"summary": summary(target), "out": out}
+    return ledger | {"text": texts.facts(), "summary": summary(target), "out": out}
 
 
 def summary(out: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,33 @@ from transformers import PreTrainedModel
 
 from . import hosts, tracking
 from .checkpoint import Checkpoint
+from .corpus.building import Texts
 from .errors import RegraftError
 from .progress import Ticker
 from .settings import Text
 from .uptrain import loop
 from .uptrain.calibrate import calibrate
-from .uptrain.data import Packed, pack, read_documents, read_images
-from .uptrain.objectives import Rows
+from .uptrain.data import read_images
+from .uptrain.objectives import Data
 from .uptrain.stages import LAYERWISE, Stage
 from .watching import USUAL, Watching, summary
 
+TEXT = "run.text"  # tokens of a run's text, in its folder until it ends
 
-def training_rows(texts: Sequence[Text], tokenizer: Any) -> Callable[[int], Packed]:
-    """Packed rows by length, each text in its share: the largest set of rows, none repeated, in which the shares hold.
 
+def training_rows(
+    texts: Sequence[Text],
+    tokenizer: Any,
+    need: int = 0,
+    cache: Path | None = None,
+    tell: Callable[[float, str], None] = lambda share, words: None,
+) -> Texts:
+    """Rows by length, each text in its share: the largest set of rows, none repeated, in which the shares hold.
+
+    `need`: tokens of the largest stage; `cache`: where the tokens are kept, None for as long as this process lasts.
     RegraftError when there is no text or a share is not positive.
     """
-    if not texts or any(text.share <= 0 for text in texts):
-        raise RegraftError(f"no training text with a positive share in {[dataclasses.asdict(text) for text in texts]}")
-
-    @cache
-    def rows(length: int) -> Packed:
-        packs = [pack(read_documents(text.path), tokenizer, length) for text in texts]
-        scale = min(len(rows) / text.share for rows, text in zip(packs, texts, strict=True))
-        chosen = []
-        for packed, text in zip(packs, texts, strict=True):
-            count = max(1, int(scale * text.share))
-            chosen.append(packed[torch.linspace(0, len(packed) - 1, count).round().long()])
-        parts = ("input_ids", "position_ids", "bytes")
-        whole: dict[str, Any] = {name: torch.cat([getattr(packed, name) for packed in chosen]) for name in parts}
-        return dataclasses.replace(chosen[0], **whole)
-
-    return rows
+    return Texts(texts, tokenizer, need, cache, tell)
 
 
 def calibrated(
@@ -111,37 +105,40 @@ def moved(folder: Path, out: Path) -> None:
     shutil.rmtree(folder)
 
 
-def rows_of(data: str, stage: Stage, tokenizer: Any) -> Callable[[int], Rows]:
-    """Rows by length for a stage: packed text, or the images of a .npz file."""
+def rows_of(
+    data: Text, stage: Stage, tokenizer: Any, cache: Path | None = None, ticker: Ticker | None = None
+) -> Callable[[int], Data]:
+    """Rows by length for a stage: text, or the images of a .npz file."""
     if stage.kind == "image":
-        images = read_images(data)
+        images = read_images(data.path)
         return lambda length: images
-    return training_rows([Text(data)], tokenizer)
+    return training_rows([data], tokenizer, stage.tokens, cache, ticker.update if ticker else lambda share, words: None)
 
 
 def train_once(
     model: str,
     out: str,
-    data: str,
+    data: Text,
     stage: Stage,
     teacher: str | None,
     seed: int,
     ticker: Ticker,
     heldout: str | None = None,
     watching: Watching = USUAL,
+    cache: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """One stage on a saved model, written to `out`; called again with the same arguments it goes on where it was.
 
-    `data` and `heldout`: text, or a .npz file of images; `options`: fields of loop.Run. Returns the ledger, with a
-    summary of the stage as `watching.summary` gives it.
+    `data` and `heldout`: text, or a .npz file of images; its tokens are kept in `cache`, or in `out` until the end.
+    `options`: fields of loop.Run. Returns the ledger, with a summary of the stage as `watching.summary` gives it.
     RegraftError when `out` holds a finished model already, or anything that is no run.
     """
     target = Path(out)
     if (target / "config.json").exists():
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
     names = {file.name for file in target.iterdir()} if target.exists() else set()
-    if not names <= {"metrics.jsonl", "run.new", tracking.FILE, tracking.FOLDER, "wandb"} and not names & {
+    if not names <= {"metrics.jsonl", "run.new", TEXT, tracking.FILE, tracking.FOLDER, "wandb"} and not names & {
         "run",
         "run.old",
     }:
@@ -158,16 +155,22 @@ def train_once(
     guide = hosts.load(teacher) if teacher else None
     matched = teacher if stage.kind in LAYERWISE else None
     slots = hosts.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
-    held = rows_of(heldout, stage, tokenizer)(stage.length) if heldout else None
+    ticker.start("reading data")
+    kept = cache or target / TEXT
+    rows = rows_of(data, stage, tokenizer, kept, ticker)
+    whole = dataclasses.replace(data, path=heldout or "", read=0)
+    held = rows_of(whole, stage, tokenizer, kept, ticker)(stage.length)[:] if heldout else None
+    rows(stage.length)
     ticker.start(stage.kind)
 
-    rows = rows_of(data, stage, tokenizer)
-    facts = {"model": model, "data": data, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
+    facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
     with watching.over(target, ticker, facts) as watched:
         ledger = loop.train(
             loop.Run(student, [stage], rows, target, guide, slots, seed=seed, heldout=held, **watched, **options),
         )
+    if isinstance(rows, Texts):
+        ledger["text"] = rows.facts()
     save_trained(checkpoint, student, [stage], ledger, target)
-    shutil.rmtree(target / "run", ignore_errors=True)
-    shutil.rmtree(target / "work", ignore_errors=True)
+    for folder in ("run", "work", TEXT):
+        shutil.rmtree(target / folder, ignore_errors=True)
     return ledger | {"summary": summary(out), "out": out}

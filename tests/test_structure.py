@@ -22,7 +22,7 @@ LAYERS = (
     ("axes", "storage", "direct", "progress", "ranks"),
     ("parts",),
     ("writing",),
-    ("anatomy", "gguf", "lineage", "mixers", "text"),
+    ("anatomy", "gguf", "lineage", "mixers", "text", "corpus"),
     ("checkpoint", "families"),
     ("flops",),
     ("recipe", "plan", "growth"),

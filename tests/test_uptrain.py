@@ -79,7 +79,7 @@ def test_reading_text(tmp_path: Path) -> None:
     bad = {
         "empty.txt": (b" \n\n\n ", "no text in"),
         "latin.txt": ("caf\xe9".encode("latin-1"), r"not UTF-8 \(byte 3\)"),
-        "text.csv": (b"x", "must end in .txt or .jsonl"),
+        "text.csv": (b"x", "must end in .txt, .jsonl or .json, also compressed"),
         "line.jsonl": (b'{"text": "x"}\n{"txt": 3}\n', "line 2 has no string field 'text'"),
         "broken.jsonl": (b'{"text": "x"\n', "line 1 is not JSON"),
     }

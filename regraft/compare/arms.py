@@ -24,7 +24,7 @@ from ..steps.ligo import Learned
 from ..steps.transplant import Transplant
 from ..uptrain import loop, objectives
 from ..uptrain.calibrate import calibrate
-from ..uptrain.data import Packed, shuffled
+from ..uptrain.data import Images, shuffled
 from ..uptrain.stages import Stage
 from . import material
 from .schema import MAIN, Arm, Comparison, Linear
@@ -157,7 +157,7 @@ def linearized(
         model = hosts.materialize(linear.remix(seed=seed)(teacher.checkpoint))
         return model, FREE | {"seconds": time.monotonic() - begin, "keep": linear.keep}
     rows = material.rows(recipe, out)(length)
-    assert isinstance(rows, Packed)  # verified: a linear arm's source is a decoder
+    assert not isinstance(rows, Images)  # verified: a linear arm's source is a decoder
     batches = loop.batches(rows, -(-linear.calibration // length), seed) if linear.calibration else []
     with flops.counter() as counter:
         picked = rows[shuffled(len(rows), min(len(rows), -(-CHOOSE // length)), seed)]

@@ -20,7 +20,7 @@ from ..growth.solving import solve
 from ..settings import Text
 from ..training import training_rows
 from ..uptrain.data import Images, pack, read_documents, read_images
-from ..uptrain.objectives import HEADS, Rows
+from ..uptrain.objectives import HEADS, Data, Rows
 from .schema import Comparison, Sizes
 
 END, MASK = "<|end|>", "[MASK]"
@@ -167,11 +167,12 @@ def suits(recipe: Comparison, source: Checkpoint) -> None:
         raise RegraftError(f"'{source.origin}' is {name}, which reads no text: give task image")
 
 
-def rows(recipe: Comparison, out: Path) -> Callable[[int], Rows]:
+def rows(recipe: Comparison, out: Path) -> Callable[[int], Data]:
     """Training rows by length."""
     if recipe.task == "image":
         return lambda length: read_images(out / "data" / "train.npz")
-    return training_rows([Text(str(out / "data" / "train.jsonl"))], tokenizer_of(recipe, out))
+    text = Text(str(out / "data" / "train.jsonl"), read=0)
+    return training_rows([text], tokenizer_of(recipe, out), cache=out / "data" / "tokens")
 
 
 def heldout(recipe: Comparison, out: Path) -> Rows:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +11,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..corpus.files import found
+from ..corpus.reading import Bad, Place, pieces
+from ..corpus.rows import Packed
+from ..corpus.tokens import ending, sizes
 from ..errors import RegraftError
-
-SUFFIXES = (".txt", ".jsonl")
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Token rows: input_ids and position_ids (rows, length); `bytes`: UTF-8 bytes of each row's text, (rows,).
-
-    `mask`: the tokenizer's mask token, None when it has none; `special`: its tokens that stand for no text.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    bytes: Tensor
-    mask: int | None = None
-    special: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-    def __getitem__(self, rows: Any) -> Packed:
-        return replace(
-            self, input_ids=self.input_ids[rows], position_ids=self.position_ids[rows], bytes=self.bytes[rows]
-        )
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens there are."""
-        return self.input_ids.numel()
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.input_ids.device
-
-    def segments(self) -> Tensor | None:
-        """Document index of every token (rows, length), None when each row is one document."""
-        restart = self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1
-        return torch.nn.functional.pad(restart.long().cumsum(1), (1, 0)) if bool(restart.any()) else None
 
 
 @dataclass(frozen=True)
@@ -110,50 +72,27 @@ def read_images(path: str | Path) -> Images:
     return Images(torch.from_numpy(pixels.astype("float32")), torch.from_numpy(labels.astype("int64")))
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Documents of a .txt file (separated by two blank lines), a .jsonl file (field `text`), or a folder of these.
+def read_documents(path: str | Path, name: str = "text") -> list[str]:
+    """All documents of a path, see `corpus.files.found`: of .txt between two blank lines, else the field `name`.
 
-    Raises RegraftError on a missing path, a wrong suffix, text that is not UTF-8, a bad line, or no text at all.
+    Raises RegraftError on a missing path, a wrong suffix, a line that cannot be read, or no text at all.
     """
-    path = Path(path)
-    if not path.exists():
-        raise RegraftError(f"no text at '{path}': give a .txt or .jsonl file, or a folder of them")
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-    documents = [document for file in files for document in _read_file(file)]
+    documents: list[str] = []
+    for file in found(path):
+        open_one: list[str] = []
+        for piece in pieces(file, name, Place(), Bad()):
+            open_one.append(piece.text)
+            if piece.ends:
+                documents.append("".join(open_one))
+                open_one = []
     if not documents:
-        raise RegraftError(f"no text in '{path}': it holds no document ({', '.join(SUFFIXES)} with at least one word)")
+        raise RegraftError(f"no text in '{path}': it holds no document with at least one word")
     return documents
 
 
-def _read_file(file: Path) -> Iterator[str]:
-    if file.suffix not in SUFFIXES:
-        raise RegraftError(f"cannot read '{file}' as text: its name must end in {' or '.join(SUFFIXES)}")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RegraftError(f"'{file}' is not UTF-8 (byte {error.start}): convert it first, e.g. with iconv") from error
-    parts = re.split(r"\n[ \t]*\n[ \t]*\n\s*", text) if file.suffix == ".txt" else _json_lines(file, text)
-    return (part.strip("\n") for part in parts if part.strip())
-
-
-def _json_lines(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RegraftError(f"'{file}' line {number} is not JSON ({error.msg}): fix or remove it") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise RegraftError(f"'{file}' line {number} has no string field 'text': every line needs one")
-        yield row["text"]
-
-
 def _tokens(documents: list[str], tokenizer: Any) -> list[list[int]]:
-    last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else getattr(tokenizer, "sep_token_id", None)
-    end = [last] if last is not None else []
     encoded: list[list[int]] = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return [ids + end for ids in encoded]
+    return [ids + ending(tokenizer) for ids in encoded]
 
 
 def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
@@ -173,7 +112,7 @@ def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
     first_of_document = torch.where(positions <= torch.arange(length), torch.arange(length) - positions, 0)
     positions = torch.arange(length) - first_of_document.cummax(1).values
     mask, special = getattr(tokenizer, "mask_token_id", None), getattr(tokenizer, "all_special_ids", ())
-    return Packed(ids, positions, _bytes(ids, tokenizer), mask, tuple(special))
+    return Packed(ids, positions, sizes(ids, tokenizer), mask, tuple(special))
 
 
 def long_windows(documents: list[str], tokenizer: Any, length: int) -> Packed:
@@ -189,11 +128,7 @@ def long_windows(documents: list[str], tokenizer: Any, length: int) -> Packed:
     if not rows:
         raise RegraftError(f"no document has {length} tokens: give longer documents or a shorter length")
     ids = torch.tensor(rows)
-    return Packed(ids, torch.arange(length).expand_as(ids).contiguous(), _bytes(ids, tokenizer))
-
-
-def _bytes(ids: Tensor, tokenizer: Any) -> Tensor:
-    return torch.tensor([len(text.encode()) for text in tokenizer.batch_decode(ids)])
+    return Packed(ids, torch.arange(length).expand_as(ids).contiguous(), sizes(ids, tokenizer))
 
 
 def shuffled(rows: int, count: int, seed: int) -> Tensor:

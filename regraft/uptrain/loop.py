@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..corpus.rows import Table
 from ..errors import RegraftError
 from ..flops import counter as counted
 from ..hosts.modeling_regraft import RegraftForCausalLM
@@ -25,7 +26,7 @@ from .divergence import Jump, guard
 from .layers import always, chosen, frozen, running, stack
 from .lowrank import attach, detach
 from .matching import align_step, matrix_step
-from .objectives import Rows, headed, loss_of, measured, suited, targets
+from .objectives import Data, Rows, headed, loss_of, measured, suited, targets
 from .resume import RunState, checkpoints, load_state, save_state
 from .stages import LAYERWISE, Stage, distil_step, kl, parameter_groups, projections, thaw
 
@@ -48,7 +49,7 @@ class Run:
 
     model: PreTrainedModel
     stages: Sequence[Stage]
-    rows: Callable[[int], Rows]
+    rows: Callable[[int], Data]
     out: Path
     teacher: PreTrainedModel | None = None
     teacher_slots: Sequence[nn.Module] = ()
@@ -290,7 +291,7 @@ def backpropagated(run: Run, stage: Stage, rows: Rows, labels: Tensor | None, fa
     return distil_step(run.model, run.teacher, rows, fast, stage.ce)
 
 
-def batches(rows: Packed, count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def batches(rows: Table, count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """`count` rows as calibration batches of one: (input_ids, position_ids, segments)."""
     picked = [rows[i : i + 1] for i in shuffled(len(rows), min(count, len(rows)), seed)]
     return [(row.input_ids, row.position_ids, row.segments()) for row in picked]

@@ -13,14 +13,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..corpus.rows import Table
 from ..errors import RegraftError
 from ..hosts.modeling_regraft import RegraftForCausalLM
 from .data import Images, Packed
 
-__all__ = ["Images", "Kind", "Packed", "Rows", "headed", "last_hidden", "loss", "loss_of", "measured", "targets"]
+__all__ = [
+    "Data",
+    "Images",
+    "Kind",
+    "Packed",
+    "Rows",
+    "headed",
+    "last_hidden",
+    "loss",
+    "loss_of",
+    "measured",
+    "targets",
+]
 
 Kind = Literal["next", "mask", "image"]
 Rows = Packed | Images
+Data = Table | Images  # where rows come from: in memory, or on disk and read by number
 IGNORED = -100
 HEADS: dict[str, tuple[str, set[str]]] = {
     "next": ("a decoder", {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "RegraftForCausalLM"}),
@@ -147,7 +161,7 @@ def headed(model: PreTrainedModel, kind: str) -> None:
         )
 
 
-def suited(model: PreTrainedModel, kind: Kind, rows: Rows) -> None:
+def suited(model: PreTrainedModel, kind: Kind, rows: Data) -> None:
     """RegraftError when the model has no head for the kind, or the rows are not what it takes."""
     headed(model, kind)
     if isinstance(rows, Images) != (kind == "image"):
@@ -156,11 +170,11 @@ def suited(model: PreTrainedModel, kind: Kind, rows: Rows) -> None:
     if isinstance(rows, Images):
         pictures(model, rows)
         return
-    if int(rows.input_ids.max()) >= model.config.vocab_size:
+    if rows.largest >= model.config.vocab_size:
         raise RegraftError(
-            f"token {int(rows.input_ids.max())} is beyond the model's {model.config.vocab_size}: use its own tokenizer"
+            f"token {rows.largest} is beyond the model's {model.config.vocab_size}: use its own tokenizer"
         )
-    table, length = positions(model), rows.input_ids.shape[1]
+    table, length = positions(model), rows.length
     room = length if table is None else table.num_embeddings - first_position(table)
     if length > room:
         raise RegraftError(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import ranks, storage
 from ..checkpoint import Checkpoint
+from ..corpus.rows import Table
 from ..errors import RegraftError
 from . import loop
-from .data import Packed
 from .divergence import Jump
 from .stages import LAYERWISE, Stage
 
@@ -41,7 +41,7 @@ class Streamed:
     source: Checkpoint
     target: Checkpoint
     stage: Stage
-    rows: Packed
+    rows: Table
     out: Path
     seed: int = 0
     calibration: int = 0
@@ -88,8 +88,8 @@ def possible(run: Streamed) -> None:
     if stage.batch % ranks.world():
         raise RegraftError(f"{stage.batch} rows a step cannot be shared by {ranks.world()} processes: give a multiple")
     held = run.source.sizes.get("pos", stage.length)
-    if run.rows.input_ids.shape[1] > held:
-        raise RegraftError(f"rows of {run.rows.input_ids.shape[1]} tokens are longer than the model's {held} positions")
+    if run.rows.length > held:
+        raise RegraftError(f"rows of {run.rows.length} tokens are longer than the model's {held} positions")
 
 
 @dataclass

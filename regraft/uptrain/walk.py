@@ -19,7 +19,7 @@ from ..mixers.registry import build
 from . import loop, speed
 from .calibrate import calibrate_layer
 from .capture import LayerRecord
-from .data import shuffled
+from .data import Packed, shuffled
 from .divergence import Trend, guard
 from .hidden import Hidden
 from .hollow import Hollow
@@ -48,16 +48,20 @@ class Walk:
 
     def __init__(self, run: Streamed, state: State):
         self.run, self.state, stage = run, state, run.stage
-        self.rows = single(run.rows) if stage.kind == "matrix" else run.rows
         self.fast = state.entry["precision"] == "bfloat16"
-        self.order = shuffled(len(self.rows), stage.steps * stage.batch, run.seed).view(stage.steps, stage.batch)
+        self.order = shuffled(len(run.rows), stage.steps * stage.batch, run.seed).view(stage.steps, stage.batch)
         self.share = stage.batch // ranks.world()
         self.mine = self.order[:, ranks.rank() * self.share :][:, : self.share]
-        self.calibrating = shuffled(len(self.rows), len(self.rows), run.seed)[: run.calibration]
+        self.calibrating = shuffled(len(run.rows), len(run.rows), run.seed)[: run.calibration]
         used = torch.cat((self.mine.flatten(), self.calibrating)).unique()
         folder, width = run.scratch or run.folder, run.source.sizes["hidden"]
-        self.hidden = Hidden(folder, ranks.rank(), used, self.rows.input_ids.shape[1], width, run.keep)
+        self.hidden = Hidden(folder, ranks.rank(), used, run.rows.length, width, run.keep)
         self.converted = [layer for layer, spec in enumerate(run.target.config["mixers"]) if spec]
+
+    def rows(self, numbers: Tensor) -> Packed:
+        """Rows of the text, as the stage reads them."""
+        found = self.run.rows[numbers]
+        return single(found) if self.run.stage.kind == "matrix" else found
 
     def go(self) -> None:
         """Through all layers up to the last that is converted."""
@@ -84,7 +88,7 @@ class Walk:
 
     def enter(self, teacher: Hollow) -> None:
         """Write what the first layer gets."""
-        rows = self.rows[self.hidden.rows]
+        rows = self.rows(self.hidden.rows)
         with self.hidden.write(0) as out, self.cast():
             for _, values in teacher.embedded(rows.input_ids, rows.position_ids, self.share):
                 out.put(values)
@@ -161,7 +165,7 @@ class Walk:
 
     def loss(self, teacher: Hollow, mixer: Mixer, layer: int, numbers: Tensor) -> float:
         """The mean loss of these rows, backpropagated."""
-        rows = self.rows[numbers]
+        rows = self.rows(numbers)
         measure = apart if self.run.stage.kind == "align" else matrices_apart
         with self.cast():
             record, segments = teacher.attended(*self.inputs(layer, numbers)), rows.segments()
@@ -177,13 +181,13 @@ class Walk:
         for numbers in self.calibrating.split(1):
             with self.cast():
                 found.append(teacher.attended(*self.inputs(layer, numbers)))
-            segments = self.rows[numbers].segments()
+            segments = self.rows(numbers).segments()
             documents.append(None if segments is None else segments.to(self.run.device))
         return found, documents
 
     def inputs(self, layer: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden states, positions) of some rows, on the device."""
-        given, positions = self.hidden.read(layer, numbers), self.rows.position_ids[numbers]
+        given, positions = self.hidden.read(layer, numbers), self.rows(numbers).position_ids
         return given.to(self.run.device), positions.to(self.run.device)
 
     def cast(self) -> torch.autocast:

@@ -39,6 +39,11 @@ def train(
     scratch: str | None = None,
     calibration: int = 0,
     seed: int = 0,
+    field: str = "text",
+    long: Literal["carry", "cut"] = "carry",
+    skip_bad: bool = False,
+    read: int | None = None,
+    cache: str | None = None,
     json: bool = False,
 ) -> Outcome:
     """Train a linearized or a stock model; the same command resumes when OUT holds a run.
@@ -46,7 +51,8 @@ def train(
     Args:
         model: model directory
         out: directory to write
-        data: text file or folder; for image a .npz file with pixel_values and labels
+        data: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a pattern, a folder, a,b); for image a .npz file with
+            pixel_values and labels
         tokens: how many tokens, for image how many images, to train on
         stage: matrix (softmax matrices of layers), align (layer outputs), distil (the teacher's distribution), next
             (next token), mask (masked tokens of an encoder) or image (the class of an image)
@@ -70,6 +76,10 @@ def train(
         scratch: with --stream, a folder for hidden states; one in /dev/shm keeps them in memory
         calibration: with --stream, tokens for a closed-form start of the mixers, 0 for none
         seed: of the data order
+        field: key or column that holds the text
+        long: a document longer than its row is carried on in the next row, or cut
+        read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
+        cache: folder that keeps the text's tokens for other runs
     """
     from pathlib import Path
 
@@ -93,8 +103,9 @@ def train(
     rates |= {"learn": learn, "lit": settings.build(lit or {}, "--lit", Lit)}
     asked = Stage(stage, tokens, length, batch, **rates)
     begun = Path(moments) if moments else None
+    text = settings.Text(data, field=field, long=long, skip_bad=skip_bad, read=read)
     options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
-    options["watching"] = Watching(track, jump)
+    options["watching"], kept = Watching(track, jump), Path(cache) if cache else None
     if not stream and (scratch or calibration):
         raise RegraftError(
             f"--scratch {scratch} and --calibration {calibration} are for --stream: add it, or omit them"
@@ -104,9 +115,11 @@ def train(
     with Ticker() as ticker:
         if stream:
             place, watching = Path(scratch) if scratch else None, options["watching"]
-            result = streaming.align_once(model, out, data, asked, teacher, seed, ticker, place, calibration, watching)
+            result = streaming.align_once(
+                model, out, text, asked, teacher, seed, ticker, place, calibration, watching, kept
+            )
         else:
-            result = training.train_once(model, out, data, asked, teacher, seed, ticker, **options)
+            result = training.train_once(model, out, text, asked, teacher, seed, ticker, cache=kept, **options)
 
     def show(console: Console) -> None:
         console.print(tables.training(result["summary"]))

@@ -101,6 +101,8 @@ def grow(
     data: str | None = None,
     fit: dict[str, Any] | None = None,
     seed: int = 0,
+    field: str = "text",
+    skip_bad: bool = False,
     bridge: bool = False,
     overwrite: bool = False,
     json: bool = False,
@@ -124,13 +126,15 @@ def grow(
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
         optimizer_state: safetensors with exp_avg/NAME, exp_avg_sq/NAME: grown into OUT/optimizer.safetensors
-        data: for --how ligo: text (.txt, .jsonl, a folder), or .npz images
+        data: for --how ligo: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder), or .npz images
         fit: for --how ligo: its options as JSON, such as {"steps": 100, "reads": "inverse", "batch": 16, "length": 256}
         seed: of fresh weights
+        field: for --how ligo: key or column that holds the text
     """
     from .. import fitting, moments, parity
     from .. import plan as planning
     from ..checkpoint import Checkpoint
+    from ..corpus.building import Text
     from ..growing import LEARNED, Growth
     from ..progress import Ticker
 
@@ -146,7 +150,8 @@ def grow(
     print(f"regraft: {made.forecast()}", file=sys.stderr)
     with Ticker() as ticker:
         if how == LEARNED:
-            after = growth(before, fitting.fitted(before, growth, data, fit or {}, ticker))
+            text = Text(data, field=field, skip_bad=skip_bad) if data else None
+            after = growth(before, fitting.fitted(before, growth, text, fit or {}, ticker))
         ticker.start(f"writing {out}")
         if optimizer_state:
             if bridge:
@@ -183,6 +188,11 @@ def linearize(
     batch: int = 1,
     track: str | None = None,
     jump: float = 1.5,
+    field: str = "text",
+    long: Literal["carry", "cut"] = "carry",
+    skip_bad: bool = False,
+    read: int | None = None,
+    cache: str | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -200,16 +210,21 @@ def linearize(
         seed: of fresh weights and of the data order
         options: the mixer's own options as JSON, such as {"grouped": false}
         inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
-        data: text to measure layers and to train on: .txt, .jsonl or a folder
+        data: text to choose layers and to train on (.txt, .jsonl, .parquet, also .gz .xz .zst; a pattern, a folder)
         tokens: how many to train on, over all stages of the method; 0 converts only
         length: tokens per row
         batch: rows per step
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
         jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+        field: key or column that holds the text
+        long: a document longer than its row is carried on in the next row, or cut
+        read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
+        cache: folder that keeps the text's tokens for other runs
     """
     from .. import converting, methods, tables, tracking, watching
     from .. import plan as planning
     from ..checkpoint import Checkpoint
+    from ..corpus.building import Text
     from ..progress import Ticker
 
     tracking.chosen(track)
@@ -220,14 +235,18 @@ def linearize(
     way = methods.find(method).changed(seed=seed, **flags)
     stages = way.stages(tokens, length, batch) if tokens else []
     ledger = None
+    text = Text(data, field=field, long=long, skip_bad=skip_bad, read=read) if data else None
+    kept = Path(cache) if cache else None
     with Ticker() as ticker:
-        if tokens and data:
+        if tokens and text:
             watched = watching.Watching(track, jump)
-            remix, ledger = converting.carry_out(before, way, Path(out), data, stages, seed, ticker, overwrite, watched)
+            remix, ledger = converting.carry_out(
+                before, way, Path(out), text, stages, seed, ticker, overwrite, watched, kept
+            )
             ledger |= {"summary": watching.summary(out)}
             after = remix(before)
         else:
-            rows = converting.text_rows(before, data) if data else None
+            rows = converting.text_rows(before, text, ticker, cache=kept) if text else None
             after = converting.converted(before, way.remix, rows, ticker)(before)
             after.save(out, overwrite=overwrite)
     made = planning.Plan.of(before, after)

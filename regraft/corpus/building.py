@@ -1,0 +1,192 @@
+"""Texts to tables of rows: caches filled as far as they are needed, by as many processes as there are."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import ranks
+from ..errors import RegraftError
+from .cache import Part
+from .files import found
+from .rows import Mixed, Stored, enough, shared
+from .tokens import Tokens
+
+FLOOR = 1 << 24  # tokens that are read of a text when fewer are needed: order is by seed over all of these
+WAIT = 0.2  # seconds between looks at what another process is reading
+Tell = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Training text: a file (.txt, .jsonl, .parquet, also compressed), a pattern or a folder; its share of the rows.
+
+    `field`: the key or column that holds the text. `long`: a document longer than its row is carried on in the next or
+    cut. `skip_bad`: lines that cannot be read are left out and counted. `read`: tokens to read at most, 0 for all
+    (None: what the stages train on, and at least 16.8 million).
+    """
+
+    path: str
+    share: float = 1.0
+    field: str = "text"
+    long: Literal["carry", "cut"] = "carry"
+    skip_bad: bool = False
+    read: int | None = None
+
+
+class Corpus:
+    """The caches of one text's files, below `cache` (None: a folder that goes with this object)."""
+
+    def __init__(self, text: Text, tokenizer: Any, cache: Path | None = None, tell: Tell = lambda share, words: None):
+        self.text, self.tokens, self.tell = text, Tokens(tokenizer), tell
+        if cache is None:
+            cache = Path(tempfile.mkdtemp(prefix="regraft-text-"))
+            weakref.finalize(self.tokens, shutil.rmtree, cache, ignore_errors=True)  # every table holds these
+        root = cache / self.tokens.name
+        self.parts = [Part(root, file, text.field, self.tokens) for file in found(text.path)]
+        self.used: list[Part] = []
+        self.table: Stored | None = None
+        self.said = 0
+
+    def hold(self, wanted: int | None) -> int:
+        """Make sure that the caches hold the text's first `wanted` tokens, or all there are; how many they hold.
+
+        Every process begins with another file and takes no file that another is reading. RegraftError for a bad line
+        unless the text says to skip them.
+        """
+        while window := self.missing(wanted):
+            turn = ranks.rank() % len(window)
+            if not any(
+                part.fill(more, self.text.skip_bad, self.progress(wanted))
+                for part, more in window[turn:] + window[:turn]
+            ):
+                time.sleep(WAIT)
+        self.used = []
+        held = 0
+        for part in self.parts:
+            if wanted is None or held < wanted:
+                self.used.append(part)
+                held += part.journal.tokens
+        self.honest()
+        return held
+
+    def missing(self, wanted: int | None) -> list[tuple[Part, int | None]]:
+        """The next files to read, at most one a process, and how many tokens of each are enough (None: all)."""
+        held = 0
+        window: list[tuple[Part, int | None]] = []
+        for part in self.parts:
+            more = None if wanted is None else wanted - held
+            if (more is not None and more <= 0) or len(window) == ranks.world():
+                break
+            known = part.look()
+            if not known.done and (more is None or known.tokens < more):
+                window.append((part, more))
+            held += known.tokens
+        return window
+
+    def progress(self, wanted: int | None) -> Callable[[Part], None]:
+        """Says how much of the text is read, in tokens where it is known how many are wanted."""
+        whole = sum(part.size for part in self.parts)
+
+        def tell(now: Part) -> None:
+            tokens = sum(part.journal.tokens for part in self.parts)
+            size = sum(part.size * (part.journal.done or part is now) for part in self.parts)
+            share = size / max(whole, 1) if wanted is None else max(size / max(whole, 1), tokens / wanted)
+            self.tell(min(share, 1.0), f"reading {now.file.name}: {tokens:,} tokens")
+
+        return tell
+
+    def honest(self) -> None:
+        """RegraftError, or with `skip_bad` a line on standard error, for lines that cannot be read."""
+        bad = [part for part in self.used if part.journal.bad]
+        count = sum(part.journal.bad for part in bad)
+        if bad and not self.text.skip_bad:
+            raise RegraftError(f"{bad[0].journal.named[0]}: fix or remove it, or leave it out with --skip-bad")
+        if count > self.said and ranks.first():
+            named = [line for part in bad for line in part.journal.named]
+            more = f"; and {count - 3:,} more" if count > 3 else ""
+            print(f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}", file=sys.stderr)
+        self.said = count
+
+    def rows(self, length: int, need: int = 0) -> Stored:
+        """Rows of `length` tokens, as many as `need` tokens are, at least FLOOR's, or what the text has.
+
+        They follow from the text and these numbers alone, whatever the caches hold already.
+        """
+        asked = max(need, FLOOR) if self.text.read is None else self.text.read
+        most = -(-asked // length) if asked else None
+        wanted = None if most is None else most * length
+        while True:
+            held = self.hold(wanted)
+            self.table = Stored(self.used, self.tokens, length, most, self.text.long == "cut")
+            if wanted is None or most is None or held < wanted or len(self.table) >= most:
+                break
+            wanted += 2 * (most - len(self.table)) * length  # what was cut off is made up for
+        if not held:
+            raise RegraftError(f"no text in '{self.text.path}': it holds no document with at least one word")
+        return enough(self.table, held)
+
+    def facts(self) -> dict[str, Any]:
+        """What there is, what was read, what rows were made of it, what was left out."""
+        known = [part.journal for part in self.used]
+        named = [line for journal in known for line in journal.named]
+        table = self.table
+        return {
+            "path": self.text.path,
+            "files": len(self.parts),
+            "file_bytes": sum(part.size for part in self.parts),
+            "files_read": sum(journal.done for journal in known),
+            "complete": len(known) == len(self.parts) and all(journal.done for journal in known),
+            "documents": sum(journal.documents for journal in known),
+            "text_bytes": sum(journal.bytes for journal in known),
+            "tokens": sum(journal.tokens for journal in known),
+            "rows": len(table) if table else 0,
+            "row_tokens": table.tokens if table else 0,
+            "cut_off_tokens": table.dropped if table else 0,
+            "bad_lines": sum(journal.bad for journal in known),
+            "bad": named[:5],
+        }
+
+
+class Texts:
+    """Rows by length of several texts in their shares; tokenised once, below `cache`.
+
+    `need`: tokens of the largest stage. RegraftError when there is no text, a share is not positive, or a file cannot
+    be read.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        tokenizer: Any,
+        need: int = 0,
+        cache: Path | None = None,
+        tell: Tell = lambda share, words: None,
+    ):
+        if not texts or any(text.share <= 0 for text in texts):
+            raise RegraftError(f"no training text with a positive share in {[asdict(text) for text in texts]}")
+        if wrong := [text for text in texts if text.read is not None and text.read < 0]:
+            raise RegraftError(f"read is {wrong[0].read} tokens of '{wrong[0].path}': give 0 for all or more")
+        self.texts, self.need = texts, need
+        self.corpora = [Corpus(text, tokenizer, cache, tell) for text in texts]
+        self.tables: dict[int, Stored | Mixed] = {}
+
+    def __call__(self, length: int) -> Stored | Mixed:
+        """Rows of `length` tokens; texts are read as far as they are needed for them."""
+        if length not in self.tables:
+            shares = [text.share for text in self.texts]
+            parts = [int(self.need * share / sum(shares)) for share in shares]
+            made = [corpus.rows(length, part) for corpus, part in zip(self.corpora, parts, strict=True)]
+            self.tables[length] = shared(made, shares)
+        return self.tables[length]
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What every text had, what was read and used of it; see `Corpus.facts`."""
+        return [corpus.facts() for corpus in self.corpora]

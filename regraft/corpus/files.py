@@ -1,0 +1,133 @@
+"""Which files a path or pattern means, and their bytes, decompressed."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import importlib
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import RegraftError
+
+PACKED = {".gz": gzip, ".xz": lzma, ".zst": None, ".bz2": bz2}
+LINES = (".jsonl", ".json")
+KINDS = (".txt", *LINES)
+KNOWN = ".txt, .jsonl or .json, also compressed (.gz, .xz, .zst, .bz2), or .parquet"
+CHUNK = 1 << 20  # bytes read at once
+
+
+def kind(file: Path) -> str:
+    """`.txt`, `.jsonl`, `.json` or `.parquet`, whether compressed or not; empty for a file that is none of them."""
+    if file.suffix == ".parquet":
+        return file.suffix
+    inner = Path(file.stem).suffix if file.suffix in PACKED else file.suffix
+    return inner if inner in KINDS else ""
+
+
+def inside(folder: Path) -> list[Path]:
+    """Text files of a folder and those below it, sorted; a bare .json there is rather somebody's settings."""
+    return sorted(file for file in folder.rglob("*") if kind(file) and file.suffix != ".json" and file.is_file())
+
+
+def found(path: str | Path) -> list[Path]:
+    """Files of a path, a pattern such as `data/*.jsonl.zst`, a folder, or several of these with commas between.
+
+    In the order given, each pattern's and folder's sorted, none twice. RegraftError when there is none, or one is not
+    known to be text.
+    """
+    place = Path(path)
+    if place.is_dir():
+        files = inside(place)
+        if not files:
+            raise RegraftError(f"no text in '{path}': it holds no file that ends in {KNOWN}")
+        return files
+    if place.exists():
+        files = [place]
+    elif matches := sorted(glob.glob(str(path), recursive=True)):
+        files = [file for match in matches for file in (inside(Path(match)) if Path(match).is_dir() else [Path(match)])]
+    elif "," in str(path):
+        files = [file for part in str(path).split(",") for file in found(part.strip())]
+    else:
+        raise RegraftError(f"no text at '{path}': give a file that ends in {KNOWN}, a pattern, or a folder of these")
+    for file in files:
+        if not kind(file):
+            raise RegraftError(f"cannot read '{file}' as text: its name must end in {KNOWN}")
+    return list(dict.fromkeys(files))
+
+
+def zstandard() -> Any:
+    """The module that reads .zst. It says when a file ends too early, which the older `zstandard` package does not."""
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise RegraftError(f"a .zst file needs {name}, which is not installed: pip install 'regraft[data]'") from error
+
+
+def opened(file: Path) -> BinaryIO:
+    """A file's bytes, decompressed."""
+    if file.suffix == ".zst":
+        return zstandard().open(file, "rb")
+    opener = PACKED.get(file.suffix)
+    return opener.open(file, "rb") if opener else file.open("rb")
+
+
+class Stream:
+    """Decompressed bytes of a file from an offset on; `broken` says why they ended before the file's end."""
+
+    def __init__(self, file: Path, offset: int = 0):
+        self.broken: Exception | None = None
+        failures: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
+        self.failures = (*failures, zstandard().ZstdError) if file.suffix == ".zst" else failures
+        self.raw: Any = opened(file)
+        if file.suffix not in PACKED:
+            self.raw.seek(offset)
+        else:
+            while offset > 0 and (chunk := self.more(min(CHUNK, offset))):
+                offset -= len(chunk)
+
+    def more(self, size: int | None = None) -> bytes:
+        """At least one byte more, at most `size` (None: a chunk); none at the end."""
+        try:
+            return self.raw.read1(size or CHUNK)
+        except self.failures as error:
+            self.broken = error
+            return b""
+
+    def lines(self, limit: int | None = None) -> Iterator[tuple[bytes, bool]]:
+        """Lines with their ends, each with whether it was read to its end; those beyond `limit` bytes come in parts.
+
+        A part ends where a character ends; where does not depend on how the bytes came.
+        """
+        held = bytearray()
+        while chunk := self.more():
+            begin = 0
+            while (end := chunk.find(b"\n", begin) + 1) > 0:
+                held += chunk[begin:end]
+                yield from self.parts(held, limit)
+                yield bytes(held), True
+                held.clear()
+                begin = end
+            held += chunk[begin:]
+            yield from self.parts(held, limit)
+        if held:
+            yield bytes(held), self.broken is None
+
+    def parts(self, held: bytearray, limit: int | None) -> Iterator[tuple[bytes, bool]]:
+        """Take parts from the front until no more than `limit` bytes are left."""
+        while limit and len(held) > limit:
+            cut = limit
+            while cut > limit - 4 and (held[cut] & 0xC0 == 0x80 or held[cut] == ord("\n")):
+                cut -= 1
+            yield bytes(held[:cut]), True
+            del held[:cut]
+
+    def close(self) -> None:
+        """Close the file."""
+        self.raw.close()

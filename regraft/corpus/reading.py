@@ -1,0 +1,235 @@
+"""Documents of text files as a stream that can begin again anywhere; lines that cannot be read are named.
+
+Lines are read here and not by `datasets`, whose streaming names neither file nor line of what it cannot read, takes a
+line without the field for an empty one, and gets back to a place by reading all before it (tried with 5.2.0).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegraftError
+from .files import CHUNK, LINES, Stream, kind
+
+PIECE = 1 << 20  # characters: longer documents are handed on in pieces
+NEAR = 4096  # characters before that in which to cut
+NAMED = 5  # bad lines that are told; the others are counted
+SEPARATOR = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")  # two blank lines
+BETWEEN = (re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\S)"))  # where a document may be cut, the best first
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where reading goes on: bytes (parquet: rows) read of a file, lines of them, and what of that text is left over.
+
+    `inside`: the text left over continues a document.
+    """
+
+    offset: int = 0
+    line: int = 0
+    held: str = ""
+    begin: int = 0
+    inside: bool = False
+
+    def json(self) -> dict[str, Any]:
+        """What `Place(**fields)` takes."""
+        return asdict(replace(self, held=self.held[self.begin :], begin=0))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document or a part of one; `ends`: its last; `after`: the place behind it, None where none can begin."""
+
+    text: str
+    ends: bool
+    after: Place | None
+
+
+@dataclass
+class Bad:
+    """Lines that could not be read: an error, or with `skip` a count and the first of them."""
+
+    skip: bool = False
+    count: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def add(self, what: str, remedy: str = "fix or remove it") -> None:
+        """One more; `what` names file and line and says what is wrong."""
+        if not self.skip:
+            raise RegraftError(f"{what}: {remedy}, or leave it out with --skip-bad")
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append(what)
+
+
+def pieces(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
+    """Documents of a file from a place on, without blank ones; `name`: the field or column that holds the text.
+
+    .txt: documents between two blank lines. RegraftError for what cannot be read, unless `bad` takes it.
+    """
+    if kind(file) == ".parquet":
+        yield from _table(file, name, start, bad)
+        return
+    try:
+        source = Stream(file, start.offset)
+    except OSError as error:
+        raise RegraftError(
+            f"cannot read '{file}' ({error.strerror or error}): check the file and its rights"
+        ) from error
+    with closing(source):
+        read = (
+            _objects(source, file, name, start, bad) if kind(file) in LINES else _paragraphs(source, file, start, bad)
+        )
+        yield from read
+
+
+def _objects(source: Stream, file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
+    offset, line = start.offset, start.line
+    for raw, whole in source.lines():
+        offset, line = offset + len(raw), line + 1
+        if not whole or not raw.strip():
+            continue
+        where = f"'{file}' line {line}"
+        try:
+            row = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            bad.add(f"{where} is not UTF-8 (byte {error.start})", "convert it first, e.g. with iconv")
+        except (ValueError, RecursionError) as error:
+            bad.add(f"{where} is not JSON ({getattr(error, 'msg', error)})")
+        else:
+            value = row.get(name) if isinstance(row, dict) else None
+            yield from _checked(value, where, name, Place(offset, line), bad)
+    _unbroken(source, file, line, bad)
+
+
+def _checked(value: Any, where: str, name: str, after: Place, bad: Bad) -> Iterator[Piece]:
+    """A row's text in pieces; the place behind it comes with the last, since the row is read as a whole."""
+    if not isinstance(value, str):
+        bad.add(f"{where} has no string field '{name}'", "every line needs one (--field NAME for another)")
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        bad.add(f"{where} holds half a character ({error.reason})")
+        return
+    if value.strip():
+        *parts, rest = _cut(value.strip("\n"))
+        yield from (Piece(part, False, None) for part in parts)
+        yield Piece(rest, True, after)
+
+
+def _unbroken(source: Stream, file: Path, line: int, bad: Bad) -> None:
+    if source.broken is not None:
+        bad.add(
+            f"'{file}' cannot be read beyond line {line} ({source.broken or type(source.broken).__name__})",
+            "fetch it again, it is cut off or damaged",
+        )
+
+
+def _cut(text: str) -> list[str]:
+    """A long text in pieces, cut before a space between two words, so that its tokens stay what they would be.
+
+    The beginning of a text is cut as the whole text is.
+    """
+    parts = []
+    while len(text.rstrip()) > PIECE:
+        spots = (list(between.finditer(text, PIECE - NEAR, PIECE)) for between in BETWEEN)
+        cut = next((found[-1].start() for found in spots if found), PIECE)
+        parts.append(text[:cut])
+        text = text[cut:]
+    return [*parts, text]
+
+
+def _decoded(source: Stream, file: Path, start: Place, bad: Bad) -> Iterator[tuple[str, int, int]]:
+    """(text, bytes and lines of the file up to its end) in chunks, line ends as `\\n`; bad lines are left out."""
+    offset, line, held, size = start.offset, start.line, [], 0
+    number = line + 1
+    for raw, whole in source.lines(CHUNK):
+        offset, size = offset + len(raw), size + len(raw)
+        try:
+            held.append(raw.decode())
+        except UnicodeDecodeError as error:
+            if whole:
+                where = offset - len(raw) + error.start
+                bad.add(f"'{file}' line {number} is not UTF-8 (byte {where})", "convert it first, e.g. with iconv")
+            else:  # the file ends within a character
+                held.append(raw[: error.start].decode())
+        line = number
+        number += raw.endswith(b"\n")
+        if size >= CHUNK:
+            yield "".join(held).replace("\r\n", "\n").replace("\r", "\n"), offset, number - 1
+            held, size = [], 0
+    _unbroken(source, file, line, bad)
+    yield "".join(held).replace("\r\n", "\n").replace("\r", "\n"), offset, number - 1
+
+
+def _paragraphs(source: Stream, file: Path, start: Place, bad: Bad) -> Iterator[Piece]:
+    held, inside, place = start.held, start.inside, start
+    for text, offset, line in _decoded(source, file, start, bad):
+        held, begin = held + text, 0
+        while match := SEPARATOR.search(held, begin):
+            if match.end() == len(held):  # blank so far: the next document's first line may be further on
+                held = held[: match.start()] + "\n\n\n"
+                break
+            after = Place(offset, line, held, match.end())
+            yield from _document(held[begin : match.start()], inside, after)
+            begin, inside = match.end(), False
+        held = held[begin:] if inside else held[begin:].lstrip("\n")
+        *parts, rest = _cut(held)
+        for part in parts:
+            held, inside = held[len(part) :], True
+            yield Piece(part, False, Place(offset, line, held, 0, True))
+        place = Place(offset, line)
+    yield from _document(held, inside, place)
+
+
+def _document(text: str, inside: bool, after: Place) -> Iterator[Piece]:
+    if inside or text.strip():
+        text = text.rstrip("\n")
+        *parts, rest = _cut(text if inside else text.lstrip("\n"))
+        yield from (Piece(part, False, None) for part in parts)
+        yield Piece(rest, True, after)
+
+
+def _table(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise RegraftError(
+            f"'{file}' needs {error.name}, which is not installed: pip install 'regraft[data]'"
+        ) from error
+    failures = (pyarrow.ArrowException, OSError)
+    try:
+        table = parquet.ParquetFile(file)
+    except failures as error:
+        bad.add(f"'{file}' is no readable parquet file ({_line(error)})", "write it again")
+        return
+    with closing(table):
+        if name not in table.schema_arrow.names:
+            raise RegraftError(f"'{file}' has no column '{name}': choose --field of {table.schema_arrow.names}")
+        row = 0
+        for group in range(table.num_row_groups):
+            first, row = row, row + table.metadata.row_group(group).num_rows
+            if row <= start.offset:
+                continue
+            number = first
+            try:
+                for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=[name]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        if number > start.offset:
+                            where = f"'{file}' row {number}"
+                            yield from _checked(value, where, name, Place(number, number), bad)
+            except failures as error:
+                bad.add(f"'{file}' rows {number + 1} to {row} cannot be read ({_line(error)})", "write it again")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
