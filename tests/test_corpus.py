@@ -10,6 +10,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import as_json, refused
 from test_uptrain import Letters, pack
 
 from regraft import ranks
@@ -319,8 +322,6 @@ def test_paths(tmp_path):
 
 
 def test_packages_that_are_not_there_are_asked_for(tmp_path, monkeypatch):
-    import sys
-
     for kind, module in {".jsonl.zst": "backports", ".parquet": "pyarrow"}.items():
         file = write(tmp_path, kind, ["x"])
         with monkeypatch.context() as patched:
@@ -465,3 +466,66 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
     monkeypatch.undo()
     same(Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50), pack(documents(), TOKENIZER, 50))
+
+
+def model_and_text(folder: Path) -> list[str]:
+    """A command that trains a tiny model on bad text in two files."""
+    speaking.save(folder / "model", "qwen2", 2)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(documents()) + b"{\n"))
+    (folder / "b.jsonl").write_bytes(jsonl(documents(seed=1)))
+    flags = {"stage": "next", "tokens": 640, "length": 32, "batch": 2, "data": f"{folder}/*.jsonl*"}
+    return ["train", folder / "model", *(word for flag, value in flags.items() for word in (f"--{flag}", value))]
+
+
+def test_train_goes_on_after_a_bad_line_and_tells_of_it(tmp_path, capsys):
+    verb, model, *flags = model_and_text(tmp_path)
+    command = [verb, model, tmp_path / "out", *flags]
+    assert "a.jsonl.gz' line 61 is not JSON" in refused(capsys, *command)
+    text = as_json(capsys, *command, "--skip-bad")["text"][0]
+    assert text["bad_lines"] == 1 and "line 61" in text["bad"][0] and text["documents"] == 120
+    lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert lineage["steps"][-1]["ledger"]["text"][0] == text
+    assert not (tmp_path / "out" / "run.text").exists()
+    kept = ["--cache", tmp_path / "cache", "--long", "cut", "--read", 320, "--skip-bad"]
+    text = as_json(capsys, verb, model, tmp_path / "cut", *flags, *kept)["text"][0]
+    assert text["rows"] == 10 and text["cut_off_tokens"] > 0 and not text["complete"]
+    assert contents(next((tmp_path / "cache").iterdir()))
+
+
+BOTH = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import speaking
+from regraft import ranks
+from regraft.corpus import cache
+from regraft.corpus.building import Text, Texts
+fill = cache.Part.fill
+def noted(part, *rest):
+    if filled := fill(part, *rest):
+        print("took", part.file.name, ranks.rank(), flush=True)
+    time.sleep(0.2)  # so that the other one comes to its turn
+    return filled
+cache.Part.fill = noted
+with ranks.joined():
+    ranks.barrier()
+    rows = Texts([Text({data!r})], speaking.tokenizer(), cache=Path({out!r}))(50)
+    assert ranks.world() == 2 and len(set(ranks.gathered(len(rows)))) == 1
+    assert len({{str(part) for part in ranks.gathered(rows[:].input_ids.sum())}}) == 1
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_different_files(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
+    script = tmp_path / "both.py"
+    names = {"tests": str(Path(__file__).parent), "data": f"{tmp_path}/*.jsonl", "out": str(tmp_path / "two")}
+    script.write_text(BOTH.format(**names))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    assert done.returncode == 0, done.stderr
+    took = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("took"))
+    assert done.stdout.count("took") == len(took) == 6 and set(took.values()) == {"0", "1"}
+    Texts([Text(names["data"])], TOKENIZER, cache=tmp_path / "one")(50)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
