@@ -25,10 +25,11 @@ from .data import Packed, shuffled
 from .divergence import Jump, guard
 from .layers import always, chosen, frozen, running, stack
 from .lowrank import attach, detach
-from .matching import align_step, matrix_step
+from .matching import align_step, matrix_step, taught
 from .objectives import Data, Rows, headed, loss_of, measured, suited, targets
 from .resume import RunState, checkpoints, load_state, save_state
 from .stages import LAYERWISE, Stage, distil_step, kl, parameter_groups, projections, thaw
+from .teaching import Lessons, Teacher
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
@@ -51,7 +52,7 @@ class Run:
     stages: Sequence[Stage]
     rows: Callable[[int], Data]
     out: Path
-    teacher: PreTrainedModel | None = None
+    teacher: Teacher | None = None
     teacher_slots: Sequence[nn.Module] = ()
     seed: int = 0
     limit: Callable[[int], float | None] = lambda stage: None
@@ -120,7 +121,8 @@ def possible(run: Run, stage: Stage) -> None:
     if run.teacher is None and stage.kind in (*LAYERWISE, "distil"):
         raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
     if run.teacher is not None and stage.objective == "next":
-        headed(run.teacher, "next")
+        if not isinstance(run.teacher, Lessons):
+            headed(run.teacher, "next")
         if run.teacher.config.vocab_size != run.model.config.vocab_size:
             raise RegraftError(
                 f"the teacher has {run.teacher.config.vocab_size} tokens, the model {run.model.config.vocab_size}: "
@@ -270,6 +272,7 @@ def one_step(
         rows, labels = targets(run.model, stage.objective, rows, masks, stage.mask_share)
     held = always(rows, labels) if stage.token_drop else None
     with running(run.model, stage, step, generator(run.seed, index, step, 1), held) as cost:
+        cost += taught(run.model, run.teacher, stage.kind, rows, fast)
         if cost in costs:
             return backpropagated(run, stage, rows, labels, fast), costs[cost]
         with counted() as counter:

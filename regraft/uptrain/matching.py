@@ -16,6 +16,7 @@ from ..mixers.base import Mixer
 from .calibrate import error, relative
 from .capture import LayerRecord, body, recording
 from .data import Packed
+from .teaching import Lessons, Teacher
 
 Loss = Callable[[Mixer, LayerRecord, Tensor | None], Tensor]
 
@@ -26,7 +27,7 @@ def mixers(model: PreTrainedModel) -> dict[int, Mixer]:
 
 
 def align_step(
-    model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
+    model: PreTrainedModel, teacher: Teacher, teacher_slots: list[nn.Module], rows: Packed, fast: bool
 ) -> float:
     """Each mixer's relative squared error against its layer's output, per row, on the teacher's inputs, backpropagated;
     the mean over rows and converted layers."""
@@ -34,7 +35,7 @@ def align_step(
 
 
 def matrix_step(
-    model: PreTrainedModel, teacher: PreTrainedModel, teacher_slots: list[nn.Module], rows: Packed, fast: bool
+    model: PreTrainedModel, teacher: Teacher, teacher_slots: list[nn.Module], rows: Packed, fast: bool
 ) -> float:
     """||A - M||^2 / ||A||^2 of each row, A the softmax matrices of a layer and M the mixer's, both (heads, time, time),
     on the teacher's inputs (MOHAWK's first stage, arXiv 2408.10189, eq. 4); backpropagated, the mean over rows and
@@ -42,6 +43,8 @@ def matrix_step(
 
     Rows are read as single documents, as the teacher's attention weights come without their boundaries.
     """
+    if isinstance(teacher, Lessons):  # matrices are not kept: they are larger than what makes them
+        teacher, teacher_slots = teacher.model, teacher.slots
     with showing_weights(teacher):
         return step(model, teacher, teacher_slots, single(rows), fast, matrices_apart)
 
@@ -71,9 +74,10 @@ def single(rows: Packed) -> Packed:
 
 
 def step(
-    model: PreTrainedModel, teacher: PreTrainedModel, slots: list[nn.Module], rows: Packed, fast: bool, loss: Loss
+    model: PreTrainedModel, teacher: Teacher, slots: list[nn.Module], rows: Packed, fast: bool, loss: Loss
 ) -> float:
-    """One forward of the teacher's body; a loss per converted layer, each backpropagated at once; their mean."""
+    """One forward of the teacher's body, or what is kept of it; a loss per converted layer, each backpropagated at
+    once; their mean."""
     converted, segments, losses = mixers(model), rows.segments(), []
     device = rows.input_ids.device.type
 
@@ -83,9 +87,20 @@ def step(
         value.backward()
         losses.append(float(value.detach()))
 
+    if isinstance(teacher, Lessons):
+        for layer, record in teacher.records(rows, list(converted), fast):
+            learn(layer, record)
+        return sum(losses) / len(losses)
     with recording(slots, list(converted), learn), torch.autocast(device, torch.bfloat16, enabled=fast):
         body(teacher, rows.input_ids, rows.position_ids)
     return sum(losses) / len(losses)
+
+
+def taught(model: PreTrainedModel, teacher: Teacher | None, kind: str, rows: Any, fast: bool) -> str:
+    """What a teacher behind a cache adds to the key of a step's cost, nothing for other teachers."""
+    if not isinstance(teacher, Lessons) or kind not in ("align", "distil"):
+        return ""
+    return teacher.cost(rows, fast, list(mixers(model)) if kind == "align" else None)
 
 
 @contextmanager

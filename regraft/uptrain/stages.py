@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RegraftError
@@ -21,6 +21,7 @@ from .kl import head_kl
 from .lit import Lit
 from .lowrank import PLACE
 from .objectives import IGNORED, Kind, last_hidden, targets
+from .teaching import Lessons, Teacher
 
 LAYERWISE = ("matrix", "align")  # each mixer is matched to its teacher's layer on its own
 
@@ -209,13 +210,10 @@ def origins_in(mixer: nn.Module, spec: dict[str, Any], attention: Attention) -> 
     return {id(mixer.get_parameter(name)): ("mixer" if w.source else "new", w.decay) for name, w in table}
 
 
-def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, fast: bool, ce: float = 0.0) -> float:
-    """(1 - ce) KL(teacher || student) per token over the whole vocabulary + ce x next-token cross-entropy; the sum is
-    backpropagated and returned."""
-    with torch.no_grad():
-        target = last_hidden(teacher, rows, fast)
-    student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
-    loss = head_kl(student, head, target, teacher.get_output_embeddings(), fast)
+def distil_step(model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool, ce: float = 0.0) -> float:
+    """(1 - ce) KL(teacher || student) per token over the whole vocabulary, or over what a teacher behind a cache keeps,
+    + ce x next-token cross-entropy; the sum is backpropagated and returned."""
+    loss, student, head = gap(model, teacher, rows, fast)
     if ce:
         labels = targets(model, "next", rows)[1]
         told = F.cross_entropy(head(student[:, :-1]).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
@@ -224,14 +222,22 @@ def distil_step(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, 
     return float(loss.detach())
 
 
+def gap(model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool) -> tuple[Tensor, Tensor, nn.Linear]:
+    """(KL(teacher || model) per token, the model's last hidden states, its head)."""
+    if isinstance(teacher, Lessons):
+        student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
+        return teacher.gap(student, head, rows, fast), student, head
+    with torch.no_grad():
+        target = last_hidden(teacher, rows, fast)
+    student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
+    return head_kl(student, head, target, teacher.get_output_embeddings(), fast), student, head
+
+
 @torch.no_grad()
-def kl(model: PreTrainedModel, teacher: PreTrainedModel, rows: Packed, batch: int = 16) -> float:
+def kl(model: PreTrainedModel, teacher: Teacher, rows: Packed, batch: int = 16) -> float:
     """KL(teacher || model) per token over all rows."""
     total = 0.0
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
-        hidden = (last_hidden(one, some, fast=False) for one in (model, teacher))
-        heads = (one.get_output_embeddings() for one in (model, teacher))
-        (mine, theirs), (head, teacher_head) = hidden, heads
-        total += len(some) * float(head_kl(mine, head, theirs, teacher_head, fast=False))
+        total += len(some) * float(gap(model, teacher, some, fast=False)[0])
     return total / len(rows)

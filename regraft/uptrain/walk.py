@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -78,9 +79,11 @@ class Walk:
             self.hidden.drop(before=layer)
             if layer in self.converted and layer not in state.trained:
                 self.train(teacher, layer)
+                give_back()
             if layer >= self.converted[-1]:
                 break
             self.forward(teacher, layer)
+            give_back()
             layer += 1
         self.hidden.drop(before=layer + 1)
         state.entry["tokens"] = run.stage.steps * run.stage.batch * run.stage.length
@@ -197,6 +200,13 @@ class Walk:
     def looking(self, teacher: Hollow) -> AbstractContextManager[None]:
         """For matrices: attention layers that give theirs."""
         return showing_weights(teacher.model) if self.run.stage.kind == "matrix" else nullcontext()
+
+
+def give_back() -> None:
+    """Return freed memory to the system: the C library would keep it in pieces, more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Counted:
