@@ -25,6 +25,7 @@ from .uptrain.calibrate import calibrate
 from .uptrain.data import read_images
 from .uptrain.objectives import Data
 from .uptrain.stages import LAYERWISE, Stage
+from .uptrain.teaching import Keeping, Lessons, Teacher
 from .watching import USUAL, Watching, summary
 
 TEXT = "run.text"  # tokens of a run's text, in its folder until it ends
@@ -126,12 +127,14 @@ def train_once(
     heldout: str | None = None,
     watching: Watching = USUAL,
     cache: Path | None = None,
+    keeping: Keeping | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """One stage on a saved model, written to `out`; called again with the same arguments it goes on where it was.
 
     `data` and `heldout`: text, or a .npz file of images; its tokens are kept in `cache`, or in `out` until the end.
-    `options`: fields of loop.Run. Returns the ledger, with a summary of the stage as `watching.summary` gives it.
+    `keeping`: where the teacher's outputs are kept; `options`: fields of loop.Run. Returns the ledger, with a summary
+    of the stage as `watching.summary` gives it and what came of keeping.
     RegraftError when `out` holds a finished model already, or anything that is no run.
     """
     target = Path(out)
@@ -152,8 +155,12 @@ def train_once(
         )
     student = hosts.load(model)
     tokenizer = None if stage.kind == "image" else hosts.load_tokenizer(model)
-    guide = hosts.load(teacher) if teacher else None
-    matched = teacher if stage.kind in LAYERWISE else None
+    if keeping and (not teacher or stage.kind not in ("align", "distil")):
+        raise RegraftError(f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: leave out the cache")
+    guide: Teacher | None = None
+    if teacher:
+        guide = Lessons(teacher, keeping) if keeping else hosts.load(teacher)
+    matched = teacher if stage.kind in LAYERWISE and not keeping else None
     slots = hosts.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
     ticker.start("reading data")
     kept = cache or target / TEXT
@@ -164,13 +171,18 @@ def train_once(
     ticker.start(stage.kind)
 
     facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
-    with watching.over(target, ticker, facts) as watched:
-        ledger = loop.train(
-            loop.Run(student, [stage], rows, target, guide, slots, seed=seed, heldout=held, **watched, **options),
-        )
+    told: dict[str, Any] = {}
+    try:
+        with watching.over(target, ticker, facts) as watched:
+            ledger = loop.train(
+                loop.Run(student, [stage], rows, target, guide, slots, seed=seed, heldout=held, **watched, **options),
+            )
+    finally:
+        if isinstance(guide, Lessons):
+            told = {"teacher_cache": guide.flush()}
     if isinstance(rows, Texts):
         ledger["text"] = rows.facts()
     save_trained(checkpoint, student, [stage], ledger, target)
     for folder in ("run", "work", TEXT):
         shutil.rmtree(target / folder, ignore_errors=True)
-    return ledger | {"summary": summary(out), "out": out}
+    return ledger | {"summary": summary(out), "out": out} | told

@@ -84,3 +84,18 @@ def test_its_flags_stand_alone_only_with_it(source, linearized, text, tmp_path, 
     (tmp_path / "out" / "notes.txt").parent.mkdir(exist_ok=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert "holds 'notes.txt' and no streamed run" in refused(capsys, *words)
+
+
+def test_the_teacher_is_not_loaded_a_second_time(source, linearized, text, tmp_path, capsys, monkeypatch) -> None:
+    words = command(source, linearized, text, tmp_path / "a", stage="distil", **{"teacher-cache": tmp_path / "cache"})
+    words = words[:-1]
+    first = as_json(capsys, *words)
+    assert first["teacher_cache"]["computed"] == first["teacher_cache"]["kept"] == 8
+    words[2] = tmp_path / "b"
+    again = as_json(capsys, *words)
+    assert again["teacher_cache"] | {"bytes": 0} == dict(read=8, computed=0, kept=0, refused=0, damaged=0, bytes=0)
+    assert again["flops"] < first["flops"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    assert "has no outputs to keep" in refused(capsys, *words[:2], tmp_path / "c", *words[3:], "--stage", "next")
+    assert "kept as 'all'" in refused(capsys, *words[:2], tmp_path / "c", *words[3:], "--teacher-cache-kind", "all")

@@ -244,6 +244,12 @@ def test_writers_that_are_killed_leave_whole_files(tmp_path) -> None:
 
 
 def test_bad_settings_are_refused(tmp_path) -> None:
+    assert (
+        Keeping.asked("a", "1.5 MB", "topk:64").size == 1_500_000
+        and Keeping.asked("a", "4G", "hidden").size == 4 * 10**9
+    )
+    with pytest.raises(RegraftError, match="may take 'much': give a size"):
+        Keeping.asked("a", "much", "hidden")
     for kind in ("logits", "topk", "topk:0", "hidden:float8"):
         with pytest.raises(RegraftError, match=f"kept as '{kind}': give hidden"):
             Keeping(tmp_path, 1000, kind)

@@ -133,6 +133,7 @@ def possible(run: Run, stage: Stage) -> None:
 def settings(run: Run) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     begun = {"moments": str(run.moments)} if run.moments else {}
+    begun |= {"teacher outputs": run.teacher.keeping.kind} if isinstance(run.teacher, Lessons) else {}
     return {"seed": run.seed, "stages": [dataclasses.asdict(stage) for stage in run.stages], **begun}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ class Shelf:
         checks = {key: checksum(row) for key, row in rows.items()}
         tensors = {f"{key}/{name}": value for key, row in rows.items() for name, value in row.items()}
         data = save(tensors, {"rows": json.dumps(checks)})
-        file = self.folder / f"{next(iter(rows))}.safetensors"
+        file = self.folder / f"{next(iter(rows))}-{secrets.token_hex(4)}.safetensors"  # two may keep the same row
         part = file.with_suffix(".part")
         try:
             with self.locked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,14 @@ class Keeping:
             raise RegraftError(f"teacher outputs are kept as '{self.kind}': give hidden, hidden:bfloat16 or topk:K")
         if self.size < 1:
             raise RegraftError(f"{self.size} bytes for teacher outputs: give a size such as 4GB")
+
+    @classmethod
+    def asked(cls, folder: str, size: str, kind: str) -> Keeping:
+        """From words, the size such as 500MB or 4GB. RegraftError when one of them is wrong."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", size.strip().upper())
+        if not found:
+            raise RegraftError(f"teacher outputs may take '{size}': give a size such as 500MB or 4GB")
+        return cls(Path(folder), int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")), kind)
 
     @property
     def count(self) -> int:

@@ -35,6 +35,9 @@ def train(
     keep_moments: bool = False,
     track: str | None = None,
     jump: float = 1.5,
+    teacher_cache: str | None = None,
+    teacher_cache_size: str = "4GB",
+    teacher_cache_kind: str = "hidden",
     stream: bool = False,
     scratch: str | None = None,
     calibration: int = 0,
@@ -73,6 +76,9 @@ def train(
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
         jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+        teacher_cache: folder that keeps what the teacher says about rows, for later passes and runs (distil, align)
+        teacher_cache_size: disk that the folder may take; what no longer fits is computed anew
+        teacher_cache_kind: hidden (exact), hidden:bfloat16 (half the size) or topk:K (the K likeliest tokens)
         scratch: with --stream, a folder for hidden states; one in /dev/shm keeps them in memory
         calibration: with --stream, tokens for a closed-form start of the mixers, 0 for none
         seed: of the data order
@@ -87,6 +93,7 @@ def train(
     from ..progress import Ticker
     from ..uptrain.lit import Lit
     from ..uptrain.stages import Stage
+    from ..uptrain.teaching import Keeping
     from ..watching import Watching
 
     tracking.chosen(track)
@@ -112,6 +119,10 @@ def train(
         )
     if stream and (heldout or moments or keep_moments):
         raise RegraftError(f"--stream {stage} holds no whole model: leave out --heldout, --moments and --keep-moments")
+    if stream and teacher_cache:
+        raise RegraftError(f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}")
+    if teacher_cache:
+        options["keeping"] = Keeping.asked(teacher_cache, teacher_cache_size, teacher_cache_kind)
     with Ticker() as ticker:
         if stream:
             place, watching = Path(scratch) if scratch else None, options["watching"]
@@ -128,6 +139,9 @@ def train(
             soft_wrap=True,
             highlight=False,
         )
+        if kept := result.get("teacher_cache"):
+            said = "teacher: {read:,} rows read, {computed:,} computed, {kept:,} kept, {refused:,} found no room"
+            console.print(said.format(**kept), highlight=False)
 
     return Outcome(result, show)
 
