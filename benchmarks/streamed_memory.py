@@ -24,7 +24,7 @@ from typing import Any
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
          "vocab_size": 8000}  # fmt: skip
 SHARD = 100_000_000
-ROWS, LENGTH, BATCH, TOKENS = 8, 128, 1, 512
+ROWS, LENGTH, BATCH, TOKENS = 4, 128, 1, 256
 BIG = {"layers": 96, "limit": 1_600_000_000}
 
 STREAM = """
