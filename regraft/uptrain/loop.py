@@ -44,8 +44,7 @@ class Run:
     of a stage, at its end and, unless `every` is 0, after every so many steps, with the layers that the stage runs;
     neither its time nor its FLOPs count. `moments`: Adam's state to begin with, a file as `regraft grow
     --optimizer-state` writes it; `keep_moments` leaves the last stage's as `out/optimizer.safetensors`. Order of rows,
-    masks and drops follow from seed, stage and step. `jump` says when a loss has gone astray; `track` gets every row
-    of metrics.jsonl once it is written.
+    masks and drops follow from seed, stage and step. `jump`: when a loss is astray; `track` gets all rows of metrics.
     """
 
     model: PreTrainedModel
