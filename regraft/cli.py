@@ -10,13 +10,16 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from . import verbs
 from .errors import RegraftError
+from .progress import speaks, started_by_torchrun
 
 VERBS: dict[str, Callable[..., verbs.Outcome]] = {
     "plan": verbs.plan,
@@ -31,6 +34,8 @@ VERBS: dict[str, Callable[..., verbs.Outcome]] = {
     "compare": verbs.compare,
     "demo": verbs.demo,
 }
+OTHERS_WAIT = 5.0  # seconds
+TOGETHER = ("train",)  # verbs that several processes do as one, under torchrun
 RESUMES = ("grow", "linearize", "train", "run", "compare", "demo")
 OPEN_ENDED = ("run", "compare", "demo")  # take `--key.sub VALUE` for any field of their recipe
 VALUED = ("--jobs", "--track", "--jump")  # flags of such a verb itself that have a value
@@ -43,6 +48,8 @@ FLAGS = {
     "bridge": "write the model as another class where its own cannot hold the sizes",
     "chat": "wrap the prompt in the model's chat template",
     "skip_bad": "leave out lines of text that cannot be read, and count them",
+    "checkpointing": "compute layers again in the backward pass instead of keeping their activations",
+    "hybrid": "under torchrun on several machines: shard inside a machine, the same model on each",
     "keep_moments": "leave Adam's state as OUT/optimizer.safetensors",
     "stream": "matrix and align layer by layer: two layers in memory, whatever the depth",
 }
@@ -187,9 +194,24 @@ def quiet() -> None:
 
 
 def fail(message: object) -> int:
-    """One line on standard error; 2."""
-    print("regraft: " + re.sub(r"\s*\n\s*", " ", str(message)).strip(), file=sys.stderr)
+    """One line on standard error; 2. What went wrong in all processes of a torchrun, the first one says for all."""
+    who = ""
+    if not speaks():
+        time.sleep(OTHERS_WAIT)  # torchrun ends this process meanwhile if the first one has failed too
+        who = f"process {os.environ['RANK']}: "
+    print(f"regraft: {who}" + re.sub(r"\s*\n\s*", " ", str(message)).strip(), file=sys.stderr)
     return 2
+
+
+def together(verb: str) -> AbstractContextManager[None]:
+    """Under torchrun, the processes of a verb that trains as one; RegraftError for another verb."""
+    if not started_by_torchrun():
+        return contextlib.nullcontext()
+    if verb not in TOGETHER:
+        raise RegraftError(f"'{verb}' runs in one process; without torchrun: regraft {verb} ..")
+    from . import ranks
+
+    return ranks.joined()
 
 
 def interrupted(verb: str) -> int:
@@ -212,9 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         as_json = options.pop("json", False)
         streams = verb == "generate" and not as_json
-        with contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr):
+        with together(verb), contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr):
             outcome = VERBS[verb](**options)
-        show(outcome, as_json)
+        if speaks():
+            show(outcome, as_json)
         return outcome.code
     except RegraftError as error:
         return fail(error)

@@ -8,10 +8,12 @@ checkpointing computes a second time is not counted, so that a number belongs to
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -84,7 +86,33 @@ def positions(model: Checkpoint | Config, length: int) -> int:
     return length
 
 
-def counter() -> FlopCounterMode:
+class Counter(FlopCounterMode):
+    """PyTorch's counter, known to `uncounted` while it is open."""
+
+    running: ClassVar[list[Counter]] = []
+
+    def __enter__(self) -> Counter:
+        self.running.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> Any:
+        self.running.remove(self)
+        return super().__exit__(*failure)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, open counters do not move: for work that belongs to the machine and not to the model."""
+    before = [(one, copy.deepcopy(one.flop_counts)) for one in Counter.running]
+    try:
+        yield
+    finally:
+        for one, counts in before:
+            one.flop_counts = counts
+
+
+def counter() -> Counter:
     """PyTorch's counter for real runs, counting as this module does.
 
     Its own table lacks the processor's attention and grouped products, and counts scores that a fused backward pass
@@ -95,7 +123,7 @@ def counter() -> FlopCounterMode:
     table: dict[Any, Any] = {getattr(aten, f"_scaled_dot_product_{name}_backward"): _passed_back for name in backward}
     table[aten._scaled_dot_product_flash_attention_for_cpu] = _attended
     table[aten._grouped_mm] = _grouped
-    return FlopCounterMode(display=False, custom_mapping=table)
+    return Counter(display=False, custom_mapping=table)
 
 
 def _config(model: Checkpoint | Config) -> Config:

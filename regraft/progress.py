@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import threading
 import time
@@ -13,6 +15,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 BEAT = 8.0  # seconds between lines when there is no terminal
 QUIET = 2.0  # nothing is said in the first seconds: wrong input then gives its one line and no other
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def speaks() -> bool:
+    """Whether this process speaks for all: the first of a torchrun, or the only one."""
+    return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
 def clock(seconds: float) -> str:
@@ -37,7 +49,7 @@ class Ticker:
         stream: TextIO | None = None,
         each_beat: Callable[[], None] = lambda: None,
     ):
-        self.stream = stream or sys.stderr
+        self.stream = stream or (sys.stderr if speaks() else io.StringIO())
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
         self.phase, self.note, self.fraction, self.phase_begin = "starting", "", None, time.monotonic()
         self.last, self.coming = self.begin - BEAT, None

@@ -33,8 +33,8 @@ def first() -> bool:
 
 
 def device() -> torch.device:
-    """Where this process computes under torchrun: its own accelerator, or the processor."""
-    if torch.cuda.is_available() and world() > 1:
+    """Where this process trains: its own accelerator, or the processor."""
+    if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import hosts, tracking
+from . import hosts, ranks, tracking
 from .checkpoint import Checkpoint
 from .corpus.building import Texts
 from .errors import RegraftError
 from .progress import Ticker
 from .settings import Text
-from .uptrain import loop
+from .uptrain import loop, sharding
 from .uptrain.calibrate import calibrate
 from .uptrain.data import read_images
 from .uptrain.objectives import Data
@@ -72,7 +72,7 @@ def calibrated(
     values = load_file(file)
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
-            parameter.copy_(values[name])
+            sharding.part(parameter).copy_(sharding.shard(values[name], parameter))
 
 
 def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -91,11 +91,26 @@ def save_trained(
 ) -> None:
     """Write the trained weights as the checkpoint they came from, into `out`, which may hold other files of the run.
 
-    Everything is written beside first; config.json moves last, so a directory that looks like a model is whole.
+    Everything is written beside first; config.json moves last, so a directory that looks like a model is whole. The
+    first process gathers the weights of all and writes.
     """
+    values = hosts.in_files(model, sharding.gathered(model)) if ranks.first() else sharding.gathered(model)
+    if ranks.first():
+        put(checkpoint, values, stages, ledger, out)
+    ranks.barrier()
+
+
+def put(
+    checkpoint: Checkpoint,
+    values: Mapping[str, torch.Tensor],
+    stages: Sequence[Stage],
+    ledger: dict[str, Any],
+    out: Path,
+) -> None:
+    """Values by their names in files, written as the checkpoint and moved into place."""
     step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
     folder = out / "work" / "trained"
-    checkpoint.replaced(hosts.in_files(model, model.state_dict()), step).save(folder, overwrite=True)
+    checkpoint.replaced(values, step).save(folder, overwrite=True)
     moved(folder, out)
 
 
@@ -104,6 +119,16 @@ def moved(folder: Path, out: Path) -> None:
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)
+
+
+def loaded(path: str, over: sharding.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
+    """The model at `path` where it is trained: whole, or this process's shards of it."""
+    if over is None:
+        return hosts.load(path).to(ranks.device())
+    checkpoint = Checkpoint.open(path)
+    if ranks.first():
+        checkpoint.verify()
+    return sharding.load(checkpoint, over, layerwise)
 
 
 def rows_of(
@@ -128,6 +153,7 @@ def train_once(
     watching: Watching = USUAL,
     cache: Path | None = None,
     keeping: Keeping | None = None,
+    hybrid: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """One stage on a saved model, written to `out`; called again with the same arguments it goes on where it was.
@@ -141,10 +167,7 @@ def train_once(
     if (target / "config.json").exists():
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
     names = {file.name for file in target.iterdir()} if target.exists() else set()
-    if not names <= {"metrics.jsonl", "run.new", TEXT, tracking.FILE, tracking.FOLDER, "wandb"} and not names & {
-        "run",
-        "run.old",
-    }:
+    if not names <= {"metrics.jsonl", TEXT, tracking.FILE, tracking.FOLDER, "wandb"} and "run" not in names:
         raise RegraftError(f"{out} exists and holds no run: choose another folder or delete it")
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
@@ -153,13 +176,14 @@ def train_once(
         raise RegraftError(
             f"{model} is a {family} model without mixers, which '{stage.kind}' is for: regraft linearize it first"
         )
-    student = hosts.load(model)
+    over = sharding.mesh(hybrid) if ranks.world() > 1 else None
+    student = loaded(model, over, stage.kind in LAYERWISE)
     tokenizer = None if stage.kind == "image" else hosts.load_tokenizer(model)
     if keeping and (not teacher or stage.kind not in ("align", "distil")):
         raise RegraftError(f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: leave out the cache")
     guide: Teacher | None = None
     if teacher:
-        guide = Lessons(teacher, keeping) if keeping else hosts.load(teacher)
+        guide = Lessons(teacher, keeping, lambda path: loaded(path, over)) if keeping else loaded(teacher, over)
     matched = teacher if stage.kind in LAYERWISE and not keeping else None
     slots = hosts.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
     ticker.start("reading data")
@@ -183,6 +207,7 @@ def train_once(
     if isinstance(rows, Texts):
         ledger["text"] = rows.facts()
     save_trained(checkpoint, student, [stage], ledger, target)
-    for folder in ("run", "work", TEXT):
-        shutil.rmtree(target / folder, ignore_errors=True)
+    if ranks.first():
+        for folder in ("run", "work", TEXT):
+            shutil.rmtree(target / folder, ignore_errors=True)
     return ledger | {"summary": summary(out), "out": out} | told

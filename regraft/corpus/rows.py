@@ -68,6 +68,10 @@ class Packed:
         """Where they are."""
         return self.input_ids.device
 
+    def to(self, device: torch.device) -> Packed:
+        """The same rows on a device."""
+        return replace(self, input_ids=self.input_ids.to(device), position_ids=self.position_ids.to(device))
+
     def segments(self) -> Tensor | None:
         """Document index of every token (rows, length), None when each row is one document."""
         restart = self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1

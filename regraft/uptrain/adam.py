@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import hosts
+from .. import hosts, ranks
 from ..errors import RegraftError
+from .sharding import complete, laid
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE = "optimizer.safetensors"
@@ -40,7 +41,7 @@ def begin(model: PreTrainedModel, optimizer: torch.optim.Optimizer, file: Path) 
                     f"'{file}' holds {shape} as {moment} of '{name}' {list(parameter.shape)}: give the state of "
                     "this model"
                 )
-        optimizer.state[parameter] = {moment: found[moment][name].clone() for moment in MOMENTS}
+        optimizer.state[parameter] = {moment: laid(found[moment][name].clone(), parameter) for moment in MOMENTS}
         optimizer.state[parameter]["step"] = steps.clone()
 
 
@@ -51,15 +52,20 @@ def by_parameter(model: PreTrainedModel, stored: dict[str, Tensor], moment: str)
 
 
 def keep(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write `folder/optimizer.safetensors`: the moments of all parameters that were trained; whole or not at all."""
+    """Write `folder/optimizer.safetensors`: the moments of all parameters that were trained; whole or not at all.
+
+    The first process writes what all hold.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
     table: dict[str, Tensor] = {}
     for moment in MOMENTS:
-        filed = hosts.in_files(model, {name: state[moment] for name, state in held.items()})
+        filed = hosts.in_files(model, {name: complete(state[moment]).cpu() for name, state in held.items()})
         table |= {f"{moment}/{name}": value.contiguous().clone() for name, value in filed.items()}
     steps = max((state["step"].reshape(()) for state in held.values()), default=torch.tensor(0.0))
     table |= {key.replace(MOMENTS[0], "step", 1): steps.clone() for key in table if key.startswith(f"{MOMENTS[0]}/")}
+    if not ranks.first():
+        return
     part = folder / f"{FILE}.part"
     try:
         save_file(table, part)

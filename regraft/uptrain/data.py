@@ -41,6 +41,10 @@ class Images:
         """Where they are."""
         return self.pixel_values.device
 
+    def to(self, device: torch.device) -> Images:
+        """The same images on a device."""
+        return Images(self.pixel_values.to(device), self.labels.to(device))
+
 
 def read_images(path: str | Path) -> Images:
     """Images of a .npz file: `pixel_values` (n, channels, height, width) of floats and `labels` (n,) of whole numbers.

@@ -85,13 +85,18 @@ def keep_probability(drop: float, layer: int, depth: int, step: int, steps: int)
 
 @contextmanager
 def running(
-    model: PreTrainedModel, stage: Stage, step: int, draws: torch.Generator, held: Tensor | None = None
+    model: PreTrainedModel,
+    stage: Stage,
+    step: int,
+    draws: torch.Generator,
+    held: Tensor | None = None,
+    piece: slice = slice(None),
 ) -> Iterator[str]:
     """Inside, only what a stage runs in a step is there; yields what its FLOPs depend on.
 
-    `held` (batch, time or less): tokens that are never left out. Layers that are left out pass on what they get. A
-    layer that stayed by chance has its change divided by that chance (the paper divides each branch's), unless norms
-    stand in the residual stream behind it. Everything is as it was afterwards.
+    `held` (batch, time or less): tokens that are never left out; `piece`: the rows of that batch that run. Layers that
+    are left out pass on what they get. A layer that stayed by chance has its change divided by that chance (the paper
+    divides each branch's), unless norms stand in the residual stream behind it. Everything is as it was afterwards.
     """
     if stage.window_drop:
         with alone(model, stage.window_drop, draws) as count:
@@ -108,7 +113,7 @@ def running(
     middle = [layer for layer in middle_of(run) if layer in kept] if stage.token_drop else []
     handles = [] if normed_behind(model) else [hooked(layers[i], chance) for i, chance in kept.items() if chance < 1]
     if middle:
-        aside = Aside(stage.token_drop, draws, held)
+        aside = Aside(stage.token_drop, draws, held, piece)
         handles += [layers[i].register_forward_pre_hook(aside.enter, with_kwargs=True) for i in middle]
         handles.append(layers[middle[-1]].register_forward_hook(aside.leave))
     away = {i: layers[i] for i in range(len(layers)) if i not in kept}
@@ -175,8 +180,8 @@ class Aside:
     last. Which ones is drawn at random, where the paper goes by the running loss of each word.
     """
 
-    def __init__(self, share: float, draws: torch.Generator, held: Tensor | None):
-        self.share, self.draws, self.held = share, draws, held
+    def __init__(self, share: float, draws: torch.Generator, held: Tensor | None, piece: slice = slice(None)):
+        self.share, self.draws, self.held, self.piece = share, draws, held, piece
         self.whole: Tensor | None = None
         self.index = torch.empty(0)
 
@@ -192,12 +197,13 @@ class Aside:
         return self.whole.to(output.dtype).scatter(1, self.index[..., None].expand_as(output), output)
 
     def staying(self, batch: int, time: int) -> Tensor:
-        """Positions that stay, in order, (batch, as many in every row)."""
+        """Positions that stay, in order, (batch, as many in every row); drawn for the whole of a split batch."""
         held = torch.zeros(batch, 0, dtype=torch.bool) if self.held is None else self.held.cpu()
         held = F.pad(held, (0, time - held.shape[1]))
+        piece = self.piece if self.held is not None else slice(None)
         away = min(round(self.share * time), time - int(held.sum(1).max()))
-        order = torch.rand(batch, time, generator=self.draws).masked_fill(held, 2.0).argsort(1)
-        return order[:, away:].sort(1).values
+        order = torch.rand(len(held), time, generator=self.draws).masked_fill(held, 2.0).argsort(1)
+        return order[piece, away:].sort(1).values
 
     def cut(self, value: Any) -> Any:
         """A tensor along the tokens, (batch or 1, time, ..) or an attention mask (.., time, time), shortened."""

@@ -17,6 +17,7 @@ from .calibrate import error, relative
 from .capture import LayerRecord, body, recording
 from .data import Packed
 from .teaching import Lessons, Teacher
+from .whole import inside
 
 Loss = Callable[[Mixer, LayerRecord, Tensor | None], Tensor]
 
@@ -27,15 +28,25 @@ def mixers(model: PreTrainedModel) -> dict[int, Mixer]:
 
 
 def align_step(
-    model: PreTrainedModel, teacher: Teacher, teacher_slots: list[nn.Module], rows: Packed, fast: bool
+    model: PreTrainedModel,
+    teacher: Teacher,
+    teacher_slots: list[nn.Module],
+    rows: Packed,
+    fast: bool,
+    weight: float = 1.0,
 ) -> float:
     """Each mixer's relative squared error against its layer's output, per row, on the teacher's inputs, backpropagated;
-    the mean over rows and converted layers."""
-    return step(model, teacher, teacher_slots, rows, fast, apart)
+    the mean over rows and converted layers, both times `weight`."""
+    return step(model, teacher, teacher_slots, rows, fast, apart, weight)
 
 
 def matrix_step(
-    model: PreTrainedModel, teacher: Teacher, teacher_slots: list[nn.Module], rows: Packed, fast: bool
+    model: PreTrainedModel,
+    teacher: Teacher,
+    teacher_slots: list[nn.Module],
+    rows: Packed,
+    fast: bool,
+    weight: float = 1.0,
 ) -> float:
     """||A - M||^2 / ||A||^2 of each row, A the softmax matrices of a layer and M the mixer's, both (heads, time, time),
     on the teacher's inputs (MOHAWK's first stage, arXiv 2408.10189, eq. 4); backpropagated, the mean over rows and
@@ -46,7 +57,7 @@ def matrix_step(
     if isinstance(teacher, Lessons):  # matrices are not kept: they are larger than what makes them
         teacher, teacher_slots = teacher.model, teacher.slots
     with showing_weights(teacher):
-        return step(model, teacher, teacher_slots, single(rows), fast, matrices_apart)
+        return step(model, teacher, teacher_slots, single(rows), fast, matrices_apart, weight)
 
 
 def apart(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
@@ -74,7 +85,13 @@ def single(rows: Packed) -> Packed:
 
 
 def step(
-    model: PreTrainedModel, teacher: Teacher, slots: list[nn.Module], rows: Packed, fast: bool, loss: Loss
+    model: PreTrainedModel,
+    teacher: Teacher,
+    slots: list[nn.Module],
+    rows: Packed,
+    fast: bool,
+    loss: Loss,
+    weight: float,
 ) -> float:
     """One forward of the teacher's body, or what is kept of it; a loss per converted layer, each backpropagated at
     once; their mean."""
@@ -83,7 +100,7 @@ def step(
 
     def learn(layer: int, record: LayerRecord) -> None:
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=fast):
-            value = loss(converted[layer], record, segments)
+            value = weight * loss(converted[layer], record, segments)
         value.backward()
         losses.append(float(value.detach()))
 
@@ -92,7 +109,7 @@ def step(
             learn(layer, record)
         return sum(losses) / len(losses)
     with recording(slots, list(converted), learn), torch.autocast(device, torch.bfloat16, enabled=fast):
-        body(teacher, rows.input_ids, rows.position_ids)
+        inside(teacher, lambda: body(teacher, rows.input_ids, rows.position_ids))
     return sum(losses) / len(losses)
 
 

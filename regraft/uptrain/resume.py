@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from .. import ranks
 from ..errors import RegraftError
 from .divergence import Place, Trend
 from .lit import Watch
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+RUN, KEPT = "run", 2
 
 
 @dataclass
@@ -77,70 +84,131 @@ class RunState:
         os.replace(temporary, path)
 
 
+def folder_of(state: RunState) -> str:
+    """Name of a state's checkpoint."""
+    return f"stage-{state.stage}-step-{state.step}"
+
+
+def checkpoints(out: Path) -> list[Place]:
+    """Whole checkpoints of a run, the newest last: (stage, steps of it that are done, folder)."""
+    found = [file.parent for file in (out / RUN).glob("stage-*-step-*/state.json")]
+    return sorted((int(name[1]), int(name[3]), folder) for folder in found if (name := folder.name.split("-")))
+
+
 def save_state(
     out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState, settings: dict[str, Any]
-) -> None:
-    """Write `out/run` anew beside the old one, then swap; a kill at any time leaves one of them whole."""
-    folder, temporary = out / "run", out / "run.new"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+) -> Path:
+    """Write a checkpoint of all processes (PyTorch DCP) and put it in place whole; the last two are kept.
+
+    RegraftError in every process when one cannot write; what was there before stays.
+    """
+    folder, temporary = out / RUN / folder_of(state), out / RUN / "new"
+    facts = {key: value for key, value in asdict(state).items() if key != "moments"}
+    facts |= {"changed": sorted(state.changed), "settings": settings}
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        (temporary / "state.json").write_text(json.dumps(facts))
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        for *_, old in checkpoints(out)[:-KEPT]:
+            shutil.rmtree(old)
+
+    tensors = stored(model, optimizer, state)
+    try:
+        alone(begin)
+        if tensors:
+            with unwarned():
+                dcp.save(tensors, checkpoint_id=temporary)
+        alone(finish)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if ranks.first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise RegraftError(
+            f"cannot write the checkpoint '{folder}' ({reason(error)}): free some space and run again"
+        ) from error
+    return folder
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Inside, DCP does not remark that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def alone(act: Callable[[], None]) -> None:
+    """Done by the first process while the others wait; its OSError is everybody's."""
+    failure = None
+    if ranks.first():
+        try:
+            act()
+        except OSError as error:
+            failure = error
+    if failure := ranks.told(failure):
+        raise failure
+
+
+def reason(error: BaseException) -> str:
+    """The first cause, in a line."""
+    first: Any = next(iter(error.failures.values()), error) if isinstance(error, CheckpointException) else error
+    return " ".join(str(first[0] if isinstance(first, tuple) else first).split())
+
+
+def stored(model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState) -> dict[str, Tensor]:
+    """What a checkpoint holds: parameters that any stage has trained, and the optimiser's moments."""
     named = dict(model.named_parameters())
-    tensors = {f"model/{name}": named[name].detach().contiguous() for name in sorted(state.changed)}
+    tensors = {f"model/{name}": named[name].detach() for name in sorted(state.changed)}
     names = {id(parameter): name for name, parameter in named.items()}
     for group in optimizer.param_groups if optimizer is not None else []:
         for parameter in group["params"]:
             moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
             tensors |= {f"{moment}/{names[id(parameter)]}": moments[moment] for moment in MOMENTS if moment in moments}
-    facts = {key: value for key, value in asdict(state).items() if key != "moments"}
-    facts |= {"changed": sorted(state.changed), "settings": settings}
-    try:
-        if tensors:
-            save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(facts))
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RegraftError(
-            f"cannot write the checkpoint '{folder}' ({error}): free some space and run again"
-        ) from error
-    old = out / "run.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def checkpoints(out: Path) -> list[Place]:
-    """What can be gone back to in `out`: (stage, steps of it that are done, folder)."""
-    folders = [folder for folder in (out / "run", out / "run.old") if (folder / "state.json").exists()]
-    facts = [json.loads((folder / "state.json").read_text()) for folder in folders]
-    return [(fact["stage"], fact["step"], folder) for fact, folder in zip(facts, folders, strict=True)]
+    return tensors
 
 
 def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunState:
-    """The state in `out/run` with the model's changed weights put back; a fresh state when there is none.
+    """The newest state in `out/run` with the model's changed weights put back; a fresh state when there is none.
 
     Raises RegraftError when the run there has other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    folder = next((f for f in (out / "run", out / "run.old") if (f / "state.json").exists()), None)
-    if folder is None:
+    newest = ranks.told(next((folder for *_, folder in reversed(checkpoints(out))), None))
+    if newest is None:
         return RunState()
-    facts = json.loads((folder / "state.json").read_text())
+    facts = json.loads((newest / "state.json").read_text())
     if facts.pop("settings") != json.loads(json.dumps(settings)):
-        raise RegraftError(f"'{out}' holds a run with other settings: give another output, or remove '{folder}'")
+        raise RegraftError(f"'{out}' holds a run with other settings: give another output, or remove '{out / RUN}'")
     facts["changed"], facts["watch"] = set(facts["changed"]), Watch(**facts["watch"])
     facts["trend"] = Trend(**facts.get("trend", {}))
     state = RunState(**facts)
-    file = folder / "state.safetensors"
-    tensors = load_file(file) if file.exists() else {}
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        known = [key for key in tensors if key.removeprefix("model/") in named]
-        for key in known:
-            named[key.removeprefix("model/")].copy_(tensors.pop(key))
-    state.moments = tensors
+    if (newest / ".metadata").exists():
+        state.moments = restored(newest, dict(model.named_parameters()))
     return state
+
+
+def restored(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Read a checkpoint: values of the model's parameters go into these, the rest is returned.
+
+    Each process reads what it holds, however many wrote it.
+    """
+    wanted: dict[str, Tensor] = {}
+    for key, facts in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+        kind, _, name = key.partition("/")
+        assert isinstance(facts, TensorStorageMetadata)
+        if kind == "model" and name in named:
+            wanted[key] = named[name].detach()
+        elif name in named and facts.size == named[name].shape:
+            wanted[key] = torch.zeros_like(named[name], requires_grad=False)
+        else:
+            wanted[key] = torch.zeros(facts.size, dtype=facts.properties.dtype)
+    with unwarned():
+        dcp.load(wanted, checkpoint_id=folder)
+    return {key: value for key, value in wanted.items() if key.removeprefix("model/") not in named}

@@ -20,8 +20,9 @@ from .data import Packed
 from .kl import head_kl
 from .lit import Lit
 from .lowrank import PLACE
-from .objectives import IGNORED, Kind, last_hidden, targets
+from .objectives import IGNORED, Kind, last_hidden
 from .teaching import Lessons, Teacher
+from .whole import inside
 
 LAYERWISE = ("matrix", "align")  # each mixer is matched to its teacher's layer on its own
 
@@ -210,14 +211,28 @@ def origins_in(mixer: nn.Module, spec: dict[str, Any], attention: Attention) -> 
     return {id(mixer.get_parameter(name)): ("mixer" if w.source else "new", w.decay) for name, w in table}
 
 
-def distil_step(model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool, ce: float = 0.0) -> float:
+def distil_step(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    rows: Packed,
+    fast: bool,
+    ce: float = 0.0,
+    labels: Tensor | None = None,
+    shares: tuple[float, float] = (1.0, 1.0),
+) -> float:
     """(1 - ce) KL(teacher || student) per token over the whole vocabulary, or over what a teacher behind a cache keeps,
-    + ce x next-token cross-entropy; the sum is backpropagated and returned."""
-    loss, student, head = gap(model, teacher, rows, fast)
-    if ce:
-        labels = targets(model, "next", rows)[1]
-        told = F.cross_entropy(head(student[:, :-1]).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        loss = (1 - ce) * loss + ce * told
+    + ce x next-token cross-entropy; the sum is backpropagated and returned. `labels`: of next tokens, for ce; `shares`:
+    weights of the two parts."""
+
+    def weighted() -> Tensor:
+        loss, student, head = gap(model, teacher, rows, fast)
+        loss = (1 - ce) * shares[0] * loss
+        if ce and labels is not None:
+            scores = head(student[:, :-1]).flatten(0, 1)
+            loss = loss + ce * shares[1] * F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED)
+        return loss
+
+    loss = inside(model, weighted)
     loss.backward()
     return float(loss.detach())
 
@@ -228,7 +243,7 @@ def gap(model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool) -> t
         student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
         return teacher.gap(student, head, rows, fast), student, head
     with torch.no_grad():
-        target = last_hidden(teacher, rows, fast)
+        target = inside(teacher, lambda: last_hidden(teacher, rows, fast))
     student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
     return head_kl(student, head, target, teacher.get_output_embeddings(), fast), student, head
 

@@ -21,6 +21,7 @@ from .data import Packed
 from .kl import head_kl, top, top_kl
 from .objectives import last_hidden
 from .shelf import Row, Shelf
+from .whole import inside
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -122,7 +123,7 @@ class Lessons:
     def said(self, rows: Packed, fast: bool) -> Row:
         """The teacher's outputs on some rows, as they are kept."""
         with torch.no_grad():
-            hidden = last_hidden(self.model, rows, fast)
+            hidden = inside(self.model, lambda: last_hidden(self.model, rows, fast))
             if not self.keeping.count:
                 return {"hidden": hidden.to(self.keeping.dtype)}
             names, logs = top(hidden.flatten(0, 1), self.model.get_output_embeddings(), self.keeping.count)
@@ -158,7 +159,7 @@ class Lessons:
             recording(self.slots, list(layers), keep),
             torch.autocast(rows.device.type, torch.bfloat16, enabled=fast),
         ):
-            body(self.model, rows.input_ids, rows.position_ids)
+            inside(self.model, lambda: body(self.model, rows.input_ids, rows.position_ids))
         return kept
 
     def rows(self, rows: Packed, fast: bool, kind: str, say: Callable[[Packed, bool], Row]) -> list[Row]:

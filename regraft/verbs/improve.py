@@ -20,6 +20,10 @@ def train(
     teacher: str | None = None,
     length: int = 1024,
     batch: int = 1,
+    micro: int = 0,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    checkpointing: bool = False,
+    hybrid: bool = False,
     lr_new: float | None = None,
     lr_mixer: float | None = None,
     lr_body: float | None = None,
@@ -33,6 +37,7 @@ def train(
     every: int = 0,
     moments: str | None = None,
     keep_moments: bool = False,
+    save_seconds: float = 60.0,
     track: str | None = None,
     jump: float = 1.5,
     teacher_cache: str | None = None,
@@ -49,7 +54,7 @@ def train(
     cache: str | None = None,
     json: bool = False,
 ) -> Outcome:
-    """Train a linearized or a stock model; the same command resumes when OUT holds a run.
+    """Train a linearized or a stock model, under torchrun on all its processes; the same command resumes.
 
     Args:
         model: model directory
@@ -61,7 +66,9 @@ def train(
             (next token), mask (masked tokens of an encoder) or image (the class of an image)
         teacher: the source, needed by align and distil
         length: tokens per row
-        batch: rows per step
+        batch: rows per step, of all processes together
+        micro: rows that go through the model at a time, 0 for all of a process; gradients add up, results do not change
+        precision: of matrix products: float32, bfloat16, or auto (bfloat16 where this machine multiplies it faster)
         lr_new: learning rate of weights that the source does not have
         lr_mixer: learning rate of inherited weights inside mixers
         lr_body: learning rate of all other weights, 0 to freeze them; 3e-5, or 3e-4 for a model without mixers
@@ -74,6 +81,7 @@ def train(
         heldout: text or images to measure loss and accuracy on, before, after and every N steps
         every: this N, 0 for before and after alone
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
+        save_seconds: time between checkpoints; the last two are kept until the model is written
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
         jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
         teacher_cache: folder that keeps what the teacher says about rows, for later passes and runs (distil, align)
@@ -107,18 +115,23 @@ def train(
     rates: dict[str, Any] = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
     rates = {key: rate for key, rate in rates.items() if rate is not None}
     rates |= {"mask_share": mask_share, "layers": layers, "layer_drop": layer_drop, "token_drop": token_drop}
-    rates |= {"learn": learn, "lit": settings.build(lit or {}, "--lit", Lit)}
+    rates |= {"precision": precision, "learn": learn, "lit": settings.build(lit or {}, "--lit", Lit)}
     asked = Stage(stage, tokens, length, batch, **rates)
     begun = Path(moments) if moments else None
     text = settings.Text(data, field=field, long=long, skip_bad=skip_bad, read=read)
     options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
-    options["watching"], kept = Watching(track, jump), Path(cache) if cache else None
+    options |= {"save_seconds": save_seconds, "watching": Watching(track, jump)}
+    kept = Path(cache) if cache else None
+    options |= {"micro": micro, "checkpointing": checkpointing, "hybrid": hybrid}
     if not stream and (scratch or calibration):
         raise RegraftError(
             f"--scratch {scratch} and --calibration {calibration} are for --stream: add it, or omit them"
         )
-    if stream and (heldout or moments or keep_moments):
-        raise RegraftError(f"--stream {stage} holds no whole model: leave out --heldout, --moments and --keep-moments")
+    if stream and (heldout or moments or keep_moments or micro or checkpointing or hybrid):
+        raise RegraftError(
+            f"--stream {stage} holds no whole model: leave out --heldout, --moments, --keep-moments, --micro, "
+            "--checkpointing and --hybrid"
+        )
     if stream and teacher_cache:
         raise RegraftError(f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}")
     if teacher_cache:

@@ -1,0 +1,33 @@
+"""Gradient checkpointing (Chen et al., arXiv 1604.06174): layers are computed again in the backward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import RegraftError
+from ..flops import uncounted
+from .layers import stack
+
+
+def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a layer's forward and around its repetition, whose FLOPs do not count."""
+    return nullcontext(), uncounted()
+
+
+def recomputing(model: PreTrainedModel, wanted: bool) -> None:
+    """Keep only the layers' inputs for the backward pass, or all activations again; results are the same.
+
+    RegraftError when the layers cannot do that.
+    """
+    for layer in stack(model):
+        if not isinstance(layer, GradientCheckpointingLayer):
+            if wanted:
+                raise RegraftError(f"a {type(layer).__name__} cannot be computed again: train without checkpointing")
+            continue
+        layer.gradient_checkpointing = layer.training = wanted  # its parts stay in eval mode: no dropout
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)

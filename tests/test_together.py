@@ -1,0 +1,157 @@
+"""Several processes train what one does: losses, weights, FLOPs; checkpoints go on in any number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import speaking
+import torch
+from safetensors.torch import load_file
+from together import STAGES, trained
+
+from regraft.checkpoint import Checkpoint
+from regraft.steps.remix import Remix
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    speaking.save(folder / "source")
+    source = Checkpoint.open(folder / "source")
+    for name, window in {"linear": 8, "bare": 0}.items():
+        Remix("lightning", keep="0", window=window, sinks=2)(source).save(folder / name)
+    speaking.write_text(folder / "text.txt")
+    return folder
+
+
+def torchrun(count: int, *words: object) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [*launcher, *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+
+
+def launched(count: int, *words: object) -> None:
+    done = subprocess.run(torchrun(count, *words), env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in rows(out) if "loss" in row]
+
+
+def same(one: Path, other: Path, tolerance: float) -> None:
+    """Both runs trained the same model: losses, evaluations, FLOPs, files and weights."""
+    first, second = rows(one), rows(other)
+    spent = [[row["flops"] for row in table] for table in (first, second)]
+    assert spent[0] == pytest.approx(spent[1], rel=0.01)  # counted on the first rows, which may hold fewer documents
+    assert [row.get("unfrozen") for row in first] == [row.get("unfrozen") for row in second]
+    for key in ("loss", "eval_loss", "eval_kl"):
+        mine, theirs = ([row[key] for row in table if key in row] for table in (first, second))
+        assert mine == pytest.approx(theirs, rel=tolerance), key
+    kept = {file.name for file in one.iterdir()} - {"run"}
+    assert kept == {file.name for file in other.iterdir()} - {"run"}
+    assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize(("count", "names"), [(2, [*STAGES]), (4, ["next", "distil", "align"])])
+def test_processes_train_as_one(count: int, names: list[str], models: Path, tmp_path: Path) -> None:
+    launched(count, HERE / "together.py", models, tmp_path / "many", *names)
+    for name in names:
+        trained(name, models, tmp_path / "one" / name)
+        assert len(losses(tmp_path / "one" / name)) == 50
+        same(tmp_path / "one" / name, tmp_path / "many" / name, 1e-5)
+
+
+def test_two_machines_with_a_model_each_train_as_one(models: Path, tmp_path: Path) -> None:
+    place = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-id", tmp_path.name]
+    port = 20000 + os.getpid() % 20000
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *place, "--rdzv-endpoint", f"localhost:{port}",
+             str(HERE / "together.py"), str(models), str(tmp_path / "many"), "hybrid", "distil"],
+            env=environment(), stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    told = [agent.communicate(timeout=600)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    trained("distil", models, tmp_path / "one")
+    same(tmp_path / "one", tmp_path / "many" / "distil", 1e-5)
+
+
+class TestCommand:
+    """`torchrun .. -m regraft train`: stopped, killed, and gone on with in any number of processes."""
+
+    @staticmethod
+    def words(models: Path, out: Path, **flags: object) -> list[object]:
+        flags = {"tokens": 12 * 32 * 120, "batch": 12, "length": 32, "stage": "distil", "precision": "float32"} | flags
+        flags |= {"data": models / "text.txt", "teacher": models / "source", "save-seconds": 0}
+        flat = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+        return ["-m", "regraft", "train", models / "linear", out, *flat]
+
+    def until(self, count: int, out: Path, number: signal.Signals, steps: int, words: list[object]) -> None:
+        """Start, send a signal to the processes once so many steps are done, wait."""
+        command = torchrun(count, *words) if count > 1 else [sys.executable, *map(str, words)]
+        begun = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < steps:
+            assert begun.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        if number == signal.SIGKILL:
+            os.killpg(begun.pid, number)
+        else:
+            begun.send_signal(number)
+        assert begun.wait(timeout=120) != 0
+
+    def test_a_run_goes_on_in_another_number_of_processes(self, models: Path, tmp_path: Path) -> None:
+        words = self.words(models, tmp_path / "many")
+        self.until(2, tmp_path / "many", signal.SIGKILL, 20, words)
+        self.until(1, tmp_path / "many", signal.SIGTERM, 50, words)
+        kept = max(tmp_path.glob("many/run/stage-0-step-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        assert len(losses(tmp_path / "many")) == int(kept.name.rpartition("-")[2])  # SIGTERM loses no step
+        launched(3, *words)
+        subprocess.run([sys.executable, *map(str, self.words(models, tmp_path / "one"))], env=environment(), check=True)
+        same(tmp_path / "one", tmp_path / "many", 1e-4)
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    def test_as_many_processes_go_on_bit_for_bit(self, number: signal.Signals, models: Path, tmp_path: Path) -> None:
+        words = self.words(models, tmp_path / "stopped")
+        self.until(2, tmp_path / "stopped", number, 30, words)
+        launched(2, *words)
+        launched(2, *self.words(models, tmp_path / "whole"))
+        assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+        names = [tmp_path / kind / "model.safetensors" for kind in ("stopped", "whole")]
+        assert names[0].read_bytes() == names[1].read_bytes()
+
+    def test_wrong_use_is_told_once_and_plainly(self, models: Path, tmp_path: Path) -> None:
+        def refused(*words: object) -> str:
+            done = subprocess.run(torchrun(2, *words), env=environment(), capture_output=True, text=True, timeout=300)
+            assert done.returncode != 0
+            told = [line for line in done.stderr.splitlines() if line.startswith("regraft: ")]
+            assert len(told) == 1, done.stderr
+            return told[0]
+
+        assert "a batch of 3 does not split over 2 processes" in refused(*self.words(models, tmp_path / "a", batch=3))
+        assert "'plan' runs in one process" in refused("-m", "regraft", "plan", models / "source")

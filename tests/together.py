@@ -1,0 +1,50 @@
+"""Run under torchrun: trains what is asked for, as one process or as many, into a folder of its own each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft import hosts, ranks, training
+from regraft.checkpoint import Checkpoint
+from regraft.uptrain import loop, sharding
+from regraft.uptrain.data import pack, read_documents
+from regraft.uptrain.stages import LAYERWISE, Stage
+
+STEPS, LENGTH, BATCH = 50, 32, 12
+SIZE: dict[str, Any] = {"length": LENGTH, "batch": BATCH, "precision": "float32"}
+TOKENS = STEPS * LENGTH * BATCH
+STAGES = {
+    "next": Stage("next", TOKENS, lr_body=1e-4, **SIZE),
+    "distil": Stage("distil", TOKENS, lr_new=1e-4, lr_mixer=1e-4, ce=0.2, window_drop=0.3, **SIZE),
+    "align": Stage("align", TOKENS, lr_new=1e-4, lr_mixer=1e-4, **SIZE),
+    "matrix": Stage("matrix", TOKENS, lr_new=1e-4, lr_mixer=1e-4, **SIZE),
+    "lit": Stage("next", TOKENS, lr_new=1e-4, learn="lit", **SIZE),
+}
+
+
+def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options: Any) -> dict[str, Any]:
+    """One stage on the models in a folder; the ledger."""
+    stage, over = STAGES[name], sharding.mesh(hybrid) if ranks.world() > 1 else None
+    kinds = ("bare" if name == "matrix" else "linear", "source")
+    student, teacher = (Checkpoint.open(models / kind) for kind in kinds)
+    model, guide = sharding.load(student, over, stage.kind in LAYERWISE), sharding.load(teacher, over)
+    rows = pack(read_documents(models / "text.txt"), hosts.load_tokenizer(models / "source"), LENGTH)
+    slots = hosts.slots(guide, teacher)
+    run = loop.Run(model, [stage], lambda length: rows, out, guide, slots, heldout=rows[:4], **options)
+    ledger = loop.train(run)
+    training.save_trained(student, model, [stage], ledger, out)
+    return ledger
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, target, *names = sys.argv[1:]
+    hybrid = "hybrid" in names
+    with ranks.joined():
+        for kind in names:
+            if kind != "hybrid":
+                trained(kind, Path(folder), Path(target) / kind, hybrid=hybrid, micro=1 if kind == "next" else 0)
