@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from together import STAGES, trained
 
 from regraft.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
+from regraft.uptrain.resume import claimed
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -106,7 +108,7 @@ class TestCommand:
 
     @staticmethod
     def words(models: Path, out: Path, **flags: object) -> list[object]:
-        flags = {"tokens": 12 * 32 * 120, "batch": 12, "length": 32, "stage": "distil", "precision": "float32"} | flags
+        flags = {"tokens": 12 * 32 * 60, "batch": 12, "length": 32, "stage": "distil", "precision": "float32"} | flags
         flags |= {"data": models / "text.txt", "teacher": models / "source", "save-seconds": 0}
         flat = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         return ["-m", "regraft", "train", models / "linear", out, *flat]
@@ -119,16 +121,19 @@ class TestCommand:
         while not (out / "metrics.jsonl").exists() or len(losses(out)) < steps:
             assert begun.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        if number == signal.SIGKILL:
-            os.killpg(begun.pid, number)
+        if number == signal.SIGKILL:  # the launcher and the processes it started, which are in sessions of their own
+            for place in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    if str(out).encode() in place.read_bytes():
+                        os.kill(int(place.parent.name), number)
         else:
             begun.send_signal(number)
         assert begun.wait(timeout=120) != 0
 
     def test_a_run_goes_on_in_another_number_of_processes(self, models: Path, tmp_path: Path) -> None:
         words = self.words(models, tmp_path / "many")
-        self.until(2, tmp_path / "many", signal.SIGKILL, 20, words)
-        self.until(1, tmp_path / "many", signal.SIGTERM, 50, words)
+        self.until(2, tmp_path / "many", signal.SIGKILL, 10, words)
+        self.until(1, tmp_path / "many", signal.SIGTERM, 30, words)
         kept = max(tmp_path.glob("many/run/stage-0-step-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
         assert len(losses(tmp_path / "many")) == int(kept.name.rpartition("-")[2])  # SIGTERM loses no step
         launched(3, *words)
@@ -138,12 +143,18 @@ class TestCommand:
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
     def test_as_many_processes_go_on_bit_for_bit(self, number: signal.Signals, models: Path, tmp_path: Path) -> None:
         words = self.words(models, tmp_path / "stopped")
-        self.until(2, tmp_path / "stopped", number, 30, words)
+        self.until(2, tmp_path / "stopped", number, 20, words)
         launched(2, *words)
         launched(2, *self.words(models, tmp_path / "whole"))
         assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
         names = [tmp_path / kind / "model.safetensors" for kind in ("stopped", "whole")]
         assert names[0].read_bytes() == names[1].read_bytes()
+
+    def test_two_runs_do_not_write_in_one_folder(self, models: Path, tmp_path: Path) -> None:
+        with claimed(tmp_path / "a"):
+            words = [*map(str, self.words(models, tmp_path / "a"))]
+            done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2 and "another run is going on" in done.stderr
 
     def test_wrong_use_is_told_once_and_plainly(self, models: Path, tmp_path: Path) -> None:
         def refused(*words: object) -> str:

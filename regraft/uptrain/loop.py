@@ -20,7 +20,7 @@ from .layers import frozen, running
 from .lowrank import attach, detach
 from .objectives import measured, suited
 from .recomputing import recomputing
-from .resume import RunState, checkpoints, load_state, save_state
+from .resume import RunState, checkpoints, claimed, load_state, save_state
 from .run import Progress, Run, possible, settings
 from .sharding import complete
 from .signals import Stopping
@@ -61,10 +61,10 @@ def train(run: Run) -> dict[str, Any]:
     for stage in run.stages:
         possible(run, stage)
     recomputing(run.model, run.checkpointing)
-    state = load_state(run.out, run.model, settings(run))
-    if ranks.first():
-        state.trim_metrics(run.out / "metrics.jsonl")
-    with Stopping() as stopping:
+    with Stopping() as stopping, claimed(run.out):
+        state = load_state(run.out, run.model, settings(run))
+        if ranks.first():
+            state.trim_metrics(run.out / "metrics.jsonl")
         for index in range(state.stage, len(run.stages)):
             train_stage(run, state, index, stopping)
     return {"stages": state.ledger, **totals(state.ledger)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -134,6 +135,25 @@ def save_state(
             f"cannot write the checkpoint '{folder}' ({reason(error)}): free some space and run again"
         ) from error
     return folder
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Only this run writes in `out`; RegraftError while another one does. The system lets go when a process dies."""
+    lock = FileLock(out / RUN / "lock")
+
+    def take() -> None:
+        (out / RUN).mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+
+    try:
+        alone(take)
+    except Timeout as error:
+        raise RegraftError(f"another run is going on in '{out}': wait for it, or stop all of its processes") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def one_step(
         share = ranks.world() * len(mine) / len(rows)
         weight = Weight(share, share if wanted is None else ranks.world() * int((wanted != IGNORED).sum()) / told)
         with running(run.model, stage, step, generator(run.seed, index, step, 1), held, piece) as cost:
-            cost = f"{cost}{taught(run.model, run.teacher, stage.kind, mine, fast)}"
+            cost = f"{len(mine)} rows, {cost}{taught(run.model, run.teacher, stage.kind, mine, fast)}"
             if cost in costs:
                 total += backpropagated(run, stage, mine, wanted, fast, weight)
             else:
