@@ -102,7 +102,7 @@ def test_the_package_stays_small():
     # liveness (a trial of a few training steps, what it shows) 300, training of stock models 490,
     # FLOPs from the anatomy 150, learned growth 560, comparisons of growth with scratch 890,
     # alignment layer by layer 490, text as a stream with its cache 560, teachers behind a cache 300.
-    assert sum(code_lines(file) for file in FILES) <= 15000
+    assert sum(code_lines(file) for file in FILES) <= 16500
     assert statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 130
 
 

@@ -90,7 +90,7 @@ def test_later_passes_run_no_teacher_and_cost_less(source, tmp_path) -> None:
     _, plain = trained(source, hosts.load(source.origin), stage, tmp_path / "plain")
     assert lessons.computed == 8 and lessons.read == 16
     model = hosts.load(source.origin)
-    with loop.counted() as counter, torch.no_grad():
+    with step.counted() as counter, torch.no_grad():
         body(model, rows().input_ids, rows().position_ids)
     assert plain["flops"] - ledger["flops"] == pytest.approx(2 * counter.get_total_flops(), rel=1e-3)
 
