@@ -19,7 +19,7 @@ from regraft import hosts
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
-from regraft.uptrain import loop, shelf, teaching
+from regraft.uptrain import loop, shelf, step, teaching
 from regraft.uptrain.capture import body
 from regraft.uptrain.data import Packed
 from regraft.uptrain.kl import head_kl, top, top_kl
