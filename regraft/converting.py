@@ -109,7 +109,7 @@ def carry_out(
     if source.path.resolve().is_relative_to(out.resolve()):
         raise RegraftError(f"'{out}' holds the source, which is read while the result is made: choose another output")
     claim(out, facts, overwrite)
-    rows = text_rows(source, data, ticker, max((stage.tokens for stage in stages), default=0), cache or work / "text")
+    rows = text_rows(source, data, ticker, max((stage.tokens for stage in stages), default=0), work / "text", cache)
     linear = work / "linearized"
     if not (linear / "config.json").exists():
         converted(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
@@ -125,9 +125,16 @@ def carry_out(
     return remix, ledger
 
 
-def text_rows(source: Checkpoint, data: Text, ticker: Ticker, need: int = 0, cache: Path | None = None) -> Texts:
+def text_rows(
+    source: Checkpoint,
+    data: Text,
+    ticker: Ticker,
+    need: int = 0,
+    own: Path | None = None,
+    cache: Path | None = None,
+) -> Texts:
     """Rows of a text by length, in the source's tokens."""
-    return training_rows([data], hosts.load_tokenizer(source.path), need, cache, ticker.update)
+    return training_rows([data], hosts.load_tokenizer(source.path), need, own, cache, ticker.update)
 
 
 def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:

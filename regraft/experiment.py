@@ -82,7 +82,9 @@ class Experiment:
     def rows(self) -> Texts:
         """Training text, read when it is asked for."""
         need = max((stage.tokens for stage in self.recipe.stages), default=0)
-        return training_rows(self.recipe.train, self.tokenizer, need, self.work / "text", self.journal.ticker.update)
+        return training_rows(
+            self.recipe.train, self.tokenizer, need, self.work / "text", tell=self.journal.ticker.update
+        )
 
     @cached_property
     def teacher(self) -> nn.Module:

@@ -35,15 +35,16 @@ def training_rows(
     texts: Sequence[Text],
     tokenizer: Any,
     need: int = 0,
+    own: Path | None = None,
     cache: Path | None = None,
     tell: Callable[[float, str], None] = lambda share, words: None,
 ) -> Texts:
     """Rows by length, each text in its share: the largest set of rows, none repeated, in which the shares hold.
 
-    `need`: tokens of the largest stage; `cache`: where the tokens are kept, None for as long as this process lasts.
+    `need`: tokens of the largest stage; `own`: the run's folder for text; `cache`: one that keeps tokens longer.
     RegraftError when there is no text or a share is not positive.
     """
-    return Texts(texts, tokenizer, need, cache, tell)
+    return Texts(texts, tokenizer, need, own, cache, tell)
 
 
 def calibrated(
@@ -132,13 +133,19 @@ def loaded(path: str, over: sharding.DeviceMesh | None, layerwise: bool = False)
 
 
 def rows_of(
-    data: Text, stage: Stage, tokenizer: Any, cache: Path | None = None, ticker: Ticker | None = None
+    data: Text,
+    stage: Stage,
+    tokenizer: Any,
+    own: Path | None = None,
+    cache: Path | None = None,
+    ticker: Ticker | None = None,
 ) -> Callable[[int], Data]:
     """Rows by length for a stage: text, or the images of a .npz file."""
     if stage.kind == "image":
         images = read_images(data.path)
         return lambda length: images
-    return training_rows([data], tokenizer, stage.tokens, cache, ticker.update if ticker else lambda share, words: None)
+    tell = ticker.update if ticker else lambda share, words: None
+    return training_rows([data], tokenizer, stage.tokens, own, cache, tell)
 
 
 def train_once(
@@ -187,10 +194,11 @@ def train_once(
     matched = teacher if stage.kind in LAYERWISE and not keeping else None
     slots = hosts.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
     ticker.start("reading data")
-    kept = cache or target / TEXT
-    rows = rows_of(data, stage, tokenizer, kept, ticker)
-    whole = dataclasses.replace(data, path=heldout or "", read=0)
-    held = rows_of(whole, stage, tokenizer, kept, ticker)(stage.length)[:] if heldout else None
+    rows = rows_of(data, stage, tokenizer, target / TEXT, cache, ticker)
+    held = None
+    if heldout:
+        whole = dataclasses.replace(data, path=heldout, read=0)
+        held = rows_of(whole, stage, tokenizer, target / TEXT / "heldout", cache, ticker)(stage.length)[:]
     rows(stage.length)
     ticker.start(stage.kind)
 

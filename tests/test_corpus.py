@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import lzma
@@ -529,3 +530,20 @@ def test_two_processes_take_different_files(tmp_path):
     assert done.stdout.count("took") == len(took) == 6 and set(took.values()) == {"0", "1"}
     Texts([Text(names["data"])], TOKENIZER, cache=tmp_path / "one")(50)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("long", ["carry", "cut"])
+def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
+    """Also when other runs have filled the cache further, and when some of the text that it does not read is new."""
+    for number in range(9):
+        (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
+    text, own, kept = Text(str(tmp_path / "*.jsonl"), long=long, read=6400), tmp_path / "own", tmp_path / "cache"
+    first = Texts([text], TOKENIZER, own=own, cache=kept)(32)[:]
+    Texts([Text(text.path)], TOKENIZER, cache=kept)(32)
+    (tmp_path / "8.jsonl").write_bytes(jsonl(["other"]))
+    assert torch.equal(Texts([text], TOKENIZER, own=own, cache=kept)(32)[:].input_ids, first.input_ids)
+    with pytest.raises(RegraftError, match="not the one that this run began with"):
+        Texts([dataclasses.replace(text, read=3200)], TOKENIZER, own=own, cache=kept)(32)
+    (tmp_path / "0.jsonl").write_bytes(jsonl(documents(40, 99)))
+    with pytest.raises(RegraftError, match=r"'0.jsonl, [\d,]+ bytes' then, '0.jsonl, [\d,]+ bytes' now"):
+        Texts([text], TOKENIZER, own=own, cache=kept)(32)

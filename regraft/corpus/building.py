@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import sys
 import tempfile
@@ -156,10 +158,11 @@ class Corpus:
 
 
 class Texts:
-    """Rows by length of several texts in their shares; tokenised once, below `cache`.
+    """Rows by length of several texts in their shares; tokenised once.
 
-    `need`: tokens of the largest stage. RegraftError when there is no text, a share is not positive, or a file cannot
-    be read.
+    `need`: tokens of the largest stage. `own`: the run's folder for text, which pins the rows: a run that goes on has
+    the rows it began with. Tokens are kept there, or in `cache`, or without both as long as this object. RegraftError
+    when there is no text, a share is not positive, a file cannot be read, or the text is not the one that was pinned.
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class Texts:
         texts: Sequence[Text],
         tokenizer: Any,
         need: int = 0,
+        own: Path | None = None,
         cache: Path | None = None,
         tell: Tell = lambda share, words: None,
     ):
@@ -174,8 +178,8 @@ class Texts:
             raise RegraftError(f"no training text with a positive share in {[asdict(text) for text in texts]}")
         if wrong := [text for text in texts if text.read is not None and text.read < 0]:
             raise RegraftError(f"read is {wrong[0].read} tokens of '{wrong[0].path}': give 0 for all or more")
-        self.texts, self.need = texts, need
-        self.corpora = [Corpus(text, tokenizer, cache, tell) for text in texts]
+        self.texts, self.need, self.own = texts, need, own
+        self.corpora = [Corpus(text, tokenizer, cache or own, tell) for text in texts]
         self.tables: dict[int, Stored | Mixed] = {}
 
     def __call__(self, length: int) -> Stored | Mixed:
@@ -185,7 +189,28 @@ class Texts:
             parts = [int(self.need * share / sum(shares)) for share in shares]
             made = [corpus.rows(length, part) for corpus, part in zip(self.corpora, parts, strict=True)]
             self.tables[length] = shared(made, shares)
+            if self.own is not None:
+                self.pinned(self.own / f"rows-{length}.json")
         return self.tables[length]
+
+    def pinned(self, file: Path) -> None:
+        """Note which rows these are; RegraftError when other ones were noted."""
+        tables = [corpus.table for corpus in self.corpora if corpus.table is not None]
+        files = [f"{part.file.name}, {part.size:,} bytes" for table in tables for part in table.touched]
+        options = [[text.share, text.field, text.long] for text in self.texts]
+        now = {"files": files, "options": options, "rows": [len(table) for table in tables]}
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+            part.write_text(json.dumps(now), encoding="utf-8")
+            part.replace(file)
+            return
+        if before != now:
+            pairs = zip(before["files"], files, strict=False)
+            what = next((f"'{old}' then, '{new}' now" for old, new in pairs if old != new), f"{before} then, {now} now")
+            raise RegraftError(f"the text is not the one that this run began with ({what}): give that, or begin anew")
 
     def facts(self) -> list[dict[str, Any]]:
         """What every text had, what was read and used of it; see `Corpus.facts`."""

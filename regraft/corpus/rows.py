@@ -110,6 +110,13 @@ class Stored:
         """Tokens that were cut off documents before the last row's end."""
         return 0 if self.begins is None else int(self.begins[self.count]) - self.tokens
 
+    @property
+    def touched(self) -> list[Part]:
+        """The parts that the rows are of: these do not depend on how far the caches are filled."""
+        last = self.count - 1
+        end = self.length + (last * self.length if self.begins is None else int(self.begins[last]))
+        return [part for part, begin in zip(self.parts, self.bounds, strict=False) if begin < end]
+
     def __len__(self) -> int:
         return self.count
 
