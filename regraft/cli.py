@@ -50,6 +50,7 @@ FLAGS = {
     "skip_bad": "leave out lines of text that cannot be read, and count them",
     "checkpointing": "compute layers again in the backward pass instead of keeping their activations",
     "hybrid": "under torchrun on several machines: shard inside a machine, the same model on each",
+    "train": "also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s, days, cost",
     "keep_moments": "leave Adam's state as OUT/optimizer.safetensors",
     "stream": "matrix and align layer by layer: two layers in memory, whatever the depth",
 }

@@ -32,7 +32,10 @@ LAYERS = (
     ("parity",),
     ("receipts", "trial", "liveness", "generate", "plots", "report", "methods"),
     ("settings",),
-    ("evaluation", "journal", "training", "streaming", "growing", "moments", "fitting", "watching", "tracking"),
+    (
+        "evaluation", "journal", "training", "streaming", "growing", "moments", "fitting", "watching", "tracking",
+        "forecast",
+    ),  # fmt: skip
     ("choosing",),
     ("converting",),
     ("tables",),

@@ -37,6 +37,17 @@ def plan(
     noise: float | None = None,
     dtype: str | None = None,
     bridge: bool = False,
+    train: bool = False,
+    stage: Literal["align", "distil", "next"] = "distil",
+    gpus: int = 1,
+    gpu: str = "h100",
+    memory: str | None = None,
+    precision: Literal["float32", "bfloat16"] = "bfloat16",
+    checkpointing: bool = False,
+    batch: int | None = None,
+    tokens: str | None = None,
+    share: float = 0.35,
+    price: float | None = None,
     json: bool = False,
 ) -> Outcome:
     """Show the weight map, totals and memory of a change; reads no weights.
@@ -65,8 +76,17 @@ def plan(
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
+        stage: for --train: align or distil, with the source as teacher, or next
+        gpus: how many, over which FSDP2 shards the training
+        gpu: which, for its speed and memory as its datasheet has them, such as h100, a100 or mi300x
+        memory: of each, such as 80GB (default: what the GPU has)
+        precision: float32 or bfloat16 (autocast)
+        batch: rows a step over all GPUs (default: what fits at once)
+        tokens: to train on, such as 1B: says days
+        share: of the GPU's peak that training is assumed to reach
+        price: of one GPU for an hour: says the cost
     """
-    from .. import methods
+    from .. import forecast, methods
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..growing import Growth
@@ -79,7 +99,16 @@ def plan(
         flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
         after = methods.find(method or "auto").changed(**flags).remix(after)
     made = planning.Plan.of(before, after, context, length)
-    return Outcome(made.json(), lambda console: planning.render(made, console))
+    if not train:
+        return Outcome(made.json(), lambda console: planning.render(made, console))
+    asked = forecast.Asked(gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share)
+    facts = forecast.forecast(before, after, asked)
+
+    def show(console: Console) -> None:
+        planning.render(made, console)
+        forecast.render(facts, console)
+
+    return Outcome(made.json() | {"train": facts}, show)
 
 
 def grow(

@@ -1,0 +1,341 @@
+"""Memory that a training step takes, from a model's config alone: its own code run on tensors that have no numbers.
+
+PyTorch's fake tensors run every operation of the loop's losses, forward and backward, on shapes only; what would be
+alive is added up. A layer of every kind is run alone, so that depth costs nothing, and a batch of one and of two rows
+tell what grows with the rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .. import hosts
+from ..checkpoint import Checkpoint
+from ..hosts.configuration_regraft import RegraftConfig
+from ..hosts.loading import stock_class
+from ..hosts.modeling_regraft import RegraftForCausalLM
+from ..mixers.base import Mixing
+from ..plan import layer_kinds
+from .calibrate import error
+from .capture import LayerRecord, recording
+from .kl import head_kl
+from .layers import Skipped, stack
+from .stages import Stage, parameter_groups
+
+Kind = Literal["align", "distil", "next"]
+NUMBER = 4  # bytes of a weight, a gradient and each of Adam's moments
+SHORT = 512  # tokens; what linear mixers take grows evenly with the tokens, so that short rows tell
+FOUND = 16  # places of a search, such as sinks of all documents in a row
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes that grow with the rows of a batch: `fixed + each * rows`."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    def __call__(self, rows: int) -> float:
+        """For so many rows."""
+        return self.fixed + self.each * rows
+
+    @classmethod
+    def of(cls, one: float, two: float) -> Bytes:
+        """From what one and what two rows take."""
+        each = max(0.0, two - one)
+        return cls(one - each, each)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's weights, all and those that learn, and the bytes of its step: `kept` from forward to backward, `held`
+    more while the forward pass goes on, `working` beside what is kept at the worst moment of its backward pass.
+    """
+
+    weights: int
+    learning: int
+    kept: Bytes
+    held: Bytes
+    working: Bytes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model's step: its layers in order, the weights of the rest, all and learning, and the bytes of the rest.
+
+    `around`: kept by what is not a layer, `ends`: the worst moment of embedding, norm, head and loss, `head`: the
+    head's gradient, `tied`: the embedding's, where it adds to that. `teacher`, `teacher_rest`: the teacher's weights in
+    layers and outside, 0 without one.
+    """
+
+    layers: tuple[Layer, ...]
+    rest: int
+    rest_learning: int
+    around: Bytes
+    ends: Bytes
+    head: int
+    tied: int
+    teacher: int = 0
+    teacher_rest: int = 0
+
+    @property
+    def weights(self) -> int:
+        """All of the student's."""
+        return self.rest + sum(layer.weights for layer in self.layers)
+
+    @property
+    def learning(self) -> int:
+        """Those of the student's that learn."""
+        return self.rest_learning + sum(layer.learning for layer in self.layers)
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the storages that are alive of those made inside; `peak` is the most there ever was."""
+
+    def __init__(self, known: Collection[Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stand_in = STAND_INS.get(func) if args and isinstance(args[0], FakeTensor) else None
+        out = (stand_in or func)(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self.known:
+                storage = value.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        """A storage was freed."""
+        self.known.discard(key)
+        self.now -= size
+
+
+def some_places(found: Tensor) -> Tensor:
+    """Places of what is not zero: how many there are is known from numbers alone."""
+    return torch.zeros(min(FOUND, found.shape[0]), found.ndim, dtype=torch.long)
+
+
+def grouped(left: Tensor, right: Tensor, ends: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """Experts' products, which fake tensors have in bfloat16 alone: rows by their group's matrix, or one per group."""
+    shape = (len(left), right.shape[-1]) if right.ndim == 3 else (len(ends), left.shape[0], right.shape[-1])
+    return left.new_empty(shape)
+
+
+STAND_INS = {torch.ops.aten.nonzero.default: some_places, torch.ops.aten._grouped_mm.default: grouped}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Bytes alive after the forward pass, at its worst moment, and at the worst moment of all."""
+
+    kept: float
+    forward: float
+    peak: float
+
+
+def footprint(
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    kind: Kind,
+    length: int,
+    fast: bool,
+    recompute: bool,
+    ce: float = 0.0,
+) -> Footprint:
+    """What a step of a stage takes; `fast`: bfloat16 autocast, `recompute`: gradient checkpointing."""
+    with FakeTensorMode():
+        return Simulation(student, teacher, kind, length, fast, recompute, ce).footprint()
+
+
+class Simulation:
+    """The step on fake tensors; inside a FakeTensorMode."""
+
+    def __init__(
+        self, student: Checkpoint, teacher: Checkpoint | None, kind: Kind, length: int, fast: bool, recompute: bool,
+        ce: float,
+    ):  # fmt: skip
+        self.kind, self.length, self.fast, self.ce = kind, length, fast, ce
+        self.model, self.kinds = hollow(student), layer_kinds(student)
+        parameter_groups(self.model, Stage(kind, length, length, ce=ce))
+        self.teacher = hollow(teacher).requires_grad_(False) if teacher is not None else None
+        self.slots = hosts.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
+        if recompute:
+            recomputed(self.model)
+
+    def footprint(self) -> Footprint:
+        """Everything measured."""
+        modules = list(stack(self.model))
+        inside = {id(p) for module in modules for p in module.parameters()}
+        rest = [p for p in self.model.parameters() if id(p) not in inside]
+        head = self.model.get_output_embeddings().weight
+        taught = list(self.teacher.parameters()) if self.teacher is not None else []
+        deep = (
+            {id(p) for module in stack(self.teacher) for p in module.parameters()} if self.teacher is not None else ()
+        )
+        known = {kind: self.layer(kind) for kind in dict.fromkeys(self.kinds)}
+        placed = zip(modules, self.kinds, strict=True)
+        layers = [Layer(*count(list(module.parameters())), *known[kind]) for module, kind in placed]
+        around = self.rows(lambda rows: self.run([], rows, self.hidden).kept)
+        ends = self.rows(lambda rows: self.run([], rows, self.loss).peak) if self.kind != "align" else Bytes()
+        grad = NUMBER * head.numel() * head.requires_grad
+        tied = grad * (head is self.model.get_input_embeddings().weight)
+        return Footprint(
+            tuple(layers), *count(rest), around, ends, grad, tied,
+            sum(p.numel() for p in taught if id(p) in deep), sum(p.numel() for p in taught if id(p) not in deep),
+        )  # fmt: skip
+
+    def layer(self, kind: str) -> tuple[Bytes, Bytes, Bytes]:
+        """(kept, held, working) of a layer of this kind."""
+        some = [at for at, name in enumerate(self.kinds) if name == kind][:2]
+        if self.kind == "align":
+            worst = self.rows(lambda rows: self.matched(some[0], rows)) if kind != "softmax" else Bytes()
+            return Bytes(), Bytes(), worst
+        length = self.length
+        if kind == "softmax" or length <= SHORT:
+            seen = [self.beside(some, rows) for rows in (1, 2)]
+            return tuple(Bytes.of(*pair) for pair in zip(*seen, strict=True))  # type: ignore[return-value]
+        seen = []
+        for self.length in (SHORT // 2, SHORT):
+            seen.append(self.beside(some, 1))
+        self.length = length
+        halves = [Bytes.of(*pair) for pair in zip(*seen, strict=True)]
+        return tuple(Bytes(half.fixed, half.each * 2 * length / SHORT) for half in halves)  # type: ignore[return-value]
+
+    def beside(self, some: list[int], rows: int) -> tuple[float, float, float]:
+        """(kept, held, working) of the last of one or two layers of one kind."""
+        seen = [self.run(some[:number], rows, self.hidden) for number in range(len(some) + 1)]
+        kept = seen[-1].kept - seen[-2].kept
+        return kept, max(0.0, seen[-1].forward - seen[-2].forward - kept), seen[1].peak - seen[1].kept
+
+    def rows(self, measure: Callable[[int], float]) -> Bytes:
+        """A measure for one and for two rows."""
+        return Bytes.of(measure(1), measure(2))
+
+    def run(self, layers: Collection[int], rows: int, act: Callable[[int], Tensor]) -> Seen:
+        """Forward and backward of `act` with only these layers in their places, the embedding's gradient left out."""
+        cut = self.model.get_input_embeddings().register_forward_hook(
+            lambda *given: given[-1].detach().requires_grad_()
+        )
+        with only(self.model, layers), Alive(self.known()) as alive:
+            value = act(rows)
+            kept, forward = alive.now, alive.peak
+            value.backward(torch.ones_like(value))
+        cut.remove()
+        seen = Seen(kept, forward, alive.peak)
+        self.model.zero_grad(set_to_none=True)
+        return seen
+
+    def hidden(self, rows: int, model: PreTrainedModel | None = None) -> Tensor:
+        """The decoder's output, (rows, length, hidden), of rows that hold several documents; see `last_hidden`."""
+        one = model or self.model
+        ids, places, segments = (torch.zeros(rows, self.length, dtype=torch.long) for _ in range(3))
+        linear = isinstance(one, RegraftForCausalLM)
+        given = {"mixing": Mixing(None, None, segments)} if linear else {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
+            found: Tensor = one.get_decoder()(input_ids=ids, position_ids=places, use_cache=False, **given)[0]
+        return found.float()
+
+    def loss(self, rows: int) -> Tensor:
+        """The loss as the loop has it, without the teacher's layers."""
+        head = self.model.get_output_embeddings()
+        labels = torch.zeros(rows, self.length - 1, dtype=torch.long)
+        if self.kind == "next":
+            return cross_entropy(capped(self.model, head(self.hidden(rows)[:, :-1])), labels)
+        assert self.teacher is not None
+        target = torch.zeros(rows, self.length, self.teacher.get_input_embeddings().weight.shape[1])
+        student = self.hidden(rows)
+        loss = head_kl(student, head, target, self.teacher.get_output_embeddings(), self.fast)
+        return loss + self.ce * cross_entropy(head(student[:, :-1]), labels) if self.ce else loss
+
+    def matched(self, layer: int, rows: int) -> float:
+        """The worst moment of aligning one mixer, the teacher's forward pass up to it included."""
+        assert self.teacher is not None
+        mixer, segments = self.model.slots()[layer].mixer, torch.zeros(rows, self.length, dtype=torch.long)
+
+        def learn(at: int, record: LayerRecord) -> None:
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
+                value = error(mixer, record, record.mixing(segments))
+            value.backward()
+
+        with recording(self.slots, [layer], learn), Alive(self.known()) as alive, only(self.teacher, [layer]):
+            with torch.no_grad():
+                self.hidden(rows, self.teacher)
+        self.model.zero_grad(set_to_none=True)
+        return alive.peak
+
+    def known(self) -> list[Tensor]:
+        """What is there before the step."""
+        models = [model for model in (self.model, self.teacher) if model is not None]
+        return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+
+
+@contextmanager
+def only(model: PreTrainedModel, layers: Collection[int]) -> Iterator[None]:
+    """Inside, all other layers of the stack pass on what they get."""
+    modules = stack(model)
+    away = {at: module for at, module in enumerate(modules) if at not in layers}
+    try:
+        for at in away:
+            modules[at] = Skipped()
+        yield
+    finally:
+        for at, module in away.items():
+            modules[at] = module
+
+
+def hollow(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The float32 model of a checkpoint on fake tensors, in eval mode; inside a FakeTensorMode."""
+    fields = {**checkpoint.config, "dtype": "float32"}
+    with no_init_weights():
+        if fields["model_type"] == "regraft":
+            fields["host"] = {**fields["host"], "dtype": "float32"}
+            kept = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+            model: Any = RegraftForCausalLM(RegraftConfig(**kept))
+        else:
+            kind, config = stock_class(fields)
+            model = kind(config)
+    model.tie_weights()
+    return model.eval()
+
+
+def recomputed(model: PreTrainedModel) -> None:
+    """Layers are computed again in the backward pass."""
+    layer: Any
+    for layer in stack(model):
+        layer.gradient_checkpointing = layer.training = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def count(parameters: list[nn.Parameter]) -> tuple[int, int]:
+    """(numbers, those of them that learn)."""
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def capped(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """Logits as a family caps them."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over tokens."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
