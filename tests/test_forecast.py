@@ -20,7 +20,8 @@ from regraft.steps.remix import Remix
 from regraft.uptrain import footprint as simulation
 from regraft.uptrain import objectives, stages
 from regraft.uptrain.data import Packed
-from regraft.uptrain.footprint import Alive, recomputed
+from regraft.uptrain.fakes import Alive
+from regraft.uptrain.footprint import recomputed
 from regraft.uptrain.matching import align_step
 
 LENGTH = 96

@@ -1,8 +1,9 @@
 """What each verb of the command line does."""
 
 from .improve import compare, demo, run, train
-from .make import grow, linearize, plan, receipts
+from .make import grow, linearize, receipts
 from .outcome import Outcome
+from .planning import plan
 from .use import bench, evaluate, generate
 
 __all__ = [

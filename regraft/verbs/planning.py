@@ -1,0 +1,108 @@
+"""The verb that says what a change and its training would be; heavy imports happen inside: `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def plan(
+    source: str,
+    mixer: str | None = None,
+    method: str | None = None,
+    keep: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    options: dict[str, Any] | None = None,
+    inherit: str | None = None,
+    context: int = 16384,
+    length: int = 1024,
+    hidden: int | None = None,
+    ffn: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    layers: int | None = None,
+    to: str | None = None,
+    how: str = "pad",
+    depth_how: str = "identity",
+    fold: Literal["auto", "stream", "eps"] = "auto",
+    noise: float | None = None,
+    dtype: str | None = None,
+    bridge: bool = False,
+    train: bool = False,
+    stage: Literal["align", "distil", "next"] = "distil",
+    gpus: int = 1,
+    gpu: str = "h100",
+    memory: str | None = None,
+    precision: Literal["float32", "bfloat16"] = "bfloat16",
+    checkpointing: bool = False,
+    batch: int | None = None,
+    tokens: str | None = None,
+    share: float = 0.35,
+    price: float | None = None,
+    json: bool = False,
+) -> Outcome:
+    """Show the weight map, totals and memory of a change; reads no weights.
+
+    Args:
+        source: model directory or GGUF file
+        mixer: linearize with this mixer; without it the model as it is (for regraft's own output: what was done)
+        method: linearize as this method does, such as auto; the flags below change what it says
+        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
+        window: width of the gated window branch, 0 for none
+        sinks: first tokens that the window always sees
+        options: the mixer's own options as JSON, such as {"grouped": false}
+        inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
+        context: tokens for which state sizes are given
+        length: tokens of a row for which FLOPs are given
+        hidden: width of the residual stream
+        ffn: neurons of every MLP
+        heads: query heads
+        kv_heads: key/value heads
+        head_dim: width of a head
+        layers: number of layers
+        to: a directory whose config.json gives all sizes
+        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
+            auto takes what trained best in docs/comparison.md; ligo learns width and depth from --data
+        depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
+        fold: how norms keep their mean square over a padded stream
+        noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
+        dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
+        stage: for --train: align or distil, with the source as teacher, or next
+        gpus: how many, over which FSDP2 shards the training
+        gpu: which, for its speed and memory as its datasheet has them, such as h100, a100 or mi300x
+        memory: of each, such as 80GB (default: what the GPU has)
+        precision: float32 or bfloat16 (autocast)
+        batch: rows a step over all GPUs (default: what fits at once)
+        tokens: to train on, such as 1B: says days
+        share: of the GPU's peak that training is assumed to reach
+        price: of one GPU for an hour: says the cost
+    """
+    from .. import forecast, methods
+    from .. import plan as planning
+    from ..checkpoint import Checkpoint
+    from ..growing import Growth
+
+    before = Checkpoint.open(source)
+    sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
+    growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
+    after = growth(before) if growth.asked else before
+    if mixer or method:
+        flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
+        after = methods.find(method or "auto").changed(**flags).remix(after)
+    made = planning.Plan.of(before, after, context, length)
+    if not train:
+        return Outcome(made.json(), lambda console: planning.render(made, console))
+    asked = forecast.Asked(gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share)
+    facts = forecast.forecast(before, after, asked)
+
+    def show(console: Console) -> None:
+        planning.render(made, console)
+        forecast.render(facts, console)
+
+    return Outcome(made.json() | {"train": facts}, show)
