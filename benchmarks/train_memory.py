@@ -97,7 +97,6 @@ def measured(name: str, folder: Path) -> int:
     from regraft import hosts
     from regraft.uptrain import loop, speed
     from regraft.uptrain.data import Packed
-    from regraft.uptrain.footprint import recomputed
     from regraft.uptrain.stages import Stage
 
     _, _, kind, length, rows, precision, again = CASES[name]
@@ -111,8 +110,6 @@ def measured(name: str, folder: Path) -> int:
     teacher = hosts.materialize(source) if kind != "next" else None
     slots = hosts.slots(teacher, source) if kind == "align" else []
     model = hosts.materialize(target)
-    if again:
-        recomputed(model)
 
     def progress(stage: Any, step: int, steps: int, row: Row) -> None:
         if step == 2:
@@ -121,7 +118,17 @@ def measured(name: str, folder: Path) -> int:
 
     stage: Any = Stage(kind, 10 * rows * length, length, rows, precision=precision)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as out:
-        run = loop.Run(model, [stage], lambda _: packed, Path(out), teacher, slots, progress=progress, save_seconds=1e9)
+        run = loop.Run(
+            model,
+            [stage],
+            lambda _: packed,
+            Path(out),
+            teacher,
+            slots,
+            checkpointing=again,
+            progress=progress,
+            save_seconds=1e9,
+        )
         with suppress(Enough):
             loop.train(run)
     return status("VmHWM") - status("RssFile") - before

@@ -21,8 +21,8 @@ from regraft.uptrain import footprint as simulation
 from regraft.uptrain import objectives, stages
 from regraft.uptrain.data import Packed
 from regraft.uptrain.fakes import Alive
-from regraft.uptrain.footprint import recomputed
 from regraft.uptrain.matching import align_step
+from regraft.uptrain.recomputing import recomputing
 
 LENGTH = 96
 LINEAR = Remix("gated_deltanet", "0", window=16, sinks=2)
@@ -51,8 +51,7 @@ def taken(source: Checkpoint, target: Checkpoint, asked: Asked, rows: int) -> fl
     model, teacher = hosts.materialize(target), hosts.materialize(source)
     teacher.requires_grad_(False)
     stages.parameter_groups(model, stages.Stage(asked.stage, LENGTH, LENGTH))
-    if asked.checkpointing:
-        recomputed(model)
+    recomputing(model, asked.checkpointing)
     known = [tensor for one in (model, teacher) for tensor in (*one.parameters(), *one.buffers())]
     with Alive(known) as alive:
         if asked.stage == "next":

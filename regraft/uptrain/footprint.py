@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .. import hosts
@@ -28,6 +26,7 @@ from .capture import LayerRecord, recording
 from .fakes import Alive, hollow, only
 from .kl import head_kl
 from .layers import stack
+from .recomputing import recomputing
 from .stages import Stage, parameter_groups
 
 Kind = Literal["align", "distil", "next"]
@@ -131,8 +130,7 @@ class Simulation:
         parameter_groups(self.model, Stage(kind, length, length, ce=ce))
         self.teacher = hollow(teacher).requires_grad_(False) if teacher is not None else None
         self.slots = hosts.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
-        if recompute:
-            recomputed(self.model)
+        recomputing(self.model, recompute)
 
     def footprint(self) -> Footprint:
         """Everything measured."""
@@ -239,14 +237,6 @@ class Simulation:
         """What is there before the step."""
         models = [model for model in (self.model, self.teacher) if model is not None]
         return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-
-
-def recomputed(model: PreTrainedModel) -> None:
-    """Layers are computed again in the backward pass."""
-    layer: Any
-    for layer in stack(model):
-        layer.gradient_checkpointing = layer.training = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def count(parameters: list[nn.Parameter]) -> tuple[int, int]:
