@@ -35,7 +35,7 @@ VERBS: dict[str, Callable[..., verbs.Outcome]] = {
     "demo": verbs.demo,
 }
 OTHERS_WAIT = 5.0  # seconds
-TOGETHER = ("train",)  # verbs that several processes do as one, under torchrun
+TOGETHER = ("train", "run", "linearize", "grow")  # verbs that several processes do as one, under torchrun
 RESUMES = ("grow", "linearize", "train", "run", "compare", "demo")
 OPEN_ENDED = ("run", "compare", "demo")  # take `--key.sub VALUE` for any field of their recipe
 VALUED = ("--jobs", "--track", "--jump")  # flags of such a verb itself that have a value

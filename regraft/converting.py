@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
-from . import choosing, hosts, text
+from . import choosing, hosts, ranks, text
 from .checkpoint import Checkpoint
 from .corpus.building import Texts
 from .corpus.rows import Table
@@ -24,9 +24,9 @@ from .report import read_json
 from .settings import Text
 from .steps.remix import Remix
 from .training import calibrated, save_trained, training_rows
-from .uptrain import loop
+from .uptrain import loop, sharding
 from .uptrain.data import pack
-from .uptrain.stages import Stage
+from .uptrain.stages import LAYERWISE, Stage
 from .watching import USUAL, Watching
 
 WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
@@ -54,7 +54,7 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
 def uptrained(
     source: Checkpoint,
     folder: Path,
-    teacher: nn.Module,
+    teacher: Callable[[], PreTrainedModel],
     rows: Callable[[int], Table],
     stages: Sequence[Stage],
     calibration: int,
@@ -66,18 +66,29 @@ def uptrained(
 ) -> dict[str, Any]:
     """Calibrate the linearized model in `folder` on so many tokens, train it and put it into `out`; the ledger.
 
-    Called again it goes on where it was.
+    `teacher` gives the whole source, which under torchrun the first process needs for calibration. Called again it
+    goes on where it was.
     """
-    checkpoint = Checkpoint.open(folder)
-    student = hosts.materialize(checkpoint)
-    slots = hosts.slots(teacher, source)
+    checkpoint, work = Checkpoint.open(folder), out / "work"
     length = stages[0].length if stages else LENGTH
     batches = loop.batches(rows(length), calibration // length, seed) if calibration else []
-    calibrated(student, teacher, slots, batches, out / "work", ticker)
+    layerwise = any(stage.kind in LAYERWISE for stage in stages)
+    over = sharding.mesh() if ranks.world() > 1 else None
+    if over is not None:  # the closed-form start is made by the first process, of whole models
+
+        def begin() -> None:
+            whole = teacher()
+            calibrated(hosts.materialize(checkpoint), whole, hosts.slots(whole, source), batches, work, ticker)
+
+        ranks.once(begin)
+    student = sharding.load(checkpoint, over, layerwise)
+    guide = sharding.load(source, over) if over is not None else teacher()
+    slots = hosts.slots(guide, source)
+    calibrated(student, guide, slots, batches, work, ticker)
 
     facts = {"source": str(source.path), "seed": seed, "stages": [dataclasses.asdict(stage) for stage in stages]}
     with watching.over(out, ticker, facts) as watched:
-        ledger = loop.train(loop.Run(student, stages, rows, out, teacher, slots, seed=seed, limit=limit, **watched))
+        ledger = loop.train(loop.Run(student, stages, rows, out, guide, slots, seed=seed, limit=limit, **watched))
     save_trained(checkpoint, student, stages, ledger, out)
     return ledger
 
@@ -98,6 +109,7 @@ def carry_out(
 
     RegraftError when `out` holds a finished model, which `overwrite` deletes, or another conversion.
     """
+    ranks.once(lambda: str(source.path))  # a GGUF file is converted by one process
     work = out / "work"
     facts: dict[str, Any] = {
         "source": str(source.path),
@@ -108,20 +120,28 @@ def carry_out(
     }
     if source.path.resolve().is_relative_to(out.resolve()):
         raise RegraftError(f"'{out}' holds the source, which is read while the result is made: choose another output")
-    claim(out, facts, overwrite)
+    ranks.once(lambda: claim(out, facts, overwrite))
     rows = text_rows(source, data, ticker, max((stage.tokens for stage in stages), default=0), work / "text", cache)
     linear = work / "linearized"
-    if not (linear / "config.json").exists():
-        converted(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
+
+    def convert() -> None:
+        if not (linear / "config.json").exists():
+            converted(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
+
+    ranks.once(convert)
     remix = remix_of(Checkpoint.open(linear))
     assert remix is not None
     ticker.start("training")
-    teacher = hosts.materialize(source)
-    ledger = uptrained(source, linear, teacher, rows, stages, method.calibration, out, ticker, seed, watching=watching)
+    whole = partial(hosts.materialize, source)
+    ledger = uptrained(source, linear, whole, rows, stages, method.calibration, out, ticker, seed, watching=watching)
     ledger["text"] = rows.facts()
-    for folder in (work, out / "run"):
-        shutil.rmtree(folder, ignore_errors=True)
-    (out / ASKED).unlink(missing_ok=True)
+
+    def clean_up() -> None:
+        for folder in (work, out / "run"):
+            shutil.rmtree(folder, ignore_errors=True)
+        (out / ASKED).unlink(missing_ok=True)
+
+    ranks.once(clean_up)
     return remix, ledger
 
 

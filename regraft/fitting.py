@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import flops, hosts
+from . import flops, hosts, ranks
 from .anatomy import Key
 from .checkpoint import Checkpoint
 from .errors import RegraftError
@@ -22,9 +23,12 @@ from .progress import Ticker
 from .settings import Text
 from .steps.ligo import Learned
 from .training import rows_of
+from .uptrain import sharding
 from .uptrain.data import shuffled
-from .uptrain.objectives import Data, Kind, Rows, loss
+from .uptrain.objectives import IGNORED, Data, Kind, Rows, loss_of, targets
 from .uptrain.stages import Stage
+from .uptrain.step import pieces
+from .uptrain.whole import inside
 
 CLIP = 1.0
 RUN: dict[str, Any] = {"batch": 16, "length": 256, "micro": None, "precision": "float32"}
@@ -56,11 +60,15 @@ def fit(
     learned = Learned(**sizes, method=method, seed=seed)
     grower = learned.grower(source)
     made = Fitting(learned(source), grower.keep(), method)
+    if stage.batch % ranks.world():
+        raise RegraftError(
+            f"a batch of {stage.batch} does not split over {ranks.world()} processes: give a multiple as batch"
+        )
     count = stage.batch * method.steps
     order = shuffled(len(rows), count, seed) if count else torch.empty(0, dtype=torch.long)
     for step in range(method.steps):
         picked = rows[order[step * stage.batch : (step + 1) * stage.batch]]
-        row = made.step(stage, picked, step, seed, micro or stage.batch)
+        row = made.step(stage, picked, step, seed, micro or 0)
         progress(step + 1, method.steps, row)
     maps = {name: value.detach().clone() for name, value in grower.state_dict().items()}
     return replace(learned, maps=maps, cost=made.cost)
@@ -103,9 +111,9 @@ class Fitting:
 
     def __init__(self, target: Checkpoint, grower: Grower, method: Ligo):
         self.grower, self.method = grower, method
-        self.model = hosts.materialize(target)
+        self.model = sharding.load(target, sharding.mesh() if ranks.world() > 1 else None)
         named = list(self.model.named_parameters())
-        numbers = {name: torch.full_like(p, number) for number, (name, p) in enumerate(named)}
+        numbers = {name: torch.tensor(float(number)).expand(p.shape) for number, (name, p) in enumerate(named)}
         filed = hosts.in_files(self.model, numbers)
         self.values: dict[Key, nn.Parameter] = {}
         for key, name in target.names.items():
@@ -162,33 +170,39 @@ class Fitting:
             value = self.learn(stage, rows, seed, micro)
         with flops.counter() as back:
             self.back(made)
-        return value, (making.get_total_flops() + back.get_total_flops(), training.get_total_flops())
+        mine = (making.get_total_flops() + back.get_total_flops(), training.get_total_flops())
+        made_all, trained_all = (sum(counts) for counts in zip(*ranks.gathered(mine), strict=True))
+        return value, (made_all, trained_all)
 
     def make(self) -> Mapping[Key, Tensor]:
         """The grown weights, put into the model; with their graph."""
         made = self.grower()
         with torch.no_grad():
             for key, parameter in self.values.items():
-                parameter.copy_(made[key])
+                sharding.part(parameter).copy_(sharding.shard(made[key], parameter))
         return made
 
     def learn(self, stage: Stage, rows: Rows, seed: int, micro: int) -> float:
-        """Gradients of the loss in the model's parameters; the mean loss."""
-        generator, total = torch.Generator().manual_seed(seed), 0.0
-        parts: list[Any] = [rows[begin : begin + micro] for begin in range(0, len(rows), micro)]
-        for part in parts:
-            value = loss(
-                self.model, cast(Kind, stage.kind), part, stage.precision == "bfloat16", generator, stage.mask_share
-            )
-            share = len(part) / len(rows)
-            (share * value).backward()
-            total += share * float(value.detach())
-        return total
+        """Gradients of the loss in the model's parameters; the mean loss over the rows of all processes."""
+        kind, fast, total = cast(Kind, stage.kind), stage.precision == "bfloat16", 0.0
+        given, labels = targets(self.model, kind, rows, torch.Generator().manual_seed(seed), stage.mask_share)
+        told = int((labels != IGNORED).sum())
+        for piece in pieces(len(rows), micro):
+            some, wanted = given[piece], labels[piece]
+            share = ranks.world() * int((wanted != IGNORED).sum()) / told
+            value = share * inside(self.model, partial(loss_of, self.model, kind, some, wanted, fast))
+            value.backward()
+            total += float(value.detach())
+        return sum(ranks.gathered(total)) / ranks.world()
 
     def back(self, made: Mapping[Key, Tensor]) -> None:
-        """The parameters' gradients, carried on to the maps."""
-        heard = [
-            key for key, parameter in self.values.items() if parameter.grad is not None and made[key].requires_grad
-        ]
-        torch.autograd.backward([made[key] for key in heard], [self.values[key].grad for key in heard])
+        """The parameters' gradients, carried on to the maps: of each process's shards, then added up."""
+        heard = {
+            key: (parameter, parameter.grad)
+            for key, parameter in self.values.items()
+            if parameter.grad is not None and made[key].requires_grad
+        }
+        mine = [sharding.shard(made[key], parameter) for key, (parameter, _) in heard.items()]
+        torch.autograd.backward(mine, [sharding.part(grad) for _, grad in heard.values()])
         self.model.zero_grad(set_to_none=True)
+        ranks.add_up([p.grad for p in self.grower.parameters() if p.grad is not None])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .errors import RegraftError
 
@@ -61,6 +62,28 @@ def gathered(value: T) -> list[T]:
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, value)
     return found
+
+
+def once(act: Callable[[], T]) -> T:
+    """What the first process gets from `act` while the others wait, in all of them; or what it raises, in all."""
+    if world() == 1:
+        return act()
+    found: list[Any] = [None, None]
+    if first():
+        try:
+            found[0] = act()
+        except Exception as error:
+            found[1] = error
+    value, failure = told(found)
+    if failure is not None:
+        raise failure
+    return value
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Each tensor becomes its sum over all processes."""
+    for tensor in tensors if world() > 1 else ():
+        dist.all_reduce(tensor)
 
 
 @contextmanager

@@ -127,8 +127,8 @@ def loaded(path: str, over: sharding.DeviceMesh | None, layerwise: bool = False)
     if over is None:
         return hosts.load(path).to(ranks.device())
     checkpoint = Checkpoint.open(path)
-    if ranks.first():
-        checkpoint.verify()
+    ranks.once(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
+    ranks.once(checkpoint.verify)
     return sharding.load(checkpoint, over, layerwise)
 
 

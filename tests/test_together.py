@@ -16,7 +16,7 @@ import pytest
 import speaking
 import torch
 from safetensors.torch import load_file
-from together import STAGES, trained
+from together import STAGES, fitted, trained
 
 from regraft.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
@@ -84,6 +84,18 @@ def test_processes_train_as_one(count: int, names: list[str], models: Path, tmp_
         trained(name, models, tmp_path / "one" / name)
         assert len(losses(tmp_path / "one" / name)) == 50
         same(tmp_path / "one" / name, tmp_path / "many" / name, 1e-5)
+
+
+def test_processes_fit_growth_as_one(models: Path, tmp_path: Path) -> None:
+    launched(2, HERE / "together.py", models, tmp_path / "many", "ligo")
+    cost = fitted(models, tmp_path / "one")
+    told = json.loads((tmp_path / "many" / "ligo" / "losses.json").read_text())
+    mine = json.loads((tmp_path / "one" / "losses.json").read_text())
+    assert len(mine["loss"]) == 50 and mine["loss"] == pytest.approx(told["loss"], rel=1e-5)
+    assert told["tokens"] == cost["tokens"] and told["overhead"] < 3 * cost["overhead"]  # each makes all weights
+    left, right = (load_file(place / "model.safetensors") for place in (tmp_path / "one", tmp_path / "many" / "ligo"))
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_two_machines_with_a_model_each_train_as_one(models: Path, tmp_path: Path) -> None:

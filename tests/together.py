@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regraft import hosts, ranks, training
+from regraft import fitting, hosts, ranks, training
 from regraft.checkpoint import Checkpoint
+from regraft.growing import Growth
+from regraft.growth.maps import Ligo
 from regraft.uptrain import loop, sharding
 from regraft.uptrain.data import pack, read_documents
 from regraft.uptrain.stages import LAYERWISE, Stage
@@ -40,11 +43,31 @@ def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options:
     return ledger
 
 
+def fitted(models: Path, out: Path) -> dict[str, Any]:
+    """LiGO's maps of a wider and deeper model, learned in fifty steps; losses and the grown model are written."""
+    source = Checkpoint.open(models / "source")
+    rows = pack(read_documents(models / "text.txt"), hosts.load_tokenizer(models / "source"), LENGTH)
+    losses: list[float] = []
+
+    def note(step: int, steps: int, row: dict[str, float]) -> None:
+        losses.append(row["loss"])
+
+    growth = Growth(hidden=source.sizes["hidden"] + 9, layers=source.layers + 1, how="ligo")
+    stage = Stage("next", BATCH * LENGTH, **SIZE)
+    learned = fitting.fit(source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note)
+    if ranks.first():
+        learned(source).save(out)
+        (out / "losses.json").write_text(json.dumps({"loss": losses, **learned.cost}))
+    return dict(learned.cost)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, target, *names = sys.argv[1:]
     hybrid = "hybrid" in names
     with ranks.joined():
         for kind in names:
-            if kind != "hybrid":
+            if kind == "ligo":
+                fitted(Path(folder), Path(target) / kind)
+            elif kind != "hybrid":
                 trained(kind, Path(folder), Path(target) / kind, hybrid=hybrid, micro=1 if kind == "next" else 0)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,11 +123,11 @@ def save_state(
 
     tensors = stored(model, optimizer, state)
     try:
-        alone(begin)
+        ranks.once(begin)
         if tensors:
             with unwarned():
                 dcp.save(tensors, checkpoint_id=temporary)
-        alone(finish)
+        ranks.once(finish)
     except (OSError, RuntimeError, CheckpointException) as error:
         if ranks.first():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -147,7 +147,7 @@ def claimed(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
 
     try:
-        alone(take)
+        ranks.once(take)
     except Timeout as error:
         raise RegraftError(f"another run is going on in '{out}': wait for it, or stop all of its processes") from error
     try:
@@ -162,18 +162,6 @@ def unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
-
-
-def alone(act: Callable[[], None]) -> None:
-    """Done by the first process while the others wait; its OSError is everybody's."""
-    failure = None
-    if ranks.first():
-        try:
-            act()
-        except OSError as error:
-            failure = error
-    if failure := ranks.told(failure):
-        raise failure
 
 
 def reason(error: BaseException) -> str:

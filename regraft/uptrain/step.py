@@ -37,7 +37,7 @@ def pieces(rows: int, micro: int) -> Iterator[slice]:
     """This process's rows of a batch, `micro` at a time (0: all of them)."""
     share = rows // ranks.world()
     begin, size = ranks.rank() * share, micro or share
-    return (slice(at, at + size) for at in range(begin, begin + share, size))
+    return (slice(at, min(at + size, begin + share)) for at in range(begin, begin + share, size))
 
 
 def one_step(

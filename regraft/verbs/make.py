@@ -62,7 +62,7 @@ def grow(
         seed: of fresh weights
         field: for --how ligo: key or column that holds the text
     """
-    from .. import fitting, moments, parity
+    from .. import fitting, moments, parity, ranks
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..corpus.building import Text
@@ -88,10 +88,15 @@ def grow(
             if bridge:
                 raise RegraftError(f"--optimizer-state '{optimizer_state}' has no law across --bridge: leave one out")
             moments.read(before, Path(optimizer_state))
-        after.save(out, overwrite=overwrite)
-        if optimizer_state:
-            moments.grow(before, growth.steps(before), optimizer_state, out)
-        step0 = None if growth.exact else parity.step0(source, out)
+        grown = after
+
+        def write() -> dict[str, Any] | None:
+            grown.save(out, overwrite=overwrite)
+            if optimizer_state:
+                moments.grow(before, growth.steps(before), optimizer_state, out)
+            return None if growth.exact else parity.step0(source, out)
+
+        step0 = ranks.once(write)
 
     def show(console: Console) -> None:
         planning.render(made, console)
@@ -152,7 +157,7 @@ def linearize(
         read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
     """
-    from .. import converting, methods, tables, tracking, watching
+    from .. import converting, methods, ranks, tables, tracking, watching
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..corpus.building import Text
@@ -178,8 +183,9 @@ def linearize(
             after = remix(before)
         else:
             rows = converting.text_rows(before, text, ticker, cache=kept) if text else None
-            after = converting.converted(before, way.remix, rows, ticker)(before)
-            after.save(out, overwrite=overwrite)
+            remix = ranks.once(lambda: converting.converted(before, way.remix, rows, ticker))
+            after = remix(before)
+            ranks.once(lambda: after.save(out, overwrite=overwrite))
     made = planning.Plan.of(before, after)
 
     def show(console: Console) -> None:
