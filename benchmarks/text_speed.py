@@ -1,4 +1,4 @@
-"""Text on disk as rows of tokens: speed and memory as ratios in one run.
+"""Text on disk as rows of tokens: processor time and memory as ratios in one run.
 
 Claims: filling the cache takes little more than tokenising the same documents in memory, whatever the format; reading
 rows from the cache takes little of a training step; peak memory does not grow with the file; a cache that is there is
@@ -14,7 +14,6 @@ import itertools
 import json
 import lzma
 import multiprocessing
-import resource
 import shutil
 import tempfile
 import time
@@ -64,10 +63,10 @@ def write(folder: Path, suffix: str, data: bytes) -> Path:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and what came of it."""
-    begin = time.perf_counter()
+    """Processor seconds of all threads, which others on the machine do not lengthen, and what came of it."""
+    begin = time.process_time()
     found = work()
-    return time.perf_counter() - begin, found
+    return time.process_time() - begin, found
 
 
 def drain(file: Path) -> int:
@@ -86,12 +85,19 @@ def filled(tokenizer: Any, file: Path, cache: Path, length: int = 128) -> Any:
     return Texts([Text(str(file), read=0)], tokenizer, cache=cache)(length)
 
 
+def resident(key: str) -> float:
+    """A figure of this process's memory, MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
 def built(model: str, file: str, cache: str, result: Any) -> None:
-    """In a process of its own: fill the cache; peak memory before and after, MB, and seconds."""
+    """In a process of its own: fill the cache; memory before and its peak, MB (Linux), and seconds."""
     tokenizer = hosts.load_tokenizer(model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident("VmRSS")
     seconds, _ = timed(partial(filled, tokenizer, Path(file), Path(cache)))
-    result.put((seconds, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    result.put((seconds, before, resident("VmHWM")))
 
 
 def apart(model: str, file: Path, cache: Path) -> tuple[float, float, float]:

@@ -31,6 +31,7 @@ from regraft import ranks
 from regraft.corpus import building, cache, files, reading
 from regraft.corpus.building import Corpus, Text, Texts
 from regraft.corpus.reading import Bad, Place, pieces
+from regraft.corpus.tokens import Tokens
 from regraft.errors import RegraftError
 from regraft.uptrain.data import read_documents
 
@@ -104,7 +105,11 @@ def test_shares_hold(tmp_path):
 def write(folder: Path, kind: str, texts: list[str]) -> Path:
     """Documents in a file of a kind."""
     file = folder / f"text{kind}"
-    if kind == ".parquet":
+    if kind == ".arrow":
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_dict({"n": range(len(texts)), "text": texts}).save_to_disk(folder / "saved")
+        next((folder / "saved").glob("*.arrow")).rename(file)
+    elif kind == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
 
@@ -115,7 +120,18 @@ def write(folder: Path, kind: str, texts: list[str]) -> Path:
     return file
 
 
-KINDS = (".txt", ".txt.gz", ".txt.xz", ".txt.zst", ".json", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+KINDS = (
+    ".txt",
+    ".txt.gz",
+    ".txt.xz",
+    ".txt.zst",
+    ".json",
+    ".jsonl.gz",
+    ".jsonl.xz",
+    ".jsonl.zst",
+    ".parquet",
+    ".arrow",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,6 +255,7 @@ BAD = [
     ("k.txt.gz", b"no gzip", "k.txt.gz' cannot be read beyond line 0", 0),
     ("l.txt.zst", b"no zstd", "l.txt.zst' cannot be read beyond line 0", 0),
     ("m.parquet", b"PAR1 broken", "m.parquet' is no readable parquet file", 0),
+    ("n.arrow", b"broken", "n.arrow' is no readable arrow file", 0),
 ]
 
 
@@ -547,3 +564,17 @@ def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
     (tmp_path / "0.jsonl").write_bytes(jsonl(documents(40, 99)))
     with pytest.raises(RegraftError, match=r"'0.jsonl, [\d,]+ bytes' then, '0.jsonl, [\d,]+ bytes' now"):
         Texts([text], TOKENIZER, own=own, cache=kept)(32)
+
+
+def test_a_tokenizer_has_the_name_of_what_it_does():
+    one, other = speaking.tokenizer(), speaking.tokenizer()
+    name = Tokens(one).name
+    other.backend_tokenizer.enable_truncation(5)
+    assert Tokens(other).name == name != Tokens(Letters()).name
+    assert (
+        Tokens(other)(["a long text"]) == Tokens(one)(["a long text"]) and len(Tokens(other)(["a long text"])[0]) == 11
+    )
+    other.add_tokens(["long"])
+    assert Tokens(other).name != name
+    other.eos_token = "<bos>"
+    assert Tokens(other).end == [1] and Tokens(one).end == [2]

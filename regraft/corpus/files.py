@@ -18,13 +18,14 @@ from ..errors import RegraftError
 PACKED = {".gz": gzip, ".xz": lzma, ".zst": None, ".bz2": bz2}
 LINES = (".jsonl", ".json")
 KINDS = (".txt", *LINES)
-KNOWN = ".txt, .jsonl or .json, also compressed (.gz, .xz, .zst, .bz2), or .parquet"
+TABLES = (".parquet", ".arrow")
+KNOWN = ".txt, .jsonl or .json, also compressed (.gz, .xz, .zst, .bz2), .parquet, or .arrow as datasets saves it"
 CHUNK = 1 << 20  # bytes read at once
 
 
 def kind(file: Path) -> str:
-    """`.txt`, `.jsonl`, `.json` or `.parquet`, whether compressed or not; empty for a file that is none of them."""
-    if file.suffix == ".parquet":
+    """`.txt`, `.jsonl`, `.json`, `.parquet` or `.arrow`, compressed or not; empty for any other file."""
+    if file.suffix in TABLES:
         return file.suffix
     inner = Path(file.stem).suffix if file.suffix in PACKED else file.suffix
     return inner if inner in KINDS else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from .files import CHUNK, LINES, Stream, kind
+from .files import CHUNK, LINES, TABLES, Stream, kind
 
 PIECE = 1 << 20  # characters: longer documents are handed on in pieces
 NEAR = 4096  # characters before that in which to cut
@@ -73,7 +73,7 @@ def pieces(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
 
     .txt: documents between two blank lines. RegraftError for what cannot be read, unless `bad` takes it.
     """
-    if kind(file) == ".parquet":
+    if kind(file) in TABLES:
         yield from _table(file, name, start, bad)
         return
     try:
@@ -200,35 +200,43 @@ def _document(text: str, inside: bool, after: Place) -> Iterator[Piece]:
 def _table(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
     try:
         import pyarrow
-        from pyarrow import parquet
+        from pyarrow import ipc, parquet
     except ModuleNotFoundError as error:
         raise RegraftError(
             f"'{file}' needs {error.name}, which is not installed: pip install 'regraft[data]'"
         ) from error
-    failures = (pyarrow.ArrowException, OSError)
+    failures = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
+    form = kind(file)[1:]
     try:
-        table = parquet.ParquetFile(file)
+        table: Any = parquet.ParquetFile(file) if form == "parquet" else ipc.open_stream(pyarrow.memory_map(str(file)))
     except failures as error:
-        bad.add(f"'{file}' is no readable parquet file ({_line(error)})", "write it again")
+        bad.add(f"'{file}' is no readable {form} file ({_line(error)})", "write it again")
         return
     with closing(table):
-        if name not in table.schema_arrow.names:
-            raise RegraftError(f"'{file}' has no column '{name}': choose --field of {table.schema_arrow.names}")
-        row = 0
-        for group in range(table.num_row_groups):
-            first, row = row, row + table.metadata.row_group(group).num_rows
-            if row <= start.offset:
-                continue
-            number = first
+        names = (table.schema_arrow if form == "parquet" else table.schema).names
+        if name not in names:
+            raise RegraftError(f"'{file}' has no column '{name}': choose --field of {names}")
+        groups = _groups(table, name, start.offset) if form == "parquet" else [(0, "the end", table)]
+        for number, last, batches in groups:
             try:
-                for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=[name]):
-                    for value in batch.column(0).to_pylist():
+                for batch in batches:
+                    column = batch.column(batch.schema.get_field_index(name))
+                    past = min(max(0, start.offset - number), len(column))
+                    number += past
+                    for value in column[past:].to_pylist():
                         number += 1
-                        if number > start.offset:
-                            where = f"'{file}' row {number}"
-                            yield from _checked(value, where, name, Place(number, number), bad)
+                        yield from _checked(value, f"'{file}' row {number}", name, Place(number, number), bad)
             except failures as error:
-                bad.add(f"'{file}' rows {number + 1} to {row} cannot be read ({_line(error)})", "write it again")
+                bad.add(f"'{file}' rows {number + 1} to {last} cannot be read ({_line(error)})", "write it again")
+
+
+def _groups(table: Any, name: str, offset: int) -> Iterator[tuple[int, int, Any]]:
+    """(rows before, rows up to its end, batches) of every row group of a parquet file that goes beyond `offset`."""
+    row = 0
+    for group in range(table.num_row_groups):
+        first, row = row, row + table.metadata.row_group(group).num_rows
+        if row > offset:
+            yield first, row, table.iter_batches(batch_size=64, row_groups=[group], columns=[name])
 
 
 def _line(error: Exception) -> str:

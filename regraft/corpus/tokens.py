@@ -43,11 +43,11 @@ class Tokens:
     def name(self) -> str:
         """A hash of what decides the ids: another tokenizer has another."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        facts: Any = json.loads(backend.to_str()) if backend is not None else type(self.tokenizer).__qualname__
-        if isinstance(facts, dict):  # these two are a caller's, set and taken back at every call
-            facts = {key: value for key, value in facts.items() if key not in ("truncation", "padding")}
-        elif hasattr(self.tokenizer, "get_vocab"):
-            facts = [facts, self.tokenizer.get_vocab()]
+        if backend is not None:  # before these come truncation and padding, which a caller sets and takes back
+            facts: Any = backend.to_str().partition('"added_tokens"')[2]
+        else:
+            vocabulary = self.tokenizer.get_vocab() if hasattr(self.tokenizer, "get_vocab") else None
+            facts = [type(self.tokenizer).__qualname__, vocabulary]
         return hashlib.sha256(json.dumps([facts, self.end, self.dtype], sort_keys=True).encode()).hexdigest()[:16]
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
