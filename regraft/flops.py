@@ -86,12 +86,26 @@ def positions(model: Checkpoint | Config, length: int) -> int:
     return length
 
 
+class Flat:
+    """In place of the library's record of modules, whose hooks keep what gradient checkpointing would free."""
+
+    parents: ClassVar[set[str]] = {"Global"}
+
+    def __enter__(self) -> None:
+        """Nothing is recorded."""
+
+    def __exit__(self, *failure: Any) -> None:
+        """Nothing is taken away."""
+
+
 class Counter(FlopCounterMode):
-    """PyTorch's counter, known to `uncounted` while it is open."""
+    """PyTorch's counter, known to `uncounted` while it is open; it counts all modules as one."""
 
     running: ClassVar[list[Counter]] = []
+    mod_tracker: Any
 
     def __enter__(self) -> Counter:
+        self.mod_tracker = Flat()
         self.running.append(self)
         super().__enter__()
         return self
