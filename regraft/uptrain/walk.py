@@ -28,6 +28,8 @@ from .matching import apart, matrices_apart, showing_weights, single
 from .stages import grouped, origins_in
 from .streamed import State, Streamed, layer_file, possible, result, tell, write_layer
 
+MMAP_THRESHOLD = -3  # glibc's number of that parameter
+
 
 def align(run: Streamed) -> tuple[Checkpoint, dict[str, Any]]:
     """(the target with trained mixers, to be saved; the ledger, as `loop.train` gives it). Rows of metrics.jsonl go to
@@ -70,6 +72,7 @@ class Walk:
         run.folder.mkdir(parents=True, exist_ok=True)
         self.hidden.room()
         state.trim(run.out / "metrics.jsonl")
+        give_back()
         teacher = Hollow(run.source, run.device)
         whole = all(ranks.gathered(self.hidden.has(state.passed)))
         layer = state.passed if whole else 0
@@ -203,10 +206,14 @@ class Walk:
 
 
 def give_back() -> None:
-    """Return freed memory to the system: the C library would keep it in pieces, more with every layer."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Return freed memory to the system, and let tensors of a megabyte and more return at once from here on.
+
+    The C library (glibc) would keep up to 32 MB of each kind in pieces, half a layer more with every few dozen layers.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.mallopt(MMAP_THRESHOLD, 1 << 20)
+        library.malloc_trim(0)
 
 
 class Counted:
