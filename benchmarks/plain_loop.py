@@ -38,7 +38,7 @@ def plain(model: PreTrainedModel, rows: Packed, batch: int, steps: int) -> float
 
 
 def ours(model: PreTrainedModel, rows: Packed, batch: int, steps: int) -> float:
-    """The same through `loop.train`, with its rows of metrics and its watch over the loss; seconds after its first step,
+    """The same through `loop.train`, with its metrics and its watch over the loss; seconds after the first step,
     which runs under the FLOP counter. Checkpoints, which the plain loop has not, are left out.
     """
     length, marks = rows.length, []

@@ -38,7 +38,7 @@ OTHERS_WAIT = 5.0  # seconds
 TOGETHER = ("train", "run", "linearize", "grow")  # verbs that several processes do as one, under torchrun
 RESUMES = ("grow", "linearize", "train", "run", "compare", "demo")
 OPEN_ENDED = ("run", "compare", "demo")  # take `--key.sub VALUE` for any field of their recipe
-VALUED = ("--jobs", "--track", "--jump")  # flags of such a verb itself that have a value
+VALUED = ("--jobs", "--launch", "--track", "--jump")  # flags of such a verb itself that have a value
 KINDS = {"int": "a whole number", "float": "a number"}
 FLAGS = {
     "json": "print one JSON object on standard output and nothing else",

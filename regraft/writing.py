@@ -173,7 +173,7 @@ def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> 
     groups = storage.shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
     left = [(file, names) for file, names in zip(files, groups, strict=True) if file not in partial.done]
-    _check_space(partial.path, sum(tensors[name].bytes for _, names in left for name in names))
+    check_space(partial.path, sum(tensors[name].bytes for _, names in left for name in names))
     with ThreadPoolExecutor(2) as workers, ThreadPoolExecutor(1) as finisher, _fewer_threads():
         last: Future[None] | None = None
         for file, names in left:
@@ -205,7 +205,8 @@ def shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """OSError when a disk has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes to write, {free:,} free")

@@ -234,7 +234,7 @@ def test_a_disk_too_small_is_seen_before_anything_is_computed(source: Path, smal
 def test_a_disk_that_fills_up_gets_its_space_back(
     source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "_check_space", lambda folder, needed: None)
+    monkeypatch.setattr(writing, "check_space", lambda folder, needed: None)
     with pytest.raises(RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"):
         grown(source).save(small_disk / "out", shard_bytes=60_000)
     assert not list(small_disk.iterdir())

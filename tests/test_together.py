@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import speaking
 import torch
+import yaml
 from safetensors.torch import load_file
 from together import STAGES, fitted, trained
 
 from regraft.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
-from regraft.uptrain.resume import claimed
+from regraft.uptrain.resume import checkpoints, claimed
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -178,3 +181,56 @@ class TestCommand:
 
         assert "a batch of 3 does not split over 2 processes" in refused(*self.words(models, tmp_path / "a", batch=3))
         assert "'plan' runs in one process" in refused("-m", "regraft", "plan", models / "source")
+
+
+def test_a_comparison_launches_each_run_over_processes(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    stage = {"tokens": 640, "length": 16, "batch": 8}
+    arms = [
+        {"name": "scratch", "scratch": True},
+        {"name": "state", "grow": {"how": "pad", "depth_how": "stack"}, "moments": True},
+        {"name": "learned", "ligo": {"steps": 2}},
+    ]
+    recipe = {
+        "task": "next", "source": sizes | {"model_type": "llama"}, "target": {"hidden": 24, "ffn": 48, "layers": 2},
+        "vocabulary": 260, "pretrain": stage, "train": stage, "arms": arms, "seeds": [0], "every": 5, "rows": 8,
+    }  # fmt: skip
+    (tmp_path / "text.txt").write_text("\n\n\n".join(f"the {i} laws of the land are {i * i}" for i in range(200)))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"data": str(tmp_path / "text.txt")}))
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    for name, flags in {"one": [], "two": ["--launch", launch]}.items():
+        words = ["-m", "regraft", "compare", str(tmp_path / "recipe.yaml"), str(tmp_path / name), *flags]
+        done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for place in ("sources/source/0", "arms/scratch/0", "arms/state/0", "arms/learned/0"):
+        one, two = (losses(tmp_path / name / place) for name in ("one", "two"))
+        assert len(one) == 5 and one == pytest.approx(two, rel=1e-4), place
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays(count: int, models: Path, small_disk: Path) -> None:
+    words = TestCommand.words(models, small_disk / "out")
+    command = torchrun(count, *words) if count > 1 else [sys.executable, *map(str, words)]
+    (small_disk / "filler").write_bytes(bytes(2_200_000))
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    told = [line for line in done.stderr.splitlines() if line.startswith("regraft: cannot write the checkpoint")]
+    assert done.returncode != 0 and told and "No space left" in told[0] and "free some space" in told[0], done.stderr
+    kept = checkpoints(small_disk / "out")
+    assert kept and not (small_disk / "out" / "run" / "new").exists()
+    (small_disk / "filler").unlink()
+    if count > 1:
+        launched(count, *words)
+    else:
+        subprocess.run(command, env=environment(), check=True, capture_output=True)
+    assert len(losses(small_disk / "out")) == 60 and (small_disk / "out" / "model.safetensors").exists()

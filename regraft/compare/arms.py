@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import choosing, fitting, flops, hosts, moments
+from .. import choosing, fitting, flops, hosts, moments, ranks
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growing import Growth
@@ -22,10 +22,10 @@ from ..journal import write_json
 from ..report import read_json
 from ..steps.ligo import Learned
 from ..steps.transplant import Transplant
-from ..uptrain import loop, objectives
+from ..uptrain import loop, objectives, sharding
 from ..uptrain.calibrate import calibrate
 from ..uptrain.data import Images, shuffled
-from ..uptrain.stages import Stage
+from ..uptrain.stages import LAYERWISE, Stage
 from . import material
 from .schema import MAIN, Arm, Comparison, Linear
 
@@ -53,9 +53,14 @@ def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) ->
     assert isinstance(config, dict)
     model = material.make_source(recipe, config, out, seed)
     ledger = train(recipe, out, model, [recipe.stage(recipe.pretrain)], folder, seed, tell, keep_moments=True)
-    model.save_pretrained(folder)
-    for file in (out / "tokenizer").glob("*"):
-        shutil.copyfile(file, folder / file.name)
+    values = sharding.gathered(model)
+
+    def save() -> None:
+        model.save_pretrained(folder, state_dict=values)
+        for file in (out / "tokenizer").glob("*"):
+            shutil.copyfile(file, folder / file.name)
+
+    ranks.once(save)
     finish(folder, {"config": config, "seed": seed, "ledger": ledger})
 
 
@@ -67,7 +72,7 @@ def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -
     model, spent, state = begun(recipe, out, arm, seed, teacher, tell)
     count = sum(parameter.numel() for parameter in model.parameters())
     whole = objectives.measured(model, recipe.task, material.heldout(recipe, out)) if arm.legs else None
-    guide = {} if teacher is None else {"teacher": teacher.model, "teacher_slots": teacher.slots}
+    guide = {} if teacher is None else {"teacher": sharding.over_all(teacher.model), "teacher_slots": teacher.slots}
     ledger = train(recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state, **guide)
     facts = {"arm": dataclasses.asdict(arm), "seed": seed, "parameters": count, "ledger": ledger, "start": spent}
     facts |= {"whole": whole}
@@ -80,6 +85,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """The training loop with the comparison's data and evaluations; the ledger."""
     total = sum(stage.steps for stage in stages)
+    model = sharding.over_all(model, any(stage.kind in LAYERWISE for stage in stages))
 
     def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
         before = sum(one.steps for one in stages[: row["stage"]])
@@ -133,7 +139,8 @@ def begun(
     state = None
     if arm.moments:
         folder = arm_folder(out, arm.name, seed)
-        moments.grow(source, steps, source_folder(recipe, out, arm.source, seed) / moments.FILE, folder)
+        begun_with = source_folder(recipe, out, arm.source, seed) / moments.FILE
+        ranks.once(lambda: moments.grow(source, steps, begun_with, folder))
         state = folder / moments.FILE
     return model, FREE | {"seconds": time.monotonic() - begin}, state
 
@@ -188,14 +195,18 @@ def fitted(
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """The checkpoint that a fitted map gives, and what the fitting cost; both kept for a restart."""
     folder = arm_folder(out, arm.name, seed)
-    if not (folder / "start.json").exists():
+    if not ranks.once((folder / "start.json").exists):
         growth = Growth(**dataclasses.asdict(recipe.target), seed=seed)
         stage = recipe.stages(arm)[-1]
         assert arm.ligo is not None
         rows = material.rows(recipe, out)(stage.length)
         learned = fitting.fit(source, growth, arm.ligo, stage, rows, seed, progress=lambda *step: tell(0.0))
-        learned(source).save(folder / "grown", overwrite=True)
-        write_json(folder / "start.json", FREE | dict(learned.cost))
+
+        def keep() -> None:
+            learned(source).save(folder / "grown", overwrite=True)
+            write_json(folder / "start.json", FREE | dict(learned.cost))
+
+        ranks.once(keep)
     return Checkpoint.open(folder / "grown"), read_json(folder / "start.json")
 
 
@@ -220,9 +231,11 @@ def verify(recipe: Comparison, out: Path) -> None:
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:
-    """Keep the last word of a run and delete what only a restart needs."""
+    """Keep the last word of a run and delete what only a restart needs; the first process does."""
+    if not ranks.first():
+        return
     write_json(folder / DONE, facts)
-    for name in ("run", "run.old", "grown"):
+    for name in ("run", "grown"):
         shutil.rmtree(folder / name, ignore_errors=True)
     if "arm" in facts:
         (folder / moments.FILE).unlink(missing_ok=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -43,7 +45,8 @@ class Task:
     def said(self, out: Path) -> str:
         """The last line of its standard error."""
         lines = [line for line in self.log(out).read_text(encoding="utf-8", errors="replace").splitlines() if line]
-        return lines[-1].removeprefix("regraft: ") if lines else "it ended without a word"
+        ours = [line for line in lines if line.startswith("regraft: ")]  # a launcher may have said more behind it
+        return (ours or lines)[-1].removeprefix("regraft: ") if lines else "it ended without a word"
 
     def share(self, out: Path) -> float:
         """How far it says it is."""
@@ -53,24 +56,27 @@ class Task:
             return 0.0
 
 
-def run(recipe: Comparison, out: str | Path, jobs: int = 1) -> dict[str, Any]:
+def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") -> dict[str, Any]:
     """Carry out a comparison in directory `out`, going on where an earlier call stopped; the numbers of compare.json.
 
-    `failed` in them names runs that ended with an error, with its line. RegraftError when `out` holds something else,
+    `launch`: words that start the processes of a run, such as `torchrun --standalone --nproc-per-node 8`. In the
+    numbers `failed` names runs that ended with an error, with its line. RegraftError when `out` holds something else,
     or when the recipe cannot be carried out.
     """
     out = Path(out)
     if jobs < 1:
         raise RegraftError(f"--jobs {jobs} starts nothing: give 1 or more")
+    if launch and shutil.which(shlex.split(launch)[0]) is None:
+        raise RegraftError(f"--launch '{launch}' begins with no program that is here: give torchrun and its flags")
     claim(recipe, out)
     with Ticker() as ticker:
         ticker.start("making data, tokenizer and configs")
         material.prepare(recipe, out)
         arms.verify(recipe, out)
-        failed = carry_out(sources(recipe), recipe, out, jobs, ticker)
+        failed = carry_out(sources(recipe), recipe, out, jobs, launch, ticker)
         lost = {(task.name, task.seed) for task in failed}
         wanted = [task for task in trials(recipe) if not lost or (recipe_source(recipe, task), task.seed) not in lost]
-        failed |= carry_out(wanted, recipe, out, jobs, ticker)
+        failed |= carry_out(wanted, recipe, out, jobs, launch, ticker)
     numbers = summary.summarise(recipe, out)
     numbers["failed"] = [{**dataclasses.asdict(task), "error": line} for task, line in failed.items()]
     report.write(numbers, out)
@@ -116,7 +122,9 @@ def kept(out: Path) -> Comparison:
     return made
 
 
-def carry_out(tasks: Sequence[Task], recipe: Comparison, out: Path, jobs: int, ticker: Ticker) -> dict[Task, str]:
+def carry_out(
+    tasks: Sequence[Task], recipe: Comparison, out: Path, jobs: int, launch: str, ticker: Ticker
+) -> dict[Task, str]:
     """Run what is not done yet, `jobs` at a time; the error lines of those that failed."""
     waiting = [task for task in tasks if not done(recipe, out, task)]
     count, running = len(waiting), dict[Task, subprocess.Popen[bytes]]()
@@ -127,7 +135,7 @@ def carry_out(tasks: Sequence[Task], recipe: Comparison, out: Path, jobs: int, t
         while waiting or running:
             while waiting and len(running) < jobs:
                 task = waiting.pop(0)
-                running[task] = started(task, out, jobs)
+                running[task] = started(task, out, jobs, launch)
             for task, process in [(t, p) for t, p in running.items() if p.poll() is not None]:
                 del running[task]
                 if process.returncode or not done(recipe, out, task):
@@ -142,14 +150,15 @@ def carry_out(tasks: Sequence[Task], recipe: Comparison, out: Path, jobs: int, t
     return failed
 
 
-def started(task: Task, out: Path, jobs: int) -> subprocess.Popen[bytes]:
-    """The process of a run; cores are shared evenly."""
+def started(task: Task, out: Path, jobs: int, launch: str) -> subprocess.Popen[bytes]:
+    """The process of a run, or the launcher of its processes; cores are shared evenly."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
     task.log(out).parent.mkdir(exist_ok=True)
     task.log(out).with_suffix(".share").unlink(missing_ok=True)
-    words = [sys.executable, "-m", "regraft.compare", str(out), task.kind, task.name, str(task.seed)]
+    start = shlex.split(launch) or [sys.executable]
+    words = [*start, "-m", "regraft.compare", str(out), task.kind, task.name, str(task.seed)]
     with task.log(out).open("wb") as log:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        env = os.environ | ({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if not launch else {})
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
 

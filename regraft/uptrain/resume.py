@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .. import ranks
 from ..errors import RegraftError
+from ..writing import check_space
 from .divergence import Place, Trend
 from .lit import Watch
 
@@ -107,9 +108,12 @@ def save_state(
     facts = {key: value for key, value in asdict(state).items() if key != "moments"}
     facts |= {"changed": sorted(state.changed), "settings": settings}
 
+    tensors = stored(model, optimizer, state)
+
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        check_space(temporary, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
     def finish() -> None:
         (temporary / "state.json").write_text(json.dumps(facts))
@@ -121,7 +125,6 @@ def save_state(
         for *_, old in checkpoints(out)[:-KEPT]:
             shutil.rmtree(old)
 
-    tensors = stored(model, optimizer, state)
     try:
         ranks.once(begin)
         if tensors:

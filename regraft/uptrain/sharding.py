@@ -49,6 +49,16 @@ def spread(model: PreTrainedModel, over: DeviceMesh, layerwise: bool = False) ->
     return model
 
 
+def over_all(model: PreTrainedModel, layerwise: bool = False) -> PreTrainedModel:
+    """A whole model that every process has, sharded over them; alone, the model as it is."""
+    if ranks.world() == 1:
+        return model
+    whole = vars(spread(model.to(ranks.device()), mesh(), layerwise))[PLACE]
+    whole(lambda: None)  # the first forward makes this module the root of all shards
+    settle(model)
+    return model
+
+
 def load(checkpoint: Checkpoint, over: DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
     """The float32 model of a checkpoint; over a mesh each process reads only its shards, one tensor after the other."""
     if over is None:

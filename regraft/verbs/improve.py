@@ -194,7 +194,12 @@ def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: b
 
 
 def compare(
-    recipe: str, out: str, jobs: int = 1, overrides: dict[str, str] | None = None, json: bool = False
+    recipe: str,
+    out: str,
+    jobs: int = 1,
+    launch: str = "",
+    overrides: dict[str, str] | None = None,
+    json: bool = False,
 ) -> Outcome:
     """Compare ways to grow a model with training from scratch, resumably; --key.sub VALUE overrides a field.
 
@@ -202,10 +207,11 @@ def compare(
         recipe: a YAML file such as regraft/recipes/compare_decoder.yaml
         out: directory to write
         jobs: runs at a time, each a process of its own with its share of the cores
+        launch: what starts a run over several processes, such as "torchrun --standalone --nproc-per-node 8"
     """
     from ..compare import report, runner, schema
 
-    numbers = runner.run(schema.load(recipe, overrides or {}), out, jobs)
+    numbers = runner.run(schema.load(recipe, overrides or {}), out, jobs, launch)
 
     def show(console: Console) -> None:
         report.render(numbers, console)
