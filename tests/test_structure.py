@@ -188,20 +188,24 @@ def test_readme_tree_names_every_module():
     assert not missing
 
 
-def test_readme_flags_exist():
-    """Every `regraft VERB ... --flag` in a fence is one that the verb takes."""
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md"])
+def test_flags_of_pages_exist(page):
+    """Every `regraft VERB ... --flag` in a fence, after torchrun too, is one that the verb takes."""
     import re
     import shlex
 
     from regraft import cli
 
     parser = cli.build_parser()
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text, seen = (ROOT / page).read_text(encoding="utf-8"), 0
     for fence in re.findall(r"```[a-z]*\n(.*?)```", text, re.S):
         for line in fence.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if line.startswith("regraft ") else []
-            if words and words[1] not in cli.OPEN_ENDED:
-                parser.parse_args(cli.dashed(words[1:]))
+            words = shlex.split(line, comments=True) if line.startswith(("regraft ", "torchrun ", "srun ")) else []
+            words = words[words.index("regraft") + 1 :] if words else []
+            if words and words[0] not in cli.OPEN_ENDED:
+                parser.parse_args(cli.dashed(words))
+                seen += 1
+    assert seen > 3
 
 
 def test_readme_recipe_is_one():
