@@ -22,7 +22,7 @@ import pytest
 import speaking
 import torch
 from backports import zstd
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cli import as_json, refused
 from test_uptrain import Letters, pack
@@ -396,6 +396,7 @@ def old(text: str) -> list[str]:
 
 
 @settings(max_examples=150, deadline=None)
+@example(text="\r   \r\ra", chunk=1, line=5, stop=0)
 @given(
     text=st.text("ab \n\t\r\u2028é\x0b", max_size=60),
     chunk=st.integers(1, 9),
@@ -521,7 +522,8 @@ from regraft.corpus.building import Text, Texts
 fill = cache.Part.fill
 def noted(part, *rest):
     if filled := fill(part, *rest):
-        print("took", part.file.name, ranks.rank(), flush=True)
+        sys.stdout.write(f"took {{part.file.name}} {{ranks.rank()}}\\n")  # at once: two processes share the output
+        sys.stdout.flush()
     time.sleep(0.2)  # so that the other one comes to its turn
     return filled
 cache.Part.fill = noted

@@ -180,7 +180,9 @@ def _paragraphs(source: Stream, file: Path, start: Place, bad: Bad) -> Iterator[
             after = Place(offset, line, held, match.end())
             yield from _document(held[begin : match.start()], inside, after)
             begin, inside = match.end(), False
-        held = held[begin:] if inside else held[begin:].lstrip("\n")
+        held = held[begin:]
+        if not inside and held.strip():  # while all is blank, its line ends may yet belong to a separator
+            held = held.lstrip("\n")
         *parts, rest = _cut(held)
         for part in parts:
             held, inside = held[len(part) :], True
