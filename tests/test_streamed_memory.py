@@ -10,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import streamed_memory  # noqa: E402  # a script beside the package
 
+KEPT = 8_000_000  # bytes the allocator may hold beyond what is in use; nothing beside the layers of a real model
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
@@ -21,6 +23,6 @@ def test_memory_does_not_depend_on_the_depth(tmp_path: Path, monkeypatch: pytest
     for layers in (3, 24):
         whole = streamed_memory.make_source(tmp_path / f"source{layers}", layers)
         peaks[layers] = streamed_memory.streamed(tmp_path / f"source{layers}", tmp_path / f"out{layers}")["all"]
-        assert peaks[layers] <= limit["all"], (layers, peaks, limit)
+        assert peaks[layers] <= limit["all"] + KEPT, (layers, peaks, limit)
     assert whole > 3 * limit["all"]  # the claim says something
     assert peaks[24] - peaks[3] < limit["layer"], peaks
