@@ -85,11 +85,15 @@ def uptrained(
     guide = sharding.load(source, over) if over is not None else teacher()
     slots = hosts.slots(guide, source)
     calibrated(student, guide, slots, batches, work, ticker)
+    if over is None:
+        student, guide = student.to(ranks.device()), guide.to(ranks.device())
 
     facts = {"source": str(source.path), "seed": seed, "stages": [dataclasses.asdict(stage) for stage in stages]}
     with watching.over(out, ticker, facts) as watched:
         ledger = loop.train(loop.Run(student, stages, rows, out, guide, slots, seed=seed, limit=limit, **watched))
     save_trained(checkpoint, student, stages, ledger, out)
+    if over is None:
+        guide.to("cpu")  # it may be measured beside others, which is done there
     return ledger
 
 

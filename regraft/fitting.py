@@ -187,8 +187,9 @@ class Fitting:
         kind, fast, total = cast(Kind, stage.kind), stage.precision == "bfloat16", 0.0
         given, labels = targets(self.model, kind, rows, torch.Generator().manual_seed(seed), stage.mask_share)
         told = int((labels != IGNORED).sum())
+        place = sharding.part(next(self.model.parameters())).device
         for piece in pieces(len(rows), micro):
-            some, wanted = given[piece], labels[piece]
+            some, wanted = given[piece].to(place), labels[piece].to(place)
             share = ranks.world() * int((wanted != IGNORED).sum()) / told
             value = share * inside(self.model, partial(loss_of, self.model, kind, some, wanted, fast))
             value.backward()
@@ -203,6 +204,7 @@ class Fitting:
             if parameter.grad is not None and made[key].requires_grad
         }
         mine = [sharding.shard(made[key], parameter) for key, (parameter, _) in heard.items()]
-        torch.autograd.backward(mine, [sharding.part(grad) for _, grad in heard.values()])
+        grads = [sharding.part(grad).to(one.device) for one, (_, grad) in zip(mine, heard.values(), strict=True)]
+        torch.autograd.backward(mine, grads)
         self.model.zero_grad(set_to_none=True)
         ranks.add_up([p.grad for p in self.grower.parameters() if p.grad is not None])

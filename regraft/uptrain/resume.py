@@ -69,7 +69,9 @@ class RunState:
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 if f"step/{name}" in self.moments:  # a layer that was left out of every step so far has none
-                    optimizer.state[parameter] = {moment: self.moments[f"{moment}/{name}"] for moment in MOMENTS}
+                    optimizer.state[parameter] = {
+                        moment: self.moments[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS
+                    }
         self.moments = {}
 
     def trim_metrics(self, path: Path) -> None:

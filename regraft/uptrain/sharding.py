@@ -50,10 +50,11 @@ def spread(model: PreTrainedModel, over: DeviceMesh, layerwise: bool = False) ->
 
 
 def over_all(model: PreTrainedModel, layerwise: bool = False) -> PreTrainedModel:
-    """A whole model that every process has, sharded over them; alone, the model as it is."""
+    """A whole model that every process has, sharded over them where they compute; alone, whole."""
+    model = model.to(ranks.device())
     if ranks.world() == 1:
         return model
-    whole = vars(spread(model.to(ranks.device()), mesh(), layerwise))[PLACE]
+    whole = vars(spread(model, mesh(), layerwise))[PLACE]
     whole(lambda: None)  # the first forward makes this module the root of all shards
     settle(model)
     return model
