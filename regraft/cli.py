@@ -218,7 +218,8 @@ def together(verb: str) -> AbstractContextManager[None]:
 def interrupted(verb: str) -> int:
     """One line on how to go on; 130."""
     how = "the same command goes on from here" if verb in RESUMES else "nothing was finished; run the command again"
-    print(f"regraft: interrupted: {how}", file=sys.stderr)
+    if speaks():
+        print(f"regraft: interrupted: {how}", file=sys.stderr)
     return 130
 
 
