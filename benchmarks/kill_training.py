@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from regraft.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
 
-STEPS, BATCH, LENGTH = 400, 4, 64
+STEPS, BATCH, LENGTH = 200, 4, 64
 
 
 def prepared(folder: Path) -> None:
@@ -122,7 +122,7 @@ def main() -> None:
                     disturbed(run, out, number, every)
                     kind = "SIGTERM" if number == signal.SIGTERM else "all killed" if every else "one killed"
                     counts[kind] += 1
-            done = run.wait() == 0
+            done = run.wait() == 0 or (out / "config.json").exists()  # killed when all was written
     same = [
         (folder / f"run-{number}" / "model.safetensors").read_bytes()
         == (folder / "whole/model.safetensors").read_bytes()

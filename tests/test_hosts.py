@@ -221,11 +221,12 @@ def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("family", GROWABLE)
-def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(family, tmp_path):
-    tiny(family)[1].save_pretrained(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(dtype, family, tmp_path):
+    tiny(family)[1].to(dtype).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     real, empty = hosts.materialize(checkpoint), hosts.outline(checkpoint)
-    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in empty.parameters())
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}
     tables = dict(real.named_buffers())

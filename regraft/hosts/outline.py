@@ -20,15 +20,8 @@ def outline(checkpoint: Checkpoint) -> PreTrainedModel:
 
     Buffers are rotary tables and the like, which no file holds: the class's own initialisation makes them.
     """
-    fields = checkpoint.config
     with torch.device("meta"):
-        if fields["model_type"] == "regraft":
-            kept = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-            model: Any = RegraftForCausalLM(RegraftConfig(**kept))
-        else:
-            kind, config = stock_class(fields)
-            model = kind(config)
-    model.tie_weights()
+        model = bare(checkpoint)
     stock = model.host if isinstance(model, RegraftForCausalLM) else model
     for module in stock.modules():
         unmade = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -36,6 +29,20 @@ def outline(checkpoint: Checkpoint) -> PreTrainedModel:
             setattr(module, name, torch.zeros_like(getattr(module, name), device="cpu"))
         if unmade:
             stock._init_weights(module)
+    return model
+
+
+def bare(checkpoint: Checkpoint) -> Any:
+    """The class of a checkpoint's config, made anew in float32 wherever PyTorch makes tensors now; in eval mode."""
+    fields = {**checkpoint.config, "dtype": "float32"}
+    if fields["model_type"] == "regraft":
+        fields["host"] = {**fields["host"], "dtype": "float32"}
+        kept = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+        model: Any = RegraftForCausalLM(RegraftConfig(**kept))
+    else:
+        kind, config = stock_class(fields)
+        model = kind(config)
+    model.tie_weights()
     return model.eval()
 
 

@@ -16,9 +16,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..checkpoint import Checkpoint
-from ..hosts.configuration_regraft import RegraftConfig
-from ..hosts.loading import stock_class
-from ..hosts.modeling_regraft import RegraftForCausalLM
+from ..hosts.outline import bare
 from .layers import Skipped, stack
 
 FOUND = 16  # places of a search, such as sinks of all documents in a row
@@ -83,14 +81,6 @@ def only(model: PreTrainedModel, layers: Collection[int]) -> Iterator[None]:
 
 def hollow(checkpoint: Checkpoint) -> PreTrainedModel:
     """The float32 model of a checkpoint on fake tensors, in eval mode; inside a FakeTensorMode."""
-    fields = {**checkpoint.config, "dtype": "float32"}
     with no_init_weights():
-        if fields["model_type"] == "regraft":
-            fields["host"] = {**fields["host"], "dtype": "float32"}
-            kept = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-            model: Any = RegraftForCausalLM(RegraftConfig(**kept))
-        else:
-            kind, config = stock_class(fields)
-            model = kind(config)
-    model.tie_weights()
-    return model.eval()
+        model: PreTrainedModel = bare(checkpoint)
+    return model
