@@ -1,6 +1,8 @@
 """One thread per test process: the models are tiny, and two processes share two cores. Models of several files."""
 
 import os
+import shutil
+import subprocess
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,3 +28,15 @@ def linearized(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("linear") / "model"
     Remix(keep="0", window=16, sinks=2)(Checkpoint.open(source)).save(out)
     return out
+
+
+@pytest.fixture
+def small_disk(request, tmp_path):
+    """A folder that is a disk of its own, of 400 kB or what an indirect parameter says."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '400k')}", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

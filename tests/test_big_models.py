@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,17 +211,6 @@ def test_a_link_to_a_directory_stays_one(source: Path, tmp_path: Path) -> None:
     grown(source).save(tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink() and Checkpoint.open(tmp_path / "real").layers == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "source"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_disk_too_small_is_seen_before_anything_is_computed(source: Path, small_disk: Path) -> None:
