@@ -82,7 +82,7 @@ def generate(
         return_dict_in_generate=True,
         **sampling,
     )
-    sizes = hosts.state_bytes(out.past_key_values)
+    sizes = hosts.state_bytes(hosts.cache_of(out))
     mixers = getattr(model.config, "mixers", None) or [None] * len(sizes)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     new = out.sequences.shape[1] - inputs.shape[1]

@@ -105,7 +105,7 @@ def compare(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str, Any]:
     if missing := sorted(set(reference) - set(ours)):
         raise RegraftError(f"'{after.origin}' gives no '{missing[0]}' as its source does: name the source it came from")
     index = stream(before, after)
-    pairs = [difference(value, ours[name], index) for name, value in reference.items() if name != "past_key_values"]
+    pairs = [difference(value, ours[name], index) for name, value in reference.items() if name != hosts.CACHE]
     found: dict[str, Any] = {
         "rel_logit_diff": max(relative for relative, _ in pairs),
         "max_abs_logit_diff": max(absolute for _, absolute in pairs),
@@ -141,8 +141,8 @@ def stepwise(model: Any, given: dict[str, Tensor], logits: Tensor) -> float:
     half = ids.shape[1] // 2
     cache, pieces = None, []
     for piece in [ids[:, :half], *ids[:, half:].split(1, dim=1)]:
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=piece, **hosts.given(cache), use_cache=True)
+        cache = hosts.cache_of(out)
         pieces.append(out.logits.float())
     return float((torch.cat(pieces, 1) - logits).abs().max() / logits.abs().max())
 

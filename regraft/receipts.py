@@ -181,7 +181,7 @@ def recurrent(model: nn.Module, tokens: Tensor) -> Tensor:
     cache = DynamicCache(config=model.config)
     third = tokens.shape[1] // 3
     pieces = [tokens[:, :third], tokens[:, third : 2 * third], *tokens[:, 2 * third :].split(1, dim=1)]
-    outputs = [model(input_ids=piece, past_key_values=cache, use_cache=True).logits.float() for piece in pieces]
+    outputs = [model(input_ids=piece, **hosts.given(cache), use_cache=True).logits.float() for piece in pieces]
     return torch.cat(outputs, dim=1)
 
 

@@ -207,7 +207,7 @@ def test_a_decoded_token_costs_what_one_step_through_the_cache_does(family: str,
     source = Checkpoint.open(tmp_path)
     model = hosts.materialize(source)
     with torch.no_grad():
-        past = model(tokens(1, 40)).past_key_values
+        past = hosts.cache_of(model(tokens(1, 40)))
         with flops.counter() as counter:
-            model(tokens(1, 1), past_key_values=past)
+            model(tokens(1, 1), **hosts.given(past))
     assert Plan.of(source, source, context=41).flops_per_token["source"] == counter.get_total_flops()

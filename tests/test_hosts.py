@@ -17,7 +17,7 @@ import regraft
 from regraft import hosts
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.hosts import remote
+from regraft.hosts import modeling_regraft, remote
 from regraft.steps.remix import Remix
 
 TOLERANCE = 1e-5
@@ -77,8 +77,8 @@ def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str
     for cuts in ([1] * 60, [7, 1, 1, 40, 11], [59, 1]):
         cache, parts = None, []
         for piece in ids.split(cuts, 1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, **hosts.given(cache), use_cache=True)
+            cache = hosts.cache_of(out)
             parts.append(out.logits)
         assert relative(torch.cat(parts, 1), whole) < TOLERANCE
     assert cache.get_seq_length() == 60
@@ -119,7 +119,7 @@ def test_packed_documents_equal_documents_alone(sources: dict[str, Path], family
 def test_state_bytes_do_not_depend_on_length(sources: dict[str, Path]) -> None:
     model, sizes = linearized(sources["llama"], REMIXES["hybrid"]), []
     for length in (30, 300):
-        cache = model(tokens(1, length), use_cache=True).past_key_values
+        cache = hosts.cache_of(model(tokens(1, length), use_cache=True))
         sizes.append(hosts.state_bytes(cache))
     (kept, *converted), (kept_long, *converted_long) = sizes
     assert converted == converted_long and kept_long == 10 * kept
@@ -202,13 +202,24 @@ def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
     with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 1, 4, 4\)"):
         model(ids, attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(RegraftError, match="StaticLayer.*DynamicCache"):
-        model(ids, past_key_values=StaticCache(config=model.config.host_config(), max_cache_len=8))
+        model(ids, **hosts.given(StaticCache(config=model.config.host_config(), max_cache_len=8)))
     with pytest.raises(RegraftError, match="no branch 'linera'"), hosts.branch(model, "linera"):
         pass
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **hosts.given(cache))
     with pytest.raises(ValueError, match="cannot take 2 tokens back"):
         cache.crop(-2)
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names_and_reaches_every_mixer(sources: dict[str, Path], monkeypatch) -> None:
+    model, ids = linearized(sources["gpt_neox"], REMIXES["hybrid"]), tokens(1, 6)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    logits = [model(ids, **{name: one}).logits for name, one in zip(("cache", "past_key_values"), caches, strict=True)]
+    assert torch.equal(*logits) and caches[0].get_seq_length() == caches[1].get_seq_length() == 6
+    monkeypatch.setattr(modeling_regraft, "CACHES", ("renamed",))
+    with pytest.raises(RegraftError, match="hands no cache to attention under the names renamed"):
+        model(ids)
 
 
 @torch.no_grad()

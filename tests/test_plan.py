@@ -46,7 +46,7 @@ def test_state_bytes_are_the_caches(source: Checkpoint, remix: Remix | None) -> 
     model = hosts.materialize(target)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens(1, 40), past_key_values=cache)
+        model(tokens(1, 40), **hosts.given(cache))
     held, planned = sum(hosts.state_bytes(cache)), sum(state_bytes(target, 40).values())
     assert planned == pytest.approx(held, rel=0.02)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import hosts
+
 CHUNK = 1024
 
 
@@ -19,8 +21,8 @@ def chunks(model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0) -> I
     """
     device = next(model.parameters()).device
     for part in ids.to(device).split(CHUNK, dim=1):
-        out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        cache = out.past_key_values
+        out = model(part, **hosts.given(cache), use_cache=True, logits_to_keep=keep)
+        cache = hosts.cache_of(out)
         yield out.logits, cache
 
 

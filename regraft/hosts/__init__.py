@@ -15,17 +15,20 @@ from .loading import (
 )
 from .modeling_regraft import RegraftForCausalLM
 from .outline import outline
-from .states import MixerState, state_bytes
+from .states import CACHE, MixerState, cache_of, given, state_bytes
 
 __all__ = [
+    "CACHE",
     "STATE_LAYER",
     "MixerState",
     "RegraftConfig",
     "RegraftForCausalLM",
     "branch",
+    "cache_of",
     "example",
     "fresh",
     "from_files",
+    "given",
     "in_files",
     "load",
     "load_tokenizer",

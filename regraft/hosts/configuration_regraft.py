@@ -20,7 +20,7 @@ class RegraftConfig(PreTrainedConfig):
     """
 
     model_type = "regraft"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     host: dict[str, Any] | None = None
     slot: str = "model.layers.{}.self_attn"

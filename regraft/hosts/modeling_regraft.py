@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -14,7 +15,9 @@ from ..errors import RegraftError
 from ..mixers.base import Attention, Mixing
 from ..mixers.registry import build
 from .configuration_regraft import RegraftConfig
-from .states import MixerState
+from .states import CACHE, MixerState, given
+
+CACHES = (CACHE, "layer_past")  # what decoder layers call the cache that they hand to attention
 
 
 class MixerSlot(nn.Module):
@@ -29,13 +32,11 @@ class MixerSlot(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        layer_past: Cache | None = None,
         mixing: Mixing | None = None,
         **host_arguments: Any,  # each family hands its attention more than a mixer needs: masks, flags
     ) -> tuple[Tensor, None]:
         """hidden_states: (batch, time, hidden) -> the same shape, and no attention weights."""
-        cache = past_key_values if past_key_values is not None else layer_past
+        cache = next((host_arguments[name] for name in CACHES if host_arguments.get(name) is not None), None)
         entry = cache.layers[self.layer] if cache is not None else None
         if entry is not None and not isinstance(entry, MixerState):
             raise RegraftError(
@@ -106,35 +107,49 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids: (batch, time) -> logits (batch, time, vocab)."""
+        """input_ids: (batch, time) -> logits (batch, time, vocab). `past_key_values` is the older name of `cache`."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise RegraftError(f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them")
-        mixing = mixing_of(tokens.shape[1], attention_mask, position_ids, past_key_values)
+        mixing = mixing_of(tokens.shape[1], attention_mask, position_ids, cache)
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left to read it
-        return self.host(
+        output = self.host(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             mixing=mixing,
+            **given(cache),
             **kwargs,
         )
+        if cache is not None:
+            self.reached(cache, tokens.shape[1])
+        return output
+
+    def reached(self, cache: Cache, time: int) -> None:
+        """RegraftError when the host keeps the cache from a mixer, which then forgets every token in silence."""
+        states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
+        if any(state.get_seq_length() < time for state in states):
+            raise RegraftError(
+                f"transformers {transformers.__version__} hands no cache to attention under the names "
+                f"{', '.join(CACHES)}: install the version that regraft was tested with (constraints.txt)"
+            )
 
 
 def mixing_of(time: int, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Mixing:

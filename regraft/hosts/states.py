@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_regraft import STATE_LAYER
+
+_STOCK = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _STOCK else "past_key_values"  # what models call it; renamed in transformers 5.24
 
 
 class MixerState(CacheLayerMixin):
@@ -80,6 +85,17 @@ class MixerState(CacheLayerMixin):
             raise ValueError(
                 f"cannot take {abs(tokens_to_remove)} tokens back out of a recurrent state: decode without drafts"
             )
+
+
+def given(cache: Cache | None) -> dict[str, Any]:
+    """The keyword that hands a cache to any model; none for None."""
+    return {} if cache is None else {CACHE: cache}
+
+
+def cache_of(output: Any) -> Cache:
+    """The cache that a model's output holds."""
+    found: Cache = getattr(output, CACHE)
+    return found
 
 
 def state_bytes(cache: Cache) -> list[int]:
