@@ -43,13 +43,16 @@ def cached(file: Path) -> Path | None:
 
 def config(file: Path) -> dict[str, Any]:
     """The Hugging Face config of a GGUF file, from its header."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+        header = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # the readers raise anything on a damaged header
         raise RegraftError(f"cannot read the header of '{file}' ({_line(error)}): fetch the file again") from error
-    return {key: value for key, value in found.items() if key != "quantization_config"}
+    found: dict[str, Any] = {key: value for key, value in header.to_dict().items() if key != "quantization_config"}
+    if not found.get("architectures") and type(header) in AutoModelForCausalLM._model_mapping:
+        found["architectures"] = [AutoModelForCausalLM._model_mapping[type(header)].__name__]  # what it is loaded as
+    return found
 
 
 def check_size(file: Path, parameters: int) -> None:

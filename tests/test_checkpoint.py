@@ -221,6 +221,7 @@ def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monk
     assert torch.equal(planned.tensors["attn.k.weight", 1].read(), model.model.layers[1].self_attn.k_proj.weight)
     opened = Checkpoint.open(file)
     assert opened.folder is not None and opened.history == planned.history
+    assert planned.config["architectures"] == opened.config["architectures"] == ["LlamaForCausalLM"]
     torch.testing.assert_close(hosts.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     opened.save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == storage.sha256(file)
