@@ -268,3 +268,23 @@ def test_transplant_keeps_the_old_corner(tmp_path):
         assert (new[before.shape[0] :] != 0).any() and (made[role, source.layers].read() != 0).all()
     with pytest.raises(RegraftError, match="never shrinks"):
         Transplant(layers=1)(source)
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("regraft: no text\nTraceback\nRuntimeError: later", "no text"),
+        (
+            "[rank1]: RuntimeError: closed by peer\nraise ChildFailedError(\nx.errors.ChildFailedError: \n=====",
+            "closed by",
+        ),
+        ("x.errors.ChildFailedError:\n  traceback : Signal 11 (SIGSEGV) received by PID 7\n=====", "Signal 11"),
+        ("what else", "what else"),
+        ("", "without a word"),
+    ],
+)
+def test_a_run_that_failed_is_told_by_what_ended_it(log: str, said: str, tmp_path: Path) -> None:
+    task = runner.Task("arm", "a", 0)
+    task.log(tmp_path).parent.mkdir()
+    task.log(tmp_path).write_text(log)
+    assert said in task.said(tmp_path) and "regraft:" not in task.said(tmp_path)

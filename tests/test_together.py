@@ -199,7 +199,8 @@ def test_a_comparison_launches_each_run_over_processes(tmp_path: Path) -> None:
     for name, flags in {"one": [], "two": ["--launch", launch]}.items():
         words = ["-m", "regraft", "compare", str(tmp_path / "recipe.yaml"), str(tmp_path / name), *flags]
         done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
+        logs = "".join(file.read_text()[-3000:] for file in tmp_path.glob(f"{name}/logs/arm-*.txt"))
+        assert done.returncode == 0, done.stderr[-2000:] + logs
     for place in ("sources/source/0", "arms/scratch/0", "arms/state/0", "arms/learned/0"):
         one, two = (losses(tmp_path / name / place) for name in ("one", "two"))
         assert len(one) == 5 and one == pytest.approx(two, rel=1e-4), place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from .schema import Comparison, dump
 
 RECIPE = "recipe.json"
 POLL = 0.1
+OURS = re.compile("^regraft: ")
+THEIRS = re.compile(r"(?<!ChildFailed)(Error|Exception|Interrupt)\b|\bSignal \d+")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ class Task:
         return out / "logs" / f"{self.kind}-{self.name}-{self.seed}.txt"
 
     def said(self, out: Path) -> str:
-        """The last line of its standard error."""
+        """What its standard error says of its end: our own line, else the last that names an error or a signal."""
         lines = [line for line in self.log(out).read_text(encoding="utf-8", errors="replace").splitlines() if line]
-        ours = [line for line in lines if line.startswith("regraft: ")]  # a launcher may have said more behind it
-        return (ours or lines)[-1].removeprefix("regraft: ") if lines else "it ended without a word"
+        for telling in (OURS, THEIRS):  # a launcher may have said more behind it
+            if found := [line for line in lines if telling.search(line)]:
+                return OURS.sub("", found[-1]).strip()
+        return lines[-1] if lines else "it ended without a word"
 
     def share(self, out: Path) -> float:
         """How far it says it is."""
