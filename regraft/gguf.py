@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from . import storage, writing
 from .errors import RegraftError
 
@@ -80,11 +82,21 @@ def _reader(file: Path) -> Any:
 
 
 def converted(file: Path) -> Path:
-    """Convert a GGUF file once to float32 safetensors in the cache (about 20 s for 135 M parameters); the directory."""
+    """Convert a GGUF file once to float32 safetensors in the cache (about 20 s for 135 M parameters); the directory.
+
+    Another process that converts the same file is waited for.
+    """
     if folder := cached(file):
         return folder
     _reader(file)
     folder = home() / "gguf" / storage.sha256(file)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        return cached(file) or _written(file, folder)
+
+
+def _written(file: Path, folder: Path) -> Path:
+    """The converted directory, made anew."""
     log.info("converting %s once, into %s", file, folder)
     with writing.new_directory(folder, overwrite=True) as partial:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from models import FAMILIES, GROWABLE, tiny, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from regraft import hosts, lineage, storage
+from regraft import gguf, hosts, lineage, storage
 from regraft.checkpoint import Checkpoint, with_older_keys
 from regraft.errors import RegraftError
 
@@ -225,6 +226,10 @@ def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monk
     torch.testing.assert_close(hosts.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     opened.save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == storage.sha256(file)
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "other"))
+    with ThreadPoolExecutor(2) as pool:  # two at once: one converts, the other waits
+        first, second = pool.map(gguf.converted, [file, file])
+    assert first == second and len(list(first.parent.glob("*/config.json"))) == 1
     with open(file, "r+b") as stream:
         stream.truncate(file.stat().st_size - 5000)
     with pytest.raises(RegraftError, match="tiny.gguf"):
