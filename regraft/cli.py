@@ -52,6 +52,7 @@ FLAGS = {
     "hybrid": "under torchrun on several machines: shard inside a machine, the same model on each",
     "train": "also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s, days, cost",
     "keep_moments": "leave Adam's state as OUT/optimizer.safetensors",
+    "skip_prefill": "time decoding alone, from a cache filled with copies of one token instead of a context",
     "stream": "matrix and align layer by layer: two layers in memory, whatever the depth",
 }
 

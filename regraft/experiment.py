@@ -168,7 +168,7 @@ class Experiment:
         quality = self.journal.phases["baselines"]
         speed = [rows[0]["decode_tok_s"] for rows in report.read_json(self.out / "bench.json").values() if rows]
         wanted = self.recipe.measure
-        return MARGIN + quality + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed)
+        return MARGIN + quality + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed if rate)
 
     def limit(self, stage: int) -> float | None:
         """Seconds for a stage: what is left for the last one, at most half of that for an earlier one."""

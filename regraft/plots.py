@@ -101,7 +101,8 @@ def lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     drawing, axes = figure(12.5, 3.0, len(panels))
     for axis, (key, unit, title) in zip(axes, panels, strict=True):
         for colour, (name, rows) in zip(COLOURS, models.items(), strict=False):
-            axis.plot([r["length"] for r in rows], [r[key] / unit for r in rows], marker="o", color=colour, label=name)
+            told = [(row["length"], row[key] / unit) for row in rows if row[key] is not None]
+            axis.plot(*zip(*told, strict=True) if told else ((), ()), marker="o", color=colour, label=name)
         axis.set(title=title, xlabel="context, tokens")
         axis.set_xscale("log", base=2)
         ticks = sorted({row["length"] for rows in models.values() for row in rows})

@@ -84,11 +84,16 @@ def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     heads = ["model", "context", "batch", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
     body = [
         [name, *(short(r.get(key)) for key in ("length", "batch", "decode_tok_s", "prefill_tok_s"))]
-        + [short(r[key] / 2**20) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
+        + [mebibytes(r[key]) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
         for name, rows in models.items()
         for r in rows
     ]
     return grid("tokens per second and memory by context length", heads, body)
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes in MiB; nothing for None, as where a model did not fit."""
+    return short(None if count is None else count / 2**20)
 
 
 def training(stages: Sequence[Mapping[str, Any]]) -> Table:

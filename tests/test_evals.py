@@ -9,7 +9,7 @@ import speaking
 import torch
 from models import tiny, tokens
 
-from regraft import evaluation, hosts
+from regraft import evaluation, hosts, plots, report, tables
 from regraft.errors import RegraftError
 from regraft.evals import baselines, bench
 from regraft.evals.perplexity import SLICE, Candidate, measure
@@ -122,6 +122,29 @@ def test_bench_rows_and_constant_state(source, linearized, batch):
     assert small["converted_bytes"] == large["converted_bytes"] > 0
     assert large["kept_bytes"] == 4 * small["kept_bytes"]
     assert rows["teacher"][1]["state_bytes"] == 4 * rows["teacher"][0]["state_bytes"]
+
+
+def test_a_filled_cache_is_as_large_as_a_read_one(source, linearized):
+    for path in map(str, (source, linearized)):
+        filled, read = (bench.measure(path, 100, 2, 3, prefill) for prefill in (False, True))
+        for key in ("length", "batch", "state_bytes", "converted_bytes", "kept_bytes"):
+            assert filled[key] == read[key]
+        assert filled["prefill_tok_s"] is None and filled["decode_tok_s"] > 0
+
+
+def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
+    """The state is forecast as it is measured, nothing is started, and tables and plots leave the cells open."""
+    models = {"teacher": str(source), "student": str(linearized)}
+    measured = {name: bench.measure(path, 100, 1, 3) for name, path in models.items()}
+    monkeypatch.setattr(bench, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(bench, "worker", None)
+    rows = bench.bench(models, [100], batch=3)
+    for name, (row,) in rows.items():
+        assert row["decode_tok_s"] is row["prefill_tok_s"] is row["peak_bytes"] is None
+        for key in ("length", "batch", "state_bytes", "converted_bytes", "kept_bytes"):
+            assert row[key] == pytest.approx(measured[name][key], rel=0.02), (name, key)  # but for small marks
+    assert plots.lengths(rows).startswith(b"<?xml") and tables.speed(rows).row_count == 2
+    assert len(report.speed(rows)) == 2
 
 
 def test_a_failing_bench_says_why(tmp_path):

@@ -37,9 +37,14 @@ def bench(
     steps: int = STEPS,
     progress: Callable[[int, int, str], None] | None = None,
     batch: int = 1,
+    prefill: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows by model name: `length, batch, decode_tok_s, prefill_tok_s, state_bytes, converted_bytes, kept_bytes,
     peak_bytes, load_bytes`; speeds and bytes are those of all `batch` rows together.
+
+    Without `prefill` the cache is filled with copies of a first token's keys and values instead, which takes no
+    attention over the context: decoding is timed alone. A row whose weights and state do not fit the memory that this
+    machine has free holds their state's bytes as forecast, and None for what was not measured.
 
     `models` maps names to paths. A fresh process per model and length prefills random tokens in chunks of 1,024 through
     the cache, then decodes: one warm-up step, then the median over `steps` steps. `peak_bytes` is the process's peak
@@ -53,15 +58,46 @@ def bench(
     for done, (name, path, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")
-        rows[name].append(worker(path, length, steps, batch))
+        rows[name].append(too_large(path, length, batch) or worker(path, length, steps, batch, prefill))
     return rows
 
 
-def worker(path: str, length: int, steps: int, batch: int = 1) -> dict[str, Any]:
+def too_large(path: str, length: int, batch: int) -> dict[str, Any] | None:
+    """The row of a model whose weights and state do not fit into the free memory of a processor's machine."""
+    import torch
+
+    from ..checkpoint import Checkpoint
+    from ..plan import layer_kinds, mixers_of, state_bytes
+
+    free = free_bytes()
+    if free is None or torch.cuda.is_available():
+        return None
+    checkpoint = Checkpoint.open(path)
+    state = {kind: batch * size for kind, size in state_bytes(checkpoint, length).items()}
+    weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())
+    if weights + sum(state.values()) <= free:
+        return None
+    softmax = {kind for kind, spec in zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True) if spec is None}
+    kept = sum(size for kind, size in state.items() if kind in softmax)
+    row: dict[str, Any] = dict.fromkeys(("decode_tok_s", "prefill_tok_s", "peak_bytes", "load_bytes"))
+    sizes = {"state_bytes": sum(state.values()), "converted_bytes": sum(state.values()) - kept, "kept_bytes": kept}
+    return {"length": length, "batch": batch, **row, **sizes}
+
+
+def free_bytes() -> int | None:
+    """Memory that a new process may have, where the system tells."""
+    place = Path("/proc/meminfo")
+    if not place.exists():
+        return None
+    line = next(line for line in place.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
     """One row, measured in a child process that sees the same package; RegraftError with its last line if it fails."""
     root = str(Path(__file__).resolve().parents[2])
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    command = [sys.executable, "-m", "regraft.evals.bench", path, *map(str, (length, steps, batch))]
+    command = [sys.executable, "-m", "regraft.evals.bench", path, *map(str, (length, steps, batch, int(prefill)))]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
         last = (finished.stderr.strip().splitlines() or [f"killed by signal {-finished.returncode}"])[-1]
@@ -71,7 +107,7 @@ def worker(path: str, length: int, steps: int, batch: int = 1) -> dict[str, Any]
     return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
-def measure(path: str, length: int, steps: int, batch: int = 1) -> dict[str, Any]:
+def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
     """The row of one model at one length, in this process."""
     import torch
 
@@ -83,13 +119,14 @@ def measure(path: str, length: int, steps: int, batch: int = 1) -> dict[str, Any
     device = next(model.parameters()).device
     loaded = peak_bytes(device.type)
     reset_peak(device.type)
-    ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
+    ids = torch.randint(model.config.vocab_size, (batch, length if prefill else 1), device=device)
     mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     with torch.inference_mode():
         begin = time.perf_counter()
         logits, cache = reading.last(model, ids)
         finish(device.type)
-        prefill = time.perf_counter() - begin
+        reading_took = time.perf_counter() - begin
+        lengthen(cache, length - ids.shape[1])
         sizes = hosts.state_bytes(cache)
         seconds = []
         for _ in range(steps + 1):
@@ -102,13 +139,25 @@ def measure(path: str, length: int, steps: int, batch: int = 1) -> dict[str, Any
         "length": length,
         "batch": batch,
         "decode_tok_s": batch / statistics.median(seconds[1:]),
-        "prefill_tok_s": batch * length / prefill,
+        "prefill_tok_s": batch * length / reading_took if prefill else None,
         "state_bytes": sum(sizes),
         "converted_bytes": converted,
         "kept_bytes": sum(sizes) - converted,
         "peak_bytes": peak_bytes(device.type),
         "load_bytes": loaded,
     }
+
+
+def lengthen(cache: Any, tokens: int) -> None:
+    """Make a cache as large as after `tokens` more positions, each a copy of its last one: to time decoding."""
+    from .. import hosts
+
+    for layer in cache.layers if tokens else ():
+        if isinstance(layer, hosts.MixerState):
+            layer.cumulative_length += tokens
+        else:
+            grown = (part[..., -1:, :].expand(*part.shape[:-2], tokens, -1) for part in (layer.keys, layer.values))
+            layer.update(*grown)
 
 
 def finish(device: str) -> None:
@@ -148,4 +197,5 @@ def reset_peak(device: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
+    place, numbers = sys.argv[1], [int(word) for word in sys.argv[2:]]
+    print(json.dumps(measure(place, *numbers[:3], prefill=bool(numbers[3]))))

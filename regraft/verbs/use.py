@@ -127,6 +127,7 @@ def bench(
     lengths: str = "1k,4k,16k",
     steps: int = 32,
     batch: int = 1,
+    skip_prefill: bool = False,
     plot: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -153,7 +154,9 @@ def bench(
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
         ticker.start("bench")
-        rows = benching.bench(models, counts, steps, lambda done, n, note: ticker.update(done / n, note), batch)
+        rows = benching.bench(
+            models, counts, steps, lambda done, n, words: ticker.update(done / n, words), batch, not skip_prefill
+        )
     if plot:
         drawn("bench.svg", plots.lengths(rows))
     data: dict[str, Any] = {"model": model, "rows": rows["model"]}
