@@ -197,5 +197,5 @@ def reset_peak(device: str) -> None:
 
 
 if __name__ == "__main__":
-    place, numbers = sys.argv[1], [int(word) for word in sys.argv[2:]]
-    print(json.dumps(measure(place, *numbers[:3], prefill=bool(numbers[3]))))
+    at, times, rows, reads = map(int, sys.argv[2:])
+    print(json.dumps(measure(sys.argv[1], at, times, rows, bool(reads))))
