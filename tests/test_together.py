@@ -78,13 +78,18 @@ def same(one: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(right[name], value, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize(("count", "names"), [(2, [*STAGES]), (4, ["next", "distil", "align"])])
+@pytest.mark.parametrize(
+    ("count", "names"), [(2, [*STAGES, "broken rank"]), (3, ["rank"]), (4, ["next", "distil", "align"])]
+)
 def test_processes_train_as_one(count: int, names: list[str], models: Path, tmp_path: Path) -> None:
+    """Also a run of low-rank additions that was given up half-way, and sharded rows of unlike numbers."""
     launched(count, HERE / "together.py", models, tmp_path / "many", *names)
     for name in names:
-        trained(name, models, tmp_path / "one" / name)
-        assert len(losses(tmp_path / "one" / name)) == 50
-        same(tmp_path / "one" / name, tmp_path / "many" / name, 1e-5)
+        alone = tmp_path / "one" / name.removeprefix("broken ")
+        if not alone.exists():
+            trained(alone.name, models, alone)
+        assert len(losses(alone)) == 50
+        same(alone, tmp_path / "many" / name, 1e-5)
 
 
 def test_processes_fit_growth_as_one(models: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ STAGES = {
     "distil": Stage("distil", TOKENS, lr_new=1e-4, lr_mixer=1e-4, ce=0.2, window_drop=0.3, **SIZE),
     "align": Stage("align", TOKENS, lr_new=1e-4, lr_mixer=1e-4, **SIZE),
     "matrix": Stage("matrix", TOKENS, lr_new=1e-4, lr_mixer=1e-4, **SIZE),
+    "rank": Stage("distil", TOKENS, lr_new=1e-4, lr_mixer=1e-3, rank=3, **SIZE),
     "lit": Stage("next", TOKENS, lr_new=1e-4, learn="lit", **SIZE),
 }
 
@@ -41,6 +43,18 @@ def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options:
     ledger = loop.train(run)
     training.save_trained(student, model, [stage], ledger, out)
     return ledger
+
+
+def broken(name: str, models: Path, out: Path, at: int = STEPS // 2) -> None:
+    """The same, given up after so many steps and begun again."""
+
+    def give_up(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+        if step == at + 1:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        trained(name, models, out, save_seconds=0, progress=give_up)
+    trained(name, models, out)
 
 
 def fitted(models: Path, out: Path) -> dict[str, Any]:
@@ -69,5 +83,7 @@ if __name__ == "__main__":
         for kind in names:
             if kind == "ligo":
                 fitted(Path(folder), Path(target) / kind)
+            elif kind.startswith("broken "):
+                broken(kind.removeprefix("broken "), Path(folder), Path(target) / kind)
             elif kind != "hybrid":
                 trained(kind, Path(folder), Path(target) / kind, hybrid=hybrid, micro=1 if kind == "next" else 0)

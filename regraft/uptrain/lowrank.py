@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .sharding import everywhere, laid, part, shard
+from .stages import LOW_RANK
+
 SCALE = 2.0  # alpha / rank, as LoLCATs (arXiv 2410.10254) and Liger (arXiv 2503.01496) have it
-PLACE = "low_rank"
 
 
 class LowRank(nn.Module):
     """W = base + 2 B A for each of `weights`, (out, in) with A (rank, in) drawn like a linear layer's and B at zero.
 
     The weights stay where they are and get gradients; `pull` hands these to A and B by the chain rule, `push` writes
-    the weights anew after a step. So the model needs no other layers, and its file has nothing to unwrap.
+    the weights anew after a step. So the model needs no other layers, and its file has nothing to unwrap. Where the
+    weights are sharded by rows B is too, and every process has the whole of A.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], rank: int, generator: torch.Generator):
@@ -29,8 +32,8 @@ class LowRank(nn.Module):
             rows, columns = weight.shape
             drawn = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
             self.base[key] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            self.a[key] = nn.Parameter(drawn.to(weight))
-            self.b[key] = nn.Parameter(weight.new_zeros(rows, rank))
+            self.a[key] = nn.Parameter(everywhere(drawn.to(weight.dtype), weight))
+            self.b[key] = nn.Parameter(laid(torch.zeros(rows, rank, dtype=weight.dtype), weight))
 
     def learning(self) -> set[int]:
         """Identities of A and B."""
@@ -40,7 +43,7 @@ class LowRank(nn.Module):
         """Let the weights have gradients; the names of all that a saved state must hold."""
         for weight in self.weights.values():
             weight.requires_grad_()
-        return {*names, *(f"{PLACE}.{name}" for name, _ in self.named_parameters())}
+        return {*names, *(f"{LOW_RANK}.{name}" for name, _ in self.named_parameters())}
 
     def parts(self) -> Iterator[tuple[nn.Parameter, ...]]:
         """(weight, base, A, B) of each weight."""
@@ -50,7 +53,7 @@ class LowRank(nn.Module):
         """Gradients of the weights become those of A and B."""
         for weight, _, a, b in self.parts():
             if weight.grad is not None:
-                a.grad = SCALE * b.detach().mT @ weight.grad
+                a.grad = everywhere(SCALE * b.detach().mT @ weight.grad, weight)
                 b.grad = SCALE * weight.grad @ a.detach().mT
                 weight.grad = None
 
@@ -65,17 +68,17 @@ def attach(model: PreTrainedModel, names: list[str], rank: int, seed: int, kept:
     """Put low-rank additions to the weights of these names beside the model, as they were in `kept`, a saved state."""
     weights = {name: model.get_parameter(name) for name in names}
     low = LowRank(weights, rank, torch.Generator().manual_seed(seed))
-    model.add_module(PLACE, low)
+    model.add_module(LOW_RANK, low)
     with torch.no_grad():
         for name, parameter in low.named_parameters():
-            if (key := f"model/{PLACE}.{name}") in kept:
-                parameter.copy_(kept.pop(key))
+            if (key := f"model/{LOW_RANK}.{name}") in kept:
+                part(parameter).copy_(shard(kept.pop(key), parameter))
     low.push()
     return low
 
 
 def detach(model: PreTrainedModel) -> set[str]:
     """Leave the weights as they are now and take the additions away; the names that are gone."""
-    gone = {f"{PLACE}.{name}" for name, _ in model.get_submodule(PLACE).named_parameters()}
-    delattr(model, PLACE)
+    gone = {f"{LOW_RANK}.{name}" for name, _ in model.get_submodule(LOW_RANK).named_parameters()}
+    delattr(model, LOW_RANK)
     return gone

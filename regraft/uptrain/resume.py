@@ -18,12 +18,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from .. import ranks
 from ..errors import RegraftError
 from ..writing import check_space
 from .divergence import Place, Trend
 from .lit import Watch
+from .sharding import laid
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 RUN, KEPT = "run", 2
@@ -69,9 +71,8 @@ class RunState:
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 if f"step/{name}" in self.moments:  # a layer that was left out of every step so far has none
-                    optimizer.state[parameter] = {
-                        moment: self.moments[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS
-                    }
+                    found = {moment: self.moments[f"{moment}/{name}"] for moment in MOMENTS}
+                    optimizer.state[parameter] = {moment: placed(one, parameter) for moment, one in found.items()}
         self.moments = {}
 
     def trim_metrics(self, path: Path) -> None:
@@ -86,6 +87,12 @@ class RunState:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
+
+
+def placed(moment: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A moment where its parameter is; one that was read whole, since its parameter came later, is laid out like it."""
+    whole = moment.shape == parameter.shape and not isinstance(moment, DTensor)
+    return laid(moment, parameter) if whole else moment.to(parameter.device)
 
 
 def folder_of(state: RunState) -> str:

@@ -87,8 +87,6 @@ def possible(run: Run, stage: Stage) -> None:
         if isinstance(run.model, RegraftForCausalLM):
             raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
         chosen(stage.layers, len(stack(run.model)))
-    if stage.rank and ranks.world() > 1:
-        raise RegraftError(f"rank {stage.rank} works in one process, not in {ranks.world()}: train with rank 0")
     if stage.batch % (ranks.world() * max(1, run.micro)) or run.micro < 0:
         raise RegraftError(
             f"a batch of {stage.batch} does not split over {ranks.world()} processes, {run.micro or 'any number of'} "

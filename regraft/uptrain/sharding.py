@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
 from .. import hosts, ranks
@@ -112,11 +112,21 @@ def shard(value: Tensor, like: Tensor) -> Tensor:
 
 
 def laid(value: Tensor, like: Tensor) -> Tensor:
-    """A whole value laid out over processes like another tensor."""
+    """A whole value, which every process has, laid out over them like another tensor."""
     if not isinstance(like, DTensor):
         return value.to(like.device)
-    mine = shard(value, like).to(like.device).clone()
-    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    mine = shard(value, like).to(like.device).clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=value.shape, stride=value.stride())
+
+
+def everywhere(value: Tensor, like: Tensor) -> Tensor:
+    """A value over the processes of another tensor, the whole of it in each: summed up where they hold parts of it."""
+    if not isinstance(like, DTensor):
+        return value.to(like.device)
+    whole = [Replicate()] * like.device_mesh.ndim
+    if isinstance(value, DTensor):
+        return value.redistribute(placements=whole)
+    return DTensor.from_local(value.to(like.device), like.device_mesh, whole)
 
 
 def complete(tensor: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from ..mixers.registry import weights
 from .data import Packed
 from .kl import head_kl
 from .lit import Lit
-from .lowrank import PLACE
 from .objectives import IGNORED, Kind, last_hidden
 from .teaching import Lessons, Teacher
 from .whole import inside
 
+LOW_RANK = "low_rank"  # where a model holds its low-rank additions
 LAYERWISE = ("matrix", "align")  # each mixer is matched to its teacher's layer on its own
 
 
@@ -141,7 +141,7 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
     mixing = isinstance(model, RegraftForCausalLM)
     origin = origins(model) if mixing else {}
     if stage.rank:
-        origin |= dict.fromkeys(model.get_submodule(PLACE).learning(), ("low rank", True))
+        origin |= dict.fromkeys(model.get_submodule(LOW_RANK).learning(), ("low rank", True))
     return grouped(model.parameters(), origin, stage, mixing, frozen)
 
 
