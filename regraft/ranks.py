@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +18,8 @@ from torch import Tensor
 from .errors import RegraftError
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+MEETING = timedelta(minutes=10)  # processes of one launcher start together
 PATIENCE = timedelta(days=1)  # the first process may measure or write for hours while the others wait
 
 
@@ -90,7 +95,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
 def joined() -> Iterator[None]:
     """Inside, the processes of a torchrun know each other: gloo on processors, NCCL beside it on accelerators.
 
-    Without torchrun nothing happens. RegraftError when the processes cannot meet.
+    Without torchrun nothing happens. A process whose launcher dies gets SIGTERM (on Linux). RegraftError when the
+    processes cannot meet.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
@@ -104,7 +110,17 @@ def joined() -> Iterator[None]:
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        store, mine, count = next(dist.rendezvous("env://", timeout=MEETING))
+    except dist.DistError as error:
+        raise RegraftError(
+            f"process {os.environ.get('RANK')} found no launcher within {MEETING} ({str(error).splitlines()[0]}): "
+            "start all processes again"
+        ) from error
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=PATIENCE)
     try:
         yield
     finally:

@@ -52,6 +52,13 @@ def launched(count: int, *words: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def words_of(place: Path) -> bytes:
+    """The command line of a process; nothing of one that is gone."""
+    with contextlib.suppress(OSError):
+        return place.read_bytes()
+    return b""
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -127,7 +134,7 @@ class TestCommand:
     @staticmethod
     def words(models: Path, out: Path, **flags: object) -> list[object]:
         flags = {"tokens": 12 * 32 * 60, "batch": 12, "length": 32, "stage": "distil", "precision": "float32"} | flags
-        flags |= {"data": models / "text.txt", "teacher": models / "source", "save-seconds": 0}
+        flags = {"data": models / "text.txt", "teacher": models / "source", "save-seconds": 0} | flags
         flat = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         return ["-m", "regraft", "train", models / "linear", out, *flat]
 
@@ -141,8 +148,8 @@ class TestCommand:
             time.sleep(0.05)
         if number == signal.SIGKILL:  # the launcher and the processes it started, which are in sessions of their own
             for place in Path("/proc").glob("[0-9]*/cmdline"):
-                with contextlib.suppress(OSError):
-                    if str(out).encode() in place.read_bytes():
+                if str(out).encode() in words_of(place):
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(int(place.parent.name), number)
         else:
             begun.send_signal(number)
@@ -167,6 +174,26 @@ class TestCommand:
         assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
         names = [tmp_path / kind / "model.safetensors" for kind in ("stopped", "whole")]
         assert names[0].read_bytes() == names[1].read_bytes()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+    @pytest.mark.parametrize("seconds", [0, 600])  # killed in the middle of a checkpoint, or before any
+    def test_a_launcher_that_is_killed_leaves_nobody_behind(self, seconds: int, models: Path, tmp_path: Path) -> None:
+        """Its processes finish the step, keep a checkpoint and end."""
+        out = tmp_path / "out"
+        command = torchrun(2, *self.words(models, out, **{"save-seconds": seconds}))
+        with (tmp_path / "log").open("wb") as log:
+            begun = subprocess.Popen(command, env=environment(), stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 10:
+            assert begun.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        begun.kill()
+        begun.wait()
+        while any(str(out).encode() in words_of(place) for place in Path("/proc").glob("[0-9]*/cmdline")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        told = (tmp_path / "log").read_text()
+        assert checkpoints(out)[-1][1] == len(losses(out)) and "stopped by SIGTERM" in told, told
 
     def test_two_runs_do_not_write_in_one_folder(self, models: Path, tmp_path: Path) -> None:
         with claimed(tmp_path / "a"):
@@ -228,3 +255,12 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(count: int, models:
     else:
         subprocess.run(command, env=environment(), check=True, capture_output=True)
     assert len(losses(small_disk / "out")) == 60 and (small_disk / "out" / "model.safetensors").exists()
+
+
+def test_a_process_without_its_launcher_does_not_wait_for_ever() -> None:
+    code = "from datetime import timedelta; from regraft import ranks; ranks.MEETING = timedelta(seconds=1)\n"
+    code += "with ranks.joined(): pass"
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    alone = environment() | place | {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=300)
+    assert "RegraftError: process 1 found no launcher within 0:00:01" in done.stderr

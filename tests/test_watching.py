@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from test_stock_training import Killed, go, stage, timeless
 from regraft import tracking, watching
 from regraft.errors import RegraftError
 from regraft.progress import Ticker, clock
-from regraft.uptrain import loop, speed
+from regraft.uptrain import loop, signals, speed
 from regraft.uptrain.divergence import Jump, Trend, guard
 
 
@@ -254,3 +256,15 @@ def test_the_verb_tracks_stops_and_sums_up(
     assert re.search(
         "loss of stage 'next'.* is (nan|inf).* good checkpoint", refused(capsys, *command, "--lr-body", "1e30")
     )
+
+
+def test_a_signal_that_is_repeated_at_once_is_one(monkeypatch):
+    raised = []
+    monkeypatch.setattr(signals.signal, "raise_signal", raised.append)
+    with signals.Stopping() as stopping:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.asked and not raised
+        monkeypatch.setattr(signals, "AGAIN", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -13,13 +14,19 @@ from .. import ranks
 from .divergence import Place
 
 STATUS = 128 + signal.SIGTERM
+AGAIN = 1.0  # seconds after which a second signal is one
 
 
 class Stopping:
-    """Notes a SIGTERM while it is open; a second one ends the process at once. Use as a context, in the main thread."""
+    """Notes a SIGTERM while it is open; one more after a second ends the process at once. Use as a context, in the main
+    thread.
+
+    A launcher's death is told as SIGTERM (`ranks.joined`), by Linux once for each of its threads.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.since = 0.0
         self.before: Any = None
 
     def __enter__(self) -> Stopping:
@@ -33,8 +40,11 @@ class Stopping:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal's handler."""
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.asked and time.monotonic() - self.since > AGAIN:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.asked:
+            self.asked, self.since = True, time.monotonic()
 
     def leave(self, kept: Sequence[Place]) -> None:
         """End the process with the status of one that SIGTERM ended, saying what is kept."""
