@@ -72,9 +72,30 @@ def halo(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
     """HALO's score (arXiv 2601.22156): s_i = (max R - R_i) / (max C - C_i + 1e-6), R recall and C commonsense of the
     source with layer i alone converted. A layer is kept when losing it costs recall and little else.
 
-    Here both are log likelihoods on the windows: R of tokens whose last two tokens stood together before in the window,
-    further back than the sliding window sees (they can be copied), C of all other tokens; and the mixers have their
-    closed-form start instead of a first training stage.
+    R and C as `copying` measures them.
+    """
+    rows = copying(source, remix, bench)
+    top = [max(column) for column in zip(*rows, strict=True)]
+    return [
+        Measured(i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common})
+        for i, (recall, common) in enumerate(rows)
+    ]
+
+
+def recall(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+    """-R_i of `copying`: a layer is kept when losing it costs recall, whatever else it costs.
+
+    HALO's ratio favours layers that cost nothing at all, where it divides by almost zero.
+    """
+    rows = copying(source, remix, bench)
+    return [Measured(i, -found, {"recall": found, "common": common}) for i, (found, common) in enumerate(rows)]
+
+
+def copying(source: Checkpoint, remix: Remix, bench: Bench) -> list[tuple[float, float]]:
+    """(R_i, C_i) with layer i alone converted, by layer: mean log likelihoods on the windows.
+
+    R is of tokens whose last two tokens stood together before in the window, further back than the sliding window sees
+    (they can be copied), C of all other tokens. The mixers have their closed-form start.
     """
     teacher, student = pair(source, remix, bench)
     far = torch.stack([repeated(row, remix.window or 64) for row in bench.windows.input_ids])
@@ -90,15 +111,11 @@ def halo(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
             likelihood = torch.stack([told(student, row) for row in bench.windows.input_ids])
         rows.append((float(likelihood[far].mean()), float(likelihood[~far].mean())))
         bench.progress((layer + 1) / source.layers)
-    top = [max(column) for column in zip(*rows, strict=True)]
-    return [
-        Measured(i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common})
-        for i, (recall, common) in enumerate(rows)
-    ]
+    return rows
 
 
 CHOOSE: dict[str, Callable[[Checkpoint, Remix, Bench], list[Measured]]] = dict(
-    zip(RULES, (bypass, halo, restore), strict=True)
+    zip(RULES, (bypass, halo, recall, restore), strict=True)
 )
 
 

@@ -79,6 +79,8 @@ def test_halo_tells_copying_from_the_rest(source: Checkpoint) -> None:
     best = [max(column) for column in zip(*numbers, strict=True)]
     for one, (recall, common) in zip(found, numbers, strict=True):
         assert one.score == pytest.approx((best[0] - recall) / (best[1] - common + 1e-6), rel=2e-2, abs=1e-3)
+    alone = choosing.recall(source, PLAIN, Bench(rows))
+    assert [(one.score, one.numbers) for one in alone] == [(-one.numbers["recall"], one.numbers) for one in found]
 
 
 def test_repeated_pairs_are_found_by_looking_for_them() -> None:

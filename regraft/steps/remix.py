@@ -168,7 +168,7 @@ def refuse(source: Checkpoint) -> None:
             )
 
 
-RULES = ("bypass", "halo", "restore")  # ways to choose layers by measurement, see `regraft.choosing`
+RULES = ("bypass", "halo", "recall", "restore")  # ways to choose layers by measurement, see `regraft.choosing`
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

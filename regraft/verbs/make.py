@@ -140,7 +140,7 @@ def linearize(
         method: a published way, or auto, ours (an unknown name lists them); the flags below change what it says
         mixer: the token mixer, such as gated_deltanet, gla, retnet or window; README.md has the list
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or chosen by measurement:
-            bypass, restore or halo with a number or share of layers, such as restore:8 or halo:25%
+            bypass, halo, recall or restore with a number or share of layers, such as restore:8 or recall:25%
         window: width of the gated window branch, 0 for the linear mixer alone
         sinks: first tokens that the window always sees
         seed: of fresh weights and of the data order
