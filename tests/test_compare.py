@@ -15,9 +15,9 @@ import pytest
 import yaml
 from test_report import Balanced
 
-from regraft import cli, settings
+from regraft import cli, fitting, settings
 from regraft.checkpoint import Checkpoint
-from regraft.compare import material, report, runner, schema, summary
+from regraft.compare import arms, material, report, runner, schema, summary
 from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
 from regraft.errors import RegraftError
@@ -237,6 +237,38 @@ def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
     Balanced().feed(page)
     assert page.count("data:image/svg+xml") == 3
     assert (whole / "table.md").read_text().startswith("| arm |")
+
+
+def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
+    learned = {"name": "learned", "ligo": {"steps": 4}}
+    made = schema.load(recipe(tmp_path, data=str(text), arms=[*TINY["arms"], learned], seeds=[0]), {})
+    seen: list[int] = []
+    fit = fitting.fit
+
+    def noted(*words, progress, **more):
+        def note(step, steps, row):
+            seen.append(step)
+            progress(step, steps, row)
+
+        return fit(*words, progress=note, save_seconds=0.0, **more)
+
+    def killed(share):
+        if len(seen) == 3:
+            raise InterruptedError("killed")
+
+    monkeypatch.setattr(fitting, "fit", noted)
+    for name in ("whole", "broken"):
+        runner.claim(made, tmp_path / name)
+        material.prepare(made, tmp_path / name)
+        arms.pretrain(made, tmp_path / name, "source", 0, lambda share: None)
+    with pytest.raises(InterruptedError):
+        arms.train_arm(made, tmp_path / "broken", "learned", 0, killed)
+    for name in ("broken", "whole"):
+        arms.train_arm(made, tmp_path / name, "learned", 0, lambda share: None)
+    assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4]
+    curves = [summary.finished(tmp_path / name, "learned", [0])[0][1] for name in ("whole", "broken")]
+    assert curves[0].loss == curves[1].loss and curves[0].flops == curves[1].flops
+    assert not (arms.arm_folder(tmp_path / "broken", "learned", 0) / arms.FITTING).exists()
 
 
 @pytest.mark.slow

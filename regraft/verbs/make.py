@@ -62,6 +62,8 @@ def grow(
         seed: of fresh weights
         field: for --how ligo: key or column that holds the text
     """
+    import shutil
+
     from .. import fitting, moments, parity, ranks
     from .. import plan as planning
     from ..checkpoint import Checkpoint
@@ -79,10 +81,11 @@ def grow(
     after = growth(before)
     made = planning.Plan.of(before, after)
     print(f"regraft: {made.forecast()}", file=sys.stderr)
+    maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
     with Ticker() as ticker:
         if how == LEARNED:
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
-            after = growth(before, fitting.fitted(before, growth, text, fit or {}, ticker))
+            after = growth(before, fitting.fitted(before, growth, text, fit or {}, ticker, maps))
         ticker.start(f"writing {out}")
         if optimizer_state:
             if bridge:
@@ -92,6 +95,7 @@ def grow(
 
         def write() -> dict[str, Any] | None:
             grown.save(out, overwrite=overwrite)
+            shutil.rmtree(maps, ignore_errors=True)
             if optimizer_state:
                 moments.grow(before, growth.steps(before), optimizer_state, out)
             return None if growth.exact else parity.step0(source, out)
