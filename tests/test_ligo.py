@@ -28,6 +28,7 @@ from regraft.growing import Growth
 from regraft.growth.maps import Ligo, Space
 from regraft.steps.deepen import Deepen
 from regraft.steps.ligo import Learned
+from regraft.steps.transplant import Transplant
 from regraft.steps.widen import Widen
 from regraft.uptrain.data import Images, Packed
 from regraft.uptrain.objectives import loss
@@ -99,6 +100,14 @@ def test_by_hand_it_is_zero_padding(tmp_path: Path) -> None:
         assert torch.allclose(value[block], theirs[block], rtol=1e-6), key
         value[block] = 0.0
         assert not value.any() or (lazy.shape != old.shape and set(value.unique().tolist()) == {0.0, 1.0}), key
+
+
+@pytest.mark.parametrize("family", GROWABLE)
+def test_by_hand_it_is_a_direct_copy(family: str, tmp_path: Path) -> None:
+    source = saved(tmp_path, family)
+    sizes: dict[str, Any] = {"hidden": 2 * source.sizes["hidden"], "ffn": 2 * source.sizes["ffn"], "layers": 5}
+    ours = Learned(**sizes, method=Ligo(start="copy"))(source)
+    assert furthest(ours, Transplant(**sizes)(source)) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "phi3", "bert", "vit"])
@@ -202,6 +211,7 @@ FITTED = [(family, {}) for family in ("llama", "gpt2", "gpt_neox", "gemma2", "ol
 FITTED += [("qwen3", {"reads": "inverse"}), ("mistral", {"reads": "orthogonal"}), ("bert", {"heads": "dense"})]
 FITTED += [("phi3", {"free": "all"}), ("gpt2", {"reads": "inverse", "start": "lemon"}), ("vit", {"start": "tile"})]
 FITTED += [("qwen2", {"reads": "inverse", "start": "pad", "live": True, "blur": 0.0}), ("gpt2", {"start": "random"})]
+FITTED += [("bert", {"start": "copy"}), ("llama", {"start": "copy", "reads": "inverse"})]
 FITTED += [("mixtral", {}), ("mixtral", {"reads": "inverse", "start": "pad", "live": True, "blur": 0.0})]
 
 
