@@ -21,9 +21,10 @@ from .growth.solving import Sizes
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
+from .steps.transplant import Transplant
 from .steps.widen import Widen
 
-LEARNED, AUTOMATIC = "ligo", "auto"
+LEARNED, AUTOMATIC, COPY = "ligo", "auto", "copy"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -57,7 +58,7 @@ class Growth(Sizes):
     def exact(self) -> bool:
         """Whether every operator keeps the function."""
         ways, deeper = set(re.split("[,=]", self.chosen.how)), self.layers is not None or self.to is not None
-        return not {"aki", LEARNED} & ways and (not deeper or self.chosen.depth_how in depth.EXACT)
+        return not {"aki", LEARNED, COPY} & ways and (not deeper or self.chosen.depth_how in depth.EXACT)
 
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
         """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when nothing grows, or
@@ -83,6 +84,10 @@ class Growth(Sizes):
         asked = self.sized(steps[0](source) if steps else source)
         if self.how == LEARNED and any(size is not None for size in asked.sizes.values()):
             return [*steps, Learned(**asked.sizes, method=self.method(), seed=self.seed)]
+        if self.how == COPY and any(size is not None for size in asked.sizes.values()):
+            if self.depth_how != "identity":
+                raise RegraftError(f"--how copy begins new layers at random: leave out --depth-how {self.depth_how}")
+            return [*steps, Transplant(**asked.sizes, seed=self.seed)]
         widths = {name: size for name, size in asked.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
             steps.append(Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed))

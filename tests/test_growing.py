@@ -71,6 +71,18 @@ def test_auto_is_the_operators_that_it_stands_for(tmp_path: Path) -> None:
     assert not Growth(to="there", depth_how="stack").exact
 
 
+def test_a_direct_copy_is_grown_and_said_to_be_inexact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path), tmp_path / "out"
+    sizes = ["--hidden", "45", "--ffn", "60", "--layers", "5", "--how", "copy"]
+    code, said, _ = run(capsys, "grow", given, str(out), *sizes)
+    assert code == 0 and "Not exact: outputs move" in said
+    before, after = Checkpoint.open(given), Checkpoint.open(out)
+    assert (after["mlp.up.weight", 0].read()[:52, :36] == before["mlp.up.weight", 0].read()).all()
+    assert run(capsys, "check", given, str(out))[0] == 0
+    code, _, said = run(capsys, "grow", given, str(tmp_path / "deep"), *sizes, "--depth-how", "stack")
+    assert code == 2 and "leave out --depth-how stack" in said
+
+
 def test_a_refused_tile_names_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, out = source(tmp_path, "bert"), str(tmp_path / "out")
     code, _, said = run(capsys, "grow", given, out, "--hidden", "104", "--how", "tile")
