@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from test_report import Balanced
 
@@ -22,6 +23,7 @@ from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
 from regraft.errors import RegraftError
 from regraft.steps.transplant import Transplant
+from regraft.uptrain.data import read_images
 
 RECIPES = Path(settings.__file__).parent / "recipes"
 LLAMA = {
@@ -194,6 +196,22 @@ def test_digits_are_handwriting_or_a_clear_line(monkeypatch):
     pytest.importorskip("sklearn")
     pixels, labels = material.digits()
     assert pixels.shape == (1797, 1, 8, 8) and sorted(set(labels)) == list(range(10)) and abs(pixels.mean()) < 1e-5
+
+
+def test_digits_to_train_on_are_moved_and_those_held_out_are_not(tmp_path, monkeypatch):
+    pixels = np.arange(10 * 16, dtype=np.float32).reshape(10, 1, 4, 4)
+    monkeypatch.setattr(material, "digits", lambda: (pixels, np.arange(10)))
+    made = schema.load(str(RECIPES / "compare_digits.yaml"), {})
+    material.write_images(made, tmp_path)
+    train, held = (read_images(tmp_path / f"{name}.npz") for name in ("train", "heldout"))
+    assert len(train) == 9 * 8 and len(held) == 2
+    assert all((held.pixel_values[i] == torch.from_numpy(pixels[held.labels[i]])).all() for i in range(2))
+    first = train[: 8 * 9 : 8]  # one image and where it went
+    assert set(first.labels.tolist()) == {int(first.labels[0])}
+    old, right, down = (first.pixel_values[at, 0] for at in (4, 3, 1))
+    assert (old == torch.from_numpy(pixels[first.labels[0], 0])).all()
+    assert (right[:, 1:] == old[:, :-1]).all() and (right[:, 0] == old[:, 0]).all()
+    assert (down[1:] == old[:-1]).all() and (down[0] == old[0]).all()
 
 
 def command(place: str, out: Path, *more: str) -> list[str]:
