@@ -99,7 +99,7 @@ def grow(
             shutil.rmtree(maps, ignore_errors=True)
             if optimizer_state:
                 moments.grow(before, growth.steps(before), optimizer_state, out)
-            return None if growth.exact else parity.step0(source, out)
+            return None if growth.exact(before) else parity.step0(source, out)
 
         step0 = ranks.once(write)
 
