@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import flops, hosts, ranks
+from . import flops, hosts, lineage, ranks
 from .anatomy import Key
 from .checkpoint import Checkpoint
 from .errors import RegraftError
@@ -21,11 +23,15 @@ from .growth.learned import Grower
 from .growth.maps import Ligo
 from .progress import Ticker
 from .settings import Text
+from .steps.bridge import Bridge
 from .steps.ligo import Learned
 from .training import rows_of
 from .uptrain import sharding
 from .uptrain.data import shuffled
+from .uptrain.loop import agreed
 from .uptrain.objectives import IGNORED, Data, Kind, Rows, loss_of, targets
+from .uptrain.resume import RunState, checkpoints, claimed, load_state, save_state
+from .uptrain.signals import Stopping
 from .uptrain.stages import Stage
 from .uptrain.step import pieces
 from .uptrain.whole import inside
@@ -45,15 +51,21 @@ def fit(
     seed: int = 0,
     micro: int | None = None,
     progress: Progress = lambda step, steps, row: None,
+    out: Path | None = None,
+    save_seconds: float = 60.0,
 ) -> Learned:
-    """Learn how to grow `source` to the sizes of `growth`; the step that does it.
+    """Learn how to grow `source` to the sizes of `growth`; the step that does it, behind the bridge if there is one.
 
     `stage` gives the objective (next, mask or image), the rows of a step and their precision, `method` the steps and
     learning rates. The grown weights are made once a step, also when `micro` rows at a time go through the model. The
     step's `cost` holds steps, tokens (or images), flops, seconds and `overhead`: FLOPs of making the weights and
-    their gradients, as a share of a plain training step's. RegraftError when nothing grows, when the data is of another
-    kind than the objective, and when a loss is not finite.
+    their gradients, as a share of a plain training step's. Maps, moments and cost are kept in folder `out` every
+    `save_seconds` and at the end: called again with the same arguments it goes on from there, with the losses that it
+    would have had, bit for bit in as many processes. RegraftError when nothing grows, when the data is of another kind
+    than the objective, when a loss is not finite, and when `out` holds another fitting.
     """
+    if growth.bridge:
+        source = Bridge()(source)
     sizes = growth.sized(source).sizes
     if all(size is None for size in sizes.values()):
         raise RegraftError(f"nothing to grow in '{source.origin}': give sizes to LiGO, such as hidden or layers")
@@ -66,16 +78,37 @@ def fit(
         )
     count = stage.batch * method.steps
     order = shuffled(len(rows), count, seed) if count else torch.empty(0, dtype=torch.long)
-    for step in range(method.steps):
-        picked = rows[order[step * stage.batch : (step + 1) * stage.batch]]
-        row = made.step(stage, picked, step, seed, micro or 0)
-        progress(step + 1, method.steps, row)
+    facts: dict[str, Any] = {"sizes": sizes, "method": asdict(method), "stage": asdict(stage)}
+    facts |= {"seed": seed, "micro": micro, "rows": len(rows)}
+    if out:
+        facts["source"] = ranks.once(lambda: lineage.fingerprint(source, 0))
+    with Stopping() if out else nullcontext() as stopping, claimed(out) if out else nullcontext():
+        state = made.resumed(load_state(out, grower, facts) if out else RunState())
+        saved = time.monotonic()
+        while state.step < method.steps:
+            picked = rows[order[state.step * stage.batch : (state.step + 1) * stage.batch]]
+            row = made.step(stage, picked, state.step, seed, micro or 0)
+            state.step += 1
+            progress(state.step, method.steps, row)
+            if out is None or stopping is None:
+                continue
+            _, stop, due = agreed(0.0, stopping.asked, time.monotonic() - saved > save_seconds)
+            if due or stop or state.step == method.steps:
+                save_state(out, grower, made.optimizer, made.told(state), facts)
+                saved = time.monotonic()
+            if stop and state.step < method.steps:
+                stopping.leave(checkpoints(out))
     maps = {name: value.detach().clone() for name, value in grower.state_dict().items()}
     return replace(learned, maps=maps, cost=made.cost)
 
 
 def fitted(
-    source: Checkpoint, growth: Growth, data: Text | None, options: Mapping[str, Any], ticker: Ticker
+    source: Checkpoint,
+    growth: Growth,
+    data: Text | None,
+    options: Mapping[str, Any],
+    ticker: Ticker,
+    out: Path | None = None,
 ) -> Learned:
     """`fit` from the command line: `data` is text or names a .npz of images, the objective what the family is made for.
 
@@ -103,7 +136,7 @@ def fitted(
         ticker.update(step / steps, f"loss {row['loss']:.4f}, weights cost {100 * row['overhead']:.2f} % of a step")
 
     ticker.start("fitting LiGO's maps")
-    return fit(source, growth, method, stage, rows, growth.seed, run["micro"], tell)
+    return fit(source, growth, method, stage, rows, growth.seed, run["micro"], tell, out)
 
 
 class Fitting:
@@ -112,18 +145,7 @@ class Fitting:
     def __init__(self, target: Checkpoint, grower: Grower, method: Ligo):
         self.grower, self.method = grower, method
         self.model = sharding.load(target, sharding.mesh() if ranks.world() > 1 else None)
-        named = list(self.model.named_parameters())
-        numbers = {name: torch.tensor(float(number)).expand(p.shape) for number, (name, p) in enumerate(named)}
-        filed = hosts.in_files(self.model, numbers)
-        self.values: dict[Key, nn.Parameter] = {}
-        for key, name in target.names.items():
-            number = filed[name].unique().long().tolist() if name in filed else []
-            if len(number) != 1 or named[number[0]][1].shape != target.tensors[key].shape:
-                raise RegraftError(
-                    f"{target.anatomy.family}'s class keeps '{name}' inside a larger tensor, which LiGO cannot "
-                    "fit: use another --how"
-                )
-            self.values[key] = named[number[0]][1]
+        self.holds = layout(self.model, target)
         groups = [
             {"params": list(grower.spaces.parameters()), "peak": method.lr},
             {"params": list(grower.mixing.parameters()), "peak": method.lr_depth},
@@ -132,6 +154,21 @@ class Fitting:
         self.optimizer = torch.optim.AdamW(groups, lr=method.lr, weight_decay=method.decay)
         self.cost: dict[str, float] = {"steps": 0, "tokens": 0, "flops": 0, "seconds": 0.0, "overhead": 0.0}
         self.counts: tuple[int, int] | None = None  # FLOPs of making weights, of training on them
+
+    def resumed(self, state: RunState) -> RunState:
+        """Go on where `state`, whose maps are read already, says; the state."""
+        state.restore_optimizer(self.grower, self.optimizer)
+        if state.ledger:
+            self.cost = state.ledger[0]
+            self.counts = (state.costs["weights"], state.costs["training"])
+        return state
+
+    def told(self, state: RunState) -> RunState:
+        """The state with all that a checkpoint needs beside maps and moments."""
+        assert self.counts is not None
+        state.changed, state.ledger = {name for name, _ in self.grower.named_parameters()}, [self.cost]
+        state.costs = dict(zip(("weights", "training"), self.counts, strict=True))
+        return state
 
     def step(self, stage: Stage, rows: Rows, step: int, seed: int, micro: int) -> dict[str, float]:
         """One step of the maps on `rows`, `micro` of them at a time."""
@@ -174,12 +211,18 @@ class Fitting:
         made_all, trained_all = (sum(counts) for counts in zip(*ranks.gathered(mine), strict=True))
         return value, (made_all, trained_all)
 
-    def make(self) -> Mapping[Key, Tensor]:
-        """The grown weights, put into the model; with their graph."""
-        made = self.grower()
+    def make(self) -> list[Tensor]:
+        """The grown weights, as the parameters hold them, put into the model; with their graph."""
+        grown = self.grower()
+        made = [
+            grown[keys[0]]
+            if len(keys) == 1
+            else torch.cat([grown[key].flatten() for key in keys]).view(parameter.shape)
+            for parameter, keys in self.holds
+        ]
         with torch.no_grad():
-            for key, parameter in self.values.items():
-                sharding.part(parameter).copy_(sharding.shard(made[key], parameter))
+            for (parameter, _), value in zip(self.holds, made, strict=True):
+                sharding.part(parameter).copy_(sharding.shard(value, parameter))
         return made
 
     def learn(self, stage: Stage, rows: Rows, seed: int, micro: int) -> float:
@@ -196,15 +239,49 @@ class Fitting:
             total += float(value.detach())
         return sum(ranks.gathered(total)) / ranks.world()
 
-    def back(self, made: Mapping[Key, Tensor]) -> None:
+    def back(self, made: Sequence[Tensor]) -> None:
         """The parameters' gradients, carried on to the maps: of each process's shards, then added up."""
-        heard = {
-            key: (parameter, parameter.grad)
-            for key, parameter in self.values.items()
-            if parameter.grad is not None and made[key].requires_grad
-        }
-        mine = [sharding.shard(made[key], parameter) for key, (parameter, _) in heard.items()]
-        grads = [sharding.part(grad).to(one.device) for one, (_, grad) in zip(mine, heard.values(), strict=True)]
+        mine, grads = [], []
+        for (parameter, _), value in zip(self.holds, made, strict=True):
+            if parameter.grad is not None and value.requires_grad:
+                mine.append(sharding.shard(value, parameter))
+                grads.append(sharding.part(parameter.grad).to(mine[-1].device))
         torch.autograd.backward(mine, grads)
         self.model.zero_grad(set_to_none=True)
         ranks.add_up([p.grad for p in self.grower.parameters() if p.grad is not None])
+
+
+def layout(model: nn.Module, target: Checkpoint) -> list[tuple[nn.Parameter, list[Key]]]:
+    """Every parameter with the tensors of the checkpoint that it holds one after the other: one, or a block of experts.
+
+    RegraftError when a class keeps a tensor otherwise inside a larger one.
+    """
+    named = list(model.named_parameters())
+    numbers = {name: torch.tensor(float(number)).expand(p.shape) for number, (name, p) in enumerate(named)}
+    filed = hosts.in_files(model, numbers)
+    inside: dict[int, list[Key]] = {}
+    for key, name in target.names.items():
+        number = filed[name].unique().long().tolist() if name in filed else []
+        if len(number) != 1:
+            raise apart(target, name)
+        inside.setdefault(number[0], []).append(key)
+    found = []
+    for number, keys in inside.items():
+        name, parameter = named[number]
+        if len(keys) > 1 or parameter.shape != target.tensors[keys[0]].shape:
+            entries = torch.arange(parameter.numel()).view(parameter.shape)
+            places = hosts.in_files(model, {name: entries})
+            spans = {key: places[target.names[key]].flatten() for key in keys}
+            keys.sort(key=lambda key: int(spans[key][0]))
+            if not torch.equal(torch.cat([spans[key] for key in keys]), entries.flatten()):
+                raise apart(target, target.names[keys[0]])
+        found.append((parameter, keys))
+    return found
+
+
+def apart(target: Checkpoint, name: str) -> RegraftError:
+    """The error for a tensor that cannot be found in the model as a whole."""
+    return RegraftError(
+        f"{target.anatomy.family}'s class keeps '{name}' in pieces of a larger tensor, which LiGO cannot fit: use "
+        "another --how"
+    )

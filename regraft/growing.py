@@ -16,14 +16,15 @@ from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth
 from .growth.maps import Ligo
-from .growth.operators import AUTO
+from .growth.operators import AUTO, AUTO_POST_NORM
 from .growth.solving import Sizes
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
+from .steps.transplant import Transplant
 from .steps.widen import Widen
 
-LEARNED, AUTOMATIC = "ligo", "auto"
+LEARNED, AUTOMATIC, COPY = "ligo", "auto", "copy"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -40,24 +41,26 @@ class Growth(Sizes):
     dtype: str | None = None
     seed: int = 0
 
-    @property
-    def chosen(self) -> Growth:
-        """With `auto` replaced by the operators of AUTO; a depth operator that was asked for stays."""
+    def chosen(self, source: Checkpoint) -> Growth:
+        """With `auto` replaced by what trained best for such a model; a depth operator that was asked for stays."""
         if self.how != AUTOMATIC:
             return self
-        width, deep = AUTO
-        return replace(self, how=width, depth_how=deep if self.depth_how == "identity" else self.depth_how)
+        if self.depth_how != "identity":
+            return replace(self, how=AUTO[0])
+        quiet = depth.Quiet(source, source.anatomy.place(source.config))
+        width, deep = AUTO_POST_NORM if quiet.hands_on else AUTO
+        return replace(self, how=width, depth_how=deep)
 
     @property
     def asked(self) -> bool:
         """Whether anything but defaults is asked."""
         return self != Growth(seed=self.seed)
 
-    @property
-    def exact(self) -> bool:
+    def exact(self, source: Checkpoint) -> bool:
         """Whether every operator keeps the function."""
-        ways, deeper = set(re.split("[,=]", self.chosen.how)), self.layers is not None or self.to is not None
-        return not {"aki", LEARNED} & ways and (not deeper or self.chosen.depth_how in depth.EXACT)
+        chosen = self.chosen(source)
+        ways, deeper = set(re.split("[,=]", chosen.how)), self.layers is not None or self.to is not None
+        return not {"aki", LEARNED, COPY} & ways and (not deeper or chosen.depth_how in depth.EXACT)
 
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
         """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when nothing grows, or
@@ -78,11 +81,15 @@ class Growth(Sizes):
     def steps(self, source: Checkpoint) -> list[Callable[[Checkpoint], Checkpoint]]:
         """The growth steps in order."""
         if self.how == AUTOMATIC:
-            return self.chosen.steps(source)
+            return self.chosen(source).steps(source)
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
         asked = self.sized(steps[0](source) if steps else source)
         if self.how == LEARNED and any(size is not None for size in asked.sizes.values()):
             return [*steps, Learned(**asked.sizes, method=self.method(), seed=self.seed)]
+        if self.how == COPY and any(size is not None for size in asked.sizes.values()):
+            if self.depth_how != "identity":
+                raise RegraftError(f"--how copy begins new layers at random: leave out --depth-how {self.depth_how}")
+            return [*steps, Transplant(**asked.sizes, seed=self.seed)]
         widths = {name: size for name, size in asked.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
             steps.append(Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed))

@@ -21,6 +21,7 @@ STEPS = {
     "Bridge": lambda arguments: True,
     "Store": lambda arguments: True,
     "Learned": lambda arguments: False,
+    "Transplant": lambda arguments: False,
 }
 BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # what rounding the stored weights may move logits by
 EXACT = 2e-5
@@ -31,7 +32,7 @@ NEW = 24
 def grown(after: Checkpoint, before: Checkpoint) -> list[dict[str, Any]]:
     """The growth steps that lie between two checkpoints; empty when nothing grew."""
     steps = list(after.history)[len(before.history) :]
-    return [step for step in steps if step.get("step") in ("Widen", "Deepen", "Bridge", "Learned")]
+    return [step for step in steps if step.get("step") in ("Widen", "Deepen", "Bridge", "Learned", "Transplant")]
 
 
 def exact(steps: list[dict[str, Any]]) -> bool:

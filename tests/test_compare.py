@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from test_report import Balanced
 
-from regraft import cli, settings
+from regraft import cli, fitting, settings
 from regraft.checkpoint import Checkpoint
-from regraft.compare import material, report, runner, schema, summary
+from regraft.compare import arms, material, report, runner, schema, summary
 from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
 from regraft.errors import RegraftError
 from regraft.steps.transplant import Transplant
+from regraft.uptrain.data import read_images
 
 RECIPES = Path(settings.__file__).parent / "recipes"
 LLAMA = {
@@ -196,6 +198,22 @@ def test_digits_are_handwriting_or_a_clear_line(monkeypatch):
     assert pixels.shape == (1797, 1, 8, 8) and sorted(set(labels)) == list(range(10)) and abs(pixels.mean()) < 1e-5
 
 
+def test_digits_to_train_on_are_moved_and_those_held_out_are_not(tmp_path, monkeypatch):
+    pixels = np.arange(10 * 16, dtype=np.float32).reshape(10, 1, 4, 4)
+    monkeypatch.setattr(material, "digits", lambda: (pixels, np.arange(10)))
+    made = schema.load(str(RECIPES / "compare_digits.yaml"), {})
+    material.write_images(made, tmp_path)
+    train, held = (read_images(tmp_path / f"{name}.npz") for name in ("train", "heldout"))
+    assert len(train) == 9 * 8 and len(held) == 2
+    assert all((held.pixel_values[i] == torch.from_numpy(pixels[held.labels[i]])).all() for i in range(2))
+    first = train[: 8 * 9 : 8]  # one image and where it went
+    assert set(first.labels.tolist()) == {int(first.labels[0])}
+    old, right, down = (first.pixel_values[at, 0] for at in (4, 3, 1))
+    assert (old == torch.from_numpy(pixels[first.labels[0], 0])).all()
+    assert (right[:, 1:] == old[:, :-1]).all() and (right[:, 0] == old[:, 0]).all()
+    assert (down[1:] == old[:-1]).all() and (down[0] == old[0]).all()
+
+
 def command(place: str, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "regraft", "compare", place, str(out), "--json", *more]
 
@@ -237,6 +255,38 @@ def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
     Balanced().feed(page)
     assert page.count("data:image/svg+xml") == 3
     assert (whole / "table.md").read_text().startswith("| arm |")
+
+
+def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
+    learned = {"name": "learned", "ligo": {"steps": 4}}
+    made = schema.load(recipe(tmp_path, data=str(text), arms=[*TINY["arms"], learned], seeds=[0]), {})
+    seen: list[int] = []
+    fit = fitting.fit
+
+    def noted(*words, progress, **more):
+        def note(step, steps, row):
+            seen.append(step)
+            progress(step, steps, row)
+
+        return fit(*words, progress=note, save_seconds=0.0, **more)
+
+    def killed(share):
+        if len(seen) == 3:
+            raise InterruptedError("killed")
+
+    monkeypatch.setattr(fitting, "fit", noted)
+    for name in ("whole", "broken"):
+        runner.claim(made, tmp_path / name)
+        material.prepare(made, tmp_path / name)
+        arms.pretrain(made, tmp_path / name, "source", 0, lambda share: None)
+    with pytest.raises(InterruptedError):
+        arms.train_arm(made, tmp_path / "broken", "learned", 0, killed)
+    for name in ("broken", "whole"):
+        arms.train_arm(made, tmp_path / name, "learned", 0, lambda share: None)
+    assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4]
+    curves = [summary.finished(tmp_path / name, "learned", [0])[0][1] for name in ("whole", "broken")]
+    assert curves[0].loss == curves[1].loss and curves[0].flops == curves[1].flops
+    assert not (arms.arm_folder(tmp_path / "broken", "learned", 0) / arms.FITTING).exists()
 
 
 @pytest.mark.slow

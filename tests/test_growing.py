@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from regraft import cli, parity
 from regraft.checkpoint import Checkpoint
 from regraft.growing import Growth
-from regraft.growth.operators import AUTO
+from regraft.growth.operators import AUTO, AUTO_POST_NORM
 from regraft.receipts import check
 
 
@@ -61,14 +61,29 @@ def test_the_card_names_the_papers_of_its_operators(tmp_path: Path, capsys: pyte
     assert "arXiv 2310.07999" in card and "arXiv 2401.02415" in card and "\n\n\n" not in card
 
 
-def test_auto_is_the_operators_that_it_stands_for(tmp_path: Path) -> None:
-    given, sizes = source(tmp_path), {"hidden": 45, "ffn": 60, "layers": 5}
-    before = Checkpoint.open(given)
-    width, deep = AUTO
+@pytest.mark.parametrize(("family", "stands"), [("llama", AUTO), ("bert", AUTO_POST_NORM)])
+def test_auto_is_the_operators_that_it_stands_for(family: str, stands: tuple[str, str], tmp_path: Path) -> None:
+    before = Checkpoint.open(source(tmp_path, family))
+    sizes = {"hidden": 2 * before.sizes["hidden"], "ffn": 60, "layers": 5}
+    width, deep = stands
     ours, theirs = Growth(**sizes, how="auto")(before), Growth(**sizes, how=width, depth_how=deep)(before)
     assert all(torch.equal(lazy.read(), theirs.tensors[key].read()) for key, lazy in ours.tensors.items())
-    assert not Growth(**sizes, how="auto", depth_how="stack").exact and Growth(hidden=45, how="auto").exact
-    assert not Growth(to="there", depth_how="stack").exact
+    assert Growth(**sizes, how="auto").exact(before) == (width != "copy")
+    stacked = Growth(**sizes, how="auto", depth_how="stack")
+    assert not stacked.exact(before) and stacked.chosen(before).how == "pad"
+    assert not Growth(to="there", depth_how="stack").exact(before)
+
+
+def test_a_direct_copy_is_grown_and_said_to_be_inexact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = source(tmp_path), tmp_path / "out"
+    sizes = ["--hidden", "45", "--ffn", "60", "--layers", "5", "--how", "copy"]
+    code, said, _ = run(capsys, "grow", given, str(out), *sizes)
+    assert code == 0 and "Not exact: outputs move" in said
+    before, after = Checkpoint.open(given), Checkpoint.open(out)
+    assert (after["mlp.up.weight", 0].read()[:52, :36] == before["mlp.up.weight", 0].read()).all()
+    assert run(capsys, "check", given, str(out))[0] == 0
+    code, _, said = run(capsys, "grow", given, str(tmp_path / "deep"), *sizes, "--depth-how", "stack")
+    assert code == 2 and "leave out --depth-how stack" in said
 
 
 def test_a_refused_tile_names_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

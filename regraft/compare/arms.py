@@ -29,7 +29,7 @@ from ..uptrain.stages import LAYERWISE, Stage
 from . import material
 from .schema import MAIN, Arm, Comparison, Linear
 
-DONE = "done.json"
+DONE, FITTING = "done.json", "fitting"
 GROWS = ("hidden", "ffn", "kv", "group", "dim", "depth")
 CHOOSE = 4096  # tokens on which a measured `keep` is chosen
 FREE = {"flops": 0, "seconds": 0.0, "tokens": 0}
@@ -200,7 +200,9 @@ def fitted(
         stage = recipe.stages(arm)[-1]
         assert arm.ligo is not None
         rows = material.rows(recipe, out)(stage.length)
-        learned = fitting.fit(source, growth, arm.ligo, stage, rows, seed, progress=lambda *step: tell(0.0))
+        learned = fitting.fit(
+            source, growth, arm.ligo, stage, rows, seed, progress=lambda *step: tell(0.0), out=folder / FITTING
+        )
 
         def keep() -> None:
             learned(source).save(folder / "grown", overwrite=True)
@@ -235,7 +237,7 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
     if not ranks.first():
         return
     write_json(folder / DONE, facts)
-    for name in ("run", "grown"):
+    for name in ("run", "grown", FITTING):
         shutil.rmtree(folder / name, ignore_errors=True)
     if "arm" in facts:
         (folder / moments.FILE).unlink(missing_ok=True)

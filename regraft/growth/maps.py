@@ -13,7 +13,8 @@ from ..errors import RegraftError
 from .operators import DEPTH, WIDTH
 
 # AKI takes rows of the next layer, which no map of an axis does.
-DRAWN = ("average", "random")
+COPY = "copy"
+DRAWN = ("average", "random", COPY)
 STARTS: tuple[str, ...] = (*DRAWN, *(name for name in WIDTH if name != "aki"))
 CHOICES: dict[str, tuple[str, ...]] = {
     "start": STARTS,
@@ -29,9 +30,10 @@ class Ligo:
     """LiGO (arXiv 2303.00980) and its options: W' = B (sum_j w_j W_j) A^T, with B and w learned in a few steps.
 
     `start`: what rows of B for new coordinates begin as: `average` (random convex combinations of all old ones, as the
-    authors' code), `random` ones, or an operator of --how, whose copies and shares B and A then begin with. `live`: the
-    operator's free entries, random numbers that do not change the function, are added to what the maps give, so that 0
-    steps are the operator itself. `depth`: the order of
+    authors' code), `random` ones, or an operator of --how, whose copies and shares B and A then begin with; `copy` lets
+    the maps change a direct copy (`Transplant`: random numbers wherever no old one is, in new layers too), which 0
+    steps are, whatever `depth` says. `live`: the operator's free entries, random numbers that do not change the
+    function, are added to what the maps give, so that 0 steps are the operator itself. `depth`: the order of
     layers that w begins with, an operator of --depth-how; `blur`: how much of the other layers is mixed in (the
     authors' code: 0.03). `reads`: A, by which a weight reads what B wrote: `tied` is B itself, as the paper has it
     (copies read with their shares); `inverse` is pinv(B)^T on the residual stream, with gains of norms moved into their

@@ -57,8 +57,9 @@ def cited(table: Mapping[str, Operator], names: Iterable[str]) -> list[str]:
     return [", ".join(PAPERS[key]) for key in keys]
 
 
-# What `--how auto` takes, for width and for depth: the best start from one source over docs/comparison.md's runs.
-AUTO = ("pad", "identity")
+# What `--how auto` takes, for width and for depth: of the best starts from one source in docs/comparison.md's runs the
+# exact one; behind post-norms, where exact growth means copies that are alike, a direct copy is far ahead of it.
+AUTO, AUTO_POST_NORM = ("pad", "identity"), ("copy", "identity")
 WIDTH = {
     "pad": Operator(
         "new units take random inputs and give zero outputs; the stream's new coordinates hold zeros, or averages "

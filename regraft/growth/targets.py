@@ -66,8 +66,11 @@ def widening(
     return replace(done, config=anatomy.resized(source.config, sizes, extra={**keys, made.family.eps: done.eps}))
 
 
-def loosely(source: Checkpoint, asked: Asked, seed: int = 0) -> Widening:
-    """A padded widening to sizes that need not be exact, for operators that do not keep the function anyway."""
+def loosely(source: Checkpoint, asked: Asked, seed: int = 0, folds: bool = True) -> Widening:
+    """A padded widening to sizes that need not be exact, for operators that do not keep the function anyway.
+
+    `folds`: whether the config's epsilon makes up for another mean square of the stream.
+    """
     sizes, split = solve(source, asked)
     table = unit_axes(source.sizes, sizes, split, hows("pad"), seed)
     table["hidden"] = axes.pad(source.sizes["hidden"], sizes["hidden"], "reads")
@@ -75,7 +78,7 @@ def loosely(source: Checkpoint, asked: Asked, seed: int = 0) -> Widening:
     host = source.anatomy.host_config(source.config)
     keys, table["qk"] = rotary.widened(made.family, host, source.sizes["dim"], sizes["dim"])
     done = replace(made, axes=table, fold=folding(made, "auto"))
-    extra = keys if done.eps is None else {**keys, made.family.eps: done.eps}
+    extra = keys if done.eps is None or not folds else {**keys, made.family.eps: done.eps}
     return replace(done, config=source.anatomy.resized(source.config, sizes, extra=extra))
 
 

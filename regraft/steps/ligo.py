@@ -13,9 +13,11 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
 from ..growth import depth, targets
+from ..growth.beside import Beside
 from ..growth.learned import Grower
-from ..growth.maps import DRAWN, Ligo
+from ..growth.maps import COPY, DRAWN, Ligo
 from ..growth.solving import Sizes
+from .transplant import Transplant
 
 PAPERS = ["LiGO, arXiv 2303.00980"]
 
@@ -41,12 +43,17 @@ class Learned(Sizes):
         """The differentiable form, with the maps in it."""
         if source.holds != "weights":
             raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
+        copies, old, new = self.method.start == COPY, source.layers, self.layers or source.layers
         if self.method.start in DRAWN:
-            made = targets.loosely(source, self, self.seed)
+            made = targets.loosely(source, self, self.seed, folds=not copies)
         else:
             made = targets.widening(source, self, self.method.start, noise=0.0, seed=self.seed)
-        order = depth.layers(self.method.depth, source.layers, self.layers or source.layers)
-        grower = Grower(made, order, self.method, self.seed)
+        if copies:
+            order = [depth.Layer(min(layer, old - 1)) for layer in range(new)]
+            start = Transplant(**self.sizes, seed=self.seed)(source)
+            grower: Grower = Beside(made, order, self.method, self.seed, start)
+        else:
+            grower = Grower(made, depth.layers(self.method.depth, old, new), self.method, self.seed)
         if self.maps:
             grower.load_state_dict(dict(self.maps))
         return grower

@@ -27,13 +27,15 @@ class Transplant(Sizes):
     layers. The baseline of the growth papers (as in LiGO, arXiv 2303.00980) that shows what weights alone give.
 
     Preserves: nothing; the new random coordinates are read and written from the start.
-    Refuses: smaller sizes, and sizes the class cannot hold.
+    Refuses: smaller sizes, sizes the class cannot hold, and moments of an optimiser.
     """
 
     seed: int = 0
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The larger checkpoint."""
+        if source.holds != "weights":
+            raise RegraftError(f"a direct copy grows weights, not {source.holds}: train with fresh moments")
         layers = self.layers or source.layers
         if layers < source.layers:
             raise RegraftError(f"--layers {layers} is less than the source's {source.layers}: growth never shrinks")

@@ -51,7 +51,8 @@ def grow(
         layers: number of layers
         to: a directory whose config.json gives all sizes
         how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
-            auto takes what trained best in our comparison, exact or not; ligo learns width and depth from --data
+            copy starts all that is new at random; auto takes what trained best in our comparison, exact or not; ligo
+            learns width and depth from --data
         depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
@@ -62,6 +63,8 @@ def grow(
         seed: of fresh weights
         field: for --how ligo: key or column that holds the text
     """
+    import shutil
+
     from .. import fitting, moments, parity, ranks
     from .. import plan as planning
     from ..checkpoint import Checkpoint
@@ -79,10 +82,11 @@ def grow(
     after = growth(before)
     made = planning.Plan.of(before, after)
     print(f"regraft: {made.forecast()}", file=sys.stderr)
+    maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
     with Ticker() as ticker:
         if how == LEARNED:
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
-            after = growth(before, fitting.fitted(before, growth, text, fit or {}, ticker))
+            after = growth(before, fitting.fitted(before, growth, text, fit or {}, ticker, maps))
         ticker.start(f"writing {out}")
         if optimizer_state:
             if bridge:
@@ -92,9 +96,10 @@ def grow(
 
         def write() -> dict[str, Any] | None:
             grown.save(out, overwrite=overwrite)
+            shutil.rmtree(maps, ignore_errors=True)
             if optimizer_state:
                 moments.grow(before, growth.steps(before), optimizer_state, out)
-            return None if growth.exact else parity.step0(source, out)
+            return None if growth.exact(before) else parity.step0(source, out)
 
         step0 = ranks.once(write)
 

@@ -68,7 +68,8 @@ def plan(
         layers: number of layers
         to: a directory whose config.json gives all sizes
         how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
-            auto takes what trained best in docs/comparison.md; ligo learns width and depth from --data
+            copy starts all that is new at random; auto takes what trained best in docs/comparison.md; ligo learns width
+            and depth from --data
         depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
