@@ -84,9 +84,13 @@ def as_json(capsys, *words: object) -> dict:
 
 
 def start(*words: object) -> subprocess.Popen:
-    """The command as a process of its own."""
+    """The command as a process of its own, which hears Ctrl-C even where this one was started to ignore it."""
     command = [sys.executable, "-m", "regraft", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits what is ignored
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_help_imports_nothing_heavy():
