@@ -104,7 +104,7 @@ def main() -> None:
     prepared(folder)
     begin = time.monotonic()
     assert started(command(folder, folder / "whole", given.processes)).wait() == 0
-    span = time.monotonic() - begin
+    span = whole = time.monotonic() - begin
     draw = random.Random(given.seed)
     plan = [signal.SIGKILL] * given.kills + [signal.SIGTERM] * given.terms
     draw.shuffle(plan)
@@ -115,8 +115,10 @@ def main() -> None:
             tries += 1
             run = started(command(folder, out, given.processes))
             if plan:
+                since = time.monotonic()
                 with suppress(subprocess.TimeoutExpired):
                     run.wait(draw.uniform(0.0, span))
+                    span = min(span, time.monotonic() - since)  # it ended by itself: the first run was slower
                 if run.poll() is None:
                     number, every = plan.pop(), draw.random() < 0.5
                     disturbed(run, out, number, every)
@@ -130,7 +132,7 @@ def main() -> None:
         for number in range(runs)
     ]
     told = ", ".join(f"{count} times {kind}" for kind, count in counts.items())
-    print(f"{given.processes} processes, {STEPS} steps, {span:.0f} s undisturbed; {told}; {tries} starts")
+    print(f"{given.processes} processes, {STEPS} steps, {whole:.0f} s undisturbed; {told}; {tries} starts")
     print(f"{sum(same)} of {runs} runs that were disturbed have the undisturbed one's weights and losses bit for bit")
     sys.exit(0 if all(same) else 1)
 
