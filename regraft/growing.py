@@ -15,7 +15,7 @@ from .anatomy import find
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth
-from .growth.maps import Ligo
+from .growth.maps import COPY, Ligo
 from .growth.operators import AUTO, AUTO_POST_NORM
 from .growth.solving import Sizes
 from .steps.bridge import Bridge
@@ -24,7 +24,7 @@ from .steps.ligo import Learned
 from .steps.transplant import Transplant
 from .steps.widen import Widen
 
-LEARNED, AUTOMATIC, COPY = "ligo", "auto", "copy"
+LEARNED, AUTOMATIC = "ligo", "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
