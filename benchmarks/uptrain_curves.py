@@ -11,6 +11,7 @@ Run: python benchmarks/uptrain_curves.py --arm none --out .cache/curves/none [--
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -79,12 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keep", help="layers that keep softmax attention instead of the arm's own")
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--align", type=int, help="tokens of alignment among them, an eighth unless given")
     parser.add_argument("--every", type=int, default=16, help="steps between points while distilling")
     parser.add_argument("--windows", type=int, default=6)
     options = parser.parse_args()
     remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
+    remix = dataclasses.replace(remix, keep=options.keep or remix.keep)
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     if not (CACHE / "text/docstrings.jsonl").exists():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import hosts
+from . import flops, hosts
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .evals.baselines import TEACHER
@@ -104,14 +106,18 @@ def copying(source: Checkpoint, remix: Remix, bench: Bench) -> list[tuple[float,
             f"no token of {len(far)} windows of {far.shape[1] + 1} can be copied from beyond {remix.window or 64} "
             "tokens: give longer windows or another text"
         )
-    rows = []
-    for layer in range(source.layers):
-        others = [other for other in range(source.layers) if other != layer]
-        with softmax_in(student, source, teacher, others):
-            likelihood = torch.stack([told(student, row) for row in bench.windows.input_ids])
-        rows.append((float(likelihood[far].mean()), float(likelihood[~far].mean())))
-        bench.progress((layer + 1) / source.layers)
-    return rows
+    everyone = range(source.layers)
+    found: list[list[Tensor]] = [[] for _ in everyone]
+    for done, row in enumerate(bench.windows.input_ids):
+        with softmax_in(student, source, teacher, everyone), recorded(student) as outputs:
+            told(student, row)
+        for layer in everyone:
+            others = [other for other in everyone if other != layer]
+            with softmax_in(student, source, teacher, others), replayed(student, outputs[:layer]):
+                found[layer].append(told(student, row))
+            bench.progress((done + (layer + 1) / source.layers) / len(far))
+    stacked = [torch.stack(rows) for rows in found]
+    return [(float(rows[far].mean()), float(rows[~far].mean())) for rows in stacked]
 
 
 CHOOSE: dict[str, Callable[[Checkpoint, Remix, Bench], list[Measured]]] = dict(
@@ -132,21 +138,30 @@ def asked(keep: str) -> tuple[str, str] | None:
 
 
 def many(number: str, layers: int) -> int:
-    """How many of `layers` "8" or "25%" are, at least one."""
-    return max(1, layers * int(number[:-1]) // 100) if number.endswith("%") else int(number)
+    """How many of `layers` "8" or "25%" are, a share rounded up: 25% keeps as many as every:4."""
+    return -(-layers * int(number[:-1]) // 100) if number.endswith("%") else int(number)
 
 
 def resolved(source: Checkpoint, remix: Remix, bench: Bench) -> Remix:
-    """`remix` with the layers that its rule chose, and the table of scores; unchanged when it names no rule."""
+    """`remix` with the layers that its rule chose, the table of scores and what it cost to make; unchanged when it
+    names no rule."""
     wanted = asked(remix.keep)
     if wanted is None:
         return remix
     rule, count = wanted[0], many(wanted[1], source.layers)
     if count > source.layers:
         raise RegraftError(f"--keep '{remix.keep}' asks for more layers than the model's {source.layers}: ask for less")
-    found = CHOOSE[rule](source, remix, bench)
+    begin = time.monotonic()
+    with flops.counter() as counter:
+        found = CHOOSE[rule](source, remix, bench)
     kept = sorted(sorted(found, key=lambda one: (-one.score, one.layer))[:count], key=lambda one: one.layer)
-    table = {"rule": rule, "tokens": bench.windows.input_ids.numel(), "layers": [one.json() for one in found]}
+    table = {
+        "rule": rule,
+        "tokens": bench.windows.input_ids.numel(),
+        "flops": counter.get_total_flops(),
+        "seconds": round(time.monotonic() - begin, 3),
+        "layers": [one.json() for one in found],
+    }
     return dataclasses.replace(remix, keep=",".join(str(one.layer) for one in kept), scores=table)
 
 
@@ -184,6 +199,59 @@ def softmax_in(
     finally:
         for layer in layers:
             student.host.set_submodule(name.format(layer), mine[layer])
+
+
+class Replay(nn.Module):
+    """A decoder layer that gives what it gave before; what else is asked of it, the layer answers."""
+
+    def __init__(self, layer: nn.Module, output: Any):
+        super().__init__()
+        self.layer, self.output = layer, output
+
+    def forward(self, *given: Any, **words: Any) -> Any:
+        """The recorded output."""
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+@contextmanager
+def recorded(student: PreTrainedModel) -> Iterator[list[Any]]:
+    """Inside, the outputs of the decoder layers in order, as one forward pass adds them."""
+    outputs: list[Any] = []
+    hooks = [
+        student.host.get_submodule(name).register_forward_hook(lambda module, given, out: outputs.append(out))
+        for name in layer_names(student)
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replayed(student: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
+    """Inside, the first layers give these outputs, which costs nothing."""
+    names = layer_names(student)[: len(outputs)]
+    layers = [student.host.get_submodule(name) for name in names]
+    for name, layer, output in zip(names, layers, outputs, strict=True):
+        student.host.set_submodule(name, Replay(layer, output))
+    try:
+        yield
+    finally:
+        for name, layer in zip(names, layers, strict=True):
+            student.host.set_submodule(name, layer)
+
+
+def layer_names(student: PreTrainedModel) -> list[str]:
+    """Where the host's decoder layers are: the slot's name up to the layer's number."""
+    before = student.config.slot.partition("{}")[0]
+    return [f"{before}{layer}" for layer in range(student.config.num_hidden_layers)]
 
 
 def measured(layers: Mapping[int, Candidate], bench: Bench, teacher: Candidate | None = None) -> dict[int, Score]:

@@ -31,6 +31,7 @@ from .watching import USUAL, Watching
 
 WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
 ASKED = "asked.json"
+COSTS = ("tokens", "flops", "seconds")
 Limit = Callable[[int], float | None]
 
 
@@ -45,7 +46,7 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
         tokenizer = hosts.load_tokenizer(source.path)
         rows = cache(lambda length: pack(text.documentation(), tokenizer, length))
     ticker.start(f"measuring layers ({remix.keep})")
-    table = rows(LENGTH)
+    table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))
     picked = table[loop.shuffled(len(table), min(WINDOWS, len(table)), remix.seed)]
     batches = loop.batches(table, WINDOWS, remix.seed + 1)
     return choosing.resolved(source, remix, choosing.Bench(picked, batches, ticker.update))
@@ -64,7 +65,8 @@ def uptrained(
     limit: Limit = lambda stage: None,
     watching: Watching = USUAL,
 ) -> dict[str, Any]:
-    """Calibrate the linearized model in `folder` on so many tokens, train it and put it into `out`; the ledger.
+    """Calibrate the linearized model in `folder` on so many tokens, train it and put it into `out`; the ledger, whose
+    `start` is what came before the stages: choosing layers and the closed form, each with tokens, FLOPs and seconds.
 
     `teacher` gives the whole source, which under torchrun the first process needs for calibration. Called again it
     goes on where it was.
@@ -84,17 +86,26 @@ def uptrained(
     student = sharding.load(checkpoint, over, layerwise)
     guide = sharding.load(source, over) if over is not None else teacher()
     slots = hosts.slots(guide, source)
-    calibrated(student, guide, slots, batches, work, ticker)
+    spent = calibrated(student, guide, slots, batches, work, ticker)
     if over is None:
         student, guide = student.to(ranks.device()), guide.to(ranks.device())
 
     facts = {"source": str(source.path), "seed": seed, "stages": [dataclasses.asdict(stage) for stage in stages]}
     with watching.over(out, ticker, facts) as watched:
         ledger = loop.train(loop.Run(student, stages, rows, out, guide, slots, seed=seed, limit=limit, **watched))
+    ledger["start"] = start(checkpoint, spent)
     save_trained(checkpoint, student, stages, ledger, out)
     if over is None:
         guide.to("cpu")  # it may be measured beside others, which is done there
     return ledger
+
+
+def start(linearized: Checkpoint, calibration: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What was spent before training, in rows like those of a ledger's stages."""
+    remix = remix_of(linearized)
+    chosen = remix.scores if remix else {}
+    rows = [{"kind": f"choose by {chosen['rule']}", **{key: chosen[key] for key in COSTS}}] if chosen else []
+    return rows + ([{"kind": "closed form", **calibration}] if calibration else [])
 
 
 def carry_out(

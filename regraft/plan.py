@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,16 @@ class Plan:
     notes: list[str]
 
     @classmethod
-    def of(cls, source: Checkpoint, target: Checkpoint, context: int = 16384, length: int = 1024) -> Plan:
-        """Compare two open checkpoints; reads no weights. Rows have `length` tokens, or all positions if less."""
+    def of(
+        cls,
+        source: Checkpoint,
+        target: Checkpoint,
+        context: int = 16384,
+        length: int = 1024,
+        notes: Sequence[str] = (),
+    ) -> Plan:
+        """Compare two open checkpoints; reads no weights. Rows have `length` tokens, or all positions if less; `notes`
+        are said after those of the steps."""
         length = min(length, source.sizes.get("pos", length))
         sizes = [lazy.bytes for lazy in target.tensors.values()]
         before = sum(lazy.size for lazy in source.tensors.values())
@@ -77,7 +85,7 @@ class Plan:
             state_bytes=state_bytes(target, context),
             source_state_bytes=sum(state_bytes(source, context).values()),
             steps=list(target.history),
-            notes=[note for step in target.history for note in step.get("notes", [])],
+            notes=[note for step in target.history for note in step.get("notes", [])] + list(notes),
         )
 
     def forecast(self) -> str:

@@ -51,14 +51,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def ledger(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens, FLOPs and seconds of every stage (metrics rows are running totals of their stage), and their sum."""
+def ledger(metrics: Iterable[Mapping[str, Any]], start: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Tokens, FLOPs and seconds of what came before training and of every stage (metrics rows are running totals of
+    their stage), and their sum."""
     last: dict[str, dict[str, Any]] = {}
+    before = [{"stage": row["kind"], **{key: row[key] for key in ("tokens", "flops", "seconds")}} for row in start]
     for row in metrics:
         if "loss" in row:
             keep = ("tokens", "flops", "seconds")
             last[plots.stage_name(row)] = {"stage": plots.stage_name(row), **{key: row[key] for key in keep}}
-    rows = list(last.values())
+    rows = [*before, *last.values()]
     total: dict[str, Any] = {"stage": "total"}
     return (
         [*rows, total | {key: sum(row[key] for row in rows) for key in ("tokens", "flops", "seconds")}] if rows else []
@@ -71,8 +73,8 @@ def collect(directory: Path) -> dict[str, Any]:
     numbers = {name: read_json(directory / f"{name}.json") for name in names}
     recipe = directory / "recipe.yaml"
     numbers["recipe"] = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
-    metrics = read_metrics(directory / "metrics.jsonl")
-    return numbers | {"ledger": ledger(metrics)}
+    metrics, spent = read_metrics(directory / "metrics.jsonl"), read_json(directory / "ledger.json") or {}
+    return numbers | {"ledger": ledger(metrics, spent.get("start", ()))}
 
 
 def write(directory: Path) -> Path:
@@ -141,7 +143,7 @@ def summary(numbers: Mapping[str, Any]) -> str:
     if numbers.get("ledger"):
         total = numbers["ledger"][-1]
         sentences.append(
-            f"Uptrained on {total['tokens']:,} tokens, {total['flops']:.3g} FLOPs with the teacher's forward."
+            f"Started and trained on {total['tokens']:,} tokens: {total['flops']:.3g} FLOPs with the teacher's forward."
         )
     if spent := numbers.get("time"):
         sentences.append(f"The whole run took {spent['seconds'] / 60:.1f} minutes.")

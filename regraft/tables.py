@@ -96,10 +96,11 @@ def mebibytes(count: int | None) -> str:
     return short(None if count is None else count / 2**20)
 
 
-def training(stages: Sequence[Mapping[str, Any]]) -> Table:
-    """What `watching.summary` says of every stage."""
+def training(stages: Sequence[Mapping[str, Any]], start: Sequence[Mapping[str, Any]] = ()) -> Table:
+    """What `watching.summary` says of every stage, after what was spent before them."""
     heads = ["stage", "tokens", "loss, first", "last", "tokens/s", "of peak", "seconds"]
-    body = [
+    before = [[row["kind"], f"{row['tokens']:,}", "", "", "", "", f"{row['seconds']:,.1f}"] for row in start]
+    body = before + [
         [f"{row['stage']}: {row['kind']}", f"{row['tokens']:,}", f"{row['first_loss']:.4f}", f"{row['last_loss']:.4f}"]
         + [short(row["tokens_per_second"]), "" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
         + [f"{row['seconds']:,.1f}"]

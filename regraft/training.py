@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import hosts, ranks, tracking
+from . import flops, hosts, ranks, tracking
 from .checkpoint import Checkpoint
 from .corpus.building import Texts
 from .errors import RegraftError
+from .journal import write_json
 from .progress import Ticker
+from .report import read_json
 from .settings import Text
 from .uptrain import loop, sharding
 from .uptrain.calibrate import calibrate
@@ -54,19 +57,26 @@ def calibrated(
     batches: list[Any],
     work: Path,
     ticker: Ticker,
-) -> None:
-    """Give the student its closed-form start from `batches` (none: leave it), or the one an earlier run kept."""
-    file = work / "calibrated.safetensors"
+) -> dict[str, Any] | None:
+    """Give the student its closed-form start from `batches` (none: leave it), or the one an earlier run kept.
+
+    Returns what it cost: `tokens`, `flops`, `seconds`.
+    """
+    file, costs = work / "calibrated.safetensors", work / "calibrated.json"
     if not batches:
-        return
+        return None
     if not file.exists():
+        begin = time.monotonic()
 
         def tell(done: int, total: int) -> None:
             ticker.update(done / total, "calibrating")
 
-        for _ in calibrate(hosts.slots(student), teacher, list(teacher_slots), batches, tell):
-            pass
+        with flops.counter() as counter:
+            for _ in calibrate(hosts.slots(student), teacher, list(teacher_slots), batches, tell):
+                pass
         work.mkdir(parents=True, exist_ok=True)
+        spent = {"tokens": sum(batch[0].numel() for batch in batches), "flops": counter.get_total_flops()}
+        write_json(costs, spent | {"seconds": round(time.monotonic() - begin, 3)})
         part = file.with_suffix(".part")
         save_file({name: tensor.contiguous() for name, tensor in mixer_weights(student).items()}, part)
         part.replace(file)
@@ -74,6 +84,8 @@ def calibrated(
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
             sharding.part(parameter).copy_(sharding.shard(values[name], parameter))
+    known: dict[str, Any] = read_json(costs)
+    return known
 
 
 def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

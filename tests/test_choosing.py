@@ -19,6 +19,7 @@ from regraft.evals.baselines import remix_of
 from regraft.steps.remix import Remix
 from regraft.uptrain.data import Packed
 
+OUT = {"gpt_neox": "dense", "gpt2": "c_proj"}
 PLAIN = Remix(window=8, sinks=2, keep="none")
 
 
@@ -28,7 +29,7 @@ def windows(rows: int = 2, length: int = 60) -> Packed:
     return Packed(ids, torch.arange(length).expand_as(ids), torch.full((rows,), 4 * length))
 
 
-@pytest.fixture(params=["llama", "gpt_neox"])
+@pytest.fixture(params=["llama", "gpt_neox", "gpt2", "gemma"])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     tiny(request.param)[1].save_pretrained(tmp_path / "source")
     return Checkpoint.open(tmp_path / "source")
@@ -46,7 +47,7 @@ def test_bypass_is_the_loss_without_one_attention(source: Checkpoint) -> None:
     found = choosing.bypass(source, PLAIN, Bench(rows))
     model = hosts.materialize(source)
     for layer, slot in enumerate(hosts.slots(model, source)):
-        out = list(slot.children())[-1] if source.anatomy.family == "gpt_neox" else slot.o_proj
+        out = dict(slot.named_children())[OUT.get(source.anatomy.family, "o_proj")]
         kept = {name: value.clone() for name, value in out.state_dict().items()}
         for parameter in out.parameters():
             torch.nn.init.zeros_(parameter)
@@ -106,10 +107,11 @@ def test_the_best_are_kept_and_the_table_goes_into_the_lineage(source: Checkpoin
     scores = [one.score for one in choosing.restore(source, PLAIN, Bench(rows))]
     made = choosing.resolved(source, dataclasses.replace(PLAIN, keep="restore:2"), Bench(rows))
     assert made.keep == ",".join(str(layer) for layer in sorted(sorted(range(3), key=lambda i: -scores[i])[:2]))
+    assert made.scores["flops"] > 0 and made.scores["tokens"] == rows.input_ids.numel()
     made(source).save(tmp_path / "out")
     again = remix_of(Checkpoint.open(tmp_path / "out"))
     assert again == made and [row["score"] for row in again.scores["layers"]] == pytest.approx(scores)
-    assert choosing.many("25%", 30) == 7 and choosing.many("1%", 3) == 1
+    assert choosing.many("25%", 30) == 8 and choosing.many("25%", 28) == 7 and choosing.many("1%", 3) == 1
     unchanged = dataclasses.replace(PLAIN, keep="every:2")
     assert choosing.resolved(source, unchanged, Bench(rows)) is unchanged
     for keep, why in {

@@ -217,6 +217,8 @@ def test_the_cache_has_two_names_and_reaches_every_mixer(sources: dict[str, Path
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     logits = [model(ids, **{name: one}).logits for name, one in zip(("cache", "past_key_values"), caches, strict=True)]
     assert torch.equal(*logits) and caches[0].get_seq_length() == caches[1].get_seq_length() == 6
+    with pytest.raises(RegraftError, match="two names of one thing"):
+        model(ids, cache=caches[0], past_key_values=caches[1])
     monkeypatch.setattr(modeling_regraft, "CACHES", ("renamed",))
     with pytest.raises(RegraftError, match="hands no cache to attention under the names renamed"):
         model(ids)

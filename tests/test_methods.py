@@ -17,6 +17,7 @@ from test_cli import as_json, refused
 from regraft import methods, settings
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.evals.baselines import remix_of
 from regraft.uptrain import loop
 
 NAMES = methods.names()
@@ -49,12 +50,16 @@ def test_a_method_says_where_it_comes_from_and_divides_its_budget(name: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_goes_from_end_to_end(name: str, folder: Path, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "out"
+    out, way = tmp_path / "out", methods.find(name)
     told = as_json(capsys, *words(folder, name, out))
     made = Checkpoint.open(out)
     assert told["method"] == name and made.config["model_type"] == "regraft"
     assert [step["step"] for step in made.history] == ["Remix", "Train"]
-    assert told["ledger"]["tokens"] == sum(stage.tokens for stage in methods.find(name).stages(1024, 64))
+    assert told["ledger"]["tokens"] == sum(stage.tokens for stage in way.stages(1024, 64))
+    before = [row["kind"].split()[0] for row in told["ledger"]["start"]]
+    measured, begun = ":" in way.remix.keep and "every" not in way.remix.keep, bool(way.calibration)
+    assert before == ["choose"] * measured + ["closed"] * begun
+    assert all(row["flops"] > 0 and row["seconds"] > 0 and row["tokens"] > 0 for row in told["ledger"]["start"])
     assert {file.name for file in out.iterdir()} >= {"metrics.jsonl", "lineage.json", "tokenizer.json"}
     assert not (out / "work").exists() and not (out / "run").exists()
     assert "holds a finished model" in refused(capsys, *words(folder, name, out))
@@ -88,6 +93,22 @@ def test_flags_change_a_method_and_a_mixers_options_go_with_it() -> None:
     assert supra.changed(keep="every:2").remix.options == supra.remix.options
     other = supra.changed(mixer="gated_deltanet", window=32).remix
     assert (other.mixer, other.options, other.window, other.keep) == ("gated_deltanet", {}, 32, "none")
+
+
+def test_auto_measures_layers_where_there_is_text_and_says_so_where_not(folder: Path, tmp_path: Path, capsys) -> None:
+    model, data = folder / "model", ["--data", folder / "text.txt"]
+    plans = [
+        as_json(capsys, "plan", model, "--method", "auto"),
+        as_json(capsys, "linearize", model, tmp_path / "untold", "--json"),
+        as_json(capsys, "linearize", model, tmp_path / "told", *data, "--json"),
+        as_json(capsys, "linearize", model, tmp_path / "asked", "--keep", "1", "--json"),
+    ]
+    notes = [bool([note for note in plan["notes"] if "recall:25%" in note]) for plan in plans]
+    assert notes == [True, True, False, False]
+    assert [len(plan["layers"]["softmax"]) for plan in plans] == [1, 1, 1, 1]
+    assert plans[0]["layers"]["softmax"] == plans[1]["layers"]["softmax"] == [0]
+    remix = remix_of(Checkpoint.open(tmp_path / "told"))
+    assert remix.scores["rule"] == "recall" and plans[2]["layers"]["softmax"] == [int(remix.keep)]
 
 
 def test_a_recipe_may_name_a_method(tmp_path: Path) -> None:

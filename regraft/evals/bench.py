@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 
 STEPS = 32
@@ -54,25 +55,25 @@ def bench(
     if batch < 1 or steps < 1:
         raise RegraftError(f"cannot bench a batch of {batch} for {steps} steps: ask for one of each at least")
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
-    jobs = [(name, path, length) for length in lengths for name, path in models.items()]
-    for done, (name, path, length) in enumerate(jobs):
+    opened = {name: Checkpoint.open(path) for name, path in models.items()}
+    jobs = [(name, length) for length in lengths for name in models]
+    for done, (name, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")
-        rows[name].append(too_large(path, length, batch) or worker(path, length, steps, batch, prefill))
+        row = too_large(opened[name], length, batch) or worker(models[name], length, steps, batch, prefill)
+        rows[name].append(row)
     return rows
 
 
-def too_large(path: str, length: int, batch: int) -> dict[str, Any] | None:
+def too_large(checkpoint: Checkpoint, length: int, batch: int) -> dict[str, Any] | None:
     """The row of a model whose weights and state do not fit into the free memory of a processor's machine."""
     import torch
 
-    from ..checkpoint import Checkpoint
     from ..plan import layer_kinds, mixers_of, state_bytes
 
     free = free_bytes()
     if free is None or torch.cuda.is_available():
         return None
-    checkpoint = Checkpoint.open(path)
     state = {kind: batch * size for kind, size in state_bytes(checkpoint, length).items()}
     weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())
     if weights + sum(state.values()) <= free:

@@ -117,6 +117,9 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """input_ids: (batch, time) -> logits (batch, time, vocab). `past_key_values` is the older name of `cache`."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            both = f"cache ({type(cache).__name__}) and past_key_values ({type(past_key_values).__name__})"
+            raise RegraftError(f"{both} are two names of one thing: pass one of them")
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)

@@ -28,13 +28,14 @@ class Leg:
 @dataclass(frozen=True)
 class Method:
     """A way to linearize. `calibration`: tokens of the closed-form start, 0 for none. `legs`: training stages in order,
-    their shares adding up to 1. The docstring of the method's file has the paper, what differs from it here, and what
-    is known of patents and licences.
+    their shares adding up to 1. `unmeasured`: what `keep` is instead where there is no text to measure layers on. The
+    docstring of the method's file has the paper, what differs from it here, and what is known of patents and licences.
     """
 
     remix: Remix
     legs: tuple[Leg, ...]
     calibration: int = 0
+    unmeasured: str | None = None
 
     def __post_init__(self) -> None:
         assert abs(sum(leg.share for leg in self.legs) - 1) < 1e-9
@@ -63,7 +64,15 @@ class Method:
         given = {key: value for key, value in given.items() if value is not None}
         if given.get("mixer", self.remix.mixer) != self.remix.mixer:
             given = {"options": {}, "inherit": "all"} | given
-        return dataclasses.replace(self, remix=dataclasses.replace(self.remix, **given))
+        unmeasured = None if "keep" in given else self.unmeasured
+        return dataclasses.replace(self, remix=dataclasses.replace(self.remix, **given), unmeasured=unmeasured)
+
+    def untold(self) -> tuple[Method, list[str]]:
+        """(the method without text to measure layers on, what to tell about that)."""
+        if self.unmeasured is None:
+            return self, []
+        note = f"--keep {self.unmeasured} here; linearize with --data measures which layers to keep ({self.remix.keep})"
+        return self.changed(keep=self.unmeasured), [note]
 
 
 def names() -> list[str]:

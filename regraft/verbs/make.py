@@ -145,7 +145,8 @@ def linearize(
         method: a published way, or auto, ours (an unknown name lists them); the flags below change what it says
         mixer: the token mixer, such as gated_deltanet, gla, retnet or window; README.md has the list
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or chosen by measurement:
-            bypass, halo, recall or restore with a number or share of layers, such as restore:8 or recall:25%
+            bypass, halo, recall or restore with a number or share of layers, such as restore:8 or recall:25%, which
+            auto has where --data is given (every:4 otherwise)
         window: width of the gated window branch, 0 for the linear mixer alone
         sinks: first tokens that the window always sees
         seed: of fresh weights and of the data order
@@ -173,7 +174,9 @@ def linearize(
         raise RegraftError(f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens")
     before = Checkpoint.open(source)
     flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
-    way = methods.find(method).changed(seed=seed, **flags)
+    way, notes = methods.find(method).changed(seed=seed, **flags), list[str]()
+    if not data:
+        way, notes = way.untold()
     stages = way.stages(tokens, length, batch) if tokens else []
     ledger = None
     text = Text(data, field=field, long=long, skip_bad=skip_bad, read=read) if data else None
@@ -191,12 +194,12 @@ def linearize(
             remix = ranks.once(lambda: converting.converted(before, way.remix, rows, ticker))
             after = remix(before)
             ranks.once(lambda: after.save(out, overwrite=overwrite))
-    made = planning.Plan.of(before, after)
+    made = planning.Plan.of(before, after, notes=notes)
 
     def show(console: Console) -> None:
         planning.render(made, console)
         if ledger:
-            console.print(tables.training(ledger["summary"]))
+            console.print(tables.training(ledger["summary"], ledger["start"]))
         following = f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
         console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
 

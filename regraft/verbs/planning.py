@@ -92,11 +92,12 @@ def plan(
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
-    after = growth(before) if growth.asked else before
+    after, notes = growth(before) if growth.asked else before, list[str]()
     if mixer or method:
         flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
-        after = methods.find(method or "auto").changed(**flags).remix(after)
-    made = planning.Plan.of(before, after, context, length)
+        way, notes = methods.find(method or "auto").changed(**flags).untold()
+        after = way.remix(after)
+    made = planning.Plan.of(before, after, context, length, notes)
     if not train:
         return Outcome(made.json(), lambda console: planning.render(made, console))
     asked = forecast.Asked(gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share)

