@@ -80,15 +80,16 @@ def own_part(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str,
 
 
 def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Speed and memory, models interleaved by length."""
-    heads = ["model", "context", "batch", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
+    """Speed and memory by model and length, not wider than a terminal of 80 columns."""
+    heads = ["model", "context", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
+    batch = next((row["batch"] for rows in models.values() for row in rows), 1)
     body = [
-        [name, *(short(r.get(key)) for key in ("length", "batch", "decode_tok_s", "prefill_tok_s"))]
+        [name, *(short(r.get(key)) for key in ("length", "decode_tok_s", "prefill_tok_s"))]
         + [mebibytes(r[key]) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
         for name, rows in models.items()
         for r in rows
     ]
-    return grid("tokens per second and memory by context length", heads, body)
+    return grid(f"tokens per second and memory by context length, batch {batch}", heads, body)
 
 
 def mebibytes(count: int | None) -> str:

@@ -256,7 +256,9 @@ def test_wrong_recipe_value(recipe, capsys):
 def test_run_ends_with_the_report_and_repeats_for_free(recipe, tmp_path, capsys):
     out = tmp_path / "out"
     numbers = as_json(capsys, "run", recipe, out)
-    assert numbers["eval"]["baselines"] and numbers["ledger"][-1]["tokens"] == 768
+    stages = [row["stage"] for row in numbers["ledger"]]
+    assert stages == ["closed form", "1 align", "2 distil", "total"]
+    assert numbers["eval"]["baselines"] and numbers["ledger"][-1]["tokens"] == 128 + 768
     for row in (numbers["eval"], *numbers["eval"]["baselines"].values()):
         assert row["tasks"]["copa"]["n"] == 2 and row["recall"]["passkey"]["250"]["n"] == 2 and row["perplexity"] > 1
     page = (out / "report.html").read_text()

@@ -118,8 +118,10 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
     torch.manual_seed(0)
     model: Any = hosts.load(path)
     device = next(model.parameters()).device
-    loaded = peak_bytes(device.type)
+    for parameter in model.parameters():  # pages of a file would count once for every tensor mapped near them
+        parameter.data = parameter.data.clone()
     reset_peak(device.type)
+    loaded = peak_bytes(device.type)
     ids = torch.randint(model.config.vocab_size, (batch, length if prefill else 1), device=device)
     mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     with torch.inference_mode():

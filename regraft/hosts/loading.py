@@ -11,16 +11,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.initialization import no_init_weights
 
 from ..anatomy import find
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..mixers.gated import Gated
-from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
+from .outline import outline, stock_class
 
 
 def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -31,9 +30,7 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     """
     values = {checkpoint.names[key]: lazy.read().to(dtype).contiguous() for key, lazy in checkpoint.tensors.items()}
     if checkpoint.config["model_type"] == "regraft":
-        fields = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
-        with no_init_weights():
-            model: Any = RegraftForCausalLM(RegraftConfig(**fields))
+        model: Any = outline(checkpoint)
         missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
         lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
         model.tie_weights()
@@ -50,16 +47,6 @@ def stock(checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype)
     """(model of transformers' own class, names without a counterpart); the library renames and fuses what it must."""
     kind, config = stock_class(checkpoint.config)
     return filled(kind, config, values, dtype)
-
-
-def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
-    """(class, config) of a stock model: the class that the config's `architectures` names, or its family's default."""
-    plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-    causal = find(fields).causal
-    config = AutoConfig.for_model(fields["model_type"], **plain)
-    auto = AutoModelForCausalLM if causal else AutoModel
-    name = (fields.get("architectures") or [""])[0]
-    return getattr(transformers, name, None) or auto._model_mapping[type(config)], config
 
 
 def filled(kind: Any, config: Any, values: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:

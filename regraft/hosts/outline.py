@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..anatomy import find
 from ..checkpoint import Checkpoint
 from .configuration_regraft import RegraftConfig
-from .loading import stock_class
 from .modeling_regraft import RegraftForCausalLM
 
 
@@ -44,6 +45,16 @@ def bare(checkpoint: Checkpoint) -> Any:
         model = kind(config)
     model.tie_weights()
     return model.eval()
+
+
+def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
+    """(class, config) of a stock model: the class that the config's `architectures` names, or its family's default."""
+    plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+    causal = find(fields).causal
+    config = AutoConfig.for_model(fields["model_type"], **plain)
+    auto = AutoModelForCausalLM if causal else AutoModel
+    name = (fields.get("architectures") or [""])[0]
+    return getattr(transformers, name, None) or auto._model_mapping[type(config)], config
 
 
 def buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
