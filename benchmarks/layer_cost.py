@@ -1,8 +1,8 @@
 """What it costs to convert one layer of SmolLM2-135M alone: KL to the whole model, by layer, in the mixer's closed-form
 start and with a window of 64 tokens and 4 sinks instead.
 
-Claim: SUPRA is further from softmax than the window in every layer, by factors from 2 to 90, so which layers keep
-softmax decides how far a model without windows has to go before it passes the zero-token window (docs/log.md).
+Claim: SUPRA is further from softmax than the window in every layer, by factors from 2 (layer 7) to 100 (layer 16), so
+which layers keep softmax decides how far a model without windows has to go to pass the zero-token window (docs/log.md).
 
 Run: python benchmarks/layer_cost.py [--mixer supra] [--windows 2] [--calibration 4]
 """

@@ -104,7 +104,7 @@ def start(linearized: Checkpoint, calibration: dict[str, Any] | None) -> list[di
     """What was spent before training, in rows like those of a ledger's stages."""
     remix = remix_of(linearized)
     chosen = remix.scores if remix else {}
-    rows = [{"kind": f"choose by {chosen['rule']}", **{key: chosen[key] for key in COSTS}}] if chosen else []
+    rows = [{"kind": f"layers: {chosen['rule']}", **{key: chosen[key] for key in COSTS}}] if chosen else []
     return rows + ([{"kind": "closed form", **calibration}] if calibration else [])
 
 

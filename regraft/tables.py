@@ -99,7 +99,7 @@ def mebibytes(count: int | None) -> str:
 
 def training(stages: Sequence[Mapping[str, Any]], start: Sequence[Mapping[str, Any]] = ()) -> Table:
     """What `watching.summary` says of every stage, after what was spent before them."""
-    heads = ["stage", "tokens", "loss, first", "last", "tokens/s", "of peak", "seconds"]
+    heads = ["stage", "tokens", "first", "last", "tokens/s", "of peak", "seconds"]
     before = [[row["kind"], f"{row['tokens']:,}", "", "", "", "", f"{row['seconds']:,.1f}"] for row in start]
     body = before + [
         [f"{row['stage']}: {row['kind']}", f"{row['tokens']:,}", f"{row['first_loss']:.4f}", f"{row['last_loss']:.4f}"]
@@ -107,7 +107,7 @@ def training(stages: Sequence[Mapping[str, Any]], start: Sequence[Mapping[str, A
         + [f"{row['seconds']:,.1f}"]
         for row in stages
     ]
-    return grid("training (losses: mean of the first and last 5 % of the steps)", heads, body)
+    return grid("training (mean loss of the first and last 5 % of the steps)", heads, body)
 
 
 def grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -58,7 +58,7 @@ def test_every_method_goes_from_end_to_end(name: str, folder: Path, tmp_path: Pa
     assert told["ledger"]["tokens"] == sum(stage.tokens for stage in way.stages(1024, 64))
     before = [row["kind"].split()[0] for row in told["ledger"]["start"]]
     measured, begun = ":" in way.remix.keep and "every" not in way.remix.keep, bool(way.calibration)
-    assert before == ["choose"] * measured + ["closed"] * begun
+    assert before == ["layers:"] * measured + ["closed"] * begun
     assert all(row["flops"] > 0 and row["seconds"] > 0 and row["tokens"] > 0 for row in told["ledger"]["start"])
     assert {file.name for file in out.iterdir()} >= {"metrics.jsonl", "lineage.json", "tokenizer.json"}
     assert not (out / "work").exists() and not (out / "run").exists()
