@@ -46,7 +46,10 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
         tokenizer = hosts.load_tokenizer(source.path)
         rows = cache(lambda length: pack(text.documentation(), tokenizer, length))
     ticker.start(f"measuring layers ({remix.keep})")
-    table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))
+    try:
+        table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))
+    except RegraftError as error:
+        raise RegraftError(f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)") from None
     picked = table[loop.shuffled(len(table), min(WINDOWS, len(table)), remix.seed)]
     batches = loop.batches(table, WINDOWS, remix.seed + 1)
     return choosing.resolved(source, remix, choosing.Bench(picked, batches, ticker.update))

@@ -103,6 +103,9 @@ def test_auto_measures_layers_where_there_is_text_and_says_so_where_not(folder: 
         as_json(capsys, "linearize", model, tmp_path / "told", *data, "--json"),
         as_json(capsys, "linearize", model, tmp_path / "asked", "--keep", "1", "--json"),
     ]
+    (tmp_path / "short.txt").write_text("not a row")
+    said = refused(capsys, "linearize", model, tmp_path / "short", "--data", tmp_path / "short.txt")
+    assert "less than one row of" in said and "--keep every:4 measures nothing" in said
     notes = [bool([note for note in plan["notes"] if "recall:25%" in note]) for plan in plans]
     assert notes == [True, True, False, False]
     assert [len(plan["layers"]["softmax"]) for plan in plans] == [1, 1, 1, 1]
