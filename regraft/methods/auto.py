@@ -10,11 +10,11 @@ the text (`choosing.recall`).
 from ..steps.remix import Remix
 from .method import Leg, Method
 
-RATES = {"lr_new": 2e-3, "lr_mixer": 5e-4}
+RATES = {"lr_new": 5e-4, "lr_mixer": 1.25e-4}
 
 method = Method(
     Remix(keep="recall:25%"),
-    (Leg("align", 0.25, RATES), Leg("distil", 0.75, RATES | {"lr_body": 5e-5})),
+    (Leg("align", 0.25, RATES), Leg("distil", 0.75, RATES | {"lr_body": 1.25e-5})),
     calibration=8192,
     unmeasured="every:4",
 )
