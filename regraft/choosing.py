@@ -24,6 +24,8 @@ from .evals.reading import log_likelihoods
 from .steps.remix import RULES, Remix
 from .uptrain.calibrate import calibrate
 from .uptrain.data import Packed
+from .uptrain.hollow import feeding
+from .uptrain.layers import Skipped, stack
 
 EPSILON = 1e-6
 Progress = Callable[[float], None]
@@ -106,14 +108,14 @@ def copying(source: Checkpoint, remix: Remix, bench: Bench) -> list[tuple[float,
             f"no token of {len(far)} windows of {far.shape[1] + 1} can be copied from beyond {remix.window or 64} "
             "tokens: give longer windows or another text"
         )
-    everyone = range(source.layers)
+    layers, everyone = stack(student), range(source.layers)
     found: list[list[Tensor]] = [[] for _ in everyone]
     for done, row in enumerate(bench.windows.input_ids):
-        with softmax_in(student, source, teacher, everyone), recorded(student) as outputs:
-            told(student, row)
+        with softmax_in(student, source, teacher, everyone), recorded(layers) as inputs, torch.no_grad():
+            student.hidden(row[None])
         for layer in everyone:
             others = [other for other in everyone if other != layer]
-            with softmax_in(student, source, teacher, others), replayed(student, outputs[:layer]):
+            with softmax_in(student, source, teacher, others), begun(layers, layer, inputs[layer]):
                 found[layer].append(told(student, row))
             bench.progress((done + (layer + 1) / source.layers) / len(far))
     stacked = [torch.stack(rows) for rows in found]
@@ -201,57 +203,34 @@ def softmax_in(
             student.host.set_submodule(name.format(layer), mine[layer])
 
 
-class Replay(nn.Module):
-    """A decoder layer that gives what it gave before; what else is asked of it, the layer answers."""
-
-    def __init__(self, layer: nn.Module, output: Any):
-        super().__init__()
-        self.layer, self.output = layer, output
-
-    def forward(self, *given: Any, **words: Any) -> Any:
-        """The recorded output."""
-        return self.output
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
-
 @contextmanager
-def recorded(student: PreTrainedModel) -> Iterator[list[Any]]:
-    """Inside, the outputs of the decoder layers in order, as one forward pass adds them."""
-    outputs: list[Any] = []
-    hooks = [
-        student.host.get_submodule(name).register_forward_hook(lambda module, given, out: outputs.append(out))
-        for name in layer_names(student)
-    ]
+def recorded(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Inside, the hidden states that come to each decoder layer, in order, as one forward pass adds them."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     try:
-        yield outputs
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
 
 
 @contextmanager
-def replayed(student: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
-    """Inside, the first layers give these outputs, which costs nothing."""
-    names = layer_names(student)[: len(outputs)]
-    layers = [student.host.get_submodule(name) for name in names]
-    for name, layer, output in zip(names, layers, outputs, strict=True):
-        student.host.set_submodule(name, Replay(layer, output))
-    try:
-        yield
-    finally:
-        for name, layer in zip(names, layers, strict=True):
-            student.host.set_submodule(name, layer)
-
-
-def layer_names(student: PreTrainedModel) -> list[str]:
-    """Where the host's decoder layers are: the slot's name up to the layer's number."""
-    before = student.config.slot.partition("{}")[0]
-    return [f"{before}{layer}" for layer in range(student.config.num_hidden_layers)]
+def begun(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, a pass begins at decoder layer `first`, with what came to it before; earlier ones cost nothing."""
+    away = list(layers)[:first]
+    with feeding(layers[first], hidden):
+        try:
+            for i in range(first):
+                layers[i] = Skipped()
+            yield
+        finally:
+            for i, layer in enumerate(away):
+                layers[i] = layer
 
 
 def measured(layers: Mapping[int, Candidate], bench: Bench, teacher: Candidate | None = None) -> dict[int, Score]:

@@ -20,7 +20,7 @@ from .evals.baselines import remix_of
 from .journal import write_json
 from .methods import Method
 from .progress import Ticker
-from .report import read_json
+from .report import COSTS, read_json
 from .settings import Text
 from .steps.remix import Remix
 from .training import calibrated, save_trained, training_rows
@@ -31,7 +31,6 @@ from .watching import USUAL, Watching
 
 WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
 ASKED = "asked.json"
-COSTS = ("tokens", "flops", "seconds")
 Limit = Callable[[int], float | None]
 
 

@@ -14,6 +14,7 @@ import yaml
 from . import plots
 from .errors import RegraftError
 
+COSTS = ("tokens", "flops", "seconds")  # what a row of a ledger counts
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#22272c;background:#fff}
 h1{font-size:1.6rem}h3{font-size:1rem;margin-bottom:0}
@@ -55,16 +56,13 @@ def ledger(metrics: Iterable[Mapping[str, Any]], start: Iterable[Mapping[str, An
     """Tokens, FLOPs and seconds of what came before training and of every stage (metrics rows are running totals of
     their stage), and their sum."""
     last: dict[str, dict[str, Any]] = {}
-    before = [{"stage": row["kind"], **{key: row[key] for key in ("tokens", "flops", "seconds")}} for row in start]
+    before = [{"stage": row["kind"], **{key: row[key] for key in COSTS}} for row in start]
     for row in metrics:
         if "loss" in row:
-            keep = ("tokens", "flops", "seconds")
-            last[plots.stage_name(row)] = {"stage": plots.stage_name(row), **{key: row[key] for key in keep}}
+            last[plots.stage_name(row)] = {"stage": plots.stage_name(row), **{key: row[key] for key in COSTS}}
     rows = [*before, *last.values()]
     total: dict[str, Any] = {"stage": "total"}
-    return (
-        [*rows, total | {key: sum(row[key] for row in rows) for key in ("tokens", "flops", "seconds")}] if rows else []
-    )
+    return [*rows, total | {key: sum(row[key] for row in rows) for key in COSTS}] if rows else []
 
 
 def collect(directory: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 
@@ -67,8 +69,6 @@ def bench(
 
 def too_large(checkpoint: Checkpoint, length: int, batch: int) -> dict[str, Any] | None:
     """The row of a model whose weights and state do not fit into the free memory of a processor's machine."""
-    import torch
-
     from ..plan import layer_kinds, mixers_of, state_bytes
 
     free = free_bytes()
@@ -110,8 +110,6 @@ def worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = T
 
 def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
     """The row of one model at one length, in this process."""
-    import torch
-
     from .. import hosts
     from . import reading
 
@@ -166,8 +164,6 @@ def lengthen(cache: Any, tokens: int) -> None:
 def finish(device: str) -> None:
     """Wait for queued work on an accelerator."""
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()
 
 
@@ -177,8 +173,6 @@ def peak_bytes(device: str) -> int:
     Linux's own high-water mark is read where there is one: getrusage reports the parent's peak when that was higher.
     """
     if device == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
@@ -191,8 +185,6 @@ def reset_peak(device: str) -> None:
     """Forget the peak of loading, where the system can."""
     gc.collect()
     if device == "cuda":
-        import torch
-
         torch.cuda.reset_peak_memory_stats()
         return
     with contextlib.suppress(OSError):
