@@ -14,7 +14,7 @@ from .errors import RegraftError
 from .evals import baselines
 from .evals.perplexity import Candidate, measure
 from .evals.recall import KINDS
-from .evals.suite import LENGTHS, Suite, Tell, beside
+from .evals.suite import LENGTHS, Suite, Tell, against, beside
 from .text import held_out
 from .uptrain.data import Packed, long_windows, read_documents
 
@@ -163,7 +163,7 @@ def recall(
 
 
 def assemble(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
-    """The contract's JSON: the model's fields on top, every other row under `baselines`."""
-    order = (*baselines.ROWS, *rows)
-    others = {name: rows[name] for name in dict.fromkeys(order) if name in rows and name != baselines.MODEL}
-    return {"model": model, **rows[baselines.MODEL], "baselines": others}
+    """The contract's JSON: the model's fields on top, every other row under `baselines`, with the model's lead."""
+    own, order = rows[baselines.MODEL], dict.fromkeys((*baselines.ROWS, *rows))
+    others = {name: against(rows[name], own) for name in order if name in rows and name != baselines.MODEL}
+    return {"model": model, **own, "baselines": others}

@@ -15,6 +15,7 @@ from . import plots
 from .errors import RegraftError
 
 COSTS = ("tokens", "flops", "seconds")  # what a row of a ledger counts
+LEADS = "The model's lead, percent ± its standard error, question by question"
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#22272c;background:#fff}
 h1{font-size:1.6rem}h3{font-size:1rem;margin-bottom:0}
@@ -100,6 +101,9 @@ def render(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
             parts += ["<h2>Benchmarks, percent</h2>", table(*scored(rows), own="model")]
         if "recall" in rows["model"]:
             parts += ["<h2>Recall, percent of right answers ranked first</h2>", table(*recalled(rows), own="model")]
+        heads, body = leads(rows)
+        if body:
+            parts += [f"<h2>{LEADS}</h2>", table(heads, body)]
     if curve := plots.losses(metrics):
         parts += ["<h2>Training</h2>", picture(curve, "loss of each stage against tokens")]
     if numbers.get("ledger"):
@@ -170,6 +174,26 @@ def scored(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[
     if "of_teacher" in own:
         body.append(line("of the teacher's above chance", "of_teacher", own, "of_teacher"))
     return ["", *own["tasks"], "average"], body
+
+
+def leads(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Heads and lines of what the model has more than every other row in benchmarks and recall, in percent."""
+    own = rows["model"]
+    heads = [*own["tasks"], "average"] if "tasks" in own else []
+    heads += [f"{kind} {length}" for kind, cells in own.get("recall", {}).items() for length in cells]
+    body = []
+    for name, row in rows.items():
+        if name != "model" and heads:
+            cells = [*row["tasks"].values(), row] if "tasks" in own else []
+            cells += [cell for found in row.get("recall", {}).values() for cell in found.values()]
+            body.append([name, *(lead(cell["difference"]) for cell in cells)])
+    return ["", *heads], body
+
+
+def lead(difference: Mapping[str, float | None]) -> str:
+    """A difference in percent with its standard error, where it has one."""
+    mean, error = difference["mean"], difference["stderr"]
+    return f"{100 * (mean or 0.0):+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def recalled(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .report import eval_rows, scored, short
+from .report import LEADS, eval_rows, leads, scored, short
 
 Numbers = tuple[str, list[str], list[list[str]]]  # title, heads, lines
 FRAME = 3  # what a column takes beside its text
@@ -17,7 +17,7 @@ FRAME = 3  # what a column takes beside its text
 def render(evaluation: Mapping[str, Any], console: Console) -> None:
     """Print whatever an evaluation holds, columns that do not fit side by side below each other."""
     rows = eval_rows(evaluation)
-    for title, heads, body in (*quality(rows), *benchmarks(rows), *recall(rows), *positions(rows)):
+    for title, heads, body in (*quality(rows), *benchmarks(rows), *recall(rows), *ahead(rows), *positions(rows)):
         for columns in fitting(heads, body, console.width):
             console.print(grid(title, [heads[i] for i in columns], [[line[i] for i in columns] for line in body]))
 
@@ -63,6 +63,13 @@ def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
             for name, row in some
         ]
         yield title, ["", *(f"{length} tokens" for length in cells)], body
+
+
+def ahead(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
+    """The model's lead over every other row, which scores with their own errors are too coarse to tell."""
+    heads, body = leads(rows)
+    if body:
+        yield LEADS, heads, body
 
 
 def positions(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:

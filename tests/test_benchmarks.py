@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals import baselines, harness, positions, reading, recall, tasks
 from regraft.evals.perplexity import Candidate
-from regraft.evals.suite import Suite
+from regraft.evals.suite import Suite, against
 from regraft.steps.remix import Remix
 
 WORDS = "the cat sat on a mat while dogs ran past naïve old men".split()
@@ -127,6 +128,7 @@ def test_batches_do_not_change_scores(data, linearized):
     model, tokenizer = hosts.load(linearized), hosts.load_tokenizer(linearized)
     one, many = (evaluation.tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7))
     for name in NAMES:
+        assert one["tasks"][name].pop("each") == many["tasks"][name].pop("each")
         assert one["tasks"][name] == pytest.approx(many["tasks"][name])
 
 
@@ -337,6 +339,9 @@ def test_every_baseline_beside_every_number(source, linearized, data):
     assert list(table["baselines"]) == list(baselines.ROWS)
     teacher = table["baselines"][baselines.TEACHER]
     assert {**teacher, "of_teacher": 1} == {**table["baselines"][baselines.SCRATCH], "of_teacher": 1}
+    for row in table["baselines"].values():
+        apart(row, row["tasks"]["winogrande"], table["tasks"]["winogrande"])
+        apart(None, row["recall"]["passkey"]["250"], table["recall"]["passkey"]["250"])
     for row in (table, *table["baselines"].values()):
         assert set(row["tasks"]) == {"winogrande"} and set(row["recall"]["passkey"]) == {"250"}
         assert [cell["to"] for cell in row["positions"]] == [64, 100]
@@ -345,6 +350,33 @@ def test_every_baseline_beside_every_number(source, linearized, data):
         assert task["of_teacher"] == (pytest.approx(task["above_chance"] / above) if above > 0 else None)
     assert heard == sorted(heard) and 0 <= heard[0] and heard[-1] <= 1
     assert json.loads(json.dumps(table)) == table
+
+
+def apart(row: dict | None, theirs: dict, mine: dict) -> None:
+    """A lead is the mean of the questions' differences, with the error of that mean."""
+    differences = [a - b for a, b in zip(mine["each"], theirs["each"], strict=True)]
+    found = theirs["difference"]
+    assert found["mean"] == pytest.approx(mine[mine.get("metric", "acc")] - theirs[theirs.get("metric", "acc")])
+    assert found["stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(len(differences)))
+    if row is not None:  # one task alone: its lead is the average's
+        assert row["difference"] == pytest.approx(found)
+
+
+def test_a_lead_is_paired_question_by_question():
+    def row(**each: list[int]) -> dict:
+        return {"tasks": {name: {"each": list(right)} for name, right in each.items()}}
+
+    draw = random.Random(0)
+    weak = [draw.randrange(2) for _ in range(400)]
+    strong = [right or number % 20 == 0 for number, right in enumerate(weak)]  # never worse, on a twentieth better
+    found = against(row(a=weak, b=weak), row(a=strong, b=weak))
+    gained = sum(strong) - sum(weak)
+    lead = found["tasks"]["a"]["difference"]
+    assert lead["mean"] == pytest.approx(gained / 400) and lead["stderr"] < 0.5 * math.sqrt(0.5 / 400)
+    assert found["tasks"]["b"]["difference"] == {"mean": 0.0, "stderr": 0.0}
+    assert found["difference"]["mean"] == pytest.approx(lead["mean"] / 2)
+    assert found["difference"]["stderr"] == pytest.approx(lead["stderr"] / 2)
+    assert against(row(a=[1]), row(a=[0]))["difference"] == {"mean": -1.0, "stderr": None}
 
 
 def test_the_same_baseline_is_measured_once(source, tmp_path):
@@ -388,7 +420,7 @@ def test_tables_hold_every_row(source, linearized, data, capsys):
     tables.render(table, Console(width=80))
     shown = capsys.readouterr().out
     assert "…" not in shown and shown.count("questions") > 1, "columns are cut into tables, not cut off"
-    for word in (*NAMES, "average", "250 tokens", "64-70", baselines.NO_LINEAR, "chance"):
+    for word in (*NAMES, "average", "250 tokens", "64-70", baselines.NO_LINEAR, "chance", "lead", "+0.0 ± 0.0"):
         assert word in shown
     assert plots.positions(report.eval_rows(table)).lstrip().startswith(b"<?xml")
 

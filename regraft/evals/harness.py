@@ -119,16 +119,18 @@ def score(model: Any, task: Task, name: str, questions: Sequence[Question]) -> d
     """`acc, acc_norm, perplexity` (None where a task has none), `n`, `stderr, chance, above_chance` of `metric`.
 
     `model` is a `language_model`. `acc_norm` divides a choice's log-likelihood by its characters; `above_chance` is
-    (metric - chance) / (1 - chance); `truncated` counts continuations whose context was cut on the left to fit.
+    (metric - chance) / (1 - chance); `each` is 1 for every question that `metric` counts as right and 0 for the others;
+    `truncated` counts continuations whose context was cut on the left to fit.
     """
     from lm_eval.evaluator import evaluate
 
     model.cut = 0
     with contextlib.redirect_stdout(None):
-        found = evaluate(model, {"tasks": {name: configured(name, questions)}}, bootstrap_iters=0, log_samples=False)
+        found = evaluate(model, {"tasks": {name: configured(name, questions)}}, bootstrap_iters=0, log_samples=True)
     results = {key.partition(",")[0]: value for key, value in found["results"][name].items()}
     n, chance = len(questions), sum(q.chance for q in questions) / len(questions)
     value = results[task.metric]
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     return {
         "metric": task.metric,
         **{key: results.get(key) for key in ("acc", "acc_norm", "perplexity")},
@@ -136,5 +138,6 @@ def score(model: Any, task: Task, name: str, questions: Sequence[Question]) -> d
         "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None,
         "chance": chance,
         "above_chance": (value - chance) / (1 - chance),
+        "each": [int(sample[task.metric]) for sample in samples],
         "truncated": model.cut,
     }

@@ -174,9 +174,10 @@ def probe(kind: str, tokenizer: Any, filler: Sequence[str], length: int, items: 
     return Probe(torch.tensor([context for context, _ in made]), rounds)
 
 
-def score(model: nn.Module, probe: Probe, batch: int = 8) -> dict[str, float | int | None]:
+def score(model: nn.Module, probe: Probe, batch: int = 8) -> dict[str, Any]:
     """`acc`: the right answer is the likeliest of the candidates; `exact`: the greedy continuation is the right answer;
-    `rank`: mean place of the right answer, from 1, ties against it. `n` contexts; standard errors over them."""
+    `rank`: mean place of the right answer, from 1, ties against it. `n` contexts, `each` one's `acc`; standard errors
+    over them."""
     ranks, greedy = [], []
     for start in range(0, len(probe.context), batch):
         part = slice(start, start + batch)
@@ -197,6 +198,7 @@ def score(model: nn.Module, probe: Probe, batch: int = 8) -> dict[str, float | i
         "rank": rank.mean().item(),
         "n": len(rank),
         "chance": 1 / CHOICES,
+        "each": first.mean(1).tolist(),
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import RegraftError
@@ -103,3 +105,29 @@ def beside(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
         for name, task in row["tasks"].items()
     }
     return row | {"tasks": scored, "of_teacher": share(row, teacher, "average_above_chance")}
+
+
+def against(row: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The row with `difference` in every task and kind of recall, and for the average of tasks: what the model's `own`
+    row has more, as `mean` and `stderr`, which is that of differences question by question. Questions that both answer
+    alike say nothing of a difference, so its error is smaller than that of either score."""
+
+    def paired(cell: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+        more = torch.tensor(mine["each"], dtype=torch.double) - torch.tensor(cell["each"], dtype=torch.double)
+        return cell | {"difference": {"mean": more.mean().item(), "stderr": recall.spread(more)}}
+
+    row = dict(row)
+    if "tasks" in row:
+        row["tasks"] = {name: paired(task, own["tasks"][name]) for name, task in row["tasks"].items()}
+        every = [task["difference"] for task in row["tasks"].values()]
+        errors = [one["stderr"] for one in every]
+        row["difference"] = {
+            "mean": sum(one["mean"] for one in every) / len(every),
+            "stderr": None if None in errors else math.hypot(*errors) / len(every),
+        }
+    if "recall" in row:
+        row["recall"] = {
+            kind: {length: paired(cell, own["recall"][kind][length]) for length, cell in cells.items()}
+            for kind, cells in row["recall"].items()
+        }
+    return row
