@@ -138,10 +138,24 @@ def build(fields: Mapping[str, Any], place: str = "recipe", schema: type = Recip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            made = parser.instantiate(parser.parse_object(dict(fields)))
+            made = parser.instantiate(parser.parse_object(worded(fields, schema)))
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise RegraftError(f"recipe '{place}': {explain(str(error), schema)}") from error
     return schema(**made.as_dict() if hasattr(made, "as_dict") else dict(made))
+
+
+def worded(value: Any, kind: Any) -> Any:
+    """The value with whole numbers as text where `kind` wants text: YAML reads `keep: 0` as a number."""
+    parts = typing.get_args(kind)
+    if kind is str and type(value) is int:
+        return str(value)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        hints = typing.get_type_hints(kind)
+        return {key: worded(part, hints.get(key)) for key, part in value.items()}
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [worded(part, parts[0]) for part in value]
+    wanted = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    return worded(value, wanted) if wanted and typing.get_origin(kind) is not dict else value
 
 
 def explain(message: str, schema: type = Recipe) -> str:

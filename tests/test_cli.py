@@ -127,7 +127,14 @@ def test_every_verb_explains_itself(verb, capsys):
         (["bench", "/no/such/model", "--lengths", "1q"], "'1q'"),
         (["train", "a", "b"], "--data PATH"),
         (["train", "a", "b", "--stage", "sleep"], "sleep"),
-        (["eval", "x", "--limit", "3"], "--limit is about benchmarks and recall"),
+        (["eval", "x", "--limit", "3"], "--limit 3 would change nothing: it is for benchmarks and recall"),
+        (["eval", "x", "--lengths", "1k"], "--lengths 1k would change nothing"),
+        (["plan", "x", "--keep", "every:2"], "--keep every:2 would change nothing: give --mixer or --method"),
+        (["plan", "x", "--gpus", "64", "--tokens", "1B"], "--gpus 64, --tokens 1B would change nothing: give --train"),
+        (
+            ["train", "a", "b", "--data", "d", "--tokens", "9000", "--teacher-cache-kind", "topk:4"],
+            "give --teacher-cache",
+        ),
         (["eval", "x", "--plot"], "add --positions"),
         (["run", "/no/such/recipe.yaml", "/tmp/out"], "no recipe at"),
         (["run", "/no/such/recipe.py:f", "/tmp/out"], "no recipe file"),
@@ -219,6 +226,15 @@ def test_recipe_overrides(recipe):
     made = settings.load(str(recipe), {"stages.1.tokens": "640", "remix.mixer": "supra", "minutes": "2.5"})
     assert (made.stages[1].tokens, made.remix.mixer, made.minutes) == (640, "supra", 2.5)
     assert settings.build(yaml.safe_load(settings.dump(made))) == made
+
+
+def test_a_number_where_a_recipe_wants_text_is_text(recipe):
+    assert settings.load(str(recipe), {"remix.keep": "0"}).remix.keep == "0"
+    fields = yaml.safe_load(recipe.read_text()) | {"source": 7, "measure": {"prompts": [1984]}}
+    made = settings.build(fields)
+    assert made.source == "7" and made.measure.prompts == ["1984"]
+    with pytest.raises(RegraftError, match="seed"):
+        settings.load(str(recipe), {"seed": "many"})
 
 
 def test_recipe_from_python(tmp_path):

@@ -100,7 +100,7 @@ def test_streamed_mixers_are_those_of_the_joint_run(family: str, tmp_path: Path)
     model, spent = joint(source, target, STAGE, tmp_path / "joint")
     trained, ledger = walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "streamed"))
     same(trained, model, target)
-    assert ledger["tokens"] == spent["tokens"] and 0.5 < ledger["flops"] / spent["flops"] < 1.5
+    assert ledger["tokens"] == spent["tokens"] and not ledger["start"] and 0.5 < ledger["flops"] / spent["flops"] < 1.5
     trained.save(tmp_path / "out")
     again = hosts.load(tmp_path / "out").state_dict()
     assert all(torch.equal(again[name], value) for name, value in mixers(trained).items())
@@ -260,6 +260,10 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     source = opened(tmp_path, "qwen2")
     target = Remix(keep="1", window=8)(source)
     alone, ledger = walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "alone", calibration=2))
+    (closed,) = ledger["start"]
+    assert closed["kind"] == "closed form" and closed["tokens"] == 2 * rows().length and closed["flops"] > 0
+    assert json.loads((tmp_path / "alone" / "stream" / "state.json").read_text())["start"] == closed
+    assert ledger["flops"] == ledger["stages"][0]["flops"], "the closed form is no part of training"
     (tmp_path / "part.py").write_text(PART)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(tmp_path / "part.py"), str(source.origin), str(tmp_path / "both")]

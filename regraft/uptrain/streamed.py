@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,11 +94,12 @@ def possible(run: Streamed) -> None:
 @dataclass
 class State:
     """How far a run has come. `passed`: the layer whose input was counted last; `trained`: layers on disk; `entry`: the
-    ledger's."""
+    ledger's; `start`: what the closed form took, in a row like it."""
 
     passed: int = 0
     trained: list[int] = field(default_factory=list)
     entry: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, run: Streamed) -> State:
@@ -114,7 +114,9 @@ class State:
                 fast = ranks.told(loop.bfloat16_is_faster(run.device.type))
             precision = "bfloat16" if fast else "float32"
             head = {"stage": 0, "kind": run.stage.kind, "precision": precision, "streamed": True}
-            return cls(entry=head | {"tokens": 0, "flops": 0, "seconds": 0.0, "flops_per_step": 0})
+            begun = {"kind": "closed form", "tokens": run.calibration * run.rows.length, "flops": 0, "seconds": 0.0}
+            entry = head | {"tokens": 0, "flops": 0, "seconds": 0.0, "flops_per_step": 0}
+            return cls(entry=entry, start=begun if run.calibration else {})
         if facts.pop("settings") != run.settings:
             raise RegraftError(f"'{run.out}' holds a run with other settings: give another output, or remove it")
         return cls(**facts)
@@ -126,10 +128,10 @@ class State:
             part.write_text(json.dumps(dataclasses.asdict(self) | {"settings": run.settings}))
             os.replace(part, run.folder / "state.json")
 
-    def spend(self, flops: int, begin: float) -> None:
-        """Count work that began at this time of the monotonic clock, on every process the same."""
-        self.entry["flops"] += sum(ranks.gathered(flops))
-        self.entry["seconds"] += ranks.told(time.monotonic() - begin)
+    def spend(self, row: dict[str, Any], flops: int, seconds: float) -> None:
+        """Count work in `entry` or `start`, on every process the same."""
+        row["flops"] += sum(ranks.gathered(flops))
+        row["seconds"] += ranks.told(seconds)
 
     def trim(self, file: Path) -> None:
         """Take rows of layers that are not on disk out of metrics.jsonl; the first process does."""

@@ -42,7 +42,7 @@ def align(run: Streamed) -> tuple[Checkpoint, dict[str, Any]]:
     possible(run)
     state = State.load(run)
     Walk(run, state).go()
-    ledger = {"stages": [state.entry], **loop.totals([state.entry])}
+    ledger = {"stages": [state.entry], "start": [state.start] * bool(state.start), **loop.totals([state.entry])}
     return result(run, ledger), ledger
 
 
@@ -111,7 +111,7 @@ class Walk:
                 flops += count.flops
         ranks.barrier()
         if layer + 1 > self.state.passed:
-            self.state.spend(flops, begin)
+            self.state.spend(self.state.entry, flops, time.monotonic() - begin)
             self.state.passed = layer + 1
             self.state.save(self.run)
 
@@ -121,8 +121,10 @@ class Walk:
         spec, attention = run.target.config["mixers"][layer], Attention(**run.target.config["attention"][layer])
         mixer = made(run, layer).to(run.device)
         with self.looking(teacher), teacher.opened(layer, mlp=False):
-            if run.calibration:
-                calibrate_layer(mixer, *self.records(teacher, layer))
+            with counted() as closed:
+                if run.calibration:
+                    calibrate_layer(mixer, *self.records(teacher, layer))
+            closing, begin = time.monotonic() - begin, time.monotonic()
             groups = grouped(mixer.parameters(), origins_in(mixer, spec, attention), stage, True)
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
             learning = [p for group in optimizer.param_groups for p in group["params"]]
@@ -157,7 +159,9 @@ class Walk:
             }
             write_layer(layer_file(run, layer), values)
         ranks.barrier()
-        self.state.spend(flops, begin)
+        self.state.spend(self.state.entry, flops, time.monotonic() - begin)
+        if run.calibration:
+            self.state.spend(self.state.start, closed.get_total_flops(), closing)
         self.state.trained.append(layer)
         self.state.save(run)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .outcome import Outcome
+from .outcome import Outcome, idle
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,6 +134,8 @@ def train(
         )
     if stream and teacher_cache:
         raise RegraftError(f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}")
+    if not teacher_cache:
+        idle(train, locals(), ("teacher_cache_size", "teacher_cache_kind"), "give --teacher-cache DIR as well")
     if teacher_cache:
         options["keeping"] = Keeping.asked(teacher_cache, teacher_cache_size, teacher_cache_kind)
     with Ticker() as ticker:
@@ -146,7 +148,7 @@ def train(
             result = training.train_once(model, out, text, asked, teacher, seed, ticker, cache=kept, **options)
 
     def show(console: Console) -> None:
-        console.print(tables.training(result["summary"]))
+        console.print(tables.training(result["summary"], result.get("start", ())))
         console.print(
             f"{result['tokens']:,} {asked.unit}, {result['flops']:.3g} FLOPs, {result['seconds']:.0f} s; wrote {out}",
             soft_wrap=True,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ..errors import RegraftError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,3 +20,11 @@ class Outcome:
     data: dict[str, Any]
     show: Callable[[Console], None] | None = None
     code: int = 0
+
+
+def idle(verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence[str], say: str) -> None:
+    """RegraftError, ending in `say`, when one of these arguments of a verb was given though nothing would read it."""
+    usual = inspect.signature(verb).parameters
+    said = [f"--{name.replace('_', '-')} {given[name]}" for name in names if given[name] != usual[name].default]
+    if said:
+        raise RegraftError(f"{', '.join(said)} would change nothing: {say}")

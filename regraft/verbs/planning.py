@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from .outcome import Outcome
+from .outcome import Outcome, idle
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+FORECAST = ("stage", "gpus", "gpu", "memory", "precision", "checkpointing", "batch", "tokens", "share", "price")
 
 
 def plan(
@@ -89,6 +91,11 @@ def plan(
     from ..checkpoint import Checkpoint
     from ..growing import Growth
 
+    given = locals()
+    if not (mixer or method):
+        idle(plan, given, ("keep", "window", "sinks", "options", "inherit"), "give --mixer or --method as well")
+    if not train:
+        idle(plan, given, FORECAST, "give --train as well")
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)

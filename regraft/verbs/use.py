@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from .outcome import Outcome
+from .outcome import Outcome, idle
 
 
 def evaluate(
@@ -47,8 +47,11 @@ def evaluate(
     """
     if plot and not positions:
         raise RegraftError(f"--plot draws perplexity by position (positions is {positions}): add --positions")
-    if tasks is None and (idle := [n for n, v in (("task-data", task_data), ("limit", limit), ("shots", shots)) if v]):
-        raise RegraftError(f"--{idle[0]} is about benchmarks and recall: name some, such as --tasks hellaswag,passkey")
+    if tasks is None:
+        names = ("task_data", "limit", "shots", "lengths", "batch")
+        idle(
+            evaluate, locals(), names, "it is for benchmarks and recall, so name some, as in --tasks hellaswag,passkey"
+        )
     from .. import evaluation, hosts, plots, report
     from .. import tables as printing
     from ..evals.bench import parse_lengths
