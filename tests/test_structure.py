@@ -188,7 +188,7 @@ def test_readme_tree_names_every_module():
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md", "docs/evaluation.md"])
 def test_flags_of_pages_exist(page):
     """Every `regraft VERB ... --flag` in a fence, after torchrun too, is one that the verb takes."""
     import re
