@@ -100,7 +100,7 @@ def benchmark(
     if scratch:
         alike(scratch, checkpoint)
     rows: dict[str, dict[str, Any]] = {}
-    total = len(variants) + bool(scratch) + 1
+    total = len(variants) + bool(scratch) + 1 + baselines.gated(checkpoint.config.get("mixers"))
 
     def row(name: str, candidate: Candidate) -> dict[str, Any]:
         done = len(rows) / total

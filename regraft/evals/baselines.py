@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -47,9 +48,14 @@ def built(source: Checkpoint, remix: Remix | None) -> Candidate:
 def trained(model: nn.Module) -> dict[str, Candidate]:
     """The model's own rows: as it is and, where it has gated layers, with their linear branch switched off."""
     rows = {MODEL: Candidate(model)}
-    if any((spec or {}).get("name") == "gated" for spec in getattr(model.config, "mixers", None) or []):
+    if gated(getattr(model.config, "mixers", None)):
         rows[NO_LINEAR] = Candidate(model, partial(hosts.branch, model, "window"))
     return rows
+
+
+def gated(mixers: Sequence[Mapping[str, Any] | None] | None) -> bool:
+    """Whether a config's `mixers` have a gate somewhere."""
+    return any((spec or {}).get("name") == "gated" for spec in mixers or ())
 
 
 def remix_of(checkpoint: Checkpoint) -> Remix | None:
