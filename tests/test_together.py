@@ -141,10 +141,12 @@ class TestCommand:
     def until(self, count: int, out: Path, number: signal.Signals, steps: int, words: list[object]) -> None:
         """Start, send a signal to the processes once so many steps are done, wait."""
         command = torchrun(count, *words) if count > 1 else [sys.executable, *map(str, words)]
-        begun = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+        told = out.with_suffix(".log")
+        with told.open("w") as log:
+            begun = subprocess.Popen(command, env=environment(), stderr=log, start_new_session=True)
         deadline = time.monotonic() + 300
         while not (out / "metrics.jsonl").exists() or len(losses(out)) < steps:
-            assert begun.poll() is None and time.monotonic() < deadline
+            assert begun.poll() is None and time.monotonic() < deadline, told.read_text()[-3000:]
             time.sleep(0.05)
         if number == signal.SIGKILL:  # the launcher and the processes it started, which are in sessions of their own
             for place in Path("/proc").glob("[0-9]*/cmdline"):
