@@ -284,6 +284,8 @@ def test_run_ends_with_the_report_and_repeats_for_free(recipe, tmp_path, capsys)
     assert not names & {"work", "run"}
     again = as_json(capsys, "run", recipe, out)
     assert again["eval"] == numbers["eval"]
+    code, shown, _ = run_main(capsys, "run", recipe, out)
+    assert code == 0 and "closed form" in shown and "Report: " in shown
     assert "another recipe" in refused(capsys, "run", recipe, out, "--seed", 5)
 
 

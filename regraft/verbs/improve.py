@@ -226,10 +226,13 @@ def finished(numbers: dict[str, Any], out: str) -> Outcome:
     """The end of an experiment: its table and where the page is."""
 
     def show(console: Console) -> None:
-        from .. import tables, watching
+        from pathlib import Path
 
+        from .. import report, tables, watching
+
+        spent = report.read_json(Path(out) / "ledger.json") or {}
         tables.render(numbers["eval"], console)
-        console.print(tables.training(watching.summary(out)))
+        console.print(tables.training(watching.summary(out), spent.get("start", ())))
         console.print(tables.speed(numbers["bench"]))
         console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
 
