@@ -134,10 +134,10 @@ def train(
         )
     if stream and teacher_cache:
         raise RegraftError(f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}")
-    if not teacher_cache:
-        idle(train, locals(), ("teacher_cache_size", "teacher_cache_kind"), "give --teacher-cache DIR as well")
     if teacher_cache:
         options["keeping"] = Keeping.asked(teacher_cache, teacher_cache_size, teacher_cache_kind)
+    else:
+        idle(train, locals(), ("teacher_cache_size", "teacher_cache_kind"), "give --teacher-cache DIR as well")
     with Ticker() as ticker:
         if stream:
             place, watching = Path(scratch) if scratch else None, options["watching"]
