@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from regraft import hosts
 from regraft.checkpoint import Checkpoint
 from regraft.choosing import begun, recorded, repeated, told
 from regraft.demo import CACHE, fetch, prepare
-from regraft.evals.perplexity import Candidate, window_logits
+from regraft.evals.baselines import TEACHER
+from regraft.evals.perplexity import Candidate, measure
 from regraft.evaluation import evaluation_windows
 from regraft.uptrain.layers import stack
 
@@ -93,18 +95,6 @@ def alone(model: PreTrainedModel, masks: Masks, rows: Tensor) -> dict[str, list[
     return {"recall": lost[:, :, far].mean(-1).tolist(), "common": lost[:, :, ~far].mean(-1).tolist()}
 
 
-@torch.no_grad()
-def apart(model: PreTrainedModel, masks: Masks, rows: Tensor, kept: Tensor) -> float:
-    """KL of the model with a window on all heads but `kept`."""
-    total = 0.0
-    for row in rows:
-        target = window_logits(Candidate(model), row).log_softmax(-1)
-        with masks.only(~kept):
-            found = window_logits(Candidate(model), row).log_softmax(-1)
-        total += float((target.exp() * (target - found)).sum(-1).mean())
-    return total / len(rows)
-
-
 def main() -> None:
     """Measure heads unless `out` holds them, then print KL of the sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,15 +113,15 @@ def main() -> None:
         rows = evaluation_windows(text, tokenizer, options.windows, LENGTH).input_ids
         options.out.write_text(json.dumps(alone(model, masks, rows)))
     lost = torch.tensor(json.loads(options.out.read_text())["recall"])
-    tests = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.test, LENGTH).input_ids
+    tests = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.test, LENGTH)
     sets = {f"{count} heads": best(lost, count) for count in (0, 12, 24)}
     for name, numbers in LAYERS.items():
         sets[name] = torch.zeros_like(masks.short)
         sets[name][list(numbers)] = True
+    candidates = {name: Candidate(model, partial(masks.only, ~kept)) for name, kept in sets.items()}
+    scores = measure({TEACHER: Candidate(model), **candidates}, tests.input_ids, tests.bytes, TEACHER)
     for name, kept in sets.items():
-        print(
-            f"{name:>14}: {int(kept.sum()):>2} key/value heads, KL {apart(model, masks, tests, kept):.4f}", flush=True
-        )
+        print(f"{name:>14}: {int(kept.sum()):>2} key/value heads, KL {scores[name].json()['kl']:.4f}")
 
 
 def best(lost: Tensor, count: int) -> Tensor:
