@@ -44,12 +44,14 @@ FEW = {"documentation": 0.7, "encyclopedia": 0.3}
 SHARES = {"hybrid": FEW, "none": FEW, "supra": {"documentation": 0.2, "encyclopedia": 0.3, "docstrings": 0.5}}
 
 
-def stages(tokens: int, align: int | None, factor: float, length: int) -> list[Stage]:
+def stages(tokens: int, align: int | None, align_factor: float, factor: float, length: int) -> list[Stage]:
     """An eighth of the tokens for alignment, or `align`; the rest for distillation."""
     align = align if align is not None else tokens // 8
-    rates = {"lr_new": 2e-3 * factor, "lr_mixer": 5e-4 * factor, "lr_body": 5e-5 * factor}
     counts = {"align": align // length * length, "distil": (tokens - align) // length * length}
-    return [Stage(kind, count, length=length, **rates) for kind, count in counts.items()]
+    return [
+        Stage(kind, count, length=length, lr_new=2e-3 * times, lr_mixer=5e-4 * times, lr_body=5e-5 * times)
+        for (kind, count), times in zip(counts.items(), (align_factor, factor), strict=True)
+    ]
 
 
 class Curve:
@@ -84,7 +86,8 @@ def main() -> None:
     parser.add_argument("--keep", help="layers that keep softmax attention instead of the arm's own")
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--align", type=int, help="tokens of alignment among them, an eighth unless given")
-    parser.add_argument("--rates", type=float, default=1.0, help="times the learning rates")
+    parser.add_argument("--rates", type=float, default=1.0, help="times the learning rates of distillation")
+    parser.add_argument("--align-rates", type=float, default=1.0, help="times the learning rates of alignment")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row, of which each step has one")
     parser.add_argument("--options", type=json.loads, default={}, help="the mixer's own, as JSON")
     parser.add_argument("--every", type=int, default=16, help="steps between points while distilling")
@@ -116,7 +119,7 @@ def main() -> None:
         ticker.start("calibrate")
         calibrated(student, teacher, slots, loop.batches(rows(1024), 8, 0), options.out, ticker)
         point("calibrated, no gradient step", Candidate(student), tokens=8192)
-        plan = stages(options.tokens, options.align, options.rates, options.length)
+        plan = stages(options.tokens, options.align, options.align_rates, options.rates, options.length)
 
         def tell(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
             ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}")

@@ -29,6 +29,8 @@ SPECS = [
     {"name": "retnet", "grouped": True, "norm": "layer", "gate": "none", "rotary": False},
     {"name": "lightning", "gate": "sigmoid", "activation": "silu"},
     {"name": "lightning", "norm": "none", "grouped": True, "decays": "none"},
+    {"name": "lightning", "grouped": True, "decays": "learned"},
+    {"name": "supra", "decays": "learned", "gate": "sigmoid"},
     {"name": "t2r", "feature": 7},
     {"name": "t2r", "grouped": True, "rotary": True},
     {"name": "t2r", "grouped": True, "merged": True, "feature": 4},

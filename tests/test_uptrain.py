@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import tiny, tokens
 from torch import nn
 
 from regraft import hosts
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.mixers import registry
+from regraft.mixers.base import Attention
+from regraft.mixers.gated import Gated
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop
-from regraft.uptrain.calibrate import calibrate, error
-from regraft.uptrain.capture import body, recording
+from regraft.uptrain.calibrate import Attended, attend, calibrate, error, fit, gate_candidates
+from regraft.uptrain.capture import LayerRecord, body, recording
 from regraft.uptrain.data import Packed, long_windows, pack, read_documents, shuffled
 from regraft.uptrain.kl import head_kl
 from regraft.uptrain.matching import align_step
@@ -155,6 +160,8 @@ def test_a_student_equal_to_its_teacher_has_no_kl(source: Checkpoint) -> None:
 STARTED = [
     REMIX,
     Remix("supra", "0", window=0),
+    Remix("supra", "0", window=0, options={"decays": "learned"}),
+    Remix("lightning", "0", window=8, sinks=2, options={"decays": "learned", "grouped": True, "norm": "none"}),
     Remix("gated_deltanet", "0", window=0),
     Remix("retnet", "0", window=0, options={"gate": "none"}),
     Remix("lightning", "0", window=8, sinks=2, options={"norm": "none"}),
@@ -188,6 +195,40 @@ def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix
     )
     after = errors()
     assert sum(after) < sum(before), (before, after)
+
+
+def fitted_gate(records: list[tuple[LayerRecord, Attended]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the last gate candidate."""
+    last = gate_candidates(records)[-1]
+    return last[:-1].T, last[-1]
+
+
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("grouped", [False, True])
+@torch.no_grad()
+def test_calibration_finds_the_half_lives_that_made_the_teacher(window: int, grouped: bool) -> None:
+    """Where the teacher is the mixer itself with half-lives that calibration tries, it finds them, state by state."""
+    torch.manual_seed(0)
+    attention = Attention(hidden=24, kv=2, group=2, dim=8, scale=8**-0.5, rotary=False)
+    spec = {"name": "lightning", "norm": "none", "grouped": grouped, "decays": "learned"}
+    whole = {"name": "gated", "linear": spec, "window": {"name": "window", "window": window, "sinks": 2}}
+    mixer = registry.build(whole if window else spec, attention)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    linear = mixer.linear if isinstance(mixer, Gated) else mixer
+    planted = torch.tensor([50.0, 3.0] if grouped else [1.5, 50.0, 6.0, 250.0])
+    linear.set_half_lives(planted)
+    x = torch.randn(2, 120, attention.hidden)
+    record = LayerRecord(x, x, None)
+    seen = attend(linear, record, None, window, 2)
+    target = linear.mix(x, record.mixing(None), None)[0].transpose(1, 2)
+    if isinstance(mixer, Gated):
+        near = mixer.window.mix(x, record.mixing(None), None)[0].transpose(1, 2)
+        gate = F.linear(x, *fitted_gate([(record, seen)])).sigmoid().transpose(1, 2).unsqueeze(-1)
+        target = gate * target + (1 - gate) * near
+    linear.set_half_lives(torch.ones(len(planted)))
+    fit(mixer, [(record, dataclasses.replace(seen, heads=target))], [None])
+    torch.testing.assert_close(math.log(2) / -linear.decays(torch.zeros(1, len(planted), 1, 8))[0, :, 0], planted)
 
 
 class Killed(Exception):

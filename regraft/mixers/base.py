@@ -226,6 +226,15 @@ class Mixer(nn.Module):
         """
         raise RegraftError(f"mixer '{cls.name}' cannot say its FLOPs: give it `row_flops`, or measure a step")
 
+    @property
+    def half_lives(self) -> Tensor | None:
+        """Those that calibration tries for its states, in tokens, (candidates, states); None: its decays are fixed."""
+        return None
+
+    def set_half_lives(self, tokens: Tensor) -> None:
+        """Decay so that a state has lost half after `tokens` (states,)."""
+        raise RegraftError(f"mixer '{self.name}' has no half-lives to set to {tokens.tolist()}: its decays are fixed")
+
     def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
         """Set gates from the teacher's attention, both (heads,): mean distance looked back over, entropy in [0, 1].
 

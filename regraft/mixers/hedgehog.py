@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import Attention, Mixing, Weight, rotate
-from .linear import Linear, LinearOptions, fixed, mapped
+from .decays import fixed
+from .linear import Linear, LinearOptions, mapped
 
 
 @dataclass(frozen=True)

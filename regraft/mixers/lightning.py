@@ -8,22 +8,23 @@ from typing import Literal
 from torch import Tensor
 
 from .base import Mixing, rotate
-from .linear import ACTIVATIONS, Linear, LinearOptions, fixed
+from .decays import Decayed
+from .linear import ACTIVATIONS, LinearOptions
 
 
 @dataclass(frozen=True)
 class LightningOptions(LinearOptions):
     """As `LinearOptions`. `activation`: of queries and keys, none or silu. `decays`: `lightning` (ALiBi's slopes),
-    `retnet`, or none. HypeNet's form is {"gate": "sigmoid"}; without rotary and norm the layer is the plain fixed-decay
-    recurrence, whose outputs are as large as the source's queries and keys make them.
+    `retnet`, `learned`, or none. HypeNet's form is {"gate": "sigmoid"}; without rotary and norm the layer is the plain
+    fixed-decay recurrence, whose outputs are as large as the source's queries and keys make them.
     """
 
     norm: Literal["none", "rms", "layer"] = "rms"
     activation: Literal["none", "silu"] = "none"
-    decays: Literal["lightning", "retnet", "none"] = "lightning"
+    decays: Literal["lightning", "retnet", "learned", "none"] = "lightning"
 
 
-class Lightning(Linear):
+class Lightning(Decayed):
     """Lightning attention (Qin et al., arXiv 2401.04658, eq. 3): S_t = e^(-s_h) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t,
     then an RMS norm with gain.
 
@@ -41,4 +42,4 @@ class Lightning(Linear):
         q, k = (ACTIVATIONS[self.options.activation](t) for t in (q, k))
         if self.options.rotary:
             q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
-        return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": fixed(self.options.decays, k)}
+        return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": self.decays(k)}

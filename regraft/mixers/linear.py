@@ -195,27 +195,6 @@ class Linear(Mixer):
         return out
 
 
-def slopes(heads: int) -> list[float]:
-    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409), interleaved beyond a power of two."""
-    power = 2 ** math.floor(math.log2(heads))
-    first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return first if power == heads else first + slopes(2 * power)[::2][: heads - power]
-
-
-def log_decays(kind: str, heads: int) -> Tensor:
-    """Fixed log-decay per head, (heads,): -slope (lightning), log(1 - 2^(-5-h)) (RetNet, arXiv 2307.08621), zeros."""
-    if kind == "none":
-        return torch.zeros(heads)
-    if kind == "lightning":
-        return -torch.tensor(slopes(heads))
-    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float32))))
-
-
-def fixed(kind: str, k: Tensor) -> Tensor:
-    """The same log-decay at every token, (batch, heads, time), for keys k: (batch, heads, time, dim)."""
-    return log_decays(kind, k.shape[1]).to(k.device).view(1, -1, 1).expand(k.shape[:3])
-
-
 def mapped(x: Tensor, maps: Tensor) -> Tensor:
     """x: (batch, heads, time, dim) -> (..., features) by maps (heads or groups of heads, features, dim)."""
     return (x.to(maps.dtype).unflatten(1, (len(maps), -1)) @ maps.unsqueeze(1).mT).flatten(1, 2)

@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from .base import Mixing, rotate
-from .linear import Linear, LinearOptions, fixed
+from .decays import fixed
+from .linear import Linear, LinearOptions
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, Mixing, Weight, rotate
-from .linear import Linear, fixed, mapped
+from .decays import Decayed
+from .linear import mapped
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,20 @@ class SupraOptions:
     """`feature`: `head` (one square map per head, the paper's text) or `dense` (one over all heads, the released code).
 
     `start`: initial map, `identity` or `uniform` (PyTorch's default for a linear layer, the released code). `decays`:
-    `lightning` (the paper's) or `retnet`. `rotary`: rotate after the feature map, eq. 9. `norm`: GroupNorm per head
-    without gain; a published patent application (US20250307633A1) claims this norm, so it can be switched off.
+    `lightning` (the paper's), `retnet` or `learned` (this project). `rotary`: rotate after the feature map, eq. 9.
+    `norm`: GroupNorm per head without gain; a published patent application (US20250307633A1) claims this norm, so it
+    can be switched off. `gate`: a new projection that multiplies the heads' outputs; the paper has none.
     """
 
     feature: Literal["head", "dense"] = "head"
     start: Literal["identity", "uniform"] = "identity"
-    decays: Literal["lightning", "retnet"] = "lightning"
+    decays: Literal["lightning", "retnet", "learned"] = "lightning"
     rotary: bool = True
     norm: bool = True
+    gate: Literal["none", "silu", "sigmoid"] = "none"
 
 
-class Supra(Linear):
+class Supra(Decayed):
     """SUPRA (Mercat et al., arXiv 2405.06640, eqs. 7-10): phi(x) = relu(W x + b), the same W for queries and keys.
 
     v'_i = GroupNorm(sum_j gamma^(i-j) RoPE(phi(q_i)) . RoPE(phi(k_j)) v_j). Keys and values are broadcast per head
@@ -53,8 +56,8 @@ class Supra(Linear):
 
     @classmethod
     def output(cls, options: SupraOptions) -> tuple[str, str]:
-        """The group norm, no gate."""
-        return "layer" if options.norm else "none", "none"
+        """The group norm, and the gate asked for."""
+        return "layer" if options.norm else "none", options.gate
 
     @classmethod
     def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
@@ -89,4 +92,4 @@ class Supra(Linear):
         q, k = self.features(q), self.features(k * self.attention.dim**-0.5)
         if self.options.rotary:
             q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
-        return {"q": q, "k": k, "v": v, "g": fixed(self.options.decays, k)}
+        return {"q": q, "k": k, "v": v, "g": self.decays(k)}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import RegraftError
 from .base import Attention, Mixing, Weight, rotate
-from .linear import Linear, LinearOptions, fixed, mapped
+from .decays import fixed
+from .linear import Linear, LinearOptions, mapped
 
 
 @dataclass(frozen=True)

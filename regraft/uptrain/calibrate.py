@@ -104,17 +104,47 @@ def _with_one(x: Tensor) -> Tensor:
 
 
 def fit(mixer: Mixer, records: list[tuple[LayerRecord, Attended]], segments: list[Tensor | None]) -> tuple[bool, float]:
-    """Gates and value maps that best complete the window's output to the teacher's, head by head.
+    """Decays, gates and value maps that best complete the window's output to the teacher's, head by head.
 
     A linear mixer's output is linear in its values, so a dim x dim map of it, found by ridge regression, folds into the
     value projection (or the output projection where a norm stands between; a branch with a norm takes no map). Averages
-    of values, as the teacher's outputs are too, are drawn towards what they are. Of the gate candidates each group of
-    heads takes the one that leaves the least error. Returns whether the maps were folded, and the mean share chosen.
+    of values, as the teacher's outputs are too, are drawn towards what they are. Of the half-lives that learned decays
+    may begin with, each state takes the one that leaves the least error, then of the gate candidates each group of
+    heads. Returns whether the maps were folded, and the mean share chosen.
     """
     linear = mixer.linear if isinstance(mixer, Gated) else mixer
     heads = linear.attention.heads
-    maps = linear.qkv.v.out_features // linear.attention.dim if linear.values_are_linear else heads
     gates = gate_candidates(records) if isinstance(mixer, Gated) else None
+    if (tokens := linear.half_lives) is not None:
+        tried = []
+        for candidate in tokens:
+            linear.set_half_lives(candidate)
+            left = solve(mixer, records, segments, gates)[1].amin(0)
+            tried.append(left.unflatten(0, (tokens.shape[1], -1)).sum(1))
+        best = torch.stack(tried).argmin(0)
+        linear.set_half_lives(tokens.gather(0, best[None])[0])
+    solved, left = solve(mixer, records, segments, gates)
+    best = left.argmin(0)  # of (candidates, maps)
+    maps = len(best)
+    chosen = torch.stack(solved)[best, torch.arange(maps)]
+    if gates is None or not isinstance(mixer, Gated):
+        return linear.fold_heads(chosen), 1.0
+    per_head = best.repeat_interleave(heads // maps)
+    picked = gates[per_head, :, torch.arange(heads)]  # (heads, hidden + 1)
+    mixer.gate.weight.copy_(picked[:, :-1])
+    mixer.gate.bias.copy_(picked[:, -1])
+    return linear.fold_heads(chosen), float(torch.tensor(SHARES)[best].mean())
+
+
+def solve(
+    mixer: Mixer,
+    records: list[tuple[LayerRecord, Attended]],
+    segments: list[Tensor | None],
+    gates: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """By gate candidate, value maps (maps, dim, dim) and the squared error left, (candidates, maps)."""
+    linear = mixer.linear if isinstance(mixer, Gated) else mixer
+    maps = linear.qkv.v.out_features // linear.attention.dim if linear.values_are_linear else linear.attention.heads
     moments = [Moments() for _ in SHARES] if gates is not None else [Moments()]
     for (record, seen), ids in zip(records, segments, strict=True):
         mixing = record.mixing(ids)
@@ -129,16 +159,7 @@ def fit(mixer: Mixer, records: list[tuple[LayerRecord, Attended]], segments: lis
     solved = [problem.solve(prior=float(linear.denominator)) for problem in moments]
     if not (linear.values_are_linear or hasattr(linear, "o")):
         solved = [torch.eye(linear.attention.dim).expand_as(found) for found in solved]
-    left = torch.stack([problem.left(found) for problem, found in zip(moments, solved, strict=True)])
-    best = left.argmin(0)  # of (candidates, maps)
-    chosen = torch.stack(solved)[best, torch.arange(maps)]
-    if gates is None or not isinstance(mixer, Gated):
-        return linear.fold_heads(chosen), 1.0
-    per_head = best.repeat_interleave(heads // maps)
-    picked = gates[per_head, :, torch.arange(heads)]  # (heads, hidden + 1)
-    mixer.gate.weight.copy_(picked[:, :-1])
-    mixer.gate.bias.copy_(picked[:, -1])
-    return linear.fold_heads(chosen), float(torch.tensor(SHARES)[best].mean())
+    return solved, torch.stack([problem.left(found) for problem, found in zip(moments, solved, strict=True)])
 
 
 def _grouped(maps: int, *tensors: Tensor) -> tuple[Tensor, ...]:
