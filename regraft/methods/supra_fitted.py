@@ -1,0 +1,19 @@
+"""Ours for SUPRA (Mercat et al., arXiv 2405.06640) where no window may stand beside it: fitted, then aligned hard.
+
+Decays begin, head by head, at the half-lives that fit the teacher best, and learn. An output gate lets a head be
+silent, which SUPRA's norm alone forbids: there every token's output is as long, while softmax heads rest on a sink.
+Five elevenths of the budget align layers, a third of the work a token, at twelve times the rates of what follows; the
+rest matches the teacher's distribution with all weights. A patent application claims the norm, see `methods.supra`.
+"""
+
+from ..steps.remix import Remix
+from .auto import RATES
+from .method import Leg, Method
+
+ALIGN = {"lr_new": 6e-3, "lr_mixer": 1.5e-3}
+
+method = Method(
+    Remix("supra", "every:4", window=0, options={"decays": "learned", "gate": "sigmoid"}),
+    (Leg("align", 5 / 11, ALIGN), Leg("distil", 6 / 11, RATES | {"lr_body": 1.25e-5})),
+    calibration=8192,
+)
