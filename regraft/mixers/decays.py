@@ -63,7 +63,8 @@ class Decayed(Linear):
     @torch.no_grad()
     def set_half_lives(self, tokens: Tensor) -> None:
         """Decay so that a state has lost half after `tokens` (states,)."""
-        self.rate.copy_((math.log(2) / tokens).log() - (-log_decays("lightning", self.states)).log())
+        usual = -log_decays("lightning", self.states).to(tokens.device)
+        self.rate.copy_((math.log(2) / tokens / usual).log())
 
     def decays(self, k: Tensor) -> Tensor:
         """Log-decay at every token, (batch, states, time), for keys k: (batch, states, time, dim)."""
