@@ -149,9 +149,12 @@ def tidy(message: str, words: Sequence[str]) -> str:
     message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
     message = re.sub(r"required: (\w+)\.", "required: ", message)
     if match := re.match(r"unrecognized arguments: (--?[\w.-]+)(.*)", message):
+        flag, *rest = re.sub(r"--[\w.-]+", lambda found: found[0].replace("_", "-"), match[1] + match[2]).split(" ", 1)
+        if flag[2:] in (places := option_names(words, placed=True)):
+            order = " ".join(name.upper() for name in places)
+            return f"unknown flag {flag}: it is given by its place, regraft {words[0]} {order}"
         known = [f"--{name.replace('_', '-')}" for name in option_names(words)]
-        flag = match[1].replace("_", "-")
-        return f"unknown flag {flag} (in '{flag}{match[2]}'){near(flag, known)}"
+        return f"unknown flag {flag} (in '{' '.join([flag, *rest])}'){near(flag, known)}"
     if match := re.search(r"invalid choice: '([^']+)'", message):
         return f"unknown verb '{match[1]}'{near(match[1], list(VERBS))}: use one of {', '.join(VERBS)}"
     if match := re.match(r"\"(\w+)\": (.*(?:Expected a|Subtypes:).*)(?:Got|Given) value: (.*)", message):
@@ -162,9 +165,10 @@ def tidy(message: str, words: Sequence[str]) -> str:
     return message
 
 
-def option_names(words: Sequence[str]) -> list[str]:
-    """Parameters of the verb that the command line names."""
-    return list(inspect.signature(VERBS[words[0]]).parameters) if usage_of(words) else []
+def option_names(words: Sequence[str], placed: bool = False) -> list[str]:
+    """Parameters of the verb that the command line names: flags, or those given by their place."""
+    found = inspect.signature(VERBS[words[0]]).parameters if usage_of(words) else {}
+    return [name for name, parameter in found.items() if (parameter.default is parameter.empty) == placed]
 
 
 def near(word: str, known: Sequence[str]) -> str:

@@ -121,6 +121,8 @@ def test_every_verb_explains_itself(verb, capsys):
         (["plann", "x"], "did you mean plan?"),
         (["plan"], "required: source"),
         (["plan", "x", "--kep", "3"], "unknown flag --kep"),
+        (["generate", "x", "--prompt", "a"], "given by its place, regraft generate MODEL PROMPT"),
+        (["generate", "x", "a", "--max-new-tokens", "5"], "in '--max-new-tokens 5'), did you mean --tokens?"),
         (["plan", "x", "--window", "wide"], "wide"),
         (["plan", "/no/such/model"], "no model at '/no/such/model'"),
         (["linearize", "/no/such/model", "/tmp/out"], "no model at"),
