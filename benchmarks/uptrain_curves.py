@@ -56,9 +56,13 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         return methods.find(options.arm).stages(tokens, length)
     align = options.align if options.align is not None else tokens // 8
     counts = {"align": align // length * length, "distil": (tokens - align) // length * length}
-    times = options.rates or 1.0
-    rates = {"lr_new": 2e-3 * times, "lr_mixer": 5e-4 * times, "lr_body": 5e-5 * times}
-    return [Stage(kind, count, length=length, **rates) for kind, count in counts.items()]
+    distil = 1.0 if options.rates is None else options.rates
+    times = {"align": distil if options.align_rates is None else options.align_rates, "distil": distil}
+    rates = {"lr_new": 2e-3, "lr_mixer": 5e-4, "lr_body": 5e-5}
+    return [
+        Stage(kind, count, length=length, **{name: rate * times[kind] for name, rate in rates.items()})
+        for kind, count in counts.items()
+    ]
 
 
 class Curve:
@@ -94,13 +98,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--align", type=int, help="tokens of alignment among them, an eighth unless given")
     parser.add_argument("--rates", type=float, help="times the learning rates, 1 unless given")
+    parser.add_argument("--align-rates", type=float, help="the same for alignment alone, --rates unless given")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row, of which each step has one")
     parser.add_argument("--options", type=json.loads, help="the mixer's own, as JSON, instead of the arm's")
     parser.add_argument("--every", type=int, default=16, help="steps between points while distilling")
     parser.add_argument("--windows", type=int, default=6)
     options = parser.parse_args()
-    if options.arm in METHODS and (options.align, options.rates) != (None, None):
-        parser.error(f"--arm {options.arm} is a method, with stages of its own: leave out --align and --rates")
+    given = [flag for flag in ("align", "rates", "align_rates") if getattr(options, flag) is not None]
+    if options.arm in METHODS and given:
+        flags = ", ".join(f"--{flag.replace('_', '-')} {getattr(options, flag)}" for flag in given)
+        parser.error(f"--arm {options.arm} is a method, with stages of its own: leave out {flags}")
     remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
     asked = {"keep": options.keep, "options": options.options}
     remix = dataclasses.replace(remix, **{key: value for key, value in asked.items() if value is not None})
