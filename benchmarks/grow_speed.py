@@ -206,9 +206,9 @@ def equal(left: Path, right: Path) -> bool:
     """Whether two models hold the same tensors."""
     import torch
 
-    from regraft import storage
+    from regraft.io import safetensors
 
-    first, second = storage.entries(left), storage.entries(right)
+    first, second = safetensors.entries(left), safetensors.entries(right)
     return set(first) == set(second) and all(torch.equal(first[name].read(), second[name].read()) for name in first)
 
 

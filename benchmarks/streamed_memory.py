@@ -81,9 +81,9 @@ def make_source(folder: Path, layers: int, seed: int = 0) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from regraft import storage, writing
     from regraft.anatomy import find
     from regraft.checkpoint import Lazy, Story, with_older_keys
+    from regraft.io import safetensors, shard_writer
 
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16").to_dict()
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -97,9 +97,9 @@ def make_source(folder: Path, layers: int, seed: int = 0) -> int:
     for number, spot in enumerate(placed):
         read = lambda shape=spot.shape, number=number: values(shape, number)  # noqa: E731  # one promise per tensor
         tensors[spot.name] = Lazy(spot.shape, torch.bfloat16, Story("fresh"), read)
-    with writing.new_directory(folder) as partial:
-        writing.write_weights(partial, tensors, SHARD)
-        storage.write_json(partial.path / "config.json", with_older_keys(config))
+    with shard_writer.new_directory(folder) as partial:
+        shard_writer.write_weights(partial, tensors, SHARD)
+        safetensors.write_json(partial.path / "config.json", with_older_keys(config))
     return 4 * sum(lazy.size for lazy in tensors.values())
 
 

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import gguf, lineage, storage, writing
+from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, Placed, find
 from .axes import Signature, product
 from .errors import RegraftError
+from .io import gguf, safetensors, shard_writer
 
 SIDECARS = (
     "tokenizer*",
@@ -178,19 +179,19 @@ class Checkpoint:
         sidecars = sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()})
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
-            writing.new_directory(Path(path), overwrite, self._mark(shard_bytes, background)) as partial,
+            shard_writer.new_directory(Path(path), overwrite, self._mark(shard_bytes, background)) as partial,
         ):
             folder = partial.path
             filed = {self.anatomy.in_file(self.names[key]): lazy for key, lazy in self.tensors.items()}
-            writing.write_weights(partial, filed, shard_bytes)
+            shard_writer.write_weights(partial, filed, shard_bytes)
             for file in sidecars:
                 shutil.copyfile(file, folder / file.name)
-            storage.write_json(folder / "config.json", with_older_keys(self.config))
+            safetensors.write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.extras(str(folder), self.config)
             (folder / "README.md").write_text(lineage.card(self), encoding="utf-8")
-            index = [folder / storage.INDEX] if (folder / storage.INDEX).exists() else []
-            small = {file.name: storage.sha256(file) for file in [*index, folder / "config.json"]}
-            storage.write_json(folder / lineage.FILE, lineage.record(self, partial.done | small))
+            index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
+            small = {file.name: safetensors.sha256(file) for file in [*index, folder / "config.json"]}
+            safetensors.write_json(folder / lineage.FILE, lineage.record(self, partial.done | small))
 
     def _mark(self, shard_bytes: int, background: ThreadPoolExecutor) -> Callable[[], str] | None:
         return None if self.in_memory else background.submit(lineage.fingerprint, self, shard_bytes).result
@@ -204,12 +205,12 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 def _from_folder(origin: Path, folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise RegraftError(f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file")
-    config = storage.read_json(folder / "config.json")
+    config = safetensors.read_json(folder / "config.json")
     if "quantization_config" in config:
         raise RegraftError(f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first")
     anatomy = find(config)
-    found: dict[str, storage.Entry] = {}
-    for name, entry in storage.entries(folder).items():
+    found: dict[str, safetensors.Entry] = {}
+    for name, entry in safetensors.entries(folder).items():
         if found.setdefault(anatomy.canonical(name), entry) is not entry:
             raise RegraftError(
                 f"'{folder}' holds '{anatomy.canonical(name)}' under two names, '{name}' too: remove one"
@@ -244,7 +245,7 @@ def _from_gguf(file: Path) -> Checkpoint:
 
 
 def _unclaimed(
-    found: Mapping[str, storage.Entry], placed: Mapping[Key, Placed], anatomy: Anatomy, config: Config
+    found: Mapping[str, safetensors.Entry], placed: Mapping[Key, Placed], anatomy: Anatomy, config: Config
 ) -> dict[str, str]:
     dropped: dict[str, str] = {}
     for name in sorted(set(found) - {spot.name for spot in placed.values()}):
@@ -258,7 +259,7 @@ def _unclaimed(
     return dropped
 
 
-def _lazy(found: Mapping[str, storage.Entry], spot: Placed, folder: Path, stories: Mapping[str, Story]) -> Lazy:
+def _lazy(found: Mapping[str, safetensors.Entry], spot: Placed, folder: Path, stories: Mapping[str, Story]) -> Lazy:
     entry = found.get(spot.name)
     if entry is None:
         raise RegraftError(f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model again")

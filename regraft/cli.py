@@ -215,9 +215,9 @@ def together(verb: str) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
     if verb not in TOGETHER:
         raise RegraftError(f"'{verb}' runs in one process; without torchrun: regraft {verb} ..")
-    from . import ranks
+    from . import distributed
 
-    return ranks.joined()
+    return distributed.joined()
 
 
 def interrupted(verb: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import choosing, hosts, ranks, text
+from . import choosing, distributed, hosts, text
 from .checkpoint import Checkpoint
 from .corpus.building import Texts
 from .corpus.rows import Table
@@ -77,20 +77,20 @@ def uptrained(
     length = stages[0].length if stages else LENGTH
     batches = loop.batches(rows(length), calibration // length, seed) if calibration else []
     layerwise = any(stage.kind in LAYERWISE for stage in stages)
-    over = sharding.mesh() if ranks.world() > 1 else None
+    over = sharding.mesh() if distributed.world() > 1 else None
     if over is not None:  # the closed-form start is made by the first process, of whole models
 
         def begin() -> None:
             whole = teacher()
             calibrated(hosts.materialize(checkpoint), whole, hosts.slots(whole, source), batches, work, ticker)
 
-        ranks.once(begin)
+        distributed.once(begin)
     student = sharding.load(checkpoint, over, layerwise)
     guide = sharding.load(source, over) if over is not None else teacher()
     slots = hosts.slots(guide, source)
     spent = calibrated(student, guide, slots, batches, work, ticker)
     if over is None:
-        student, guide = student.to(ranks.device()), guide.to(ranks.device())
+        student, guide = student.to(distributed.device()), guide.to(distributed.device())
 
     facts = {"source": str(source.path), "seed": seed, "stages": [dataclasses.asdict(stage) for stage in stages]}
     with watching.over(out, ticker, facts) as watched:
@@ -126,7 +126,7 @@ def carry_out(
 
     RegraftError when `out` holds a finished model, which `overwrite` deletes, or another conversion.
     """
-    ranks.once(lambda: str(source.path))  # a GGUF file is converted by one process
+    distributed.once(lambda: str(source.path))  # a GGUF file is converted by one process
     work = out / "work"
     facts: dict[str, Any] = {
         "source": str(source.path),
@@ -137,7 +137,7 @@ def carry_out(
     }
     if source.path.resolve().is_relative_to(out.resolve()):
         raise RegraftError(f"'{out}' holds the source, which is read while the result is made: choose another output")
-    ranks.once(lambda: claim(out, facts, overwrite))
+    distributed.once(lambda: claim(out, facts, overwrite))
     rows = text_rows(source, data, ticker, max((stage.tokens for stage in stages), default=0), work / "text", cache)
     linear = work / "linearized"
 
@@ -145,7 +145,7 @@ def carry_out(
         if not (linear / "config.json").exists():
             converted(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
 
-    ranks.once(convert)
+    distributed.once(convert)
     remix = remix_of(Checkpoint.open(linear))
     assert remix is not None
     ticker.start("training")
@@ -158,7 +158,7 @@ def carry_out(
             shutil.rmtree(folder, ignore_errors=True)
         (out / ASKED).unlink(missing_ok=True)
 
-    ranks.once(clean_up)
+    distributed.once(clean_up)
     return remix, ledger
 
 

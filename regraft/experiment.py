@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import generate, hosts, ranks, report, settings
+from . import distributed, generate, hosts, report, settings
 from .checkpoint import Checkpoint
 from .converting import converted, uptrained
 from .corpus.building import Texts
@@ -35,24 +35,24 @@ def run(recipe: Recipe, out: str, watching: Watching = USUAL) -> dict[str, Any]:
     `out` ends up holding the trained model, `report.html`, `report.json`, `metrics.jsonl`, `lineage.json` and the
     phases' JSON files. RegraftError when `out` holds another run or anything else.
     """
-    if not ranks.first():
+    if not distributed.first():
         return follow(recipe, Path(out), watching)
     experiment = Experiment(recipe, Path(out), watching)
     with experiment.journal.ticker:
         for name, phase in experiment.phases().items():
             if not experiment.journal.done(name):
-                ranks.told(name)
+                distributed.told(name)
                 experiment.journal.ticker.start(name)
                 phase()
                 experiment.journal.finish(name)
     report.write(experiment.out)
-    ranks.told("")
+    distributed.told("")
     return report.collect(experiment.out)
 
 
 def follow(recipe: Recipe, out: Path, watching: Watching) -> dict[str, Any]:
     """What the other processes of a torchrun do: their part of the training, and wait for the rest."""
-    while name := ranks.told(""):
+    while name := distributed.told(""):
         if name == "train":
             Experiment(recipe, out, watching).train()
     return {}
@@ -173,7 +173,7 @@ class Experiment:
     def limit(self, stage: int) -> float | None:
         """Seconds for a stage: what is left for the last one, at most half of that for an earlier one."""
         left = self.journal.ticker.left()
-        if left is None or not ranks.first():  # the others are told
+        if left is None or not distributed.first():  # the others are told
             return left
         left -= self.after_training()
         return left if stage == len(self.recipe.stages) - 1 else left / 2
@@ -185,7 +185,7 @@ class Experiment:
             self.source, self.linear, lambda: self.teacher, self.rows, recipe.stages, recipe.calibration, self.out,
             self.journal.ticker, recipe.seed, self.limit, self.watching,
         )  # fmt: skip
-        if ranks.first():
+        if distributed.first():
             write_json(self.out / "ledger.json", ledger | {"text": self.rows.facts()})
 
     def evaluate(self) -> None:

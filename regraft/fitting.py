@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import flops, hosts, lineage, ranks
+from . import distributed, flops, hosts, lineage
 from .anatomy import Key
 from .checkpoint import Checkpoint
 from .errors import RegraftError
@@ -72,16 +72,16 @@ def fit(
     learned = Learned(**sizes, method=method, seed=seed)
     grower = learned.grower(source)
     made = Fitting(learned(source), grower.keep(), method)
-    if stage.batch % ranks.world():
+    if stage.batch % distributed.world():
         raise RegraftError(
-            f"a batch of {stage.batch} does not split over {ranks.world()} processes: give a multiple as batch"
+            f"a batch of {stage.batch} does not split over {distributed.world()} processes: give a multiple as batch"
         )
     count = stage.batch * method.steps
     order = shuffled(len(rows), count, seed) if count else torch.empty(0, dtype=torch.long)
     facts: dict[str, Any] = {"sizes": sizes, "method": asdict(method), "stage": asdict(stage)}
     facts |= {"seed": seed, "micro": micro, "rows": len(rows)}
     if out:
-        facts["source"] = ranks.once(lambda: lineage.fingerprint(source, 0))
+        facts["source"] = distributed.once(lambda: lineage.fingerprint(source, 0))
     with Stopping() if out else nullcontext() as stopping, claimed(out) if out else nullcontext():
         state = made.resumed(load_state(out, grower, facts) if out else RunState())
         saved = time.monotonic()
@@ -144,7 +144,7 @@ class Fitting:
 
     def __init__(self, target: Checkpoint, grower: Grower, method: Ligo):
         self.grower, self.method = grower, method
-        self.model = sharding.load(target, sharding.mesh() if ranks.world() > 1 else None)
+        self.model = sharding.load(target, sharding.mesh() if distributed.world() > 1 else None)
         self.holds = layout(self.model, target)
         groups = [
             {"params": list(grower.spaces.parameters()), "peak": method.lr},
@@ -208,7 +208,7 @@ class Fitting:
         with flops.counter() as back:
             self.back(made)
         mine = (making.get_total_flops() + back.get_total_flops(), training.get_total_flops())
-        made_all, trained_all = (sum(counts) for counts in zip(*ranks.gathered(mine), strict=True))
+        made_all, trained_all = (sum(counts) for counts in zip(*distributed.gathered(mine), strict=True))
         return value, (made_all, trained_all)
 
     def make(self) -> list[Tensor]:
@@ -233,11 +233,11 @@ class Fitting:
         place = sharding.part(next(self.model.parameters())).device
         for piece in pieces(len(rows), micro):
             some, wanted = given[piece].to(place), labels[piece].to(place)
-            share = ranks.world() * int((wanted != IGNORED).sum()) / told
+            share = distributed.world() * int((wanted != IGNORED).sum()) / told
             value = share * inside(self.model, partial(loss_of, self.model, kind, some, wanted, fast))
             value.backward()
             total += float(value.detach())
-        return sum(ranks.gathered(total)) / ranks.world()
+        return sum(distributed.gathered(total)) / distributed.world()
 
     def back(self, made: Sequence[Tensor]) -> None:
         """The parameters' gradients, carried on to the maps: of each process's shards, then added up."""
@@ -248,7 +248,7 @@ class Fitting:
                 grads.append(sharding.part(parameter.grad).to(mine[-1].device))
         torch.autograd.backward(mine, grads)
         self.model.zero_grad(set_to_none=True)
-        ranks.add_up([p.grad for p in self.grower.parameters() if p.grad is not None])
+        distributed.add_up([p.grad for p in self.grower.parameters() if p.grad is not None])
 
 
 def layout(model: nn.Module, target: Checkpoint) -> list[tuple[nn.Parameter, list[Key]]]:

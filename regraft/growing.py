@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from . import storage
 from .anatomy import find
 from .checkpoint import Checkpoint
 from .errors import RegraftError
@@ -18,6 +17,7 @@ from .growth import depth
 from .growth.maps import COPY, Ligo
 from .growth.operators import AUTO, AUTO_POST_NORM
 from .growth.solving import Sizes
+from .io import safetensors
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
@@ -122,7 +122,7 @@ def target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
     file = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
     if not file.is_file():
         raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
-    config = storage.read_json(file)
+    config = safetensors.read_json(file)
     anatomy = find(config)
     if anatomy.family != source.anatomy.family:
         raise RegraftError(

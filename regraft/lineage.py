@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RegraftError
-from .storage import read_json, sha256, weight_files
+from .io.safetensors import read_json, sha256, weight_files
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from .anatomy import Key
 from .checkpoint import Checkpoint, Holds, Lazy, Story
 from .errors import RegraftError
-from .storage import Entry, header
+from .io.safetensors import Entry, header
 
 MOMENTS: tuple[Holds, ...] = ("exp_avg", "exp_avg_sq")
 FILE = "optimizer.safetensors"

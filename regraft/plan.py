@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from . import flops as ledger
 from . import lineage
 from .checkpoint import Checkpoint
+from .io.safetensors import Entry
 from .mixers.base import Attention
 from .mixers.registry import mixer_class
-from .storage import Entry
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import hosts, ranks, tracking
+from . import distributed, hosts, tracking
 from .checkpoint import Checkpoint
 from .errors import RegraftError
 from .progress import Ticker
@@ -63,12 +63,12 @@ def align_once(
         run = Streamed(source, student, stage, rows, target, seed, held, scratch, **watched)
         trained, ledger = walk.align(run)
     ticker.start(f"writing {out}")
-    if ranks.first():
+    if distributed.first():
         trained.save(run.folder / "trained", overwrite=True)
         moved(run.folder / "trained", target)
         shutil.rmtree(run.folder)
         shutil.rmtree(target / TEXT, ignore_errors=True)
-    ranks.barrier()
+    distributed.barrier()
     return ledger | {"text": texts.facts(), "summary": summary(target), "out": out}
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import ranks
+from . import distributed
 from .errors import RegraftError
 from .journal import write_json
 from .report import read_json, read_metrics
@@ -110,7 +110,7 @@ def tracked(names: str | None, out: Path, facts: Row) -> Iterator[Callable[[Row]
     run goes on says so once and gets no more rows. RegraftError as in `chosen`.
     """
     modules = chosen(names)
-    if not modules or not ranks.first():
+    if not modules or not distributed.first():
         yield lambda row: None
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import flops, hosts, ranks, tracking
+from . import distributed, flops, hosts, tracking
 from .checkpoint import Checkpoint
 from .corpus.building import Texts
 from .errors import RegraftError
@@ -107,10 +107,10 @@ def save_trained(
     Everything is written beside first; config.json moves last, so a directory that looks like a model is whole. The
     first process gathers the weights of all and writes.
     """
-    values = hosts.in_files(model, sharding.gathered(model)) if ranks.first() else sharding.gathered(model)
-    if ranks.first():
+    values = hosts.in_files(model, sharding.gathered(model)) if distributed.first() else sharding.gathered(model)
+    if distributed.first():
         put(checkpoint, values, stages, ledger, out)
-    ranks.barrier()
+    distributed.barrier()
 
 
 def put(
@@ -137,10 +137,10 @@ def moved(folder: Path, out: Path) -> None:
 def loaded(path: str, over: sharding.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
     """The model at `path` where it is trained: whole, or this process's shards of it."""
     if over is None:
-        return hosts.load(path).to(ranks.device())
+        return hosts.load(path).to(distributed.device())
     checkpoint = Checkpoint.open(path)
-    ranks.once(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
-    ranks.once(checkpoint.verify)
+    distributed.once(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
+    distributed.once(checkpoint.verify)
     return sharding.load(checkpoint, over, layerwise)
 
 
@@ -195,7 +195,7 @@ def train_once(
         raise RegraftError(
             f"{model} is a {family} model without mixers, which '{stage.kind}' is for: regraft linearize it first"
         )
-    over = sharding.mesh(hybrid) if ranks.world() > 1 else None
+    over = sharding.mesh(hybrid) if distributed.world() > 1 else None
     student = loaded(model, over, stage.kind in LAYERWISE)
     tokenizer = None if stage.kind == "image" else hosts.load_tokenizer(model)
     if keeping and (not teacher or stage.kind not in ("align", "distil")):
@@ -227,7 +227,7 @@ def train_once(
     if isinstance(rows, Texts):
         ledger["text"] = rows.facts()
     save_trained(checkpoint, student, [stage], ledger, target)
-    if ranks.first():
+    if distributed.first():
         for folder in ("run", "work", TEXT):
             shutil.rmtree(target / folder, ignore_errors=True)
     return ledger | {"summary": summary(out), "out": out} | told

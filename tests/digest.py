@@ -87,9 +87,7 @@ def write_inputs(folder: Path) -> None:
     core = Tokenizer(BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
     for name, kind in {"llama": LlamaConfig, "qwen3": Qwen3Config}.items():
         torch.manual_seed(0)
         config = kind(
@@ -174,7 +172,7 @@ def steady(runs: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     first, second = runs
     if set(first) != set(second) or any(len(first[name]) != len(second[name]) for name in first):
         raise SystemExit("two runs of one tree wrote different files: the digest cannot be compared")
-    return {name: [a if a == b else None for a, b in zip(first[name], second[name])] for name in first}
+    return {name: [a if a == b else None for a, b in zip(first[name], second[name], strict=True)] for name in first}
 
 
 def compare(before: Path, after: Path) -> int:
@@ -186,7 +184,7 @@ def compare(before: Path, after: Path) -> int:
             print(f"{name}: only in {before if name in old else after}")
             different += 1
             continue
-        pairs = list(zip(old[name], new[name]))
+        pairs = list(zip(old[name], new[name], strict=False))
         wrong = [(a, b) for a, b in pairs if a != b and a is not None and b is not None]
         if wrong or len(old[name]) != len(new[name]):
             print(f"{name}: {len(old[name])} and {len(new[name])} values, {len(wrong)} differ, such as {wrong[:3]}")

@@ -13,9 +13,9 @@ import torch
 from models import tiny
 from safetensors.torch import load_file, save_file
 
-from regraft import storage, writing
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.io import safetensors, shard_writer
 from regraft.steps.remix import Remix
 
 
@@ -149,7 +149,7 @@ def test_shard_that_lacks_a_listed_tensor(source: Path) -> None:
 
 
 def test_index_without_map(source: Path) -> None:
-    (source / storage.INDEX).write_text("{}")
+    (source / safetensors.INDEX).write_text("{}")
     with pytest.raises(RegraftError, match="has no weight_map"):
         Checkpoint.open(source)
 
@@ -185,7 +185,7 @@ def test_full_disk_leaves_nothing(single: Path, tmp_path: Path, monkeypatch: pyt
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing, "_put", full)
+    monkeypatch.setattr(shard_writer, "_put", full)
     with pytest.raises(RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"):
         Checkpoint.open(single).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["single"]

@@ -22,10 +22,11 @@ from models import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from regraft import lineage, storage, writing
+from regraft import lineage
 from regraft.checkpoint import Checkpoint, Lazy, Story
-from regraft.direct import ROOM, Direct
 from regraft.errors import RegraftError
+from regraft.io import safetensors, shard_writer
+from regraft.io.direct_io import ROOM, Direct
 from regraft.plan import OVERHEAD, Plan, writing_bytes
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen
@@ -88,8 +89,8 @@ def test_files_are_those_of_safetensors_itself(tmp_path: Path) -> None:
         "a": torch.randn(5).bfloat16(),
     }
     lazies = {name: Lazy(tuple(v.shape), v.dtype, Story("fresh"), lambda v=v: v) for name, v in values.items()}
-    partial = writing.Partial(tmp_path)
-    writing.write_weights(partial, lazies, 10_000)
+    partial = shard_writer.Partial(tmp_path)
+    shard_writer.write_weights(partial, lazies, 10_000)
     save_file({n: v.contiguous() for n, v in values.items()}, tmp_path / "theirs", metadata={"format": "pt"})
     ours = (tmp_path / "model.safetensors").read_bytes()
     assert ours == (tmp_path / "theirs").read_bytes()
@@ -113,7 +114,7 @@ def test_every_hash_is_recorded(source: Path, tmp_path: Path) -> None:
     grown(source).save(tmp_path / "out", shard_bytes=60_000)
     files = {file.name: file for file in (tmp_path / "out").iterdir()}
     recorded = lineage.read(tmp_path / "out")["files"]
-    assert {n for n in files if n.endswith(".safetensors")} | {storage.INDEX, "config.json"} == set(recorded)
+    assert {n for n in files if n.endswith(".safetensors")} | {safetensors.INDEX, "config.json"} == set(recorded)
     assert all(hashlib.sha256(files[name].read_bytes()).hexdigest() == digest for name, digest in recorded.items())
     assert not [name for name in files if name.startswith(".") or name.endswith(".part")]
 
@@ -132,11 +133,11 @@ def test_ctrl_c_keeps_finished_shards_for_the_same_command(source: Path, tmp_pat
 
 
 def damaged_state(partial: Path, source: Path) -> None:
-    (partial / writing.STATE).write_text('{"fingerprint":')
+    (partial / shard_writer.STATE).write_text('{"fingerprint":')
 
 
 def lost_state(partial: Path, source: Path) -> None:
-    (partial / writing.STATE).unlink()
+    (partial / shard_writer.STATE).unlink()
 
 
 def other_source(partial: Path, source: Path) -> None:
@@ -194,7 +195,7 @@ def test_what_is_replaced_stays_until_all_is_written(
     swaps: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not swaps:
-        monkeypatch.setattr(writing, "_swapped", lambda left, right: False)
+        monkeypatch.setattr(shard_writer, "_swapped", lambda left, right: False)
     Checkpoint.open(source).save(tmp_path / "out")
     before = killing.contents(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
@@ -223,7 +224,7 @@ def test_a_disk_too_small_is_seen_before_anything_is_computed(source: Path, smal
 def test_a_disk_that_fills_up_gets_its_space_back(
     source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "check_space", lambda folder, needed: None)
+    monkeypatch.setattr(shard_writer, "check_space", lambda folder, needed: None)
     with pytest.raises(RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"):
         grown(source).save(small_disk / "out", shard_bytes=60_000)
     assert not list(small_disk.iterdir())
@@ -234,7 +235,7 @@ def test_a_failing_flush_gives_the_space_back(source: Path, tmp_path: Path, monk
         if path.name.startswith("model-00003"):
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(writing, "_sync", fails)
+    monkeypatch.setattr(shard_writer, "_sync", fails)
     with pytest.raises(RegraftError, match="Input/output error"):
         grown(source).save(tmp_path / "out", shard_bytes=60_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -12,9 +12,10 @@ from models import FAMILIES, GROWABLE, tiny, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from regraft import gguf, hosts, lineage, storage
+from regraft import hosts, lineage
 from regraft.checkpoint import Checkpoint, with_older_keys
 from regraft.errors import RegraftError
+from regraft.io import gguf, safetensors
 
 
 @pytest.fixture(params=FAMILIES)
@@ -25,10 +26,10 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Modu
 
 
 def test_opening_reads_no_weights(saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(entry: storage.Entry) -> torch.Tensor:
+    def refuse(entry: safetensors.Entry) -> torch.Tensor:
         raise AssertionError(f"read {entry.name}")
 
-    monkeypatch.setattr(storage.Entry, "read", refuse)
+    monkeypatch.setattr(safetensors.Entry, "read", refuse)
     model, path = saved
     checkpoint = Checkpoint.open(path)
     assert set(checkpoint.names.values()) == {name for name, _ in model.named_parameters()}
@@ -39,7 +40,7 @@ def test_save_is_read_back_by_stock_transformers(saved, tmp_path: Path) -> None:
     model, path = saved
     checkpoint = Checkpoint.open(path)
     checkpoint.save(tmp_path / "out", shard_bytes=30_000)
-    assert (tmp_path / "out" / storage.INDEX).exists()
+    assert (tmp_path / "out" / safetensors.INDEX).exists()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     x = tokens(2, 11)
     assert torch.equal(again(x).logits, model(x).logits)
@@ -96,8 +97,8 @@ def test_sidecars_and_lineage_travel(tmp_path: Path) -> None:
     Checkpoint.open(tmp_path / "source").save(tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "secret.txt").exists()
     known = lineage.read(tmp_path / "out")
-    assert known["source"]["sha256"] == storage.sha256(tmp_path / "source" / "model.safetensors")
-    assert known["files"]["model.safetensors"] == storage.sha256(tmp_path / "out" / "model.safetensors")
+    assert known["source"]["sha256"] == safetensors.sha256(tmp_path / "source" / "model.safetensors")
+    assert known["files"]["model.safetensors"] == safetensors.sha256(tmp_path / "out" / "model.safetensors")
     assert sum(row["share"] for row in known["totals"].values()) == pytest.approx(1)
     assert "sha256" in (tmp_path / "out" / "README.md").read_text()
     Checkpoint.open(tmp_path / "out").verify()
@@ -173,7 +174,7 @@ def test_missing_tensor_of_a_role_lists_the_known(tmp_path: Path) -> None:
 
 
 def test_shards_are_filled_in_order() -> None:
-    assert storage.shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == [["a", "b"], ["c"], ["d"]]
+    assert safetensors.shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == [["a", "b"], ["c"], ["d"]]
 
 
 def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
@@ -225,7 +226,7 @@ def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monk
     assert planned.config["architectures"] == opened.config["architectures"] == ["LlamaForCausalLM"]
     torch.testing.assert_close(hosts.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     opened.save(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == storage.sha256(file)
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == safetensors.sha256(file)
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "other"))
     with ThreadPoolExecutor(2) as pool:  # two at once: one converts, the other waits
         first, second = pool.map(gguf.converted, [file, file])

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from test_cli import as_json, refused
 from test_uptrain import Letters, pack
 
-from regraft import ranks
+from regraft import distributed
 from regraft.corpus import building, cache, files, reading
 from regraft.corpus.building import Corpus, Text, Texts
 from regraft.corpus.reading import Bad, Place, pieces
@@ -209,7 +209,7 @@ def test_any_number_of_processes_makes_the_same_cache(world, tmp_path, monkeypat
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
     text = Text(str(tmp_path / "*.jsonl"))
     expected = Texts([text], TOKENIZER, cache=tmp_path / "one")(50)
-    monkeypatch.setattr(ranks, "world", lambda: world)
+    monkeypatch.setattr(distributed, "world", lambda: world)
     begun = []
     original = cache.Part.fill
 
@@ -219,7 +219,7 @@ def test_any_number_of_processes_makes_the_same_cache(world, tmp_path, monkeypat
 
     monkeypatch.setattr(cache.Part, "fill", noted)
     for rank in range(world):  # each begins with a file of its own; the first to come finishes what is left
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         corpus = Corpus(text, TOKENIZER, tmp_path / "many")
         part, enough = corpus.missing(None)[rank]
         assert part.fill(enough, False)

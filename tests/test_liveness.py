@@ -12,11 +12,11 @@ import torch
 from models import ARCHITECTURES, GROWABLE, tiny
 from torch import Tensor
 
-from regraft import storage
 from regraft.anatomy import Key
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.widen import apart, pieces
+from regraft.io import safetensors
 from regraft.liveness import liveness, ranges
 from regraft.steps.deepen import Deepen
 from regraft.steps.remix import Remix
@@ -277,10 +277,10 @@ def test_files_and_values_stay_as_they_are(tmp_path: Path) -> None:
     made = opened("llama", tmp_path)
     kept = {made.names[key]: lazy.read().clone() for key, lazy in made.tensors.items()}
     held = made.replaced(kept, {"step": "Held", "arguments": {}})
-    before = storage.sha256(tmp_path / "source" / "model.safetensors")
+    before = safetensors.sha256(tmp_path / "source" / "model.safetensors")
     first = liveness(held)
     assert liveness(tmp_path / "source") == first == liveness(str(tmp_path / "source"))
-    assert storage.sha256(tmp_path / "source" / "model.safetensors") == before
+    assert safetensors.sha256(tmp_path / "source" / "model.safetensors") == before
     assert all(torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in held.tensors.items())
 
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 from models import tiny, tokens
 
-from regraft import storage
 from regraft.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.io import safetensors
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen
 
@@ -90,9 +90,9 @@ def test_frequencies_beyond_float32_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt_neox", "phi"])
 def test_the_share_that_turns_is_the_class_default_when_the_config_says_none(family: str, tmp_path: Path) -> None:
     saved(tmp_path, family, **SIZES)
-    config = storage.read_json(tmp_path / "source" / "config.json")
+    config = safetensors.read_json(tmp_path / "source" / "config.json")
     del config["rope_parameters"]
-    storage.write_json(tmp_path / "source" / "config.json", config)
+    safetensors.write_json(tmp_path / "source" / "config.json", config)
     Widen(head_dim=24, hidden=72)(Checkpoint.open(tmp_path / "source")).save(tmp_path / "out")
     assert difference(tmp_path, "out") < BOUND
 

@@ -12,8 +12,9 @@ from models import FAMILIES, tiny, tokens
 from rich.console import Console
 from transformers import DynamicCache
 
-from regraft import hosts, storage
+from regraft import hosts
 from regraft.checkpoint import Checkpoint
+from regraft.io import safetensors
 from regraft.plan import Plan, flops, render, state_bytes
 from regraft.steps.remix import Remix
 
@@ -58,10 +59,10 @@ def test_linear_layers_do_not_grow_with_context(source: Checkpoint) -> None:
 
 
 def test_it_reads_no_weights(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(entry: storage.Entry) -> torch.Tensor:
+    def refuse(entry: safetensors.Entry) -> torch.Tensor:
         raise AssertionError(f"read {entry.name}")
 
-    monkeypatch.setattr(storage.Entry, "read", refuse)
+    monkeypatch.setattr(safetensors.Entry, "read", refuse)
     Plan.of(source, Remix()(source))
 
 

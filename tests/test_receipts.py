@@ -11,9 +11,9 @@ import torch
 from models import FAMILIES, tiny
 from rich.console import Console
 
-from regraft import storage
 from regraft.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
+from regraft.io import safetensors
 from regraft.receipts import check, render
 from regraft.steps.remix import Remix
 
@@ -109,4 +109,4 @@ def test_table_says_what_does_not_hold(source: Path, tmp_path: Path) -> None:
         receipts | {"holds": False, "unaccounted": list("abcd"), "source_matches": False}, Console(file=text, width=120)
     )
     assert "a, b, c and 1 more" in text.getvalue() and "does NOT hold" in text.getvalue()
-    assert torch.isfinite(torch.tensor(receipts["rel_logit_diff"])) and storage.sha256(source / "model.safetensors")
+    assert torch.isfinite(torch.tensor(receipts["rel_logit_diff"])) and safetensors.sha256(source / "model.safetensors")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from regraft import fitting, hosts, ranks, training
+from regraft import distributed, fitting, hosts, training
 from regraft.checkpoint import Checkpoint
 from regraft.growing import Growth
 from regraft.growth.maps import Ligo
@@ -33,7 +33,7 @@ STAGES = {
 
 def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options: Any) -> dict[str, Any]:
     """One stage on the models in a folder; the ledger."""
-    stage, over = STAGES[name], sharding.mesh(hybrid) if ranks.world() > 1 else None
+    stage, over = STAGES[name], sharding.mesh(hybrid) if distributed.world() > 1 else None
     kinds = ("bare" if name == "matrix" else "linear", "source")
     student, teacher = (Checkpoint.open(models / kind) for kind in kinds)
     model, guide = sharding.load(student, over, stage.kind in LAYERWISE), sharding.load(teacher, over)
@@ -69,7 +69,7 @@ def fitted(models: Path, out: Path) -> dict[str, Any]:
     growth = Growth(hidden=source.sizes["hidden"] + 9, layers=source.layers + 1, how="ligo")
     stage = Stage("next", BATCH * LENGTH, **SIZE)
     learned = fitting.fit(source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note)
-    if ranks.first():
+    if distributed.first():
         learned(source).save(out)
         (out / "losses.json").write_text(json.dumps({"loss": losses, **learned.cost}))
     return dict(learned.cost)
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, target, *names = sys.argv[1:]
     hybrid = "hybrid" in names
-    with ranks.joined():
+    with distributed.joined():
         for kind in names:
             if kind == "ligo":
                 fitted(Path(folder), Path(target) / kind)

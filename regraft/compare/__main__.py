@@ -17,7 +17,7 @@ def main(words: list[str]) -> int:
     quiet()
     import torch
 
-    from .. import ranks
+    from .. import distributed
     from ..errors import RegraftError
     from ..journal import write_whole
     from . import arms, runner
@@ -31,12 +31,12 @@ def main(words: list[str]) -> int:
         nonlocal said
         if os.getppid() != parent:
             sys.exit("the comparison was stopped")
-        if time.monotonic() - said > EVERY and ranks.first():
+        if time.monotonic() - said > EVERY and distributed.first():
             said = time.monotonic()
             write_whole(runner.Task(kind, name, seed).log(out).with_suffix(".share"), f"{share:.4f}")
 
     try:
-        with ranks.joined():
+        with distributed.joined():
             recipe = runner.kept(out)
             (arms.pretrain if kind == "source" else arms.train_arm)(recipe, out, name, seed, tell)
     except (RegraftError, OSError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import choosing, fitting, flops, hosts, moments, ranks
+from .. import choosing, distributed, fitting, flops, hosts, moments
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growing import Growth
@@ -60,7 +60,7 @@ def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) ->
         for file in (out / "tokenizer").glob("*"):
             shutil.copyfile(file, folder / file.name)
 
-    ranks.once(save)
+    distributed.once(save)
     finish(folder, {"config": config, "seed": seed, "ledger": ledger})
 
 
@@ -140,7 +140,7 @@ def begun(
     if arm.moments:
         folder = arm_folder(out, arm.name, seed)
         begun_with = source_folder(recipe, out, arm.source, seed) / moments.FILE
-        ranks.once(lambda: moments.grow(source, steps, begun_with, folder))
+        distributed.once(lambda: moments.grow(source, steps, begun_with, folder))
         state = folder / moments.FILE
     return model, FREE | {"seconds": time.monotonic() - begin}, state
 
@@ -195,7 +195,7 @@ def fitted(
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """The checkpoint that a fitted map gives, and what the fitting cost; both kept for a restart."""
     folder = arm_folder(out, arm.name, seed)
-    if not ranks.once((folder / "start.json").exists):
+    if not distributed.once((folder / "start.json").exists):
         growth = Growth(**dataclasses.asdict(recipe.target), seed=seed)
         stage = recipe.stages(arm)[-1]
         assert arm.ligo is not None
@@ -208,7 +208,7 @@ def fitted(
             learned(source).save(folder / "grown", overwrite=True)
             write_json(folder / "start.json", FREE | dict(learned.cost))
 
-        ranks.once(keep)
+        distributed.once(keep)
     return Checkpoint.open(folder / "grown"), read_json(folder / "start.json")
 
 
@@ -234,7 +234,7 @@ def verify(recipe: Comparison, out: Path) -> None:
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:
     """Keep the last word of a run and delete what only a restart needs; the first process does."""
-    if not ranks.first():
+    if not distributed.first():
         return
     write_json(folder / DONE, facts)
     for name in ("run", "grown", FITTING):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import ranks
+from .. import distributed
 from ..errors import RegraftError
 from .cache import Part
 from .files import found
@@ -64,7 +64,7 @@ class Corpus:
         unless the text says to skip them.
         """
         while window := self.missing(wanted):
-            turn = ranks.rank() % len(window)
+            turn = distributed.rank() % len(window)
             if not any(
                 part.fill(more, self.text.skip_bad, self.progress(wanted))
                 for part, more in window[turn:] + window[:turn]
@@ -85,7 +85,7 @@ class Corpus:
         window: list[tuple[Part, int | None]] = []
         for part in self.parts:
             more = None if wanted is None else wanted - held
-            if (more is not None and more <= 0) or len(window) == ranks.world():
+            if (more is not None and more <= 0) or len(window) == distributed.world():
                 break
             known = part.look()
             if not known.done and (more is None or known.tokens < more):
@@ -111,7 +111,7 @@ class Corpus:
         count = sum(part.journal.bad for part in bad)
         if bad and not self.text.skip_bad:
             raise RegraftError(f"{bad[0].journal.named[0]}: fix or remove it, or leave it out with --skip-bad")
-        if count > self.said and ranks.first():
+        if count > self.said and distributed.first():
             named = [line for part in bad for line in part.journal.named]
             more = f"; and {count - 3:,} more" if count > 3 else ""
             print(f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}", file=sys.stderr)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import hosts, ranks
+from .. import distributed, hosts
 from ..errors import RegraftError
 from .sharding import complete, laid
 
@@ -64,7 +64,7 @@ def keep(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path)
         table |= {f"{moment}/{name}": value.contiguous().clone() for name, value in filed.items()}
     steps = max((state["step"].reshape(()) for state in held.values()), default=torch.tensor(0.0))
     table |= {key.replace(MOMENTS[0], "step", 1): steps.clone() for key in table if key.startswith(f"{MOMENTS[0]}/")}
-    if not ranks.first():
+    if not distributed.first():
         return
     part = folder / f"{FILE}.part"
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ranks
+from .. import distributed
 from ..corpus.rows import Table
 from . import adam, speed
 from .data import Packed, shuffled
@@ -63,7 +63,7 @@ def train(run: Run) -> dict[str, Any]:
     recomputing(run.model, run.checkpointing)
     with Stopping() as stopping, claimed(run.out):
         state = load_state(run.out, run.model, settings(run))
-        if ranks.first():
+        if distributed.first():
             state.trim_metrics(run.out / "metrics.jsonl")
         for index in range(state.stage, len(run.stages)):
             train_stage(run, state, index, stopping)
@@ -88,7 +88,7 @@ def train_stage(run: Run, state: RunState, index: int, stopping: Stopping) -> No
     if state.tokens:
         stage = dataclasses.replace(stage, tokens=state.tokens)
     if stage.precision == "auto":
-        fast = state.fast if state.fast is not None else ranks.told(bfloat16_is_faster(run.device.type))
+        fast = state.fast if state.fast is not None else distributed.told(bfloat16_is_faster(run.device.type))
     else:
         fast = stage.precision == "bfloat16"
     state.fast = fast
@@ -150,7 +150,7 @@ def train_stage(run: Run, state: RunState, index: int, stopping: Stopping) -> No
         run.progress(stage, state.step, stage.steps, row)
         limit = run.limit(index)
         if limit is not None and not state.tokens and state.step == max(MEASURED_STEPS, first + MEASURED_STEPS):
-            left, per_step = ranks.told((limit, (time.monotonic() - begun) / (state.step - first - 1)))
+            left, per_step = distributed.told((limit, (time.monotonic() - begun) / (state.step - first - 1)))
             stage = fit_to_time(stage, state, left, per_step)
             order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
         if state.step == stage.steps or (run.every and state.step % run.every == 0):
@@ -171,9 +171,9 @@ def train_stage(run: Run, state: RunState, index: int, stopping: Stopping) -> No
 
 def agreed(part: float, asked: bool, due: bool) -> tuple[float, bool, bool]:
     """(the loss: the sum of all parts, whether any process was asked to stop, whether the first one's save is due)."""
-    if ranks.world() == 1:
+    if distributed.world() == 1:
         return part, asked, due
-    box = torch.tensor([part, asked, due and ranks.first()], dtype=torch.float64)
+    box = torch.tensor([part, asked, due and distributed.first()], dtype=torch.float64)
     torch.distributed.all_reduce(box)
     return float(box[0]), bool(box[1]), bool(box[2])
 
@@ -194,7 +194,7 @@ def measure(run: Run, stage: Stage, index: int, step: int, entry: dict[str, Any]
 
 def write(run: Run, row: dict[str, Any]) -> None:
     """One more row of metrics.jsonl."""
-    if not ranks.first():
+    if not distributed.first():
         return
     with (run.out / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")

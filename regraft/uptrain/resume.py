@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from .. import ranks
+from .. import distributed
 from ..errors import RegraftError
-from ..writing import check_space
+from ..io.shard_writer import check_space
 from .divergence import Place, Trend
 from .lit import Watch
 from .sharding import laid
@@ -135,13 +135,13 @@ def save_state(
             shutil.rmtree(old)
 
     try:
-        ranks.once(begin)
+        distributed.once(begin)
         if tensors:
             with unwarned():
                 dcp.save(tensors, checkpoint_id=temporary)
-        ranks.once(finish)
+        distributed.once(finish)
     except (OSError, RuntimeError, CheckpointException) as error:
-        if ranks.first():
+        if distributed.first():
             shutil.rmtree(temporary, ignore_errors=True)
         raise RegraftError(
             f"cannot write the checkpoint '{folder}' ({reason(error)}): free some space and run again"
@@ -159,7 +159,7 @@ def claimed(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
 
     try:
-        ranks.once(take)
+        distributed.once(take)
     except Timeout as error:
         raise RegraftError(f"another run is going on in '{out}': wait for it, or stop all of its processes") from error
     try:
@@ -200,7 +200,7 @@ def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunStat
     Raises RegraftError when the run there has other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    newest = ranks.told(next((folder for *_, folder in reversed(checkpoints(out))), None))
+    newest = distributed.told(next((folder for *_, folder in reversed(checkpoints(out))), None))
     if newest is None:
         return RunState()
     facts = json.loads((newest / "state.json").read_text())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import ranks
+from .. import distributed
 from ..errors import RegraftError
 from ..hosts.modeling_regraft import RegraftForCausalLM
 from ..mixers.gated import Gated
@@ -87,9 +87,9 @@ def possible(run: Run, stage: Stage) -> None:
         if isinstance(run.model, RegraftForCausalLM):
             raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
         chosen(stage.layers, len(stack(run.model)))
-    if stage.batch % (ranks.world() * max(1, run.micro)) or run.micro < 0:
+    if stage.batch % (distributed.world() * max(1, run.micro)) or run.micro < 0:
         raise RegraftError(
-            f"a batch of {stage.batch} does not split over {ranks.world()} processes, {run.micro or 'any number of'} "
+            f"a batch of {stage.batch} does not split over {distributed.world()} processes, {run.micro or 'any number of'} "
             "rows at a time: give a multiple"
         )
     if run.teacher is None and stage.kind in (*LAYERWISE, "distil"):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
-from .. import hosts, ranks
+from .. import distributed, hosts
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..hosts.outline import buffers
@@ -24,7 +24,7 @@ from .whole import PLACE, Whole, settle
 
 def mesh(hybrid: bool = False) -> DeviceMesh:
     """All processes in a row; `hybrid`: machines by the processes of each, a whole model on every machine."""
-    kind, count = ranks.device().type, ranks.world()
+    kind, count = distributed.device().type, distributed.world()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if not hybrid:
         return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
@@ -51,8 +51,8 @@ def spread(model: PreTrainedModel, over: DeviceMesh, layerwise: bool = False) ->
 
 def over_all(model: PreTrainedModel, layerwise: bool = False) -> PreTrainedModel:
     """A whole model that every process has, sharded over them where they compute; alone, whole."""
-    model = model.to(ranks.device())
-    if ranks.world() == 1:
+    model = model.to(distributed.device())
+    if distributed.world() == 1:
         return model
     whole = vars(spread(model, mesh(), layerwise))[PLACE]
     whole(lambda: None)  # the first forward makes this module the root of all shards
@@ -67,9 +67,9 @@ def load(checkpoint: Checkpoint, over: DeviceMesh | None, layerwise: bool = Fals
     model = hosts.outline(checkpoint)
     tables = [(module, name, value) for module, name, value in buffers(model)]
     whole = vars(spread(model, over, layerwise))[PLACE]
-    whole.to_empty(device=ranks.device())
+    whole.to_empty(device=distributed.device())
     for module, name, value in tables:
-        setattr(module, name, value.to(ranks.device()))
+        setattr(module, name, value.to(distributed.device()))
     fill(model, checkpoint)
     whole(lambda: None)  # the first forward makes this module the root of all shards
     settle(model)
@@ -140,6 +140,6 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         whole = complete(value)
-        if ranks.first():
+        if distributed.first():
             found[name] = whole.cpu()
     return found

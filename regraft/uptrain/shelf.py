@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .. import storage
 from ..errors import RegraftError
+from ..io import safetensors
 
 FILE = 16_000_000  # bytes of a file, or one row
 BLOCK = 4096  # what a disk gives out
@@ -46,7 +46,7 @@ class Shelf:
                 for left in self.root.glob("*/*.part"):  # of a writer that was killed
                     left.unlink()
                 if not (self.folder / "facts.json").exists():
-                    storage.write_json(self.folder / "facts.json", dict(facts))
+                    safetensors.write_json(self.folder / "facts.json", dict(facts))
         except OSError as error:
             raise RegraftError(f"cannot keep teacher outputs in '{root}' ({error}): give another folder") from error
 
@@ -70,7 +70,7 @@ class Shelf:
             if file.name not in self.files:
                 self.files.add(file.name)
                 try:
-                    storage.header(file)
+                    safetensors.header(file)
                     with safe_open(file, framework="pt") as opened:
                         rows = json.loads(opened.metadata()["rows"])
                     self.places |= {key: (file, check) for key, check in rows.items()}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from .. import ranks
+from .. import distributed
 from .divergence import Place
 
 STATUS = 128 + signal.SIGTERM
@@ -48,7 +48,7 @@ class Stopping:
 
     def leave(self, kept: Sequence[Place]) -> None:
         """End the process with the status of one that SIGTERM ended, saying what is kept."""
-        if ranks.first():
+        if distributed.first():
             place = f"'{kept[-1][2]}' is kept" if kept else "there was nothing to keep yet"
             print(f"regraft: stopped by SIGTERM; {place} and the same command goes on", file=sys.stderr)
         raise SystemExit(STATUS)

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from .. import ranks
+from .. import distributed
 
 LASTS = 0.2  # seconds of measuring
 SIDE = {"cpu": 1024}  # of the square matrices; what is not a processor has 8192
@@ -18,7 +18,7 @@ def peak(device: torch.device, fast: bool) -> float:
 
     Measured once in a process for each number of threads; every process must call it.
     """
-    return sum(ranks.gathered(product_rate(device, fast, torch.get_num_threads())))
+    return sum(distributed.gathered(product_rate(device, fast, torch.get_num_threads())))
 
 
 @cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ranks
+from .. import distributed
 from ..flops import counter as counted
 from .data import Packed
 from .layers import always, running
@@ -35,8 +35,8 @@ def generator(seed: int, stage: int, step: int, use: int = 0) -> torch.Generator
 
 def pieces(rows: int, micro: int) -> Iterator[slice]:
     """This process's rows of a batch, `micro` at a time (0: all of them)."""
-    share = rows // ranks.world()
-    begin, size = ranks.rank() * share, micro or share
+    share = rows // distributed.world()
+    begin, size = distributed.rank() * share, micro or share
     return (slice(at, min(at + size, begin + share)) for at in range(begin, begin + share, size))
 
 
@@ -56,8 +56,8 @@ def one_step(
     total, flops = 0.0, 0
     for piece in pieces(len(rows), run.micro):
         mine, wanted = rows[piece].to(run.device), None if labels is None else labels[piece].to(run.device)
-        share = ranks.world() * len(mine) / len(rows)
-        weight = Weight(share, share if wanted is None else ranks.world() * int((wanted != IGNORED).sum()) / told)
+        share = distributed.world() * len(mine) / len(rows)
+        weight = Weight(share, share if wanted is None else distributed.world() * int((wanted != IGNORED).sum()) / told)
         with running(run.model, stage, step, generator(run.seed, index, step, 1), held, piece) as cost:
             cost = f"{len(mine)} rows, {cost}{taught(run.model, run.teacher, stage.kind, mine, fast)}"
             if cost in costs:
@@ -66,8 +66,8 @@ def one_step(
                 with counted() as counter:
                     total += backpropagated(run, stage, mine, wanted, fast, weight)
                 costs[cost] = counter.get_total_flops()
-        flops += ranks.world() * costs[cost]
-    return total / ranks.world(), flops
+        flops += distributed.world() * costs[cost]
+    return total / distributed.world(), flops
 
 
 def backpropagated(run: Run, stage: Stage, rows: Rows, labels: Tensor | None, fast: bool, weight: Weight) -> float:

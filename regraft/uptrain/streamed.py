@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import ranks, storage
+from .. import distributed
 from ..checkpoint import Checkpoint
 from ..corpus.rows import Table
 from ..errors import RegraftError
+from ..io import safetensors
 from . import loop
 from .divergence import Jump
 from .stages import LAYERWISE, Stage
@@ -49,7 +50,7 @@ class Streamed:
     progress: loop.Progress = lambda stage, step, steps, row: None
     jump: Jump = Jump()
     track: Callable[[dict[str, Any]], None] = lambda row: None
-    device: torch.device = field(default_factory=ranks.device)
+    device: torch.device = field(default_factory=distributed.device)
 
     @property
     def folder(self) -> Path:
@@ -84,8 +85,10 @@ def possible(run: Streamed) -> None:
         raise RegraftError(
             f"'{run.target.origin}' is no linearization of '{run.source.origin}' with a mixer: give its own source"
         )
-    if stage.batch % ranks.world():
-        raise RegraftError(f"{stage.batch} rows a step cannot be shared by {ranks.world()} processes: give a multiple")
+    if stage.batch % distributed.world():
+        raise RegraftError(
+            f"{stage.batch} rows a step cannot be shared by {distributed.world()} processes: give a multiple"
+        )
     held = run.source.sizes.get("pos", stage.length)
     if run.rows.length > held:
         raise RegraftError(f"rows of {run.rows.length} tokens are longer than the model's {held} positions")
@@ -105,13 +108,13 @@ class State:
     def load(cls, run: Streamed) -> State:
         """The state in `out`, the same for all processes; RegraftError when it is of another run."""
         file, facts = run.folder / "state.json", None
-        if ranks.first() and file.exists():
-            facts = storage.read_json(file)
-        facts = ranks.told(facts)
+        if distributed.first() and file.exists():
+            facts = safetensors.read_json(file)
+        facts = distributed.told(facts)
         if facts is None:
             fast = run.stage.precision == "bfloat16"
             if run.stage.precision == "auto":
-                fast = ranks.told(loop.bfloat16_is_faster(run.device.type))
+                fast = distributed.told(loop.bfloat16_is_faster(run.device.type))
             precision = "bfloat16" if fast else "float32"
             head = {"stage": 0, "kind": run.stage.kind, "precision": precision, "streamed": True}
             begun = {"kind": "closed form", "tokens": run.calibration * run.rows.length, "flops": 0, "seconds": 0.0}
@@ -123,19 +126,19 @@ class State:
 
     def save(self, run: Streamed) -> None:
         """Write the state; the first process does."""
-        if ranks.first():
+        if distributed.first():
             part = run.folder / "state.part"
             part.write_text(json.dumps(dataclasses.asdict(self) | {"settings": run.settings}))
             os.replace(part, run.folder / "state.json")
 
     def spend(self, row: dict[str, Any], flops: int, seconds: float) -> None:
         """Count work in `entry` or `start`, on every process the same."""
-        row["flops"] += sum(ranks.gathered(flops))
-        row["seconds"] += ranks.told(seconds)
+        row["flops"] += sum(distributed.gathered(flops))
+        row["seconds"] += distributed.told(seconds)
 
     def trim(self, file: Path) -> None:
         """Take rows of layers that are not on disk out of metrics.jsonl; the first process does."""
-        if ranks.first() and file.exists():
+        if distributed.first() and file.exists():
             rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             part = file.with_suffix(".tmp")
             part.write_text("".join(line for line in rows if json.loads(line)["layer"] in self.trained))
@@ -164,7 +167,7 @@ def write_layer(file: Path, values: dict[str, Tensor]) -> None:
 
 def tell(run: Streamed, row: dict[str, Any]) -> None:
     """One more row of metrics.jsonl; the first process writes it."""
-    if ranks.first():
+    if distributed.first():
         with (run.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         run.track(row)
@@ -172,9 +175,9 @@ def tell(run: Streamed, row: dict[str, Any]) -> None:
 
 def result(run: Streamed, ledger: dict[str, Any]) -> Checkpoint:
     """The target whose mixers are those on disk, each tensor read when it is saved."""
-    values: dict[str, storage.Entry] = {}
+    values: dict[str, safetensors.Entry] = {}
     for layer, spec in enumerate(run.target.config["mixers"]):
         if spec:
-            values |= {entry.name: entry for entry in storage.header(layer_file(run, layer))}
+            values |= {entry.name: entry for entry in safetensors.header(layer_file(run, layer))}
     step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(run.stage)], "streamed": True}}
     return run.target.patched({name: entry.read for name, entry in values.items()}, step | {"ledger": ledger})

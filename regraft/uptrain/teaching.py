@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import hosts, lineage, ranks
+from .. import distributed, hosts, lineage
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from .capture import LayerRecord, body, recording
@@ -181,8 +181,8 @@ class Lessons:
 
     def missing(self, lost: list[bool]) -> list[int]:
         """Which rows the teacher is run on: those that are lost; under torchrun all when any process lost one."""
-        if ranks.world() > 1:
-            return list(range(len(lost))) if any(ranks.gathered(any(lost))) else []
+        if distributed.world() > 1:
+            return list(range(len(lost))) if any(distributed.gathered(any(lost))) else []
         return [number for number, gone in enumerate(lost) if gone]
 
     def cost(self, rows: Packed, fast: bool, layers: Sequence[int] | None) -> str:

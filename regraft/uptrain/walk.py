@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import ranks
+from .. import distributed
 from ..checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..flops import counter as counted
@@ -53,12 +53,12 @@ class Walk:
         self.run, self.state, stage = run, state, run.stage
         self.fast = state.entry["precision"] == "bfloat16"
         self.order = shuffled(len(run.rows), stage.steps * stage.batch, run.seed).view(stage.steps, stage.batch)
-        self.share = stage.batch // ranks.world()
-        self.mine = self.order[:, ranks.rank() * self.share :][:, : self.share]
+        self.share = stage.batch // distributed.world()
+        self.mine = self.order[:, distributed.rank() * self.share :][:, : self.share]
         self.calibrating = shuffled(len(run.rows), len(run.rows), run.seed)[: run.calibration]
         used = torch.cat((self.mine.flatten(), self.calibrating)).unique()
         folder, width = run.scratch or run.folder, run.source.sizes["hidden"]
-        self.hidden = Hidden(folder, ranks.rank(), used, run.rows.length, width, run.keep)
+        self.hidden = Hidden(folder, distributed.rank(), used, run.rows.length, width, run.keep)
         self.converted = [layer for layer, spec in enumerate(run.target.config["mixers"]) if spec]
 
     def rows(self, numbers: Tensor) -> Packed:
@@ -74,7 +74,7 @@ class Walk:
         state.trim(run.out / "metrics.jsonl")
         give_back()
         teacher = Hollow(run.source, run.device)
-        whole = all(ranks.gathered(self.hidden.has(state.passed)))
+        whole = all(distributed.gathered(self.hidden.has(state.passed)))
         layer = state.passed if whole else 0
         if not whole:
             self.enter(teacher)
@@ -109,7 +109,7 @@ class Walk:
                 with Counted(costs, len(numbers)) as count, self.cast():
                     out.put(teacher.through(given, positions))
                 flops += count.flops
-        ranks.barrier()
+        distributed.barrier()
         if layer + 1 > self.state.passed:
             self.state.spend(self.state.entry, flops, time.monotonic() - begin)
             self.state.passed = layer + 1
@@ -147,18 +147,18 @@ class Walk:
                     "stage": 0, "kind": stage.kind, "layer": layer, "step": done, "tokens": done * size,
                     "loss": value, "grad_norm": norm, "lr": max(group["lr"] for group in optimizer.param_groups),
                     "seconds": round(self.state.entry["seconds"] + time.monotonic() - begin, 3),
-                    "flops": self.state.entry["flops"] + flops * ranks.world(),
-                    **speed.rates(size, count.flops * ranks.world(), spent, best),
+                    "flops": self.state.entry["flops"] + flops * distributed.world(),
+                    **speed.rates(size, count.flops * distributed.world(), spent, best),
                 }  # fmt: skip
                 tell(run, row)
                 run.progress(stage, done, stage.steps * len(self.converted), row)
-        if ranks.first():
+        if distributed.first():
             place = f"host.{run.target.config['slot'].format(layer)}.mixer"
             values = {
                 f"{place}.{name}": parameter.detach().cpu().contiguous() for name, parameter in mixer.named_parameters()
             }
             write_layer(layer_file(run, layer), values)
-        ranks.barrier()
+        distributed.barrier()
         self.state.spend(self.state.entry, flops, time.monotonic() - begin)
         if run.calibration:
             self.state.spend(self.state.start, closed.get_total_flops(), closing)
@@ -249,16 +249,16 @@ def made(run: Streamed, layer: int) -> Mixer:
         if at == layer and role.startswith("mixer.")
     }
     mixer.load_state_dict(values, assign=True)
-    for tensor in mixer.parameters() if ranks.world() > 1 else ():
+    for tensor in mixer.parameters() if distributed.world() > 1 else ():
         dist.broadcast(tensor.data, 0)
     return mixer
 
 
 def reduced(value: float, parameters: list[nn.Parameter], share: float) -> float:
     """The loss over all processes; gradients become those of the whole batch, of which each has had its share."""
-    if ranks.world() == 1:
+    if distributed.world() == 1:
         return value
     for parameter in parameters:
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad.mul_(share))
-    return sum(ranks.gathered(value))
+    return sum(distributed.gathered(value))

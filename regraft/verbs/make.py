@@ -65,7 +65,7 @@ def grow(
     """
     import shutil
 
-    from .. import fitting, moments, parity, ranks
+    from .. import distributed, fitting, moments, parity
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..corpus.building import Text
@@ -101,7 +101,7 @@ def grow(
                 moments.grow(before, growth.steps(before), optimizer_state, out)
             return None if growth.exact(before) else parity.step0(source, out)
 
-        step0 = ranks.once(write)
+        step0 = distributed.once(write)
 
     def show(console: Console) -> None:
         planning.render(made, console)
@@ -163,7 +163,7 @@ def linearize(
         read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
     """
-    from .. import converting, methods, ranks, tables, tracking, watching
+    from .. import converting, distributed, methods, tables, tracking, watching
     from .. import plan as planning
     from ..checkpoint import Checkpoint
     from ..corpus.building import Text
@@ -191,9 +191,9 @@ def linearize(
             after = remix(before)
         else:
             rows = converting.text_rows(before, text, ticker, cache=kept) if text else None
-            remix = ranks.once(lambda: converting.converted(before, way.remix, rows, ticker))
+            remix = distributed.once(lambda: converting.converted(before, way.remix, rows, ticker))
             after = remix(before)
-            ranks.once(lambda: after.save(out, overwrite=overwrite))
+            distributed.once(lambda: after.save(out, overwrite=overwrite))
     made = planning.Plan.of(before, after, notes=notes)
 
     def show(console: Console) -> None:

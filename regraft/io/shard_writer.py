@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import storage
-from .direct import Direct
-from .errors import RegraftError
+from ..errors import RegraftError
+from . import safetensors
+from .direct_io import Direct
 
 if TYPE_CHECKING:
-    from .checkpoint import Lazy
+    from ..checkpoint import Lazy
 
 STATE = ".regraft.json"
-NAMES = {dtype: name for name, dtype in storage.DTYPES.items()}
+NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 # safetensors' own order in a file: wide types first, then by name; tensors stay aligned.
 ORDER = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SWAP = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -77,7 +77,7 @@ class Partial:
 
     def _note(self, fingerprint: str) -> None:
         file = self.path / f"{STATE}.part"
-        storage.write_json(file, {"fingerprint": fingerprint, "files": self.done})
+        safetensors.write_json(file, {"fingerprint": fingerprint, "files": self.done})
         _sync(file)
         file.rename(self.path / STATE)
 
@@ -170,7 +170,7 @@ def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> 
     Two tensors are in memory at a time: while one is computed, the one before is hashed and written past the page
     cache, and the shard before is flushed to disk.
     """
-    groups = storage.shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
+    groups = safetensors.shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
     left = [(file, names) for file, names in zip(files, groups, strict=True) if file not in partial.done]
     check_space(partial.path, sum(tensors[name].bytes for _, names in left for name in names))
@@ -186,7 +186,9 @@ def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> 
     if len(groups) > 1:
         total = sum(lazy.bytes for lazy in tensors.values())
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        storage.write_json(partial.path / storage.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        safetensors.write_json(
+            partial.path / safetensors.INDEX, {"metadata": {"total_size": total}, "weight_map": places}
+        )
 
 
 @contextmanager

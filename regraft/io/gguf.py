@@ -9,8 +9,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from . import storage, writing
-from .errors import RegraftError
+from ..errors import RegraftError
+from . import safetensors, shard_writer
 
 STEP = {"step": "FromGGUF", "arguments": {}}
 log = logging.getLogger("regraft")
@@ -39,7 +39,7 @@ def home() -> Path:
 
 def cached(file: Path) -> Path | None:
     """The converted directory of a GGUF file when there is one already."""
-    folder = home() / "gguf" / storage.sha256(file)
+    folder = home() / "gguf" / safetensors.sha256(file)
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -89,7 +89,7 @@ def converted(file: Path) -> Path:
     if folder := cached(file):
         return folder
     _reader(file)
-    folder = home() / "gguf" / storage.sha256(file)
+    folder = home() / "gguf" / safetensors.sha256(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         return cached(file) or _written(file, folder)
@@ -98,7 +98,7 @@ def converted(file: Path) -> Path:
 def _written(file: Path, folder: Path) -> Path:
     """The converted directory, made anew."""
     log.info("converting %s once, into %s", file, folder)
-    with writing.new_directory(folder, overwrite=True) as partial:
+    with shard_writer.new_directory(folder, overwrite=True) as partial:
         try:
             _convert(file, partial.path)
         except OSError:
@@ -124,12 +124,12 @@ def _convert(file: Path, target: Path) -> None:
 
 
 def _record(file: Path, folder: Path) -> None:
-    family = storage.read_json(folder / "config.json")["model_type"]
-    digest = storage.sha256(file)
+    family = safetensors.read_json(folder / "config.json")["model_type"]
+    digest = safetensors.sha256(file)
     source = {"path": str(file.resolve()), "family": family, "files": {file.name: digest}, "sha256": digest}
     written = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
-    hashes = {path.name: storage.sha256(path) for path in written}
-    storage.write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
+    hashes = {path.name: safetensors.sha256(path) for path in written}
+    safetensors.write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
 
 
 def _line(error: Exception) -> str:
