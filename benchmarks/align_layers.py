@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from regraft import hosts, text
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.progress import Ticker
 from regraft.settings import Text

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
 from regraft.choosing import begun, recorded, repeated, told
+from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals.baselines import TEACHER
 from regraft.evals.perplexity import Candidate, measure

@@ -14,8 +14,8 @@ import os
 from functools import partial
 
 from regraft import choosing, hosts
-from regraft.checkpoint import Checkpoint
 from regraft.choosing import Bench
+from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals.perplexity import Candidate
 from regraft.settings import Text

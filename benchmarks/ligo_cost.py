@@ -27,7 +27,7 @@ SIZES = {"hidden": 768, "ffn": 3072, "heads": 12, "layers": 12}
 COMMON = """
 import torch, sys
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.fitting import Fitting
 from regraft.growth.maps import Ligo
 from regraft.steps.ligo import Learned
@@ -68,7 +68,7 @@ def overhead(folder: Path) -> dict[str, float]:
     import torch
 
     from regraft import flops
-    from regraft.checkpoint import Checkpoint
+    from regraft.core.checkpoint import Checkpoint
     from regraft.steps.ligo import Learned
 
     small = Checkpoint.open(folder)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.mixers.base import Mixer
 from regraft.settings import Text

@@ -31,7 +31,7 @@ STREAM = """
 import json, re, resource, sys, threading, time
 from pathlib import Path
 import torch
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
 from regraft.uptrain import walk
 from regraft.uptrain.data import Packed
@@ -81,8 +81,8 @@ def make_source(folder: Path, layers: int, seed: int = 0) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from regraft.anatomy import find
-    from regraft.checkpoint import Lazy, Story, with_older_keys
+    from regraft.core.anatomy import find
+    from regraft.core.checkpoint import Lazy, Story, with_older_keys
     from regraft.io import safetensors, shard_writer
 
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16").to_dict()

@@ -50,7 +50,7 @@ print(json.dumps({"seconds": ledger["seconds"], "flops": ledger["flops"], "losse
 def make(folder: Path) -> None:
     """Teacher and student."""
     from regraft import hosts
-    from regraft.checkpoint import Checkpoint
+    from regraft.core.checkpoint import Checkpoint
     from regraft.steps.remix import Remix
 
     hosts.fresh({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}, 0).save_pretrained(

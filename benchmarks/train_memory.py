@@ -68,7 +68,7 @@ def status(name: str) -> int:
 
 def opened(name: str, folder: Path) -> tuple[Any, Any]:
     """(source, target) of a case, as checkpoints."""
-    from regraft.checkpoint import Checkpoint
+    from regraft.core.checkpoint import Checkpoint
     from regraft.steps.remix import Remix
 
     source = Checkpoint.open(folder)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import hosts, methods, text
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals import baselines
 from regraft.evals.perplexity import Candidate, measure

@@ -34,7 +34,7 @@ from tracing import (
     scene,
 )
 
-from regraft import axes
+from regraft.core import axes
 from regraft.errors import RegraftError
 from regraft.growth import depth, rotary, solving, targets
 from regraft.growth.operators import DEPTH, NOTES, PRESERVES, WIDTH, Operator
@@ -99,7 +99,7 @@ def said(name: str, function: Callable[..., Any]) -> str:
 
 
 def maps(how: str) -> str:
-    """The functions of regraft.axes behind a width operator, and their docstrings."""
+    """The functions of regraft.core.axes behind a width operator, and their docstrings."""
     source = Source(UNITS | {"hidden_size": 4}).checkpoint
     made = targets.widening(source, solving.Asked(hidden=8, ffn=8), how).axes
     names = {"units": made["ffn"].name, "stream": made["hidden"].name}

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from regraft.anatomy import find
-from regraft.checkpoint import Checkpoint, Lazy, Story
+from regraft.core.anatomy import find
+from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen

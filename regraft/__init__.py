@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from .core.checkpoint import Checkpoint
     from .errors import RegraftError
     from .hosts import load
     from .plan import Plan
@@ -66,7 +66,7 @@ _HOMES = dict.fromkeys(_COMPOSABLE, "steps.composable") | {
 
 def open(path: str) -> Checkpoint:  # noqa: A001  # the name users type: regraft.open(path)
     """Open a model directory or GGUF file without reading weights."""
-    from .checkpoint import Checkpoint
+    from .core.checkpoint import Checkpoint
 
     return Checkpoint.open(path)
 

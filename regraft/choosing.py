@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import flops, hosts
-from .checkpoint import Checkpoint
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .evals.baselines import TEACHER
 from .evals.perplexity import Candidate, Score, measure, window_logits

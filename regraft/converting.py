@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from . import choosing, distributed, hosts, text
-from .checkpoint import Checkpoint
+from .core.checkpoint import Checkpoint
 from .corpus.building import Texts
 from .corpus.rows import Table
 from .errors import RegraftError

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import hosts
-from .checkpoint import Checkpoint
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .evals import baselines
 from .evals.perplexity import Candidate, measure

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from . import distributed, generate, hosts, report, settings
-from .checkpoint import Checkpoint
 from .converting import converted, uptrained
+from .core.checkpoint import Checkpoint
 from .corpus.building import Texts
 from .evals import baselines
 from .evals.bench import bench

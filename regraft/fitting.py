@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import distributed, flops, hosts, lineage
-from .anatomy import Key
-from .checkpoint import Checkpoint
+from . import distributed, flops, hosts
+from .core import lineage
+from .core.anatomy import Key
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .growing import Growth
 from .growth.learned import Grower

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import flops
-from .checkpoint import Checkpoint
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from .anatomy import find
-from .checkpoint import Checkpoint
+from .core.anatomy import find
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth
 from .growth.maps import COPY, Ligo

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth.spaces import kind_of
 from .trial import Piece, observed, root, rows

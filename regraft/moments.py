@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .anatomy import Key
-from .checkpoint import Checkpoint, Holds, Lazy, Story
+from .core.anatomy import Key
+from .core.checkpoint import Checkpoint, Holds, Lazy, Story
 from .errors import RegraftError
 from .io.safetensors import Entry, header
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import axes, hosts
-from .checkpoint import Checkpoint
+from . import hosts
+from .core import axes
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth import depth, targets
 

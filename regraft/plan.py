@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import flops as ledger
-from . import lineage
-from .checkpoint import Checkpoint
+from .core import lineage
+from .core.checkpoint import Checkpoint
 from .io.safetensors import Entry
 from .mixers.base import Attention
 from .mixers.registry import mixer_class

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import hosts, lineage, liveness, parity
-from .checkpoint import Checkpoint
+from . import hosts, liveness, parity
+from .core import lineage
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .mixers.base import Attention, Weight
 from .mixers.registry import weights

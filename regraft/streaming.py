@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import distributed, hosts, tracking
-from .checkpoint import Checkpoint
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .progress import Ticker
 from .report import read_metrics

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import distributed, flops, hosts, tracking
-from .checkpoint import Checkpoint
+from .core.checkpoint import Checkpoint
 from .corpus.building import Texts
 from .errors import RegraftError
 from .journal import write_json

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import hosts
-from .anatomy import Part
-from .axes import product
-from .checkpoint import Checkpoint
+from .core.anatomy import Part
+from .core.axes import product
+from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .growth.spaces import kind_of, view
 from .growth.widen import apart, pieces

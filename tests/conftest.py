@@ -12,7 +12,7 @@ import pytest  # noqa: E402  # the variables must be set before torch is importe
 import speaking  # noqa: E402
 import torch  # noqa: E402
 
-from regraft.checkpoint import Checkpoint  # noqa: E402
+from regraft.core.checkpoint import Checkpoint  # noqa: E402
 from regraft.steps.remix import Remix  # noqa: E402
 
 torch.set_num_threads(1)

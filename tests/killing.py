@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from models import tiny
 
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen
 

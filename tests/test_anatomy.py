@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from models import FAMILIES, GROWABLE, tiny
 
-from regraft.anatomy import Anatomy, Part, families, find
+from regraft.core.anatomy import Anatomy, Part, families, find
 from regraft.errors import RegraftError
 
 VARIANTS = {

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft import axes
+from regraft.core import axes
 from regraft.errors import RegraftError
 
 SIZES = {"hidden": 36, "kv": 3, "group": 2, "dim": 4, "ffn": 10, "vocab": 97}

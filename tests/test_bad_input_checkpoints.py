@@ -13,7 +13,7 @@ import torch
 from models import tiny
 from safetensors.torch import load_file, save_file
 
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.io import safetensors, shard_writer
 from regraft.steps.remix import Remix

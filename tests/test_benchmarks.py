@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 from regraft import evaluation, hosts, plots, report, tables
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals import baselines, harness, positions, reading, recall, tasks
 from regraft.evals.perplexity import Candidate

@@ -22,8 +22,8 @@ from models import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from regraft import lineage
-from regraft.checkpoint import Checkpoint, Lazy, Story
+from regraft.core import lineage
+from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
 from regraft.io import safetensors, shard_writer
 from regraft.io.direct_io import ROOM, Direct
@@ -254,7 +254,7 @@ def test_kills_leave_no_output_or_a_whole_one(times: int, tmp_path: Path) -> Non
 MEMORY = """
 import json, re, sys, threading, time
 import torch
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.plan import Plan
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen

@@ -12,7 +12,7 @@ import transformers
 from models import tiny
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint, Lazy
+from regraft.core.checkpoint import Checkpoint, Lazy
 from regraft.errors import RegraftError
 from regraft.growth import bridges
 from regraft.io import safetensors

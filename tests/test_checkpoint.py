@@ -12,8 +12,9 @@ from models import FAMILIES, GROWABLE, tiny, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from regraft import hosts, lineage
-from regraft.checkpoint import Checkpoint, with_older_keys
+from regraft import hosts
+from regraft.core import lineage
+from regraft.core.checkpoint import Checkpoint, with_older_keys
 from regraft.errors import RegraftError
 from regraft.io import gguf, safetensors
 

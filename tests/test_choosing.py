@@ -12,8 +12,8 @@ from models import tiny, tokens
 from test_cli import as_json, refused
 
 from regraft import choosing, hosts
-from regraft.checkpoint import Checkpoint
 from regraft.choosing import Bench
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals.baselines import remix_of
 from regraft.steps.remix import Remix

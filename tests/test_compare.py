@@ -17,10 +17,10 @@ import yaml
 from test_report import Balanced
 
 from regraft import cli, fitting, settings
-from regraft.checkpoint import Checkpoint
 from regraft.compare import arms, material, report, runner, schema, summary
 from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.transplant import Transplant
 from regraft.uptrain.data import read_images

@@ -10,8 +10,8 @@ from test_compare import LLAMA, RECIPES, recipe, text  # noqa: F401 - text is a 
 from test_report import Balanced
 
 from regraft import cli, hosts
-from regraft.checkpoint import Checkpoint
 from regraft.compare import arms, report, runner, schema
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain.lit import Lit

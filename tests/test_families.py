@@ -12,8 +12,8 @@ import transformers
 from models import ARCHITECTURES, FAMILIES, GROWABLE, inputs, tiny
 from safetensors.torch import load_file
 
-from regraft.anatomy import Anatomy, Part, find
-from regraft.checkpoint import Checkpoint
+from regraft.core.anatomy import Anatomy, Part, find
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.io.safetensors import read_json
 

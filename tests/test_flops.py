@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from regraft import cli, flops, hosts
-from regraft.anatomy import find
-from regraft.checkpoint import Checkpoint
+from regraft.core.anatomy import find
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growing import Growth
 from regraft.plan import Plan

@@ -14,7 +14,7 @@ from models import tiny
 from test_cli import as_json, refused, run_main
 
 from regraft import flops, forecast, hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.forecast import Asked, at_worst, footprint, largest, moments, number
 from regraft.steps.remix import Remix

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regraft import axes
+from regraft.core import axes
 from regraft.errors import RegraftError
 from regraft.growth import depth
 from regraft.growth.operators import DEPTH, WIDTH

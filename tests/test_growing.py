@@ -12,7 +12,7 @@ from models import GROWABLE, tiny
 from safetensors.torch import load_file, save_file
 
 from regraft import cli, parity
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.growing import Growth
 from regraft.growth.operators import AUTO, AUTO_POST_NORM
 from regraft.receipts import check

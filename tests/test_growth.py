@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from models import ARCHITECTURES, GROWABLE, apart, inputs, outputs, tiny
 
 from regraft import parity
-from regraft.anatomy import find
-from regraft.checkpoint import Checkpoint
+from regraft.core.anatomy import find
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.part import Part
 from regraft.errors import RegraftError
 from regraft.hosts import load
-from regraft.parts import Part
 from regraft.plan import Plan
 from regraft.steps.deepen import Deepen
 from regraft.steps.remix import Remix

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import regraft
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.hosts import modeling_regraft, remote
 from regraft.steps.remix import Remix

@@ -13,7 +13,7 @@ from test_stock_training import Killed, go, rows_of, same, stage, timeless
 from torch import nn
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.flops import counter
 from regraft.steps.remix import Remix

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
-from regraft import axes, hosts, lineage, parity
-from regraft.checkpoint import Checkpoint
+from regraft import hosts, parity
 from regraft.cli import main
+from regraft.core import axes, lineage
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.fitting import Fitting, fit
 from regraft.growing import Growth

@@ -12,7 +12,7 @@ from test_mixers import LIGER, RADLADS, made, relative, rotary
 from torch import Tensor, nn
 
 from regraft import flops, hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.base import Attention, Mixer, Mixing
 from regraft.steps.merge import Merge

@@ -18,7 +18,7 @@ from test_uptrain import Killed, text_rows
 from torch import nn
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop

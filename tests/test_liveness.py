@@ -12,8 +12,8 @@ import torch
 from models import ARCHITECTURES, GROWABLE, tiny
 from torch import Tensor
 
-from regraft.anatomy import Key
-from regraft.checkpoint import Checkpoint
+from regraft.core.anatomy import Key
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.widen import apart, pieces
 from regraft.io import safetensors

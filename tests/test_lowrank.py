@@ -13,7 +13,7 @@ from models import tiny, tokens
 from torch.nn.utils import parametrize
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop

@@ -10,7 +10,7 @@ from models import tiny, tokens
 from test_mixers import SHAPES, made, rotary
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.base import Mixing
 from regraft.steps.remix import Remix

@@ -15,7 +15,7 @@ from models import tiny
 from test_cli import as_json, refused
 
 from regraft import methods, settings
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals.baselines import remix_of
 from regraft.uptrain import loop

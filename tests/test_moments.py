@@ -11,7 +11,7 @@ from models import GROWABLE, inputs, tiny
 from safetensors.torch import load_file, save_file
 
 from regraft import moments
-from regraft.checkpoint import Checkpoint, Lazy, Story
+from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen

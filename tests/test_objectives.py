@@ -12,7 +12,7 @@ import torch
 from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.uptrain.data import read_images
 from regraft.uptrain.objectives import Images, Packed, loss, measured, targets

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import apart, inputs, outputs, tiny
 
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.growth import depth, targets
 from regraft.growth.operators import DEPTH, NOTES, PAPERS, PRESERVES, WIDTH, Operator
 from regraft.steps.deepen import Deepen

@@ -10,7 +10,7 @@ import torch
 import transformers
 from models import tiny, tokens
 
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.io import safetensors
 from regraft.steps.deepen import Deepen

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import DynamicCache
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.io import safetensors
 from regraft.plan import Plan, flops, render, state_bytes
 from regraft.steps.remix import Remix

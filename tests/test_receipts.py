@@ -11,7 +11,7 @@ import torch
 from models import FAMILIES, tiny
 from rich.console import Console
 
-from regraft.checkpoint import Checkpoint, Lazy, Story
+from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
 from regraft.io import safetensors
 from regraft.receipts import check, render

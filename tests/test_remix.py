@@ -8,11 +8,12 @@ import pytest
 import torch
 from models import FAMILIES, tiny, tokens
 
-from regraft import hosts, lineage
-from regraft.checkpoint import Checkpoint
+from regraft import hosts
+from regraft.core import lineage
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.step import Step, entry
 from regraft.errors import RegraftError
 from regraft.receipts import account, check
-from regraft.recipe import Step, entry
 from regraft.steps.remix import Remix
 
 REMIXES = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_objectives import CLASSIFIERS, images, text
 
 from regraft import hosts, moments
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen

@@ -16,7 +16,7 @@ import torch
 from models import tiny, tokens
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop, walk
@@ -241,7 +241,7 @@ from pathlib import Path
 
 from test_streamed import STAGE, rows
 from regraft import ranks
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
 from regraft.uptrain import walk
 from regraft.uptrain.streamed import Streamed

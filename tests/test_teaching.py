@@ -16,7 +16,7 @@ from models import tiny, tokens
 from torch import nn
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop, shelf, step, teaching

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from together import STAGES, fitted, trained
 
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
 from regraft.uptrain.resume import checkpoints, claimed
 

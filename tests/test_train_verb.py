@@ -16,7 +16,7 @@ from models import inputs, tiny
 from test_cli import as_json, refused, run_main
 
 from regraft import moments
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.uptrain import loop
 
 WORDS = len(speaking.SPECIAL) + 256 + 1

@@ -15,7 +15,7 @@ from models import tiny, tokens
 from torch import nn
 
 from regraft import hosts
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers import registry
 from regraft.mixers.base import Attention

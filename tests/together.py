@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from regraft import distributed, fitting, hosts, training
-from regraft.checkpoint import Checkpoint
+from regraft.core.checkpoint import Checkpoint
 from regraft.growing import Growth
 from regraft.growth.maps import Ligo
 from regraft.uptrain import loop, sharding

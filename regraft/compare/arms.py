@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import choosing, distributed, fitting, flops, hosts, moments
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growing import Growth
 from ..journal import write_json

@@ -13,8 +13,8 @@ import transformers
 from transformers import AutoConfig
 
 from .. import hosts, text
-from ..anatomy import find
-from ..checkpoint import Checkpoint
+from ..core.anatomy import find
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth.solving import solve
 from ..settings import Text

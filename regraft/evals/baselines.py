@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import hosts
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..steps.remix import Remix
 from .perplexity import Candidate
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 
 STEPS = 32

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ..anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Part, linear, norm
 from ..errors import RegraftError
 
 HEADS = {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..anatomy import Anatomy, Part, norm
+from ..core.anatomy import Anatomy, Part, norm
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama
 

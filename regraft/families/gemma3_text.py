@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ..anatomy import norm, older_rope
+from ..core.anatomy import norm, older_rope
 from . import gemma2
 from .llama import LAYER
 

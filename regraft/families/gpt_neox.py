@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..anatomy import Anatomy, Part, linear, norm, older_rope
+from ..core.anatomy import Anatomy, Part, linear, norm, older_rope
 
 LAYER = "gpt_neox.layers.{}"
 QKV = ("attn.q", "attn.k", "attn.v")

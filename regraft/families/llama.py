@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Part, linear, norm
 
 LAYER = "model.layers.{}"
 SIZES = (

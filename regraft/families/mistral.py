@@ -1,6 +1,6 @@
 """Mistral (arXiv 2310.06825): Llama without biases."""
 
-from ..anatomy import Anatomy
+from ..core.anatomy import Anatomy
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES, parts
 
 anatomy = Anatomy(

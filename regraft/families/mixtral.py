@@ -5,7 +5,7 @@ The experts' grouped products want rows of 16 bytes: in bfloat16, hidden and ffn
 
 from typing import Any
 
-from ..anatomy import Anatomy, linear
+from ..core.anatomy import Anatomy, linear
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..anatomy import Anatomy, linear, older_rope
+from ..core.anatomy import Anatomy, linear, older_rope
 from ..errors import RegraftError
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama

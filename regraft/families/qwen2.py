@@ -1,6 +1,6 @@
 """Qwen2 (arXiv 2407.10671): Llama with biases on queries, keys and values."""
 
-from ..anatomy import Anatomy
+from ..core.anatomy import Anatomy
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES, parts
 
 anatomy = Anatomy(

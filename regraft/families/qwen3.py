@@ -1,6 +1,6 @@
 """Qwen3 (arXiv 2505.09388): Llama plus an RMS norm on each head's queries and keys."""
 
-from ..anatomy import Anatomy, norm
+from ..core.anatomy import Anatomy, norm
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES, parts
 
 anatomy = Anatomy(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..anatomy import Anatomy, Config, Key, Part, Placed, find
-from ..axes import signature
+from ..core.anatomy import Anatomy, Config, Key, Part, Placed, find
+from ..core.axes import signature
 from ..errors import RegraftError
 from ..mixers.base import Attention
 from ..mixers.registry import weights

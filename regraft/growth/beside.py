@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..anatomy import Key
-from ..checkpoint import Checkpoint
+from ..core.anatomy import Key
+from ..core.checkpoint import Checkpoint
 from .depth import Layer
 from .learned import Grower, Maps
 from .maps import Ligo

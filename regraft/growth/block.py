@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..axes import Expansion
+from ..core.axes import Expansion
 
 SAMPLE = 65536  # entries that a tensor's standard deviation is estimated from, in runs of RUN
 RUN = 64

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Config, Key, Placed, find
-from ..checkpoint import Checkpoint, Lazy, Story
+from ..core.anatomy import Config, Key, Placed, find
+from ..core.checkpoint import Checkpoint, Lazy, Story
+from ..core.lineage import versions
 from ..errors import RegraftError
-from ..lineage import versions
 from . import rotary
 from .block import wide
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Key, Part, Placed
-from ..axes import product
-from ..checkpoint import Checkpoint, Lazy, Story
+from ..core.anatomy import Key, Part, Placed
+from ..core.axes import product
+from ..core.checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
 from .block import Draw, spread_of, wide
 from .operators import DEPTH, preserving

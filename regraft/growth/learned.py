@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Key, Part
-from ..axes import product
+from ..core.anatomy import Key, Part
+from ..core.axes import product
 from ..errors import RegraftError
 from .depth import Layer, Quiet
 from .maps import Ligo, Space, dense

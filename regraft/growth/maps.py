@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..axes import Expansion, expansion
+from ..core.axes import Expansion, expansion
 from ..errors import RegraftError
 from .operators import DEPTH, WIDTH
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..anatomy import Anatomy
-from ..axes import Expansion, pad, place
+from ..core.anatomy import Anatomy
+from ..core.axes import Expansion, pad, place
 from ..errors import RegraftError
 
 MULTIPLE = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 
 

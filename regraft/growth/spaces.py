@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy, Part
-from ..axes import Axes, Expansion, Signature, identity
-from ..checkpoint import Checkpoint
+from ..core.anatomy import Anatomy, Part
+from ..core.axes import Axes, Expansion, Signature, identity
+from ..core.checkpoint import Checkpoint
 from .block import Side
 
 GROWS = ("hidden", "ffn", "kv", "group", "dim")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from .. import axes
-from ..axes import Expansion
-from ..checkpoint import Checkpoint
+from ..core import axes
+from ..core.axes import Expansion
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from . import rotary
 from .operators import WIDTH

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..anatomy import Part, Placed
-from ..axes import Axes, Signature, product
-from ..checkpoint import Lazy, Story
+from ..core.anatomy import Part, Placed
+from ..core.axes import Axes, Signature, product
+from ..core.checkpoint import Lazy, Story
 from ..errors import RegraftError
 from .block import Draw, Side, grow, grow_moment, wide
 from .spaces import Widening, factor, head_gain, sides, view

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..anatomy import find
-from ..checkpoint import Checkpoint
+from ..core.anatomy import find
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..mixers.gated import Gated
 from .modeling_regraft import RegraftForCausalLM

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..anatomy import find
-from ..checkpoint import Checkpoint
+from ..core.anatomy import find
+from ..core.checkpoint import Checkpoint
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 

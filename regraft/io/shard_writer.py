@@ -30,7 +30,7 @@ from . import safetensors
 from .direct_io import Direct
 
 if TYPE_CHECKING:
-    from ..checkpoint import Lazy
+    from ..core.checkpoint import Lazy
 
 STATE = ".regraft.json"
 NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
+from ..core.step import entry
 from ..growth import bridges
-from ..recipe import entry
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from .deepen import Deepen
 from .widen import Widen

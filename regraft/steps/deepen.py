@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
+from ..core.step import entry
 from ..growth import depth
 from ..growth.operators import DEPTH, cited, told
-from ..recipe import entry
 
 
 @told(DEPTH)

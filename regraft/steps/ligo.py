@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, Lazy, Story
+from ..core.checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
 from ..growth import depth, targets
 from ..growth.beside import Beside

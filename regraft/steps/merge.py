@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Key
-from ..checkpoint import Checkpoint, Lazy, Story
+from ..core.anatomy import Key
+from ..core.checkpoint import Checkpoint, Lazy, Story
+from ..core.step import entry
 from ..errors import RegraftError
-from ..recipe import entry
 
 
 @dataclass(frozen=True)

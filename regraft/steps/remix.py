@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Key, find
-from ..axes import Sizes, signature, spread
-from ..checkpoint import Checkpoint, Lazy, Story
+from ..core.anatomy import Key, find
+from ..core.axes import Sizes, signature, spread
+from ..core.checkpoint import Checkpoint, Lazy, Story
+from ..core.step import entry
 from ..errors import RegraftError
 from ..families.regraft import AUTO_MAP
 from ..mixers.base import Attention, Weight, fresh
 from ..mixers.inherit import projections
 from ..mixers.registry import validate, weights
-from ..recipe import entry
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
+from ..core.step import entry
 from ..errors import RegraftError
 from ..growth import targets
 from ..growth.operators import WIDTH, cited, told
 from ..growth.solving import Asked
 from ..growth.widen import widened
-from ..recipe import entry
 
 
 @told(WIDTH)

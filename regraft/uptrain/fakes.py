@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..hosts.outline import bare
 from .layers import Skipped, stack
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .. import hosts
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..hosts.modeling_regraft import RegraftForCausalLM
 from ..mixers.base import Mixing
 from ..plan import layer_kinds

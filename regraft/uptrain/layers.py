@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..anatomy import find
+from ..core.anatomy import find
 from ..errors import RegraftError
 from ..mixers.gated import Gated
 from .data import Images, Packed

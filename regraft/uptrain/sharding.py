@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
 from .. import distributed, hosts
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..hosts.outline import buffers
 from .layers import stack

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import distributed
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..corpus.rows import Table
 from ..errors import RegraftError
 from ..io import safetensors

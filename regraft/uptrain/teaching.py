@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import distributed, hosts, lineage
-from ..checkpoint import Checkpoint
+from .. import distributed, hosts
+from ..core import lineage
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from .capture import LayerRecord, body, recording
 from .data import Packed

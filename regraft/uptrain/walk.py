@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import distributed
-from ..checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..flops import counter as counted
 from ..mixers.base import Attention, Mixer

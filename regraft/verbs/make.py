@@ -67,7 +67,7 @@ def grow(
 
     from .. import distributed, fitting, moments, parity
     from .. import plan as planning
-    from ..checkpoint import Checkpoint
+    from ..core.checkpoint import Checkpoint
     from ..corpus.building import Text
     from ..growing import LEARNED, Growth
     from ..progress import Ticker
@@ -165,7 +165,7 @@ def linearize(
     """
     from .. import converting, distributed, methods, tables, tracking, watching
     from .. import plan as planning
-    from ..checkpoint import Checkpoint
+    from ..core.checkpoint import Checkpoint
     from ..corpus.building import Text
     from ..progress import Ticker
 

@@ -88,7 +88,7 @@ def plan(
     """
     from .. import forecast, methods
     from .. import plan as planning
-    from ..checkpoint import Checkpoint
+    from ..core.checkpoint import Checkpoint
     from ..growing import Growth
 
     given = locals()

@@ -144,7 +144,7 @@ def bench(
         batch: rows decoded together; speeds and bytes are those of all rows
     """
     from .. import evaluation, hosts, plots, tables
-    from ..checkpoint import Checkpoint
+    from ..core.checkpoint import Checkpoint
     from ..evals import bench as benching
     from ..progress import Ticker
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import RegraftError
 from .axes import product
-from .errors import RegraftError
-from .parts import Config, Key, Part, Placed, linear, norm
+from .part import Config, Key, Part, Placed, linear, norm
 
 __all__ = ["Anatomy", "Config", "Key", "Part", "Placed", "families", "find", "linear", "norm", "older_rope"]
 

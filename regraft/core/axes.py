@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import RegraftError
+from ..errors import RegraftError
 
 AXES = frozenset(
     "vocab hidden ffn kv group dim depth pos one two three expert kernel type label pool channel patch".split()

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import RegraftError
-from .io.safetensors import read_json, sha256, weight_files
+from ..errors import RegraftError
+from ..io.safetensors import read_json, sha256, weight_files
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

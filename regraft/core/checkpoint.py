@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import RegraftError
+from ..io import gguf, safetensors, shard_writer
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, Placed, find
 from .axes import Signature, product
-from .errors import RegraftError
-from .io import gguf, safetensors, shard_writer
 
 SIDECARS = (
     "tokenizer*",
