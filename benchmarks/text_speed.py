@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from regraft import hosts, text
+from regraft import modeling, text
 from regraft.corpus.building import Text, Texts
 from regraft.corpus.files import opened, zstandard
 from regraft.corpus.tokens import Tokens
@@ -93,7 +93,7 @@ def resident(key: str) -> float:
 
 def built(model: str, file: str, cache: str, result: Any) -> None:
     """In a process of its own: fill the cache; memory before and its peak, MB (Linux), and seconds."""
-    tokenizer = hosts.load_tokenizer(model)
+    tokenizer = modeling.load_tokenizer(model)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")
     seconds, _ = timed(partial(filled, tokenizer, Path(file), Path(cache)))
@@ -131,7 +131,7 @@ def row_times(model: Any, file: Path, cache: Path, length: int) -> dict[str, flo
 
 def measure(model: str, megabytes: list[int], length: int) -> dict[str, Any]:
     """All figures."""
-    tokenizer = hosts.load_tokenizer(model)
+    tokenizer = modeling.load_tokenizer(model)
     tokens = Tokens(tokenizer)
     folder = Path(tempfile.mkdtemp())
     try:

@@ -50,11 +50,11 @@ def blank(size: str, folder: Path) -> Path:
     """A directory with a random Llama in bfloat16, so that float32 weights are memory and not pages of its file."""
     import torch
 
-    from regraft import hosts
+    from regraft import modeling
 
     torch.manual_seed(0)
     if not (folder / "config.json").exists():
-        hosts.fresh(
+        modeling.fresh(
             {"model_type": "llama", "max_position_embeddings": 4096, **SIZES[size]}, 0
         ).bfloat16().save_pretrained(folder)
     return folder
@@ -94,7 +94,7 @@ def measured(name: str, folder: Path) -> int:
     """Bytes above what was there before the models; in a process of its own."""
     import torch
 
-    from regraft import hosts
+    from regraft import modeling
     from regraft.uptrain import loop, speed
     from regraft.uptrain.data import Packed
     from regraft.uptrain.stages import Stage
@@ -107,9 +107,9 @@ def measured(name: str, folder: Path) -> int:
     places = torch.arange(length).remainder(length // 2).expand_as(ids)  # two documents in a row
     packed = Packed(ids, places, torch.full((len(ids),), length))
     before = status("RssAnon")
-    teacher = hosts.materialize(source) if kind != "next" else None
-    slots = hosts.slots(teacher, source) if kind == "align" else []
-    model = hosts.materialize(target)
+    teacher = modeling.materialize(source) if kind != "next" else None
+    slots = modeling.slots(teacher, source) if kind == "align" else []
+    model = modeling.materialize(target)
 
     def progress(stage: Any, step: int, steps: int, row: Row) -> None:
         if step == 2:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regraft import hosts, methods, text
+from regraft import methods, modeling, text
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals import baselines
@@ -116,9 +116,9 @@ def main() -> None:
     if not (CACHE / "text/docstrings.jsonl").exists():
         text.write(text.docstrings(), CACHE / "text/docstrings.jsonl")
     source = Checkpoint.open(GGUF)
-    tokenizer = hosts.load_tokenizer(source.path)
+    tokenizer = modeling.load_tokenizer(source.path)
     windows = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.windows, 1024)
-    teacher, student = hosts.load(source.path), hosts.materialize(remix(source))
+    teacher, student = modeling.load(source.path), modeling.materialize(remix(source))
 
     def point(name: str, candidate: Candidate, **facts: Any) -> None:
         if not curve.has(name):
@@ -130,7 +130,7 @@ def main() -> None:
         if not curve.has(name):
             point(name, make())
     texts = [Text(str(CACHE / f"text/{name}.jsonl"), share) for name, share in SHARES[options.arm].items()]
-    rows, slots = training_rows(texts, tokenizer), hosts.slots(teacher, source)
+    rows, slots = training_rows(texts, tokenizer), modeling.slots(teacher, source)
     with Ticker() as ticker:
         ticker.start("calibrate")
         calibrated(student, teacher, slots, loop.batches(rows(1024), 8, 0), options.out, ticker)

@@ -14,7 +14,7 @@ import wrapt
 if TYPE_CHECKING:
     from .core.checkpoint import Checkpoint
     from .errors import RegraftError
-    from .hosts import load
+    from .modeling import load
     from .plan import Plan
     from .receipts import check
     from .steps.bridge import Bridge
@@ -80,8 +80,8 @@ def __getattr__(name: str) -> Any:
 def _register(module: Any) -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from .hosts.configuration_regraft import RegraftConfig
-    from .hosts.modeling_regraft import RegraftForCausalLM
+    from .modeling.configuration_regraft import RegraftConfig
+    from .modeling.modeling_regraft import RegraftForCausalLM
 
     AutoConfig.register("regraft", RegraftConfig, exist_ok=True)
     module.AutoModelForCausalLM.register(RegraftConfig, RegraftForCausalLM, exist_ok=True)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import flops, hosts
+from . import modeling
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .evals.baselines import TEACHER
 from .evals.perplexity import Candidate, Score, measure, window_logits
 from .evals.reading import log_likelihoods
+from .modeling import flops
 from .steps.remix import RULES, Remix
 from .uptrain.calibrate import calibrate
 from .uptrain.data import Packed
@@ -56,8 +57,8 @@ class Bench:
 def bypass(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
     """log perplexity of the source when one layer's attention gives nothing ("AR" of Taylor-Calibrate, arXiv
     2606.16429): what a layer's attention is worth, whatever replaces it."""
-    model = hosts.materialize(source)
-    slots = hosts.slots(model, source)
+    model = modeling.materialize(source)
+    slots = modeling.slots(model, source)
     scores = measured({i: Candidate(model, partial(silenced, slot)) for i, slot in enumerate(slots)}, bench)
     return [Measured(i, one.nll / one.tokens, {"nll": one.nll / one.tokens}) for i, one in scores.items()]
 
@@ -169,10 +170,10 @@ def resolved(source: Checkpoint, remix: Remix, bench: Bench) -> Remix:
 
 def pair(source: Checkpoint, remix: Remix, bench: Bench) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(the source, the source with every layer converted and in its closed-form start)."""
-    teacher = hosts.materialize(source)
-    student = hosts.materialize(dataclasses.replace(remix, keep="none", scores={})(source))
+    teacher = modeling.materialize(source)
+    student = modeling.materialize(dataclasses.replace(remix, keep="none", scores={})(source))
     if bench.calibration:
-        for _ in calibrate(student.slots(), teacher, hosts.slots(teacher, source), list(bench.calibration)):
+        for _ in calibrate(student.slots(), teacher, modeling.slots(teacher, source), list(bench.calibration)):
             pass
     return teacher, student
 
@@ -192,7 +193,7 @@ def softmax_in(
     student: PreTrainedModel, source: Checkpoint, teacher: PreTrainedModel, layers: Sequence[int]
 ) -> Iterator[None]:
     """Inside, these layers of a wholly converted student have the teacher's attention."""
-    mine, theirs = student.slots(), hosts.slots(teacher, source)
+    mine, theirs = student.slots(), modeling.slots(teacher, source)
     name = student.config.slot
     for layer in layers:
         student.host.set_submodule(name.format(layer), theirs[layer])

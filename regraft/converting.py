@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import choosing, distributed, hosts, text
+from . import choosing, distributed, modeling, text
 from .core.checkpoint import Checkpoint
 from .corpus.building import Texts
 from .corpus.rows import Table
@@ -42,7 +42,7 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
     if choosing.asked(remix.keep) is None:
         return remix
     if rows is None:
-        tokenizer = hosts.load_tokenizer(source.path)
+        tokenizer = modeling.load_tokenizer(source.path)
         rows = cache(lambda length: pack(text.documentation(), tokenizer, length))
     ticker.start(f"measuring layers ({remix.keep})")
     try:
@@ -82,12 +82,12 @@ def uptrained(
 
         def begin() -> None:
             whole = teacher()
-            calibrated(hosts.materialize(checkpoint), whole, hosts.slots(whole, source), batches, work, ticker)
+            calibrated(modeling.materialize(checkpoint), whole, modeling.slots(whole, source), batches, work, ticker)
 
         distributed.once(begin)
     student = sharding.load(checkpoint, over, layerwise)
     guide = sharding.load(source, over) if over is not None else teacher()
-    slots = hosts.slots(guide, source)
+    slots = modeling.slots(guide, source)
     spent = calibrated(student, guide, slots, batches, work, ticker)
     if over is None:
         student, guide = student.to(distributed.device()), guide.to(distributed.device())
@@ -149,7 +149,7 @@ def carry_out(
     remix = remix_of(Checkpoint.open(linear))
     assert remix is not None
     ticker.start("training")
-    whole = partial(hosts.materialize, source)
+    whole = partial(modeling.materialize, source)
     ledger = uptrained(source, linear, whole, rows, stages, method.calibration, out, ticker, seed, watching=watching)
     ledger["text"] = rows.facts()
 
@@ -171,7 +171,7 @@ def text_rows(
     cache: Path | None = None,
 ) -> Texts:
     """Rows of a text by length, in the source's tokens."""
-    return training_rows([data], hosts.load_tokenizer(source.path), need, own, cache, ticker.update)
+    return training_rows([data], modeling.load_tokenizer(source.path), need, own, cache, ticker.update)
 
 
 def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:

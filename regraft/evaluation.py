@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import hosts
+from . import modeling
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .evals import baselines
@@ -53,16 +53,16 @@ def evaluate(
     gated model also has a row with its linear branch switched off.
     """
     checkpoint = Checkpoint.open(model)
-    rows = evaluation_windows(data, hosts.load_tokenizer(model), count, length)
+    rows = evaluation_windows(data, modeling.load_tokenizer(model), count, length)
     candidates: dict[str, Candidate] = {}
     if baseline:
         remix = baselines.remix_of(checkpoint)
         makers = baselines.zero_token(Checkpoint.open(baseline), remix) if remix else {}
-        teacher = {baselines.TEACHER: lambda: Candidate(hosts.load(baseline))}
+        teacher = {baselines.TEACHER: lambda: Candidate(modeling.load(baseline))}
         candidates |= {name: make() for name, make in (teacher | makers).items()}
     if scratch:
-        candidates[baselines.SCRATCH] = Candidate(hosts.load(alike(scratch, checkpoint)))
-    candidates |= baselines.trained(hosts.materialize(checkpoint))
+        candidates[baselines.SCRATCH] = Candidate(modeling.load(alike(scratch, checkpoint)))
+    candidates |= baselines.trained(modeling.materialize(checkpoint))
     scores = measure(candidates, rows.input_ids, rows.bytes, baselines.TEACHER if baseline else None, progress)
     return assemble({name: score.json() for name, score in scores.items()}, model)
 
@@ -77,7 +77,7 @@ def suite(
 ) -> Suite:
     """What to measure of `model`, with its tokenizer: benchmarks and recall by name, recall's contexts filled with
     `data`'s text; with `windows` (count, length), perplexity by position in `data`. `options`: Suite's others."""
-    checkpoint, tokenizer = Checkpoint.open(model), hosts.load_tokenizer(model)
+    checkpoint, tokenizer = Checkpoint.open(model), modeling.load_tokenizer(model)
     recalls = [*lengths] if set(names) & set(KINDS) else []
     fits(checkpoint, recalls + ([windows[1]] if windows else []))
     rows = evaluation_windows(data, tokenizer, *windows).input_ids if windows else None
@@ -110,8 +110,8 @@ def benchmark(
         twin = next((other for other in rows if variants[other] == variant), None)
         rows[name] = rows[twin] if twin else row(name, baselines.built(Checkpoint.open(baseline or ""), variant))
     if scratch:
-        rows[baselines.SCRATCH] = row(baselines.SCRATCH, Candidate(hosts.load(scratch)))
-    for name, candidate in baselines.trained(hosts.materialize(checkpoint)).items():
+        rows[baselines.SCRATCH] = row(baselines.SCRATCH, Candidate(modeling.load(scratch)))
+    for name, candidate in baselines.trained(modeling.materialize(checkpoint)).items():
         rows[name] = row(name, candidate)
     if baseline:
         rows = {name: beside(found, rows[baselines.TEACHER]) for name, found in rows.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import distributed, generate, hosts, report, settings
+from . import distributed, modeling, report, settings
 from .converting import converted, uptrained
 from .core.checkpoint import Checkpoint
 from .corpus.building import Texts
@@ -20,6 +20,7 @@ from .evals.perplexity import Candidate, measure
 from .evals.suite import Suite, beside
 from .evaluation import assemble, evaluation_windows, suite
 from .journal import Journal, write_json
+from .modeling import generate
 from .plan import Plan
 from .settings import Recipe
 from .training import training_rows
@@ -88,7 +89,7 @@ class Experiment:
     @cached_property
     def tokenizer(self) -> Any:
         """The source's tokenizer."""
-        return hosts.load_tokenizer(self.source.path)
+        return modeling.load_tokenizer(self.source.path)
 
     @cached_property
     def rows(self) -> Texts:
@@ -101,7 +102,7 @@ class Experiment:
     @cached_property
     def teacher(self) -> nn.Module:
         """The source as a model."""
-        return hosts.load(self.source.path)
+        return modeling.load(self.source.path)
 
     @cached_property
     def windows(self) -> Packed:
@@ -190,12 +191,12 @@ class Experiment:
 
     def evaluate(self) -> None:
         """The quality table."""
-        rows = self.score(baselines.trained(hosts.load(self.out)), report.read_json(self.out / "baselines.json"))
+        rows = self.score(baselines.trained(modeling.load(self.out)), report.read_json(self.out / "baselines.json"))
         write_json(self.out / "eval.json", assemble(rows, str(self.out)))
 
     def sample(self) -> None:
         """Teacher and student continue the same prompts, greedily."""
-        wanted, models = self.recipe.measure, {"teacher": self.teacher, "student": hosts.load(self.out)}
+        wanted, models = self.recipe.measure, {"teacher": self.teacher, "student": modeling.load(self.out)}
         pairs: list[dict[str, str]] = [{"prompt": prompt} for prompt in wanted.prompts]
         for number, pair in enumerate(pairs):
             self.progress(number, len(pairs))

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import distributed, flops, hosts
+from . import distributed, modeling
 from .core import lineage
 from .core.anatomy import Key
 from .core.checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from .errors import RegraftError
 from .growing import Growth
 from .growth.learned import Grower
 from .growth.maps import Ligo
+from .modeling import flops
 from .progress import Ticker
 from .settings import Text
 from .steps.bridge import Bridge
@@ -130,7 +131,7 @@ def fitted(
     stage = Stage(kind, run["batch"] * room, room, run["batch"], precision=run["precision"])  # type: ignore[arg-type]
     whole = replace(stage, tokens=stage.tokens * max(method.steps, 1))
     ticker.start("reading data")
-    tokenizer = None if kind == "image" else hosts.load_tokenizer(source.path)
+    tokenizer = None if kind == "image" else modeling.load_tokenizer(source.path)
     rows = rows_of(data, whole, tokenizer, ticker=ticker)(stage.length)
 
     def tell(step: int, steps: int, row: Mapping[str, float]) -> None:
@@ -259,7 +260,7 @@ def layout(model: nn.Module, target: Checkpoint) -> list[tuple[nn.Parameter, lis
     """
     named = list(model.named_parameters())
     numbers = {name: torch.tensor(float(number)).expand(p.shape) for number, (name, p) in enumerate(named)}
-    filed = hosts.in_files(model, numbers)
+    filed = modeling.in_files(model, numbers)
     inside: dict[int, list[Key]] = {}
     for key, name in target.names.items():
         number = filed[name].unique().long().tolist() if name in filed else []
@@ -271,7 +272,7 @@ def layout(model: nn.Module, target: Checkpoint) -> list[tuple[nn.Parameter, lis
         name, parameter = named[number]
         if len(keys) > 1 or parameter.shape != target.tensors[keys[0]].shape:
             entries = torch.arange(parameter.numel()).view(parameter.shape)
-            places = hosts.in_files(model, {name: entries})
+            places = modeling.in_files(model, {name: entries})
             spans = {key: places[target.names[key]].flatten() for key in keys}
             keys.sort(key=lambda key: int(spans[key][0]))
             if not torch.equal(torch.cat([spans[key] for key in keys]), entries.flatten()):

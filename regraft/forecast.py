@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import flops
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
+from .modeling import flops
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import hosts
+from . import modeling
 from .core import axes
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
@@ -97,17 +97,17 @@ def compare(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str, Any]:
     Returns rel_logit_diff, max_abs_logit_diff, parallel_vs_recurrent, greedy (how many of NEW greedy tokens agree from
     the start, None for encoders).
     """
-    given = hosts.example(before, seed=seed)
+    given = modeling.example(before, seed=seed)
     causal = before.anatomy.causal
-    model = hosts.materialize(before)
+    model = modeling.materialize(before)
     reference, text = outputs(model, given), written(model, given) if causal else None
     del model
-    model = hosts.materialize(after)
+    model = modeling.materialize(after)
     ours = outputs(model, given)
     if missing := sorted(set(reference) - set(ours)):
         raise RegraftError(f"'{after.origin}' gives no '{missing[0]}' as its source does: name the source it came from")
     index = stream(before, after)
-    pairs = [difference(value, ours[name], index) for name, value in reference.items() if name != hosts.CACHE]
+    pairs = [difference(value, ours[name], index) for name, value in reference.items() if name != modeling.CACHE]
     found: dict[str, Any] = {
         "rel_logit_diff": max(relative for relative, _ in pairs),
         "max_abs_logit_diff": max(absolute for _, absolute in pairs),
@@ -143,8 +143,8 @@ def stepwise(model: Any, given: dict[str, Tensor], logits: Tensor) -> float:
     half = ids.shape[1] // 2
     cache, pieces = None, []
     for piece in [ids[:, :half], *ids[:, half:].split(1, dim=1)]:
-        out = model(input_ids=piece, **hosts.given(cache), use_cache=True)
-        cache = hosts.cache_of(out)
+        out = model(input_ids=piece, **modeling.given(cache), use_cache=True)
+        cache = modeling.cache_of(out)
         pieces.append(out.logits.float())
     return float((torch.cat(pieces, 1) - logits).abs().max() / logits.abs().max())
 
@@ -155,8 +155,8 @@ def step0(source: str | Path, out: str | Path, length: int = 256) -> dict[str, f
     """
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     length = min(length, before.sizes.get("pos", length + 2) - 2)  # an encoder may count positions from two
-    given = text(before, length) or hosts.example(before, length=length)
-    first, second = (outputs(hosts.materialize(each), given) for each in (before, after))
+    given = text(before, length) or modeling.example(before, length=length)
+    first, second = (outputs(modeling.materialize(each), given) for each in (before, after))
     name = next(iter(first))
     found = {"rel_logit_diff": difference(first[name], second[name], stream(before, after))[0]}
     if before.anatomy.causal:
@@ -179,7 +179,7 @@ def text(checkpoint: Checkpoint, length: int) -> dict[str, Tensor] | None:
     if checkpoint.anatomy.inputs != "tokens":
         return None
     try:
-        tokenizer = hosts.load_tokenizer(checkpoint.path)
+        tokenizer = modeling.load_tokenizer(checkpoint.path)
     except RegraftError:
         return None
     ids = tokenizer(held_out()[0], return_tensors="pt")["input_ids"][:, :length]

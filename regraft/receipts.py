@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import hosts, liveness, parity
+from . import liveness, modeling, parity
 from .core import lineage
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
@@ -137,8 +137,8 @@ def run(before: Checkpoint, after: Checkpoint, trained: bool, seed: int) -> dict
     """The receipts that need forward passes; one extra model is in memory at a time."""
     length = min(LENGTH, before.sizes.get("pos", LENGTH))
     tokens = torch.randint(0, before.sizes["vocab"], (1, length), generator=torch.Generator().manual_seed(seed))
-    reference = logits(hosts.materialize(before), tokens)
-    model = hosts.materialize(after)
+    reference = logits(modeling.materialize(before), tokens)
+    model = modeling.materialize(after)
     ours = logits(model, tokens)
     found: dict[str, Any] = {
         "rel_logit_diff": None if trained else relative(ours, reference),
@@ -148,11 +148,11 @@ def run(before: Checkpoint, after: Checkpoint, trained: bool, seed: int) -> dict
         "parallel_vs_recurrent": relative(recurrent(model, tokens), ours),
     }
     if before.config["model_type"] != "regraft":
-        found["zero_layers"] = relative(logits(hosts.materialize(Remix(keep="all")(before)), tokens), reference)
+        found["zero_layers"] = relative(logits(modeling.materialize(Remix(keep="all")(before)), tokens), reference)
         if (window := window_end(after)) and not trained:
-            with hosts.branch(model, "window"):
+            with modeling.branch(model, "window"):
                 shut = logits(model, tokens)
-            found["window_end"] = relative(shut, logits(hosts.materialize(window(before)), tokens))
+            found["window_end"] = relative(shut, logits(modeling.materialize(window(before)), tokens))
     return found
 
 
@@ -182,7 +182,7 @@ def recurrent(model: nn.Module, tokens: Tensor) -> Tensor:
     cache = DynamicCache(config=model.config)
     third = tokens.shape[1] // 3
     pieces = [tokens[:, :third], tokens[:, third : 2 * third], *tokens[:, 2 * third :].split(1, dim=1)]
-    outputs = [model(input_ids=piece, **hosts.given(cache), use_cache=True).logits.float() for piece in pieces]
+    outputs = [model(input_ids=piece, **modeling.given(cache), use_cache=True).logits.float() for piece in pieces]
     return torch.cat(outputs, dim=1)
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import distributed, hosts, tracking
+from . import distributed, modeling, tracking
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
 from .progress import Ticker
@@ -54,7 +54,7 @@ def align_once(
     for checkpoint in (source, student):
         checkpoint.verify()
     ticker.start("reading data")
-    texts = training_rows([data], hosts.load_tokenizer(model), stage.tokens, target / TEXT, cache, ticker.update)
+    texts = training_rows([data], modeling.load_tokenizer(model), stage.tokens, target / TEXT, cache, ticker.update)
     rows = texts(stage.length)
     held = -(-calibration // stage.length)
     facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import distributed, flops, hosts, tracking
+from . import distributed, modeling, tracking
 from .core.checkpoint import Checkpoint
 from .corpus.building import Texts
 from .errors import RegraftError
 from .journal import write_json
+from .modeling import flops
 from .progress import Ticker
 from .report import read_json
 from .settings import Text
@@ -72,7 +73,7 @@ def calibrated(
             ticker.update(done / total, "calibrating")
 
         with flops.counter() as counter:
-            for _ in calibrate(hosts.slots(student), teacher, list(teacher_slots), batches, tell):
+            for _ in calibrate(modeling.slots(student), teacher, list(teacher_slots), batches, tell):
                 pass
         work.mkdir(parents=True, exist_ok=True)
         spent = {"tokens": sum(batch[0].numel() for batch in batches), "flops": counter.get_total_flops()}
@@ -90,7 +91,7 @@ def calibrated(
 
 def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters inside converted layers, by number of the layer and name."""
-    pairs = zip(hosts.slots(model), model.config.mixers, strict=True)
+    pairs = zip(modeling.slots(model), model.config.mixers, strict=True)
     return {
         f"{layer}.{name}": parameter.data
         for layer, (slot, spec) in enumerate(pairs)
@@ -107,7 +108,7 @@ def save_trained(
     Everything is written beside first; config.json moves last, so a directory that looks like a model is whole. The
     first process gathers the weights of all and writes.
     """
-    values = hosts.in_files(model, sharding.gathered(model)) if distributed.first() else sharding.gathered(model)
+    values = modeling.in_files(model, sharding.gathered(model)) if distributed.first() else sharding.gathered(model)
     if distributed.first():
         put(checkpoint, values, stages, ledger, out)
     distributed.barrier()
@@ -137,7 +138,7 @@ def moved(folder: Path, out: Path) -> None:
 def loaded(path: str, over: sharding.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
     """The model at `path` where it is trained: whole, or this process's shards of it."""
     if over is None:
-        return hosts.load(path).to(distributed.device())
+        return modeling.load(path).to(distributed.device())
     checkpoint = Checkpoint.open(path)
     distributed.once(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
     distributed.once(checkpoint.verify)
@@ -197,14 +198,14 @@ def train_once(
         )
     over = sharding.mesh(hybrid) if distributed.world() > 1 else None
     student = loaded(model, over, stage.kind in LAYERWISE)
-    tokenizer = None if stage.kind == "image" else hosts.load_tokenizer(model)
+    tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
     if keeping and (not teacher or stage.kind not in ("align", "distil")):
         raise RegraftError(f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: leave out the cache")
     guide: Teacher | None = None
     if teacher:
         guide = Lessons(teacher, keeping, lambda path: loaded(path, over)) if keeping else loaded(teacher, over)
     matched = teacher if stage.kind in LAYERWISE and not keeping else None
-    slots = hosts.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
+    slots = modeling.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
     ticker.start("reading data")
     rows = rows_of(data, stage, tokenizer, target / TEXT, cache, ticker)
     held = None

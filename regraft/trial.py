@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import hosts
+from . import modeling
 from .core.anatomy import Part
 from .core.axes import product
 from .core.checkpoint import Checkpoint
@@ -44,11 +44,11 @@ class Piece:
 
 def observed(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[Piece]:
     """Every tensor of a checkpoint after a few steps, taken apart by its signature."""
-    model = hosts.materialize(checkpoint)
+    model = modeling.materialize(checkpoint)
     ids, masks = train(model, checkpoint, steps, seed)
     with torch.no_grad():
-        reached = hosts.in_files(model, masks)
-        after = hosts.in_files(model, {name: p.detach() for name, p in model.named_parameters()})
+        reached = modeling.in_files(model, masks)
+        after = modeling.in_files(model, {name: p.detach() for name, p in model.named_parameters()})
     sizes = checkpoint.sizes
     for (role, layer), spot in checkpoint.anatomy.place(checkpoint.config).items():
         if spot.name not in after:
@@ -102,7 +102,7 @@ def direction(gradient: Tensor) -> Tensor:
 def batch(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
     """Random tokens, none of them special, or random pixels."""
     if checkpoint.anatomy.inputs == "pixels":
-        return hosts.example(checkpoint, ROWS, seed=seed)
+        return modeling.example(checkpoint, ROWS, seed=seed)
     special: set[int | None] = set()
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = checkpoint.anatomy.host_config(checkpoint.config).get(key)

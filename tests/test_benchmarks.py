@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from regraft import evaluation, hosts, plots, report, tables
+from regraft import evaluation, modeling, plots, report, tables
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals import baselines, harness, positions, reading, recall, tasks
@@ -107,7 +107,7 @@ NAMES = ("hellaswag", "arc_easy", "winogrande", "lambada", "blimp", "mmlu", "mml
 
 
 def test_scores_are_those_of_an_independent_sum(data, linearized):
-    model, tokenizer = hosts.load(linearized), hosts.load_tokenizer(linearized)
+    model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
     found = evaluation.tasks(model, tokenizer, NAMES, data, batch=3)
     for name in NAMES:
         questions, row = tasks.questions(name, data), found["tasks"][name]
@@ -125,7 +125,7 @@ def test_scores_are_those_of_an_independent_sum(data, linearized):
 
 
 def test_batches_do_not_change_scores(data, linearized):
-    model, tokenizer = hosts.load(linearized), hosts.load_tokenizer(linearized)
+    model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
     one, many = (evaluation.tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7))
     for name in NAMES:
         assert one["tasks"][name].pop("each") == many["tasks"][name].pop("each")
@@ -209,7 +209,7 @@ def test_bad_files_are_named(tmp_path, text, reason):
 
 
 def test_wrong_requests_are_named(tmp_path, source, data):
-    tokenizer = hosts.load_tokenizer(source)
+    tokenizer = modeling.load_tokenizer(source)
     for options, reason in (
         ({"names": ["helaswag"]}, "did you mean hellaswag.*there are hellaswag, piqa.*passkey"),
         ({"names": ["piqa"]}, "--task-data DIR"),
@@ -232,7 +232,7 @@ class Copying(nn.Module):
         self.size = size
 
     def forward(self, input_ids, use_cache=True, logits_to_keep=0, **given):
-        before = given.get(hosts.CACHE) or [[] for _ in input_ids]
+        before = given.get(modeling.CACHE) or [[] for _ in input_ids]
         seen = [old + new for old, new in zip(before, input_ids.tolist(), strict=True)]
         logits = torch.zeros(*input_ids.shape, len(self.weight))
         for row, ids in enumerate(seen):
@@ -240,7 +240,7 @@ class Copying(nn.Module):
                 if not logits_to_keep or place >= input_ids.shape[1] - logits_to_keep:
                     past = ids[: len(ids) - input_ids.shape[1] + place + 1][-self.size if self.size else 0 :]
                     logits[row, place, self.following(past)] = 10.0
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:], **hosts.given(seen))
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:], **modeling.given(seen))
 
     @staticmethod
     def following(past: list[int]) -> int:
@@ -268,7 +268,7 @@ def test_ties_count_against_the_model():
     class Silent(Copying):
         def forward(self, *args, **options):
             out = super().forward(*args, **options)
-            return SimpleNamespace(logits=out.logits * 0, **hosts.given(hosts.cache_of(out)))
+            return SimpleNamespace(logits=out.logits * 0, **modeling.given(modeling.cache_of(out)))
 
     found = recall.score(Silent(len(tokenizer)), recall.probe("passkey", tokenizer, FILLER, 400, 3))
     assert found["acc"] == 0.0 and found["rank"] == recall.CHOICES
@@ -277,7 +277,7 @@ def test_ties_count_against_the_model():
 @pytest.mark.parametrize("kind", sorted(recall.KINDS))
 def test_recall_through_the_cache_is_recall_without_it(kind, linearized):
     """Rank and greedy answers from one pass over the whole text, no cache, against the batched steps."""
-    model, tokenizer = hosts.load(linearized), hosts.load_tokenizer(linearized)
+    model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
     probe = recall.probe(kind, tokenizer, FILLER, 450, 2)
     probe = recall.Probe(probe.context, probe.rounds[:2])
     first, greedy = [], []
@@ -306,7 +306,7 @@ def test_probes_are_the_same_for_the_same_seed():
 
 def test_reading_in_chunks_is_reading_at_once(linearized, monkeypatch):
     monkeypatch.setattr(reading, "CHUNK", 7)
-    model = hosts.load(linearized)
+    model = modeling.load(linearized)
     ids = torch.randint(3, 250, (2, 40))
     parts = torch.cat([logits for logits, _ in reading.chunks(model, ids)], 1)
     with torch.no_grad():
@@ -319,7 +319,7 @@ def test_buckets_double_and_perplexities_are_means(source, monkeypatch):
     assert positions.buckets(200) == [(0, 64), (64, 128), (128, 200)]
     assert positions.buckets(40) == [(0, 40)]
     monkeypatch.setattr(reading, "CHUNK", 50)
-    model, rows = hosts.load(source), torch.randint(3, 250, (3, 130))
+    model, rows = modeling.load(source), torch.randint(3, 250, (3, 130))
     with torch.no_grad():
         log_p = model(rows, use_cache=False).logits[:, :-1].log_softmax(-1)
     nll = -log_p.gather(2, rows[:, 1:, None])[..., 0]
@@ -409,7 +409,7 @@ def test_a_missing_harness_is_named_with_its_command(source, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.models.huggingface", raising=False)
     with pytest.raises(RegraftError, match=r"pip install 'regraft\[eval\]'"):
-        Suite(hosts.load_tokenizer(source), ["lambada"], data)
+        Suite(modeling.load_tokenizer(source), ["lambada"], data)
 
 
 def test_tables_hold_every_row(source, linearized, data, capsys):
@@ -429,7 +429,7 @@ def test_contexts_read_once_score_as_the_harness_scores_whole_rows(linearized):
     """Shared contexts and answers from the cache against HFLM's own full forward passes."""
     from lm_eval.models.huggingface import HFLM
 
-    model, tokenizer, draw = hosts.load(linearized), hosts.load_tokenizer(linearized), random.Random(1)
+    model, tokenizer, draw = modeling.load(linearized), modeling.load_tokenizer(linearized), random.Random(1)
     texts = [sentence(draw, words) for words in (3, 3, 9, 9, 20)]
     requests = [SimpleNamespace(args=(text, " " + sentence(draw, draw.randint(1, 4)))) for text in texts * 3]
     requests += [SimpleNamespace(args=("", "the cat")), SimpleNamespace(args=(texts[0], " a"))]

@@ -11,7 +11,7 @@ import torch
 import transformers
 from models import tiny
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint, Lazy
 from regraft.errors import RegraftError
 from regraft.growth import bridges
@@ -100,9 +100,9 @@ def cached_difference(model: Any, stock: Any) -> float:
     before, cache = model(ids()).logits, None
     pieces = []
     for piece in (ids()[:, :9], *ids()[:, 9:].split(1, 1)):
-        out = stock(piece, **hosts.given(cache), use_cache=True)
+        out = stock(piece, **modeling.given(cache), use_cache=True)
         pieces.append(out.logits)
-        cache = hosts.cache_of(out)
+        cache = modeling.cache_of(out)
     return float((before - torch.cat(pieces, 1)).abs().max() / before.abs().max())
 
 

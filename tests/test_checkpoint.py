@@ -12,7 +12,7 @@ from models import FAMILIES, GROWABLE, tiny, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint, with_older_keys
 from regraft.errors import RegraftError
@@ -45,7 +45,7 @@ def test_save_is_read_back_by_stock_transformers(saved, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     x = tokens(2, 11)
     assert torch.equal(again(x).logits, model(x).logits)
-    assert torch.equal(hosts.materialize(Checkpoint.open(tmp_path / "out"))(x).logits, model(x).logits)
+    assert torch.equal(modeling.materialize(Checkpoint.open(tmp_path / "out"))(x).logits, model(x).logits)
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -54,7 +54,7 @@ def test_fused_parts_come_apart_as_the_model_uses_them(saved) -> None:
     checkpoint = Checkpoint.open(path)
     family = checkpoint.anatomy.family
     x = torch.randn(5, checkpoint.sizes["hidden"])
-    slot = hosts.slots(model, checkpoint)[1]
+    slot = modeling.slots(model, checkpoint)[1]
     if family == "gpt2":
         expected = slot.c_attn(x).split(72, -1)
     elif family == "gpt_neox":
@@ -87,7 +87,7 @@ def test_hub_names_without_prefix_and_with_buffers(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path / "source")
     assert checkpoint.dropped["transformer.h.0.attn.bias"] == "buffer: the causal mask"
     assert checkpoint.dropped["lm_head.weight"].startswith("tied")
-    assert torch.equal(hosts.materialize(checkpoint)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    assert torch.equal(modeling.materialize(checkpoint)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
 
 
 def test_sidecars_and_lineage_travel(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monk
     opened = Checkpoint.open(file)
     assert opened.folder is not None and opened.history == planned.history
     assert planned.config["architectures"] == opened.config["architectures"] == ["LlamaForCausalLM"]
-    torch.testing.assert_close(hosts.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    torch.testing.assert_close(modeling.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     opened.save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == safetensors.sha256(file)
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "other"))

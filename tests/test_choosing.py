@@ -11,7 +11,7 @@ import torch
 from models import tiny, tokens
 from test_cli import as_json, refused
 
-from regraft import choosing, hosts
+from regraft import choosing, modeling
 from regraft.choosing import Bench
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
@@ -45,8 +45,8 @@ def nll(model: torch.nn.Module, rows: Packed) -> torch.Tensor:
 def test_bypass_is_the_loss_without_one_attention(source: Checkpoint) -> None:
     rows = windows()
     found = choosing.bypass(source, PLAIN, Bench(rows))
-    model = hosts.materialize(source)
-    for layer, slot in enumerate(hosts.slots(model, source)):
+    model = modeling.materialize(source)
+    for layer, slot in enumerate(modeling.slots(model, source)):
         out = dict(slot.named_children())[OUT.get(source.anatomy.family, "o_proj")]
         kept = {name: value.clone() for name, value in out.state_dict().items()}
         for parameter in out.parameters():
@@ -59,9 +59,9 @@ def test_bypass_is_the_loss_without_one_attention(source: Checkpoint) -> None:
 @torch.no_grad()
 def test_restore_is_the_divergence_with_one_layer_kept(source: Checkpoint) -> None:
     rows = windows()
-    teacher = hosts.materialize(source)(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    teacher = modeling.materialize(source)(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     for one in choosing.restore(source, PLAIN, Bench(rows)):
-        student = hosts.materialize(dataclasses.replace(PLAIN, keep=str(one.layer))(source))
+        student = modeling.materialize(dataclasses.replace(PLAIN, keep=str(one.layer))(source))
         logits = student(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
         kl = float((teacher.exp() * (teacher - logits)).sum(-1).mean())
         assert one.score == pytest.approx(-kl, rel=1e-4)
@@ -74,7 +74,7 @@ def test_halo_tells_copying_from_the_rest(source: Checkpoint) -> None:
     numbers = []
     for layer in range(source.layers):
         keep = ",".join(str(other) for other in range(source.layers) if other != layer)
-        loss = nll(hosts.materialize(dataclasses.replace(PLAIN, keep=keep)(source)), rows)
+        loss = nll(modeling.materialize(dataclasses.replace(PLAIN, keep=keep)(source)), rows)
         numbers.append((-float(loss[far].mean()), -float(loss[~far].mean())))
         assert (found[layer].numbers["recall"], found[layer].numbers["common"]) == pytest.approx(numbers[-1], rel=1e-4)
     best = [max(column) for column in zip(*numbers, strict=True)]

@@ -9,7 +9,7 @@ import pytest
 from test_compare import LLAMA, RECIPES, recipe, text  # noqa: F401 - text is a fixture
 from test_report import Balanced
 
-from regraft import cli, hosts
+from regraft import cli, modeling
 from regraft.compare import arms, report, runner, schema
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
@@ -86,8 +86,8 @@ def test_a_scratch_arm_has_the_architecture_and_nothing_of_the_source(tmp_path: 
     made = schema.load(recipe(tmp_path, **CHANGES), {})
     config = LLAMA | {"num_hidden_layers": 2, "vocab_size": 270, "architectures": ["LlamaForCausalLM"]}
     model = arms.fresh(config, made.arm("scratch"), seed=1)
-    hosts.fresh(config, 2).save_pretrained(tmp_path / "source")
-    moved = hosts.materialize(Remix(**RETNET, inherit="o")(Checkpoint.open(tmp_path / "source")))
+    modeling.fresh(config, 2).save_pretrained(tmp_path / "source")
+    moved = modeling.materialize(Remix(**RETNET, inherit="o")(Checkpoint.open(tmp_path / "source")))
     mine, theirs = dict(model.named_parameters()), dict(moved.named_parameters())
     assert {name: p.shape for name, p in mine.items()} == {name: p.shape for name, p in theirs.items()}
     assert all((mine[name] != theirs[name]).any() for name in mine if mine[name].std() > 0)

@@ -9,7 +9,7 @@ import speaking
 import torch
 from models import tiny, tokens
 
-from regraft import evaluation, hosts, plots, report, tables
+from regraft import evaluation, modeling, plots, report, tables
 from regraft.errors import RegraftError
 from regraft.evals import baselines, bench
 from regraft.evals.perplexity import SLICE, Candidate, measure
@@ -92,7 +92,7 @@ def test_a_plain_model_has_no_baselines_of_its_own(source, text):
 
 
 def test_default_text_is_the_held_out_documentation(source):
-    windows = evaluation.evaluation_windows(None, hosts.load_tokenizer(source), 3, 1024)
+    windows = evaluation.evaluation_windows(None, modeling.load_tokenizer(source), 3, 1024)
     assert windows.input_ids.shape == (3, 1024)
 
 

@@ -13,11 +13,12 @@ from models import inputs as made
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from regraft import cli, flops, hosts
+from regraft import cli, modeling
 from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growing import Growth
+from regraft.modeling import flops
 from regraft.plan import Plan
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop
@@ -99,7 +100,7 @@ def test_after_growth(family: str, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path)
     target = Growth(ffn=144, layers=5)(Checkpoint.open(tmp_path))
     for length in (13, 39):
-        agrees(target, hosts.materialize(target), length, ours=True)
+        agrees(target, modeling.materialize(target), length, ours=True)
     assert flops.forward(target, 13) > 1.5 * flops.forward(Checkpoint.open(tmp_path), 13)
 
 
@@ -132,7 +133,7 @@ def test_options_of_a_family(family: str, keys: dict[str, Any]) -> None:
 def test_linearized_models(family: str, remix: Remix, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path)
     target = remix(Checkpoint.open(tmp_path))
-    model = hosts.materialize(target)
+    model = modeling.materialize(target)
     for length in (17, 150):
         agrees(target, model, length, ours=True)
 
@@ -154,7 +155,7 @@ def test_the_loops_ledger(remix: Remix | None, tmp_path: Path) -> None:
     target = Checkpoint.open(tmp_path / "source")
     target = remix(target) if remix else target
     stage = Stage("next", 256, length=128, batch=2, precision="float32")
-    found = per_step(hosts.materialize(target), stage, text(128), tmp_path / "run")
+    found = per_step(modeling.materialize(target), stage, text(128), tmp_path / "run")
     assert found == pytest.approx(flops.training(target, 128, 2), rel=0.01)
 
 
@@ -205,9 +206,9 @@ def test_the_plan_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_decoded_token_costs_what_one_step_through_the_cache_does(family: str, tmp_path: Path) -> None:
     tiny(family, tie_word_embeddings=True)[1].save_pretrained(tmp_path)
     source = Checkpoint.open(tmp_path)
-    model = hosts.materialize(source)
+    model = modeling.materialize(source)
     with torch.no_grad():
-        past = hosts.cache_of(model(tokens(1, 40)))
+        past = modeling.cache_of(model(tokens(1, 40)))
         with flops.counter() as counter:
-            model(tokens(1, 1), **hosts.given(past))
+            model(tokens(1, 1), **modeling.given(past))
     assert Plan.of(source, source, context=41).flops_per_token["source"] == counter.get_total_flops()

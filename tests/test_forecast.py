@@ -13,10 +13,11 @@ import torch
 from models import tiny
 from test_cli import as_json, refused, run_main
 
-from regraft import flops, forecast, hosts
+from regraft import forecast, modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.forecast import Asked, at_worst, footprint, largest, moments, number
+from regraft.modeling import flops
 from regraft.steps.remix import Remix
 from regraft.uptrain import footprint as simulation
 from regraft.uptrain import objectives, stages
@@ -49,7 +50,7 @@ def text(rows: int) -> Packed:
 def taken(source: Checkpoint, target: Checkpoint, asked: Asked, rows: int) -> float:
     """Bytes alive at the worst moment of a real step, beside the weights."""
     fast, given = asked.precision == "bfloat16", text(rows)
-    model, teacher = hosts.materialize(target), hosts.materialize(source)
+    model, teacher = modeling.materialize(target), modeling.materialize(source)
     teacher.requires_grad_(False)
     stages.parameter_groups(model, stages.Stage(asked.stage, LENGTH, LENGTH))
     recomputing(model, asked.checkpointing)
@@ -61,7 +62,7 @@ def taken(source: Checkpoint, target: Checkpoint, asked: Asked, rows: int) -> fl
         elif asked.stage == "distil":
             stages.distil_step(model, teacher, given, fast)
         else:
-            align_step(model, teacher, hosts.slots(teacher, source), given, fast)
+            align_step(model, teacher, modeling.slots(teacher, source), given, fast)
     return alive.peak
 
 
@@ -102,7 +103,7 @@ def test_the_memory_model_holds_for_mixers(source: Checkpoint, kind: Any, precis
 
 
 def test_counting_flops_keeps_nothing_that_checkpointing_frees(source: Checkpoint) -> None:
-    model, given = hosts.materialize(source), text(4)
+    model, given = modeling.materialize(source), text(4)
     recomputing(model, True)
     seen, labels = objectives.targets(model, "next", given)
     peaks = []

@@ -20,7 +20,7 @@ from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.part import Part
 from regraft.errors import RegraftError
-from regraft.hosts import load
+from regraft.modeling import load
 from regraft.plan import Plan
 from regraft.steps.deepen import Deepen
 from regraft.steps.remix import Remix

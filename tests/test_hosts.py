@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import regraft
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.hosts import modeling_regraft, remote
+from regraft.modeling import modeling_regraft, remote_code
 from regraft.steps.remix import Remix
 
 TOLERANCE = 1e-5
@@ -56,7 +56,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def linearized(source: Path, remix: Remix) -> torch.nn.Module:
     """A linearized model whose fresh weights are perturbed, so that no gate hides a branch."""
-    model = hosts.materialize(remix(Checkpoint.open(source)))
+    model = modeling.materialize(remix(Checkpoint.open(source)))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for slot in model.slots():
@@ -77,8 +77,8 @@ def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str
     for cuts in ([1] * 60, [7, 1, 1, 40, 11], [59, 1]):
         cache, parts = None, []
         for piece in ids.split(cuts, 1):
-            out = model(piece, **hosts.given(cache), use_cache=True)
-            cache = hosts.cache_of(out)
+            out = model(piece, **modeling.given(cache), use_cache=True)
+            cache = modeling.cache_of(out)
             parts.append(out.logits)
         assert relative(torch.cat(parts, 1), whole) < TOLERANCE
     assert cache.get_seq_length() == 60
@@ -119,8 +119,8 @@ def test_packed_documents_equal_documents_alone(sources: dict[str, Path], family
 def test_state_bytes_do_not_depend_on_length(sources: dict[str, Path]) -> None:
     model, sizes = linearized(sources["llama"], REMIXES["hybrid"]), []
     for length in (30, 300):
-        cache = hosts.cache_of(model(tokens(1, length), use_cache=True))
-        sizes.append(hosts.state_bytes(cache))
+        cache = modeling.cache_of(model(tokens(1, length), use_cache=True))
+        sizes.append(modeling.state_bytes(cache))
     (kept, *converted), (kept_long, *converted_long) = sizes
     assert converted == converted_long and kept_long == 10 * kept
 
@@ -141,7 +141,7 @@ def test_save_and_load_through_auto_classes(sources: dict[str, Path], tmp_path: 
 def test_a_saved_model_opens_as_a_checkpoint(sources: dict[str, Path], tmp_path: Path, family: str) -> None:
     model, ids = linearized(sources[family], REMIXES["hybrid"]), tokens(1, 12)
     model.save_pretrained(tmp_path)
-    assert torch.equal(hosts.materialize(Checkpoint.open(tmp_path))(ids).logits, model(ids).logits)
+    assert torch.equal(modeling.materialize(Checkpoint.open(tmp_path))(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
@@ -157,7 +157,7 @@ def test_every_mixer_saves_loads_and_generates(sources: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
 def test_remote_code_brings_all_that_it_imports(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
-    remote.write(tmp_path, remix(Checkpoint.open(sources["llama"])).config)
+    remote_code.write(tmp_path, remix(Checkpoint.open(sources["llama"])).config)
     for file in tmp_path.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -202,11 +202,11 @@ def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
     with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 1, 4, 4\)"):
         model(ids, attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(RegraftError, match="StaticLayer.*DynamicCache"):
-        model(ids, **hosts.given(StaticCache(config=model.config.host_config(), max_cache_len=8)))
-    with pytest.raises(RegraftError, match="no branch 'linera'"), hosts.branch(model, "linera"):
+        model(ids, **modeling.given(StaticCache(config=model.config.host_config(), max_cache_len=8)))
+    with pytest.raises(RegraftError, match="no branch 'linera'"), modeling.branch(model, "linera"):
         pass
     cache = DynamicCache(config=model.config)
-    model(ids, **hosts.given(cache))
+    model(ids, **modeling.given(cache))
     with pytest.raises(ValueError, match="cannot take 2 tokens back"):
         cache.crop(-2)
 
@@ -228,7 +228,7 @@ def test_the_cache_has_two_names_and_reaches_every_mixer(sources: dict[str, Path
 def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
     model, ids = linearized(sources["llama"], REMIXES["hybrid"]), tokens(1, 40)
     free = model(ids).logits
-    with hosts.branch(model, "window"):
+    with modeling.branch(model, "window"):
         window = model(ids).logits
     assert not torch.equal(free, window) and torch.equal(model(ids).logits, free)
 
@@ -238,7 +238,7 @@ def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
 def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(dtype, family, tmp_path):
     tiny(family)[1].to(dtype).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    real, empty = hosts.materialize(checkpoint), hosts.outline(checkpoint)
+    real, empty = modeling.materialize(checkpoint), modeling.outline(checkpoint)
     assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in empty.parameters())
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}

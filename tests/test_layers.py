@@ -12,10 +12,10 @@ from test_objectives import CLASSIFIERS, text
 from test_stock_training import Killed, go, rows_of, same, stage, timeless
 from torch import nn
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.flops import counter
+from regraft.modeling.flops import counter
 from regraft.steps.remix import Remix
 from regraft.uptrain import layers, loop
 from regraft.uptrain.layers import frozen, keep_probability, running, stack
@@ -235,7 +235,7 @@ def test_wrong_plans_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="2 layers are too few"):
         go(tmp_path, [stage("next", token_drop=0.1)], keys={"layers": 2})
     tiny("llama")[1].save_pretrained(tmp_path / "source")
-    mixing = hosts.materialize(Remix("gated_deltanet", "0")(Checkpoint.open(tmp_path / "source")))
+    mixing = modeling.materialize(Remix("gated_deltanet", "0")(Checkpoint.open(tmp_path / "source")))
     with pytest.raises(RegraftError, match="for models without mixers"):
         loop.train(loop.Run(mixing, [stage("next", layer_drop=0.1)], lambda length: text(), tmp_path))
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
-from regraft import hosts, parity
+from regraft import modeling, parity
 from regraft.cli import main
 from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def furthest(left: Checkpoint, right: Checkpoint) -> float:
 
 def logits(checkpoint: Checkpoint, given: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return parity.outputs(hosts.materialize(checkpoint), given)["logits"]
+        return parity.outputs(modeling.materialize(checkpoint), given)["logits"]
 
 
 def shaken(learned: Learned, source: Checkpoint, size: float = 1.0, only: str = "rows") -> Learned:
@@ -233,7 +233,7 @@ def test_fitting_learns_and_folds_into_what_it_learned(family: str, options: dic
     folded = logits(Checkpoint.open(tmp_path / "grown"), given)
     assert float((functional - folded).abs().max() / folded.abs().max()) <= 1e-6
     before, after = (
-        loss(hosts.materialize(one(source)), stage.kind, rows, generator=torch.Generator().manual_seed(9)).item()  # type: ignore[arg-type]
+        loss(modeling.materialize(one(source)), stage.kind, rows, generator=torch.Generator().manual_seed(9)).item()  # type: ignore[arg-type]
         for one in (replace(learned, maps={}), learned)
     )
     assert len(losses) == 12 and after < before
@@ -312,7 +312,7 @@ def test_maps_are_fitted_behind_a_bridge(family: str, to: str, tmp_path: Path) -
     assert grown.config["model_type"] == to and grown.layers == 5 and grown.sizes["hidden"] == growth.hidden
     assert [step["step"] for step in grown.history] == ["Bridge", "Learned"] and len(losses) == 8
     before, after = (
-        loss(hosts.materialize(one), "next", rows_for(family), generator=torch.Generator().manual_seed(9)).item()
+        loss(modeling.materialize(one), "next", rows_for(family), generator=torch.Generator().manual_seed(9)).item()
         for one in (growth(source, replace(learned, maps={})), grown)
     )
     assert after < before
@@ -396,12 +396,12 @@ def test_a_new_row_begins_as_an_average(tmp_path: Path) -> None:
 
 
 def test_a_class_that_interleaves_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, plain = saved(tmp_path, "mixtral"), hosts.in_files
+    source, plain = saved(tmp_path, "mixtral"), modeling.in_files
 
     def turned(model: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.flip(0) for name, value in plain(model, values).items()}
 
-    monkeypatch.setattr(hosts, "in_files", turned)
+    monkeypatch.setattr(modeling, "in_files", turned)
     with pytest.raises(RegraftError, match="in pieces of a larger tensor"):
         fit(source, Growth(ffn=64), Ligo(), stage_for("llama"), rows_for("llama"))
 

@@ -11,10 +11,11 @@ from models import tiny, tokens
 from test_mixers import LIGER, RADLADS, made, relative, rotary
 from torch import Tensor, nn
 
-from regraft import flops, hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.base import Attention, Mixer, Mixing
+from regraft.modeling import flops
 from regraft.steps.merge import Merge
 from regraft.steps.remix import Remix
 
@@ -270,14 +271,14 @@ MERGED = [
 @torch.no_grad()
 def test_merged_maps_give_the_same_logits(family: str, remix: Remix, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path / "source")
-    model = hosts.materialize(remix(Checkpoint.open(tmp_path / "source")))
+    model = modeling.materialize(remix(Checkpoint.open(tmp_path / "source")))
     for name, parameter in model.named_parameters():
         if ".map" in name or "gate" in name:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     model.save_pretrained(tmp_path / "trained")
     merged = Merge()(Checkpoint.open(tmp_path / "trained"))
     merged.save(tmp_path / "out")
-    again = hosts.load(tmp_path / "out")
+    again = modeling.load(tmp_path / "out")
     assert not [name for name in again.state_dict() if ".map" in name]
     assert relative(again(tokens(2, 70)).logits, model(tokens(2, 70)).logits) < TOLERANCE
     assert flops.forward(merged, 70) < flops.forward(Checkpoint.open(tmp_path / "trained"), 70)

@@ -17,7 +17,7 @@ from test_cli import as_json, refused
 from test_uptrain import Killed, text_rows
 from torch import nn
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
@@ -101,7 +101,7 @@ def go(source: Checkpoint, stage: Stage, out: Path, stop_after: int | None = Non
         if step == stop_after:
             raise Killed
 
-    model = hosts.materialize(REMIX(source))
+    model = modeling.materialize(REMIX(source))
     made = loop.train(loop.Run(model, [stage], lambda length: text_rows(), out, progress=progress, save_seconds=0))
     assert made["stages"][0].get("unfrozen") == (6 if stage.learn == "lit" else None)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], model
@@ -116,7 +116,7 @@ def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def test_what_was_copied_is_frozen_and_nothing_else(source: Checkpoint, tmp_path: Path) -> None:
-    before = values(hosts.materialize(REMIX(source)))
+    before = values(modeling.materialize(REMIX(source)))
     _, model = go(source, dataclasses.replace(STAGE, learn="new"), tmp_path / "new")
     new = {id(p) for p in model.parameters() if origins(model).get(id(p), ("", 0))[0] == "new"}
     assert changed(model, before) == {name for name, p in model.named_parameters() if id(p) in new}

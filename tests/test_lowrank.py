@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from models import tiny, tokens
 from torch.nn.utils import parametrize
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
@@ -39,7 +39,7 @@ def source(tmp_path: Path) -> Checkpoint:
 
 
 def student(source: Checkpoint) -> Any:
-    return hosts.materialize(Remix(keep="1", window=8, sinks=2)(source))
+    return modeling.materialize(Remix(keep="1", window=8, sinks=2)(source))
 
 
 def rows(length: int) -> Packed:

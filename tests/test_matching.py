@@ -9,7 +9,7 @@ import torch
 from models import tiny, tokens
 from test_mixers import SHAPES, made, rotary
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.base import Mixing
@@ -60,9 +60,9 @@ def test_mixers_without_one_matrix_say_so(spec: dict) -> None:
 def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(family: str, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path / "source")
     source = Checkpoint.open(tmp_path / "source")
-    teacher = hosts.materialize(source)
-    slots = hosts.slots(teacher, source)
-    model = hosts.materialize(Remix(mixer="lightning", keep="1", window=0)(source))
+    teacher = modeling.materialize(source)
+    slots = modeling.slots(teacher, source)
+    model = modeling.materialize(Remix(mixer="lightning", keep="1", window=0)(source))
     rows = Packed(tokens(2, 40), torch.arange(40).expand(2, 40), torch.zeros(2))
     kind = teacher.config._attn_implementation
     value = matching.matrix_step(model, teacher, slots, rows, False)

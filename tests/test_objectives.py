@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.uptrain.data import read_images
@@ -164,25 +164,25 @@ def test_reading_images(tmp_path: Path) -> None:
 def test_a_fresh_model_is_that_of_the_library(family: str, tmp_path: Path) -> None:
     config, model = tiny(family)
     before = torch.random.get_rng_state()
-    made = hosts.fresh(config.to_dict(), seed=3)
+    made = modeling.fresh(config.to_dict(), seed=3)
     assert torch.equal(torch.random.get_rng_state(), before) and type(made) is type(model) and not made.training
     torch.manual_seed(3)
     own = type(model)(config)
     for a, b in zip(made.parameters(), own.parameters(), strict=True):
         assert torch.equal(a, b)
     made.save_pretrained(tmp_path)
-    assert torch.equal(next(hosts.materialize(Checkpoint.open(tmp_path)).parameters()), next(made.parameters()))
+    assert torch.equal(next(modeling.materialize(Checkpoint.open(tmp_path)).parameters()), next(made.parameters()))
 
 
 @pytest.mark.parametrize("family", GROWABLE)
 def test_names_of_files_and_of_running_models(family: str, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path)
     source = Checkpoint.open(tmp_path)
-    model = hosts.materialize(source)
+    model = modeling.materialize(source)
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    filed = hosts.in_files(model, named)
+    filed = modeling.in_files(model, named)
     assert set(source.names.values()) <= set(filed)
     for key, name in source.names.items():
         assert torch.equal(filed[name], source.tensors[key].read())
-    back = hosts.from_files(model, {name: filed[name] for name in source.names.values()})
+    back = modeling.from_files(model, {name: filed[name] for name in source.names.values()})
     assert set(back) == set(named) and all(torch.equal(back[name], named[name]) for name in named)

@@ -12,7 +12,7 @@ from models import FAMILIES, tiny, tokens
 from rich.console import Console
 from transformers import DynamicCache
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.io import safetensors
 from regraft.plan import Plan, flops, render, state_bytes
@@ -36,7 +36,7 @@ def test_totals_are_the_models(source: Checkpoint, remix: Remix) -> None:
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert sum(row["parameters"] for row in rows) == plan.parameters
     assert plan.tensors["unclaimed"]["count"] == 0
-    model = hosts.materialize(target)
+    model = modeling.materialize(target)
     assert plan.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert plan.bytes == 4 * plan.parameters
 
@@ -44,11 +44,11 @@ def test_totals_are_the_models(source: Checkpoint, remix: Remix) -> None:
 @pytest.mark.parametrize("remix", [None, *REMIXES], ids=lambda remix: remix.mixer if remix else "source")
 def test_state_bytes_are_the_caches(source: Checkpoint, remix: Remix | None) -> None:
     target = remix(source) if remix else source
-    model = hosts.materialize(target)
+    model = modeling.materialize(target)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens(1, 40), **hosts.given(cache))
-    held, planned = sum(hosts.state_bytes(cache)), sum(state_bytes(target, 40).values())
+        model(tokens(1, 40), **modeling.given(cache))
+    held, planned = sum(modeling.state_bytes(cache)), sum(state_bytes(target, 40).values())
     assert planned == pytest.approx(held, rel=0.02)
 
 

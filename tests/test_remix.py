@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import FAMILIES, tiny, tokens
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.step import Step, entry
@@ -35,7 +35,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
 def test_keeping_all_layers_keeps_the_logits(source: Checkpoint, tmp_path: Path) -> None:
     Remix(keep="all")(source).save(tmp_path / "out")
     x = tokens(2, 20)
-    assert torch.equal(hosts.load(tmp_path / "out")(x).logits, hosts.materialize(source)(x).logits)
+    assert torch.equal(modeling.load(tmp_path / "out")(x).logits, modeling.materialize(source)(x).logits)
 
 
 @pytest.mark.parametrize("name", REMIXES)
@@ -54,8 +54,8 @@ def test_every_source_tensor_is_accounted_for(source: Checkpoint, name: str, tmp
 
 def test_a_window_over_everything_is_the_source(source: Checkpoint) -> None:
     x = tokens(2, 24)
-    made = hosts.materialize(Remix(mixer="window", keep="none", window=64)(source))
-    torch.testing.assert_close(made(x).logits, hosts.materialize(source)(x).logits, rtol=1e-5, atol=1e-5)
+    made = modeling.materialize(Remix(mixer="window", keep="none", window=64)(source))
+    torch.testing.assert_close(made(x).logits, modeling.materialize(source)(x).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_are_broadcast_per_head(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_projections_that_are_not_inherited_begin_anew(
             assert lazy.read().unique().tolist() == [1.0 if "norm" in role else 0.0]
     assert account(source, made) == ([], [])
     made.save(tmp_path / "out")
-    assert hosts.load(tmp_path / "out")(tokens(1, 9)).logits.isfinite().all()
+    assert modeling.load(tmp_path / "out")(tokens(1, 9)).logits.isfinite().all()
     found = check(source.path, tmp_path / "out")
     assert found["holds"] and found["unaccounted"] == []
     dropped = Checkpoint.open(tmp_path / "out").dropped

@@ -14,7 +14,7 @@ from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growing import Growth
@@ -121,7 +121,7 @@ def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
     assert {name for name in own.dropped if "layers.1" in name} == {
         f"model.layers.1.self_attn.{letter}_proj.weight" for letter in "qkvo"
     }
-    model = hosts.materialize(own)
+    model = modeling.materialize(own)
     decays = {name: origins(model)[id(p)][1] for name, p in model.slots()[1].mixer.named_parameters()}
     assert not any(yes for name, yes in decays.items() if name in ("A_log", "D", "dt.bias", "norm", "conv.bias"))
     assert list(calibrate(model.slots(), model, model.slots(), [])) == [{"layer": 1, "heads_folded": 0.0}]
@@ -150,11 +150,11 @@ def test_widths_of_their_own_do_not_grow(source: Checkpoint) -> None:
 
 
 def test_calibration_needs_the_teachers_attention(source: Checkpoint, tmp_path: Path) -> None:
-    model = hosts.materialize(Remix("mamba2", "0", window=0, options={"layout": "attention"}, inherit="v,o")(source))
-    teacher = hosts.materialize(source)
+    model = modeling.materialize(Remix("mamba2", "0", window=0, options={"layout": "attention"}, inherit="v,o")(source))
+    teacher = modeling.materialize(source)
     ids = tokens(1, 9)
     with pytest.raises(RegraftError, match="mixers inherit 'v,o': leave calibration out"):
-        list(calibrate(model.slots(), teacher, hosts.slots(teacher, source), [(ids, torch.arange(9)[None], None)]))
+        list(calibrate(model.slots(), teacher, modeling.slots(teacher, source), [(ids, torch.arange(9)[None], None)]))
 
 
 def test_attention_layout_reads_grouped_keys_per_head() -> None:

@@ -13,7 +13,7 @@ from models import ARCHITECTURES, tiny
 from safetensors.torch import load_file, save_file
 from test_objectives import CLASSIFIERS, images, text
 
-from regraft import hosts, moments
+from regraft import modeling, moments
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.deepen import Deepen
@@ -181,7 +181,7 @@ def test_moments_survive_growth_and_a_restart(tmp_path: Path) -> None:
 
         begun = tmp_path / "grown" / "optimizer.safetensors"
         run = loop.Run(
-            hosts.load(tmp_path / "grown"), [stage("next", 3, **options)], lambda length: text(7), out,
+            modeling.load(tmp_path / "grown"), [stage("next", 3, **options)], lambda length: text(7), out,
             moments=begun, save_seconds=0, progress=progress,
         )  # fmt: skip
         loop.train(run)
@@ -222,7 +222,7 @@ def test_moments_of_another_model_are_refused(damage: str, tmp_path: Path) -> No
 def test_a_grown_model_in_memory_can_be_checkpointed(family: str, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path / "source")
     source = Checkpoint.open(tmp_path / "source")
-    model = hosts.materialize(Widen(hidden=2 * source.sizes["hidden"])(source))
+    model = modeling.materialize(Widen(hidden=2 * source.sizes["hidden"])(source))
     assert all(parameter.is_contiguous() for parameter in model.parameters())
     kind = "mask" if family == "bert" else "next"
     loop.train(loop.Run(model, [stage(kind)], rows_of(kind, model), tmp_path / "run", save_seconds=0))

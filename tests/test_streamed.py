@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import tiny, tokens
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
@@ -48,8 +48,8 @@ def rows(count: int = 9, length: int = 32) -> Packed:
 
 def joint(source: Checkpoint, target: Checkpoint, stage: Stage, out: Path, calibration: int = 0) -> Any:
     """The model that holds everything, trained by the loop; and its ledger."""
-    teacher, model, text = hosts.materialize(source), hosts.materialize(target), rows()
-    slots = hosts.slots(teacher, source)
+    teacher, model, text = modeling.materialize(source), modeling.materialize(target), rows()
+    slots = modeling.slots(teacher, source)
     if calibration:
         list(calibrate(model.slots(), teacher, slots, loop.batches(text, calibration, 0)))
     return model, loop.train(loop.Run(model, [stage], lambda length: text, out, teacher, slots))
@@ -73,11 +73,11 @@ def same(trained: Checkpoint, model: Any, start: Checkpoint) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 def test_layers_run_one_by_one_as_they_run_together(family: str, tmp_path: Path) -> None:
     source, text = opened(tmp_path, family), rows(4)
-    model, teacher = hosts.materialize(source), Hollow(source)
+    model, teacher = modeling.materialize(source), Hollow(source)
     together: dict[int, LayerRecord] = {}
     last: list[torch.Tensor] = []
     stack(model)[2].register_forward_hook(lambda module, given, output: last.append(output))
-    with recording(hosts.slots(model, source), [0, 1, 2], together.__setitem__):
+    with recording(modeling.slots(model, source), [0, 1, 2], together.__setitem__):
         body(model, text.input_ids, text.position_ids)
     hidden = torch.cat([part for _, part in teacher.embedded(text.input_ids, text.position_ids, 3)])
     for layer in range(3):
@@ -102,9 +102,9 @@ def test_streamed_mixers_are_those_of_the_joint_run(family: str, tmp_path: Path)
     same(trained, model, target)
     assert ledger["tokens"] == spent["tokens"] and not ledger["start"] and 0.5 < ledger["flops"] / spent["flops"] < 1.5
     trained.save(tmp_path / "out")
-    again = hosts.load(tmp_path / "out").state_dict()
+    again = modeling.load(tmp_path / "out").state_dict()
     assert all(torch.equal(again[name], value) for name, value in mixers(trained).items())
-    untouched = hosts.materialize(target).state_dict()
+    untouched = modeling.materialize(target).state_dict()
     assert all(torch.equal(again[name], untouched[name]) for name in set(again) - set(mixers(trained)))
     assert json.loads((tmp_path / "out" / "lineage.json").read_text())["steps"][-1]["ledger"]["tokens"] == 256
 

@@ -11,7 +11,7 @@ import speaking
 import torch
 from test_cli import as_json, refused, run_main
 
-from regraft import hosts
+from regraft import modeling
 from regraft.uptrain import walk
 
 
@@ -35,9 +35,11 @@ def test_a_streamed_model_is_that_of_the_plain_command(source, linearized, text,
     assert not (tmp_path / "streamed" / "stream").exists()
     words[2] = tmp_path / "plain"
     as_json(capsys, *words[:-1])
-    models = [hosts.load(tmp_path / name).state_dict() for name in ("streamed", "plain")]
+    models = [modeling.load(tmp_path / name).state_dict() for name in ("streamed", "plain")]
     assert max(float((models[0][name] - models[1][name]).abs().max()) for name in models[0]) < 2e-3  # clipped by layer
-    assert any(not torch.equal(value, hosts.load(linearized).state_dict()[name]) for name, value in models[0].items())
+    assert any(
+        not torch.equal(value, modeling.load(linearized).state_dict()[name]) for name, value in models[0].items()
+    )
 
 
 def test_the_same_command_goes_on(source, linearized, text, tmp_path, capsys, monkeypatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from models import tiny, tokens
 from torch import nn
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
@@ -46,8 +46,8 @@ def rows(count: int = 8, length: int = 32) -> Packed:
 
 def trained(source: Checkpoint, teacher: Any, stage: Stage, out: Path, **options: Any) -> tuple[list[float], Any]:
     """(the losses, the ledger)."""
-    model = hosts.materialize(REMIX(source))
-    slots = hosts.slots(teacher, source) if not isinstance(teacher, Lessons) else []
+    model = modeling.materialize(REMIX(source))
+    slots = modeling.slots(teacher, source) if not isinstance(teacher, Lessons) else []
     ledger = loop.train(loop.Run(model, [stage], lambda length: rows(), out, teacher, slots, **options))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] if "loss" in row else row["eval_kl"] for row in lines], ledger
@@ -58,7 +58,7 @@ def loads(counts: list[str]) -> Any:
 
     def load(name: str) -> Any:
         counts.append(name)
-        return hosts.load(name)
+        return modeling.load(name)
 
     return load
 
@@ -67,7 +67,7 @@ def loads(counts: list[str]) -> Any:
 def test_cached_losses_are_those_of_the_teacher_and_it_runs_once(kind, source, tmp_path) -> None:
     stage, name = dataclasses.replace(STAGE, kind=kind), str(source.origin)
     options = {"heldout": rows(3), "every": 2}
-    plain, spent = trained(source, hosts.load(name), stage, tmp_path / "plain", **options)
+    plain, spent = trained(source, modeling.load(name), stage, tmp_path / "plain", **options)
     for turn in ("first", "second"):
         counts: list[str] = []
         lessons = Lessons(name, Keeping(tmp_path / "cache", 10**8), loads(counts))
@@ -87,9 +87,9 @@ def test_later_passes_run_no_teacher_and_cost_less(source, tmp_path) -> None:
     stage = dataclasses.replace(STAGE, tokens=3 * 8 * 32)
     lessons = Lessons(str(source.origin), Keeping(tmp_path / "cache", 10**8))
     _, ledger = trained(source, lessons, stage, tmp_path / "cached")
-    _, plain = trained(source, hosts.load(source.origin), stage, tmp_path / "plain")
+    _, plain = trained(source, modeling.load(source.origin), stage, tmp_path / "plain")
     assert lessons.computed == 8 and lessons.read == 16
-    model = hosts.load(source.origin)
+    model = modeling.load(source.origin)
     with step.counted() as counter, torch.no_grad():
         body(model, rows().input_ids, rows().position_ids)
     assert plain["flops"] - ledger["flops"] == pytest.approx(2 * counter.get_total_flops(), rel=1e-3)
@@ -128,7 +128,7 @@ def test_top_kl_is_the_kl_of_its_outcomes_with_gradients(count: int, bias: bool)
 
 
 def test_kinds_that_keep_less_come_close(source, tmp_path) -> None:
-    model, text, exact = hosts.materialize(REMIX(source)), rows(4), hosts.load(source.origin)
+    model, text, exact = modeling.materialize(REMIX(source)), rows(4), modeling.load(source.origin)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -153,7 +153,7 @@ def disk(folder: Path) -> int:
 
 def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shelf, "FILE", 10_000)
-    plain, _ = trained(source, hosts.load(source.origin), STAGE, tmp_path / "plain")
+    plain, _ = trained(source, modeling.load(source.origin), STAGE, tmp_path / "plain")
     for turn in ("first", "second"):
         lessons = Lessons(str(source.origin), Keeping(tmp_path / "cache", 40_000))
         losses, _ = trained(source, lessons, STAGE, tmp_path / turn)
@@ -165,7 +165,7 @@ def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monke
 
 def test_damaged_files_are_found_and_made_again(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shelf, "FILE", 4_000)
-    keeping, text, model = Keeping(tmp_path, 10**8), rows(), hosts.materialize(REMIX(source))
+    keeping, text, model = Keeping(tmp_path, 10**8), rows(), modeling.materialize(REMIX(source))
     lessons = Lessons(str(source.origin), keeping)
     whole = kl(model, lessons, text)
     lessons.flush()

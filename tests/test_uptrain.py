@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from models import tiny, tokens
 from torch import nn
 
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers import registry
@@ -53,8 +53,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def pair(source: Checkpoint) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
-    teacher = hosts.materialize(source)
-    return hosts.materialize(REMIX(source)), teacher, hosts.slots(teacher, source)
+    teacher = modeling.materialize(source)
+    return modeling.materialize(REMIX(source)), teacher, modeling.slots(teacher, source)
 
 
 def text_rows(rows: int = 12, length: int = 32) -> Packed:
@@ -153,7 +153,7 @@ def test_align_gradient_is_that_of_the_layer_alone(pair: tuple[nn.Module, nn.Mod
 
 
 def test_a_student_equal_to_its_teacher_has_no_kl(source: Checkpoint) -> None:
-    teacher, student = hosts.materialize(source), hosts.materialize(Remix(keep="all")(source))
+    teacher, student = modeling.materialize(source), modeling.materialize(Remix(keep="all")(source))
     assert abs(distil_step(student, teacher, text_rows(2), fast=False)) < 1e-6
 
 
@@ -178,8 +178,8 @@ STARTED = [
 
 @pytest.mark.parametrize("remix", STARTED, ids=lambda remix: f"{remix.mixer}-{remix.window}-{len(remix.options)}")
 def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix) -> None:
-    model, teacher = hosts.materialize(remix(source)), hosts.materialize(source)
-    slots, rows = hosts.slots(teacher, source), text_rows(64, 64)
+    model, teacher = modeling.materialize(remix(source)), modeling.materialize(source)
+    slots, rows = modeling.slots(teacher, source), text_rows(64, 64)
     held: dict[int, Any] = {}
     with recording(slots, [1, 2], held.__setitem__):
         body(teacher, rows.input_ids[32:], rows.position_ids[32:])
@@ -244,7 +244,7 @@ def test_resumed_losses_equal_uninterrupted(source: Checkpoint, tmp_path: Path, 
     ]
 
     def go(out: Path, stop_after: int | None) -> tuple[list[float], nn.Module]:
-        teacher, model, done = hosts.materialize(source), hosts.materialize(REMIX(source)), 0
+        teacher, model, done = modeling.materialize(source), modeling.materialize(REMIX(source)), 0
 
         def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
             nonlocal done
@@ -252,7 +252,7 @@ def test_resumed_losses_equal_uninterrupted(source: Checkpoint, tmp_path: Path, 
             if stop_after is not None and done > stop_after:
                 raise Killed
 
-        slots = hosts.slots(teacher, source)
+        slots = modeling.slots(teacher, source)
         run = loop.Run(
             model, stages, lambda length: text_rows(), out, teacher, slots, progress=progress, save_seconds=0
         )
@@ -274,7 +274,7 @@ def test_resumed_losses_equal_uninterrupted(source: Checkpoint, tmp_path: Path, 
 
 def test_resume_refuses_other_settings(source: Checkpoint, tmp_path: Path) -> None:
     def go(seed: int) -> None:
-        model = hosts.materialize(REMIX(source))
+        model = modeling.materialize(REMIX(source))
         loop.train(loop.Run(model, [Stage("next", 32, length=32)], lambda length: text_rows(), tmp_path, seed=seed))
 
     go(0)
@@ -283,7 +283,7 @@ def test_resume_refuses_other_settings(source: Checkpoint, tmp_path: Path) -> No
 
 
 def test_time_limit_shortens_a_stage_and_survives_resume(source: Checkpoint, tmp_path: Path) -> None:
-    model = hosts.materialize(REMIX(source))
+    model = modeling.materialize(REMIX(source))
     stage = Stage("next", 10_000 * 32, length=32, precision="float32")
     ledger = loop.train(loop.Run(model, [stage], lambda length: text_rows(), tmp_path, limit=lambda index: 0.5))
     assert 3 * 32 <= ledger["tokens"] < stage.tokens
@@ -292,7 +292,7 @@ def test_time_limit_shortens_a_stage_and_survives_resume(source: Checkpoint, tmp
 
 
 def test_stages_without_their_teacher_or_tokens_are_refused(source: Checkpoint, tmp_path: Path) -> None:
-    model = hosts.materialize(REMIX(source))
+    model = modeling.materialize(REMIX(source))
     with pytest.raises(RegraftError, match="'distil' needs a teacher"):
         loop.train(loop.Run(model, [Stage("distil", 64, length=32)], lambda length: text_rows(), tmp_path))
     with pytest.raises(RegraftError, match="10 tokens, less than one step of 1 x 1024"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from regraft import distributed, fitting, hosts, training
+from regraft import distributed, fitting, modeling, training
 from regraft.core.checkpoint import Checkpoint
 from regraft.growing import Growth
 from regraft.growth.maps import Ligo
@@ -37,8 +37,8 @@ def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options:
     kinds = ("bare" if name == "matrix" else "linear", "source")
     student, teacher = (Checkpoint.open(models / kind) for kind in kinds)
     model, guide = sharding.load(student, over, stage.kind in LAYERWISE), sharding.load(teacher, over)
-    rows = pack(read_documents(models / "text.txt"), hosts.load_tokenizer(models / "source"), LENGTH)
-    slots = hosts.slots(guide, teacher)
+    rows = pack(read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH)
+    slots = modeling.slots(guide, teacher)
     run = loop.Run(model, [stage], lambda length: rows, out, guide, slots, heldout=rows[:4], **options)
     ledger = loop.train(run)
     training.save_trained(student, model, [stage], ledger, out)
@@ -60,7 +60,7 @@ def broken(name: str, models: Path, out: Path, at: int = STEPS // 2) -> None:
 def fitted(models: Path, out: Path) -> dict[str, Any]:
     """LiGO's maps of a wider and deeper model, learned in fifty steps; losses and the grown model are written."""
     source = Checkpoint.open(models / "source")
-    rows = pack(read_documents(models / "text.txt"), hosts.load_tokenizer(models / "source"), LENGTH)
+    rows = pack(read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH)
     losses: list[float] = []
 
     def note(step: int, steps: int, row: dict[str, float]) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import choosing, distributed, fitting, flops, hosts, moments
+from .. import choosing, distributed, fitting, modeling, moments
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growing import Growth
 from ..journal import write_json
+from ..modeling import flops
 from ..report import read_json
 from ..steps.ligo import Learned
 from ..steps.transplant import Transplant
@@ -113,8 +114,8 @@ class Teacher:
         if arm.linear is None or arm.scratch:
             return None
         checkpoint = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
-        model = hosts.materialize(checkpoint)
-        return cls(checkpoint, model, hosts.slots(model, checkpoint))
+        model = modeling.materialize(checkpoint)
+        return cls(checkpoint, model, modeling.slots(model, checkpoint))
 
 
 def begun(
@@ -129,13 +130,13 @@ def begun(
     source = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
     if arm.ligo is not None:
         made, spent = fitted(recipe, out, arm, source, seed, tell)
-        return hosts.materialize(made), spent, None
+        return modeling.materialize(made), spent, None
     begin = time.monotonic()
     steps = growth_steps(recipe, arm, source, seed)
     grown = source
     for step in steps:
         grown = step(grown)
-    model = hosts.materialize(grown)
+    model = modeling.materialize(grown)
     state = None
     if arm.moments:
         folder = arm_folder(out, arm.name, seed)
@@ -147,12 +148,12 @@ def begun(
 
 def fresh(config: dict[str, Any], arm: Arm, seed: int) -> PreTrainedModel:
     """A new model of a stock config, with the arm's mixers if it has any, nothing of which is inherited."""
-    model = hosts.fresh(config, seed)
+    model = modeling.fresh(config, seed)
     if arm.linear is None:
         return model
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return hosts.materialize(arm.linear.remix(inherit="none", seed=seed)(Checkpoint.open(folder)))
+        return modeling.materialize(arm.linear.remix(inherit="none", seed=seed)(Checkpoint.open(folder)))
 
 
 def linearized(
@@ -161,7 +162,7 @@ def linearized(
     """(the linearized source with its closed-form start, what that cost)."""
     begin, length = time.monotonic(), recipe.train.length
     if not linear.calibration and choosing.asked(linear.keep) is None:
-        model = hosts.materialize(linear.remix(seed=seed)(teacher.checkpoint))
+        model = modeling.materialize(linear.remix(seed=seed)(teacher.checkpoint))
         return model, FREE | {"seconds": time.monotonic() - begin, "keep": linear.keep}
     rows = material.rows(recipe, out)(length)
     assert not isinstance(rows, Images)  # verified: a linear arm's source is a decoder
@@ -169,9 +170,9 @@ def linearized(
     with flops.counter() as counter:
         picked = rows[shuffled(len(rows), min(len(rows), -(-CHOOSE // length)), seed)]
         remix = choosing.resolved(teacher.checkpoint, linear.remix(seed=seed), choosing.Bench(picked, batches))
-        model = hosts.materialize(remix(teacher.checkpoint))
+        model = modeling.materialize(remix(teacher.checkpoint))
         if batches:
-            for _ in calibrate(hosts.slots(model), teacher.model, teacher.slots, batches):
+            for _ in calibrate(modeling.slots(model), teacher.model, teacher.slots, batches):
                 pass
     spent = {"flops": counter.get_total_flops(), "tokens": len(batches) * length, "keep": remix.keep}
     return model, spent | {"seconds": time.monotonic() - begin}

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from .. import hosts, text
+from .. import modeling, text
 from ..core.anatomy import find
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
@@ -151,7 +151,7 @@ def make_source(recipe: Comparison, config: dict[str, Any], out: Path, seed: int
     if kind not in AUTO[recipe.task]._model_mapping:
         raise RegraftError(f"a {config['model_type']} does not do task '{recipe.task}': give another source or task")
     config.setdefault("architectures", [AUTO[recipe.task]._model_mapping[kind].__name__])
-    return hosts.fresh(config, seed)
+    return modeling.fresh(config, seed)
 
 
 def target_config(source: Checkpoint, target: Sizes) -> dict[str, Any]:
@@ -199,5 +199,5 @@ def heldout(recipe: Comparison, out: Path) -> Rows:
 def tokenizer_of(recipe: Comparison, out: Path) -> Any:
     """The source's tokenizer, or the one learned on the training text."""
     if isinstance(recipe.source, str):
-        return hosts.load_tokenizer(recipe.source)
+        return modeling.load_tokenizer(recipe.source)
     return transformers.AutoTokenizer.from_pretrained(out / "tokenizer")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import hosts
+from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..steps.remix import Remix
 from .perplexity import Candidate
@@ -42,14 +42,14 @@ def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candi
 
 def built(source: Checkpoint, remix: Remix | None) -> Candidate:
     """The source's model, remixed or as it is."""
-    return Candidate(hosts.materialize(remix(source) if remix else source))
+    return Candidate(modeling.materialize(remix(source) if remix else source))
 
 
 def trained(model: nn.Module) -> dict[str, Candidate]:
     """The model's own rows: as it is and, where it has gated layers, with their linear branch switched off."""
     rows = {MODEL: Candidate(model)}
     if gated(getattr(model.config, "mixers", None)):
-        rows[NO_LINEAR] = Candidate(model, partial(hosts.branch, model, "window"))
+        rows[NO_LINEAR] = Candidate(model, partial(modeling.branch, model, "window"))
     return rows
 
 

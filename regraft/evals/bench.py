@@ -110,11 +110,11 @@ def worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = T
 
 def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
     """The row of one model at one length, in this process."""
-    from .. import hosts
+    from .. import modeling
     from . import reading
 
     torch.manual_seed(0)
-    model: Any = hosts.load(path)
+    model: Any = modeling.load(path)
     device = next(model.parameters()).device
     for parameter in model.parameters():  # pages of a file would count once for every tensor mapped near them
         parameter.data = parameter.data.clone()
@@ -128,7 +128,7 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
         finish(device.type)
         reading_took = time.perf_counter() - begin
         lengthen(cache, length - ids.shape[1])
-        sizes = hosts.state_bytes(cache)
+        sizes = modeling.state_bytes(cache)
         seconds = []
         for _ in range(steps + 1):
             begin = time.perf_counter()
@@ -151,10 +151,10 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
 
 def lengthen(cache: Any, tokens: int) -> None:
     """Make a cache as large as after `tokens` more positions, each a copy of its last one: to time decoding."""
-    from .. import hosts
+    from .. import modeling
 
     for layer in cache.layers if tokens else ():
-        if isinstance(layer, hosts.MixerState):
+        if isinstance(layer, modeling.MixerState):
             layer.cumulative_length += tokens
         else:
             grown = (part[..., -1:, :].expand(*part.shape[:-2], tokens, -1) for part in (layer.keys, layer.values))

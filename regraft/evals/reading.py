@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import hosts
+from .. import modeling
 
 CHUNK = 1024
 
@@ -21,8 +21,8 @@ def chunks(model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0) -> I
     """
     device = next(model.parameters()).device
     for part in ids.to(device).split(CHUNK, dim=1):
-        out = model(part, **hosts.given(cache), use_cache=True, logits_to_keep=keep)
-        cache = hosts.cache_of(out)
+        out = model(part, **modeling.given(cache), use_cache=True, logits_to_keep=keep)
+        cache = modeling.cache_of(out)
         yield out.logits, cache
 
 

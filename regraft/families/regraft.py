@@ -88,7 +88,7 @@ class Regrafted(Anatomy):
 
     def extras(self, directory: str, config: Config) -> None:
         """The code files that `trust_remote_code` loads."""
-        importlib.import_module("regraft.hosts.remote").write(directory, config)
+        importlib.import_module("regraft.modeling.remote_code").write(directory, config)
 
 
 def axes(spec: dict[str, Any], attention: dict[str, Any]) -> list[str]:

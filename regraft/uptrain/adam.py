@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import distributed, hosts
+from .. import distributed, modeling
 from ..errors import RegraftError
 from .sharding import complete, laid
 
@@ -48,7 +48,7 @@ def begin(model: PreTrainedModel, optimizer: torch.optim.Optimizer, file: Path) 
 def by_parameter(model: PreTrainedModel, stored: dict[str, Tensor], moment: str) -> dict[str, Tensor]:
     """One moment in float32 by the running model's parameter names."""
     values = {key.partition("/")[2]: value.float() for key, value in stored.items() if key.startswith(f"{moment}/")}
-    return hosts.from_files(model, values)
+    return modeling.from_files(model, values)
 
 
 def keep(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -60,7 +60,7 @@ def keep(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path)
     held = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
     table: dict[str, Tensor] = {}
     for moment in MOMENTS:
-        filed = hosts.in_files(model, {name: complete(state[moment]).cpu() for name, state in held.items()})
+        filed = modeling.in_files(model, {name: complete(state[moment]).cpu() for name, state in held.items()})
         table |= {f"{moment}/{name}": value.contiguous().clone() for name, value in filed.items()}
     steps = max((state["step"].reshape(()) for state in held.values()), default=torch.tensor(0.0))
     table |= {key.replace(MOMENTS[0], "step", 1): steps.clone() for key in table if key.startswith(f"{MOMENTS[0]}/")}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..core.checkpoint import Checkpoint
-from ..hosts.outline import bare
+from ..modeling.meta import bare
 from .layers import Skipped, stack
 
 FOUND = 16  # places of a search, such as sinks of all documents in a row

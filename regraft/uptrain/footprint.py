@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from .. import hosts
+from .. import modeling
 from ..core.checkpoint import Checkpoint
-from ..hosts.modeling_regraft import RegraftForCausalLM
 from ..mixers.base import Mixing
+from ..modeling.modeling_regraft import RegraftForCausalLM
 from ..plan import layer_kinds
 from .calibrate import error
 from .capture import LayerRecord, recording
@@ -129,7 +129,7 @@ class Simulation:
         self.model, self.kinds = hollow(student), layer_kinds(student)
         parameter_groups(self.model, Stage(kind, length, length, ce=ce))
         self.teacher = hollow(teacher).requires_grad_(False) if teacher is not None else None
-        self.slots = hosts.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
+        self.slots = modeling.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
         recomputing(self.model, recompute)
 
     def footprint(self) -> Footprint:

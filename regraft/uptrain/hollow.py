@@ -14,8 +14,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..hosts.loading import silent
-from ..hosts.outline import buffers, outline
+from ..modeling.loading import silent
+from ..modeling.meta import buffers, outline
 from .capture import LayerRecord, recording
 from .layers import Skipped, stack
 

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from ..corpus.rows import Table
 from ..errors import RegraftError
-from ..hosts.modeling_regraft import RegraftForCausalLM
+from ..modeling.modeling_regraft import RegraftForCausalLM
 from .data import Images, Packed
 
 __all__ = [

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import RegraftError
-from ..flops import uncounted
+from ..modeling.flops import uncounted
 from .layers import stack
 
 

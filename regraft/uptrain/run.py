@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from .. import distributed
 from ..errors import RegraftError
-from ..hosts.modeling_regraft import RegraftForCausalLM
 from ..mixers.gated import Gated
+from ..modeling.modeling_regraft import RegraftForCausalLM
 from .divergence import Jump
 from .layers import chosen, stack
 from .objectives import Data, Rows, headed

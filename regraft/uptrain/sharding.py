@@ -13,10 +13,10 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
-from .. import distributed, hosts
+from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..hosts.outline import buffers
+from ..modeling.meta import buffers
 from .layers import stack
 from .matching import mixers
 from .whole import PLACE, Whole, settle
@@ -63,8 +63,8 @@ def over_all(model: PreTrainedModel, layerwise: bool = False) -> PreTrainedModel
 def load(checkpoint: Checkpoint, over: DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
     """The float32 model of a checkpoint; over a mesh each process reads only its shards, one tensor after the other."""
     if over is None:
-        return hosts.materialize(checkpoint)
-    model = hosts.outline(checkpoint)
+        return modeling.materialize(checkpoint)
+    model = modeling.outline(checkpoint)
     tables = [(module, name, value) for module, name, value in buffers(model)]
     whole = vars(spread(model, over, layerwise))[PLACE]
     whole.to_empty(device=distributed.device())
@@ -86,7 +86,7 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     named = dict(model.named_parameters())
     other: Mapping[str, Tensor] = {}
     if any(name not in lazy or lazy[name].shape != tuple(p.shape) for name, p in named.items()):
-        other = dict(hosts.materialize(checkpoint).named_parameters())
+        other = dict(modeling.materialize(checkpoint).named_parameters())
     for name, parameter in named.items():
         value = other[name] if other else lazy[name].read()
         part(parameter).copy_(shard(value, parameter))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RegraftError
-from ..hosts.modeling_regraft import RegraftForCausalLM
 from ..mixers.base import Attention
 from ..mixers.registry import weights
+from ..modeling.modeling_regraft import RegraftForCausalLM
 from .data import Packed
 from .kl import head_kl
 from .lit import Lit

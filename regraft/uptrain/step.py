@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..flops import counter as counted
+from ..modeling.flops import counter as counted
 from .data import Packed
 from .layers import always, running
 from .matching import align_step, matrix_step, taught

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import distributed, hosts
+from .. import distributed, modeling
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
@@ -77,10 +77,10 @@ class Lessons:
     sharded over them. RegraftError when the teacher is no decoder.
     """
 
-    def __init__(self, teacher: str, keeping: Keeping, load: Callable[[str], PreTrainedModel] = hosts.load):
-        hosts.wants_decoder(teacher)
+    def __init__(self, teacher: str, keeping: Keeping, load: Callable[[str], PreTrainedModel] = modeling.load):
+        modeling.wants_decoder(teacher)
         self.checkpoint, self.keeping, self.load = Checkpoint.open(teacher), keeping, load
-        self.name, self.config = teacher, hosts.outline(self.checkpoint).config
+        self.name, self.config = teacher, modeling.outline(self.checkpoint).config
         self.loaded: PreTrainedModel | None = None
         self.projection: nn.Linear | None = None
         self.shelves: dict[str, Shelf] = {}
@@ -96,7 +96,7 @@ class Lessons:
     @property
     def slots(self) -> list[nn.Module]:
         """The attention modules of the teacher itself."""
-        return hosts.slots(self.model, self.checkpoint)
+        return modeling.slots(self.model, self.checkpoint)
 
     @property
     def head(self) -> nn.Linear:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .. import distributed
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..flops import counter as counted
 from ..mixers.base import Attention, Mixer
 from ..mixers.registry import build
+from ..modeling.flops import counter as counted
 from . import loop, speed
 from .calibrate import calibrate_layer
 from .capture import LayerRecord

@@ -52,12 +52,12 @@ def evaluate(
         idle(
             evaluate, locals(), names, "it is for benchmarks and recall, so name some, as in --tasks hellaswag,passkey"
         )
-    from .. import evaluation, hosts, plots, report
+    from .. import evaluation, modeling, plots, report
     from .. import tables as printing
     from ..evals.bench import parse_lengths
     from ..progress import Ticker
 
-    hosts.wants_decoder(model, baseline, scratch)
+    modeling.wants_decoder(model, baseline, scratch)
     if plot:
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
@@ -108,15 +108,15 @@ def generate(
         temperature: 0 is greedy
         seed: of the sampling
     """
-    from .. import generate as generating
-    from .. import hosts
+    from .. import modeling
+    from ..modeling import generate as generating
 
     def say(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    hosts.wants_decoder(model)
-    loaded = hosts.load(model)
-    tokenizer = hosts.load_tokenizer(model)
+    modeling.wants_decoder(model)
+    loaded = modeling.load(model)
+    tokenizer = modeling.load_tokenizer(model)
     result = generating.generate(loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else say)
     if not json:
         print()
@@ -143,13 +143,13 @@ def bench(
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
     """
-    from .. import evaluation, hosts, plots, tables
+    from .. import evaluation, modeling, plots, tables
     from ..core.checkpoint import Checkpoint
     from ..evals import bench as benching
     from ..progress import Ticker
 
     counts = benching.parse_lengths(lengths)
-    hosts.wants_decoder(model, against)
+    modeling.wants_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
     for path in models.values():
         evaluation.fits(Checkpoint.open(path), [count + steps + 1 for count in counts])

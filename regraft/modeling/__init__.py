@@ -1,5 +1,6 @@
 """Runnable models: a stock decoder with mixers in its attention slots."""
 
+from .cache import CACHE, MixerState, cache_of, given, state_bytes
 from .configuration_regraft import STATE_LAYER, RegraftConfig
 from .loading import (
     branch,
@@ -13,9 +14,8 @@ from .loading import (
     slots,
     wants_decoder,
 )
+from .meta import outline
 from .modeling_regraft import RegraftForCausalLM
-from .outline import outline
-from .states import CACHE, MixerState, cache_of, given, state_bytes
 
 __all__ = [
     "CACHE",

@@ -14,8 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import RegraftError
 from ..mixers.base import Attention, Mixing
 from ..mixers.registry import build
+from .cache import CACHE, MixerState, given
 from .configuration_regraft import RegraftConfig
-from .states import CACHE, MixerState, given
 
 CACHES = (CACHE, "layer_past")  # what decoder layers call the cache that they hand to attention
 

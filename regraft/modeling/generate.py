@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-from . import hosts
-from .errors import RegraftError
+from .. import modeling
+from ..errors import RegraftError
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def generate(
         return_dict_in_generate=True,
         **sampling,
     )
-    sizes = hosts.state_bytes(hosts.cache_of(out))
+    sizes = modeling.state_bytes(modeling.cache_of(out))
     mixers = getattr(model.config, "mixers", None) or [None] * len(sizes)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     new = out.sequences.shape[1] - inputs.shape[1]

@@ -18,8 +18,8 @@ from ..core.anatomy import find
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..mixers.gated import Gated
+from .meta import outline, stock_class
 from .modeling_regraft import RegraftForCausalLM
-from .outline import outline, stock_class
 
 
 def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

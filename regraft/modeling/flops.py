@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .core.anatomy import Config, find
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .mixers.base import Attention
-from .mixers.registry import mixer_class
+from ..core.anatomy import Config, find
+from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..mixers.base import Attention
+from ..mixers.registry import mixer_class
 
 Shape = tuple[int, ...]
 
