@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from regraft import modeling, text
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data import default_text
 from regraft.demo import CACHE, fetch, prepare
 from regraft.progress import Ticker
 from regraft.settings import Text
@@ -52,7 +53,7 @@ def main() -> None:
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     if not (CACHE / "text/docstrings.jsonl").exists():
-        text.write(text.docstrings(), CACHE / "text/docstrings.jsonl")
+        default_text.write(default_text.docstrings(), CACHE / "text/docstrings.jsonl")
     source = Checkpoint.open(GGUF)
     layers = [int(layer) for layer in options.layers.split(",")]
     keep = ",".join(str(layer) for layer in range(source.layers) if layer not in layers)

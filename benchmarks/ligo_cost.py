@@ -31,7 +31,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.fitting import Fitting
 from regraft.growth.maps import Ligo
 from regraft.steps.ligo import Learned
-from regraft.uptrain.data import Packed
+from regraft.data.packing import Packed
 from regraft.uptrain.stages import Stage
 source, rows, length, sizes = Checkpoint.open(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
 learned = Learned(**sizes, method=Ligo(steps=100))

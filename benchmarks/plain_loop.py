@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from regraft.corpus.rows import Packed
+from regraft.data.rows import Packed
 from regraft.uptrain import loop
 from regraft.uptrain.stages import Stage
 

@@ -34,7 +34,7 @@ import torch
 from regraft.core.checkpoint import Checkpoint
 from regraft.steps.remix import Remix
 from regraft.uptrain import walk
-from regraft.uptrain.data import Packed
+from regraft.data.packing import Packed
 from regraft.uptrain.stages import Stage
 from regraft.uptrain.streamed import Streamed
 import transformers.models.llama.modeling_llama

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from regraft import hosts
 from regraft.uptrain import loop
-from regraft.uptrain.data import Packed
+from regraft.data.packing import Packed
 from regraft.uptrain.stages import Stage
 from regraft.uptrain.teaching import Keeping, Lessons
 

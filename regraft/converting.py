@@ -11,10 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import choosing, distributed, modeling, text
+from . import choosing, distributed, modeling
 from .core.checkpoint import Checkpoint
-from .corpus.building import Texts
-from .corpus.rows import Table
+from .data import default_text
+from .data.corpus import Texts
+from .data.packing import pack
+from .data.rows import Table
 from .errors import RegraftError
 from .evals.baselines import remix_of
 from .journal import write_json
@@ -25,7 +27,6 @@ from .settings import Text
 from .steps.remix import Remix
 from .training import calibrated, save_trained, training_rows
 from .uptrain import loop, sharding
-from .uptrain.data import pack
 from .uptrain.stages import LAYERWISE, Stage
 from .watching import USUAL, Watching
 
@@ -43,7 +44,7 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
         return remix
     if rows is None:
         tokenizer = modeling.load_tokenizer(source.path)
-        rows = cache(lambda length: pack(text.documentation(), tokenizer, length))
+        rows = cache(lambda length: pack(default_text.documentation(), tokenizer, length))
     ticker.start(f"measuring layers ({remix.keep})")
     try:
         table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))

@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from . import experiment, settings, text
+from . import experiment, settings
+from .data import default_text
 from .errors import RegraftError
 from .progress import Ticker
 
@@ -57,10 +58,10 @@ def fetch(target: Path) -> Path:
 def prepare(packages: Path, target: Path) -> None:
     """Write the training text, documentation and encyclopedia apart, and the held-out topics."""
     makers = {
-        "documentation": text.documentation,
-        "encyclopedia": lambda: text.encyclopedia(packages),
-        "heldout": text.held_out,
+        "documentation": default_text.documentation,
+        "encyclopedia": lambda: default_text.encyclopedia(packages),
+        "heldout": default_text.held_out,
     }
     for name, make in makers.items():
         if not (target / f"{name}.jsonl").exists():
-            text.write(make(), target / f"{name}.jsonl")
+            default_text.write(make(), target / f"{name}.jsonl")

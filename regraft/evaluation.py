@@ -10,13 +10,13 @@ from torch import nn
 
 from . import modeling
 from .core.checkpoint import Checkpoint
+from .data.default_text import held_out
+from .data.packing import Packed, long_windows, read_documents
 from .errors import RegraftError
 from .evals import baselines
 from .evals.perplexity import Candidate, measure
 from .evals.recall import KINDS
 from .evals.suite import LENGTHS, Suite, Tell, against, beside
-from .text import held_out
-from .uptrain.data import Packed, long_windows, read_documents
 
 Progress = Callable[[int, int], None]
 

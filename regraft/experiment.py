@@ -13,7 +13,8 @@ from torch import nn
 from . import distributed, modeling, report, settings
 from .converting import converted, uptrained
 from .core.checkpoint import Checkpoint
-from .corpus.building import Texts
+from .data.corpus import Texts
+from .data.packing import Packed
 from .evals import baselines
 from .evals.bench import bench
 from .evals.perplexity import Candidate, measure
@@ -24,7 +25,6 @@ from .modeling import generate
 from .plan import Plan
 from .settings import Recipe
 from .training import training_rows
-from .uptrain.data import Packed
 from .watching import USUAL, Watching
 
 MARGIN = 30.0  # seconds kept back for saving, loading and the page

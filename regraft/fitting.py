@@ -18,6 +18,7 @@ from . import distributed, modeling
 from .core import lineage
 from .core.anatomy import Key
 from .core.checkpoint import Checkpoint
+from .data.packing import shuffled
 from .errors import RegraftError
 from .growing import Growth
 from .growth.learned import Grower
@@ -29,7 +30,6 @@ from .steps.bridge import Bridge
 from .steps.ligo import Learned
 from .training import rows_of
 from .uptrain import sharding
-from .uptrain.data import shuffled
 from .uptrain.loop import agreed
 from .uptrain.objectives import IGNORED, Data, Kind, Rows, loss_of, targets
 from .uptrain.resume import RunState, checkpoints, claimed, load_state, save_state

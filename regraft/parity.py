@@ -174,7 +174,7 @@ def told(found: dict[str, float]) -> str:
 
 def text(checkpoint: Checkpoint, length: int) -> dict[str, Tensor] | None:
     """The beginning of the held-out documentation as token ids, None without a tokenizer."""
-    from .text import held_out
+    from .data.default_text import held_out
 
     if checkpoint.anatomy.inputs != "tokens":
         return None

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from .corpus.building import Text
+from .data.corpus import Text
 from .errors import RegraftError
 from .methods.method import filled
 from .steps.remix import Remix

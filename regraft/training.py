@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from . import distributed, modeling, tracking
 from .core.checkpoint import Checkpoint
-from .corpus.building import Texts
+from .data.corpus import Texts
+from .data.packing import read_images
 from .errors import RegraftError
 from .journal import write_json
 from .modeling import flops
@@ -26,7 +27,6 @@ from .report import read_json
 from .settings import Text
 from .uptrain import loop, sharding
 from .uptrain.calibrate import calibrate
-from .uptrain.data import read_images
 from .uptrain.objectives import Data
 from .uptrain.stages import LAYERWISE, Stage
 from .uptrain.teaching import Keeping, Lessons, Teacher

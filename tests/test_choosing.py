@@ -14,10 +14,10 @@ from test_cli import as_json, refused
 from regraft import choosing, modeling
 from regraft.choosing import Bench
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.evals.baselines import remix_of
 from regraft.steps.remix import Remix
-from regraft.uptrain.data import Packed
 
 OUT = {"gpt_neox": "dense", "gpt2": "c_proj"}
 PLAIN = Remix(window=8, sinks=2, keep="none")

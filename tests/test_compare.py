@@ -21,9 +21,9 @@ from regraft.compare import arms, material, report, runner, schema, summary
 from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import read_images
 from regraft.errors import RegraftError
 from regraft.steps.transplant import Transplant
-from regraft.uptrain.data import read_images
 
 RECIPES = Path(settings.__file__).parent / "recipes"
 LLAMA = {

@@ -28,12 +28,14 @@ from test_cli import as_json, refused
 from test_uptrain import Letters, pack
 
 from regraft import distributed
-from regraft.corpus import building, cache, files, reading
-from regraft.corpus.building import Corpus, Text, Texts
-from regraft.corpus.reading import Bad, Place, pieces
-from regraft.corpus.tokens import Tokens
+from regraft.data import corpus as building
+from regraft.data import documents as reading
+from regraft.data import files, token_cache
+from regraft.data.corpus import Corpus, Text, Texts
+from regraft.data.documents import Bad, Place, pieces
+from regraft.data.packing import read_documents
+from regraft.data.tokenizer import Tokens
 from regraft.errors import RegraftError
-from regraft.uptrain.data import read_documents
 
 TOKENIZER = speaking.tokenizer()
 PACKERS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
@@ -70,14 +72,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of some documents, which need not be on the disk when the machine fails."""
-    monkeypatch.setattr(cache, "BLOCK", 300)
-    monkeypatch.setattr(cache.os, "fsync", lambda stream: None)
+    monkeypatch.setattr(token_cache, "BLOCK", 300)
+    monkeypatch.setattr(token_cache.os, "fsync", lambda stream: None)
 
 
 @pytest.mark.parametrize("length", [7, 64, 500])
 @pytest.mark.parametrize("block", [1, 300, 1 << 20])
 def test_rows_on_disk_are_those_in_memory(length, block, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "BLOCK", block)
+    monkeypatch.setattr(token_cache, "BLOCK", block)
     speaking.write_text(tmp_path / "a.txt")
     (tmp_path / "b.jsonl").write_bytes(jsonl([]))
     (tmp_path / "c.jsonl").write_bytes(jsonl(documents()))
@@ -141,7 +143,7 @@ def test_every_format_interrupted_after_any_block(kind, tmp_path, monkeypatch, s
     expected = Texts([Text(str(write(tmp_path, ".jsonl", texts)))], TOKENIZER)(50)
     text = Text(str(write(tmp_path, kind, texts)))
     same(Texts([text], TOKENIZER, cache=tmp_path / "whole")(50), expected)
-    whole, original, cuts = contents(tmp_path / "whole"), cache.Part._keep, 0
+    whole, original, cuts = contents(tmp_path / "whole"), token_cache.Part._keep, 0
 
     def cut(self: Any, known: Any, place: Any, bad: Any, *streams: Any) -> None:
         nonlocal left
@@ -150,7 +152,7 @@ def test_every_format_interrupted_after_any_block(kind, tmp_path, monkeypatch, s
         left -= 1
         original(self, known, place, bad, *streams)
 
-    monkeypatch.setattr(cache.Part, "_keep", cut)
+    monkeypatch.setattr(token_cache.Part, "_keep", cut)
     for blocks in range(0, 30, 3):
         left, place = blocks, tmp_path / f"cut{blocks}"
         try:
@@ -193,7 +195,7 @@ def test_killed_builds_go_on(tmp_path, small):
 def test_a_cache_is_read_once(tmp_path, monkeypatch, small):
     file = write(tmp_path, ".jsonl", documents())
     Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
-    monkeypatch.setattr(cache, "pieces", None)
+    monkeypatch.setattr(token_cache, "pieces", None)
     again = Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")
     same(again(20), pack(read_documents(file), TOKENIZER, 20))
     monkeypatch.undo()
@@ -211,13 +213,13 @@ def test_any_number_of_processes_makes_the_same_cache(world, tmp_path, monkeypat
     expected = Texts([text], TOKENIZER, cache=tmp_path / "one")(50)
     monkeypatch.setattr(distributed, "world", lambda: world)
     begun = []
-    original = cache.Part.fill
+    original = token_cache.Part.fill
 
     def noted(part: Any, *rest: Any) -> bool:
         begun.append(part.file.name)
         return original(part, *rest)
 
-    monkeypatch.setattr(cache.Part, "fill", noted)
+    monkeypatch.setattr(token_cache.Part, "fill", noted)
     for rank in range(world):  # each begins with a file of its own; the first to come finishes what is left
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         corpus = Corpus(text, TOKENIZER, tmp_path / "many")
@@ -234,7 +236,7 @@ def test_a_file_that_another_process_reads_is_left_to_it(tmp_path, monkeypatch, 
     corpus = Corpus(Text(str(file)), TOKENIZER, tmp_path / "cache")
     part = corpus.parts[0]
     part.folder.mkdir(parents=True)
-    lock = cache.FileLock(part.folder / "lock")
+    lock = token_cache.FileLock(part.folder / "lock")
     lock.acquire()
     assert not part.fill(None, False)
     monkeypatch.setattr(building.time, "sleep", lambda seconds: lock.release())
@@ -463,7 +465,7 @@ def test_memory_does_not_grow_with_the_file(kind, tmp_path, monkeypatch):
     for module in (files, reading):
         monkeypatch.setattr(module, "CHUNK", 1 << 16)
     monkeypatch.setattr(reading, "PIECE", 1 << 16)
-    monkeypatch.setattr(cache, "BLOCK", 1 << 16)
+    monkeypatch.setattr(token_cache, "BLOCK", 1 << 16)
     peaks = []
     for megabytes in (1, 8):
         texts = ["word " * 200] * (megabytes * 1000)
@@ -480,7 +482,9 @@ def test_memory_does_not_grow_with_the_file(kind, tmp_path, monkeypatch):
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     file = write(tmp_path, ".jsonl", documents())
-    monkeypatch.setattr(cache.os, "fsync", lambda stream: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        token_cache.os, "fsync", lambda stream: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(RegraftError, match="No space left on device.*--cache"):
         Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
     monkeypatch.undo()
@@ -517,8 +521,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import speaking
 from regraft import ranks
-from regraft.corpus import cache
-from regraft.corpus.building import Text, Texts
+from regraft.data import cache
+from regraft.data.corpus import Text, Texts
 fill = cache.Part.fill
 def noted(part, *rest):
     if filled := fill(part, *rest):

@@ -8,13 +8,14 @@ import sys
 import pytest
 import speaking
 
-from regraft import demo, settings, text
+from regraft import demo, settings
+from regraft.data import default_text
 from regraft.errors import RegraftError
 
 
 def pretend_packages(target):
     """What pip would have unpacked."""
-    file = target / text.WIKI
+    file = target / default_text.WIKI
     file.parent.mkdir(parents=True)
     articles = {f"Thing {n}": {"title": "", "extract": "A thing is a thing among things. " * 12} for n in range(20)}
     file.write_text(json.dumps(articles | {"Nothing": {"title": "", "extract": " "}}))
@@ -22,17 +23,17 @@ def pretend_packages(target):
 
 
 def test_held_out_topics_are_about_a_fifth_and_never_trained_on():
-    held, trained = text.held_out(), text.documentation()
-    assert len(held) == len(text.HELD_OUT) and not set(held) & set(trained)
+    held, trained = default_text.held_out(), default_text.documentation()
+    assert len(held) == len(default_text.HELD_OUT) and not set(held) & set(trained)
     assert 0.15 < sum(map(len, held)) / sum(map(len, held + trained)) < 0.25
     assert sum(len(document) > 12000 for document in held) >= 3, "long documents are what a state is measured on"
 
 
 def test_encyclopedia_skips_empty_articles(tmp_path):
-    articles = text.encyclopedia(pretend_packages(tmp_path / "packages"))
+    articles = default_text.encyclopedia(pretend_packages(tmp_path / "packages"))
     assert len(articles) == 20 and articles[0].startswith("Thing 0\n\nA thing")
     with pytest.raises(RegraftError, match="no encyclopedia text at"):
-        text.encyclopedia(tmp_path)
+        default_text.encyclopedia(tmp_path)
 
 
 def test_fetch_says_what_failed_and_leaves_nothing(tmp_path, monkeypatch):

@@ -15,13 +15,13 @@ from test_cli import as_json, refused, run_main
 
 from regraft import forecast, modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.forecast import Asked, at_worst, footprint, largest, moments, number
 from regraft.modeling import flops
 from regraft.steps.remix import Remix
 from regraft.uptrain import footprint as simulation
 from regraft.uptrain import objectives, stages
-from regraft.uptrain.data import Packed
 from regraft.uptrain.fakes import Alive
 from regraft.uptrain.matching import align_step
 from regraft.uptrain.recomputing import recomputing

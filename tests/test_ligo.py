@@ -23,6 +23,7 @@ from regraft import modeling, parity
 from regraft.cli import main
 from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Images, Packed
 from regraft.errors import RegraftError
 from regraft.fitting import Fitting, fit
 from regraft.growing import Growth
@@ -31,7 +32,6 @@ from regraft.steps.deepen import Deepen
 from regraft.steps.ligo import Learned
 from regraft.steps.transplant import Transplant
 from regraft.steps.widen import Widen
-from regraft.uptrain.data import Images, Packed
 from regraft.uptrain.objectives import loss
 from regraft.uptrain.stages import Stage
 

@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop
-from regraft.uptrain.data import Packed
 from regraft.uptrain.stages import Stage, projections
 
 STAGE = Stage("next", tokens=6 * 2 * 24, length=24, batch=2, rank=3, lr_mixer=1e-2, lr_new=1e-2, precision="float32")

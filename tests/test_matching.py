@@ -11,11 +11,11 @@ from test_mixers import SHAPES, made, rotary
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.base import Mixing
 from regraft.steps.remix import Remix
 from regraft.uptrain import matching
-from regraft.uptrain.data import Packed
 
 PLAIN = [
     {"name": "gated_deltanet"},

@@ -13,8 +13,8 @@ from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import read_images
 from regraft.errors import RegraftError
-from regraft.uptrain.data import read_images
 from regraft.uptrain.objectives import Images, Packed, loss, measured, targets
 
 MASK, SPECIAL = 4, (0, 1, 2, 3, 4)

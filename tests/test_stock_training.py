@@ -15,11 +15,11 @@ from test_objectives import CLASSIFIERS, images, text
 
 from regraft import modeling, moments
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import shuffled
 from regraft.errors import RegraftError
 from regraft.steps.deepen import Deepen
 from regraft.steps.widen import Widen
 from regraft.uptrain import adam, loop
-from regraft.uptrain.data import shuffled
 from regraft.uptrain.objectives import Rows, loss, measured
 from regraft.uptrain.stages import Stage
 

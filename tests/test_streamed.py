@@ -17,12 +17,12 @@ from models import tiny, tokens
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop, walk
 from regraft.uptrain.calibrate import calibrate
 from regraft.uptrain.capture import LayerRecord, body, recording
-from regraft.uptrain.data import Packed
 from regraft.uptrain.hollow import Hollow
 from regraft.uptrain.layers import stack
 from regraft.uptrain.stages import Stage

@@ -195,7 +195,7 @@ def test_shipped_recipes_are_valid():
 
 def test_docstrings_are_a_text():
     """The text that every machine has, for budgets that the documentation alone would repeat."""
-    from regraft import text
+    from regraft.data import default_text
 
-    found = text.docstrings()
-    assert len(found) > 100 and sum(map(len, found)) > 500_000 and not set(found) & set(text.held_out())
+    found = default_text.docstrings()
+    assert len(found) > 100 and sum(map(len, found)) > 500_000 and not set(found) & set(default_text.held_out())

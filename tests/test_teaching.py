@@ -17,11 +17,11 @@ from torch import nn
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.steps.remix import Remix
 from regraft.uptrain import loop, shelf, step, teaching
 from regraft.uptrain.capture import body
-from regraft.uptrain.data import Packed
 from regraft.uptrain.kl import head_kl, top, top_kl
 from regraft.uptrain.shelf import Shelf
 from regraft.uptrain.stages import Stage, kl

@@ -16,6 +16,7 @@ from torch import nn
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import Packed, long_windows, pack, read_documents, shuffled
 from regraft.errors import RegraftError
 from regraft.mixers import registry
 from regraft.mixers.base import Attention
@@ -24,7 +25,6 @@ from regraft.steps.remix import Remix
 from regraft.uptrain import loop
 from regraft.uptrain.calibrate import Attended, attend, calibrate, error, fit, gate_candidates
 from regraft.uptrain.capture import LayerRecord, body, recording
-from regraft.uptrain.data import Packed, long_windows, pack, read_documents, shuffled
 from regraft.uptrain.kl import head_kl
 from regraft.uptrain.matching import align_step
 from regraft.uptrain.stages import Stage, distil_step, parameter_groups

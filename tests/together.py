@@ -12,10 +12,10 @@ import torch
 
 from regraft import distributed, fitting, modeling, training
 from regraft.core.checkpoint import Checkpoint
+from regraft.data.packing import pack, read_documents
 from regraft.growing import Growth
 from regraft.growth.maps import Ligo
 from regraft.uptrain import loop, sharding
-from regraft.uptrain.data import pack, read_documents
 from regraft.uptrain.stages import LAYERWISE, Stage
 
 STEPS, LENGTH, BATCH = 50, 32, 12

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import choosing, distributed, fitting, modeling, moments
 from ..core.checkpoint import Checkpoint
+from ..data.packing import Images, shuffled
 from ..errors import RegraftError
 from ..growing import Growth
 from ..journal import write_json
@@ -25,7 +26,6 @@ from ..steps.ligo import Learned
 from ..steps.transplant import Transplant
 from ..uptrain import loop, objectives, sharding
 from ..uptrain.calibrate import calibrate
-from ..uptrain.data import Images, shuffled
 from ..uptrain.stages import LAYERWISE, Stage
 from . import material
 from .schema import MAIN, Arm, Comparison, Linear

@@ -12,14 +12,15 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from .. import modeling, text
+from .. import modeling
 from ..core.anatomy import find
 from ..core.checkpoint import Checkpoint
+from ..data import default_text
+from ..data.packing import Images, pack, read_documents, read_images
 from ..errors import RegraftError
 from ..growth.solving import solve
 from ..settings import Text
 from ..training import training_rows
-from ..uptrain.data import Images, pack, read_documents, read_images
 from ..uptrain.objectives import HEADS, Data, Rows
 from .schema import Comparison, Sizes
 
@@ -56,15 +57,15 @@ def write_text(recipe: Comparison, folder: Path) -> None:
     """train.jsonl and heldout.jsonl."""
     if (folder / "heldout.jsonl").exists():
         return
-    train = read_documents(recipe.data) if recipe.data else [*text.documentation(), *text.docstrings()]
+    train = read_documents(recipe.data) if recipe.data else [*default_text.documentation(), *default_text.docstrings()]
     if recipe.heldout:
         held = read_documents(recipe.heldout)
     elif recipe.data:
         train, held = held_back(train)
     else:
-        held = text.held_out()
-    text.write(train, folder / "train.jsonl")
-    text.write(held, folder / "heldout.jsonl")
+        held = default_text.held_out()
+    default_text.write(train, folder / "train.jsonl")
+    default_text.write(held, folder / "heldout.jsonl")
 
 
 def held_back(documents: list[str]) -> tuple[list[str], list[str]]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.anatomy import find
+from ..data.packing import Images, Packed
 from ..errors import RegraftError
 from ..mixers.gated import Gated
-from .data import Images, Packed
 from .stages import Stage
 
 

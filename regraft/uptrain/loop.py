@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..corpus.rows import Table
+from ..data.packing import Packed, shuffled
+from ..data.rows import Table
 from . import adam, speed
-from .data import Packed, shuffled
 from .divergence import guard
 from .layers import frozen, running
 from .lowrank import attach, detach

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..data.packing import Packed
 from ..errors import RegraftError
 from ..mixers.base import Mixer
 from .calibrate import error, relative
 from .capture import LayerRecord, body, recording
-from .data import Packed
 from .teaching import Lessons, Teacher
 from .whole import inside
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..corpus.rows import Table
+from ..data.packing import Images, Packed
+from ..data.rows import Table
 from ..errors import RegraftError
 from ..modeling.modeling_regraft import RegraftForCausalLM
-from .data import Images, Packed
 
 __all__ = [
     "Data",

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..data.packing import Packed
 from ..errors import RegraftError
 from ..mixers.base import Attention
 from ..mixers.registry import weights
 from ..modeling.modeling_regraft import RegraftForCausalLM
-from .data import Packed
 from .kl import head_kl
 from .lit import Lit
 from .objectives import IGNORED, Kind, last_hidden

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..data.packing import Packed
 from ..modeling.flops import counter as counted
-from .data import Packed
 from .layers import always, running
 from .matching import align_step, matrix_step, taught
 from .objectives import IGNORED, Rows, loss_of, targets

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..core.checkpoint import Checkpoint
-from ..corpus.rows import Table
+from ..data.rows import Table
 from ..errors import RegraftError
 from ..io import safetensors
 from . import loop

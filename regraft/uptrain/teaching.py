@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from .. import distributed, modeling
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
+from ..data.packing import Packed
 from ..errors import RegraftError
 from .capture import LayerRecord, body, recording
-from .data import Packed
 from .kl import head_kl, top, top_kl
 from .objectives import last_hidden
 from .shelf import Row, Shelf

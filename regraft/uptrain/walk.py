@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..core.checkpoint import Checkpoint
+from ..data.packing import Packed, shuffled
 from ..errors import RegraftError
 from ..mixers.base import Attention, Mixer
 from ..mixers.registry import build
@@ -20,7 +21,6 @@ from ..modeling.flops import counter as counted
 from . import loop, speed
 from .calibrate import calibrate_layer
 from .capture import LayerRecord
-from .data import Packed, shuffled
 from .divergence import Trend, guard
 from .hidden import Hidden
 from .hollow import Hollow

@@ -68,7 +68,7 @@ def grow(
     from .. import distributed, fitting, moments, parity
     from .. import plan as planning
     from ..core.checkpoint import Checkpoint
-    from ..corpus.building import Text
+    from ..data.corpus import Text
     from ..growing import LEARNED, Growth
     from ..progress import Ticker
 
@@ -166,7 +166,7 @@ def linearize(
     from .. import converting, distributed, methods, tables, tracking, watching
     from .. import plan as planning
     from ..core.checkpoint import Checkpoint
-    from ..corpus.building import Text
+    from ..data.corpus import Text
     from ..progress import Ticker
 
     tracking.chosen(track)

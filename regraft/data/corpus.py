@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from .. import distributed
 from ..errors import RegraftError
-from .cache import Part
 from .files import found
 from .rows import Mixed, Stored, enough, shared
-from .tokens import Tokens
+from .token_cache import Part
+from .tokenizer import Tokens
 
 FLOOR = 1 << 24  # tokens that are read of a text when fewer are needed: order is by seed over all of these
 WAIT = 0.2  # seconds between looks at what another process is reading

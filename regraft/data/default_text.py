@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from .errors import RegraftError
+from ..errors import RegraftError
 
 # About a fifth of the documentation's text, long topics among them; never trained on by a recipe of this project.
 HELD_OUT = ("attribute-access", "debugger", "formatstrings", "try", "typesseq")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
-from .cache import Part
-from .tokens import Tokens, sizes
+from .token_cache import Part
+from .tokenizer import Tokens, sizes
 
 
 @dataclass(frozen=True)

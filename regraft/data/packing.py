@@ -11,11 +11,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..corpus.files import found
-from ..corpus.reading import Bad, Place, pieces
-from ..corpus.rows import Packed
-from ..corpus.tokens import ending, sizes
 from ..errors import RegraftError
+from .documents import Bad, Place, pieces
+from .files import found
+from .rows import Packed
+from .tokenizer import ending, sizes
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import numpy
 from filelock import FileLock, Timeout
 
 from ..errors import RegraftError
-from .reading import Bad, Piece, Place, pieces
-from .tokens import Tokens
+from .documents import Bad, Piece, Place, pieces
+from .tokenizer import Tokens
 
 BLOCK = 1 << 20  # characters that are tokenised at once
 MANY = 1 << 13  # documents
