@@ -33,7 +33,7 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 
          "num_hidden_layers": 22, "vocab_size": 32000}  # fmt: skip
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2,
          "num_hidden_layers": 8, "vocab_size": 32000}  # fmt: skip
-IMPORTS = "from regraft.core.checkpoint import Checkpoint; from regraft.growing import Growth"
+IMPORTS = "from regraft.core.checkpoint import Checkpoint; from regraft.growth.sizes_to_steps import Growth"
 SILENT = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]
 Row = dict[str, Any]
 
@@ -135,7 +135,7 @@ def command_line(source: Path, out: Path, sizes: Row) -> list[str]:
 def forecast(source: Path, sizes: Row) -> int:
     """What the plan says about memory."""
     from regraft.core.checkpoint import Checkpoint
-    from regraft.growing import Growth
+    from regraft.growth.sizes_to_steps import Growth
     from regraft.plan import Plan
 
     opened = Checkpoint.open(source)

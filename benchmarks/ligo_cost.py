@@ -29,8 +29,8 @@ import torch, sys
 from regraft import hosts
 from regraft.core.checkpoint import Checkpoint
 from regraft.fitting import Fitting
-from regraft.growth.maps import Ligo
-from regraft.steps.ligo import Learned
+from regraft.growth.ligo_maps import Ligo
+from regraft.growth.steps.ligo import Learned
 from regraft.data.packing import Packed
 from regraft.uptrain.stages import Stage
 source, rows, length, sizes = Checkpoint.open(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
@@ -68,8 +68,8 @@ def overhead(folder: Path) -> dict[str, float]:
     import torch
 
     from regraft.core.checkpoint import Checkpoint
+    from regraft.growth.steps.ligo import Learned
     from regraft.modeling import flops
-    from regraft.steps.ligo import Learned
 
     small = Checkpoint.open(folder)
     learned = Learned(**SIZES)

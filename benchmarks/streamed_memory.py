@@ -32,7 +32,7 @@ import json, re, resource, sys, threading, time
 from pathlib import Path
 import torch
 from regraft.core.checkpoint import Checkpoint
-from regraft.steps.remix import Remix
+from regraft.growth.steps.remix import Remix
 from regraft.uptrain import walk
 from regraft.data.packing import Packed
 from regraft.uptrain.stages import Stage

@@ -36,9 +36,10 @@ from tracing import (
 
 from regraft.core import axes
 from regraft.errors import RegraftError
-from regraft.growth import depth, rotary, solving, targets
+from regraft.growth import build, depth, rotary
+from regraft.growth import sizes as solving
 from regraft.growth.operators import DEPTH, NOTES, PRESERVES, WIDTH, Operator
-from regraft.steps.widen import Widen
+from regraft.growth.steps.widen import Widen
 
 WIDER = """An axis has tensors that *write* it, whose rows are its coordinates, and tensors that *read* it, whose
 columns are. Matrices are drawn as (outputs, inputs). Grey numbers say which old coordinate an entry belongs to or
@@ -101,7 +102,7 @@ def said(name: str, function: Callable[..., Any]) -> str:
 def maps(how: str) -> str:
     """The functions of regraft.core.axes behind a width operator, and their docstrings."""
     source = Source(UNITS | {"hidden_size": 4}).checkpoint
-    made = targets.widening(source, solving.Asked(hidden=8, ffn=8), how).axes
+    made = build.widening(source, solving.Asked(hidden=8, ffn=8), how).axes
     names = {"units": made["ffn"].name, "stream": made["hidden"].name}
     said = {name: f"`axes.{name}`: {first_sentence(getattr(axes, name).__doc__)}" for name in names.values()}
     if len(said) == 1:
@@ -148,7 +149,7 @@ class Page:
         """The operators on an axis."""
         blocks = ["## Wider", WIDER.replace("\n", " ")]
         for how, one in WIDTH.items():
-            noise = targets.NOISE.get(how)
+            noise = build.NOISE.get(how)
             on = f"{noise:g} of a tensor's own spread, unless `noise` says otherwise" if noise else "off by default"
             rows = (("Sizes", width_sizes(how)), ("Noise", on), ("Code", maps(how)))
             blocks += [f"### {how}", sentence(one.does), facts(one, *rows)]

@@ -15,8 +15,8 @@ import torch
 from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 
 KINDS = ("old", "copy", "following", "random", "opposite", "average", "zero", "one")
 NEAR, SEED = 1e-9, 5

@@ -14,16 +14,24 @@ import wrapt
 if TYPE_CHECKING:
     from .core.checkpoint import Checkpoint
     from .errors import RegraftError
+    from .growth.steps.bridge import Bridge
+    from .growth.steps.composable import (
+        AddHeads,
+        AddLayers,
+        GrowHeadDim,
+        GrowHeadValues,
+        GrowHidden,
+        GrowMLP,
+        GrowQueryKeys,
+    )
+    from .growth.steps.deepen import Deepen
+    from .growth.steps.transplant import Transplant
+    from .growth.steps.widen import Widen
     from .modeling import load
     from .plan import Plan
     from .receipts import check
-    from .steps.bridge import Bridge
-    from .steps.composable import AddHeads, AddLayers, GrowHeadDim, GrowHeadValues, GrowHidden, GrowMLP, GrowQueryKeys
-    from .steps.deepen import Deepen
     from .steps.merge import Merge
     from .steps.remix import Remix
-    from .steps.transplant import Transplant
-    from .steps.widen import Widen
 
 __version__ = "0.1.0"
 __all__ = [

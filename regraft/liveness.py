@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
-from .growth.spaces import kind_of
+from .growth.widening import kind_of
 from .trial import Piece, observed, root, rows
 
 ALIKE = 1e-5  # rows that differ by less, relative to their length, are the same

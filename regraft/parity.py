@@ -11,7 +11,7 @@ from . import modeling
 from .core import axes
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
-from .growth import depth, targets
+from .growth import build, depth
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,7 +70,7 @@ def stream(before: Checkpoint, after: Checkpoint) -> Tensor:
         arguments, old = step.get("arguments", {}), len(index)
         new = arguments.get("hidden") or old
         if new > old:
-            drawn = targets.hows(arguments.get("how", "pad"))["hidden"] in ("duplicate", "aki")
+            drawn = build.hows(arguments.get("how", "pad"))["hidden"] in ("duplicate", "aki")
             index = index[axes.duplicate(old, new, arguments["seed"]).index if drawn else torch.arange(new) % old]
     return index
 

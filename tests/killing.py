@@ -19,8 +19,8 @@ import torch
 from models import tiny
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 
 PAUSE = 0.001
 SHARD = 60_000

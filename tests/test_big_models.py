@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 from regraft.io import safetensors, shard_writer
 from regraft.io.direct_io import ROOM, Direct
 from regraft.plan import OVERHEAD, Plan, writing_bytes
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
 
 HERE = Path(__file__).parent
 
@@ -256,8 +256,8 @@ import json, re, sys, threading, time
 import torch
 from regraft.core.checkpoint import Checkpoint
 from regraft.plan import Plan
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 
 def anonymous():
     return int(re.search(rb"RssAnon:\\s+(\\d+)", open("/proc/self/status", "rb").read())[1]) * 1024

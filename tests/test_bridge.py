@@ -14,11 +14,11 @@ from models import tiny
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint, Lazy
 from regraft.errors import RegraftError
-from regraft.growth import bridges
+from regraft.growth import class_conversion
+from regraft.growth.steps.bridge import Bridge
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 from regraft.io import safetensors
-from regraft.steps.bridge import Bridge
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
 
 BOUND = 2e-5
 PARALLEL: dict[str, Any] = {"heads": 3, "dim": 16, "use_parallel_residual": True}
@@ -293,8 +293,8 @@ def test_what_has_no_bridge_is_refused(
 
 def test_a_bridge_that_forgets_a_tensor_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("gpt_neox", **PARALLEL)[1].save_pretrained(tmp_path)
-    crossing = bridges.CROSSINGS["gpt_neox", "phi"]
+    crossing = class_conversion.CROSSINGS["gpt_neox", "phi"]
     folds = {base: norm for base, norm in crossing.folds.items() if base != "mlp.up"}
-    monkeypatch.setitem(bridges.CROSSINGS, ("gpt_neox", "phi"), replace(crossing, folds=folds))
+    monkeypatch.setitem(class_conversion.CROSSINGS, ("gpt_neox", "phi"), replace(crossing, folds=folds))
     with pytest.raises(RegraftError, match="post_attention_layernorm.bias' has no place in phi"):
         Bridge()(Checkpoint.open(tmp_path))

@@ -23,7 +23,7 @@ from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
 from regraft.errors import RegraftError
-from regraft.steps.transplant import Transplant
+from regraft.growth.steps.transplant import Transplant
 
 RECIPES = Path(settings.__file__).parent / "recipes"
 LLAMA = {

@@ -17,7 +17,7 @@ from regraft import cli, modeling
 from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.growing import Growth
+from regraft.growth.sizes_to_steps import Growth
 from regraft.modeling import flops
 from regraft.plan import Plan
 from regraft.steps.remix import Remix

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from regraft import cli, parity
 from regraft.core.checkpoint import Checkpoint
-from regraft.growing import Growth
 from regraft.growth.operators import AUTO, AUTO_POST_NORM
+from regraft.growth.sizes_to_steps import Growth
 from regraft.receipts import check
 
 

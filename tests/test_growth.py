@@ -20,11 +20,11 @@ from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.part import Part
 from regraft.errors import RegraftError
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 from regraft.modeling import load
 from regraft.plan import Plan
-from regraft.steps.deepen import Deepen
 from regraft.steps.remix import Remix
-from regraft.steps.widen import Widen
 
 BOUND = 2e-5
 COUPLED = ("gpt2", "gpt_neox", "bert", "roberta")

@@ -26,12 +26,12 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Images, Packed
 from regraft.errors import RegraftError
 from regraft.fitting import Fitting, fit
-from regraft.growing import Growth
-from regraft.growth.maps import Ligo, Space
-from regraft.steps.deepen import Deepen
-from regraft.steps.ligo import Learned
-from regraft.steps.transplant import Transplant
-from regraft.steps.widen import Widen
+from regraft.growth.ligo_maps import Ligo, Space
+from regraft.growth.sizes_to_steps import Growth
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.ligo import Learned
+from regraft.growth.steps.transplant import Transplant
+from regraft.growth.steps.widen import Widen
 from regraft.uptrain.objectives import loss
 from regraft.uptrain.stages import Stage
 
@@ -331,7 +331,7 @@ def test_large_maps_are_mixed_a_layer_at_a_time(tmp_path: Path, monkeypatch: pyt
     source = saved(tmp_path, "gpt_neox")
     learned = Learned(hidden=144, layers=5, method=Ligo(blur=0.5))
     whole = {key: lazy.read() for key, lazy in learned(source).tensors.items()}
-    monkeypatch.setattr("regraft.growth.learned.TOGETHER", 0)
+    monkeypatch.setattr("regraft.growth.ligo.TOGETHER", 0)
     for key, lazy in learned(source).tensors.items():
         assert torch.allclose(lazy.read(), whole[key], rtol=1e-5, atol=1e-6), key
 

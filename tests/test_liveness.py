@@ -15,12 +15,12 @@ from torch import Tensor
 from regraft.core.anatomy import Key
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.growth.widen import apart, pieces
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
+from regraft.growth.widened import apart, pieces
 from regraft.io import safetensors
 from regraft.liveness import liveness, ranges
-from regraft.steps.deepen import Deepen
 from regraft.steps.remix import Remix
-from regraft.steps.widen import Widen
 
 COUPLED = ("gpt2", "gpt_neox", "bert", "roberta")
 

@@ -10,11 +10,11 @@ import torch
 from models import GROWABLE, inputs, tiny
 from safetensors.torch import load_file, save_file
 
-from regraft import moments
 from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
+from regraft.growth import optimizer_state
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 
 
 def gradients(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -118,8 +118,8 @@ def test_a_state_is_grown_into_a_file_that_an_optimiser_takes(tmp_path: Path) ->
     for step in steps:
         grown = step(grown)
     grown.save(tmp_path / "out")
-    count = moments.grow(source, steps, tmp_path / "state.safetensors", tmp_path / "out")
-    state = load_file(tmp_path / "out" / moments.FILE)
+    count = optimizer_state.grow(source, steps, tmp_path / "state.safetensors", tmp_path / "out")
+    state = load_file(tmp_path / "out" / optimizer_state.FILE)
     stock = type(model).from_pretrained(tmp_path / "out")
     assert count == len(list(stock.named_parameters())) and len(state) == 3 * count
     for name, parameter in stock.named_parameters():
@@ -147,4 +147,4 @@ def test_a_state_of_another_model_is_refused(damage: str, tmp_path: Path) -> Non
     source = Checkpoint.open(tmp_path / "source")
     expected = {"missing": "lacks", "extra": "has not", "pickle": "pickle", "gone": "no optimiser state"}
     with pytest.raises(RegraftError, match=expected[damage]):
-        moments.read(source, file)
+        optimizer_state.read(source, file)

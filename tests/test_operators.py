@@ -11,10 +11,10 @@ import torch
 from models import apart, inputs, outputs, tiny
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.growth import depth, targets
+from regraft.growth import build, depth
 from regraft.growth.operators import DEPTH, NOTES, PAPERS, PRESERVES, WIDTH, Operator
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 
 BOUND = 2e-5
 EVERY = [*WIDTH.items(), *DEPTH.items()]
@@ -60,8 +60,8 @@ def test_docstrings_list_the_operators_and_their_papers(step: type, table: dict[
 
 
 def test_lists_are_the_tables() -> None:
-    assert targets.HOWS == tuple(WIDTH) and depth.ORDERS == tuple(DEPTH)
-    assert depth.EXACT == ("identity", "llama_pro") and set(targets.NOISE) <= set(WIDTH)
+    assert build.HOWS == tuple(WIDTH) and depth.ORDERS == tuple(DEPTH)
+    assert depth.EXACT == ("identity", "llama_pro") and set(build.NOISE) <= set(WIDTH)
     assert Widen.how in WIDTH and Deepen.how in DEPTH
     assert {key for _, one in EVERY for key in one.papers} == set(PAPERS)
 

@@ -12,9 +12,9 @@ from models import tiny, tokens
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 from regraft.io import safetensors
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
 
 BOUND = 2e-5
 SIZES: dict[str, Any] = {"heads": 3, "kv": 3, "dim": 16, "hidden": 48}

@@ -17,7 +17,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.growing import Growth
+from regraft.growth.sizes_to_steps import Growth
 from regraft.mixers.base import Attention, Mixing, fresh
 from regraft.mixers.ssm import naive_scan, scan
 from regraft.steps.remix import Remix

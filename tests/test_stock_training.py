@@ -13,12 +13,13 @@ from models import ARCHITECTURES, tiny
 from safetensors.torch import load_file, save_file
 from test_objectives import CLASSIFIERS, images, text
 
-from regraft import modeling, moments
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import shuffled
 from regraft.errors import RegraftError
-from regraft.steps.deepen import Deepen
-from regraft.steps.widen import Widen
+from regraft.growth import optimizer_state
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
 from regraft.uptrain import adam, loop
 from regraft.uptrain.objectives import Rows, loss, measured
 from regraft.uptrain.stages import Stage
@@ -141,7 +142,7 @@ def test_a_run_goes_on_with_the_moments_of_another(family: str, tmp_path: Path) 
     file = tmp_path / "first" / "optimizer.safetensors"
     first.save_pretrained(tmp_path / "model")
     source = Checkpoint.open(tmp_path / "model")
-    entries = moments.read(source, file)
+    entries = optimizer_state.read(source, file)
     assert float(entries[f"step/{next(iter(source.names.values()))}"].read()) == 3
 
     before = {name: value.detach().clone() for name, value in first.named_parameters()}
@@ -172,7 +173,7 @@ def test_moments_survive_growth_and_a_restart(tmp_path: Path) -> None:
     source, steps = Checkpoint.open(tmp_path / "source"), [Widen(hidden=45), Deepen(4)]
     grown = Deepen(4)(Widen(hidden=45)(source))
     grown.save(tmp_path / "grown")
-    moments.grow(source, steps, tmp_path / "small" / "optimizer.safetensors", tmp_path / "grown")
+    optimizer_state.grow(source, steps, tmp_path / "small" / "optimizer.safetensors", tmp_path / "grown")
 
     def train(out: Path, stop: int = 9) -> list[float]:
         def progress(*told: Any) -> None:

@@ -242,7 +242,7 @@ from pathlib import Path
 from test_streamed import STAGE, rows
 from regraft import ranks
 from regraft.core.checkpoint import Checkpoint
-from regraft.steps.remix import Remix
+from regraft.growth.steps.remix import Remix
 from regraft.uptrain import walk
 from regraft.uptrain.streamed import Streamed
 

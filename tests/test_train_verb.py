@@ -15,8 +15,8 @@ import transformers
 from models import inputs, tiny
 from test_cli import as_json, refused, run_main
 
-from regraft import moments
 from regraft.core.checkpoint import Checkpoint
+from regraft.growth import optimizer_state
 from regraft.uptrain import loop
 
 WORDS = len(speaking.SPECIAL) + 256 + 1
@@ -76,7 +76,7 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
     seen = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in seen] == [0, 2, 4, 5]
     assert kind == "distil" or seen[-1]["eval_loss"] < seen[0]["eval_loss"]
-    assert moments.read(Checkpoint.open(tmp_path / "out"), tmp_path / "out" / moments.FILE)
+    assert optimizer_state.read(Checkpoint.open(tmp_path / "out"), tmp_path / "out" / optimizer_state.FILE)
 
     kind_of_model, original = getattr(transformers, config["architectures"][0]), loop.write
     whole = kind_of_model.from_pretrained(tmp_path / "out").state_dict()
@@ -101,7 +101,7 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
 
 def test_training_goes_on_from_kept_moments(folder, tmp_path, capsys):
     as_json(capsys, *words(folder, "next", tmp_path / "a"), "--keep-moments")
-    command = words(folder, "next", tmp_path / "b", moments=tmp_path / "a" / moments.FILE)
+    command = words(folder, "next", tmp_path / "b", moments=tmp_path / "a" / optimizer_state.FILE)
     command[1] = tmp_path / "a"
     assert as_json(capsys, *command)["tokens"] == 640
 

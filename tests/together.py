@@ -13,8 +13,8 @@ import torch
 from regraft import distributed, fitting, modeling, training
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import pack, read_documents
-from regraft.growing import Growth
-from regraft.growth.maps import Ligo
+from regraft.growth.ligo_maps import Ligo
+from regraft.growth.sizes_to_steps import Growth
 from regraft.uptrain import loop, sharding
 from regraft.uptrain.stages import LAYERWISE, Stage
 

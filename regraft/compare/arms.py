@@ -14,16 +14,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import choosing, distributed, fitting, modeling, moments
+from .. import choosing, distributed, fitting, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.packing import Images, shuffled
 from ..errors import RegraftError
-from ..growing import Growth
+from ..growth import optimizer_state
+from ..growth.sizes_to_steps import Growth
+from ..growth.steps.ligo import Learned
+from ..growth.steps.transplant import Transplant
 from ..journal import write_json
 from ..modeling import flops
 from ..report import read_json
-from ..steps.ligo import Learned
-from ..steps.transplant import Transplant
 from ..uptrain import loop, objectives, sharding
 from ..uptrain.calibrate import calibrate
 from ..uptrain.stages import LAYERWISE, Stage
@@ -140,9 +141,9 @@ def begun(
     state = None
     if arm.moments:
         folder = arm_folder(out, arm.name, seed)
-        begun_with = source_folder(recipe, out, arm.source, seed) / moments.FILE
-        distributed.once(lambda: moments.grow(source, steps, begun_with, folder))
-        state = folder / moments.FILE
+        begun_with = source_folder(recipe, out, arm.source, seed) / optimizer_state.FILE
+        distributed.once(lambda: optimizer_state.grow(source, steps, begun_with, folder))
+        state = folder / optimizer_state.FILE
     return model, FREE | {"seconds": time.monotonic() - begin}, state
 
 
@@ -241,4 +242,4 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
     for name in ("run", "grown", FITTING):
         shutil.rmtree(folder / name, ignore_errors=True)
     if "arm" in facts:
-        (folder / moments.FILE).unlink(missing_ok=True)
+        (folder / optimizer_state.FILE).unlink(missing_ok=True)

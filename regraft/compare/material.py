@@ -18,7 +18,7 @@ from ..core.checkpoint import Checkpoint
 from ..data import default_text
 from ..data.packing import Images, pack, read_documents, read_images
 from ..errors import RegraftError
-from ..growth.solving import solve
+from ..growth.sizes import solve
 from ..settings import Text
 from ..training import training_rows
 from ..uptrain.objectives import HEADS, Data, Rows

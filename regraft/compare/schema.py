@@ -13,9 +13,9 @@ import yaml
 
 from .. import settings
 from ..errors import RegraftError
-from ..growing import Growth
-from ..growth.maps import Ligo
-from ..growth.solving import Sizes
+from ..growth.ligo_maps import Ligo
+from ..growth.sizes import Sizes
+from ..growth.sizes_to_steps import Growth
 from ..methods.method import spelt
 from ..steps.remix import Remix
 from ..uptrain.stages import Stage

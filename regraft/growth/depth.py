@@ -13,10 +13,10 @@ from ..core.anatomy import Key, Part, Placed
 from ..core.axes import product
 from ..core.checkpoint import Checkpoint, Lazy, Story
 from ..errors import RegraftError
-from .block import Draw, spread_of, wide
 from .operators import DEPTH, preserving
-from .spaces import kind_of
-from .widen import apart, pieces, together
+from .tensor import Draw, spread_of, wide
+from .widened import apart, pieces, together
+from .widening import kind_of
 
 ORDERS = tuple(DEPTH)
 EXACT = preserving(DEPTH, "exactly", "up to rounding")

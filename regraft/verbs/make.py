@@ -65,11 +65,12 @@ def grow(
     """
     import shutil
 
-    from .. import distributed, fitting, moments, parity
+    from .. import distributed, fitting, parity
     from .. import plan as planning
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
-    from ..growing import LEARNED, Growth
+    from ..growth import optimizer_state as moments
+    from ..growth.sizes_to_steps import LEARNED, Growth
     from ..progress import Ticker
 
     if Path(out).resolve() == Path(source).resolve():

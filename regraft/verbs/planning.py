@@ -89,7 +89,7 @@ def plan(
     from .. import forecast, methods
     from .. import plan as planning
     from ..core.checkpoint import Checkpoint
-    from ..growing import Growth
+    from ..growth.sizes_to_steps import Growth
 
     given = locals()
     if not (mixer or method):

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .core.anatomy import Key
-from .core.checkpoint import Checkpoint, Holds, Lazy, Story
-from .errors import RegraftError
-from .io.safetensors import Entry, header
+from ..core.anatomy import Key
+from ..core.checkpoint import Checkpoint, Holds, Lazy, Story
+from ..errors import RegraftError
+from ..io.safetensors import Entry, header
 
 MOMENTS: tuple[Holds, ...] = ("exp_avg", "exp_avg_sq")
 FILE = "optimizer.safetensors"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..core.checkpoint import Checkpoint
-from ..core.step import entry
-from ..growth import bridges
+from ...core.checkpoint import Checkpoint
+from ...core.step import entry
+from .. import class_conversion
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class Bridge:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The checkpoint of the other family."""
-        to = bridges.target(source, self.to)
-        made = bridges.bridged(source, to)
+        to = class_conversion.target(source, self.to)
+        made = class_conversion.bridged(source, to)
         return replace(made, history=(*source.history, entry(Bridge(to))))

@@ -12,8 +12,8 @@ from ..core.anatomy import Part, Placed
 from ..core.axes import Axes, Signature, product
 from ..core.checkpoint import Lazy, Story
 from ..errors import RegraftError
-from .block import Draw, Side, grow, grow_moment, wide
-from .spaces import Widening, factor, head_gain, sides, view
+from .tensor import Draw, Side, grow, grow_moment, wide
+from .widening import Widening, factor, head_gain, sides, view
 
 Key = tuple[str, int | None]
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.anatomy import Key, Placed
-from ..core.axes import Axes, Signature, product
-from ..core.checkpoint import Checkpoint, Lazy, Story
-from ..core.step import entry
-from ..errors import RegraftError
-from ..growth.block import Draw
-from ..growth.solving import Sizes, solve
-from ..growth.spaces import view
-from ..growth.widen import apart, pieces, together
+from ...core.anatomy import Key, Placed
+from ...core.axes import Axes, Signature, product
+from ...core.checkpoint import Checkpoint, Lazy, Story
+from ...core.step import entry
+from ...errors import RegraftError
+from ..sizes import Sizes, solve
+from ..tensor import Draw
+from ..widened import apart, pieces, together
+from ..widening import view
 
 SPREAD = 0.02  # of fresh matrices where the config does not say it
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.checkpoint import Checkpoint, Lazy, Story
-from ..errors import RegraftError
-from ..growth import depth, targets
-from ..growth.beside import Beside
-from ..growth.learned import Grower
-from ..growth.maps import COPY, DRAWN, Ligo
-from ..growth.solving import Sizes
+from ...core.checkpoint import Checkpoint, Lazy, Story
+from ...errors import RegraftError
+from .. import build, depth
+from ..ligo import Grower
+from ..ligo_from_copy import Beside
+from ..ligo_maps import COPY, DRAWN, Ligo
+from ..sizes import Sizes
 from .transplant import Transplant
 
 PAPERS = ["LiGO, arXiv 2303.00980"]
@@ -45,9 +45,9 @@ class Learned(Sizes):
             raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
         copies, old, new = self.method.start == COPY, source.layers, self.layers or source.layers
         if self.method.start in DRAWN:
-            made = targets.loosely(source, self, self.seed, folds=not copies)
+            made = build.loosely(source, self, self.seed, folds=not copies)
         else:
-            made = targets.widening(source, self, self.method.start, noise=0.0, seed=self.seed)
+            made = build.widening(source, self, self.method.start, noise=0.0, seed=self.seed)
         if copies:
             order = [depth.Layer(min(layer, old - 1)) for layer in range(new)]
             start = Transplant(**self.sizes, seed=self.seed)(source)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.anatomy import Anatomy, Part
 from ..core.axes import Axes, Expansion, Signature, identity
 from ..core.checkpoint import Checkpoint
-from .block import Side
+from .tensor import Side
 
 GROWS = ("hidden", "ffn", "kv", "group", "dim")
 LIVE, DEAD = "live", "dead"

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint
 from .depth import Layer
-from .learned import Grower, Maps
-from .maps import Ligo
-from .spaces import Widening
+from .ligo import Grower, Maps
+from .ligo_maps import Ligo
+from .widening import Widening
 
 
 class Beside(Grower):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..core.checkpoint import Checkpoint
-from ..core.step import entry
-from ..errors import RegraftError
-from ..growth import targets
-from ..growth.operators import WIDTH, cited, told
-from ..growth.solving import Asked
-from ..growth.widen import widened
+from ...core.checkpoint import Checkpoint
+from ...core.step import entry
+from ...errors import RegraftError
+from .. import build
+from ..operators import WIDTH, cited, told
+from ..sizes import Asked
+from ..widened import widened
 
 
 @told(WIDTH)
@@ -39,13 +39,13 @@ class Widen(Asked):
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        made = targets.widening(source, self, self.how, self.fold, self.noise, self.seed)
+        made = build.widening(source, self, self.how, self.fold, self.noise, self.seed)
         config = dict(made.config)
         sizes = source.anatomy.solve(config)
         if sizes != dict(made.sizes):
             raise RegraftError(
                 f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend its table"
             )
-        said = {"notes": told} if (told := targets.notes(made, self)) else {}
-        step = entry(self) | said | {"papers": cited(WIDTH, dict.fromkeys(targets.hows(self.how).values()))}
+        said = {"notes": told} if (told := build.notes(made, self)) else {}
+        step = entry(self) | said | {"papers": cited(WIDTH, dict.fromkeys(build.hows(self.how).values()))}
         return replace(source, config=config, sizes=sizes, tensors=widened(made), history=(*source.history, step))

@@ -12,9 +12,9 @@ from ..core.anatomy import Key, Part
 from ..core.axes import product
 from ..errors import RegraftError
 from .depth import Layer, Quiet
-from .maps import Ligo, Space, dense
-from .spaces import GROWS, Widening, head_gain, kind_of
-from .widen import Piece, apart, pieces, together
+from .ligo_maps import Ligo, Space, dense
+from .widened import Piece, apart, pieces, together
+from .widening import GROWS, Widening, head_gain, kind_of
 
 HEADS = ("kv", "group", "dim")
 TOGETHER = 1 << 26  # entries of one map in all layers that are in memory at once when a fitted model is written

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from .core.anatomy import find
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .growth import depth
-from .growth.maps import COPY, Ligo
-from .growth.operators import AUTO, AUTO_POST_NORM
-from .growth.solving import Sizes
-from .io import safetensors
+from ..core.anatomy import find
+from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..io import safetensors
+from . import depth
+from .ligo_maps import COPY, Ligo
+from .operators import AUTO, AUTO_POST_NORM
+from .sizes import Sizes
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned

@@ -14,7 +14,7 @@ from ..core.checkpoint import Checkpoint, Lazy, Story
 from ..core.lineage import versions
 from ..errors import RegraftError
 from . import rotary
-from .block import wide
+from .tensor import wide
 
 STAY = "widen it as it is, hidden together with the heads"
 Turning = tuple[dict[str, Any], Tensor | None]

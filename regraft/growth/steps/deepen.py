@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..core.checkpoint import Checkpoint
-from ..core.step import entry
-from ..growth import depth
-from ..growth.operators import DEPTH, cited, told
+from ...core.checkpoint import Checkpoint
+from ...core.step import entry
+from .. import depth
+from ..operators import DEPTH, cited, told
 
 
 @told(DEPTH)

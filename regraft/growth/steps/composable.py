@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.checkpoint import Checkpoint
-from ..errors import RegraftError
+from ...core.checkpoint import Checkpoint
+from ...errors import RegraftError
 from .deepen import Deepen
 from .widen import Widen
 

@@ -12,8 +12,8 @@ from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from . import rotary
 from .operators import WIDTH
-from .solving import Asked, solve
-from .spaces import DEAD, LIVE, Widening
+from .sizes import Asked, solve
+from .widening import DEAD, LIVE, Widening
 
 HOWS = tuple(WIDTH)
 NOISE = {"tile": 0.1, "duplicate": 0.1, "aki": 0.1, "lemon": 0.5}  # relative to a tensor's own spread
