@@ -21,9 +21,9 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data import default_text
 from regraft.demo import CACHE, fetch, prepare
+from regraft.linearize.remix import Remix
 from regraft.progress import Ticker
 from regraft.settings import Text
-from regraft.steps.remix import Remix
 from regraft.training import calibrated, training_rows
 from regraft.uptrain import loop
 from regraft.uptrain.calibrate import error

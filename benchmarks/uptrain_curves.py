@@ -21,16 +21,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regraft import methods, modeling
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data import default_text
 from regraft.demo import CACHE, fetch, prepare
 from regraft.evals import baselines
 from regraft.evals.perplexity import Candidate, measure
 from regraft.evaluation import evaluation_windows
+from regraft.linearize import methods
+from regraft.linearize.remix import Remix
 from regraft.progress import Ticker
 from regraft.settings import Text
-from regraft.steps.remix import Remix
 from regraft.training import calibrated, training_rows
 from regraft.uptrain import loop
 from regraft.uptrain.stages import Stage

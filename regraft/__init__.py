@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from .growth.steps.deepen import Deepen
     from .growth.steps.transplant import Transplant
     from .growth.steps.widen import Widen
+    from .linearize.merge import Merge
+    from .linearize.remix import Remix
     from .modeling import load
     from .plan import Plan
     from .receipts import check
-    from .steps.merge import Merge
-    from .steps.remix import Remix
 
 __version__ = "0.1.0"
 __all__ = [

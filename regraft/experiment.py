@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from . import distributed, modeling, report, settings
-from .converting import converted, uptrained
 from .core.checkpoint import Checkpoint
 from .data.corpus import Texts
 from .data.packing import Packed
@@ -21,6 +20,7 @@ from .evals.perplexity import Candidate, measure
 from .evals.suite import Suite, beside
 from .evaluation import assemble, evaluation_windows, suite
 from .journal import Journal, write_json
+from .linearize.pipeline import converted, uptrained
 from .modeling import generate
 from .plan import Plan
 from .settings import Recipe

@@ -13,9 +13,9 @@ from . import liveness, modeling, parity
 from .core import lineage
 from .core.checkpoint import Checkpoint
 from .errors import RegraftError
+from .linearize.remix import Remix
 from .mixers.base import Attention, Weight
 from .mixers.registry import weights
-from .steps.remix import Remix
 
 if TYPE_CHECKING:
     from rich.console import Console

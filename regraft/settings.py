@@ -19,8 +19,8 @@ from jsonargparse import ArgumentParser
 
 from .data.corpus import Text
 from .errors import RegraftError
-from .methods.method import filled
-from .steps.remix import Remix
+from .linearize.method import filled
+from .linearize.remix import Remix
 from .uptrain.stages import Stage
 
 

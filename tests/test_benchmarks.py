@@ -22,7 +22,7 @@ from regraft.errors import RegraftError
 from regraft.evals import baselines, harness, positions, reading, recall, tasks
 from regraft.evals.perplexity import Candidate
 from regraft.evals.suite import Suite, against
-from regraft.steps.remix import Remix
+from regraft.linearize.remix import Remix
 
 WORDS = "the cat sat on a mat while dogs ran past naïve old men".split()
 FILLER = ["some filler text that goes on for a while and never says anything at all; " * 20]

@@ -13,7 +13,7 @@ from regraft import cli, modeling
 from regraft.compare import arms, report, runner, schema
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.steps.remix import Remix
+from regraft.linearize.remix import Remix
 from regraft.uptrain.lit import Lit
 
 RETNET = {"mixer": "retnet", "keep": "0", "window": 0}

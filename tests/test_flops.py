@@ -18,9 +18,9 @@ from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
+from regraft.linearize.remix import Remix
 from regraft.modeling import flops
 from regraft.plan import Plan
-from regraft.steps.remix import Remix
 from regraft.uptrain import loop
 from regraft.uptrain.objectives import Images, Packed, Rows
 from regraft.uptrain.stages import Stage

@@ -18,8 +18,8 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.forecast import Asked, at_worst, footprint, largest, moments, number
+from regraft.linearize.remix import Remix
 from regraft.modeling import flops
-from regraft.steps.remix import Remix
 from regraft.uptrain import footprint as simulation
 from regraft.uptrain import objectives, stages
 from regraft.uptrain.fakes import Alive

@@ -22,9 +22,9 @@ from regraft.core.part import Part
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
+from regraft.linearize.remix import Remix
 from regraft.modeling import load
 from regraft.plan import Plan
-from regraft.steps.remix import Remix
 
 BOUND = 2e-5
 COUPLED = ("gpt2", "gpt_neox", "bert", "roberta")

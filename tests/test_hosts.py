@@ -17,8 +17,8 @@ import regraft
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.linearize.remix import Remix
 from regraft.modeling import modeling_regraft, remote_code
-from regraft.steps.remix import Remix
 
 TOLERANCE = 1e-5
 REMIXES = {

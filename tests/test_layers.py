@@ -15,8 +15,8 @@ from torch import nn
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.linearize.remix import Remix
 from regraft.modeling.flops import counter
-from regraft.steps.remix import Remix
 from regraft.uptrain import layers, loop
 from regraft.uptrain.layers import frozen, keep_probability, running, stack
 from regraft.uptrain.objectives import last_hidden, loss

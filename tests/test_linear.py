@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.linearize.merge import Merge
+from regraft.linearize.remix import Remix
 from regraft.mixers.base import Attention, Mixer, Mixing
 from regraft.modeling import flops
-from regraft.steps.merge import Merge
-from regraft.steps.remix import Remix
 
 ATTENTION = Attention(hidden=24, kv=4, group=2, dim=6, scale=6**-0.5, qkv_bias=True, o_bias=True, qk_norm=1e-6)
 TIME = 37

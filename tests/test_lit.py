@@ -20,7 +20,7 @@ from torch import nn
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.steps.remix import Remix
+from regraft.linearize.remix import Remix
 from regraft.uptrain import loop
 from regraft.uptrain.lit import Lit, Watch
 from regraft.uptrain.stages import Stage, origins

@@ -19,8 +19,8 @@ from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.growth.widened import apart, pieces
 from regraft.io import safetensors
+from regraft.linearize.remix import Remix
 from regraft.liveness import liveness, ranges
-from regraft.steps.remix import Remix
 
 COUPLED = ("gpt2", "gpt_neox", "bert", "roberta")
 

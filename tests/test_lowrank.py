@@ -16,7 +16,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.steps.remix import Remix
+from regraft.linearize.remix import Remix
 from regraft.uptrain import loop
 from regraft.uptrain.stages import Stage, projections
 

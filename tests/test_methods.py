@@ -14,10 +14,11 @@ import yaml
 from models import tiny
 from test_cli import as_json, refused
 
-from regraft import methods, settings
+from regraft import settings
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals.baselines import remix_of
+from regraft.linearize import methods
 from regraft.uptrain import loop
 
 NAMES = methods.names()

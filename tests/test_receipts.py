@@ -14,8 +14,8 @@ from rich.console import Console
 from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
 from regraft.io import safetensors
+from regraft.linearize.remix import Remix
 from regraft.receipts import check, render
-from regraft.steps.remix import Remix
 
 
 @pytest.fixture

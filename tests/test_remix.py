@@ -13,8 +13,8 @@ from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.step import Step, entry
 from regraft.errors import RegraftError
+from regraft.linearize.remix import Remix
 from regraft.receipts import account, check
-from regraft.steps.remix import Remix
 
 REMIXES = {
     "default": Remix(keep="every:2"),

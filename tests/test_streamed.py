@@ -19,7 +19,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.steps.remix import Remix
+from regraft.linearize.remix import Remix
 from regraft.uptrain import loop, walk
 from regraft.uptrain.calibrate import calibrate
 from regraft.uptrain.capture import LayerRecord, body, recording

@@ -19,7 +19,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.steps.remix import Remix
+from regraft.linearize.remix import Remix
 from regraft.uptrain import loop, shelf, step, teaching
 from regraft.uptrain.capture import body
 from regraft.uptrain.kl import head_kl, top, top_kl

@@ -18,10 +18,10 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed, long_windows, pack, read_documents, shuffled
 from regraft.errors import RegraftError
+from regraft.linearize.remix import Remix
 from regraft.mixers import registry
 from regraft.mixers.base import Attention
 from regraft.mixers.gated import Gated
-from regraft.steps.remix import Remix
 from regraft.uptrain import loop
 from regraft.uptrain.calibrate import Attended, attend, calibrate, error, fit, gate_candidates
 from regraft.uptrain.capture import LayerRecord, body, recording

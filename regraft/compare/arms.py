@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import choosing, distributed, fitting, modeling
+from .. import distributed, fitting, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.packing import Images, shuffled
 from ..errors import RegraftError
@@ -23,6 +23,7 @@ from ..growth.sizes_to_steps import Growth
 from ..growth.steps.ligo import Learned
 from ..growth.steps.transplant import Transplant
 from ..journal import write_json
+from ..linearize import select_layers
 from ..modeling import flops
 from ..report import read_json
 from ..uptrain import loop, objectives, sharding
@@ -162,7 +163,7 @@ def linearized(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the linearized source with its closed-form start, what that cost)."""
     begin, length = time.monotonic(), recipe.train.length
-    if not linear.calibration and choosing.asked(linear.keep) is None:
+    if not linear.calibration and select_layers.asked(linear.keep) is None:
         model = modeling.materialize(linear.remix(seed=seed)(teacher.checkpoint))
         return model, FREE | {"seconds": time.monotonic() - begin, "keep": linear.keep}
     rows = material.rows(recipe, out)(length)
@@ -170,7 +171,9 @@ def linearized(
     batches = loop.batches(rows, -(-linear.calibration // length), seed) if linear.calibration else []
     with flops.counter() as counter:
         picked = rows[shuffled(len(rows), min(len(rows), -(-CHOOSE // length)), seed)]
-        remix = choosing.resolved(teacher.checkpoint, linear.remix(seed=seed), choosing.Bench(picked, batches))
+        remix = select_layers.resolved(
+            teacher.checkpoint, linear.remix(seed=seed), select_layers.Bench(picked, batches)
+        )
         model = modeling.materialize(remix(teacher.checkpoint))
         if batches:
             for _ in calibrate(modeling.slots(model), teacher.model, teacher.slots, batches):
@@ -187,7 +190,7 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
     if arm.ligo is not None:
         return [Learned(**sizes, method=arm.ligo, seed=seed)]
     if arm.linear is not None:
-        measured = choosing.asked(arm.linear.keep) is not None and not arm.scratch
+        measured = select_layers.asked(arm.linear.keep) is not None and not arm.scratch
         return [arm.linear.remix(seed=seed, **({"keep": "none"} if measured else {}))]
     return list(arm.growth(recipe.target, seed).steps(source))
 

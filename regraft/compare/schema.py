@@ -16,8 +16,8 @@ from ..errors import RegraftError
 from ..growth.ligo_maps import Ligo
 from ..growth.sizes import Sizes
 from ..growth.sizes_to_steps import Growth
-from ..methods.method import spelt
-from ..steps.remix import Remix
+from ..linearize.method import spelt
+from ..linearize.remix import Remix
 from ..uptrain.stages import Stage
 
 MAIN = "source"
@@ -66,7 +66,7 @@ class Leg:
 class Linear(Remix):
     """How an arm is linearized, in the words of `Remix` (`seed` is the run's), and trained.
 
-    A file may name a `method` (`regraft.methods`) and what differs from it; `keep` may be a rule that is measured.
+    A file may name a `method` (`regraft.linearize.methods`) and what differs from it; `keep` may be a rule that is measured.
     `calibration`: tokens for the closed-form start. `stages`: each in the words of a training stage, what it leaves out
     as in the comparison's `train`; stages without `tokens` share what the others leave of its tokens.
     """

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
-from ..steps.remix import Remix
+from ..linearize.remix import Remix
 from .perplexity import Candidate
 
 TEACHER = "teacher"

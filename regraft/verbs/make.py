@@ -164,10 +164,11 @@ def linearize(
         read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
     """
-    from .. import converting, distributed, methods, tables, tracking, watching
+    from .. import distributed, tables, tracking, watching
     from .. import plan as planning
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
+    from ..linearize import methods, pipeline
     from ..progress import Ticker
 
     tracking.chosen(track)
@@ -185,14 +186,14 @@ def linearize(
     with Ticker() as ticker:
         if tokens and text:
             watched = watching.Watching(track, jump)
-            remix, ledger = converting.carry_out(
+            remix, ledger = pipeline.carry_out(
                 before, way, Path(out), text, stages, seed, ticker, overwrite, watched, kept
             )
             ledger |= {"summary": watching.summary(out)}
             after = remix(before)
         else:
-            rows = converting.text_rows(before, text, ticker, cache=kept) if text else None
-            remix = distributed.once(lambda: converting.converted(before, way.remix, rows, ticker))
+            rows = pipeline.text_rows(before, text, ticker, cache=kept) if text else None
+            remix = distributed.once(lambda: pipeline.converted(before, way.remix, rows, ticker))
             after = remix(before)
             distributed.once(lambda: after.save(out, overwrite=overwrite))
     made = planning.Plan.of(before, after, notes=notes)

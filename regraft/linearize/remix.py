@@ -32,7 +32,7 @@ class Remix:
     "v,o" (XATL copies "o"); the others begin anew (`mixers.inherit`). The window branch is the source's own.
 
     `gate`: logit of the share that the linear branch beside a window has at first (0: half).
-    `scores`: how the layers of `keep` were chosen, when they were measured (`regraft.choosing`); changes nothing here.
+    `scores`: how the layers of `keep` were chosen, when they were measured (`regraft.linearize.select_layers`); changes nothing here.
 
     Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the logits.
     Refuses: unknown mixers, layers beyond the last, a model that is already linearized.

@@ -11,24 +11,25 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import choosing, distributed, modeling
-from .core.checkpoint import Checkpoint
-from .data import default_text
-from .data.corpus import Texts
-from .data.packing import pack
-from .data.rows import Table
-from .errors import RegraftError
-from .evals.baselines import remix_of
-from .journal import write_json
+from .. import distributed, modeling
+from ..core.checkpoint import Checkpoint
+from ..data import default_text
+from ..data.corpus import Texts
+from ..data.packing import pack
+from ..data.rows import Table
+from ..errors import RegraftError
+from ..evals.baselines import remix_of
+from ..journal import write_json
+from ..progress import Ticker
+from ..report import COSTS, read_json
+from ..settings import Text
+from ..training import calibrated, save_trained, training_rows
+from ..uptrain import loop, sharding
+from ..uptrain.stages import LAYERWISE, Stage
+from ..watching import USUAL, Watching
+from . import select_layers
 from .methods import Method
-from .progress import Ticker
-from .report import COSTS, read_json
-from .settings import Text
-from .steps.remix import Remix
-from .training import calibrated, save_trained, training_rows
-from .uptrain import loop, sharding
-from .uptrain.stages import LAYERWISE, Stage
-from .watching import USUAL, Watching
+from .remix import Remix
 
 WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
 ASKED = "asked.json"
@@ -40,7 +41,7 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
 
     `rows`: packed text by length (None: Python's own documentation, without what is held out of it).
     """
-    if choosing.asked(remix.keep) is None:
+    if select_layers.asked(remix.keep) is None:
         return remix
     if rows is None:
         tokenizer = modeling.load_tokenizer(source.path)
@@ -52,7 +53,7 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
         raise RegraftError(f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)") from None
     picked = table[loop.shuffled(len(table), min(WINDOWS, len(table)), remix.seed)]
     batches = loop.batches(table, WINDOWS, remix.seed + 1)
-    return choosing.resolved(source, remix, choosing.Bench(picked, batches, ticker.update))
+    return select_layers.resolved(source, remix, select_layers.Bench(picked, batches, ticker.update))
 
 
 def uptrained(

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RegraftError
-from ..steps.remix import Remix
 from ..uptrain.stages import Stage
+from .remix import Remix
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Method:
 
 def names() -> list[str]:
     """Every method's name: the files of this folder."""
-    package = importlib.import_module(__package__ or "regraft.methods")
+    package = importlib.import_module(__package__ or "regraft.linearize.methods")
     return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "method"]
 
 

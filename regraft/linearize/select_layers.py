@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import modeling
-from .core.checkpoint import Checkpoint
-from .data.packing import Packed
-from .errors import RegraftError
-from .evals.baselines import TEACHER
-from .evals.perplexity import Candidate, Score, measure, window_logits
-from .evals.reading import log_likelihoods
-from .modeling import flops
-from .steps.remix import RULES, Remix
-from .uptrain.calibrate import calibrate
-from .uptrain.hollow import feeding
-from .uptrain.layers import Skipped, stack
+from .. import modeling
+from ..core.checkpoint import Checkpoint
+from ..data.packing import Packed
+from ..errors import RegraftError
+from ..evals.baselines import TEACHER
+from ..evals.perplexity import Candidate, Score, measure, window_logits
+from ..evals.reading import log_likelihoods
+from ..modeling import flops
+from ..uptrain.calibrate import calibrate
+from ..uptrain.hollow import feeding
+from ..uptrain.layers import Skipped, stack
+from .remix import RULES, Remix
 
 EPSILON = 1e-6
 Progress = Callable[[float], None]
