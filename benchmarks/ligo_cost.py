@@ -28,11 +28,11 @@ COMMON = """
 import torch, sys
 from regraft import hosts
 from regraft.core.checkpoint import Checkpoint
-from regraft.fitting import Fitting
+from regraft.train.fit_ligo import Fitting
 from regraft.growth.ligo_maps import Ligo
 from regraft.growth.steps.ligo import Learned
 from regraft.data.packing import Packed
-from regraft.uptrain.stages import Stage
+from regraft.train.stage import Stage
 source, rows, length, sizes = Checkpoint.open(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
 learned = Learned(**sizes, method=Ligo(steps=100))
 ids = torch.randint(200, 1000, (rows, length))
@@ -46,7 +46,7 @@ for step in range(2):
     fitting.step(stage, data, step, 0, rows)
 """
 TRAIN = """
-from regraft.uptrain.objectives import loss
+from regraft.train.objectives import loss
 model = hosts.materialize(learned(source))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 for step in range(2):

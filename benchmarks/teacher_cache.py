@@ -28,10 +28,10 @@ import json, sys
 from pathlib import Path
 import torch
 from regraft import hosts
-from regraft.uptrain import loop
+from regraft.train import loop
 from regraft.data.packing import Packed
-from regraft.uptrain.stages import Stage
-from regraft.uptrain.teaching import Keeping, Lessons
+from regraft.train.stage import Stage
+from regraft.train.teacher_cache import Keeping, Lessons
 
 torch.set_num_threads(1)
 teacher, student, out, cache, kind = sys.argv[1:6]

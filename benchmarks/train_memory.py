@@ -96,12 +96,12 @@ def measured(name: str, folder: Path) -> int:
 
     from regraft import modeling
     from regraft.data.packing import Packed
-    from regraft.uptrain import loop, speed
-    from regraft.uptrain.stages import Stage
+    from regraft.train import loop, throughput
+    from regraft.train.stage import Stage
 
     _, _, kind, length, rows, precision, again = CASES[name]
     source, target = opened(name, folder)
-    speed.peak(torch.device("cpu"), precision == "bfloat16")
+    throughput.peak(torch.device("cpu"), precision == "bfloat16")
     torch.manual_seed(0)
     ids = torch.randint(3, 1000, (4 * rows, length))
     places = torch.arange(length).remainder(length // 2).expand_as(ids)  # two documents in a row

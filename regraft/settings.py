@@ -21,7 +21,7 @@ from .data.corpus import Text
 from .errors import RegraftError
 from .linearize.method import filled
 from .linearize.remix import Remix
-from .uptrain.stages import Stage
+from .train.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from test_report import Balanced
 
-from regraft import cli, fitting, settings
+from regraft import cli, settings
 from regraft.compare import arms, material, report, runner, schema, summary
 from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
@@ -24,6 +24,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
 from regraft.errors import RegraftError
 from regraft.growth.steps.transplant import Transplant
+from regraft.train import fit_ligo
 
 RECIPES = Path(settings.__file__).parent / "recipes"
 LLAMA = {
@@ -261,7 +262,7 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
     learned = {"name": "learned", "ligo": {"steps": 4}}
     made = schema.load(recipe(tmp_path, data=str(text), arms=[*TINY["arms"], learned], seeds=[0]), {})
     seen: list[int] = []
-    fit = fitting.fit
+    fit = fit_ligo.fit
 
     def noted(*words, progress, **more):
         def note(step, steps, row):
@@ -274,7 +275,7 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
         if len(seen) == 3:
             raise InterruptedError("killed")
 
-    monkeypatch.setattr(fitting, "fit", noted)
+    monkeypatch.setattr(fit_ligo, "fit", noted)
     for name in ("whole", "broken"):
         runner.claim(made, tmp_path / name)
         material.prepare(made, tmp_path / name)

@@ -14,7 +14,7 @@ from regraft.compare import arms, report, runner, schema
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
-from regraft.uptrain.lit import Lit
+from regraft.train.lit import Lit
 
 RETNET = {"mixer": "retnet", "keep": "0", "window": 0}
 SCRATCH = {"name": "scratch", "scratch": True, "linear": RETNET}

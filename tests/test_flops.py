@@ -21,9 +21,9 @@ from regraft.growth.sizes_to_steps import Growth
 from regraft.linearize.remix import Remix
 from regraft.modeling import flops
 from regraft.plan import Plan
-from regraft.uptrain import loop
-from regraft.uptrain.objectives import Images, Packed, Rows
-from regraft.uptrain.stages import Stage
+from regraft.train import loop
+from regraft.train.objectives import Images, Packed, Rows
+from regraft.train.stage import Stage
 
 CASES = [(family, name) for family in CONFIGS for name in ARCHITECTURES.get(family, (None,))]
 MIXERS = [

@@ -20,11 +20,11 @@ from regraft.errors import RegraftError
 from regraft.forecast import Asked, at_worst, footprint, largest, moments, number
 from regraft.linearize.remix import Remix
 from regraft.modeling import flops
+from regraft.train import objectives, stage
+from regraft.train.align import align_step
+from regraft.train.gradient_checkpointing import recomputing
 from regraft.uptrain import footprint as simulation
-from regraft.uptrain import objectives, stages
 from regraft.uptrain.fakes import Alive
-from regraft.uptrain.matching import align_step
-from regraft.uptrain.recomputing import recomputing
 
 LENGTH = 96
 LINEAR = Remix("gated_deltanet", "0", window=16, sinks=2)
@@ -52,7 +52,7 @@ def taken(source: Checkpoint, target: Checkpoint, asked: Asked, rows: int) -> fl
     fast, given = asked.precision == "bfloat16", text(rows)
     model, teacher = modeling.materialize(target), modeling.materialize(source)
     teacher.requires_grad_(False)
-    stages.parameter_groups(model, stages.Stage(asked.stage, LENGTH, LENGTH))
+    stage.parameter_groups(model, stage.Stage(asked.stage, LENGTH, LENGTH))
     recomputing(model, asked.checkpointing)
     known = [tensor for one in (model, teacher) for tensor in (*one.parameters(), *one.buffers())]
     with Alive(known) as alive:
@@ -60,7 +60,7 @@ def taken(source: Checkpoint, target: Checkpoint, asked: Asked, rows: int) -> fl
             seen, labels = objectives.targets(model, "next", given)
             objectives.loss_of(model, "next", seen, labels, fast).backward()
         elif asked.stage == "distil":
-            stages.distil_step(model, teacher, given, fast)
+            stage.distil_step(model, teacher, given, fast)
         else:
             align_step(model, teacher, modeling.slots(teacher, source), given, fast)
     return alive.peak

@@ -17,9 +17,9 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
 from regraft.modeling.flops import counter
-from regraft.uptrain import layers, loop
-from regraft.uptrain.layers import frozen, keep_probability, running, stack
-from regraft.uptrain.objectives import last_hidden, loss
+from regraft.train import layer_subset, loop
+from regraft.train.layer_subset import frozen, keep_probability, running, stack
+from regraft.train.objectives import last_hidden, loss
 
 KIND = {"bert": "mask", "roberta": "mask", "vit": "image", "dinov2": "image"}
 
@@ -121,7 +121,10 @@ def test_every_step_counts_what_it_ran(tmp_path: Path) -> None:
     each = []
     for step in range(12):
         batch = text(7)[order[2 * step : 2 * step + 2]]
-        with running(model, plan, step, loop.generator(0, 0, step, 1), layers.always(batch, None)), counter() as found:
+        with (
+            running(model, plan, step, loop.generator(0, 0, step, 1), layer_subset.always(batch, None)),
+            counter() as found,
+        ):
             loss(model, "next", batch).backward()
         each.append(found.get_total_flops())
     assert [row["flops"] for row in rows] == [sum(each[: step + 1]) for step in range(12)]
@@ -140,7 +143,7 @@ def test_the_schedule_of_layer_dropping() -> None:
     plan = stage("next", 1000, layer_drop=0.5)
     for seed in range(2000):
         with running(model, plan, 999, draws(seed)):
-            kept += torch.tensor([not isinstance(layer, layers.Skipped) for layer in stack(model)])
+            kept += torch.tensor([not isinstance(layer, layer_subset.Skipped) for layer in stack(model)])
     assert (kept / 2000).tolist() == pytest.approx(late, abs=0.04)
 
 
@@ -180,7 +183,7 @@ def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> 
         module.register_forward_hook(lambda m, a, output, at=at: seen.__setitem__(at, output))
         for at, module in enumerate(stack(model))
     ]
-    held = layers.always(rows, None)
+    held = layer_subset.always(rows, None)
     with torch.no_grad(), running(model, plan, 0, draws(), held):
         last = stack(model)[4].register_forward_pre_hook(lambda m, args: seen.__setitem__(-1, args[0]))
         model(input_ids=rows.input_ids, **({"use_cache": False} if model.config.model_type not in KIND else {}))
@@ -189,7 +192,7 @@ def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> 
     assert seen[1].shape[1] == 20 and seen[2].shape[1] == seen[3].shape[1] == 15 and seen[4].shape[1] == 20
     generator = draws()
     torch.rand(5, generator=generator)
-    index = layers.Aside(0.25, generator, held).staying(2, 20)
+    index = layer_subset.Aside(0.25, generator, held).staying(2, 20)
     assert all(set(held[row].nonzero().flatten().tolist()) <= set(index[row].tolist()) for row in range(2))
     assert torch.equal(seen[-1].gather(1, index[..., None].expand(-1, -1, seen[3].shape[-1])), seen[3])
     aside = torch.ones(2, 20, dtype=torch.bool).scatter(1, index, False)

@@ -25,15 +25,15 @@ from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Images, Packed
 from regraft.errors import RegraftError
-from regraft.fitting import Fitting, fit
 from regraft.growth.ligo_maps import Ligo, Space
 from regraft.growth.sizes_to_steps import Growth
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.ligo import Learned
 from regraft.growth.steps.transplant import Transplant
 from regraft.growth.steps.widen import Widen
-from regraft.uptrain.objectives import loss
-from regraft.uptrain.stages import Stage
+from regraft.train.fit_ligo import Fitting, fit
+from regraft.train.objectives import loss
+from regraft.train.stage import Stage
 
 RMS = ("mistral", "qwen2", "qwen3", "gemma", "phi3", "mixtral")
 STILL = {"start": "pad", "blur": 0.0}

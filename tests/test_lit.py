@@ -21,9 +21,9 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
-from regraft.uptrain import loop
-from regraft.uptrain.lit import Lit, Watch
-from regraft.uptrain.stages import Stage, origins
+from regraft.train import loop
+from regraft.train.lit import Lit, Watch
+from regraft.train.stage import Stage, origins
 
 # r_k of XATL's 410M RetNet runs at 10k, 15k, ... steps, read off the authors' plots, and where they unfroze.
 PUBLISHED = {

@@ -17,8 +17,8 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
-from regraft.uptrain import loop
-from regraft.uptrain.stages import Stage, projections
+from regraft.train import loop
+from regraft.train.stage import Stage, projections
 
 STAGE = Stage("next", tokens=6 * 2 * 24, length=24, batch=2, rank=3, lr_mixer=1e-2, lr_new=1e-2, precision="float32")
 

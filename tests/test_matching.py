@@ -15,7 +15,7 @@ from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
 from regraft.mixers.base import Mixing
-from regraft.uptrain import matching
+from regraft.train import align
 
 PLAIN = [
     {"name": "gated_deltanet"},
@@ -65,14 +65,14 @@ def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(family: str, 
     model = modeling.materialize(Remix(mixer="lightning", keep="1", window=0)(source))
     rows = Packed(tokens(2, 40), torch.arange(40).expand(2, 40), torch.zeros(2))
     kind = teacher.config._attn_implementation
-    value = matching.matrix_step(model, teacher, slots, rows, False)
+    value = align.matrix_step(model, teacher, slots, rows, False)
     assert teacher.config._attn_implementation == kind
     teacher.set_attn_implementation("eager")
     seen = teacher(rows.input_ids, output_attentions=True, output_hidden_states=True)
     norms = [seen.attentions[layer] for layer in (0, 2)]
     records: dict[int, torch.Tensor] = {}
-    with matching.recording(slots, [0, 2], lambda layer, record: records.update({layer: record})):
-        matching.body(teacher, rows.input_ids, rows.position_ids)
+    with align.recording(slots, [0, 2], lambda layer, record: records.update({layer: record})):
+        align.body(teacher, rows.input_ids, rows.position_ids)
     expected = [
         (made - wanted).norm() ** 2 / wanted.norm() ** 2
         for layer, target in zip((0, 2), norms, strict=True)

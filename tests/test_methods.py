@@ -19,7 +19,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evals.baselines import remix_of
 from regraft.linearize import methods
-from regraft.uptrain import loop
+from regraft.train import loop
 
 NAMES = methods.names()
 

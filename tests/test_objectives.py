@@ -15,7 +15,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
 from regraft.errors import RegraftError
-from regraft.uptrain.objectives import Images, Packed, loss, measured, targets
+from regraft.train.objectives import Images, Packed, loss, measured, targets
 
 MASK, SPECIAL = 4, (0, 1, 2, 3, 4)
 DECODERS = [family for family in GROWABLE if family not in ARCHITECTURES]

@@ -21,8 +21,8 @@ from regraft.growth.sizes_to_steps import Growth
 from regraft.linearize.remix import Remix
 from regraft.mixers.base import Attention, Mixing, fresh
 from regraft.mixers.ssm import naive_scan, scan
-from regraft.uptrain.calibrate import calibrate
-from regraft.uptrain.stages import origins
+from regraft.train.calibrate import calibrate
+from regraft.train.stage import origins
 
 HIDDEN = 24
 ATTENTION = Attention(hidden=HIDDEN, kv=2, group=1, dim=12, scale=1.0)

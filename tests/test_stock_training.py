@@ -20,9 +20,10 @@ from regraft.errors import RegraftError
 from regraft.growth import optimizer_state
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
-from regraft.uptrain import adam, loop
-from regraft.uptrain.objectives import Rows, loss, measured
-from regraft.uptrain.stages import Stage
+from regraft.train import loop
+from regraft.train import optimizer_state as adam
+from regraft.train.objectives import Rows, loss, measured
+from regraft.train.stage import Stage
 
 FAMILY = {"next": "qwen2", "mask": "bert", "image": "vit", "distil": "gpt2"}
 

@@ -20,13 +20,14 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
-from regraft.uptrain import loop, walk
-from regraft.uptrain.calibrate import calibrate
-from regraft.uptrain.capture import LayerRecord, body, recording
-from regraft.uptrain.hollow import Hollow
-from regraft.uptrain.layers import stack
-from regraft.uptrain.stages import Stage
-from regraft.uptrain.streamed import Streamed
+from regraft.train import loop
+from regraft.train.calibrate import calibrate
+from regraft.train.hooks import LayerRecord, body, recording
+from regraft.train.layer_subset import stack
+from regraft.train.layerwise import align
+from regraft.train.layerwise.one_layer_model import Hollow
+from regraft.train.layerwise.state import Streamed
+from regraft.train.stage import Stage
 
 LINEAR = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "gemma", "phi3", "starcoder2", "phi")
 DECODERS = (*LINEAR, "gemma2", "gemma3_text", "olmo2", "mixtral")  # all whose layers can be run one by one
@@ -98,7 +99,7 @@ def test_streamed_mixers_are_those_of_the_joint_run(family: str, tmp_path: Path)
     source = opened(tmp_path, family)
     target = Remix("gated_deltanet", "1", window=8, sinks=2)(source)
     model, spent = joint(source, target, STAGE, tmp_path / "joint")
-    trained, ledger = walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "streamed"))
+    trained, ledger = align.align(Streamed(source, target, STAGE, rows(), tmp_path / "streamed"))
     same(trained, model, target)
     assert ledger["tokens"] == spent["tokens"] and not ledger["start"] and 0.5 < ledger["flops"] / spent["flops"] < 1.5
     trained.save(tmp_path / "out")
@@ -124,7 +125,7 @@ def test_every_way_to_align_streams(remix: Remix, change: dict, calibration: int
     target = remix(source)
     model, _ = joint(source, target, stage, tmp_path / "joint", calibration)
     run = Streamed(source, target, stage, rows(), tmp_path / "streamed", calibration=calibration)
-    same(walk.align(run)[0], model, target)
+    same(align.align(run)[0], model, target)
 
 
 class Killed(Exception):
@@ -136,7 +137,7 @@ class Killed(Exception):
 def test_a_killed_run_ends_with_the_same_weights(cut: int, scratch: bool, tmp_path: Path, monkeypatch) -> None:
     source = opened(tmp_path, "qwen3", layers=4)
     target, stage = Remix("gated_deltanet", "1", window=8)(source), dataclasses.replace(STAGE, clip=1.0)
-    whole, ledger = walk.align(Streamed(source, target, stage, rows(), tmp_path / "whole"))
+    whole, ledger = align.align(Streamed(source, target, stage, rows(), tmp_path / "whole"))
     seen: list[tuple[int, int]] = []
 
     def noting(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
@@ -150,11 +151,11 @@ def test_a_killed_run_ends_with_the_same_weights(cut: int, scratch: bool, tmp_pa
 
     run = Streamed(source, target, stage, rows(), tmp_path / "cut", scratch=tmp_path / "scratch")
     with pytest.raises(Killed):
-        walk.align(dataclasses.replace(run, progress=stopping))
+        align.align(dataclasses.replace(run, progress=stopping))
     if scratch:
         for file in (tmp_path / "scratch").iterdir():
             file.unlink()
-    resumed, again = walk.align(dataclasses.replace(run, progress=noting))
+    resumed, again = align.align(dataclasses.replace(run, progress=noting))
     expected = mixers(whole)
     assert all(torch.equal(value, expected[name]) for name, value in mixers(resumed).items())
     assert again["tokens"] == ledger["tokens"] and again["flops"] == ledger["flops"]
@@ -181,7 +182,7 @@ def test_only_one_layer_is_ever_there(tmp_path: Path, monkeypatch) -> None:
 
     original = Hollow.decode
     monkeypatch.setattr(Hollow, "decode", counting)
-    walk.align(Streamed(source, Remix(keep="3")(source), STAGE, rows(), tmp_path / "out"))
+    align.align(Streamed(source, Remix(keep="3")(source), STAGE, rows(), tmp_path / "out"))
     assert {tuple(real) for real in held} == {(0,), (1,), (2,), (3,), (4,), (5,)}  # the fifth: the embedding
 
 
@@ -196,14 +197,14 @@ def test_a_layer_that_diverges_stops_the_run_and_earlier_ones_stay(tmp_path: Pat
             hidden.write_bytes(b"\xff" * hidden.stat().st_size)
 
     with pytest.raises(RegraftError, match=r"layer 2: loss of .* is nan at step 1; .*finished layers \[0\] are in"):
-        walk.align(dataclasses.replace(run, progress=spoil))
+        align.align(dataclasses.replace(run, progress=spoil))
 
 
 def test_hidden_states_in_bfloat16_come_close(tmp_path: Path) -> None:
     source = opened(tmp_path)
     target = Remix(keep="0")(source)
-    exact = mixers(walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "a"))[0])
-    near = mixers(walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "b", keep="bfloat16"))[0])
+    exact = mixers(align.align(Streamed(source, target, STAGE, rows(), tmp_path / "a"))[0])
+    near = mixers(align.align(Streamed(source, target, STAGE, rows(), tmp_path / "b", keep="bfloat16"))[0])
     assert all((near[name] - exact[name]).abs().max() < 0.05 for name in exact)
     assert any(not torch.equal(near[name], exact[name]) for name in exact)
 
@@ -222,17 +223,17 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     ]
     for change, message in cases:
         with pytest.raises(RegraftError, match=message):
-            walk.align(dataclasses.replace(run, **change))
-    walk.align(run)
+            align.align(dataclasses.replace(run, **change))
+    align.align(run)
     with pytest.raises(RegraftError, match="other settings"):
-        walk.align(dataclasses.replace(run, seed=1))
+        align.align(dataclasses.replace(run, seed=1))
 
 
 def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch) -> None:
     source = opened(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     with pytest.raises(RegraftError, match="1,000 bytes free, the hidden states of 8 rows take 73,728"):
-        walk.align(Streamed(source, Remix(keep="0")(source), STAGE, rows(), tmp_path / "out"))
+        align.align(Streamed(source, Remix(keep="0")(source), STAGE, rows(), tmp_path / "out"))
 
 
 PART = """
@@ -243,8 +244,8 @@ from test_streamed import STAGE, rows
 from regraft import ranks
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth.steps.remix import Remix
-from regraft.uptrain import walk
-from regraft.uptrain.streamed import Streamed
+from regraft.train import walk
+from regraft.train.layerwise.state import Streamed
 
 with ranks.joined():
     source, out = Checkpoint.open(sys.argv[1]), Path(sys.argv[2])
@@ -259,7 +260,7 @@ with ranks.joined():
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     source = opened(tmp_path, "qwen2")
     target = Remix(keep="1", window=8)(source)
-    alone, ledger = walk.align(Streamed(source, target, STAGE, rows(), tmp_path / "alone", calibration=2))
+    alone, ledger = align.align(Streamed(source, target, STAGE, rows(), tmp_path / "alone", calibration=2))
     (closed,) = ledger["start"]
     assert closed["kind"] == "closed form" and closed["tokens"] == 2 * rows().length and closed["flops"] > 0
     assert json.loads((tmp_path / "alone" / "stream" / "state.json").read_text())["start"] == closed

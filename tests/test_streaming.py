@@ -12,7 +12,7 @@ import torch
 from test_cli import as_json, refused, run_main
 
 from regraft import modeling
-from regraft.uptrain import walk
+from regraft.train.layerwise import align
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_streamed_model_is_that_of_the_plain_command(source, linearized, text,
 def test_the_same_command_goes_on(source, linearized, text, tmp_path, capsys, monkeypatch) -> None:
     as_json(capsys, *command(source, linearized, text, tmp_path / "whole", calibration=128))
     words = command(source, linearized, text, tmp_path / "cut", scratch=tmp_path / "scratch", calibration=128)
-    original = walk.write_layer
+    original = align.write_layer
 
     def cutting(file: Path, values: dict) -> None:
         if file.name == "layer-2.safetensors":
@@ -53,7 +53,7 @@ def test_the_same_command_goes_on(source, linearized, text, tmp_path, capsys, mo
         original(file, values)
 
     with monkeypatch.context() as patched:
-        patched.setattr(walk, "write_layer", cutting)
+        patched.setattr(align, "write_layer", cutting)
         assert run_main(capsys, *words)[0] == 130
     assert not (tmp_path / "cut" / "config.json").exists() and list((tmp_path / "scratch").iterdir())
     as_json(capsys, *words)

@@ -20,12 +20,12 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
-from regraft.uptrain import loop, shelf, step, teaching
-from regraft.uptrain.capture import body
-from regraft.uptrain.kl import head_kl, top, top_kl
-from regraft.uptrain.shelf import Shelf
-from regraft.uptrain.stages import Stage, kl
-from regraft.uptrain.teaching import Keeping, Lessons
+from regraft.train import loop, row_store, step, teacher_cache
+from regraft.train.hooks import body
+from regraft.train.kl import head_kl, top, top_kl
+from regraft.train.row_store import Shelf
+from regraft.train.stage import Stage, kl
+from regraft.train.teacher_cache import Keeping, Lessons
 
 REMIX = Remix("gated_deltanet", "0", window=8)
 STAGE = Stage("distil", 8 * 64, length=32, batch=2, precision="float32", lr_body=1e-4)
@@ -140,7 +140,7 @@ def test_kinds_that_keep_less_come_close(source, tmp_path) -> None:
         lessons = Lessons(str(source.origin), Keeping(tmp_path / kind, 10**8, kind))
         assert kl(model, lessons, text) == pytest.approx(whole, rel=far)
         lessons.flush()
-        sizes[kind] = shelf.used(tmp_path / kind)
+        sizes[kind] = row_store.used(tmp_path / kind)
         again = Lessons(str(source.origin), Keeping(tmp_path / kind, 10**8, kind), loads([]))
         assert kl(model, again, text) == pytest.approx(whole, rel=far) and again.loaded is None
     assert sizes["topk:8"] < sizes["topk:80"]
@@ -152,7 +152,7 @@ def disk(folder: Path) -> int:
 
 
 def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(shelf, "FILE", 10_000)
+    monkeypatch.setattr(row_store, "FILE", 10_000)
     plain, _ = trained(source, modeling.load(source.origin), STAGE, tmp_path / "plain")
     for turn in ("first", "second"):
         lessons = Lessons(str(source.origin), Keeping(tmp_path / "cache", 40_000))
@@ -164,7 +164,7 @@ def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monke
 
 
 def test_damaged_files_are_found_and_made_again(source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(shelf, "FILE", 4_000)
+    monkeypatch.setattr(row_store, "FILE", 4_000)
     keeping, text, model = Keeping(tmp_path, 10**8), rows(), modeling.materialize(REMIX(source))
     lessons = Lessons(str(source.origin), keeping)
     whole = kl(model, lessons, text)
@@ -210,7 +210,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from regraft.uptrain import shelf
+from regraft.train import shelf
 shelf.FILE = 3000
 kept = shelf.Shelf(Path(sys.argv[1]), "rows", 10**7, {})
 for number in range(10**6):
@@ -261,4 +261,4 @@ def test_bad_settings_are_refused(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RegraftError, match="cannot keep teacher outputs in"):
         Shelf(tmp_path / "file", "rows", 1000, {})
-    assert teaching.keys_of(rows(2)) == teaching.keys_of(rows(2)) != teaching.keys_of(rows(2, 31))
+    assert teacher_cache.keys_of(rows(2)) == teacher_cache.keys_of(rows(2)) != teacher_cache.keys_of(rows(2, 31))

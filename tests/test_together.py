@@ -21,7 +21,7 @@ from together import STAGES, fitted, trained
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.linearize.remix import Remix
-from regraft.uptrain.resume import checkpoints, claimed
+from regraft.train.resume import checkpoints, claimed
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow

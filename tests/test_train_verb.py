@@ -17,7 +17,7 @@ from test_cli import as_json, refused, run_main
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth import optimizer_state
-from regraft.uptrain import loop
+from regraft.train import loop
 
 WORDS = len(speaking.SPECIAL) + 256 + 1
 

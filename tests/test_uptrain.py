@@ -22,12 +22,12 @@ from regraft.linearize.remix import Remix
 from regraft.mixers import registry
 from regraft.mixers.base import Attention
 from regraft.mixers.gated import Gated
-from regraft.uptrain import loop
-from regraft.uptrain.calibrate import Attended, attend, calibrate, error, fit, gate_candidates
-from regraft.uptrain.capture import LayerRecord, body, recording
-from regraft.uptrain.kl import head_kl
-from regraft.uptrain.matching import align_step
-from regraft.uptrain.stages import Stage, distil_step, parameter_groups
+from regraft.train import loop
+from regraft.train.align import align_step
+from regraft.train.calibrate import Attended, attend, calibrate, error, fit, gate_candidates
+from regraft.train.hooks import LayerRecord, body, recording
+from regraft.train.kl import head_kl
+from regraft.train.stage import Stage, distil_step, parameter_groups
 
 REMIX = Remix("gated_deltanet", "0", window=8, sinks=2)
 

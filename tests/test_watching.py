@@ -19,11 +19,10 @@ from models import tiny
 from test_cli import as_json, refused
 from test_stock_training import Killed, go, stage, timeless
 
-from regraft import tracking, watching
 from regraft.errors import RegraftError
 from regraft.progress import Ticker, clock
-from regraft.uptrain import loop, signals, speed
-from regraft.uptrain.divergence import Jump, Trend, guard
+from regraft.train import loop, monitor, signals, throughput, trackers
+from regraft.train.divergence import Jump, Trend, guard
 
 
 def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) -> None:
@@ -33,9 +32,9 @@ def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) ->
             row["flops"] / row["tokens"], rel=0.01
         )
         assert row["flops_per_second"] / row["peak_share"] == pytest.approx(
-            speed.peak(torch.device("cpu"), False), rel=0.01
+            throughput.peak(torch.device("cpu"), False), rel=0.01
         )
-    first, second = watching.summary(tmp_path)
+    first, second = monitor.summary(tmp_path)
     losses = [row["loss"] for row in rows[:40]]
     assert (first["tokens"], first["steps"], second["tokens"]) == (40 * 48, 40, 30 * 48)
     assert first["first_loss"] == pytest.approx(sum(losses[:2]) / 2)
@@ -46,10 +45,10 @@ def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) ->
 
 def test_the_peak_is_that_of_a_product_and_measured_once() -> None:
     a = torch.ones(1024, 1024)
-    found = speed.peak(torch.device("cpu"), False)
+    found = throughput.peak(torch.device("cpu"), False)
     best = min(timed(lambda: a @ a) for _ in range(5))
     assert 0.2 < found / (2 * 1024**3 / best) < 5  # other work on the machine moves either
-    assert timed(lambda: speed.peak(torch.device("cpu"), False)) < 0.01
+    assert timed(lambda: throughput.peak(torch.device("cpu"), False)) < 0.01
 
 
 def timed(work: Any) -> float:
@@ -63,7 +62,7 @@ def timed(work: Any) -> float:
 def test_the_display_says_speed_and_time_left() -> None:
     told: list[Any] = []
     ticker: Any = SimpleNamespace(update=lambda *words: told.append(words))
-    meter = watching.Meter(ticker)
+    meter = monitor.Meter(ticker)
     part = stage("next", 100)
     for step in range(1, 31):  # a first step of 5 s, then 0.5 s each, at 48 tokens and 10 GFLOP a step
         seconds = 5 + 0.5 * (step - 1)
@@ -180,7 +179,7 @@ def test_a_tracker_gets_every_row_once(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("WANDB_SILENT", raising=False)
 
     def run(stop_after: int | None) -> None:
-        with tracking.tracked(name, tmp_path, {"seed": 3}) as track:
+        with trackers.tracked(name, tmp_path, {"seed": 3}) as track:
             go(tmp_path, [stage("next", 5), stage("next", 3)], stop_after, track=track, heldout=None)
 
     with pytest.raises(Killed):
@@ -197,7 +196,7 @@ def test_a_tracker_gets_every_row_once(name: str, tmp_path: Path, monkeypatch: p
 def test_held_out_rows_have_the_place_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    with tracking.tracked("trackio", tmp_path, {}) as track:
+    with trackers.tracked("trackio", tmp_path, {}) as track:
         for index in (0, 1):
             track({"stage": index, "step": 0, "eval_loss": 2.0})
             for step in (1, 2):
@@ -213,7 +212,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
 ) -> None:
     fake = Fake(fails_at=2)
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    with tracking.tracked("trackio", tmp_path, {}) as track:
+    with trackers.tracked("trackio", tmp_path, {}) as track:
         rows, _, _ = go(tmp_path, [stage("next", 5)], track=track)
     assert len(rows) == 5 and len(fake.rows) == 2
     said = capsys.readouterr().err
@@ -224,11 +223,11 @@ def test_tensorboard_files_hold_the_losses(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(Killed), tracking.tracked("tensorboard", tmp_path, {}) as track:
+    with pytest.raises(Killed), trackers.tracked("tensorboard", tmp_path, {}) as track:
         go(tmp_path, [stage("next", 6)], 3, track=track)
-    with tracking.tracked("tensorboard", tmp_path, {}) as track:
+    with trackers.tracked("tensorboard", tmp_path, {}) as track:
         rows, _, _ = go(tmp_path, [stage("next", 6)], track=track)
-    events = EventAccumulator(str(tmp_path / tracking.FOLDER))
+    events = EventAccumulator(str(tmp_path / trackers.FOLDER))
     events.Reload()
     told = {event.step: event.value for event in events.Scalars("loss")}
     assert len(events.Scalars("loss")) == 6

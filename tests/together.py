@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from regraft import distributed, fitting, modeling, training
+from regraft import distributed, modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import pack, read_documents
 from regraft.growth.ligo_maps import Ligo
 from regraft.growth.sizes_to_steps import Growth
-from regraft.uptrain import loop, sharding
-from regraft.uptrain.stages import LAYERWISE, Stage
+from regraft.train import fit_ligo, fsdp, loop, session
+from regraft.train.stage import LAYERWISE, Stage
 
 STEPS, LENGTH, BATCH = 50, 32, 12
 SIZE: dict[str, Any] = {"length": LENGTH, "batch": BATCH, "precision": "float32"}
@@ -33,15 +33,15 @@ STAGES = {
 
 def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options: Any) -> dict[str, Any]:
     """One stage on the models in a folder; the ledger."""
-    stage, over = STAGES[name], sharding.mesh(hybrid) if distributed.world() > 1 else None
+    stage, over = STAGES[name], fsdp.mesh(hybrid) if distributed.world() > 1 else None
     kinds = ("bare" if name == "matrix" else "linear", "source")
     student, teacher = (Checkpoint.open(models / kind) for kind in kinds)
-    model, guide = sharding.load(student, over, stage.kind in LAYERWISE), sharding.load(teacher, over)
+    model, guide = fsdp.load(student, over, stage.kind in LAYERWISE), fsdp.load(teacher, over)
     rows = pack(read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH)
     slots = modeling.slots(guide, teacher)
     run = loop.Run(model, [stage], lambda length: rows, out, guide, slots, heldout=rows[:4], **options)
     ledger = loop.train(run)
-    training.save_trained(student, model, [stage], ledger, out)
+    session.save_trained(student, model, [stage], ledger, out)
     return ledger
 
 
@@ -68,7 +68,7 @@ def fitted(models: Path, out: Path) -> dict[str, Any]:
 
     growth = Growth(hidden=source.sizes["hidden"] + 9, layers=source.layers + 1, how="ligo")
     stage = Stage("next", BATCH * LENGTH, **SIZE)
-    learned = fitting.fit(source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note)
+    learned = fit_ligo.fit(source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note)
     if distributed.first():
         learned(source).save(out)
         (out / "losses.json").write_text(json.dumps({"loss": losses, **learned.cost}))

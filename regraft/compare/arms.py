@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import distributed, fitting, modeling
+from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.packing import Images, shuffled
 from ..errors import RegraftError
@@ -26,9 +26,9 @@ from ..journal import write_json
 from ..linearize import select_layers
 from ..modeling import flops
 from ..report import read_json
-from ..uptrain import loop, objectives, sharding
-from ..uptrain.calibrate import calibrate
-from ..uptrain.stages import LAYERWISE, Stage
+from ..train import fit_ligo, fsdp, loop, objectives
+from ..train.calibrate import calibrate
+from ..train.stage import LAYERWISE, Stage
 from . import material
 from .schema import MAIN, Arm, Comparison, Linear
 
@@ -56,7 +56,7 @@ def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) ->
     assert isinstance(config, dict)
     model = material.make_source(recipe, config, out, seed)
     ledger = train(recipe, out, model, [recipe.stage(recipe.pretrain)], folder, seed, tell, keep_moments=True)
-    values = sharding.gathered(model)
+    values = fsdp.gathered(model)
 
     def save() -> None:
         model.save_pretrained(folder, state_dict=values)
@@ -75,7 +75,7 @@ def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -
     model, spent, state = begun(recipe, out, arm, seed, teacher, tell)
     count = sum(parameter.numel() for parameter in model.parameters())
     whole = objectives.measured(model, recipe.task, material.heldout(recipe, out)) if arm.legs else None
-    guide = {} if teacher is None else {"teacher": sharding.over_all(teacher.model), "teacher_slots": teacher.slots}
+    guide = {} if teacher is None else {"teacher": fsdp.over_all(teacher.model), "teacher_slots": teacher.slots}
     ledger = train(recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state, **guide)
     facts = {"arm": dataclasses.asdict(arm), "seed": seed, "parameters": count, "ledger": ledger, "start": spent}
     facts |= {"whole": whole}
@@ -88,7 +88,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """The training loop with the comparison's data and evaluations; the ledger."""
     total = sum(stage.steps for stage in stages)
-    model = sharding.over_all(model, any(stage.kind in LAYERWISE for stage in stages))
+    model = fsdp.over_all(model, any(stage.kind in LAYERWISE for stage in stages))
 
     def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
         before = sum(one.steps for one in stages[: row["stage"]])
@@ -205,7 +205,7 @@ def fitted(
         stage = recipe.stages(arm)[-1]
         assert arm.ligo is not None
         rows = material.rows(recipe, out)(stage.length)
-        learned = fitting.fit(
+        learned = fit_ligo.fit(
             source, growth, arm.ligo, stage, rows, seed, progress=lambda *step: tell(0.0), out=folder / FITTING
         )
 

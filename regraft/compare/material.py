@@ -20,8 +20,8 @@ from ..data.packing import Images, pack, read_documents, read_images
 from ..errors import RegraftError
 from ..growth.sizes import solve
 from ..settings import Text
-from ..training import training_rows
-from ..uptrain.objectives import HEADS, Data, Rows
+from ..train.objectives import HEADS, Data, Rows
+from ..train.session import training_rows
 from .schema import Comparison, Sizes
 
 END, MASK = "<|end|>", "[MASK]"

@@ -18,7 +18,7 @@ from ..growth.sizes import Sizes
 from ..growth.sizes_to_steps import Growth
 from ..linearize.method import spelt
 from ..linearize.remix import Remix
-from ..uptrain.stages import Stage
+from ..train.stage import Stage
 
 MAIN = "source"
 SELDOM = ("layer_drop", "token_drop")  # of a stage: said only when there is any

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RegraftError
-from ..uptrain.stages import Stage
+from ..train.stage import Stage
 from .remix import Remix
 
 

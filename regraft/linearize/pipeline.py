@@ -23,10 +23,10 @@ from ..journal import write_json
 from ..progress import Ticker
 from ..report import COSTS, read_json
 from ..settings import Text
-from ..training import calibrated, save_trained, training_rows
-from ..uptrain import loop, sharding
-from ..uptrain.stages import LAYERWISE, Stage
-from ..watching import USUAL, Watching
+from ..train import fsdp, loop
+from ..train.monitor import USUAL, Watching
+from ..train.session import calibrated, save_trained, training_rows
+from ..train.stage import LAYERWISE, Stage
 from . import select_layers
 from .methods import Method
 from .remix import Remix
@@ -79,7 +79,7 @@ def uptrained(
     length = stages[0].length if stages else LENGTH
     batches = loop.batches(rows(length), calibration // length, seed) if calibration else []
     layerwise = any(stage.kind in LAYERWISE for stage in stages)
-    over = sharding.mesh() if distributed.world() > 1 else None
+    over = fsdp.mesh() if distributed.world() > 1 else None
     if over is not None:  # the closed-form start is made by the first process, of whole models
 
         def begin() -> None:
@@ -87,8 +87,8 @@ def uptrained(
             calibrated(modeling.materialize(checkpoint), whole, modeling.slots(whole, source), batches, work, ticker)
 
         distributed.once(begin)
-    student = sharding.load(checkpoint, over, layerwise)
-    guide = sharding.load(source, over) if over is not None else teacher()
+    student = fsdp.load(checkpoint, over, layerwise)
+    guide = fsdp.load(source, over) if over is not None else teacher()
     slots = modeling.slots(guide, source)
     spent = calibrated(student, guide, slots, batches, work, ticker)
     if over is None:

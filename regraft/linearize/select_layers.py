@@ -23,9 +23,9 @@ from ..evals.baselines import TEACHER
 from ..evals.perplexity import Candidate, Score, measure, window_logits
 from ..evals.reading import log_likelihoods
 from ..modeling import flops
-from ..uptrain.calibrate import calibrate
-from ..uptrain.hollow import feeding
-from ..uptrain.layers import Skipped, stack
+from ..train.calibrate import calibrate
+from ..train.layer_subset import Skipped, stack
+from ..train.layerwise.one_layer_model import feeding
 from .remix import RULES, Remix
 
 EPSILON = 1e-6

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from ..core.checkpoint import Checkpoint
 from ..modeling.meta import bare
-from .layers import Skipped, stack
+from ..train.layer_subset import Skipped, stack
 
 FOUND = 16  # places of a search, such as sinks of all documents in a row
 

@@ -21,13 +21,13 @@ from ..core.checkpoint import Checkpoint
 from ..mixers.base import Mixing
 from ..modeling.modeling_regraft import RegraftForCausalLM
 from ..plan import layer_kinds
-from .calibrate import error
-from .capture import LayerRecord, recording
+from ..train.calibrate import error
+from ..train.gradient_checkpointing import recomputing
+from ..train.hooks import LayerRecord, recording
+from ..train.kl import head_kl
+from ..train.layer_subset import stack
+from ..train.stage import Stage, parameter_groups
 from .fakes import Alive, hollow, only
-from .kl import head_kl
-from .layers import stack
-from .recomputing import recomputing
-from .stages import Stage, parameter_groups
 
 Kind = Literal["align", "distil", "next"]
 NUMBER = 4  # bytes of a weight, a gradient and each of Adam's moments

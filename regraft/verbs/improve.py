@@ -97,14 +97,16 @@ def train(
     """
     from pathlib import Path
 
-    from .. import settings, streaming, tables, tracking, training
+    from .. import settings, tables
     from ..progress import Ticker
-    from ..uptrain.lit import Lit
-    from ..uptrain.stages import Stage
-    from ..uptrain.teaching import Keeping
-    from ..watching import Watching
+    from ..train import session, trackers
+    from ..train.layerwise import session
+    from ..train.lit import Lit
+    from ..train.monitor import Watching
+    from ..train.stage import Stage
+    from ..train.teacher_cache import Keeping
 
-    tracking.chosen(track)
+    trackers.chosen(track)
 
     if not data or tokens < 1:
         raise RegraftError(f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}")
@@ -141,11 +143,11 @@ def train(
     with Ticker() as ticker:
         if stream:
             place, watching = Path(scratch) if scratch else None, options["watching"]
-            result = streaming.align_once(
+            result = session.align_once(
                 model, out, text, asked, teacher, seed, ticker, place, calibration, watching, kept
             )
         else:
-            result = training.train_once(model, out, text, asked, teacher, seed, ticker, cache=kept, **options)
+            result = session.train_once(model, out, text, asked, teacher, seed, ticker, cache=kept, **options)
 
     def show(console: Console) -> None:
         console.print(tables.training(result["summary"], result.get("start", ())))
@@ -177,10 +179,11 @@ def run(
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
         jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
     """
-    from .. import experiment, settings, tracking
-    from ..watching import Watching
+    from .. import experiment, settings
+    from ..train import trackers
+    from ..train.monitor import Watching
 
-    tracking.chosen(track)
+    trackers.chosen(track)
     return finished(experiment.run(settings.load(recipe, overrides or {}), out, Watching(track, jump)), out)
 
 
@@ -228,11 +231,12 @@ def finished(numbers: dict[str, Any], out: str) -> Outcome:
     def show(console: Console) -> None:
         from pathlib import Path
 
-        from .. import report, tables, watching
+        from .. import report, tables
+        from ..train import monitor
 
         spent = report.read_json(Path(out) / "ledger.json") or {}
         tables.render(numbers["eval"], console)
-        console.print(tables.training(watching.summary(out), spent.get("start", ())))
+        console.print(tables.training(monitor.summary(out), spent.get("start", ())))
         console.print(tables.speed(numbers["bench"]))
         console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
 

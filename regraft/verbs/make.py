@@ -65,13 +65,14 @@ def grow(
     """
     import shutil
 
-    from .. import distributed, fitting, parity
+    from .. import distributed, parity
     from .. import plan as planning
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..progress import Ticker
+    from ..train import fit_ligo
 
     if Path(out).resolve() == Path(source).resolve():
         raise RegraftError(f"'{out}' is the source, which the result is checked against: choose another output")
@@ -87,7 +88,7 @@ def grow(
     with Ticker() as ticker:
         if how == LEARNED:
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
-            after = growth(before, fitting.fitted(before, growth, text, fit or {}, ticker, maps))
+            after = growth(before, fit_ligo.fitted(before, growth, text, fit or {}, ticker, maps))
         ticker.start(f"writing {out}")
         if optimizer_state:
             if bridge:
@@ -164,14 +165,15 @@ def linearize(
         read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
     """
-    from .. import distributed, tables, tracking, watching
+    from .. import distributed, tables
     from .. import plan as planning
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
     from ..linearize import methods, pipeline
     from ..progress import Ticker
+    from ..train import monitor, trackers
 
-    tracking.chosen(track)
+    trackers.chosen(track)
     if tokens < 0 or (tokens and not data):
         raise RegraftError(f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens")
     before = Checkpoint.open(source)
@@ -185,11 +187,11 @@ def linearize(
     kept = Path(cache) if cache else None
     with Ticker() as ticker:
         if tokens and text:
-            watched = watching.Watching(track, jump)
+            watched = monitor.Watching(track, jump)
             remix, ledger = pipeline.carry_out(
                 before, way, Path(out), text, stages, seed, ticker, overwrite, watched, kept
             )
-            ledger |= {"summary": watching.summary(out)}
+            ledger |= {"summary": monitor.summary(out)}
             after = remix(before)
         else:
             rows = pipeline.text_rows(before, text, ticker, cache=kept) if text else None

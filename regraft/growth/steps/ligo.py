@@ -26,7 +26,7 @@ PAPERS = ["LiGO, arXiv 2303.00980"]
 class Learned(Sizes):
     """Grow by learned maps of axes and layers (LiGO, arXiv 2303.00980).
 
-    Sizes as in Widen and Deepen; `method` says how the maps are made, `maps` what they are once `regraft.fitting.fit`
+    Sizes as in Widen and Deepen; `method` says how the maps are made, `maps` what they are once `regraft.train.fit_ligo.fit`
     has learned them (empty: their start), `cost` what that took.
 
     Preserves: nothing exactly, except by reads `inverse` what is linear, and by reads `orthogonal` with start `pad`,

@@ -15,22 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import distributed, modeling, tracking
-from .core.checkpoint import Checkpoint
-from .data.corpus import Texts
-from .data.packing import read_images
-from .errors import RegraftError
-from .journal import write_json
-from .modeling import flops
-from .progress import Ticker
-from .report import read_json
-from .settings import Text
-from .uptrain import loop, sharding
-from .uptrain.calibrate import calibrate
-from .uptrain.objectives import Data
-from .uptrain.stages import LAYERWISE, Stage
-from .uptrain.teaching import Keeping, Lessons, Teacher
-from .watching import USUAL, Watching, summary
+from .. import distributed, modeling
+from ..core.checkpoint import Checkpoint
+from ..data.corpus import Texts
+from ..data.packing import read_images
+from ..errors import RegraftError
+from ..journal import write_json
+from ..modeling import flops
+from ..progress import Ticker
+from ..report import read_json
+from ..settings import Text
+from . import fsdp, loop, trackers
+from .calibrate import calibrate
+from .monitor import USUAL, Watching, summary
+from .objectives import Data
+from .stage import LAYERWISE, Stage
+from .teacher_cache import Keeping, Lessons, Teacher
 
 TEXT = "run.text"  # tokens of a run's text, in its folder until it ends
 
@@ -84,7 +84,7 @@ def calibrated(
     values = load_file(file)
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
-            sharding.part(parameter).copy_(sharding.shard(values[name], parameter))
+            fsdp.part(parameter).copy_(fsdp.shard(values[name], parameter))
     known: dict[str, Any] = read_json(costs)
     return known
 
@@ -108,7 +108,7 @@ def save_trained(
     Everything is written beside first; config.json moves last, so a directory that looks like a model is whole. The
     first process gathers the weights of all and writes.
     """
-    values = modeling.in_files(model, sharding.gathered(model)) if distributed.first() else sharding.gathered(model)
+    values = modeling.in_files(model, fsdp.gathered(model)) if distributed.first() else fsdp.gathered(model)
     if distributed.first():
         put(checkpoint, values, stages, ledger, out)
     distributed.barrier()
@@ -135,14 +135,14 @@ def moved(folder: Path, out: Path) -> None:
     shutil.rmtree(folder)
 
 
-def loaded(path: str, over: sharding.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
+def loaded(path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
     """The model at `path` where it is trained: whole, or this process's shards of it."""
     if over is None:
         return modeling.load(path).to(distributed.device())
     checkpoint = Checkpoint.open(path)
     distributed.once(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
     distributed.once(checkpoint.verify)
-    return sharding.load(checkpoint, over, layerwise)
+    return fsdp.load(checkpoint, over, layerwise)
 
 
 def rows_of(
@@ -187,7 +187,7 @@ def train_once(
     if (target / "config.json").exists():
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
     names = {file.name for file in target.iterdir()} if target.exists() else set()
-    if not names <= {"metrics.jsonl", TEXT, tracking.FILE, tracking.FOLDER, "wandb"} and "run" not in names:
+    if not names <= {"metrics.jsonl", TEXT, trackers.FILE, trackers.FOLDER, "wandb"} and "run" not in names:
         raise RegraftError(f"{out} exists and holds no run: choose another folder or delete it")
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
@@ -196,7 +196,7 @@ def train_once(
         raise RegraftError(
             f"{model} is a {family} model without mixers, which '{stage.kind}' is for: regraft linearize it first"
         )
-    over = sharding.mesh(hybrid) if distributed.world() > 1 else None
+    over = fsdp.mesh(hybrid) if distributed.world() > 1 else None
     student = loaded(model, over, stage.kind in LAYERWISE)
     tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
     if keeping and (not teacher or stage.kind not in ("align", "distil")):

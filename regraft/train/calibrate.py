@@ -15,7 +15,7 @@ from ..errors import RegraftError
 from ..mixers.base import Mixer, Mixing, rotate
 from ..mixers.gated import Gated
 from ..mixers.inherit import projections
-from .capture import LayerRecord, body, recording
+from .hooks import LayerRecord, body, recording
 
 RIDGE = 1e-3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

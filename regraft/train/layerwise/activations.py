@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import RegraftError
+from ...errors import RegraftError
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import distributed
-from .errors import RegraftError
-from .journal import write_json
-from .report import read_json, read_metrics
+from .. import distributed
+from ..errors import RegraftError
+from ..journal import write_json
+from ..report import read_json, read_metrics
 
 PROJECT = "regraft"
 FILE, FOLDER = "track.json", "tensorboard"  # what is left in a run's directory

@@ -17,7 +17,7 @@ from ..core.anatomy import find
 from ..data.packing import Images, Packed
 from ..errors import RegraftError
 from ..mixers.gated import Gated
-from .stages import Stage
+from .stage import Stage
 
 
 class Skipped(nn.Module):

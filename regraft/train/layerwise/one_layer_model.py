@@ -12,12 +12,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ..core.checkpoint import Checkpoint
-from ..errors import RegraftError
-from ..modeling.loading import silent
-from ..modeling.meta import buffers, outline
-from .capture import LayerRecord, recording
-from .layers import Skipped, stack
+from ...core.checkpoint import Checkpoint
+from ...errors import RegraftError
+from ...modeling.loading import silent
+from ...modeling.meta import buffers, outline
+from ..hooks import LayerRecord, recording
+from ..layer_subset import Skipped, stack
 
 
 class Reached(Exception):

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import distributed
-from ..core.checkpoint import Checkpoint
-from ..data.rows import Table
-from ..errors import RegraftError
-from ..io import safetensors
-from . import loop
-from .divergence import Jump
-from .stages import LAYERWISE, Stage
+from ... import distributed
+from ...core.checkpoint import Checkpoint
+from ...data.rows import Table
+from ...errors import RegraftError
+from ...io import safetensors
+from .. import loop
+from ..divergence import Jump
+from ..stage import LAYERWISE, Stage
 
 FOLDER = "stream"
 

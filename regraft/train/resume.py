@@ -24,8 +24,8 @@ from .. import distributed
 from ..errors import RegraftError
 from ..io.shard_writer import check_space
 from .divergence import Place, Trend
+from .fsdp import laid
 from .lit import Watch
-from .sharding import laid
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 RUN, KEPT = "run", 2

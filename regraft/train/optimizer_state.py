@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..errors import RegraftError
-from .sharding import complete, laid
+from .fsdp import complete, laid
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE = "optimizer.safetensors"

@@ -18,11 +18,11 @@ from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..data.packing import Packed
 from ..errors import RegraftError
-from .capture import LayerRecord, body, recording
+from .fsdp_forward import inside
+from .hooks import LayerRecord, body, recording
 from .kl import head_kl, top, top_kl
 from .objectives import last_hidden
-from .shelf import Row, Shelf
-from .whole import inside
+from .row_store import Row, Shelf
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

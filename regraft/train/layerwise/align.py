@@ -11,22 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import distributed
-from ..core.checkpoint import Checkpoint
-from ..data.packing import Packed, shuffled
-from ..errors import RegraftError
-from ..mixers.base import Attention, Mixer
-from ..mixers.registry import build
-from ..modeling.flops import counter as counted
-from . import loop, speed
-from .calibrate import calibrate_layer
-from .capture import LayerRecord
-from .divergence import Trend, guard
-from .hidden import Hidden
-from .hollow import Hollow
-from .matching import apart, matrices_apart, showing_weights, single
-from .stages import grouped, origins_in
-from .streamed import State, Streamed, layer_file, possible, result, tell, write_layer
+from ... import distributed
+from ...core.checkpoint import Checkpoint
+from ...data.packing import Packed, shuffled
+from ...errors import RegraftError
+from ...mixers.base import Attention, Mixer
+from ...mixers.registry import build
+from ...modeling.flops import counter as counted
+from .. import loop, throughput
+from ..align import apart, matrices_apart, showing_weights, single
+from ..calibrate import calibrate_layer
+from ..divergence import Trend, guard
+from ..hooks import LayerRecord
+from ..stage import grouped, origins_in
+from .activations import Hidden
+from .one_layer_model import Hollow
+from .state import State, Streamed, layer_file, possible, result, tell, write_layer
 
 MMAP_THRESHOLD = -3  # glibc's number of that parameter
 
@@ -129,7 +129,7 @@ class Walk:
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
             learning = [p for group in optimizer.param_groups for p in group["params"]]
             costs: dict[int, int] = {}
-            trend, best, tick = Trend(), speed.peak(run.device, self.fast), time.monotonic()
+            trend, best, tick = Trend(), throughput.peak(run.device, self.fast), time.monotonic()
             for step, numbers in enumerate(self.mine):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * stage.rate(step)
@@ -148,7 +148,7 @@ class Walk:
                     "loss": value, "grad_norm": norm, "lr": max(group["lr"] for group in optimizer.param_groups),
                     "seconds": round(self.state.entry["seconds"] + time.monotonic() - begin, 3),
                     "flops": self.state.entry["flops"] + flops * distributed.world(),
-                    **speed.rates(size, count.flops * distributed.world(), spent, best),
+                    **throughput.rates(size, count.flops * distributed.world(), spent, best),
                 }  # fmt: skip
                 tell(run, row)
                 run.progress(stage, done, stage.steps * len(self.converted), row)

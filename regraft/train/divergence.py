@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import RegraftError
-from .stages import Stage
+from .stage import Stage
 
 FEW = 8  # losses that must be known before one can be too high
 Place = tuple[int, int, Path]  # stage, steps of it that are done, where

@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import distributed
 from ..data.packing import Packed
 from ..modeling.flops import counter as counted
-from .layers import always, running
-from .matching import align_step, matrix_step, taught
+from .align import align_step, matrix_step, taught
+from .fsdp_forward import inside
+from .layer_subset import always, running
 from .objectives import IGNORED, Rows, loss_of, targets
 from .run import Run
-from .stages import Stage, distil_step
-from .whole import inside
+from .stage import Stage, distil_step
 
 
 @dataclass(frozen=True)

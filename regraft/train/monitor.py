@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .progress import Ticker
-from .report import read_metrics
+from ..progress import Ticker
+from ..report import read_metrics
 
 if TYPE_CHECKING:
-    from .uptrain.stages import Stage
+    from .stage import Stage
 
 RECENT = 20  # steps over which speed is told
 ENDS = 0.05  # share of a stage's steps that its first and its last loss are the mean of
@@ -35,11 +35,11 @@ class Watching:
 
         RegraftError for trackers that are unknown or not installed, and for a jump of 1 or less.
         """
-        from . import tracking
-        from .uptrain.divergence import Jump
+        from . import trackers
+        from .divergence import Jump
 
         meter, jump = Meter(ticker), Jump(self.jump)
-        with tracking.tracked(self.track, out, dict(facts)) as track:
+        with trackers.tracked(self.track, out, dict(facts)) as track:
             yield {"progress": meter, "track": track, "jump": jump}
 
 

@@ -7,19 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import distributed, modeling, tracking
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .progress import Ticker
-from .report import read_metrics
-from .settings import Text
-from .training import TEXT, moved, training_rows
-from .uptrain import walk
-from .uptrain.stages import Stage
-from .uptrain.streamed import FOLDER, Streamed
-from .watching import USUAL, Watching, outcome
+from ... import distributed, modeling
+from ...core.checkpoint import Checkpoint
+from ...errors import RegraftError
+from ...progress import Ticker
+from ...report import read_metrics
+from ...settings import Text
+from .. import trackers
+from ..monitor import USUAL, Watching, outcome
+from ..session import TEXT, moved, training_rows
+from ..stage import Stage
+from . import align
+from .state import FOLDER, Streamed
 
-OWN = {"metrics.jsonl", "metrics.tmp", FOLDER, TEXT, tracking.FILE, tracking.FOLDER, "wandb"}
+OWN = {"metrics.jsonl", "metrics.tmp", FOLDER, TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
 
 
 def align_once(
@@ -61,7 +62,7 @@ def align_once(
     ticker.start(f"{stage.kind}, layer by layer")
     with watching.over(target, ticker, facts) as watched:
         run = Streamed(source, student, stage, rows, target, seed, held, scratch, **watched)
-        trained, ledger = walk.align(run)
+        trained, ledger = align.align(run)
     ticker.start(f"writing {out}")
     if distributed.first():
         trained.save(run.folder / "trained", overwrite=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .sharding import everywhere, laid, part, shard
-from .stages import LOW_RANK
+from .fsdp import everywhere, laid, part, shard
+from .stage import LOW_RANK
 
 SCALE = 2.0  # alpha / rank, as LoLCATs (arXiv 2410.10254) and Liger (arXiv 2503.01496) have it
 

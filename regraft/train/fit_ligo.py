@@ -14,29 +14,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import distributed, modeling
-from .core import lineage
-from .core.anatomy import Key
-from .core.checkpoint import Checkpoint
-from .data.packing import shuffled
-from .errors import RegraftError
-from .growth.ligo import Grower
-from .growth.ligo_maps import Ligo
-from .growth.sizes_to_steps import Growth
-from .growth.steps.bridge import Bridge
-from .growth.steps.ligo import Learned
-from .modeling import flops
-from .progress import Ticker
-from .settings import Text
-from .training import rows_of
-from .uptrain import sharding
-from .uptrain.loop import agreed
-from .uptrain.objectives import IGNORED, Data, Kind, Rows, loss_of, targets
-from .uptrain.resume import RunState, checkpoints, claimed, load_state, save_state
-from .uptrain.signals import Stopping
-from .uptrain.stages import Stage
-from .uptrain.step import pieces
-from .uptrain.whole import inside
+from .. import distributed, modeling
+from ..core import lineage
+from ..core.anatomy import Key
+from ..core.checkpoint import Checkpoint
+from ..data.packing import shuffled
+from ..errors import RegraftError
+from ..growth.ligo import Grower
+from ..growth.ligo_maps import Ligo
+from ..growth.sizes_to_steps import Growth
+from ..growth.steps.bridge import Bridge
+from ..growth.steps.ligo import Learned
+from ..modeling import flops
+from ..progress import Ticker
+from ..settings import Text
+from . import fsdp
+from .fsdp_forward import inside
+from .loop import agreed
+from .objectives import IGNORED, Data, Kind, Rows, loss_of, targets
+from .resume import RunState, checkpoints, claimed, load_state, save_state
+from .session import rows_of
+from .signals import Stopping
+from .stage import Stage
+from .step import pieces
 
 CLIP = 1.0
 RUN: dict[str, Any] = {"batch": 16, "length": 256, "micro": None, "precision": "float32"}
@@ -146,7 +146,7 @@ class Fitting:
 
     def __init__(self, target: Checkpoint, grower: Grower, method: Ligo):
         self.grower, self.method = grower, method
-        self.model = sharding.load(target, sharding.mesh() if distributed.world() > 1 else None)
+        self.model = fsdp.load(target, fsdp.mesh() if distributed.world() > 1 else None)
         self.holds = layout(self.model, target)
         groups = [
             {"params": list(grower.spaces.parameters()), "peak": method.lr},
@@ -224,7 +224,7 @@ class Fitting:
         ]
         with torch.no_grad():
             for (parameter, _), value in zip(self.holds, made, strict=True):
-                sharding.part(parameter).copy_(sharding.shard(value, parameter))
+                fsdp.part(parameter).copy_(fsdp.shard(value, parameter))
         return made
 
     def learn(self, stage: Stage, rows: Rows, seed: int, micro: int) -> float:
@@ -232,7 +232,7 @@ class Fitting:
         kind, fast, total = cast(Kind, stage.kind), stage.precision == "bfloat16", 0.0
         given, labels = targets(self.model, kind, rows, torch.Generator().manual_seed(seed), stage.mask_share)
         told = int((labels != IGNORED).sum())
-        place = sharding.part(next(self.model.parameters())).device
+        place = fsdp.part(next(self.model.parameters())).device
         for piece in pieces(len(rows), micro):
             some, wanted = given[piece].to(place), labels[piece].to(place)
             share = distributed.world() * int((wanted != IGNORED).sum()) / told
@@ -246,8 +246,8 @@ class Fitting:
         mine, grads = [], []
         for (parameter, _), value in zip(self.holds, made, strict=True):
             if parameter.grad is not None and value.requires_grad:
-                mine.append(sharding.shard(value, parameter))
-                grads.append(sharding.part(parameter.grad).to(mine[-1].device))
+                mine.append(fsdp.shard(value, parameter))
+                grads.append(fsdp.part(parameter.grad).to(mine[-1].device))
         torch.autograd.backward(mine, grads)
         self.model.zero_grad(set_to_none=True)
         distributed.add_up([p.grad for p in self.grower.parameters() if p.grad is not None])

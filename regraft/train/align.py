@@ -15,9 +15,9 @@ from ..data.packing import Packed
 from ..errors import RegraftError
 from ..mixers.base import Mixer
 from .calibrate import error, relative
-from .capture import LayerRecord, body, recording
-from .teaching import Lessons, Teacher
-from .whole import inside
+from .fsdp_forward import inside
+from .hooks import LayerRecord, body, recording
+from .teacher_cache import Lessons, Teacher
 
 Loss = Callable[[Mixer, LayerRecord, Tensor | None], Tensor]
 

@@ -17,9 +17,9 @@ from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..modeling.meta import buffers
-from .layers import stack
-from .matching import mixers
-from .whole import PLACE, Whole, settle
+from .align import mixers
+from .fsdp_forward import PLACE, Whole, settle
+from .layer_subset import stack
 
 
 def mesh(hybrid: bool = False) -> DeviceMesh:

@@ -17,11 +17,11 @@ from ..errors import RegraftError
 from ..mixers.base import Attention
 from ..mixers.registry import weights
 from ..modeling.modeling_regraft import RegraftForCausalLM
+from .fsdp_forward import inside
 from .kl import head_kl
 from .lit import Lit
 from .objectives import IGNORED, Kind, last_hidden
-from .teaching import Lessons, Teacher
-from .whole import inside
+from .teacher_cache import Lessons, Teacher
 
 LOW_RANK = "low_rank"  # where a model holds its low-rank additions
 LAYERWISE = ("matrix", "align")  # each mixer is matched to its teacher's layer on its own

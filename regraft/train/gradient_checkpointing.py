@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import RegraftError
 from ..modeling.flops import uncounted
-from .layers import stack
+from .layer_subset import stack
 
 
 def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

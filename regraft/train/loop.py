@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from .. import distributed
 from ..data.packing import Packed, shuffled
 from ..data.rows import Table
-from . import adam, speed
+from . import optimizer_state, throughput
 from .divergence import guard
-from .layers import frozen, running
-from .lowrank import attach, detach
+from .fsdp import complete
+from .fsdp_forward import inside, settle
+from .gradient_checkpointing import recomputing
+from .layer_subset import frozen, running
+from .lora import attach, detach
 from .objectives import measured, suited
-from .recomputing import recomputing
 from .resume import RunState, checkpoints, claimed, load_state, save_state
 from .run import Progress, Run, possible, settings
-from .sharding import complete
 from .signals import Stopping
-from .stages import Stage, kl, parameter_groups, projections, thaw
+from .stage import Stage, kl, parameter_groups, projections, thaw
 from .step import generator, one_step
-from .whole import inside, settle
 
 __all__ = ["Progress", "Run", "batches", "shuffled", "train"]
 
@@ -100,12 +100,12 @@ def train_stage(run: Run, state: RunState, index: int, stopping: Stopping) -> No
         thaw(run.model, stage, optimizer, state.watch.unfrozen)
     state.restore_optimizer(run.model, optimizer)
     if run.moments is not None and index == state.step == 0:
-        adam.begin(run.model, optimizer, run.moments)
+        optimizer_state.begin(run.model, optimizer, run.moments)
     state.changed |= learning(run.model)
     if low is not None:
         state.changed |= low.begin(names)
     order = shuffled(len(rows), stage.steps * stage.batch, run.seed + index)
-    best = speed.peak(run.device, fast)
+    best = throughput.peak(run.device, fast)
     entry = state.entry(index, stage.kind, fast)
     if state.step == 0:
         measure(run, stage, index, 0, entry)
@@ -138,7 +138,7 @@ def train_stage(run: Run, state: RunState, index: int, stopping: Stopping) -> No
             "loss": value, "grad_norm": float(norm),
             "lr": max(group["lr"] for group in optimizer.param_groups),
             "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
-            **speed.rates(picked.tokens, flops, spent, best),
+            **throughput.rates(picked.tokens, flops, spent, best),
         }  # fmt: skip
         if stage.learn == "lit" and state.watch.observe(value, stage.lit):
             row["unfrozen"] = entry["unfrozen"] = state.step
@@ -162,7 +162,7 @@ def train_stage(run: Run, state: RunState, index: int, stopping: Stopping) -> No
                 stopping.leave(checkpoints(run.out))
             saved = time.monotonic()
     if run.keep_moments and index == len(run.stages) - 1:
-        adam.keep(run.model, optimizer, run.out)
+        optimizer_state.keep(run.model, optimizer, run.out)
     if low is not None:
         state.changed -= detach(run.model)
     state.next_stage()

@@ -17,11 +17,11 @@ from ..errors import RegraftError
 from ..mixers.gated import Gated
 from ..modeling.modeling_regraft import RegraftForCausalLM
 from .divergence import Jump
-from .layers import chosen, stack
+from .fsdp import part
+from .layer_subset import chosen, stack
 from .objectives import Data, Rows, headed
-from .sharding import part
-from .stages import LAYERWISE, Stage, projections
-from .teaching import Lessons, Teacher
+from .stage import LAYERWISE, Stage, projections
+from .teacher_cache import Lessons, Teacher
 
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
 
