@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
-from regraft.evals.baselines import TEACHER
-from regraft.evals.perplexity import Candidate, measure
-from regraft.evaluation import evaluation_windows
+from regraft.evaluation.baselines import TEACHER
+from regraft.evaluation.evaluate import evaluation_windows
+from regraft.evaluation.perplexity import Candidate, measure
 from regraft.linearize.select_layers import begun, recorded, repeated, told
 from regraft.train.layer_subset import stack
 

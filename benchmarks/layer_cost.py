@@ -16,7 +16,7 @@ from functools import partial
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.demo import CACHE, fetch, prepare
-from regraft.evals.perplexity import Candidate
+from regraft.evaluation.perplexity import Candidate
 from regraft.linearize import select_layers
 from regraft.linearize.remix import Remix
 from regraft.linearize.select_layers import Bench

@@ -25,9 +25,9 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data import default_text
 from regraft.demo import CACHE, fetch, prepare
-from regraft.evals import baselines
-from regraft.evals.perplexity import Candidate, measure
-from regraft.evaluation import evaluation_windows
+from regraft.evaluation import baselines
+from regraft.evaluation.evaluate import evaluation_windows
+from regraft.evaluation.perplexity import Candidate, measure
 from regraft.linearize import methods
 from regraft.linearize.remix import Remix
 from regraft.progress import Ticker

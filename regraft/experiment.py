@@ -14,11 +14,11 @@ from . import distributed, modeling, report, settings
 from .core.checkpoint import Checkpoint
 from .data.corpus import Texts
 from .data.packing import Packed
-from .evals import baselines
-from .evals.bench import bench
-from .evals.perplexity import Candidate, measure
-from .evals.suite import Suite, beside
-from .evaluation import assemble, evaluation_windows, suite
+from .evaluation import baselines
+from .evaluation.bench import bench
+from .evaluation.evaluate import assemble, evaluation_windows, suite
+from .evaluation.perplexity import Candidate, measure
+from .evaluation.suite import Suite, beside
 from .journal import Journal, write_json
 from .linearize.pipeline import converted, uptrained
 from .modeling import generate

@@ -16,12 +16,13 @@ import torch
 import yaml
 from torch import nn
 
-from regraft import evaluation, modeling, plots, report, tables
+from regraft import modeling, plots, report, tables
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.evals import baselines, harness, positions, reading, recall, tasks
-from regraft.evals.perplexity import Candidate
-from regraft.evals.suite import Suite, against
+from regraft.evaluation import baselines, chunked, evaluate, positions, recall, tasks
+from regraft.evaluation import lm_eval as harness
+from regraft.evaluation.perplexity import Candidate
+from regraft.evaluation.suite import Suite, against
 from regraft.linearize.remix import Remix
 
 WORDS = "the cat sat on a mat while dogs ran past naïve old men".split()
@@ -108,7 +109,7 @@ NAMES = ("hellaswag", "arc_easy", "winogrande", "lambada", "blimp", "mmlu", "mml
 
 def test_scores_are_those_of_an_independent_sum(data, linearized):
     model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
-    found = evaluation.tasks(model, tokenizer, NAMES, data, batch=3)
+    found = evaluate.tasks(model, tokenizer, NAMES, data, batch=3)
     for name in NAMES:
         questions, row = tasks.questions(name, data), found["tasks"][name]
         hand = expected(model, tokenizer, questions)
@@ -126,7 +127,7 @@ def test_scores_are_those_of_an_independent_sum(data, linearized):
 
 def test_batches_do_not_change_scores(data, linearized):
     model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
-    one, many = (evaluation.tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7))
+    one, many = (evaluate.tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7))
     for name in NAMES:
         assert one["tasks"][name].pop("each") == many["tasks"][name].pop("each")
         assert one["tasks"][name] == pytest.approx(many["tasks"][name])
@@ -305,20 +306,20 @@ def test_probes_are_the_same_for_the_same_seed():
 
 
 def test_reading_in_chunks_is_reading_at_once(linearized, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK", 7)
+    monkeypatch.setattr(chunked, "CHUNK", 7)
     model = modeling.load(linearized)
     ids = torch.randint(3, 250, (2, 40))
-    parts = torch.cat([logits for logits, _ in reading.chunks(model, ids)], 1)
+    parts = torch.cat([logits for logits, _ in chunked.chunks(model, ids)], 1)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     assert torch.allclose(parts, whole, atol=2e-5)
-    assert torch.allclose(reading.last(model, ids)[0], whole[:, -1], atol=2e-5)
+    assert torch.allclose(chunked.last(model, ids)[0], whole[:, -1], atol=2e-5)
 
 
 def test_buckets_double_and_perplexities_are_means(source, monkeypatch):
     assert positions.buckets(200) == [(0, 64), (64, 128), (128, 200)]
     assert positions.buckets(40) == [(0, 40)]
-    monkeypatch.setattr(reading, "CHUNK", 50)
+    monkeypatch.setattr(chunked, "CHUNK", 50)
     model, rows = modeling.load(source), torch.randint(3, 250, (3, 130))
     with torch.no_grad():
         log_p = model(rows, use_cache=False).logits[:, :-1].log_softmax(-1)
@@ -330,12 +331,12 @@ def test_buckets_double_and_perplexities_are_means(source, monkeypatch):
 
 
 def test_every_baseline_beside_every_number(source, linearized, data):
-    suite = evaluation.suite(
+    suite = evaluate.suite(
         str(linearized), ["winogrande", "passkey"], folder=data, lengths=[250], limit=3, windows=(2, 100)
     )
     heard = []
     scratch = str(source)
-    table = evaluation.benchmark(str(linearized), suite, str(source), scratch, lambda share, words: heard.append(share))
+    table = evaluate.benchmark(str(linearized), suite, str(source), scratch, lambda share, words: heard.append(share))
     assert list(table["baselines"]) == list(baselines.ROWS)
     teacher = table["baselines"][baselines.TEACHER]
     assert {**teacher, "of_teacher": 1} == {**table["baselines"][baselines.SCRATCH], "of_teacher": 1}
@@ -387,7 +388,7 @@ def test_the_same_baseline_is_measured_once(source, tmp_path):
         seen.append(candidate)
         return {}
 
-    evaluation.benchmark(str(tmp_path / "window"), suite, str(source))
+    evaluate.benchmark(str(tmp_path / "window"), suite, str(source))
     assert len(seen) == 3, "the teacher, the window in every layer for three rows, the model"
 
 
@@ -396,13 +397,13 @@ def test_scratch_must_read_the_same_tokens(linearized, tmp_path):
 
     tiny("llama", vocab=77)[1].save_pretrained(tmp_path / "other")
     with pytest.raises(RegraftError, match="77 tokens where the model has 259"):
-        evaluation.benchmark(str(linearized), lambda *_: {}, None, str(tmp_path / "other"))
+        evaluate.benchmark(str(linearized), lambda *_: {}, None, str(tmp_path / "other"))
 
 
 def test_learned_positions_end(tmp_path):
     gpt2 = speaking.save(tmp_path / "gpt2", "gpt2")
     with pytest.raises(RegraftError, match="positions: 100000 tokens are too many"):
-        evaluation.suite(str(gpt2), ["passkey"], lengths=[100_000])
+        evaluate.suite(str(gpt2), ["passkey"], lengths=[100_000])
 
 
 def test_a_missing_harness_is_named_with_its_command(source, data, monkeypatch):
@@ -415,8 +416,8 @@ def test_a_missing_harness_is_named_with_its_command(source, data, monkeypatch):
 def test_tables_hold_every_row(source, linearized, data, capsys):
     from rich.console import Console
 
-    suite = evaluation.suite(str(linearized), [*NAMES, "mqar"], folder=data, lengths=[250], limit=2, windows=(1, 70))
-    table = evaluation.benchmark(str(linearized), suite)
+    suite = evaluate.suite(str(linearized), [*NAMES, "mqar"], folder=data, lengths=[250], limit=2, windows=(1, 70))
+    table = evaluate.benchmark(str(linearized), suite)
     tables.render(table, Console(width=80))
     shown = capsys.readouterr().out
     assert "…" not in shown and shown.count("questions") > 1, "columns are cut into tables, not cut off"

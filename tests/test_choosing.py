@@ -15,7 +15,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.evals.baselines import remix_of
+from regraft.evaluation.baselines import remix_of
 from regraft.linearize import select_layers
 from regraft.linearize.remix import Remix
 from regraft.linearize.select_layers import Bench

@@ -9,10 +9,10 @@ import speaking
 import torch
 from models import tiny, tokens
 
-from regraft import evaluation, modeling, plots, report, tables
+from regraft import modeling, plots, report, tables
 from regraft.errors import RegraftError
-from regraft.evals import baselines, bench
-from regraft.evals.perplexity import SLICE, Candidate, measure
+from regraft.evaluation import baselines, bench, evaluate
+from regraft.evaluation.perplexity import SLICE, Candidate, measure
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_weights_that_are_not_finite_are_refused():
 
 
 def test_table_has_every_baseline_in_order(source, linearized, text):
-    table = evaluation.evaluate(str(linearized), str(source), str(text), 4, 64, scratch=str(source))
+    table = evaluate.evaluate(str(linearized), str(source), str(text), 4, 64, scratch=str(source))
     assert list(table["baselines"]) == list(baselines.ROWS)
     for name, row in table["baselines"].items():
         assert row["perplexity"] > 1 and row["windows"] == 4
@@ -80,19 +80,19 @@ def test_table_has_every_baseline_in_order(source, linearized, text):
 
 
 def test_window_everywhere_needs_text_longer_than_the_window(source, linearized, text):
-    short = evaluation.evaluate(str(linearized), str(source), str(text), 2, 16)["baselines"]
+    short = evaluate.evaluate(str(linearized), str(source), str(text), 2, 16)["baselines"]
     assert short[baselines.WINDOW_ALL]["kl"] == pytest.approx(0, abs=1e-6), "16 tokens fit into a window of 16"
-    long = evaluation.evaluate(str(linearized), str(source), str(text), 2, 64)["baselines"]
+    long = evaluate.evaluate(str(linearized), str(source), str(text), 2, 64)["baselines"]
     assert long[baselines.WINDOW_ALL]["kl"] > 1e-4
 
 
 def test_a_plain_model_has_no_baselines_of_its_own(source, text):
-    table = evaluation.evaluate(str(source), None, str(text), 2, 32)
+    table = evaluate.evaluate(str(source), None, str(text), 2, 32)
     assert table["baselines"] == {} and table["kl"] is None
 
 
 def test_default_text_is_the_held_out_documentation(source):
-    windows = evaluation.evaluation_windows(None, modeling.load_tokenizer(source), 3, 1024)
+    windows = evaluate.evaluation_windows(None, modeling.load_tokenizer(source), 3, 1024)
     assert windows.input_ids.shape == (3, 1024)
 
 

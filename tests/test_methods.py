@@ -17,7 +17,7 @@ from test_cli import as_json, refused
 from regraft import settings
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.evals.baselines import remix_of
+from regraft.evaluation.baselines import remix_of
 from regraft.linearize import methods
 from regraft.train import loop
 

@@ -18,7 +18,7 @@ from ..data.corpus import Texts
 from ..data.packing import pack
 from ..data.rows import Table
 from ..errors import RegraftError
-from ..evals.baselines import remix_of
+from ..evaluation.baselines import remix_of
 from ..journal import write_json
 from ..progress import Ticker
 from ..report import COSTS, read_json

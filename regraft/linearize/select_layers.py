@@ -19,9 +19,9 @@ from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..data.packing import Packed
 from ..errors import RegraftError
-from ..evals.baselines import TEACHER
-from ..evals.perplexity import Candidate, Score, measure, window_logits
-from ..evals.reading import log_likelihoods
+from ..evaluation.baselines import TEACHER
+from ..evaluation.chunked import log_likelihoods
+from ..evaluation.perplexity import Candidate, Score, measure, window_logits
 from ..modeling import flops
 from ..train.calibrate import calibrate
 from ..train.layer_subset import Skipped, stack

@@ -52,9 +52,10 @@ def evaluate(
         idle(
             evaluate, locals(), names, "it is for benchmarks and recall, so name some, as in --tasks hellaswag,passkey"
         )
-    from .. import evaluation, modeling, plots, report
+    from .. import modeling, plots, report
     from .. import tables as printing
-    from ..evals.bench import parse_lengths
+    from ..evaluation import evaluate as evaluation
+    from ..evaluation.bench import parse_lengths
     from ..progress import Ticker
 
     modeling.wants_decoder(model, baseline, scratch)
@@ -143,9 +144,10 @@ def bench(
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
     """
-    from .. import evaluation, modeling, plots, tables
+    from .. import modeling, plots, tables
     from ..core.checkpoint import Checkpoint
-    from ..evals import bench as benching
+    from ..evaluation import bench as benching
+    from ..evaluation import evaluate as evaluation
     from ..progress import Ticker
 
     counts = benching.parse_lengths(lengths)

@@ -98,7 +98,7 @@ def worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = T
     """One row, measured in a child process that sees the same package; RegraftError with its last line if it fails."""
     root = str(Path(__file__).resolve().parents[2])
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    command = [sys.executable, "-m", "regraft.evals.bench", path, *map(str, (length, steps, batch, int(prefill)))]
+    command = [sys.executable, "-m", "regraft.evaluation.bench", path, *map(str, (length, steps, batch, int(prefill)))]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
         last = (finished.stderr.strip().splitlines() or [f"killed by signal {-finished.returncode}"])[-1]
@@ -111,7 +111,7 @@ def worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = T
 def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
     """The row of one model at one length, in this process."""
     from .. import modeling
-    from . import reading
+    from . import chunked
 
     torch.manual_seed(0)
     model: Any = modeling.load(path)
@@ -124,7 +124,7 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
     mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     with torch.inference_mode():
         begin = time.perf_counter()
-        logits, cache = reading.last(model, ids)
+        logits, cache = chunked.last(model, ids)
         finish(device.type)
         reading_took = time.perf_counter() - begin
         lengthen(cache, length - ids.shape[1])
@@ -132,7 +132,7 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
         seconds = []
         for _ in range(steps + 1):
             begin = time.perf_counter()
-            logits, cache = reading.last(model, logits.argmax(-1, keepdim=True), cache)
+            logits, cache = chunked.last(model, logits.argmax(-1, keepdim=True), cache)
             finish(device.type)
             seconds.append(time.perf_counter() - begin)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import modeling
-from .core.checkpoint import Checkpoint
-from .data.default_text import held_out
-from .data.packing import Packed, long_windows, read_documents
-from .errors import RegraftError
-from .evals import baselines
-from .evals.perplexity import Candidate, measure
-from .evals.recall import KINDS
-from .evals.suite import LENGTHS, Suite, Tell, against, beside
+from .. import modeling
+from ..core.checkpoint import Checkpoint
+from ..data.default_text import held_out
+from ..data.packing import Packed, long_windows, read_documents
+from ..errors import RegraftError
+from . import baselines
+from .perplexity import Candidate, measure
+from .recall import KINDS
+from .suite import LENGTHS, Suite, Tell, against, beside
 
 Progress = Callable[[int, int], None]
 

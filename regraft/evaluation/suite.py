@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
-from . import harness, positions, recall, tasks
+from . import lm_eval, positions, recall, tasks
 from .perplexity import Candidate
 
 LENGTHS = (512, 1024, 2048)
@@ -56,7 +56,7 @@ class Suite:
             for length in lengths
         }
         if self.questions:
-            harness.required()
+            lm_eval.required()
 
     def __call__(self, candidate: Candidate, tell: Tell = lambda share, words: None) -> dict[str, Any]:
         """`tasks` by name with `average` and `average_above_chance`, `recall` by kind and length, `positions`.
@@ -67,11 +67,11 @@ class Suite:
         row: dict[str, Any] = {}
         with candidate.within():
             if self.questions:
-                model = harness.language_model(candidate, self.tokenizer, self.batch)
+                model = lm_eval.language_model(candidate, self.tokenizer, self.batch)
                 row["tasks"] = {}
                 for done, (name, questions) in enumerate(self.questions.items()):
                     tell(done / steps, name)
-                    row["tasks"][name] = harness.score(model, tasks.TASKS[name], name, questions)
+                    row["tasks"][name] = lm_eval.score(model, tasks.TASKS[name], name, questions)
                 row |= averages(row["tasks"])
             for done, ((kind, length), probe) in enumerate(self.probes.items()):
                 tell((len(self.questions) + done) / steps, f"{kind} at {length}")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import RegraftError
-from . import reading
+from . import chunked
 from .perplexity import Candidate
 from .tasks import Question, Task
 
@@ -76,12 +76,12 @@ def together(model: nn.Module, pairs: Sequence[tuple[tuple[int, ...], list[int]]
     contexts = list(dict.fromkeys(context for context, _ in pairs))
     which = torch.tensor([contexts.index(context) for context, _ in pairs])
     answers = nn.utils.rnn.pad_sequence([torch.tensor(answer) for _, answer in pairs], batch_first=True)
-    logits, cache = reading.last(model, torch.tensor(contexts))
+    logits, cache = chunked.last(model, torch.tensor(contexts))
     steps = logits[which.to(logits.device), None]
     if answers.shape[1] > 1:
         cache.batch_select_indices(which.to(logits.device))
-        steps = torch.cat([steps, *(more for more, _ in reading.chunks(model, answers[:, :-1], cache))], 1)
-    every, greedy = reading.log_likelihoods(steps, answers), steps.argmax(-1).cpu() == answers
+        steps = torch.cat([steps, *(more for more, _ in chunked.chunks(model, answers[:, :-1], cache))], 1)
+    every, greedy = chunked.log_likelihoods(steps, answers), steps.argmax(-1).cpu() == answers
     for row, (_, answer) in enumerate(pairs):
         yield every[row, : len(answer)].sum().item(), bool(greedy[row, : len(answer)].all())
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reading
+from . import chunked
 
 FIRST = 64
 
@@ -43,8 +43,8 @@ def by_position(model: nn.Module, rows: Tensor) -> list[dict[str, Any]]:
 def row_nll(model: nn.Module, row: Tensor) -> Tensor:
     """row: (length,) -> negative log-likelihoods (length - 1,) of all tokens but the first."""
     parts, done = [], 0
-    for logits, _ in reading.chunks(model, row[None, :-1]):
+    for logits, _ in chunked.chunks(model, row[None, :-1]):
         targets = row[None, done + 1 : done + 1 + logits.shape[1]]
-        parts.append(-reading.log_likelihoods(logits, targets)[0].cpu())
+        parts.append(-chunked.log_likelihoods(logits, targets)[0].cpu())
         done += logits.shape[1]
     return torch.cat(parts)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegraftError
-from . import reading
+from . import chunked
 
 CHOICES = 8  # answers a model chooses from: the right one and seven others
 QUERIES = 8  # asked one after the other in associative recall
@@ -207,14 +207,14 @@ def answers(model: nn.Module, probe: Probe, part: slice) -> Iterable[tuple[Tenso
     right one (rows,)."""
     told, cache = probe.context[part], None
     for asked in probe.rounds:
-        logits, cache = reading.last(model, torch.cat([told, asked.query[part]], 1), cache)
+        logits, cache = chunked.last(model, torch.cat([told, asked.query[part]], 1), cache)
         likelihoods = []
         for number, ids in enumerate(asked.candidates[part].unbind(1)):
             steps = logits[:, None]
             if ids.shape[1] > 1:
-                more, _ = next(reading.chunks(model, ids[:, :-1], copy.deepcopy(cache)))
+                more, _ = next(chunked.chunks(model, ids[:, :-1], copy.deepcopy(cache)))
                 steps = torch.cat([steps, more], 1)
-            likelihoods.append(reading.log_likelihoods(steps, ids).sum(1).cpu())
+            likelihoods.append(chunked.log_likelihoods(steps, ids).sum(1).cpu())
             if number == 0:
                 right = (steps.argmax(-1).cpu() == ids).all(1)
         told = asked.candidates[part, 0]
