@@ -136,7 +136,7 @@ def forecast(source: Path, sizes: Row) -> int:
     """What the plan says about memory."""
     from regraft.core.checkpoint import Checkpoint
     from regraft.growth.sizes_to_steps import Growth
-    from regraft.plan import Plan
+    from regraft.plan.plan import Plan
 
     opened = Checkpoint.open(source)
     return Plan.of(opened, Growth(**sizes)(opened)).peak_bytes

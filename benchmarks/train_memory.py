@@ -77,7 +77,7 @@ def opened(name: str, folder: Path) -> tuple[Any, Any]:
 
 def forecasted(name: str, folder: Path) -> float:
     """Bytes by the memory model."""
-    from regraft import forecast
+    from regraft.plan import forecast
 
     _, _, stage, length, rows, precision, again = CASES[name]
     asked: Any = forecast.Asked(stage=stage, length=length, precision=precision, checkpointing=again, batch=rows)

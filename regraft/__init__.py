@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .linearize.merge import Merge
     from .linearize.remix import Remix
     from .modeling import load
-    from .plan import Plan
+    from .plan.plan import Plan
     from .receipts import check
 
 __version__ = "0.1.0"

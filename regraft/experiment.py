@@ -22,7 +22,7 @@ from .evaluation.suite import Suite, beside
 from .journal import Journal, write_json
 from .linearize.pipeline import converted, uptrained
 from .modeling import generate
-from .plan import Plan
+from .plan.plan import Plan
 from .settings import Recipe
 from .train.monitor import USUAL, Watching
 from .train.session import training_rows

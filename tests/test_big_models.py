@@ -29,7 +29,7 @@ from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.io import safetensors, shard_writer
 from regraft.io.direct_io import ROOM, Direct
-from regraft.plan import OVERHEAD, Plan, writing_bytes
+from regraft.plan.plan import OVERHEAD, Plan, writing_bytes
 
 HERE = Path(__file__).parent
 
@@ -255,7 +255,7 @@ MEMORY = """
 import json, re, sys, threading, time
 import torch
 from regraft.core.checkpoint import Checkpoint
-from regraft.plan import Plan
+from regraft.plan.plan import Plan
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 

@@ -20,7 +20,7 @@ from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
 from regraft.linearize.remix import Remix
 from regraft.modeling import flops
-from regraft.plan import Plan
+from regraft.plan.plan import Plan
 from regraft.train import loop
 from regraft.train.objectives import Images, Packed, Rows
 from regraft.train.stage import Stage

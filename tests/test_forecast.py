@@ -13,18 +13,19 @@ import torch
 from models import tiny
 from test_cli import as_json, refused, run_main
 
-from regraft import forecast, modeling
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.forecast import Asked, at_worst, footprint, largest, moments, number
 from regraft.linearize.remix import Remix
 from regraft.modeling import flops
+from regraft.plan import forecast
+from regraft.plan import step_memory as simulation
+from regraft.plan.fake_tensors import Alive
+from regraft.plan.forecast import Asked, at_worst, footprint, largest, moments, number
 from regraft.train import objectives, stage
 from regraft.train.align import align_step
 from regraft.train.gradient_checkpointing import recomputing
-from regraft.uptrain import footprint as simulation
-from regraft.uptrain.fakes import Alive
 
 LENGTH = 96
 LINEAR = Remix("gated_deltanet", "0", window=16, sinks=2)

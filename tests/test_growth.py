@@ -24,7 +24,7 @@ from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.linearize.remix import Remix
 from regraft.modeling import load
-from regraft.plan import Plan
+from regraft.plan.plan import Plan
 
 BOUND = 2e-5
 COUPLED = ("gpt2", "gpt_neox", "bert", "roberta")

@@ -66,11 +66,11 @@ def grow(
     import shutil
 
     from .. import distributed, parity
-    from .. import plan as planning
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
+    from ..plan import plan as planning
     from ..progress import Ticker
     from ..train import fit_ligo
 
@@ -166,10 +166,10 @@ def linearize(
         cache: folder that keeps the text's tokens for other runs
     """
     from .. import distributed, tables
-    from .. import plan as planning
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
     from ..linearize import methods, pipeline
+    from ..plan import plan as planning
     from ..progress import Ticker
     from ..train import monitor, trackers
 

@@ -86,11 +86,11 @@ def plan(
         share: of the GPU's peak that training is assumed to reach
         price: of one GPU for an hour: says the cost
     """
-    from .. import forecast
-    from .. import plan as planning
     from ..core.checkpoint import Checkpoint
     from ..growth.sizes_to_steps import Growth
     from ..linearize import methods
+    from ..plan import forecast
+    from ..plan import plan as planning
 
     given = locals()
     if not (mixer or method):

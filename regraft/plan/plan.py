@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .core import lineage
-from .core.checkpoint import Checkpoint
-from .io.safetensors import Entry
-from .mixers.base import Attention
-from .mixers.registry import mixer_class
-from .modeling import flops as ledger
+from ..core import lineage
+from ..core.checkpoint import Checkpoint
+from ..io.safetensors import Entry
+from ..mixers.base import Attention
+from ..mixers.registry import mixer_class
+from ..modeling import flops as ledger
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .modeling import flops
+from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..modeling import flops
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .uptrain.footprint import Footprint
+    from .step_memory import Footprint
 
 RESERVE = 0.1  # of a GPU's memory, for the libraries, what the allocator cannot use and what collectives hold
 SHARE = 0.35  # of the peak that training is assumed to reach
@@ -125,7 +125,7 @@ def forecast(source: Checkpoint, target: Checkpoint, asked: Asked) -> dict[str, 
 
 def footprint(target: Checkpoint, teacher: Checkpoint | None, asked: Asked) -> Footprint:
     """What a step of the plan takes of memory, by layers."""
-    from .uptrain.footprint import footprint as simulated
+    from .step_memory import footprint as simulated
 
     return simulated(target, teacher, asked.stage, asked.length, asked.precision == "bfloat16", asked.checkpointing)
 

@@ -20,14 +20,14 @@ from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..mixers.base import Mixing
 from ..modeling.modeling_regraft import RegraftForCausalLM
-from ..plan import layer_kinds
 from ..train.calibrate import error
 from ..train.gradient_checkpointing import recomputing
 from ..train.hooks import LayerRecord, recording
 from ..train.kl import head_kl
 from ..train.layer_subset import stack
 from ..train.stage import Stage, parameter_groups
-from .fakes import Alive, hollow, only
+from .fake_tensors import Alive, hollow, only
+from .plan import layer_kinds
 
 Kind = Literal["align", "distil", "next"]
 NUMBER = 4  # bytes of a weight, a gradient and each of Adam's moments
