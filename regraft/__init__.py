@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from .checks.check import check
     from .core.checkpoint import Checkpoint
     from .errors import RegraftError
     from .growth.steps.bridge import Bridge
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from .linearize.remix import Remix
     from .modeling import load
     from .plan.plan import Plan
-    from .receipts import check
 
 __version__ = "0.1.0"
 __all__ = [

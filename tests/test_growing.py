@@ -11,11 +11,12 @@ import torch
 from models import GROWABLE, tiny
 from safetensors.torch import load_file, save_file
 
-from regraft import cli, parity
+from regraft import cli
+from regraft.checks import growth
+from regraft.checks.check import check
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth.operators import AUTO, AUTO_POST_NORM
 from regraft.growth.sizes_to_steps import Growth
-from regraft.receipts import check
 
 
 def source(folder: Path, family: str = "llama", **keys: Any) -> str:
@@ -38,7 +39,7 @@ def test_grow_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     code, said, _ = run(capsys, "check", given, out, "--json")
     receipts = json.loads(said)
     assert code == 0 and receipts["holds"] and receipts["exact"] and receipts["rel_logit_diff"] < 2e-5
-    assert receipts["greedy"] == parity.NEW and not receipts["unaccounted"]
+    assert receipts["greedy"] == growth.NEW and not receipts["unaccounted"]
     code, said, _ = run(capsys, "check", given, out)
     assert code == 0 and "greedy tokens that agree" in said
 

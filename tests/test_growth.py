@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, GROWABLE, apart, inputs, outputs, tiny
 
-from regraft import parity
+from regraft.checks import growth
 from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.part import Part
@@ -264,8 +264,8 @@ def test_decoding_through_the_cache_gives_the_same(family: str, tmp_path: Path) 
     hidden = 144 if family in COUPLED else 72
     assert difference(family, tmp_path, Widen(hidden=hidden, ffn=104), Deepen(4)) < BOUND
     source, out = Checkpoint.open(tmp_path / "source"), Checkpoint.open(tmp_path / "out")
-    found = parity.compare(source, out, seed=0)
-    assert found["parallel_vs_recurrent"] < BOUND and found["greedy"] == parity.NEW
+    found = growth.compare(source, out, seed=0)
+    assert found["parallel_vs_recurrent"] < BOUND and found["greedy"] == growth.NEW
 
 
 @pytest.mark.parametrize("family", GROWABLE)

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
-from regraft import modeling, parity
+from regraft import modeling
+from regraft.checks import growth as parity
 from regraft.cli import main
 from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint

@@ -12,6 +12,7 @@ import torch
 from models import ARCHITECTURES, GROWABLE, tiny
 from torch import Tensor
 
+from regraft.checks.liveness import liveness, ranges
 from regraft.core.anatomy import Key
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
@@ -20,7 +21,6 @@ from regraft.growth.steps.widen import Widen
 from regraft.growth.widened import apart, pieces
 from regraft.io import safetensors
 from regraft.linearize.remix import Remix
-from regraft.liveness import liveness, ranges
 
 COUPLED = ("gpt2", "gpt_neox", "bert", "roberta")
 

@@ -11,11 +11,11 @@ import torch
 from models import FAMILIES, tiny
 from rich.console import Console
 
+from regraft.checks.check import check, render
 from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
 from regraft.io import safetensors
 from regraft.linearize.remix import Remix
-from regraft.receipts import check, render
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import torch
 from models import FAMILIES, tiny, tokens
 
 from regraft import modeling
+from regraft.checks.check import account, check
 from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.step import Step, entry
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
-from regraft.receipts import account, check
 
 REMIXES = {
     "default": Remix(keep="every:2"),

@@ -65,7 +65,8 @@ def grow(
     """
     import shutil
 
-    from .. import distributed, parity
+    from .. import distributed
+    from ..checks import growth as parity
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
     from ..growth import optimizer_state as moments
@@ -217,7 +218,7 @@ def receipts(source: str, out: str, json: bool = False) -> Outcome:
         source: the model that was changed
         out: what came of it
     """
-    from .. import receipts as proofs
+    from ..checks import check as proofs
 
     found = proofs.check(source, out)
     return Outcome(found, lambda console: proofs.render(found, console), 0 if found["holds"] else 1)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import modeling
-from .core import axes
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .growth import build, depth
+from .. import modeling
+from ..core import axes
+from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..growth import build, depth
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -174,7 +174,7 @@ def told(found: dict[str, float]) -> str:
 
 def text(checkpoint: Checkpoint, length: int) -> dict[str, Tensor] | None:
     """The beginning of the held-out documentation as token ids, None without a tokenizer."""
-    from .data.default_text import held_out
+    from ..data.default_text import held_out
 
     if checkpoint.anatomy.inputs != "tokens":
         return None

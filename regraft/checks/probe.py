@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import modeling
-from .core.anatomy import Part
-from .core.axes import product
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .growth.widened import apart, pieces
-from .growth.widening import kind_of, view
+from .. import modeling
+from ..core.anatomy import Part
+from ..core.axes import product
+from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..growth.widened import apart, pieces
+from ..growth.widening import kind_of, view
 
 ROWS, LENGTH = 2, 64
 RATE = 0.02  # of a step, relative to each tensor's own root mean square

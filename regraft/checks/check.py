@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import liveness, modeling, parity
-from .core import lineage
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .linearize.remix import Remix
-from .mixers.base import Attention, Weight
-from .mixers.registry import weights
+from .. import modeling
+from ..core import lineage
+from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..linearize.remix import Remix
+from ..mixers.base import Attention, Weight
+from ..mixers.registry import weights
+from . import growth, liveness
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ def check(source: str | Path, out: str | Path, seed: int = 0) -> dict[str, Any]:
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     before.verify()
     after.verify()
-    if steps := parity.grown(after, before):
+    if steps := growth.grown(after, before):
         return grown(before, after, steps, seed)
     if after.sizes != before.sizes:
         raise RegraftError(
@@ -66,11 +67,11 @@ def grown(before: Checkpoint, after: Checkpoint, steps: list[dict[str, Any]], se
     """
     known = lineage.read(after.path)
     result: dict[str, Any] = {"holds": False, "trained": lineage.trained(known), "unequal": None}
-    result["unaccounted"] = parity.accounted(before, after)
+    result["unaccounted"] = growth.accounted(before, after)
     result["source_matches"] = lineage.origin(before)["sha256"] == known.get("source", {}).get("sha256")
-    result["exact"] = parity.exact(list(after.history)[len(before.history) :])
-    result |= {"zero_layers": None, "window_end": None} | parity.compare(before, after, seed)
-    result["bound"] = parity.bound(before, after)
+    result["exact"] = growth.exact(list(after.history)[len(before.history) :])
+    result |= {"zero_layers": None, "window_end": None} | growth.compare(before, after, seed)
+    result["bound"] = growth.bound(before, after)
     result |= {"dead": None, "dead_source": None, "dead_in": [], "locked": None, "locked_in": []}
     if not result["trained"]:
         alive = liveness.liveness(after, source=before)
@@ -205,7 +206,7 @@ MEANINGS = {
     "dead": "entries that no gradient reaches",
     "dead_source": "the source's own that its first gradient misses",
     "locked": "units that stay like another for ever",
-    "greedy": f"greedy tokens that agree, of {parity.NEW}",
+    "greedy": f"greedy tokens that agree, of {growth.NEW}",
 }
 
 

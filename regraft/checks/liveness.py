@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.checkpoint import Checkpoint
-from .errors import RegraftError
-from .growth.widening import kind_of
-from .trial import Piece, observed, root, rows
+from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
+from ..growth.widening import kind_of
+from .probe import Piece, observed, root, rows
 
 ALIKE = 1e-5  # rows that differ by less, relative to their length, are the same
 TOGETHER = 1e-2  # so are moves that differ by less, relative to theirs: gradients carry more rounding than weights

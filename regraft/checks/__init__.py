@@ -1,0 +1,1 @@
+"""Proofs about an output: parity at step 0, tensors accounted for, units that cannot learn."""
