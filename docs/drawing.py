@@ -15,8 +15,8 @@ from matplotlib.path import Path as Curve
 from matplotlib.textpath import TextPath
 from tracing import Matrix, Scene, Slot
 
-from regraft import plots
 from regraft.errors import RegraftError
+from regraft.report import plots
 
 LOOKS = {  # colour, what the legend says, what stands in the cell
     "old": ("#2f6f9f", "old entry", ""),

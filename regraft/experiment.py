@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import distributed, modeling, report, settings
+from . import distributed, modeling, settings
 from .core.checkpoint import Checkpoint
 from .data.corpus import Texts
 from .data.packing import Packed
@@ -23,6 +23,7 @@ from .journal import Journal, write_json
 from .linearize.pipeline import converted, uptrained
 from .modeling import generate
 from .plan.plan import Plan
+from .report import html
 from .settings import Recipe
 from .train.monitor import USUAL, Watching
 from .train.session import training_rows
@@ -46,9 +47,9 @@ def run(recipe: Recipe, out: str, watching: Watching = USUAL) -> dict[str, Any]:
                 experiment.journal.ticker.start(name)
                 phase()
                 experiment.journal.finish(name)
-    report.write(experiment.out)
+    html.write(experiment.out)
     distributed.told("")
-    return report.collect(experiment.out)
+    return html.collect(experiment.out)
 
 
 def follow(recipe: Recipe, out: Path, watching: Watching) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class Experiment:
     def after_training(self) -> float:
         """Seconds that the phases after training will take, from what the earlier ones took."""
         quality = self.journal.phases["baselines"]
-        speed = [rows[0]["decode_tok_s"] for rows in report.read_json(self.out / "bench.json").values() if rows]
+        speed = [rows[0]["decode_tok_s"] for rows in html.read_json(self.out / "bench.json").values() if rows]
         wanted = self.recipe.measure
         return MARGIN + quality + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed if rate)
 
@@ -191,7 +192,7 @@ class Experiment:
 
     def evaluate(self) -> None:
         """The quality table."""
-        rows = self.score(baselines.trained(modeling.load(self.out)), report.read_json(self.out / "baselines.json"))
+        rows = self.score(baselines.trained(modeling.load(self.out)), html.read_json(self.out / "baselines.json"))
         write_json(self.out / "eval.json", assemble(rows, str(self.out)))
 
     def sample(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import RegraftError
 from .progress import Ticker
-from .report import read_json
+from .report.html import read_json
 
 SAVE_EVERY = 2.0
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from regraft import modeling, plots, report, tables
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evaluation import baselines, chunked, evaluate, positions, recall, tasks
@@ -24,6 +24,7 @@ from regraft.evaluation import lm_eval as harness
 from regraft.evaluation.perplexity import Candidate
 from regraft.evaluation.suite import Suite, against
 from regraft.linearize.remix import Remix
+from regraft.report import html, plots, tables
 
 WORDS = "the cat sat on a mat while dogs ran past naïve old men".split()
 FILLER = ["some filler text that goes on for a while and never says anything at all; " * 20]
@@ -423,7 +424,7 @@ def test_tables_hold_every_row(source, linearized, data, capsys):
     assert "…" not in shown and shown.count("questions") > 1, "columns are cut into tables, not cut off"
     for word in (*NAMES, "average", "250 tokens", "64-70", baselines.NO_LINEAR, "chance", "lead", "+0.0 ± 0.0"):
         assert word in shown
-    assert plots.positions(report.eval_rows(table)).lstrip().startswith(b"<?xml")
+    assert plots.positions(html.eval_rows(table)).lstrip().startswith(b"<?xml")
 
 
 def test_contexts_read_once_score_as_the_harness_scores_whole_rows(linearized):

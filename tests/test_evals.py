@@ -9,10 +9,11 @@ import speaking
 import torch
 from models import tiny, tokens
 
-from regraft import modeling, plots, report, tables
+from regraft import modeling
 from regraft.errors import RegraftError
 from regraft.evaluation import baselines, bench, evaluate
 from regraft.evaluation.perplexity import SLICE, Candidate, measure
+from regraft.report import html, plots, tables
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
         for key in ("length", "batch", "state_bytes", "converted_bytes", "kept_bytes"):
             assert row[key] == pytest.approx(measured[name][key], rel=0.02), (name, key)  # but for small marks
     assert plots.lengths(rows).startswith(b"<?xml") and tables.speed(rows).row_count == 2
-    assert len(report.speed(rows)) == 2
+    assert len(html.speed(rows)) == 2
 
 
 def test_a_failing_bench_says_why(tmp_path):

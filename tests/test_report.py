@@ -11,10 +11,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from regraft import plots, report
 from regraft.errors import RegraftError
 from regraft.journal import Journal
 from regraft.progress import BEAT, Ticker, clock
+from regraft.report import html, plots
 
 VOID = {"meta", "img", "br"}
 
@@ -68,7 +68,7 @@ def folder(tmp_path):
 
 
 def test_page_stands_alone_and_is_well_formed(folder):
-    page = report.write(folder).read_text()
+    page = html.write(folder).read_text()
     parser = Balanced()
     parser.feed(page)
     assert parser.stack == []
@@ -80,28 +80,28 @@ def test_page_stands_alone_and_is_well_formed(folder):
 
 
 def test_page_and_json_agree(folder):
-    page, numbers = report.write(folder).read_text(), json.loads((folder / "report.json").read_text())
-    for name, line in report.eval_rows(numbers["eval"]).items():
-        assert name in page and report.short(line["perplexity"]) in page
+    page, numbers = html.write(folder).read_text(), json.loads((folder / "report.json").read_text())
+    for name, line in html.eval_rows(numbers["eval"]).items():
+        assert name in page and html.short(line["perplexity"]) in page
     assert numbers["ledger"][-1] == {"stage": "total", "tokens": 64 * 29 * 2, "flops": 58 * 10**9, "seconds": 29.0}
     assert "3,712 tokens" in page and "1.5 minutes" in page
 
 
 def test_same_numbers_give_the_same_page(folder):
-    assert report.write(folder).read_bytes() == report.write(folder).read_bytes()
+    assert html.write(folder).read_bytes() == html.write(folder).read_bytes()
 
 
 def test_unfinished_run_still_gives_a_page(tmp_path):
-    assert "<h1>" in report.write(tmp_path).read_text()
+    assert "<h1>" in html.write(tmp_path).read_text()
 
 
 def test_damaged_files_are_named(folder):
     (folder / "eval.json").write_text("{")
     with pytest.raises(RegraftError, match="eval.json is not JSON"):
-        report.collect(folder)
+        html.collect(folder)
     (folder / "metrics.jsonl").write_text('{"a": \n{}\n')
     with pytest.raises(RegraftError, match="metrics.jsonl line 1"):
-        report.read_metrics(folder / "metrics.jsonl")
+        html.read_metrics(folder / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_damaged_files_are_named(folder):
     [(None, "—"), (0.123456, "0.1235"), (12345.6, "12,346"), (7, "7"), (1048576, "1,048,576"), (3e15, "3e+15")],
 )
 def test_numbers_are_shortened(value, text):
-    assert report.short(value) == text
+    assert html.short(value) == text
 
 
 def test_running_mean_of_a_constant_is_the_constant():

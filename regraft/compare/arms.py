@@ -25,7 +25,7 @@ from ..growth.steps.transplant import Transplant
 from ..journal import write_json
 from ..linearize import select_layers
 from ..modeling import flops
-from ..report import read_json
+from ..report.html import read_json
 from ..train import fit_ligo, fsdp, loop, objectives
 from ..train.calibrate import calibrate
 from ..train.stage import LAYERWISE, Stage

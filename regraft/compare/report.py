@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import plots
 from ..journal import write_json, write_whole
-from ..report import page, picture, table
+from ..report import plots
+from ..report.html import page, picture, table
 
 if TYPE_CHECKING:
     from rich.console import Console

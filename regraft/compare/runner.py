@@ -19,7 +19,7 @@ from .. import settings
 from ..errors import RegraftError
 from ..journal import write_json
 from ..progress import Ticker
-from ..report import read_json
+from ..report.html import read_json
 from . import arms, material, report, summary
 from .schema import Comparison, dump
 

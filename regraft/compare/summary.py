@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from ..report import read_json, read_metrics
+from ..report.html import read_json, read_metrics
 from . import arms
 from .schema import Comparison
 

@@ -21,7 +21,7 @@ from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
 from ..journal import write_json
 from ..progress import Ticker
-from ..report import COSTS, read_json
+from ..report.html import COSTS, read_json
 from ..settings import Text
 from ..train import fsdp, loop
 from ..train.monitor import USUAL, Watching

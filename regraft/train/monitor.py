@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..progress import Ticker
-from ..report import read_metrics
+from ..report.html import read_metrics
 
 if TYPE_CHECKING:
     from .stage import Stage

@@ -23,7 +23,7 @@ from ..errors import RegraftError
 from ..journal import write_json
 from ..modeling import flops
 from ..progress import Ticker
-from ..report import read_json
+from ..report.html import read_json
 from ..settings import Text
 from . import fsdp, loop, trackers
 from .calibrate import calibrate

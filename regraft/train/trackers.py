@@ -14,7 +14,7 @@ from typing import Any
 from .. import distributed
 from ..errors import RegraftError
 from ..journal import write_json
-from ..report import read_json, read_metrics
+from ..report.html import read_json, read_metrics
 
 PROJECT = "regraft"
 FILE, FOLDER = "track.json", "tensorboard"  # what is left in a run's directory

@@ -97,8 +97,9 @@ def train(
     """
     from pathlib import Path
 
-    from .. import settings, tables
+    from .. import settings
     from ..progress import Ticker
+    from ..report import tables
     from ..train import session, trackers
     from ..train.layerwise import session
     from ..train.lit import Lit
@@ -231,10 +232,10 @@ def finished(numbers: dict[str, Any], out: str) -> Outcome:
     def show(console: Console) -> None:
         from pathlib import Path
 
-        from .. import report, tables
+        from ..report import html, tables
         from ..train import monitor
 
-        spent = report.read_json(Path(out) / "ledger.json") or {}
+        spent = html.read_json(Path(out) / "ledger.json") or {}
         tables.render(numbers["eval"], console)
         console.print(tables.training(monitor.summary(out), spent.get("start", ())))
         console.print(tables.speed(numbers["bench"]))

@@ -166,12 +166,13 @@ def linearize(
         read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
     """
-    from .. import distributed, tables
+    from .. import distributed
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
     from ..linearize import methods, pipeline
     from ..plan import plan as planning
     from ..progress import Ticker
+    from ..report import tables
     from ..train import monitor, trackers
 
     trackers.chosen(track)

@@ -52,11 +52,12 @@ def evaluate(
         idle(
             evaluate, locals(), names, "it is for benchmarks and recall, so name some, as in --tasks hellaswag,passkey"
         )
-    from .. import modeling, plots, report
-    from .. import tables as printing
+    from .. import modeling
     from ..evaluation import evaluate as evaluation
     from ..evaluation.bench import parse_lengths
     from ..progress import Ticker
+    from ..report import html, plots
+    from ..report import tables as printing
 
     modeling.wants_decoder(model, baseline, scratch)
     if plot:
@@ -81,7 +82,7 @@ def evaluate(
             )
             found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update)
     if plot:
-        drawn("positions.svg", plots.positions(report.eval_rows(found)))
+        drawn("positions.svg", plots.positions(html.eval_rows(found)))
     return Outcome(found, lambda console: printing.render(found, console))
 
 
@@ -144,11 +145,12 @@ def bench(
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
     """
-    from .. import modeling, plots, tables
+    from .. import modeling
     from ..core.checkpoint import Checkpoint
     from ..evaluation import bench as benching
     from ..evaluation import evaluate as evaluation
     from ..progress import Ticker
+    from ..report import plots, tables
 
     counts = benching.parse_lengths(lengths)
     modeling.wants_decoder(model, against)

@@ -11,7 +11,7 @@ from ... import distributed, modeling
 from ...core.checkpoint import Checkpoint
 from ...errors import RegraftError
 from ...progress import Ticker
-from ...report import read_metrics
+from ...report.html import read_metrics
 from ...settings import Text
 from .. import trackers
 from ..monitor import USUAL, Watching, outcome

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .report import LEADS, eval_rows, leads, scored, short
+from .html import LEADS, eval_rows, leads, scored, short
 
 Numbers = tuple[str, list[str], list[list[str]]]  # title, heads, lines
 FRAME = 3  # what a column takes beside its text

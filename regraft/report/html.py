@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import RegraftError
 from . import plots
-from .errors import RegraftError
 
 COSTS = ("tokens", "flops", "seconds")  # what a row of a ledger counts
 LEADS = "The model's lead on the same questions, percent ± error"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import RegraftError
+from ..errors import RegraftError
 
 COLOURS = ("#2f6f9f", "#c8643c", "#6a8f3c", "#8a5a9e", "#b08a2e", "#5b6770")
 

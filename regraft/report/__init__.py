@@ -1,0 +1,1 @@
+"""What a person reads: the HTML page, its plots, tables in the terminal."""
