@@ -20,10 +20,10 @@ import torch
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data import default_text
-from regraft.demo import CACHE, fetch, prepare
 from regraft.linearize.remix import Remix
 from regraft.progress import Ticker
-from regraft.settings import Text
+from regraft.recipes.demo import CACHE, fetch, prepare
+from regraft.recipes.schema import Text
 from regraft.train import loop
 from regraft.train.calibrate import error
 from regraft.train.hooks import LayerRecord, body, recording

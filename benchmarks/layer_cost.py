@@ -15,12 +15,12 @@ from functools import partial
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.demo import CACHE, fetch, prepare
 from regraft.evaluation.perplexity import Candidate
 from regraft.linearize import select_layers
 from regraft.linearize.remix import Remix
 from regraft.linearize.select_layers import Bench
-from regraft.settings import Text
+from regraft.recipes.demo import CACHE, fetch, prepare
+from regraft.recipes.schema import Text
 from regraft.train import loop
 from regraft.train.session import training_rows
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.demo import CACHE, fetch, prepare
 from regraft.linearize.remix import Remix
 from regraft.mixers.base import Mixer
-from regraft.settings import Text
+from regraft.recipes.demo import CACHE, fetch, prepare
+from regraft.recipes.schema import Text
 from regraft.train.calibrate import calibrate, error
 from regraft.train.hooks import LayerRecord, body, recording
 from regraft.train.session import training_rows

@@ -24,14 +24,14 @@ from typing import Any
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data import default_text
-from regraft.demo import CACHE, fetch, prepare
 from regraft.evaluation import baselines
 from regraft.evaluation.evaluate import evaluation_windows
 from regraft.evaluation.perplexity import Candidate, measure
 from regraft.linearize import methods
 from regraft.linearize.remix import Remix
 from regraft.progress import Ticker
-from regraft.settings import Text
+from regraft.recipes.demo import CACHE, fetch, prepare
+from regraft.recipes.schema import Text
 from regraft.train import loop
 from regraft.train.session import calibrated, training_rows
 from regraft.train.stage import Stage

@@ -14,8 +14,9 @@ import pytest
 import speaking
 import yaml
 
-from regraft import cli, settings
+from regraft import cli
 from regraft.errors import RegraftError
+from regraft.recipes import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -225,28 +226,28 @@ def test_train_needs_its_teacher_and_mixers(folder, tmp_path, capsys):
 
 
 def test_recipe_overrides(recipe):
-    made = settings.load(str(recipe), {"stages.1.tokens": "640", "remix.mixer": "supra", "minutes": "2.5"})
+    made = schema.load(str(recipe), {"stages.1.tokens": "640", "remix.mixer": "supra", "minutes": "2.5"})
     assert (made.stages[1].tokens, made.remix.mixer, made.minutes) == (640, "supra", 2.5)
-    assert settings.build(yaml.safe_load(settings.dump(made))) == made
+    assert schema.build(yaml.safe_load(schema.dump(made))) == made
 
 
 def test_a_number_where_a_recipe_wants_text_is_text(recipe):
-    assert settings.load(str(recipe), {"remix.keep": "0"}).remix.keep == "0"
+    assert schema.load(str(recipe), {"remix.keep": "0"}).remix.keep == "0"
     fields = yaml.safe_load(recipe.read_text()) | {"source": 7, "measure": {"prompts": [1984]}}
-    made = settings.build(fields)
+    made = schema.build(fields)
     assert made.source == "7" and made.measure.prompts == ["1984"]
     with pytest.raises(RegraftError, match="seed"):
-        settings.load(str(recipe), {"seed": "many"})
+        schema.load(str(recipe), {"seed": "many"})
 
 
 def test_recipe_from_python(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from regraft.settings import Recipe, Text\ndef small():\n    return Recipe('m', [Text('t')], seed=3)\n"
+        "from regraft.recipes.schema import Recipe, Text\ndef small():\n    return Recipe('m', [Text('t')], seed=3)\n"
     )
-    assert settings.load(f"{file}:small", {"seed": "4"}).seed == 4
+    assert schema.load(f"{file}:small", {"seed": "4"}).seed == 4
     with pytest.raises(RegraftError, match="must be a function that returns a Recipe"):
-        settings.load(f"{file}:large", {})
+        schema.load(f"{file}:large", {})
 
 
 @pytest.mark.parametrize(

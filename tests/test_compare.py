@@ -16,7 +16,7 @@ import torch
 import yaml
 from test_report import Balanced
 
-from regraft import cli, settings
+from regraft import cli
 from regraft.compare import arms, material, report, runner, schema, summary
 from regraft.compare.arms import FREE
 from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
@@ -24,6 +24,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
 from regraft.errors import RegraftError
 from regraft.growth.steps.transplant import Transplant
+from regraft.recipes import schema as settings
 from regraft.train import fit_ligo
 
 RECIPES = Path(settings.__file__).parent / "recipes"

@@ -8,9 +8,9 @@ import sys
 import pytest
 import speaking
 
-from regraft import demo, settings
 from regraft.data import default_text
 from regraft.errors import RegraftError
+from regraft.recipes import demo, schema
 
 
 def pretend_packages(target):
@@ -50,7 +50,7 @@ def test_fetch_does_nothing_when_it_is_there(tmp_path, monkeypatch):
 
 
 def test_budget_leaves_room_in_fifteen_minutes():
-    recipe = settings.load(str(demo.recipe_file()), {})
+    recipe = schema.load(str(demo.recipe_file()), {})
     assert recipe.minutes is not None and 10 <= recipe.minutes < 15
     assert {stage.kind for stage in recipe.stages} == {"align", "distil"}
 

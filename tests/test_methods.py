@@ -14,11 +14,11 @@ import yaml
 from models import tiny
 from test_cli import as_json, refused
 
-from regraft import settings
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evaluation.baselines import remix_of
 from regraft.linearize import methods
+from regraft.recipes import schema
 from regraft.train import loop
 
 NAMES = methods.names()
@@ -118,11 +118,11 @@ def test_auto_measures_layers_where_there_is_text_and_says_so_where_not(folder: 
 def test_a_recipe_may_name_a_method(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"source": "m", "train": [], "method": "taylor", "tokens": 65536}))
-    recipe = settings.load(str(file), {"stages.0.tokens": "2048", "remix": "{keep: none}"})
+    recipe = schema.load(str(file), {"stages.0.tokens": "2048", "remix": "{keep: none}"})
     assert recipe.remix.keep == "none" and recipe.remix.window == 0 and recipe.calibration == 8192
     assert [stage.kind for stage in recipe.stages] == ["align", "distil"] and recipe.stages[0].tokens == 2048
     with pytest.raises(RegraftError, match="needs tokens"):
-        settings.build(methods.method.filled({"source": "m", "train": [], "method": "auto"}))
+        schema.build(methods.method.filled({"source": "m", "train": [], "method": "auto"}))
 
 
 def test_wrong_use(folder: Path, tmp_path: Path, capsys) -> None:

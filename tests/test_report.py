@@ -12,8 +12,8 @@ from html.parser import HTMLParser
 import pytest
 
 from regraft.errors import RegraftError
-from regraft.journal import Journal
 from regraft.progress import BEAT, Ticker, clock
+from regraft.recipes.journal import Journal
 from regraft.report import html, plots
 
 VOID = {"meta", "img", "br"}

@@ -179,18 +179,18 @@ def test_readme_recipe_is_one():
 
     import yaml
 
-    from regraft import settings
+    from regraft.recipes import schema
 
     shown = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert shown and all(settings.build(yaml.safe_load(text)) for text in shown)
+    assert shown and all(schema.build(yaml.safe_load(text)) for text in shown)
 
 
 def test_shipped_recipes_are_valid():
-    from regraft import settings
+    from regraft.recipes import schema
 
     recipes = sorted((PACKAGE / "recipes").glob("*.yaml"))
     plain = [file for file in recipes if not file.name.startswith("compare_")]  # those: tests/test_compare.py
-    assert plain and all(settings.load(str(file), {}) for file in plain)
+    assert plain and all(schema.load(str(file), {}) for file in plain)
 
 
 def test_docstrings_are_a_text():

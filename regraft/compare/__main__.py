@@ -19,7 +19,7 @@ def main(words: list[str]) -> int:
 
     from .. import distributed
     from ..errors import RegraftError
-    from ..journal import write_whole
+    from ..recipes.journal import write_whole
     from . import arms, runner
 
     out, kind, name, seed = Path(words[0]), words[1], words[2], int(words[3])

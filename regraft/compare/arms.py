@@ -22,9 +22,9 @@ from ..growth import optimizer_state
 from ..growth.sizes_to_steps import Growth
 from ..growth.steps.ligo import Learned
 from ..growth.steps.transplant import Transplant
-from ..journal import write_json
 from ..linearize import select_layers
 from ..modeling import flops
+from ..recipes.journal import write_json
 from ..report.html import read_json
 from ..train import fit_ligo, fsdp, loop, objectives
 from ..train.calibrate import calibrate

@@ -19,7 +19,7 @@ from ..data import default_text
 from ..data.packing import Images, pack, read_documents, read_images
 from ..errors import RegraftError
 from ..growth.sizes import solve
-from ..settings import Text
+from ..recipes.schema import Text
 from ..train.objectives import HEADS, Data, Rows
 from ..train.session import training_rows
 from .schema import Comparison, Sizes

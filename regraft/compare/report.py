@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..journal import write_json, write_whole
+from ..recipes.journal import write_json, write_whole
 from ..report import plots
 from ..report.html import page, picture, table
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import settings
 from ..errors import RegraftError
-from ..journal import write_json
 from ..progress import Ticker
+from ..recipes import schema
+from ..recipes.journal import write_json
 from ..report.html import read_json
 from . import arms, material, report, summary
 from .schema import Comparison, dump
@@ -123,7 +123,7 @@ def claim(recipe: Comparison, out: Path) -> None:
 
 def kept(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
-    made: Comparison = settings.build(read_json(out / RECIPE), str(out / RECIPE), Comparison)
+    made: Comparison = schema.build(read_json(out / RECIPE), str(out / RECIPE), Comparison)
     return made
 
 

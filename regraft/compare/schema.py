@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import yaml
 
-from .. import settings
 from ..errors import RegraftError
 from ..growth.ligo_maps import Ligo
 from ..growth.sizes import Sizes
 from ..growth.sizes_to_steps import Growth
 from ..linearize.method import spelt
 from ..linearize.remix import Remix
+from ..recipes import schema
 from ..train.stage import Stage
 
 MAIN = "source"
@@ -182,17 +182,17 @@ class Comparison:
         left = budget.tokens - sum(words.get("tokens", 0) for words in said)
         share = left // max(1, sum("tokens" not in words for words in said))
         whole = [dataclasses.asdict(self.stage(budget, tokens=budget.tokens)) | {"tokens": share} | w for w in said]
-        return [settings.build(words, f"stage {at} of arm '{arm.name}'", Stage) for at, words in enumerate(whole)]
+        return [schema.build(words, f"stage {at} of arm '{arm.name}'", Stage) for at, words in enumerate(whole)]
 
 
 def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
     """A comparison from a YAML file with dotted overrides. RegraftError on an unknown key, a wrong type, or arms that
     cannot be told apart or compared."""
-    fields = settings.from_yaml(Path(recipe))
+    fields = schema.from_yaml(Path(recipe))
     for key, value in overrides.items():
-        settings.override(fields, key, yaml.safe_load(value))
+        schema.override(fields, key, yaml.safe_load(value))
     spell(fields)
-    made: Comparison = settings.build(fields, recipe, Comparison)
+    made: Comparison = schema.build(fields, recipe, Comparison)
     check(made)
     return made
 

@@ -19,10 +19,10 @@ from ..data.packing import pack
 from ..data.rows import Table
 from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
-from ..journal import write_json
 from ..progress import Ticker
+from ..recipes.journal import write_json
+from ..recipes.schema import Text
 from ..report.html import COSTS, read_json
-from ..settings import Text
 from ..train import fsdp, loop
 from ..train.monitor import USUAL, Watching
 from ..train.session import calibrated, save_trained, training_rows

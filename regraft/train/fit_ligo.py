@@ -27,7 +27,7 @@ from ..growth.steps.bridge import Bridge
 from ..growth.steps.ligo import Learned
 from ..modeling import flops
 from ..progress import Ticker
-from ..settings import Text
+from ..recipes.schema import Text
 from . import fsdp
 from .fsdp_forward import inside
 from .loop import agreed

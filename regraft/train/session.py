@@ -20,11 +20,11 @@ from ..core.checkpoint import Checkpoint
 from ..data.corpus import Texts
 from ..data.packing import read_images
 from ..errors import RegraftError
-from ..journal import write_json
 from ..modeling import flops
 from ..progress import Ticker
+from ..recipes.journal import write_json
+from ..recipes.schema import Text
 from ..report.html import read_json
-from ..settings import Text
 from . import fsdp, loop, trackers
 from .calibrate import calibrate
 from .monitor import USUAL, Watching, summary

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import distributed
 from ..errors import RegraftError
-from ..journal import write_json
+from ..recipes.journal import write_json
 from ..report.html import read_json, read_metrics
 
 PROJECT = "regraft"

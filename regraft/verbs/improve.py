@@ -97,8 +97,8 @@ def train(
     """
     from pathlib import Path
 
-    from .. import settings
     from ..progress import Ticker
+    from ..recipes import schema as settings
     from ..report import tables
     from ..train import session, trackers
     from ..train.layerwise import session
@@ -180,7 +180,8 @@ def run(
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
         jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
     """
-    from .. import experiment, settings
+    from ..recipes import run as experiment
+    from ..recipes import schema as settings
     from ..train import trackers
     from ..train.monitor import Watching
 
@@ -194,7 +195,7 @@ def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: b
 
     with Ticker() as ticker:
         ticker.start("loading libraries")
-        from .. import demo as demonstration
+        from ..recipes import demo as demonstration
 
     return finished(demonstration.run(out, overrides or {}), out)
 

@@ -11,8 +11,8 @@ from ... import distributed, modeling
 from ...core.checkpoint import Checkpoint
 from ...errors import RegraftError
 from ...progress import Ticker
+from ...recipes.schema import Text
 from ...report.html import read_metrics
-from ...settings import Text
 from .. import trackers
 from ..monitor import USUAL, Watching, outcome
 from ..session import TEXT, moved, training_rows

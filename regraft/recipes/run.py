@@ -10,23 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from . import distributed, modeling, settings
-from .core.checkpoint import Checkpoint
-from .data.corpus import Texts
-from .data.packing import Packed
-from .evaluation import baselines
-from .evaluation.bench import bench
-from .evaluation.evaluate import assemble, evaluation_windows, suite
-from .evaluation.perplexity import Candidate, measure
-from .evaluation.suite import Suite, beside
+from .. import distributed, modeling
+from ..core.checkpoint import Checkpoint
+from ..data.corpus import Texts
+from ..data.packing import Packed
+from ..evaluation import baselines
+from ..evaluation.bench import bench
+from ..evaluation.evaluate import assemble, evaluation_windows, suite
+from ..evaluation.perplexity import Candidate, measure
+from ..evaluation.suite import Suite, beside
+from ..linearize.pipeline import converted, uptrained
+from ..modeling import generate
+from ..plan.plan import Plan
+from ..report import html
+from ..train.monitor import USUAL, Watching
+from ..train.session import training_rows
+from . import schema
 from .journal import Journal, write_json
-from .linearize.pipeline import converted, uptrained
-from .modeling import generate
-from .plan.plan import Plan
-from .report import html
-from .settings import Recipe
-from .train.monitor import USUAL, Watching
-from .train.session import training_rows
+from .schema import Recipe
 
 MARGIN = 30.0  # seconds kept back for saving, loading and the page
 
@@ -65,7 +66,7 @@ class Experiment:
 
     def __init__(self, recipe: Recipe, out: Path, watching: Watching = USUAL):
         self.recipe, self.out, self.watching = recipe, out, watching
-        self.journal = Journal(out, settings.dump(recipe), recipe.minutes)
+        self.journal = Journal(out, schema.dump(recipe), recipe.minutes)
         self.work = out / "work"
         self.linear = self.work / "linearized"
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import RegraftError
-from .progress import Ticker
-from .report.html import read_json
+from ..errors import RegraftError
+from ..progress import Ticker
+from ..report.html import read_json
 
 SAVE_EVERY = 2.0
 

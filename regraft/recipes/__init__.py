@@ -1,0 +1,1 @@
+"""Whole experiments: the schema of a recipe, its phases carried out resumably, the demo."""
