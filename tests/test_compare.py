@@ -17,9 +17,11 @@ import yaml
 from test_report import Balanced
 
 from regraft import cli
-from regraft.compare import arms, material, report, runner, schema, summary
-from regraft.compare.arms import FREE
-from regraft.compare.summary import Curve, crossing, mean_curve, saving, spread
+from regraft.compare import arm as arms
+from regraft.compare import data, report, savings, scheduler
+from regraft.compare import recipe as schema
+from regraft.compare.arm import FREE
+from regraft.compare.savings import Curve, crossing, mean_curve, saving, spread
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
 from regraft.errors import RegraftError
@@ -113,7 +115,7 @@ def test_stages_of_one_run_are_one_curve(tmp_path):
             file.write(json.dumps(row | {"loss": 1.0}) + "\n")
     stages = [{"tokens": 5, "flops": 50, "seconds": 50}, {"tokens": 5, "flops": 70, "seconds": 70}]
     start = {"tokens": 0, "flops": 7, "seconds": 1.0}
-    curve = summary.read_curve(tmp_path, {"ledger": {"stages": stages}, "start": start})
+    curve = savings.read_curve(tmp_path, {"ledger": {"stages": stages}, "start": start})
     assert curve.flops == [7, 57, 127] and curve.loss == [5.0, 4.0, 3.0]
 
 
@@ -125,7 +127,7 @@ def test_a_sub_model_is_not_the_arm(tmp_path):
             file.write(json.dumps(row | {"eval_loss": loss, "eval_accuracy": 0.1}) + "\n")
     entry = {"tokens": 5, "flops": 50, "seconds": 5}
     facts = {"arm": {"legs": [{"layers": "bottom:1"}]}, "ledger": {"stages": [entry, entry]}}
-    curve = summary.read_curve(tmp_path, facts | {"whole": {"loss": 6.0, "accuracy": 0.0}})
+    curve = savings.read_curve(tmp_path, facts | {"whole": {"loss": 6.0, "accuracy": 0.0}})
     assert curve.loss == [6.0, 4.0, 3.0] and curve.flops == [0, 50, 100]
 
 
@@ -179,7 +181,7 @@ NOT = [
 def test_what_cannot_be_compared_is_said_before_training(tmp_path, text, changes, words):
     made = schema.load(recipe(tmp_path, **{"data": str(text), **changes}), {})
     with pytest.raises(RegraftError, match=words):
-        runner.run(made, tmp_path / "out")
+        scheduler.run(made, tmp_path / "out")
     assert not (tmp_path / "out" / "sources").exists()
 
 
@@ -187,24 +189,24 @@ def test_images_of_an_archive_without_labels_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", pixel_values=np.zeros((4, 1, 8, 8)))
     made = schema.load(recipe(tmp_path, task="image", data=str(tmp_path / "x.npz")), {})
     with pytest.raises(RegraftError, match="labels"):
-        runner.run(made, tmp_path / "out")
+        scheduler.run(made, tmp_path / "out")
 
 
 def test_digits_are_handwriting_or_a_clear_line(monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "sklearn.datasets", None)
         with pytest.raises(RegraftError, match=r"pip install 'regraft\[compare\]'"):
-            material.digits()
+            data.digits()
     pytest.importorskip("sklearn")
-    pixels, labels = material.digits()
+    pixels, labels = data.digits()
     assert pixels.shape == (1797, 1, 8, 8) and sorted(set(labels)) == list(range(10)) and abs(pixels.mean()) < 1e-5
 
 
 def test_digits_to_train_on_are_moved_and_those_held_out_are_not(tmp_path, monkeypatch):
     pixels = np.arange(10 * 16, dtype=np.float32).reshape(10, 1, 4, 4)
-    monkeypatch.setattr(material, "digits", lambda: (pixels, np.arange(10)))
+    monkeypatch.setattr(data, "digits", lambda: (pixels, np.arange(10)))
     made = schema.load(str(RECIPES / "compare_digits.yaml"), {})
-    material.write_images(made, tmp_path)
+    data.write_images(made, tmp_path)
     train, held = (read_images(tmp_path / f"{name}.npz") for name in ("train", "heldout"))
     assert len(train) == 9 * 8 and len(held) == 2
     assert all((held.pixel_values[i] == torch.from_numpy(pixels[held.labels[i]])).all() for i in range(2))
@@ -278,15 +280,15 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
 
     monkeypatch.setattr(fit_ligo, "fit", noted)
     for name in ("whole", "broken"):
-        runner.claim(made, tmp_path / name)
-        material.prepare(made, tmp_path / name)
+        scheduler.claim(made, tmp_path / name)
+        data.prepare(made, tmp_path / name)
         arms.pretrain(made, tmp_path / name, "source", 0, lambda share: None)
     with pytest.raises(InterruptedError):
         arms.train_arm(made, tmp_path / "broken", "learned", 0, killed)
     for name in ("broken", "whole"):
         arms.train_arm(made, tmp_path / name, "learned", 0, lambda share: None)
     assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4]
-    curves = [summary.finished(tmp_path / name, "learned", [0])[0][1] for name in ("whole", "broken")]
+    curves = [savings.finished(tmp_path / name, "learned", [0])[0][1] for name in ("whole", "broken")]
     assert curves[0].loss == curves[1].loss and curves[0].flops == curves[1].flops
     assert not (arms.arm_folder(tmp_path / "broken", "learned", 0) / arms.FITTING).exists()
 
@@ -301,9 +303,9 @@ def test_a_failed_arm_does_not_stop_the_others(tmp_path, text, capsys):
     assert "FAILED: arm wild, seed 0: loss" in " ".join(found.out.split()) and "Traceback" not in found.err
     assert set(json.loads((out / "compare.json").read_text())["arms"]) == {"scratch", "pad"}
     with pytest.raises(RegraftError, match="another train"):
-        runner.run(schema.load(place, {"train.lr": "0.5"}), out)
+        scheduler.run(schema.load(place, {"train.lr": "0.5"}), out)
     with pytest.raises(RegraftError, match="holds another arm 'pad'"):
-        runner.run(schema.load(place, {"arms.1.warmup": "0.5"}), out)
+        scheduler.run(schema.load(place, {"arms.1.warmup": "0.5"}), out)
 
 
 def test_transplant_keeps_the_old_corner(tmp_path):
@@ -336,7 +338,7 @@ def test_transplant_keeps_the_old_corner(tmp_path):
     ],
 )
 def test_a_run_that_failed_is_told_by_what_ended_it(log: str, said: str, tmp_path: Path) -> None:
-    task = runner.Task("arm", "a", 0)
+    task = scheduler.Task("arm", "a", 0)
     task.log(tmp_path).parent.mkdir()
     task.log(tmp_path).write_text(log)
     assert said in task.said(tmp_path) and "regraft:" not in task.said(tmp_path)

@@ -10,7 +10,9 @@ from test_compare import LLAMA, RECIPES, recipe, text  # noqa: F401 - text is a 
 from test_report import Balanced
 
 from regraft import cli, modeling
-from regraft.compare import arms, report, runner, schema
+from regraft.compare import arm as arms
+from regraft.compare import recipe as schema
+from regraft.compare import report, scheduler
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.linearize.remix import Remix
@@ -78,7 +80,7 @@ NOT = [
 def test_what_cannot_be_made_is_said_before_training(tmp_path: Path, text: Path, linear: dict, words: str) -> None:  # noqa: F811
     changes = CHANGES | {"arms": [SCRATCH, {"name": "x", "linear": linear}], "data": str(text)}
     with pytest.raises(RegraftError, match=words):
-        runner.run(schema.load(recipe(tmp_path, **changes), {}), tmp_path / "out")
+        scheduler.run(schema.load(recipe(tmp_path, **changes), {}), tmp_path / "out")
     assert not (tmp_path / "out" / "sources").exists()
 
 

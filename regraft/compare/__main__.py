@@ -20,7 +20,7 @@ def main(words: list[str]) -> int:
     from .. import distributed
     from ..errors import RegraftError
     from ..recipes.journal import write_whole
-    from . import arms, runner
+    from . import arm, scheduler
 
     out, kind, name, seed = Path(words[0]), words[1], words[2], int(words[3])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -33,12 +33,12 @@ def main(words: list[str]) -> int:
             sys.exit("the comparison was stopped")
         if time.monotonic() - said > EVERY and distributed.first():
             said = time.monotonic()
-            write_whole(runner.Task(kind, name, seed).log(out).with_suffix(".share"), f"{share:.4f}")
+            write_whole(scheduler.Task(kind, name, seed).log(out).with_suffix(".share"), f"{share:.4f}")
 
     try:
         with distributed.joined():
-            recipe = runner.kept(out)
-            (arms.pretrain if kind == "source" else arms.train_arm)(recipe, out, name, seed, tell)
+            recipe = scheduler.kept(out)
+            (arm.pretrain if kind == "source" else arm.train_arm)(recipe, out, name, seed, tell)
     except (RegraftError, OSError) as error:
         print(f"regraft: {error}".replace("\n", " "), file=sys.stderr)
         return 2

@@ -216,9 +216,10 @@ def compare(
         jobs: runs at a time, each a process of its own with its share of the cores
         launch: what starts a run over several processes, such as "torchrun --standalone --nproc-per-node 8"
     """
-    from ..compare import report, runner, schema
+    from ..compare import recipe as schema
+    from ..compare import report, scheduler
 
-    numbers = runner.run(schema.load(recipe, overrides or {}), out, jobs, launch)
+    numbers = scheduler.run(schema.load(recipe, overrides or {}), out, jobs, launch)
 
     def show(console: Console) -> None:
         report.render(numbers, console)

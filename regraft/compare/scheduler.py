@@ -20,8 +20,9 @@ from ..progress import Ticker
 from ..recipes import schema
 from ..recipes.journal import write_json
 from ..report.html import read_json
-from . import arms, material, report, summary
-from .schema import Comparison, dump
+from . import arm as arms
+from . import data, report, savings
+from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
 POLL = 0.1
@@ -76,13 +77,13 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
     claim(recipe, out)
     with Ticker() as ticker:
         ticker.start("making data, tokenizer and configs")
-        material.prepare(recipe, out)
+        data.prepare(recipe, out)
         arms.verify(recipe, out)
         failed = carry_out(sources(recipe), recipe, out, jobs, launch, ticker)
         lost = {(task.name, task.seed) for task in failed}
         wanted = [task for task in trials(recipe) if not lost or (recipe_source(recipe, task), task.seed) not in lost]
         failed |= carry_out(wanted, recipe, out, jobs, launch, ticker)
-    numbers = summary.summarise(recipe, out)
+    numbers = savings.summarise(recipe, out)
     numbers["failed"] = [{**dataclasses.asdict(task), "error": line} for task, line in failed.items()]
     report.write(numbers, out)
     return numbers

@@ -22,7 +22,7 @@ from ..growth.sizes import solve
 from ..recipes.schema import Text
 from ..train.objectives import HEADS, Data, Rows
 from ..train.session import training_rows
-from .schema import Comparison, Sizes
+from .recipe import Comparison, Sizes
 
 END, MASK = "<|end|>", "[MASK]"
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", MASK)

@@ -29,8 +29,8 @@ from ..report.html import read_json
 from ..train import fit_ligo, fsdp, loop, objectives
 from ..train.calibrate import calibrate
 from ..train.stage import LAYERWISE, Stage
-from . import material
-from .schema import MAIN, Arm, Comparison, Linear
+from . import data
+from .recipe import MAIN, Arm, Comparison, Linear
 
 DONE, FITTING = "done.json", "fitting"
 GROWS = ("hidden", "ffn", "kv", "group", "dim", "depth")
@@ -54,7 +54,7 @@ def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) ->
     """Train a source from its config; its folder then is a model with its tokenizer and Adam's state."""
     folder, config = source_folder(recipe, out, name, seed), recipe.sources()[name]
     assert isinstance(config, dict)
-    model = material.make_source(recipe, config, out, seed)
+    model = data.make_source(recipe, config, out, seed)
     ledger = train(recipe, out, model, [recipe.stage(recipe.pretrain)], folder, seed, tell, keep_moments=True)
     values = fsdp.gathered(model)
 
@@ -74,7 +74,7 @@ def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -
     teacher = Teacher.of(recipe, out, arm, seed)
     model, spent, state = begun(recipe, out, arm, seed, teacher, tell)
     count = sum(parameter.numel() for parameter in model.parameters())
-    whole = objectives.measured(model, recipe.task, material.heldout(recipe, out)) if arm.legs else None
+    whole = objectives.measured(model, recipe.task, data.heldout(recipe, out)) if arm.legs else None
     guide = {} if teacher is None else {"teacher": fsdp.over_all(teacher.model), "teacher_slots": teacher.slots}
     ledger = train(recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state, **guide)
     facts = {"arm": dataclasses.asdict(arm), "seed": seed, "parameters": count, "ledger": ledger, "start": spent}
@@ -96,8 +96,8 @@ def train(
 
     return loop.train(
         loop.Run(
-            model, stages, material.rows(recipe, out), folder, seed=seed, progress=progress,
-            heldout=material.heldout(recipe, out), every=recipe.every, **options,
+            model, stages, data.rows(recipe, out), folder, seed=seed, progress=progress,
+            heldout=data.heldout(recipe, out), every=recipe.every, **options,
         )
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def begun(
 ) -> tuple[PreTrainedModel, dict[str, Any], Path | None]:
     """(the arm's model before training, what making it cost, Adam's state or None)."""
     if arm.scratch:
-        config = material.target_config(material.blank(recipe, out, MAIN), recipe.target)
+        config = data.target_config(data.blank(recipe, out, MAIN), recipe.target)
         return fresh(config, arm, seed), FREE, None
     if arm.linear is not None and teacher is not None:
         return *linearized(recipe, out, arm.linear, seed, teacher), None
@@ -166,7 +166,7 @@ def linearized(
     if not linear.calibration and select_layers.asked(linear.keep) is None:
         model = modeling.materialize(linear.remix(seed=seed)(teacher.checkpoint))
         return model, FREE | {"seconds": time.monotonic() - begin, "keep": linear.keep}
-    rows = material.rows(recipe, out)(length)
+    rows = data.rows(recipe, out)(length)
     assert not isinstance(rows, Images)  # verified: a linear arm's source is a decoder
     batches = loop.batches(rows, -(-linear.calibration // length), seed) if linear.calibration else []
     with flops.counter() as counter:
@@ -204,7 +204,7 @@ def fitted(
         growth = Growth(**dataclasses.asdict(recipe.target), seed=seed)
         stage = recipe.stages(arm)[-1]
         assert arm.ligo is not None
-        rows = material.rows(recipe, out)(stage.length)
+        rows = data.rows(recipe, out)(stage.length)
         learned = fit_ligo.fit(
             source, growth, arm.ligo, stage, rows, seed, progress=lambda *step: tell(0.0), out=folder / FITTING
         )
@@ -219,12 +219,12 @@ def fitted(
 
 def verify(recipe: Comparison, out: Path) -> None:
     """RegraftError before any training when an arm cannot reach the target or a source does not do the task."""
-    main = material.blank(recipe, out, MAIN)
-    config = material.target_config(main, recipe.target)
+    main = data.blank(recipe, out, MAIN)
+    config = data.target_config(main, recipe.target)
     axes = main.anatomy.solve(config)
     for arm in recipe.arms:
-        source = material.blank(recipe, out, MAIN if arm.scratch else arm.source)
-        material.suits(recipe, source)
+        source = data.blank(recipe, out, MAIN if arm.scratch else arm.source)
+        data.suits(recipe, source)
         recipe.stages(arm)
         grown = source
         for step in [] if arm.scratch and not arm.linear else growth_steps(recipe, arm, source, 0):

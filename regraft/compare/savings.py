@@ -10,8 +10,8 @@ from typing import Any
 
 from ..errors import RegraftError
 from ..report.html import read_json, read_metrics
-from . import arms
-from .schema import Comparison
+from . import arm as arms
+from .recipe import Comparison
 
 AXES = ("tokens", "flops", "seconds")
 
