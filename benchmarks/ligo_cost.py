@@ -26,7 +26,7 @@ SMALL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, 
 SIZES = {"hidden": 768, "ffn": 3072, "heads": 12, "layers": 12}
 COMMON = """
 import torch, sys
-from regraft import hosts
+from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.train.fit_ligo import Fitting
 from regraft.growth.ligo_maps import Ligo
@@ -47,7 +47,7 @@ for step in range(2):
 """
 TRAIN = """
 from regraft.train.objectives import loss
-model = hosts.materialize(learned(source))
+model = modeling.materialize(learned(source))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 for step in range(2):
     loss(model, "mask", data, generator=torch.Generator().manual_seed(step)).backward()

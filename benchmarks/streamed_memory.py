@@ -69,10 +69,10 @@ print(json.dumps({"align": aligned - begin, "all": peak - begin, "seconds": seco
 WHOLE = """
 import resource, sys
 import torch
-from regraft import hosts
+from regraft import modeling
 limit = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-hosts.load(sys.argv[1])
+modeling.load(sys.argv[1])
 """
 
 

@@ -27,7 +27,7 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import torch
-from regraft import hosts
+from regraft import modeling
 from regraft.train import loop
 from regraft.data.packing import Packed
 from regraft.train.stage import Stage
@@ -38,9 +38,9 @@ teacher, student, out, cache, kind = sys.argv[1:6]
 rows, length = map(int, sys.argv[6:])
 ids = torch.randint(0, 16000, (rows, length), generator=torch.Generator().manual_seed(0))
 text = Packed(ids, torch.arange(length).expand_as(ids), torch.zeros(rows))
-guide = Lessons(teacher, Keeping(Path(cache), 10**10, kind)) if cache else hosts.load(teacher)
+guide = Lessons(teacher, Keeping(Path(cache), 10**10, kind)) if cache else modeling.load(teacher)
 stage = Stage("distil", rows * length, length=length, precision="float32", lr_body=0.0)
-ledger = loop.train(loop.Run(hosts.load(student), [stage], lambda length: text, Path(out), guide))
+ledger = loop.train(loop.Run(modeling.load(student), [stage], lambda length: text, Path(out), guide))
 told = guide.flush() if cache else {}
 losses = [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 print(json.dumps({"seconds": ledger["seconds"], "flops": ledger["flops"], "losses": losses} | told))

@@ -57,18 +57,18 @@ __all__ = [
 ]
 
 _COMPOSABLE = ("AddHeads", "AddLayers", "GrowHeadDim", "GrowHeadValues", "GrowHidden", "GrowMLP", "GrowQueryKeys")
-_HOMES = dict.fromkeys(_COMPOSABLE, "steps.composable") | {
-    "Bridge": "steps.bridge",
-    "Checkpoint": "checkpoint",
-    "Deepen": "steps.deepen",
-    "Merge": "steps.merge",
-    "Plan": "plan",
+_HOMES = dict.fromkeys(_COMPOSABLE, "growth.steps.composable") | {
+    "Bridge": "growth.steps.bridge",
+    "Checkpoint": "core.checkpoint",
+    "Deepen": "growth.steps.deepen",
+    "Merge": "linearize.merge",
+    "Plan": "plan.plan",
     "RegraftError": "errors",
-    "Remix": "steps.remix",
-    "Transplant": "steps.transplant",
-    "Widen": "steps.widen",
-    "check": "receipts",
-    "load": "hosts",
+    "Remix": "linearize.remix",
+    "Transplant": "growth.steps.transplant",
+    "Widen": "growth.steps.widen",
+    "check": "checks.check",
+    "load": "modeling",
 }
 
 

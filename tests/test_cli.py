@@ -14,7 +14,7 @@ import pytest
 import speaking
 import yaml
 
-from regraft import cli
+from regraft.cli import main as cli
 from regraft.errors import RegraftError
 from regraft.recipes import schema
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from test_report import Balanced
 
-from regraft import cli
+from regraft.cli import main as cli
 from regraft.compare import arm as arms
 from regraft.compare import data, report, savings, scheduler
 from regraft.compare import recipe as schema

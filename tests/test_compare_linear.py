@@ -9,7 +9,8 @@ import pytest
 from test_compare import LLAMA, RECIPES, recipe, text  # noqa: F401 - text is a fixture
 from test_report import Balanced
 
-from regraft import cli, modeling
+from regraft import modeling
+from regraft.cli import main as cli
 from regraft.compare import arm as arms
 from regraft.compare import recipe as schema
 from regraft.compare import report, scheduler

@@ -520,7 +520,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import speaking
-from regraft import ranks
+from regraft import distributed
 from regraft.data import cache
 from regraft.data.corpus import Text, Texts
 fill = cache.Part.fill

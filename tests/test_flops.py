@@ -13,7 +13,8 @@ from models import inputs as made
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from regraft import cli, modeling
+from regraft import modeling
+from regraft.cli import main as cli
 from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError

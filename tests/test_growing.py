@@ -11,9 +11,9 @@ import torch
 from models import GROWABLE, tiny
 from safetensors.torch import load_file, save_file
 
-from regraft import cli
 from regraft.checks import growth
 from regraft.checks.check import check
+from regraft.cli import main as cli
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth.operators import AUTO, AUTO_POST_NORM
 from regraft.growth.sizes_to_steps import Growth

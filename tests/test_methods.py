@@ -41,7 +41,7 @@ def words(folder: Path, method: str, out: Path, *more: object) -> list[object]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_says_where_it_comes_from_and_divides_its_budget(name: str) -> None:
     method = methods.find(name)
-    assert "arXiv" in (importlib.import_module(f"regraft.methods.{name}").__doc__ or "")
+    assert "arXiv" in (importlib.import_module(f"regraft.linearize.methods.{name}").__doc__ or "")
     stages = method.stages(1_000_000, 512, 2)
     assert [stage.kind for stage in stages] == [leg.kind for leg in method.legs]
     assert abs(sum(stage.tokens for stage in stages) - 1_000_000) < 0.01 * 1_000_000

@@ -241,7 +241,7 @@ import sys
 from pathlib import Path
 
 from test_streamed import STAGE, rows
-from regraft import ranks
+from regraft import distributed
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth.steps.remix import Remix
 from regraft.train import walk

@@ -159,7 +159,7 @@ def test_flags_of_pages_exist(page):
     import re
     import shlex
 
-    from regraft import cli
+    from regraft.cli import main as cli
 
     parser = cli.build_parser()
     text, seen = (ROOT / page).read_text(encoding="utf-8"), 0

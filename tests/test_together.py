@@ -260,7 +260,9 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(count: int, models:
 
 
 def test_a_process_without_its_launcher_does_not_wait_for_ever() -> None:
-    code = "from datetime import timedelta; from regraft import ranks; ranks.MEETING = timedelta(seconds=1)\n"
+    code = (
+        "from datetime import timedelta; from regraft import distributed; distributed.MEETING = timedelta(seconds=1)\n"
+    )
     code += "with ranks.joined(): pass"
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     alone = environment() | place | {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..cli import quiet
+from ..cli.main import quiet
 
 EVERY = 1.0  # seconds between notes to the parent
 

@@ -77,8 +77,8 @@ class Method:
 
 def names() -> list[str]:
     """Every method's name: the files of this folder."""
-    package = importlib.import_module(__package__ or "regraft.linearize.methods")
-    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "method"]
+    package = importlib.import_module("regraft.linearize.methods")
+    return [module.name for module in pkgutil.iter_modules(package.__path__)]
 
 
 def find(name: str) -> Method:
@@ -87,7 +87,7 @@ def find(name: str) -> Method:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise RegraftError(f"unknown method '{name}': {hint}use one of {', '.join(names())}")
-    made: Method = importlib.import_module(f"{__package__}.{name}").method
+    made: Method = importlib.import_module(f"regraft.linearize.methods.{name}").method
     return made
 
 

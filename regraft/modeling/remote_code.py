@@ -9,7 +9,7 @@ from typing import Any
 from ..mixers.base import Mixer
 from ..mixers.registry import mixer_class
 
-HOST_FILES = ("configuration_regraft", "modeling_regraft", "states")
+HOST_FILES = ("configuration_regraft", "modeling_regraft", "cache")
 REGISTRY = '''"""Mixers of this model by name."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write(directory: str | Path, config: dict[str, Any]) -> list[str]:
     directory = Path(directory)
     classes = used_classes(config)
     modules = with_siblings(package / "mixers", {"base", *(module_of(cls) for cls in classes)})
-    files = [package / "hosts" / f"{name}.py" for name in HOST_FILES]
+    files = [package / "modeling" / f"{name}.py" for name in HOST_FILES]
     files += [package / "mixers" / f"{name}.py" for name in sorted(modules)]
     files.append(package / "errors.py")
     for file in files:
@@ -80,7 +80,7 @@ def with_siblings(folder: Path, modules: set[str]) -> set[str]:
 
 def flat(text: str) -> str:
     """Imports of sibling folders as imports of sibling files."""
-    return re.sub(r"from \.\.(?:mixers\.|hosts\.)?(\w+) import", r"from .\1 import", text)
+    return re.sub(r"from \.\.(?:mixers\.|modeling\.)?(\w+) import", r"from .\1 import", text)
 
 
 def registry_text(classes: list[type[Mixer]]) -> str:

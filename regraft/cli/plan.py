@@ -1,4 +1,4 @@
-"""The verb that says what a change and its training would be; heavy imports happen inside: `--help` is quick."""
+"""`regraft plan`: what a change and its training would be, before any weight is read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from .outcome import Outcome, idle
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 FORECAST = ("stage", "gpus", "gpu", "memory", "precision", "checkpointing", "batch", "tokens", "share", "price")
 

@@ -1,4 +1,4 @@
-"""Verbs that train, and whole experiments; heavy imports happen inside, so that `--help` is quick."""
+"""`regraft train`: train a linearized or a stock model."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def train(
     from ..recipes import schema as settings
     from ..report import tables
     from ..train import session, trackers
-    from ..train.layerwise import session
+    from ..train.layerwise import session as layerwise
     from ..train.lit import Lit
     from ..train.monitor import Watching
     from ..train.stage import Stage
@@ -144,7 +144,7 @@ def train(
     with Ticker() as ticker:
         if stream:
             place, watching = Path(scratch) if scratch else None, options["watching"]
-            result = session.align_once(
+            result = layerwise.align_once(
                 model, out, text, asked, teacher, seed, ticker, place, calibration, watching, kept
             )
         else:
@@ -162,85 +162,3 @@ def train(
             console.print(said.format(**kept), highlight=False)
 
     return Outcome(result, show)
-
-
-def run(
-    recipe: str,
-    out: str,
-    track: str | None = None,
-    jump: float = 1.5,
-    overrides: dict[str, str] | None = None,
-    json: bool = False,
-) -> Outcome:
-    """Run a whole experiment from a recipe, resumably, ending with the report; --key.sub VALUE overrides a field.
-
-    Args:
-        recipe: a YAML file, or file.py:function that returns a Recipe
-        out: directory to write
-        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
-        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
-    """
-    from ..recipes import run as experiment
-    from ..recipes import schema as settings
-    from ..train import trackers
-    from ..train.monitor import Watching
-
-    trackers.chosen(track)
-    return finished(experiment.run(settings.load(recipe, overrides or {}), out, Watching(track, jump)), out)
-
-
-def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: bool = False) -> Outcome:
-    """Do the main job on the default model and text: linearize, train, measure, report, in 15 minutes."""
-    from ..progress import Ticker
-
-    with Ticker() as ticker:
-        ticker.start("loading libraries")
-        from ..recipes import demo as demonstration
-
-    return finished(demonstration.run(out, overrides or {}), out)
-
-
-def compare(
-    recipe: str,
-    out: str,
-    jobs: int = 1,
-    launch: str = "",
-    overrides: dict[str, str] | None = None,
-    json: bool = False,
-) -> Outcome:
-    """Compare ways to grow a model with training from scratch, resumably; --key.sub VALUE overrides a field.
-
-    Args:
-        recipe: a YAML file such as regraft/recipes/compare_decoder.yaml
-        out: directory to write
-        jobs: runs at a time, each a process of its own with its share of the cores
-        launch: what starts a run over several processes, such as "torchrun --standalone --nproc-per-node 8"
-    """
-    from ..compare import recipe as schema
-    from ..compare import report, scheduler
-
-    numbers = scheduler.run(schema.load(recipe, overrides or {}), out, jobs, launch)
-
-    def show(console: Console) -> None:
-        report.render(numbers, console)
-        console.print(f"Page: {out}/compare.html", soft_wrap=True, highlight=False)
-
-    return Outcome(numbers, show, 1 if numbers["failed"] else 0)
-
-
-def finished(numbers: dict[str, Any], out: str) -> Outcome:
-    """The end of an experiment: its table and where the page is."""
-
-    def show(console: Console) -> None:
-        from pathlib import Path
-
-        from ..report import html, tables
-        from ..train import monitor
-
-        spent = html.read_json(Path(out) / "ledger.json") or {}
-        tables.render(numbers["eval"], console)
-        console.print(tables.training(monitor.summary(out), spent.get("start", ())))
-        console.print(tables.speed(numbers["bench"]))
-        console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
-
-    return Outcome(numbers, show)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
@@ -28,3 +30,27 @@ def idle(verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence
     said = [f"--{name.replace('_', '-')} {given[name]}" for name in names if given[name] != usual[name].default]
     if said:
         raise RegraftError(f"{', '.join(said)} would change nothing: {say}")
+
+
+def finished(numbers: dict[str, Any], out: str) -> Outcome:
+    """The end of an experiment: its table and where the page is."""
+
+    def show(console: Console) -> None:
+        from pathlib import Path
+
+        from ..report import html, tables
+        from ..train import monitor
+
+        spent = html.read_json(Path(out) / "ledger.json") or {}
+        tables.render(numbers["eval"], console)
+        console.print(tables.training(monitor.summary(out), spent.get("start", ())))
+        console.print(tables.speed(numbers["bench"]))
+        console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
+
+    return Outcome(numbers, show)
+
+
+def drawn(name: str, picture: bytes) -> None:
+    """Write a picture into the current folder and say so."""
+    Path(name).write_bytes(picture)
+    print(f"regraft: wrote {name}", file=sys.stderr)

@@ -1,14 +1,9 @@
-"""Verbs that measure a model and let it speak; heavy imports happen inside, so that `--help` is quick."""
+"""`regraft eval`: perplexity, benchmarks and recall beside the baselines."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
 from ..errors import RegraftError
-from .outcome import Outcome, idle
+from .outcome import Outcome, drawn, idle
 
 
 def evaluate(
@@ -84,89 +79,3 @@ def evaluate(
     if plot:
         drawn("positions.svg", plots.positions(html.eval_rows(found)))
     return Outcome(found, lambda console: printing.render(found, console))
-
-
-def drawn(name: str, picture: bytes) -> None:
-    """Write a picture into the current folder and say so."""
-    Path(name).write_bytes(picture)
-    print(f"regraft: wrote {name}", file=sys.stderr)
-
-
-def generate(
-    model: str,
-    prompt: str,
-    tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
-    json: bool = False,
-) -> Outcome:
-    """Continue a prompt, streaming the text; the state's size goes to standard error.
-
-    Args:
-        model: model directory or GGUF file
-        prompt: text to continue
-        tokens: at most this many new tokens
-        temperature: 0 is greedy
-        seed: of the sampling
-    """
-    from .. import modeling
-    from ..modeling import generate as generating
-
-    def say(piece: str) -> None:
-        print(piece, end="", flush=True)
-
-    modeling.wants_decoder(model)
-    loaded = modeling.load(model)
-    tokenizer = modeling.load_tokenizer(model)
-    result = generating.generate(loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else say)
-    if not json:
-        print()
-    print(f"regraft: {result.size()}", file=sys.stderr)
-    return Outcome(asdict(result))
-
-
-def bench(
-    model: str,
-    against: str | None = None,
-    lengths: str = "1k,4k,16k",
-    steps: int = 32,
-    batch: int = 1,
-    skip_prefill: bool = False,
-    plot: bool = False,
-    json: bool = False,
-) -> Outcome:
-    """Measure decode and prefill speed, state bytes and peak memory by context length.
-
-    Args:
-        model: model directory or GGUF file
-        against: a second model measured beside it, say the source
-        lengths: context lengths, such as 1k,4k,16k
-        steps: decoding steps behind each median
-        batch: rows decoded together; speeds and bytes are those of all rows
-    """
-    from .. import modeling
-    from ..core.checkpoint import Checkpoint
-    from ..evaluation import bench as benching
-    from ..evaluation import evaluate as evaluation
-    from ..progress import Ticker
-    from ..report import plots, tables
-
-    counts = benching.parse_lengths(lengths)
-    modeling.wants_decoder(model, against)
-    models = {"model": model} | ({"against": against} if against else {})
-    for path in models.values():
-        evaluation.fits(Checkpoint.open(path), [count + steps + 1 for count in counts])
-    if plot:
-        plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
-    with Ticker() as ticker:
-        ticker.start("bench")
-        rows = benching.bench(
-            models, counts, steps, lambda done, n, words: ticker.update(done / n, words), batch, not skip_prefill
-        )
-    if plot:
-        drawn("bench.svg", plots.lengths(rows))
-    data: dict[str, Any] = {"model": model, "rows": rows["model"]}
-    if against:
-        data |= {"source": against, "against": rows["against"]}
-    return Outcome(data, lambda console: console.print(tables.speed(rows)))

@@ -17,22 +17,33 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from . import verbs
-from .errors import RegraftError
-from .progress import speaks, started_by_torchrun
+from ..errors import RegraftError
+from ..progress import speaks, started_by_torchrun
+from .bench import bench
+from .check import check
+from .compare import compare
+from .demo import demo
+from .evaluate import evaluate
+from .generate import generate
+from .grow import grow
+from .linearize import linearize
+from .outcome import Outcome
+from .plan import plan
+from .run import run
+from .train import train
 
-VERBS: dict[str, Callable[..., verbs.Outcome]] = {
-    "plan": verbs.plan,
-    "grow": verbs.grow,
-    "linearize": verbs.linearize,
-    "check": verbs.receipts,
-    "train": verbs.train,
-    "eval": verbs.evaluate,
-    "generate": verbs.generate,
-    "bench": verbs.bench,
-    "run": verbs.run,
-    "compare": verbs.compare,
-    "demo": verbs.demo,
+VERBS: dict[str, Callable[..., Outcome]] = {
+    "plan": plan,
+    "grow": grow,
+    "linearize": linearize,
+    "check": check,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "bench": bench,
+    "run": run,
+    "compare": compare,
+    "demo": demo,
 }
 OTHERS_WAIT = 5.0  # seconds
 TOGETHER = ("train", "run", "linearize", "grow")  # verbs that several processes do as one, under torchrun
@@ -177,7 +188,7 @@ def near(word: str, known: Sequence[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-def show(outcome: verbs.Outcome, as_json: bool) -> None:
+def show(outcome: Outcome, as_json: bool) -> None:
     """JSON or the human form on standard output."""
     if as_json:
         print(json.dumps(outcome.data))
@@ -215,7 +226,7 @@ def together(verb: str) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
     if verb not in TOGETHER:
         raise RegraftError(f"'{verb}' runs in one process; without torchrun: regraft {verb} ..")
-    from . import distributed
+    from .. import distributed
 
     return distributed.joined()
 

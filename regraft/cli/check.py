@@ -1,0 +1,18 @@
+"""`regraft check`: what can be proved about an output."""
+
+from __future__ import annotations
+
+from .outcome import Outcome
+
+
+def check(source: str, out: str, json: bool = False) -> Outcome:
+    """Receipts: every tensor accounted for, step-0 difference, parallel against recurrent; exit 1 if one does not hold.
+
+    Args:
+        source: the model that was changed
+        out: what came of it
+    """
+    from ..checks import check as proofs
+
+    found = proofs.check(source, out)
+    return Outcome(found, lambda console: proofs.render(found, console), 0 if found["holds"] else 1)

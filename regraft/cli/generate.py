@@ -1,0 +1,42 @@
+"""`regraft generate`: text from a model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+from .outcome import Outcome
+
+
+def generate(
+    model: str,
+    prompt: str,
+    tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    json: bool = False,
+) -> Outcome:
+    """Continue a prompt, streaming the text; the state's size goes to standard error.
+
+    Args:
+        model: model directory or GGUF file
+        prompt: text to continue
+        tokens: at most this many new tokens
+        temperature: 0 is greedy
+        seed: of the sampling
+    """
+    from .. import modeling
+    from ..modeling import generate as generating
+
+    def say(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    modeling.wants_decoder(model)
+    loaded = modeling.load(model)
+    tokenizer = modeling.load_tokenizer(model)
+    result = generating.generate(loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else say)
+    if not json:
+        print()
+    print(f"regraft: {result.size()}", file=sys.stderr)
+    return Outcome(asdict(result))

@@ -1,0 +1,115 @@
+"""`regraft grow`: a wider or deeper model that computes the same function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import RegraftError
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def grow(
+    source: str,
+    out: str,
+    hidden: int | None = None,
+    ffn: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    layers: int | None = None,
+    to: str | None = None,
+    how: str = "pad",
+    depth_how: str = "identity",
+    fold: Literal["auto", "stream", "eps"] = "auto",
+    noise: float | None = None,
+    dtype: str | None = None,
+    optimizer_state: str | None = None,
+    data: str | None = None,
+    fit: dict[str, Any] | None = None,
+    seed: int = 0,
+    field: str = "text",
+    skip_bad: bool = False,
+    bridge: bool = False,
+    overwrite: bool = False,
+    json: bool = False,
+) -> Outcome:
+    """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
+
+    Args:
+        source: model directory or GGUF file
+        out: directory to write; after a kill the same command goes on
+        hidden: width of the residual stream
+        ffn: neurons of every MLP
+        heads: query heads
+        kv_heads: key/value heads
+        head_dim: width of a head
+        layers: number of layers
+        to: a directory whose config.json gives all sizes
+        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
+            copy starts all that is new at random; auto takes what trained best in our comparison, exact or not; ligo
+            learns width and depth from --data
+        depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
+        fold: how norms keep their mean square over a padded stream
+        noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
+        dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
+        optimizer_state: safetensors with exp_avg/NAME, exp_avg_sq/NAME: grown into OUT/optimizer.safetensors
+        data: for --how ligo: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder), or .npz images
+        fit: for --how ligo: its options as JSON, such as {"steps": 100, "reads": "inverse", "batch": 16, "length": 256}
+        seed: of fresh weights
+        field: for --how ligo: key or column that holds the text
+    """
+    import shutil
+
+    from .. import distributed
+    from ..checks import growth as parity
+    from ..core.checkpoint import Checkpoint
+    from ..data.corpus import Text
+    from ..growth import optimizer_state as moments
+    from ..growth.sizes_to_steps import LEARNED, Growth
+    from ..plan import plan as planning
+    from ..progress import Ticker
+    from ..train import fit_ligo
+
+    if Path(out).resolve() == Path(source).resolve():
+        raise RegraftError(f"'{out}' is the source, which the result is checked against: choose another output")
+    before = Checkpoint.open(source)
+    sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
+    growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype, seed)
+    if how != LEARNED and (data or fit):
+        raise RegraftError(f"--data and --fit are for --how ligo, not {how}: leave them out")
+    after = growth(before)
+    made = planning.Plan.of(before, after)
+    print(f"regraft: {made.forecast()}", file=sys.stderr)
+    maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
+    with Ticker() as ticker:
+        if how == LEARNED:
+            text = Text(data, field=field, skip_bad=skip_bad) if data else None
+            after = growth(before, fit_ligo.fitted(before, growth, text, fit or {}, ticker, maps))
+        ticker.start(f"writing {out}")
+        if optimizer_state:
+            if bridge:
+                raise RegraftError(f"--optimizer-state '{optimizer_state}' has no law across --bridge: leave one out")
+            moments.read(before, Path(optimizer_state))
+        grown = after
+
+        def write() -> dict[str, Any] | None:
+            grown.save(out, overwrite=overwrite)
+            shutil.rmtree(maps, ignore_errors=True)
+            if optimizer_state:
+                moments.grow(before, growth.steps(before), optimizer_state, out)
+            return None if growth.exact(before) else parity.step0(source, out)
+
+        step0 = distributed.once(write)
+
+    def show(console: Console) -> None:
+        planning.render(made, console)
+        if step0:
+            console.print(parity.told(step0), soft_wrap=True, highlight=False)
+        console.print(f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False)
+
+    return Outcome(made.json() | {"out": out, "step0": step0}, show)

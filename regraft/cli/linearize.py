@@ -1,0 +1,109 @@
+"""`regraft linearize`: softmax attention replaced by linear-cost mixers, trained where text is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import RegraftError
+from .outcome import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def linearize(
+    source: str,
+    out: str,
+    method: str = "auto",
+    mixer: str | None = None,
+    keep: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    inherit: str | None = None,
+    data: str | None = None,
+    tokens: int = 0,
+    length: int = 1024,
+    batch: int = 1,
+    track: str | None = None,
+    jump: float = 1.5,
+    field: str = "text",
+    long: Literal["carry", "cut"] = "carry",
+    skip_bad: bool = False,
+    read: int | None = None,
+    cache: str | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> Outcome:
+    """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens train it too.
+
+    Args:
+        source: model directory or GGUF file
+        out: directory to write; a training that was stopped goes on with the same command
+        method: a published way, or auto, ours (an unknown name lists them); the flags below change what it says
+        mixer: the token mixer, such as gated_deltanet, gla, retnet or window; README.md has the list
+        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or chosen by measurement:
+            bypass, halo, recall or restore with a number or share of layers, such as restore:8 or recall:25%, which
+            auto has where --data is given (every:4 otherwise)
+        window: width of the gated window branch, 0 for the linear mixer alone
+        sinks: first tokens that the window always sees
+        seed: of fresh weights and of the data order
+        options: the mixer's own options as JSON, such as {"grouped": false}
+        inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
+        data: text to choose layers and to train on (.txt, .jsonl, .parquet, also .gz .xz .zst; a pattern, a folder)
+        tokens: how many to train on, over all stages of the method; 0 converts only
+        length: tokens per row
+        batch: rows per step
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+        field: key or column that holds the text
+        long: a document longer than its row is carried on in the next row, or cut
+        read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
+        cache: folder that keeps the text's tokens for other runs
+    """
+    from .. import distributed
+    from ..core.checkpoint import Checkpoint
+    from ..data.corpus import Text
+    from ..linearize import methods, pipeline
+    from ..plan import plan as planning
+    from ..progress import Ticker
+    from ..report import tables
+    from ..train import monitor, trackers
+
+    trackers.chosen(track)
+    if tokens < 0 or (tokens and not data):
+        raise RegraftError(f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens")
+    before = Checkpoint.open(source)
+    flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
+    way, notes = methods.find(method).changed(seed=seed, **flags), list[str]()
+    if not data:
+        way, notes = way.untold()
+    stages = way.stages(tokens, length, batch) if tokens else []
+    ledger = None
+    text = Text(data, field=field, long=long, skip_bad=skip_bad, read=read) if data else None
+    kept = Path(cache) if cache else None
+    with Ticker() as ticker:
+        if tokens and text:
+            watched = monitor.Watching(track, jump)
+            remix, ledger = pipeline.carry_out(
+                before, way, Path(out), text, stages, seed, ticker, overwrite, watched, kept
+            )
+            ledger |= {"summary": monitor.summary(out)}
+            after = remix(before)
+        else:
+            rows = pipeline.text_rows(before, text, ticker, cache=kept) if text else None
+            remix = distributed.once(lambda: pipeline.converted(before, way.remix, rows, ticker))
+            after = remix(before)
+            distributed.once(lambda: after.save(out, overwrite=overwrite))
+    made = planning.Plan.of(before, after, notes=notes)
+
+    def show(console: Console) -> None:
+        planning.render(made, console)
+        if ledger:
+            console.print(tables.training(ledger["summary"], ledger["start"]))
+        following = f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
+        console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
+
+    return Outcome(made.json() | {"out": out, "method": method, "ledger": ledger}, show)

@@ -1,0 +1,30 @@
+"""`regraft run`: a whole experiment from a recipe."""
+
+from __future__ import annotations
+
+from .outcome import Outcome, finished
+
+
+def run(
+    recipe: str,
+    out: str,
+    track: str | None = None,
+    jump: float = 1.5,
+    overrides: dict[str, str] | None = None,
+    json: bool = False,
+) -> Outcome:
+    """Run a whole experiment from a recipe, resumably, ending with the report; --key.sub VALUE overrides a field.
+
+    Args:
+        recipe: a YAML file, or file.py:function that returns a Recipe
+        out: directory to write
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+    """
+    from ..recipes import run as experiment
+    from ..recipes import schema as settings
+    from ..train import trackers
+    from ..train.monitor import Watching
+
+    trackers.chosen(track)
+    return finished(experiment.run(settings.load(recipe, overrides or {}), out, Watching(track, jump)), out)
