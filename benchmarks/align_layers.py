@@ -20,7 +20,7 @@ import torch
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data import default_text
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.progress import Ticker
 from regraft.recipes.demo import CACHE, fetch, prepare
 from regraft.recipes.schema import Text

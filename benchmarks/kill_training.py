@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 
 STEPS, BATCH, LENGTH = 200, 4, 64
 

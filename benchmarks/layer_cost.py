@@ -17,8 +17,8 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.evaluation.perplexity import Candidate
 from regraft.linearize import select_layers
-from regraft.linearize.remix import Remix
 from regraft.linearize.select_layers import Bench
+from regraft.mixers.remix import Remix
 from regraft.recipes.demo import CACHE, fetch, prepare
 from regraft.recipes.schema import Text
 from regraft.train import loop

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.linearize.remix import Remix
 from regraft.mixers.base import Mixer
+from regraft.mixers.remix import Remix
 from regraft.recipes.demo import CACHE, fetch, prepare
 from regraft.recipes.schema import Text
 from regraft.train.calibrate import calibrate, error

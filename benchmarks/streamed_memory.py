@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from regraft.io import files
+
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
          "vocab_size": 8000}  # fmt: skip
 SHARD = 100_000_000
@@ -83,7 +85,7 @@ def make_source(folder: Path, layers: int, seed: int = 0) -> int:
 
     from regraft.core.anatomy import find
     from regraft.core.checkpoint import Lazy, Story, with_older_keys
-    from regraft.io import safetensors, shard_writer
+    from regraft.io import shard_writer
 
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16").to_dict()
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -99,7 +101,7 @@ def make_source(folder: Path, layers: int, seed: int = 0) -> int:
         tensors[spot.name] = Lazy(spot.shape, torch.bfloat16, Story("fresh"), read)
     with shard_writer.new_directory(folder) as partial:
         shard_writer.write_weights(partial, tensors, SHARD)
-        safetensors.write_json(partial.path / "config.json", with_older_keys(config))
+        files.write_json(partial.path / "config.json", with_older_keys(config))
     return 4 * sum(lazy.size for lazy in tensors.values())
 
 

@@ -51,7 +51,7 @@ def make(folder: Path) -> None:
     """Teacher and student."""
     from regraft import modeling
     from regraft.core.checkpoint import Checkpoint
-    from regraft.linearize.remix import Remix
+    from regraft.mixers.remix import Remix
 
     modeling.fresh({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}, 0).save_pretrained(
         folder / "teacher"

@@ -69,7 +69,7 @@ def status(name: str) -> int:
 def opened(name: str, folder: Path) -> tuple[Any, Any]:
     """(source, target) of a case, as checkpoints."""
     from regraft.core.checkpoint import Checkpoint
-    from regraft.linearize.remix import Remix
+    from regraft.mixers.remix import Remix
 
     source = Checkpoint.open(folder)
     return source, Remix(CASES[name][1], keep="every:4")(source) if CASES[name][1] else source

@@ -28,7 +28,7 @@ from regraft.evaluation import baselines
 from regraft.evaluation.evaluate import evaluation_windows
 from regraft.evaluation.perplexity import Candidate, measure
 from regraft.linearize import methods
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.progress import Ticker
 from regraft.recipes.demo import CACHE, fetch, prepare
 from regraft.recipes.schema import Text

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .growth.steps.transplant import Transplant
     from .growth.steps.widen import Widen
     from .linearize.merge import Merge
-    from .linearize.remix import Remix
+    from .mixers.remix import Remix
     from .modeling import load
     from .plan.plan import Plan
 

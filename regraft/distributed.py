@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import RegraftError
+from .io.linux import terminate_with_parent
 
 T = TypeVar("T")
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MEETING = timedelta(minutes=10)  # processes of one launcher start together
 PATIENCE = timedelta(days=1)  # the first process may measure or write for hours while the others wait
 
@@ -110,8 +107,7 @@ def joined() -> Iterator[None]:
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    terminate_with_parent()
     try:
         store, mine, count = next(dist.rendezvous("env://", timeout=MEETING))
     except dist.DistError as error:

@@ -128,3 +128,15 @@ def bar(stream: TextIO) -> Progress:
     """The live display."""
     columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
     return Progress(*columns, console=Console(file=stream), transient=True)
+
+
+def quiet() -> None:
+    """Libraries log errors only; downloads and tokenizers print no bars. What the user has set stays."""
+    settings = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)

@@ -13,7 +13,7 @@ import speaking  # noqa: E402
 import torch  # noqa: E402
 
 from regraft.core.checkpoint import Checkpoint  # noqa: E402
-from regraft.linearize.remix import Remix  # noqa: E402
+from regraft.mixers.remix import Remix  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.io import safetensors, shard_writer
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from regraft.evaluation import baselines, chunked, evaluate, positions, recall, 
 from regraft.evaluation import lm_eval as harness
 from regraft.evaluation.perplexity import Candidate
 from regraft.evaluation.suite import Suite, against
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.report import html, plots, tables
 
 WORDS = "the cat sat on a mat while dogs ran past naïve old men".split()

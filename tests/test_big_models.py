@@ -195,7 +195,7 @@ def test_what_is_replaced_stays_until_all_is_written(
     swaps: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not swaps:
-        monkeypatch.setattr(shard_writer, "_swapped", lambda left, right: False)
+        monkeypatch.setattr(shard_writer, "exchange_paths", lambda left, right: False)
     Checkpoint.open(source).save(tmp_path / "out")
     before = killing.contents(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
@@ -235,7 +235,7 @@ def test_a_failing_flush_gives_the_space_back(source: Path, tmp_path: Path, monk
         if path.name.startswith("model-00003"):
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(shard_writer, "_sync", fails)
+    monkeypatch.setattr(shard_writer, "sync", fails)
     with pytest.raises(RegraftError, match="Input/output error"):
         grown(source).save(tmp_path / "out", shard_bytes=60_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

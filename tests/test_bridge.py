@@ -18,7 +18,7 @@ from regraft.growth import class_conversion
 from regraft.growth.steps.bridge import Bridge
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
-from regraft.io import safetensors
+from regraft.io import files
 
 BOUND = 2e-5
 PARALLEL: dict[str, Any] = {"heads": 3, "dim": 16, "use_parallel_residual": True}
@@ -201,10 +201,10 @@ def test_keys_that_a_config_leaves_out_mean_what_its_class_takes(keys: dict[str,
     """GPT-NeoX' defaults are not those of Phi and StarCoder2: activation, positions, epsilon, tying, special tokens."""
     to = "phi" if keys["use_parallel_residual"] else "starcoder2"
     model, _, _ = crossed(tmp_path, to, keys)
-    full = safetensors.read_json(tmp_path / "source" / "config.json")
+    full = files.read_json(tmp_path / "source" / "config.json")
     needed = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     short = {key: full[key] for key in (*needed, "num_attention_heads", "use_parallel_residual")}
-    safetensors.write_json(tmp_path / "source" / "config.json", short)
+    files.write_json(tmp_path / "source" / "config.json", short)
     made = Bridge()(Checkpoint.open(tmp_path / "source"))
     made.save(tmp_path / "short")
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "short", dtype=torch.float32).eval()
@@ -219,10 +219,10 @@ def test_keys_that_a_config_leaves_out_mean_what_its_class_takes(keys: dict[str,
 def test_older_rotary_keys_are_understood(keys: dict[str, Any], scaling: Any, tmp_path: Path) -> None:
     to = "phi" if keys["use_parallel_residual"] else "starcoder2"
     crossed(tmp_path, to, keys)
-    config = safetensors.read_json(tmp_path / "source" / "config.json")
+    config = files.read_json(tmp_path / "source" / "config.json")
     del config["rope_parameters"]
     config |= {"rotary_emb_base": 300, "rotary_pct": 0.5, "rope_scaling": scaling}
-    safetensors.write_json(tmp_path / "source" / "config.json", config)
+    files.write_json(tmp_path / "source" / "config.json", config)
     grow = Widen(head_dim=22)
     grow(Bridge()(Checkpoint.open(tmp_path / "source"))).save(tmp_path / "grown")
     Widen(head_dim=30)(Checkpoint.open(tmp_path / "grown")).save(tmp_path / "again")

@@ -16,7 +16,7 @@ from regraft import modeling
 from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint, with_older_keys
 from regraft.errors import RegraftError
-from regraft.io import gguf, safetensors
+from regraft.io import files, gguf, safetensors
 
 
 @pytest.fixture(params=FAMILIES)
@@ -98,8 +98,8 @@ def test_sidecars_and_lineage_travel(tmp_path: Path) -> None:
     Checkpoint.open(tmp_path / "source").save(tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "secret.txt").exists()
     known = lineage.read(tmp_path / "out")
-    assert known["source"]["sha256"] == safetensors.sha256(tmp_path / "source" / "model.safetensors")
-    assert known["files"]["model.safetensors"] == safetensors.sha256(tmp_path / "out" / "model.safetensors")
+    assert known["source"]["sha256"] == files.sha256(tmp_path / "source" / "model.safetensors")
+    assert known["files"]["model.safetensors"] == files.sha256(tmp_path / "out" / "model.safetensors")
     assert sum(row["share"] for row in known["totals"].values()) == pytest.approx(1)
     assert "sha256" in (tmp_path / "out" / "README.md").read_text()
     Checkpoint.open(tmp_path / "out").verify()
@@ -227,7 +227,7 @@ def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monk
     assert planned.config["architectures"] == opened.config["architectures"] == ["LlamaForCausalLM"]
     torch.testing.assert_close(modeling.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     opened.save(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == safetensors.sha256(file)
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == files.sha256(file)
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "other"))
     with ThreadPoolExecutor(2) as pool:  # two at once: one converts, the other waits
         first, second = pool.map(gguf.converted, [file, file])

@@ -17,8 +17,8 @@ from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.evaluation.baselines import remix_of
 from regraft.linearize import select_layers
-from regraft.linearize.remix import Remix
 from regraft.linearize.select_layers import Bench
+from regraft.mixers.remix import Remix
 
 OUT = {"gpt_neox": "dense", "gpt2": "c_proj"}
 PLAIN = Remix(window=8, sinks=2, keep="none")

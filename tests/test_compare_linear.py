@@ -16,7 +16,7 @@ from regraft.compare import recipe as schema
 from regraft.compare import report, scheduler
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.train.lit import Lit
 
 RETNET = {"mixer": "retnet", "keep": "0", "window": 0}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from regraft.core.anatomy import Anatomy, Part, find
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.io.safetensors import read_json
+from regraft.io.files import read_json
 
 NEW = [family for family in GROWABLE if family not in FAMILIES]
 CLASSES = [(family, name) for family in GROWABLE for name in ARCHITECTURES.get(family, (None,))]

@@ -19,7 +19,7 @@ from regraft.core.anatomy import find
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 from regraft.plan.plan import Plan
 from regraft.train import loop

@@ -17,7 +17,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 from regraft.plan import forecast
 from regraft.plan import step_memory as simulation

@@ -22,7 +22,7 @@ from regraft.core.part import Part
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.modeling import load
 from regraft.plan.plan import Plan
 

@@ -17,7 +17,7 @@ import regraft
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.modeling import modeling_regraft, remote_code
 
 TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ from torch import nn
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.modeling.flops import counter
 from regraft.train import layer_subset, loop
 from regraft.train.layer_subset import frozen, keep_probability, running, stack

@@ -21,7 +21,7 @@ from models import ARCHITECTURES, GROWABLE, inputs, tiny, tokens
 
 from regraft import modeling
 from regraft.checks import growth as parity
-from regraft.cli import main
+from regraft.cli import main as cli
 from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Images, Packed
@@ -47,7 +47,7 @@ def saved(folder: Path, family: str, **keys: Any) -> Checkpoint:
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """(exit code, standard output, standard error)."""
-    code = main(list(words))
+    code = cli(list(words))
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -283,7 +283,7 @@ def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
     options = json.dumps({"steps": 12, "batch": 4, "length": 16})
     words = ["--hidden", "72", "--how", "ligo", "--data", str(tmp_path / "text.txt"), "--fit", options]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(["grow", given, str(whole), *words]) == 0
+    assert cli(["grow", given, str(whole), *words]) == 0
     command = [sys.executable, "-m", "regraft", "grow", given, str(broken), *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     maps, deadline = tmp_path / ".broken.fitting", time.monotonic() + 300
@@ -294,7 +294,7 @@ def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=300)
     assert process.returncode == 143 and "goes on" in said and not broken.exists()
     assert list(maps.glob("run/stage-0-step-*"))
-    assert main(["grow", given, str(broken), *words]) == 0
+    assert cli(["grow", given, str(broken), *words]) == 0
     assert not maps.exists()
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
 

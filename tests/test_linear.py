@@ -15,8 +15,8 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.linearize.merge import Merge
-from regraft.linearize.remix import Remix
 from regraft.mixers.base import Attention, Mixer, Mixing
+from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 
 ATTENTION = Attention(hidden=24, kv=4, group=2, dim=6, scale=6**-0.5, qkv_bias=True, o_bias=True, qk_norm=1e-6)

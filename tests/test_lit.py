@@ -20,7 +20,7 @@ from torch import nn
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.lit import Lit, Watch
 from regraft.train.stage import Stage, origins

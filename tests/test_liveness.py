@@ -19,8 +19,8 @@ from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.growth.widened import apart, pieces
-from regraft.io import safetensors
-from regraft.linearize.remix import Remix
+from regraft.io import files
+from regraft.mixers.remix import Remix
 
 COUPLED = ("gpt2", "gpt_neox", "bert", "roberta")
 
@@ -277,10 +277,10 @@ def test_files_and_values_stay_as_they_are(tmp_path: Path) -> None:
     made = opened("llama", tmp_path)
     kept = {made.names[key]: lazy.read().clone() for key, lazy in made.tensors.items()}
     held = made.replaced(kept, {"step": "Held", "arguments": {}})
-    before = safetensors.sha256(tmp_path / "source" / "model.safetensors")
+    before = files.sha256(tmp_path / "source" / "model.safetensors")
     first = liveness(held)
     assert liveness(tmp_path / "source") == first == liveness(str(tmp_path / "source"))
-    assert safetensors.sha256(tmp_path / "source" / "model.safetensors") == before
+    assert files.sha256(tmp_path / "source" / "model.safetensors") == before
     assert all(torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in held.tensors.items())
 
 

@@ -13,8 +13,8 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
 from regraft.mixers.base import Mixing
+from regraft.mixers.remix import Remix
 from regraft.train import align
 
 PLAIN = [

@@ -14,7 +14,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
-from regraft.io import safetensors
+from regraft.io import files
 
 BOUND = 2e-5
 SIZES: dict[str, Any] = {"heads": 3, "kv": 3, "dim": 16, "hidden": 48}
@@ -90,9 +90,9 @@ def test_frequencies_beyond_float32_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt_neox", "phi"])
 def test_the_share_that_turns_is_the_class_default_when_the_config_says_none(family: str, tmp_path: Path) -> None:
     saved(tmp_path, family, **SIZES)
-    config = safetensors.read_json(tmp_path / "source" / "config.json")
+    config = files.read_json(tmp_path / "source" / "config.json")
     del config["rope_parameters"]
-    safetensors.write_json(tmp_path / "source" / "config.json", config)
+    files.write_json(tmp_path / "source" / "config.json", config)
     Widen(head_dim=24, hidden=72)(Checkpoint.open(tmp_path / "source")).save(tmp_path / "out")
     assert difference(tmp_path, "out") < BOUND
 

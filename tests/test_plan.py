@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.io import safetensors
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.plan.plan import Plan, flops, render, state_bytes
 
 REMIXES = [Remix(keep="every:2", window=5, sinks=2), Remix(mixer="supra", keep="none", window=0)]

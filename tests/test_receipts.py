@@ -14,8 +14,8 @@ from rich.console import Console
 from regraft.checks.check import check, render
 from regraft.core.checkpoint import Checkpoint, Lazy, Story
 from regraft.errors import RegraftError
-from regraft.io import safetensors
-from regraft.linearize.remix import Remix
+from regraft.io import files
+from regraft.mixers.remix import Remix
 
 
 @pytest.fixture
@@ -109,4 +109,4 @@ def test_table_says_what_does_not_hold(source: Path, tmp_path: Path) -> None:
         receipts | {"holds": False, "unaccounted": list("abcd"), "source_matches": False}, Console(file=text, width=120)
     )
     assert "a, b, c and 1 more" in text.getvalue() and "does NOT hold" in text.getvalue()
-    assert torch.isfinite(torch.tensor(receipts["rel_logit_diff"])) and safetensors.sha256(source / "model.safetensors")
+    assert torch.isfinite(torch.tensor(receipts["rel_logit_diff"])) and files.sha256(source / "model.safetensors")

@@ -14,7 +14,7 @@ from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.step import Step, entry
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 
 REMIXES = {
     "default": Remix(keep="every:2"),

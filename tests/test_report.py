@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from regraft.errors import RegraftError
+from regraft.io.files import read_json_lines
 from regraft.progress import BEAT, Ticker, clock
 from regraft.recipes.journal import Journal
 from regraft.report import html, plots
@@ -101,7 +102,7 @@ def test_damaged_files_are_named(folder):
         html.collect(folder)
     (folder / "metrics.jsonl").write_text('{"a": \n{}\n')
     with pytest.raises(RegraftError, match="metrics.jsonl line 1"):
-        html.read_metrics(folder / "metrics.jsonl")
+        read_json_lines(folder / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(

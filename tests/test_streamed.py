@@ -19,7 +19,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.calibrate import calibrate
 from regraft.train.hooks import LayerRecord, body, recording

@@ -18,8 +18,9 @@ PUBLIC = [file for file in FILES if not file.name.startswith("__")]
 
 # Lower tiers first; a folder imports only its own tier's own files and lower tiers.
 TIERS = (
-    ("errors", "progress", "distributed"),
+    ("errors", "progress"),
     ("io",),
+    ("distributed",),
     ("core", "families", "mixers"),
     ("modeling",),
     ("data", "growth"),

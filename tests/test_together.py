@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from together import STAGES, fitted, trained
 
 from regraft.core.checkpoint import Checkpoint
-from regraft.linearize.remix import Remix
+from regraft.mixers.remix import Remix
 from regraft.train.resume import checkpoints, claimed
 
 HERE = Path(__file__).parent

@@ -18,10 +18,10 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed, long_windows, pack, read_documents, shuffled
 from regraft.errors import RegraftError
-from regraft.linearize.remix import Remix
 from regraft.mixers import registry
 from regraft.mixers.base import Attention
 from regraft.mixers.gated import Gated
+from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.align import align_step
 from regraft.train.calibrate import Attended, attend, calibrate, error, fit, gate_candidates

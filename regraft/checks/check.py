@@ -13,9 +13,9 @@ from .. import modeling
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..linearize.remix import Remix
 from ..mixers.base import Attention, Weight
 from ..mixers.registry import weights
+from ..mixers.remix import Remix
 from . import growth, liveness
 
 if TYPE_CHECKING:

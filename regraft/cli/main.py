@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..errors import RegraftError
-from ..progress import speaks, started_by_torchrun
+from ..progress import quiet, speaks, started_by_torchrun
 from .bench import bench
 from .check import check
 from .compare import compare
@@ -196,18 +196,6 @@ def show(outcome: Outcome, as_json: bool) -> None:
         from rich.console import Console
 
         outcome.show(Console())
-
-
-def quiet() -> None:
-    """Libraries log errors only; downloads and tokenizers print no bars. What the user has set stays."""
-    settings = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
 
 
 def fail(message: object) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
+from ..io.files import read_json_if_exists
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,10 +39,10 @@ def finished(numbers: dict[str, Any], out: str) -> Outcome:
     def show(console: Console) -> None:
         from pathlib import Path
 
-        from ..report import html, tables
+        from ..report import tables
         from ..train import monitor
 
-        spent = html.read_json(Path(out) / "ledger.json") or {}
+        spent = read_json_if_exists(Path(out) / "ledger.json") or {}
         tables.render(numbers["eval"], console)
         console.print(tables.training(monitor.summary(out), spent.get("start", ())))
         console.print(tables.speed(numbers["bench"]))

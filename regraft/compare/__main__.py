@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..cli.main import quiet
+from ..progress import quiet
 
 EVERY = 1.0  # seconds between notes to the parent
 
@@ -19,7 +19,7 @@ def main(words: list[str]) -> int:
 
     from .. import distributed
     from ..errors import RegraftError
-    from ..recipes.journal import write_whole
+    from ..io.files import write_text
     from . import arm, scheduler
 
     out, kind, name, seed = Path(words[0]), words[1], words[2], int(words[3])
@@ -33,7 +33,7 @@ def main(words: list[str]) -> int:
             sys.exit("the comparison was stopped")
         if time.monotonic() - said > EVERY and distributed.first():
             said = time.monotonic()
-            write_whole(scheduler.Task(kind, name, seed).log(out).with_suffix(".share"), f"{share:.4f}")
+            write_text(scheduler.Task(kind, name, seed).log(out).with_suffix(".share"), f"{share:.4f}")
 
     try:
         with distributed.joined():

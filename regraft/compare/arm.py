@@ -22,10 +22,9 @@ from ..growth import optimizer_state
 from ..growth.sizes_to_steps import Growth
 from ..growth.steps.ligo import Learned
 from ..growth.steps.transplant import Transplant
+from ..io.files import read_json_if_exists, write_json
 from ..linearize import select_layers
 from ..modeling import flops
-from ..recipes.journal import write_json
-from ..report.html import read_json
 from ..train import fit_ligo, fsdp, loop, objectives
 from ..train.calibrate import calibrate
 from ..train.stage import LAYERWISE, Stage
@@ -214,7 +213,7 @@ def fitted(
             write_json(folder / "start.json", FREE | dict(learned.cost))
 
         distributed.once(keep)
-    return Checkpoint.open(folder / "grown"), read_json(folder / "start.json")
+    return Checkpoint.open(folder / "grown"), read_json_if_exists(folder / "start.json")
 
 
 def verify(recipe: Comparison, out: Path) -> None:

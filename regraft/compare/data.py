@@ -16,10 +16,10 @@ from .. import modeling
 from ..core.anatomy import find
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
+from ..data.corpus import Text
 from ..data.packing import Images, pack, read_documents, read_images
 from ..errors import RegraftError
 from ..growth.sizes import solve
-from ..recipes.schema import Text
 from ..train.objectives import HEADS, Data, Rows
 from ..train.session import training_rows
 from .recipe import Comparison, Sizes

@@ -16,7 +16,7 @@ from ..growth.ligo_maps import Ligo
 from ..growth.sizes import Sizes
 from ..growth.sizes_to_steps import Growth
 from ..linearize.method import spelt
-from ..linearize.remix import Remix
+from ..mixers.remix import Remix
 from ..recipes import schema
 from ..train.stage import Stage
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipes.journal import write_json, write_whole
+from ..io.files import write_json, write_text
 from ..report import plots
 from ..report.html import page, picture, table
 
@@ -34,8 +34,8 @@ def write(numbers: Mapping[str, Any], out: Path) -> None:
     heads, rows = columns(numbers), list(cells(numbers))
     lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
     words = [*lines, "", note(numbers), *(f"\n{line}" for line in failures(numbers))]
-    write_whole(out / "table.md", "\n".join(words) + "\n")
-    write_whole(out / "compare.html", render_page(numbers))
+    write_text(out / "table.md", "\n".join(words) + "\n")
+    write_text(out / "compare.html", render_page(numbers))
 
 
 def columns(numbers: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from ..report.html import read_json, read_metrics
+from ..io.files import read_json_if_exists, read_json_lines
 from . import arm as arms
 from .recipe import Comparison
 
@@ -52,7 +52,7 @@ def read_curve(folder: Path, facts: Mapping[str, Any]) -> Curve:
     rows = []
     if 0 in inner:
         rows.append([*(spent[key] for key in AXES), facts["whole"]["loss"], facts["whole"]["accuracy"]])
-    for row in (row for row in read_metrics(folder / "metrics.jsonl") if "eval_loss" in row):
+    for row in (row for row in read_json_lines(folder / "metrics.jsonl") if "eval_loss" in row):
         before = entries[: row["stage"]]
         repeated = row["step"] == 0 and before and row["stage"] - 1 not in inner  # the end of the stage before it
         if repeated or row["stage"] in inner:
@@ -129,7 +129,7 @@ def summarise(recipe: Comparison, out: Path) -> dict[str, Any]:
 def finished(out: Path, name: str, seeds: Sequence[int]) -> dict[int, tuple[dict[str, Any], Curve]]:
     """(facts, curve) of an arm's finished runs by seed."""
     folders = {seed: arms.arm_folder(out, name, seed) for seed in seeds}
-    facts = {seed: read_json(folder / arms.DONE) for seed, folder in folders.items()}
+    facts = {seed: read_json_if_exists(folder / arms.DONE) for seed, folder in folders.items()}
     return {seed: (fact, read_curve(folders[seed], fact)) for seed, fact in facts.items() if fact is not None}
 
 
@@ -138,7 +138,7 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> dict[str, Any]:
     seeds = {}
     for seed in recipe.seeds:
         folder = arms.source_folder(recipe, out, name, seed)
-        known = None if isinstance(recipe.sources()[name], str) else read_json(folder / arms.DONE)
+        known = None if isinstance(recipe.sources()[name], str) else read_json_if_exists(folder / arms.DONE)
         if known is not None:
             totals = {key: known["ledger"][key] for key in AXES}
             seeds[seed] = totals | {"loss": read_curve(folder, known).loss[-1]}

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
+from ..io.files import read_json_if_exists, write_json
 from ..progress import Ticker
 from ..recipes import schema
-from ..recipes.journal import write_json
-from ..report.html import read_json
 from . import arm as arms
 from . import data, report, savings
 from .recipe import Comparison, dump
@@ -112,7 +111,7 @@ def claim(recipe: Comparison, out: Path) -> None:
     if not file.exists() and out.is_dir() and any(out.iterdir()):
         raise RegraftError(f"{out} exists and holds no comparison: choose another folder or delete it")
     if file.exists():
-        theirs, mine = read_json(file), dump(recipe)
+        theirs, mine = read_json_if_exists(file), dump(recipe)
         for key in (key for key in mine if key not in ("arms", "seeds", "others") and mine[key] != theirs.get(key)):
             raise RegraftError(
                 f"{out} holds a comparison with another {key} ({theirs.get(key)} there, {mine[key]} here): choose "
@@ -124,7 +123,7 @@ def claim(recipe: Comparison, out: Path) -> None:
 
 def kept(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
-    made: Comparison = schema.build(read_json(out / RECIPE), str(out / RECIPE), Comparison)
+    made: Comparison = schema.build(read_json_if_exists(out / RECIPE), str(out / RECIPE), Comparison)
     return made
 
 
@@ -170,7 +169,7 @@ def started(task: Task, out: Path, jobs: int, launch: str) -> subprocess.Popen[b
 
 def done(recipe: Comparison, out: Path, task: Task) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts = read_json(task.folder(out) / arms.DONE)
+    facts = read_json_if_exists(task.folder(out) / arms.DONE)
     if facts is None:
         return False
     mine = dataclasses.asdict(recipe.arm(task.name)) if task.kind == "arm" else recipe.sources()[task.name]

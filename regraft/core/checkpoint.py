@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import RegraftError
 from ..io import gguf, safetensors, shard_writer
+from ..io.files import read_json, sha256, write_json
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, Placed, find
 from .axes import Signature, product
@@ -186,12 +187,12 @@ class Checkpoint:
             shard_writer.write_weights(partial, filed, shard_bytes)
             for file in sidecars:
                 shutil.copyfile(file, folder / file.name)
-            safetensors.write_json(folder / "config.json", with_older_keys(self.config))
+            write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.extras(str(folder), self.config)
             (folder / "README.md").write_text(lineage.card(self), encoding="utf-8")
             index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
-            small = {file.name: safetensors.sha256(file) for file in [*index, folder / "config.json"]}
-            safetensors.write_json(folder / lineage.FILE, lineage.record(self, partial.done | small))
+            small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
+            write_json(folder / lineage.FILE, lineage.record(self, partial.done | small))
 
     def _mark(self, shard_bytes: int, background: ThreadPoolExecutor) -> Callable[[], str] | None:
         return None if self.in_memory else background.submit(lineage.fingerprint, self, shard_bytes).result
@@ -205,7 +206,7 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 def _from_folder(origin: Path, folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise RegraftError(f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file")
-    config = safetensors.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "quantization_config" in config:
         raise RegraftError(f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first")
     anatomy = find(config)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
-from ..io.safetensors import read_json, sha256, weight_files
+from ..io.files import read_json, sha256
+from ..io.safetensors import weight_files
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

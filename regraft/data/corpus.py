@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from .. import distributed
 from ..errors import RegraftError
+from ..io.files import write_json
 from .files import found
 from .rows import Mixed, Stored, enough, shared
 from .token_cache import Part
@@ -203,9 +203,7 @@ class Texts:
             before = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}.part")
-            part.write_text(json.dumps(now), encoding="utf-8")
-            part.replace(file)
+            write_json(file, now)
             return
         if before != now:
             pairs = zip(before["files"], files, strict=False)

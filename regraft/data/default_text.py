@@ -10,6 +10,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from ..errors import RegraftError
+from ..io.files import write_json_lines
 
 # About a fifth of the documentation's text, long topics among them; never trained on by a recipe of this project.
 HELD_OUT = ("attribute-access", "debugger", "formatstrings", "try", "typesseq")
@@ -65,6 +66,4 @@ def encyclopedia(packages: Path) -> list[str]:
 def write(documents: Iterable[str], path: Path) -> None:
     """One JSON object per document, put in place whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    part.replace(path)
+    write_json_lines(path, ({"text": text} for text in documents))

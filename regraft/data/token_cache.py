@@ -21,6 +21,7 @@ import numpy
 from filelock import FileLock, Timeout
 
 from ..errors import RegraftError
+from ..io.files import write_json
 from .documents import Bad, Piece, Place, pieces
 from .tokenizer import Tokens
 
@@ -145,9 +146,4 @@ class Part:
             file.flush()
             os.fsync(file.fileno())
         known.place, known.bad, known.named = place.json(), bad.count, bad.named
-        part = self.folder / "journal.part"
-        with part.open("w", encoding="utf-8") as stream:
-            json.dump(asdict(known), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(self.folder / "journal.json")
+        write_json(self.folder / "journal.json", asdict(known))

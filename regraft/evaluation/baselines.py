@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
-from ..linearize.remix import Remix
+from ..mixers.remix import Remix
 from .perplexity import Candidate
 
 TEACHER = "teacher"

@@ -69,7 +69,7 @@ def bench(
 
 def too_large(checkpoint: Checkpoint, length: int, batch: int) -> dict[str, Any] | None:
     """The row of a model whose weights and state do not fit into the free memory of a processor's machine."""
-    from ..plan.plan import layer_kinds, mixers_of, state_bytes
+    from ..modeling.layer_kinds import layer_kinds, mixers_of, state_bytes
 
     free = free_bytes()
     if free is None or torch.cuda.is_available():

@@ -13,7 +13,7 @@ import torch
 from ..core.anatomy import find
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..io import safetensors
+from ..io.files import read_json
 from . import depth
 from .ligo_maps import COPY, Ligo
 from .operators import AUTO, AUTO_POST_NORM
@@ -122,7 +122,7 @@ def target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
     file = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
     if not file.is_file():
         raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
-    config = safetensors.read_json(file)
+    config = read_json(file)
     anatomy = find(config)
     if anatomy.family != source.anatomy.family:
         raise RegraftError(

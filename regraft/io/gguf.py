@@ -10,7 +10,8 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import RegraftError
-from . import safetensors, shard_writer
+from . import shard_writer
+from .files import read_json, sha256, write_json
 
 STEP = {"step": "FromGGUF", "arguments": {}}
 log = logging.getLogger("regraft")
@@ -39,7 +40,7 @@ def home() -> Path:
 
 def cached(file: Path) -> Path | None:
     """The converted directory of a GGUF file when there is one already."""
-    folder = home() / "gguf" / safetensors.sha256(file)
+    folder = home() / "gguf" / sha256(file)
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -89,7 +90,7 @@ def converted(file: Path) -> Path:
     if folder := cached(file):
         return folder
     _reader(file)
-    folder = home() / "gguf" / safetensors.sha256(file)
+    folder = home() / "gguf" / sha256(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         return cached(file) or _written(file, folder)
@@ -124,12 +125,12 @@ def _convert(file: Path, target: Path) -> None:
 
 
 def _record(file: Path, folder: Path) -> None:
-    family = safetensors.read_json(folder / "config.json")["model_type"]
-    digest = safetensors.sha256(file)
+    family = read_json(folder / "config.json")["model_type"]
+    digest = sha256(file)
     source = {"path": str(file.resolve()), "family": family, "files": {file.name: digest}, "sha256": digest}
     written = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
-    hashes = {path.name: safetensors.sha256(path) for path in written}
-    safetensors.write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
+    hashes = {path.name: sha256(path) for path in written}
+    write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
 
 
 def _line(error: Exception) -> str:

@@ -1,20 +1,18 @@
-"""Safetensors files: checked headers, one tensor at a time, what goes into which shard; JSON files and hashes."""
+"""Safetensors files: checked headers, one tensor at a time, what goes into which shard."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import RegraftError
+from .files import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
@@ -130,29 +128,6 @@ def header(file: Path) -> list[Entry]:
     return found
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; RegraftError when it is none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RegraftError(f"cannot read '{file}' as JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise RegraftError(f"'{file}' holds a JSON {type(value).__name__}, not an object: fetch it again")
-    return value
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file; remembered while size and time of the file stay."""
-    stat = file.stat()
-    return _sha256(file.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _sha256(file: Path, size: int, time: int) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in order, grouped so that a group holds at most `limit` bytes or one tensor."""
     groups: list[list[str]] = [[]]
@@ -164,8 +139,3 @@ def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         filled += size
     return groups
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object, indented."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

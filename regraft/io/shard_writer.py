@@ -7,7 +7,6 @@ fingerprint keeps finished files and computes the others; a partial directory of
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -28,6 +27,8 @@ from torch import Tensor
 from ..errors import RegraftError
 from . import safetensors
 from .direct_io import Direct
+from .files import sync, write_json
+from .linux import exchange_paths
 
 if TYPE_CHECKING:
     from ..core.checkpoint import Lazy
@@ -36,8 +37,6 @@ STATE = ".regraft.json"
 NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 # safetensors' own order in a file: wide types first, then by name; tensors stay aligned.
 ORDER = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SWAP = 2  # RENAME_EXCHANGE of renameat2(2)
-HERE = -100  # AT_FDCWD
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +61,7 @@ class Partial:
 
     def finish(self, name: str, digest: str) -> None:
         """Flush `name`.part to disk, note its hash, and give it its name."""
-        _sync(self.path / f"{name}.part")
+        sync(self.path / f"{name}.part")
         self.done[name] = digest
         if self.fingerprint:
             self._note(self.fingerprint())
@@ -76,10 +75,7 @@ class Partial:
             return {}
 
     def _note(self, fingerprint: str) -> None:
-        file = self.path / f"{STATE}.part"
-        safetensors.write_json(file, {"fingerprint": fingerprint, "files": self.done})
-        _sync(file)
-        file.rename(self.path / STATE)
+        write_json(self.path / STATE, {"fingerprint": fingerprint, "files": self.done})
 
 
 @contextmanager
@@ -136,32 +132,18 @@ def _claimed(path: Path) -> Iterator[Path]:
 def _publish(path: Path, target: Path) -> None:
     """Flush a directory to disk and give it its name; what had the name before goes."""
     for file in [*path.rglob("*"), path]:
-        _sync(file)
+        sync(file)
     (path / STATE).unlink(missing_ok=True)
     if not target.exists():
         path.rename(target)
-    elif not _swapped(path, target):
+    elif not exchange_paths(path, target):
         aside = path.with_suffix(".old")
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
         path.rename(target)
         path = aside
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _swapped(left: Path, right: Path) -> bool:
-    """Exchange two directories in one step; whether the system could."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    return rename is not None and rename(HERE, os.fsencode(left), HERE, os.fsencode(right), SWAP) == 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> None:
@@ -186,9 +168,7 @@ def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> 
     if len(groups) > 1:
         total = sum(lazy.bytes for lazy in tensors.values())
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        safetensors.write_json(
-            partial.path / safetensors.INDEX, {"metadata": {"total_size": total}, "weight_map": places}
-        )
+        write_json(partial.path / safetensors.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 @contextmanager

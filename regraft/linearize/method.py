@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RegraftError
+from ..mixers.remix import Remix
 from ..train.stage import Stage
-from .remix import Remix
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,21 @@ from transformers import PreTrainedModel
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
-from ..data.corpus import Texts
+from ..data.corpus import Text, Texts
 from ..data.packing import pack
 from ..data.rows import Table
 from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
+from ..io.files import read_json_if_exists, write_json
+from ..mixers.remix import Remix
 from ..progress import Ticker
-from ..recipes.journal import write_json
-from ..recipes.schema import Text
-from ..report.html import COSTS, read_json
 from ..train import fsdp, loop
+from ..train.ledger import COSTS
 from ..train.monitor import USUAL, Watching
 from ..train.session import calibrated, save_trained, training_rows
 from ..train.stage import LAYERWISE, Stage
 from . import select_layers
 from .methods import Method
-from .remix import Remix
 
 WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
 ASKED = "asked.json"
@@ -182,7 +181,7 @@ def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
         shutil.rmtree(out)
     if (out / "config.json").exists():
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to begin again")
-    theirs = read_json(out / ASKED)
+    theirs = read_json_if_exists(out / ASKED)
     if theirs is None and out.exists() and any(out.iterdir()):
         raise RegraftError(f"{out} exists and holds no conversion: choose another folder or delete it")
     other = next((key for key in facts if theirs is not None and theirs.get(key) != facts[key]), None)

@@ -22,11 +22,11 @@ from ..errors import RegraftError
 from ..evaluation.baselines import TEACHER
 from ..evaluation.chunked import log_likelihoods
 from ..evaluation.perplexity import Candidate, Score, measure, window_logits
+from ..mixers.remix import RULES, Remix
 from ..modeling import flops
 from ..train.calibrate import calibrate
 from ..train.layer_subset import Skipped, stack
 from ..train.layerwise.one_layer_model import feeding
-from .remix import RULES, Remix
 
 EPSILON = 1e-6
 Progress = Callable[[float], None]

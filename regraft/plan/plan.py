@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..io.safetensors import Entry
-from ..mixers.base import Attention
 from ..mixers.registry import mixer_class
 from ..modeling import flops as ledger
+from ..modeling.layer_kinds import attention_of, kept_tokens, layer_kinds, mixers_of, state_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,42 +111,15 @@ def writing_bytes(source: Checkpoint, target: Checkpoint) -> int:
     return OVERHEAD + max((work + other for work, other in zip(making, beside, strict=True)), default=0)
 
 
-def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
-    """The mixer spec of every layer, None where softmax attention is."""
-    return list(checkpoint.config.get("mixers") or [None] * checkpoint.layers)
-
-
-def layer_kinds(checkpoint: Checkpoint) -> list[str]:
-    """A name for every layer's mixer: softmax, or as `gated(gated_deltanet, window)`."""
-    return [_kind(spec) if spec else "softmax" for spec in mixers_of(checkpoint)]
-
-
-def _kind(spec: Mapping[str, Any]) -> str:
-    nested = [_kind(value) for value in spec.values() if isinstance(value, Mapping)]
-    return f"{spec['name']}({', '.join(nested)})" if nested else str(spec["name"])
-
-
-def _attention(checkpoint: Checkpoint, layer: int) -> Attention:
-    return Attention(**checkpoint.anatomy.attention(checkpoint.config, layer))
-
-
-def _reach(checkpoint: Checkpoint, layer: int, context: int) -> int:
-    """Tokens that a softmax layer sees and keeps: the source's own sliding window, if it has one."""
-    host = checkpoint.config.get("host", checkpoint.config)
-    kinds, window = host.get("layer_types"), host.get("sliding_window")
-    sliding = kinds[layer] == "sliding_attention" if kinds else host["model_type"] == "mistral"
-    return min(context, window) if sliding and window else context
-
-
 def flops(checkpoint: Checkpoint, context: int) -> int:
     """Forward FLOPs of one token after `context` others: matrix products, attention and state updates."""
     if not checkpoint.anatomy.host(checkpoint.config).causal:  # it does not decode: one token of a row of all positions
         return row_flops(checkpoint, checkpoint.sizes["pos"])["forward"]
     total = ledger.maps(checkpoint.config, 1)[0]
     for layer, spec in enumerate(mixers_of(checkpoint)):
-        attention = _attention(checkpoint, layer)
+        attention = attention_of(checkpoint, layer)
         if spec is None:
-            total += 4 * attention.heads * attention.dim * _reach(checkpoint, layer, context)
+            total += 4 * attention.heads * attention.dim * kept_tokens(checkpoint, layer, context)
         else:
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total
@@ -157,20 +130,6 @@ def row_flops(checkpoint: Checkpoint, length: int) -> dict[str, int]:
     held = ledger.positions(checkpoint, length)
     passes = {"forward": ledger.forward(checkpoint, length), "training": ledger.training(checkpoint, length)}
     return {name: value // held for name, value in passes.items()}
-
-
-def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
-    """Decoding state of one sequence after `context` tokens, by kind of layer, in float32."""
-    table: dict[str, int] = {}
-    context = context if checkpoint.anatomy.causal else 0  # encoders keep no state
-    for layer, (kind, spec) in enumerate(zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)):
-        attention = _attention(checkpoint, layer)
-        if spec is None:
-            numbers = 2 * attention.kv * attention.dim * _reach(checkpoint, layer, context)
-        else:
-            numbers = mixer_class(spec["name"]).state_numbers(attention, spec)
-        table[kind] = table.get(kind, 0) + 4 * numbers
-    return table
 
 
 def render(plan: Plan, console: Console) -> None:

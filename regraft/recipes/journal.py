@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from ..errors import RegraftError
+from ..io.files import read_json_if_exists, write_json, write_text
 from ..progress import Ticker
-from ..report.html import read_json
 
 SAVE_EVERY = 2.0
 
@@ -23,7 +20,7 @@ class Journal:
     def __init__(self, directory: Path, recipe: str, minutes: float | None):
         self.directory = directory
         self.claim(recipe)
-        past = read_json(directory / "time.json") or {"seconds": 0.0, "phases": {}}
+        past = read_json_if_exists(directory / "time.json") or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
         self.ticker = Ticker(minutes * 60 if minutes else None, past["seconds"], each_beat=self.beat)
         self.saved = 0.0
@@ -43,7 +40,7 @@ class Journal:
         if not file.exists() and self.directory.is_dir() and any(self.directory.iterdir()):
             raise RegraftError(f"{self.directory} exists and holds no run: choose another folder or delete it")
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_whole(file, recipe)
+        write_text(file, recipe)
 
     def done(self, phase: str) -> bool:
         """Whether a phase is finished."""
@@ -65,15 +62,3 @@ class Journal:
         with self.lock:
             self.saved = time.monotonic()
             write_json(self.directory / "time.json", {"seconds": round(self.ticker.used(), 2), "phases": self.phases})
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, put in place whole."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")

@@ -19,6 +19,7 @@ from ..evaluation.bench import bench
 from ..evaluation.evaluate import assemble, evaluation_windows, suite
 from ..evaluation.perplexity import Candidate, measure
 from ..evaluation.suite import Suite, beside
+from ..io.files import read_json_if_exists, write_json
 from ..linearize.pipeline import converted, uptrained
 from ..modeling import generate
 from ..plan.plan import Plan
@@ -26,7 +27,7 @@ from ..report import html
 from ..train.monitor import USUAL, Watching
 from ..train.session import training_rows
 from . import schema
-from .journal import Journal, write_json
+from .journal import Journal
 from .schema import Recipe
 
 MARGIN = 30.0  # seconds kept back for saving, loading and the page
@@ -169,7 +170,7 @@ class Experiment:
     def after_training(self) -> float:
         """Seconds that the phases after training will take, from what the earlier ones took."""
         quality = self.journal.phases["baselines"]
-        speed = [rows[0]["decode_tok_s"] for rows in html.read_json(self.out / "bench.json").values() if rows]
+        speed = [rows[0]["decode_tok_s"] for rows in read_json_if_exists(self.out / "bench.json").values() if rows]
         wanted = self.recipe.measure
         return MARGIN + quality + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed if rate)
 
@@ -193,7 +194,7 @@ class Experiment:
 
     def evaluate(self) -> None:
         """The quality table."""
-        rows = self.score(baselines.trained(modeling.load(self.out)), html.read_json(self.out / "baselines.json"))
+        rows = self.score(baselines.trained(modeling.load(self.out)), read_json_if_exists(self.out / "baselines.json"))
         write_json(self.out / "eval.json", assemble(rows, str(self.out)))
 
     def sample(self) -> None:

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 from ..data.corpus import Text
 from ..errors import RegraftError
 from ..linearize.method import filled
-from ..linearize.remix import Remix
+from ..mixers.remix import Remix
 from ..train.stage import Stage
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from ..errors import RegraftError
+from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
+from ..train.ledger import build_ledger
 from . import plots
 
-COSTS = ("tokens", "flops", "seconds")  # what a row of a ledger counts
 LEADS = "The model's lead on the same questions, percent ± error"
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#22272c;background:#fff}
@@ -30,58 +30,22 @@ img{max-width:100%;height:auto}p.note{color:#5b6770;font-size:.9rem}
 """
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of the run, None when the phase has not written it; RegraftError when it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RegraftError(f"{path} is not JSON ({error}): delete it and run again") from error
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise RegraftError(f"{path} line {number} is not JSON ({line[:40]!r}): delete the line") from error
-    return rows
-
-
-def ledger(metrics: Iterable[Mapping[str, Any]], start: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """Tokens, FLOPs and seconds of what came before training and of every stage (metrics rows are running totals of
-    their stage), and their sum."""
-    last: dict[str, dict[str, Any]] = {}
-    before = [{"stage": row["kind"], **{key: row[key] for key in COSTS}} for row in start]
-    for row in metrics:
-        if "loss" in row:
-            last[plots.stage_name(row)] = {"stage": plots.stage_name(row), **{key: row[key] for key in COSTS}}
-    rows = [*before, *last.values()]
-    total: dict[str, Any] = {"stage": "total"}
-    return [*rows, total | {key: sum(row[key] for row in rows) for key in COSTS}] if rows else []
-
-
 def collect(directory: Path) -> dict[str, Any]:
     """The report's numbers from a run directory: whatever its phases have written."""
     names = ("plan", "eval", "bench", "samples", "time", "lineage")
-    numbers = {name: read_json(directory / f"{name}.json") for name in names}
+    numbers = {name: read_json_if_exists(directory / f"{name}.json") for name in names}
     recipe = directory / "recipe.yaml"
     numbers["recipe"] = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
-    metrics, spent = read_metrics(directory / "metrics.jsonl"), read_json(directory / "ledger.json") or {}
-    return numbers | {"ledger": ledger(metrics, spent.get("start", ()))}
+    metrics, spent = read_json_lines(directory / "metrics.jsonl"), read_json_if_exists(directory / "ledger.json") or {}
+    return numbers | {"ledger": build_ledger(metrics, spent.get("start", ()))}
 
 
 def write(directory: Path) -> Path:
     """Write report.html and report.json into a run directory; returns the page's path."""
     numbers = collect(directory)
-    page = render(numbers, read_metrics(directory / "metrics.jsonl"))
-    (directory / "report.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    (directory / "report.html").write_text(page, encoding="utf-8")
+    page = render(numbers, read_json_lines(directory / "metrics.jsonl"))
+    write_json(directory / "report.json", numbers)
+    write_text(directory / "report.html", page)
     return directory / "report.html"
 
 

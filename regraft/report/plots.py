@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RegraftError
+from ..train.ledger import stage_name
 
 COLOURS = ("#2f6f9f", "#c8643c", "#6a8f3c", "#8a5a9e", "#b08a2e", "#5b6770")
 
@@ -55,11 +56,6 @@ def losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
         if min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
     return svg(drawing)
-
-
-def stage_name(row: Mapping[str, Any]) -> str:
-    """Number from one and kind of a metrics row's stage."""
-    return f"{row['stage'] + 1} {row['kind']}"
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:

@@ -18,6 +18,7 @@ from .. import distributed, modeling
 from ..core import lineage
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint
+from ..data.corpus import Text
 from ..data.packing import shuffled
 from ..errors import RegraftError
 from ..growth.ligo import Grower
@@ -27,7 +28,6 @@ from ..growth.steps.bridge import Bridge
 from ..growth.steps.ligo import Learned
 from ..modeling import flops
 from ..progress import Ticker
-from ..recipes.schema import Text
 from . import fsdp
 from .fsdp_forward import inside
 from .loop import agreed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from functools import cache
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..data.packing import Packed, shuffled
 from ..data.rows import Table
+from ..io.files import append_json_line
 from . import optimizer_state, throughput
 from .divergence import guard
 from .fsdp import complete
@@ -196,8 +196,7 @@ def write(run: Run, row: dict[str, Any]) -> None:
     """One more row of metrics.jsonl."""
     if not distributed.first():
         return
-    with (run.out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_json_line(run.out / "metrics.jsonl", row)
     run.track(row)
 
 

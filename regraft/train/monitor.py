@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..io.files import read_json_lines
 from ..progress import Ticker
-from ..report.html import read_metrics
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -89,7 +89,7 @@ def summary(out: str | Path) -> list[Row]:
     and last 5 % of its steps), tokens a second, share of the measured peak, seconds. Time of other work is left out.
     """
     stages: dict[int, list[Row]] = {}
-    for row in read_metrics(Path(out) / "metrics.jsonl"):
+    for row in read_json_lines(Path(out) / "metrics.jsonl"):
         if "loss" in row:
             stages.setdefault(row["stage"], []).append(row)
     return [{"stage": index, **outcome(rows)} for index, rows in sorted(stages.items())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..errors import RegraftError
+from ..io.files import replace_file
 from .fsdp import complete, laid
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,10 +66,8 @@ def keep(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path)
     table |= {key.replace(MOMENTS[0], "step", 1): steps.clone() for key in table if key.startswith(f"{MOMENTS[0]}/")}
     if not distributed.first():
         return
-    part = folder / f"{FILE}.part"
     try:
-        save_file(table, part)
-        os.replace(part, folder / FILE)
+        with replace_file(folder / FILE) as part:
+            save_file(table, part)
     except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
-        part.unlink(missing_ok=True)
         raise RegraftError(f"cannot write '{folder / FILE}' ({error}): free some space and run again") from error

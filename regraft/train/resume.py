@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import distributed
 from ..errors import RegraftError
+from ..io.files import sync, write_json_lines
 from ..io.shard_writer import check_space
 from .divergence import Place, Trend
 from .fsdp import laid
@@ -84,9 +85,7 @@ class RunState:
         again = (self.stage, 0) if self.step == 0 else None  # a stage that begins measures held-out rows itself
         places = [(row["stage"], row["step"]) if "step" in row else (-1, 0) for row in rows]
         kept = [row for row, place in zip(rows, places, strict=True) if place <= done and place != again]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_json_lines(path, kept)
 
 
 def placed(moment: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -127,8 +126,7 @@ def save_state(
     def finish() -> None:
         (temporary / "state.json").write_text(json.dumps(facts))
         for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            sync(file)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         for *_, old in checkpoints(out)[:-KEPT]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import RegraftError
 from ..io import safetensors
+from ..io.files import replace_file, write_json
 
 FILE = 16_000_000  # bytes of a file, or one row
 BLOCK = 4096  # what a disk gives out
@@ -46,7 +47,7 @@ class Shelf:
                 for left in self.root.glob("*/*.part"):  # of a writer that was killed
                     left.unlink()
                 if not (self.folder / "facts.json").exists():
-                    safetensors.write_json(self.folder / "facts.json", dict(facts))
+                    write_json(self.folder / "facts.json", dict(facts))
         except OSError as error:
             raise RegraftError(f"cannot keep teacher outputs in '{root}' ({error}): give another folder") from error
 
@@ -120,16 +121,14 @@ class Shelf:
         tensors = {f"{key}/{name}": value for key, row in rows.items() for name, value in row.items()}
         data = save(tensors, {"rows": json.dumps(checks)})
         file = self.folder / f"{next(iter(rows))}-{secrets.token_hex(4)}.safetensors"  # two may keep the same row
-        part = file.with_suffix(".part")
         try:
             with self.locked():
                 if used(self.root) + rounded(len(data)) > self.limit:
                     self.refused += len(rows)
                     return
-                part.write_bytes(data)
-                os.replace(part, file)
+                with replace_file(file) as part:
+                    part.write_bytes(data)
         except OSError:  # the disk is full before the limit is reached
-            part.unlink(missing_ok=True)
             self.refused += len(rows)
             return
         self.kept += len(rows)

@@ -17,14 +17,12 @@ from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
-from ..data.corpus import Texts
+from ..data.corpus import Text, Texts
 from ..data.packing import read_images
 from ..errors import RegraftError
+from ..io.files import read_json_if_exists, write_json
 from ..modeling import flops
 from ..progress import Ticker
-from ..recipes.journal import write_json
-from ..recipes.schema import Text
-from ..report.html import read_json
 from . import fsdp, loop, trackers
 from .calibrate import calibrate
 from .monitor import USUAL, Watching, summary
@@ -85,7 +83,7 @@ def calibrated(
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
             fsdp.part(parameter).copy_(fsdp.shard(values[name], parameter))
-    known: dict[str, Any] = read_json(costs)
+    known: dict[str, Any] = read_json_if_exists(costs)
     return known
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from .. import distributed
 from ..errors import RegraftError
-from ..recipes.journal import write_json
-from ..report.html import read_json, read_metrics
+from ..io.files import read_json_if_exists, read_json_lines, write_json
 
 PROJECT = "regraft"
 FILE, FOLDER = "track.json", "tensorboard"  # what is left in a run's directory
@@ -114,9 +113,9 @@ def tracked(names: str | None, out: Path, facts: Row) -> Iterator[Callable[[Row]
         yield lambda row: None
         return
     out.mkdir(parents=True, exist_ok=True)
-    known = read_json(out / FILE) or {"name": f"{out.resolve().name}-{secrets.token_hex(4)}"}
+    known = read_json_if_exists(out / FILE) or {"name": f"{out.resolve().name}-{secrets.token_hex(4)}"}
     write_json(out / FILE, known)
-    sender = Sender(read_metrics(out / "metrics.jsonl"))
+    sender = Sender(read_json_lines(out / "metrics.jsonl"))
     for name, module in modules.items():
         with sender.forgiving(name):
             sender.trackers[name] = TRACKERS[name](module, known["name"], out, facts)

@@ -7,8 +7,8 @@ distribution with all weights. A quarter of the layers keeps softmax: those whos
 the text (`choosing.recall`).
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 RATES = {"lr_new": 5e-4, "lr_mixer": 1.25e-4}
 

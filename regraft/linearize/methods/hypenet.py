@@ -5,8 +5,8 @@ Shares of its 2.3 billion tokens: about 0.3, 1 and 1. Layers are scored on the c
 of tokens, not after a first stage and on benchmarks; kept layers keep their rotary embedding, which the paper removes.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(mixer="lightning", keep="halo:25%", window=0, options={"norm": "rms", "gate": "sigmoid"}),

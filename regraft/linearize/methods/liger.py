@@ -6,8 +6,8 @@ projections. The released pooling of the keys is the identity, and so it is here
 of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 GLA = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}
 

@@ -5,8 +5,8 @@ Half the tokens each, as in the paper (20 M and 20 M). The second stage trains l
 attention's projections and nothing else that was there. The released code is Apache-2.0; none of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(mixer="lolcats", keep="none", window=0, options={"window": 64}),

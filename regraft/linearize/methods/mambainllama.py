@@ -5,8 +5,8 @@ Only the paper's later form, distillation end to end: no replacement in steps, n
 after it. The released code is Apache-2.0; none of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(mixer="mamba", keep="every:2", window=0, options={"layout": "attention"}),

@@ -6,8 +6,8 @@ attention's layout; the paper's has no norm and no convolution's activation. Its
 of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(mixer="mamba2", keep="none", window=0, options={"layout": "attention"}),

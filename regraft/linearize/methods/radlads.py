@@ -5,8 +5,8 @@ Shares of its 100 + 500 + 100 million tokens for a 7B. Its RWKV-7 variant, the b
 Apache-2.0; none of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 RWKV = {"shift": False, "bonus": False, "balance": True, "norm": "none", "gate": "sigmoid", "grouped": True}
 

@@ -7,8 +7,8 @@ and then falls linearly. A published patent application (US20250307633A1) claims
 leaves it out. The released code is MIT; none of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(mixer="supra", keep="none", window=0, options={"feature": "dense", "start": "uniform"}),

@@ -6,8 +6,8 @@ Five elevenths of the budget align layers, a third of the work a token, at twelv
 rest matches the teacher's distribution with all weights. A patent application claims the norm, see `methods.supra`.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 from .auto import RATES
 
 ALIGN = {"lr_new": 6e-3, "lr_mixer": 1.5e-3}

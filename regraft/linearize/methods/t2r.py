@@ -5,8 +5,8 @@ The map begins as PyTorch begins a linear layer, one per head for queries and ke
 keys where there are groups). It can be merged into the projections afterwards (`steps.merge`).
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(mixer="t2r", keep="none", window=0, options={"start": "uniform"}),

@@ -7,8 +7,8 @@ map instead of one scale. Its 300 steps of alignment per layer are the first sta
 none of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(window=0, options={"grouped": False}),

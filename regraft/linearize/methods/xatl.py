@@ -6,8 +6,8 @@ the paper's hybrid by --keep 1,N with N half the layers less one. Steps of the t
 window of 100 steps where the paper has 5,000. No licence is stated for the released code; none of it is used here.
 """
 
+from ...mixers.remix import Remix
 from ..method import Leg, Method
-from ..remix import Remix
 
 method = Method(
     Remix(mixer="retnet", keep="none", window=0, inherit="o"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +14,7 @@ from ... import distributed
 from ...core.checkpoint import Checkpoint
 from ...data.packing import Packed, shuffled
 from ...errors import RegraftError
+from ...io.linux import return_freed_memory
 from ...mixers.base import Attention, Mixer
 from ...mixers.registry import build
 from ...modeling.flops import counter as counted
@@ -27,8 +27,6 @@ from ..stage import grouped, origins_in
 from .activations import Hidden
 from .one_layer_model import Hollow
 from .state import State, Streamed, layer_file, possible, result, tell, write_layer
-
-MMAP_THRESHOLD = -3  # glibc's number of that parameter
 
 
 def align(run: Streamed) -> tuple[Checkpoint, dict[str, Any]]:
@@ -72,7 +70,7 @@ class Walk:
         run.folder.mkdir(parents=True, exist_ok=True)
         self.hidden.room()
         state.trim(run.out / "metrics.jsonl")
-        give_back()
+        return_freed_memory()
         teacher = Hollow(run.source, run.device)
         whole = all(distributed.gathered(self.hidden.has(state.passed)))
         layer = state.passed if whole else 0
@@ -82,11 +80,11 @@ class Walk:
             self.hidden.drop(before=layer)
             if layer in self.converted and layer not in state.trained:
                 self.train(teacher, layer)
-                give_back()
+                return_freed_memory()
             if layer >= self.converted[-1]:
                 break
             self.forward(teacher, layer)
-            give_back()
+            return_freed_memory()
             layer += 1
         self.hidden.drop(before=layer + 1)
         state.entry["tokens"] = run.stage.steps * run.stage.batch * run.stage.length
@@ -207,17 +205,6 @@ class Walk:
     def looking(self, teacher: Hollow) -> AbstractContextManager[None]:
         """For matrices: attention layers that give theirs."""
         return showing_weights(teacher.model) if self.run.stage.kind == "matrix" else nullcontext()
-
-
-def give_back() -> None:
-    """Return freed memory to the system, and let tensors of a megabyte and more return at once from here on.
-
-    The C library (glibc) would keep up to 32 MB of each kind in pieces, half a layer more with every few dozen layers.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.mallopt(MMAP_THRESHOLD, 1 << 20)
-        library.malloc_trim(0)
 
 
 class Counted:

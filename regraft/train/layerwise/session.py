@@ -9,10 +9,10 @@ from typing import Any
 
 from ... import distributed, modeling
 from ...core.checkpoint import Checkpoint
+from ...data.corpus import Text
 from ...errors import RegraftError
+from ...io.files import read_json_lines
 from ...progress import Ticker
-from ...recipes.schema import Text
-from ...report.html import read_metrics
 from .. import trackers
 from ..monitor import USUAL, Watching, outcome
 from ..session import TEXT, moved, training_rows
@@ -76,7 +76,7 @@ def align_once(
 def summary(out: Path) -> list[dict[str, Any]]:
     """A row for every layer that was trained, as `watching.summary` has one for every stage."""
     layers: dict[int, list[dict[str, Any]]] = {}
-    for row in read_metrics(out / "metrics.jsonl"):
+    for row in read_json_lines(out / "metrics.jsonl"):
         layers.setdefault(row["layer"], []).append(row)
     found, tokens, seconds = [], 0, 0.0
     for layer, rows in layers.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from ...core.checkpoint import Checkpoint
 from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
+from ...io.files import append_json_line, read_json, replace_file, write_json, write_text
 from .. import loop
 from ..divergence import Jump
 from ..stage import LAYERWISE, Stage
@@ -109,7 +109,7 @@ class State:
         """The state in `out`, the same for all processes; RegraftError when it is of another run."""
         file, facts = run.folder / "state.json", None
         if distributed.first() and file.exists():
-            facts = safetensors.read_json(file)
+            facts = read_json(file)
         facts = distributed.told(facts)
         if facts is None:
             fast = run.stage.precision == "bfloat16"
@@ -127,9 +127,7 @@ class State:
     def save(self, run: Streamed) -> None:
         """Write the state; the first process does."""
         if distributed.first():
-            part = run.folder / "state.part"
-            part.write_text(json.dumps(dataclasses.asdict(self) | {"settings": run.settings}))
-            os.replace(part, run.folder / "state.json")
+            write_json(run.folder / "state.json", dataclasses.asdict(self) | {"settings": run.settings})
 
     def spend(self, row: dict[str, Any], flops: int, seconds: float) -> None:
         """Count work in `entry` or `start`, on every process the same."""
@@ -140,9 +138,7 @@ class State:
         """Take rows of layers that are not on disk out of metrics.jsonl; the first process does."""
         if distributed.first() and file.exists():
             rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            part = file.with_suffix(".tmp")
-            part.write_text("".join(line for line in rows if json.loads(line)["layer"] in self.trained))
-            os.replace(part, file)
+            write_text(file, "".join(line for line in rows if json.loads(line)["layer"] in self.trained))
 
 
 def layer_file(run: Streamed, layer: int) -> Path:
@@ -152,14 +148,10 @@ def layer_file(run: Streamed, layer: int) -> Path:
 
 def write_layer(file: Path, values: dict[str, Tensor]) -> None:
     """Write a trained mixer, whole or not at all; RegraftError on a full disk."""
-    part = file.with_suffix(".part")
     try:
-        save_file(values, part)
-        with part.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(part, file)
+        with replace_file(file) as part:
+            save_file(values, part)
     except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
-        part.unlink(missing_ok=True)
         raise RegraftError(
             f"cannot write '{file}' ({error}): free some space and run the same command again"
         ) from error
@@ -168,8 +160,7 @@ def write_layer(file: Path, values: dict[str, Tensor]) -> None:
 def tell(run: Streamed, row: dict[str, Any]) -> None:
     """One more row of metrics.jsonl; the first process writes it."""
     if distributed.first():
-        with (run.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_json_line(run.out / "metrics.jsonl", row)
         run.track(row)
 
 

@@ -16,9 +16,9 @@ from ..core.checkpoint import Checkpoint, Lazy, Story
 from ..core.step import entry
 from ..errors import RegraftError
 from ..families.regraft import AUTO_MAP
-from ..mixers.base import Attention, Weight, fresh
-from ..mixers.inherit import projections
-from ..mixers.registry import validate, weights
+from .base import Attention, Weight, fresh
+from .inherit import projections
+from .registry import validate, weights
 
 
 @dataclass(frozen=True)
