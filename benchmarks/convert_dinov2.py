@@ -20,7 +20,7 @@ BACKBONE = "backbone."
 HEADS = 6  # of 64, which no shape in the graph tells
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_weights(file: Path) -> dict[str, Any]:
     """The backbone's arrays by the names of `Dinov2Model`."""
     import numpy
     import onnx
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from safetensors.numpy import save_file
 
-    found = read(arguments.onnx)
+    found = read_weights(arguments.onnx)
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_file(found, arguments.out / "model.safetensors", metadata={"format": "pt"})
     (arguments.out / "config.json").write_text(json.dumps(config(found), indent=2) + "\n")

@@ -72,7 +72,7 @@ def anonymous(process: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def measured(command: list[str]) -> dict[str, float]:
+def measure_command(command: list[str]) -> dict[str, float]:
     """Run a command: seconds on the clock and of processors, and the largest RssAnon of its process."""
     os.sync()
     begin, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
@@ -90,7 +90,7 @@ def measured(command: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "processor": processor, "peak": peak}
 
 
-def copied(files: list[Path], folder: Path) -> dict[str, float]:
+def time_copy(files: list[Path], folder: Path) -> dict[str, float]:
     """Copy files into a folder, each flushed to disk: seconds on the clock and of processors."""
     folder.mkdir()
     os.sync()
@@ -104,7 +104,7 @@ def copied(files: list[Path], folder: Path) -> dict[str, float]:
     return row
 
 
-def together(runs: list[dict[str, float]]) -> Row:
+def combine_runs(runs: list[dict[str, float]]) -> Row:
     """Several runs of one side as one row: median times, all seconds, the largest memory."""
     row: Row = {name: statistics.median(run[name] for run in runs) for name in ("seconds", "processor")}
     return row | {"all_seconds": [run["seconds"] for run in runs], "peak": max(run.get("peak", 0) for run in runs)}
@@ -147,14 +147,14 @@ def grow_against_copy(sizes: Row, source: Path, folder: Path, repeats: int) -> R
     out = folder / "out"
     runs: dict[str, list[dict[str, float]]] = {"copy": [], "grow": [], "command_line": []}
     for _ in range(repeats):
-        runs["command_line"].append(measured(command_line(source, out, sizes)))
+        runs["command_line"].append(measure_command(command_line(source, out, sizes)))
         shutil.rmtree(out)
-        runs["grow"].append(measured(command(source, out, sizes)))
-        runs["copy"].append(copied(weights(out), folder / "copy"))
+        runs["grow"].append(measure_command(command(source, out, sizes)))
+        runs["copy"].append(time_copy(weights(out), folder / "copy"))
         written = size_of(out)
         shutil.rmtree(out)
-    imported = measured([sys.executable, "-c", f"{IMPORTS}; import time; time.sleep(0.3)"])["peak"]
-    row: Row = {"sizes": sizes, "bytes": written} | {side: together(found) for side, found in runs.items()}
+    imported = measure_command([sys.executable, "-c", f"{IMPORTS}; import time; time.sleep(0.3)"])["peak"]
+    row: Row = {"sizes": sizes, "bytes": written} | {side: combine_runs(found) for side, found in runs.items()}
     row["ratio"] = row["grow"]["seconds"] / row["copy"]["seconds"]
     row["ratios"] = [
         ours / theirs for ours, theirs in zip(row["grow"]["all_seconds"], row["copy"]["all_seconds"], strict=True)
@@ -162,7 +162,7 @@ def grow_against_copy(sizes: Row, source: Path, folder: Path, repeats: int) -> R
     return row | {"above": row["grow"]["peak"] - imported, "forecast": forecast(source, sizes)}
 
 
-def inserted(layers: int, target: int) -> list[Row]:
+def llama_pro_slices(layers: int, target: int) -> list[Row]:
     """mergekit's slices for layers that start silent behind every few, as Deepen's llama_pro places them."""
     more = target - layers
     rows, begin = [], 0
@@ -172,7 +172,7 @@ def inserted(layers: int, target: int) -> list[Row]:
     return rows
 
 
-def joined(layers: int, target: int) -> list[Row]:
+def solar_slices(layers: int, target: int) -> list[Row]:
     """mergekit's slices for two overlapping copies (SOLAR)."""
     lower: Row = {"layer_range": [0, -(-target // 2)]}
     return [lower, {"layer_range": [layers - target // 2, layers]}]
@@ -194,12 +194,12 @@ def depth_against_mergekit(sizes: Row, slices: list[Row], source: Path, folder: 
     for _ in range(repeats):
         for place in (out, merged):
             shutil.rmtree(place, ignore_errors=True)
-        theirs.append(measured(merge_command(slices, source, folder, venv)))
-        ours.append(measured(command(source, out, sizes)))
+        theirs.append(measure_command(merge_command(slices, source, folder, venv)))
+        ours.append(measure_command(command(source, out, sizes)))
     row = {"sizes": sizes, "bytes": size_of(out), "equal": equal(out, merged)}
     for place in (out, merged):
         shutil.rmtree(place)
-    return row | {"ours": together(ours), "mergekit": together(theirs)}
+    return row | {"ours": combine_runs(ours), "mergekit": combine_runs(theirs)}
 
 
 def equal(left: Path, right: Path) -> bool:
@@ -208,11 +208,11 @@ def equal(left: Path, right: Path) -> bool:
 
     from regraft.io import safetensors
 
-    first, second = safetensors.entries(left), safetensors.entries(right)
+    first, second = safetensors.read_entries(left), safetensors.read_entries(right)
     return set(first) == set(second) and all(torch.equal(first[name].read(), second[name].read()) for name in first)
 
 
-def told(row: Row) -> str:
+def format_row(row: Row) -> str:
     """Times and memory of one side."""
     memory = f", {row['peak'] / 1e6:.0f} MB" if row["peak"] else ""
     return f"{row['seconds']:.1f} s ({row['processor']:.1f} s of processor){memory}"
@@ -222,14 +222,16 @@ def show(result: Row) -> None:
     """The results in lines."""
     row = result["copy"]
     print(f"{result['cores']} core; source {result['source_bytes'] / 1e9:.2f} GB, shards of {SHARD / 1e6:.0f} MB")
-    print(f"grow to {row['sizes']}, {row['bytes'] / 1e9:.2f} GB: {told(row['grow'])}; copy {told(row['copy'])}")
+    print(
+        f"grow to {row['sizes']}, {row['bytes'] / 1e9:.2f} GB: {format_row(row['grow'])}; copy {format_row(row['copy'])}"
+    )
     print(f"  ratio {row['ratio']:.2f}, of each turn {', '.join(f'{ratio:.2f}' for ratio in row['ratios'])}")
     print(f"  memory above imports {row['above'] / 1e6:.0f} MB, forecast at most {row['forecast'] / 1e6:.0f} MB")
-    print(f"  the whole command line: {told(row['command_line'])}")
+    print(f"  the whole command line: {format_row(row['command_line'])}")
     for row in result.get("mergekit", []):
         same = "equal" if row["equal"] else "different"
         print(f"{row['sizes']}, {row['bytes'] / 1e9:.2f} GB, {same} tensors: ", end="")
-        print(f"ours {told(row['ours'])}; mergekit {told(row['mergekit'])}")
+        print(f"ours {format_row(row['ours'])}; mergekit {format_row(row['mergekit'])}")
 
 
 def main() -> None:
@@ -252,7 +254,7 @@ def main() -> None:
         result["copy"] = grow_against_copy(sizes, source, folder, options.repeats)
         if options.mergekit:
             target = old * 3 // 2
-            ways = {"upscale": joined(old, target), "llama_pro": inserted(old, target)}
+            ways = {"upscale": solar_slices(old, target), "llama_pro": llama_pro_slices(old, target)}
             ways["identity"] = ways["llama_pro"]  # as many layers and bytes; ours draws random maps, so not equal
             result["mergekit"] = [
                 depth_against_mergekit(

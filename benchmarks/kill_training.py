@@ -31,7 +31,7 @@ from regraft.mixers.remix import Remix
 STEPS, BATCH, LENGTH = 200, 4, 64
 
 
-def prepared(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """Source, linearized model and text."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6}
@@ -57,7 +57,7 @@ def command(folder: Path, out: Path, processes: int) -> list[str]:
     return [*launcher, "-m", "regraft", "train", str(folder / "linear"), str(out), *words]
 
 
-def started(words: list[str]) -> subprocess.Popen[bytes]:
+def start(words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
 
 
@@ -71,7 +71,7 @@ def workers(out: Path, launcher: int) -> list[int]:
     return found
 
 
-def disturbed(run: subprocess.Popen[bytes], out: Path, number: signal.Signals, every: bool) -> None:
+def interrupt(run: subprocess.Popen[bytes], out: Path, number: signal.Signals, every: bool) -> None:
     """Send the signal: to one worker or to all of them, and, when it is for all, to the launcher."""
     mine = workers(out, run.pid)
     for process in (mine if every else mine[:1]) if number == signal.SIGKILL else []:
@@ -101,9 +101,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder = given.folder.resolve()
-    prepared(folder)
+    prepare(folder)
     begin = time.monotonic()
-    assert started(command(folder, folder / "whole", given.processes)).wait() == 0
+    assert start(command(folder, folder / "whole", given.processes)).wait() == 0
     span = whole = time.monotonic() - begin
     draw = random.Random(given.seed)
     plan = [signal.SIGKILL] * given.kills + [signal.SIGTERM] * given.terms
@@ -113,7 +113,7 @@ def main() -> None:
         out, runs, done = folder / f"run-{runs}", runs + 1, False
         while not done:
             tries += 1
-            run = started(command(folder, out, given.processes))
+            run = start(command(folder, out, given.processes))
             if plan:
                 since = time.monotonic()
                 with suppress(subprocess.TimeoutExpired):
@@ -121,7 +121,7 @@ def main() -> None:
                     span = min(span, time.monotonic() - since)  # it ended by itself: the first run was slower
                 if run.poll() is None:
                     number, every = plan.pop(), draw.random() < 0.5
-                    disturbed(run, out, number, every)
+                    interrupt(run, out, number, every)
                     kind = "SIGTERM" if number == signal.SIGTERM else "all killed" if every else "one killed"
                     counts[kind] += 1
             done = run.wait() == 0 or (out / "config.json").exists()  # killed when all was written

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from regraft.mixers import registry
-from regraft.mixers.base import Attention, fresh
+from regraft.mixers.base import Attention, create_initial_tensor
 from regraft.modeling.modeling_regraft import MixerSlot
 
 CONFIG = LlamaConfig(
@@ -52,7 +52,7 @@ def layers() -> dict[str, nn.Module]:
         for local, weight in registry.weights(spec, ATTENTION).items():
             parameter = layer.self_attn.mixer.get_parameter(local)
             start = weight.fresh or "normal 0.04"
-            parameter.data = fresh(start, tuple(parameter.shape), generator)
+            parameter.data = create_initial_tensor(start, tuple(parameter.shape), generator)
         made[name] = layer
     return made
 

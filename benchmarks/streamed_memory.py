@@ -34,11 +34,11 @@ import json, re, resource, sys, threading, time
 from pathlib import Path
 import torch
 from regraft.core.checkpoint import Checkpoint
-from regraft.growth.steps.remix import Remix
-from regraft.train import walk
+from regraft.mixers.remix import Remix
+from regraft.train.layerwise import align
 from regraft.data.packing import Packed
 from regraft.train.stage import Stage
-from regraft.train.layerwise.state import Streamed
+from regraft.train.layerwise.state import LayerwiseRun
 import transformers.models.llama.modeling_llama
 
 def anonymous():
@@ -62,7 +62,7 @@ ids = torch.randint(0, opened.sizes["vocab"], (rows, length), generator=torch.Ge
 text = Packed(ids, torch.arange(length).expand_as(ids), torch.zeros(rows))
 stage = Stage("align", tokens, length=length, batch=batch, precision="float32")
 tick = time.monotonic()
-trained, ledger = walk.align(Streamed(opened, Remix(keep="none", window=16)(opened), stage, text, out / "run"))
+trained, ledger = align.align(LayerwiseRun(opened, Remix(keep="none", window=16)(opened), stage, text, out / "run"))
 seconds = time.monotonic() - tick
 aligned = peak
 trained.save(out / "model", shard_bytes=shard)
@@ -83,8 +83,8 @@ def make_source(folder: Path, layers: int, seed: int = 0) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from regraft.core.anatomy import find
-    from regraft.core.checkpoint import Lazy, Story, with_older_keys
+    from regraft.core.anatomy import find_anatomy
+    from regraft.core.checkpoint import LazyTensor, Provenance, with_older_keys
     from regraft.io import shard_writer
 
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16").to_dict()
@@ -94,18 +94,18 @@ def make_source(folder: Path, layers: int, seed: int = 0) -> int:
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed + number))
         return (0.02 * drawn + (len(shape) == 1)).bfloat16()
 
-    placed = sorted(find(config).place(config).values(), key=lambda spot: spot.name)
+    placed = sorted(find_anatomy(config).place(config).values(), key=lambda spot: spot.name)
     tensors = {}
     for number, spot in enumerate(placed):
         read = lambda shape=spot.shape, number=number: values(shape, number)  # noqa: E731  # one promise per tensor
-        tensors[spot.name] = Lazy(spot.shape, torch.bfloat16, Story("fresh"), read)
+        tensors[spot.name] = LazyTensor(spot.shape, torch.bfloat16, Provenance("fresh"), read)
     with shard_writer.new_directory(folder) as partial:
         shard_writer.write_weights(partial, tensors, SHARD)
         files.write_json(partial.path / "config.json", with_older_keys(config))
     return 4 * sum(lazy.size for lazy in tensors.values())
 
 
-def bound() -> dict[str, int]:
+def memory_bound() -> dict[str, int]:
     """Bytes of the claim: two layers in float32, a shard, activations."""
     hidden, ffn = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     layer = 4 * (4 * hidden**2 + 3 * hidden * ffn)
@@ -120,7 +120,7 @@ def child(program: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def streamed(source: Path, out: Path, limit: int = 0) -> dict[str, Any]:
+def run_streamed(source: Path, out: Path, limit: int = 0) -> dict[str, Any]:
     """Memory and seconds of one streamed alignment."""
     ran = child(STREAM, source, out, limit, ROWS, LENGTH, BATCH, TOKENS, SHARD)
     if ran.returncode:
@@ -129,7 +129,7 @@ def streamed(source: Path, out: Path, limit: int = 0) -> dict[str, Any]:
     return found
 
 
-def told(row: dict[str, Any]) -> str:
+def format_row(row: dict[str, Any]) -> str:
     """One run in words."""
     said = f"{row['layers']:4} layers, {row['float32'] / 1e6:6.0f} MB in float32: peak {row['align'] / 1e6:.0f} MB"
     said += f" aligning, {row['all'] / 1e6:.0f} MB with saving, {row['seconds']:.0f} s"
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--big", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    limits, rows = bound(), []
+    limits, rows = memory_bound(), []
     print(f"bound {limits['all'] / 1e6:.0f} MB: 2 layers of {limits['layer'] / 1e6:.0f}, a shard of {SHARD / 1e6:.0f}, "
           f"activations {limits['activations'] / 1e6:.0f}")  # fmt: skip
     runs = [(int(depth), 0) for depth in options.depths.split(",") if depth]
@@ -159,9 +159,9 @@ def main() -> None:
             if limit:
                 whole = child(WHOLE, place / "source", limit)
                 row["whole"] = "loads" if whole.returncode == 0 else whole.stderr.strip().splitlines()[-1][:120]
-            row |= streamed(place / "source", place / "out", limit)
+            row |= run_streamed(place / "source", place / "out", limit)
             rows.append(row)
-        print(told(row), flush=True)
+        print(format_row(row), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"bound": limits, "rows": rows}, indent=1))
 

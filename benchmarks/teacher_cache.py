@@ -31,14 +31,14 @@ from regraft import modeling
 from regraft.train import loop
 from regraft.data.packing import Packed
 from regraft.train.stage import Stage
-from regraft.train.teacher_cache import Keeping, Lessons
+from regraft.train.teacher_cache import CachedTeacher, TeacherCacheConfig
 
 torch.set_num_threads(1)
 teacher, student, out, cache, kind = sys.argv[1:6]
 rows, length = map(int, sys.argv[6:])
 ids = torch.randint(0, 16000, (rows, length), generator=torch.Generator().manual_seed(0))
 text = Packed(ids, torch.arange(length).expand_as(ids), torch.zeros(rows))
-guide = Lessons(teacher, Keeping(Path(cache), 10**10, kind)) if cache else modeling.load(teacher)
+guide = CachedTeacher(teacher, TeacherCacheConfig(Path(cache), 10**10, kind)) if cache else modeling.load(teacher)
 stage = Stage("distil", rows * length, length=length, precision="float32", lr_body=0.0)
 ledger = loop.train(loop.Run(modeling.load(student), [stage], lambda length: text, Path(out), guide))
 told = guide.flush() if cache else {}
@@ -53,9 +53,9 @@ def make(folder: Path) -> None:
     from regraft.core.checkpoint import Checkpoint
     from regraft.mixers.remix import Remix
 
-    modeling.fresh({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}, 0).save_pretrained(
-        folder / "teacher"
-    )
+    modeling.build_random_model(
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}, 0
+    ).save_pretrained(folder / "teacher")
     Remix(keep="every:4")(Checkpoint.open(folder / "teacher")).save(folder / "student")
 
 

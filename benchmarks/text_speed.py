@@ -26,16 +26,16 @@ import torch
 
 from regraft import modeling
 from regraft.data import default_text
-from regraft.data.corpus import Text, Texts
-from regraft.data.files import opened, zstandard
+from regraft.data.corpus import Text, TextMixture
+from regraft.data.files import import_zstd, open_decompressed
 from regraft.data.packing import pack, read_documents
-from regraft.data.tokenizer import Tokens
+from regraft.data.tokenizer import BatchTokenizer
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".jsonl": bytes,
     ".jsonl.gz": gzip.compress,
     ".jsonl.xz": lambda data: lzma.compress(data, preset=1),
-    ".jsonl.zst": lambda data: zstandard().compress(data),
+    ".jsonl.zst": lambda data: import_zstd().compress(data),
 }
 
 
@@ -63,7 +63,7 @@ def write(folder: Path, suffix: str, data: bytes) -> Path:
     return file
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def time_call(work: Callable[[], Any]) -> tuple[float, Any]:
     """Processor seconds of all threads, which others on the machine do not lengthen, and what came of it."""
     begin = time.process_time()
     found = work()
@@ -72,7 +72,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def drain(file: Path) -> int:
     """Bytes of a file, decompressed and not looked at."""
-    with opened(file) as stream:
+    with open_decompressed(file) as stream:
         return sum(len(chunk) for chunk in iter(lambda: stream.read(1 << 20), b""))
 
 
@@ -81,9 +81,9 @@ def parts(documents: list[str]) -> Iterator[list[str]]:
     return (documents[start : start + 64] for start in range(0, len(documents), 64))
 
 
-def filled(tokenizer: Any, file: Path, cache: Path, length: int = 128) -> Any:
+def fill_cache(tokenizer: Any, file: Path, cache: Path, length: int = 128) -> Any:
     """Rows of a file, its cache filled."""
-    return Texts([Text(str(file), read=0)], tokenizer, cache=cache)(length)
+    return TextMixture([Text(str(file), read=0)], tokenizer, cache=cache)(length)
 
 
 def resident(key: str) -> float:
@@ -92,20 +92,20 @@ def resident(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
-def built(model: str, file: str, cache: str, result: Any) -> None:
+def measure_fill(model: str, file: str, cache: str, result: Any) -> None:
     """In a process of its own: fill the cache; memory before and its peak, MB (Linux), and seconds."""
     tokenizer = modeling.load_tokenizer(model)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")
-    seconds, _ = timed(partial(filled, tokenizer, Path(file), Path(cache)))
+    seconds, _ = time_call(partial(fill_cache, tokenizer, Path(file), Path(cache)))
     result.put((seconds, before, resident("VmHWM")))
 
 
-def apart(model: str, file: Path, cache: Path) -> tuple[float, float, float]:
+def measure_fill_in_process(model: str, file: Path, cache: Path) -> tuple[float, float, float]:
     """`built` in a process that has done nothing else."""
     context = multiprocessing.get_context("spawn")
     result = context.Queue()
-    process = context.Process(target=built, args=(model, str(file), str(cache), result))
+    process = context.Process(target=measure_fill, args=(model, str(file), str(cache), result))
     process.start()
     found: tuple[float, float, float] = result.get()
     process.join()
@@ -120,12 +120,12 @@ def each(rows: Any, order: Sequence[torch.Tensor]) -> None:
 
 def row_times(model: Any, file: Path, cache: Path, length: int) -> dict[str, float]:
     """Microseconds to get a row of the cache and of memory, in a random order, eight at a time."""
-    stored = filled(model, file, cache, length)
+    stored = fill_cache(model, file, cache, length)
     packed = pack(read_documents(file), model, length)
     order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0)).split(8)
     found = {}
     for name, rows in {"stored": stored, "memory": packed}.items():
-        best = min(timed(partial(each, rows, order))[0] for _ in range(3))
+        best = min(time_call(partial(each, rows, order))[0] for _ in range(3))
         found[name] = 1e6 * best / len(packed)
     return found
 
@@ -133,17 +133,17 @@ def row_times(model: Any, file: Path, cache: Path, length: int) -> dict[str, flo
 def measure(model: str, megabytes: list[int], length: int) -> dict[str, Any]:
     """All figures."""
     tokenizer = modeling.load_tokenizer(model)
-    tokens = Tokens(tokenizer)
+    tokens = BatchTokenizer(tokenizer)
     folder = Path(tempfile.mkdtemp())
     try:
         data = lines(megabytes[0])
         documents = [json.loads(line)["text"] for line in data.splitlines()]
-        plain, count = timed(lambda: sum(map(len, itertools.chain(*map(tokens, parts(documents))))))
+        plain, count = time_call(lambda: sum(map(len, itertools.chain(*map(tokens, parts(documents))))))
         rows = []
         for suffix in (*PACKERS, ".parquet"):
-            work = partial(filled, tokenizer, write(folder, suffix, data), folder / f"cache{suffix}")
-            seconds, again = timed(work)[0], timed(work)[0]
-            read = timed(partial(drain, folder / f"text{suffix}"))[0] if suffix != ".parquet" else None
+            work = partial(fill_cache, tokenizer, write(folder, suffix, data), folder / f"cache{suffix}")
+            seconds, again = time_call(work)[0], time_call(work)[0]
+            read = time_call(partial(drain, folder / f"text{suffix}"))[0] if suffix != ".parquet" else None
             rows.append(
                 {
                     "format": suffix,
@@ -156,7 +156,7 @@ def measure(model: str, megabytes: list[int], length: int) -> dict[str, Any]:
         memory = []
         for size in megabytes:
             file = write(folder, ".jsonl", lines(size))
-            seconds, before, peak = apart(model, file, folder / f"memory{size}")
+            seconds, before, peak = measure_fill_in_process(model, file, folder / f"memory{size}")
             memory.append({"megabytes": size, "seconds": seconds, "before_MB": before, "peak_MB": peak})
         by_row = row_times(tokenizer, file, folder / f"memory{megabytes[-1]}", length)
         return {"formats": rows, "memory": memory, "microseconds_a_row": by_row}

@@ -54,7 +54,7 @@ def blank(size: str, folder: Path) -> Path:
 
     torch.manual_seed(0)
     if not (folder / "config.json").exists():
-        modeling.fresh(
+        modeling.build_random_model(
             {"model_type": "llama", "max_position_embeddings": 4096, **SIZES[size]}, 0
         ).bfloat16().save_pretrained(folder)
     return folder
@@ -66,7 +66,7 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def opened(name: str, folder: Path) -> tuple[Any, Any]:
+def open_case(name: str, folder: Path) -> tuple[Any, Any]:
     """(source, target) of a case, as checkpoints."""
     from regraft.core.checkpoint import Checkpoint
     from regraft.mixers.remix import Remix
@@ -75,22 +75,24 @@ def opened(name: str, folder: Path) -> tuple[Any, Any]:
     return source, Remix(CASES[name][1], keep="every:4")(source) if CASES[name][1] else source
 
 
-def forecasted(name: str, folder: Path) -> float:
+def forecast_bytes(name: str, folder: Path) -> float:
     """Bytes by the memory model."""
     from regraft.plan import forecast
 
     _, _, stage, length, rows, precision, again = CASES[name]
-    asked: Any = forecast.Asked(stage=stage, length=length, precision=precision, checkpointing=again, batch=rows)
-    source, target = opened(name, folder)
-    step = forecast.footprint(target, None if stage == "next" else source, asked)
-    return sum(forecast.at_worst(step, asked, rows, False).values())
+    asked: Any = forecast.TrainingForecastRequest(
+        stage=stage, length=length, precision=precision, checkpointing=again, batch=rows
+    )
+    source, target = open_case(name, folder)
+    step = forecast.plan_step_memory(target, None if stage == "next" else source, asked)
+    return sum(forecast.peak_memory(step, asked, rows, False).values())
 
 
 class Enough(Exception):
     """Two steps are done."""
 
 
-def measured(name: str, folder: Path) -> int:
+def measure_bytes(name: str, folder: Path) -> int:
     """Bytes above what was there before the models; in a process of its own."""
     import torch
 
@@ -100,8 +102,8 @@ def measured(name: str, folder: Path) -> int:
     from regraft.train.stage import Stage
 
     _, _, kind, length, rows, precision, again = CASES[name]
-    source, target = opened(name, folder)
-    throughput.peak(torch.device("cpu"), precision == "bfloat16")
+    source, target = open_case(name, folder)
+    throughput.measure_peak_flops(torch.device("cpu"), precision == "bfloat16")
     torch.manual_seed(0)
     ids = torch.randint(3, 1000, (4 * rows, length))
     places = torch.arange(length).remainder(length // 2).expand_as(ids)  # two documents in a row
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
-        print(json.dumps(measured(asked.measure[0], Path(asked.measure[1]))))
+        print(json.dumps(measure_bytes(asked.measure[0], Path(asked.measure[1]))))
         return
     rows: list[Row] = []
     print(f"{'case':28} {'measured MB':>12} {'forecast MB':>12} {'forecast/measured':>18}")
@@ -152,7 +154,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--measure", name, str(folder)]
             place_of = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=place_of)
-            taken, told = json.loads(done.stdout.splitlines()[-1]), forecasted(name, folder)
+            taken, told = json.loads(done.stdout.splitlines()[-1]), forecast_bytes(name, folder)
             rows.append({"case": name, "measured": taken, "forecast": told})
             print(f"{name:28} {taken / 1e6:12,.0f} {told / 1e6:12,.0f} {told / taken:18.2f}", flush=True)
     if asked.json:

@@ -25,7 +25,7 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
-def cabled() -> None:
+def connect_namespaces() -> None:
     """Two namespaces and a pair of virtual network cards between them."""
     first, second = NODES
     for name in NODES:
@@ -37,7 +37,7 @@ def cabled() -> None:
         ip("-n", name, "link", "set", "lo", "up")
 
 
-def launched(name: str, card: str, words: list[str]) -> subprocess.Popen[bytes]:
+def launch(name: str, card: str, words: list[str]) -> subprocess.Popen[bytes]:
     """torchrun inside a namespace."""
     rank = list(NODES).index(name)
     place = ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "2", "--master-port", str(PORT)]
@@ -58,9 +58,9 @@ def main() -> None:
     folder, model, _, *flags = sys.argv[1:]
     words = ["-m", "regraft", "train", model]
     try:
-        cabled()
+        connect_namespaces()
         runs = [
-            launched(name, card, [*words, f"{folder}/two", *flags, "--hybrid"])
+            launch(name, card, [*words, f"{folder}/two", *flags, "--hybrid"])
             for name, card in zip(NODES, ("cable-a", "cable-b"), strict=True)
         ]
         codes = [run.wait() for run in runs]

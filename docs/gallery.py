@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drawing import ladder, picture
+from drawing import layer_diagram, picture
 from tracing import (
     ATTENTION,
     HEADS,
@@ -27,11 +27,11 @@ from tracing import (
     Scene,
     Slot,
     Source,
-    deeper,
     on_stream,
     on_units,
     same,
     scene,
+    trace_layers,
 )
 
 from regraft.core import axes
@@ -57,7 +57,7 @@ fourth come together: old keys make up for the new softmax scale, and rotary pai
 stay."""
 
 
-def reached(sizes: Sequence[int], old: int, make: Callable[[int], Any]) -> str:
+def describe_sizes(sizes: Sequence[int], old: int, make: Callable[[int], Any]) -> str:
     """Which of some sizes an operator takes, found by asking for each."""
     taken = []
     for size in sizes:
@@ -79,14 +79,16 @@ def width_sizes(how: str) -> str:
     """Sizes that a width operator takes, on units and on the stream."""
     made = Source(RMS | {"intermediate_size": 4}).checkpoint
     sizes = range(5, 17)
-    units = reached(sizes, 4, lambda size: Widen(ffn=size, how=f"ffn={how}")(made))
-    stream = reached(sizes, 4, lambda size: Widen(hidden=size, how=f"hidden={how}")(made))
+    units = describe_sizes(sizes, 4, lambda size: Widen(ffn=size, how=f"ffn={how}")(made))
+    stream = describe_sizes(sizes, 4, lambda size: Widen(hidden=size, how=f"hidden={how}")(made))
     return units if units == stream else f"units: {units}; stream: {stream}"
 
 
 def depth_sizes(how: str) -> str:
     """Numbers of layers that a depth operator takes."""
-    return reached(range(5, 17), 4, lambda size: depth.layers(how, 4, size)).replace("any size", "any number of layers")
+    return describe_sizes(range(5, 17), 4, lambda size: depth.build_layer_order(how, 4, size)).replace(
+        "any size", "any number of layers"
+    )
 
 
 def first_sentence(text: str | None) -> str:
@@ -94,7 +96,7 @@ def first_sentence(text: str | None) -> str:
     return " ".join((text or "").split()).split(". ")[0].removesuffix(".") + "."
 
 
-def said(name: str, function: Callable[..., Any]) -> str:
+def describe_function(name: str, function: Callable[..., Any]) -> str:
     """A function's name and docstring."""
     return f"`{name}`: " + " ".join((function.__doc__ or "").split())
 
@@ -102,7 +104,7 @@ def said(name: str, function: Callable[..., Any]) -> str:
 def maps(how: str) -> str:
     """The functions of regraft.core.axes behind a width operator, and their docstrings."""
     source = Source(UNITS | {"hidden_size": 4}).checkpoint
-    made = build.widening(source, solving.Asked(hidden=8, ffn=8), how).axes
+    made = build.build_widening(source, solving.WidthSizes(hidden=8, ffn=8), how).axes
     names = {"units": made["ffn"].name, "stream": made["hidden"].name}
     said = {name: f"`axes.{name}`: {first_sentence(getattr(axes, name).__doc__)}" for name in names.values()}
     if len(said) == 1:
@@ -112,7 +114,7 @@ def maps(how: str) -> str:
 
 def facts(one: Operator, *rows: tuple[str, str]) -> str:
     """The table under an operator's name."""
-    lines = [("Preserves", PRESERVES[one.preserves]), *rows, ("Paper", one.cited), ("When", one.when)]
+    lines = [("Preserves", PRESERVES[one.preserves]), *rows, ("Paper", one.papers_text), ("When", one.when)]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in lines)])
 
 
@@ -121,12 +123,12 @@ def sentence(words: str) -> str:
     return words[0].upper() + words[1:] + "."
 
 
-def told(scenes: Sequence[Scene]) -> str:
+def describe_scenes(scenes: Sequence[Scene]) -> str:
     """Matrices in words, for those who do not see them."""
-    return "; ".join(f"{one.name} {', '.join(drawn.told() for drawn in one.news)}".strip() for one in scenes)
+    return "; ".join(f"{one.name} {', '.join(drawn.describe() for drawn in one.news)}".strip() for one in scenes)
 
 
-def fresh(*drawn: Matrix) -> str:
+def describe_new_entries(*drawn: Matrix) -> str:
     """What new entries hold, matrix by matrix."""
     kinds = {one.title: {str(kind) for kind in one.kinds.flat} - {"old", "copy"} for one in drawn}
     return ", ".join(f"`{title}` {' and '.join(sorted(words))}" for title, words in kinds.items() if words)
@@ -137,7 +139,7 @@ class Page:
 
     def __init__(self) -> None:
         self.pictures: dict[str, Callable[[], bytes]] = {}
-        blocks = [*opening(), *self.widths(), *self.depths(), *self.composable(), *closing()]
+        blocks = [*overview_section(), *self.widths(), *self.depths(), *self.composable(), *sources_section()]
         self.text = "\n\n".join(blocks) + "\n"
 
     def image(self, name: str, words: str, draw: Callable[[], bytes]) -> str:
@@ -162,17 +164,19 @@ class Page:
         for other in list(WIDTH)[: list(WIDTH).index(how)]:
             if same(scenes(how), scenes(other)):
                 return f"On {place} it does what [`{other}`](#{other}) does."
-        return self.image(f"{how}-{kind}", f"{how} on {place}: {told(scenes(how))}", lambda: picture(scenes(how)))
+        return self.image(
+            f"{how}-{kind}", f"{how} on {place}: {describe_scenes(scenes(how))}", lambda: picture(scenes(how))
+        )
 
     def depths(self) -> list[str]:
         """The operators on the stack of layers."""
         blocks = ["## Deeper", DEEPER.replace("\n", " ")]
         for how, one in DEPTH.items():
-            slots = deeper(how)
+            slots = trace_layers(how)
             marks = [("random" if s.source is None else str(s.source)) + (" (idle)" if s.idle else "") for s in slots]
             words = f"{how}, 6 to {len(slots)} layers: {', '.join(marks)}"
             blocks += [f"### {how}", sentence(one.does), facts(one, ("Sizes", depth_sizes(how)))]
-            blocks += [self.image(how, words, partial(ladder, slots))]
+            blocks += [self.image(how, words, partial(layer_diagram, slots))]
         return blocks
 
     def composable(self) -> list[str]:
@@ -181,26 +185,26 @@ class Page:
         wider = (scene("", ONE_HEAD, ATTENTION, head_dim=4),)
         (units,), (rms, norm) = on_units("pad"), on_stream("pad")
         q, k, v, o = wider[0].news
-        stream = "; ".join(f"{one.name}: {fresh(*one.news)}" for one in (rms, norm))
-        layer = next("outputs zero, other maps random" for slot in deeper("identity") if slot == Slot(None, True))
+        stream = "; ".join(f"{one.name}: {describe_new_entries(*one.news)}" for one in (rms, norm))
+        layer = next("outputs zero, other maps random" for slot in trace_layers("identity") if slot == Slot(None, True))
         rows = [
-            ("3.1 MLP", "`GrowMLP`: `Widen(ffn=...)`", fresh(*units.news), "[pad](#pad)"),
+            ("3.1 MLP", "`GrowMLP`: `Widen(ffn=...)`", describe_new_entries(*units.news), "[pad](#pad)"),
             (
                 "3.2 head addition",
                 "`AddHeads`: `Widen(heads=..., kv_heads=...)`",
-                fresh(*heads[0].news),
+                describe_new_entries(*heads[0].news),
                 "[more heads](#more-heads)",
             ),
             (
                 "3.3 heads (values)",
                 "`GrowHeadDim`: `Widen(head_dim=...)`, with 3.4",
-                fresh(v, o),
+                describe_new_entries(v, o),
                 "[wider heads](#wider-heads)",
             ),
             (
                 "3.4 attention (queries, keys)",
                 "`GrowHeadDim`: `Widen(head_dim=...)`, with 3.3",
-                fresh(q, k),
+                describe_new_entries(q, k),
                 "[wider heads](#wider-heads)",
             ),
             ("3.5 hidden dimension", "`GrowHidden`: `Widen(hidden=...)`", stream, "[pad](#pad)"),
@@ -212,18 +216,18 @@ class Page:
             COMPOSABLE.replace("\n", " "),
             "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]),
             "### more heads",
-            said("growth.solving.head_layout", solving.head_layout),
-            self.image("heads", f"2 to 3 heads: {told(heads)}", lambda: picture(heads)),
+            describe_function("growth.solving.head_layout", solving.head_layout),
+            self.image("heads", f"2 to 3 heads: {describe_scenes(heads)}", lambda: picture(heads)),
             "### wider heads",
-            said("growth.rotary.widened", rotary.widened),
-            self.image("head_dim", f"heads of 2 to heads of 4: {told(wider)}", lambda: picture(wider)),
+            describe_function("growth.rotary.widened", rotary.widen_rotary),
+            self.image("head_dim", f"heads of 2 to heads of 4: {describe_scenes(wider)}", lambda: picture(wider)),
         ]
 
 
-def opening() -> list[str]:
+def overview_section() -> list[str]:
     """Everything at a glance."""
     rows = [
-        f"| [`{name}`](#{name}) | {one.does} | {one.preserves} | {one.cited} |"
+        f"| [`{name}`](#{name}) | {one.does} | {one.preserves} | {one.papers_text} |"
         for table in (WIDTH, DEPTH)
         for name, one in table.items()
     ]
@@ -235,7 +239,7 @@ def opening() -> list[str]:
     ]
 
 
-def closing() -> list[str]:
+def sources_section() -> list[str]:
     """Sources, and how to make the page again."""
     notes = "; ".join(f"[{key}] is {words}" for key, words in NOTES.items())
     how = (__doc__ or "").split("\n\n")[1]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from regraft.core.anatomy import find
-from regraft.core.checkpoint import Checkpoint, Lazy, Story
+from regraft.core.anatomy import find_anatomy
+from regraft.core.checkpoint import Checkpoint, LazyTensor, Provenance
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
@@ -41,11 +41,13 @@ class Source:
     """A tiny model in memory whose numbers can still be changed when its growth is planned."""
 
     def __init__(self, config: dict[str, Any]):
-        anatomy, generator = find(config), torch.Generator().manual_seed(3)
+        anatomy, generator = find_anatomy(config), torch.Generator().manual_seed(3)
         placed = anatomy.place(config)
-        self.values = {key: signed(spot.shape, generator) for key, spot in placed.items()}
+        self.values = {key: random_signed(spot.shape, generator) for key, spot in placed.items()}
         tensors = {
-            key: Lazy(spot.shape, torch.float64, Story("copied", (spot.name,)), partial(self.values.__getitem__, key))
+            key: LazyTensor(
+                spot.shape, torch.float64, Provenance("copied", (spot.name,)), partial(self.values.__getitem__, key)
+            )
             for key, spot in placed.items()
         }
         names = {key: spot.name for key, spot in placed.items()}
@@ -54,7 +56,7 @@ class Source:
         )
 
     @contextmanager
-    def changed(self, role: str, layer: int, index: tuple[int, ...]) -> Iterator[None]:
+    def perturb(self, role: str, layer: int, index: tuple[int, ...]) -> Iterator[None]:
         """One number of a tensor, seen output first, is another for a while."""
         part = self.checkpoint.part(role)
         turned = part is not None and part.stored == "in out" and part.axes.kind == "map"
@@ -66,7 +68,7 @@ class Source:
             value[place] -= 0.37
 
 
-def signed(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+def random_signed(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     """Numbers of either sign, none near zero, all different."""
     size = 0.4 + 0.6 * torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
     return size * (2 * torch.randint(0, 2, tuple(shape), generator=generator) - 1)
@@ -108,7 +110,7 @@ class Matrix:
         tables = ((getattr(one, name) for one in (self, other)) for name in ("kinds", "origins", "noisy", "times"))
         return all(one.shape == two.shape and (one == two).all() for one, two in tables)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The matrix in words."""
         counts = {kind: int((self.kinds == kind).sum()) for kind in KINDS}
         parts = [f"{number} {kind}" for kind, number in counts.items() if number]
@@ -154,18 +156,20 @@ def scene(name: str, config: dict[str, Any], roles: Sequence[tuple[str, str, str
         made.olds.append(Matrix(title, note, axis, kinds, np.indices(value.shape)[axis] + 1, ones, ones == 0, sizes))
         shades = np.abs(flat(plain[role, 0].read())) / np.abs(value).max()
         reached = np.abs(flat(noisy[role, 0].read() - plain[role, 0].read())) > NEAR
-        made.news.append(Matrix(title, note, axis, *traced(source, plain, role, axis), reached, shades.clip(0, 1)))
+        made.news.append(
+            Matrix(title, note, axis, *trace_entries(source, plain, role, axis), reached, shades.clip(0, 1))
+        )
     return made
 
 
-def traced(source: Source, grown: Checkpoint, role: str, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def trace_entries(source: Source, grown: Checkpoint, role: str, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(kinds, origins, times) of a grown tensor, from what moves when one number of the source is another."""
     value, layers = flat(grown[role, 0].read()), range(source.checkpoint.layers)
     places = list(np.ndindex(*source.checkpoint[role, 0].shape))
     moved = np.zeros((len(layers), len(places), *value.shape), bool)
     for layer in layers:
         for number, place in enumerate(places):
-            with source.changed(role, layer, place):
+            with source.perturb(role, layer, place):
                 moved[layer, number] = np.abs(flat(grown[role, 0].read()) - value) > NEAR
     copied: np.ndarray = moved.sum((0, 1)) == 1
     following, entry = np.array(moved[1:].any((0, 1))), moved.any(0).argmax(0)
@@ -227,7 +231,7 @@ class Slot:
 
 
 @cache
-def deeper(how: str) -> tuple[Slot, ...]:
+def trace_layers(how: str) -> tuple[Slot, ...]:
     """The layers of six, grown to nine (twelve where the operator wants multiples), as their tensors tell it."""
     source = Source(RMS | {"num_hidden_layers": 6}).checkpoint
     number = 12 if how == "gstack" else 9

@@ -16,8 +16,8 @@ from .errors import RegraftError
 from .io.linux import terminate_with_parent
 
 T = TypeVar("T")
-MEETING = timedelta(minutes=10)  # processes of one launcher start together
-PATIENCE = timedelta(days=1)  # the first process may measure or write for hours while the others wait
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # processes of one launcher start together
+COLLECTIVE_TIMEOUT = timedelta(days=1)  # the first process may measure or write for hours while the others wait
 
 
 def rank() -> int:
@@ -25,12 +25,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
+def is_rank0() -> bool:
     """Whether this is the process that speaks and writes for all."""
     return rank() == 0
 
@@ -48,48 +48,48 @@ def barrier() -> None:
         dist.barrier()
 
 
-def told(value: T) -> T:
+def broadcast(value: T) -> T:
     """The first process's value, in all of them."""
-    if world() == 1:
+    if world_size() == 1:
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Everybody's value, by rank."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def once(act: Callable[[], T]) -> T:
+def on_rank0(act: Callable[[], T]) -> T:
     """What the first process gets from `act` while the others wait, in all of them; or what it raises, in all."""
-    if world() == 1:
+    if world_size() == 1:
         return act()
     found: list[Any] = [None, None]
-    if first():
+    if is_rank0():
         try:
             found[0] = act()
         except Exception as error:
             found[1] = error
-    value, failure = told(found)
+    value, failure = broadcast(found)
     if failure is not None:
         raise failure
     return value
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
+def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its sum over all processes."""
-    for tensor in tensors if world() > 1 else ():
+    for tensor in tensors if world_size() > 1 else ():
         dist.all_reduce(tensor)
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def init_distributed() -> Iterator[None]:
     """Inside, the processes of a torchrun know each other: gloo on processors, NCCL beside it on accelerators.
 
     Without torchrun nothing happens. A process whose launcher dies gets SIGTERM (on Linux). RegraftError when the
@@ -109,14 +109,14 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     terminate_with_parent()
     try:
-        store, mine, count = next(dist.rendezvous("env://", timeout=MEETING))
+        store, mine, count = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except dist.DistError as error:
         raise RegraftError(
-            f"process {os.environ.get('RANK')} found no launcher within {MEETING} ({str(error).splitlines()[0]}): "
+            f"process {os.environ.get('RANK')} found no launcher within {RENDEZVOUS_TIMEOUT} ({str(error).splitlines()[0]}): "
             "start all processes again"
         ) from error
-    store.set_timeout(PATIENCE)
-    dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=PATIENCE)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield
     finally:

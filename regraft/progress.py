@@ -22,12 +22,12 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process speaks for all: the first of a torchrun, or the only one."""
     return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
-def clock(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Seconds as m:ss, from two hours on as `h hours`, from two days on as `d days`."""
     for size, unit in ((86400, "days"), (3600, "hours")):
         if seconds >= 2 * size:
@@ -49,14 +49,14 @@ class Ticker:
         stream: TextIO | None = None,
         each_beat: Callable[[], None] = lambda: None,
     ):
-        self.stream = stream or (sys.stderr if speaks() else io.StringIO())
+        self.stream = stream or (sys.stderr if is_main_process() else io.StringIO())
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
         self.phase, self.note, self.fraction, self.phase_begin = "starting", "", None, time.monotonic()
         self.last, self.coming = self.begin - BEAT, None
         self.each_beat = each_beat
         self.stop = threading.Event()
-        self.bar = bar(self.stream) if self.stream.isatty() else None
-        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.bar = build_bar(self.stream) if self.stream.isatty() else None
+        self.thread = threading.Thread(target=self.run_heartbeat, daemon=True)
 
     fraction: float | None
     coming: float | None
@@ -74,13 +74,13 @@ class Ticker:
         if self.bar is not None:
             self.bar.stop()
 
-    def used(self) -> float:
+    def seconds_used(self) -> float:
         """Seconds spent so far, earlier runs included."""
         return self.spent + time.monotonic() - self.begin
 
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds of the budget that remain, None without a budget."""
-        return None if self.budget is None else self.budget - self.used()
+        return None if self.budget is None else self.budget - self.seconds_used()
 
     def start(self, phase: str) -> None:
         """Begin a phase and say so at once."""
@@ -93,7 +93,7 @@ class Ticker:
         self.fraction, self.note, self.coming = fraction, note, coming
         self.show()
 
-    def words(self) -> str:
+    def format_line(self) -> str:
         """The line: share done, note, time used, time left of the phase or of the budget."""
         here = time.monotonic() - self.phase_begin
         parts = [f"{self.fraction:.0%}"] if self.fraction is not None else []
@@ -102,29 +102,29 @@ class Ticker:
         if coming is None and self.fraction and self.fraction > 0.02:
             coming = here / self.fraction - here
         if coming is not None:
-            parts.append(f"about {clock(coming)} to go here")
-        left = self.left()
-        parts.append(f"{clock(self.used())} used")
+            parts.append(f"about {format_seconds(coming)} to go here")
+        left = self.seconds_left()
+        parts.append(f"{format_seconds(self.seconds_used())} used")
         if left is not None:
-            parts.append(f"{clock(left)} of {clock(self.budget or 0)} left")
+            parts.append(f"{format_seconds(left)} of {format_seconds(self.budget or 0)} left")
         return " · ".join(parts)
 
     def show(self, force: bool = False) -> None:
         """Draw the bar, or print a line if one is due."""
         if self.bar is not None:
-            self.bar.update(self.task, description=self.phase, completed=self.fraction or 0.0, words=self.words())
+            self.bar.update(self.task, description=self.phase, completed=self.fraction or 0.0, words=self.format_line())
         elif time.monotonic() - self.begin > QUIET and (force or time.monotonic() - self.last >= BEAT):
             self.last = time.monotonic()
-            print(f"regraft: {self.phase} · {self.words()}", file=self.stream, flush=True)
+            print(f"regraft: {self.phase} · {self.format_line()}", file=self.stream, flush=True)
 
-    def beat(self) -> None:
+    def run_heartbeat(self) -> None:
         """Keep talking while one operation takes long."""
         while not self.stop.wait(0.5):
             self.each_beat()
             self.show()
 
 
-def bar(stream: TextIO) -> Progress:
+def build_bar(stream: TextIO) -> Progress:
     """The live display."""
     columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
     return Progress(*columns, console=Console(file=stream), transient=True)

@@ -26,7 +26,7 @@ PAUSE = 0.001
 SHARD = 60_000
 
 
-def grown(source: Path, log: Path | None = None, pause: float = PAUSE) -> Checkpoint:
+def slow_growth(source: Path, log: Path | None = None, pause: float = PAUSE) -> Checkpoint:
     """A growth whose tensors take a while and say in a log that they were computed."""
 
     def slow(name, read):
@@ -49,27 +49,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def started(source: Path, out: Path, overwrite: bool, log: Path) -> int:
+def start_save(source: Path, out: Path, overwrite: bool, log: Path) -> int:
     """A process that saves a growth; its id."""
     process = os.fork()
     if process:
         return process
     try:
-        grown(source, log).save(out, overwrite=overwrite, shard_bytes=SHARD)
+        slow_growth(source, log).save(out, overwrite=overwrite, shard_bytes=SHARD)
     finally:
         os._exit(0)
 
 
-def killed(folder: Path, times: int, seed: int) -> dict[str, int]:
+def kill_saves(folder: Path, times: int, seed: int) -> dict[str, int]:
     """Kill saves; AssertionError when a kill leaves anything but no output, the output before, or the whole output."""
     chance = random.Random(seed)
     source, whole, before, log = folder / "source", folder / "whole", folder / "before", folder / "log"
     tiny("llama")[1].save_pretrained(source)
     Checkpoint.open(source).save(before)
     begin = time.monotonic()
-    grown(source).save(whole, shard_bytes=SHARD)
+    slow_growth(source).save(whole, shard_bytes=SHARD)
     takes = time.monotonic() - begin
-    expected, older, tensors = contents(whole), contents(before), len(grown(source).tensors)
+    expected, older, tensors = contents(whole), contents(before), len(slow_growth(source).tensors)
     counts = {"kills": 0, "absent": 0, "partial": 0, "older": 0, "complete": 0, "resumed": 0}
     while counts["kills"] < times:
         out, overwrite = folder / f"out{counts['kills']}", chance.random() < 0.3
@@ -77,7 +77,7 @@ def killed(folder: Path, times: int, seed: int) -> dict[str, int]:
             shutil.copytree(before, out)
         for _ in range(chance.randint(1, 3)):
             log.write_text("")
-            process = started(source, out, overwrite, log)
+            process = start_save(source, out, overwrite, log)
             time.sleep(chance.uniform(0, 1.1 * takes))
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
@@ -94,12 +94,12 @@ def killed(folder: Path, times: int, seed: int) -> dict[str, int]:
                     break
         if not out.exists() or contents(out) != expected:
             log.write_text("")
-            grown(source, log).save(out, overwrite=overwrite, shard_bytes=SHARD)
+            slow_growth(source, log).save(out, overwrite=overwrite, shard_bytes=SHARD)
             counts["resumed"] += len(log.read_text().split()) < tensors
             assert contents(out) == expected, f"{out} is not what an uninterrupted run writes"
         if (folder / f".{out.name}.partial").exists():  # killed after the exchange: what was replaced is left over
             assert overwrite
-            grown(source, pause=0).save(out, overwrite=True, shard_bytes=SHARD)
+            slow_growth(source, pause=0).save(out, overwrite=True, shard_bytes=SHARD)
         assert not (folder / f".{out.name}.partial").exists()
         shutil.rmtree(out)
     return counts
@@ -114,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(killed(options.folder, options.times, options.seed)))
+    print(json.dumps(kill_saves(options.folder, options.times, options.seed)))
 
 
 if __name__ == "__main__":

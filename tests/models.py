@@ -162,16 +162,16 @@ def outputs(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> dict[str,
     return found
 
 
-def apart(before: torch.Tensor, after: torch.Tensor, axis: int = -1) -> float:
+def max_relative_difference(before: torch.Tensor, after: torch.Tensor, axis: int = -1) -> float:
     """max |difference| / max |before|. Where the hidden width itself comes out, wider than it was, every block of its
     old size holds the old values or, with new coordinates that are silent, zeros.
     """
     if before.shape != after.shape:
         width = before.shape[axis]
         blocks = after.split(width, axis)
-        worst = [apart(before, blocks[0], axis)]
+        worst = [max_relative_difference(before, blocks[0], axis)]
         for block in blocks[1:]:
             same = before.narrow(axis, 0, block.shape[axis])
-            worst.append(min(apart(same, block, axis), float(block.abs().max() / before.abs().max())))
+            worst.append(min(max_relative_difference(same, block, axis), float(block.abs().max() / before.abs().max())))
         return max(worst)
     return float((before - after).abs().max() / before.abs().max())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from models import FAMILIES, GROWABLE, tiny
 
-from regraft.core.anatomy import Anatomy, Part, families, find
+from regraft.core.anatomy import Anatomy, Part, find_anatomy, list_families
 from regraft.errors import RegraftError
 
 VARIANTS = {
@@ -21,7 +21,7 @@ BIASED = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attent
 @pytest.mark.parametrize("family", FAMILIES)
 def test_table_claims_every_parameter_with_its_shape(family: str, variant: str) -> None:
     config, model = tiny(family, **VARIANTS[variant])
-    placed = find(config.to_dict()).place(config.to_dict())
+    placed = find_anatomy(config.to_dict()).place(config.to_dict())
     assert {spot.name: spot.shape for spot in placed.values()} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
     }
@@ -31,15 +31,15 @@ def test_table_claims_every_parameter_with_its_shape(family: str, variant: str) 
 @pytest.mark.parametrize("family", BIASED)
 def test_biases_follow_the_config(family: str) -> None:
     config, model = tiny(family, **BIASED[family])
-    placed = find(config.to_dict()).place(config.to_dict())
+    placed = find_anatomy(config.to_dict()).place(config.to_dict())
     assert {spot.name for spot in placed.values()} == {name for name, _ in model.named_parameters()}
-    assert find(config.to_dict()).attention(config.to_dict(), 0)["qkv_bias"]
+    assert find_anatomy(config.to_dict()).attention(config.to_dict(), 0)["qkv_bias"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_solve_both_ways(family: str) -> None:
     config = tiny(family)[0].to_dict()
-    anatomy = find(config)
+    anatomy = find_anatomy(config)
     sizes = anatomy.solve(config)
     assert (sizes["kv"] * sizes["group"], sizes["dim"], sizes["depth"]) == (9, 8, 3)
     keys = anatomy.config_keys(sizes)
@@ -52,9 +52,9 @@ def test_missing_keys_take_the_familys_defaults(family: str) -> None:
     config = tiny(family, hidden=72)[0].to_dict()
     for key in ("head_dim", "tie_word_embeddings"):
         config.pop(key, None)
-    assert find(config).solve(config)["dim"] == 8
+    assert find_anatomy(config).solve(config)["dim"] == 8
     del config["num_key_value_heads"]
-    assert find(config).solve(config)["group"] == 1
+    assert find_anatomy(config).solve(config)["group"] == 1
 
 
 @pytest.mark.parametrize(
@@ -68,27 +68,27 @@ def test_missing_keys_take_the_familys_defaults(family: str) -> None:
 )
 def test_attention_says_what_a_mixer_replaces(family: str, expected: dict) -> None:
     config = tiny(family)[0].to_dict()
-    attention = find(config).attention(config, 1)
+    attention = find_anatomy(config).attention(config, 1)
     assert {key: attention[key] for key in expected} == expected
 
 
 def test_gpt2_scales_follow_its_config() -> None:
     config = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)[0].to_dict()
-    scales = [find(config).attention(config, layer)["scale"] for layer in range(3)]
+    scales = [find_anatomy(config).attention(config, layer)["scale"] for layer in range(3)]
     assert scales == [8**-0.5, 8**-0.5 / 2, 8**-0.5 / 3]
     config["scale_attn_weights"] = False
-    assert find(config).attention(config, 0)["scale"] == 1.0
+    assert find_anatomy(config).attention(config, 0)["scale"] == 1.0
 
 
 def test_families_are_found_by_folder() -> None:
-    assert set(families()) == {*GROWABLE, "regraft"}
+    assert set(list_families()) == {*GROWABLE, "regraft"}
 
 
 def test_unknown_family_names_the_file_to_write() -> None:
     with pytest.raises(RegraftError, match=r"unknown family 'olmo9': write regraft/families/olmo9.py .*llama"):
-        find({"model_type": "olmo9"})
+        find_anatomy({"model_type": "olmo9"})
     with pytest.raises(RegraftError, match="unknown family None"):
-        find({})
+        find_anatomy({})
 
 
 @pytest.mark.parametrize(
@@ -103,18 +103,18 @@ def test_unknown_family_names_the_file_to_write() -> None:
 def test_config_that_does_not_add_up(key: str, value: object, message: str) -> None:
     config = {**tiny("llama")[0].to_dict(), key: value}
     with pytest.raises(RegraftError, match=message):
-        find(config).solve(config)
+        find_anatomy(config).solve(config)
 
 
 def test_one_key_for_two_products_must_agree() -> None:
     config = tiny("gpt_neox")[0].to_dict()
     with pytest.raises(RegraftError, match=r"num_attention_heads = 7, not|hidden_size = 72"):
-        find(config).solve({**config, "num_attention_heads": 7})
-    sizes = find(config).solve(config) | {"hidden": 80}
+        find_anatomy(config).solve({**config, "num_attention_heads": 7})
+    sizes = find_anatomy(config).solve(config) | {"hidden": 80}
     with pytest.raises(
         RegraftError, match=r"one key hidden_size for hidden \(80\) and kv dim \(72\): grow them together"
     ):
-        find(config).config_keys(sizes)
+        find_anatomy(config).config_keys(sizes)
 
 
 def test_table_that_leaves_an_axis_open_is_refused() -> None:

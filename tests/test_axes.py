@@ -27,14 +27,16 @@ EVEN = {"pad": lambda by: 1, "place": lambda by: 1, "repeat": lambda by: by, "ti
 @given(st.sampled_from(sorted(MAKERS)), st.integers(1, 7), st.integers(1, 12))
 def test_reading_undoes_embedding(name: str, old: int, by: int) -> None:
     expansion = MAKERS[name](old, by)
-    assert torch.allclose(expansion.read @ expansion.embed, torch.eye(old, dtype=torch.float64))
+    assert torch.allclose(expansion.read_matrix @ expansion.write_matrix, torch.eye(old, dtype=torch.float64))
     if name in EVEN:
         assert expansion.copies == EVEN[name](by)
-        assert torch.equal(expansion.embed.T @ expansion.embed, expansion.copies * torch.eye(old, dtype=torch.float64))
+        assert torch.equal(
+            expansion.write_matrix.T @ expansion.write_matrix, expansion.copies * torch.eye(old, dtype=torch.float64)
+        )
 
 
 def test_identity_is_the_neutral_expansion() -> None:
-    assert axes.identity(5).identical and axes.identity(5).in_place and axes.identity(5).copies == 1
+    assert axes.identity(5).is_identity and axes.identity(5).in_place and axes.identity(5).copies == 1
 
 
 def test_no_single_count_when_copies_are_not_balanced() -> None:
@@ -55,40 +57,40 @@ def test_no_single_count_when_copies_are_not_balanced() -> None:
     ],
 )
 def test_shapes_of_signatures(text: str, stored: str, shape: tuple[int, ...]) -> None:
-    assert axes.signature(text).shape(SIZES, stored) == shape
+    assert axes.parse_signature(text).shape(SIZES, stored) == shape
 
 
 def test_unit_gains_are_told_apart() -> None:
-    assert axes.signature("1+gain hidden").unit and not axes.signature("gain hidden").unit
+    assert axes.parse_signature("1+gain hidden").unit and not axes.parse_signature("gain hidden").unit
 
 
 @pytest.mark.parametrize("text", ["hidden -> heads", "gain width", "hidden -> ffn + experts"])
 def test_unknown_axis_quotes_the_signature(text: str) -> None:
     with pytest.raises(RegraftError, match="unknown axis") as caught:
-        axes.signature(text)
+        axes.parse_signature(text)
     assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "hidden ->", "gain hidden -> ffn", "-> ffn +"])
 def test_signature_without_output_is_refused(text: str) -> None:
     with pytest.raises(RegraftError, match="names no output"):
-        axes.signature(text)
+        axes.parse_signature(text)
 
 
 def test_broadcast_repeats_each_head_for_its_queries() -> None:
     value = torch.arange(12.0).reshape(12, 1)  # 3 heads of 4
-    wide = axes.spread(value, ("kv", "dim"), ("kv", "group", "dim"), SIZES)
+    wide = axes.broadcast_axes(value, ("kv", "dim"), ("kv", "group", "dim"), SIZES)
     expected = value.view(3, 4, 1).repeat_interleave(2, 0).reshape(24, 1)
     assert torch.equal(wide, expected)
-    matrix = torch.kron(axes.repeat(3, 2).embed.float(), torch.eye(4))
+    matrix = torch.kron(axes.repeat(3, 2).write_matrix.float(), torch.eye(4))
     assert torch.equal(wide, matrix @ value)
 
 
 def test_broadcast_refuses_to_lose_or_reorder_axes() -> None:
     with pytest.raises(RegraftError, match=r"axes \['group'\] have nowhere to go"):
-        axes.spread(torch.zeros(24, 2), ("kv", "group", "dim"), ("kv", "dim"), SIZES)
+        axes.broadcast_axes(torch.zeros(24, 2), ("kv", "group", "dim"), ("kv", "dim"), SIZES)
     with pytest.raises(RegraftError, match="cannot inherit 'dim kv' from 'kv dim'"):
-        axes.spread(torch.zeros(12, 2), ("kv", "dim"), ("dim", "kv"), SIZES)
+        axes.broadcast_axes(torch.zeros(12, 2), ("kv", "dim"), ("dim", "kv"), SIZES)
 
 
 @pytest.mark.parametrize("make", [lambda: axes.pad(5, 3), lambda: axes.repeat(5, 0), lambda: axes.tile(5, 12)])

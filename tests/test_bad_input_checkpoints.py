@@ -185,7 +185,7 @@ def test_full_disk_leaves_nothing(single: Path, tmp_path: Path, monkeypatch: pyt
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_writer, "_put", full)
+    monkeypatch.setattr(shard_writer, "_submit_write", full)
     with pytest.raises(RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"):
         Checkpoint.open(single).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["single"]

@@ -22,7 +22,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation import baselines, chunked, evaluate, positions, recall, tasks
 from regraft.evaluation import lm_eval as harness
 from regraft.evaluation.perplexity import Candidate
-from regraft.evaluation.suite import Suite, against
+from regraft.evaluation.suite import Suite, add_differences
 from regraft.mixers.remix import Remix
 from regraft.report import html, plots, tables
 
@@ -110,7 +110,7 @@ NAMES = ("hellaswag", "arc_easy", "winogrande", "lambada", "blimp", "mmlu", "mml
 
 def test_scores_are_those_of_an_independent_sum(data, linearized):
     model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
-    found = evaluate.tasks(model, tokenizer, NAMES, data, batch=3)
+    found = evaluate.evaluate_tasks(model, tokenizer, NAMES, data, batch=3)
     for name in NAMES:
         questions, row = tasks.questions(name, data), found["tasks"][name]
         hand = expected(model, tokenizer, questions)
@@ -128,7 +128,7 @@ def test_scores_are_those_of_an_independent_sum(data, linearized):
 
 def test_batches_do_not_change_scores(data, linearized):
     model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
-    one, many = (evaluate.tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7))
+    one, many = (evaluate.evaluate_tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7))
     for name in NAMES:
         assert one["tasks"][name].pop("each") == many["tasks"][name].pop("each")
         assert one["tasks"][name] == pytest.approx(many["tasks"][name])
@@ -242,7 +242,7 @@ class Copying(nn.Module):
                 if not logits_to_keep or place >= input_ids.shape[1] - logits_to_keep:
                     past = ids[: len(ids) - input_ids.shape[1] + place + 1][-self.size if self.size else 0 :]
                     logits[row, place, self.following(past)] = 10.0
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:], **modeling.given(seen))
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:], **modeling.cache_kwargs(seen))
 
     @staticmethod
     def following(past: list[int]) -> int:
@@ -256,7 +256,7 @@ class Copying(nn.Module):
 @pytest.mark.parametrize("kind", sorted(recall.KINDS))
 def test_a_model_that_copies_recalls_everything_and_a_window_nothing(kind):
     tokenizer = speaking.tokenizer()
-    probe = recall.probe(kind, tokenizer, FILLER, 900, 6)
+    probe = recall.build_probe(kind, tokenizer, FILLER, 900, 6)
     assert probe.context.shape == (6, 900)
     full = recall.score(Copying(len(tokenizer)), probe, batch=4)
     assert (full["acc"], full["exact"], full["rank"], full["n"]) == (1.0, 1.0, 1.0, 6)
@@ -270,9 +270,9 @@ def test_ties_count_against_the_model():
     class Silent(Copying):
         def forward(self, *args, **options):
             out = super().forward(*args, **options)
-            return SimpleNamespace(logits=out.logits * 0, **modeling.given(modeling.cache_of(out)))
+            return SimpleNamespace(logits=out.logits * 0, **modeling.cache_kwargs(modeling.cache_of(out)))
 
-    found = recall.score(Silent(len(tokenizer)), recall.probe("passkey", tokenizer, FILLER, 400, 3))
+    found = recall.score(Silent(len(tokenizer)), recall.build_probe("passkey", tokenizer, FILLER, 400, 3))
     assert found["acc"] == 0.0 and found["rank"] == recall.CHOICES
 
 
@@ -280,8 +280,8 @@ def test_ties_count_against_the_model():
 def test_recall_through_the_cache_is_recall_without_it(kind, linearized):
     """Rank and greedy answers from one pass over the whole text, no cache, against the batched steps."""
     model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
-    probe = recall.probe(kind, tokenizer, FILLER, 450, 2)
-    probe = recall.Probe(probe.context, probe.rounds[:2])
+    probe = recall.build_probe(kind, tokenizer, FILLER, 450, 2)
+    probe = recall.RecallProbe(probe.context, probe.rounds[:2])
     first, greedy = [], []
     for item, context in enumerate(probe.context):
         for asked in probe.rounds:
@@ -302,7 +302,7 @@ def test_recall_through_the_cache_is_recall_without_it(kind, linearized):
 
 
 def test_probes_are_the_same_for_the_same_seed():
-    one, same, other = (recall.probe("needle", speaking.tokenizer(), FILLER, 700, 3, seed) for seed in (0, 0, 1))
+    one, same, other = (recall.build_probe("needle", speaking.tokenizer(), FILLER, 700, 3, seed) for seed in (0, 0, 1))
     assert torch.equal(one.context, same.context) and not torch.equal(one.context, other.context)
 
 
@@ -310,11 +310,11 @@ def test_reading_in_chunks_is_reading_at_once(linearized, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", 7)
     model = modeling.load(linearized)
     ids = torch.randint(3, 250, (2, 40))
-    parts = torch.cat([logits for logits, _ in chunked.chunks(model, ids)], 1)
+    parts = torch.cat([logits for logits, _ in chunked.forward_in_chunks(model, ids)], 1)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     assert torch.allclose(parts, whole, atol=2e-5)
-    assert torch.allclose(chunked.last(model, ids)[0], whole[:, -1], atol=2e-5)
+    assert torch.allclose(chunked.last_logits(model, ids)[0], whole[:, -1], atol=2e-5)
 
 
 def test_buckets_double_and_perplexities_are_means(source, monkeypatch):
@@ -325,14 +325,14 @@ def test_buckets_double_and_perplexities_are_means(source, monkeypatch):
     with torch.no_grad():
         log_p = model(rows, use_cache=False).logits[:, :-1].log_softmax(-1)
     nll = -log_p.gather(2, rows[:, 1:, None])[..., 0]
-    found = positions.by_position(model, rows)
+    found = positions.perplexity_by_position(model, rows)
     assert [cell["tokens"] for cell in found] == [3 * 63, 3 * 64, 3 * 2]
     for cell, part in zip(found, (nll[:, :63], nll[:, 63:127], nll[:, 127:]), strict=True):
         assert cell["perplexity"] == pytest.approx(math.exp(part.mean()), rel=1e-4)
 
 
 def test_every_baseline_beside_every_number(source, linearized, data):
-    suite = evaluate.suite(
+    suite = evaluate.build_suite(
         str(linearized), ["winogrande", "passkey"], folder=data, lengths=[250], limit=3, windows=(2, 100)
     )
     heard = []
@@ -371,14 +371,14 @@ def test_a_lead_is_paired_question_by_question():
     draw = random.Random(0)
     weak = [draw.randrange(2) for _ in range(400)]
     strong = [right or number % 20 == 0 for number, right in enumerate(weak)]  # never worse, on a twentieth better
-    found = against(row(a=weak, b=weak), row(a=strong, b=weak))
+    found = add_differences(row(a=weak, b=weak), row(a=strong, b=weak))
     gained = sum(strong) - sum(weak)
     lead = found["tasks"]["a"]["difference"]
     assert lead["mean"] == pytest.approx(gained / 400) and lead["stderr"] < 0.5 * math.sqrt(0.5 / 400)
     assert found["tasks"]["b"]["difference"] == {"mean": 0.0, "stderr": 0.0}
     assert found["difference"]["mean"] == pytest.approx(lead["mean"] / 2)
     assert found["difference"]["stderr"] == pytest.approx(lead["stderr"] / 2)
-    assert against(row(a=[1]), row(a=[0]))["difference"] == {"mean": -1.0, "stderr": None}
+    assert add_differences(row(a=[1]), row(a=[0]))["difference"] == {"mean": -1.0, "stderr": None}
 
 
 def test_the_same_baseline_is_measured_once(source, tmp_path):
@@ -404,7 +404,7 @@ def test_scratch_must_read_the_same_tokens(linearized, tmp_path):
 def test_learned_positions_end(tmp_path):
     gpt2 = speaking.save(tmp_path / "gpt2", "gpt2")
     with pytest.raises(RegraftError, match="positions: 100000 tokens are too many"):
-        evaluate.suite(str(gpt2), ["passkey"], lengths=[100_000])
+        evaluate.build_suite(str(gpt2), ["passkey"], lengths=[100_000])
 
 
 def test_a_missing_harness_is_named_with_its_command(source, data, monkeypatch):
@@ -417,14 +417,16 @@ def test_a_missing_harness_is_named_with_its_command(source, data, monkeypatch):
 def test_tables_hold_every_row(source, linearized, data, capsys):
     from rich.console import Console
 
-    suite = evaluate.suite(str(linearized), [*NAMES, "mqar"], folder=data, lengths=[250], limit=2, windows=(1, 70))
+    suite = evaluate.build_suite(
+        str(linearized), [*NAMES, "mqar"], folder=data, lengths=[250], limit=2, windows=(1, 70)
+    )
     table = evaluate.benchmark(str(linearized), suite)
-    tables.render(table, Console(width=80))
+    tables.print_evaluation(table, Console(width=80))
     shown = capsys.readouterr().out
     assert "…" not in shown and shown.count("questions") > 1, "columns are cut into tables, not cut off"
     for word in (*NAMES, "average", "250 tokens", "64-70", baselines.NO_LINEAR, "chance", "lead", "+0.0 ± 0.0"):
         assert word in shown
-    assert plots.positions(html.eval_rows(table)).lstrip().startswith(b"<?xml")
+    assert plots.plot_positions(html.eval_rows(table)).lstrip().startswith(b"<?xml")
 
 
 def test_contexts_read_once_score_as_the_harness_scores_whole_rows(linearized):

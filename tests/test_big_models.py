@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from regraft.core import lineage
-from regraft.core.checkpoint import Checkpoint, Lazy, Story
+from regraft.core.checkpoint import Checkpoint, LazyTensor, Provenance
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.io import safetensors, shard_writer
-from regraft.io.direct_io import ROOM, Direct
+from regraft.io.direct_io import BUFFER_BYTES, DirectWriter
 from regraft.plan.plan import OVERHEAD, Plan, writing_bytes
 
 HERE = Path(__file__).parent
@@ -88,8 +88,10 @@ def test_files_are_those_of_safetensors_itself(tmp_path: Path) -> None:
         "one": torch.tensor(3.0),
         "a": torch.randn(5).bfloat16(),
     }
-    lazies = {name: Lazy(tuple(v.shape), v.dtype, Story("fresh"), lambda v=v: v) for name, v in values.items()}
-    partial = shard_writer.Partial(tmp_path)
+    lazies = {
+        name: LazyTensor(tuple(v.shape), v.dtype, Provenance("fresh"), lambda v=v: v) for name, v in values.items()
+    }
+    partial = shard_writer.PartialDirectory(tmp_path)
     shard_writer.write_weights(partial, lazies, 10_000)
     save_file({n: v.contiguous() for n, v in values.items()}, tmp_path / "theirs", metadata={"format": "pt"})
     ours = (tmp_path / "model.safetensors").read_bytes()
@@ -113,7 +115,7 @@ def test_a_tensor_that_breaks_its_promise_is_refused(changed: dict, source: Path
 def test_every_hash_is_recorded(source: Path, tmp_path: Path) -> None:
     grown(source).save(tmp_path / "out", shard_bytes=60_000)
     files = {file.name: file for file in (tmp_path / "out").iterdir()}
-    recorded = lineage.read(tmp_path / "out")["files"]
+    recorded = lineage.read_lineage(tmp_path / "out")["files"]
     assert {n for n in files if n.endswith(".safetensors")} | {safetensors.INDEX, "config.json"} == set(recorded)
     assert all(hashlib.sha256(files[name].read_bytes()).hexdigest() == digest for name, digest in recorded.items())
     assert not [name for name in files if name.startswith(".") or name.endswith(".part")]
@@ -165,7 +167,7 @@ def test_anything_else_starts_anew(change: Callable | str, source: Path, tmp_pat
 def test_values_in_memory_are_not_gone_on_with(source: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(source)
     values = {checkpoint.names[key]: lazy.read() for key, lazy in checkpoint.tensors.items()}
-    trained = checkpoint.replaced(values, {"step": "Train"})
+    trained = checkpoint.with_values(values, {"step": "Train"})
     with pytest.raises(KeyboardInterrupt):
         counted(trained, [], 20, KeyboardInterrupt()).save(tmp_path / "out", shard_bytes=20_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
@@ -316,12 +318,12 @@ def test_forecast_counts_what_is_made(source: Path) -> None:
 
 
 def put(file: Path, pieces: list[bytes]) -> None:
-    with Direct(file) as stream:
+    with DirectWriter(file) as stream:
         for piece in pieces:
             stream.write(piece)
 
 
-@pytest.mark.parametrize("size", [0, 1, ROOM - 1, ROOM, ROOM + 5, 2 * ROOM + 4097])
+@pytest.mark.parametrize("size", [0, 1, BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 5, 2 * BUFFER_BYTES + 4097])
 def test_files_past_the_page_cache_hold_every_byte(size: int, tmp_path: Path) -> None:
     data = random.Random(size).randbytes(size)
     put(tmp_path / "out", [data[:1000], data[1000:1007], data[1007:]])
@@ -339,7 +341,7 @@ def test_a_system_that_refuses_direct_writing_gets_ordinary_writing(call: str, t
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(target, argument, *rest)
 
-    data = random.Random(0).randbytes(ROOM + 3)
+    data = random.Random(0).randbytes(BUFFER_BYTES + 3)
     monkeypatch.setattr(os, call, refusing)
     put(tmp_path / "out", [data])
     assert len(refused) == 1 and (tmp_path / "out").read_bytes() == data
@@ -347,4 +349,4 @@ def test_a_system_that_refuses_direct_writing_gets_ordinary_writing(call: str, t
 
 def test_a_full_disk_is_not_taken_for_a_refusal() -> None:
     with pytest.raises(OSError, match="No space left"):
-        put(Path("/dev/full"), [bytes(ROOM)])
+        put(Path("/dev/full"), [bytes(BUFFER_BYTES)])

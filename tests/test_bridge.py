@@ -12,7 +12,7 @@ import transformers
 from models import tiny
 
 from regraft import modeling
-from regraft.core.checkpoint import Checkpoint, Lazy
+from regraft.core.checkpoint import Checkpoint, LazyTensor
 from regraft.errors import RegraftError
 from regraft.growth import class_conversion
 from regraft.growth.steps.bridge import Bridge
@@ -100,7 +100,7 @@ def cached_difference(model: Any, stock: Any) -> float:
     before, cache = model(ids()).logits, None
     pieces = []
     for piece in (ids()[:, :9], *ids()[:, 9:].split(1, 1)):
-        out = stock(piece, **modeling.given(cache), use_cache=True)
+        out = stock(piece, **modeling.cache_kwargs(cache), use_cache=True)
         pieces.append(out.logits)
         cache = modeling.cache_of(out)
     return float((before - torch.cat(pieces, 1)).abs().max() / before.abs().max())
@@ -187,7 +187,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     source = Checkpoint.open(tmp_path)
     asked: list[Any] = []
 
-    def watched(key: Any, lazy: Lazy) -> Lazy:
+    def watched(key: Any, lazy: LazyTensor) -> LazyTensor:
         return replace(lazy, read=lambda: asked.append(key) or lazy.read())
 
     made = Bridge()(replace(source, tensors={key: watched(key, lazy) for key, lazy in source.tensors.items()}))
@@ -293,8 +293,8 @@ def test_what_has_no_bridge_is_refused(
 
 def test_a_bridge_that_forgets_a_tensor_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("gpt_neox", **PARALLEL)[1].save_pretrained(tmp_path)
-    crossing = class_conversion.CROSSINGS["gpt_neox", "phi"]
+    crossing = class_conversion.CONVERSIONS["gpt_neox", "phi"]
     folds = {base: norm for base, norm in crossing.folds.items() if base != "mlp.up"}
-    monkeypatch.setitem(class_conversion.CROSSINGS, ("gpt_neox", "phi"), replace(crossing, folds=folds))
+    monkeypatch.setitem(class_conversion.CONVERSIONS, ("gpt_neox", "phi"), replace(crossing, folds=folds))
     with pytest.raises(RegraftError, match="post_attention_layernorm.bias' has no place in phi"):
         Bridge()(Checkpoint.open(tmp_path))

@@ -27,10 +27,10 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Modu
 
 
 def test_opening_reads_no_weights(saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(entry: safetensors.Entry) -> torch.Tensor:
+    def refuse(entry: safetensors.TensorEntry) -> torch.Tensor:
         raise AssertionError(f"read {entry.name}")
 
-    monkeypatch.setattr(safetensors.Entry, "read", refuse)
+    monkeypatch.setattr(safetensors.TensorEntry, "read", refuse)
     model, path = saved
     checkpoint = Checkpoint.open(path)
     assert set(checkpoint.names.values()) == {name for name, _ in model.named_parameters()}
@@ -97,7 +97,7 @@ def test_sidecars_and_lineage_travel(tmp_path: Path) -> None:
     (tmp_path / "source" / "secret.txt").write_text("stays")
     Checkpoint.open(tmp_path / "source").save(tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "secret.txt").exists()
-    known = lineage.read(tmp_path / "out")
+    known = lineage.read_lineage(tmp_path / "out")
     assert known["source"]["sha256"] == files.sha256(tmp_path / "source" / "model.safetensors")
     assert known["files"]["model.safetensors"] == files.sha256(tmp_path / "out" / "model.safetensors")
     assert sum(row["share"] for row in known["totals"].values()) == pytest.approx(1)
@@ -110,14 +110,14 @@ def test_replaced_values_and_step_are_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source")
     values = {name: value + 1 for name, value in model.state_dict().items()}
     step = {"step": "Train", "arguments": {"tokens": 5}}
-    Checkpoint.open(tmp_path / "source").replaced(values, step).save(tmp_path / "out")
+    Checkpoint.open(tmp_path / "source").with_values(values, step).save(tmp_path / "out")
     assert torch.equal(
         load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"], values["model.norm.weight"]
     )
     again = Checkpoint.open(tmp_path / "out")
-    assert again.history == (step,) and lineage.trained(lineage.read(again.path))
+    assert again.history == (step,) and lineage.is_trained(lineage.read_lineage(again.path))
     with pytest.raises(RegraftError, match="new value of 'model.embed_tokens.weight' is nothing"):
-        again.replaced({}, step)
+        again.with_values({}, step)
 
 
 def test_half_precision_is_kept(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_missing_tensor_of_a_role_lists_the_known(tmp_path: Path) -> None:
 
 
 def test_shards_are_filled_in_order() -> None:
-    assert safetensors.shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == [["a", "b"], ["c"], ["d"]]
+    assert safetensors.group_shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == [["a", "b"], ["c"], ["d"]]
 
 
 def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
@@ -230,7 +230,7 @@ def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monk
     assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == files.sha256(file)
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "other"))
     with ThreadPoolExecutor(2) as pool:  # two at once: one converts, the other waits
-        first, second = pool.map(gguf.converted, [file, file])
+        first, second = pool.map(gguf.convert_once, [file, file])
     assert first == second and len(list(first.parent.glob("*/config.json"))) == 1
     with open(file, "r+b") as stream:
         stream.truncate(file.stat().st_size - 5000)

@@ -20,8 +20,8 @@ from regraft.cli import main as cli
 from regraft.compare import arm as arms
 from regraft.compare import data, report, savings, scheduler
 from regraft.compare import recipe as schema
-from regraft.compare.arm import FREE
-from regraft.compare.savings import Curve, crossing, mean_curve, saving, spread
+from regraft.compare.arm import NO_COST
+from regraft.compare.savings import Curve, compute_savings, find_crossing, mean_and_std, mean_curve
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
 from regraft.errors import RegraftError
@@ -69,16 +69,16 @@ def line(flops: list[float], loss: list[float]) -> Curve:
 
 def test_crossing_is_the_first_and_linear():
     totals, losses = [0.0, 10.0, 20.0, 30.0], [4.0, 2.0, 3.0, 1.0]
-    assert crossing(totals, losses, 3.0) == 5.0
-    assert crossing(totals, losses, 1.5) == 27.5
-    assert crossing(totals, losses, 5.0) == 0.0
-    assert crossing(totals, losses, 0.9) is None
+    assert find_crossing(totals, losses, 3.0) == 5.0
+    assert find_crossing(totals, losses, 1.5) == 27.5
+    assert find_crossing(totals, losses, 5.0) == 0.0
+    assert find_crossing(totals, losses, 0.9) is None
 
 
 def test_savings_of_known_curves():
     scratch = line([0, 50, 100], [5.0, 3.0, 2.0])
     grown = line([10, 60, 110], [4.0, 2.5, 1.5])  # a fitting of 10 is in its own totals; 2.0 is half-way from 60 to 110
-    found = saving(grown, scratch, {"flops": 20.0, "seconds": 3.0, "tokens": 0.0})
+    found = compute_savings(grown, scratch, {"flops": 20.0, "seconds": 3.0, "tokens": 0.0})
     assert found["flops_to_reach"] == 85 and found["saved_flops"] == 15 and found["saved_flops_share"] == 0.15
     assert found["saved_flops_share_with_source"] == pytest.approx(-0.05)
     assert found["times_flops"] == pytest.approx(100 / 85)
@@ -87,23 +87,23 @@ def test_savings_of_known_curves():
 
 def test_what_is_never_reached_is_no_saving():
     scratch = line([0, 100], [5.0, 2.0])
-    found = saving(line([0, 100], [4.0, 2.1]), scratch, FREE)
+    found = compute_savings(line([0, 100], [4.0, 2.1]), scratch, NO_COST)
     assert set(found.values()) == {None}
     dipped = line([0, 50, 100], [5.0, 1.0, 2.0])
-    assert saving(dipped, dipped, FREE)["saved_flops"] == 0
+    assert compute_savings(dipped, dipped, NO_COST)["saved_flops"] == 0
     arm = {
         "savings": found,
-        "savings_over_seeds": {k: spread([v, 0.5]) for k, v in found.items()},
+        "savings_over_seeds": {k: mean_and_std([v, 0.5]) for k, v in found.items()},
         "seeds": {0: 0, 1: 0},
     }
-    assert report.saved(arm, "saved_flops_share", 100, "%") == "not reached (1 of 2 seeds do)"
+    assert report.format_saving(arm, "saved_flops_share", 100, "%") == "not reached (1 of 2 seeds do)"
 
 
 def test_means_and_spreads():
     mean = mean_curve([line([0, 10], [4.0, 2.0]), line([0, 20], [2.0, 1.0])])
     assert mean.flops == [0, 15] and mean.loss == [3.0, 1.5]
-    assert spread([1.0, None, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "count": 2}
-    assert spread([None]) == {"mean": None, "std": None, "count": 0}
+    assert mean_and_std([1.0, None, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "count": 2}
+    assert mean_and_std([None]) == {"mean": None, "std": None, "count": 0}
 
 
 def test_stages_of_one_run_are_one_curve(tmp_path):
@@ -196,15 +196,15 @@ def test_digits_are_handwriting_or_a_clear_line(monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "sklearn.datasets", None)
         with pytest.raises(RegraftError, match=r"pip install 'regraft\[compare\]'"):
-            data.digits()
+            data.load_digit_images()
     pytest.importorskip("sklearn")
-    pixels, labels = data.digits()
+    pixels, labels = data.load_digit_images()
     assert pixels.shape == (1797, 1, 8, 8) and sorted(set(labels)) == list(range(10)) and abs(pixels.mean()) < 1e-5
 
 
 def test_digits_to_train_on_are_moved_and_those_held_out_are_not(tmp_path, monkeypatch):
     pixels = np.arange(10 * 16, dtype=np.float32).reshape(10, 1, 4, 4)
-    monkeypatch.setattr(data, "digits", lambda: (pixels, np.arange(10)))
+    monkeypatch.setattr(data, "load_digit_images", lambda: (pixels, np.arange(10)))
     made = schema.load(str(RECIPES / "compare_digits.yaml"), {})
     data.write_images(made, tmp_path)
     train, held = (read_images(tmp_path / f"{name}.npz") for name in ("train", "heldout"))
@@ -265,7 +265,7 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
     learned = {"name": "learned", "ligo": {"steps": 4}}
     made = schema.load(recipe(tmp_path, data=str(text), arms=[*TINY["arms"], learned], seeds=[0]), {})
     seen: list[int] = []
-    fit = fit_ligo.fit
+    fit = fit_ligo.fit_maps
 
     def noted(*words, progress, **more):
         def note(step, steps, row):
@@ -278,17 +278,17 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
         if len(seen) == 3:
             raise InterruptedError("killed")
 
-    monkeypatch.setattr(fit_ligo, "fit", noted)
+    monkeypatch.setattr(fit_ligo, "fit_maps", noted)
     for name in ("whole", "broken"):
         scheduler.claim(made, tmp_path / name)
-        data.prepare(made, tmp_path / name)
+        data.prepare_data(made, tmp_path / name)
         arms.pretrain(made, tmp_path / name, "source", 0, lambda share: None)
     with pytest.raises(InterruptedError):
         arms.train_arm(made, tmp_path / "broken", "learned", 0, killed)
     for name in ("broken", "whole"):
         arms.train_arm(made, tmp_path / name, "learned", 0, lambda share: None)
     assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4]
-    curves = [savings.finished(tmp_path / name, "learned", [0])[0][1] for name in ("whole", "broken")]
+    curves = [savings.load_finished_runs(tmp_path / name, "learned", [0])[0][1] for name in ("whole", "broken")]
     assert curves[0].loss == curves[1].loss and curves[0].flops == curves[1].flops
     assert not (arms.arm_folder(tmp_path / "broken", "learned", 0) / arms.FITTING).exists()
 
@@ -338,7 +338,7 @@ def test_transplant_keeps_the_old_corner(tmp_path):
     ],
 )
 def test_a_run_that_failed_is_told_by_what_ended_it(log: str, said: str, tmp_path: Path) -> None:
-    task = scheduler.Task("arm", "a", 0)
-    task.log(tmp_path).parent.mkdir()
-    task.log(tmp_path).write_text(log)
-    assert said in task.said(tmp_path) and "regraft:" not in task.said(tmp_path)
+    task = scheduler.TrainingJob("arm", "a", 0)
+    task.log_path(tmp_path).parent.mkdir()
+    task.log_path(tmp_path).write_text(log)
+    assert said in task.read_error(tmp_path) and "regraft:" not in task.read_error(tmp_path)

@@ -88,13 +88,13 @@ def test_what_cannot_be_made_is_said_before_training(tmp_path: Path, text: Path,
 def test_a_scratch_arm_has_the_architecture_and_nothing_of_the_source(tmp_path: Path) -> None:
     made = schema.load(recipe(tmp_path, **CHANGES), {})
     config = LLAMA | {"num_hidden_layers": 2, "vocab_size": 270, "architectures": ["LlamaForCausalLM"]}
-    model = arms.fresh(config, made.arm("scratch"), seed=1)
-    modeling.fresh(config, 2).save_pretrained(tmp_path / "source")
+    model = arms.init_from_scratch(config, made.arm("scratch"), seed=1)
+    modeling.build_random_model(config, 2).save_pretrained(tmp_path / "source")
     moved = modeling.materialize(Remix(**RETNET, inherit="o")(Checkpoint.open(tmp_path / "source")))
     mine, theirs = dict(model.named_parameters()), dict(moved.named_parameters())
     assert {name: p.shape for name, p in mine.items()} == {name: p.shape for name, p in theirs.items()}
     assert all((mine[name] != theirs[name]).any() for name in mine if mine[name].std() > 0)
-    again = dict(arms.fresh(config, made.arm("scratch"), seed=1).named_parameters())
+    again = dict(arms.init_from_scratch(config, made.arm("scratch"), seed=1).named_parameters())
     assert all((mine[name] == again[name]).all() for name in mine)
 
 
@@ -102,9 +102,9 @@ def test_a_scratch_arm_has_the_architecture_and_nothing_of_the_source(tmp_path: 
 def test_shipped_comparisons_are_valid(name: str) -> None:
     made = schema.load(str(RECIPES / f"compare_{name}.yaml"), {"seeds": "[7]"})
     for arm in made.arms:
-        assert arm.linear is not None and made.arm(made.scratch(arm)).scratch
+        assert arm.linear is not None and made.arm(made.scratch_name(arm)).scratch
         assert sum(stage.tokens for stage in made.stages(arm)) == made.train.tokens
-        assert arm.linear.remix().spec()
+        assert arm.linear.remix().build_spec()
 
 
 @pytest.mark.slow
@@ -138,4 +138,4 @@ def test_a_loss_that_was_there_from_the_start_is_said() -> None:
         "seeds": {},
         "savings_over_seeds": {"times_tokens": {}},
     }
-    assert report.saved(arm, "times_tokens", 1, " x") == "from the start"
+    assert report.format_saving(arm, "times_tokens", 1, " x") == "from the start"

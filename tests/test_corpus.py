@@ -31,10 +31,10 @@ from regraft import distributed
 from regraft.data import corpus as building
 from regraft.data import documents as reading
 from regraft.data import files, token_cache
-from regraft.data.corpus import Corpus, Text, Texts
-from regraft.data.documents import Bad, Place, pieces
+from regraft.data.corpus import Corpus, Text, TextMixture
+from regraft.data.documents import BadLines, ReadPosition, read_pieces
 from regraft.data.packing import read_documents
-from regraft.data.tokenizer import Tokens
+from regraft.data.tokenizer import BatchTokenizer
 from regraft.errors import RegraftError
 
 TOKENIZER = speaking.tokenizer()
@@ -84,8 +84,8 @@ def test_rows_on_disk_are_those_in_memory(length, block, tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_bytes(jsonl([]))
     (tmp_path / "c.jsonl").write_bytes(jsonl(documents()))
     expected = pack(read_documents(tmp_path), TOKENIZER, length)
-    same(Texts([Text(str(tmp_path))], TOKENIZER)(length), expected)
-    letters = Texts([Text(str(tmp_path))], Letters())(length)
+    same(TextMixture([Text(str(tmp_path))], TOKENIZER)(length), expected)
+    letters = TextMixture([Text(str(tmp_path))], Letters())(length)
     assert torch.equal(letters[:].input_ids, pack(read_documents(tmp_path), Letters(), length).input_ids)
 
 
@@ -98,7 +98,7 @@ def test_shares_hold(tmp_path):
     picked = []
     for packed, text in zip(packs, texts, strict=True):
         picked.append(packed[torch.linspace(0, len(packed) - 1, int(scale * text.share)).round().long()])
-    rows = Texts(texts, TOKENIZER)(32)
+    rows = TextMixture(texts, TOKENIZER)(32)
     for name in ("input_ids", "position_ids", "bytes"):
         assert torch.equal(getattr(rows[:], name), torch.cat([getattr(packed, name) for packed in picked]))
     assert torch.equal(rows[[len(picked[0]), 0]].input_ids, torch.stack([p.input_ids[0] for p in reversed(picked)]))
@@ -140,10 +140,10 @@ KINDS = (
 def test_every_format_interrupted_after_any_block(kind, tmp_path, monkeypatch, small):
     """The same rows as .jsonl, the same bytes in the cache wherever the build was cut, torn files included."""
     texts = [re.sub("\n+", "\n", text).strip() for text in documents()]
-    expected = Texts([Text(str(write(tmp_path, ".jsonl", texts)))], TOKENIZER)(50)
+    expected = TextMixture([Text(str(write(tmp_path, ".jsonl", texts)))], TOKENIZER)(50)
     text = Text(str(write(tmp_path, kind, texts)))
-    same(Texts([text], TOKENIZER, cache=tmp_path / "whole")(50), expected)
-    whole, original, cuts = contents(tmp_path / "whole"), token_cache.Part._keep, 0
+    same(TextMixture([text], TOKENIZER, cache=tmp_path / "whole")(50), expected)
+    whole, original, cuts = contents(tmp_path / "whole"), token_cache.TokenCache._write_journal, 0
 
     def cut(self: Any, known: Any, place: Any, bad: Any, *streams: Any) -> None:
         nonlocal left
@@ -152,11 +152,11 @@ def test_every_format_interrupted_after_any_block(kind, tmp_path, monkeypatch, s
         left -= 1
         original(self, known, place, bad, *streams)
 
-    monkeypatch.setattr(token_cache.Part, "_keep", cut)
+    monkeypatch.setattr(token_cache.TokenCache, "_write_journal", cut)
     for blocks in range(0, 30, 3):
         left, place = blocks, tmp_path / f"cut{blocks}"
         try:
-            Texts([text], TOKENIZER, cache=place)(50)
+            TextMixture([text], TOKENIZER, cache=place)(50)
         except KeyboardInterrupt:
             cuts += 1
             for name in ("tokens", "documents"):
@@ -164,9 +164,9 @@ def test_every_format_interrupted_after_any_block(kind, tmp_path, monkeypatch, s
                     stream.write(b"torn")
             left = 1
             with contextlib.suppress(KeyboardInterrupt):  # and cut once more
-                Texts([text], TOKENIZER, cache=place)(50)
+                TextMixture([text], TOKENIZER, cache=place)(50)
             left = -1
-            Texts([text], TOKENIZER, cache=place)(50)
+            TextMixture([text], TOKENIZER, cache=place)(50)
         assert contents(place) == whole
     assert 3 < cuts < 10
 
@@ -174,12 +174,12 @@ def test_every_format_interrupted_after_any_block(kind, tmp_path, monkeypatch, s
 @pytest.mark.slow
 def test_killed_builds_go_on(tmp_path, small):
     file = write(tmp_path, ".jsonl.xz", documents(9000))
-    Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "whole")(50)
+    TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "whole")(50)
     whole, chance, kills, last = contents(tmp_path / "whole"), random.Random(0), 0, -1
     while not contents(tmp_path / "killed") == whole:
         process = os.fork()
         if not process:
-            Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "killed")(50)
+            TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "killed")(50)
             os._exit(0)
         time.sleep(chance.uniform(0.1, 0.6))
         os.kill(process, signal.SIGKILL)
@@ -194,14 +194,14 @@ def test_killed_builds_go_on(tmp_path, small):
 
 def test_a_cache_is_read_once(tmp_path, monkeypatch, small):
     file = write(tmp_path, ".jsonl", documents())
-    Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
-    monkeypatch.setattr(token_cache, "pieces", None)
-    again = Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")
+    TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
+    monkeypatch.setattr(token_cache, "read_pieces", None)
+    again = TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")
     same(again(20), pack(read_documents(file), TOKENIZER, 20))
     monkeypatch.undo()
     file.write_bytes(jsonl(documents(30)))  # another text under the same name, another tokenizer
-    same(Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(20), pack(documents(30), TOKENIZER, 20))
-    Texts([Text(str(file))], Letters(), cache=tmp_path / "cache")(20)
+    same(TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(20), pack(documents(30), TOKENIZER, 20))
+    TextMixture([Text(str(file))], Letters(), cache=tmp_path / "cache")(20)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -210,23 +210,23 @@ def test_any_number_of_processes_makes_the_same_cache(world, tmp_path, monkeypat
     for number in range(5):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
     text = Text(str(tmp_path / "*.jsonl"))
-    expected = Texts([text], TOKENIZER, cache=tmp_path / "one")(50)
-    monkeypatch.setattr(distributed, "world", lambda: world)
+    expected = TextMixture([text], TOKENIZER, cache=tmp_path / "one")(50)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
     begun = []
-    original = token_cache.Part.fill
+    original = token_cache.TokenCache.fill
 
     def noted(part: Any, *rest: Any) -> bool:
         begun.append(part.file.name)
         return original(part, *rest)
 
-    monkeypatch.setattr(token_cache.Part, "fill", noted)
+    monkeypatch.setattr(token_cache.TokenCache, "fill", noted)
     for rank in range(world):  # each begins with a file of its own; the first to come finishes what is left
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         corpus = Corpus(text, TOKENIZER, tmp_path / "many")
-        part, enough = corpus.missing(None)[rank]
+        part, enough = corpus.find_unread_files(None)[rank]
         assert part.fill(enough, False)
     assert begun == [f"{number}.jsonl" for number in ([0] if world == 1 else [0, 2] if world == 2 else [0, 2, 4])]
-    same(Texts([text], TOKENIZER, cache=tmp_path / "many")(50), expected[:])
+    same(TextMixture([text], TOKENIZER, cache=tmp_path / "many")(50), expected[:])
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert len(begun) == len(set(begun)) == 5
 
@@ -270,8 +270,8 @@ def test_bad_lines_are_named_or_counted(name, content, says, good, tmp_path, cap
         read_documents(file)
     where = str(tmp_path)
     with pytest.raises(RegraftError, match=f"{says}.*--skip-bad"):
-        Texts([Text(where)], TOKENIZER, cache=tmp_path / "cache")(2)
-    skipping = Texts([Text(where, skip_bad=True)], TOKENIZER, cache=tmp_path / "cache")
+        TextMixture([Text(where)], TOKENIZER, cache=tmp_path / "cache")(2)
+    skipping = TextMixture([Text(where, skip_bad=True)], TOKENIZER, cache=tmp_path / "cache")
     skipping(2)
     facts = skipping.facts()[0]
     bad = 3 if name == "b.jsonl" else 1
@@ -279,7 +279,7 @@ def test_bad_lines_are_named_or_counted(name, content, says, good, tmp_path, cap
     assert facts["documents"] == good + 1 if good is not None else 0 < facts["documents"] < 100
     assert re.search(f"left out {bad} bad lines: .*{says}", capsys.readouterr().err)
     with pytest.raises(RegraftError, match=says):  # the cache is there, and still the text is not good
-        Texts([Text(where)], TOKENIZER, cache=tmp_path / "cache")(2)
+        TextMixture([Text(where)], TOKENIZER, cache=tmp_path / "cache")(2)
 
 
 def test_bad_lines_are_counted_once_over_interruptions(tmp_path, monkeypatch, small):
@@ -287,8 +287,8 @@ def test_bad_lines_are_counted_once_over_interruptions(tmp_path, monkeypatch, sm
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     text = Text(str(tmp_path / "a.jsonl"), skip_bad=True)
     for tokens in (1, 1000, 2000, 3000):
-        Corpus(text, TOKENIZER, tmp_path / "cache").hold(tokens)
-    rows = Texts([text], TOKENIZER, cache=tmp_path / "cache")
+        Corpus(text, TOKENIZER, tmp_path / "cache").fill_caches(tokens)
+    rows = TextMixture([text], TOKENIZER, cache=tmp_path / "cache")
     rows(10)
     assert rows.facts()[0]["bad_lines"] == 9 and rows.facts()[0]["bad"][1].startswith(f"'{tmp_path}/a.jsonl' line 8 ")
 
@@ -303,12 +303,12 @@ def test_a_damaged_parquet_group_is_named(tmp_path):
     content[column.dictionary_page_offset : column.dictionary_page_offset + 12] = b"\xff" * 12
     file.write_bytes(content)
     with pytest.raises(RegraftError, match="text.parquet' rows 27 to 39 cannot be read"):
-        Texts([Text(str(file))], TOKENIZER)(10)
-    rows = Texts([Text(str(file), skip_bad=True)], TOKENIZER)
+        TextMixture([Text(str(file))], TOKENIZER)(10)
+    rows = TextMixture([Text(str(file), skip_bad=True)], TOKENIZER)
     rows(10)
     assert rows.facts()[0]["documents"] == 60 - 13
     with pytest.raises(RegraftError, match=r"no column 'story': choose --field of \['n', 'text'\]"):
-        Texts([Text(str(file), field="story")], TOKENIZER)(10)
+        TextMixture([Text(str(file), field="story")], TOKENIZER)(10)
 
 
 def test_paths(tmp_path):
@@ -318,7 +318,7 @@ def test_paths(tmp_path):
     (tmp_path / "odd,name.txt").write_text("odd")
 
     def named(path: str) -> list[str]:
-        return [str(file.relative_to(tmp_path)) for file in files.found(path)]
+        return [str(file.relative_to(tmp_path)) for file in files.find_files(path)]
 
     assert named(str(tmp_path)) == ["a.jsonl", "b.jsonl", "deep/c.jsonl.gz", "odd,name.txt"]
     assert named(f"{tmp_path}/*.jsonl") == ["a.jsonl", "b.jsonl"]
@@ -329,16 +329,16 @@ def test_paths(tmp_path):
     refusals = {"*.txt.gz": "no text at", "notes.md": "its name must end in", "gone.txt": "no text at"}
     for path, says in refusals.items():
         with pytest.raises(RegraftError, match=says):
-            files.found(tmp_path / path)
+            files.find_files(tmp_path / path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text(" \n\n\n\n")
     for path in ("empty", "empty.txt"):
         with pytest.raises(RegraftError, match="no text in"):
-            Texts([Text(str(tmp_path / path))], TOKENIZER)(10)
+            TextMixture([Text(str(tmp_path / path))], TOKENIZER)(10)
     with pytest.raises(RegraftError, match="4 tokens, less than one row of 10"):
-        Texts([Text(str(tmp_path / "odd,name.txt"))], TOKENIZER)(10)
+        TextMixture([Text(str(tmp_path / "odd,name.txt"))], TOKENIZER)(10)
     with pytest.raises(RegraftError, match="read is -1"):
-        Texts([Text(str(tmp_path), read=-1)], TOKENIZER)
+        TextMixture([Text(str(tmp_path), read=-1)], TOKENIZER)
 
 
 def test_packages_that_are_not_there_are_asked_for(tmp_path, monkeypatch):
@@ -364,7 +364,7 @@ def test_long_documents_are_cut_by_choice(length, tmp_path):
             dropped += len(ids[fits:])
             expected.append(row)
             row = []
-    rows = Texts([Text(str(tmp_path), long="cut")], TOKENIZER)
+    rows = TextMixture([Text(str(tmp_path), long="cut")], TOKENIZER)
     found = rows(length)[:]
     assert found.input_ids.tolist() == [[token for _, token in row] for row in expected]
     assert found.position_ids.tolist() == [[position for position, _ in row] for row in expected]
@@ -375,21 +375,21 @@ def test_long_documents_are_cut_by_choice(length, tmp_path):
 def test_no_more_is_read_than_is_needed(long, tmp_path, monkeypatch, small):
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
-    whole = Texts([Text(str(tmp_path), long=long, read=0)], TOKENIZER)(32)[:]
+    whole = TextMixture([Text(str(tmp_path), long=long, read=0)], TOKENIZER)(32)[:]
     text = Text(str(tmp_path), long=long, read=6400)
     for before in (None, 0, 2000, 30_000):  # whatever an earlier run left in the cache
         place = tmp_path / f"cache{before}"
         if before is not None:
-            Texts([Text(str(tmp_path), read=before)], TOKENIZER, cache=place)(32)
-        rows = Texts([text], TOKENIZER, cache=place)
+            TextMixture([Text(str(tmp_path), read=before)], TOKENIZER, cache=place)(32)
+        rows = TextMixture([text], TOKENIZER, cache=place)
         assert len(rows(32)) == 200 and torch.equal(rows(32)[:].input_ids, whole.input_ids[:200])
         facts = rows.facts()[0]
         assert facts["row_tokens"] == 6400 and facts["files"] == 9 and facts["file_bytes"] > facts["text_bytes"] > 0
         assert not facts["complete"] or before == 0
         if before is None:
             assert facts["files_read"] < 6 and facts["tokens"] < 30_000
-    monkeypatch.setattr(building, "FLOOR", 100)
-    assert len(Texts([Text(str(tmp_path), long=long)], TOKENIZER, need=640)(32)) == 20
+    monkeypatch.setattr(building, "MIN_READ_TOKENS", 100)
+    assert len(TextMixture([Text(str(tmp_path), long=long)], TOKENIZER, need=640)(32)) == 20
 
 
 def old(text: str) -> list[str]:
@@ -411,11 +411,11 @@ def test_text_is_split_alike_whatever_the_chunks(text, chunk, line, stop, tmp_pa
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(files, "CHUNK", chunk)
         patched.setattr(reading, "CHUNK", line)
-        whole = list(pieces(file, "text", Place(), Bad()))
+        whole = list(read_pieces(file, "text", ReadPosition(), BadLines()))
         assert [piece.text for piece in whole] == old(file.read_text(encoding="utf-8")) == read_documents_or_none(file)
         for piece in whole[stop : stop + 1]:  # and from the middle
-            place = Place(**json.loads(json.dumps(piece.after.json())))
-            rest = [later.text for later in pieces(file, "text", place, Bad())]
+            place = ReadPosition(**json.loads(json.dumps(piece.after.json())))
+            rest = [later.text for later in read_pieces(file, "text", place, BadLines())]
             assert rest == [later.text for later in whole[stop + 1 :]]
 
 
@@ -435,11 +435,11 @@ def test_long_documents_come_in_pieces(text, chunk, kind, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reading, "PIECE", 16)
         patched.setattr(reading, "NEAR", 8)
-        parts = list(pieces(file, "text", Place(), Bad()))
+        parts = list(read_pieces(file, "text", ReadPosition(), BadLines()))
         patched.setattr(files, "CHUNK", chunk)
-        again = list(pieces(file, "text", Place(), Bad()))
+        again = list(read_pieces(file, "text", ReadPosition(), BadLines()))
         patched.setattr(reading, "CHUNK", chunk)
-        small = list(pieces(file, "text", Place(), Bad()))
+        small = list(read_pieces(file, "text", ReadPosition(), BadLines()))
         assert [(p.text, p.ends) for p in parts] == [(p.text, p.ends) for p in again]
         assert [(p.text, p.ends) for p in parts] == [(p.text, p.ends) for p in small]
         joined = "".join(piece.text + "\0" * piece.ends for piece in parts).split("\0")[:-1]
@@ -447,7 +447,7 @@ def test_long_documents_come_in_pieces(text, chunk, kind, tmp_path_factory):
         assert all(len(piece.text.rstrip()) <= 16 for piece in parts)
         for number, piece in enumerate(small):
             if piece.after is not None:
-                rest = [p.text for p in pieces(file, "text", Place(**piece.after.json()), Bad())]
+                rest = [p.text for p in read_pieces(file, "text", ReadPosition(**piece.after.json()), BadLines())]
                 assert rest == [p.text for p in small[number + 1 :]]
 
 
@@ -474,7 +474,7 @@ def test_memory_does_not_grow_with_the_file(kind, tmp_path, monkeypatch):
         file = write(tmp_path, kind, texts)
         del texts
         tracemalloc.start()
-        Corpus(Text(str(file)), Counting(), tmp_path / f"cache{megabytes}").hold(None)
+        Corpus(Text(str(file)), Counting(), tmp_path / f"cache{megabytes}").fill_caches(None)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + 100_000 and peaks[1] < 3_000_000
@@ -486,9 +486,9 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         token_cache.os, "fsync", lambda stream: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(RegraftError, match="No space left on device.*--cache"):
-        Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
+        TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
     monkeypatch.undo()
-    same(Texts([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50), pack(documents(), TOKENIZER, 50))
+    same(TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50), pack(documents(), TOKENIZER, 50))
 
 
 def model_and_text(folder: Path) -> list[str]:
@@ -521,21 +521,21 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import speaking
 from regraft import distributed
-from regraft.data import cache
-from regraft.data.corpus import Text, Texts
-fill = cache.Part.fill
+from regraft.data import token_cache
+from regraft.data.corpus import Text, TextMixture
+fill = token_cache.TokenCache.fill
 def noted(part, *rest):
     if filled := fill(part, *rest):
-        sys.stdout.write(f"took {{part.file.name}} {{ranks.rank()}}\\n")  # at once: two processes share the output
+        sys.stdout.write(f"took {{part.file.name}} {{distributed.rank()}}\\n")  # at once: two processes share the output
         sys.stdout.flush()
     time.sleep(0.2)  # so that the other one comes to its turn
     return filled
-cache.Part.fill = noted
-with ranks.joined():
-    ranks.barrier()
-    rows = Texts([Text({data!r})], speaking.tokenizer(), cache=Path({out!r}))(50)
-    assert ranks.world() == 2 and len(set(ranks.gathered(len(rows)))) == 1
-    assert len({{str(part) for part in ranks.gathered(rows[:].input_ids.sum())}}) == 1
+token_cache.TokenCache.fill = noted
+with distributed.init_distributed():
+    distributed.barrier()
+    rows = TextMixture([Text({data!r})], speaking.tokenizer(), cache=Path({out!r}))(50)
+    assert distributed.world_size() == 2 and len(set(distributed.all_gather(len(rows)))) == 1
+    assert len({{str(part) for part in distributed.all_gather(rows[:].input_ids.sum())}}) == 1
 """
 
 
@@ -551,7 +551,7 @@ def test_two_processes_take_different_files(tmp_path):
     assert done.returncode == 0, done.stderr
     took = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("took"))
     assert done.stdout.count("took") == len(took) == 6 and set(took.values()) == {"0", "1"}
-    Texts([Text(names["data"])], TOKENIZER, cache=tmp_path / "one")(50)
+    TextMixture([Text(names["data"])], TOKENIZER, cache=tmp_path / "one")(50)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
@@ -561,26 +561,27 @@ def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
     text, own, kept = Text(str(tmp_path / "*.jsonl"), long=long, read=6400), tmp_path / "own", tmp_path / "cache"
-    first = Texts([text], TOKENIZER, own=own, cache=kept)(32)[:]
-    Texts([Text(text.path)], TOKENIZER, cache=kept)(32)
+    first = TextMixture([text], TOKENIZER, own=own, cache=kept)(32)[:]
+    TextMixture([Text(text.path)], TOKENIZER, cache=kept)(32)
     (tmp_path / "8.jsonl").write_bytes(jsonl(["other"]))
-    assert torch.equal(Texts([text], TOKENIZER, own=own, cache=kept)(32)[:].input_ids, first.input_ids)
+    assert torch.equal(TextMixture([text], TOKENIZER, own=own, cache=kept)(32)[:].input_ids, first.input_ids)
     with pytest.raises(RegraftError, match="not the one that this run began with"):
-        Texts([dataclasses.replace(text, read=3200)], TOKENIZER, own=own, cache=kept)(32)
+        TextMixture([dataclasses.replace(text, read=3200)], TOKENIZER, own=own, cache=kept)(32)
     (tmp_path / "0.jsonl").write_bytes(jsonl(documents(40, 99)))
     with pytest.raises(RegraftError, match=r"'0.jsonl, [\d,]+ bytes' then, '0.jsonl, [\d,]+ bytes' now"):
-        Texts([text], TOKENIZER, own=own, cache=kept)(32)
+        TextMixture([text], TOKENIZER, own=own, cache=kept)(32)
 
 
 def test_a_tokenizer_has_the_name_of_what_it_does():
     one, other = speaking.tokenizer(), speaking.tokenizer()
-    name = Tokens(one).name
+    name = BatchTokenizer(one).name
     other.backend_tokenizer.enable_truncation(5)
-    assert Tokens(other).name == name != Tokens(Letters()).name
+    assert BatchTokenizer(other).name == name != BatchTokenizer(Letters()).name
     assert (
-        Tokens(other)(["a long text"]) == Tokens(one)(["a long text"]) and len(Tokens(other)(["a long text"])[0]) == 11
+        BatchTokenizer(other)(["a long text"]) == BatchTokenizer(one)(["a long text"])
+        and len(BatchTokenizer(other)(["a long text"])[0]) == 11
     )
     other.add_tokens(["long"])
-    assert Tokens(other).name != name
+    assert BatchTokenizer(other).name != name
     other.eos_token = "<bos>"
-    assert Tokens(other).end == [1] and Tokens(one).end == [2]
+    assert BatchTokenizer(other).end == [1] and BatchTokenizer(one).end == [2]

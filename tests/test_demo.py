@@ -23,7 +23,7 @@ def pretend_packages(target):
 
 
 def test_held_out_topics_are_about_a_fifth_and_never_trained_on():
-    held, trained = default_text.held_out(), default_text.documentation()
+    held, trained = default_text.heldout_topics(), default_text.documentation()
     assert len(held) == len(default_text.HELD_OUT) and not set(held) & set(trained)
     assert 0.15 < sum(map(len, held)) / sum(map(len, held + trained)) < 0.25
     assert sum(len(document) > 12000 for document in held) >= 3, "long documents are what a state is measured on"

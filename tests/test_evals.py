@@ -138,16 +138,16 @@ def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
     models = {"teacher": str(source), "student": str(linearized)}
     measured = {name: bench.measure(path, 100, 1, 3) for name, path in models.items()}
     monkeypatch.setattr(bench, "free_bytes", lambda: 1000)
-    monkeypatch.setattr(bench, "worker", None)
+    monkeypatch.setattr(bench, "run_worker", None)
     rows = bench.bench(models, [100], batch=3)
     for name, (row,) in rows.items():
         assert row["decode_tok_s"] is row["prefill_tok_s"] is row["peak_bytes"] is None
         for key in ("length", "batch", "state_bytes", "converted_bytes", "kept_bytes"):
             assert row[key] == pytest.approx(measured[name][key], rel=0.02), (name, key)  # but for small marks
-    assert plots.lengths(rows).startswith(b"<?xml") and tables.speed(rows).row_count == 2
-    assert len(html.speed(rows)) == 2
+    assert plots.plot_speed(rows).startswith(b"<?xml") and tables.speed_table(rows).row_count == 2
+    assert len(html.speed_tables(rows)) == 2
 
 
 def test_a_failing_bench_says_why(tmp_path):
     with pytest.raises(RegraftError, match=r"bench of .* at 8 tokens failed: .*no model at"):
-        bench.worker(str(tmp_path / "nothing"), 8, 1)
+        bench.run_worker(str(tmp_path / "nothing"), 8, 1)

@@ -12,7 +12,7 @@ import transformers
 from models import ARCHITECTURES, FAMILIES, GROWABLE, inputs, tiny
 from safetensors.torch import load_file
 
-from regraft.core.anatomy import Anatomy, Part, find
+from regraft.core.anatomy import Anatomy, Part, find_anatomy
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.io.files import read_json
@@ -41,7 +41,7 @@ def saved(folder: Path, family: str, **keys: Any) -> Checkpoint:
 
 
 def expect_every_tensor_claimed(folder: Path, checkpoint: Checkpoint) -> None:
-    found = {checkpoint.anatomy.canonical(k): v for k, v in load_file(folder / "model.safetensors").items()}
+    found = {checkpoint.anatomy.canonical_name(k): v for k, v in load_file(folder / "model.safetensors").items()}
     shapes = {checkpoint.names[key]: lazy.shape for key, lazy in checkpoint.tensors.items()}
     assert shapes == {name: tuple(value.shape) for name, value in found.items()}
     assert not checkpoint.dropped
@@ -53,7 +53,7 @@ def expect_every_tensor_claimed(folder: Path, checkpoint: Checkpoint) -> None:
 def test_every_saved_tensor_is_claimed_with_its_shape(family: str, architecture: str | None, tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, family, architecture=architecture)
     expect_every_tensor_claimed(tmp_path, checkpoint)
-    assert checkpoint.anatomy.resized(checkpoint.config, checkpoint.sizes) == checkpoint.config
+    assert checkpoint.anatomy.resize_config(checkpoint.config, checkpoint.sizes) == checkpoint.config
     assert checkpoint.config["model_type"] == checkpoint.anatomy.family == family
     if architecture:
         assert checkpoint.config["architectures"] == [architecture]
@@ -63,7 +63,7 @@ def test_every_saved_tensor_is_claimed_with_its_shape(family: str, architecture:
 def test_parts_follow_the_config(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, family, **keys)
     expect_every_tensor_claimed(tmp_path, checkpoint)
-    assert checkpoint.anatomy.resized(checkpoint.config, checkpoint.sizes) == checkpoint.config
+    assert checkpoint.anatomy.resize_config(checkpoint.config, checkpoint.sizes) == checkpoint.config
 
 
 @pytest.mark.parametrize("family", GROWABLE)
@@ -80,11 +80,11 @@ def test_sizes_are_those_asked_for(family: str, tmp_path: Path) -> None:
 def test_missing_keys_take_the_class_defaults(family: str) -> None:
     """A config with only its sizes solves and scales as the class that fills in the rest."""
     config = tiny(family)[0]
-    anatomy = find(config.to_dict())
+    anatomy = find_anatomy(config.to_dict())
     plain = type(config)().to_dict()
-    required = anatomy.required()
+    required = anatomy.required_keys()
     assert anatomy.solve({key: plain[key] for key in required}) == anatomy.solve(plain)
-    filled = anatomy.filled({key: plain[key] for key in required})
+    filled = anatomy.fill_defaults({key: plain[key] for key in required})
     stated = {key for key in filled if plain.get(key) is not None}
     assert {key: filled[key] for key in stated} == {key: plain[key] for key in stated}
     computed = {key for key in filled if key.startswith("_")}
@@ -94,7 +94,7 @@ def test_missing_keys_take_the_class_defaults(family: str) -> None:
 @pytest.mark.parametrize("family", NEW)
 def test_switches_say_what_the_class_does(family: str) -> None:
     config, model = tiny(family)
-    anatomy = find(config.to_dict())
+    anatomy = find_anatomy(config.to_dict())
     assert anatomy.causal == (family not in ARCHITECTURES) and (anatomy.inputs == "pixels") == (
         family in ("vit", "dinov2")
     )
@@ -104,7 +104,7 @@ def test_switches_say_what_the_class_does(family: str) -> None:
     rotary = any(name.endswith("rotary_emb") for name, _ in model.named_modules())
     assert rotary == anatomy.rotary
     scales = {float(module.scaling) for module in model.modules() if hasattr(module, "scaling")}
-    full = anatomy.filled(config.to_dict())
+    full = anatomy.fill_defaults(config.to_dict())
     assert scales == {anatomy.scale(full, 8, layer) for layer in range(3)}
     assert anatomy.embed_scale == any(name.endswith("embed_scale") for name, _ in model.named_buffers())
 
@@ -112,7 +112,7 @@ def test_switches_say_what_the_class_does(family: str) -> None:
 @pytest.mark.parametrize("family", NEW)
 def test_attention_can_be_described(family: str) -> None:
     config = tiny(family)[0].to_dict()
-    attention = find(config).attention(config, 1)
+    attention = find_anatomy(config).attention(config, 1)
     assert (attention["kv"] * attention["group"], attention["dim"]) == (9, 8)
     assert attention["qkv_bias"] == (family in ("starcoder2", "phi", *ARCHITECTURES))
 
@@ -121,7 +121,7 @@ def test_attention_can_be_described(family: str) -> None:
 def test_gains_are_stored_as_the_table_says(family: str) -> None:
     """A norm whose stored gain means zero gives its bias, or nothing."""
     config, model = tiny(family)
-    anatomy = find(config.to_dict())
+    anatomy = find_anatomy(config.to_dict())
     gains = [part for role, part in anatomy.parts.items() if part.norm and part.axes.kind == "gain"]
     assert {part.axes.unit for part in gains} == {family.startswith("gemma")}
     norms = [module for module in model.modules() if type(module).__name__.endswith("Norm")]
@@ -149,21 +149,21 @@ def test_layer_types_are_derived_as_the_class_does() -> None:
     for family, keys in (("gemma2", {}), ("gemma3_text", {}), ("gemma3_text", {"sliding_window_pattern": 4})):
         config = tiny(family, layers=13, **keys)[0].to_dict()
         bare = {key: value for key, value in config.items() if key != "layer_types"} | keys
-        assert find(bare).filled(bare)["layer_types"] == config["layer_types"]
+        assert find_anatomy(bare).fill_defaults(bare)["layer_types"] == config["layer_types"]
 
 
 def test_layer_types_follow_their_layers() -> None:
     config = tiny("gemma3_text")[0].to_dict()
-    anatomy = find(config)
-    grown = anatomy.resized(config, anatomy.solve(config) | {"depth": 5}, order=[0, 0, 1, 1, 2])
+    anatomy = find_anatomy(config)
+    grown = anatomy.resize_config(config, anatomy.solve(config) | {"depth": 5}, order=[0, 0, 1, 1, 2])
     local, whole = "sliding_attention", "full_attention"
     assert grown["layer_types"] == [local, local, whole, whole, local] and grown["num_hidden_layers"] == 5
 
 
 def resized(family: str, **changes: int) -> dict[str, Any]:
     config = tiny(family, **({"architecture": "ViTModel"} if family == "vit" else {}))[0].to_dict()
-    anatomy = find(config)
-    return anatomy.resized(config, anatomy.solve(config) | changes)
+    anatomy = find_anatomy(config)
+    return anatomy.resize_config(config, anatomy.solve(config) | changes)
 
 
 def test_constraints_of_the_class_are_refused_with_the_nearest_size() -> None:
@@ -185,10 +185,10 @@ def test_dinov2_ratio_gives_the_width(tmp_path: Path) -> None:
     model = transformers.Dinov2Model(transformers.Dinov2Config.from_dict(grown))
     assert model.encoder.layer[4].mlp.fc1.weight.shape == (144, 48)
     config = tiny("dinov2", use_swiglu_ffn=True)[0].to_dict()
-    sizes = find(config).solve(config)
-    assert sizes["ffn"] == 48 and find(config).resized(config, sizes | {"ffn": 72})["mlp_ratio"] == 3
+    sizes = find_anatomy(config).solve(config)
+    assert sizes["ffn"] == 48 and find_anatomy(config).resize_config(config, sizes | {"ffn": 72})["mlp_ratio"] == 3
     with pytest.raises(RegraftError, match="use --ffn 96"):
-        find(config).resized(config, sizes | {"ffn": 80})
+        find_anatomy(config).resize_config(config, sizes | {"ffn": 80})
 
 
 def test_vit_keeps_heads_and_pooler_when_it_widens() -> None:
@@ -196,38 +196,38 @@ def test_vit_keeps_heads_and_pooler_when_it_widens() -> None:
     assert (grown["hidden_size"], grown["head_dim"], grown["pooler_output_size"]) == (50, 8, 36)
     old = tiny("vit", architecture="ViTModel", hidden=72)[0].to_dict()
     del old["head_dim"], old["pooler_output_size"]
-    sizes = find(old).solve(old)
-    assert (sizes["dim"], sizes["pool"]) == (8, 72) and find(old).resized(old, sizes) == old
-    grown = find(old).resized(old, sizes | {"hidden": 90})
+    sizes = find_anatomy(old).solve(old)
+    assert (sizes["dim"], sizes["pool"]) == (8, 72) and find_anatomy(old).resize_config(old, sizes) == old
+    grown = find_anatomy(old).resize_config(old, sizes | {"hidden": 90})
     assert (grown["head_dim"], grown["pooler_output_size"]) == (8, 72)
 
 
 def test_phi3_longrope_wants_hidden_to_be_heads_times_head_dim() -> None:
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
     config = tiny("phi3", hidden=72, rope_parameters=factors)[0].to_dict()
-    anatomy = find(config)
+    anatomy = find_anatomy(config)
     sizes = anatomy.solve(config)
-    assert anatomy.resized(config, sizes) == config
+    assert anatomy.resize_config(config, sizes) == config
     with pytest.raises(RegraftError, match="hidden // heads to be head_dim 8, got 90 // 9: use --hidden 72"):
-        anatomy.resized(config, sizes | {"hidden": 90})
+        anatomy.resize_config(config, sizes | {"hidden": 90})
 
 
 def test_phi_norms_want_hidden_to_be_heads_times_head_dim() -> None:
     config = tiny("phi", hidden=72, qk_layernorm=True)[0].to_dict()
-    sizes = find(config).solve(config)
+    sizes = find_anatomy(config).solve(config)
     with pytest.raises(RegraftError, match="hidden // heads to be head_dim 8, got 90 // 9: use --hidden 72"):
-        find(config).resized(config, sizes | {"hidden": 90})
+        find_anatomy(config).resize_config(config, sizes | {"hidden": 90})
     plain = config | {"qk_layernorm": False}
-    assert find(plain).resized(plain, sizes | {"hidden": 90})["head_dim"] == 8
+    assert find_anatomy(plain).resize_config(plain, sizes | {"hidden": 90})["head_dim"] == 8
 
 
 def test_classes_without_a_table_are_named() -> None:
     config = {**tiny("bert")[0].to_dict(), "architectures": ["BertForMultipleChoice"]}
     with pytest.raises(RegraftError, match=r"no table for the class 'BertForMultipleChoice'.*use BertModel, BertForM"):
-        find(config).place(config)
+        find_anatomy(config).place(config)
     patches = {**tiny("vit")[0].to_dict(), "patch_size": [5, 3]}
     with pytest.raises(RegraftError, match="patches of 5 x 3"):
-        find(patches).place(patches)
+        find_anatomy(patches).place(patches)
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -235,7 +235,7 @@ def test_without_architectures_a_config_is_the_base_model(family: str, tmp_path:
     base = next(name for name in ARCHITECTURES[family] if name.endswith("Model"))
     config = saved(tmp_path, family, architecture=base).config
     bare = {key: value for key, value in config.items() if key != "architectures"}
-    assert find(bare).place(bare) == find(config).place(config)
+    assert find_anatomy(bare).place(bare) == find_anatomy(config).place(config)
 
 
 def test_what_a_class_does_not_read_is_dropped_with_a_reason(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_what_a_class_does_not_read_is_dropped_with_a_reason(tmp_path: Path) -> 
 @pytest.mark.parametrize("family", NEW)
 def test_streams_are_joined(family: str) -> None:
     """Whatever is read is written, every scale is used, and every branch ends in a norm or in the stream."""
-    anatomy: Anatomy = find(tiny(family)[0].to_dict())
+    anatomy: Anatomy = find_anatomy(tiny(family)[0].to_dict())
     parts: list[Part] = list(anatomy.parts.values())
     hidden = [part for part in parts if "hidden" in (*part.axes.inputs, *part.axes.outputs[0])]
     written = {part.writes for part in hidden if "hidden" in part.axes.outputs[0]}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from regraft import modeling
 from regraft.cli import main as cli
-from regraft.core.anatomy import find
+from regraft.core.anatomy import find_anatomy
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
@@ -60,7 +60,7 @@ def counted(model: PreTrainedModel, given: dict[str, torch.Tensor], ours: bool =
     """(forward, forward and backward) FLOPs as PyTorch counts them; `ours`: with `flops.counter`'s further kernels."""
     found = []
     for back in (False, True):
-        with flops.counter() if ours else FlopCounterMode(display=False) as counter:
+        with flops.build_flop_counter() if ours else FlopCounterMode(display=False) as counter:
             value = outputs(model, given)
             if back:
                 value.backward()
@@ -76,8 +76,8 @@ def rows(config: Any, length: int) -> dict[str, torch.Tensor]:
 def agrees(config: dict[str, Any] | Checkpoint, model: PreTrainedModel, length: int, ours: bool) -> None:
     """Both passes; far closer than the promised 1 %, so that a head on too many positions shows."""
     forward, training = counted(model, rows(model.config, length), ours)
-    assert flops.forward(config, length, 2) == pytest.approx(forward, rel=0.001)
-    assert flops.training(config, length, 2) == pytest.approx(training, rel=0.001)
+    assert flops.forward_flops(config, length, 2) == pytest.approx(forward, rel=0.001)
+    assert flops.training_flops(config, length, 2) == pytest.approx(training, rel=0.001)
 
 
 @pytest.mark.parametrize(("family", "architecture"), CASES)
@@ -86,13 +86,13 @@ def test_every_family_and_class(family: str, architecture: str | None) -> None:
     for length in (13, 39):
         agrees(config.to_dict(), model, length, ours=True)
     model.set_attn_implementation("eager")  # kernels that PyTorch's own table has
-    if find(config.to_dict()).routed:
+    if find_anatomy(config.to_dict()).routed:
         model.set_experts_implementation("eager")
     for length in (13, 39):
         agrees(config.to_dict(), model, length, ours=False)
     if "image_size" not in config.to_dict():
         short, long = (counted(model, rows(config, length))[1] for length in (13, 39))
-        square = flops.training(config.to_dict(), 39, 2) - 3 * flops.training(config.to_dict(), 13, 2)
+        square = flops.training_flops(config.to_dict(), 39, 2) - 3 * flops.training_flops(config.to_dict(), 13, 2)
         assert square == pytest.approx(long - 3 * short, rel=0.01)  # of attention alone, but for a head on one position
 
 
@@ -102,7 +102,7 @@ def test_after_growth(family: str, tmp_path: Path) -> None:
     target = Growth(ffn=144, layers=5)(Checkpoint.open(tmp_path))
     for length in (13, 39):
         agrees(target, modeling.materialize(target), length, ours=True)
-    assert flops.forward(target, 13) > 1.5 * flops.forward(Checkpoint.open(tmp_path), 13)
+    assert flops.forward_flops(target, 13) > 1.5 * flops.forward_flops(Checkpoint.open(tmp_path), 13)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_options_of_a_family(family: str, keys: dict[str, Any]) -> None:
     else:
         given = rows(config, 39)
     forward, training = counted(model, given, ours=True)
-    assert flops.forward(config.to_dict(), 39, 2) == pytest.approx(forward, rel=0.001)
-    assert flops.training(config.to_dict(), 39, 2) == pytest.approx(training, rel=0.001)
+    assert flops.forward_flops(config.to_dict(), 39, 2) == pytest.approx(forward, rel=0.001)
+    assert flops.training_flops(config.to_dict(), 39, 2) == pytest.approx(training, rel=0.001)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -157,7 +157,7 @@ def test_the_loops_ledger(remix: Remix | None, tmp_path: Path) -> None:
     target = remix(target) if remix else target
     stage = Stage("next", 256, length=128, batch=2, precision="float32")
     found = per_step(modeling.materialize(target), stage, text(128), tmp_path / "run")
-    assert found == pytest.approx(flops.training(target, 128, 2), rel=0.01)
+    assert found == pytest.approx(flops.training_flops(target, 128, 2), rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -165,7 +165,7 @@ def test_the_loops_ledger_of_masked_tokens(family: str, tmp_path: Path) -> None:
     config, model = tiny(family)
     stage = Stage("mask", 64, length=32, batch=2, precision="float32")
     found = per_step(model, stage, text(32), tmp_path)
-    assert found == pytest.approx(flops.training(config.to_dict(), 32, 2), rel=0.01)
+    assert found == pytest.approx(flops.training_flops(config.to_dict(), 32, 2), rel=0.01)
 
 
 @pytest.mark.parametrize(("family", "architecture"), [("vit", None), ("dinov2", "Dinov2ForImageClassification")])
@@ -173,14 +173,14 @@ def test_the_loops_ledger_of_images(family: str, architecture: str | None, tmp_p
     config, model = tiny(family, architecture=architecture)
     stage = Stage("image", 2, length=1, batch=2, precision="float32")
     found = per_step(model, stage, Images(made(config, 4)["pixel_values"], torch.arange(4)), tmp_path)
-    assert found == pytest.approx(flops.training(config.to_dict(), 1, 2), rel=0.01)
+    assert found == pytest.approx(flops.training_flops(config.to_dict(), 1, 2), rel=0.01)
 
 
 @pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
 def test_fused_kernels_count_as_plain_products_do(kernel: str) -> None:
     heads = torch.empty(2, 4, 10, 8, device="meta")
     op = f"_scaled_dot_product_{kernel}"
-    table = flops.counter().flop_registry
+    table = flops.build_flop_counter().flop_registry
     forward = table[getattr(torch.ops.aten, op)](heads, heads, heads)
     backward = table[getattr(torch.ops.aten, f"{op}_backward")](heads, heads, heads, heads)
     assert forward == 2 * 2 * (2 * 4 * 10 * 10 * 8) and backward == 2 * forward
@@ -189,9 +189,9 @@ def test_fused_kernels_count_as_plain_products_do(kernel: str) -> None:
 def test_what_has_no_count() -> None:
     config = tiny("bert")[0].to_dict()
     with pytest.raises(RegraftError, match="rows of 42 tokens in a bert: give 1 to 41"):
-        flops.forward(config, 42)
+        flops.forward_flops(config, 42)
     with pytest.raises(RegraftError, match="rows of 0 tokens"):
-        flops.forward(tiny("llama")[0].to_dict(), 0)
+        flops.forward_flops(tiny("llama")[0].to_dict(), 0)
 
 
 def test_the_plan_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +200,7 @@ def test_the_plan_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     said = json.loads(capsys.readouterr().out)
     source, target = said["row_flops_per_token"]["source"], said["row_flops_per_token"]["target"]
     assert said["row_tokens"] == 64 and target["training"] == 3 * target["forward"]
-    assert source["forward"] == flops.forward(Checkpoint.open(tmp_path), 64) // 64 < target["forward"]
+    assert source["forward"] == flops.forward_flops(Checkpoint.open(tmp_path), 64) // 64 < target["forward"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -210,6 +210,6 @@ def test_a_decoded_token_costs_what_one_step_through_the_cache_does(family: str,
     model = modeling.materialize(source)
     with torch.no_grad():
         past = modeling.cache_of(model(tokens(1, 40)))
-        with flops.counter() as counter:
-            model(tokens(1, 1), **modeling.given(past))
+        with flops.build_flop_counter() as counter:
+            model(tokens(1, 1), **modeling.cache_kwargs(past))
     assert Plan.of(source, source, context=41).flops_per_token["source"] == counter.get_total_flops()

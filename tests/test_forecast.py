@@ -21,11 +21,18 @@ from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 from regraft.plan import forecast
 from regraft.plan import step_memory as simulation
-from regraft.plan.fake_tensors import Alive
-from regraft.plan.forecast import Asked, at_worst, footprint, largest, moments, number
+from regraft.plan.fake_tensors import LiveMemoryCounter
+from regraft.plan.forecast import (
+    TrainingForecastRequest,
+    largest_micro_batch,
+    memory_by_moment,
+    parse_number,
+    peak_memory,
+    plan_step_memory,
+)
 from regraft.train import objectives, stage
 from regraft.train.align import align_step
-from regraft.train.gradient_checkpointing import recomputing
+from regraft.train.gradient_checkpointing import set_gradient_checkpointing
 
 LENGTH = 96
 LINEAR = Remix("gated_deltanet", "0", window=16, sinks=2)
@@ -48,18 +55,18 @@ def text(rows: int) -> Packed:
     return Packed(ids, places, torch.full((rows,), LENGTH))
 
 
-def taken(source: Checkpoint, target: Checkpoint, asked: Asked, rows: int) -> float:
+def taken(source: Checkpoint, target: Checkpoint, asked: TrainingForecastRequest, rows: int) -> float:
     """Bytes alive at the worst moment of a real step, beside the weights."""
     fast, given = asked.precision == "bfloat16", text(rows)
     model, teacher = modeling.materialize(target), modeling.materialize(source)
     teacher.requires_grad_(False)
     stage.parameter_groups(model, stage.Stage(asked.stage, LENGTH, LENGTH))
-    recomputing(model, asked.checkpointing)
+    set_gradient_checkpointing(model, asked.checkpointing)
     known = [tensor for one in (model, teacher) for tensor in (*one.parameters(), *one.buffers())]
-    with Alive(known) as alive:
+    with LiveMemoryCounter(known) as alive:
         if asked.stage == "next":
-            seen, labels = objectives.targets(model, "next", given)
-            objectives.loss_of(model, "next", seen, labels, fast).backward()
+            seen, labels = objectives.build_targets(model, "next", given)
+            objectives.compute_loss_on_targets(model, "next", seen, labels, fast).backward()
         elif asked.stage == "distil":
             stage.distil_step(model, teacher, given, fast)
         else:
@@ -83,11 +90,11 @@ def test_the_memory_model_is_that_of_real_tensors(
     family: str, kind: Any, flags: dict[str, Any], tied: bool, tmp_path: Path
 ) -> None:
     made = saved(tmp_path, family, tie_word_embeddings=tied)
-    asked = Asked(stage=kind, length=LENGTH, **({"precision": "float32"} | flags))
-    step = footprint(made, made if kind == "distil" else None, asked)
-    assert step.weights == step.learning == sum(lazy.size for lazy in made.tensors.values())
+    asked = TrainingForecastRequest(stage=kind, length=LENGTH, **({"precision": "float32"} | flags))
+    step = plan_step_memory(made, made if kind == "distil" else None, asked)
+    assert step.weight_count == step.trainable_count == sum(lazy.size for lazy in made.tensors.values())
     for rows in (1, 5):
-        used = at_worst(step, asked, rows, False)
+        used = peak_memory(step, asked, rows, False)
         told = sum(used.values()) - used["parameters"] - used["adam"] - used["teacher"]
         assert 0.9 < told / taken(made, made, asked, rows) < 1.15
 
@@ -95,71 +102,77 @@ def test_the_memory_model_is_that_of_real_tensors(
 @pytest.mark.parametrize("kind, precision", [("distil", "bfloat16"), ("align", "float32")])
 def test_the_memory_model_holds_for_mixers(source: Checkpoint, kind: Any, precision: Any) -> None:
     target = LINEAR(source)
-    asked = Asked(stage=kind, length=LENGTH, precision=precision)
-    step = footprint(target, source if kind != "next" else None, asked)
-    assert (step.learning < step.weights) == (kind == "align")
-    used = at_worst(step, asked, 3, False)
+    asked = TrainingForecastRequest(stage=kind, length=LENGTH, precision=precision)
+    step = plan_step_memory(target, source if kind != "next" else None, asked)
+    assert (step.trainable_count < step.weight_count) == (kind == "align")
+    used = peak_memory(step, asked, 3, False)
     told = sum(used.values()) - used["parameters"] - used["adam"] - used["teacher"]
     assert 0.85 < told / taken(source, target, asked, 3) < 1.25
 
 
 def test_counting_flops_keeps_nothing_that_checkpointing_frees(source: Checkpoint) -> None:
     model, given = modeling.materialize(source), text(4)
-    recomputing(model, True)
-    seen, labels = objectives.targets(model, "next", given)
+    set_gradient_checkpointing(model, True)
+    seen, labels = objectives.build_targets(model, "next", given)
     peaks = []
-    for counting in (nullcontext(), flops.counter()):
-        with Alive([*model.parameters(), *model.buffers()]) as alive, counting:
-            objectives.loss_of(model, "next", seen, labels).backward()
+    for counting in (nullcontext(), flops.build_flop_counter()):
+        with LiveMemoryCounter([*model.parameters(), *model.buffers()]) as alive, counting:
+            objectives.compute_loss_on_targets(model, "next", seen, labels).backward()
         peaks.append(alive.peak)
         model.zero_grad(set_to_none=True)
     assert peaks[1] < 1.3 * peaks[0]  # 2.5 with the record of modules; what it takes apart has temporaries of its own
 
 
 def test_short_rows_tell_what_linear_mixers_take_on_long_ones(source: Checkpoint, monkeypatch: Any) -> None:
-    asked = Asked(stage="distil", length=256, precision="float32")
-    whole = footprint(LINEAR(source), source, asked)
-    monkeypatch.setattr(simulation, "SHORT", 128)
-    short = footprint(LINEAR(source), source, asked)
+    asked = TrainingForecastRequest(stage="distil", length=256, precision="float32")
+    whole = plan_step_memory(LINEAR(source), source, asked)
+    monkeypatch.setattr(simulation, "SHORT_LENGTH", 128)
+    short = plan_step_memory(LINEAR(source), source, asked)
     for one, other in zip(whole.layers, short.layers, strict=True):
         assert other.kept(4) == pytest.approx(one.kept(4), rel=0.05)
         assert other.working(4) == pytest.approx(one.working(4), rel=0.15)
 
 
 def test_sharding_divides_what_stays_and_gathers_what_runs(source: Checkpoint) -> None:
-    asked = Asked(stage="distil", length=LENGTH)
-    step = footprint(source, source, asked)
-    one, four = (at_worst(step, replace(asked, gpus=gpus), 1, False) for gpus in (1, 4))
+    asked = TrainingForecastRequest(stage="distil", length=LENGTH)
+    step = plan_step_memory(source, source, asked)
+    one, four = (peak_memory(step, replace(asked, gpus=gpus), 1, False) for gpus in (1, 4))
     for name in ("parameters", "adam", "teacher"):
         assert four[name] == one[name] / 4
     assert one["gathered"] == 0 < four["gathered"]
-    assert one["parameters"] == 4 * step.weights and one["adam"] == 8 * step.weights
-    summed = at_worst(step, replace(asked, gpus=4), 1, True)
-    assert summed["gradients"] >= step.weights  # 4 bytes each, over 4 GPUs
+    assert one["parameters"] == 4 * step.weight_count and one["adam"] == 8 * step.weight_count
+    summed = peak_memory(step, replace(asked, gpus=4), 1, True)
+    assert summed["gradients"] >= step.weight_count  # 4 bytes each, over 4 GPUs
 
 
 def test_the_largest_micro_batch_is_the_largest_that_fits(source: Checkpoint) -> None:
-    asked = Asked(stage="next", length=LENGTH, memory="300MB", tokens="1M", price=2.0, gpus=2, batch=64)
-    step = footprint(source, None, asked)
-    room = int(asked.bytes * (1 - forecast.RESERVE))
-    most = largest(step, asked, room)
-    assert sum(at_worst(step, asked, most, most < 32).values()) <= room
-    assert sum(at_worst(step, asked, most + 1, most + 1 < 32).values()) > room
+    asked = TrainingForecastRequest(
+        stage="next", length=LENGTH, memory="300MB", tokens="1M", price=2.0, gpus=2, batch=64
+    )
+    step = plan_step_memory(source, None, asked)
+    room = int(asked.memory_bytes * (1 - forecast.RESERVE))
+    most = largest_micro_batch(step, asked, room)
+    assert sum(peak_memory(step, asked, most, most < 32).values()) <= room
+    assert sum(peak_memory(step, asked, most + 1, most + 1 < 32).values()) > room
     facts = forecast.forecast(source, source, asked)
     assert facts["largest_micro_batch"] == most and facts["micro_batch"] * facts["accumulation"] * 2 == 64
-    assert facts["used_bytes"] <= room and len(list(moments(step, asked, 1, False))) == 5
-    per = flops.training(source, LENGTH) / LENGTH
+    assert facts["used_bytes"] <= room and len(list(memory_by_moment(step, asked, 1, False))) == 5
+    per = flops.training_flops(source, LENGTH) / LENGTH
     assert facts["tokens_per_second"] == pytest.approx(2 * 989e12 * facts["share"] / per)
     assert facts["gpu_hours"] == pytest.approx(1e6 / facts["tokens_per_second"] / 3600 * 2)
     assert facts["cost"] == pytest.approx(2 * facts["gpu_hours"]) and facts["tokens"] == 10**6
     assert facts["days"] * 48 == pytest.approx(facts["gpu_hours"])
     again = forecast.forecast(source, source, replace(asked, checkpointing=True, stage="distil"))
-    assert again["teacher_flops_per_token"] == again["again_flops_per_token"] == flops.forward(source, LENGTH) / LENGTH
+    assert (
+        again["teacher_flops_per_token"]
+        == again["again_flops_per_token"]
+        == flops.forward_flops(source, LENGTH) / LENGTH
+    )
 
 
 @pytest.mark.parametrize("memory", ["5MB", "4MB"])
 def test_what_does_not_fit_says_what_would(source: Checkpoint, memory: str) -> None:
-    asked = Asked(stage="next", length=LENGTH, memory=memory)
+    asked = TrainingForecastRequest(stage="next", length=LENGTH, memory=memory)
     with pytest.raises(RegraftError, match=r"one row of 96 tokens takes .* of the 0.0 GB") as refusal:
         forecast.forecast(source, source, asked)
     gpus = re.search(r"give (\d+) GPUs", str(refusal.value))
@@ -173,9 +186,9 @@ def test_what_does_not_fit_says_what_would(source: Checkpoint, memory: str) -> N
 
 def test_numbers_are_read_as_they_are_said() -> None:
     said = {"80GB": 80 * 10**9, "1.5B": 1_500_000_000, "200000": 200_000, "64 MB": 64_000_000, "2k": 2000}
-    assert {text: number(text, "tokens") for text in said} == said
+    assert {text: parse_number(text, "tokens") for text in said} == said
     with pytest.raises(RegraftError, match="memory is 'much'"):
-        number("much", "memory")
+        parse_number("much", "memory")
 
 
 def test_the_verb_says_it(source: Checkpoint, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

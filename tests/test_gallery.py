@@ -47,7 +47,7 @@ def test_the_page_is_what_the_operators_say(page: Any) -> None:
 def test_every_operator_has_its_section_and_picture(page: Any) -> None:
     for name, one in [*WIDTH.items(), *DEPTH.items()]:
         section = page.text.split(f"\n### {name}\n")[1].split("\n### ")[0]
-        assert one.when in section and one.cited in section and f"](gallery/{name}" in section
+        assert one.when in section and one.papers_text in section and f"](gallery/{name}" in section
     assert "docs/gallery.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -108,8 +108,8 @@ def test_the_stream_is_traced_under_both_norms(gallery: ModuleType) -> None:
 
 @pytest.mark.parametrize("how", DEPTH)
 def test_layers_are_traced(how: str, gallery: ModuleType) -> None:
-    slots = gallery.deeper(how)
-    order = depth.layers(how, 6, len(slots))
+    slots = gallery.trace_layers(how)
+    order = depth.build_layer_order(how, 6, len(slots))
     assert [slot.idle for slot in slots] == [layer.new for layer in order]
     told = [layer.source for layer in order if how != "identity" or not layer.new]
     assert [slot.source for slot in slots if slot.source is not None] == told

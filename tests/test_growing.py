@@ -39,7 +39,7 @@ def test_grow_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     code, said, _ = run(capsys, "check", given, out, "--json")
     receipts = json.loads(said)
     assert code == 0 and receipts["holds"] and receipts["exact"] and receipts["rel_logit_diff"] < 2e-5
-    assert receipts["greedy"] == growth.NEW and not receipts["unaccounted"]
+    assert receipts["greedy"] == growth.GREEDY_TOKENS and not receipts["unaccounted"]
     code, said, _ = run(capsys, "check", given, out)
     assert code == 0 and "greedy tokens that agree" in said
 
@@ -69,10 +69,10 @@ def test_auto_is_the_operators_that_it_stands_for(family: str, stands: tuple[str
     width, deep = stands
     ours, theirs = Growth(**sizes, how="auto")(before), Growth(**sizes, how=width, depth_how=deep)(before)
     assert all(torch.equal(lazy.read(), theirs.tensors[key].read()) for key, lazy in ours.tensors.items())
-    assert Growth(**sizes, how="auto").exact(before) == (width != "copy")
+    assert Growth(**sizes, how="auto").is_exact(before) == (width != "copy")
     stacked = Growth(**sizes, how="auto", depth_how="stack")
-    assert not stacked.exact(before) and stacked.chosen(before).how == "pad"
-    assert not Growth(to="there", depth_how="stack").exact(before)
+    assert not stacked.is_exact(before) and stacked.resolve_auto(before).how == "pad"
+    assert not Growth(to="there", depth_how="stack").is_exact(before)
 
 
 def test_a_direct_copy_is_grown_and_said_to_be_inexact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, GROWABLE, apart, inputs, outputs, tiny
+from models import ARCHITECTURES, GROWABLE, inputs, max_relative_difference, outputs, tiny
 
 from regraft.checks import growth
-from regraft.core.anatomy import find
+from regraft.core.anatomy import find_anatomy
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.part import Part
 from regraft.errors import RegraftError
@@ -49,7 +49,7 @@ def difference(family: str, folder: Path, *steps: Any, architecture: str | None 
     given = inputs(config)
     before, after = outputs(model, given), outputs(stock, given)
     axis = 1 if architecture == "Dinov2Backbone" else -1
-    return max(apart(before[name], after[name], axis) for name in before)
+    return max(max_relative_difference(before[name], after[name], axis) for name in before)
 
 
 def can(step: Any, family: str, folder: Path, **keys: Any) -> float:
@@ -240,7 +240,7 @@ def test_a_linearized_model_grows_too(family: str, step: str, tmp_path: Path) ->
     grown.save(tmp_path / "out")
     given = {"input_ids": torch.arange(24)[None] + 3}
     before, after = (outputs(load(tmp_path / name), given)["logits"] for name in ("mixed", "out"))
-    assert apart(before, after) < BOUND
+    assert max_relative_difference(before, after) < BOUND
 
 
 def test_wider_normed_heads_that_cannot_learn_are_said(tmp_path: Path) -> None:
@@ -264,8 +264,8 @@ def test_decoding_through_the_cache_gives_the_same(family: str, tmp_path: Path) 
     hidden = 144 if family in COUPLED else 72
     assert difference(family, tmp_path, Widen(hidden=hidden, ffn=104), Deepen(4)) < BOUND
     source, out = Checkpoint.open(tmp_path / "source"), Checkpoint.open(tmp_path / "out")
-    found = growth.compare(source, out, seed=0)
-    assert found["parallel_vs_recurrent"] < BOUND and found["greedy"] == growth.NEW
+    found = growth.compare_models(source, out, seed=0)
+    assert found["parallel_vs_recurrent"] < BOUND and found["greedy"] == growth.GREEDY_TOKENS
 
 
 @pytest.mark.parametrize("family", GROWABLE)
@@ -292,7 +292,7 @@ def test_the_algebra_holds_in_double_precision(family: str, tmp_path: Path, monk
             each.set_experts_implementation("eager")
         given = {k: v if v.dtype == torch.long else v.double() for k, v in inputs(model.config).items()}
         before, after = (outputs(each, given) for each in pair)
-    worst = max(apart(before[name], after[name]) for name in before)
+    worst = max(max_relative_difference(before[name], after[name]) for name in before)
     assert worst < (1e-8 if family in AFTER else 1e-10), worst
 
 
@@ -339,7 +339,7 @@ WIDE = {"gpt2": 144, "gpt_neox": 96, "dinov2": 72, "gemma2": 45, "llama": 45}
 def test_wrong_tables_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused, or visibly another function: no mistake in a table goes unnoticed."""
     family, mutate = MUTATIONS[name]
-    anatomy = find({"model_type": family})
+    anatomy = find_anatomy({"model_type": family})
     keys = {"tie_word_embeddings": True} if family == "llama" else {}
     heads = {"heads": 9, "head_dim": 16} if family == "gpt2" else {}
     ffn = 288 if family == "dinov2" else 60

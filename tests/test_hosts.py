@@ -77,7 +77,7 @@ def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str
     for cuts in ([1] * 60, [7, 1, 1, 40, 11], [59, 1]):
         cache, parts = None, []
         for piece in ids.split(cuts, 1):
-            out = model(piece, **modeling.given(cache), use_cache=True)
+            out = model(piece, **modeling.cache_kwargs(cache), use_cache=True)
             cache = modeling.cache_of(out)
             parts.append(out.logits)
         assert relative(torch.cat(parts, 1), whole) < TOLERANCE
@@ -157,7 +157,7 @@ def test_every_mixer_saves_loads_and_generates(sources: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
 def test_remote_code_brings_all_that_it_imports(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
-    remote_code.write(tmp_path, remix(Checkpoint.open(sources["llama"])).config)
+    remote_code.write_remote_code(tmp_path, remix(Checkpoint.open(sources["llama"])).config)
     for file in tmp_path.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -202,11 +202,11 @@ def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
     with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 1, 4, 4\)"):
         model(ids, attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(RegraftError, match="StaticLayer.*DynamicCache"):
-        model(ids, **modeling.given(StaticCache(config=model.config.host_config(), max_cache_len=8)))
-    with pytest.raises(RegraftError, match="no branch 'linera'"), modeling.branch(model, "linera"):
+        model(ids, **modeling.cache_kwargs(StaticCache(config=model.config.host_config(), max_cache_len=8)))
+    with pytest.raises(RegraftError, match="no branch 'linera'"), modeling.force_branch(model, "linera"):
         pass
     cache = DynamicCache(config=model.config)
-    model(ids, **modeling.given(cache))
+    model(ids, **modeling.cache_kwargs(cache))
     with pytest.raises(ValueError, match="cannot take 2 tokens back"):
         cache.crop(-2)
 
@@ -228,7 +228,7 @@ def test_the_cache_has_two_names_and_reaches_every_mixer(sources: dict[str, Path
 def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
     model, ids = linearized(sources["llama"], REMIXES["hybrid"]), tokens(1, 40)
     free = model(ids).logits
-    with modeling.branch(model, "window"):
+    with modeling.force_branch(model, "window"):
         window = model(ids).logits
     assert not torch.equal(free, window) and torch.equal(model(ids).logits, free)
 
@@ -238,7 +238,7 @@ def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
 def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(dtype, family, tmp_path):
     tiny(family)[1].to(dtype).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    real, empty = modeling.materialize(checkpoint), modeling.outline(checkpoint)
+    real, empty = modeling.materialize(checkpoint), modeling.build_meta_model(checkpoint)
     assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in empty.parameters())
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}

@@ -11,8 +11,8 @@ from test_mixers import LIGER, RADLADS, SHAPES, made, relative, rotary
 from torch import Tensor
 
 from regraft.mixers import kernels
-from regraft.mixers.base import Mixer, Mixing
-from regraft.mixers.recurrence import naive
+from regraft.mixers.base import Mixer, MixerContext
+from regraft.mixers.recurrence import naive_recurrence
 from regraft.mixers.vector import naive_vector
 
 SPECS = {
@@ -55,9 +55,9 @@ def stand_in(operation: str, calls: list[tuple]) -> Callable[..., tuple[Tensor, 
             parts = [t[row : row + 1, span].float().transpose(1, 2) for t in (q, k, v, g)]
             start = None if initial_state is None else initial_state[index : index + 1]
             if operation == "gated_delta_rule":
-                out, last = naive(*parts, extra[row : row + 1, span].transpose(1, 2), None, start)
+                out, last = naive_recurrence(*parts, extra[row : row + 1, span].transpose(1, 2), None, start)
             elif operation == "simple_gla":
-                out, last = naive(*parts, None, None, start)
+                out, last = naive_recurrence(*parts, None, None, start)
             else:
                 out, last = naive_vector(*parts, extra, None, start)
             outputs.append(out.transpose(1, 2))
@@ -73,7 +73,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     """What the stand-ins were asked for; they stand in for tensors of this machine's processor."""
     found: list[tuple] = []
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
-    monkeypatch.setattr(kernels, "find", lambda operation: stand_in(operation, found))
+    monkeypatch.setattr(kernels, "find_kernel", lambda operation: stand_in(operation, found))
     yield found
 
 
@@ -82,13 +82,13 @@ def runs(mixer: Mixer) -> list[Tensor]:
     torch.manual_seed(1)
     x = torch.randn(2, 90, 36)
     place = lambda begin, end: rotary(torch.arange(begin, end).expand(2, -1), ATTENTION)  # noqa: E731
-    first, state = mixer(x[:, :70], Mixing(place(0, 70)))
-    second, state = mixer(x[:, 70:], Mixing(place(70, 90)), state)
+    first, state = mixer(x[:, :70], MixerContext(place(0, 70)))
+    second, state = mixer(x[:, 70:], MixerContext(place(70, 90)), state)
     valid = torch.ones(2, 90, dtype=torch.bool)
     valid[0, :13] = False
-    padded, last = mixer(x, Mixing(place(0, 90), valid))
+    padded, last = mixer(x, MixerContext(place(0, 90), valid))
     segments = torch.tensor([[0, 1, 1, 2, 3], [4, 4, 4, 4, 5]]).repeat_interleave(18, 1)
-    packed, _ = mixer(x, Mixing(place(0, 90), None, segments))
+    packed, _ = mixer(x, MixerContext(place(0, 90), None, segments))
     found = [first, second, padded * valid.unsqueeze(-1), packed, state["matrix"], last["matrix"]]
     total = sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in found)
     return [*found, *torch.autograd.grad(total, list(mixer.qkv.parameters()))]
@@ -113,32 +113,32 @@ def test_kernels_give_what_the_chunked_forms_give(operation: str, spec: dict, ca
 
 def test_half_precision_goes_into_the_kernel_and_float32_comes_back(calls: list[tuple]) -> None:
     mixer = made({"name": "gla"}, ATTENTION).to(torch.bfloat16)
-    y, state = mixer(torch.randn(2, 20, 36, dtype=torch.bfloat16), Mixing())
+    y, state = mixer(torch.randn(2, 20, 36, dtype=torch.bfloat16), MixerContext())
     assert [call[1] for call in calls] == [torch.bfloat16]
     assert y.dtype == torch.bfloat16 and state["matrix"].dtype == torch.float32
 
 
 def test_what_no_kernel_does(calls: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     mixer, x = made({"name": "gated_deltanet", "rotary": False}, ATTENTION), torch.randn(2, 20, 36)
-    _, state = mixer(x[:, :1], Mixing())
+    _, state = mixer(x[:, :1], MixerContext())
     assert not calls  # one token: the equation itself
-    mixer(x, Mixing(segments=torch.zeros(2, 20, dtype=torch.long)), state)
+    mixer(x, MixerContext(segments=torch.zeros(2, 20, dtype=torch.long)), state)
     assert not calls  # packed rows that go on from a state
-    monkeypatch.setattr(kernels, "WIDEST", 9)
-    mixer(x, Mixing())
+    monkeypatch.setattr(kernels, "MAX_KEY_DIM", 9)
+    mixer(x, MixerContext())
     assert not calls  # keys wider than the kernel takes
-    monkeypatch.setattr(kernels, "find", lambda operation: None)
-    monkeypatch.setattr(kernels, "WIDEST", 256)
-    assert torch.isfinite(mixer(x, Mixing())[0]).all() and not calls  # not installed
+    monkeypatch.setattr(kernels, "find_kernel", lambda operation: None)
+    monkeypatch.setattr(kernels, "MAX_KEY_DIM", 256)
+    assert torch.isfinite(mixer(x, MixerContext())[0]).all() and not calls  # not installed
 
 
 def test_a_processor_never_asks_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find", lambda operation: pytest.fail(f"asked for {operation}"))
-    made({"name": "gla"}, ATTENTION)(torch.randn(1, 20, 36), Mixing())
+    monkeypatch.setattr(kernels, "find_kernel", lambda operation: pytest.fail(f"asked for {operation}"))
+    made({"name": "gla"}, ATTENTION)(torch.randn(1, 20, 36), MixerContext())
 
 
 def test_a_kernel_that_is_not_there_is_none() -> None:
-    assert kernels.find.__wrapped__("no_such_operation") is None
+    assert kernels.find_kernel.__wrapped__("no_such_operation") is None
 
 
 @pytest.mark.skipif(
@@ -151,6 +151,6 @@ def test_real_kernels_on_a_gpu(operation: str, spec: dict) -> None:
     segments = torch.tensor([[0, 1, 1, 2, 3], [4, 4, 4, 4, 5]]).repeat_interleave(18, 1)
     for ids in (None, segments):
         with torch.no_grad():
-            expected = mixer.cpu()(x, Mixing(segments=ids))[0]
-            found = mixer.cuda()(x.cuda(), Mixing(segments=None if ids is None else ids.cuda()))[0]
+            expected = mixer.cpu()(x, MixerContext(segments=ids))[0]
+            found = mixer.cuda()(x.cuda(), MixerContext(segments=None if ids is None else ids.cuda()))[0]
         assert relative(found.cpu(), expected) < 2e-2

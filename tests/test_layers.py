@@ -16,10 +16,10 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
-from regraft.modeling.flops import counter
+from regraft.modeling.flops import build_flop_counter
 from regraft.train import layer_subset, loop
-from regraft.train.layer_subset import frozen, keep_probability, running, stack
-from regraft.train.objectives import last_hidden, loss
+from regraft.train.layer_subset import apply_stage_layers, frozen_parameter_ids, keep_probability, layer_stack
+from regraft.train.objectives import compute_loss, last_hidden
 
 KIND = {"bert": "mask", "roberta": "mask", "vit": "image", "dinov2": "image"}
 
@@ -30,7 +30,7 @@ def draws(seed: int = 0) -> torch.Generator:
 
 def without(model: nn.Module, kept: list[int]) -> nn.Module:
     """The model with only these layers, for good."""
-    held = stack(model)
+    held = layer_stack(model)
     depth = model.config.num_hidden_layers
     for name, module in model.named_modules():
         if module is held:
@@ -50,7 +50,7 @@ def test_the_bottom_is_the_model_with_fewer_layers(family: str) -> None:
     config, model = tiny(family, architecture=architecture)
     given = inputs(config)
     whole = outputs(model, given)
-    with running(model, stage(KIND.get(family, "next"), layers="bottom:2"), 0, draws()):
+    with apply_stage_layers(model, stage(KIND.get(family, "next"), layers="bottom:2"), 0, draws()):
         below = outputs(model, given)
     expected = outputs(without(tiny(family, architecture=architecture)[1], [0, 1]), given)
     assert torch.equal(below["logits"], expected["logits"]) and not torch.equal(below["logits"], whole["logits"])
@@ -66,7 +66,7 @@ def test_the_bottom_trains_as_the_model_with_fewer_layers(family: str, tmp_path:
     assert loop.train(run)["flops"] == ledger["flops"]
     moved = dict(small.named_parameters())
     start = dict(tiny(family, architecture=CLASSIFIERS.get(family))[1].named_parameters())
-    top = {id(parameter) for parameter in stack(model)[2].parameters()}
+    top = {id(parameter) for parameter in layer_stack(model)[2].parameters()}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, start[name] if id(parameter) in top else moved[name]), name
 
@@ -81,7 +81,7 @@ def test_other_layers_and_embeddings_do_not_move(family: str, plan: str, tmp_pat
     assert ledger["flops"] < all_of_it["flops"]
     before = dict(tiny(family, architecture=CLASSIFIERS.get(family))[1].named_parameters())
     learns = [1, 2] if plan == "train:1-2" else [0, 2]
-    inside = {id(p): i for i, layer in enumerate(stack(model)) for p in layer.parameters()}
+    inside = {id(p): i for i, layer in enumerate(layer_stack(model)) for p in layer.parameters()}
     head = [name for name in before if any(word in name for word in ("classifier", "cls.", "lm_head", "embed_out"))]
     embeddings = {id(model.get_input_embeddings().weight)} if kind != "image" else set()
     assert head or model.config.tie_word_embeddings
@@ -117,15 +117,17 @@ def test_every_step_counts_what_it_ran(tmp_path: Path) -> None:
     """The ledger's FLOPs are the sum of each step's own, measured one by one; a plain step costs more."""
     plan = stage("next", 12, layer_drop=0.7, token_drop=0.3)
     rows, _, ledger = go(tmp_path / "a", [plan], keys={"layers": 5})
-    model, order = tiny("qwen2", layers=5)[1], loop.shuffled(7, 24, 0)
+    model, order = tiny("qwen2", layers=5)[1], loop.shuffled_indices(7, 24, 0)
     each = []
     for step in range(12):
         batch = text(7)[order[2 * step : 2 * step + 2]]
         with (
-            running(model, plan, step, loop.generator(0, 0, step, 1), layer_subset.always(batch, None)),
-            counter() as found,
+            apply_stage_layers(
+                model, plan, step, loop.step_generator(0, 0, step, 1), layer_subset.find_protected_tokens(batch, None)
+            ),
+            build_flop_counter() as found,
         ):
-            loss(model, "next", batch).backward()
+            compute_loss(model, "next", batch).backward()
         each.append(found.get_total_flops())
     assert [row["flops"] for row in rows] == [sum(each[: step + 1]) for step in range(12)]
     assert len(set(each)) > 2 and ledger["stages"][0]["flops_per_step"] == sum(each) // 12
@@ -142,8 +144,8 @@ def test_the_schedule_of_layer_dropping() -> None:
     model, kept = tiny("qwen2", layers=4)[1], torch.zeros(4)
     plan = stage("next", 1000, layer_drop=0.5)
     for seed in range(2000):
-        with running(model, plan, 999, draws(seed)):
-            kept += torch.tensor([not isinstance(layer, layer_subset.Skipped) for layer in stack(model)])
+        with apply_stage_layers(model, plan, 999, draws(seed)):
+            kept += torch.tensor([not isinstance(layer, layer_subset.SkippedLayer) for layer in layer_stack(model)])
     assert (kept / 2000).tolist() == pytest.approx(late, abs=0.04)
 
 
@@ -157,9 +159,9 @@ def test_layers_that_stay_weigh_more(family: str) -> None:
         seed for seed in range(99) if (torch.rand(3, generator=draws(seed)) < torch.tensor([1, 0.83, 0.66])).all()
     )
     seen: list[torch.Tensor] = []
-    last = stack(model)[2]
+    last = layer_stack(model)[2]
     plain = last.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
-    with torch.no_grad(), running(model, plan, 999, draws(seed)):
+    with torch.no_grad(), apply_stage_layers(model, plan, 999, draws(seed)):
         scaled = last.register_forward_hook(lambda module, args, output: seen.append(output))
         model(**inputs(config))
     plain.remove()
@@ -181,18 +183,18 @@ def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> 
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda m, a, output, at=at: seen.__setitem__(at, output))
-        for at, module in enumerate(stack(model))
+        for at, module in enumerate(layer_stack(model))
     ]
-    held = layer_subset.always(rows, None)
-    with torch.no_grad(), running(model, plan, 0, draws(), held):
-        last = stack(model)[4].register_forward_pre_hook(lambda m, args: seen.__setitem__(-1, args[0]))
+    held = layer_subset.find_protected_tokens(rows, None)
+    with torch.no_grad(), apply_stage_layers(model, plan, 0, draws(), held):
+        last = layer_stack(model)[4].register_forward_pre_hook(lambda m, args: seen.__setitem__(-1, args[0]))
         model(input_ids=rows.input_ids, **({"use_cache": False} if model.config.model_type not in KIND else {}))
     for hook in (*hooks, last):
         hook.remove()
     assert seen[1].shape[1] == 20 and seen[2].shape[1] == seen[3].shape[1] == 15 and seen[4].shape[1] == 20
     generator = draws()
     torch.rand(5, generator=generator)
-    index = layer_subset.Aside(0.25, generator, held).staying(2, 20)
+    index = layer_subset.TokenDropper(0.25, generator, held).sample_kept_positions(2, 20)
     assert all(set(held[row].nonzero().flatten().tolist()) <= set(index[row].tolist()) for row in range(2))
     assert torch.equal(seen[-1].gather(1, index[..., None].expand(-1, -1, seen[3].shape[-1])), seen[3])
     aside = torch.ones(2, 20, dtype=torch.bool).scatter(1, index, False)
@@ -204,7 +206,9 @@ def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> 
         causal = torch.ones(15, 15).tril().bool().expand(2, 1, 15, 15) if family == "gpt2" else None
         for at in (2, 3):
             with torch.no_grad():
-                short = stack(model)[at](short, None, causal) if family == "gpt2" else stack(model)[at](short)
+                short = (
+                    layer_stack(model)[at](short, None, causal) if family == "gpt2" else layer_stack(model)[at](short)
+                )
         torch.testing.assert_close(short, seen[3], rtol=1e-4, atol=1e-4)
 
 
@@ -213,7 +217,7 @@ def test_no_token_sees_later_or_foreign_ones_when_some_are_aside() -> None:
     rows, plan = text(2, 24), stage("next", token_drop=0.3)
 
     def hidden(ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), running(model, plan, 0, draws()):
+        with torch.no_grad(), apply_stage_layers(model, plan, 0, draws()):
             return last_hidden(model, type(rows)(ids, rows.position_ids, rows.bytes), False)
 
     before = hidden(rows.input_ids)
@@ -245,7 +249,7 @@ def test_wrong_plans_are_refused(tmp_path: Path) -> None:
 
 def test_a_tied_head_stays_with_frozen_embeddings() -> None:
     _, model = tiny("llama", tie_word_embeddings=True)
-    fixed = frozen(model, "train:2")
+    fixed = frozen_parameter_ids(model, "train:2")
     named = {name for name, parameter in model.named_parameters() if id(parameter) not in fixed}
     assert "model.norm.weight" in named and "model.embed_tokens.weight" not in named
     assert all(".2." in name for name in named - {"model.norm.weight"})

@@ -26,14 +26,14 @@ from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Images, Packed
 from regraft.errors import RegraftError
-from regraft.growth.ligo_maps import Ligo, Space
+from regraft.growth.ligo_maps import AxisMap, Ligo
 from regraft.growth.sizes_to_steps import Growth
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.ligo import Learned
 from regraft.growth.steps.transplant import Transplant
 from regraft.growth.steps.widen import Widen
-from regraft.train.fit_ligo import Fitting, fit
-from regraft.train.objectives import loss
+from regraft.train.fit_ligo import LigoTrainer, fit_maps
+from regraft.train.objectives import compute_loss
 from regraft.train.stage import Stage
 
 RMS = ("mistral", "qwen2", "qwen3", "gemma", "phi3", "mixtral")
@@ -65,13 +65,13 @@ def furthest(left: Checkpoint, right: Checkpoint) -> float:
 
 def logits(checkpoint: Checkpoint, given: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return parity.outputs(modeling.materialize(checkpoint), given)["logits"]
+        return parity.compute_outputs(modeling.materialize(checkpoint), given)["logits"]
 
 
 def shaken(learned: Learned, source: Checkpoint, size: float = 1.0, only: str = "rows") -> Learned:
     """The same growth with random maps."""
     generator = torch.Generator().manual_seed(3)
-    state = learned.grower(source).state_dict()
+    state = learned.build_grower(source).state_dict()
     maps = {k: torch.randn(v.shape, generator=generator) * size if only in k else v for k, v in state.items()}
     return replace(learned, maps=maps)
 
@@ -120,7 +120,7 @@ def test_a_live_start_is_the_operator_itself(family: str, tmp_path: Path) -> Non
     assert furthest(ours, Deepen(5, "stack")(Widen(**sizes, how="pad", noise=0.0)(source))) < 1e-6
 
 
-def written(space: Space) -> torch.Tensor:
+def written(space: AxisMap) -> torch.Tensor:
     return space()[0].detach()
 
 
@@ -129,7 +129,7 @@ def test_the_papers_formula_on_bert(tmp_path: Path) -> None:
     source = saved(tmp_path, "bert", dim=8, heads=2)
     learned = Learned(hidden=24, ffn=64, heads=3, layers=5, method=Ligo(heads="dense", blur=0.5))
     learned = shaken(shaken(learned, source, only="rows"), source, only="mixing")
-    grower, target = learned.grower(source), learned(source)
+    grower, target = learned.build_grower(source), learned(source)
     b = {name: written(space) for name, space in grower.spaces.items()}  # type: ignore[arg-type]
     w = {name: value.detach() for name, value in grower.mixing.items()}
     ratio = (24 / 16) ** 0.5  # of the norms' mean square, which the gains make up for
@@ -167,7 +167,7 @@ def test_the_inverse_is_exact_where_columns_are_orthogonal(family: str, tmp_path
     hidden = source.sizes["hidden"]
     learned = Learned(hidden=2 * hidden, method=Ligo(reads="inverse", **STILL))
     rotation = 0.7 * torch.linalg.qr(torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(1)))[0]
-    state = learned.grower(source).state_dict() | {"spaces.hidden.rows": rotation}
+    state = learned.build_grower(source).state_dict() | {"spaces.hidden.rows": rotation}
     given = inputs(tiny(family)[0])
     before, after = logits(source, given), logits(replace(learned, maps=state)(source), given)
     assert float((after - before).abs().max() / before.abs().max()) < 2e-5
@@ -182,7 +182,7 @@ def rms(x: torch.Tensor) -> torch.Tensor:
 def test_the_inverse_keeps_directions_and_bounds_lengths(seed: int, size: float, new: int) -> None:
     """Whatever C is, a norm's output read through A is the source's, times a number within B's singular values."""
     generator = torch.Generator().manual_seed(seed)
-    space = Space(axes.pad(8, new, "reads"), Ligo(reads="inverse", **STILL), generator, linear=True)
+    space = AxisMap(axes.pad(8, new, "reads"), Ligo(reads="inverse", **STILL), generator, linear=True)
     space.levels = True
     space.rows.data = size * torch.randn(space.rows.shape, generator=generator)
     b, a = (one.detach().double() for one in space())
@@ -223,18 +223,22 @@ def test_fitting_learns_and_folds_into_what_it_learned(family: str, options: dic
     growth = Growth(hidden=2 * source.sizes["hidden"], ffn=2 * source.sizes["ffn"], layers=5, how="ligo")
     method, stage, rows = Ligo(steps=12, lr=1e-2, **options), stage_for(family), rows_for(family)
     losses: list[float] = []
-    learned = fit(source, growth, method, stage, rows, progress=lambda step, steps, row: losses.append(row["loss"]))
+    learned = fit_maps(
+        source, growth, method, stage, rows, progress=lambda step, steps, row: losses.append(row["loss"])
+    )
     target = learned(source)
-    fitting = Fitting(target, learned.grower(source), method)
-    fitting.make()
+    fitting = LigoTrainer(target, learned.build_grower(source), method)
+    fitting.grow_weights()
     target.save(tmp_path / "grown")
     given = inputs(tiny(family)[0])
     with torch.no_grad():
-        functional = parity.outputs(fitting.model, given)["logits"]
+        functional = parity.compute_outputs(fitting.model, given)["logits"]
     folded = logits(Checkpoint.open(tmp_path / "grown"), given)
     assert float((functional - folded).abs().max() / folded.abs().max()) <= 1e-6
     before, after = (
-        loss(modeling.materialize(one(source)), stage.kind, rows, generator=torch.Generator().manual_seed(9)).item()  # type: ignore[arg-type]
+        compute_loss(
+            modeling.materialize(one(source)), stage.kind, rows, generator=torch.Generator().manual_seed(9)
+        ).item()  # type: ignore[arg-type]
         for one in (replace(learned, maps={}), learned)
     )
     assert len(losses) == 12 and after < before
@@ -257,7 +261,7 @@ def test_a_killed_fitting_goes_on_with_the_same_losses(family: str, options: dic
             if step == last:
                 raise Killed
 
-        return fit(source, growth, method, stage, rows, progress=note, **keys)
+        return fit_maps(source, growth, method, stage, rows, progress=note, **keys)
 
     whole: dict[int, float] = {}
     learned = until(0, whole)
@@ -273,7 +277,7 @@ def test_a_killed_fitting_goes_on_with_the_same_losses(family: str, options: dic
     finished = until(0, nothing, out=out)
     assert not nothing and all(torch.equal(value, finished.maps[name]) for name, value in learned.maps.items())
     with pytest.raises(RegraftError, match="holds a run with other settings"):
-        fit(source, growth, replace(method, lr=1e-3), stage, rows, out=out)
+        fit_maps(source, growth, replace(method, lr=1e-3), stage, rows, out=out)
 
 
 @pytest.mark.slow
@@ -305,7 +309,7 @@ def test_maps_are_fitted_behind_a_bridge(family: str, to: str, tmp_path: Path) -
     growth = Growth(hidden=source.sizes["hidden"] + 7, layers=5, how="ligo", bridge=True)  # no multiple of the heads
     losses: list[float] = []
     method = Ligo(steps=8, reads="inverse", **STILL)
-    learned = fit(
+    learned = fit_maps(
         source, growth, method, stage_for(family), rows_for(family), progress=lambda *at: losses.append(at[2]["loss"])
     )
     growth(source, learned).save(tmp_path / "grown")
@@ -313,7 +317,9 @@ def test_maps_are_fitted_behind_a_bridge(family: str, to: str, tmp_path: Path) -
     assert grown.config["model_type"] == to and grown.layers == 5 and grown.sizes["hidden"] == growth.hidden
     assert [step["step"] for step in grown.history] == ["Bridge", "Learned"] and len(losses) == 8
     before, after = (
-        loss(modeling.materialize(one), "next", rows_for(family), generator=torch.Generator().manual_seed(9)).item()
+        compute_loss(
+            modeling.materialize(one), "next", rows_for(family), generator=torch.Generator().manual_seed(9)
+        ).item()
         for one in (growth(source, replace(learned, maps={})), grown)
     )
     assert after < before
@@ -322,7 +328,7 @@ def test_maps_are_fitted_behind_a_bridge(family: str, to: str, tmp_path: Path) -
 def test_micro_batches_learn_what_the_whole_batch_does(tmp_path: Path) -> None:
     source, rows, stage = saved(tmp_path, "llama"), rows_for("llama"), stage_for("llama")
     growth, method = Growth(hidden=72, layers=4, how="ligo"), Ligo(steps=3)
-    whole, parts = (fit(source, growth, method, stage, rows, micro=micro) for micro in (4, 1))
+    whole, parts = (fit_maps(source, growth, method, stage, rows, micro=micro) for micro in (4, 1))
     for name, value in whole.maps.items():
         assert torch.allclose(value, parts.maps[name], atol=2e-4), name
     assert whole.cost["overhead"] == parts.cost["overhead"]
@@ -332,14 +338,14 @@ def test_large_maps_are_mixed_a_layer_at_a_time(tmp_path: Path, monkeypatch: pyt
     source = saved(tmp_path, "gpt_neox")
     learned = Learned(hidden=144, layers=5, method=Ligo(blur=0.5))
     whole = {key: lazy.read() for key, lazy in learned(source).tensors.items()}
-    monkeypatch.setattr("regraft.growth.ligo.TOGETHER", 0)
+    monkeypatch.setattr("regraft.growth.ligo.MAX_STACKED_ENTRIES", 0)
     for key, lazy in learned(source).tensors.items():
         assert torch.allclose(lazy.read(), whole[key], rtol=1e-5, atol=1e-6), key
 
 
 def test_no_steps_keep_the_start(tmp_path: Path) -> None:
     source, growth = saved(tmp_path, "llama"), Growth(hidden=72, layers=4, how="ligo")
-    learned = fit(source, growth, Ligo(steps=0), stage_for("llama"), rows_for("llama"))
+    learned = fit_maps(source, growth, Ligo(steps=0), stage_for("llama"), rows_for("llama"))
     assert furthest(learned(source), growth(source)) == 0.0 and learned.cost["flops"] == 0
 
 
@@ -354,7 +360,7 @@ def test_the_command_line_grows_checks_and_says_that_it_is_not_exact(
     assert code == 0 and "Not exact: outputs move" in said
     code, said, _ = run(capsys, "check", given, out, "--json")
     assert code == 0 and json.loads(said)["exact"] is False
-    assert lineage.read(Path(out))["steps"][-1]["arguments"]["method"]["steps"] == 0
+    assert lineage.read_lineage(Path(out))["steps"][-1]["arguments"]["method"]["steps"] == 0
 
 
 def test_the_command_line_fits_behind_a_bridge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +373,7 @@ def test_the_command_line_fits_behind_a_bridge(tmp_path: Path, capsys: pytest.Ca
     assert code == 0 and json.loads(said)["step0"] and not (tmp_path / ".out.fitting").exists()
     code, said, _ = run(capsys, "check", str(given), str(out), "--json")
     assert code == 0 and json.loads(said)["exact"] is False
-    assert [step["step"] for step in lineage.read(out)["steps"]] == ["Bridge", "Learned"]
+    assert [step["step"] for step in lineage.read_lineage(out)["steps"]] == ["Bridge", "Learned"]
 
 
 WRONG = [
@@ -391,20 +397,20 @@ def test_wrong_use_is_one_line(
 
 
 def test_a_new_row_begins_as_an_average(tmp_path: Path) -> None:
-    grower = Learned(hidden=72, method=Ligo()).grower(saved(tmp_path, "llama"))
+    grower = Learned(hidden=72, method=Ligo()).build_grower(saved(tmp_path, "llama"))
     b = written(grower.spaces["hidden"])  # type: ignore[arg-type]
     assert torch.equal(b[:36], torch.eye(36)) and torch.allclose(b.sum(1), torch.ones(72)) and bool((b >= 0).all())
 
 
 def test_a_class_that_interleaves_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, plain = saved(tmp_path, "mixtral"), modeling.in_files
+    source, plain = saved(tmp_path, "mixtral"), modeling.to_checkpoint_names
 
     def turned(model: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.flip(0) for name, value in plain(model, values).items()}
 
-    monkeypatch.setattr(modeling, "in_files", turned)
+    monkeypatch.setattr(modeling, "to_checkpoint_names", turned)
     with pytest.raises(RegraftError, match="in pieces of a larger tensor"):
-        fit(source, Growth(ffn=64), Ligo(), stage_for("llama"), rows_for("llama"))
+        fit_maps(source, Growth(ffn=64), Ligo(), stage_for("llama"), rows_for("llama"))
 
 
 BAD: list[tuple[str, str, Callable[[Checkpoint], Any]]] = [
@@ -418,10 +424,10 @@ BAD: list[tuple[str, str, Callable[[Checkpoint], Any]]] = [
     ("llama", "no depth 'deep'", lambda s: Ligo(depth="deep")),
     ("llama", "no free entries to keep live", lambda s: Ligo(live=True)),
     ("llama", "at least 0", lambda s: Ligo(steps=-1)),
-    ("llama", "nothing to grow", lambda s: fit(s, Growth(), Ligo(), stage_for("llama"), rows_for("llama"))),
-    ("llama", "has no head for 'image'", lambda s: fit(s, Growth(ffn=60), Ligo(), stage_for("vit"), rows_for("vit"))),
-    ("vit", "was given", lambda s: fit(s, Growth(ffn=60), Ligo(), stage_for("vit"), rows_for("llama"))),
-    ("llama", "was given", lambda s: fit(s, Growth(ffn=60), Ligo(), stage_for("llama"), rows_for("vit"))),
+    ("llama", "nothing to grow", lambda s: fit_maps(s, Growth(), Ligo(), stage_for("llama"), rows_for("llama"))),
+    ("llama", "has no head for 'image'", lambda s: fit_maps(s, Growth(ffn=60), Ligo(), stage_for("vit"), rows_for("vit"))),
+    ("vit", "was given", lambda s: fit_maps(s, Growth(ffn=60), Ligo(), stage_for("vit"), rows_for("llama"))),
+    ("llama", "was given", lambda s: fit_maps(s, Growth(ffn=60), Ligo(), stage_for("llama"), rows_for("vit"))),
 ]  # fmt: skip
 
 

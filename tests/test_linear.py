@@ -15,7 +15,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.linearize.merge import Merge
-from regraft.mixers.base import Attention, Mixer, Mixing
+from regraft.mixers.base import Attention, Mixer, MixerContext
 from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 
@@ -57,7 +57,7 @@ def case(spec: dict) -> tuple[Mixer, Tensor, Tensor]:
     """A mixer, its input, and its output."""
     mixer = made(spec, ATTENTION)
     x = torch.randn(2, TIME, ATTENTION.hidden)
-    return mixer, x, mixer(x, Mixing(rotary(torch.arange(TIME).expand(2, TIME), ATTENTION)))[0]
+    return mixer, x, mixer(x, MixerContext(rotary(torch.arange(TIME).expand(2, TIME), ATTENTION)))[0]
 
 
 def out(mixer: Mixer, per_head: Tensor) -> Tensor:
@@ -180,9 +180,11 @@ def test_gates_start_at_the_half_life_that_was_measured(spec: dict) -> None:
     x[:, 0] = 1.0  # writes once, then only decays
     for layer in (mixer.qkv.k, mixer.qkv.v):
         layer.weight.abs_()
-    sizes = torch.stack([mixer.mix(x[:, : 1 + n], Mixing(), None)[1]["matrix"].sum((0, 2, 3)) for n in (1, 3, 257)])
+    sizes = torch.stack(
+        [mixer.mix(x[:, : 1 + n], MixerContext(), None)[1]["matrix"].sum((0, 2, 3)) for n in (1, 3, 257)]
+    )
     halved = 0.5 ** (torch.tensor([1, 3, 257])[:, None] / distance)
-    whole = mixer.mix(x[:, :1], Mixing(), None)[1]["matrix"].sum((0, 2, 3))
+    whole = mixer.mix(x[:, :1], MixerContext(), None)[1]["matrix"].sum((0, 2, 3))
     torch.testing.assert_close(sizes / whole, halved, rtol=1e-3, atol=1e-6)
 
 
@@ -190,11 +192,11 @@ def test_gates_start_at_the_half_life_that_was_measured(spec: dict) -> None:
 @torch.no_grad()
 def test_padding_between_pieces_changes_nothing(spec: dict) -> None:
     mixer, x = made(spec, ATTENTION), torch.randn(1, 20, 24)
-    _, whole = mixer(x, Mixing(rotary(torch.arange(20)[None], ATTENTION)))
-    _, state = mixer(x[:, :9], Mixing(rotary(torch.arange(9)[None], ATTENTION)))
+    _, whole = mixer(x, MixerContext(rotary(torch.arange(20)[None], ATTENTION)))
+    _, state = mixer(x[:, :9], MixerContext(rotary(torch.arange(9)[None], ATTENTION)))
     position = torch.cat((torch.zeros(7), torch.arange(9, 20)))[None]
     padded, valid = torch.cat((torch.randn(1, 7, 24), x[:, 9:]), 1), torch.arange(18)[None] >= 7
-    _, state = mixer(padded, Mixing(rotary(position, ATTENTION), valid), state)
+    _, state = mixer(padded, MixerContext(rotary(position, ATTENTION), valid), state)
     assert all(relative(state[name].float(), whole[name].float()) < TOLERANCE for name in whole)
 
 
@@ -215,7 +217,7 @@ def test_t2r_gives_zero_where_no_feature_is_left() -> None:
     mixer.map_bias.fill_(-1e3)
     mixer.map.requires_grad_()
     with torch.enable_grad():
-        heads, _ = mixer.mix(torch.randn(1, 70, 24), Mixing(), None)
+        heads, _ = mixer.mix(torch.randn(1, 70, 24), MixerContext(), None)
         (gradient,) = torch.autograd.grad(heads.sum(), mixer.map)
     assert not heads.any() and torch.isfinite(gradient).all()
 
@@ -281,7 +283,7 @@ def test_merged_maps_give_the_same_logits(family: str, remix: Remix, tmp_path: P
     again = modeling.load(tmp_path / "out")
     assert not [name for name in again.state_dict() if ".map" in name]
     assert relative(again(tokens(2, 70)).logits, model(tokens(2, 70)).logits) < TOLERANCE
-    assert flops.forward(merged, 70) < flops.forward(Checkpoint.open(tmp_path / "trained"), 70)
+    assert flops.forward_flops(merged, 70) < flops.forward_flops(Checkpoint.open(tmp_path / "trained"), 70)
     with pytest.raises(RegraftError, match="no t2r layer"):
         Merge()(merged)
 

@@ -22,8 +22,8 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop
-from regraft.train.lit import Lit, Watch
-from regraft.train.stage import Stage, origins
+from regraft.train.lit import Lit, LitState
+from regraft.train.stage import Stage, parameter_origins
 
 # r_k of XATL's 410M RetNet runs at 10k, 15k, ... steps, read off the authors' plots, and where they unfroze.
 PUBLISHED = {
@@ -42,7 +42,7 @@ def curve(improvements: list[float], window: int) -> list[float]:
 
 
 def unfrozen(losses: list[float], lit: Lit) -> int | None:
-    watch = Watch()
+    watch = LitState()
     said = [watch.observe(loss, lit) for loss in losses]
     assert [at for at, yes in enumerate(said, 1) if yes] == ([] if watch.unfrozen is None else [watch.unfrozen])
     return watch.unfrozen
@@ -68,10 +68,10 @@ def test_patience_counts_all_hits_between_the_least_and_the_most_steps() -> None
 
 @given(losses=st.lists(st.floats(0.1, 9.0), max_size=60), cut=st.integers(0, 60), patience=st.integers(1, 3))
 def test_a_watch_goes_on_from_its_fields(losses: list[float], cut: int, patience: int) -> None:
-    lit, watch = Lit(window=3, patience=patience), Watch()
+    lit, watch = Lit(window=3, patience=patience), LitState()
     for at, loss in enumerate(losses):
         if at == cut:
-            watch = Watch(**json.loads(json.dumps(dataclasses.asdict(watch))))
+            watch = LitState(**json.loads(json.dumps(dataclasses.asdict(watch))))
         watch.observe(loss, lit)
     assert watch.unfrozen == unfrozen(losses, lit)
 
@@ -118,7 +118,7 @@ def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 def test_what_was_copied_is_frozen_and_nothing_else(source: Checkpoint, tmp_path: Path) -> None:
     before = values(modeling.materialize(REMIX(source)))
     _, model = go(source, dataclasses.replace(STAGE, learn="new"), tmp_path / "new")
-    new = {id(p) for p in model.parameters() if origins(model).get(id(p), ("", 0))[0] == "new"}
+    new = {id(p) for p in model.parameters() if parameter_origins(model).get(id(p), ("", 0))[0] == "new"}
     assert changed(model, before) == {name for name, p in model.named_parameters() if id(p) in new}
     names = changed(model, before)
     assert any("qkv.q" in name for name in names) and not any(".o." in name or "mlp" in name for name in names)
@@ -131,11 +131,11 @@ def test_what_was_copied_is_frozen_and_nothing_else(source: Checkpoint, tmp_path
 
 def test_frozen_weights_wait_and_then_warm_up() -> None:
     stage = dataclasses.replace(STAGE, cooldown=0.0, warmup=0.0)
-    assert [stage.rate(step, since=6) for step in range(6, 12)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [stage.lr_factor(step, since=6) for step in range(6, 12)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     sloped = dataclasses.replace(stage, cooldown=1.0)
-    assert [sloped.rate(step, since=6) for step in (6, 9)] == [sloped.rate(9) / 4, sloped.rate(9)]
-    assert sloped.rate(10, since=6) == sloped.rate(10)
-    assert 0 < sloped.rate(13, since=12) == sloped.rate(13)  # less time is left than the warm-up takes
+    assert [sloped.lr_factor(step, since=6) for step in (6, 9)] == [sloped.lr_factor(9) / 4, sloped.lr_factor(9)]
+    assert sloped.lr_factor(10, since=6) == sloped.lr_factor(10)
+    assert 0 < sloped.lr_factor(13, since=12) == sloped.lr_factor(13)  # less time is left than the warm-up takes
 
 
 @pytest.mark.parametrize("cut", [2, 5, 6, 7, 11])

@@ -12,13 +12,13 @@ import torch
 from models import ARCHITECTURES, GROWABLE, tiny
 from torch import Tensor
 
-from regraft.checks.liveness import liveness, ranges
+from regraft.checks.liveness import check_liveness, format_ranges
 from regraft.core.anatomy import Key
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
-from regraft.growth.widened import apart, pieces
+from regraft.growth.widened import fused_maps, split_fused
 from regraft.io import files
 from regraft.mixers.remix import Remix
 
@@ -36,7 +36,7 @@ def grown(family: str, folder: Path, *steps: Callable[[Checkpoint], Checkpoint],
     made = opened(family, folder, **keys)
     for step in steps:
         made = step(made)
-    return liveness(made)
+    return check_liveness(made)
 
 
 def wider(family: str) -> Widen:
@@ -69,7 +69,7 @@ def deaf(old: int) -> Callable[[Checkpoint], Checkpoint]:
         def change(key: Key, value: Tensor) -> None:
             part = place[key].part
             if part.axes.kind == "map" and "hidden" in part.axes.inputs:
-                for piece in apart(value, part, made.sizes):
+                for piece in split_fused(value, part, made.sizes):
                     piece[:, old:] = 0
 
         return edited(change)(made)
@@ -156,11 +156,11 @@ def test_dead_entries_have_the_names_that_files_give_them(family: str, tmp_path:
 
     def change(key: Key, value: Tensor) -> None:
         part = place[key].part
-        for (role, _, _), piece in zip(pieces(part, key[0]), apart(value, part, made.sizes), strict=True):
+        for (role, _, _), piece in zip(fused_maps(part, key[0]), split_fused(value, part, made.sizes), strict=True):
             if ".up." in role:
                 piece[old:] = 0
 
-    found = liveness(edited(change)(made))
+    found = check_liveness(edited(change)(made))
     rows = found["dead"]["tensors"]
     names = {made.names[key] for key, spot in place.items() if "ffn" in spot.part.signature}
     assert {row["name"] for row in rows} == names and found["locked"]["units"] == 0
@@ -258,11 +258,11 @@ def test_duplicates_of_the_source_are_taken_off(tmp_path: Path) -> None:
             value[:, 7:9] = value[:, 3:4]
 
     source = edited(change)(opened("llama", tmp_path))
-    assert liveness(source)["locked"]["units"] == 2
-    assert liveness(Widen(heads=12, kv_heads=4)(source))["locked"]["units"] == 2
-    assert liveness(Widen(heads=12, kv_heads=4)(source), source=source)["locked"] == {"units": 0, "tensors": []}
+    assert check_liveness(source)["locked"]["units"] == 2
+    assert check_liveness(Widen(heads=12, kv_heads=4)(source))["locked"]["units"] == 2
+    assert check_liveness(Widen(heads=12, kv_heads=4)(source), source=source)["locked"] == {"units": 0, "tensors": []}
     tiled = Widen(ffn=104, how="tile", noise=0.0)(source)
-    assert liveness(tiled, source=source)["locked"]["units"] == 50 + 52 + 50
+    assert check_liveness(tiled, source=source)["locked"]["units"] == 50 + 52 + 50
 
 
 def test_only_what_the_batch_could_reach_is_judged(tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_only_what_the_batch_could_reach_is_judged(tmp_path: Path) -> None:
 def test_files_and_values_stay_as_they_are(tmp_path: Path) -> None:
     made = opened("llama", tmp_path)
     kept = {made.names[key]: lazy.read().clone() for key, lazy in made.tensors.items()}
-    held = made.replaced(kept, {"step": "Held", "arguments": {}})
+    held = made.with_values(kept, {"step": "Held", "arguments": {}})
     before = files.sha256(tmp_path / "source" / "model.safetensors")
-    first = liveness(held)
-    assert liveness(tmp_path / "source") == first == liveness(str(tmp_path / "source"))
+    first = check_liveness(held)
+    assert check_liveness(tmp_path / "source") == first == check_liveness(str(tmp_path / "source"))
     assert files.sha256(tmp_path / "source" / "model.safetensors") == before
     assert all(torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in held.tensors.items())
 
@@ -287,18 +287,18 @@ def test_files_and_values_stay_as_they_are(tmp_path: Path) -> None:
 def test_a_linearized_model_can_be_asked_too(tmp_path: Path) -> None:
     source = opened("llama", tmp_path)
     Remix(mixer="supra", keep="1", window=0)(source).save(tmp_path / "out")
-    found = liveness(tmp_path / "out")
+    found = check_liveness(tmp_path / "out")
     assert found["locked"]["units"] == 0 and found["dead"]["share"] < 0.01
 
 
 def test_what_cannot_be_tried_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="at least one step, got 0"):
-        liveness(opened("llama", tmp_path), steps=0)
+        check_liveness(opened("llama", tmp_path), steps=0)
     broken = edited(lambda key, value: value.fill_(float("nan")) if key[0] == "norm.final.weight" else None)
     with pytest.raises(RegraftError, match="a loss of nan on random input"):
-        liveness(broken(Checkpoint.open(tmp_path / "source")))
+        check_liveness(broken(Checkpoint.open(tmp_path / "source")))
 
 
 def test_hints_are_short() -> None:
-    assert ranges([5, 2, 0, 1]) == "0..2, 5"
-    assert ranges([0, 2, 4, 6, 8, 10]) == "0, 2, 4, 6 and 2 more"
+    assert format_ranges([5, 2, 0, 1]) == "0..2, 5"
+    assert format_ranges([0, 2, 4, 6, 8, 10]) == "0, 2, 4, 6 and 2 more"

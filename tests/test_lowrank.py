@@ -18,7 +18,7 @@ from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop
-from regraft.train.stage import Stage, projections
+from regraft.train.stage import Stage, projection_names
 
 STAGE = Stage("next", tokens=6 * 2 * 24, length=24, batch=2, rank=3, lr_mixer=1e-2, lr_new=1e-2, precision="float32")
 
@@ -57,7 +57,7 @@ def test_losses_are_those_of_layers_that_hold_the_additions(source: Checkpoint, 
     model, twin = student(source), student(source)
     before = {name: value.clone() for name, value in model.named_parameters()}
     loop.train(loop.Run(model, [STAGE], rows, tmp_path / "run"))
-    names = projections(model)
+    names = projection_names(model)
     assert {name for name, value in model.named_parameters() if not torch.equal(value, before[name])} <= {
         name for name in before if ".mixer." in name
     }
@@ -67,9 +67,9 @@ def test_losses_are_those_of_layers_that_hold_the_additions(source: Checkpoint, 
     assert not any("low_rank" in name for name in model.state_dict())
 
     new = [p for g in loop.parameter_groups(twin, dataclasses.replace(STAGE, rank=0, learn="new")) for p in g["params"]]
-    low = loop.attach(twin, names, 3, 0, {})
+    low = loop.attach_lora(twin, names, 3, 0, {})
     drawn = {name: (low.a[name.replace(".", "/")].detach(), low.b[name.replace(".", "/")].detach()) for name in names}
-    loop.detach(twin)
+    loop.detach_lora(twin)
     added = []
     for name in names:
         place, _, last = name.rpartition(".")
@@ -79,10 +79,10 @@ def test_losses_are_those_of_layers_that_hold_the_additions(source: Checkpoint, 
     for parameter in [*new, *added]:
         parameter.requires_grad_()
     optimizer = torch.optim.AdamW([*added, *new], betas=(0.9, 0.95), weight_decay=0.0)
-    order = loop.shuffled(16, 12, 0)
+    order = loop.shuffled_indices(16, 12, 0)
     for step, expected in enumerate(losses(tmp_path / "run")):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * STAGE.rate(step)
+            group["lr"] = 1e-2 * STAGE.lr_factor(step)
         ids = rows(24).input_ids[order[2 * step : 2 * step + 2]]
         loss = F.cross_entropy(twin(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         assert float(loss.detach()) == pytest.approx(expected, rel=2e-4)
@@ -95,7 +95,7 @@ def test_losses_are_those_of_layers_that_hold_the_additions(source: Checkpoint, 
 def test_a_run_that_goes_on_is_the_same(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = student(source)
     loop.train(loop.Run(whole, [STAGE, STAGE], rows, tmp_path / "whole"))
-    write, seen = loop.write, []
+    write, seen = loop.write_metrics_row, []
 
     def dying(run: loop.Run, row: dict) -> None:
         write(run, row)
@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_is_the_same(source: Checkpoint, tmp_path: Path, monk
         if len(seen) == 9:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "write", dying)
+    monkeypatch.setattr(loop, "write_metrics_row", dying)
     run = loop.Run(student(source), [STAGE, STAGE], rows, tmp_path / "cut", save_seconds=0.0)
     with pytest.raises(KeyboardInterrupt):
         loop.train(run)

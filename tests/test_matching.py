@@ -13,7 +13,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
-from regraft.mixers.base import Mixing
+from regraft.mixers.base import MixerContext
 from regraft.mixers.remix import Remix
 from regraft.train import align
 
@@ -31,7 +31,7 @@ PLAIN = [
 @torch.no_grad()
 def test_a_mixers_matrix_times_its_values_is_its_output(spec: dict) -> None:
     mixer, x = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(2, 70, 36)
-    context = Mixing(rotary(torch.arange(70).expand(2, 70), mixer.attention))
+    context = MixerContext(rotary(torch.arange(70).expand(2, 70), mixer.attention))
     heads, _ = mixer.mix(x, context, None)
     values = mixer.qkv(x)[2]
     matrix = mixer.matrix(x, context)
@@ -43,17 +43,17 @@ def test_a_mixers_matrix_times_its_values_is_its_output(spec: dict) -> None:
 @torch.no_grad()
 def test_mamba2s_matrix_holds_what_its_recurrence_does() -> None:
     mixer, x = made({"name": "mamba2", "layout": "attention"}, SHAPES["9-heads-3-kv"]), torch.randn(2, 70, 36)
-    values = mixer.inputs(x, Mixing(), {})[0]["values"]
-    y = mixer.gated((mixer.matrix(x, Mixing()) @ values).transpose(1, 2), x).flatten(2)
+    values = mixer.inputs(x, MixerContext(), {})[0]["values"]
+    y = mixer.apply_gate((mixer.matrix(x, MixerContext()) @ values).transpose(1, 2), x).flatten(2)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * mixer.norm
-    torch.testing.assert_close(y.unflatten(-1, (9, -1)), mixer.mix(x, Mixing(), None)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y.unflatten(-1, (9, -1)), mixer.mix(x, MixerContext(), None)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", [{"name": "lolcats", "window": 8}, {"name": "mamba"}, {"name": "window"}])
 def test_mixers_without_one_matrix_say_so(spec: dict) -> None:
     mixer = made(spec, SHAPES["5-heads-no-rotary"])
     with pytest.raises(RegraftError, match=f"'{spec['name']}' has no single matrix.*leave out the stage"):
-        mixer.matrix(torch.randn(1, 9, 20), Mixing())
+        mixer.matrix(torch.randn(1, 9, 20), MixerContext())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
@@ -71,8 +71,8 @@ def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(family: str, 
     seen = teacher(rows.input_ids, output_attentions=True, output_hidden_states=True)
     norms = [seen.attentions[layer] for layer in (0, 2)]
     records: dict[int, torch.Tensor] = {}
-    with align.recording(slots, [0, 2], lambda layer, record: records.update({layer: record})):
-        align.body(teacher, rows.input_ids, rows.position_ids)
+    with align.record_layers(slots, [0, 2], lambda layer, record: records.update({layer: record})):
+        align.run_decoder(teacher, rows.input_ids, rows.position_ids)
     expected = [
         (made - wanted).norm() ** 2 / wanted.norm() ** 2
         for layer, target in zip((0, 2), norms, strict=True)

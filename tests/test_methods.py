@@ -21,7 +21,7 @@ from regraft.linearize import methods
 from regraft.recipes import schema
 from regraft.train import loop
 
-NAMES = methods.names()
+NAMES = methods.list_methods()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def words(folder: Path, method: str, out: Path, *more: object) -> list[object]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_says_where_it_comes_from_and_divides_its_budget(name: str) -> None:
-    method = methods.find(name)
+    method = methods.find_method(name)
     assert "arXiv" in (importlib.import_module(f"regraft.linearize.methods.{name}").__doc__ or "")
     stages = method.stages(1_000_000, 512, 2)
     assert [stage.kind for stage in stages] == [leg.kind for leg in method.legs]
@@ -51,7 +51,7 @@ def test_a_method_says_where_it_comes_from_and_divides_its_budget(name: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_goes_from_end_to_end(name: str, folder: Path, tmp_path: Path, capsys) -> None:
-    out, way = tmp_path / "out", methods.find(name)
+    out, way = tmp_path / "out", methods.find_method(name)
     told = as_json(capsys, *words(folder, name, out))
     made = Checkpoint.open(out)
     assert told["method"] == name and made.config["model_type"] == "regraft"
@@ -68,7 +68,7 @@ def test_every_method_goes_from_end_to_end(name: str, folder: Path, tmp_path: Pa
 
 def test_a_killed_conversion_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     as_json(capsys, *words(folder, "auto", tmp_path / "whole", "--keep", "restore:1"))
-    write, rows = loop.write, []
+    write, rows = loop.write_metrics_row, []
 
     def dying(run: loop.Run, row: dict) -> None:
         write(run, row)
@@ -77,7 +77,7 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(folder: Path, tmp_path:
             raise KeyboardInterrupt
 
     train = loop.train
-    monkeypatch.setattr(loop, "write", dying)
+    monkeypatch.setattr(loop, "write_metrics_row", dying)
     monkeypatch.setattr(loop, "train", lambda run: train(dataclasses.replace(run, save_seconds=0.0)))
     with pytest.raises(AssertionError, match="130"):
         as_json(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "restore:1"))
@@ -90,9 +90,9 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(folder: Path, tmp_path:
 
 
 def test_flags_change_a_method_and_a_mixers_options_go_with_it() -> None:
-    supra = methods.find("supra")
-    assert supra.changed(keep="every:2").remix.options == supra.remix.options
-    other = supra.changed(mixer="gated_deltanet", window=32).remix
+    supra = methods.find_method("supra")
+    assert supra.with_remix(keep="every:2").remix.options == supra.remix.options
+    other = supra.with_remix(mixer="gated_deltanet", window=32).remix
     assert (other.mixer, other.options, other.window, other.keep) == ("gated_deltanet", {}, 32, "none")
 
 
@@ -140,6 +140,6 @@ def test_dropping_windows_needs_windows(folder: Path, tmp_path: Path) -> None:
     _, model = tiny("llama")
     stage = loop.Stage("next", tokens=64, length=32, window_drop=0.5)
     with pytest.raises(RegraftError, match="no layer has one"):
-        loop.possible(loop.Run(model, [stage], lambda length: None, tmp_path), stage)
+        loop.check_run(loop.Run(model, [stage], lambda length: None, tmp_path), stage)
     with pytest.raises(RegraftError, match="ce is for distil"):
         loop.Stage("next", tokens=64, length=32, ce=0.5)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
 from regraft.mixers import registry
-from regraft.mixers.base import Attention, Mixer, Mixing, fresh
-from regraft.mixers.recurrence import chunked, naive
+from regraft.mixers.base import Attention, Mixer, MixerContext, create_initial_tensor
+from regraft.mixers.recurrence import chunked_recurrence, naive_recurrence
 from regraft.mixers.vector import chunked_vector, naive_vector
 from regraft.mixers.window import naive_window
 
@@ -95,7 +95,7 @@ def run(mixer: Mixer, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     state, outputs, begin = None, [], 0
     for cut in cuts:
         position = torch.arange(begin, begin + cut).expand(x.shape[0], cut)
-        y, state = mixer(x[:, begin : begin + cut], Mixing(rotary(position, mixer.attention)), state)
+        y, state = mixer(x[:, begin : begin + cut], MixerContext(rotary(position, mixer.attention)), state)
         outputs.append(y)
         begin += cut
     return torch.cat(outputs, 1)
@@ -121,9 +121,9 @@ def test_state_does_not_grow(spec: dict) -> None:
     mixer, sizes = made(spec, attention), set()
     for time in (1, 3, 40, 200):
         position = torch.arange(time).expand(2, time)
-        _, state = mixer(torch.randn(2, time, attention.hidden), Mixing(rotary(position, attention)))
+        _, state = mixer(torch.randn(2, time, attention.hidden), MixerContext(rotary(position, attention)))
         sizes.add(sum(tensor[0].numel() for tensor in state.values()))
-    assert sizes == {registry.mixer_class(spec["name"]).state_numbers(attention, spec)}
+    assert sizes == {registry.mixer_class(spec["name"]).state_size(attention, spec)}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
@@ -137,11 +137,11 @@ def test_padding_changes_nothing(spec: dict, left: bool) -> None:
     real = slice(pad, None) if left else slice(0, time)
     padded[:, real], valid[:, real] = x, True
     position = (valid.long().cumsum(1) - 1).clamp(min=0)
-    y, state = mixer(padded, Mixing(rotary(position, mixer.attention), valid))
+    y, state = mixer(padded, MixerContext(rotary(position, mixer.attention), valid))
     assert relative(y[:, real], alone) < bound(spec)
     assert torch.isfinite(y).all()
     token = torch.randn(1, 1, 36)
-    context = Mixing(rotary(torch.full((1, 1), time), mixer.attention))
+    context = MixerContext(rotary(torch.full((1, 1), time), mixer.attention))
     assert relative(mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]) < bound(
         spec
     )
@@ -153,11 +153,11 @@ def test_padding_changes_nothing(spec: dict, left: bool) -> None:
 def test_bfloat16_stays_close_and_keeps_states_wide(spec: dict, autocast: bool) -> None:
     mixer, x = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(2, 70, 36)
     turn = rotary(torch.arange(70).expand(2, -1), mixer.attention)
-    exact, _ = mixer(x, Mixing(turn))
+    exact, _ = mixer(x, MixerContext(turn))
     low = torch.float32 if autocast else torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y, state = mixer.to(low)(x.to(low), Mixing(tuple(t.to(low) for t in turn)))
-        again, _ = mixer(x[:, :1].to(low), Mixing(tuple(t[:, :1].to(low) for t in turn)), state)
+        y, state = mixer.to(low)(x.to(low), MixerContext(tuple(t.to(low) for t in turn)))
+        again, _ = mixer(x[:, :1].to(low), MixerContext(tuple(t[:, :1].to(low) for t in turn)), state)
     assert torch.isfinite(again).all() and float((y - exact).norm() / exact.norm()) < 0.2
     assert all(tensor.dtype == torch.float32 for name, tensor in state.items() if name.endswith("matrix"))
 
@@ -169,7 +169,7 @@ def test_packed_documents_do_not_see_each_other(spec: dict) -> None:
     documents = [torch.randn(1, length, 36) for length in lengths]
     position = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     segments = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).unsqueeze(0)
-    packed, _ = mixer(torch.cat(documents, 1), Mixing(rotary(position, mixer.attention), None, segments))
+    packed, _ = mixer(torch.cat(documents, 1), MixerContext(rotary(position, mixer.attention), None, segments))
     alone = torch.cat([run(mixer, document, [document.shape[1]]) for document in documents], 1)
     assert relative(packed, alone) < bound(spec)
 
@@ -188,7 +188,7 @@ def test_chunked_equals_naive_with_gradients(kind: str, packed: bool, time: int)
     segments = torch.randint(0, 5, (2, time)).sort(1).values if packed else None
     inputs = [t.requires_grad_() for t in (q, k, v, g, extra, state) if t is not None]
     weight, results = torch.randn(2, 6, time, 5), []
-    for form in (naive_vector, chunked_vector) if vector else (naive, chunked):
+    for form in (naive_vector, chunked_vector) if vector else (naive_recurrence, chunked_recurrence):
         out, last = form(q, k, v, g, extra, segments, state)
         results.append((out, last, torch.autograd.grad((out * weight).sum() + last.square().sum(), inputs)))
     (out, last, grads), (out2, last2, grads2) = results
@@ -220,12 +220,12 @@ def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> N
     position = torch.stack(
         [torch.cat([torch.arange(n) for n in row.unique_consecutive(return_counts=True)[1]]) for row in segments]
     )
-    context = Mixing(rotary(position, mixer.attention), None, segments if segmented else None)
+    context = MixerContext(rotary(position, mixer.attention), None, segments if segmented else None)
     heads, _ = mixer.mix(x, context, None)
     q, k, v = mixer.qkv(x)
-    from regraft.mixers.base import rotate
+    from regraft.mixers.base import apply_rotary
 
-    q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+    q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
     expected = naive_window(q, k, v, mixer.attention.scale, 8, 2, position, segments).transpose(1, 2)
     assert relative(heads, expected) < TOLERANCE
     parameters = list(mixer.qkv.parameters())
@@ -252,11 +252,11 @@ def test_gate_pinned_to_a_branch_is_that_branch() -> None:
 def test_window_as_wide_as_the_text_is_softmax_attention() -> None:
     attention = SHAPES["9-heads-3-kv"]
     wide, x = made({"name": "window", "window": 64, "sinks": 0}, attention), torch.randn(2, 40, 36)
-    context = Mixing(rotary(torch.arange(40).expand(2, 40), attention))
+    context = MixerContext(rotary(torch.arange(40).expand(2, 40), attention))
     q, k, v = wide.qkv(x)
-    from regraft.mixers.base import rotate
+    from regraft.mixers.base import apply_rotary
 
-    q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+    q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
     softmax = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale, enable_gqa=True)
     assert relative(wide.mix(x, context, None)[0], softmax.transpose(1, 2)) < TOLERANCE
 
@@ -291,7 +291,7 @@ def test_weight_table_names_every_parameter(spec: dict) -> None:
 )
 def test_folded_head_maps_act_on_head_outputs(spec: dict) -> None:
     mixer, x, maps = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(1, 20, 36), torch.randn(9, 10, 10)
-    context = Mixing(rotary(torch.arange(20).expand(1, 20), mixer.attention))
+    context = MixerContext(rotary(torch.arange(20).expand(1, 20), mixer.attention))
     heads, _ = mixer.mix(x, context, None)
     expected = mixer.o(torch.einsum("bthd,hde->bthe", heads, maps).flatten(-2))
     assert mixer.fold_heads(maps)
@@ -313,4 +313,4 @@ def test_bad_specs_are_refused() -> None:
         registry.validate({"name": "t2r", "feature": 2.5})
     registry.validate({"name": "lolcats", "start": 0, "feature": None})
     with pytest.raises(RegraftError, match="unknown initial value 'zero'"):
-        fresh("zero", (2,), torch.Generator())
+        create_initial_tensor("zero", (2,), torch.Generator())

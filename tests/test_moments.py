@@ -10,7 +10,7 @@ import torch
 from models import GROWABLE, inputs, tiny
 from safetensors.torch import load_file, save_file
 
-from regraft.core.checkpoint import Checkpoint, Lazy, Story
+from regraft.core.checkpoint import Checkpoint, LazyTensor, Provenance
 from regraft.errors import RegraftError
 from regraft.growth import optimizer_state
 from regraft.growth.steps.deepen import Deepen
@@ -33,8 +33,11 @@ def law(family: str, folder: Path, *steps: Any, **keys: Any) -> dict[str, float]
     source = Checkpoint.open(folder / "source")
     before = gradients(model, inputs(config))
     tensors = {
-        key: Lazy(
-            lazy.shape, torch.float32, Story("copied", (source.names[key],)), lambda key=key: before[source.names[key]]
+        key: LazyTensor(
+            lazy.shape,
+            torch.float32,
+            Provenance("copied", (source.names[key],)),
+            lambda key=key: before[source.names[key]],
         )
         for key, lazy in source.tensors.items()
     }
@@ -118,7 +121,7 @@ def test_a_state_is_grown_into_a_file_that_an_optimiser_takes(tmp_path: Path) ->
     for step in steps:
         grown = step(grown)
     grown.save(tmp_path / "out")
-    count = optimizer_state.grow(source, steps, tmp_path / "state.safetensors", tmp_path / "out")
+    count = optimizer_state.grow_optimizer_state(source, steps, tmp_path / "state.safetensors", tmp_path / "out")
     state = load_file(tmp_path / "out" / optimizer_state.FILE)
     stock = type(model).from_pretrained(tmp_path / "out")
     assert count == len(list(stock.named_parameters())) and len(state) == 3 * count
@@ -147,4 +150,4 @@ def test_a_state_of_another_model_is_refused(damage: str, tmp_path: Path) -> Non
     source = Checkpoint.open(tmp_path / "source")
     expected = {"missing": "lacks", "extra": "has not", "pickle": "pickle", "gone": "no optimiser state"}
     with pytest.raises(RegraftError, match=expected[damage]):
-        optimizer_state.read(source, file)
+        optimizer_state.read_moments(source, file)

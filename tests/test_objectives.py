@@ -15,7 +15,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
 from regraft.errors import RegraftError
-from regraft.train.objectives import Images, Packed, loss, measured, targets
+from regraft.train.objectives import Images, Packed, build_targets, compute_loss, evaluate_objective
 
 MASK, SPECIAL = 4, (0, 1, 2, 3, 4)
 DECODERS = [family for family in GROWABLE if family not in ARCHITECTURES]
@@ -46,21 +46,21 @@ def test_next_token_loss_is_that_of_the_class(family: str) -> None:
     rows = replace(text(), position_ids=torch.arange(24).repeat(6, 1))
     with torch.no_grad():
         expected = model(input_ids=rows.input_ids, labels=rows.input_ids, use_cache=False).loss
-        torch.testing.assert_close(loss(model, "next", rows), expected)
-    found = measured(model, "next", rows, batch=4)
+        torch.testing.assert_close(compute_loss(model, "next", rows), expected)
+    found = evaluate_objective(model, "next", rows, batch=4)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-5) and 0 <= found["accuracy"] <= 1
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_masked_loss_is_that_of_the_class(family: str) -> None:
     _, model = tiny(family)
-    corrupted, labels = targets(model, "mask", text(), draws())
+    corrupted, labels = build_targets(model, "mask", text(), draws())
     assert isinstance(corrupted, Packed)
     expected = model(input_ids=corrupted.input_ids, labels=labels)
-    torch.testing.assert_close(loss(model, "mask", text(), generator=draws()), expected.loss)
+    torch.testing.assert_close(compute_loss(model, "mask", text(), generator=draws()), expected.loss)
     right = (expected.logits.argmax(-1) == labels)[labels != -100].float().mean()
     for batch in (1, 4, 16):
-        found = measured(model, "mask", text(), batch)
+        found = evaluate_objective(model, "mask", text(), batch)
         assert found["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
         assert found["accuracy"] == pytest.approx(float(right))
 
@@ -70,15 +70,15 @@ def test_image_loss_is_that_of_the_class(family: str) -> None:
     config, model = tiny(family, architecture=CLASSIFIERS[family])
     rows = images(config)
     expected = model(pixel_values=rows.pixel_values, labels=rows.labels)
-    torch.testing.assert_close(loss(model, "image", rows), expected.loss)
+    torch.testing.assert_close(compute_loss(model, "image", rows), expected.loss)
     right = (expected.logits.argmax(-1) == rows.labels).float().mean()
-    assert measured(model, "image", rows, 4)["accuracy"] == pytest.approx(float(right))
+    assert evaluate_objective(model, "image", rows, 4)["accuracy"] == pytest.approx(float(right))
 
 
 def test_corruption_is_eighty_ten_ten_of_plain_tokens() -> None:
     _, model = tiny("bert", max_position_embeddings=1100)
     rows = text(40, 1000)
-    corrupted, labels = targets(model, "mask", rows, draws(), 0.3)
+    corrupted, labels = build_targets(model, "mask", rows, draws(), 0.3)
     assert isinstance(corrupted, Packed)
     chosen = labels != -100
     assert torch.equal(labels[chosen], rows.input_ids[chosen]) and not bool(chosen[:, 0].any())
@@ -89,13 +89,13 @@ def test_corruption_is_eighty_ten_ten_of_plain_tokens() -> None:
     assert shares == pytest.approx([0.8, 0.1 + 0.1 / 92], abs=0.02)
     words = now[(now != MASK) & (now != was)]
     assert int(words.min()) >= 5 and words.unique().numel() == 92
-    again, other = (targets(model, "mask", rows, draws(seed), 0.3)[1] for seed in (0, 1))
+    again, other = (build_targets(model, "mask", rows, draws(seed), 0.3)[1] for seed in (0, 1))
     assert torch.equal(again, labels) and not torch.equal(other, labels)
 
 
 def test_documents_do_not_foretell_each_other() -> None:
     _, model = tiny("llama")
-    _, labels = targets(model, "next", text())
+    _, labels = build_targets(model, "next", text())
     assert bool((labels[:, 9] == -100).all()) and int((labels == -100).sum()) == 6
 
 
@@ -126,12 +126,12 @@ def test_wrong_data_is_refused() -> None:
     ]
     for model, kind, data, message in cases:
         with pytest.raises(RegraftError, match=message):
-            loss(model, kind, data)
+            compute_loss(model, kind, data)
 
 
 def test_roberta_takes_rows_up_to_its_last_position() -> None:
     _, model = tiny("roberta", pad_token_id=1)
-    assert torch.isfinite(loss(model, "mask", text(2, 39), generator=draws()))
+    assert torch.isfinite(compute_loss(model, "mask", text(2, 39), generator=draws()))
 
 
 def test_reading_images(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_reading_images(tmp_path: Path) -> None:
 def test_a_fresh_model_is_that_of_the_library(family: str, tmp_path: Path) -> None:
     config, model = tiny(family)
     before = torch.random.get_rng_state()
-    made = modeling.fresh(config.to_dict(), seed=3)
+    made = modeling.build_random_model(config.to_dict(), seed=3)
     assert torch.equal(torch.random.get_rng_state(), before) and type(made) is type(model) and not made.training
     torch.manual_seed(3)
     own = type(model)(config)
@@ -180,9 +180,9 @@ def test_names_of_files_and_of_running_models(family: str, tmp_path: Path) -> No
     source = Checkpoint.open(tmp_path)
     model = modeling.materialize(source)
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    filed = modeling.in_files(model, named)
+    filed = modeling.to_checkpoint_names(model, named)
     assert set(source.names.values()) <= set(filed)
     for key, name in source.names.items():
         assert torch.equal(filed[name], source.tensors[key].read())
-    back = modeling.from_files(model, {name: filed[name] for name in source.names.values()})
+    back = modeling.from_checkpoint_names(model, {name: filed[name] for name in source.names.values()})
     assert set(back) == set(named) and all(torch.equal(back[name], named[name]) for name in named)

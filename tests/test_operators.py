@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import apart, inputs, outputs, tiny
+from models import inputs, max_relative_difference, outputs, tiny
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth import build, depth
@@ -27,7 +27,7 @@ def difference(family: str, step: Any, folder: Path) -> float:
     step(Checkpoint.open(folder / "source")).save(folder / "out")
     stock = type(model).from_pretrained(folder / "out", dtype=torch.float32).eval()
     before, after = outputs(model, inputs(config)), outputs(stock, inputs(config))
-    return max(apart(before[name], after[name]) for name in before)
+    return max(max_relative_difference(before[name], after[name]) for name in before)
 
 
 def holds(promise: str, found: float) -> bool:
@@ -60,7 +60,7 @@ def test_docstrings_list_the_operators_and_their_papers(step: type, table: dict[
 
 
 def test_lists_are_the_tables() -> None:
-    assert build.HOWS == tuple(WIDTH) and depth.ORDERS == tuple(DEPTH)
+    assert build.WIDTH_OPERATORS == tuple(WIDTH) and depth.ORDERS == tuple(DEPTH)
     assert depth.EXACT == ("identity", "llama_pro") and set(build.NOISE) <= set(WIDTH)
     assert Widen.how in WIDTH and Deepen.how in DEPTH
     assert {key for _, one in EVERY for key in one.papers} == set(PAPERS)

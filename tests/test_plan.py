@@ -16,7 +16,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.io import safetensors
 from regraft.mixers.remix import Remix
-from regraft.plan.plan import Plan, flops, render, state_bytes
+from regraft.plan.plan import Plan, print_plan, state_bytes, token_flops
 
 REMIXES = [Remix(keep="every:2", window=5, sinks=2), Remix(mixer="supra", keep="none", window=0)]
 
@@ -47,22 +47,24 @@ def test_state_bytes_are_the_caches(source: Checkpoint, remix: Remix | None) -> 
     model = modeling.materialize(target)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens(1, 40), **modeling.given(cache))
+        model(tokens(1, 40), **modeling.cache_kwargs(cache))
     held, planned = sum(modeling.state_bytes(cache)), sum(state_bytes(target, 40).values())
     assert planned == pytest.approx(held, rel=0.02)
 
 
 def test_linear_layers_do_not_grow_with_context(source: Checkpoint) -> None:
     target = Remix(keep="none")(source)
-    assert state_bytes(target, 1000) == state_bytes(target, 16000) and flops(target, 1000) == flops(target, 16000)
+    assert state_bytes(target, 1000) == state_bytes(target, 16000) and token_flops(target, 1000) == token_flops(
+        target, 16000
+    )
     assert sum(state_bytes(source, 2000).values()) == 2 * sum(state_bytes(source, 1000).values())
 
 
 def test_it_reads_no_weights(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(entry: safetensors.Entry) -> torch.Tensor:
+    def refuse(entry: safetensors.TensorEntry) -> torch.Tensor:
         raise AssertionError(f"read {entry.name}")
 
-    monkeypatch.setattr(safetensors.Entry, "read", refuse)
+    monkeypatch.setattr(safetensors.TensorEntry, "read", refuse)
     Plan.of(source, Remix()(source))
 
 
@@ -84,8 +86,8 @@ def test_mistral_keeps_only_its_window(tmp_path: Path) -> None:
 def test_json_and_table(source: Checkpoint) -> None:
     plan = Plan.of(source, Remix()(source))
     assert {"source", "target", "parameters", "tensors", "bytes", "peak_bytes"} <= set(
-        json.loads(json.dumps(plan.json()))
+        json.loads(json.dumps(plan.to_dict()))
     )
     text = io.StringIO()
-    render(plan, Console(file=text, width=120))
+    print_plan(plan, Console(file=text, width=120))
     assert f"{plan.parameters:,}" in text.getvalue() and "gated(gated_deltanet, window)" in text.getvalue()

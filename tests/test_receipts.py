@@ -11,8 +11,8 @@ import torch
 from models import FAMILIES, tiny
 from rich.console import Console
 
-from regraft.checks.check import check, render
-from regraft.core.checkpoint import Checkpoint, Lazy, Story
+from regraft.checks.check import check, print_receipts
+from regraft.core.checkpoint import Checkpoint, LazyTensor, Provenance
 from regraft.errors import RegraftError
 from regraft.io import files
 from regraft.mixers.remix import Remix
@@ -59,7 +59,7 @@ def test_a_changed_number_is_named(source: Path, tmp_path: Path, key: tuple) -> 
     made = Remix(keep="0")(Checkpoint.open(source))
     value = made.tensors[key].read().clone()
     value.view(-1)[3] += 0.5
-    made.tensors[key] = Lazy(tuple(value.shape), value.dtype, Story("copied"), lambda: value)
+    made.tensors[key] = LazyTensor(tuple(value.shape), value.dtype, Provenance("copied"), lambda: value)
     made.save(tmp_path / "out")
     receipts = check(source, tmp_path / "out")
     assert not receipts["holds"] and receipts["unequal"] == [made.names[key]]
@@ -78,7 +78,7 @@ def test_another_source_is_noticed(source: Path, tmp_path: Path) -> None:
 def test_trained_outputs_keep_what_they_can(source: Path, tmp_path: Path) -> None:
     made = Remix(keep="0")(Checkpoint.open(source))
     values = {made.names[key]: lazy.read() * 1.1 for key, lazy in made.tensors.items()}
-    made.replaced(values, {"step": "Train", "arguments": {}}).save(tmp_path / "out")
+    made.with_values(values, {"step": "Train", "arguments": {}}).save(tmp_path / "out")
     receipts = check(source, tmp_path / "out")
     assert receipts["holds"] and receipts["trained"]
     assert receipts["rel_logit_diff"] is None and receipts["window_end"] is None
@@ -104,8 +104,8 @@ def test_table_says_what_does_not_hold(source: Path, tmp_path: Path) -> None:
     Remix()(Checkpoint.open(source)).save(tmp_path / "out")
     text = io.StringIO()
     receipts = check(source, tmp_path / "out")
-    render(receipts, Console(file=text, width=120))
-    render(
+    print_receipts(receipts, Console(file=text, width=120))
+    print_receipts(
         receipts | {"holds": False, "unaccounted": list("abcd"), "source_matches": False}, Console(file=text, width=120)
     )
     assert "a, b, c and 1 more" in text.getvalue() and "does NOT hold" in text.getvalue()

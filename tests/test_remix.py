@@ -9,10 +9,10 @@ import torch
 from models import FAMILIES, tiny, tokens
 
 from regraft import modeling
-from regraft.checks.check import account, check
+from regraft.checks.check import check, compare_tensors
 from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint
-from regraft.core.step import Step, entry
+from regraft.core.step import Step, step_entry
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 
@@ -41,14 +41,14 @@ def test_keeping_all_layers_keeps_the_logits(source: Checkpoint, tmp_path: Path)
 @pytest.mark.parametrize("name", REMIXES)
 def test_every_source_tensor_is_accounted_for(source: Checkpoint, name: str, tmp_path: Path) -> None:
     made = REMIXES[name](source)
-    assert account(source, made) == ([], [])
+    assert compare_tensors(source, made) == ([], [])
     made.save(tmp_path / "out")
     opened = Checkpoint.open(tmp_path / "out")
-    assert account(source, opened) == ([], [])
+    assert compare_tensors(source, opened) == ([], [])
     assert {key: lazy.shape for key, lazy in opened.tensors.items()} == {
         k: lazy.shape for k, lazy in made.tensors.items()
     }
-    assert lineage.totals(opened) == lineage.totals(made)
+    assert lineage.count_by_kind(opened) == lineage.count_by_kind(made)
     assert all(torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in opened.tensors.items())
 
 
@@ -93,7 +93,7 @@ def test_projections_that_are_not_inherited_begin_anew(
             assert lazy.read().std().item() == pytest.approx(std, rel=0.1)
         else:
             assert lazy.read().unique().tolist() == [1.0 if "norm" in role else 0.0]
-    assert account(source, made) == ([], [])
+    assert compare_tensors(source, made) == ([], [])
     made.save(tmp_path / "out")
     assert modeling.load(tmp_path / "out")(tokens(1, 9)).logits.isfinite().all()
     found = check(source.path, tmp_path / "out")
@@ -128,7 +128,7 @@ def test_config_says_what_is_where(source: Checkpoint) -> None:
 def test_it_is_a_step_and_names_itself() -> None:
     step = Remix(mixer="supra")
     assert isinstance(step, Step)
-    assert Remix(**entry(step)["arguments"]) == step
+    assert Remix(**step_entry(step)["arguments"]) == step
     assert "Preserves:" in (Remix.__doc__ or "") and "Refuses:" in (Remix.__doc__ or "")
 
 
@@ -137,7 +137,7 @@ def test_it_is_a_step_and_names_itself() -> None:
     [("every:4", 10, {0, 4, 8}), ("0,7", 8, {0, 7}), ("all", 3, {0, 1, 2}), ("none", 3, set()), ("every:1", 2, {0, 1})],
 )
 def test_layers_to_keep(keep: str, layers: int, kept: set[int]) -> None:
-    assert Remix(keep=keep).kept(layers) == kept
+    assert Remix(keep=keep).kept_layers(layers) == kept
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from regraft.errors import RegraftError
 from regraft.io.files import read_json_lines
-from regraft.progress import BEAT, Ticker, clock
+from regraft.progress import BEAT, Ticker, format_seconds
 from regraft.recipes.journal import Journal
 from regraft.report import html, plots
 
@@ -83,7 +83,7 @@ def test_page_stands_alone_and_is_well_formed(folder):
 def test_page_and_json_agree(folder):
     page, numbers = html.write(folder).read_text(), json.loads((folder / "report.json").read_text())
     for name, line in html.eval_rows(numbers["eval"]).items():
-        assert name in page and html.short(line["perplexity"]) in page
+        assert name in page and html.format_number(line["perplexity"]) in page
     assert numbers["ledger"][-1] == {"stage": "total", "tokens": 64 * 29 * 2, "flops": 58 * 10**9, "seconds": 29.0}
     assert "3,712 tokens" in page and "1.5 minutes" in page
 
@@ -110,7 +110,7 @@ def test_damaged_files_are_named(folder):
     [(None, "—"), (0.123456, "0.1235"), (12345.6, "12,346"), (7, "7"), (1048576, "1,048,576"), (3e15, "3e+15")],
 )
 def test_numbers_are_shortened(value, text):
-    assert html.short(value) == text
+    assert html.format_number(value) == text
 
 
 def test_running_mean_of_a_constant_is_the_constant():
@@ -118,7 +118,7 @@ def test_running_mean_of_a_constant_is_the_constant():
 
 
 def test_no_training_no_curve():
-    assert plots.losses([{"eval": "model", "perplexity": 3.0}]) is None
+    assert plots.plot_losses([{"eval": "model", "perplexity": 3.0}]) is None
 
 
 def test_ticker_speaks_at_least_every_beat(monkeypatch):
@@ -136,7 +136,7 @@ def test_ticker_speaks_at_least_every_beat(monkeypatch):
 
 
 def test_clock():
-    assert (clock(75), clock(-3), clock(3600)) == ("1:15", "0:00", "60:00")
+    assert (format_seconds(75), format_seconds(-3), format_seconds(3600)) == ("1:15", "0:00", "60:00")
 
 
 def test_journal_remembers_time_and_phases(tmp_path):
@@ -144,7 +144,7 @@ def test_journal_remembers_time_and_phases(tmp_path):
     first.ticker.start("linearize")
     first.finish("linearize")
     second = Journal(tmp_path / "run", "seed: 0\n", 15)
-    assert second.done("linearize") and not second.done("train")
+    assert second.is_done("linearize") and not second.is_done("train")
     assert second.ticker.budget == 900
 
 

@@ -18,11 +18,11 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
-from regraft.mixers.base import Attention, Mixing, fresh
+from regraft.mixers.base import Attention, MixerContext, create_initial_tensor
 from regraft.mixers.remix import Remix
 from regraft.mixers.ssm import naive_scan, scan
 from regraft.train.calibrate import calibrate
-from regraft.train.stage import origins
+from regraft.train.stage import parameter_origins
 
 HIDDEN = 24
 ATTENTION = Attention(hidden=HIDDEN, kv=2, group=1, dim=12, scale=1.0)
@@ -47,7 +47,7 @@ def test_mamba_is_transformers_mamba(time: int) -> None:
     }  # fmt: skip
     ours.load_state_dict({name: value.detach() for name, value in values.items()})
     given = torch.randn(2, time, HIDDEN)
-    assert relative(ours(given, Mixing())[0], theirs(given)) < 1e-5
+    assert relative(ours(given, MixerContext())[0], theirs(given)) < 1e-5
 
 
 @pytest.mark.parametrize("time", [1, 7, 150])
@@ -67,7 +67,7 @@ def test_mamba2_is_transformers_mamba2(time: int) -> None:
         values |= {f"conv_{name}.weight": weight, f"conv_{name}.bias": bias}
     ours.load_state_dict({name: value.detach() for name, value in values.items()})
     given = torch.randn(2, time, HIDDEN)
-    assert relative(ours(given, Mixing())[0], theirs(given)) < 1e-5
+    assert relative(ours(given, MixerContext())[0], theirs(given)) < 1e-5
 
 
 @pytest.mark.parametrize("time", [1, 2, 9, 50])
@@ -92,12 +92,14 @@ def test_the_scan_stays_finite_where_decay_is_strongest() -> None:
 
 def test_starts_are_the_papers() -> None:
     draw = torch.Generator().manual_seed(0)
-    dt = nn.functional.softplus(fresh("timesteps 0.001 0.1", (4000,), draw))
+    dt = nn.functional.softplus(create_initial_tensor("timesteps 0.001 0.1", (4000,), draw))
     assert 0.001 <= float(dt.min()) < 0.0011 and 0.09 < float(dt.max()) <= 0.1001
     assert float(dt.log().mean()) == pytest.approx(math.log(0.01), abs=0.1)
-    rate = fresh("log_uniform 1 16", (4000,), draw).exp()
+    rate = create_initial_tensor("log_uniform 1 16", (4000,), draw).exp()
     assert 1 <= float(rate.min()) and float(rate.max()) <= 16.001 and float(rate.mean()) == pytest.approx(8.5, abs=0.2)
-    assert torch.allclose(fresh("log_counts", (2, 3), draw).exp(), torch.tensor([[1.0, 2, 3], [1, 2, 3]]))
+    assert torch.allclose(
+        create_initial_tensor("log_counts", (2, 3), draw).exp(), torch.tensor([[1.0, 2, 3], [1, 2, 3]])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
         f"model.layers.1.self_attn.{letter}_proj.weight" for letter in "qkvo"
     }
     model = modeling.materialize(own)
-    decays = {name: origins(model)[id(p)][1] for name, p in model.slots()[1].mixer.named_parameters()}
+    decays = {name: parameter_origins(model)[id(p)][1] for name, p in model.slots()[1].mixer.named_parameters()}
     assert not any(yes for name, yes in decays.items() if name in ("A_log", "D", "dt.bias", "norm", "conv.bias"))
     assert list(calibrate(model.slots(), model, model.slots(), [])) == [{"layer": 1, "heads_folded": 0.0}]
     assert model(tokens(1, 9)).logits.isfinite().all()
@@ -160,5 +162,7 @@ def test_calibration_needs_the_teachers_attention(source: Checkpoint, tmp_path: 
 def test_attention_layout_reads_grouped_keys_per_head() -> None:
     attention = SHAPES["9-heads-3-kv"]
     for name in ("mamba", "mamba2"):
-        heads, _ = made({"name": name, "layout": "attention"}, attention).mix(torch.randn(1, 5, 36), Mixing(), None)
+        heads, _ = made({"name": name, "layout": "attention"}, attention).mix(
+            torch.randn(1, 5, 36), MixerContext(), None
+        )
         assert heads.shape == (1, 5, 9, 10)

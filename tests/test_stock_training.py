@@ -15,14 +15,14 @@ from test_objectives import CLASSIFIERS, images, text
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import shuffled
+from regraft.data.packing import shuffled_indices
 from regraft.errors import RegraftError
 from regraft.growth import optimizer_state
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.train import loop
 from regraft.train import optimizer_state as adam
-from regraft.train.objectives import Rows, loss, measured
+from regraft.train.objectives import Rows, compute_loss, evaluate_objective
 from regraft.train.stage import Stage
 
 FAMILY = {"next": "qwen2", "mask": "bert", "image": "vit", "distil": "gpt2"}
@@ -124,7 +124,7 @@ def test_held_out_rows_are_measured_and_not_counted(kind: str, tmp_path: Path) -
     assert [row["tokens"] for row in seen] == [0, 96, 192, 240, 0, 96]
     names = {"stage", "step", "tokens", "flops", "seconds", "eval_loss", "eval_accuracy"}
     assert set(seen[0]) == names | ({"eval_kl"} if kind == "distil" else set())
-    start = measured(tiny(FAMILY[kind])[1], stages[0].objective, heldout)
+    start = evaluate_objective(tiny(FAMILY[kind])[1], stages[0].objective, heldout)
     assert (seen[0]["eval_loss"], seen[0]["eval_accuracy"]) == (start["loss"], start["accuracy"])
     for cut in (1, 4, 5, 6):
         with pytest.raises(Killed):
@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_the_moments_of_another(family: str, tmp_path: Path) 
     file = tmp_path / "first" / "optimizer.safetensors"
     first.save_pretrained(tmp_path / "model")
     source = Checkpoint.open(tmp_path / "model")
-    entries = optimizer_state.read(source, file)
+    entries = optimizer_state.read_moments(source, file)
     assert float(entries[f"step/{next(iter(source.names.values()))}"].read()) == 3
 
     before = {name: value.detach().clone() for name, value in first.named_parameters()}
@@ -151,9 +151,11 @@ def test_a_run_goes_on_with_the_moments_of_another(family: str, tmp_path: Path) 
     twin = tiny(family, architecture=CLASSIFIERS.get(family))[1]
     twin.load_state_dict(first.state_dict())
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    adam.begin(twin, optimizer, file)
-    order = shuffled(7, 2, 0)
-    loss(twin, run.stages[0].objective, rows_of(kind, twin)(24)[order], False, loop.generator(0, 0, 0)).backward()
+    adam.load_optimizer_state(twin, optimizer, file)
+    order = shuffled_indices(7, 2, 0)
+    compute_loss(
+        twin, run.stages[0].objective, rows_of(kind, twin)(24)[order], False, loop.step_generator(0, 0, 0)
+    ).backward()
     optimizer.step()
     loop.train(run)
     for (name, ours), theirs in zip(first.named_parameters(), twin.parameters(), strict=True):
@@ -174,7 +176,9 @@ def test_moments_survive_growth_and_a_restart(tmp_path: Path) -> None:
     source, steps = Checkpoint.open(tmp_path / "source"), [Widen(hidden=45), Deepen(4)]
     grown = Deepen(4)(Widen(hidden=45)(source))
     grown.save(tmp_path / "grown")
-    optimizer_state.grow(source, steps, tmp_path / "small" / "optimizer.safetensors", tmp_path / "grown")
+    optimizer_state.grow_optimizer_state(
+        source, steps, tmp_path / "small" / "optimizer.safetensors", tmp_path / "grown"
+    )
 
     def train(out: Path, stop: int = 9) -> list[float]:
         def progress(*told: Any) -> None:

@@ -22,11 +22,11 @@ from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.calibrate import calibrate
-from regraft.train.hooks import LayerRecord, body, recording
-from regraft.train.layer_subset import stack
+from regraft.train.hooks import LayerRecord, record_layers, run_decoder
+from regraft.train.layer_subset import layer_stack
 from regraft.train.layerwise import align
-from regraft.train.layerwise.one_layer_model import Hollow
-from regraft.train.layerwise.state import Streamed
+from regraft.train.layerwise.one_layer_model import OneLayerModel
+from regraft.train.layerwise.state import LayerwiseRun
 from regraft.train.stage import Stage
 
 LINEAR = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "gemma", "phi3", "starcoder2", "phi")
@@ -52,7 +52,7 @@ def joint(source: Checkpoint, target: Checkpoint, stage: Stage, out: Path, calib
     teacher, model, text = modeling.materialize(source), modeling.materialize(target), rows()
     slots = modeling.slots(teacher, source)
     if calibration:
-        list(calibrate(model.slots(), teacher, slots, loop.batches(text, calibration, 0)))
+        list(calibrate(model.slots(), teacher, slots, loop.calibration_batches(text, calibration, 0)))
     return model, loop.train(loop.Run(model, [stage], lambda length: text, out, teacher, slots))
 
 
@@ -74,23 +74,23 @@ def same(trained: Checkpoint, model: Any, start: Checkpoint) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 def test_layers_run_one_by_one_as_they_run_together(family: str, tmp_path: Path) -> None:
     source, text = opened(tmp_path, family), rows(4)
-    model, teacher = modeling.materialize(source), Hollow(source)
+    model, teacher = modeling.materialize(source), OneLayerModel(source)
     together: dict[int, LayerRecord] = {}
     last: list[torch.Tensor] = []
-    stack(model)[2].register_forward_hook(lambda module, given, output: last.append(output))
-    with recording(modeling.slots(model, source), [0, 1, 2], together.__setitem__):
-        body(model, text.input_ids, text.position_ids)
-    hidden = torch.cat([part for _, part in teacher.embedded(text.input_ids, text.position_ids, 3)])
+    layer_stack(model)[2].register_forward_hook(lambda module, given, output: last.append(output))
+    with record_layers(modeling.slots(model, source), [0, 1, 2], together.__setitem__):
+        run_decoder(model, text.input_ids, text.position_ids)
+    hidden = torch.cat([part for _, part in teacher.embed_batches(text.input_ids, text.position_ids, 3)])
     for layer in range(3):
-        with teacher.opened(layer, mlp=False):
-            alone = teacher.attended(hidden, text.position_ids)
+        with teacher.load_layer(layer, mlp=False):
+            alone = teacher.record_attention(hidden, text.position_ids)
         for mine, theirs in ((alone.inputs, together[layer].inputs), (alone.outputs, together[layer].outputs)):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
         assert (alone.rotary is None) == (family == "gpt2")
         for mine, theirs in zip(alone.rotary or (), together[layer].rotary or (), strict=True):
             assert torch.equal(mine, theirs)
-        with teacher.opened(layer):
-            hidden = teacher.through(hidden, text.position_ids)
+        with teacher.load_layer(layer):
+            hidden = teacher.run_layer(hidden, text.position_ids)
     torch.testing.assert_close(hidden, last[0], rtol=1e-5, atol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_streamed_mixers_are_those_of_the_joint_run(family: str, tmp_path: Path)
     source = opened(tmp_path, family)
     target = Remix("gated_deltanet", "1", window=8, sinks=2)(source)
     model, spent = joint(source, target, STAGE, tmp_path / "joint")
-    trained, ledger = align.align(Streamed(source, target, STAGE, rows(), tmp_path / "streamed"))
+    trained, ledger = align.align(LayerwiseRun(source, target, STAGE, rows(), tmp_path / "streamed"))
     same(trained, model, target)
     assert ledger["tokens"] == spent["tokens"] and not ledger["start"] and 0.5 < ledger["flops"] / spent["flops"] < 1.5
     trained.save(tmp_path / "out")
@@ -124,7 +124,7 @@ def test_every_way_to_align_streams(remix: Remix, change: dict, calibration: int
     source, stage = opened(tmp_path), dataclasses.replace(STAGE, **change)
     target = remix(source)
     model, _ = joint(source, target, stage, tmp_path / "joint", calibration)
-    run = Streamed(source, target, stage, rows(), tmp_path / "streamed", calibration=calibration)
+    run = LayerwiseRun(source, target, stage, rows(), tmp_path / "streamed", calibration=calibration)
     same(align.align(run)[0], model, target)
 
 
@@ -137,7 +137,7 @@ class Killed(Exception):
 def test_a_killed_run_ends_with_the_same_weights(cut: int, scratch: bool, tmp_path: Path, monkeypatch) -> None:
     source = opened(tmp_path, "qwen3", layers=4)
     target, stage = Remix("gated_deltanet", "1", window=8)(source), dataclasses.replace(STAGE, clip=1.0)
-    whole, ledger = align.align(Streamed(source, target, stage, rows(), tmp_path / "whole"))
+    whole, ledger = align.align(LayerwiseRun(source, target, stage, rows(), tmp_path / "whole"))
     seen: list[tuple[int, int]] = []
 
     def noting(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def test_a_killed_run_ends_with_the_same_weights(cut: int, scratch: bool, tmp_pa
         if len(seen) == cut:
             raise Killed
 
-    run = Streamed(source, target, stage, rows(), tmp_path / "cut", scratch=tmp_path / "scratch")
+    run = LayerwiseRun(source, target, stage, rows(), tmp_path / "cut", scratch=tmp_path / "scratch")
     with pytest.raises(Killed):
         align.align(dataclasses.replace(run, progress=stopping))
     if scratch:
@@ -174,22 +174,22 @@ def test_only_one_layer_is_ever_there(tmp_path: Path, monkeypatch) -> None:
     source = opened(tmp_path, "gpt_neox", layers=5)
     held = []
 
-    def counting(self: Hollow, *given: Any) -> Any:
+    def counting(self: OneLayerModel, *given: Any) -> Any:
         layers = [*self.layers, self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         real = [at for at, module in enumerate(layers) if any(not p.is_meta for p in module.parameters())]
         held.append(real)
         return original(self, *given)
 
-    original = Hollow.decode
-    monkeypatch.setattr(Hollow, "decode", counting)
-    align.align(Streamed(source, Remix(keep="3")(source), STAGE, rows(), tmp_path / "out"))
+    original = OneLayerModel.run_decoder
+    monkeypatch.setattr(OneLayerModel, "run_decoder", counting)
+    align.align(LayerwiseRun(source, Remix(keep="3")(source), STAGE, rows(), tmp_path / "out"))
     assert {tuple(real) for real in held} == {(0,), (1,), (2,), (3,), (4,), (5,)}  # the fifth: the embedding
 
 
 def test_a_layer_that_diverges_stops_the_run_and_earlier_ones_stay(tmp_path: Path) -> None:
     source = opened(tmp_path)
     target = Remix(keep="1", window=8)(source)
-    run = Streamed(source, target, STAGE, rows(), tmp_path / "out")
+    run = LayerwiseRun(source, target, STAGE, rows(), tmp_path / "out")
 
     def spoil(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
         if step == STAGE.steps:  # what the third layer gets is no number
@@ -203,8 +203,8 @@ def test_a_layer_that_diverges_stops_the_run_and_earlier_ones_stay(tmp_path: Pat
 def test_hidden_states_in_bfloat16_come_close(tmp_path: Path) -> None:
     source = opened(tmp_path)
     target = Remix(keep="0")(source)
-    exact = mixers(align.align(Streamed(source, target, STAGE, rows(), tmp_path / "a"))[0])
-    near = mixers(align.align(Streamed(source, target, STAGE, rows(), tmp_path / "b", keep="bfloat16"))[0])
+    exact = mixers(align.align(LayerwiseRun(source, target, STAGE, rows(), tmp_path / "a"))[0])
+    near = mixers(align.align(LayerwiseRun(source, target, STAGE, rows(), tmp_path / "b", keep="bfloat16"))[0])
     assert all((near[name] - exact[name]).abs().max() < 0.05 for name in exact)
     assert any(not torch.equal(near[name], exact[name]) for name in exact)
 
@@ -212,7 +212,7 @@ def test_hidden_states_in_bfloat16_come_close(tmp_path: Path) -> None:
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     source = opened(tmp_path)
     target = Remix(keep="0")(source)
-    run = Streamed(source, target, STAGE, rows(), tmp_path / "out")
+    run = LayerwiseRun(source, target, STAGE, rows(), tmp_path / "out")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"stage": dataclasses.replace(STAGE, kind="distil")}, "'distil' needs the whole model"),
         ({"stage": dataclasses.replace(STAGE, learn="lit")}, "learn 'lit' and window_drop"),
@@ -233,7 +233,7 @@ def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch) -> Non
     source = opened(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     with pytest.raises(RegraftError, match="1,000 bytes free, the hidden states of 8 rows take 73,728"):
-        align.align(Streamed(source, Remix(keep="0")(source), STAGE, rows(), tmp_path / "out"))
+        align.align(LayerwiseRun(source, Remix(keep="0")(source), STAGE, rows(), tmp_path / "out"))
 
 
 PART = """
@@ -243,15 +243,15 @@ from pathlib import Path
 from test_streamed import STAGE, rows
 from regraft import distributed
 from regraft.core.checkpoint import Checkpoint
-from regraft.growth.steps.remix import Remix
-from regraft.train import walk
-from regraft.train.layerwise.state import Streamed
+from regraft.mixers.remix import Remix
+from regraft.train.layerwise import align
+from regraft.train.layerwise.state import LayerwiseRun
 
-with ranks.joined():
+with distributed.init_distributed():
     source, out = Checkpoint.open(sys.argv[1]), Path(sys.argv[2])
     target = Remix(keep="1", window=8)(source)
-    trained, ledger = walk.align(Streamed(source, target, STAGE, rows(), out, calibration=2))
-    if ranks.first():
+    trained, ledger = align.align(LayerwiseRun(source, target, STAGE, rows(), out, calibration=2))
+    if distributed.is_rank0():
         trained.save(out / "model")
         (out / "tokens").write_text(str(ledger["tokens"]))
 """
@@ -260,7 +260,7 @@ with ranks.joined():
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     source = opened(tmp_path, "qwen2")
     target = Remix(keep="1", window=8)(source)
-    alone, ledger = align.align(Streamed(source, target, STAGE, rows(), tmp_path / "alone", calibration=2))
+    alone, ledger = align.align(LayerwiseRun(source, target, STAGE, rows(), tmp_path / "alone", calibration=2))
     (closed,) = ledger["start"]
     assert closed["kind"] == "closed form" and closed["tokens"] == 2 * rows().length and closed["flops"] > 0
     assert json.loads((tmp_path / "alone" / "stream" / "state.json").read_text())["start"] == closed

@@ -82,7 +82,7 @@ def imports(file: Path) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_are_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
 
 
 def test_the_package_stays_small():
@@ -169,7 +169,7 @@ def test_flags_of_pages_exist(page):
             words = shlex.split(line, comments=True) if line.startswith(("regraft ", "torchrun ", "srun ")) else []
             words = words[words.index("regraft") + 1 :] if words else []
             if words and words[0] not in cli.OPEN_ENDED:
-                parser.parse_args(cli.dashed(words))
+                parser.parse_args(cli.normalize_flags(words))
                 seen += 1
     assert seen > 3
 
@@ -199,4 +199,4 @@ def test_docstrings_are_a_text():
     from regraft.data import default_text
 
     found = default_text.docstrings()
-    assert len(found) > 100 and sum(map(len, found)) > 500_000 and not set(found) & set(default_text.held_out())
+    assert len(found) > 100 and sum(map(len, found)) > 500_000 and not set(found) & set(default_text.heldout_topics())

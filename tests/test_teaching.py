@@ -21,11 +21,11 @@ from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop, row_store, step, teacher_cache
-from regraft.train.hooks import body
-from regraft.train.kl import head_kl, top, top_kl
-from regraft.train.row_store import Shelf
-from regraft.train.stage import Stage, kl
-from regraft.train.teacher_cache import Keeping, Lessons
+from regraft.train.hooks import run_decoder
+from regraft.train.kl import head_kl, top_k_kl, top_k_log_probs
+from regraft.train.row_store import RowStore
+from regraft.train.stage import Stage, evaluate_kl
+from regraft.train.teacher_cache import CachedTeacher, TeacherCacheConfig
 
 REMIX = Remix("gated_deltanet", "0", window=8)
 STAGE = Stage("distil", 8 * 64, length=32, batch=2, precision="float32", lr_body=1e-4)
@@ -47,7 +47,7 @@ def rows(count: int = 8, length: int = 32) -> Packed:
 def trained(source: Checkpoint, teacher: Any, stage: Stage, out: Path, **options: Any) -> tuple[list[float], Any]:
     """(the losses, the ledger)."""
     model = modeling.materialize(REMIX(source))
-    slots = modeling.slots(teacher, source) if not isinstance(teacher, Lessons) else []
+    slots = modeling.slots(teacher, source) if not isinstance(teacher, CachedTeacher) else []
     ledger = loop.train(loop.Run(model, [stage], lambda length: rows(), out, teacher, slots, **options))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] if "loss" in row else row["eval_kl"] for row in lines], ledger
@@ -70,7 +70,7 @@ def test_cached_losses_are_those_of_the_teacher_and_it_runs_once(kind, source, t
     plain, spent = trained(source, modeling.load(name), stage, tmp_path / "plain", **options)
     for turn in ("first", "second"):
         counts: list[str] = []
-        lessons = Lessons(name, Keeping(tmp_path / "cache", 10**8), loads(counts))
+        lessons = CachedTeacher(name, TeacherCacheConfig(tmp_path / "cache", 10**8), loads(counts))
         losses, ledger = trained(source, lessons, stage, tmp_path / turn, **options)
         told = lessons.flush()
         assert losses == pytest.approx(plain, rel=1e-6, abs=1e-7) and len(losses) == 8 + 5
@@ -85,13 +85,13 @@ def test_cached_losses_are_those_of_the_teacher_and_it_runs_once(kind, source, t
 
 def test_later_passes_run_no_teacher_and_cost_less(source, tmp_path) -> None:
     stage = dataclasses.replace(STAGE, tokens=3 * 8 * 32)
-    lessons = Lessons(str(source.origin), Keeping(tmp_path / "cache", 10**8))
+    lessons = CachedTeacher(str(source.origin), TeacherCacheConfig(tmp_path / "cache", 10**8))
     _, ledger = trained(source, lessons, stage, tmp_path / "cached")
     _, plain = trained(source, modeling.load(source.origin), stage, tmp_path / "plain")
     assert lessons.computed == 8 and lessons.read == 16
     model = modeling.load(source.origin)
     with step.counted() as counter, torch.no_grad():
-        body(model, rows().input_ids, rows().position_ids)
+        run_decoder(model, rows().input_ids, rows().position_ids)
     assert plain["flops"] - ledger["flops"] == pytest.approx(2 * counter.get_total_flops(), rel=1e-3)
 
 
@@ -101,7 +101,7 @@ def test_top_kl_is_the_kl_of_its_outcomes_with_gradients(count: int, bias: bool)
     torch.manual_seed(0)
     h, t = torch.randn(2, 300, 6, requires_grad=True), torch.randn(2, 300, 6)
     head, teacher_head = nn.Linear(6, 40, bias=bias), nn.Linear(6, 40, bias=bias)
-    names, logs = top(t.flatten(0, 1), teacher_head, count)
+    names, logs = top_k_log_probs(t.flatten(0, 1), teacher_head, count)
     assert torch.allclose(logs.exp().sum(-1), torch.ones(600))
     names, logs = names.long().view(2, 300, -1), logs.view(2, 300, -1)
     student, target = head(h).log_softmax(-1), teacher_head(t).log_softmax(-1).detach()
@@ -110,7 +110,7 @@ def test_top_kl_is_the_kl_of_its_outcomes_with_gradients(count: int, bias: bool)
     if count < 40:
         parts.append(tuple(x.masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True) for x in (target, student)))
     expected = sum((p.exp() * (p - q)).sum(-1) for p, q in parts).mean()
-    loss = top_kl(h, head, names, logs, fast=False)
+    loss = top_k_kl(h, head, names, logs, fast=False)
     torch.testing.assert_close(loss, expected)
     found = [torch.autograd.grad(x, (h, *head.parameters()), retain_graph=True) for x in (loss, expected)]
     for mine, theirs in zip(*found, strict=True):
@@ -118,10 +118,12 @@ def test_top_kl_is_the_kl_of_its_outcomes_with_gradients(count: int, bias: bool)
     full = head_kl(h, head, t, teacher_head, fast=False)
     whole = torch.autograd.grad(full, h)[0]
     away = [
-        float((torch.autograd.grad(top_kl(h, head, *both, False), h)[0] - whole).norm() / whole.norm())
+        float((torch.autograd.grad(top_k_kl(h, head, *both, False), h)[0] - whole).norm() / whole.norm())
         for k in (2, 10, 30, 40)
         for both in [
-            (lambda n, x: (n.long().view(2, 300, -1), x.view(2, 300, -1)))(*top(t.flatten(0, 1), teacher_head, k))
+            (lambda n, x: (n.long().view(2, 300, -1), x.view(2, 300, -1)))(
+                *top_k_log_probs(t.flatten(0, 1), teacher_head, k)
+            )
         ]
     ]
     assert away[0] > away[1] > away[2] > away[3] and away[3] < 1e-5
@@ -133,16 +135,16 @@ def test_kinds_that_keep_less_come_close(source, tmp_path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * parameter.std(correction=0) * torch.randn_like(parameter))
-    whole = kl(model, exact, text)
+    whole = evaluate_kl(model, exact, text)
     assert whole > 0.05
     sizes = {}
     for kind, far in (("hidden:bfloat16", 0.02), ("topk:80", 0.1), ("topk:8", 0.9), ("topk:97", 1e-5)):
-        lessons = Lessons(str(source.origin), Keeping(tmp_path / kind, 10**8, kind))
-        assert kl(model, lessons, text) == pytest.approx(whole, rel=far)
+        lessons = CachedTeacher(str(source.origin), TeacherCacheConfig(tmp_path / kind, 10**8, kind))
+        assert evaluate_kl(model, lessons, text) == pytest.approx(whole, rel=far)
         lessons.flush()
-        sizes[kind] = row_store.used(tmp_path / kind)
-        again = Lessons(str(source.origin), Keeping(tmp_path / kind, 10**8, kind), loads([]))
-        assert kl(model, again, text) == pytest.approx(whole, rel=far) and again.loaded is None
+        sizes[kind] = row_store.directory_size(tmp_path / kind)
+        again = CachedTeacher(str(source.origin), TeacherCacheConfig(tmp_path / kind, 10**8, kind), loads([]))
+        assert evaluate_kl(model, again, text) == pytest.approx(whole, rel=far) and again.loaded is None
     assert sizes["topk:8"] < sizes["topk:80"]
 
 
@@ -152,10 +154,10 @@ def disk(folder: Path) -> int:
 
 
 def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(row_store, "FILE", 10_000)
+    monkeypatch.setattr(row_store, "FILE_BYTES", 10_000)
     plain, _ = trained(source, modeling.load(source.origin), STAGE, tmp_path / "plain")
     for turn in ("first", "second"):
-        lessons = Lessons(str(source.origin), Keeping(tmp_path / "cache", 40_000))
+        lessons = CachedTeacher(str(source.origin), TeacherCacheConfig(tmp_path / "cache", 40_000))
         losses, _ = trained(source, lessons, STAGE, tmp_path / turn)
         told = lessons.flush()
         assert losses == pytest.approx(plain, rel=1e-6, abs=1e-7)
@@ -164,10 +166,10 @@ def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monke
 
 
 def test_damaged_files_are_found_and_made_again(source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(row_store, "FILE", 4_000)
-    keeping, text, model = Keeping(tmp_path, 10**8), rows(), modeling.materialize(REMIX(source))
-    lessons = Lessons(str(source.origin), keeping)
-    whole = kl(model, lessons, text)
+    monkeypatch.setattr(row_store, "FILE_BYTES", 4_000)
+    keeping, text, model = TeacherCacheConfig(tmp_path, 10**8), rows(), modeling.materialize(REMIX(source))
+    lessons = CachedTeacher(str(source.origin), keeping)
+    whole = evaluate_kl(model, lessons, text)
     lessons.flush()
     files = sorted(tmp_path.glob("*/*.safetensors"))
     assert len(files) > 3
@@ -177,13 +179,13 @@ def test_damaged_files_are_found_and_made_again(source, tmp_path, monkeypatch) -
     files[1].write_bytes(files[1].read_bytes()[:-100])
     files[2].write_bytes(b"")
     (files[3].parent / "left.part").write_bytes(b"killed while writing")
-    again = Lessons(str(source.origin), keeping)
-    assert kl(model, again, text) == pytest.approx(whole, rel=1e-6)
+    again = CachedTeacher(str(source.origin), keeping)
+    assert evaluate_kl(model, again, text) == pytest.approx(whole, rel=1e-6)
     told = again.flush()
     assert told["damaged"] == 3 and 0 < told["computed"] == told["kept"] < 8
     assert not list(tmp_path.glob("*/*.part"))
-    last = Lessons(str(source.origin), keeping)
-    assert kl(model, last, text) == pytest.approx(whole, rel=1e-6) and last.computed == 0
+    last = CachedTeacher(str(source.origin), keeping)
+    assert evaluate_kl(model, last, text) == pytest.approx(whole, rel=1e-6) and last.computed == 0
 
 
 def test_another_teacher_or_precision_shares_nothing(tmp_path) -> None:
@@ -196,13 +198,13 @@ def test_another_teacher_or_precision_shares_nothing(tmp_path) -> None:
         ("teacher0", "hidden:bfloat16"),
         ("teacher0", "hidden"),
     ):
-        lessons = Lessons(str(tmp_path / name), Keeping(tmp_path / "cache", 10**8, kind))
-        lessons.rows(text, False, kind, lessons.said)
+        lessons = CachedTeacher(str(tmp_path / name), TeacherCacheConfig(tmp_path / "cache", 10**8, kind))
+        lessons.fetch_rows(text, False, kind, lessons.compute_outputs)
         lessons.flush()
         computed.append(lessons.computed)
     assert computed == [2, 2, 2, 0]
     moved = dataclasses.replace(text, position_ids=torch.arange(32).expand(2, 32))
-    lessons.rows(moved, False, "hidden", lessons.said)
+    lessons.fetch_rows(moved, False, "hidden", lessons.compute_outputs)
     assert lessons.computed == 2  # the same tokens, other documents
 
 
@@ -210,11 +212,11 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from regraft.train import shelf
-shelf.FILE = 3000
-kept = shelf.Shelf(Path(sys.argv[1]), "rows", 10**7, {})
+from regraft.train import row_store
+row_store.FILE_BYTES = 3000
+kept = row_store.RowStore(Path(sys.argv[1]), "rows", 10**7, {})
 for number in range(10**6):
-    kept.put(f"{sys.argv[2]}{number}", {"value": torch.full((500,), float(number))})
+    kept.add(f"{sys.argv[2]}{number}", {"value": torch.full((500,), float(number))})
     print(number, flush=True)
 """
 
@@ -234,7 +236,7 @@ def test_writers_that_are_killed_leave_whole_files(tmp_path) -> None:
             process.kill()
             process.wait()
             process.stdout.close()
-    kept = Shelf(tmp_path, "rows", 10**7, {})
+    kept = RowStore(tmp_path, "rows", 10**7, {})
     kept.scan()
     assert len(kept.places) > 40
     for key in list(kept.places):
@@ -245,20 +247,20 @@ def test_writers_that_are_killed_leave_whole_files(tmp_path) -> None:
 
 def test_bad_settings_are_refused(tmp_path) -> None:
     assert (
-        Keeping.asked("a", "1.5 MB", "topk:64").size == 1_500_000
-        and Keeping.asked("a", "4G", "hidden").size == 4 * 10**9
+        TeacherCacheConfig.parse("a", "1.5 MB", "topk:64").size == 1_500_000
+        and TeacherCacheConfig.parse("a", "4G", "hidden").size == 4 * 10**9
     )
     with pytest.raises(RegraftError, match="may take 'much': give a size"):
-        Keeping.asked("a", "much", "hidden")
+        TeacherCacheConfig.parse("a", "much", "hidden")
     for kind in ("logits", "topk", "topk:0", "hidden:float8"):
         with pytest.raises(RegraftError, match=f"kept as '{kind}': give hidden"):
-            Keeping(tmp_path, 1000, kind)
+            TeacherCacheConfig(tmp_path, 1000, kind)
     with pytest.raises(RegraftError, match="0 bytes for teacher outputs"):
-        Keeping(tmp_path, 0)
+        TeacherCacheConfig(tmp_path, 0)
     tiny("bert")[1].save_pretrained(tmp_path / "bert")
     with pytest.raises(RegraftError, match="give a decoder"):
-        Lessons(str(tmp_path / "bert"), Keeping(tmp_path, 1000))
+        CachedTeacher(str(tmp_path / "bert"), TeacherCacheConfig(tmp_path, 1000))
     (tmp_path / "file").write_text("")
     with pytest.raises(RegraftError, match="cannot keep teacher outputs in"):
-        Shelf(tmp_path / "file", "rows", 1000, {})
-    assert teacher_cache.keys_of(rows(2)) == teacher_cache.keys_of(rows(2)) != teacher_cache.keys_of(rows(2, 31))
+        RowStore(tmp_path / "file", "rows", 1000, {})
+    assert teacher_cache.row_keys(rows(2)) == teacher_cache.row_keys(rows(2)) != teacher_cache.row_keys(rows(2, 31))

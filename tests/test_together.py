@@ -17,11 +17,11 @@ import speaking
 import torch
 import yaml
 from safetensors.torch import load_file
-from together import STAGES, fitted, trained
+from together import STAGES, train_ligo_maps, train_stage
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.mixers.remix import Remix
-from regraft.train.resume import checkpoints, claimed
+from regraft.train.resume import list_checkpoints, lock_run
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -94,14 +94,14 @@ def test_processes_train_as_one(count: int, names: list[str], models: Path, tmp_
     for name in names:
         alone = tmp_path / "one" / name.removeprefix("broken ")
         if not alone.exists():
-            trained(alone.name, models, alone)
+            train_stage(alone.name, models, alone)
         assert len(losses(alone)) == 50
         same(alone, tmp_path / "many" / name, 1e-5)
 
 
 def test_processes_fit_growth_as_one(models: Path, tmp_path: Path) -> None:
     launched(2, HERE / "together.py", models, tmp_path / "many", "ligo")
-    cost = fitted(models, tmp_path / "one")
+    cost = train_ligo_maps(models, tmp_path / "one")
     told = json.loads((tmp_path / "many" / "ligo" / "losses.json").read_text())
     mine = json.loads((tmp_path / "one" / "losses.json").read_text())
     assert len(mine["loss"]) == 50 and mine["loss"] == pytest.approx(told["loss"], rel=1e-5)
@@ -124,7 +124,7 @@ def test_two_machines_with_a_model_each_train_as_one(models: Path, tmp_path: Pat
     ]  # fmt: skip
     told = [agent.communicate(timeout=600)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], told[0][-2000:] + told[1][-2000:]
-    trained("distil", models, tmp_path / "one")
+    train_stage("distil", models, tmp_path / "one")
     same(tmp_path / "one", tmp_path / "many" / "distil", 1e-5)
 
 
@@ -195,10 +195,10 @@ class TestCommand:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         told = (tmp_path / "log").read_text()
-        assert checkpoints(out)[-1][1] == len(losses(out)) and "stopped by SIGTERM" in told, told
+        assert list_checkpoints(out)[-1][1] == len(losses(out)) and "stopped by SIGTERM" in told, told
 
     def test_two_runs_do_not_write_in_one_folder(self, models: Path, tmp_path: Path) -> None:
-        with claimed(tmp_path / "a"):
+        with lock_run(tmp_path / "a"):
             words = [*map(str, self.words(models, tmp_path / "a"))]
             done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
         assert done.returncode == 2 and "another run is going on" in done.stderr
@@ -249,7 +249,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(count: int, models:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     told = [line for line in done.stderr.splitlines() if line.startswith("regraft: cannot write the checkpoint")]
     assert done.returncode != 0 and told and "No space left" in told[0] and "free some space" in told[0], done.stderr
-    kept = checkpoints(small_disk / "out")
+    kept = list_checkpoints(small_disk / "out")
     assert kept and not (small_disk / "out" / "run" / "new").exists()
     (small_disk / "filler").unlink()
     if count > 1:

@@ -76,9 +76,9 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
     seen = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in seen] == [0, 2, 4, 5]
     assert kind == "distil" or seen[-1]["eval_loss"] < seen[0]["eval_loss"]
-    assert optimizer_state.read(Checkpoint.open(tmp_path / "out"), tmp_path / "out" / optimizer_state.FILE)
+    assert optimizer_state.read_moments(Checkpoint.open(tmp_path / "out"), tmp_path / "out" / optimizer_state.FILE)
 
-    kind_of_model, original = getattr(transformers, config["architectures"][0]), loop.write
+    kind_of_model, original = getattr(transformers, config["architectures"][0]), loop.write_metrics_row
     whole = kind_of_model.from_pretrained(tmp_path / "out").state_dict()
     for seconds in (0.0, 60.0):  # cut off with a checkpoint and before the first one
         command[2] = tmp_path / f"cut{seconds}"
@@ -92,7 +92,7 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
 
         with monkeypatch.context() as patched:
             patched.setattr(loop, "Run", partial(loop.Run, save_seconds=seconds))
-            patched.setattr(loop, "write", killing)
+            patched.setattr(loop, "write_metrics_row", killing)
             assert run_main(capsys, *command)[0] == 130 and not (command[2] / "config.json").exists()
         as_json(capsys, *command)
         again = kind_of_model.from_pretrained(command[2]).state_dict()

@@ -16,16 +16,23 @@ from torch import nn
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import Packed, long_windows, pack, read_documents, shuffled
+from regraft.data.packing import Packed, long_windows, pack, read_documents, shuffled_indices
 from regraft.errors import RegraftError
 from regraft.mixers import registry
 from regraft.mixers.base import Attention
-from regraft.mixers.gated import Gated
+from regraft.mixers.gated import GatedMixer
 from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.align import align_step
-from regraft.train.calibrate import Attended, attend, calibrate, error, fit, gate_candidates
-from regraft.train.hooks import LayerRecord, body, recording
+from regraft.train.calibrate import (
+    AttentionStatistics,
+    calibrate,
+    compute_attention_statistics,
+    fit_mixer,
+    gate_candidates,
+    output_error,
+)
+from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 from regraft.train.kl import head_kl
 from regraft.train.stage import Stage, distil_step, parameter_groups
 
@@ -97,9 +104,9 @@ def test_reading_text(tmp_path: Path) -> None:
 
 
 def test_shuffled_passes_are_whole_and_extendable() -> None:
-    order = shuffled(5, 12, seed=1)
+    order = shuffled_indices(5, 12, seed=1)
     assert sorted(order[:5].tolist()) == sorted(order[5:10].tolist()) == [0, 1, 2, 3, 4]
-    assert torch.equal(shuffled(5, 7, seed=1), order[:7])
+    assert torch.equal(shuffled_indices(5, 7, seed=1), order[:7])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -143,9 +150,9 @@ def test_align_gradient_is_that_of_the_layer_alone(pair: tuple[nn.Module, nn.Mod
     loss = align_step(model, teacher, slots, rows, fast=False)
     got = model.slots()[2].mixer.linear.qkv.q.weight.grad.clone()
     records: dict[int, Any] = {}
-    with recording(slots, [1, 2], records.__setitem__):
-        body(teacher, rows.input_ids, rows.position_ids)
-    errors = [error(model.slots()[i].mixer, records[i], records[i].mixing(None)) for i in (1, 2)]
+    with record_layers(slots, [1, 2], records.__setitem__):
+        run_decoder(teacher, rows.input_ids, rows.position_ids)
+    errors = [output_error(model.slots()[i].mixer, records[i], records[i].mixing(None)) for i in (1, 2)]
     assert loss == pytest.approx(float(sum(errors).detach()) / 2, rel=1e-5)
     model.zero_grad()
     errors[1].backward()
@@ -181,15 +188,15 @@ def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix
     model, teacher = modeling.materialize(remix(source)), modeling.materialize(source)
     slots, rows = modeling.slots(teacher, source), text_rows(64, 64)
     held: dict[int, Any] = {}
-    with recording(slots, [1, 2], held.__setitem__):
-        body(teacher, rows.input_ids[32:], rows.position_ids[32:])
+    with record_layers(slots, [1, 2], held.__setitem__):
+        run_decoder(teacher, rows.input_ids[32:], rows.position_ids[32:])
 
     def errors() -> list[float]:
         with torch.no_grad():
-            return [float(error(model.slots()[i].mixer, held[i], held[i].mixing(None))) for i in (1, 2)]
+            return [float(output_error(model.slots()[i].mixer, held[i], held[i].mixing(None))) for i in (1, 2)]
 
     before = errors()
-    report = list(calibrate(model.slots(), teacher, slots, loop.batches(rows[:32], 32, 0)))
+    report = list(calibrate(model.slots(), teacher, slots, loop.calibration_batches(rows[:32], 32, 0)))
     assert [row["layer"] for row in report] == [1, 2] and all(
         row["heads_folded"] != (remix.window > 0 and remix.options.get("norm") == "rms") for row in report
     )
@@ -197,7 +204,7 @@ def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix
     assert sum(after) < sum(before), (before, after)
 
 
-def fitted_gate(records: list[tuple[LayerRecord, Attended]]) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted_gate(records: list[tuple[LayerRecord, AttentionStatistics]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the last gate candidate."""
     last = gate_candidates(records)[-1]
     return last[:-1].T, last[-1]
@@ -215,19 +222,19 @@ def test_calibration_finds_the_half_lives_that_made_the_teacher(window: int, gro
     mixer = registry.build(whole if window else spec, attention)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.3)
-    linear = mixer.linear if isinstance(mixer, Gated) else mixer
+    linear = mixer.linear if isinstance(mixer, GatedMixer) else mixer
     planted = torch.tensor([50.0, 3.0] if grouped else [1.5, 50.0, 6.0, 250.0])
     linear.set_half_lives(planted)
     x = torch.randn(2, 120, attention.hidden)
     record = LayerRecord(x, x, None)
-    seen = attend(linear, record, None, window, 2)
-    target = linear.mix(x, record.mixing(None), None)[0].transpose(1, 2)
-    if isinstance(mixer, Gated):
-        near = mixer.window.mix(x, record.mixing(None), None)[0].transpose(1, 2)
+    seen = compute_attention_statistics(linear, record, None, window, 2)
+    target = linear.mix(x, record.mixer_context(None), None)[0].transpose(1, 2)
+    if isinstance(mixer, GatedMixer):
+        near = mixer.window.mix(x, record.mixer_context(None), None)[0].transpose(1, 2)
         gate = F.linear(x, *fitted_gate([(record, seen)])).sigmoid().transpose(1, 2).unsqueeze(-1)
         target = gate * target + (1 - gate) * near
     linear.set_half_lives(torch.ones(len(planted)))
-    fit(mixer, [(record, dataclasses.replace(seen, heads=target))], [None])
+    fit_mixer(mixer, [(record, dataclasses.replace(seen, heads=target))], [None])
     torch.testing.assert_close(math.log(2) / -linear.decays(torch.zeros(1, len(planted), 1, 8))[0, :, 0], planted)
 
 

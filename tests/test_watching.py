@@ -20,9 +20,9 @@ from test_cli import as_json, refused
 from test_stock_training import Killed, go, stage, timeless
 
 from regraft.errors import RegraftError
-from regraft.progress import Ticker, clock
+from regraft.progress import Ticker, format_seconds
 from regraft.train import loop, monitor, signals, throughput, trackers
-from regraft.train.divergence import Jump, Trend, guard
+from regraft.train.divergence import LossSpikeConfig, LossTrend, check_divergence
 
 
 def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) -> None:
@@ -32,9 +32,9 @@ def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) ->
             row["flops"] / row["tokens"], rel=0.01
         )
         assert row["flops_per_second"] / row["peak_share"] == pytest.approx(
-            throughput.peak(torch.device("cpu"), False), rel=0.01
+            throughput.measure_peak_flops(torch.device("cpu"), False), rel=0.01
         )
-    first, second = monitor.summary(tmp_path)
+    first, second = monitor.summarize_stages(tmp_path)
     losses = [row["loss"] for row in rows[:40]]
     assert (first["tokens"], first["steps"], second["tokens"]) == (40 * 48, 40, 30 * 48)
     assert first["first_loss"] == pytest.approx(sum(losses[:2]) / 2)
@@ -45,10 +45,10 @@ def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) ->
 
 def test_the_peak_is_that_of_a_product_and_measured_once() -> None:
     a = torch.ones(1024, 1024)
-    found = throughput.peak(torch.device("cpu"), False)
+    found = throughput.measure_peak_flops(torch.device("cpu"), False)
     best = min(timed(lambda: a @ a) for _ in range(5))
     assert 0.2 < found / (2 * 1024**3 / best) < 5  # other work on the machine moves either
-    assert timed(lambda: throughput.peak(torch.device("cpu"), False)) < 0.01
+    assert timed(lambda: throughput.measure_peak_flops(torch.device("cpu"), False)) < 0.01
 
 
 def timed(work: Any) -> float:
@@ -79,58 +79,62 @@ def test_the_display_says_speed_and_time_left() -> None:
     assert told[0][2] == pytest.approx(49.5)
     line = Ticker(stream=io.StringIO())
     line.update(0.5, "words", 65.0)
-    assert "about 1:05 to go here" in line.words()
-    assert (clock(7300), clock(3 * 86400)) == ("2.0 hours", "3.0 days")
+    assert "about 1:05 to go here" in line.format_line()
+    assert (format_seconds(7300), format_seconds(3 * 86400)) == ("2.0 hours", "3.0 days")
 
 
 def steady(count: int, level: float = 3.0) -> list[float]:
     return [level + 0.3 * (index % 7 - 3) / 3 for index in range(count)]
 
 
-def seen(losses: list[float], jump: Jump) -> tuple[int, Trend]:
+def seen(losses: list[float], jump: LossSpikeConfig) -> tuple[int, LossTrend]:
     """(step at which the run is stopped or 0, what is known then)."""
-    trend = Trend()
+    trend = LossTrend()
     for step, loss in enumerate(losses, 1):
-        trend = Trend(**json.loads(json.dumps(vars(trend))))  # its state survives a restart at any step
+        trend = LossTrend(**json.loads(json.dumps(vars(trend))))  # its state survives a restart at any step
         if trend.observe(loss, step, jump):
             return step, trend
     return 0, trend
 
 
 def test_a_jump_is_a_loss_that_stays_up() -> None:
-    jump = Jump()
+    jump = LossSpikeConfig()
     assert seen(steady(300) + [7.5] * 20, jump)[0] == 310
     assert seen(steady(300) + [7.5] * 9 + steady(50) + [7.5] * 9, jump)[0] == 0  # spikes that pass
     assert seen(steady(300) + steady(300, 4.4), jump)[0] == 0  # harder text
     assert seen([1e-4] * 20 + [0.3] * 100, jump)[0] == 0  # an exact start that learns: less than the margin
     assert seen([11.0 - 0.05 * step for step in range(150)], jump)[0] == 0
-    assert seen(steady(300) + [7.5] * 50, Jump(0))[0] == 0
+    assert seen(steady(300) + [7.5] * 50, LossSpikeConfig(0))[0] == 0
     assert seen([9.0] * 7 + [30.0] * 40, jump)[0] == 0  # too few to know what is usual
     noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).exp()
     assert seen(noise.tolist(), jump)[0] == 0
     with pytest.raises(RegraftError, match="jump is 0.9: give a multiple"):
-        Jump(0.9)
+        LossSpikeConfig(0.9)
 
 
 def test_the_last_good_checkpoint_is_from_before_the_jump() -> None:
-    part, trend, places = stage("next", 400), Trend(), [(0, 90, Path("a")), (1, 299, Path("b")), (1, 300, Path("c"))]
+    part, trend, places = (
+        stage("next", 400),
+        LossTrend(),
+        [(0, 90, Path("a")), (1, 299, Path("b")), (1, 300, Path("c"))],
+    )
     losses = steady(300) + [7.5] * 20
     with pytest.raises(
         RegraftError, match=r"far above the usual 3 since step 301; last good checkpoint: b \(stage 1, "
     ):
         for step, loss in enumerate(losses, 1):
-            guard(trend, Jump(), part, (1, step), loss, 1.0, lambda: places)
+            check_divergence(trend, LossSpikeConfig(), part, (1, step), loss, 1.0, lambda: places)
     for value, norm, words in [(float("nan"), 1.0, " is nan"), (2.0, float("inf"), "'s gradient is inf")]:
         with pytest.raises(
             RegraftError, match=rf"'next'{words} at step 91; last good checkpoint: a \(stage 0, step 90"
         ):
-            guard(Trend(), Jump(), part, (1, 91), value, norm, lambda: places[:1])
+            check_divergence(LossTrend(), LossSpikeConfig(), part, (1, 91), value, norm, lambda: places[:1])
     with pytest.raises(RegraftError, match="no good checkpoint yet: lower its learning rates"):
-        guard(Trend(), Jump(), part, (0, 1), float("nan"), 1.0, list)
+        check_divergence(LossTrend(), LossSpikeConfig(), part, (0, 1), float("nan"), 1.0, list)
 
 
 def test_a_run_that_jumps_stops_and_keeps_what_was_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, count = loop.one_step, 0
+    original, count = loop.train_step, 0
 
     def broken(*given: Any) -> tuple[float, int]:
         nonlocal count
@@ -138,12 +142,12 @@ def test_a_run_that_jumps_stops_and_keeps_what_was_good(tmp_path: Path, monkeypa
         value, flops = original(*given)
         return (value if count <= 20 else value + 30.0), flops
 
-    monkeypatch.setattr(loop, "one_step", broken)
+    monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(RegraftError, match=r"since step 21; last good checkpoint: .*stage-0-step-19 .*--jump 0"):
         go(tmp_path, [stage("next", 60)])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 29
-    monkeypatch.setattr(loop, "one_step", original)
+    monkeypatch.setattr(loop, "train_step", original)
     again, model, _ = go(tmp_path, [stage("next", 60)])
     whole, other, _ = go(tmp_path / "whole", [stage("next", 60)])
     assert timeless(again) == timeless(whole)
@@ -179,7 +183,7 @@ def test_a_tracker_gets_every_row_once(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("WANDB_SILENT", raising=False)
 
     def run(stop_after: int | None) -> None:
-        with trackers.tracked(name, tmp_path, {"seed": 3}) as track:
+        with trackers.open_trackers(name, tmp_path, {"seed": 3}) as track:
             go(tmp_path, [stage("next", 5), stage("next", 3)], stop_after, track=track, heldout=None)
 
     with pytest.raises(Killed):
@@ -196,7 +200,7 @@ def test_a_tracker_gets_every_row_once(name: str, tmp_path: Path, monkeypatch: p
 def test_held_out_rows_have_the_place_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    with trackers.tracked("trackio", tmp_path, {}) as track:
+    with trackers.open_trackers("trackio", tmp_path, {}) as track:
         for index in (0, 1):
             track({"stage": index, "step": 0, "eval_loss": 2.0})
             for step in (1, 2):
@@ -212,7 +216,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
 ) -> None:
     fake = Fake(fails_at=2)
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    with trackers.tracked("trackio", tmp_path, {}) as track:
+    with trackers.open_trackers("trackio", tmp_path, {}) as track:
         rows, _, _ = go(tmp_path, [stage("next", 5)], track=track)
     assert len(rows) == 5 and len(fake.rows) == 2
     said = capsys.readouterr().err
@@ -223,9 +227,9 @@ def test_tensorboard_files_hold_the_losses(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(Killed), trackers.tracked("tensorboard", tmp_path, {}) as track:
+    with pytest.raises(Killed), trackers.open_trackers("tensorboard", tmp_path, {}) as track:
         go(tmp_path, [stage("next", 6)], 3, track=track)
-    with trackers.tracked("tensorboard", tmp_path, {}) as track:
+    with trackers.open_trackers("tensorboard", tmp_path, {}) as track:
         rows, _, _ = go(tmp_path, [stage("next", 6)], track=track)
     events = EventAccumulator(str(tmp_path / trackers.FOLDER))
     events.Reload()
@@ -260,7 +264,7 @@ def test_the_verb_tracks_stops_and_sums_up(
 def test_a_signal_that_is_repeated_at_once_is_one(monkeypatch):
     raised = []
     monkeypatch.setattr(signals.signal, "raise_signal", raised.append)
-    with signals.Stopping() as stopping:
+    with signals.SigtermHandler() as stopping:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopping.asked and not raised

@@ -31,12 +31,12 @@ STAGES = {
 }
 
 
-def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options: Any) -> dict[str, Any]:
+def train_stage(name: str, models: Path, out: Path, hybrid: bool = False, **options: Any) -> dict[str, Any]:
     """One stage on the models in a folder; the ledger."""
-    stage, over = STAGES[name], fsdp.mesh(hybrid) if distributed.world() > 1 else None
+    stage, over = STAGES[name], fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
     kinds = ("bare" if name == "matrix" else "linear", "source")
     student, teacher = (Checkpoint.open(models / kind) for kind in kinds)
-    model, guide = fsdp.load(student, over, stage.kind in LAYERWISE), fsdp.load(teacher, over)
+    model, guide = fsdp.load_sharded(student, over, stage.kind in LAYERWISE), fsdp.load_sharded(teacher, over)
     rows = pack(read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH)
     slots = modeling.slots(guide, teacher)
     run = loop.Run(model, [stage], lambda length: rows, out, guide, slots, heldout=rows[:4], **options)
@@ -45,7 +45,7 @@ def trained(name: str, models: Path, out: Path, hybrid: bool = False, **options:
     return ledger
 
 
-def broken(name: str, models: Path, out: Path, at: int = STEPS // 2) -> None:
+def train_interrupted(name: str, models: Path, out: Path, at: int = STEPS // 2) -> None:
     """The same, given up after so many steps and begun again."""
 
     def give_up(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
@@ -53,11 +53,11 @@ def broken(name: str, models: Path, out: Path, at: int = STEPS // 2) -> None:
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        trained(name, models, out, save_seconds=0, progress=give_up)
-    trained(name, models, out)
+        train_stage(name, models, out, save_seconds=0, progress=give_up)
+    train_stage(name, models, out)
 
 
-def fitted(models: Path, out: Path) -> dict[str, Any]:
+def train_ligo_maps(models: Path, out: Path) -> dict[str, Any]:
     """LiGO's maps of a wider and deeper model, learned in fifty steps; losses and the grown model are written."""
     source = Checkpoint.open(models / "source")
     rows = pack(read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH)
@@ -68,8 +68,8 @@ def fitted(models: Path, out: Path) -> dict[str, Any]:
 
     growth = Growth(hidden=source.sizes["hidden"] + 9, layers=source.layers + 1, how="ligo")
     stage = Stage("next", BATCH * LENGTH, **SIZE)
-    learned = fit_ligo.fit(source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note)
-    if distributed.first():
+    learned = fit_ligo.fit_maps(source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note)
+    if distributed.is_rank0():
         learned(source).save(out)
         (out / "losses.json").write_text(json.dumps({"loss": losses, **learned.cost}))
     return dict(learned.cost)
@@ -79,11 +79,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, target, *names = sys.argv[1:]
     hybrid = "hybrid" in names
-    with distributed.joined():
+    with distributed.init_distributed():
         for kind in names:
             if kind == "ligo":
-                fitted(Path(folder), Path(target) / kind)
+                train_ligo_maps(Path(folder), Path(target) / kind)
             elif kind.startswith("broken "):
-                broken(kind.removeprefix("broken "), Path(folder), Path(target) / kind)
+                train_interrupted(kind.removeprefix("broken "), Path(folder), Path(target) / kind)
             elif kind != "hybrid":
-                trained(kind, Path(folder), Path(target) / kind, hybrid=hybrid, micro=1 if kind == "next" else 0)
+                train_stage(kind, Path(folder), Path(target) / kind, hybrid=hybrid, micro=1 if kind == "next" else 0)

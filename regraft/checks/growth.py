@@ -26,33 +26,33 @@ STEPS = {
 }
 BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # what rounding the stored weights may move logits by
 EXACT = 2e-5
-HANDED_ON = 1e-3  # layers behind post-norms are idle up to the norms' epsilon
-NEW = 24
+POST_NORM_TOLERANCE = 1e-3  # layers behind post-norms are idle up to the norms' epsilon
+GREEDY_TOKENS = 24
 
 
-def grown(after: Checkpoint, before: Checkpoint) -> list[dict[str, Any]]:
+def growth_steps(after: Checkpoint, before: Checkpoint) -> list[dict[str, Any]]:
     """The growth steps that lie between two checkpoints; empty when nothing grew."""
     steps = list(after.history)[len(before.history) :]
     return [step for step in steps if step.get("step") in ("Widen", "Deepen", "Bridge", "Learned", "Transplant")]
 
 
-def exact(steps: list[dict[str, Any]]) -> bool:
+def is_exact(steps: list[dict[str, Any]]) -> bool:
     """Whether every step between source and output keeps the function."""
     return all(step.get("step") in STEPS and STEPS[step["step"]](step["arguments"]) for step in steps)
 
 
-def bound(before: Checkpoint, after: Checkpoint) -> float:
+def difference_bound(before: Checkpoint, after: Checkpoint) -> float:
     """Largest relative difference that counts as equal: by storage dtype, and by the norms of post-norm families."""
     dtype = {lazy.dtype for lazy in (*before.tensors.values(), *after.tensors.values())}
     rounded = max([EXACT, *[BOUNDS.get(one, EXACT) for one in dtype]])
     parts = [spot.part for spot in after.anatomy.place(after.config).values()]
     post = any(part.norm and part.writes == "stream" and part.axes.kind == "bias" for part in parts)
     deeper = any(step.get("step") == "Deepen" for step in after.history)
-    return max(rounded, HANDED_ON) if post and deeper else rounded
+    return max(rounded, POST_NORM_TOLERANCE) if post and deeper else rounded
 
 
 @torch.no_grad()
-def outputs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def compute_outputs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor a model gives, by name, in float32."""
     found: dict[str, Tensor] = {}
     for name, value in model(**given).items():
@@ -63,19 +63,19 @@ def outputs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def stream(before: Checkpoint, after: Checkpoint) -> Tensor:
+def stream_index(before: Checkpoint, after: Checkpoint) -> Tensor:
     """For every coordinate of the grown stream the old one that it copies, if it copies any, (new,)."""
     index = torch.arange(before.sizes["hidden"])
     for step in list(after.history)[len(before.history) :]:
         arguments, old = step.get("arguments", {}), len(index)
         new = arguments.get("hidden") or old
         if new > old:
-            drawn = build.hows(arguments.get("how", "pad"))["hidden"] in ("duplicate", "aki")
+            drawn = build.parse_width_operators(arguments.get("how", "pad"))["hidden"] in ("duplicate", "aki")
             index = index[axes.duplicate(old, new, arguments["seed"]).index if drawn else torch.arange(new) % old]
     return index
 
 
-def difference(before: Tensor, after: Tensor, index: Tensor) -> tuple[float, float]:
+def max_difference(before: Tensor, after: Tensor, index: Tensor) -> tuple[float, float]:
     """(relative, absolute) largest difference. Where the stream itself comes out, wider than it was, its first
     coordinates must hold the old values and every other one those that it copies (`index`) or, being silent, zeros.
     """
@@ -91,23 +91,23 @@ def difference(before: Tensor, after: Tensor, index: Tensor) -> tuple[float, flo
     return worst / float(before.abs().max()), worst
 
 
-def compare(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str, Any]:
+def compare_models(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str, Any]:
     """Run both on the same random input, one model in memory at a time; causal ones also write `NEW` tokens each.
 
     Returns rel_logit_diff, max_abs_logit_diff, parallel_vs_recurrent, greedy (how many of NEW greedy tokens agree from
     the start, None for encoders).
     """
-    given = modeling.example(before, seed=seed)
+    given = modeling.random_inputs(before, seed=seed)
     causal = before.anatomy.causal
     model = modeling.materialize(before)
-    reference, text = outputs(model, given), written(model, given) if causal else None
+    reference, text = compute_outputs(model, given), generate_greedy(model, given) if causal else None
     del model
     model = modeling.materialize(after)
-    ours = outputs(model, given)
+    ours = compute_outputs(model, given)
     if missing := sorted(set(reference) - set(ours)):
         raise RegraftError(f"'{after.origin}' gives no '{missing[0]}' as its source does: name the source it came from")
-    index = stream(before, after)
-    pairs = [difference(value, ours[name], index) for name, value in reference.items() if name != modeling.CACHE]
+    index = stream_index(before, after)
+    pairs = [max_difference(value, ours[name], index) for name, value in reference.items() if name != modeling.CACHE]
     found: dict[str, Any] = {
         "rel_logit_diff": max(relative for relative, _ in pairs),
         "max_abs_logit_diff": max(absolute for _, absolute in pairs),
@@ -115,56 +115,60 @@ def compare(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str, Any]:
         "greedy": None,
     }
     if text is not None:
-        found["parallel_vs_recurrent"] = stepwise(model, given, ours["logits"])
-        found["greedy"] = agreeing(text, written(model, given))
+        found["parallel_vs_recurrent"] = cached_decoding_difference(model, given, ours["logits"])
+        found["greedy"] = count_agreeing(text, generate_greedy(model, given))
     return found
 
 
 @torch.no_grad()
-def written(model: Any, given: dict[str, Tensor]) -> Tensor:
+def generate_greedy(model: Any, given: dict[str, Tensor]) -> Tensor:
     """NEW greedy tokens after the given ones."""
     ids = given["input_ids"][:1]
     made: Tensor = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=GREEDY_TOKENS,
+        min_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
     )
     return made[0, ids.shape[1] :]
 
 
-def agreeing(left: Tensor, right: Tensor) -> int:
+def count_agreeing(left: Tensor, right: Tensor) -> int:
     """How many tokens agree before the first that differs."""
     equal = (left == right).long()
     return int(equal.cumprod(0).sum())
 
 
 @torch.no_grad()
-def stepwise(model: Any, given: dict[str, Tensor], logits: Tensor) -> float:
+def cached_decoding_difference(model: Any, given: dict[str, Tensor], logits: Tensor) -> float:
     """Half of the tokens at once, the rest one by one through the cache: relative difference to all at once."""
     ids = given["input_ids"]
     half = ids.shape[1] // 2
     cache, pieces = None, []
     for piece in [ids[:, :half], *ids[:, half:].split(1, dim=1)]:
-        out = model(input_ids=piece, **modeling.given(cache), use_cache=True)
+        out = model(input_ids=piece, **modeling.cache_kwargs(cache), use_cache=True)
         cache = modeling.cache_of(out)
         pieces.append(out.logits.float())
     return float((torch.cat(pieces, 1) - logits).abs().max() / logits.abs().max())
 
 
-def step0(source: str | Path, out: str | Path, length: int = 256) -> dict[str, float]:
+def measure_step0(source: str | Path, out: str | Path, length: int = 256) -> dict[str, float]:
     """Next-token loss of source and output on held-out text (random tokens without a tokenizer), and the relative
     difference of their outputs: what an operator that does not keep the function costs before training.
     """
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     length = min(length, before.sizes.get("pos", length + 2) - 2)  # an encoder may count positions from two
-    given = text(before, length) or modeling.example(before, length=length)
-    first, second = (outputs(modeling.materialize(each), given) for each in (before, after))
+    given = load_held_out_tokens(before, length) or modeling.random_inputs(before, length=length)
+    first, second = (compute_outputs(modeling.materialize(each), given) for each in (before, after))
     name = next(iter(first))
-    found = {"rel_logit_diff": difference(first[name], second[name], stream(before, after))[0]}
+    found = {"rel_logit_diff": max_difference(first[name], second[name], stream_index(before, after))[0]}
     if before.anatomy.causal:
-        found |= {"loss_source": loss(first, given), "loss_grown": loss(second, given)}
+        found |= {"loss_source": next_token_loss(first, given), "loss_grown": next_token_loss(second, given)}
     return found
 
 
-def told(found: dict[str, float]) -> str:
+def format_step0(found: dict[str, float]) -> str:
     """`step0` in words."""
     words = f"Not exact: outputs move by {found['rel_logit_diff']:.2g} of their largest"
     if "loss_source" in found:
@@ -172,9 +176,9 @@ def told(found: dict[str, float]) -> str:
     return words
 
 
-def text(checkpoint: Checkpoint, length: int) -> dict[str, Tensor] | None:
+def load_held_out_tokens(checkpoint: Checkpoint, length: int) -> dict[str, Tensor] | None:
     """The beginning of the held-out documentation as token ids, None without a tokenizer."""
-    from ..data.default_text import held_out
+    from ..data.default_text import heldout_topics
 
     if checkpoint.anatomy.inputs != "tokens":
         return None
@@ -182,17 +186,17 @@ def text(checkpoint: Checkpoint, length: int) -> dict[str, Tensor] | None:
         tokenizer = modeling.load_tokenizer(checkpoint.path)
     except RegraftError:
         return None
-    ids = tokenizer(held_out()[0], return_tensors="pt")["input_ids"][:, :length]
+    ids = tokenizer(heldout_topics()[0], return_tensors="pt")["input_ids"][:, :length]
     return {"input_ids": ids}
 
 
-def loss(found: dict[str, Tensor], given: dict[str, Tensor]) -> float:
+def next_token_loss(found: dict[str, Tensor], given: dict[str, Tensor]) -> float:
     """Mean next-token cross-entropy in nats."""
     logits, ids = found["logits"][:, :-1], given["input_ids"][:, 1:]
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
 
 
-def accounted(before: Checkpoint, after: Checkpoint) -> list[str]:
+def find_unaccounted(before: Checkpoint, after: Checkpoint) -> list[str]:
     """Source tensors that no tensor of the output comes from and that were not dropped with a reason."""
     had, has = ({name for lazy in each.tensors.values() for name in lazy.story.sources} for each in (before, after))
     return sorted(had - has - set(after.dropped))

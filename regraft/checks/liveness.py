@@ -15,10 +15,12 @@ from torch import Tensor
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth.widening import kind_of
-from .probe import Piece, observed, root, rows
+from .probe import ProbedMap, flatten_by_axis, iter_probed_maps, nonzero_rms
 
-ALIKE = 1e-5  # rows that differ by less, relative to their length, are the same
-TOGETHER = 1e-2  # so are moves that differ by less, relative to theirs: gradients carry more rounding than weights
+SAME_TOLERANCE = 1e-5  # rows that differ by less, relative to their length, are the same
+SAME_MOVE_TOLERANCE = (
+    1e-2  # so are moves that differ by less, relative to theirs: gradients carry more rounding than weights
+)
 PROBES = 4
 UNITS = ("hidden", "ffn", "kv", "group", "dim")
 WORDS = {
@@ -28,19 +30,19 @@ WORDS = {
     "group": "queries {} of each group",
     "dim": "coordinates {} of each head",
 }
-Lane = tuple[str, str, int | None]
+UnitGroup = tuple[str, str, int | None]
 """An axis, which of the spaces it names, a layer: units of one lane are the same ones in all its maps."""
 
 
 @dataclass(frozen=True)
-class Probe:
+class UnitProjections:
     """What tells the units of one axis of one map apart, (units, PROBES) and (units,).
 
     `before`: random projections of each unit's numbers, which have `length`; `move`, `way`: the same of their change.
     `awake`: units that a gradient reached.
     """
 
-    piece: Piece
+    piece: ProbedMap
     before: Tensor
     length: Tensor
     move: Tensor
@@ -48,7 +50,7 @@ class Probe:
     awake: Tensor
 
 
-def liveness(
+def check_liveness(
     model: str | Path | Checkpoint, steps: int = 3, seed: int = 0, source: str | Path | Checkpoint | None = None
 ) -> dict[str, Any]:
     """What training cannot reach and cannot tell apart, seen by a few steps on random tokens or pixels.
@@ -65,16 +67,20 @@ def liveness(
         raise RegraftError(f"liveness needs at least one step, got {steps}: give 3 or more")
     known: dict[tuple[str, str], int] = defaultdict(int)
     if source is not None:
-        for (axis, space, _), probes in lanes_of(observed(opened(source), steps, seed)).items():
-            known[axis, space] = max(known[axis, space], len(repeats(probes)))
+        for (axis, space, _), probes in group_projections(
+            iter_probed_maps(open_checkpoint(source), steps, seed)
+        ).items():
+            known[axis, space] = max(known[axis, space], len(find_repeats(probes)))
     dead: list[dict[str, Any]] = []
     counts = {"judged": 0, "unseen": 0}
-    lanes = lanes_of(counted(observed(opened(model), steps, seed), dead, counts))
-    units, locked = locks(lanes, known)
+    lanes = group_projections(count_dead(iter_probed_maps(open_checkpoint(model), steps, seed), dead, counts))
+    units, locked = find_locked_units(lanes, known)
     entries, judged, unseen = sum(row["dead"] for row in dead), counts["judged"], counts["unseen"]
     asleep: list[dict[str, Any]] = []
     if source is not None and dead:
-        deque(counted(observed(opened(source), 1, seed), asleep, dict.fromkeys(counts, 0)), maxlen=0)
+        deque(
+            count_dead(iter_probed_maps(open_checkpoint(source), 1, seed), asleep, dict.fromkeys(counts, 0)), maxlen=0
+        )
     had = {"source": sum(row["dead"] for row in asleep)} if asleep else {}
     return {
         "dead": {"entries": entries, "share": entries / max(judged, 1), "tensors": dead} | had,
@@ -83,12 +89,12 @@ def liveness(
     }
 
 
-def opened(model: str | Path | Checkpoint) -> Checkpoint:
+def open_checkpoint(model: str | Path | Checkpoint) -> Checkpoint:
     """A checkpoint, opened if it is a path."""
     return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
 
 
-def counted(found: Iterator[Piece], dead: list[dict[str, Any]], counts: dict[str, int]) -> Iterator[Piece]:
+def count_dead(found: Iterator[ProbedMap], dead: list[dict[str, Any]], counts: dict[str, int]) -> Iterator[ProbedMap]:
     """Pass pieces on, adding a row to `dead` for each with entries that no gradient reached."""
     for piece in found:
         missed = piece.judged & ~piece.reached
@@ -96,25 +102,29 @@ def counted(found: Iterator[Piece], dead: list[dict[str, Any]], counts: dict[str
         counts["unseen"] += int((~piece.judged).sum())
         if count := int(missed.sum()):
             row = {"name": piece.name, "role": piece.role, "dead": count, "of": missed.numel()}
-            dead.append(row | {"where": where(missed, piece)})
+            dead.append(row | {"where": describe_coordinates(missed, piece)})
         yield piece
 
 
-def locks(lanes: dict[Lane, list[Probe]], known: dict[tuple[str, str], int]) -> tuple[int, list[dict[str, Any]]]:
+def find_locked_units(
+    lanes: dict[UnitGroup, list[UnitProjections]], known: dict[tuple[str, str], int]
+) -> tuple[int, list[dict[str, Any]]]:
     """(locked units, a row for every tensor that holds some); `known` are taken off, by axis and space."""
     total, table = 0, []
     for (axis, space, _), probes in lanes.items():
-        found = repeats(probes)
+        found = find_repeats(probes)
         units = max(0, len(found) - known[axis, space])
         total += units
-        text = WORDS[axis].format(ranges([unit for unit, _ in found]))
+        text = WORDS[axis].format(format_ranges([unit for unit, _ in found]))
         for probe in probes if units else ():
             row = {"name": probe.piece.name, "role": probe.piece.role, "axis": axis, "units": units}
-            table.append(row | {"of": len(probe.awake), "where": f"{text} repeat {ranges([one for _, one in found])}"})
+            table.append(
+                row | {"of": len(probe.awake), "where": f"{text} repeat {format_ranges([one for _, one in found])}"}
+            )
     return total, table
 
 
-def lane(piece: Piece, position: int) -> Lane | None:
+def find_unit_group(piece: ProbedMap, position: int) -> UnitGroup | None:
     """Which units an axis of a piece belongs to, with those of other pieces; None when it has no units to compare."""
     axis, reads = piece.axes[position], position >= piece.outputs
     alone = piece.before.numel() == piece.before.shape[position]  # one number each, which may be equal by chance
@@ -129,31 +139,31 @@ def lane(piece: Piece, position: int) -> Lane | None:
     return axis, space, piece.layer
 
 
-def lanes_of(found: Iterator[Piece]) -> dict[Lane, list[Probe]]:
+def group_projections(found: Iterator[ProbedMap]) -> dict[UnitGroup, list[UnitProjections]]:
     """Probes of all maps by lane."""
-    lanes: dict[Lane, list[Probe]] = defaultdict(list)
+    lanes: dict[UnitGroup, list[UnitProjections]] = defaultdict(list)
     for piece in found:
         for position in range(len(piece.axes)):
-            if (mine := lane(piece, position)) is not None:
-                lanes[mine].append(probe(piece, position))
+            if (mine := find_unit_group(piece, position)) is not None:
+                lanes[mine].append(project_units(piece, position))
     return lanes
 
 
-def probe(piece: Piece, position: int) -> Probe:
+def project_units(piece: ProbedMap, position: int) -> UnitProjections:
     """The probe of one axis of a piece."""
-    before = rows(piece.before, position)
-    move = rows(piece.after, position) - before
+    before = flatten_by_axis(piece.before, position)
+    move = flatten_by_axis(piece.after, position) - before
     draw = torch.randn((before.shape[1], PROBES), generator=torch.Generator().manual_seed(0))
-    awake = rows(piece.reached, position).any(1)
-    return Probe(piece, before @ draw, before.norm(dim=1), move @ draw, move.norm(dim=1), awake)
+    awake = flatten_by_axis(piece.reached, position).any(1)
+    return UnitProjections(piece, before @ draw, before.norm(dim=1), move @ draw, move.norm(dim=1), awake)
 
 
-def repeats(probes: list[Probe]) -> list[tuple[int, int]]:
+def find_repeats(probes: list[UnitProjections]) -> list[tuple[int, int]]:
     """(unit, the first that it repeats) of units that were the same in every map and moved together, dead ones aside.
 
     Only neighbours in the order of one projection are compared: units far apart in it differ.
     """
-    mixed = sum((p.before[:, 0] / root(p.before[:, 0], 1.0) for p in probes), torch.zeros(()))
+    mixed = sum((p.before[:, 0] / nonzero_rms(p.before[:, 0], 1.0) for p in probes), torch.zeros(()))
     order = mixed.argsort(stable=True)
     far = mixed[order].diff() > 1e-4
     awake = torch.stack([probe.awake for probe in probes]).any(0)
@@ -161,47 +171,47 @@ def repeats(probes: list[Probe]) -> list[tuple[int, int]]:
     for run in torch.tensor_split(order, (far.nonzero()[:, 0] + 1).tolist()):
         left = run[awake[run]].sort().values
         while len(left) > 1:
-            alike = same(probes, left)
+            alike = matches_first(probes, left)
             found += [(int(unit), int(left[0])) for unit in left[alike][1:]]
             left = left[~alike]
     return sorted(found)
 
 
-def same(probes: list[Probe], units: Tensor) -> Tensor:
+def matches_first(probes: list[UnitProjections], units: Tensor) -> Tensor:
     """Which of some units are like the first of them, in every map."""
     alike = torch.ones(len(units), dtype=torch.bool)
     first = units[0]
     for p in probes:
-        alike &= (p.before[units] - p.before[first]).abs().amax(1) <= ALIKE * p.length[first]
+        alike &= (p.before[units] - p.before[first]).abs().amax(1) <= SAME_TOLERANCE * p.length[first]
         scale = p.way[first].clamp(min=1e-3 * float(p.way.max()))
-        alike &= (p.move[units] - p.move[first]).abs().amax(1) <= TOGETHER * scale
+        alike &= (p.move[units] - p.move[first]).abs().amax(1) <= SAME_MOVE_TOLERANCE * scale
     return alike
 
 
-def where(mask: Tensor, piece: Piece) -> str:
+def describe_coordinates(mask: Tensor, piece: ProbedMap) -> str:
     """Which coordinates of which axes, in words."""
     if bool(mask.all()):
         return "all of it"
     blank, covered, whole, some = mask | ~piece.judged, torch.zeros_like(mask), [], []
     for position in range(mask.ndim):
-        some.append(rows(mask, position).any(1))
-        whole.append(rows(blank, position).all(1) & some[-1])
+        some.append(flatten_by_axis(mask, position).any(1))
+        whole.append(flatten_by_axis(blank, position).all(1) & some[-1])
         covered |= whole[-1].reshape([-1 if axis == position else 1 for axis in range(mask.ndim)])
     if bool((covered | ~mask).all()):
-        return " and ".join(named(piece, at, units) for at, units in enumerate(whole) if bool(units.any()))
+        return " and ".join(describe_units(piece, at, units) for at, units in enumerate(whole) if bool(units.any()))
     if int(mask.sum()) == math.prod(int(units.sum()) for units in some):
-        return " x ".join(named(piece, at, units) for at, units in enumerate(some) if not bool(units.all()))
+        return " x ".join(describe_units(piece, at, units) for at, units in enumerate(some) if not bool(units.all()))
     return "scattered"
 
 
-def named(piece: Piece, position: int, units: Tensor) -> str:
+def describe_units(piece: ProbedMap, position: int, units: Tensor) -> str:
     """Units of one axis of a piece, such as "output coordinates 8..15 of each head"."""
     axis = piece.axes[position]
     side = "" if len(piece.axes) == piece.outputs else "input " if position >= piece.outputs else "output "
-    return side + WORDS.get(axis, f"{axis} {{}}").format(ranges(units.nonzero()[:, 0].tolist()))
+    return side + WORDS.get(axis, f"{axis} {{}}").format(format_ranges(units.nonzero()[:, 0].tolist()))
 
 
-def ranges(numbers: list[int], most: int = 4) -> str:
+def format_ranges(numbers: list[int], most: int = 4) -> str:
     """0, 1, 2, 5 as "0..2, 5"; a few of them."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .outcome import Outcome, drawn
+from .outcome import Outcome, write_plot
 
 
 def bench(
@@ -34,10 +34,10 @@ def bench(
     from ..report import plots, tables
 
     counts = benching.parse_lengths(lengths)
-    modeling.wants_decoder(model, against)
+    modeling.check_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
     for path in models.values():
-        evaluation.fits(Checkpoint.open(path), [count + steps + 1 for count in counts])
+        evaluation.check_context_lengths(Checkpoint.open(path), [count + steps + 1 for count in counts])
     if plot:
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
@@ -46,8 +46,8 @@ def bench(
             models, counts, steps, lambda done, n, words: ticker.update(done / n, words), batch, not skip_prefill
         )
     if plot:
-        drawn("bench.svg", plots.lengths(rows))
+        write_plot("bench.svg", plots.plot_speed(rows))
     data: dict[str, Any] = {"model": model, "rows": rows["model"]}
     if against:
         data |= {"source": against, "against": rows["against"]}
-    return Outcome(data, lambda console: console.print(tables.speed(rows)))
+    return Outcome(data, lambda console: console.print(tables.speed_table(rows)))

@@ -32,7 +32,7 @@ def compare(
     numbers = scheduler.run(schema.load(recipe, overrides or {}), out, jobs, launch)
 
     def show(console: Console) -> None:
-        report.render(numbers, console)
+        report.print_table(numbers, console)
         console.print(f"Page: {out}/compare.html", soft_wrap=True, highlight=False)
 
     return Outcome(numbers, show, 1 if numbers["failed"] else 0)

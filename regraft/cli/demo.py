@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .outcome import Outcome, finished
+from .outcome import Outcome, experiment_outcome
 
 
 def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: bool = False) -> Outcome:
@@ -13,4 +13,4 @@ def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: b
         ticker.start("loading libraries")
         from ..recipes import demo as demonstration
 
-    return finished(demonstration.run(out, overrides or {}), out)
+    return experiment_outcome(demonstration.run(out, overrides or {}), out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import RegraftError
-from .outcome import Outcome, drawn, idle
+from .outcome import Outcome, check_unused_flags, write_plot
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
         raise RegraftError(f"--plot draws perplexity by position (positions is {positions}): add --positions")
     if tasks is None:
         names = ("task_data", "limit", "shots", "lengths", "batch")
-        idle(
+        check_unused_flags(
             evaluate, locals(), names, "it is for benchmarks and recall, so name some, as in --tasks hellaswag,passkey"
         )
     from .. import modeling
@@ -54,7 +54,7 @@ def evaluate(
     from ..report import html, plots
     from ..report import tables as printing
 
-    modeling.wants_decoder(model, baseline, scratch)
+    modeling.check_decoder(model, baseline, scratch)
     if plot:
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
@@ -64,7 +64,7 @@ def evaluate(
                 model, baseline, data, windows, length, lambda d, n: ticker.update(d / n), scratch
             )
         else:
-            suite = evaluation.suite(
+            suite = evaluation.build_suite(
                 model,
                 tasks.split(",") if tasks else [],
                 data=data,
@@ -77,5 +77,5 @@ def evaluate(
             )
             found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update)
     if plot:
-        drawn("positions.svg", plots.positions(html.eval_rows(found)))
-    return Outcome(found, lambda console: printing.render(found, console))
+        write_plot("positions.svg", plots.plot_positions(html.eval_rows(found)))
+    return Outcome(found, lambda console: printing.print_evaluation(found, console))

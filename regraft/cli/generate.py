@@ -29,14 +29,16 @@ def generate(
     from .. import modeling
     from ..modeling import generate as generating
 
-    def say(piece: str) -> None:
+    def print_piece(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    modeling.wants_decoder(model)
+    modeling.check_decoder(model)
     loaded = modeling.load(model)
     tokenizer = modeling.load_tokenizer(model)
-    result = generating.generate(loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else say)
+    result = generating.generate(
+        loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else print_piece
+    )
     if not json:
         print()
-    print(f"regraft: {result.size()}", file=sys.stderr)
+    print(f"regraft: {result.format_state_size()}", file=sys.stderr)
     return Outcome(asdict(result))

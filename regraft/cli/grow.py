@@ -84,32 +84,32 @@ def grow(
         raise RegraftError(f"--data and --fit are for --how ligo, not {how}: leave them out")
     after = growth(before)
     made = planning.Plan.of(before, after)
-    print(f"regraft: {made.forecast()}", file=sys.stderr)
+    print(f"regraft: {made.format_cost()}", file=sys.stderr)
     maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
     with Ticker() as ticker:
         if how == LEARNED:
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
-            after = growth(before, fit_ligo.fitted(before, growth, text, fit or {}, ticker, maps))
+            after = growth(before, fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps))
         ticker.start(f"writing {out}")
         if optimizer_state:
             if bridge:
                 raise RegraftError(f"--optimizer-state '{optimizer_state}' has no law across --bridge: leave one out")
-            moments.read(before, Path(optimizer_state))
+            moments.read_moments(before, Path(optimizer_state))
         grown = after
 
         def write() -> dict[str, Any] | None:
             grown.save(out, overwrite=overwrite)
             shutil.rmtree(maps, ignore_errors=True)
             if optimizer_state:
-                moments.grow(before, growth.steps(before), optimizer_state, out)
-            return None if growth.exact(before) else parity.step0(source, out)
+                moments.grow_optimizer_state(before, growth.steps(before), optimizer_state, out)
+            return None if growth.is_exact(before) else parity.measure_step0(source, out)
 
-        step0 = distributed.once(write)
+        step0 = distributed.on_rank0(write)
 
     def show(console: Console) -> None:
-        planning.render(made, console)
+        planning.print_plan(made, console)
         if step0:
-            console.print(parity.told(step0), soft_wrap=True, highlight=False)
+            console.print(parity.format_step0(step0), soft_wrap=True, highlight=False)
         console.print(f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False)
 
-    return Outcome(made.json() | {"out": out, "step0": step0}, show)
+    return Outcome(made.to_dict() | {"out": out, "step0": step0}, show)

@@ -72,38 +72,38 @@ def linearize(
     from ..report import tables
     from ..train import monitor, trackers
 
-    trackers.chosen(track)
+    trackers.import_trackers(track)
     if tokens < 0 or (tokens and not data):
         raise RegraftError(f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens")
     before = Checkpoint.open(source)
     flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
-    way, notes = methods.find(method).changed(seed=seed, **flags), list[str]()
+    way, notes = methods.find_method(method).with_remix(seed=seed, **flags), list[str]()
     if not data:
-        way, notes = way.untold()
+        way, notes = way.without_text()
     stages = way.stages(tokens, length, batch) if tokens else []
     ledger = None
     text = Text(data, field=field, long=long, skip_bad=skip_bad, read=read) if data else None
     kept = Path(cache) if cache else None
     with Ticker() as ticker:
         if tokens and text:
-            watched = monitor.Watching(track, jump)
-            remix, ledger = pipeline.carry_out(
+            watched = monitor.MonitorConfig(track, jump)
+            remix, ledger = pipeline.run_method(
                 before, way, Path(out), text, stages, seed, ticker, overwrite, watched, kept
             )
-            ledger |= {"summary": monitor.summary(out)}
+            ledger |= {"summary": monitor.summarize_stages(out)}
             after = remix(before)
         else:
             rows = pipeline.text_rows(before, text, ticker, cache=kept) if text else None
-            remix = distributed.once(lambda: pipeline.converted(before, way.remix, rows, ticker))
+            remix = distributed.on_rank0(lambda: pipeline.choose_layers(before, way.remix, rows, ticker))
             after = remix(before)
-            distributed.once(lambda: after.save(out, overwrite=overwrite))
+            distributed.on_rank0(lambda: after.save(out, overwrite=overwrite))
     made = planning.Plan.of(before, after, notes=notes)
 
     def show(console: Console) -> None:
-        planning.render(made, console)
+        planning.print_plan(made, console)
         if ledger:
-            console.print(tables.training(ledger["summary"], ledger["start"]))
+            console.print(tables.training_table(ledger["summary"], ledger["start"]))
         following = f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
         console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
 
-    return Outcome(made.json() | {"out": out, "method": method, "ledger": ledger}, show)
+    return Outcome(made.to_dict() | {"out": out, "method": method, "ledger": ledger}, show)

@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..errors import RegraftError
-from ..progress import quiet, speaks, started_by_torchrun
+from ..progress import is_main_process, quiet, started_by_torchrun
 from .bench import bench
 from .check import check
 from .compare import compare
@@ -46,7 +46,7 @@ VERBS: dict[str, Callable[..., Outcome]] = {
     "demo": demo,
 }
 OTHERS_WAIT = 5.0  # seconds
-TOGETHER = ("train", "run", "linearize", "grow")  # verbs that several processes do as one, under torchrun
+DISTRIBUTED_VERBS = ("train", "run", "linearize", "grow")  # verbs that several processes do as one, under torchrun
 RESUMES = ("grow", "linearize", "train", "run", "compare", "demo")
 OPEN_ENDED = ("run", "compare", "demo")  # take `--key.sub VALUE` for any field of their recipe
 VALUED = ("--jobs", "--launch", "--track", "--jump")  # flags of such a verb itself that have a value
@@ -76,7 +76,7 @@ class Parser(ArgumentParser):
         return re.sub(r"(?<=--)[a-z_]+", lambda name: name[0].replace("_", "-"), super().format_help())
 
 
-def dashed(words: Sequence[str]) -> list[str]:
+def normalize_flags(words: Sequence[str]) -> list[str]:
     """Flags as the parser knows them: underscores inside names."""
     return [re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
 
@@ -137,9 +137,11 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         words[1:], overrides = split_overrides(words[1:])
     parser = build_parser()
     try:
-        namespace = parser.parse_args(dashed(words))
+        namespace = parser.parse_args(normalize_flags(words))
     except argparse.ArgumentError as error:
-        raise RegraftError(f"{tidy(str(error), words)}; see: regraft {usage_of(words)}--help") from error
+        raise RegraftError(
+            f"{explain_parser_error(str(error), words)}; see: regraft {usage_of(words)}--help"
+        ) from error
     if namespace.version:
         return "version", {}
     if namespace.verb is None:
@@ -155,7 +157,7 @@ def usage_of(words: Sequence[str]) -> str:
     return f"{words[0]} " if words and words[0] in VERBS else ""
 
 
-def tidy(message: str, words: Sequence[str]) -> str:
+def explain_parser_error(message: str, words: Sequence[str]) -> str:
     """The parser's message on one line in the user's words; near matches for an unknown verb or flag."""
     message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
     message = re.sub(r"required: (\w+)\.", "required: ", message)
@@ -165,9 +167,9 @@ def tidy(message: str, words: Sequence[str]) -> str:
             order = " ".join(name.upper() for name in places)
             return f"unknown flag {flag}: it is given by its place, regraft {words[0]} {order}"
         known = [f"--{name.replace('_', '-')}" for name in option_names(words)]
-        return f"unknown flag {flag} (in '{' '.join([flag, *rest])}'){near(flag, known)}"
+        return f"unknown flag {flag} (in '{' '.join([flag, *rest])}'){suggest(flag, known)}"
     if match := re.search(r"invalid choice: '([^']+)'", message):
-        return f"unknown verb '{match[1]}'{near(match[1], list(VERBS))}: use one of {', '.join(VERBS)}"
+        return f"unknown verb '{match[1]}'{suggest(match[1], list(VERBS))}: use one of {', '.join(VERBS)}"
     if match := re.match(r"\"(\w+)\": (.*(?:Expected a|Subtypes:).*)(?:Got|Given) value: (.*)", message):
         choices = re.findall(r"'(\w+)'", "".join(re.findall(r"Literal\[(.*?)\]", match[2])))
         kinds = [words for kind, words in KINDS.items() if f"<class '{kind}'>" in match[2].partition("Given")[0]]
@@ -182,13 +184,13 @@ def option_names(words: Sequence[str], placed: bool = False) -> list[str]:
     return [name for name, parameter in found.items() if (parameter.default is parameter.empty) == placed]
 
 
-def near(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
     """`, did you mean X` for a close match."""
     close = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
-def show(outcome: Outcome, as_json: bool) -> None:
+def print_outcome(outcome: Outcome, as_json: bool) -> None:
     """JSON or the human form on standard output."""
     if as_json:
         print(json.dumps(outcome.data))
@@ -198,31 +200,31 @@ def show(outcome: Outcome, as_json: bool) -> None:
         outcome.show(Console())
 
 
-def fail(message: object) -> int:
+def report_error(message: object) -> int:
     """One line on standard error; 2. What went wrong in all processes of a torchrun, the first one says for all."""
     who = ""
-    if not speaks():
+    if not is_main_process():
         time.sleep(OTHERS_WAIT)  # torchrun ends this process meanwhile if the first one has failed too
         who = f"process {os.environ['RANK']}: "
     print(f"regraft: {who}" + re.sub(r"\s*\n\s*", " ", str(message)).strip(), file=sys.stderr)
     return 2
 
 
-def together(verb: str) -> AbstractContextManager[None]:
+def distributed_context(verb: str) -> AbstractContextManager[None]:
     """Under torchrun, the processes of a verb that trains as one; RegraftError for another verb."""
     if not started_by_torchrun():
         return contextlib.nullcontext()
-    if verb not in TOGETHER:
+    if verb not in DISTRIBUTED_VERBS:
         raise RegraftError(f"'{verb}' runs in one process; without torchrun: regraft {verb} ..")
     from .. import distributed
 
-    return distributed.joined()
+    return distributed.init_distributed()
 
 
-def interrupted(verb: str) -> int:
+def report_interrupt(verb: str) -> int:
     """One line on how to go on; 130."""
     how = "the same command goes on from here" if verb in RESUMES else "nothing was finished; run the command again"
-    if speaks():
+    if is_main_process():
         print(f"regraft: interrupted: {how}", file=sys.stderr)
     return 130
 
@@ -240,15 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         as_json = options.pop("json", False)
         streams = verb == "generate" and not as_json
-        with together(verb), contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr):
+        with distributed_context(verb), contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr):
             outcome = VERBS[verb](**options)
-        if speaks():
-            show(outcome, as_json)
+        if is_main_process():
+            print_outcome(outcome, as_json)
         return outcome.code
     except RegraftError as error:
-        return fail(error)
+        return report_error(error)
     except KeyboardInterrupt:
-        return interrupted(verb)
+        return report_interrupt(verb)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit, so that flushing it cannot fail again
         return 0
@@ -256,4 +258,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return fail(f"{error.strerror or error}{where}: free space or check the path, then run the command again")
+        return report_error(
+            f"{error.strerror or error}{where}: free space or check the path, then run the command again"
+        )

@@ -25,7 +25,7 @@ class Outcome:
     code: int = 0
 
 
-def idle(verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence[str], say: str) -> None:
+def check_unused_flags(verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence[str], say: str) -> None:
     """RegraftError, ending in `say`, when one of these arguments of a verb was given though nothing would read it."""
     usual = inspect.signature(verb).parameters
     said = [f"--{name.replace('_', '-')} {given[name]}" for name in names if given[name] != usual[name].default]
@@ -33,7 +33,7 @@ def idle(verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence
         raise RegraftError(f"{', '.join(said)} would change nothing: {say}")
 
 
-def finished(numbers: dict[str, Any], out: str) -> Outcome:
+def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
     """The end of an experiment: its table and where the page is."""
 
     def show(console: Console) -> None:
@@ -43,15 +43,15 @@ def finished(numbers: dict[str, Any], out: str) -> Outcome:
         from ..train import monitor
 
         spent = read_json_if_exists(Path(out) / "ledger.json") or {}
-        tables.render(numbers["eval"], console)
-        console.print(tables.training(monitor.summary(out), spent.get("start", ())))
-        console.print(tables.speed(numbers["bench"]))
+        tables.print_evaluation(numbers["eval"], console)
+        console.print(tables.training_table(monitor.summarize_stages(out), spent.get("start", ())))
+        console.print(tables.speed_table(numbers["bench"]))
         console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
 
     return Outcome(numbers, show)
 
 
-def drawn(name: str, picture: bytes) -> None:
+def write_plot(name: str, picture: bytes) -> None:
     """Write a picture into the current folder and say so."""
     Path(name).write_bytes(picture)
     print(f"regraft: wrote {name}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from .outcome import Outcome, idle
+from .outcome import Outcome, check_unused_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,25 +95,29 @@ def plan(
 
     given = locals()
     if not (mixer or method):
-        idle(plan, given, ("keep", "window", "sinks", "options", "inherit"), "give --mixer or --method as well")
+        check_unused_flags(
+            plan, given, ("keep", "window", "sinks", "options", "inherit"), "give --mixer or --method as well"
+        )
     if not train:
-        idle(plan, given, FORECAST, "give --train as well")
+        check_unused_flags(plan, given, FORECAST, "give --train as well")
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
-    after, notes = growth(before) if growth.asked else before, list[str]()
+    after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method:
         flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
-        way, notes = methods.find(method or "auto").changed(**flags).untold()
+        way, notes = methods.find_method(method or "auto").with_remix(**flags).without_text()
         after = way.remix(after)
     made = planning.Plan.of(before, after, context, length, notes)
     if not train:
-        return Outcome(made.json(), lambda console: planning.render(made, console))
-    asked = forecast.Asked(gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share)
+        return Outcome(made.to_dict(), lambda console: planning.print_plan(made, console))
+    asked = forecast.TrainingForecastRequest(
+        gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share
+    )
     facts = forecast.forecast(before, after, asked)
 
     def show(console: Console) -> None:
-        planning.render(made, console)
-        forecast.render(facts, console)
+        planning.print_plan(made, console)
+        forecast.print_forecast(facts, console)
 
-    return Outcome(made.json() | {"train": facts}, show)
+    return Outcome(made.to_dict() | {"train": facts}, show)

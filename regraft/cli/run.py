@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .outcome import Outcome, finished
+from .outcome import Outcome, experiment_outcome
 
 
 def run(
@@ -24,7 +24,9 @@ def run(
     from ..recipes import run as experiment
     from ..recipes import schema as settings
     from ..train import trackers
-    from ..train.monitor import Watching
+    from ..train.monitor import MonitorConfig
 
-    trackers.chosen(track)
-    return finished(experiment.run(settings.load(recipe, overrides or {}), out, Watching(track, jump)), out)
+    trackers.import_trackers(track)
+    return experiment_outcome(
+        experiment.run(settings.load(recipe, overrides or {}), out, MonitorConfig(track, jump)), out
+    )

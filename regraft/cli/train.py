@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .outcome import Outcome, idle
+from .outcome import Outcome, check_unused_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,11 +103,11 @@ def train(
     from ..train import session, trackers
     from ..train.layerwise import session as layerwise
     from ..train.lit import Lit
-    from ..train.monitor import Watching
+    from ..train.monitor import MonitorConfig
     from ..train.stage import Stage
-    from ..train.teacher_cache import Keeping
+    from ..train.teacher_cache import TeacherCacheConfig
 
-    trackers.chosen(track)
+    trackers.import_trackers(track)
 
     if not data or tokens < 1:
         raise RegraftError(f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}")
@@ -123,7 +123,7 @@ def train(
     begun = Path(moments) if moments else None
     text = settings.Text(data, field=field, long=long, skip_bad=skip_bad, read=read)
     options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
-    options |= {"save_seconds": save_seconds, "watching": Watching(track, jump)}
+    options |= {"save_seconds": save_seconds, "watching": MonitorConfig(track, jump)}
     kept = Path(cache) if cache else None
     options |= {"micro": micro, "checkpointing": checkpointing, "hybrid": hybrid}
     if not stream and (scratch or calibration):
@@ -138,20 +138,22 @@ def train(
     if stream and teacher_cache:
         raise RegraftError(f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}")
     if teacher_cache:
-        options["keeping"] = Keeping.asked(teacher_cache, teacher_cache_size, teacher_cache_kind)
+        options["keeping"] = TeacherCacheConfig.parse(teacher_cache, teacher_cache_size, teacher_cache_kind)
     else:
-        idle(train, locals(), ("teacher_cache_size", "teacher_cache_kind"), "give --teacher-cache DIR as well")
+        check_unused_flags(
+            train, locals(), ("teacher_cache_size", "teacher_cache_kind"), "give --teacher-cache DIR as well"
+        )
     with Ticker() as ticker:
         if stream:
             place, watching = Path(scratch) if scratch else None, options["watching"]
-            result = layerwise.align_once(
+            result = layerwise.align_saved_model(
                 model, out, text, asked, teacher, seed, ticker, place, calibration, watching, kept
             )
         else:
-            result = session.train_once(model, out, text, asked, teacher, seed, ticker, cache=kept, **options)
+            result = session.train_saved_model(model, out, text, asked, teacher, seed, ticker, cache=kept, **options)
 
     def show(console: Console) -> None:
-        console.print(tables.training(result["summary"], result.get("start", ())))
+        console.print(tables.training_table(result["summary"], result.get("start", ())))
         console.print(
             f"{result['tokens']:,} {asked.unit}, {result['flops']:.3g} FLOPs, {result['seconds']:.0f} s; wrote {out}",
             soft_wrap=True,

@@ -26,19 +26,19 @@ def main(words: list[str]) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     parent, said = os.getppid(), 0.0
 
-    def tell(share: float) -> None:
+    def report_progress(share: float) -> None:
         """Leave a note on how far this run is; end with the parent."""
         nonlocal said
         if os.getppid() != parent:
             sys.exit("the comparison was stopped")
-        if time.monotonic() - said > EVERY and distributed.first():
+        if time.monotonic() - said > EVERY and distributed.is_rank0():
             said = time.monotonic()
-            write_text(scheduler.Task(kind, name, seed).log(out).with_suffix(".share"), f"{share:.4f}")
+            write_text(scheduler.TrainingJob(kind, name, seed).log_path(out).with_suffix(".share"), f"{share:.4f}")
 
     try:
-        with distributed.joined():
-            recipe = scheduler.kept(out)
-            (arm.pretrain if kind == "source" else arm.train_arm)(recipe, out, name, seed, tell)
+        with distributed.init_distributed():
+            recipe = scheduler.load_recipe(out)
+            (arm.pretrain if kind == "source" else arm.train_arm)(recipe, out, name, seed, report_progress)
     except (RegraftError, OSError) as error:
         print(f"regraft: {error}".replace("\n", " "), file=sys.stderr)
         return 2

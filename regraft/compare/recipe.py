@@ -13,15 +13,15 @@ import yaml
 
 from ..errors import RegraftError
 from ..growth.ligo_maps import Ligo
-from ..growth.sizes import Sizes
+from ..growth.sizes import TargetSizes
 from ..growth.sizes_to_steps import Growth
-from ..linearize.method import spelt
+from ..linearize.method import expand_method_block
 from ..mixers.remix import Remix
 from ..recipes import schema
 from ..train.stage import Stage
 
 MAIN = "source"
-SELDOM = ("layer_drop", "token_drop")  # of a stage: said only when there is any
+OPTIONAL_STAGE_KEYS = ("layer_drop", "token_drop")  # of a stage: said only when there is any
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Operators:
 
 
 @dataclass(frozen=True)
-class Leg:
+class PartialStage:
     """A share of an arm's tokens on some layers only: `bottom:3` (a sub-model of them) or `train:6-11` (the rest
     frozen); what the legs leave is trained on all layers."""
 
@@ -63,7 +63,7 @@ class Leg:
 
 
 @dataclass(frozen=True)
-class Linear(Remix):
+class LinearizeOptions(Remix):
     """How an arm is linearized, in the words of `Remix` (`seed` is the run's), and trained.
 
     A file may name a `method` (`regraft.linearize.methods`) and what differs from it; `keep` may be a rule that is measured.
@@ -94,7 +94,7 @@ class Arm:
     random: bool = False
     grow: Operators | None = None
     ligo: Ligo | None = None
-    linear: Linear | None = None
+    linear: LinearizeOptions | None = None
     against: str | None = None
     source: str = MAIN
     moments: bool = False
@@ -102,9 +102,9 @@ class Arm:
     warmup: float | None = None
     layer_drop: float | None = None
     token_drop: float | None = None
-    legs: list[Leg] = field(default_factory=list)
+    legs: list[PartialStage] = field(default_factory=list)
 
-    def growth(self, target: Sizes, seed: int) -> Growth:
+    def growth(self, target: TargetSizes, seed: int) -> Growth:
         """The growth of a `grow` arm."""
         return Growth(**dataclasses.asdict(target), **dataclasses.asdict(self.grow or Operators()), seed=seed)
 
@@ -125,7 +125,7 @@ class Comparison:
     pretrain: Budget
     train: Budget
     arms: list[Arm]
-    target: Sizes = field(default_factory=Sizes)
+    target: TargetSizes = field(default_factory=TargetSizes)
     others: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     data: str | None = None
@@ -138,7 +138,7 @@ class Comparison:
         """The arm of a name."""
         return next(arm for arm in self.arms if arm.name == name)
 
-    def scratch(self, arm: Arm) -> str:
+    def scratch_name(self, arm: Arm) -> str:
         """The name of the scratch arm that an arm is measured against: itself, the one it names, or the only one."""
         return arm.name if arm.scratch else arm.against or next(one.name for one in self.arms if one.scratch)
 
@@ -156,7 +156,7 @@ class Comparison:
         rate = words.pop("lr")
         length = 1 if self.task == "image" else words.pop("length")
         words.pop("length", None)
-        words = {key: value for key, value in words.items() if key not in SELDOM or value}
+        words = {key: value for key, value in words.items() if key not in OPTIONAL_STAGE_KEYS or value}
         return Stage(self.task, length=length, lr_new=rate, lr_mixer=rate, lr_body=rate, precision="float32", **words)
 
     def stages(self, arm: Arm) -> list[Stage]:
@@ -191,20 +191,20 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
     fields = schema.from_yaml(Path(recipe))
     for key, value in overrides.items():
         schema.override(fields, key, yaml.safe_load(value))
-    spell(fields)
+    expand_methods(fields)
     made: Comparison = schema.build(fields, recipe, Comparison)
     check(made)
     return made
 
 
-def spell(fields: dict[str, Any]) -> None:
+def expand_methods(fields: dict[str, Any]) -> None:
     """Spell out the methods that arms name, on the budget of `train`."""
     budget = fields.get("train")
     for arm in fields.get("arms") or []:
         linear = arm.get("linear") if isinstance(arm, dict) else None
         if isinstance(linear, dict) and isinstance(budget, dict) and "tokens" in budget:
             sizes = {key: budget.get(key, getattr(Budget, key)) for key in ("length", "batch")}
-            arm["linear"] = spelt(linear, budget["tokens"], **sizes)
+            arm["linear"] = expand_method_block(linear, budget["tokens"], **sizes)
 
 
 def check(recipe: Comparison) -> None:

@@ -31,47 +31,58 @@ MORE = "{name}: {flops:.3g} FLOPs, {seconds:.0f} s."
 def write(numbers: Mapping[str, Any], out: Path) -> None:
     """Write compare.json, table.md and compare.html into `out`."""
     write_json(out / "compare.json", numbers)
-    heads, rows = columns(numbers), list(cells(numbers))
+    heads, rows = column_heads(numbers), list(format_rows(numbers))
     lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
-    words = [*lines, "", note(numbers), *(f"\n{line}" for line in failures(numbers))]
+    words = [*lines, "", format_note(numbers), *(f"\n{line}" for line in format_failures(numbers))]
     write_text(out / "table.md", "\n".join(words) + "\n")
     write_text(out / "compare.html", render_page(numbers))
 
 
-def columns(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+def column_heads(numbers: Mapping[str, Any]) -> tuple[str, ...]:
     """Heads of the table: of growth, or of a comparison that linearizes."""
     return LINEAR if any(arm["linear"] for arm in numbers["arms"].values()) else HEADS
 
 
-def scratches(numbers: Mapping[str, Any]) -> list[str]:
+def scratch_arms(numbers: Mapping[str, Any]) -> list[str]:
     """Arms from scratch."""
     return [name for name, arm in numbers["arms"].items() if arm["against"] is None]
 
 
-def cells(numbers: Mapping[str, Any]) -> Iterator[list[str]]:
+def format_rows(numbers: Mapping[str, Any]) -> Iterator[list[str]]:
     """The table's rows as text."""
-    linear = columns(numbers) == LINEAR
+    linear = column_heads(numbers) == LINEAR
     for name, source in numbers["sources"].items():
         losses = [one["loss"] for one in source["seeds"].values()]
         shown = f"{sum(losses) / len(losses):.4f}" if losses else "not measured"
         yield [f"({name} itself)", *[""] * (1 + linear), shown, *[""] * (6 if linear else 4)]
     for name, arm in numbers["arms"].items():
-        start, end = measured(arm["start_loss"]), measured(arm["loss"])
-        savings = [saved(arm, f"saved_flops_share{end}", 100, "%") for end in ("", "_with_source")]
+        start, end = format_mean_std(arm["start_loss"]), format_mean_std(arm["loss"])
+        savings = [format_saving(arm, f"saved_flops_share{end}", 100, "%") for end in ("", "_with_source")]
         if linear:
-            steps = [saved(arm, "tokens_to_reach", 1 / numbers["step"], ""), saved(arm, "times_tokens", 1, " x")]
+            steps = [
+                format_saving(arm, "tokens_to_reach", 1 / numbers["step"], ""),
+                format_saving(arm, "times_tokens", 1, " x"),
+            ]
             savings = [*steps, *savings]
         else:
-            savings += [saved(arm, f"saved_seconds{end}", 1, " s") for end in ("", "_with_source")]
+            savings += [format_saving(arm, f"saved_seconds{end}", 1, " s") for end in ("", "_with_source")]
         if arm["against"] is None:
             savings = [""] * 4
         if linear:
-            yield [name, arm["against"] or "", start, end, measured(arm["kl"]), measured(arm["unfrozen"], 0), *savings]
+            yield [
+                name,
+                arm["against"] or "",
+                start,
+                end,
+                format_mean_std(arm["kl"]),
+                format_mean_std(arm["unfrozen"], 0),
+                *savings,
+            ]
         else:
             yield [name, start, end, *savings]
 
 
-def measured(value: Mapping[str, Any], digits: int = 4) -> str:
+def format_mean_std(value: Mapping[str, Any], digits: int = 4) -> str:
     """Mean and deviation; nothing where nothing was measured."""
     if not value["count"]:
         return ""
@@ -79,7 +90,7 @@ def measured(value: Mapping[str, Any], digits: int = 4) -> str:
     return f"{mean} ± {value['std']:.{digits}f}" if value["count"] > 1 else mean
 
 
-def saved(arm: Mapping[str, Any], key: str, times: float, unit: str) -> str:
+def format_saving(arm: Mapping[str, Any], key: str, times: float, unit: str) -> str:
     """A saving of the mean curve with its spread over seeds, or that the loss was not reached."""
     if "savings" not in arm:
         return "no scratch"
@@ -94,9 +105,9 @@ def saved(arm: Mapping[str, Any], key: str, times: float, unit: str) -> str:
     return f"{times * value:.1f}{unit}{deviation}"
 
 
-def note(numbers: Mapping[str, Any]) -> str:
+def format_note(numbers: Mapping[str, Any]) -> str:
     """What the columns mean, with scratch's totals."""
-    names = scratches(numbers)
+    names = scratch_arms(numbers)
     if not names:
         return "No run of scratch is finished: nothing to save against."
     said: list[str] = []
@@ -111,40 +122,43 @@ def note(numbers: Mapping[str, Any]) -> str:
     return " ".join(said)
 
 
-def failures(numbers: Mapping[str, Any]) -> list[str]:
+def format_failures(numbers: Mapping[str, Any]) -> list[str]:
     """A line for every run that failed."""
     return [f"FAILED: {one['kind']} {one['name']}, seed {one['seed']}: {one['error']}" for one in numbers["failed"]]
 
 
-def render(numbers: Mapping[str, Any], console: Console) -> None:
+def print_table(numbers: Mapping[str, Any], console: Console) -> None:
     """The table on a terminal."""
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False)
-    for head in columns(numbers):
+    for head in column_heads(numbers):
         shown.add_column(head, justify="left" if head == "arm" else "right", no_wrap=head == "arm")
-    for row in cells(numbers):
+    for row in format_rows(numbers):
         shown.add_row(*row)
     console.print(shown)
-    console.print(note(numbers), highlight=False)
-    for line in failures(numbers):
+    console.print(format_note(numbers), highlight=False)
+    for line in format_failures(numbers):
         console.print(line, style="red", highlight=False)
 
 
 def render_page(numbers: Mapping[str, Any]) -> str:
     """The page: the table, and for every scratch arm the curves and bars of what is measured against it."""
-    kind = "linearization" if columns(numbers) == LINEAR else "growth"
+    kind = "linearization" if column_heads(numbers) == LINEAR else "growth"
     title = f"regraft: {kind} against scratch, task {numbers['task']}, {len(numbers['seeds'])} seeds"
-    names = scratches(numbers)
-    parts = [f"<h1>{html.escape(title)}</h1>", table(columns(numbers), cells(numbers), own=next(iter(names), ""))]
-    parts += [f'<p class="note">{html.escape(line)}</p>' for line in (note(numbers), *failures(numbers))]
+    names = scratch_arms(numbers)
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        table(column_heads(numbers), format_rows(numbers), own=next(iter(names), "")),
+    ]
+    parts += [f'<p class="note">{html.escape(line)}</p>' for line in (format_note(numbers), *format_failures(numbers))]
     groups = {name: [name, *(n for n, arm in numbers["arms"].items() if arm["against"] == name)] for name in names}
     for scratch, members in groups.items() if names else [("", list(numbers["arms"]))]:
         arms = {name: numbers["arms"][name] for name in members}
         beside = f" beside {html.escape(scratch)}" if names[1:] else ""
         for axis, words in (("flops", "FLOPs"), ("seconds", "seconds")):
-            drawn = plots.curves(arms, scratch, axis, words)
+            drawn = plots.plot_curves(arms, scratch, axis, words)
             alt = f"loss of every arm against {words}{beside}"
             parts += [f"<h2>Held-out loss against {words}{beside}</h2>", picture(drawn, alt)]
-        parts += [f"<h2>Savings{beside}</h2>", picture(plots.savings(arms, scratch), f"savings of arms{beside}")]
+        parts += [f"<h2>Savings{beside}</h2>", picture(plots.plot_savings(arms, scratch), f"savings of arms{beside}")]
     return page(title, parts)

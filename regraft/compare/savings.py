@@ -30,7 +30,7 @@ class Curve:
     accuracy: list[float]
     kl: list[float] = field(default_factory=list)
 
-    def against(self, axis: str) -> list[float]:
+    def totals(self, axis: str) -> list[float]:
         """Totals of an axis: tokens, flops or seconds."""
         values: list[float] = getattr(self, axis)
         return values
@@ -45,7 +45,7 @@ def read_curve(folder: Path, facts: Mapping[str, Any]) -> Curve:
 
     While a sub-model is trained, the whole model, which is what counts, is not measured: those points are left out.
     """
-    spent = facts.get("start", arms.FREE)
+    spent = facts.get("start", arms.NO_COST)
     entries = facts["ledger"]["stages"]
     legs = facts["arm"]["legs"] if "arm" in facts else []
     inner = {index for index, leg in enumerate(legs) if leg["layers"].startswith("bottom")}
@@ -71,7 +71,7 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     return Curve(*([statistics.fmean(values) for values in column] for column in columns))
 
 
-def crossing(totals: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+def find_crossing(totals: Sequence[float], losses: Sequence[float], target: float) -> float | None:
     """The total at which a curve first has the target loss, linear between evaluations; None when it never has."""
     for index, loss in enumerate(losses):
         if loss <= target:
@@ -82,7 +82,7 @@ def crossing(totals: Sequence[float], losses: Sequence[float], target: float) ->
     return None
 
 
-def saving(curve: Curve, scratch: Curve, source: Mapping[str, float]) -> dict[str, float | None]:
+def compute_savings(curve: Curve, scratch: Curve, source: Mapping[str, float]) -> dict[str, float | None]:
     """What a curve saves against scratch until it has scratch's last loss, as a share of scratch's FLOPs and in
     seconds, without and with the source's pretraining, and how many times less it takes (`times`, None where it starts
     there); None when it never has that loss.
@@ -91,8 +91,8 @@ def saving(curve: Curve, scratch: Curve, source: Mapping[str, float]) -> dict[st
     """
     found: dict[str, float | None] = {}
     for axis in AXES:
-        own = scratch.against(axis)[-1]
-        reached = own if curve is scratch else crossing(curve.against(axis), curve.loss, scratch.loss[-1])
+        own = scratch.totals(axis)[-1]
+        reached = own if curve is scratch else find_crossing(curve.totals(axis), curve.loss, scratch.loss[-1])
         found |= {f"{axis}_to_reach": reached, f"times_{axis}": own / reached if reached else None}
         for name, extra in (("", 0.0), ("_with_source", source[axis])):
             gained = None if reached is None else own - reached - extra
@@ -101,7 +101,7 @@ def saving(curve: Curve, scratch: Curve, source: Mapping[str, float]) -> dict[st
     return found
 
 
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+def mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean and standard deviation (of a sample) of what there is; None for none, 0 for the deviation of one."""
     found = [value for value in values if value is not None]
     if not found:
@@ -112,7 +112,7 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 def summarise(recipe: Comparison, out: Path) -> dict[str, Any]:
     """The numbers of a comparison from its finished runs."""
-    found = {arm.name: finished(out, arm.name, recipe.seeds) for arm in recipe.arms}
+    found = {arm.name: load_finished_runs(out, arm.name, recipe.seeds) for arm in recipe.arms}
     table: dict[str, Any] = {"task": recipe.task, "seeds": recipe.seeds, "arms": {}}
     table["step"] = recipe.stage(recipe.train).length * recipe.train.batch
     table["sources"] = {name: source_numbers(recipe, out, name) for name in recipe.sources()}
@@ -120,13 +120,13 @@ def summarise(recipe: Comparison, out: Path) -> dict[str, Any]:
         runs = found[arm.name]
         if runs:
             needs = {} if arm.scratch else table["sources"][arm.source]["seeds"]
-            row = arm_numbers(runs, found[recipe.scratch(arm)], needs, arm.scratch)
+            row = arm_numbers(runs, found[recipe.scratch_name(arm)], needs, arm.scratch)
             row |= {"source": None if arm.scratch else arm.source, "linear": arm.linear is not None}
-            table["arms"][arm.name] = row | {"against": None if arm.scratch else recipe.scratch(arm)}
+            table["arms"][arm.name] = row | {"against": None if arm.scratch else recipe.scratch_name(arm)}
     return table
 
 
-def finished(out: Path, name: str, seeds: Sequence[int]) -> dict[int, tuple[dict[str, Any], Curve]]:
+def load_finished_runs(out: Path, name: str, seeds: Sequence[int]) -> dict[int, tuple[dict[str, Any], Curve]]:
     """(facts, curve) of an arm's finished runs by seed."""
     folders = {seed: arms.arm_folder(out, name, seed) for seed in seeds}
     facts = {seed: read_json_if_exists(folder / arms.DONE) for seed, folder in folders.items()}
@@ -163,17 +163,19 @@ def arm_numbers(
         row["unfrozen"] = unfrozen[0] if unfrozen else None
         if seed in scratch:
             reference = curve if is_scratch else scratch[seed][1]
-            row |= saving(curve, reference, sources.get(seed, arms.FREE))
+            row |= compute_savings(curve, reference, sources.get(seed, arms.NO_COST))
         seeds[str(seed)] = row
     mean = mean_curve(list(curves.values()))
     both = [seed for seed in curves if seed in scratch]
     row = {"parameters": next(iter(runs.values()))[0]["parameters"], "curve": mean.json(), "seeds": seeds}
     for key in ("start_loss", "loss", "accuracy", "kl", "unfrozen", *AXES):
-        row[key] = spread([one[key] for one in seeds.values()])
+        row[key] = mean_and_std([one[key] for one in seeds.values()])
     if both:
         own = mean_curve([curves[seed] for seed in both])
         reference = own if is_scratch else mean_curve([scratch[seed][1] for seed in both])
-        cost = {axis: statistics.fmean(sources.get(seed, arms.FREE)[axis] for seed in both) for axis in AXES}
-        row["savings"] = saving(own, reference, cost)
-        row["savings_over_seeds"] = {key: spread([seeds[str(seed)][key] for seed in both]) for key in row["savings"]}
+        cost = {axis: statistics.fmean(sources.get(seed, arms.NO_COST)[axis] for seed in both) for axis in AXES}
+        row["savings"] = compute_savings(own, reference, cost)
+        row["savings_over_seeds"] = {
+            key: mean_and_std([seeds[str(seed)][key] for seed in both]) for key in row["savings"]
+        }
     return row

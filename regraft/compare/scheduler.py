@@ -25,12 +25,12 @@ from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
 POLL = 0.1
-OURS = re.compile("^regraft: ")
-THEIRS = re.compile(r"(?<!ChildFailed)(Error|Exception|Interrupt)\b|\bSignal \d+")
+OWN_ERROR_LINE = re.compile("^regraft: ")
+LIBRARY_ERROR_LINE = re.compile(r"(?<!ChildFailed)(Error|Exception|Interrupt)\b|\bSignal \d+")
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingJob:
     """One training run: kind `source` or `arm`, its name and seed."""
 
     kind: str
@@ -41,22 +41,22 @@ class Task:
         """Where it keeps its files."""
         return out / ("sources" if self.kind == "source" else "arms") / self.name / str(self.seed)
 
-    def log(self, out: Path) -> Path:
+    def log_path(self, out: Path) -> Path:
         """Its standard error."""
         return out / "logs" / f"{self.kind}-{self.name}-{self.seed}.txt"
 
-    def said(self, out: Path) -> str:
+    def read_error(self, out: Path) -> str:
         """What its standard error says of its end: our own line, else the last that names an error or a signal."""
-        lines = [line for line in self.log(out).read_text(encoding="utf-8", errors="replace").splitlines() if line]
-        for telling in (OURS, THEIRS):  # a launcher may have said more behind it
+        lines = [line for line in self.log_path(out).read_text(encoding="utf-8", errors="replace").splitlines() if line]
+        for telling in (OWN_ERROR_LINE, LIBRARY_ERROR_LINE):  # a launcher may have said more behind it
             if found := [line for line in lines if telling.search(line)]:
-                return OURS.sub("", found[-1]).strip()
+                return OWN_ERROR_LINE.sub("", found[-1]).strip()
         return lines[-1] if lines else "it ended without a word"
 
-    def share(self, out: Path) -> float:
+    def read_progress(self, out: Path) -> float:
         """How far it says it is."""
         try:
-            return float(self.log(out).with_suffix(".share").read_text())
+            return float(self.log_path(out).with_suffix(".share").read_text())
         except (OSError, ValueError):
             return 0.0
 
@@ -76,30 +76,30 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
     claim(recipe, out)
     with Ticker() as ticker:
         ticker.start("making data, tokenizer and configs")
-        data.prepare(recipe, out)
+        data.prepare_data(recipe, out)
         arms.verify(recipe, out)
-        failed = carry_out(sources(recipe), recipe, out, jobs, launch, ticker)
+        failed = run_jobs(pretraining_jobs(recipe), recipe, out, jobs, launch, ticker)
         lost = {(task.name, task.seed) for task in failed}
-        wanted = [task for task in trials(recipe) if not lost or (recipe_source(recipe, task), task.seed) not in lost]
-        failed |= carry_out(wanted, recipe, out, jobs, launch, ticker)
+        wanted = [task for task in arm_jobs(recipe) if not lost or (recipe_source(recipe, task), task.seed) not in lost]
+        failed |= run_jobs(wanted, recipe, out, jobs, launch, ticker)
     numbers = savings.summarise(recipe, out)
     numbers["failed"] = [{**dataclasses.asdict(task), "error": line} for task, line in failed.items()]
     report.write(numbers, out)
     return numbers
 
 
-def sources(recipe: Comparison) -> list[Task]:
+def pretraining_jobs(recipe: Comparison) -> list[TrainingJob]:
     """Pretraining runs."""
     found = [name for name, source in recipe.sources().items() if isinstance(source, dict)]
-    return [Task("source", name, seed) for seed in recipe.seeds for name in found]
+    return [TrainingJob("source", name, seed) for seed in recipe.seeds for name in found]
 
 
-def trials(recipe: Comparison) -> list[Task]:
+def arm_jobs(recipe: Comparison) -> list[TrainingJob]:
     """Runs of arms, all arms of a seed before the next seed."""
-    return [Task("arm", arm.name, seed) for seed in recipe.seeds for arm in recipe.arms]
+    return [TrainingJob("arm", arm.name, seed) for seed in recipe.seeds for arm in recipe.arms]
 
 
-def recipe_source(recipe: Comparison, task: Task) -> str:
+def recipe_source(recipe: Comparison, task: TrainingJob) -> str:
     """The source that an arm's run needs; empty for scratch."""
     arm = recipe.arm(task.name)
     return "" if arm.scratch else arm.source
@@ -121,32 +121,32 @@ def claim(recipe: Comparison, out: Path) -> None:
     write_json(file, dump(recipe))
 
 
-def kept(out: Path) -> Comparison:
+def load_recipe(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
     made: Comparison = schema.build(read_json_if_exists(out / RECIPE), str(out / RECIPE), Comparison)
     return made
 
 
-def carry_out(
-    tasks: Sequence[Task], recipe: Comparison, out: Path, jobs: int, launch: str, ticker: Ticker
-) -> dict[Task, str]:
+def run_jobs(
+    tasks: Sequence[TrainingJob], recipe: Comparison, out: Path, jobs: int, launch: str, ticker: Ticker
+) -> dict[TrainingJob, str]:
     """Run what is not done yet, `jobs` at a time; the error lines of those that failed."""
-    waiting = [task for task in tasks if not done(recipe, out, task)]
-    count, running = len(waiting), dict[Task, subprocess.Popen[bytes]]()
-    failed: dict[Task, str] = {}
+    waiting = [task for task in tasks if not is_done(recipe, out, task)]
+    count, running = len(waiting), dict[TrainingJob, subprocess.Popen[bytes]]()
+    failed: dict[TrainingJob, str] = {}
     if waiting:
         ticker.start(f"training {len(tasks)} {waiting[0].kind}s, {len(tasks) - count} of them done before")
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 task = waiting.pop(0)
-                running[task] = started(task, out, jobs, launch)
+                running[task] = start_process(task, out, jobs, launch)
             for task, process in [(t, p) for t, p in running.items() if p.poll() is not None]:
                 del running[task]
-                if process.returncode or not done(recipe, out, task):
-                    failed[task] = task.said(out)
+                if process.returncode or not is_done(recipe, out, task):
+                    failed[task] = task.read_error(out)
                     print(f"regraft: {task.kind} {task.name}, seed {task.seed}: {failed[task]}", file=sys.stderr)
-            finished = count - len(waiting) - sum(1 - task.share(out) for task in running)
+            finished = count - len(waiting) - sum(1 - task.read_progress(out) for task in running)
             ticker.update(finished / count, ", ".join(f"{task.name} {task.seed}" for task in running))
             time.sleep(POLL)
     finally:
@@ -155,19 +155,19 @@ def carry_out(
     return failed
 
 
-def started(task: Task, out: Path, jobs: int, launch: str) -> subprocess.Popen[bytes]:
+def start_process(task: TrainingJob, out: Path, jobs: int, launch: str) -> subprocess.Popen[bytes]:
     """The process of a run, or the launcher of its processes; cores are shared evenly."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
-    task.log(out).parent.mkdir(exist_ok=True)
-    task.log(out).with_suffix(".share").unlink(missing_ok=True)
+    task.log_path(out).parent.mkdir(exist_ok=True)
+    task.log_path(out).with_suffix(".share").unlink(missing_ok=True)
     start = shlex.split(launch) or [sys.executable]
     words = [*start, "-m", "regraft.compare", str(out), task.kind, task.name, str(task.seed)]
-    with task.log(out).open("wb") as log:
+    with task.log_path(out).open("wb") as log:
         env = os.environ | ({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if not launch else {})
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
 
-def done(recipe: Comparison, out: Path, task: Task) -> bool:
+def is_done(recipe: Comparison, out: Path, task: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
     facts = read_json_if_exists(task.folder(out) / arms.DONE)
     if facts is None:

@@ -11,12 +11,23 @@ from typing import Any
 
 from ..errors import RegraftError
 from .axes import product
-from .part import Config, Key, Part, Placed, linear, norm
+from .part import Config, Key, Part, PlacedPart, linear, norm
 
-__all__ = ["Anatomy", "Config", "Key", "Part", "Placed", "families", "find", "linear", "norm", "older_rope"]
+__all__ = [
+    "Anatomy",
+    "Config",
+    "Key",
+    "Part",
+    "PlacedPart",
+    "list_families",
+    "find_anatomy",
+    "linear",
+    "norm",
+    "older_rope_keys",
+]
 
 
-def _plain_scale(config: Config, dim: int, layer: int) -> float:
+def _default_softmax_scale(config: Config, dim: int, layer: int) -> float:
     return dim**-0.5
 
 
@@ -28,11 +39,11 @@ def _no_bridge(config: Config) -> str | None:
     return None
 
 
-def _nothing(config: Config) -> dict[str, Any]:
+def _no_keys(config: Config) -> dict[str, Any]:
     return {}
 
 
-def older_rope(config: Config) -> dict[str, Any]:
+def older_rope_keys(config: Config) -> dict[str, Any]:
     """`rope_parameters` in the keys that readers look for which do not know it."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
@@ -73,10 +84,10 @@ class Anatomy:
     ignored: dict[str, str] = field(default_factory=dict)
     eps: str = "rms_norm_eps"
     rotary: bool = True
-    scale: Callable[[Config, int, int], float] = _plain_scale
+    scale: Callable[[Config, int, int], float] = _default_softmax_scale
     prefix: Callable[[Config], str] = _no_prefix
-    finish: Callable[[Config], dict[str, Any]] = _nothing
-    older: Callable[[Config], dict[str, Any]] = older_rope
+    finish: Callable[[Config], dict[str, Any]] = _no_keys
+    older: Callable[[Config], dict[str, Any]] = older_rope_keys
     bridge: Callable[[Config], str | None] = _no_bridge
     layer_lists: tuple[str, ...] = ()
     divides: tuple[tuple[str, str], ...] = ()
@@ -87,7 +98,7 @@ class Anatomy:
     activation: str = "hidden_act"
     routed: str = ""
 
-    def filled(self, config: Config) -> dict[str, Any]:
+    def fill_defaults(self, config: Config) -> dict[str, Any]:
         """The config with the family's defaults for keys that are missing or null."""
         full = dict(config)
         for key, default in self.defaults.items():
@@ -97,7 +108,7 @@ class Anatomy:
 
     def solve(self, config: Config) -> dict[str, int]:
         """Axis sizes of a config. RegraftError when a key is missing, or the equations have no whole solution."""
-        config = self.filled(config)
+        config = self.fill_defaults(config)
         sizes = dict(self.fixed)
         waiting = list(self.sizes)
         while waiting:
@@ -140,22 +151,22 @@ class Anatomy:
             keys[key] = (value, text)
         return {key: value for key, (value, _) in keys.items()}
 
-    def place(self, config: Config) -> dict[Key, Placed]:
+    def place(self, config: Config) -> dict[Key, PlacedPart]:
         """Every parameter of a model of this config by (role, layer); layer is None outside the stack."""
-        full, sizes = self.filled(config), self.solve(config)
-        placed: dict[Key, Placed] = {}
+        full, sizes = self.fill_defaults(config), self.solve(config)
+        placed: dict[Key, PlacedPart] = {}
         prefix = self.prefix(full)
         for role, part in self.parts.items():
-            if part.present(full):
+            if part.is_present(full):
                 shape = part.axes.shape(sizes, part.stored)
                 layers = range(sizes["depth"]) if "{}" in part.name else (None,)
                 for layer in layers:
                     for e in range(sizes["expert"]) if "{e}" in part.name else (0,):
                         name = part.name.format(layer, e=e, p=prefix)
-                        placed[role.format(e=e), layer] = Placed(name, part, shape)
+                        placed[role.format(e=e), layer] = PlacedPart(name, part, shape)
         return placed
 
-    def untied(self, config: Config) -> Config:
+    def untie_embeddings(self, config: Config) -> Config:
         """The config of the same model with a head of its own."""
         return dict(config) | {"tie_word_embeddings": False}
 
@@ -167,7 +178,7 @@ class Anatomy:
         """The config of that family."""
         return config
 
-    def resized(
+    def resize_config(
         self,
         config: Config,
         sizes: Mapping[str, int],
@@ -179,7 +190,7 @@ class Anatomy:
 
         Keys that equal the family's default and were not there stay away. RegraftError when the family cannot hold it.
         """
-        full, keys = self.filled(config), self.config_keys(sizes)
+        full, keys = self.fill_defaults(config), self.config_keys(sizes)
         for key in self.layer_lists:
             if order is not None and isinstance(full.get(key), list):
                 keys[key] = [full[key][layer] for layer in order]
@@ -199,26 +210,28 @@ class Anatomy:
                     f"{near + step}"
                 )
         written = {key: value for key, value in keys.items() if not key.startswith("_")}
-        bare = self.filled({k: v for k, v in (dict(config) | written).items() if k in config or k in self.required()})
+        bare = self.fill_defaults(
+            {k: v for k, v in (dict(config) | written).items() if k in config or k in self.required_keys()}
+        )
         kept = {key: v for key, v in written.items() if config.get(key) is not None or bare.get(key) != v}
         return dict(config) | kept | dict(extra or {})
 
     def bridge_hint(self, config: Config) -> str:
         """How to get around a constraint of the class, for the end of an error message."""
-        name = self.bridge(self.filled(config))
+        name = self.bridge(self.fill_defaults(config))
         return f", or --bridge to write it as {name}" if name else ""
 
-    def required(self) -> set[str]:
+    def required_keys(self) -> set[str]:
         """Config keys that have no default."""
         return {key for key, _ in self.sizes if key not in self.defaults}
 
-    def canonical(self, name: str) -> str:
+    def canonical_name(self, name: str) -> str:
         """The model's name of a tensor found in a file."""
-        return _renamed(name, self.aliases)
+        return _replace_prefix(name, self.aliases)
 
-    def in_file(self, name: str) -> str:
+    def name_in_file(self, name: str) -> str:
         """The name under which the family's class writes a parameter."""
-        return _renamed(name, self.filed)
+        return _replace_prefix(name, self.filed)
 
     def reason_to_drop(self, name: str, config: Config) -> str | None:
         """Why a tensor of a file is not a parameter of the model, or None."""
@@ -226,13 +239,13 @@ class Anatomy:
             if re.fullmatch(pattern, name):
                 return reason
         head = self.parts.get("head.weight")
-        tied = self.filled(config).get("tie_word_embeddings")
+        tied = self.fill_defaults(config).get("tie_word_embeddings")
         return "tied: the config shares it with the embedding" if head and tied and name == head.name else None
 
     def attention(self, config: Config, layer: int) -> dict[str, Any]:
         """Shape and conventions of a layer's attention, the arguments of `mixers.base.Attention`."""
-        full, sizes = self.filled(config), self.solve(config)
-        roles = {role for role, part in self.parts.items() if part.present(full)}
+        full, sizes = self.fill_defaults(config), self.solve(config)
+        roles = {role for role, part in self.parts.items() if part.is_present(full)}
         roles |= {f"{name}.{role.rpartition('.')[2]}" for role in roles for name in self.parts[role].fused}
         return {
             "hidden": sizes["hidden"],
@@ -246,28 +259,28 @@ class Anatomy:
             "rotary": self.rotary,
         }
 
-    def extras(self, directory: str, config: Config) -> None:
+    def write_extras(self, directory: str, config: Config) -> None:
         """Write what a saved model of this family needs beside config and weights: nothing for stock families."""
 
 
-def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
     for prefix, replacement in prefixes.items():
         if name.startswith(prefix):
             return replacement + name[len(prefix) :]
     return name
 
 
-def families() -> list[str]:
+def list_families() -> list[str]:
     """The model types that have a file in regraft/families."""
     package = importlib.import_module("regraft.families")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def find(config: Config) -> Anatomy:
+def find_anatomy(config: Config) -> Anatomy:
     """The anatomy of a config's `model_type`; RegraftError names the file to write when there is none."""
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in families():
-        known = ", ".join(name for name in families() if name != "regraft")
+    if not isinstance(family, str) or family not in list_families():
+        known = ", ".join(name for name in list_families() if name != "regraft")
         raise RegraftError(f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})")
     anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
     return anatomy

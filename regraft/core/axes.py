@@ -41,7 +41,7 @@ class Signature:
     def dims(self, stored: str = "out in") -> tuple[tuple[Axes, ...], ...]:
         """Per stored dimension, the axis products that are stacked along it."""
         if self.kind == "plain":
-            return tuple((axes,) for axes in _heads_together(self.outputs[0]))
+            return tuple((axes,) for axes in _join_head_axes(self.outputs[0]))
         if self.kind != "map":
             return (self.outputs,)
         return (self.outputs, (self.inputs,)) if stored == "out in" else ((self.inputs,), self.outputs)
@@ -56,7 +56,7 @@ class Signature:
         return Signature(self.text, self.kind, self.inputs, (tuple(axis for axis in outputs if axis != "three"),))
 
 
-def _heads_together(axes: Axes) -> list[Axes]:
+def _join_head_axes(axes: Axes) -> list[Axes]:
     dims: list[Axes] = []
     for axis in axes:
         if axis == "group" and dims[-1:] == [("kv",)]:
@@ -72,7 +72,7 @@ def product(axes: Axes, sizes: Sizes) -> int:
 
 
 @lru_cache
-def signature(text: str) -> Signature:
+def parse_signature(text: str) -> Signature:
     """Parse a signature; RegraftError quotes it when an axis is unknown or nothing is left."""
     body, arrow, right = text.partition("->")
     head = body.split()
@@ -115,19 +115,19 @@ class Expansion:
         return len(self.index)
 
     @property
-    def fresh(self) -> Tensor:
+    def new_coordinates(self) -> Tensor:
         """Coordinates that copy none, (count,)."""
         return (self.index < 0).nonzero()[:, 0]
 
     @property
-    def embed(self) -> Tensor:
+    def write_matrix(self) -> Tensor:
         """E as a matrix (new, old)."""
         return (self.index[:, None] == torch.arange(self.old)).double()
 
     @property
-    def read(self) -> Tensor:
+    def read_matrix(self) -> Tensor:
         """R as a matrix (old, new)."""
-        return (self.embed * self.share[:, None]).T
+        return (self.write_matrix * self.share[:, None]).T
 
     @property
     def copies(self) -> int | None:
@@ -136,28 +136,28 @@ class Expansion:
         return int(counts[0]) if bool((counts == counts[0]).all()) else None
 
     @property
-    def identical(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether nothing changes."""
-        return self.new == self.old and self.leading
+        return self.new == self.old and self.starts_with_old
 
     @property
-    def leading(self) -> bool:
+    def starts_with_old(self) -> bool:
         """Whether the old coordinates come first, in order."""
         return bool((self.index[: self.old] == torch.arange(self.old)).all())
 
     @property
     def in_place(self) -> bool:
         """Whether old coordinates keep their places and each has one copy."""
-        return self.copies == 1 and self.leading
+        return self.copies == 1 and self.starts_with_old
 
-    def twin(self) -> tuple[Tensor, Tensor]:
+    def paired_coordinates(self) -> tuple[Tensor, Tensor]:
         """First and second members of the pairs; both empty without `pairs`."""
-        fresh = self.fresh if self.pairs else self.fresh[:0]
+        fresh = self.new_coordinates if self.pairs else self.new_coordinates[:0]
         half = len(fresh) // 2
         return fresh[:half], fresh[half : 2 * half]
 
 
-def expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any) -> Expansion:
+def build_expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any) -> Expansion:
     """The expansion of an index map; without `share` every copy is read as much as the others."""
     if share is None:
         counts = torch.bincount(index[index >= 0], minlength=old).double()
@@ -167,27 +167,27 @@ def expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, *
 
 def identity(size: int) -> Expansion:
     """The axis stays as it is."""
-    return expansion("identity", size, torch.arange(size))
+    return build_expansion("identity", size, torch.arange(size))
 
 
 def pad(old: int, new: int, free: Literal["writes", "reads"] = "writes", pairs: bool = False) -> Expansion:
     """New coordinates behind the old ones that do nothing yet (composable expansions, arXiv 2308.06103)."""
-    _grows("pad", old, new)
+    _check_grows("pad", old, new)
     index = torch.cat([torch.arange(old), torch.full((new - old,), -1)])
-    return expansion("pad", old, index, free=free, pairs=pairs)
+    return build_expansion("pad", old, index, free=free, pairs=pairs)
 
 
 def place(old: int, new: int, index: Tensor) -> Expansion:
     """Old coordinate i goes to `index[i]`; the others are new."""
-    _grows("place", old, new)
+    _check_grows("place", old, new)
     back = torch.full((new,), -1)
     back[index] = torch.arange(old)
-    return expansion("place", old, back)
+    return build_expansion("place", old, back)
 
 
 def repeat(old: int, times: int) -> Expansion:
     """Each coordinate `times` times in a row: how grouped key/value heads serve their queries (arXiv 2305.13245)."""
-    return expansion("repeat", old, torch.arange(old).repeat_interleave(_times("repeat", times)))
+    return build_expansion("repeat", old, torch.arange(old).repeat_interleave(_check_times("repeat", times)))
 
 
 def tile(old: int, new: int) -> Expansion:
@@ -197,50 +197,50 @@ def tile(old: int, new: int) -> Expansion:
         raise RegraftError(
             f"tile makes whole copies: {new} is no multiple of {old}; use {' or '.join(map(str, near))}, or --how lemon"
         )
-    return expansion("tile", old, torch.arange(old).repeat(new // old))
+    return build_expansion("tile", old, torch.arange(old).repeat(new // old))
 
 
 def duplicate(old: int, new: int, seed: int = 0, following: bool = False) -> Expansion:
     """All old coordinates once, then copies drawn at random, shared evenly (Net2Net, arXiv 1511.05641; bert2BERT's
     function-preserving initialisation, arXiv 2110.07143; with `following` its advanced knowledge initialisation).
     """
-    _grows("duplicate", old, new)
+    _check_grows("duplicate", old, new)
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(old, generator=generator) for _ in range(-(-(new - old) // old))]
     index = torch.cat([torch.arange(old), *rounds])[:new]
-    return expansion("duplicate", old, index, following=following)
+    return build_expansion("duplicate", old, index, following=following)
 
 
 def split(old: int, new: int, seed: int = 0) -> Expansion:
     """Old coordinates copied in turn, shared unevenly so that copies separate (LEMON, arXiv 2310.07999: circular copies
     with unequal fan-out).
     """
-    _grows("split", old, new)
+    _check_grows("split", old, new)
     index = torch.arange(new) % old
     weight = 0.5 + torch.rand(new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     total = torch.zeros(old, dtype=torch.float64).index_add(0, index, weight)
-    return expansion("split", old, index, weight / total[index])
+    return build_expansion("split", old, index, weight / total[index])
 
 
 def rounds(old: int, new: int, free: Literal["writes", "reads"] = "reads") -> Expansion:
     """As many whole copies as fit, then new coordinates that hold nothing (LEMON on the residual stream)."""
-    _grows("rounds", old, new)
+    _check_grows("rounds", old, new)
     index = torch.cat([torch.arange(old).repeat(new // old), torch.full((new % old,), -1)])
-    return expansion("rounds", old, index, free=free)
+    return build_expansion("rounds", old, index, free=free)
 
 
-def _grows(name: str, old: int, new: int) -> None:
+def _check_grows(name: str, old: int, new: int) -> None:
     if new < old:
         raise RegraftError(f"{name} cannot shrink an axis from {old} to {new}: give a size of at least {old}")
 
 
-def _times(name: str, times: int) -> int:
+def _check_times(name: str, times: int) -> int:
     if times < 1:
         raise RegraftError(f"{name} needs at least one copy, got {times}: give times >= 1")
     return times
 
 
-def spread(value: Tensor, source: Axes, target: Axes, sizes: Sizes) -> Tensor:
+def broadcast_axes(value: Tensor, source: Axes, target: Axes, sizes: Sizes) -> Tensor:
     """Broadcast the leading dimension of `value` over the axes of `target` that `source` lacks.
 
     value: (product of source, ...) -> (product of target, ...). For 'kv dim' -> 'kv group dim' every key/value head is

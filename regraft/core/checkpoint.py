@@ -17,7 +17,7 @@ from ..errors import RegraftError
 from ..io import gguf, safetensors, shard_writer
 from ..io.files import read_json, sha256, write_json
 from . import lineage
-from .anatomy import Anatomy, Config, Key, Part, Placed, find
+from .anatomy import Anatomy, Config, Key, Part, PlacedPart, find_anatomy
 from .axes import Signature, product
 
 SIDECARS = (
@@ -38,7 +38,7 @@ SHARD = 500_000_000
 
 
 @dataclass(frozen=True)
-class Story:
+class Provenance:
     """Where numbers come from: `kind` is copied, grown, broadcast, zero or fresh; `sources` are tensor names."""
 
     kind: str
@@ -47,12 +47,12 @@ class Story:
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A promise of a tensor: nothing is computed before `read()`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    story: Story
+    story: Provenance
     read: Callable[[], Tensor] = field(repr=False)
 
     @property
@@ -79,7 +79,7 @@ class Checkpoint:
     config: dict[str, Any]
     anatomy: Anatomy
     sizes: dict[str, int]
-    tensors: dict[Key, Lazy]
+    tensors: dict[Key, LazyTensor]
     names: dict[Key, str]
     folder: Path | None
     dropped: dict[str, str] = field(default_factory=dict)
@@ -93,24 +93,24 @@ class Checkpoint:
         origin = Path(path)
         if not origin.exists():
             raise RegraftError(f"no model at '{path}': give a Hugging Face model directory or a GGUF file")
-        file = gguf.file_in(origin)
-        folder = gguf.cached(file) if file else origin
+        file = gguf.find_gguf_file(origin)
+        folder = gguf.find_converted(file) if file else origin
         if folder is not None:
-            return _from_folder(file or origin, folder)
+            return _open_folder(file or origin, folder)
         assert file is not None
-        return _from_gguf(file)
+        return _open_gguf(file)
 
     @property
     def path(self) -> Path:
         """The directory with tokenizer and other files; a GGUF file is converted first, once."""
-        return self.folder or gguf.converted(self.origin)
+        return self.folder or gguf.convert_once(self.origin)
 
     @property
     def layers(self) -> int:
         """Number of layers."""
         return self.sizes["depth"]
 
-    def __getitem__(self, key: tuple[str, int | None]) -> Lazy:
+    def __getitem__(self, key: tuple[str, int | None]) -> LazyTensor:
         """A tensor in output-first order; a fused part gives its piece. RegraftError lists the roles there are."""
         role, layer = key
         placed = self.anatomy.place(self.config)
@@ -122,7 +122,7 @@ class Checkpoint:
         for (fused, at), spot in placed.items():
             base, _, ending = role.rpartition(".")
             if at == layer and fused.endswith(f".{ending}") and base in spot.part.fused:
-                return _piece(self.tensors[fused, at], spot.part, spot.part.fused.index(base), self.sizes)
+                return _split_fused(self.tensors[fused, at], spot.part, spot.part.fused.index(base), self.sizes)
         roles = ", ".join(sorted({role for role, _ in self.tensors}))
         raise RegraftError(f"{self.anatomy.family} has no '{role}' in layer {layer}: use one of {roles}")
 
@@ -144,7 +144,7 @@ class Checkpoint:
         base = role.rpartition(".")[0]
         return part.axes.piece(part.fused.index(base)) if base in part.fused else part.axes
 
-    def replaced(self, values: Mapping[str, Tensor], step: dict[str, Any]) -> Checkpoint:
+    def with_values(self, values: Mapping[str, Tensor], step: dict[str, Any]) -> Checkpoint:
         """The same model with other values by tensor name (a trained state dict) and one more step in its history."""
         tensors = dict(self.tensors)
         for key, name in self.names.items():
@@ -153,17 +153,17 @@ class Checkpoint:
                 raise RegraftError(
                     f"new value of '{name}' is {got}, expected {tensors[key].shape}: pass the model's state dict"
                 )
-            tensors[key] = replace(tensors[key], read=_constant(values[name], tensors[key].dtype))
+            tensors[key] = replace(tensors[key], read=_constant_reader(values[name], tensors[key].dtype))
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
-    def patched(self, reads: Mapping[str, Callable[[], Tensor]], step: dict[str, Any]) -> Checkpoint:
+    def with_readers(self, reads: Mapping[str, Callable[[], Tensor]], step: dict[str, Any]) -> Checkpoint:
         """Like `replaced`, but only the named tensors have other values, which are read when they are saved."""
         places = {name: key for key, name in self.names.items()}
         if strange := sorted(set(reads) - set(places)):
             raise RegraftError(f"'{self.origin}' has no tensor '{strange[0]}': pass names that it has")
         tensors = dict(self.tensors)
         for name, read in reads.items():
-            tensors[places[name]] = replace(tensors[places[name]], read=_cast(read, tensors[places[name]].dtype))
+            tensors[places[name]] = replace(tensors[places[name]], read=_cast_reader(read, tensors[places[name]].dtype))
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
     def verify(self) -> None:
@@ -180,73 +180,76 @@ class Checkpoint:
         sidecars = sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()})
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
-            shard_writer.new_directory(Path(path), overwrite, self._mark(shard_bytes, background)) as partial,
+            shard_writer.new_directory(
+                Path(path), overwrite, self._start_fingerprint(shard_bytes, background)
+            ) as partial,
         ):
             folder = partial.path
-            filed = {self.anatomy.in_file(self.names[key]): lazy for key, lazy in self.tensors.items()}
+            filed = {self.anatomy.name_in_file(self.names[key]): lazy for key, lazy in self.tensors.items()}
             shard_writer.write_weights(partial, filed, shard_bytes)
             for file in sidecars:
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / "config.json", with_older_keys(self.config))
-            self.anatomy.extras(str(folder), self.config)
-            (folder / "README.md").write_text(lineage.card(self), encoding="utf-8")
+            self.anatomy.write_extras(str(folder), self.config)
+            (folder / "README.md").write_text(lineage.format_model_card(self), encoding="utf-8")
             index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
             small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
-            write_json(folder / lineage.FILE, lineage.record(self, partial.done | small))
+            write_json(folder / lineage.FILE, lineage.build_lineage(self, partial.done | small))
 
-    def _mark(self, shard_bytes: int, background: ThreadPoolExecutor) -> Callable[[], str] | None:
+    def _start_fingerprint(self, shard_bytes: int, background: ThreadPoolExecutor) -> Callable[[], str] | None:
         return None if self.in_memory else background.submit(lineage.fingerprint, self, shard_bytes).result
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:
     """The config plus the keys that older readers look for; what it says itself stays."""
-    return find(config).older(config) | dict(config)
+    return find_anatomy(config).older(config) | dict(config)
 
 
-def _from_folder(origin: Path, folder: Path) -> Checkpoint:
+def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise RegraftError(f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file")
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
         raise RegraftError(f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first")
-    anatomy = find(config)
-    found: dict[str, safetensors.Entry] = {}
-    for name, entry in safetensors.entries(folder).items():
-        if found.setdefault(anatomy.canonical(name), entry) is not entry:
+    anatomy = find_anatomy(config)
+    found: dict[str, safetensors.TensorEntry] = {}
+    for name, entry in safetensors.read_entries(folder).items():
+        if found.setdefault(anatomy.canonical_name(name), entry) is not entry:
             raise RegraftError(
-                f"'{folder}' holds '{anatomy.canonical(name)}' under two names, '{name}' too: remove one"
+                f"'{folder}' holds '{anatomy.canonical_name(name)}' under two names, '{name}' too: remove one"
             )
     placed = anatomy.place(config)
-    known = lineage.read(folder)
-    dropped = known.get("dropped", {}) | _unclaimed(found, placed, anatomy, config)
+    known = lineage.read_lineage(folder)
+    dropped = known.get("dropped", {}) | _find_unclaimed(found, placed, anatomy, config)
     stories = {
-        name: Story(kind, tuple(sources), note) for name, (kind, sources, note) in known.get("tensors", {}).items()
+        name: Provenance(kind, tuple(sources), note) for name, (kind, sources, note) in known.get("tensors", {}).items()
     }
-    tensors = {key: _lazy(found, spot, folder, stories) for key, spot in placed.items()}
+    tensors = {key: _open_tensor(found, spot, folder, stories) for key, spot in placed.items()}
     names = {key: spot.name for key, spot in placed.items()}
     history = tuple(known.get("steps", ()))
     return Checkpoint(origin, config, anatomy, anatomy.solve(config), tensors, names, folder, dropped, history)
 
 
-def _from_gguf(file: Path) -> Checkpoint:
+def _open_gguf(file: Path) -> Checkpoint:
     """From the header alone: shapes come from the config, values from the conversion when first read."""
-    config = gguf.config(file)
-    anatomy = find(config)
+    config = gguf.read_config(file)
+    anatomy = find_anatomy(config)
     placed = anatomy.place(config)
     gguf.check_size(file, sum(math.prod(spot.shape) for spot in placed.values()))
 
-    def value(key: Key) -> Callable[[], Tensor]:
-        return lambda: _from_folder(file, gguf.converted(file)).tensors[key].read()
+    def build_reader(key: Key) -> Callable[[], Tensor]:
+        return lambda: _open_folder(file, gguf.convert_once(file)).tensors[key].read()
 
     tensors = {
-        k: Lazy(spot.shape, torch.float32, Story("copied", (spot.name,)), value(k)) for k, spot in placed.items()
+        k: LazyTensor(spot.shape, torch.float32, Provenance("copied", (spot.name,)), build_reader(k))
+        for k, spot in placed.items()
     }
     names = {key: spot.name for key, spot in placed.items()}
     return Checkpoint(file, config, anatomy, anatomy.solve(config), tensors, names, None, history=(gguf.STEP,))
 
 
-def _unclaimed(
-    found: Mapping[str, safetensors.Entry], placed: Mapping[Key, Placed], anatomy: Anatomy, config: Config
+def _find_unclaimed(
+    found: Mapping[str, safetensors.TensorEntry], placed: Mapping[Key, PlacedPart], anatomy: Anatomy, config: Config
 ) -> dict[str, str]:
     dropped: dict[str, str] = {}
     for name in sorted(set(found) - {spot.name for spot in placed.values()}):
@@ -260,7 +263,9 @@ def _unclaimed(
     return dropped
 
 
-def _lazy(found: Mapping[str, safetensors.Entry], spot: Placed, folder: Path, stories: Mapping[str, Story]) -> Lazy:
+def _open_tensor(
+    found: Mapping[str, safetensors.TensorEntry], spot: PlacedPart, folder: Path, stories: Mapping[str, Provenance]
+) -> LazyTensor:
     entry = found.get(spot.name)
     if entry is None:
         raise RegraftError(f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model again")
@@ -269,16 +274,16 @@ def _lazy(found: Mapping[str, safetensors.Entry], spot: Placed, folder: Path, st
             f"tensor '{spot.name}' in '{entry.file}' has shape {list(entry.shape)}, expected {list(spot.shape)} "
             f"({spot.part.signature}): config.json and weights do not belong together"
         )
-    story = stories.get(spot.name, Story("copied", (spot.name,)))
-    return Lazy(spot.shape, entry.torch_dtype(), story, entry.read)
+    story = stories.get(spot.name, Provenance("copied", (spot.name,)))
+    return LazyTensor(spot.shape, entry.torch_dtype(), story, entry.read)
 
 
-def _piece(lazy: Lazy, part: Part, index: int, sizes: Mapping[str, int]) -> Lazy:
+def _split_fused(lazy: LazyTensor, part: Part, index: int, sizes: Mapping[str, int]) -> LazyTensor:
     """One of several fused maps or biases, output-first."""
     whole, mine = part.axes, part.axes.piece(index)
     shape = mine.shape(sizes)
 
-    def read() -> Tensor:
+    def compute() -> Tensor:
         value = lazy.read()
         value = value.T if part.stored == "in out" and whole.kind == "map" else value
         if len(whole.outputs) > 1:
@@ -287,12 +292,12 @@ def _piece(lazy: Lazy, part: Part, index: int, sizes: Mapping[str, int]) -> Lazy
         value = value.unflatten(0, [product((axis,), sizes) for axis in axes])
         return value.select(axes.index("three"), index).reshape(shape)
 
-    return Lazy(shape, lazy.dtype, replace(lazy.story, note=f"piece {index} of {len(part.fused)}"), read)
+    return LazyTensor(shape, lazy.dtype, replace(lazy.story, note=f"piece {index} of {len(part.fused)}"), compute)
 
 
-def _constant(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _constant_reader(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     return lambda: value.detach().to("cpu", dtype)
 
 
-def _cast(read: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+def _cast_reader(read: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
     return lambda: read().to(dtype)

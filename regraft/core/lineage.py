@@ -33,19 +33,19 @@ PAPERS = {
 }
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_lineage(folder: Path) -> dict[str, Any]:
     """lineage.json of a directory, or an empty dict."""
     return read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
-def trained(lineage: dict[str, Any]) -> bool:
+def is_trained(lineage: dict[str, Any]) -> bool:
     """Whether a step changed weights by training."""
     return any(step.get("step") == "Train" for step in lineage.get("steps", []))
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     """The pretrained model at the root of a checkpoint: path, family, hash of every weight file, hash over all."""
-    if known := read(checkpoint.folder).get("source") if checkpoint.folder else None:
+    if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return dict(known)
     files = [checkpoint.origin] if checkpoint.origin.is_file() else weight_files(checkpoint.origin)
     hashes = {file.name: sha256(file) for file in files}
@@ -59,7 +59,7 @@ def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def totals(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+def count_by_kind(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     """Per kind of story: number of tensors, parameters, and their share of all parameters."""
     table = {kind: {"count": 0, "parameters": 0, "share": 0.0} for kind in KINDS}
     whole = sum(lazy.size for lazy in checkpoint.tensors.values())
@@ -71,7 +71,7 @@ def totals(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     return table
 
 
-def record(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
+def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
     """The content of lineage.json for a checkpoint saved as `files` (name -> sha256)."""
     stories = {checkpoint.names[key]: lazy.story for key, lazy in checkpoint.tensors.items()}
     seeds = [step["arguments"]["seed"] for step in checkpoint.history if "seed" in step.get("arguments", {})]
@@ -80,7 +80,7 @@ def record(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
         "steps": list(checkpoint.history),
         "seed": seeds[-1] if seeds else None,
         "versions": versions(),
-        "totals": totals(checkpoint),
+        "totals": count_by_kind(checkpoint),
         "dropped": checkpoint.dropped,
         "tensors": {name: [s.kind, list(s.sources), s.note] for name, s in stories.items()},
         "files": files,
@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
 
 def verify(folder: Path) -> None:
     """Compare a directory's files with the hashes its lineage records; RegraftError names the first that differs."""
-    for name, recorded in read(folder).get("files", {}).items():
+    for name, recorded in read_lineage(folder).get("files", {}).items():
         file = folder / name
         if not file.is_file():
             raise RegraftError(f"'{folder}' lacks '{name}' that its {FILE} records: make the model again")
@@ -121,14 +121,16 @@ def verify(folder: Path) -> None:
             )
 
 
-def card(checkpoint: Checkpoint) -> str:
+def format_model_card(checkpoint: Checkpoint) -> str:
     """The model card: what was done to which model, and the papers."""
     source = origin(checkpoint)
-    mixers = {name for spec in checkpoint.config.get("mixers", []) if spec for name in _names(spec)}
+    mixers = {name for spec in checkpoint.config.get("mixers", []) if spec for name in _mixer_names(spec)}
     cited = [PAPERS[name] for name in sorted(mixers & set(PAPERS))]
     cited += [paper for step in checkpoint.history for paper in step.get("papers", ())]
     papers = "\n".join(f"- {paper}" for paper in dict.fromkeys(cited)) or "- none beyond the source's own"
-    steps = "\n".join(f"{n}. {describe(step)}" for n, step in enumerate(checkpoint.history, 1)) or "1. saved unchanged"
+    steps = (
+        "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1)) or "1. saved unchanged"
+    )
     library = "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
     load = "Load it with `import regraft` (or `trust_remote_code=True`) and `AutoModelForCausalLM.from_pretrained`.\n\n"
     return (
@@ -139,12 +141,12 @@ def card(checkpoint: Checkpoint) -> str:
     )
 
 
-def describe(step: dict[str, Any]) -> str:
+def format_step(step: dict[str, Any]) -> str:
     """One step as `Name(argument=value, ...)`."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in step.get("arguments", {}).items())
     return f"{step.get('step', '?')}({arguments})"
 
 
-def _names(spec: dict[str, Any]) -> list[str]:
-    nested = [name for value in spec.values() if isinstance(value, dict) for name in _names(value)]
+def _mixer_names(spec: dict[str, Any]) -> list[str]:
+    nested = [name for value in spec.values() if isinstance(value, dict) for name in _mixer_names(value)]
     return [spec["name"], *nested]

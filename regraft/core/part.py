@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .axes import TABLES, Signature, signature
+from .axes import TABLES, Signature, parse_signature
 
 Config = Mapping[str, Any]
 Key = tuple[str, int | None]
@@ -40,21 +40,21 @@ class Part:
     @property
     def axes(self) -> Signature:
         """The parsed signature."""
-        return signature(self.signature)
+        return parse_signature(self.signature)
 
     @property
-    def multiplies(self) -> bool:
+    def is_matrix(self) -> bool:
         """Whether positions are multiplied by it as a matrix: maps that are no tables, and patch convolutions."""
         axes = self.axes
         return self.at == "patch" or (axes.kind == "map" and not TABLES.issuperset(axes.inputs))
 
-    def present(self, config: Config) -> bool:
+    def is_present(self, config: Config) -> bool:
         """Whether a model of this config has the parameter."""
         return (self.when is None or bool(config[self.when])) and (self.unless is None or not config[self.unless])
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedPart:
     """A part of one model: its layer is filled in and its shape is known."""
 
     name: str

@@ -16,6 +16,6 @@ class Step(Protocol):
         """The changed checkpoint; nothing is computed before its tensors are read."""
 
 
-def entry(step: Any) -> dict[str, Any]:
+def step_entry(step: Any) -> dict[str, Any]:
     """A step as lineage.json keeps it: its name and all arguments."""
     return {"step": type(step).__name__, "arguments": dataclasses.asdict(step)}

@@ -16,12 +16,12 @@ from typing import Any, Literal
 from .. import distributed
 from ..errors import RegraftError
 from ..io.files import write_json
-from .files import found
-from .rows import Mixed, Stored, enough, shared
-from .token_cache import Part
-from .tokenizer import Tokens
+from .files import find_files
+from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
+from .token_cache import TokenCache
+from .tokenizer import BatchTokenizer
 
-FLOOR = 1 << 24  # tokens that are read of a text when fewer are needed: order is by seed over all of these
+MIN_READ_TOKENS = 1 << 24  # tokens that are read of a text when fewer are needed: order is by seed over all of these
 WAIT = 0.2  # seconds between looks at what another process is reading
 Tell = Callable[[float, str], None]
 
@@ -47,26 +47,26 @@ class Corpus:
     """The caches of one text's files, below `cache` (None: a folder that goes with this object)."""
 
     def __init__(self, text: Text, tokenizer: Any, cache: Path | None = None, tell: Tell = lambda share, words: None):
-        self.text, self.tokens, self.tell = text, Tokens(tokenizer), tell
+        self.text, self.tokens, self.tell = text, BatchTokenizer(tokenizer), tell
         if cache is None:
             cache = Path(tempfile.mkdtemp(prefix="regraft-text-"))
             weakref.finalize(self.tokens, shutil.rmtree, cache, ignore_errors=True)  # every table holds these
         root = cache / self.tokens.name
-        self.parts = [Part(root, file, text.field, self.tokens) for file in found(text.path)]
-        self.used: list[Part] = []
-        self.table: Stored | None = None
+        self.parts = [TokenCache(root, file, text.field, self.tokens) for file in find_files(text.path)]
+        self.used: list[TokenCache] = []
+        self.table: CachedRows | None = None
         self.said = 0
 
-    def hold(self, wanted: int | None) -> int:
+    def fill_caches(self, wanted: int | None) -> int:
         """Make sure that the caches hold the text's first `wanted` tokens, or all there are; how many they hold.
 
         Every process begins with another file and takes no file that another is reading. RegraftError for a bad line
         unless the text says to skip them.
         """
-        while window := self.missing(wanted):
+        while window := self.find_unread_files(wanted):
             turn = distributed.rank() % len(window)
             if not any(
-                part.fill(more, self.text.skip_bad, self.progress(wanted))
+                part.fill(more, self.text.skip_bad, self.progress_callback(wanted))
                 for part, more in window[turn:] + window[:turn]
             ):
                 time.sleep(WAIT)
@@ -76,64 +76,64 @@ class Corpus:
             if wanted is None or held < wanted:
                 self.used.append(part)
                 held += part.journal.tokens
-        self.honest()
+        self.report_bad_lines()
         return held
 
-    def missing(self, wanted: int | None) -> list[tuple[Part, int | None]]:
+    def find_unread_files(self, wanted: int | None) -> list[tuple[TokenCache, int | None]]:
         """The next files to read, at most one a process, and how many tokens of each are enough (None: all)."""
         held = 0
-        window: list[tuple[Part, int | None]] = []
+        window: list[tuple[TokenCache, int | None]] = []
         for part in self.parts:
             more = None if wanted is None else wanted - held
-            if (more is not None and more <= 0) or len(window) == distributed.world():
+            if (more is not None and more <= 0) or len(window) == distributed.world_size():
                 break
-            known = part.look()
+            known = part.read_journal()
             if not known.done and (more is None or known.tokens < more):
                 window.append((part, more))
             held += known.tokens
         return window
 
-    def progress(self, wanted: int | None) -> Callable[[Part], None]:
+    def progress_callback(self, wanted: int | None) -> Callable[[TokenCache], None]:
         """Says how much of the text is read, in tokens where it is known how many are wanted."""
         whole = sum(part.size for part in self.parts)
 
-        def tell(now: Part) -> None:
+        def report_progress(now: TokenCache) -> None:
             tokens = sum(part.journal.tokens for part in self.parts)
             size = sum(part.size * (part.journal.done or part is now) for part in self.parts)
             share = size / max(whole, 1) if wanted is None else max(size / max(whole, 1), tokens / wanted)
             self.tell(min(share, 1.0), f"reading {now.file.name}: {tokens:,} tokens")
 
-        return tell
+        return report_progress
 
-    def honest(self) -> None:
+    def report_bad_lines(self) -> None:
         """RegraftError, or with `skip_bad` a line on standard error, for lines that cannot be read."""
         bad = [part for part in self.used if part.journal.bad]
         count = sum(part.journal.bad for part in bad)
         if bad and not self.text.skip_bad:
             raise RegraftError(f"{bad[0].journal.named[0]}: fix or remove it, or leave it out with --skip-bad")
-        if count > self.said and distributed.first():
+        if count > self.said and distributed.is_rank0():
             named = [line for part in bad for line in part.journal.named]
             more = f"; and {count - 3:,} more" if count > 3 else ""
             print(f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}", file=sys.stderr)
         self.said = count
 
-    def rows(self, length: int, need: int = 0) -> Stored:
+    def rows(self, length: int, need: int = 0) -> CachedRows:
         """Rows of `length` tokens, as many as `need` tokens are, at least FLOOR's, or what the text has.
 
         They follow from the text and these numbers alone, whatever the caches hold already.
         """
-        asked = max(need, FLOOR) if self.text.read is None else self.text.read
+        asked = max(need, MIN_READ_TOKENS) if self.text.read is None else self.text.read
         most = -(-asked // length) if asked else None
         wanted = None if most is None else most * length
         while True:
-            held = self.hold(wanted)
-            self.table = Stored(self.used, self.tokens, length, most, self.text.long == "cut")
+            held = self.fill_caches(wanted)
+            self.table = CachedRows(self.used, self.tokens, length, most, self.text.long == "cut")
             if wanted is None or most is None or held < wanted or len(self.table) >= most:
                 break
             wanted += 2 * (most - len(self.table)) * length  # what was cut off is made up for
         if not held:
             raise RegraftError(f"no text in '{self.text.path}': it holds no document with at least one word")
-        return enough(self.table, held)
+        return check_not_empty(self.table, held)
 
     def facts(self) -> dict[str, Any]:
         """What there is, what was read, what rows were made of it, what was left out."""
@@ -151,13 +151,13 @@ class Corpus:
             "tokens": sum(journal.tokens for journal in known),
             "rows": len(table) if table else 0,
             "row_tokens": table.tokens if table else 0,
-            "cut_off_tokens": table.dropped if table else 0,
+            "cut_off_tokens": table.dropped_tokens if table else 0,
             "bad_lines": sum(journal.bad for journal in known),
             "bad": named[:5],
         }
 
 
-class Texts:
+class TextMixture:
     """Rows by length of several texts in their shares; tokenised once.
 
     `need`: tokens of the largest stage. `own`: the run's folder for text, which pins the rows: a run that goes on has
@@ -180,23 +180,23 @@ class Texts:
             raise RegraftError(f"read is {wrong[0].read} tokens of '{wrong[0].path}': give 0 for all or more")
         self.texts, self.need, self.own = texts, need, own
         self.corpora = [Corpus(text, tokenizer, cache or own, tell) for text in texts]
-        self.tables: dict[int, Stored | Mixed] = {}
+        self.tables: dict[int, CachedRows | MixedRows] = {}
 
-    def __call__(self, length: int) -> Stored | Mixed:
+    def __call__(self, length: int) -> CachedRows | MixedRows:
         """Rows of `length` tokens; texts are read as far as they are needed for them."""
         if length not in self.tables:
             shares = [text.share for text in self.texts]
             parts = [int(self.need * share / sum(shares)) for share in shares]
             made = [corpus.rows(length, part) for corpus, part in zip(self.corpora, parts, strict=True)]
-            self.tables[length] = shared(made, shares)
+            self.tables[length] = mix_by_share(made, shares)
             if self.own is not None:
-                self.pinned(self.own / f"rows-{length}.json")
+                self.pin_rows(self.own / f"rows-{length}.json")
         return self.tables[length]
 
-    def pinned(self, file: Path) -> None:
+    def pin_rows(self, file: Path) -> None:
         """Note which rows these are; RegraftError when other ones were noted."""
         tables = [corpus.table for corpus in self.corpora if corpus.table is not None]
-        files = [f"{part.file.name}, {part.size:,} bytes" for table in tables for part in table.touched]
+        files = [f"{part.file.name}, {part.size:,} bytes" for table in tables for part in table.used_caches]
         options = [[text.share, text.field, text.long] for text in self.texts]
         now = {"files": files, "options": options, "rows": [len(table) for table in tables]}
         try:

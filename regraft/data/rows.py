@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
-from .token_cache import Part
-from .tokenizer import Tokens, sizes
+from .token_cache import TokenCache
+from .tokenizer import BatchTokenizer, count_bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Packed:
         return torch.nn.functional.pad(restart.long().cumsum(1), (1, 0)) if bool(restart.any()) else None
 
 
-class Stored:
+class CachedRows:
     """Rows of `length` tokens of caches end to end, read when they are asked for; at most `most` rows.
 
     The last incomplete row is left out. With `cut`, a document's rest that does not fit into its row is dropped and the
@@ -87,11 +87,11 @@ class Stored:
 
     device = torch.device("cpu")
 
-    def __init__(self, parts: Sequence[Part], tokens: Tokens, length: int, most: int | None, cut: bool):
+    def __init__(self, parts: Sequence[TokenCache], tokens: BatchTokenizer, length: int, most: int | None, cut: bool):
         self.parts, self.source, self.length = parts, tokens, length
         self.bounds = [0, *accumulate(part.journal.tokens for part in parts)]
         self.arrays: dict[int, tuple[numpy.ndarray, numpy.ndarray]] = {}  # of the parts that were read from
-        self.begins = numpy.array(self._begins(most), "<i8") if cut else None
+        self.begins = numpy.array(self._find_row_starts(most), "<i8") if cut else None
         count = self.bounds[-1] // length if self.begins is None else len(self.begins) - 1
         self.count = count if most is None else min(count, most)
 
@@ -106,12 +106,12 @@ class Stored:
         return self.count * self.length
 
     @property
-    def dropped(self) -> int:
+    def dropped_tokens(self) -> int:
         """Tokens that were cut off documents before the last row's end."""
         return 0 if self.begins is None else int(self.begins[self.count]) - self.tokens
 
     @property
-    def touched(self) -> list[Part]:
+    def used_caches(self) -> list[TokenCache]:
         """The parts that the rows are of: these do not depend on how far the caches are filled."""
         last = self.count - 1
         end = self.length + (last * self.length if self.begins is None else int(self.begins[last]))
@@ -121,15 +121,15 @@ class Stored:
         return self.count
 
     def __getitem__(self, rows: Any) -> Packed:
-        numbers = chosen(rows, len(self))
+        numbers = row_numbers(rows, len(self))
         ids = numpy.empty((len(numbers), self.length), numpy.int64)
         positions = numpy.empty_like(ids)
         for into, number in enumerate(numbers):
             begin = int(self.begins[number]) if self.begins is not None else number * self.length
-            self._read(begin, ids[into], positions[into])
+            self._read_row(begin, ids[into], positions[into])
         tokenizer = self.source.tokenizer
         mask, special = getattr(tokenizer, "mask_token_id", None), getattr(tokenizer, "all_special_ids", ())
-        counted = partial(sizes, tokenizer=tokenizer)
+        counted = partial(count_bytes, tokenizer=tokenizer)
         return Packed(torch.from_numpy(ids), torch.from_numpy(positions), counted, mask, tuple(special))
 
     def _array(self, number: int) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -138,7 +138,7 @@ class Stored:
             self.arrays[number] = part.array("tokens"), part.array("documents")[:, 0]
         return self.arrays[number]
 
-    def _read(self, begin: int, ids: numpy.ndarray, positions: numpy.ndarray) -> None:
+    def _read_row(self, begin: int, ids: numpy.ndarray, positions: numpy.ndarray) -> None:
         """One row: ids and positions (length,)."""
         first = numpy.zeros(self.length, numpy.int64)  # where the token's document begins in the row
         filled, number = 0, bisect_right(self.bounds, begin) - 1
@@ -155,7 +155,7 @@ class Stored:
             number += 1
         numpy.subtract(numpy.arange(self.length), numpy.maximum.accumulate(first), out=positions)
 
-    def _begins(self, most: int | None) -> list[int]:
+    def _find_row_starts(self, most: int | None) -> list[int]:
         """First token of each row and of the one that would follow."""
         found, total = [0], self.bounds[-1]
         number = 0
@@ -170,7 +170,7 @@ class Stored:
         return found
 
 
-def chosen(rows: Any, count: int) -> list[int]:
+def row_numbers(rows: Any, count: int) -> list[int]:
     """Row numbers that an index means: a slice, a tensor or a list of whole numbers; negative ones from the end."""
     if isinstance(rows, slice):
         return list(range(*rows.indices(count)))
@@ -180,12 +180,12 @@ def chosen(rows: Any, count: int) -> list[int]:
     return [row % count for row in numbers]
 
 
-class Mixed:
+class MixedRows:
     """Rows of several tables, `picks` the numbers of each that are taken, (n,); the first table's come first."""
 
     device = torch.device("cpu")
 
-    def __init__(self, tables: Sequence[Stored], picks: Sequence[Tensor]):
+    def __init__(self, tables: Sequence[CachedRows], picks: Sequence[Tensor]):
         self.tables, self.picks = tables, picks
         self.bounds = [0, *accumulate(len(pick) for pick in picks)]
         self.length = tables[0].length
@@ -204,7 +204,7 @@ class Mixed:
         return self.bounds[-1]
 
     def __getitem__(self, rows: Any) -> Packed:
-        numbers = chosen(rows, len(self))
+        numbers = row_numbers(rows, len(self))
         found = [self._row(number) for number in numbers] or [self.tables[0][:0]]
         ids, positions = (torch.cat([getattr(row, name) for row in found]) for name in ("input_ids", "position_ids"))
         return replace(found[0], input_ids=ids, position_ids=positions)
@@ -214,10 +214,10 @@ class Mixed:
         return self.tables[table][self.picks[table][number - self.bounds[table]]]
 
 
-Table = Packed | Stored | Mixed
+Table = Packed | CachedRows | MixedRows
 
 
-def shared(tables: Sequence[Stored], shares: Sequence[float]) -> Stored | Mixed:
+def mix_by_share(tables: Sequence[CachedRows], shares: Sequence[float]) -> CachedRows | MixedRows:
     """The largest set of rows, none repeated, in which the shares hold, each table's spread evenly over it."""
     if len(tables) == 1:
         return tables[0]
@@ -228,10 +228,10 @@ def shared(tables: Sequence[Stored], shares: Sequence[float]) -> Stored | Mixed:
         exact = torch.float32 if len(table) < 1 << 20 else torch.float64
         count = max(1, int(scale * share))
         picks.append(torch.linspace(0, len(table) - 1, count, dtype=exact).round().long())
-    return Mixed(tables, picks)
+    return MixedRows(tables, picks)
 
 
-def enough(table: Stored, tokens: int) -> Stored:
+def check_not_empty(table: CachedRows, tokens: int) -> CachedRows:
     """The table; RegraftError when it has not one row, of text of so many tokens."""
     if not len(table):
         raise RegraftError(

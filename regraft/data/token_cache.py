@@ -22,19 +22,19 @@ from filelock import FileLock, Timeout
 
 from ..errors import RegraftError
 from ..io.files import write_json
-from .documents import Bad, Piece, Place, pieces
-from .tokenizer import Tokens
+from .documents import BadLines, DocumentPiece, ReadPosition, read_pieces
+from .tokenizer import BatchTokenizer
 
 BLOCK = 1 << 20  # characters that are tokenised at once
-MANY = 1 << 13  # documents
-Tell = Callable[["Part"], None]
+BLOCK_DOCUMENTS = 1 << 13  # documents
+Tell = Callable[["TokenCache"], None]
 
 
 @dataclass
-class Journal:
+class CacheJournal:
     """How far a file is read: the place; tokens, documents and bytes of text so far; the lines that could not be."""
 
-    place: dict[str, Any] = field(default_factory=lambda: Place().json())
+    place: dict[str, Any] = field(default_factory=lambda: ReadPosition().json())
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
@@ -44,10 +44,10 @@ class Journal:
     done: bool = False
 
 
-class Part:
+class TokenCache:
     """The cache of one file, `name` the field that holds its text, in a folder of its own below `root`."""
 
-    def __init__(self, root: Path, file: Path, name: str, tokens: Tokens):
+    def __init__(self, root: Path, file: Path, name: str, tokens: BatchTokenizer):
         self.file, self.name, self.tokens = file, name, tokens
         try:
             facts = file.stat()
@@ -57,15 +57,15 @@ class Part:
         key = json.dumps([str(file.resolve()), self.size, facts.st_mtime_ns, name, tokens.name])
         word = re.sub(r"[^\w.-]", "_", file.name)[:60]
         self.folder = root / f"{word}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        self.journal = Journal()
+        self.journal = CacheJournal()
 
-    def look(self) -> Journal:
+    def read_journal(self) -> CacheJournal:
         """How far it is now, as the disk has it."""
         if not self.journal.done:
             try:
-                self.journal = Journal(**json.loads((self.folder / "journal.json").read_text(encoding="utf-8")))
+                self.journal = CacheJournal(**json.loads((self.folder / "journal.json").read_text(encoding="utf-8")))
             except FileNotFoundError:
-                self.journal = Journal()
+                self.journal = CacheJournal()
             except (OSError, ValueError, TypeError) as error:
                 raise RegraftError(f"cannot read the token cache '{self.folder}' ({error}): delete it") from error
         return self.journal
@@ -89,7 +89,7 @@ class Part:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "lock", timeout=0):
-                self._fill(self.look(), enough, Bad(skip_bad), tell)
+                self._fill(self.read_journal(), enough, BadLines(skip_bad), tell)
         except Timeout:
             return False
         except OSError as error:
@@ -99,33 +99,33 @@ class Part:
             ) from error
         return True
 
-    def _fill(self, known: Journal, enough: int | None, bad: Bad, tell: Tell) -> None:
+    def _fill(self, known: CacheJournal, enough: int | None, bad: BadLines, tell: Tell) -> None:
         width = numpy.dtype(self.tokens.dtype).itemsize
         with (self.folder / "tokens").open("ab") as ids, (self.folder / "documents").open("ab") as ends:
             if ids.tell() < known.tokens * width or ends.tell() < known.documents * 16:  # a disk that lost something
-                known = self.journal = Journal()
+                known = self.journal = CacheJournal()
             ids.truncate(known.tokens * width)
             ends.truncate(known.documents * 16)
             bad.count, bad.named = known.bad, list(known.named)
-            block: list[Piece] = []
+            block: list[DocumentPiece] = []
             size = 0
-            for piece in pieces(self.file, self.name, Place(**known.place), bad):
+            for piece in read_pieces(self.file, self.name, ReadPosition(**known.place), bad):
                 if enough is not None and known.tokens >= enough and not block:
                     return
                 block.append(piece)
                 size += len(piece.text)
-                if size >= BLOCK or len(block) >= MANY:
+                if size >= BLOCK or len(block) >= BLOCK_DOCUMENTS:
                     self._append(block, known, ids, ends)
                     if piece.after is not None:
-                        self._keep(known, piece.after, bad, ids, ends)
+                        self._write_journal(known, piece.after, bad, ids, ends)
                         tell(self)
                     block, size = [], 0
             self._append(block, known, ids, ends)
             known.done = True
-            self._keep(known, Place(), bad, ids, ends)
+            self._write_journal(known, ReadPosition(), bad, ids, ends)
             tell(self)
 
-    def _append(self, block: list[Piece], known: Journal, ids: BinaryIO, ends: BinaryIO) -> None:
+    def _append(self, block: list[DocumentPiece], known: CacheJournal, ids: BinaryIO, ends: BinaryIO) -> None:
         table = []
         rows = self.tokens([piece.text for piece in block]) if block else []
         for piece, row in zip(block, rows, strict=True):
@@ -141,7 +141,7 @@ class Part:
         ids.write(found.tobytes())
         ends.write(numpy.array(table, "<i8").tobytes())
 
-    def _keep(self, known: Journal, place: Place, bad: Bad, *files: BinaryIO) -> None:
+    def _write_journal(self, known: CacheJournal, place: ReadPosition, bad: BadLines, *files: BinaryIO) -> None:
         for file in files:
             file.flush()
             os.fsync(file.fileno())

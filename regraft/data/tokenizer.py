@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 
-def ending(tokenizer: Any) -> list[int]:
+def end_token_ids(tokenizer: Any) -> list[int]:
     """The token that ends a document, if the tokenizer has one."""
     last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else getattr(tokenizer, "sep_token_id", None)
     return [last] if last is not None else []
 
 
-def sizes(ids: Tensor, tokenizer: Any) -> Tensor:
+def count_bytes(ids: Tensor, tokenizer: Any) -> Tensor:
     """UTF-8 bytes of the text of each row of ids, (rows,)."""
     return torch.tensor([len(text.encode()) for text in tokenizer.batch_decode(ids)])
 
 
 @dataclass(frozen=True)
-class Tokens:
+class BatchTokenizer:
     """A tokenizer and what follows from it."""
 
     tokenizer: Any
@@ -32,7 +32,7 @@ class Tokens:
     @cached_property
     def end(self) -> list[int]:
         """What ends a document."""
-        return ending(self.tokenizer)
+        return end_token_ids(self.tokenizer)
 
     @cached_property
     def dtype(self) -> str:

@@ -37,23 +37,23 @@ def variants(remix: Remix) -> dict[str, Remix | None]:
 
 def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candidate]]:
     """Makers of the rows that need no training, by name; the models are built when called, in memory only."""
-    return {name: partial(built, source, variant) for name, variant in variants(remix).items()}
+    return {name: partial(build_candidate, source, variant) for name, variant in variants(remix).items()}
 
 
-def built(source: Checkpoint, remix: Remix | None) -> Candidate:
+def build_candidate(source: Checkpoint, remix: Remix | None) -> Candidate:
     """The source's model, remixed or as it is."""
     return Candidate(modeling.materialize(remix(source) if remix else source))
 
 
-def trained(model: nn.Module) -> dict[str, Candidate]:
+def model_candidates(model: nn.Module) -> dict[str, Candidate]:
     """The model's own rows: as it is and, where it has gated layers, with their linear branch switched off."""
     rows = {MODEL: Candidate(model)}
-    if gated(getattr(model.config, "mixers", None)):
-        rows[NO_LINEAR] = Candidate(model, partial(modeling.branch, model, "window"))
+    if has_gate(getattr(model.config, "mixers", None)):
+        rows[NO_LINEAR] = Candidate(model, partial(modeling.force_branch, model, "window"))
     return rows
 
 
-def gated(mixers: Sequence[Mapping[str, Any] | None] | None) -> bool:
+def has_gate(mixers: Sequence[Mapping[str, Any] | None] | None) -> bool:
     """Whether a config's `mixers` have a gate somewhere."""
     return any((spec or {}).get("name") == "gated" for spec in mixers or ())
 

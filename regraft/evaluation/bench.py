@@ -62,12 +62,12 @@ def bench(
     for done, (name, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")
-        row = too_large(opened[name], length, batch) or worker(models[name], length, steps, batch, prefill)
+        row = row_if_too_large(opened[name], length, batch) or run_worker(models[name], length, steps, batch, prefill)
         rows[name].append(row)
     return rows
 
 
-def too_large(checkpoint: Checkpoint, length: int, batch: int) -> dict[str, Any] | None:
+def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> dict[str, Any] | None:
     """The row of a model whose weights and state do not fit into the free memory of a processor's machine."""
     from ..modeling.layer_kinds import layer_kinds, mixers_of, state_bytes
 
@@ -94,7 +94,7 @@ def free_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
+def run_worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
     """One row, measured in a child process that sees the same package; RegraftError with its last line if it fails."""
     root = str(Path(__file__).resolve().parents[2])
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
@@ -124,16 +124,16 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
     mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     with torch.inference_mode():
         begin = time.perf_counter()
-        logits, cache = chunked.last(model, ids)
-        finish(device.type)
+        logits, cache = chunked.last_logits(model, ids)
+        synchronize(device.type)
         reading_took = time.perf_counter() - begin
-        lengthen(cache, length - ids.shape[1])
+        extend_cache(cache, length - ids.shape[1])
         sizes = modeling.state_bytes(cache)
         seconds = []
         for _ in range(steps + 1):
             begin = time.perf_counter()
-            logits, cache = chunked.last(model, logits.argmax(-1, keepdim=True), cache)
-            finish(device.type)
+            logits, cache = chunked.last_logits(model, logits.argmax(-1, keepdim=True), cache)
+            synchronize(device.type)
             seconds.append(time.perf_counter() - begin)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     return {
@@ -149,7 +149,7 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
     }
 
 
-def lengthen(cache: Any, tokens: int) -> None:
+def extend_cache(cache: Any, tokens: int) -> None:
     """Make a cache as large as after `tokens` more positions, each a copy of its last one: to time decoding."""
     from .. import modeling
 
@@ -161,7 +161,7 @@ def lengthen(cache: Any, tokens: int) -> None:
             layer.update(*grown)
 
 
-def finish(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait for queued work on an accelerator."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -14,21 +14,21 @@ CHUNK = 1024
 
 
 @torch.no_grad()
-def chunks(model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0) -> Iterator[tuple[Tensor, Any]]:
+def forward_in_chunks(model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0) -> Iterator[tuple[Tensor, Any]]:
     """ids: (rows, time) -> (logits (rows, chunk or `keep`, vocab), cache) after every chunk of 1,024 tokens.
 
     `keep`: logits of the last so many positions only, 0 for all. A given `cache` is read on from, and changed.
     """
     device = next(model.parameters()).device
     for part in ids.to(device).split(CHUNK, dim=1):
-        out = model(part, **modeling.given(cache), use_cache=True, logits_to_keep=keep)
+        out = model(part, **modeling.cache_kwargs(cache), use_cache=True, logits_to_keep=keep)
         cache = modeling.cache_of(out)
         yield out.logits, cache
 
 
-def last(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+def last_logits(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """(logits of the last position (rows, vocab), cache) after ids: (rows, time)."""
-    *_, (logits, after) = chunks(model, ids, cache, keep=1)
+    *_, (logits, after) = forward_in_chunks(model, ids, cache, keep=1)
     return logits[:, -1], after
 
 

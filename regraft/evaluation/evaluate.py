@@ -10,13 +10,13 @@ from torch import nn
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
-from ..data.default_text import held_out
+from ..data.default_text import heldout_topics
 from ..data.packing import Packed, long_windows, read_documents
 from ..errors import RegraftError
 from . import baselines
 from .perplexity import Candidate, measure
 from .recall import KINDS
-from .suite import LENGTHS, Suite, Tell, against, beside
+from .suite import LENGTHS, Suite, Tell, add_differences, add_share_of_teacher
 
 Progress = Callable[[int, int], None]
 
@@ -28,13 +28,13 @@ def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int
     """
     if count < 1 or length < 2:
         raise RegraftError(f"cannot measure {count} windows of {length} tokens: ask for >= 1 window of >= 2 tokens")
-    rows = long_windows(documents(data), tokenizer, length)
+    rows = long_windows(load_documents(data), tokenizer, length)
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
 
-def documents(data: str | None) -> list[str]:
+def load_documents(data: str | None) -> list[str]:
     """Texts to measure on: those of a file or folder, or the held-out topics of Python's documentation."""
-    return read_documents(data) if data else held_out()
+    return read_documents(data) if data else heldout_topics()
 
 
 def evaluate(
@@ -61,13 +61,13 @@ def evaluate(
         teacher = {baselines.TEACHER: lambda: Candidate(modeling.load(baseline))}
         candidates |= {name: make() for name, make in (teacher | makers).items()}
     if scratch:
-        candidates[baselines.SCRATCH] = Candidate(modeling.load(alike(scratch, checkpoint)))
-    candidates |= baselines.trained(modeling.materialize(checkpoint))
+        candidates[baselines.SCRATCH] = Candidate(modeling.load(check_same_vocabulary(scratch, checkpoint)))
+    candidates |= baselines.model_candidates(modeling.materialize(checkpoint))
     scores = measure(candidates, rows.input_ids, rows.bytes, baselines.TEACHER if baseline else None, progress)
-    return assemble({name: score.json() for name, score in scores.items()}, model)
+    return assemble_rows({name: score.json() for name, score in scores.items()}, model)
 
 
-def suite(
+def build_suite(
     model: str,
     names: Sequence[str] = (),
     data: str | None = None,
@@ -79,10 +79,10 @@ def suite(
     `data`'s text; with `windows` (count, length), perplexity by position in `data`. `options`: Suite's others."""
     checkpoint, tokenizer = Checkpoint.open(model), modeling.load_tokenizer(model)
     recalls = [*lengths] if set(names) & set(KINDS) else []
-    fits(checkpoint, recalls + ([windows[1]] if windows else []))
+    check_context_lengths(checkpoint, recalls + ([windows[1]] if windows else []))
     rows = evaluation_windows(data, tokenizer, *windows).input_ids if windows else None
     return Suite(
-        tokenizer, names, lengths=lengths, filler=documents(data) if recalls else (), documents=rows, **options
+        tokenizer, names, lengths=lengths, filler=load_documents(data) if recalls else (), documents=rows, **options
     )
 
 
@@ -98,27 +98,31 @@ def benchmark(
     remix = baselines.remix_of(checkpoint)
     variants = (baselines.variants(remix) if remix else {baselines.TEACHER: None}) if baseline else {}
     if scratch:
-        alike(scratch, checkpoint)
+        check_same_vocabulary(scratch, checkpoint)
     rows: dict[str, dict[str, Any]] = {}
-    total = len(variants) + bool(scratch) + 1 + baselines.gated(checkpoint.config.get("mixers"))
+    total = len(variants) + bool(scratch) + 1 + baselines.has_gate(checkpoint.config.get("mixers"))
 
-    def row(name: str, candidate: Candidate) -> dict[str, Any]:
+    def measure_row(name: str, candidate: Candidate) -> dict[str, Any]:
         done = len(rows) / total
         return suite(candidate, lambda share, words: tell(min(done + share / total, 1.0), f"{name}: {words}"))
 
     for name, variant in variants.items():
         twin = next((other for other in rows if variants[other] == variant), None)
-        rows[name] = rows[twin] if twin else row(name, baselines.built(Checkpoint.open(baseline or ""), variant))
+        rows[name] = (
+            rows[twin]
+            if twin
+            else measure_row(name, baselines.build_candidate(Checkpoint.open(baseline or ""), variant))
+        )
     if scratch:
-        rows[baselines.SCRATCH] = row(baselines.SCRATCH, Candidate(modeling.load(scratch)))
-    for name, candidate in baselines.trained(modeling.materialize(checkpoint)).items():
-        rows[name] = row(name, candidate)
+        rows[baselines.SCRATCH] = measure_row(baselines.SCRATCH, Candidate(modeling.load(scratch)))
+    for name, candidate in baselines.model_candidates(modeling.materialize(checkpoint)).items():
+        rows[name] = measure_row(name, candidate)
     if baseline:
-        rows = {name: beside(found, rows[baselines.TEACHER]) for name, found in rows.items()}
-    return assemble(rows, model)
+        rows = {name: add_share_of_teacher(found, rows[baselines.TEACHER]) for name, found in rows.items()}
+    return assemble_rows(rows, model)
 
 
-def alike(scratch: str, checkpoint: Checkpoint) -> str:
+def check_same_vocabulary(scratch: str, checkpoint: Checkpoint) -> str:
     """The path of a model trained from scratch; RegraftError when it does not read the same tokens."""
     theirs, ours = (opened.sizes["vocab"] for opened in (Checkpoint.open(scratch), checkpoint))
     if theirs != ours:
@@ -128,14 +132,14 @@ def alike(scratch: str, checkpoint: Checkpoint) -> str:
     return scratch
 
 
-def fits(checkpoint: Checkpoint, lengths: Sequence[int]) -> None:
+def check_context_lengths(checkpoint: Checkpoint, lengths: Sequence[int]) -> None:
     """RegraftError when a model counts its positions and cannot count that far."""
     most = checkpoint.sizes.get("pos")
     if most is not None and (far := [length for length in lengths if length > most]):
         raise RegraftError(f"'{checkpoint.origin}' has {most} positions: {far[0]} tokens are too many for it")
 
 
-def tasks(
+def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
     names: Sequence[str],
@@ -148,7 +152,7 @@ def tasks(
     return Suite(tokenizer, names, folder, limit, shots, batch=batch)(Candidate(model))
 
 
-def recall(
+def evaluate_recall(
     model: nn.Module,
     tokenizer: Any,
     names: Sequence[str] = ("passkey", "needle", "mqar"),
@@ -158,12 +162,12 @@ def recall(
     batch: int = 8,
 ) -> dict[str, Any]:
     """Recall of a model in memory by kind and length (see evals.recall); `data`: filler text."""
-    suite = Suite(tokenizer, names, limit=limit, lengths=lengths, filler=documents(data), batch=batch)
+    suite = Suite(tokenizer, names, limit=limit, lengths=lengths, filler=load_documents(data), batch=batch)
     return suite(Candidate(model))["recall"]
 
 
-def assemble(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
+def assemble_rows(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
     """The contract's JSON: the model's fields on top, every other row under `baselines`, with the model's lead."""
     own, order = rows[baselines.MODEL], dict.fromkeys((*baselines.ROWS, *rows))
-    others = {name: against(rows[name], own) for name in order if name in rows and name != baselines.MODEL}
+    others = {name: add_differences(rows[name], own) for name in order if name in rows and name != baselines.MODEL}
     return {"model": model, **own, "baselines": others}

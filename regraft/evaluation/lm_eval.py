@@ -21,7 +21,7 @@ ACC, ACC_NORM = ({"metric": name, "aggregation": "mean", "higher_is_better": Tru
 PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
 
 
-def required() -> None:
+def check_installed() -> None:
     """RegraftError with the command that installs lm-evaluation-harness when it is missing."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
@@ -50,12 +50,12 @@ def language_model(candidate: Candidate, tokenizer: Any, batch: int) -> Any:
                 room = max(self.max_length + 1 - len(answer), 1)
                 self.cut += len(context) > room
                 pairs.append((tuple(context[-room:]), answer))
-            return likelihoods(self.model, pairs, batch)
+            return answer_log_likelihoods(self.model, pairs, batch)
 
     return Model(pretrained=candidate.model, tokenizer=tokenizer, backend="causal", batch_size=batch)
 
 
-def likelihoods(
+def answer_log_likelihoods(
     model: nn.Module, pairs: Sequence[tuple[tuple[int, ...], list[int]]], batch: int
 ) -> list[tuple[float, bool]]:
     """For every (context, answer) of token ids: log p(answer | context), and whether greedy text is the answer.
@@ -67,26 +67,28 @@ def likelihoods(
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], len(pairs[i][1])))
     for _, alike in itertools.groupby(order, key=lambda i: len(pairs[i][0])):
         while rows := list(itertools.islice(alike, batch)):
-            found |= dict(zip(rows, together(model, [pairs[i] for i in rows]), strict=True))
+            found |= dict(zip(rows, batch_log_likelihoods(model, [pairs[i] for i in rows]), strict=True))
     return [found[i] for i in range(len(pairs))]
 
 
-def together(model: nn.Module, pairs: Sequence[tuple[tuple[int, ...], list[int]]]) -> Iterator[tuple[float, bool]]:
+def batch_log_likelihoods(
+    model: nn.Module, pairs: Sequence[tuple[tuple[int, ...], list[int]]]
+) -> Iterator[tuple[float, bool]]:
     """`likelihoods` of one batch, whose contexts have one length."""
     contexts = list(dict.fromkeys(context for context, _ in pairs))
     which = torch.tensor([contexts.index(context) for context, _ in pairs])
     answers = nn.utils.rnn.pad_sequence([torch.tensor(answer) for _, answer in pairs], batch_first=True)
-    logits, cache = chunked.last(model, torch.tensor(contexts))
+    logits, cache = chunked.last_logits(model, torch.tensor(contexts))
     steps = logits[which.to(logits.device), None]
     if answers.shape[1] > 1:
         cache.batch_select_indices(which.to(logits.device))
-        steps = torch.cat([steps, *(more for more, _ in chunked.chunks(model, answers[:, :-1], cache))], 1)
+        steps = torch.cat([steps, *(more for more, _ in chunked.forward_in_chunks(model, answers[:, :-1], cache))], 1)
     every, greedy = chunked.log_likelihoods(steps, answers), steps.argmax(-1).cpu() == answers
     for row, (_, answer) in enumerate(pairs):
         yield every[row, : len(answer)].sum().item(), bool(greedy[row, : len(answer)].all())
 
 
-def configured(name: str, questions: Sequence[Question]) -> Any:
+def build_task(name: str, questions: Sequence[Question]) -> Any:
     """The harness's task of these questions, which are all of one form."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
@@ -126,7 +128,7 @@ def score(model: Any, task: Task, name: str, questions: Sequence[Question]) -> d
 
     model.cut = 0
     with contextlib.redirect_stdout(None):
-        found = evaluate(model, {"tasks": {name: configured(name, questions)}}, bootstrap_iters=0, log_samples=True)
+        found = evaluate(model, {"tasks": {name: build_task(name, questions)}}, bootstrap_iters=0, log_samples=True)
     results = {key.partition(",")[0]: value for key, value in found["results"][name].items()}
     n, chance = len(questions), sum(q.chance for q in questions) / len(questions)
     value = results[task.metric]

@@ -76,7 +76,7 @@ def measure(
         for name in order:
             logits = window_logits(candidates[name], row)
             reference = logits if name == teacher else reference
-            add(scores[name], logits, row[1:], int(size), None if name == teacher else reference)
+            add_window(scores[name], logits, row[1:], int(size), None if name == teacher else reference)
             done += 1
             if progress:
                 progress(done, total)
@@ -91,7 +91,7 @@ def window_logits(candidate: Candidate, row: Tensor) -> Tensor:
         return candidate.model(row[None].to(device), use_cache=False).logits[0, :-1]
 
 
-def add(score: Score, logits: Tensor, targets: Tensor, size: int, reference: Tensor | None) -> None:
+def add_window(score: Score, logits: Tensor, targets: Tensor, size: int, reference: Tensor | None) -> None:
     """Add one window: logits and reference (tokens, vocab), targets (tokens,), `size` bytes of text."""
     nll = kl = 0.0
     for start in range(0, len(targets), SLICE):

@@ -21,7 +21,7 @@ def buckets(length: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
-def by_position(model: nn.Module, rows: Tensor) -> list[dict[str, Any]]:
+def perplexity_by_position(model: nn.Module, rows: Tensor) -> list[dict[str, Any]]:
     """rows: (documents, length) -> per bucket `from, to` (tokens of context before the predicted one), `perplexity`,
     `stderr` of its logarithm over documents, `tokens`."""
     nll = torch.stack([row_nll(model, row) for row in rows]).double()
@@ -43,7 +43,7 @@ def by_position(model: nn.Module, rows: Tensor) -> list[dict[str, Any]]:
 def row_nll(model: nn.Module, row: Tensor) -> Tensor:
     """row: (length,) -> negative log-likelihoods (length - 1,) of all tokens but the first."""
     parts, done = [], 0
-    for logits, _ in chunked.chunks(model, row[None, :-1]):
+    for logits, _ in chunked.forward_in_chunks(model, row[None, :-1]):
         targets = row[None, done + 1 : done + 1 + logits.shape[1]]
         parts.append(-chunked.log_likelihoods(logits, targets)[0].cpu())
         done += logits.shape[1]

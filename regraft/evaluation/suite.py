@@ -43,20 +43,20 @@ class Suite:
         if batch < 1 or shots < 0:
             raise RegraftError(f"--batch {batch} with --shots {shots}: ask for a batch of 1 and 0 shots at least")
         self.tokenizer, self.batch, self.documents = tokenizer, batch, documents
-        chosen = [tasks.known(name, list(recall.KINDS)) for name in dict.fromkeys(names)]
+        chosen = [tasks.check_task_name(name, list(recall.KINDS)) for name in dict.fromkeys(names)]
         benchmarks = [name for name in chosen if name in tasks.TASKS]
         if benchmarks and folder is None:
             raise RegraftError(f"no files for {', '.join(benchmarks)}: give their folder as --task-data DIR")
         self.questions = {name: tasks.questions(name, folder or "", limit, shots) for name in benchmarks}
         items = ITEMS if limit is None else limit
         self.probes = {
-            (kind, length): recall.probe(kind, tokenizer, filler, length, items)
+            (kind, length): recall.build_probe(kind, tokenizer, filler, length, items)
             for kind in chosen
             if kind in recall.KINDS
             for length in lengths
         }
         if self.questions:
-            lm_eval.required()
+            lm_eval.check_installed()
 
     def __call__(self, candidate: Candidate, tell: Tell = lambda share, words: None) -> dict[str, Any]:
         """`tasks` by name with `average` and `average_above_chance`, `recall` by kind and length, `positions`.
@@ -79,7 +79,7 @@ class Suite:
                 cells[str(length)] = recall.score(candidate.model, probe, self.batch)
             if self.documents is not None:
                 tell(1 - 1 / steps, "perplexity by position")
-                row["positions"] = positions.by_position(candidate.model, self.documents)
+                row["positions"] = positions.perplexity_by_position(candidate.model, self.documents)
         return row
 
 
@@ -91,7 +91,7 @@ def averages(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def beside(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+def add_share_of_teacher(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     """The row with `of_teacher` in every task and for the average: what share of the teacher's part above chance it
     has, None where the teacher has none."""
     if "tasks" not in row:
@@ -107,18 +107,18 @@ def beside(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     return row | {"tasks": scored, "of_teacher": share(row, teacher, "average_above_chance")}
 
 
-def against(row: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def add_differences(row: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The row with `difference` in every task and kind of recall, and for the average of tasks: what the model's `own`
     row has more, as `mean` and `stderr`, which is that of differences question by question. Questions that both answer
     alike say nothing of a difference, so its error is smaller than that of either score."""
 
-    def paired(cell: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+    def add_difference(cell: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
         more = torch.tensor(mine["each"], dtype=torch.double) - torch.tensor(cell["each"], dtype=torch.double)
-        return cell | {"difference": {"mean": more.mean().item(), "stderr": recall.spread(more)}}
+        return cell | {"difference": {"mean": more.mean().item(), "stderr": recall.standard_error(more)}}
 
     row = dict(row)
     if "tasks" in row:
-        row["tasks"] = {name: paired(task, own["tasks"][name]) for name, task in row["tasks"].items()}
+        row["tasks"] = {name: add_difference(task, own["tasks"][name]) for name, task in row["tasks"].items()}
         every = [task["difference"] for task in row["tasks"].values()]
         errors = [one["stderr"] for one in every]
         row["difference"] = {
@@ -127,7 +127,7 @@ def against(row: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         }
     if "recall" in row:
         row["recall"] = {
-            kind: {length: paired(cell, own["recall"][kind][length]) for length, cell in cells.items()}
+            kind: {length: add_difference(cell, own["recall"][kind][length]) for length, cell in cells.items()}
             for kind, cells in row["recall"].items()
         }
     return row

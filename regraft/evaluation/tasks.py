@@ -59,17 +59,17 @@ PAIRS: dict[str, type] = {"context_options": list, "continuation": str, "gold": 
 SUBJECTS: dict[str, type] = {"subject": str, "question": str, "choices": list, "gold": int}
 
 
-def choose(form: str) -> Callable[[Row], Question]:
+def multiple_choice(form: str) -> Callable[[Row], Question]:
     """Questions whose context is `form` with the line's query in it."""
     return lambda row: Question((form.format(row["query"].strip()),), tuple(row["choices"]), row["gold"])
 
 
 def boolean(row: Row) -> Question:
     """Passage, question, "no" or "yes"."""
-    return choose("{}\nAnswer:")({**row, "query": row["query"].removeprefix("Passage: ")})
+    return multiple_choice("{}\nAnswer:")({**row, "query": row["query"].removeprefix("Passage: ")})
 
 
-def partial(row: Row) -> Question:
+def partial_evaluation(row: Row) -> Question:
     """The same continuation after two contexts: Trinh & Le's partial evaluation (arXiv 1806.02847)."""
     return Question(tuple(row["context_options"]), (row["continuation"],), row["gold"])
 
@@ -83,7 +83,7 @@ def letters(row: Row) -> Question:
 
 def cloze(row: Row) -> Question:
     """The choice's own words are the answer."""
-    return choose("Question: {}\nAnswer:")({**row, "query": row["question"]})
+    return multiple_choice("Question: {}\nAnswer:")({**row, "query": row["question"]})
 
 
 def subject(kind: str) -> Callable[[Row], str]:
@@ -95,14 +95,14 @@ def subject(kind: str) -> Callable[[Row], str]:
 MMLU = functools.partial(Task, SUBJECTS, files=("mmlu/test.jsonl", "mmlu.jsonl"), shots="mmlu/dev.jsonl")
 # Contexts and metrics as lm-evaluation-harness has them, so that its published numbers compare.
 TASKS: dict[str, Task] = {
-    "hellaswag": Task(CHOICE, choose("{}"), "acc_norm", ("{}.jsonl", "{}_val.jsonl")),
-    "piqa": Task(CHOICE, choose("{}\nAnswer:")),
-    "arc_easy": Task(CHOICE, choose("{}\nAnswer:")),
-    "arc_challenge": Task(CHOICE, choose("{}\nAnswer:"), "acc_norm"),
-    "winogrande": Task(PAIRS, partial),
+    "hellaswag": Task(CHOICE, multiple_choice("{}"), "acc_norm", ("{}.jsonl", "{}_val.jsonl")),
+    "piqa": Task(CHOICE, multiple_choice("{}\nAnswer:")),
+    "arc_easy": Task(CHOICE, multiple_choice("{}\nAnswer:")),
+    "arc_challenge": Task(CHOICE, multiple_choice("{}\nAnswer:"), "acc_norm"),
+    "winogrande": Task(PAIRS, partial_evaluation),
     "boolq": Task(CHOICE, boolean),
-    "openbook_qa": Task(CHOICE, choose("{}"), "acc_norm"),
-    "copa": Task(CHOICE, choose("{}")),
+    "openbook_qa": Task(CHOICE, multiple_choice("{}"), "acc_norm"),
+    "copa": Task(CHOICE, multiple_choice("{}")),
     "lambada": Task(
         {"context": str, "continuation": str}, lambda row: Question((row["context"],), (row["continuation"],))
     ),
@@ -112,7 +112,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def known(name: str, others: Sequence[str] = ()) -> str:
+def check_task_name(name: str, others: Sequence[str] = ()) -> str:
     """The name of a task, here or among `others`; RegraftError naming near matches and all that there are."""
     names = [*TASKS, *others]
     if name in names:
@@ -128,8 +128,8 @@ def questions(name: str, folder: str | Path, limit: int | None = None, shots: in
     The file is `folder`/NAME.jsonl or `folder`/NAME/NAME.jsonl, or as the task's `files` say. RegraftError on an
     unknown task, a missing or empty file, a line that does not fit, examples that there are not.
     """
-    task = TASKS[known(name)]
-    rows = read(find(name, task.files, Path(folder)), task.fields)
+    task = TASKS[check_task_name(name)]
+    rows = read_rows(find_file(name, task.files, Path(folder)), task.fields)
     if limit is not None and limit < 1:
         raise RegraftError(f"--limit {limit} leaves no question: ask for one at least")
     count = min(limit or len(rows), len(rows))
@@ -137,15 +137,15 @@ def questions(name: str, folder: str | Path, limit: int | None = None, shots: in
     if shots:
         if task.shots is None:
             raise RegraftError(f"--shots {shots}: {name} has no file of examples; leave it out for this task")
-        for row in read(find(name, (task.shots,), Path(folder)), task.fields):
+        for row in read_rows(find_file(name, (task.shots,), Path(folder)), task.fields):
             examples.setdefault(row.get("subject"), []).append(row)
     return [
-        after(row, task, examples.get(row.get("subject"), []), shots)
+        add_examples(row, task, examples.get(row.get("subject"), []), shots)
         for row in (rows[number * len(rows) // count] for number in range(count))
     ]
 
 
-def after(row: Row, task: Task, examples: Sequence[Row], shots: int) -> Question:
+def add_examples(row: Row, task: Task, examples: Sequence[Row], shots: int) -> Question:
     """A line's question after the task's description and its first `shots` examples."""
     if len(examples) < shots:
         about = row.get("subject", "it")
@@ -156,7 +156,7 @@ def after(row: Row, task: Task, examples: Sequence[Row], shots: int) -> Question
     return Question(tuple(before + context for context in asked.contexts), asked.choices, asked.gold)
 
 
-def find(name: str, files: Sequence[str], folder: Path) -> Path:
+def find_file(name: str, files: Sequence[str], folder: Path) -> Path:
     """The first of a task's files that exists in the folder or in the task's own folder there."""
     named = [file.format(name) for file in files]
     places = [folder / part for file in named for part in dict.fromkeys((file, f"{name}/{file}"))]
@@ -167,7 +167,7 @@ def find(name: str, files: Sequence[str], folder: Path) -> Path:
     raise RegraftError(f"no data for task {name}: looked for {looked}; give their folder as --task-data")
 
 
-def read(file: Path, fields: Mapping[str, type]) -> list[Row]:
+def read_rows(file: Path, fields: Mapping[str, type]) -> list[Row]:
     """Checked lines of a jsonl file; lines end at "\\n" alone, since texts hold other line separators."""
     rows = []
     try:
@@ -176,13 +176,13 @@ def read(file: Path, fields: Mapping[str, type]) -> list[Row]:
         raise RegraftError(f"'{file}' is not UTF-8 (byte {error.start}): get the file again") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
-            rows.append(checked(line, fields, f"'{file}' line {number}"))
+            rows.append(parse_row(line, fields, f"'{file}' line {number}"))
     if not rows:
         raise RegraftError(f"'{file}' holds no question: get the file again")
     return rows
 
 
-def checked(line: str, fields: Mapping[str, type], place: str) -> Row:
+def parse_row(line: str, fields: Mapping[str, type], place: str) -> Row:
     """One line as a mapping with the right fields; RegraftError naming file and line otherwise."""
     try:
         row = json.loads(line)

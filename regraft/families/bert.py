@@ -28,8 +28,8 @@ SIZES = (
     ("_labels", "label"),
 )
 LAYER = "{p}encoder.layer.{}"
-IN: dict[str, Any] = {"writes": "branch"}
-AFTER: dict[str, Any] = {"bias": True, "reads": "branch", "writes": "stream"}
+WRITES_BRANCH: dict[str, Any] = {"writes": "branch"}
+POST_NORM: dict[str, Any] = {"bias": True, "reads": "branch", "writes": "stream"}
 
 
 def architecture(config: Any, table: Mapping[str, str]) -> str:
@@ -40,47 +40,47 @@ def architecture(config: Any, table: Mapping[str, str]) -> str:
     return str(name)
 
 
-def has(config: Any, table: Mapping[str, str], head: str) -> bool:
+def has_head(config: Any, table: Mapping[str, str], head: str) -> bool:
     """Whether the class of a config has a head."""
     return head in table[architecture(config, table)].split()
 
 
-def flags(table: Mapping[str, str]) -> dict[str, Any]:
+def head_defaults(table: Mapping[str, str]) -> dict[str, Any]:
     """Defaults that say by a key "_<head>" which heads the class of a config has, and by "_labels" how many labels."""
     heads = sorted({head for row in table.values() for head in row.split()})
-    return {f"_{head}": partial(has, table=table, head=head) for head in heads} | {"_labels": labels}
+    return {f"_{head}": partial(has_head, table=table, head=head) for head in heads} | {"_labels": label_count}
 
 
-def labels(config: Any) -> int:
+def label_count(config: Any) -> int:
     """How many labels a classifier tells apart."""
     return len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
 
 
-def prefixed(table: Mapping[str, str], base: str) -> Callable[[Any], str]:
+def base_prefix(table: Mapping[str, str], base: str) -> Callable[[Any], str]:
     """The name prefix of the base model, which it has inside every class but itself."""
     return lambda config: base if "For" in architecture(config, table) else ""
 
 
-def body() -> dict[str, Part]:
+def encoder_parts() -> dict[str, Part]:
     """Embeddings and layers."""
     attention = f"{LAYER}.attention"
     return {
-        **linear("embed", "{p}embeddings.word_embeddings", "vocab -> hidden", stored="in out", **IN),
-        **linear("pos", "{p}embeddings.position_embeddings", "pos -> hidden", stored="in out", **IN),
-        **linear("type", "{p}embeddings.token_type_embeddings", "type -> hidden", stored="in out", **IN),
-        **norm("norm.embed", "{p}embeddings.LayerNorm", **AFTER),
+        **linear("embed", "{p}embeddings.word_embeddings", "vocab -> hidden", stored="in out", **WRITES_BRANCH),
+        **linear("pos", "{p}embeddings.position_embeddings", "pos -> hidden", stored="in out", **WRITES_BRANCH),
+        **linear("type", "{p}embeddings.token_type_embeddings", "type -> hidden", stored="in out", **WRITES_BRANCH),
+        **norm("norm.embed", "{p}embeddings.LayerNorm", **POST_NORM),
         **linear("attn.q", f"{attention}.self.query", "hidden -> kv dim", bias=True, reads="stream"),
         **linear("attn.k", f"{attention}.self.key", "hidden -> kv dim", bias=True, reads="stream"),
         **linear("attn.v", f"{attention}.self.value", "hidden -> kv dim", bias=True, reads="stream"),
-        **linear("attn.o", f"{attention}.output.dense", "kv dim -> hidden", bias=True, **IN),
-        **norm("norm.attn_post", f"{attention}.output.LayerNorm", **AFTER),
+        **linear("attn.o", f"{attention}.output.dense", "kv dim -> hidden", bias=True, **WRITES_BRANCH),
+        **norm("norm.attn_post", f"{attention}.output.LayerNorm", **POST_NORM),
         **linear("mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", bias=True, reads="stream"),
-        **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", bias=True, **IN),
-        **norm("norm.mlp_post", f"{LAYER}.output.LayerNorm", **AFTER),
+        **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", bias=True, **WRITES_BRANCH),
+        **norm("norm.mlp_post", f"{LAYER}.output.LayerNorm", **POST_NORM),
     }
 
 
-def mlm(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
+def mlm_head(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
     """The head of a masked language model; untied, the class reads the decoder's own bias instead of the shared one."""
     own: dict[str, Any] = {"bias": True, "when": "_mlm"}
     untied: dict[str, Any] = {"when": "_mlm", "unless": "tie_word_embeddings"}
@@ -93,7 +93,9 @@ def mlm(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
     }
 
 
-def outer(role: str, name: str, axes: str, when: str, reads: str = "stream", at: str = "first") -> dict[str, Part]:
+def head_linear(
+    role: str, name: str, axes: str, when: str, reads: str = "stream", at: str = "first"
+) -> dict[str, Part]:
     """A map with a bias outside the stack that a class may have."""
     return linear(role, name, axes, bias=True, when=when, reads=reads, writes="own", at=at)
 
@@ -112,17 +114,17 @@ IGNORED = {
 anatomy = Anatomy(
     family="bert",
     parts={
-        **body(),
-        **outer("pooler", "{p}pooler.dense", "hidden -> hidden", "_pooler"),
-        **mlm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
-        **outer("next", "cls.seq_relationship", "hidden -> two", "_next", reads="own"),
-        **outer("pooled", "classifier", "hidden -> label", "_pooled", reads="own"),
-        **outer("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
-        **outer("span", "qa_outputs", "hidden -> label", "_span", at="each"),
+        **encoder_parts(),
+        **head_linear("pooler", "{p}pooler.dense", "hidden -> hidden", "_pooler"),
+        **mlm_head("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+        **head_linear("next", "cls.seq_relationship", "hidden -> two", "_next", reads="own"),
+        **head_linear("pooled", "classifier", "hidden -> label", "_pooled", reads="own"),
+        **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
+        **head_linear("span", "qa_outputs", "hidden -> label", "_span", at="each"),
     },
     sizes=SIZES,
     slot=f"{LAYER}.attention.self",
-    defaults={**DEFAULTS, **flags(HEADS)},
+    defaults={**DEFAULTS, **head_defaults(HEADS)},
     fixed={"group": 1},
     ignored={
         **IGNORED,
@@ -131,6 +133,6 @@ anatomy = Anatomy(
     },
     eps="layer_norm_eps",
     rotary=False,
-    prefix=prefixed(HEADS, "bert."),
+    prefix=base_prefix(HEADS, "bert."),
     causal=False,
 )

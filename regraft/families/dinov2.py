@@ -5,7 +5,7 @@ from typing import Any
 from ..core.anatomy import Anatomy, Part, linear, norm
 from ..errors import RegraftError
 from . import vit
-from .bert import flags, outer, prefixed
+from .bert import base_prefix, head_defaults, head_linear
 from .vit import LAYER
 
 HEADS = {"Dinov2Model": "", "Dinov2Backbone": "", "Dinov2ForImageClassification": "classifier"}
@@ -15,31 +15,31 @@ PLAIN: dict[str, Any] = {"unless": "use_swiglu_ffn"}
 GATED: dict[str, Any] = {"when": "use_swiglu_ffn"}
 
 
-def width(hidden: int, ratio: float, gated: bool) -> int:
+def compute_mlp_width(hidden: int, ratio: float, gated: bool) -> int:
     """The MLP's width: a gated one takes two thirds, rounded up to a multiple of 8."""
     units = int(hidden * ratio)
     return (int(units * 2 / 3) + 7) // 8 * 8 if gated else units
 
 
-def units(config: Any) -> int:
+def mlp_width(config: Any) -> int:
     """The MLP's width of a config."""
-    return width(config["hidden_size"], config["mlp_ratio"], config["use_swiglu_ffn"])
+    return compute_mlp_width(config["hidden_size"], config["mlp_ratio"], config["use_swiglu_ffn"])
 
 
-def finish(config: Any) -> dict[str, Any]:
+def derived_config_keys(config: Any) -> dict[str, Any]:
     """The MLP ratio of a width, and the stages of a depth. RegraftError when no whole ratio gives the width."""
     hidden, ffn, gated = config["hidden_size"], config["_ffn"], config["use_swiglu_ffn"]
-    widths = {width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)}
-    if units(config) != ffn and ffn not in widths:
+    widths = {compute_mlp_width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)}
+    if mlp_width(config) != ffn and ffn not in widths:
         near = min(size for size in widths if size > ffn)  # smaller ones may be below the source's
         raise RegraftError(
             f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have ffn {ffn}, use --ffn "
             f"{near}"
         )
-    return {"mlp_ratio": config["mlp_ratio"] if units(config) == ffn else widths[ffn]} | stages(config)
+    return {"mlp_ratio": config["mlp_ratio"] if mlp_width(config) == ffn else widths[ffn]} | backbone_stage_keys(config)
 
 
-def stages(config: Any) -> dict[str, Any]:
+def backbone_stage_keys(config: Any) -> dict[str, Any]:
     """A backbone that gives its last layer's features gives the new last layer's."""
     if config.get("stage_names") is None:
         return {}
@@ -52,10 +52,10 @@ def stages(config: Any) -> dict[str, Any]:
 anatomy = Anatomy(
     family="dinov2",
     parts={
-        **vit.embeddings(),
+        **vit.embedding_parts(),
         "mask.weight": Part("{p}embeddings.mask_token", "one hidden", when="use_mask_token"),
         **norm("norm.attn", f"{LAYER}.norm1", bias=True),
-        **vit.qkv(),
+        **vit.qkv_parts(),
         **linear("attn.o", f"{LAYER}.attention.output.dense", "kv dim -> hidden", **ATTN),
         "scale.attn.weight": Part(f"{LAYER}.layer_scale1.lambda1", "scale hidden", reads="own"),
         **norm("norm.mlp", f"{LAYER}.norm2", bias=True),
@@ -72,7 +72,7 @@ anatomy = Anatomy(
         **linear("mlp.swiglu.down", f"{LAYER}.mlp.weights_out", "ffn -> hidden", **MLP, **GATED),
         "scale.mlp.weight": Part(f"{LAYER}.layer_scale2.lambda1", "scale hidden", reads="own"),
         **norm("norm.final", "{p}layernorm", bias=True),
-        **outer("classifier", "classifier", "two hidden -> label", "_classifier", reads="normed"),
+        **head_linear("classifier", "classifier", "two hidden -> label", "_classifier", reads="normed"),
     },
     sizes=(*vit.SIZES, ("_ffn", "ffn")),
     slot=f"{LAYER}.attention",
@@ -83,14 +83,14 @@ anatomy = Anatomy(
         "use_swiglu_ffn": False,
         "use_mask_token": True,
         "layer_norm_eps": 1e-6,
-        "_ffn": units,
-        **flags(HEADS),
+        "_ffn": mlp_width,
+        **head_defaults(HEADS),
     },
     fixed={"group": 1},
     eps="layer_norm_eps",
     rotary=False,
-    finish=finish,
-    prefix=prefixed(HEADS, "dinov2."),
+    finish=derived_config_keys,
+    prefix=base_prefix(HEADS, "dinov2."),
     causal=False,
     inputs="pixels",
 )

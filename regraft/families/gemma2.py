@@ -21,12 +21,12 @@ def parts() -> dict[str, Part]:
     }
 
 
-def scale(config: Any, dim: int, layer: int) -> float:
+def softmax_scale(config: Any, dim: int, layer: int) -> float:
     """A number of the config, whatever the width of a head."""
     return float(config["query_pre_attn_scalar"]) ** -0.5
 
 
-def alternating(config: Any) -> list[str]:
+def alternating_layer_types(config: Any) -> list[str]:
     """Windows on layers 0, 2, 4, ..."""
     return [("sliding_attention", "full_attention")[layer % 2] for layer in range(config["num_hidden_layers"])]
 
@@ -36,10 +36,15 @@ anatomy = Anatomy(
     parts=parts(),
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
-    defaults={**gemma.TIED, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "layer_types": alternating},
+    defaults={
+        **gemma.TIED,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "layer_types": alternating_layer_types,
+    },
     ignored=IGNORED,
     embed_scale=True,
-    scale=scale,
+    scale=softmax_scale,
     layer_lists=("layer_types",),
     divides=(("hidden_size", "num_attention_heads"),),
     activation="hidden_activation",

@@ -8,7 +8,7 @@ LAYER = "transformer.h.{}"
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
-def scale(config: Any, dim: int, layer: int) -> float:
+def softmax_scale(config: Any, dim: int, layer: int) -> float:
     """Optional scaling by head width and by depth."""
     plain = dim**-0.5 if config["scale_attn_weights"] else 1.0
     return plain / (layer + 1) if config["scale_attn_by_inverse_layer_idx"] else plain
@@ -57,5 +57,5 @@ anatomy = Anatomy(
     eps="layer_norm_epsilon",
     activation="activation_function",
     rotary=False,
-    scale=scale,
+    scale=softmax_scale,
 )

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm, older_rope
+from ..core.anatomy import Anatomy, Part, linear, norm, older_rope_keys
 
 LAYER = "gpt_neox.layers.{}"
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
-def older(config: Any) -> dict[str, Any]:
+def older_config_keys(config: Any) -> dict[str, Any]:
     """Older classes have names of their own for theta and for the part of a head that turns."""
-    keys = older_rope(config)
+    keys = older_rope_keys(config)
     if "rope_theta" in keys:
         keys |= {"rotary_emb_base": keys["rope_theta"], "rotary_pct": keys.get("partial_rotary_factor", 1.0)}
     return keys
@@ -50,7 +50,7 @@ anatomy = Anatomy(
     fixed={"group": 1},
     aliases={"embed_out.": "lm_head."},
     filed={"lm_head.": "embed_out."},
-    older=older,
+    older=older_config_keys,
     ignored={r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": "buffer: recomputed"},
     eps="layer_norm_eps",
     bridge=lambda config: "phi" if config["use_parallel_residual"] else "starcoder2",

@@ -10,7 +10,7 @@ ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 QK: dict[str, Any] = {"bias": True, "when": "qk_layernorm"}
 
 
-def finish(config: Any) -> dict[str, Any]:
+def check_head_dim(config: Any) -> dict[str, Any]:
     """Refuses query and key norms where hidden // heads is not head_dim: the class sizes them by the first."""
     hidden, heads, dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     if config["qk_layernorm"] and hidden // heads != dim:
@@ -48,5 +48,5 @@ anatomy = Anatomy(
     },
     ignored=IGNORED,
     eps="layer_norm_eps",
-    finish=finish,
+    finish=check_head_dim,
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, linear, older_rope
+from ..core.anatomy import Anatomy, linear, older_rope_keys
 from ..errors import RegraftError
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama
@@ -12,7 +12,7 @@ FACTORS = ("short_factor", "long_factor")
 SPLIT = ("attn.q.", "attn.k.", "attn.v.", "mlp.gate.", "mlp.up.")
 
 
-def finish(config: Any) -> dict[str, Any]:
+def check_head_dim(config: Any) -> dict[str, Any]:
     """Refuses long-rope factors where hidden // heads is not head_dim: the class counts factors by the first."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads, dim = config["num_attention_heads"], config["head_dim"]
@@ -24,9 +24,9 @@ def finish(config: Any) -> dict[str, Any]:
     return {}
 
 
-def older(config: Any) -> dict[str, Any]:
+def older_config_keys(config: Any) -> dict[str, Any]:
     """Older classes take exactly three keys in `rope_scaling`, and the first length beside it."""
-    keys = older_rope(config)
+    keys = older_rope_keys(config)
     if rope := keys.get("rope_scaling"):
         keys["rope_scaling"] = {"type": rope["rope_type"]} | {key: rope.get(key) for key in FACTORS}
         if "original_max_position_embeddings" in rope:
@@ -45,6 +45,6 @@ anatomy = Anatomy(
     slot=f"{LAYER}.self_attn",
     defaults={**DEFAULTS, "rms_norm_eps": 1e-5},
     ignored=IGNORED,
-    finish=finish,
-    older=older,
+    finish=check_head_dim,
+    older=older_config_keys,
 )

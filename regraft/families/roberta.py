@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from . import bert
-from .bert import DEFAULTS, IGNORED, flags, mlm, outer, prefixed
+from .bert import DEFAULTS, IGNORED, base_prefix, head_defaults, head_linear, mlm_head
 
 HEADS = {
     "RobertaModel": "pooler",
@@ -17,15 +17,15 @@ anatomy = replace(
     bert.anatomy,
     family="roberta",
     parts={
-        **bert.body(),
-        **outer("pooler", "{p}pooler.dense", "hidden -> hidden", "_pooler"),
-        **mlm("lm_head.dense", "lm_head.layer_norm", "lm_head"),
-        **outer("first.transform", "classifier.dense", "hidden -> hidden", "_first"),
-        **outer("first.label", "classifier.out_proj", "hidden -> label", "_first", reads="own"),
-        **outer("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
-        **outer("span", "qa_outputs", "hidden -> label", "_span", at="each"),
+        **bert.encoder_parts(),
+        **head_linear("pooler", "{p}pooler.dense", "hidden -> hidden", "_pooler"),
+        **mlm_head("lm_head.dense", "lm_head.layer_norm", "lm_head"),
+        **head_linear("first.transform", "classifier.dense", "hidden -> hidden", "_first"),
+        **head_linear("first.label", "classifier.out_proj", "hidden -> label", "_first", reads="own"),
+        **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
+        **head_linear("span", "qa_outputs", "hidden -> label", "_span", at="each"),
     },
-    defaults={**DEFAULTS, **flags(HEADS)},
+    defaults={**DEFAULTS, **head_defaults(HEADS)},
     ignored={**IGNORED, r"lm_head\.decoder\.bias": "tied: the config shares it with lm_head.bias"},
-    prefix=prefixed(HEADS, "roberta."),
+    prefix=base_prefix(HEADS, "roberta."),
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Part, linear, norm
 from ..errors import RegraftError
-from .bert import flags, outer, prefixed
+from .bert import base_prefix, head_defaults, head_linear
 
 HEADS = {"ViTModel": "pooler", "ViTForImageClassification": "classifier"}
 LAYER = "{p}encoder.layer.{}"
@@ -20,22 +20,22 @@ SIZES = (
 )
 
 
-def sides(value: Any) -> tuple[int, int]:
+def height_and_width(value: Any) -> tuple[int, int]:
     """Height and width of a size that is one number or two."""
     return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) else (int(value), int(value))
 
 
-def patch(config: Any) -> int:
+def patch_side(config: Any) -> int:
     """The side of a patch. RegraftError when patches are no squares."""
-    height, width = sides(config["patch_size"])
+    height, width = height_and_width(config["patch_size"])
     if height != width:
         raise RegraftError(f"patches of {height} x {width}: only square ones have a table")
     return height
 
 
-def positions(config: Any) -> int:
+def position_count(config: Any) -> int:
     """One for the class token and one for every patch."""
-    (height, width), (high, wide) = sides(config["image_size"]), sides(config["patch_size"])
+    (height, width), (high, wide) = height_and_width(config["image_size"]), height_and_width(config["patch_size"])
     return 1 + (height // high) * (width // wide)
 
 
@@ -44,12 +44,12 @@ DEFAULTS: dict[str, Any] = {
     "image_size": 224,
     "num_channels": 3,
     "qkv_bias": True,
-    "_patch": patch,
-    "_positions": positions,
+    "_patch": patch_side,
+    "_positions": position_count,
 }
 
 
-def embeddings() -> dict[str, Part]:
+def embedding_parts() -> dict[str, Part]:
     """Patches, class token and positions."""
     name = "{p}embeddings"
     return {
@@ -60,7 +60,7 @@ def embeddings() -> dict[str, Part]:
     }
 
 
-def qkv() -> dict[str, Part]:
+def qkv_parts() -> dict[str, Part]:
     """Queries, keys and values under the names that files have."""
     name = f"{LAYER}.attention.attention"
     return {
@@ -73,16 +73,16 @@ def qkv() -> dict[str, Part]:
 anatomy = Anatomy(
     family="vit",
     parts={
-        **embeddings(),
+        **embedding_parts(),
         **norm("norm.attn", f"{LAYER}.layernorm_before", bias=True),
-        **qkv(),
+        **qkv_parts(),
         **linear("attn.o", f"{LAYER}.attention.output.dense", "kv dim -> hidden", bias=True),
         **norm("norm.mlp", f"{LAYER}.layernorm_after", bias=True),
         **linear("mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", bias=True),
         **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", bias=True),
         **norm("norm.final", "{p}layernorm", bias=True),
-        **outer("pooler", "{p}pooler.dense", "hidden -> pool", "_pooler", reads="normed"),
-        **outer("classifier", "classifier", "hidden -> label", "_classifier", reads="normed"),
+        **head_linear("pooler", "{p}pooler.dense", "hidden -> pool", "_pooler", reads="normed"),
+        **head_linear("classifier", "classifier", "hidden -> label", "_classifier", reads="normed"),
     },
     sizes=(*SIZES, ("intermediate_size", "ffn"), ("pooler_output_size", "pool")),
     slot=f"{LAYER}.attention",
@@ -91,13 +91,13 @@ anatomy = Anatomy(
         **DEFAULTS,
         "pooler_output_size": lambda config: config["hidden_size"],
         "layer_norm_eps": 1e-12,
-        **flags(HEADS),
+        **head_defaults(HEADS),
     },
     fixed={"group": 1},
     ignored={r"vit\.pooler\.dense\.(weight|bias)": "the class does not pool"},
     eps="layer_norm_eps",
     rotary=False,
-    prefix=prefixed(HEADS, "vit."),
+    prefix=base_prefix(HEADS, "vit."),
     causal=False,
     inputs="pixels",
 )

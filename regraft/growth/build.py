@@ -12,30 +12,30 @@ from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from . import rotary
 from .operators import WIDTH
-from .sizes import Asked, solve
+from .sizes import WidthSizes, solve_sizes
 from .widening import DEAD, LIVE, Widening
 
-HOWS = tuple(WIDTH)
+WIDTH_OPERATORS = tuple(WIDTH)
 NOISE = {"tile": 0.1, "duplicate": 0.1, "aki": 0.1, "lemon": 0.5}  # relative to a tensor's own spread
 PLACES = ("hidden", "ffn", "heads", "head_dim")
 
 
-def hows(text: str) -> dict[str, str]:
+def parse_width_operators(text: str) -> dict[str, str]:
     """`tile`, or `hidden=tile,ffn=pad`, as an operator for each of PLACES; RegraftError names what is unknown."""
     table = dict.fromkeys(PLACES, "pad")
     for item in text.split(","):
         place, equals, how = item.strip().rpartition("=")
-        if how not in HOWS:
-            raise RegraftError(f"unknown operator '{how}' in --how '{text}': use one of {', '.join(HOWS)}")
+        if how not in WIDTH_OPERATORS:
+            raise RegraftError(f"unknown operator '{how}' in --how '{text}': use one of {', '.join(WIDTH_OPERATORS)}")
         if equals and place not in PLACES:
             raise RegraftError(f"--how '{text}' names no axis '{place}': use one of {', '.join(PLACES)}")
         table |= {place: how} if equals else dict.fromkeys(PLACES, how)
     return table
 
 
-def widening(
+def build_widening(
     source: Checkpoint,
-    asked: Asked,
+    asked: WidthSizes,
     how: str = "pad",
     fold: Literal["auto", "stream", "eps"] = "auto",
     noise: float | None = None,
@@ -44,45 +44,45 @@ def widening(
     """The widening of a checkpoint to the asked sizes; RegraftError says what cannot be and the nearest that can."""
     anatomy, old = source.anatomy, source.sizes
     host = anatomy.host_config(source.config)
-    sizes, split = solve(source, asked)
+    sizes, split = solve_sizes(source, asked)
     if noise is not None and not 0 <= noise < float("inf"):
         raise RegraftError(f"--noise {noise} is no spread: give 0 for none, or a number such as 0.1")
-    ways = hows(how)
+    ways = parse_width_operators(how)
     table: dict[str, Expansion] = {}
     made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)
     table["hidden"] = stream_axis(made, old["hidden"], sizes["hidden"], ways["hidden"], seed)
     table |= unit_axes(old, sizes, split, ways, seed)
-    keys, table["qk"] = rotary.widened(made.family, host, old["dim"], sizes["dim"])
-    qk_norm = query_norm(made, table)
-    config = anatomy.resized(source.config, sizes, extra=keys)
+    keys, table["qk"] = rotary.widen_rotary(made.family, host, old["dim"], sizes["dim"])
+    qk_norm = qk_norm_mode(made, table)
+    config = anatomy.resize_config(source.config, sizes, extra=keys)
     check_activation(source, ways, sizes)
     made_by = ways | ({"hidden": "tile"} if table["hidden"].name == "tile" else {})  # post-norm families always tile
-    copies = [NOISE.get(made_by[place], 0.0) for place in PLACES if grew(place, old, sizes)]
-    kind = folding(made, fold)
+    copies = [NOISE.get(made_by[place], 0.0) for place in PLACES if has_grown(place, old, sizes)]
+    kind = choose_fold(made, fold)
     heard = max([0.0, *copies]) if noise is None else noise
     done = replace(made, config=config, fold=kind, noise=heard, qk_norm=qk_norm)
     if done.eps is None:
         return done
-    return replace(done, config=anatomy.resized(source.config, sizes, extra={**keys, made.family.eps: done.eps}))
+    return replace(done, config=anatomy.resize_config(source.config, sizes, extra={**keys, made.family.eps: done.eps}))
 
 
-def loosely(source: Checkpoint, asked: Asked, seed: int = 0, folds: bool = True) -> Widening:
+def build_inexact_widening(source: Checkpoint, asked: WidthSizes, seed: int = 0, folds: bool = True) -> Widening:
     """A padded widening to sizes that need not be exact, for operators that do not keep the function anyway.
 
     `folds`: whether the config's epsilon makes up for another mean square of the stream.
     """
-    sizes, split = solve(source, asked)
-    table = unit_axes(source.sizes, sizes, split, hows("pad"), seed)
+    sizes, split = solve_sizes(source, asked)
+    table = unit_axes(source.sizes, sizes, split, parse_width_operators("pad"), seed)
     table["hidden"] = axes.pad(source.sizes["hidden"], sizes["hidden"], "reads")
     made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)
     host = source.anatomy.host_config(source.config)
-    keys, table["qk"] = rotary.widened(made.family, host, source.sizes["dim"], sizes["dim"])
-    done = replace(made, axes=table, fold=folding(made, "auto"))
+    keys, table["qk"] = rotary.widen_rotary(made.family, host, source.sizes["dim"], sizes["dim"])
+    done = replace(made, axes=table, fold=choose_fold(made, "auto"))
     extra = keys if done.eps is None or not folds else {**keys, made.family.eps: done.eps}
-    return replace(done, config=source.anatomy.resized(source.config, sizes, extra=extra))
+    return replace(done, config=source.anatomy.resize_config(source.config, sizes, extra=extra))
 
 
-def notes(made: Widening, asked: Asked) -> list[str]:
+def widening_notes(made: Widening, asked: WidthSizes) -> list[str]:
     """What a user should know of a widening beyond its sizes: sizes that followed, entries that cannot learn."""
     old, new = made.source.sizes, made.sizes
     found = []
@@ -98,7 +98,7 @@ def notes(made: Widening, asked: Asked) -> list[str]:
     return found
 
 
-def grew(place: str, old: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+def has_grown(place: str, old: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
     """Whether an axis of PLACES grew."""
     names = {"heads": ("kv", "group"), "head_dim": ("dim",)}.get(place, (place,))
     return any(old[name] != sizes[name] for name in names)
@@ -111,14 +111,14 @@ def unit_axes(
     inner = ways["head_dim"] if ways["head_dim"] in ("zero_in", "pair") else "pad"
     queries = "pad" if ways["heads"] == "zero_in" else ways["heads"]  # values have no axis of queries to silence
     return {
-        "ffn": units(ways["ffn"], old["ffn"], sizes["ffn"], seed, "ffn"),
-        "kv": units(ways["heads"], old["kv"] * split, sizes["kv"], seed, "heads"),
-        "group": units(queries, old["group"] // split, sizes["group"], seed, "heads"),
-        "dim": units(inner, old["dim"], sizes["dim"], seed),
+        "ffn": unit_axis(ways["ffn"], old["ffn"], sizes["ffn"], seed, "ffn"),
+        "kv": unit_axis(ways["heads"], old["kv"] * split, sizes["kv"], seed, "heads"),
+        "group": unit_axis(queries, old["group"] // split, sizes["group"], seed, "heads"),
+        "dim": unit_axis(inner, old["dim"], sizes["dim"], seed),
     }
 
 
-def units(how: str, old: int, new: int, seed: int, place: str = "") -> Expansion:
+def unit_axis(how: str, old: int, new: int, seed: int, place: str = "") -> Expansion:
     """The expansion of an axis of units by an operator's name; RegraftError names its one of PLACES."""
     if new == old:
         return axes.identity(old)
@@ -158,7 +158,7 @@ def stream_axis(made: Widening, old: int, new: int, how: str, seed: int) -> Expa
     return axes.rounds(old, new) if how == "lemon" else axes.pad(old, new, "reads")
 
 
-def folding(made: Widening, fold: str) -> Literal["stream", "eps"]:
+def choose_fold(made: Widening, fold: str) -> Literal["stream", "eps"]:
     """How the mean square of a padded stream is kept; RegraftError when `eps` is asked for and cannot be."""
     others = [p.axes.text for p in made.parts if p.norm and p.axes.kind == "gain" and "hidden" not in p.axes.outputs[0]]
     if fold == "eps" and others:
@@ -169,7 +169,7 @@ def folding(made: Widening, fold: str) -> Literal["stream", "eps"]:
     return "stream" if others or fold == "stream" else "eps"
 
 
-def query_norm(made: Widening, table: Mapping[str, Expansion]) -> str | None:
+def qk_norm_mode(made: Widening, table: Mapping[str, Expansion]) -> str | None:
     """How normed queries and keys take wider heads: LIVE for multiples, DEAD (new coordinates stay zero) otherwise."""
     norms = [p for p in made.parts if p.norm and "dim" in p.axes.outputs[0]]
     if not norms:
@@ -180,7 +180,7 @@ def query_norm(made: Widening, table: Mapping[str, Expansion]) -> str | None:
             f"{made.anatomy.family}'s query and key norms subtract the mean of a head, so --head-dim {new} cannot keep "
             f"what they give: leave it at {old} and grow --heads, --hidden, --ffn or --layers"
         )
-    for axis in ("kv", "group") if made.full_norm else ():
+    for axis in ("kv", "group") if made.has_full_qk_norm else ():
         if table[axis].new % table[axis].old or table[axis].copies != 1:
             times = -(-table[axis].new // table[axis].old)
             raise RegraftError(
@@ -195,7 +195,7 @@ def check_activation(source: Checkpoint, ways: Mapping[str, str], sizes: Mapping
     if ways["ffn"] == "zero_in" and sizes["ffn"] != source.sizes["ffn"]:
         anatomy = source.anatomy.host(source.config)
         gated = any(role.split(".")[-2] == "gate" for role, _ in source.tensors)
-        name = str(source.anatomy.filled(source.config).get(anatomy.activation, ""))
+        name = str(source.anatomy.fill_defaults(source.config).get(anatomy.activation, ""))
         if name.startswith("relu") and not gated:
             raise RegraftError(
                 f"units whose inputs are zero never wake up under {name}: use --how ffn=pad, pair or split"

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.anatomy import Config, Key, Placed, find
-from ..core.checkpoint import Checkpoint, Lazy, Story
+from ..core.anatomy import Config, Key, PlacedPart, find_anatomy
+from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.lineage import versions
 from ..errors import RegraftError
 from . import rotary
-from .tensor import wide
+from .tensor import compute_dtype
 
-STAY = "widen it as it is, hidden together with the heads"
-Turning = tuple[dict[str, Any], Tensor | None]
+WIDEN_HINT = "widen it as it is, hidden together with the heads"
+RotaryConversion = tuple[dict[str, Any], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Crossing:
+class ClassConversion:
     """How checkpoints of one family are written as another, which has its parts under the same roles.
 
     `when`: what the source's config must say, in words. `keys`: target key -> (source key, what the source's class
@@ -35,48 +35,50 @@ class Crossing:
     sets: Mapping[str, Any]
     leaves: tuple[str, ...]
     folds: Mapping[str, str] = field(default_factory=dict)
-    rotary: Callable[[Config, int], Turning] = lambda config, dim: ({}, None)
+    rotary: Callable[[Config, int], RotaryConversion] = lambda config, dim: ({}, None)
 
 
-def partly_turned(config: Config, dim: int) -> tuple[dict[str, Any], int]:
+def parse_partial_rotary(config: Config, dim: int) -> tuple[dict[str, Any], int]:
     """(rotary parameters, coordinates of a head that turn) of a GPT-NeoX config, missing keys filled as its class does.
 
     An odd number of coordinates is turned with one more, at the odd number's frequencies.
     """
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope["rope_type"] = rotary.kind(rope)
+    rope["rope_type"] = rotary.rotary_type(rope)
     rope.pop("type", None)
     rope.setdefault("rope_theta", config.get("rotary_emb_base", 10000.0))
     rope.setdefault("partial_rotary_factor", config.get("rotary_pct", 0.25))
     return rope, int(dim * rope["partial_rotary_factor"])
 
 
-def turning_in_front(config: Config, dim: int) -> Turning:
+def convert_partial_rotary(config: Config, dim: int) -> RotaryConversion:
     """GPT-NeoX's rotary positions for a class that turns the first coordinates too, but only an even number."""
-    rope, count = partly_turned(config, dim)
+    rope, count = parse_partial_rotary(config, dim)
     if count % 2:
-        _plain(rope, f"{count} of {dim} coordinates, an odd number,")
-        rope["rope_theta"] = rotary.raised(rope["rope_theta"], (count + 1) / count)
-        rope["partial_rotary_factor"] = rotary.share_of(count + 1, dim)
+        _check_rotary_type(rope, f"{count} of {dim} coordinates, an odd number,")
+        rope["rope_theta"] = rotary.compute_theta_power(rope["rope_theta"], (count + 1) / count)
+        rope["partial_rotary_factor"] = rotary.compute_partial_factor(count + 1, dim)
     return {"rope_parameters": rope, "partial_rotary_factor": rope["partial_rotary_factor"]}, None
 
 
-def turning_throughout(config: Config, dim: int) -> Turning:
+def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
     """GPT-NeoX's rotary positions for a class that turns coordinate i with i + dim / 2: pairs that do not turn get
     frequency zero, and coordinates move to where their partner is expected.
     """
-    rope, count = partly_turned(config, dim)
+    rope, count = parse_partial_rotary(config, dim)
     if count == dim and dim % 2 == 0:
         del rope["partial_rotary_factor"]
         return {"rope_parameters": rope}, None
-    _plain(rope, f"{count} of {dim} coordinates")
+    _check_rotary_type(rope, f"{count} of {dim} coordinates")
     if dim % 2:
-        raise RegraftError(f"starcoder2 turns all coordinates of a head in pairs, and head_dim {dim} is odd: {STAY}")
+        raise RegraftError(
+            f"starcoder2 turns all coordinates of a head in pairs, and head_dim {dim} is odd: {WIDEN_HINT}"
+        )
     half, pairs = dim // 2, -(-count // 2)
     made = {
         "rope_type": "proportional",
-        "rope_theta": rotary.raised(rope["rope_theta"], dim / max(count, 1), STAY),
-        "partial_rotary_factor": rotary.share_of(2 * pairs, dim),
+        "rope_theta": rotary.compute_theta_power(rope["rope_theta"], dim / max(count, 1), WIDEN_HINT),
+        "partial_rotary_factor": rotary.compute_partial_factor(2 * pairs, dim),
     }
     if rope["rope_type"] == "linear":
         made["factor"] = rope["factor"]
@@ -85,15 +87,15 @@ def turning_throughout(config: Config, dim: int) -> Turning:
     return {"rope_parameters": made, "partial_rotary_factor": made["partial_rotary_factor"]}, order
 
 
-def _plain(rope: Mapping[str, Any], what: str) -> None:
+def _check_rotary_type(rope: Mapping[str, Any], what: str) -> None:
     if rope["rope_type"] not in ("default", "linear"):
         raise RegraftError(
             f"rotary type '{rope['rope_type']}' over {what} has no counterpart in the target, only default and linear "
-            f"have: {STAY}"
+            f"have: {WIDEN_HINT}"
         )
 
 
-SAME = {
+SHARED_DEFAULTS = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -104,62 +106,65 @@ SAME = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-NEOX = {key: value for key, value in SAME.items() if key != "rms_norm_eps"} | {"hidden_act": "gelu", "bos_token_id": 0}
-NEOX_KEYS = {key: (key, value) for key, value in NEOX.items()}
+NEOX_DEFAULTS = {key: value for key, value in SHARED_DEFAULTS.items() if key != "rms_norm_eps"} | {
+    "hidden_act": "gelu",
+    "bos_token_id": 0,
+}
+NEOX_KEYS = {key: (key, value) for key, value in NEOX_DEFAULTS.items()}
 NEOX_LEAVES = (
     *("use_parallel_residual", "attention_bias", "classifier_dropout", "hidden_dropout", "is_decoder"),
     *("rotary_emb_base", "rotary_pct", "rope_theta", "rope_scaling", "rope_parameters"),
 )
 DROPOUT, EPSILON = ("hidden_dropout", 0.0), ("layer_norm_eps", 1e-5)
 
-CROSSINGS: dict[tuple[str, str], Crossing] = {
-    ("llama", "mistral"): Crossing(
+CONVERSIONS: dict[tuple[str, str], ClassConversion] = {
+    ("llama", "mistral"): ClassConversion(
         when="no attention_bias and no mlp_bias",
-        keys={key: (key, value) for key, value in SAME.items()},
+        keys={key: (key, value) for key, value in SHARED_DEFAULTS.items()},
         sets={"sliding_window": None},
         leaves=("attention_bias", "mlp_bias", "pretraining_tp"),
     ),
-    ("gpt_neox", "phi"): Crossing(
+    ("gpt_neox", "phi"): ClassConversion(
         when="use_parallel_residual true",
         keys=NEOX_KEYS | {"layer_norm_eps": EPSILON, "resid_pdrop": DROPOUT, "embd_pdrop": DROPOUT},
         sets={"qk_layernorm": False},
         leaves=NEOX_LEAVES,
         folds={"attn.q": "norm.attn", "attn.k": "norm.attn", "attn.v": "norm.attn", "mlp.up": "norm.mlp"},
-        rotary=turning_in_front,
+        rotary=convert_partial_rotary,
     ),
-    ("gpt_neox", "starcoder2"): Crossing(
+    ("gpt_neox", "starcoder2"): ClassConversion(
         when="use_parallel_residual false",
         keys=NEOX_KEYS | {"norm_epsilon": EPSILON, "residual_dropout": DROPOUT, "embedding_dropout": DROPOUT},
         sets={"use_bias": True, "sliding_window": None},
         leaves=(*NEOX_LEAVES, "layer_norm_eps"),
-        rotary=turning_throughout,
+        rotary=convert_full_rotary,
     ),
 }
 CLASSES = {"mistral": "MistralForCausalLM", "phi": "PhiForCausalLM", "starcoder2": "Starcoder2ForCausalLM"}
 
 
-def target(source: Checkpoint, to: str | None) -> str:
+def find_target_family(source: Checkpoint, to: str | None) -> str:
     """The family to write a checkpoint as; RegraftError when its config has no bridge, or none to `to`."""
     anatomy = source.anatomy
-    name = anatomy.bridge(anatomy.filled(source.config))
-    if name is not None and (anatomy.family, name) in CROSSINGS and to in (None, name):
+    name = anatomy.bridge(anatomy.fill_defaults(source.config))
+    if name is not None and (anatomy.family, name) in CONVERSIONS and to in (None, name):
         return name
-    known = "; ".join(f"{old} to {new} ({crossing.when})" for (old, new), crossing in CROSSINGS.items())
+    known = "; ".join(f"{old} to {new} ({crossing.when})" for (old, new), crossing in CONVERSIONS.items())
     wanted = f" to {to}" if to else ""
-    hint = f"use --bridge {name}" if name else STAY
+    hint = f"use --bridge {name}" if name else WIDEN_HINT
     raise RegraftError(f"this {anatomy.family} has no bridge{wanted}: {hint}. Bridges are {known}")
 
 
-def bridged(source: Checkpoint, to: str) -> Checkpoint:
+def convert_to_family(source: Checkpoint, to: str) -> Checkpoint:
     """The checkpoint as one of family `to`, computed tensor by tensor when read."""
-    crossing = CROSSINGS[source.anatomy.family, to]
+    crossing = CONVERSIONS[source.anatomy.family, to]
     turning, order = crossing.rotary(source.config, source.sizes["dim"])
-    config = _config(source, to, crossing) | turning
-    anatomy = find(config)
+    config = _build_config(source, to, crossing) | turning
+    anatomy = find_anatomy(config)
     placed = anatomy.place(config)
     if (sizes := anatomy.solve(config)) != source.sizes:
         raise RegraftError(f"{to} config gives axes {sizes}, not {source.sizes}: mend its table")
-    tensors = {key: _lazy(source, crossing, key, spot, order) for key, spot in placed.items()}
+    tensors = {key: _convert_tensor(source, crossing, key, spot, order) for key, spot in placed.items()}
     used = {name for lazy in tensors.values() for name in lazy.story.sources}
     if lost := sorted(set(source.names.values()) - used):
         raise RegraftError(f"'{lost[0]}' has no place in {to}: add its role to regraft/growth/bridges.py")
@@ -167,7 +172,7 @@ def bridged(source: Checkpoint, to: str) -> Checkpoint:
     return replace(source, config=config, anatomy=anatomy, sizes=sizes, tensors=tensors, names=names)
 
 
-def _config(source: Checkpoint, to: str, crossing: Crossing) -> dict[str, Any]:
+def _build_config(source: Checkpoint, to: str, crossing: ClassConversion) -> dict[str, Any]:
     """The target's config, rotary keys aside: nothing that the two classes fill in differently is left out."""
     config, vocab = source.config, source.sizes["vocab"]
     pad = config.get("pad_token_id")
@@ -177,33 +182,37 @@ def _config(source: Checkpoint, to: str, crossing: Crossing) -> dict[str, Any]:
         )
     kept = {key: value for key, value in config.items() if key not in crossing.leaves}
     known = {key: config.get(old, default) for key, (old, default) in crossing.keys.items()}
-    sizes = find({"model_type": to}).config_keys(source.sizes)
+    sizes = find_anatomy({"model_type": to}).config_keys(source.sizes)
     made = {"model_type": to, "architectures": [CLASSES[to]], "transformers_version": versions()["transformers"]}
     return kept | sizes | known | dict(crossing.sets) | made
 
 
-def _lazy(source: Checkpoint, crossing: Crossing, key: Key, spot: Placed, order: Tensor | None) -> Lazy:
+def _convert_tensor(
+    source: Checkpoint, crossing: ClassConversion, key: Key, spot: PlacedPart, order: Tensor | None
+) -> LazyTensor:
     """One tensor of the target."""
     role, layer = key
     base, _, ending = role.rpartition(".")
     if base in crossing.folds.values():
-        return _filled(source, spot, float(ending == "weight"), "its gain and bias are in the maps that read it")
+        return _constant_tensor(
+            source, spot, float(ending == "weight"), "its gain and bias are in the maps that read it"
+        )
     if base in crossing.folds:
-        lazy = _folded(source, base, crossing.folds[base], ending, layer)
-    elif (found := _taken(source, key, spot)) is not None:
+        lazy = _fold_norm(source, base, crossing.folds[base], ending, layer)
+    elif (found := _copy_tensor(source, key, spot)) is not None:
         lazy = found
     else:
-        return _filled(source, spot, 0.0, f"{source.anatomy.family} has none here")
-    return lazy if order is None or base not in ("attn.q", "attn.k") else _reordered(lazy, order)
+        return _constant_tensor(source, spot, 0.0, f"{source.anatomy.family} has none here")
+    return lazy if order is None or base not in ("attn.q", "attn.k") else _reorder_head_coordinates(lazy, order)
 
 
-def _filled(source: Checkpoint, spot: Placed, value: float, note: str) -> Lazy:
+def _constant_tensor(source: Checkpoint, spot: PlacedPart, value: float, note: str) -> LazyTensor:
     dtype = source.tensors["embed.weight", None].dtype
     kind = "fresh" if value else "zero"
-    return Lazy(spot.shape, dtype, Story(kind, (), note), lambda: torch.full(spot.shape, value, dtype=dtype))
+    return LazyTensor(spot.shape, dtype, Provenance(kind, (), note), lambda: torch.full(spot.shape, value, dtype=dtype))
 
 
-def _home(source: Checkpoint, key: Key) -> str | None:
+def _find_tensor_name(source: Checkpoint, key: Key) -> str | None:
     """Name of the tensor that holds a role, alone or among others; None when this model has none."""
     role, layer = key
     base, _, ending = role.rpartition(".")
@@ -214,45 +223,47 @@ def _home(source: Checkpoint, key: Key) -> str | None:
     return None
 
 
-def _taken(source: Checkpoint, key: Key, spot: Placed) -> Lazy | None:
+def _copy_tensor(source: Checkpoint, key: Key, spot: PlacedPart) -> LazyTensor | None:
     """A role's tensor as the target stores it, taken out of a fused one."""
-    name = _home(source, key)
+    name = _find_tensor_name(source, key)
     if name is None:
         return None
     lazy = source[key]
     flips = spot.part.stored == "in out" and spot.part.axes.kind == "map"
     note = "" if key in source.tensors else lazy.story.note
     read: Callable[[], Tensor] = (lambda: lazy.read().T) if flips else lazy.read
-    return Lazy(spot.shape, lazy.dtype, Story("copied", (name,), note), read)
+    return LazyTensor(spot.shape, lazy.dtype, Provenance("copied", (name,), note), read)
 
 
-def _folded(source: Checkpoint, base: str, norm: str, ending: str, layer: int | None) -> Lazy:
+def _fold_norm(source: Checkpoint, base: str, norm: str, ending: str, layer: int | None) -> LazyTensor:
     """A map behind the affine map of a norm, as one: W diag(g) and b + W n, computed in float32 at least."""
     weight, gain, shift = (source[role, layer] for role in (f"{base}.weight", f"{norm}.weight", f"{norm}.bias"))
-    bias = source[f"{base}.bias", layer] if _home(source, (f"{base}.bias", layer)) else None
+    bias = source[f"{base}.bias", layer] if _find_tensor_name(source, (f"{base}.bias", layer)) else None
 
-    def scaled() -> Tensor:
+    def scale_weight() -> Tensor:
         value = weight.read()
-        return (value.to(wide(value.dtype)) * gain.read()).to(value.dtype)
+        return (value.to(compute_dtype(value.dtype)) * gain.read()).to(value.dtype)
 
-    def shifted() -> Tensor:
+    def shift_bias() -> Tensor:
         value = weight.read()
-        value = value.to(wide(value.dtype)) @ shift.read().to(wide(value.dtype))
+        value = value.to(compute_dtype(value.dtype)) @ shift.read().to(compute_dtype(value.dtype))
         return (value if bias is None else value + bias.read()).to(weight.dtype)
 
     roles = (f"{base}.weight", f"{norm}.{ending}", *([f"{base}.bias"] if ending == "bias" else []))
-    names = tuple(name for role in roles if (name := _home(source, (role, layer))))
-    story = Story("grown", names, f"times the gain of {norm}" if ending == "weight" else f"plus the bias of {norm}")
+    names = tuple(name for role in roles if (name := _find_tensor_name(source, (role, layer))))
+    story = Provenance(
+        "grown", names, f"times the gain of {norm}" if ending == "weight" else f"plus the bias of {norm}"
+    )
     shape = weight.shape if ending == "weight" else weight.shape[:1]
-    return Lazy(shape, weight.dtype, story, scaled if ending == "weight" else shifted)
+    return LazyTensor(shape, weight.dtype, story, scale_weight if ending == "weight" else shift_bias)
 
 
-def _reordered(lazy: Lazy, order: Tensor) -> Lazy:
+def _reorder_head_coordinates(lazy: LazyTensor, order: Tensor) -> LazyTensor:
     """Queries or keys with the coordinates of every head in another order."""
 
-    def read() -> Tensor:
+    def compute() -> Tensor:
         heads = lazy.read().unflatten(0, (-1, len(order)))
         return heads.index_select(1, order).flatten(0, 1)
 
-    story = Story("grown", lazy.story.sources, "coordinates of every head in rotary order")
-    return replace(lazy, story=story, read=read)
+    story = Provenance("grown", lazy.story.sources, "coordinates of every head in rotary order")
+    return replace(lazy, story=story, read=compute)

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.axes import Expansion, expansion
+from ..core.axes import Expansion, build_expansion
 from ..errors import RegraftError
 from .operators import DEPTH, WIDTH
 
 # AKI takes rows of the next layer, which no map of an axis does.
 COPY = "copy"
-DRAWN = ("average", "random", COPY)
-STARTS: tuple[str, ...] = (*DRAWN, *(name for name in WIDTH if name != "aki"))
+RANDOM_STARTS = ("average", "random", COPY)
+STARTS: tuple[str, ...] = (*RANDOM_STARTS, *(name for name in WIDTH if name != "aki"))
 CHOICES: dict[str, tuple[str, ...]] = {
     "start": STARTS,
     "depth": tuple(DEPTH),
@@ -62,7 +62,7 @@ class Ligo:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RegraftError(f"LiGO has no {name} '{getattr(self, name)}': use one of {', '.join(allowed)}")
-        if self.live and self.start in DRAWN:
+        if self.live and self.start in RANDOM_STARTS:
             raise RegraftError(f"LiGO's start '{self.start}' has no free entries to keep live: use start pad")
         for name in ("steps", "warmup", "blur", "lr", "lr_depth", "decay"):
             value = getattr(self, name)
@@ -71,7 +71,7 @@ class Ligo:
                 raise RegraftError(f"LiGO's {name} is {value!r}: give a {'whole ' if whole else ''}number, at least 0")
 
 
-class Space(nn.Module):
+class AxisMap(nn.Module):
     """The map of one axis: B (new, old) says how its coordinates are written, A (new, old) how they are read.
 
     `linear`: nothing but maps and norms stand between writers and readers, so that A may undo any B. `learns`: whether
@@ -81,8 +81,8 @@ class Space(nn.Module):
     def __init__(self, axis: Expansion, method: Ligo, draw: torch.Generator, linear: bool, learns: bool = True):
         super().__init__()
         self.reads = method.reads
-        written, shares = axis.embed.float(), axis.read.T.float()
-        fresh, averaged = axis.fresh, method.start == "average" and learns
+        written, shares = axis.write_matrix.float(), axis.read_matrix.T.float()
+        fresh, averaged = axis.new_coordinates, method.start == "average" and learns
         if averaged:
             rows = torch.rand(len(fresh), axis.old, generator=draw)
             written[fresh] = rows / rows.sum(1, keepdim=True)
@@ -90,7 +90,7 @@ class Space(nn.Module):
             written[fresh] = torch.randn(len(fresh), axis.old, generator=draw) / axis.old**0.5
         self.silent: Tensor  # coordinates that nothing old is written to at first: their gains begin at one
         self.register_buffer("silent", fresh[:0] if averaged else fresh, persistent=False)
-        kept = len(written) if not learns else axis.old if method.free == "new" and axis.leading else 0
+        kept = len(written) if not learns else axis.old if method.free == "new" and axis.starts_with_old else 0
         self.kept: Tensor
         self.register_buffer("kept", written[:kept].clone(), persistent=False)
         self.rows = nn.Parameter(written[kept:].clone())
@@ -99,11 +99,11 @@ class Space(nn.Module):
         apart = method.reads != "tied" and not linear and learns
         self.readers = nn.Parameter(torch.zeros_like(shares)) if apart else None
         self.linear = linear
-        self.first = axis.old if kept >= axis.old and axis.leading else 0  # rows of B that are the identity's
+        self.first = axis.old if kept >= axis.old and axis.starts_with_old else 0  # rows of B that are the identity's
         self.unshared = bool((shares[: axis.old].sum(1) == 1).all())
         self.levels = False  # whether B is kept as large, on average, as the start's: where norms read what it writes
 
-    def same(self, read: bool) -> int:
+    def identity_count(self, read: bool) -> int:
         """How many coordinates, from the first, a map leaves as they are: [I; C] need not multiply by I."""
         if read:
             return self.first if self.reads == "tied" and self.unshared else 0
@@ -126,8 +126,8 @@ class Space(nn.Module):
         return written, written
 
 
-def dense(kv: Expansion, dim: Expansion) -> Expansion:
+def flatten_head_axes(kv: Expansion, dim: Expansion) -> Expansion:
     """The coordinates of all heads as one axis."""
     index = kv.index[:, None] * dim.old + dim.index
     index = torch.where((kv.index[:, None] < 0) | (dim.index < 0), -1, index).flatten()
-    return expansion(f"{kv.name} {dim.name}", kv.old * dim.old, index, (kv.share[:, None] * dim.share).flatten())
+    return build_expansion(f"{kv.name} {dim.name}", kv.old * dim.old, index, (kv.share[:, None] * dim.share).flatten())

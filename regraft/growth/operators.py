@@ -46,12 +46,12 @@ class Operator:
     when: str
 
     @property
-    def cited(self) -> str:
+    def papers_text(self) -> str:
         """The papers, each with where it is."""
         return "; ".join(", ".join(PAPERS[key]) for key in self.papers) or "none of its own"
 
 
-def cited(table: Mapping[str, Operator], names: Iterable[str]) -> list[str]:
+def list_papers(table: Mapping[str, Operator], names: Iterable[str]) -> list[str]:
     """The papers of some operators of a table, each once, with where it is."""
     keys = dict.fromkeys(key for name in names for key in table[name].papers)
     return [", ".join(PAPERS[key]) for key in keys]
@@ -184,7 +184,7 @@ DEPTH = {
 }
 
 
-def told(table: Mapping[str, Operator]) -> Callable[[type[Step]], type[Step]]:
+def describe_operators(table: Mapping[str, Operator]) -> Callable[[type[Step]], type[Step]]:
     """Fill `{operators}`, `{papers}`, `{exact}` and `{inexact}` of a step's docstring with what a table says."""
     papers = dict.fromkeys(key for one in table.values() for key in one.papers)
     said = {
@@ -192,20 +192,20 @@ def told(table: Mapping[str, Operator]) -> Callable[[type[Step]], type[Step]]:
             textwrap.fill(f"- `{name}`: {one.does}", 110, subsequent_indent="  ") for name, one in table.items()
         ),
         "{papers}": textwrap.fill("; ".join(", ".join(PAPERS[key]) for key in papers), 110),
-        "{exact}": ", ".join(f"`{name}`" for name in preserving(table, "exactly", "up to rounding")),
-        "{inexact}": ", ".join(f"`{name}`" for name in preserving(table, "not")),
+        "{exact}": ", ".join(f"`{name}`" for name in operators_preserving(table, "exactly", "up to rounding")),
+        "{inexact}": ", ".join(f"`{name}`" for name in operators_preserving(table, "not")),
     }
 
-    def fill(step: type[Step]) -> type[Step]:
+    def fill_docstring(step: type[Step]) -> type[Step]:
         text = inspect.cleandoc(step.__doc__ or "")
         for field, value in said.items():
             text = text.replace(field, value)
         step.__doc__ = text
         return step
 
-    return fill
+    return fill_docstring
 
 
-def preserving(table: Mapping[str, Operator], *kinds: str) -> tuple[str, ...]:
+def operators_preserving(table: Mapping[str, Operator], *kinds: str) -> tuple[str, ...]:
     """Names of a table's operators that preserve one of `kinds`."""
     return tuple(name for name, one in table.items() if one.preserves in kinds)

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from ..core.anatomy import Key
-from ..core.checkpoint import Checkpoint, Holds, Lazy, Story
+from ..core.checkpoint import Checkpoint, Holds, LazyTensor, Provenance
 from ..errors import RegraftError
-from ..io.safetensors import Entry, header
+from ..io.safetensors import TensorEntry, read_header
 
 MOMENTS: tuple[Holds, ...] = ("exp_avg", "exp_avg_sq")
 FILE = "optimizer.safetensors"
 Steps = Sequence[Callable[[Checkpoint], Checkpoint]]
 
 
-def grow(source: Checkpoint, steps: Steps, file: str | Path, out: str | Path) -> int:
+def grow_optimizer_state(source: Checkpoint, steps: Steps, file: str | Path, out: str | Path) -> int:
     """Write `out/optimizer.safetensors` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of the grown model.
 
     `file` holds the same keys for `source`, as a run of `regraft train` keeps them in run/state.safetensors. Moments of
@@ -27,10 +27,10 @@ def grow(source: Checkpoint, steps: Steps, file: str | Path, out: str | Path) ->
     tensors of one moment are in memory at a time. Returns the number of parameters. RegraftError when the file lacks a
     parameter or has one too many.
     """
-    entries = read(source, Path(file))
+    entries = read_moments(source, Path(file))
     table: dict[str, torch.Tensor] = {}
     for holds in MOMENTS:
-        grown = moments(source, entries, holds)
+        grown = build_moment_checkpoint(source, entries, holds)
         for step in steps:
             grown = step(grown)
         table |= {f"{holds}/{grown.names[key]}": lazy.read().contiguous() for key, lazy in grown.tensors.items()}
@@ -41,7 +41,7 @@ def grow(source: Checkpoint, steps: Steps, file: str | Path, out: str | Path) ->
     return len(grown.names)
 
 
-def read(source: Checkpoint, file: Path) -> dict[str, Entry]:
+def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
     """The entries of a file of moments by key, checked against the source's parameters."""
     if not file.is_file():
         raise RegraftError(f"no optimiser state at '{file}': give safetensors with exp_avg/NAME and exp_avg_sq/NAME")
@@ -50,7 +50,7 @@ def read(source: Checkpoint, file: Path) -> dict[str, Entry]:
             f"'{file}' is a pickle, which is never loaded: save its moments with safetensors as exp_avg/NAME, "
             "exp_avg_sq/NAME and step/NAME"
         )
-    entries = {entry.name: entry for entry in header(file)}
+    entries = {entry.name: entry for entry in read_header(file)}
     wanted = {f"{moment}/{name}" for moment in MOMENTS for name in source.names.values()}
     if missing := sorted(wanted - set(entries)):
         raise RegraftError(f"'{file}' lacks '{missing[0]}': it belongs to another model or to a stage that froze it")
@@ -60,16 +60,16 @@ def read(source: Checkpoint, file: Path) -> dict[str, Entry]:
     return entries
 
 
-def moments(source: Checkpoint, entries: dict[str, Entry], holds: Holds) -> Checkpoint:
+def build_moment_checkpoint(source: Checkpoint, entries: dict[str, TensorEntry], holds: Holds) -> Checkpoint:
     """The source with a moment in place of every weight."""
 
-    def lazy(key: Key) -> Lazy:
+    def open_moment(key: Key) -> LazyTensor:
         entry, shape = entries[f"{holds}/{source.names[key]}"], source.tensors[key].shape
         if entry.shape != shape:
             raise RegraftError(
                 f"'{entry.name}' in '{entry.file}' has shape {list(entry.shape)}, its weight {list(shape)}: give the "
                 "state of this model"
             )
-        return Lazy(shape, entry.torch_dtype(), Story("copied", (entry.name,)), entry.read)
+        return LazyTensor(shape, entry.torch_dtype(), Provenance("copied", (entry.name,)), entry.read)
 
-    return replace(source, tensors={key: lazy(key) for key in source.tensors}, holds=holds)
+    return replace(source, tensors={key: open_moment(key) for key in source.tensors}, holds=holds)

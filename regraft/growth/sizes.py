@@ -10,7 +10,7 @@ from ..errors import RegraftError
 
 
 @dataclass(frozen=True)
-class Asked:
+class WidthSizes:
     """Sizes as a user gives them, None for those left open."""
 
     hidden: int | None = None
@@ -21,7 +21,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Sizes(Asked):
+class TargetSizes(WidthSizes):
     """Sizes of a whole target; those left open stay as in the source, or follow."""
 
     layers: int | None = None
@@ -29,10 +29,10 @@ class Sizes(Asked):
     @property
     def sizes(self) -> dict[str, Any]:
         """All of them by name, whatever else the step holds."""
-        return {field.name: getattr(self, field.name) for field in fields(Sizes)}
+        return {field.name: getattr(self, field.name) for field in fields(TargetSizes)}
 
 
-def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
+def solve_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[dict[str, int], int]:
     """(axis sizes of the target, parts each key/value head is split into)."""
     old, anatomy = source.sizes, source.anatomy.host(source.config)
     heads_before = old["kv"] * old["group"]
@@ -45,10 +45,10 @@ def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
                 f"give {size} or more"
             )
     hidden, heads, dim = asked.hidden or old["hidden"], asked.heads, asked.head_dim
-    if coupled(source):
-        hidden, heads, dim = couple(source, asked)
+    if has_coupled_heads(source):
+        hidden, heads, dim = solve_coupled_sizes(source, asked)
     elif anatomy.divides and asked.hidden and heads is None and hidden % heads_before:
-        heads = fitting(source, hidden, asked.kv_heads)
+        heads = find_head_count(source, hidden, asked.kv_heads)
     kv, group, split = head_layout(source, heads, asked.kv_heads)
     sizes = {
         **old,
@@ -62,14 +62,14 @@ def solve(source: Checkpoint, asked: Asked) -> tuple[dict[str, int], int]:
     return sizes, split
 
 
-def coupled(source: Checkpoint) -> bool:
+def has_coupled_heads(source: Checkpoint) -> bool:
     """Whether the class wants hidden = heads * head_dim."""
     table = source.anatomy.host(source.config).sizes
     keys = [key for key, _ in table]
     return any(keys.count(key) > 1 and text == "hidden" for key, text in table)
 
 
-def fitting(source: Checkpoint, hidden: int, kv: int | None) -> int | None:
+def find_head_count(source: Checkpoint, hidden: int, kv: int | None) -> int | None:
     """Heads, at most twice as many, that a class which wants whole heads per hidden size takes; None without any.
 
     As many as keep hidden = heads x head_dim come first, then the fewest.
@@ -86,7 +86,7 @@ def fitting(source: Checkpoint, hidden: int, kv: int | None) -> int | None:
     return None
 
 
-def couple(source: Checkpoint, asked: Asked) -> tuple[int, int, int]:
+def solve_coupled_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[int, int, int]:
     """(hidden, heads, head_dim) with hidden = heads * head_dim; one left open follows from the others."""
     old, family = source.sizes, source.anatomy.family
     heads, dim = old["kv"] * old["group"], old["dim"]
@@ -139,12 +139,12 @@ def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[
         kv = old_kv if heads is None else whole
     if wanted % kv:
         every = old_kv * old_group
-        near = [n for n in (wanted // kv * kv, -(-wanted // kv) * kv) if n >= every and splits(source, n, kv)]
+        near = [n for n in (wanted // kv * kv, -(-wanted // kv) * kv) if n >= every and possible_splits(source, n, kv)]
         raise RegraftError(
             f"{wanted} query heads cannot share {kv} key/value heads evenly: use --heads "
             f"{' or '.join(map(str, near)) or f'{every} --kv-heads {old_kv}'}"
         )
-    group, parts = wanted // kv, splits(source, wanted, kv)
+    group, parts = wanted // kv, possible_splits(source, wanted, kv)
     if not parts:
         every = old_kv * old_group
         raise RegraftError(
@@ -155,7 +155,7 @@ def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[
     return kv, group, parts[0]
 
 
-def splits(source: Checkpoint, heads: int, kv: int) -> list[int]:
+def possible_splits(source: Checkpoint, heads: int, kv: int) -> list[int]:
     """Numbers of parts into which key/value heads can be split to get `kv` of them, shared evenly by `heads`."""
     old_kv, old_group, group = source.sizes["kv"], source.sizes["group"], heads // kv
     return [m for m in range(1, old_group + 1) if old_group % m == 0 and old_group // m <= group and old_kv * m <= kv]

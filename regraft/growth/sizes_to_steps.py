@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.anatomy import find
+from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..io.files import read_json
 from . import depth
 from .ligo_maps import COPY, Ligo
 from .operators import AUTO, AUTO_POST_NORM
-from .sizes import Sizes
+from .sizes import TargetSizes
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Growth(Sizes):
+class Growth(TargetSizes):
     """What `regraft grow` and `regraft plan` are asked: sizes or a target config `to`, operators, storage dtype."""
 
     to: str | None = None
@@ -41,24 +41,24 @@ class Growth(Sizes):
     dtype: str | None = None
     seed: int = 0
 
-    def chosen(self, source: Checkpoint) -> Growth:
+    def resolve_auto(self, source: Checkpoint) -> Growth:
         """With `auto` replaced by what trained best for such a model; a depth operator that was asked for stays."""
         if self.how != AUTOMATIC:
             return self
         if self.depth_how != "identity":
             return replace(self, how=AUTO[0])
-        quiet = depth.Quiet(source, source.anatomy.place(source.config))
+        quiet = depth.IdentityLayer(source, source.anatomy.place(source.config))
         width, deep = AUTO_POST_NORM if quiet.hands_on else AUTO
         return replace(self, how=width, depth_how=deep)
 
     @property
-    def asked(self) -> bool:
+    def has_requests(self) -> bool:
         """Whether anything but defaults is asked."""
         return self != Growth(seed=self.seed)
 
-    def exact(self, source: Checkpoint) -> bool:
+    def is_exact(self, source: Checkpoint) -> bool:
         """Whether every operator keeps the function."""
-        chosen = self.chosen(source)
+        chosen = self.resolve_auto(source)
         ways, deeper = set(re.split("[,=]", chosen.how)), self.layers is not None or self.to is not None
         return not {"aki", LEARNED, COPY} & ways and (not deeper or chosen.depth_how in depth.EXACT)
 
@@ -76,16 +76,16 @@ class Growth(Sizes):
             )
         for step in steps:
             source = step(source)
-        return stored(source, self.dtype) if self.dtype else source
+        return cast_checkpoint(source, self.dtype) if self.dtype else source
 
     def steps(self, source: Checkpoint) -> list[Callable[[Checkpoint], Checkpoint]]:
         """The growth steps in order."""
         if self.how == AUTOMATIC:
-            return self.chosen(source).steps(source)
+            return self.resolve_auto(source).steps(source)
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
-        asked = self.sized(steps[0](source) if steps else source)
+        asked = self.with_target_sizes(steps[0](source) if steps else source)
         if self.how == LEARNED and any(size is not None for size in asked.sizes.values()):
-            return [*steps, Learned(**asked.sizes, method=self.method(), seed=self.seed)]
+            return [*steps, Learned(**asked.sizes, method=self.ligo_options(), seed=self.seed)]
         if self.how == COPY and any(size is not None for size in asked.sizes.values()):
             if self.depth_how != "identity":
                 raise RegraftError(f"--how copy begins new layers at random: leave out --depth-how {self.depth_how}")
@@ -97,18 +97,18 @@ class Growth(Sizes):
             steps.append(Deepen(asked.layers, self.depth_how, self.seed))
         return steps
 
-    def method(self, **options: Any) -> Ligo:
+    def ligo_options(self, **options: Any) -> Ligo:
         """LiGO's options; `depth_how` other than its default is the order of layers that it begins with."""
         order = {} if self.depth_how == "identity" else {"depth": self.depth_how}
         return Ligo(**order | options)
 
-    def sized(self, source: Checkpoint) -> Growth:
+    def with_target_sizes(self, source: Checkpoint) -> Growth:
         """With the sizes of the target config, if there is one."""
         if self.to is None:
             return self
         if given := [f.name for f in fields(self)[:6] if getattr(self, f.name) is not None]:
             raise RegraftError(f"--to '{self.to}' gives all sizes: leave out --{given[0].replace('_', '-')}")
-        sizes = target_sizes(source, self.to)
+        sizes = read_target_sizes(source, self.to)
         heads = sizes["kv"] * sizes["group"]
         kv = None if "group" in source.anatomy.fixed else sizes["kv"]
         wide, deep = sizes["hidden"], sizes["depth"]
@@ -117,13 +117,13 @@ class Growth(Sizes):
         )
 
 
-def target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
+def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
     """Axis sizes of the config in a directory (or of a config.json). RegraftError when it is another kind of model."""
     file = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
     if not file.is_file():
         raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
     config = read_json(file)
-    anatomy = find(config)
+    anatomy = find_anatomy(config)
     if anatomy.family != source.anatomy.family:
         raise RegraftError(
             f"'{to}' is a {anatomy.family}, the source a {source.anatomy.family}: growth stays in a family, give a "
@@ -139,7 +139,7 @@ def target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
     return sizes
 
 
-def stored(checkpoint: Checkpoint, name: str) -> Checkpoint:
+def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
     """The same numbers stored in another dtype."""
     if name not in DTYPES:
         raise RegraftError(f"unknown --dtype '{name}': use one of {', '.join(DTYPES)}")

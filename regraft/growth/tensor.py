@@ -20,7 +20,7 @@ BLOCK = 1 << 18  # entries of noise that are drawn at a time
 
 
 @dataclass(frozen=True)
-class Side:
+class AxisGrowth:
     """How one axis of a tensor grows.
 
     `axis`: position in the tensor seen axis by axis. `reads`: the tensor reads this axis, so copies share. `fresh`:
@@ -36,7 +36,7 @@ class Side:
     turned: int = -1
 
 
-class Draw:
+class SeededRandom:
     """Random numbers that depend on a seed and a name only."""
 
     def __init__(self, seed: int, name: str):
@@ -63,12 +63,12 @@ class Draw:
         return torch.from_numpy(q * np.sign(np.diag(r)))
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def spread_of(value: Tensor) -> float:
+def estimate_std(value: Tensor) -> float:
     """Standard deviation, from at most SAMPLE entries evenly spaced; 1 when there is none."""
     flat = value.reshape(-1)
     if flat.numel() > SAMPLE:  # runs of neighbours, for every far jump costs a page
@@ -77,7 +77,9 @@ def spread_of(value: Tensor) -> float:
     return std or 1.0
 
 
-def grow(value: Tensor, sides: Sequence[Side], factor: float, draw: Draw, noise: float = 0.0) -> Tensor:
+def grow_tensor(
+    value: Tensor, sides: Sequence[AxisGrowth], factor: float, draw: SeededRandom, noise: float = 0.0
+) -> Tensor:
     """`value` seen axis by axis -> its grown form, stored in the same dtype.
 
     Copies are multiplied by `factor` and, on axes that are read, by their share. `noise`: standard deviation, relative
@@ -86,25 +88,25 @@ def grow(value: Tensor, sides: Sequence[Side], factor: float, draw: Draw, noise:
     noisy = [side for side in sides if noise and side.reads and side.expansion.copies != 1]
     shared = any(side.reads and not side.expansion.in_place for side in sides)
     computes = factor != 1.0 or shared or bool(noisy) or any(side.fresh in ("mean", "turn") for side in sides)
-    std = spread_of(value) * abs(factor)
-    out = value.to(wide(value.dtype)) * factor if computes else value
+    std = estimate_std(value) * abs(factor)
+    out = value.to(compute_dtype(value.dtype)) * factor if computes else value
     if all(side.expansion.in_place and side.fresh != "turn" for side in sides):
-        out = _behind(out, sides)
+        out = _place_old_first(out, sides)
         for side in sides:
-            _fill(out, side, std, draw)
+            _fill_new_coordinates(out, side, std, draw)
     else:
         for side in sides:
-            out = _extended(out, side, draw)
-            _fill(out, side, std, draw)
+            out = _extend_axis(out, side, draw)
+            _fill_new_coordinates(out, side, std, draw)
     for side in noisy:
         flat = out.view(-1, *out.shape[side.axis :])
-        for rows in flat.split(_rows(flat)):
-            rows += _silent(draw.uniform(rows.shape, noise * std, out.dtype), replace(side, axis=1))
-    _settle(out, sides)
+        for rows in flat.split(_rows_per_chunk(flat)):
+            rows += _cancel_noise(draw.uniform(rows.shape, noise * std, out.dtype), replace(side, axis=1))
+    _apply_zeros_and_means(out, sides)
     return out.to(value.dtype)
 
 
-def grow_moment(value: Tensor, sides: Sequence[Side], factor: float, power: int) -> Tensor:
+def grow_moment(value: Tensor, sides: Sequence[AxisGrowth], factor: float, power: int) -> Tensor:
     """Adam's mean of gradients (`power` 1) or of their squares (2) of a tensor under the same growth.
 
     An old entry stored as c times itself has 1/c of its gradient; a copy that is written has its readers' share of it,
@@ -115,35 +117,35 @@ def grow_moment(value: Tensor, sides: Sequence[Side], factor: float, power: int)
     table = []
     for side in sides:
         expansion = replace(side.expansion, share=side.expansion.share**power, pairs=False)
-        table.append(Side(side.axis, expansion, not side.reads))
-    out = grow(value, table, factor**-power, Draw(0, ""))
+        table.append(AxisGrowth(side.axis, expansion, not side.reads))
+    out = grow_tensor(value, table, factor**-power, SeededRandom(0, ""))
     for side in table if power == 2 else ():
-        if len(side.expansion.fresh):
-            out.index_fill_(side.axis, side.expansion.fresh, float(value.mean()) * factor**-power)
+        if len(side.expansion.new_coordinates):
+            out.index_fill_(side.axis, side.expansion.new_coordinates, float(value.mean()) * factor**-power)
     return out
 
 
-def _behind(value: Tensor, sides: Sequence[Side]) -> Tensor:
+def _place_old_first(value: Tensor, sides: Sequence[AxisGrowth]) -> Tensor:
     """Old values in front, on all axes at once; zeros behind where nothing else will be filled in."""
     shape = list(value.shape)
     for side in sides:
         shape[side.axis] = side.expansion.new
     out = value.new_empty(shape)
     for side in sides:
-        if side.fresh not in ("free", "one") and len(side.expansion.fresh):
+        if side.fresh not in ("free", "one") and len(side.expansion.new_coordinates):
             out.narrow(side.axis, side.expansion.old, side.expansion.new - side.expansion.old).zero_()
     out[tuple(slice(0, size) for size in value.shape)] = value
     return out
 
 
-def _extended(value: Tensor, side: Side, draw: Draw) -> Tensor:
+def _extend_axis(value: Tensor, side: AxisGrowth, draw: SeededRandom) -> Tensor:
     """One axis: copies with their shares, zeros or turned copies elsewhere."""
     expansion = side.expansion
     out = value.index_select(side.axis, expansion.index.clamp(min=0))
     shape = [-1 if axis == side.axis else 1 for axis in range(value.ndim)]
     if side.reads:
         out *= expansion.share.to(out.dtype).reshape(shape)
-    fresh = expansion.fresh
+    fresh = expansion.new_coordinates
     if side.fresh == "turn":
         for begin in range(0, len(fresh), expansion.old):
             turn = draw.rotation(value.shape[side.turned]).to(out.dtype)
@@ -154,9 +156,9 @@ def _extended(value: Tensor, side: Side, draw: Draw) -> Tensor:
     return out
 
 
-def _fill(out: Tensor, side: Side, std: float, draw: Draw) -> None:
+def _fill_new_coordinates(out: Tensor, side: AxisGrowth, std: float, draw: SeededRandom) -> None:
     """New coordinates of one axis: random numbers or ones."""
-    fresh = side.expansion.fresh
+    fresh = side.expansion.new_coordinates
     if not len(fresh):
         return
     if side.fresh == "one":
@@ -169,36 +171,36 @@ def _fill(out: Tensor, side: Side, std: float, draw: Draw) -> None:
             shape = [flat.shape[0], len(fresh), *flat.shape[2:]]
             flat.index_copy_(1, fresh, draw.uniform(shape, std, out.dtype))
     if side.expansion.pairs:
-        first, second = side.expansion.twin()
+        first, second = side.expansion.paired_coordinates()
         sign = -1 if side.reads else 1
         out.index_copy_(side.axis, second, sign * out.index_select(side.axis, first))
         if side.reads and len(fresh) % 2:
             out.index_fill_(side.axis, fresh[-1:], 0)
 
 
-def _silent(noise: Tensor, side: Side) -> Tensor:
+def _cancel_noise(noise: Tensor, side: AxisGrowth) -> Tensor:
     """N - N E R along an axis that is read: what copies hear of it sums to zero; new coordinates hear none."""
     expansion = side.expansion
     index = expansion.index.clamp(min=0)
     shape = [-1 if axis == side.axis else 1 for axis in range(noise.ndim)]
-    noise = noise.index_fill_(side.axis, expansion.fresh, 0)
+    noise = noise.index_fill_(side.axis, expansion.new_coordinates, 0)
     old = [expansion.old if axis == side.axis else size for axis, size in enumerate(noise.shape)]
     heard = noise.new_zeros(old).index_add_(side.axis, index, noise).index_select(side.axis, index)
     return noise.sub_(heard.mul_(expansion.share.to(noise.dtype).reshape(shape)))
 
 
-def _rows(value: Tensor) -> int:
+def _rows_per_chunk(value: Tensor) -> int:
     """Rows that are worked on at a time, so that copies stay small."""
     return max(1, BLOCK // max(1, value[0].numel()))
 
 
-def _settle(out: Tensor, sides: Sequence[Side]) -> None:
+def _apply_zeros_and_means(out: Tensor, sides: Sequence[AxisGrowth]) -> None:
     """Zeros win over what other axes filled in; averages come last."""
     for side in sides:
-        if side.fresh == "zero" and len(side.expansion.fresh) and len(sides) > 1:
-            out.index_fill_(side.axis, side.expansion.fresh, 0)
+        if side.fresh == "zero" and len(side.expansion.new_coordinates) and len(sides) > 1:
+            out.index_fill_(side.axis, side.expansion.new_coordinates, 0)
     for side in sides:
-        fresh = side.expansion.fresh
+        fresh = side.expansion.new_coordinates
         if side.fresh == "mean" and len(fresh):
             old = out.narrow(side.axis, 0, side.expansion.old)
             if side.weights is not None:

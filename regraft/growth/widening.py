@@ -14,9 +14,9 @@ from torch import Tensor
 from ..core.anatomy import Anatomy, Part
 from ..core.axes import Axes, Expansion, Signature, identity
 from ..core.checkpoint import Checkpoint
-from .tensor import Side
+from .tensor import AxisGrowth
 
-GROWS = ("hidden", "ffn", "kv", "group", "dim")
+GROWABLE_AXES = ("hidden", "ffn", "kv", "group", "dim")
 LIVE, DEAD = "live", "dead"
 
 
@@ -56,17 +56,17 @@ class Widening:
         return self.axes.get(name) or identity(self.source.sizes.get(axis, 1))
 
     @property
-    def hidden(self) -> Expansion:
+    def hidden_expansion(self) -> Expansion:
         """The expansion of the residual stream."""
         return self.expansion("hidden", "")
 
     @cached_property
-    def layer_norm(self) -> bool:
+    def has_layer_norm(self) -> bool:
         """Whether norms over the stream subtract the mean."""
         return any(p.norm and p.axes.kind == "bias" and "hidden" in p.axes.outputs[0] for p in self.parts)
 
     @cached_property
-    def full_norm(self) -> bool:
+    def has_full_qk_norm(self) -> bool:
         """Whether query and key norms run over all heads at once."""
         return any(p.norm and "kv" in p.axes.outputs[0] for p in self.parts)
 
@@ -76,42 +76,44 @@ class Widening:
         return list({id(s.part): s.part for s in self.anatomy.place(self.source.config).values()}.values())
 
     @cached_property
-    def tied(self) -> bool:
+    def has_tied_head(self) -> bool:
         """Whether the output embedding is the input embedding."""
         return ("embed.weight", None) in self.source.tensors and bool(
-            self.anatomy.filled(self.source.config).get("tie_word_embeddings")
+            self.anatomy.fill_defaults(self.source.config).get("tie_word_embeddings")
         )
 
     @property
-    def ratio(self) -> float:
+    def rms_ratio(self) -> float:
         """What the root mean square of the stream is divided by when old values are kept: sqrt(h' / (copies h))."""
-        return math.sqrt(self.hidden.new / ((self.hidden.copies or 1) * self.hidden.old))
+        return math.sqrt(self.hidden_expansion.new / ((self.hidden_expansion.copies or 1) * self.hidden_expansion.old))
 
-    def scale(self, stream: str) -> float:
+    def stream_scale(self, stream: str) -> float:
         """What values in a stream of hidden size are multiplied by."""
         if stream in ("stream", "branch"):
-            return self.ratio if self.fold == "stream" else 1.0
-        if stream == "head" and self.tied:
+            return self.rms_ratio if self.fold == "stream" else 1.0
+        if stream == "head" and self.has_tied_head:
             return 1 / self.embed_factor
         return 1.0
 
     @property
     def embed_factor(self) -> float:
         """What the stored embedding is multiplied by."""
-        rooted = math.sqrt(self.hidden.old / self.hidden.new) if self.family.embed_scale else 1.0
-        return self.scale("stream") * rooted
+        rooted = math.sqrt(self.hidden_expansion.old / self.hidden_expansion.new) if self.family.embed_scale else 1.0
+        return self.stream_scale("stream") * rooted
 
     @property
     def eps(self) -> float | None:
         """The norms' new epsilon, None when it stays."""
-        old = self.anatomy.filled(self.source.config).get(self.family.eps)
-        return float(old) / self.ratio**2 if self.fold == "eps" and self.ratio != 1 and old is not None else None
+        old = self.anatomy.fill_defaults(self.source.config).get(self.family.eps)
+        return (
+            float(old) / self.rms_ratio**2 if self.fold == "eps" and self.rms_ratio != 1 and old is not None else None
+        )
 
-    def softmax(self, layer: int) -> float:
+    def softmax_scale_ratio(self, layer: int) -> float:
         """Old softmax scale over the new one: what keys are multiplied by to make up for it."""
         scale = self.family.scale
-        before = scale(self.anatomy.filled(self.source.config), self.source.sizes["dim"], layer)
-        return before / scale(self.anatomy.filled(self.config), self.sizes["dim"], layer)
+        before = scale(self.anatomy.fill_defaults(self.source.config), self.source.sizes["dim"], layer)
+        return before / scale(self.anatomy.fill_defaults(self.config), self.sizes["dim"], layer)
 
 
 def kind_of(role: str) -> str:
@@ -119,12 +121,12 @@ def kind_of(role: str) -> str:
     return role.split(".")[-2] if "." in role else role
 
 
-def view(signature: Signature, output: Axes) -> list[str]:
+def tensor_axes(signature: Signature, output: Axes) -> list[str]:
     """The axes of one output of a tensor, output first."""
     return [axis for axis in (*output, *signature.inputs)]
 
 
-def factor(widening: Widening, role: str, part: Part, signature: Signature, layer: int | None) -> float:
+def weight_factor(widening: Widening, role: str, part: Part, signature: Signature, layer: int | None) -> float:
     """What the old entries of a tensor are multiplied by, shares of copies aside."""
     if role == "embed.weight":
         return widening.embed_factor
@@ -134,10 +136,10 @@ def factor(widening: Widening, role: str, part: Part, signature: Signature, laye
     if part.norm:
         if not hidden_out:
             return qk_gain(widening, kind_of(role), layer or 0)
-        return widening.scale(part.writes) / (widening.ratio if signature.kind == "gain" else 1.0)
-    value = widening.scale(part.writes) if hidden_out else 1.0
+        return widening.stream_scale(part.writes) / (widening.rms_ratio if signature.kind == "gain" else 1.0)
+    value = widening.stream_scale(part.writes) if hidden_out else 1.0
     if "hidden" in signature.inputs:
-        value /= widening.scale(part.reads)
+        value /= widening.stream_scale(part.reads)
     if kind_of(role) in ("q", "k") and role.startswith("attn."):
         value *= attention_factor(widening, kind_of(role), layer or 0)
     return value
@@ -148,7 +150,7 @@ def attention_factor(widening: Widening, kind: str, layer: int) -> float:
     growth = math.sqrt(widening.sizes["dim"] / widening.source.sizes["dim"])
     if widening.qk_norm == DEAD or (widening.qk_norm == LIVE and kind == "k"):
         return growth
-    return widening.softmax(layer) if kind == "k" and widening.qk_norm is None else 1.0
+    return widening.softmax_scale_ratio(layer) if kind == "k" and widening.qk_norm is None else 1.0
 
 
 def qk_gain(widening: Widening, kind: str, layer: int) -> float:
@@ -156,41 +158,41 @@ def qk_gain(widening: Widening, kind: str, layer: int) -> float:
     scale has to be made up for here, and the mean square of padded heads.
     """
     growth = math.sqrt(widening.sizes["dim"] / widening.source.sizes["dim"])
-    wanted = widening.softmax(layer)
+    wanted = widening.softmax_scale_ratio(layer)
     if widening.qk_norm == DEAD:
         return wanted / growth if kind == "k_norm" else 1 / growth
     return wanted / growth if kind == "k_norm" else 1.0
 
 
-def sides(
+def axis_growths(
     widening: Widening, role: str, part: Part, signature: Signature, output: Axes, layer: int | None
-) -> list[Side]:
+) -> list[AxisGrowth]:
     """How every axis of one output of a tensor grows."""
     table = []
-    for position, axis in enumerate(view(signature, output)):
-        expansion = widening.expansion(axis, role) if axis in GROWS else None
-        if expansion is None or expansion.identical:
+    for position, axis in enumerate(tensor_axes(signature, output)):
+        expansion = widening.expansion(axis, role) if axis in GROWABLE_AXES else None
+        if expansion is None or expansion.is_identity:
             continue
         reads = position >= len(output)
-        side = Side(position, expansion, reads)
+        side = AxisGrowth(position, expansion, reads)
         if reads:
-            table.append(_read(side))
+            table.append(_choose_read_init(side))
             continue
-        side = _written(widening, side, axis, role, part, signature, output)
+        side = _choose_written_init(widening, side, axis, role, part, signature, output)
         if side.fresh == "mean" and part.scaled:  # averages of what reaches the stream, whose new factors are one
             side = replace(side, weights=widening.source.tensors[part.scaled, layer].read)
         table.append(side)
     return table
 
 
-def _read(side: Side) -> Side:
+def _choose_read_init(side: AxisGrowth) -> AxisGrowth:
     free = side.expansion.free == "reads" or side.expansion.pairs
     return replace(side, fresh="free" if free else "zero")
 
 
-def _written(
-    widening: Widening, side: Side, axis: str, role: str, part: Part, signature: Signature, output: Axes
-) -> Side:
+def _choose_written_init(
+    widening: Widening, side: AxisGrowth, axis: str, role: str, part: Part, signature: Signature, output: Axes
+) -> AxisGrowth:
     """What new coordinates hold that a tensor writes."""
     kind = kind_of(role)
     if signature.kind == "scale":
@@ -200,11 +202,11 @@ def _written(
             return side
         return replace(side, fresh="zero" if signature.kind == "bias" else "one")
     if axis == "hidden":
-        average = widening.layer_norm and part.writes in ("stream", "branch")
+        average = widening.has_layer_norm and part.writes in ("stream", "branch")
         return replace(side, fresh="mean" if average else "zero")
     if widening.qk_norm and kind in ("q", "k") and axis == "dim":
-        return replace(side, fresh="turn", turned=output.index("dim")) if live(widening, kind) else side
-    if widening.full_norm and kind in ("q", "k") and axis in ("kv", "group"):
+        return replace(side, fresh="turn", turned=output.index("dim")) if has_rotated_copies(widening, kind) else side
+    if widening.has_full_qk_norm and kind in ("q", "k") and axis in ("kv", "group"):
         return replace(side, fresh="turn", turned=output.index("dim"))
     if signature.kind == "bias" or (axis == "dim" and kind == "k"):
         return side
@@ -212,14 +214,14 @@ def _written(
     return side if strict else replace(side, fresh="free")
 
 
-def live(widening: Widening, kind: str) -> bool:
+def has_rotated_copies(widening: Widening, kind: str) -> bool:
     """Whether new coordinates of a normed query or key hold turned copies."""
     return widening.qk_norm == LIVE and kind == "q"
 
 
-def head_gain(widening: Widening, count: int) -> Tensor:
+def tied_head_gain(widening: Widening, count: int) -> Tensor:
     """Uneven shares of copies that a tied head reads through the final norm's gain, (new,) float64."""
-    hidden = widening.hidden
+    hidden = widening.hidden_expansion
     order = torch.zeros(hidden.new, dtype=torch.float64)
     seen: dict[int, int] = {}
     for position, old in enumerate(hidden.index.tolist()):

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-ROOM = 4 << 20  # bytes staged at a time; a multiple of every block size
+BUFFER_BYTES = 4 << 20  # bytes staged at a time; a multiple of every block size
 
 
-class Direct:
+class DirectWriter:
     """Write-only binary file. Whole blocks of ROOM go straight to the disk, the rest when it is closed."""
 
     def __init__(self, path: Path):
@@ -23,44 +23,44 @@ class Direct:
             if error.errno != errno.EINVAL:
                 raise
             self.descriptor = os.open(path, flags, 0o666)
-        self.room = mmap.mmap(-1, ROOM)  # pages are aligned as O_DIRECT asks
+        self.room = mmap.mmap(-1, BUFFER_BYTES)  # pages are aligned as O_DIRECT asks
         self.filled = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes. OSError as from any file."""
         rest = memoryview(data)
         while len(rest):
-            count = min(len(rest), ROOM - self.filled)
+            count = min(len(rest), BUFFER_BYTES - self.filled)
             self.room[self.filled : self.filled + count] = rest[:count]
             self.filled += count
             rest = rest[count:]
-            if self.filled == ROOM:
-                self._empty()
+            if self.filled == BUFFER_BYTES:
+                self._flush()
 
-    def __enter__(self) -> Direct:
+    def __enter__(self) -> DirectWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if error is None:
-                self._buffered()
-                self._empty()
+                self._switch_to_buffered()
+                self._flush()
         finally:
             os.close(self.descriptor)
             self.room.close()
 
-    def _empty(self) -> None:
+    def _flush(self) -> None:
         with memoryview(self.room) as room:
             done = 0
             while done < self.filled:
                 try:
                     done += os.write(self.descriptor, room[done : self.filled])
                 except OSError as error:  # file systems that take the flag and then refuse, or short writes
-                    if error.errno != errno.EINVAL or not self._buffered():
+                    if error.errno != errno.EINVAL or not self._switch_to_buffered():
                         raise
         self.filled = 0
 
-    def _buffered(self) -> bool:
+    def _switch_to_buffered(self) -> bool:
         """Go on through the page cache, where any length may be written; whether that changed anything."""
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         direct = flags & getattr(os, "O_DIRECT", 0)

@@ -17,7 +17,7 @@ STEP = {"step": "FromGGUF", "arguments": {}}
 log = logging.getLogger("regraft")
 
 
-def file_in(path: Path) -> Path | None:
+def find_gguf_file(path: Path) -> Path | None:
     """The GGUF file that `path` means: itself, or the only one of a directory; None for one with config.json."""
     if path.is_file():
         with open(path, "rb") as stream:
@@ -30,28 +30,30 @@ def file_in(path: Path) -> Path | None:
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         raise RegraftError(f"'{path}' holds {len(files)} GGUF files: name one, such as '{files[0]}'")
-    return file_in(files[0]) if files else None
+    return find_gguf_file(files[0]) if files else None
 
 
-def home() -> Path:
+def cache_folder() -> Path:
     """The cache folder: REGRAFT_CACHE, or ~/.cache/regraft."""
     return Path(os.environ.get("REGRAFT_CACHE") or Path.home() / ".cache" / "regraft")
 
 
-def cached(file: Path) -> Path | None:
+def find_converted(file: Path) -> Path | None:
     """The converted directory of a GGUF file when there is one already."""
-    folder = home() / "gguf" / sha256(file)
+    folder = cache_folder() / "gguf" / sha256(file)
     return folder if (folder / "config.json").is_file() else None
 
 
-def config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     """The Hugging Face config of a GGUF file, from its header."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         header = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # the readers raise anything on a damaged header
-        raise RegraftError(f"cannot read the header of '{file}' ({_line(error)}): fetch the file again") from error
+        raise RegraftError(
+            f"cannot read the header of '{file}' ({_format_error(error)}): fetch the file again"
+        ) from error
     found: dict[str, Any] = {key: value for key, value in header.to_dict().items() if key != "quantization_config"}
     if not found.get("architectures") and type(header) in AutoModelForCausalLM._model_mapping:
         found["architectures"] = [AutoModelForCausalLM._model_mapping[type(header)].__name__]  # what it is loaded as
@@ -60,7 +62,7 @@ def config(file: Path) -> dict[str, Any]:
 
 def check_size(file: Path, parameters: int) -> None:
     """RegraftError when a GGUF file is cut short or does not hold as many numbers as the model has parameters."""
-    reader = _reader(file)
+    reader = _open_reader(file)
     held = sum(int(tensor.n_elements) for tensor in reader.tensors)
     spare = sum(
         int(tensor.n_elements) for tensor in reader.tensors if tensor.name in ("output.weight", "rope_freqs.weight")
@@ -71,7 +73,7 @@ def check_size(file: Path, parameters: int) -> None:
         )
 
 
-def _reader(file: Path) -> Any:
+def _open_reader(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -79,24 +81,26 @@ def _reader(file: Path) -> Any:
     try:
         return GGUFReader(file)
     except Exception as error:  # the reader raises ValueError, KeyError, IndexError, ... on a damaged file
-        raise RegraftError(f"'{file}' is cut short or damaged ({_line(error)}): fetch the file again") from error
+        raise RegraftError(
+            f"'{file}' is cut short or damaged ({_format_error(error)}): fetch the file again"
+        ) from error
 
 
-def converted(file: Path) -> Path:
+def convert_once(file: Path) -> Path:
     """Convert a GGUF file once to float32 safetensors in the cache (about 20 s for 135 M parameters); the directory.
 
     Another process that converts the same file is waited for.
     """
-    if folder := cached(file):
+    if folder := find_converted(file):
         return folder
-    _reader(file)
-    folder = home() / "gguf" / sha256(file)
+    _open_reader(file)
+    folder = cache_folder() / "gguf" / sha256(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        return cached(file) or _written(file, folder)
+        return find_converted(file) or _write_converted(file, folder)
 
 
-def _written(file: Path, folder: Path) -> Path:
+def _write_converted(file: Path, folder: Path) -> Path:
     """The converted directory, made anew."""
     log.info("converting %s once, into %s", file, folder)
     with shard_writer.new_directory(folder, overwrite=True) as partial:
@@ -106,9 +110,9 @@ def _written(file: Path, folder: Path) -> Path:
             raise
         except Exception as error:  # whatever the loader raises on weights it cannot dequantise
             raise RegraftError(
-                f"cannot convert '{file}' ({_line(error)}): fetch it again or convert it elsewhere"
+                f"cannot convert '{file}' ({_format_error(error)}): fetch it again or convert it elsewhere"
             ) from error
-        _record(file, partial.path)
+        _write_lineage(file, partial.path)
     return folder
 
 
@@ -124,7 +128,7 @@ def _convert(file: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(**place).save_pretrained(target)
 
 
-def _record(file: Path, folder: Path) -> None:
+def _write_lineage(file: Path, folder: Path) -> None:
     family = read_json(folder / "config.json")["model_type"]
     digest = sha256(file)
     source = {"path": str(file.resolve()), "family": family, "files": {file.name: digest}, "sha256": digest}
@@ -133,5 +137,5 @@ def _record(file: Path, folder: Path) -> None:
     write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
 
 
-def _line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]

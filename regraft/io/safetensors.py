@@ -22,7 +22,7 @@ HEADER_LIMIT = 100_000_000
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file: `dtype` as safetensors spells it."""
 
     file: Path
@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if (folder / INDEX).exists():
-        names = sorted(set(_index(folder).values()))
+        names = sorted(set(_read_index(folder).values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise RegraftError(f"'{folder}' lacks shard '{missing[0]}' that {INDEX} lists: fetch it")
         return [folder / name for name in names]
@@ -71,25 +71,25 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path) -> dict[str, str]:
     table = read_json(folder / INDEX).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise RegraftError(f"'{folder / INDEX}' has no weight_map of tensor to file: fetch it again")
     return table
 
 
-def entries(folder: Path) -> dict[str, Entry]:
+def read_entries(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a model directory by name, from the headers alone."""
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     files = weight_files(folder)
     for file in files:
-        for entry in header(file):
+        for entry in read_header(file):
             if entry.name in found:
                 raise RegraftError(
                     f"tensor '{entry.name}' is in '{found[entry.name].file}' and in '{file}': remove one"
                 )
             found[entry.name] = entry
-    listed = _index(folder) if files[0].name != "model.safetensors" else {}
+    listed = _read_index(folder) if files[0].name != "model.safetensors" else {}
     if missing := sorted(set(listed) - set(found)):
         raise RegraftError(
             f"'{folder / listed[missing[0]]}' lacks tensor '{missing[0]}' that {INDEX} lists: fetch it again"
@@ -97,7 +97,7 @@ def entries(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def header(file: Path) -> list[Entry]:
+def read_header(file: Path) -> list[TensorEntry]:
     """The header of a safetensors file, checked against the file's size."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -108,7 +108,7 @@ def header(file: Path) -> list[Entry]:
     try:
         table = json.loads(raw)
         rows = {name: row for name, row in table.items() if name != "__metadata__"}
-        found = [Entry(file, name, row["dtype"], tuple(row["shape"])) for name, row in rows.items()]
+        found = [TensorEntry(file, name, row["dtype"], tuple(row["shape"])) for name, row in rows.items()]
         spans = sorted(tuple(row["data_offsets"]) for row in rows.values())
         bytes_of = {name: math.prod(row["shape"]) * WIDTHS.get(row["dtype"], 0) for name, row in rows.items()}
         fits = all(
@@ -128,7 +128,7 @@ def header(file: Path) -> list[Entry]:
     return found
 
 
-def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+def group_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in order, grouped so that a group holds at most `limit` bytes or one tensor."""
     groups: list[list[str]] = [[]]
     filled = 0

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from ..errors import RegraftError
 from . import safetensors
-from .direct_io import Direct
+from .direct_io import DirectWriter
 from .files import sync, write_json
 from .linux import exchange_paths
 
 if TYPE_CHECKING:
-    from ..core.checkpoint import Lazy
+    from ..core.checkpoint import LazyTensor
 
 STATE = ".regraft.json"
 NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Partial:
+class PartialDirectory:
     """A directory that is being filled. `done`: the sha256 of every finished file, those of an earlier run included."""
 
     path: Path
@@ -50,38 +50,38 @@ class Partial:
 
     def begin(self) -> None:
         """Keep the files that an earlier run of the same fingerprint finished; remove everything else."""
-        known = self._known(self.fingerprint) if self.fingerprint else {}
+        known = self._read_finished(self.fingerprint) if self.fingerprint else {}
         self.done = {name: digest for name, digest in known.items() if (self.path / name).is_file()}
         for path in self.path.iterdir():
             if path.name not in self.done:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self.done and self.fingerprint:
             log.info("going on in %s: %d files are finished", self.path, len(self.done))
-            self._note(self.fingerprint())
+            self._write_state(self.fingerprint())
 
-    def finish(self, name: str, digest: str) -> None:
+    def finish_file(self, name: str, digest: str) -> None:
         """Flush `name`.part to disk, note its hash, and give it its name."""
         sync(self.path / f"{name}.part")
         self.done[name] = digest
         if self.fingerprint:
-            self._note(self.fingerprint())
+            self._write_state(self.fingerprint())
         (self.path / f"{name}.part").rename(self.path / name)
 
-    def _known(self, fingerprint: Callable[[], str]) -> dict[str, str]:
+    def _read_finished(self, fingerprint: Callable[[], str]) -> dict[str, str]:
         try:
             state = json.loads((self.path / STATE).read_bytes())
             return dict(state["files"]) if state["fingerprint"] == fingerprint() else {}
         except (OSError, ValueError, TypeError, KeyError):
             return {}
 
-    def _note(self, fingerprint: str) -> None:
+    def _write_state(self, fingerprint: str) -> None:
         write_json(self.path / STATE, {"fingerprint": fingerprint, "files": self.done})
 
 
 @contextmanager
 def new_directory(
     target: Path, overwrite: bool = False, fingerprint: Callable[[], str] | None = None
-) -> Iterator[Partial]:
+) -> Iterator[PartialDirectory]:
     """A hidden sibling to fill, which becomes `target` when the block ends well.
 
     When it does not, everything written is removed and its space given back, except after Ctrl-C (or a kill) of a run
@@ -96,8 +96,8 @@ def new_directory(
             f"'{target}' exists and is not a model directory, so it is not overwritten: choose another output"
         )
     try:
-        with _claimed(target.parent / f".{target.name}.partial") as path:
-            partial = Partial(path, fingerprint)
+        with _claim_directory(target.parent / f".{target.name}.partial") as path:
+            partial = PartialDirectory(path, fingerprint)
             try:
                 partial.begin()
                 yield partial
@@ -111,7 +111,7 @@ def new_directory(
 
 
 @contextmanager
-def _claimed(path: Path) -> Iterator[Path]:
+def _claim_directory(path: Path) -> Iterator[Path]:
     """A directory of this name that no other run writes into."""
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -146,13 +146,13 @@ def _publish(path: Path, target: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> None:
+def write_weights(partial: PartialDirectory, tensors: Mapping[str, LazyTensor], limit: int) -> None:
     """Write safetensors shards of at most `limit` bytes, or of one tensor; finished ones are left as they are.
 
     Two tensors are in memory at a time: while one is computed, the one before is hashed and written past the page
     cache, and the shard before is flushed to disk.
     """
-    groups = safetensors.shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
+    groups = safetensors.group_shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
     left = [(file, names) for file, names in zip(files, groups, strict=True) if file not in partial.done]
     check_space(partial.path, sum(tensors[name].bytes for _, names in left for name in names))
@@ -162,7 +162,7 @@ def write_weights(partial: Partial, tensors: Mapping[str, Lazy], limit: int) -> 
             digest = _write_shard(partial.path / f"{file}.part", {name: tensors[name] for name in names}, workers)
             if last:
                 last.result()
-            last = finisher.submit(partial.finish, file, digest)
+            last = finisher.submit(partial.finish_file, file, digest)
         if last:
             last.result()
     if len(groups) > 1:
@@ -194,7 +194,7 @@ def check_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes to write, {free:,} free")
 
 
-def file_head(tensors: Mapping[str, Lazy]) -> tuple[bytes, list[str]]:
+def file_head(tensors: Mapping[str, LazyTensor]) -> tuple[bytes, list[str]]:
     """The first bytes of a safetensors file, as safetensors itself writes them, and the order of the tensors in it."""
     order = sorted(tensors, key=lambda name: (ORDER.index(tensors[name].dtype), name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -208,25 +208,25 @@ def file_head(tensors: Mapping[str, Lazy]) -> tuple[bytes, list[str]]:
     return len(text).to_bytes(8, "little") + text, order
 
 
-def _write_shard(file: Path, tensors: Mapping[str, Lazy], workers: ThreadPoolExecutor) -> str:
+def _write_shard(file: Path, tensors: Mapping[str, LazyTensor], workers: ThreadPoolExecutor) -> str:
     """Write one file; its sha256."""
     head, order = file_head(tensors)
     digest = hashlib.sha256()
-    with Direct(file) as stream:
-        last = _put(memoryview(head), stream, digest, workers)
+    with DirectWriter(file) as stream:
+        last = _submit_write(memoryview(head), stream, digest, workers)
         try:
             for name in order:
-                data = _bytes_of(name, tensors[name])
-                _settled(last)
-                last = _put(data, stream, digest, workers)
+                data = _read_bytes(name, tensors[name])
+                _raise_errors(last)
+                last = _submit_write(data, stream, digest, workers)
                 del data
         finally:
             wait(last)
-        _settled(last)
+        _raise_errors(last)
     return digest.hexdigest()
 
 
-def _bytes_of(name: str, lazy: Lazy) -> memoryview:
+def _read_bytes(name: str, lazy: LazyTensor) -> memoryview:
     value: Tensor = lazy.read()
     if tuple(value.shape) != tuple(lazy.shape) or value.dtype != lazy.dtype:
         raise RegraftError(
@@ -236,10 +236,12 @@ def _bytes_of(name: str, lazy: Lazy) -> memoryview:
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _put(data: memoryview, stream: Direct, digest: hashlib._Hash, workers: ThreadPoolExecutor) -> list[Future[None]]:
+def _submit_write(
+    data: memoryview, stream: DirectWriter, digest: hashlib._Hash, workers: ThreadPoolExecutor
+) -> list[Future[None]]:
     return [workers.submit(stream.write, data), workers.submit(digest.update, data)]
 
 
-def _settled(futures: list[Future[None]]) -> None:
+def _raise_errors(futures: list[Future[None]]) -> None:
     for future in futures:
         future.result()

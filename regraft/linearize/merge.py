@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.anatomy import Key
-from ..core.checkpoint import Checkpoint, Lazy, Story
-from ..core.step import entry
+from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
+from ..core.step import step_entry
 from ..errors import RegraftError
 
 
@@ -27,50 +27,52 @@ class Merge:
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The merged checkpoint."""
         specs = source.config.get("mixers") or []
-        where = [_unmerged(spec) for spec in specs]
+        where = [_find_unmerged(spec) for spec in specs]
         if all(prefix is None for prefix in where):
             raise RegraftError(f"'{source.origin}' has no t2r layer to merge: linearize with --mixer t2r, then train")
         for number, prefix in enumerate(where):
             if prefix is not None and (epsilon := source.config["attention"][number]["qk_norm"]) is not None:
                 raise RegraftError(f"layer {number} norms queries and keys (epsilon {epsilon}) before the map: keep it")
-        config = {**source.config, "mixers": [_merged(spec) for spec in specs]}
-        tensors: dict[Key, Lazy] = {}
+        config = {**source.config, "mixers": [_merge_spec(spec) for spec in specs]}
+        tensors: dict[Key, LazyTensor] = {}
         names: dict[Key, str] = {}
         for (role, layer), spot in source.anatomy.place(config).items():
             prefix = where[layer] if layer is not None else None
             stem, _, kind = role.rpartition(".")
             names[role, layer] = spot.name
             if prefix is not None and stem in (f"mixer.{prefix}qkv.q", f"mixer.{prefix}qkv.k"):
-                tensors[role, layer] = _through(source, layer, f"mixer.{prefix}", stem, kind, spot.shape)
+                tensors[role, layer] = _compose_with_map(source, layer, f"mixer.{prefix}", stem, kind, spot.shape)
             else:
                 tensors[role, layer] = source.tensors[role, layer]
-        history = (*source.history, entry(self))
+        history = (*source.history, step_entry(self))
         return replace(source, config=config, tensors=tensors, names=names, history=history)
 
 
-def _unmerged(spec: dict[str, Any] | None) -> str | None:
+def _find_unmerged(spec: dict[str, Any] | None) -> str | None:
     """Where a spec has a map to merge: "" on top, "linear." in its branch of that name; None where it has none."""
     if spec is None or spec["name"] == "t2r":
         return "" if spec and not spec.get("merged") else None
-    inner = ((name, _unmerged(value)) for name, value in spec.items() if isinstance(value, dict))
+    inner = ((name, _find_unmerged(value)) for name, value in spec.items() if isinstance(value, dict))
     return next((f"{name}.{prefix}" for name, prefix in inner if prefix is not None), None)
 
 
-def _merged(spec: Any) -> Any:
+def _merge_spec(spec: Any) -> Any:
     """The spec with its map merged; RegraftError from the mixer where that cannot be."""
     if not isinstance(spec, dict):
         return spec
-    inner = {name: _merged(value) for name, value in spec.items()}
+    inner = {name: _merge_spec(value) for name, value in spec.items()}
     return inner | {"merged": True} if spec["name"] == "t2r" else inner
 
 
-def _through(source: Checkpoint, layer: int | None, mixer: str, stem: str, kind: str, shape: tuple[int, ...]) -> Lazy:
+def _compose_with_map(
+    source: Checkpoint, layer: int | None, mixer: str, stem: str, kind: str, shape: tuple[int, ...]
+) -> LazyTensor:
     """A projection's weight or bias followed by the map, head by head."""
     maps, offset = source.tensors[f"{mixer}map", layer], source.tensors[f"{mixer}map_bias", layer]
     before = source.tensors.get((f"{stem}.{kind}", layer))
     used = [maps, *([before] if before else []), *([offset] if kind == "bias" else [])]
 
-    def read() -> Tensor:
+    def compute() -> Tensor:
         table = maps.read().double()  # (states, features, dim)
         value = torch.zeros(shape, dtype=torch.float64)
         if before is not None:
@@ -84,4 +86,4 @@ def _through(source: Checkpoint, layer: int | None, mixer: str, stem: str, kind:
         return value.to(maps.dtype)
 
     names = tuple(name for lazy in used for name in lazy.story.sources)
-    return Lazy(shape, maps.dtype, Story("grown", names, "the feature map times the projection"), read)
+    return LazyTensor(shape, maps.dtype, Provenance("grown", names, "the feature map times the projection"), compute)

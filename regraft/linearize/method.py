@@ -15,7 +15,7 @@ from ..train.stage import Stage
 
 
 @dataclass(frozen=True)
-class Leg:
+class StageShare:
     """One stage: its kind, its share of all tokens, rows `longer` than the first length by this factor, and further
     fields of a Stage."""
 
@@ -33,7 +33,7 @@ class Method:
     """
 
     remix: Remix
-    legs: tuple[Leg, ...]
+    legs: tuple[StageShare, ...]
     calibration: int = 0
     unmeasured: str | None = None
 
@@ -42,9 +42,9 @@ class Method:
 
     def stages(self, tokens: int, length: int = 1024, batch: int = 1) -> list[Stage]:
         """The stages on a budget, in whole steps; RegraftError when a stage has not one step."""
-        return [Stage(**words) for words in self.words(tokens, length, batch)]
+        return [Stage(**words) for words in self.stage_fields(tokens, length, batch)]
 
-    def words(self, tokens: int, length: int = 1024, batch: int = 1) -> list[dict[str, Any]]:
+    def stage_fields(self, tokens: int, length: int = 1024, batch: int = 1) -> list[dict[str, Any]]:
         """What `stages` says of each stage, the rest being a Stage's defaults."""
         made = []
         for leg in self.legs:
@@ -59,7 +59,7 @@ class Method:
             made.append({"kind": leg.kind, "tokens": steps * step, "length": size, "batch": batch, **leg.fields})
         return made
 
-    def changed(self, **given: Any) -> Method:
+    def with_remix(self, **given: Any) -> Method:
         """With these fields of its Remix instead; None leaves one as it is. A mixer's options go with the mixer."""
         given = {key: value for key, value in given.items() if value is not None}
         if given.get("mixer", self.remix.mixer) != self.remix.mixer:
@@ -67,31 +67,31 @@ class Method:
         unmeasured = None if "keep" in given else self.unmeasured
         return dataclasses.replace(self, remix=dataclasses.replace(self.remix, **given), unmeasured=unmeasured)
 
-    def untold(self) -> tuple[Method, list[str]]:
+    def without_text(self) -> tuple[Method, list[str]]:
         """(the method without text to measure layers on, what to tell about that)."""
         if self.unmeasured is None:
             return self, []
         note = f"--keep {self.unmeasured} here; linearize with --data measures which layers to keep ({self.remix.keep})"
-        return self.changed(keep=self.unmeasured), [note]
+        return self.with_remix(keep=self.unmeasured), [note]
 
 
-def names() -> list[str]:
+def list_methods() -> list[str]:
     """Every method's name: the files of this folder."""
     package = importlib.import_module("regraft.linearize.methods")
     return [module.name for module in pkgutil.iter_modules(package.__path__)]
 
 
-def find(name: str) -> Method:
+def find_method(name: str) -> Method:
     """The method called `name`; RegraftError names the known ones."""
-    if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
+    if name not in list_methods():
+        close = difflib.get_close_matches(name, list_methods(), n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise RegraftError(f"unknown method '{name}': {hint}use one of {', '.join(names())}")
+        raise RegraftError(f"unknown method '{name}': {hint}use one of {', '.join(list_methods())}")
     made: Method = importlib.import_module(f"regraft.linearize.methods.{name}").method
     return made
 
 
-def filled(fields: dict[str, Any]) -> dict[str, Any]:
+def expand_method(fields: dict[str, Any]) -> dict[str, Any]:
     """A recipe's mapping with `method`, `tokens`, `length` and `batch` spelt out as remix, calibration and stages; what
     the recipe says itself stays."""
     if "method" not in fields:
@@ -102,18 +102,20 @@ def filled(fields: dict[str, Any]) -> dict[str, Any]:
         raise RegraftError(f"remix is {remix!r}: give keys with values, such as keep: none")
     if "stages" not in rest and not isinstance(fields.get("tokens"), int):
         raise RegraftError(f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}")
-    method = find(fields["method"]).changed(**remix)
+    method = find_method(fields["method"]).with_remix(**remix)
     sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
     made = {"remix": dataclasses.asdict(method.remix), "calibration": method.calibration}
-    stages = {} if "stages" in rest else {"stages": method.words(fields["tokens"], **sizes)}
+    stages = {} if "stages" in rest else {"stages": method.stage_fields(fields["tokens"], **sizes)}
     return made | stages | rest
 
 
-def spelt(words: dict[str, Any], tokens: int, length: int, batch: int) -> dict[str, Any]:
+def expand_method_block(words: dict[str, Any], tokens: int, length: int, batch: int) -> dict[str, Any]:
     """The same for a block that has a Remix's fields, `calibration` and `stages` side by side, as an arm's `linear`."""
     if "method" not in words:
         return words
     rest = {key: value for key, value in words.items() if key in ("calibration", "stages")}
-    method = find(words["method"]).changed(**{k: v for k, v in words.items() if k not in rest and k != "method"})
-    stages = {} if "stages" in rest else {"stages": method.words(tokens, length, batch)}
+    method = find_method(words["method"]).with_remix(
+        **{k: v for k, v in words.items() if k not in rest and k != "method"}
+    )
+    stages = {} if "stages" in rest else {"stages": method.stage_fields(tokens, length, batch)}
     return dataclasses.asdict(method.remix) | {"calibration": method.calibration} | stages | rest

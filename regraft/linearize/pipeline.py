@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
-from ..data.corpus import Text, Texts
+from ..data.corpus import Text, TextMixture
 from ..data.packing import pack
 from ..data.rows import Table
 from ..errors import RegraftError
@@ -24,23 +24,23 @@ from ..mixers.remix import Remix
 from ..progress import Ticker
 from ..train import fsdp, loop
 from ..train.ledger import COSTS
-from ..train.monitor import USUAL, Watching
-from ..train.session import calibrated, save_trained, training_rows
+from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
+from ..train.session import calibrate_once, save_trained, training_rows
 from ..train.stage import LAYERWISE, Stage
 from . import select_layers
 from .methods import Method
 
 WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
-ASKED = "asked.json"
+REQUEST_FILE = "asked.json"
 Limit = Callable[[int], float | None]
 
 
-def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | None, ticker: Ticker) -> Remix:
+def choose_layers(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | None, ticker: Ticker) -> Remix:
     """`remix` with its layers chosen, by measurement where it names a rule; see `choosing`.
 
     `rows`: packed text by length (None: Python's own documentation, without what is held out of it).
     """
-    if select_layers.asked(remix.keep) is None:
+    if select_layers.parse_keep(remix.keep) is None:
         return remix
     if rows is None:
         tokenizer = modeling.load_tokenizer(source.path)
@@ -50,12 +50,12 @@ def converted(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | N
         table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))
     except RegraftError as error:
         raise RegraftError(f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)") from None
-    picked = table[loop.shuffled(len(table), min(WINDOWS, len(table)), remix.seed)]
-    batches = loop.batches(table, WINDOWS, remix.seed + 1)
-    return select_layers.resolved(source, remix, select_layers.Bench(picked, batches, ticker.update))
+    picked = table[loop.shuffled_indices(len(table), min(WINDOWS, len(table)), remix.seed)]
+    batches = loop.calibration_batches(table, WINDOWS, remix.seed + 1)
+    return select_layers.resolve_keep(source, remix, select_layers.SelectionData(picked, batches, ticker.update))
 
 
-def uptrained(
+def train_linearized(
     source: Checkpoint,
     folder: Path,
     teacher: Callable[[], PreTrainedModel],
@@ -66,7 +66,7 @@ def uptrained(
     ticker: Ticker,
     seed: int = 0,
     limit: Limit = lambda stage: None,
-    watching: Watching = USUAL,
+    watching: MonitorConfig = DEFAULT_MONITORING,
 ) -> dict[str, Any]:
     """Calibrate the linearized model in `folder` on so many tokens, train it and put it into `out`; the ledger, whose
     `start` is what came before the stages: choosing layers and the closed form, each with tokens, FLOPs and seconds.
@@ -76,34 +76,36 @@ def uptrained(
     """
     checkpoint, work = Checkpoint.open(folder), out / "work"
     length = stages[0].length if stages else LENGTH
-    batches = loop.batches(rows(length), calibration // length, seed) if calibration else []
+    batches = loop.calibration_batches(rows(length), calibration // length, seed) if calibration else []
     layerwise = any(stage.kind in LAYERWISE for stage in stages)
-    over = fsdp.mesh() if distributed.world() > 1 else None
+    over = fsdp.build_mesh() if distributed.world_size() > 1 else None
     if over is not None:  # the closed-form start is made by the first process, of whole models
 
         def begin() -> None:
             whole = teacher()
-            calibrated(modeling.materialize(checkpoint), whole, modeling.slots(whole, source), batches, work, ticker)
+            calibrate_once(
+                modeling.materialize(checkpoint), whole, modeling.slots(whole, source), batches, work, ticker
+            )
 
-        distributed.once(begin)
-    student = fsdp.load(checkpoint, over, layerwise)
-    guide = fsdp.load(source, over) if over is not None else teacher()
+        distributed.on_rank0(begin)
+    student = fsdp.load_sharded(checkpoint, over, layerwise)
+    guide = fsdp.load_sharded(source, over) if over is not None else teacher()
     slots = modeling.slots(guide, source)
-    spent = calibrated(student, guide, slots, batches, work, ticker)
+    spent = calibrate_once(student, guide, slots, batches, work, ticker)
     if over is None:
         student, guide = student.to(distributed.device()), guide.to(distributed.device())
 
     facts = {"source": str(source.path), "seed": seed, "stages": [dataclasses.asdict(stage) for stage in stages]}
-    with watching.over(out, ticker, facts) as watched:
+    with watching.monitor(out, ticker, facts) as watched:
         ledger = loop.train(loop.Run(student, stages, rows, out, guide, slots, seed=seed, limit=limit, **watched))
-    ledger["start"] = start(checkpoint, spent)
+    ledger["start"] = start_costs(checkpoint, spent)
     save_trained(checkpoint, student, stages, ledger, out)
     if over is None:
         guide.to("cpu")  # it may be measured beside others, which is done there
     return ledger
 
 
-def start(linearized: Checkpoint, calibration: dict[str, Any] | None) -> list[dict[str, Any]]:
+def start_costs(linearized: Checkpoint, calibration: dict[str, Any] | None) -> list[dict[str, Any]]:
     """What was spent before training, in rows like those of a ledger's stages."""
     remix = remix_of(linearized)
     chosen = remix.scores if remix else {}
@@ -111,7 +113,7 @@ def start(linearized: Checkpoint, calibration: dict[str, Any] | None) -> list[di
     return rows + ([{"kind": "closed form", **calibration}] if calibration else [])
 
 
-def carry_out(
+def run_method(
     source: Checkpoint,
     method: Method,
     out: Path,
@@ -120,14 +122,14 @@ def carry_out(
     seed: int,
     ticker: Ticker,
     overwrite: bool = False,
-    watching: Watching = USUAL,
+    watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
 ) -> tuple[Remix, dict[str, Any]]:
     """A method from end to end: (what was replaced, the ledger); called again it goes on where it was.
 
     RegraftError when `out` holds a finished model, which `overwrite` deletes, or another conversion.
     """
-    distributed.once(lambda: str(source.path))  # a GGUF file is converted by one process
+    distributed.on_rank0(lambda: str(source.path))  # a GGUF file is converted by one process
     work = out / "work"
     facts: dict[str, Any] = {
         "source": str(source.path),
@@ -138,28 +140,30 @@ def carry_out(
     }
     if source.path.resolve().is_relative_to(out.resolve()):
         raise RegraftError(f"'{out}' holds the source, which is read while the result is made: choose another output")
-    distributed.once(lambda: claim(out, facts, overwrite))
+    distributed.on_rank0(lambda: claim(out, facts, overwrite))
     rows = text_rows(source, data, ticker, max((stage.tokens for stage in stages), default=0), work / "text", cache)
     linear = work / "linearized"
 
     def convert() -> None:
         if not (linear / "config.json").exists():
-            converted(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
+            choose_layers(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
 
-    distributed.once(convert)
+    distributed.on_rank0(convert)
     remix = remix_of(Checkpoint.open(linear))
     assert remix is not None
     ticker.start("training")
     whole = partial(modeling.materialize, source)
-    ledger = uptrained(source, linear, whole, rows, stages, method.calibration, out, ticker, seed, watching=watching)
+    ledger = train_linearized(
+        source, linear, whole, rows, stages, method.calibration, out, ticker, seed, watching=watching
+    )
     ledger["text"] = rows.facts()
 
     def clean_up() -> None:
         for folder in (work, out / "run"):
             shutil.rmtree(folder, ignore_errors=True)
-        (out / ASKED).unlink(missing_ok=True)
+        (out / REQUEST_FILE).unlink(missing_ok=True)
 
-    distributed.once(clean_up)
+    distributed.on_rank0(clean_up)
     return remix, ledger
 
 
@@ -170,7 +174,7 @@ def text_rows(
     need: int = 0,
     own: Path | None = None,
     cache: Path | None = None,
-) -> Texts:
+) -> TextMixture:
     """Rows of a text by length, in the source's tokens."""
     return training_rows([data], modeling.load_tokenizer(source.path), need, own, cache, ticker.update)
 
@@ -181,11 +185,11 @@ def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
         shutil.rmtree(out)
     if (out / "config.json").exists():
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to begin again")
-    theirs = read_json_if_exists(out / ASKED)
+    theirs = read_json_if_exists(out / REQUEST_FILE)
     if theirs is None and out.exists() and any(out.iterdir()):
         raise RegraftError(f"{out} exists and holds no conversion: choose another folder or delete it")
     other = next((key for key in facts if theirs is not None and theirs.get(key) != facts[key]), None)
     if theirs is not None and other:
         raise RegraftError(f"{out} holds a conversion with another {other}: choose another folder or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / ASKED, facts)
+    write_json(out / REQUEST_FILE, facts)

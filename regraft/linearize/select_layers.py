@@ -25,15 +25,15 @@ from ..evaluation.perplexity import Candidate, Score, measure, window_logits
 from ..mixers.remix import RULES, Remix
 from ..modeling import flops
 from ..train.calibrate import calibrate
-from ..train.layer_subset import Skipped, stack
-from ..train.layerwise.one_layer_model import feeding
+from ..train.layer_subset import SkippedLayer, layer_stack
+from ..train.layerwise.one_layer_model import replace_layer_input
 
 EPSILON = 1e-6
 Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerScore:
     """What a layer showed: its score (the highest are kept) and the numbers that it comes from."""
 
     layer: int
@@ -46,7 +46,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Bench:
+class SelectionData:
     """What layers are measured on: `windows` of text; `calibration` batches for the mixers' closed-form start."""
 
     windows: Packed
@@ -54,81 +54,83 @@ class Bench:
     progress: Progress = lambda share: None
 
 
-def bypass(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+def bypass(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
     """log perplexity of the source when one layer's attention gives nothing ("AR" of Taylor-Calibrate, arXiv
     2606.16429): what a layer's attention is worth, whatever replaces it."""
     model = modeling.materialize(source)
     slots = modeling.slots(model, source)
-    scores = measured({i: Candidate(model, partial(silenced, slot)) for i, slot in enumerate(slots)}, bench)
-    return [Measured(i, one.nll / one.tokens, {"nll": one.nll / one.tokens}) for i, one in scores.items()]
+    scores = score_candidates(
+        {i: Candidate(model, partial(zero_attention, slot)) for i, slot in enumerate(slots)}, bench
+    )
+    return [LayerScore(i, one.nll / one.tokens, {"nll": one.nll / one.tokens}) for i, one in scores.items()]
 
 
-def restore(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+def restore(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
     """-KL(teacher || student with this one layer back at softmax), all others converted (KL-guided selection, arXiv
     2512.20569, here after the closed-form start instead of a training run per layer)."""
-    teacher, student = pair(source, remix, bench)
+    teacher, student = build_teacher_and_student(source, remix, bench)
     swapped = {i: partial(softmax_in, student, source, teacher, [i]) for i in range(source.layers)}
-    scores = measured({i: Candidate(student, swap) for i, swap in swapped.items()}, bench, Candidate(teacher))
+    scores = score_candidates({i: Candidate(student, swap) for i, swap in swapped.items()}, bench, Candidate(teacher))
     kls = {i: (one.kl or 0.0) / one.tokens for i, one in scores.items()}
-    return [Measured(i, -kl, {"kl": kl}) for i, kl in kls.items()]
+    return [LayerScore(i, -kl, {"kl": kl}) for i, kl in kls.items()]
 
 
-def halo(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+def halo(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
     """HALO's score (arXiv 2601.22156): s_i = (max R - R_i) / (max C - C_i + 1e-6), R recall and C commonsense of the
     source with layer i alone converted. A layer is kept when losing it costs recall and little else.
 
     R and C as `copying` measures them.
     """
-    rows = copying(source, remix, bench)
+    rows = score_copying(source, remix, bench)
     top = [max(column) for column in zip(*rows, strict=True)]
     return [
-        Measured(i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common})
+        LayerScore(i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common})
         for i, (recall, common) in enumerate(rows)
     ]
 
 
-def recall(source: Checkpoint, remix: Remix, bench: Bench) -> list[Measured]:
+def recall(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
     """-R_i of `copying`: a layer is kept when losing it costs recall, whatever else it costs.
 
     HALO's ratio favours layers that cost nothing at all, where it divides by almost zero.
     """
-    rows = copying(source, remix, bench)
-    return [Measured(i, -found, {"recall": found, "common": common}) for i, (found, common) in enumerate(rows)]
+    rows = score_copying(source, remix, bench)
+    return [LayerScore(i, -found, {"recall": found, "common": common}) for i, (found, common) in enumerate(rows)]
 
 
-def copying(source: Checkpoint, remix: Remix, bench: Bench) -> list[tuple[float, float]]:
+def score_copying(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[tuple[float, float]]:
     """(R_i, C_i) with layer i alone converted, by layer: mean log likelihoods on the windows.
 
     R is of tokens whose last two tokens stood together before in the window, further back than the sliding window sees
     (they can be copied), C of all other tokens. The mixers have their closed-form start.
     """
-    teacher, student = pair(source, remix, bench)
-    far = torch.stack([repeated(row, remix.window or 64) for row in bench.windows.input_ids])
+    teacher, student = build_teacher_and_student(source, remix, bench)
+    far = torch.stack([find_repeated_pairs(row, remix.window or 64) for row in bench.windows.input_ids])
     if not bool(far.any()):
         raise RegraftError(
             f"no token of {len(far)} windows of {far.shape[1] + 1} can be copied from beyond {remix.window or 64} "
             "tokens: give longer windows or another text"
         )
-    layers, everyone = stack(student), range(source.layers)
+    layers, everyone = layer_stack(student), range(source.layers)
     found: list[list[Tensor]] = [[] for _ in everyone]
     for done, row in enumerate(bench.windows.input_ids):
-        with softmax_in(student, source, teacher, everyone), recorded(layers) as inputs, torch.no_grad():
+        with softmax_in(student, source, teacher, everyone), record_hidden_states(layers) as inputs, torch.no_grad():
             student.hidden(row[None])
         for layer in everyone:
             others = [other for other in everyone if other != layer]
-            with softmax_in(student, source, teacher, others), begun(layers, layer, inputs[layer]):
-                found[layer].append(told(student, row))
+            with softmax_in(student, source, teacher, others), start_at_layer(layers, layer, inputs[layer]):
+                found[layer].append(token_log_likelihoods(student, row))
             bench.progress((done + (layer + 1) / source.layers) / len(far))
     stacked = [torch.stack(rows) for rows in found]
     return [(float(rows[far].mean()), float(rows[~far].mean())) for rows in stacked]
 
 
-CHOOSE: dict[str, Callable[[Checkpoint, Remix, Bench], list[Measured]]] = dict(
+SELECTORS: dict[str, Callable[[Checkpoint, Remix, SelectionData], list[LayerScore]]] = dict(
     zip(RULES, (bypass, halo, recall, restore), strict=True)
 )
 
 
-def asked(keep: str) -> tuple[str, str] | None:
+def parse_keep(keep: str) -> tuple[str, str] | None:
     """(rule, how many layers) of "RULE:N" or "RULE:P%"; None for a `keep` that needs no measurement."""
     word, _, number = keep.partition(":")
     if word not in RULES:
@@ -140,23 +142,23 @@ def asked(keep: str) -> tuple[str, str] | None:
     return word, number
 
 
-def many(number: str, layers: int) -> int:
+def count_layers(number: str, layers: int) -> int:
     """How many of `layers` "8" or "25%" are, a share rounded up: 25% keeps as many as every:4."""
     return -(-layers * int(number[:-1]) // 100) if number.endswith("%") else int(number)
 
 
-def resolved(source: Checkpoint, remix: Remix, bench: Bench) -> Remix:
+def resolve_keep(source: Checkpoint, remix: Remix, bench: SelectionData) -> Remix:
     """`remix` with the layers that its rule chose, the table of scores and what it cost to make; unchanged when it
     names no rule."""
-    wanted = asked(remix.keep)
+    wanted = parse_keep(remix.keep)
     if wanted is None:
         return remix
-    rule, count = wanted[0], many(wanted[1], source.layers)
+    rule, count = wanted[0], count_layers(wanted[1], source.layers)
     if count > source.layers:
         raise RegraftError(f"--keep '{remix.keep}' asks for more layers than the model's {source.layers}: ask for less")
     begin = time.monotonic()
-    with flops.counter() as counter:
-        found = CHOOSE[rule](source, remix, bench)
+    with flops.build_flop_counter() as counter:
+        found = SELECTORS[rule](source, remix, bench)
     kept = sorted(sorted(found, key=lambda one: (-one.score, one.layer))[:count], key=lambda one: one.layer)
     table = {
         "rule": rule,
@@ -168,7 +170,9 @@ def resolved(source: Checkpoint, remix: Remix, bench: Bench) -> Remix:
     return dataclasses.replace(remix, keep=",".join(str(one.layer) for one in kept), scores=table)
 
 
-def pair(source: Checkpoint, remix: Remix, bench: Bench) -> tuple[PreTrainedModel, PreTrainedModel]:
+def build_teacher_and_student(
+    source: Checkpoint, remix: Remix, bench: SelectionData
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(the source, the source with every layer converted and in its closed-form start)."""
     teacher = modeling.materialize(source)
     student = modeling.materialize(dataclasses.replace(remix, keep="none", scores={})(source))
@@ -179,7 +183,7 @@ def pair(source: Checkpoint, remix: Remix, bench: Bench) -> tuple[PreTrainedMode
 
 
 @contextmanager
-def silenced(slot: nn.Module) -> Iterator[None]:
+def zero_attention(slot: nn.Module) -> Iterator[None]:
     """Inside, an attention module gives zeros."""
     handle = slot.register_forward_hook(lambda module, given, out: (torch.zeros_like(out[0]), *out[1:]))
     try:
@@ -205,14 +209,14 @@ def softmax_in(
 
 
 @contextmanager
-def recorded(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+def record_hidden_states(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
     """Inside, the hidden states that come to each decoder layer, in order, as one forward pass adds them."""
     found: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
 
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         yield found
     finally:
@@ -221,20 +225,22 @@ def recorded(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def begun(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
+def start_at_layer(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
     """Inside, a pass begins at decoder layer `first`, with what came to it before; earlier ones cost nothing."""
     away = list(layers)[:first]
-    with feeding(layers[first], hidden):
+    with replace_layer_input(layers[first], hidden):
         try:
             for i in range(first):
-                layers[i] = Skipped()
+                layers[i] = SkippedLayer()
             yield
         finally:
             for i, layer in enumerate(away):
                 layers[i] = layer
 
 
-def measured(layers: Mapping[int, Candidate], bench: Bench, teacher: Candidate | None = None) -> dict[int, Score]:
+def score_candidates(
+    layers: Mapping[int, Candidate], bench: SelectionData, teacher: Candidate | None = None
+) -> dict[int, Score]:
     """The windows' likelihood, and KL to a teacher, with each layer changed in turn."""
     everyone = {str(layer): candidate for layer, candidate in layers.items()}
     everyone |= {TEACHER: teacher} if teacher else {}
@@ -243,12 +249,12 @@ def measured(layers: Mapping[int, Candidate], bench: Bench, teacher: Candidate |
     return {layer: scores[str(layer)] for layer in layers}
 
 
-def told(model: PreTrainedModel, row: Tensor) -> Tensor:
+def token_log_likelihoods(model: PreTrainedModel, row: Tensor) -> Tensor:
     """Log likelihood of every token but the first, (length - 1,)."""
     return log_likelihoods(window_logits(Candidate(model), row), row[1:])
 
 
-def repeated(row: Tensor, window: int) -> Tensor:
+def find_repeated_pairs(row: Tensor, window: int) -> Tensor:
     """Which of row[1:] complete a pair of tokens that stood together last more than `window` tokens before."""
     pairs = torch.stack((row[:-1], row[1:]), 1)
     same = (pairs.unsqueeze(0) == pairs.unsqueeze(1)).all(-1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RegraftError
-from .options import parsed
+from .options import parse_options
 
 State = dict[str, Tensor]
 
@@ -43,7 +43,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightSpec:
     """One parameter of a mixer: its axes and where its value comes from.
 
     `source` is a role of the source's anatomy; axes of `signature` that the source lacks are broadcast (`group`: each
@@ -58,7 +58,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixerContext:
     """What a mixer needs to know beside its input.
 
     `rotary`: cos and sin of shape (batch or 1, time, rotary dims), or None. `valid`: (batch, time) bool, False on
@@ -71,7 +71,7 @@ class Mixing:
     segments: Tensor | None = None
 
 
-def fresh(spec: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def create_initial_tensor(spec: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A float32 tensor of `shape` as stated: zeros, ones, identity, `constant x`, `uniform x` on (-x, x), `normal std`.
 
     `identity` fills the last two axes with the unit matrix. State-space models: `timesteps a b` is the inverse softplus
@@ -81,7 +81,7 @@ def fresh(spec: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
     word, *arguments = spec.split()
     values = [float(argument) for argument in arguments]
 
-    def between(low: float, high: float) -> Tensor:
+    def sample_uniform(low: float, high: float) -> Tensor:
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
     makers: dict[str, Callable[..., Tensor]] = {
@@ -89,10 +89,10 @@ def fresh(spec: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
         "ones": lambda: torch.ones(shape),
         "identity": lambda: torch.eye(shape[-2], shape[-1]).expand(shape).clone(),
         "constant": lambda value: torch.full(shape, value),
-        "uniform": lambda bound: between(-bound, bound),
+        "uniform": lambda bound: sample_uniform(-bound, bound),
         "normal": lambda std: torch.empty(shape).normal_(0.0, std, generator=generator),
-        "timesteps": lambda low, high: between(math.log(low), math.log(high)).exp().expm1().log(),
-        "log_uniform": lambda low, high: between(low, high).log(),
+        "timesteps": lambda low, high: sample_uniform(math.log(low), math.log(high)).exp().expm1().log(),
+        "log_uniform": lambda low, high: sample_uniform(low, high).log(),
         "log_counts": lambda: torch.arange(1.0, shape[-1] + 1).log().expand(shape).clone(),
     }
     if word not in makers:
@@ -100,7 +100,7 @@ def fresh(spec: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
     return makers[word](*values)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rotary embedding (Su et al., arXiv 2104.09864) in the half-split layout; x: (batch, heads, time, dim).
 
     Only the first `cos.shape[-1]` dimensions turn, the others pass (partial rotary).
@@ -149,16 +149,18 @@ class Projections(nn.Module):
         self.k_norm = HeadNorm(attention.dim, attention.qk_norm) if attention.qk_norm is not None else None
 
     @staticmethod
-    def weights(attention: Attention, expand: bool) -> dict[str, Weight]:
+    def weights(attention: Attention, expand: bool) -> dict[str, WeightSpec]:
         """Local name -> Weight."""
         wide = "kv group dim" if expand else "kv dim"
-        table = {"q.weight": Weight("hidden -> kv group dim", "attn.q.weight")}
-        table |= {f"{n}.weight": Weight(f"hidden -> {wide}", f"attn.{n}.weight") for n in "kv"}
+        table = {"q.weight": WeightSpec("hidden -> kv group dim", "attn.q.weight")}
+        table |= {f"{n}.weight": WeightSpec(f"hidden -> {wide}", f"attn.{n}.weight") for n in "kv"}
         if attention.qkv_bias:
-            table["q.bias"] = Weight("-> kv group dim", "attn.q.bias", decay=False)
-            table |= {f"{n}.bias": Weight(f"-> {wide}", f"attn.{n}.bias", decay=False) for n in "kv"}
+            table["q.bias"] = WeightSpec("-> kv group dim", "attn.q.bias", decay=False)
+            table |= {f"{n}.bias": WeightSpec(f"-> {wide}", f"attn.{n}.bias", decay=False) for n in "kv"}
         if attention.qk_norm is not None:
-            table |= {f"{n}.weight": Weight("gain dim", f"attn.{n}.weight", decay=False) for n in ("q_norm", "k_norm")}
+            table |= {
+                f"{n}.weight": WeightSpec("gain dim", f"attn.{n}.weight", decay=False) for n in ("q_norm", "k_norm")
+            }
         return table
 
     def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,18 +200,18 @@ class Mixer(nn.Module):
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
         """The options of a spec `{"name": ..., option: value}`; RegraftError on an unknown option or value."""
-        return parsed(
+        return parse_options(
             cls.name, cls.Options, {key: value for key, value in spec.items() if key not in ("name", "inherit")}
         )
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """Local parameter name -> Weight, for the plan and for loading."""
         table = {f"qkv.{name}": weight for name, weight in Projections.weights(attention, cls.expand).items()}
         return table | (output_weights(attention) if output else {})
 
     @classmethod
-    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+    def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Numbers of recurrent state per sequence."""
         raise NotImplementedError
 
@@ -262,27 +264,27 @@ class Mixer(nn.Module):
             return False
         return True
 
-    def matrix(self, x: Tensor, mixing: Mixing) -> Tensor:
+    def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
         """How values are mixed over tokens before norms and gates, (batch, heads, time, time); x as in `mix`."""
         raise RegraftError(f"mixer '{self.name}' has no single matrix over tokens: leave out the stage 'matrix'")
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> per-head outputs (batch, time, heads, dim) and the state after the last token."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, mixing: Mixing, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, mixing: MixerContext, state: State | None = None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> y of the same shape and the state after the last token."""
         heads, state = self.mix(x, mixing, state)
         return self.o(heads.flatten(-2)), state
 
 
-def output_weights(attention: Attention) -> dict[str, Weight]:
+def output_weights(attention: Attention) -> dict[str, WeightSpec]:
     """The output projection of the source."""
-    table = {"o.weight": Weight("kv group dim -> hidden", "attn.o.weight")}
-    return table | ({"o.bias": Weight("-> hidden", "attn.o.bias", decay=False)} if attention.o_bias else {})
+    table = {"o.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
+    return table | ({"o.bias": WeightSpec("-> hidden", "attn.o.bias", decay=False)} if attention.o_bias else {})
 
 
-def silence(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def mask_padding(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Zero the padded tokens of tensors shaped (batch, heads, time, ...)."""
     if valid is None:
         return tensors

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Weight
-from .linear import Linear
+from .base import Attention, WeightSpec
+from .linear import LinearAttention
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 250.0, 1000.0)  # tokens
 
 
-def slopes(heads: int) -> list[float]:
+def alibi_slopes(heads: int) -> list[float]:
     """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409), interleaved beyond a power of two."""
     power = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return first if power == heads else first + slopes(2 * power)[::2][: heads - power]
+    return first if power == heads else first + alibi_slopes(2 * power)[::2][: heads - power]
 
 
 def log_decays(kind: str, heads: int) -> Tensor:
@@ -26,16 +26,16 @@ def log_decays(kind: str, heads: int) -> Tensor:
     if kind == "none":
         return torch.zeros(heads)
     if kind == "lightning":
-        return -torch.tensor(slopes(heads))
+        return -torch.tensor(alibi_slopes(heads))
     return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float32))))
 
 
-def fixed(kind: str, k: Tensor) -> Tensor:
+def fixed_log_decays(kind: str, k: Tensor) -> Tensor:
     """The same log-decay at every token, (batch, heads, time), for keys k: (batch, heads, time, dim)."""
     return log_decays(kind, k.shape[1]).to(k.device).view(1, -1, 1).expand(k.shape[:3])
 
 
-class Decayed(Linear):
+class HeadDecayAttention(LinearAttention):
     """Linear attention with one decay per head. Its options have `decays`: a kind of `log_decays`, or `learned`: the
     slopes of `lightning` times e^rate, which begin at the half-lives that fit the teacher best (`half_lives`).
     """
@@ -46,11 +46,11 @@ class Decayed(Linear):
             self.rate = nn.Parameter(torch.zeros(self.states))
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """The source's projections; learned decays begin as `lightning` has them."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         if options.decays == "learned":
-            table["rate"] = Weight(f"-> {cls.state_axes(options)}", fresh="zeros", decay=False)
+            table["rate"] = WeightSpec(f"-> {cls.state_axes(options)}", fresh="zeros", decay=False)
         return table
 
     @property
@@ -69,5 +69,5 @@ class Decayed(Linear):
     def decays(self, k: Tensor) -> Tensor:
         """Log-decay at every token, (batch, states, time), for keys k: (batch, states, time, dim)."""
         if self.options.decays != "learned":
-            return fixed(self.options.decays, k)
-        return fixed("lightning", k) * self.rate.float().exp().view(1, -1, 1)
+            return fixed_log_decays(self.options.decays, k)
+        return fixed_log_decays("lightning", k) * self.rate.float().exp().view(1, -1, 1)

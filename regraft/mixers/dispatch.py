@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import fused
-from .recurrence import chunked, naive
+from .kernels import try_fused_kernel
+from .recurrence import chunked_recurrence, naive_recurrence
 from .vector import chunked_vector, naive_vector
 
 
@@ -25,8 +25,8 @@ def recur(
     written for one token; for many in a kernel on a GPU, which takes q, k and v as `dtype`, else in chunks.
     """
     one = q.shape[2] == 1
-    if not one and (found := fused(q, k, v, g, beta, segments, state, bonus, dtype)) is not None:
+    if not one and (found := try_fused_kernel(q, k, v, g, beta, segments, state, bonus, dtype)) is not None:
         return found
     if g.ndim == 4:
         return (naive_vector if one else chunked_vector)(q, k, v, g, bonus, segments, state)
-    return (naive if one else chunked)(q, k, v, g, beta, segments, state)
+    return (naive_recurrence if one else chunked_recurrence)(q, k, v, g, beta, segments, state)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Attention, Mixer, Mixing, State, Weight, output_weights
-from .inherit import inheriting
+from .base import Attention, Mixer, MixerContext, State, WeightSpec, output_weights
+from .inherit import apply_inherit
 from .registry import mixer_class
 
 
@@ -21,7 +21,7 @@ class GatedOptions:
     start: float = -4.0
 
 
-class Gated(Mixer):
+class GatedMixer(Mixer):
     """o = g o_linear + (1 - g) o_window with g = sigmoid(w x + b) per head (convex mix of arXiv 2603.15590, eq. 11).
 
     The window branch is the source's own attention under a mask; the linear branch has projections of its own. They
@@ -48,21 +48,21 @@ class Gated(Mixer):
         return {n: (mixer_class(s["name"]), s) for n, s in (("linear", options.linear), ("window", options.window))}
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """Both branches' weights under their names, one output projection, the gate."""
         table = {}
         for branch, (mixer, options) in cls.branches(spec).items():
             branch_table = mixer.weights(attention, options, output=False)
-            for name, weight in inheriting(branch_table, options.get("inherit", "all"), attention.hidden).items():
+            for name, weight in apply_inherit(branch_table, options.get("inherit", "all"), attention.hidden).items():
                 table[f"{branch}.{name}"] = weight
-        table["gate.weight"] = Weight("hidden -> kv group", fresh="zeros", decay=False)
-        table["gate.bias"] = Weight("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)
+        table["gate.weight"] = WeightSpec("hidden -> kv group", fresh="zeros", decay=False)
+        table["gate.bias"] = WeightSpec("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)
         return table | (output_weights(attention) if output else {})
 
     @classmethod
-    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+    def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Both branches'."""
-        return sum(mixer.state_numbers(attention, options) for mixer, options in cls.branches(spec).values())
+        return sum(mixer.state_size(attention, options) for mixer, options in cls.branches(spec).values())
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
@@ -75,7 +75,7 @@ class Gated(Mixer):
         costs = [mixer.row_flops(attention, options, length) for mixer, options in cls.branches(spec).values()]
         return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim); the state holds both branches' under their names."""
         outputs: dict[str, Tensor] = {}
         states: State = {}

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Mixing, Weight, rotate
-from .linear import ACTIVATIONS, Linear, mean_decay
+from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .linear import ACTIVATIONS, LinearAttention, mean_decay
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DeltaOptions:
     gate: bool = False
 
 
-class GatedDeltaNet(Linear):
+class GatedDeltaNet(LinearAttention):
     """Gated delta rule (Yang et al., arXiv 2412.06464) on unit-length queries and keys.
 
     g_t = -exp(rate) softplus(W_g x_t + b_g) is the log-decay, beta_t = sigmoid(W_b x_t + b_b) the write strength, both
@@ -48,7 +48,7 @@ class GatedDeltaNet(Linear):
         self.rate = nn.Parameter(torch.zeros(self.states))
 
     @classmethod
-    def output(cls, options: DeltaOptions) -> tuple[str, str]:
+    def output_norm_and_gate(cls, options: DeltaOptions) -> tuple[str, str]:
         """RMS norm with gain and SiLU gate, each if asked for."""
         return "rms" if options.norm else "none", "silu" if options.gate else "none"
 
@@ -58,14 +58,14 @@ class GatedDeltaNet(Linear):
         return self.options.activation == "none" and super().values_are_linear
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """Gates start constant: half-life about 44 tokens, write strength one half."""
         axes = cls.state_axes(cls.parse(spec))
         table = super().weights(attention, spec, output)
         for name, start in (("decay", "constant -4.0"), ("beta", "zeros")):
-            table[f"{name}.weight"] = Weight(f"hidden -> {axes}", fresh="zeros", decay=False)
-            table[f"{name}.bias"] = Weight(f"-> {axes}", fresh=start, decay=False)
-        table["rate"] = Weight(f"-> {axes}", fresh="zeros", decay=False)
+            table[f"{name}.weight"] = WeightSpec(f"hidden -> {axes}", fresh="zeros", decay=False)
+            table[f"{name}.bias"] = WeightSpec(f"-> {axes}", fresh=start, decay=False)
+        table["rate"] = WeightSpec(f"-> {axes}", fresh="zeros", decay=False)
         return table
 
     @torch.no_grad()
@@ -78,12 +78,12 @@ class GatedDeltaNet(Linear):
         self.rate.zero_()
         self.beta.bias.copy_(torch.logit(0.3 + 0.4 * (1 - entropy.view(self.states, -1).mean(1))))
 
-    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
         """Unit q and k, v, log-decay and write strength."""
         act = ACTIVATIONS[self.options.activation]
         q, k, v = (act(t) for t in self.qkv(x))
         if self.options.rotary:
-            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
         g = -(self.rate.float().exp() * F.softplus(self.decay(x).float())).transpose(1, 2)
         beta = self.beta(x).float().sigmoid().transpose(1, 2)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Mixing, Weight, rotate
-from .linear import ACTIVATIONS, Linear, LinearOptions, low_rank, mean_decay
+from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .linear import ACTIVATIONS, LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
 
-TEMPER = 16  # tau of eq. 5: divides the gate's logit
+GATE_TEMPERATURE = 16  # tau of eq. 5: divides the gate's logit
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GlaOptions(LinearOptions):
     rank: int = 16
 
 
-class Gla(Linear):
+class Gla(LinearAttention):
     """GLA (Yang et al., arXiv 2312.06635, section 4): S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t / sqrt(dim).
 
     a_t = sigmoid(W_2 W_1 x_t + b)^(1/16) per key dimension, W_1 of rank 16; then an RMS norm with gain and a SiLU gate.
@@ -51,11 +51,11 @@ class Gla(Linear):
             self.decay_out = nn.Linear(self.options.rank, self.states * attention.dim)
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """The gate starts constant: half-life about 44 tokens."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         if options.gate_from == "projection":
-            table |= low_rank("decay", options.rank, f"{cls.state_axes(options)} dim", "constant 1.25")
+            table |= low_rank_weights("decay", options.rank, f"{cls.state_axes(options)} dim", "constant 1.25")
         return table
 
     @torch.no_grad()
@@ -63,17 +63,17 @@ class Gla(Linear):
         """Half-life = mean distance, as in `gated_deltanet`; a gate from keys stays what it is."""
         if self.options.gate_from == "projection":
             rate = mean_decay(distance, self.states).repeat_interleave(self.attention.dim)
-            self.decay_out.bias.copy_(-(TEMPER * rate).expm1().log())
+            self.decay_out.bias.copy_(-(GATE_TEMPERATURE * rate).expm1().log())
 
-    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
         """Queries, keys, values, log-decays (batch, heads, time, dim)."""
         q, k, v = self.qkv(x)
         gate = k
         if self.options.gate_from == "projection":
             gate = self.decay_out(self.decay_in(x)).unflatten(-1, (self.states, -1)).transpose(1, 2)
-        g = F.logsigmoid(gate.float()) / TEMPER
+        g = F.logsigmoid(gate.float()) / GATE_TEMPERATURE
         q, k = (ACTIVATIONS[self.options.activation](t.float()) for t in (q, k))
         if self.options.rotary:
-            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         scale = 1.0 if self.options.activation == "softmax" else self.attention.dim**-0.5
         return {"q": q * scale, "k": k, "v": v, "g": g}

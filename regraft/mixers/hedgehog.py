@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Mixing, Weight, rotate
-from .decays import fixed
-from .linear import Linear, LinearOptions, mapped
+from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .decays import fixed_log_decays
+from .linear import LinearAttention, LinearOptions, apply_feature_map
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HedgehogOptions(LinearOptions):
     feature: int | None = None
 
 
-class Hedgehog(Linear):
+class Hedgehog(LinearAttention):
     """Hedgehog (Zhang et al., arXiv 2402.04347): phi(x) = [softmax(W x), softmax(-W x)], W per head and not shared.
 
     o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)), the maps of queries and keys beginning as the
@@ -35,45 +35,45 @@ class Hedgehog(Linear):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
-        size = self.keys(attention, self.options) // 2
+        size = self.key_dim(attention, self.options) // 2
         self.q_map = nn.Parameter(torch.zeros(attention.heads, size, attention.dim))
         self.k_map = nn.Parameter(torch.zeros(self.states, size, attention.dim))
 
     @classmethod
-    def keys(cls, attention: Attention, options: HedgehogOptions) -> int:
+    def key_dim(cls, attention: Attention, options: HedgehogOptions) -> int:
         """Features."""
         return 2 * (options.feature or attention.dim)
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """The source's projections; maps that begin as the identity."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         for name, axes in (("q_map", "kv group"), ("k_map", cls.state_axes(options))):
-            table[name] = Weight(f"{axes} {cls.keys(attention, options) // 2} dim", fresh="identity")
+            table[name] = WeightSpec(f"{axes} {cls.key_dim(attention, options) // 2} dim", fresh="identity")
         return table
 
     @classmethod
     def token_flops(cls, attention: Attention, options: HedgehogOptions) -> int:
         """Feature maps of queries and keys."""
         maps = attention.heads + cls.state_heads(attention, options)
-        return maps * attention.dim * cls.keys(attention, options)
+        return maps * attention.dim * cls.key_dim(attention, options)
 
-    def turned(self, x: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated_qkv(self, x: Tensor, mixing: MixerContext) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before the maps."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
-            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         return q, k, v
 
-    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
         """Features of queries and keys, values, no decay."""
-        q, k, v = self.turned(x, mixing)
-        return self.featured(q, k, v)
+        q, k, v = self.rotated_qkv(x, mixing)
+        return self.featurize(q, k, v)
 
-    def featured(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    def featurize(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         """The same from queries, keys and values."""
-        q, k = (softmax_features(mapped(t, maps)) for t, maps in ((q, self.q_map), (k, self.k_map)))
-        return {"q": q, "k": k, "v": v, "g": fixed("none", k)}
+        q, k = (softmax_features(apply_feature_map(t, maps)) for t, maps in ((q, self.q_map), (k, self.k_map)))
+        return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
 
 
 def softmax_features(x: Tensor) -> Tensor:

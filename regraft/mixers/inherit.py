@@ -6,12 +6,12 @@ import math
 from dataclasses import replace
 
 from ..errors import RegraftError
-from .base import Weight
+from .base import WeightSpec
 
 PROJECTIONS = ("q", "k", "v", "o")
 
 
-def projections(inherit: str) -> frozenset[str]:
+def parse_inherit(inherit: str) -> frozenset[str]:
     """The letters of `all`, `none` or a list such as `v,o`; RegraftError for any other word."""
     if inherit in ("all", "none"):
         return frozenset(PROJECTIONS if inherit == "all" else ())
@@ -23,19 +23,19 @@ def projections(inherit: str) -> frozenset[str]:
     return frozenset(words)
 
 
-def inheriting(table: dict[str, Weight], inherit: str, hidden: int) -> dict[str, Weight]:
+def apply_inherit(table: dict[str, WeightSpec], inherit: str, hidden: int) -> dict[str, WeightSpec]:
     """The weights of a mixer where only the projections of `inherit` are copied.
 
     The others begin as a new model's: matrices normal with variance 0.4 / hidden (arXiv 1910.05895, as in XATL, arXiv
     2404.02684), biases zero, gains of norms one. The norm of queries goes with q, that of keys with k.
     """
-    kept = projections(inherit)
+    kept = parse_inherit(inherit)
     matrix = f"normal {math.sqrt(0.4 / hidden):.6g}"
 
-    def begun(weight: Weight) -> Weight:
+    def init_unless_inherited(weight: WeightSpec) -> WeightSpec:
         if weight.source is None or weight.source.split(".")[1].removesuffix("_norm") in kept:
             return weight
         head = weight.signature.split()[0]
         return replace(weight, source=None, fresh={"->": "zeros", "gain": "ones"}.get(head, matrix))
 
-    return {name: begun(weight) for name, weight in table.items()}
+    return {name: init_unless_inherited(weight) for name, weight in table.items()}

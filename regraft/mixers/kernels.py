@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda"
-WIDEST = 256  # keys that the delta rule's kernel takes
+MAX_KEY_DIM = 256  # keys that the delta rule's kernel takes
 
 
 @cache
-def find(operation: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def find_kernel(operation: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """`fla.ops.<operation>.chunk_<operation>`, None where the package is not installed."""
     try:
         found: Any = getattr(importlib.import_module(f"fla.ops.{operation}"), f"chunk_{operation}")
@@ -24,7 +24,7 @@ def find(operation: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
     return found
 
 
-def fused(
+def try_fused_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -44,7 +44,7 @@ def fused(
     operation = "gated_delta_rule" if beta is not None else "simple_gla" if g.ndim == 3 else "gla"
     operation = "rwkv6" if bonus is not None else operation
     impossible = q.device.type != DEVICE or (segments is not None and state is not None)
-    if impossible or (beta is not None and q.shape[-1] > WIDEST) or (kernel := find(operation)) is None:
+    if impossible or (beta is not None and q.shape[-1] > MAX_KEY_DIM) or (kernel := find_kernel(operation)) is None:
         return None
     group = q.shape[1] // k.shape[1]
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from .base import Mixing, rotate
-from .decays import Decayed
+from .base import MixerContext, apply_rotary
+from .decays import HeadDecayAttention
 from .linear import ACTIVATIONS, LinearOptions
 
 
@@ -24,7 +24,7 @@ class LightningOptions(LinearOptions):
     decays: Literal["lightning", "retnet", "learned", "none"] = "lightning"
 
 
-class Lightning(Decayed):
+class Lightning(HeadDecayAttention):
     """Lightning attention (Qin et al., arXiv 2401.04658, eq. 3): S_t = e^(-s_h) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t,
     then an RMS norm with gain.
 
@@ -36,10 +36,10 @@ class Lightning(Decayed):
     Options = LightningOptions
     gain = "dim"
 
-    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
         """Scaled queries, keys, values, the heads' decays."""
         q, k, v = self.qkv(x)
         q, k = (ACTIVATIONS[self.options.activation](t) for t in (q, k))
         if self.options.rotary:
-            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": self.decays(k)}

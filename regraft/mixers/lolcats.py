@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Mixing, State, Weight, pad_time
+from .base import Attention, MixerContext, State, WeightSpec, pad_time
 from .hedgehog import Hedgehog, HedgehogOptions
 
 
@@ -39,23 +39,23 @@ class Lolcats(Hedgehog):
         self.factor = nn.Parameter(torch.zeros(attention.heads))
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """Hedgehog's, and the window's factor."""
-        factor = Weight("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)
+        factor = WeightSpec("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)
         return super().weights(attention, spec, output) | {"factor": factor}
 
     @classmethod
-    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+    def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Hedgehog's; keys, values and whether there is a token, for the window."""
         options = cls.parse(spec)
         held = 2 * cls.state_heads(attention, options) * attention.dim + 1
-        return super().state_numbers(attention, spec) + options.window * held
+        return super().state_size(attention, spec) + options.window * held
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Hedgehog's; scores and weighted sums over the window."""
         pairs = attention.heads * cls.parse(spec).window
-        return super().mixing_flops(attention, spec) + 2 * pairs * (attention.dim + cls.values(attention))
+        return super().mixing_flops(attention, spec) + 2 * pairs * (attention.dim + cls.value_dim(attention))
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
@@ -64,21 +64,21 @@ class Lolcats(Hedgehog):
         window = cls.parse(spec).window
         size = min(window, length)
         pairs = attention.heads * -(-length // size) * size * (window + size)
-        softmax = 2 * pairs * (attention.dim + cls.values(attention))
+        softmax = 2 * pairs * (attention.dim + cls.value_dim(attention))
         return once + softmax, back + 2 * softmax
 
-    def empty(self, like: Tensor) -> State:
+    def initial_state(self, like: Tensor) -> State:
         """The state before the first token; like: (batch, heads, time, dim)."""
         b, heads, _, dim = like.shape
         window = like.new_zeros(b, heads, self.options.window, dim)
-        matrix = like.new_zeros(b, heads, self.keys(self.attention, self.options), dim + 1)
+        matrix = like.new_zeros(b, heads, self.key_dim(self.attention, self.options), dim + 1)
         held = torch.zeros(b, self.options.window, dtype=torch.bool, device=like.device)
         return {"k": window, "v": window, "held": held, "matrix": matrix}
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim), and the state: window and matrix of what left it."""
-        q, k, v = (t.float() for t in self.turned(x, mixing))
-        state, window, time = state or self.empty(k), self.options.window, x.shape[1]
+        q, k, v = (t.float() for t in self.rotated_qkv(x, mixing))
+        state, window, time = state or self.initial_state(k), self.options.window, x.shape[1]
         valid = torch.ones_like(x[..., 0], dtype=torch.bool) if mixing.valid is None else mixing.valid
         held = torch.cat((state["held"], valid), 1)
         ids = torch.zeros_like(held, dtype=torch.long)
@@ -91,17 +91,19 @@ class Lolcats(Hedgehog):
             q, k, v = (t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (q, k, v))
         q, own = q[:, :, window:], ids[:, window:]
         left = held[:, :time] & (ids[:, :time] == own)  # these tokens leave the window, one at each step
-        past = Mixing(None, left, None if mixing.segments is None else own)
-        before, matrix = self.read(self.featured(q, k[:, :, :time], v[:, :, :time]), past, state["matrix"])
+        past = MixerContext(None, left, None if mixing.segments is None else own)
+        before, matrix = self.run_recurrence(self.featurize(q, k[:, :, :time], v[:, :, :time]), past, state["matrix"])
         gamma = self.factor.float().sigmoid().view(-1, 1)
-        out = gamma * self.inside(q, k, v, held, ids) + (1 - gamma if self.options.affine else 1.0) * before
+        out = (
+            gamma * self.window_softmax_sums(q, k, v, held, ids) + (1 - gamma if self.options.affine else 1.0) * before
+        )
         if mixing.valid is not None:
             back = (order.argsort(1)[:, window:] - window).clamp(min=0)  # below zero: padding
             out = out.gather(1, back[:, :, None, None].expand_as(out))
         last = {"k": k[:, :, time:], "v": v[:, :, time:], "held": held[:, time:], "matrix": matrix}
-        return self.finish(out, x).to(x.dtype), last
+        return self.normalize_and_gate(out, x).to(x.dtype), last
 
-    def inside(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor, ids: Tensor) -> Tensor:
+    def window_softmax_sums(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor, ids: Tensor) -> Tensor:
         """Sums of softmax terms, (batch, time, heads, dim + 1), the last over values of one.
 
         q: (batch, heads, time, dim); k, v: (batch, states, window + time, dim); held, ids: (batch, window + time).

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Mixing, State, Weight
-from .ssm import DT, ShortConv, SsmOptions, StateSpace, Widths, dense, naive_scan, own, scan
+from .base import Attention, MixerContext, State, WeightSpec
+from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, naive_scan, no_decay_weight, scan
 
 
 class Mamba(StateSpace):
@@ -30,8 +30,8 @@ class Mamba(StateSpace):
         if self.own:
             self.b = nn.Linear(widths.inner, widths.state, bias=False)
             self.c = nn.Linear(widths.inner, widths.state, bias=False)
-        self.low = nn.Linear(widths.inner if self.own else hidden, rank(hidden), bias=False)
-        self.dt = nn.Linear(rank(hidden), widths.inner)
+        self.low = nn.Linear(widths.inner if self.own else hidden, dt_rank(hidden), bias=False)
+        self.dt = nn.Linear(dt_rank(hidden), widths.inner)
         self.A_log = nn.Parameter(torch.zeros(*channels, widths.state))
         self.D = nn.Parameter(torch.ones(widths.inner))
 
@@ -44,18 +44,24 @@ class Mamba(StateSpace):
         return Widths(1, inner, options.state, str(inner), "1", str(options.state))
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, object], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, object], output: bool = True) -> dict[str, WeightSpec]:
         """Convolution, B, C, steps, A and D beside the projections; no decay on A, D and biases."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
-        widths, low = cls.widths_of(attention, options), rank(attention.hidden)
+        widths, low = cls.widths_of(attention, options), dt_rank(attention.hidden)
         reads, width = ("hidden", attention.hidden)
         if options.layout == "own":
             reads, width = widths.channels, widths.inner
-            table |= {f"{name}.weight": dense(reads, widths.keys, width) for name in "bc"}
+            table |= {f"{name}.weight": dense_weight(reads, widths.keys, width) for name in "bc"}
         table |= ShortConv.weights("conv", widths.channels, options.conv)
-        table |= {"low.weight": dense(reads, str(low), width), "dt.weight": dense(str(low), widths.channels, low)}
-        table |= {"dt.bias": own(f"-> {widths.channels}", DT), "D": own(f"-> {widths.channels}", "ones")}
-        return table | {"A_log": own(f"{widths.channels} {widths.keys}", "log_counts")}
+        table |= {
+            "low.weight": dense_weight(reads, str(low), width),
+            "dt.weight": dense_weight(str(low), widths.channels, low),
+        }
+        table |= {
+            "dt.bias": no_decay_weight(f"-> {widths.channels}", DT_INIT),
+            "D": no_decay_weight(f"-> {widths.channels}", "ones"),
+        }
+        return table | {"A_log": no_decay_weight(f"{widths.channels} {widths.keys}", "log_counts")}
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, object], length: int) -> tuple[int, int]:
@@ -64,7 +70,7 @@ class Mamba(StateSpace):
         once = 2 * length * widths.inner * widths.state
         return once, 2 * once
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim), (batch, time, 1, inner) in the own layout; states."""
         state, heads = state or {}, (self.widths.heads, self.widths.dim)
         if self.own:
@@ -86,9 +92,9 @@ class Mamba(StateSpace):
         start = state["matrix"] if state else torch.zeros_like(u[:, 0])
         h = (naive_scan if x.shape[1] == 1 else scan)(a, u, start)
         y = (h @ c.unsqueeze(-1)).squeeze(-1) + self.D.float().view(heads) * values
-        return self.gated(y, x).to(x.dtype), {"conv": conv, "matrix": h[:, -1]}
+        return self.apply_gate(y, x).to(x.dtype), {"conv": conv, "matrix": h[:, -1]}
 
 
-def rank(hidden: int) -> int:
+def dt_rank(hidden: int) -> int:
     """Rank of the projection that gives the steps."""
     return -(-hidden // 16)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RegraftError
-from .base import Attention, Mixing, State, Weight, silence
+from .base import Attention, MixerContext, State, WeightSpec, mask_padding
 from .dispatch import recur
 from .recurrence import chunked_flops
-from .ssm import DT, ShortConv, SsmOptions, StateSpace, Widths, dense, own
+from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, no_decay_weight
 
 EPS = 1e-5
 
@@ -64,22 +64,28 @@ class Mamba2(StateSpace):
         return Widths(inner // dim, dim, options.state, str(inner), str(inner // dim), str(options.state))
 
     @classmethod
-    def convolved(cls, widths: Widths) -> int:
+    def conv_channels(cls, widths: Widths) -> int:
         """x, B and C."""
         return widths.inner + 2 * (widths.state if widths.keys.isdigit() else widths.inner)
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, object], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, object], output: bool = True) -> dict[str, WeightSpec]:
         """Convolutions, steps, A, D and the norm beside the projections; no decay on A, D, gain and biases."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         widths = cls.widths_of(attention, options)
         if options.layout == "own":
-            table |= {f"{name}.weight": dense("hidden", widths.keys, attention.hidden) for name in "bc"}
+            table |= {f"{name}.weight": dense_weight("hidden", widths.keys, attention.hidden) for name in "bc"}
         for name, axes in (("x", widths.channels), ("b", widths.keys), ("c", widths.keys)):
             table |= ShortConv.weights(f"conv_{name}", axes, options.conv)
-        table |= {"dt.weight": dense("hidden", widths.head, attention.hidden), "dt.bias": own(f"-> {widths.head}", DT)}
-        table |= {"A_log": own(f"-> {widths.head}", "log_uniform 1 16"), "D": own(f"-> {widths.head}", "ones")}
-        return table | {"norm": own(f"gain {widths.channels}", "ones")}
+        table |= {
+            "dt.weight": dense_weight("hidden", widths.head, attention.hidden),
+            "dt.bias": no_decay_weight(f"-> {widths.head}", DT_INIT),
+        }
+        table |= {
+            "A_log": no_decay_weight(f"-> {widths.head}", "log_uniform 1 16"),
+            "D": no_decay_weight(f"-> {widths.head}", "ones"),
+        }
+        return table | {"norm": no_decay_weight(f"gain {widths.channels}", "ones")}
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, object], length: int) -> tuple[int, int]:
@@ -93,7 +99,7 @@ class Mamba2(StateSpace):
         step = F.softplus(self.dt.bias)
         self.A_log.copy_((torch.log(torch.tensor(2.0)) / distance.clamp(min=1.0) / step).log())
 
-    def inputs(self, x: Tensor, mixing: Mixing, past: State) -> tuple[dict[str, Tensor], State]:
+    def inputs(self, x: Tensor, mixing: MixerContext, past: State) -> tuple[dict[str, Tensor], State]:
         """(C as q, B as k, values, dt and g, each (batch, heads, time, ..); states of the convolutions)."""
         widths, new = self.widths, {}
         if self.own:
@@ -110,19 +116,19 @@ class Mamba2(StateSpace):
         made = {"q": c, "k": b, "values": values.transpose(1, 2), "dt": dt.transpose(1, 2).unsqueeze(-1), "g": g}
         return made, new
 
-    def matrix(self, x: Tensor, mixing: Mixing) -> Tensor:
+    def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
         """As in the base class, D on the diagonal."""
         made, _ = self.inputs(x, mixing, {})
         eye = torch.eye(x.shape[1], device=x.device)
         out, _ = recur(made["q"], made["k"], made["dt"] * eye, made["g"], None, mixing.segments, None)
         return out + self.D.float().view(-1, 1, 1) * eye
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim) and the states."""
         widths, past = self.widths, state or {}
         made, new = self.inputs(x, mixing, past)
-        b, v, g = silence(mixing.valid, made["k"], made["dt"] * made["values"], made["g"])
+        b, v, g = mask_padding(mixing.valid, made["k"], made["dt"] * made["values"], made["g"])
         out, new["matrix"] = recur(made["q"], b, v, g, None, mixing.segments, past.get("matrix"))
-        y = self.gated((out + self.D.float().view(-1, 1, 1) * made["values"]).transpose(1, 2), x).flatten(2)
+        y = self.apply_gate((out + self.D.float().view(-1, 1, 1) * made["values"]).transpose(1, 2), x).flatten(2)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
         return y.unflatten(-1, (widths.heads, widths.dim)).to(x.dtype), new

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import RegraftError
 
 
-def parsed(name: str, kind: type, given: dict[str, Any]) -> Any:
+def parse_options(name: str, kind: type, given: dict[str, Any]) -> Any:
     """The dataclass `kind` with the values that a spec gives; RegraftError names an unknown option or a wrong value."""
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := sorted(set(given) - set(known)):

@@ -16,12 +16,12 @@ from .base import pad_time
 CHUNK = 64
 
 
-def start(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+def initial_state(k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     """The state, or the empty one for these keys and values."""
     return k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
 
 
-def naive(
+def naive_recurrence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,7 +37,7 @@ def naive(
     With beta, the gated delta rule (arXiv 2412.06464, eq. 10): the value already stored under k_t is replaced,
     S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T exp(g_t) k_t)^T. In both, o_t = S_t^T q_t.
     """
-    S, outputs = start(k, v, state), []
+    S, outputs = initial_state(k, v, state), []
     q = q.unflatten(1, (k.shape[1], -1))
     for t in range(k.shape[2]):
         if segments is not None and t > 0:
@@ -51,7 +51,7 @@ def naive(
     return torch.stack(outputs, dim=3).flatten(1, 2), S
 
 
-def chunked(
+def chunked_recurrence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,7 +67,7 @@ def chunked(
     a chunk maps the state affinely, S -> A S + B, and only that map is applied in sequence.
     """
     time, n, heads = q.shape[2], -(-q.shape[2] // chunk), k.shape[1]
-    S = start(k, v, state)
+    S = initial_state(k, v, state)
     q, k, v, g = (pad_time(x, chunk).unflatten(2, (n, chunk)) for x in (q, k, v, g))
     q = q.unflatten(1, (heads, -1)).transpose(2, 3)  # (b, h, n, group, c, d)
     total = g.cumsum(-1)  # (b, h, n, c): log-decay from the chunk's start

@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any
 
 from ..errors import RegraftError
-from .base import Attention, Mixer, Weight
-from .inherit import inheriting, projections
+from .base import Attention, Mixer, WeightSpec
+from .inherit import apply_inherit, parse_inherit
 
 
 @cache
@@ -19,13 +19,13 @@ def mixers() -> dict[str, type[Mixer]]:
     package = __package__ or "regraft.mixers"
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
-    return {mixer.name: mixer for mixer in _below(Mixer) if "name" in vars(mixer)}
+    return {mixer.name: mixer for mixer in _iter_subclasses(Mixer) if "name" in vars(mixer)}
 
 
-def _below(mixer: type[Mixer]) -> Iterator[type[Mixer]]:
+def _iter_subclasses(mixer: type[Mixer]) -> Iterator[type[Mixer]]:
     for child in mixer.__subclasses__():
         yield child
-        yield from _below(child)
+        yield from _iter_subclasses(child)
 
 
 def mixer_class(name: str) -> type[Mixer]:
@@ -38,16 +38,16 @@ def mixer_class(name: str) -> type[Mixer]:
 def validate(spec: dict[str, Any]) -> None:
     """Raise RegraftError unless `spec` names a mixer and options it has."""
     options = mixer_class(spec["name"]).parse(spec)
-    projections(spec.get("inherit", "all"))
+    parse_inherit(spec.get("inherit", "all"))
     for nested in vars(options).values():
         if isinstance(nested, dict):
             validate(nested)
 
 
-def weights(spec: dict[str, Any], attention: Attention) -> dict[str, Weight]:
+def weights(spec: dict[str, Any], attention: Attention) -> dict[str, WeightSpec]:
     """Local parameter name -> Weight of a mixer spec, whose key `inherit` says which projections are copied."""
     table = mixer_class(spec["name"]).weights(attention, spec)
-    return inheriting(table, spec.get("inherit", "all"), attention.hidden)
+    return apply_inherit(table, spec.get("inherit", "all"), attention.hidden)
 
 
 def build(spec: dict[str, Any], attention: Attention) -> Mixer:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.anatomy import Key, find
-from ..core.axes import Sizes, signature, spread
-from ..core.checkpoint import Checkpoint, Lazy, Story
-from ..core.step import entry
+from ..core.anatomy import Key, find_anatomy
+from ..core.axes import Sizes, broadcast_axes, parse_signature
+from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
+from ..core.step import step_entry
 from ..errors import RegraftError
 from ..families.regraft import AUTO_MAP
-from .base import Attention, Weight, fresh
-from .inherit import projections
+from .base import Attention, WeightSpec, create_initial_tensor
+from .inherit import parse_inherit
 from .registry import validate, weights
 
 
@@ -50,9 +50,9 @@ class Remix:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
-        config = self.config(source)
-        anatomy = find(config)
-        tensors: dict[Key, Lazy] = {}
+        config = self.build_config(source)
+        anatomy = find_anatomy(config)
+        tensors: dict[Key, LazyTensor] = {}
         names: dict[Key, str] = {}
         used: set[str] = set()
         for key, spot in anatomy.place(config).items():
@@ -60,27 +60,27 @@ class Remix:
             names[key] = spot.name
             if key in source.tensors:
                 lazy = source.tensors[key]
-                tensors[key] = Lazy(lazy.shape, lazy.dtype, Story("copied", (source.names[key],)), lazy.read)
+                tensors[key] = LazyTensor(lazy.shape, lazy.dtype, Provenance("copied", (source.names[key],)), lazy.read)
             else:
                 assert layer is not None
                 weight = weights(config["mixers"][layer], Attention(**config["attention"][layer]))[role[6:]]
-                tensors[key] = self.weight(source, weight, layer, spot.name, spot.shape)
+                tensors[key] = self.build_weight(source, weight, layer, spot.name, spot.shape)
             used.update(tensors[key].story.sources)
         reason = f"mixer '{self.mixer}' does not use it" + f" with inherit '{self.inherit}'" * (self.inherit != "all")
         unused = {name: reason for name in source.names.values() if name not in used}
-        history = (*source.history, entry(self))
+        history = (*source.history, step_entry(self))
         dropped = source.dropped | unused
         return Checkpoint(source.origin, config, anatomy, source.sizes, tensors, names, source.folder, dropped, history)
 
-    def config(self, source: Checkpoint) -> dict[str, Any]:
+    def build_config(self, source: Checkpoint) -> dict[str, Any]:
         """config.json of the result."""
         if source.config["model_type"] == "regraft":
             raise RegraftError(
                 f"'{source.origin}' is linearized already: run this on its source ({source.history[-1:]})"
             )
-        refuse(source)
-        kept = self.kept(source.layers)
-        specs = [None if layer in kept else self.spec() for layer in range(source.layers)]
+        check_supported(source)
+        kept = self.kept_layers(source.layers)
+        specs = [None if layer in kept else self.build_spec() for layer in range(source.layers)]
         attention = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
         special = {key: source.config[key] for key in SPECIAL if source.config.get(key) is not None}
         return {
@@ -92,11 +92,11 @@ class Remix:
             "slot": source.anatomy.slot,
             "mixers": specs,
             "attention": [None if spec is None else shape for spec, shape in zip(specs, attention, strict=True)],
-            "tie_word_embeddings": source.anatomy.filled(source.config)["tie_word_embeddings"],
+            "tie_word_embeddings": source.anatomy.fill_defaults(source.config)["tie_word_embeddings"],
             **special,
         }
 
-    def spec(self) -> dict[str, Any]:
+    def build_spec(self) -> dict[str, Any]:
         """The mixer spec of every converted layer."""
         if self.window < 0 or self.sinks < 0 or (self.mixer == "window" and self.window == 0):
             raise RegraftError(f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 --sinks 4")
@@ -107,7 +107,7 @@ class Remix:
         plain |= {"inherit": self.inherit} if self.inherit != "all" else {}
         validate(plain)
         gated = self.mixer != "window" and self.window > 0
-        if gated and "o" not in projections(self.inherit):
+        if gated and "o" not in parse_inherit(self.inherit):
             raise RegraftError(
                 f"--inherit '{self.inherit}' leaves out o, which the window branch of {self.window} tokens shares: add "
                 "o, or give --window 0"
@@ -117,7 +117,7 @@ class Remix:
         start = {} if self.gate == Remix.gate else {"start": self.gate}
         return {"name": "gated", "linear": plain, "window": window} | start
 
-    def kept(self, layers: int) -> frozenset[int]:
+    def kept_layers(self, layers: int) -> frozenset[int]:
         """The layers that keep softmax attention, out of `layers`."""
         word, _, number = self.keep.partition(":")
         if self.keep in ("all", "none"):
@@ -140,19 +140,21 @@ class Remix:
             raise RegraftError(f"--keep '{self.keep}' names layer {beyond[0]}: the last layer is {layers - 1}")
         return frozenset(chosen)
 
-    def weight(self, source: Checkpoint, weight: Weight, layer: int, name: str, shape: tuple[int, ...]) -> Lazy:
+    def build_weight(
+        self, source: Checkpoint, weight: WeightSpec, layer: int, name: str, shape: tuple[int, ...]
+    ) -> LazyTensor:
         """One weight of a mixer: inherited or fresh."""
         if weight.source is not None:
-            return inherited(source, weight, layer, shape)
+            return inherit_weight(source, weight, layer, shape)
         spec = weight.fresh or "zeros"
         seed = zlib.crc32(name.encode(), self.seed)  # within 32 bits: torch's generator ignores the others
         kind = "zero" if spec == "zeros" else "fresh"
         dtype = source.tensors["norm.final.weight", None].dtype
-        read = _fresh(spec, shape, seed, dtype)
-        return Lazy(shape, dtype, Story(kind, (), spec), read)
+        read = _init_reader(spec, shape, seed, dtype)
+        return LazyTensor(shape, dtype, Provenance(kind, (), spec), read)
 
 
-def refuse(source: Checkpoint) -> None:
+def check_supported(source: Checkpoint) -> None:
     """RegraftError for models whose attention the mixers do not carry over."""
     anatomy = source.anatomy
     if not anatomy.causal:
@@ -172,30 +174,34 @@ RULES = ("bypass", "halo", "recall", "restore")  # ways to choose layers by meas
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def inherited(source: Checkpoint, weight: Weight, layer: int, shape: tuple[int, ...]) -> Lazy:
+def inherit_weight(source: Checkpoint, weight: WeightSpec, layer: int, shape: tuple[int, ...]) -> LazyTensor:
     """A weight of the source with the axes it lacks broadcast on the output side (`group`: per head)."""
     assert weight.source is not None
     lazy = source[weight.source, layer]
-    have, want = source.signature(weight.source), signature(weight.signature)
-    if have.kind != want.kind or _sized(have.inputs, source.sizes) != _sized(want.inputs, source.sizes):
+    have, want = source.signature(weight.source), parse_signature(weight.signature)
+    if have.kind != want.kind or _drop_unit_axes(have.inputs, source.sizes) != _drop_unit_axes(
+        want.inputs, source.sizes
+    ):
         raise RegraftError(f"cannot inherit '{weight.signature}' from '{have.text}' ({weight.source}): inputs differ")
     names = lazy.story.sources
     if lazy.shape == shape:
-        return Lazy(shape, lazy.dtype, Story("copied", names, lazy.story.note), lazy.read)
+        return LazyTensor(shape, lazy.dtype, Provenance("copied", names, lazy.story.note), lazy.read)
     (mine,), (theirs,) = have.outputs, want.outputs
-    read = _spread(lazy.read, mine, theirs, source.sizes)
-    return Lazy(shape, lazy.dtype, Story("broadcast", names, f"'{weight.signature}' from '{have.text}'"), read)
+    read = _broadcast_reader(lazy.read, mine, theirs, source.sizes)
+    return LazyTensor(
+        shape, lazy.dtype, Provenance("broadcast", names, f"'{weight.signature}' from '{have.text}'"), read
+    )
 
 
-def _sized(axes: tuple[str, ...], sizes: Sizes) -> tuple[str, ...]:
+def _drop_unit_axes(axes: tuple[str, ...], sizes: Sizes) -> tuple[str, ...]:
     return tuple(axis for axis in axes if sizes[axis] > 1)
 
 
-def _spread(
+def _broadcast_reader(
     read: Callable[[], Tensor], have: tuple[str, ...], want: tuple[str, ...], sizes: Sizes
 ) -> Callable[[], Tensor]:
-    return lambda: spread(read(), have, want, sizes)
+    return lambda: broadcast_axes(read(), have, want, sizes)
 
 
-def _fresh(spec: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: fresh(spec, shape, torch.Generator().manual_seed(seed)).to(dtype)
+def _init_reader(spec: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: create_initial_tensor(spec, shape, torch.Generator().manual_seed(seed)).to(dtype)

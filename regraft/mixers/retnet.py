@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from .base import Mixing, rotate
-from .decays import fixed
-from .linear import Linear, LinearOptions
+from .base import MixerContext, apply_rotary
+from .decays import fixed_log_decays
+from .linear import LinearAttention, LinearOptions
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RetnetOptions(LinearOptions):
     gate: Literal["none", "silu", "sigmoid"] = "silu"
 
 
-class Retnet(Linear):
+class Retnet(LinearAttention):
     """Retention (Sun et al., arXiv 2307.08621, eqs. 6-8) as in XATL (arXiv 2404.02684).
 
     S_t = gamma_h S_{t-1} + k_t v_t^T with gamma_h = 1 - 2^(-5-h), o_t = S_t^T q_t / sqrt(dim), and the layer gives
@@ -30,9 +30,9 @@ class Retnet(Linear):
     name = "retnet"
     Options = RetnetOptions
 
-    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
         """Scaled queries, keys, values, the heads' decays."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
-            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
-        return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": fixed("retnet", k)}
+            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+        return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": fixed_log_decays("retnet", k)}

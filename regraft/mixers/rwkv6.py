@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Mixing, State, Weight, rotate
-from .linear import Linear, LinearOptions, low_rank, mean_decay
+from .base import Attention, MixerContext, State, WeightSpec, apply_rotary
+from .linear import LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
 
 
@@ -33,7 +33,7 @@ class Rwkv6Options(LinearOptions):
     balance: bool = False
 
 
-class Rwkv6(Linear):
+class Rwkv6(LinearAttention):
     """RWKV-6 (Peng et al., arXiv 2404.05892, section 4.2) in the source's projections.
 
     Each of r (the queries), k, v, g and w reads x_t + (x_{t-1} - x_t) * lora(x_t + (x_{t-1} - x_t) * mu_x), where
@@ -71,28 +71,28 @@ class Rwkv6(Linear):
         return "rkv" + "w" * (options.decay == "dynamic") + "g" * (options.gate != "none")
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """No shift at first, a constant decay with a half-life of about 44 tokens."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         axes = f"{cls.state_axes(options)} dim"
         if options.shift:
             count, rank = len(cls.shifted_streams(options)), options.shift_rank
-            table["shift_base"] = Weight("scale hidden", fresh="zeros", decay=False)
-            table["shift_bias"] = Weight(f"{count} hidden", fresh="zeros", decay=False)
-            table["shift_in.weight"] = Weight(f"hidden -> {count * rank}", fresh="normal 0.02", decay=False)
-            table["shift_out"] = Weight(f"{count} {rank} hidden", fresh="zeros", decay=False)
+            table["shift_base"] = WeightSpec("scale hidden", fresh="zeros", decay=False)
+            table["shift_bias"] = WeightSpec(f"{count} hidden", fresh="zeros", decay=False)
+            table["shift_in.weight"] = WeightSpec(f"hidden -> {count * rank}", fresh="normal 0.02", decay=False)
+            table["shift_out"] = WeightSpec(f"{count} {rank} hidden", fresh="zeros", decay=False)
         if options.decay == "dynamic":
-            table |= low_rank("decay", options.rank, axes, "constant -4.15")
+            table |= low_rank_weights("decay", options.rank, axes, "constant -4.15")
         else:
-            table["decay"] = Weight(f"-> {axes}", fresh="constant -4.15", decay=False)
+            table["decay"] = WeightSpec(f"-> {axes}", fresh="constant -4.15", decay=False)
         if options.bonus:
-            table["bonus"] = Weight(axes, fresh="ones", decay=False)
+            table["bonus"] = WeightSpec(axes, fresh="ones", decay=False)
         return table
 
     @classmethod
-    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+    def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """The matrices, and the last token's input for the shift."""
-        return super().state_numbers(attention, spec) + attention.hidden * cls.parse(spec).shift
+        return super().state_size(attention, spec) + attention.hidden * cls.parse(spec).shift
 
     @classmethod
     def token_flops(cls, attention: Attention, options: Rwkv6Options) -> int:
@@ -106,26 +106,28 @@ class Rwkv6(Linear):
         base = self.decay_out.bias if self.options.decay == "dynamic" else self.decay
         base.copy_(mean_decay(distance, self.states).log().repeat_interleave(self.attention.dim))
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state."""
         read, last = dict.fromkeys(self.streams, x), {}
         if self.options.shift:
-            before, last["shift"] = previous(x, mixing, state["shift"] if state else None)
+            before, last["shift"] = token_shift(x, mixing, state["shift"] if state else None)
             mixes = self.shifts(x, before - x)
             read = {name: x + (before - x) * mixes[:, :, i] for i, name in enumerate(self.streams)}
-        out, last["matrix"] = self.read(self.made(read, mixing), mixing, state["matrix"] if state else None)
-        return self.finish(out, read.get("g", x)).to(x.dtype), last
+        out, last["matrix"] = self.run_recurrence(
+            self.recurrence_inputs(read, mixing), mixing, state["matrix"] if state else None
+        )
+        return self.normalize_and_gate(out, read.get("g", x)).to(x.dtype), last
 
     def shifts(self, x: Tensor, change: Tensor) -> Tensor:
         """How much of the change each stream takes, (batch, time, streams, hidden)."""
         inner = self.shift_in(x + change * self.shift_base).tanh().unflatten(-1, (len(self.streams), -1))
         return self.shift_bias + torch.einsum("btsr,srh->btsh", inner, self.shift_out)
 
-    def made(self, read: dict[str, Tensor], mixing: Mixing) -> dict[str, Tensor]:
+    def recurrence_inputs(self, read: dict[str, Tensor], mixing: MixerContext) -> dict[str, Tensor]:
         """Arguments of the recurrence from what each stream reads."""
         q, k, v = self.qkv(*(read[name] for name in "rkv"))
         if self.options.rotary:
-            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         base = (
             self.decay_out(self.decay_in(read["w"]).tanh())
             if "w" in read
@@ -137,7 +139,7 @@ class Rwkv6(Linear):
         return made if self.bonus is None else made | {"bonus": self.bonus}
 
 
-def previous(x: Tensor, mixing: Mixing, past: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_shift(x: Tensor, mixing: MixerContext, past: Tensor | None) -> tuple[Tensor, Tensor]:
     """Every token's predecessor in its document, zeros for the first, (batch, time, hidden), and the last token.
 
     x: (batch, time, hidden); past: (batch, hidden), the token before. Padding is no predecessor.

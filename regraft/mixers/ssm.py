@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RegraftError
-from .base import Attention, Mixer, Mixing, Projections, Weight, output_weights
+from .base import Attention, Mixer, MixerContext, Projections, WeightSpec, output_weights
 
-DT = "timesteps 0.001 0.1"
-OWN = ("expand", "state", "head_dim")  # options that the attention's shape decides in the other layout
+DT_INIT = "timesteps 0.001 0.1"
+OWN_LAYOUT_OPTIONS = ("expand", "state", "head_dim")  # options that the attention's shape decides in the other layout
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class StateSpace(Mixer):
     def parse(cls, spec: dict[str, Any]) -> Any:
         """The options; RegraftError for sizes that are none, or that the attention layout does not have."""
         options = super().parse(spec)
-        sizes = {name: value for name, value in vars(options).items() if name in (*OWN, "conv")}
+        sizes = {name: value for name, value in vars(options).items() if name in (*OWN_LAYOUT_OPTIONS, "conv")}
         if wrong := next((name for name, value in sizes.items() if value is not None and value < 1), None):
             raise RegraftError(f"mixer '{cls.name}': {wrong} is {sizes[wrong]}, give 1 or more")
-        if options.layout == "attention" and (extra := [name for name in OWN if name in spec]):
+        if options.layout == "attention" and (extra := [name for name in OWN_LAYOUT_OPTIONS if name in spec]):
             raise RegraftError(
                 f"mixer '{cls.name}': {extra[0]} is {spec[extra[0]]}, but layout 'attention' has the attention's "
                 "widths: leave it out"
@@ -87,11 +87,11 @@ class StateSpace(Mixer):
         raise NotImplementedError
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """The projections in and out; new ones as PyTorch starts a linear layer. RegraftError without an output."""
         options = cls.parse(spec)
         channels = cls.widths_of(attention, options).channels
-        table = {"gate.weight": dense("hidden", channels, attention.hidden)}
+        table = {"gate.weight": dense_weight("hidden", channels, attention.hidden)}
         if options.layout == "attention":
             table |= {f"qkv.{name}": weight for name, weight in Projections.weights(attention, expand=True).items()}
             return table | (output_weights(attention) if output else {})
@@ -100,18 +100,18 @@ class StateSpace(Mixer):
                 f"mixer '{cls.name}' with layout '{options.layout}' has an output projection of its own, which a "
                 'window beside it cannot share: give --options \'{"layout": "attention"}\', or --window 0'
             )
-        table["x.weight"] = dense("hidden", channels, attention.hidden)
-        return table | {"o.weight": dense(channels, "hidden", options.expand * attention.hidden)}
+        table["x.weight"] = dense_weight("hidden", channels, attention.hidden)
+        return table | {"o.weight": dense_weight(channels, "hidden", options.expand * attention.hidden)}
 
     @classmethod
-    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+    def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """The states of all channels and the last inputs of the convolution."""
         options = cls.parse(spec)
         widths = cls.widths_of(attention, options)
-        return widths.inner * widths.state + (options.conv - 1) * cls.convolved(widths)
+        return widths.inner * widths.state + (options.conv - 1) * cls.conv_channels(widths)
 
     @classmethod
-    def convolved(cls, widths: Widths) -> int:
+    def conv_channels(cls, widths: Widths) -> int:
         """Channels that go through the convolution."""
         return widths.inner
 
@@ -120,21 +120,21 @@ class StateSpace(Mixer):
         """Decay, write, read out, and the convolution."""
         options = cls.parse(spec)
         widths = cls.widths_of(attention, options)
-        return 5 * widths.inner * widths.state + 2 * options.conv * cls.convolved(widths)
+        return 5 * widths.inner * widths.state + 2 * options.conv * cls.conv_channels(widths)
 
-    def gated(self, y: Tensor, x: Tensor) -> Tensor:
+    def apply_gate(self, y: Tensor, x: Tensor) -> Tensor:
         """y (batch, time, heads, dim) times silu of the gate's projection of x (batch, time, hidden)."""
         return y * F.silu(self.gate(x).float()).view_as(y)
 
 
-def dense(inputs: str, outputs: str, width: int) -> Weight:
+def dense_weight(inputs: str, outputs: str, width: int) -> WeightSpec:
     """A new projection from `width` coordinates."""
-    return Weight(f"{inputs} -> {outputs}", fresh=f"uniform {width**-0.5:.6g}")
+    return WeightSpec(f"{inputs} -> {outputs}", fresh=f"uniform {width**-0.5:.6g}")
 
 
-def own(weight: str, fresh: str) -> Weight:
+def no_decay_weight(weight: str, fresh: str) -> WeightSpec:
     """A new weight with a start of its own and no decay."""
-    return Weight(weight, fresh=fresh, decay=False)
+    return WeightSpec(weight, fresh=fresh, decay=False)
 
 
 class ShortConv(nn.Module):
@@ -146,15 +146,15 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(math.prod(channels)))
 
     @staticmethod
-    def weights(name: str, channels: str, taps: int) -> dict[str, Weight]:
+    def weights(name: str, channels: str, taps: int) -> dict[str, WeightSpec]:
         """Parameter name -> Weight; started as PyTorch does."""
         start = f"uniform {taps**-0.5:.6g}"
         return {
-            f"{name}.weight": Weight(f"{channels} {taps}", fresh=start),
-            f"{name}.bias": own(f"-> {channels}", start),
+            f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=start),
+            f"{name}.bias": no_decay_weight(f"-> {channels}", start),
         }
 
-    def forward(self, x: Tensor, mixing: Mixing, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mixing: MixerContext, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """x: (batch, time, channels) -> the same shape, and the last taps - 1 inputs: (batch, taps - 1, channels)."""
         weight, time = self.weight.flatten(0, -2), x.shape[1]
         before = weight.shape[1] - 1

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attention, Mixing, Weight, rotate
-from .decays import Decayed
-from .linear import mapped
+from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .decays import HeadDecayAttention
+from .linear import apply_feature_map
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SupraOptions:
     gate: Literal["none", "silu", "sigmoid"] = "none"
 
 
-class Supra(Decayed):
+class Supra(HeadDecayAttention):
     """SUPRA (Mercat et al., arXiv 2405.06640, eqs. 7-10): phi(x) = relu(W x + b), the same W for queries and keys.
 
     v'_i = GroupNorm(sum_j gamma^(i-j) RoPE(phi(q_i)) . RoPE(phi(k_j)) v_j). Keys and values are broadcast per head
@@ -50,26 +50,26 @@ class Supra(Decayed):
         self.feature_bias = nn.Parameter(torch.zeros(heads * dim))
 
     @classmethod
-    def grouped(cls, options: SupraOptions) -> bool:
+    def is_grouped(cls, options: SupraOptions) -> bool:
         """No: keys and values are broadcast."""
         return False
 
     @classmethod
-    def output(cls, options: SupraOptions) -> tuple[str, str]:
+    def output_norm_and_gate(cls, options: SupraOptions) -> tuple[str, str]:
         """The group norm, and the gate asked for."""
         return "layer" if options.norm else "none", options.gate
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, Weight]:
+    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
         """The source's projections and a fresh feature map."""
         options = cls.parse(spec)
         head = options.feature == "head"
         bound = (attention.dim if head else attention.heads * attention.dim) ** -0.5
         start = "identity" if options.start == "identity" else f"uniform {bound}"
         table = super().weights(attention, spec, output)
-        table["feature"] = Weight("kv group dim dim" if head else "kv group dim -> kv group dim", fresh=start)
+        table["feature"] = WeightSpec("kv group dim dim" if head else "kv group dim -> kv group dim", fresh=start)
         bias = "zeros" if options.start == "identity" else f"uniform {bound}"
-        table["feature_bias"] = Weight("-> kv group dim", fresh=bias, decay=False)
+        table["feature_bias"] = WeightSpec("-> kv group dim", fresh=bias, decay=False)
         return table
 
     @classmethod
@@ -82,14 +82,14 @@ class Supra(Decayed):
         """phi; x: (batch, heads, time, dim)."""
         bias = self.feature_bias.view(self.attention.heads, 1, self.attention.dim)
         if self.options.feature == "head":
-            return F.relu(mapped(x, self.feature) + bias)
+            return F.relu(apply_feature_map(x, self.feature) + bias)
         flat = F.linear(x.transpose(1, 2).flatten(-2), self.feature)
         return F.relu(flat.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2) + bias)
 
-    def inputs(self, x: Tensor, mixing: Mixing) -> dict[str, Tensor]:
+    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
         """Features of queries and keys, rotated after the map; values, the heads' decays."""
         q, k, v = self.qkv(x)
         q, k = self.features(q), self.features(k * self.attention.dim**-0.5)
         if self.options.rotary:
-            q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
+            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         return {"q": q, "k": k, "v": v, "g": self.decays(k)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import pad_time
-from .recurrence import CHUNK, carry_plain, chunk_ids, document_masks, start
+from .recurrence import CHUNK, carry_plain, chunk_ids, document_masks, initial_state
 
 PAIRS = CHUNK * (CHUNK - 1) // 2  # of a query and an earlier key, in a chunk
 
@@ -29,7 +29,7 @@ def naive_vector(
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T. Without bonus o_t = S_t^T q_t (gated linear attention, arXiv 2312.06635,
     eq. 3); with it o_t = (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t (RWKV-6, arXiv 2404.05892, eqs. 18-19).
     """
-    S, outputs = start(k, v, state), []
+    S, outputs = initial_state(k, v, state), []
     q = q.unflatten(1, (k.shape[1], -1))
     for t in range(k.shape[2]):
         if segments is not None and t > 0:
@@ -57,7 +57,7 @@ def chunked_vector(
     however strong they are (the factored form of arXiv 2312.06635, section 4.3, divides by decays).
     """
     time, n, heads = q.shape[2], -(-q.shape[2] // chunk), k.shape[1]
-    S = start(k, v, state)
+    S = initial_state(k, v, state)
     q, k, v, g = (pad_time(x, chunk).unflatten(2, (n, chunk)) for x in (q, k, v, g))
     q = q.unflatten(1, (heads, -1)).movedim(2, 4)  # (b, h, n, c, group, d)
     masks, ids = document_masks(segments, n, chunk), None if segments is None else chunk_ids(segments, n, chunk)
@@ -68,16 +68,16 @@ def chunked_vector(
     reach, into, whole = g if bonus is None else torch.zeros_like(g), torch.zeros_like(g), g
     half = 1
     while half < chunk:
-        (k0, _), (v0, _), (_, q1), (r0, r1), (i0, i1) = (_halves(x, half) for x in (k, v, q, reach, into))
-        w0, w1 = _halves(whole, 1)  # (b, h, n, pairs, 1, d)
+        (k0, _), (v0, _), (_, q1), (r0, r1), (i0, i1) = (_split_halves(x, half) for x in (k, v, q, reach, into))
+        w0, w1 = _split_halves(whole, 1)  # (b, h, n, pairs, 1, d)
         scores = (q1 * r1.exp().unsqueeze(-2)).flatten(-3, -2) @ (k0 * i0.exp()).mT
         if ids is not None:
-            first, second = _halves(ids.unsqueeze(1), half)
+            first, second = _split_halves(ids.unsqueeze(1), half)
             same = second.unsqueeze(-1) == first.unsqueeze(-2)
             scores = scores * same.repeat_interleave(q.shape[4], -2)
         read = (scores @ v0).unflatten(-2, (half, -1))
-        out = out + _joined(torch.zeros_like(read), read)
-        reach, into, whole = _joined(r0, r1 + w0), _joined(i0 + w1, i1), (w0 + w1).squeeze(4)
+        out = out + _join_halves(torch.zeros_like(read), read)
+        reach, into, whole = _join_halves(r0, r1 + w0), _join_halves(i0 + w1, i1), (w0 + w1).squeeze(4)
         half *= 2
     carried, last = carry_plain((whole.squeeze(3).exp() * keeps).unsqueeze(-1), (k * into.exp() * writes).mT @ v, S)
     from_state = (q * (reach.exp() * reads).unsqueeze(-2)).flatten(3, 4) @ carried
@@ -85,12 +85,12 @@ def chunked_vector(
     return out.movedim(4, 2).flatten(1, 2).flatten(2, 3)[:, :, :time], last
 
 
-def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+def _split_halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """(b, h, n, c, ...) -> first and second of each pair of blocks, (b, h, n, pairs, half, ...)."""
     first, second = x.unflatten(3, (-1, 2, half)).unbind(4)
     return first, second
 
 
-def _joined(first: Tensor, second: Tensor) -> Tensor:
+def _join_halves(first: Tensor, second: Tensor) -> Tensor:
     """The inverse of `_halves`."""
     return torch.stack((first, second), 4).flatten(3, 5)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Attention, Mixer, Mixing, Projections, State, pad_time, rotate
+from .base import Attention, Mixer, MixerContext, Projections, State, apply_rotary, pad_time
 
 EMPTY = -1
 
@@ -55,7 +55,7 @@ class Window(Mixer):
         self.qkv = Projections(attention, expand=False)
 
     @classmethod
-    def state_numbers(cls, attention: Attention, spec: dict[str, Any]) -> int:
+    def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Keys, values and positions of the window and the sinks."""
         options = cls.parse(spec)
         return (options.window + options.sinks) * (2 * attention.kv * attention.dim + 1) + 1
@@ -75,7 +75,7 @@ class Window(Mixer):
         once = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
         return once, 2 * once
 
-    def empty(self, like: Tensor) -> State:
+    def initial_state(self, like: Tensor) -> State:
         """The state before the first token; like: (batch, kv, time, dim)."""
         b, kv, _, d = like.shape
         state = {"seen": torch.zeros(b, 1, dtype=torch.long, device=like.device)}
@@ -85,19 +85,19 @@ class Window(Mixer):
             state[f"{part}_at"] = torch.full((b, size), EMPTY, dtype=torch.long, device=like.device)
         return state
 
-    def mix(self, x: Tensor, mixing: Mixing, state: State | None) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state."""
         q, k, v = self.qkv(x)
-        q, k = rotate(q, mixing.rotary), rotate(k, mixing.rotary)
-        state = state or self.empty(k)
+        q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+        state = state or self.initial_state(k)
         position = self.positions(x, mixing) + state["seen"]
         if mixing.valid is not None:
             position = position.masked_fill(~mixing.valid, EMPTY)
-        attend = self.step if x.shape[1] == 1 else self.blocks
+        attend = self.attend_token if x.shape[1] == 1 else self.attend_blocks
         heads = attend(q, k, v, position, mixing.segments, state)
-        return heads.transpose(1, 2), self.advance(k, v, position, state, mixing)
+        return heads.transpose(1, 2), self.update_state(k, v, position, state, mixing)
 
-    def positions(self, x: Tensor, mixing: Mixing) -> Tensor:
+    def positions(self, x: Tensor, mixing: MixerContext) -> Tensor:
         """Tokens before this one in its document, not counting the state's; (batch, time)."""
         b, t = x.shape[:2]
         if mixing.valid is not None:
@@ -110,7 +110,9 @@ class Window(Mixer):
         first[:, 1:] = mixing.segments[:, 1:] != mixing.segments[:, :-1]
         return count - count.masked_fill(~first, 0).cummax(1).values
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, segments: Tensor | None, state: State) -> Tensor:
+    def attend_token(
+        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, segments: Tensor | None, state: State
+    ) -> Tensor:
         """One token against the state and itself; q: (b, heads, 1, d) -> (b, heads, 1, d)."""
         keys = torch.cat((state["sink_k"], state["window_k"], k), dim=2)
         values = torch.cat((state["sink_v"], state["window_v"], v), dim=2)
@@ -124,7 +126,7 @@ class Window(Mixer):
         scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2)
 
-    def blocks(
+    def attend_blocks(
         self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, segments: Tensor | None, state: State
     ) -> Tensor:
         """Many tokens in blocks of the window; q: (b, heads, t, d), k, v: (b, kv, t, d) -> (b, heads, t, d)."""
@@ -142,11 +144,11 @@ class Window(Mixer):
         near = (distance >= 0) & (distance < size) & (own.unsqueeze(-1) == ids2.unsqueeze(-2))
         near = near & (at2.unsqueeze(-2) > EMPTY)
         group = pad_time(q, size).unflatten(1, (kv, -1)).unflatten(3, (n, size)).transpose(2, 3)  # b kv n g size d
-        scores = [self.masked(group.flatten(3, 4) @ k2.transpose(-1, -2), near, group.shape[3])]
-        sink_k, sink_v, far = self.sinks_of(k, v, position, ids, state, at, own)
+        scores = [self.scale_and_mask(group.flatten(3, 4) @ k2.transpose(-1, -2), near, group.shape[3])]
+        sink_k, sink_v, far = self.select_sinks(k, v, position, ids, state, at, own)
         if sink_k.shape[2]:
             sink_scores = group.flatten(3, 4) @ sink_k.unsqueeze(2).transpose(-1, -2)
-            scores.append(self.masked(sink_scores, far, group.shape[3]))
+            scores.append(self.scale_and_mask(sink_scores, far, group.shape[3]))
         weight = torch.cat(scores, dim=-1).softmax(-1)
         out = weight[..., : 2 * size] @ v2
         if sink_k.shape[2]:
@@ -154,12 +156,12 @@ class Window(Mixer):
         out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b kv g time d
         return out.flatten(1, 2)[:, :, :time]
 
-    def masked(self, scores: Tensor, seen: Tensor, group: int) -> Tensor:
+    def scale_and_mask(self, scores: Tensor, seen: Tensor, group: int) -> Tensor:
         """Scale and mask; scores: (b, kv, n, group * size, keys), seen: (b, n, size, keys)."""
         seen = seen.unsqueeze(1).repeat(1, 1, 1, group, 1)
         return (scores * self.attention.scale).masked_fill(~seen, torch.finfo(scores.dtype).min)
 
-    def sinks_of(
+    def select_sinks(
         self, k: Tensor, v: Tensor, position: Tensor, ids: Tensor, state: State, at: Tensor, own: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sinks that some query sees beyond its window: keys, values (b, kv, m, d) and mask (b, n, size, m)."""
@@ -179,7 +181,7 @@ class Window(Mixer):
         far = (distance >= size) & (sink_at > EMPTY)[:, None, None] & (own.unsqueeze(-1) == sink_ids[:, None, None])
         return keys, values, far
 
-    def advance(self, k: Tensor, v: Tensor, position: Tensor, state: State, mixing: Mixing) -> State:
+    def update_state(self, k: Tensor, v: Tensor, position: Tensor, state: State, mixing: MixerContext) -> State:
         """The state after these tokens: last `window` of past and new, sinks where they fit."""
         if mixing.segments is not None:
             return state  # packed rows are whole documents: nothing follows them

@@ -1,20 +1,20 @@
 """Runnable models: a stock decoder with mixers in its attention slots."""
 
-from .cache import CACHE, MixerState, cache_of, given, state_bytes
+from .cache import CACHE, MixerState, cache_kwargs, cache_of, state_bytes
 from .configuration_regraft import STATE_LAYER, RegraftConfig
 from .loading import (
-    branch,
-    example,
-    fresh,
-    from_files,
-    in_files,
+    build_random_model,
+    check_decoder,
+    force_branch,
+    from_checkpoint_names,
     load,
     load_tokenizer,
     materialize,
+    random_inputs,
     slots,
-    wants_decoder,
+    to_checkpoint_names,
 )
-from .meta import outline
+from .meta import build_meta_model
 from .modeling_regraft import RegraftForCausalLM
 
 __all__ = [
@@ -23,18 +23,18 @@ __all__ = [
     "MixerState",
     "RegraftConfig",
     "RegraftForCausalLM",
-    "branch",
+    "force_branch",
     "cache_of",
-    "example",
-    "fresh",
-    "from_files",
-    "given",
-    "in_files",
+    "random_inputs",
+    "build_random_model",
+    "from_checkpoint_names",
+    "cache_kwargs",
+    "to_checkpoint_names",
     "load",
     "load_tokenizer",
     "materialize",
-    "outline",
+    "build_meta_model",
     "slots",
     "state_bytes",
-    "wants_decoder",
+    "check_decoder",
 ]

@@ -87,7 +87,7 @@ class MixerState(CacheLayerMixin):
             )
 
 
-def given(cache: Cache | None) -> dict[str, Any]:
+def cache_kwargs(cache: Cache | None) -> dict[str, Any]:
     """The keyword that hands a cache to any model; none for None."""
     return {} if cache is None else {CACHE: cache}
 

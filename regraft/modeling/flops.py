@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..core.anatomy import Config, find
+from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..mixers.base import Attention
@@ -27,25 +27,25 @@ from ..mixers.registry import mixer_class
 Shape = tuple[int, ...]
 
 
-def forward(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
+def forward_flops(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
     """FLOPs of one forward pass over `batch` rows of `length` tokens (of images: whatever length, see `positions`).
 
     A linearized model's rows are one document each. RegraftError for a length that the model does not have.
     """
-    return batch * row(model, length)[0]
+    return batch * row_flops(model, length)[0]
 
 
-def training(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
+def training_flops(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
     """FLOPs of one forward and backward pass with every weight trained; arguments and errors as in `forward`."""
-    return batch * sum(row(model, length))
+    return batch * sum(row_flops(model, length))
 
 
-def row(model: Checkpoint | Config, length: int) -> tuple[int, int]:
+def row_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     """(forward, backward) FLOPs of one row."""
     config = _config(model)
-    length = positions(config, length)
-    costs = [maps(config, length)]
-    anatomy, sizes = find(config), find(config).solve(config)
+    length = count_positions(config, length)
+    costs = [weight_flops(config, length)]
+    anatomy, sizes = find_anatomy(config), find_anatomy(config).solve(config)
     softmax = 4 * sizes["kv"] * sizes["group"] * sizes["dim"] * length**2
     for layer, spec in enumerate(config.get("mixers") or [None] * sizes["depth"]):
         if spec is None:
@@ -56,28 +56,28 @@ def row(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
 
 
-def maps(model: Checkpoint | Config, length: int) -> tuple[int, int]:
+def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     """(forward, backward) FLOPs of the products with weights on a row of `length` positions; a tied head is one too.
 
     Nothing is passed back into pixels.
     """
     config = _config(model)
-    anatomy = find(config)
-    family, full, sizes = anatomy.host(config), anatomy.filled(config), anatomy.solve(config)
+    anatomy = find_anatomy(config)
+    family, full, sizes = anatomy.host(config), anatomy.fill_defaults(config), anatomy.solve(config)
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
     places = {"each": length, "first": 1, "patch": length - 1, "routed": routed}
     once, back = Fraction(0), Fraction(0)
-    for spot in anatomy.place(anatomy.untied(config)).values():
-        if spot.part.multiplies:
+    for spot in anatomy.place(anatomy.untie_embeddings(config)).values():
+        if spot.part.is_matrix:
             cost = 2 * math.prod(spot.shape) * places[spot.part.at]
             once, back = once + cost, back + cost * (1 if spot.part.at == "patch" else 2)
     return int(once), int(back)
 
 
-def positions(model: Checkpoint | Config, length: int) -> int:
+def count_positions(model: Checkpoint | Config, length: int) -> int:
     """Positions of a row: `length` tokens; of an image its patches and the class token, at the config's size."""
     config = _config(model)
-    anatomy = find(config)
+    anatomy = find_anatomy(config)
     held = anatomy.solve(config).get("pos")
     if held and anatomy.host(config).inputs == "pixels":
         return held
@@ -86,7 +86,7 @@ def positions(model: Checkpoint | Config, length: int) -> int:
     return length
 
 
-class Flat:
+class NullModuleTracker:
     """In place of the library's record of modules, whose hooks keep what gradient checkpointing would free."""
 
     parents: ClassVar[set[str]] = {"Global"}
@@ -98,14 +98,14 @@ class Flat:
         """Nothing is taken away."""
 
 
-class Counter(FlopCounterMode):
+class FlopCounter(FlopCounterMode):
     """PyTorch's counter, known to `uncounted` while it is open; it counts all modules as one."""
 
-    running: ClassVar[list[Counter]] = []
+    running: ClassVar[list[FlopCounter]] = []
     mod_tracker: Any
 
-    def __enter__(self) -> Counter:
-        self.mod_tracker = Flat()
+    def __enter__(self) -> FlopCounter:
+        self.mod_tracker = NullModuleTracker()
         self.running.append(self)
         super().__enter__()
         return self
@@ -116,9 +116,9 @@ class Counter(FlopCounterMode):
 
 
 @contextmanager
-def uncounted() -> Iterator[None]:
+def pause_counting() -> Iterator[None]:
     """Inside, open counters do not move: for work that belongs to the machine and not to the model."""
-    before = [(one, copy.deepcopy(one.flop_counts)) for one in Counter.running]
+    before = [(one, copy.deepcopy(one.flop_counts)) for one in FlopCounter.running]
     try:
         yield
     finally:
@@ -126,7 +126,7 @@ def uncounted() -> Iterator[None]:
             one.flop_counts = counts
 
 
-def counter() -> Counter:
+def build_flop_counter() -> FlopCounter:
     """PyTorch's counter for real runs, counting as this module does.
 
     Its own table lacks the processor's attention and grouped products, and counts scores that a fused backward pass
@@ -134,24 +134,26 @@ def counter() -> Counter:
     """
     aten = torch.ops.aten
     backward = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-    table: dict[Any, Any] = {getattr(aten, f"_scaled_dot_product_{name}_backward"): _passed_back for name in backward}
-    table[aten._scaled_dot_product_flash_attention_for_cpu] = _attended
-    table[aten._grouped_mm] = _grouped
-    return Counter(display=False, custom_mapping=table)
+    table: dict[Any, Any] = {
+        getattr(aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops for name in backward
+    }
+    table[aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
+    table[aten._grouped_mm] = _grouped_mm_flops
+    return FlopCounter(display=False, custom_mapping=table)
 
 
 def _config(model: Checkpoint | Config) -> Config:
     return model if isinstance(model, Mapping) else model.config
 
 
-def _attended(query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+def _attention_flops(query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
-def _passed_back(grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+def _attention_backward_flops(grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
     return 2 * int(sdpa_flop_count(query, key, value))
 
 
-def _grouped(left: Shape, right: Shape, *rest: Any, **named: Any) -> int:
+def _grouped_mm_flops(left: Shape, right: Shape, *rest: Any, **named: Any) -> int:
     """Rows in groups, each times its own matrix, or summed over groups: every row is used once."""
     return 2 * math.prod(left[-2:]) * right[-1]

@@ -24,7 +24,7 @@ class Generation:
     converted_bytes: int
     kept_bytes: int
 
-    def size(self) -> str:
+    def format_state_size(self) -> str:
         """One line: what the state holds after how many tokens."""
         seen = self.prompt_tokens + self.tokens
         return (
@@ -34,7 +34,7 @@ class Generation:
         )
 
 
-class Pieces(TextStreamer):
+class CallbackStreamer(TextStreamer):
     """Hands finished pieces of text to a function."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sink: Callable[[str], None] | None):
@@ -66,8 +66,8 @@ def generate(
     """
     if tokens < 1 or temperature < 0:
         raise RegraftError(f"cannot generate {tokens} tokens at temperature {temperature}: ask for >= 1 and >= 0")
-    inputs = encoded(tokenizer, prompt, chat).to(next(model.parameters()).device)
-    streamer = Pieces(tokenizer, sink)
+    inputs = encode_prompt(tokenizer, prompt, chat).to(next(model.parameters()).device)
+    streamer = CallbackStreamer(tokenizer, sink)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def generate(
     return Generation("".join(streamer.pieces), inputs.shape[1], new, converted, sum(sizes) - converted)
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
     """prompt -> ids (1, time)."""
     if not prompt:
         raise RegraftError(f"the prompt is {prompt!r}: give at least one character to continue")

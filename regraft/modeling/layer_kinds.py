@@ -17,11 +17,11 @@ def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
 
 def layer_kinds(checkpoint: Checkpoint) -> list[str]:
     """A name for every layer's mixer: softmax, or as `gated(gated_deltanet, window)`."""
-    return [_kind(spec) if spec else "softmax" for spec in mixers_of(checkpoint)]
+    return [_mixer_name(spec) if spec else "softmax" for spec in mixers_of(checkpoint)]
 
 
-def _kind(spec: Mapping[str, Any]) -> str:
-    nested = [_kind(value) for value in spec.values() if isinstance(value, Mapping)]
+def _mixer_name(spec: Mapping[str, Any]) -> str:
+    nested = [_mixer_name(value) for value in spec.values() if isinstance(value, Mapping)]
     return f"{spec['name']}({', '.join(nested)})" if nested else str(spec["name"])
 
 
@@ -47,6 +47,6 @@ def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
         if spec is None:
             numbers = 2 * attention.kv * attention.dim * kept_tokens(checkpoint, layer, context)
         else:
-            numbers = mixer_class(spec["name"]).state_numbers(attention, spec)
+            numbers = mixer_class(spec["name"]).state_size(attention, spec)
         table[kind] = table.get(kind, 0) + 4 * numbers
     return table

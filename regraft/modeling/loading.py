@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..core.anatomy import find
+from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..mixers.gated import Gated
-from .meta import outline, stock_class
+from ..mixers.gated import GatedMixer
+from .meta import build_meta_model, stock_class
 from .modeling_regraft import RegraftForCausalLM
 
 
@@ -30,12 +30,12 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     """
     values = {checkpoint.names[key]: lazy.read().to(dtype).contiguous() for key, lazy in checkpoint.tensors.items()}
     if checkpoint.config["model_type"] == "regraft":
-        model: Any = outline(checkpoint)
+        model: Any = build_meta_model(checkpoint)
         missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
         lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
         model.tie_weights()
     else:
-        model, lost = stock(checkpoint, values, dtype)
+        model, lost = build_stock_model(checkpoint, values, dtype)
     if lost:
         raise RegraftError(
             f"'{checkpoint.path}' does not fit its model: parameter '{sorted(lost)[0]}' has no counterpart"
@@ -43,22 +43,24 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     return model.to(dtype).eval()
 
 
-def stock(checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:
+def build_stock_model(checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:
     """(model of transformers' own class, names without a counterpart); the library renames and fuses what it must."""
     kind, config = stock_class(checkpoint.config)
-    return filled(kind, config, values, dtype)
+    return build_with_weights(kind, config, values, dtype)
 
 
-def filled(kind: Any, config: Any, values: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:
+def build_with_weights(
+    kind: Any, config: Any, values: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, set[str]]:
     """(model of a stock class with these values by their names in files, names without a counterpart)."""
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    with silent():
+    with silence_transformers():
         model, info = kind.from_pretrained(None, state_dict=dict(values), ignore_mismatched_sizes=True, **options)
     resized = {name for name, *_ in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | resized
 
 
-def fresh(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
+def build_random_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
     """A new float32 model of a stock config (the mapping in a config.json) with transformers' own random start.
 
     In eval mode; the same seed gives the same weights, and the global random numbers stay where they are.
@@ -71,24 +73,24 @@ def fresh(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
     return model.float().eval()
 
 
-def in_files(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by parameter name of a running model -> by the names that its checkpoint has."""
     if isinstance(model, RegraftForCausalLM):
         return dict(values)
-    canonical = find(model.config.to_dict()).canonical
+    canonical = find_anatomy(model.config.to_dict()).canonical_name
     return {canonical(name): value for name, value in revert_weight_conversion(model, dict(values)).items()}
 
 
-def from_files(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `in_files`; names that the model has and `values` lack are left out."""
     if isinstance(model, RegraftForCausalLM):
         return dict(values)
-    twin, lost = filled(type(model), copy.deepcopy(model.config), values, torch.float32)
+    twin, lost = build_with_weights(type(model), copy.deepcopy(model.config), values, torch.float32)
     return {name: parameter.data for name, parameter in twin.named_parameters() if name not in lost}
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Inside, transformers draws no bar of its own over ours and prints no table of what it did not find."""
     drawn, told = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
@@ -101,11 +103,11 @@ def silent() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def example(checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0) -> dict[str, Tensor]:
+def random_inputs(checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0) -> dict[str, Tensor]:
     """Random arguments for a model: token ids (rows, length), or pixels (rows, channels, height, width)."""
     generator = torch.Generator().manual_seed(seed)
     if checkpoint.anatomy.inputs == "pixels":
-        size = checkpoint.anatomy.filled(checkpoint.config)["image_size"]
+        size = checkpoint.anatomy.fill_defaults(checkpoint.config)["image_size"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return {"pixel_values": torch.randn(rows, checkpoint.sizes["channel"], height, width, generator=generator)}
     length = min(length, checkpoint.sizes.get("pos", length + 2) - 2)  # two: an encoder may count positions from two
@@ -123,7 +125,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     return model
 
 
-def wants_decoder(*paths: str | Path | None) -> None:
+def check_decoder(*paths: str | Path | None) -> None:
     """RegraftError when a model does not read text from left to right; None stands for no model."""
     for path in paths:
         checkpoint = Checkpoint.open(path) if path else None
@@ -154,11 +156,11 @@ def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[
 
 
 @contextmanager
-def branch(model: nn.Module, name: str | None) -> Iterator[None]:
+def force_branch(model: nn.Module, name: str | None) -> Iterator[None]:
     """Inside, every gated combinator gives only its `window` or `linear` branch; None leaves the gates alone."""
     if name not in (None, "window", "linear"):
         raise RegraftError(f"a gated mixer has no branch '{name}': use window, linear or None")
-    gated = [module for module in model.modules() if isinstance(module, Gated)]
+    gated = [module for module in model.modules() if isinstance(module, GatedMixer)]
     for module in gated:
         module.force = name
     try:

@@ -10,19 +10,19 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..core.anatomy import find
+from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 
 
-def outline(checkpoint: Checkpoint) -> PreTrainedModel:
+def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of a checkpoint with parameters on the meta device and real buffers; takes no memory for weights.
 
     Buffers are rotary tables and the like, which no file holds: the class's own initialisation makes them.
     """
     with torch.device("meta"):
-        model = bare(checkpoint)
+        model = build_from_config(checkpoint)
     stock = model.host if isinstance(model, RegraftForCausalLM) else model
     for module in stock.modules():
         unmade = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -33,7 +33,7 @@ def outline(checkpoint: Checkpoint) -> PreTrainedModel:
     return model
 
 
-def bare(checkpoint: Checkpoint) -> Any:
+def build_from_config(checkpoint: Checkpoint) -> Any:
     """The class of a checkpoint's config, made anew in float32 wherever PyTorch makes tensors now; in eval mode."""
     fields = {**checkpoint.config, "dtype": "float32"}
     if fields["model_type"] == "regraft":
@@ -50,14 +50,14 @@ def bare(checkpoint: Checkpoint) -> Any:
 def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
     """(class, config) of a stock model: the class that the config's `architectures` names, or its family's default."""
     plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-    causal = find(fields).causal
+    causal = find_anatomy(fields).causal
     config = AutoConfig.for_model(fields["model_type"], **plain)
     auto = AutoModelForCausalLM if causal else AutoModel
     name = (fields.get("architectures") or [""])[0]
     return getattr(transformers, name, None) or auto._model_mapping[type(config)], config
 
 
-def buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """(module, name, value) of every buffer."""
     for module in model.modules():
         for name, value in module.named_buffers(recurse=False):

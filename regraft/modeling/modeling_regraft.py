@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import RegraftError
-from ..mixers.base import Attention, Mixing
+from ..mixers.base import Attention, MixerContext
 from ..mixers.registry import build
-from .cache import CACHE, MixerState, given
+from .cache import CACHE, MixerState, cache_kwargs
 from .configuration_regraft import RegraftConfig
 
 CACHES = (CACHE, "layer_past")  # what decoder layers call the cache that they hand to attention
@@ -32,7 +32,7 @@ class MixerSlot(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        mixing: Mixing | None = None,
+        mixing: MixerContext | None = None,
         **host_arguments: Any,  # each family hands its attention more than a mixer needs: masks, flags
     ) -> tuple[Tensor, None]:
         """hidden_states: (batch, time, hidden) -> the same shape, and no attention weights."""
@@ -43,8 +43,8 @@ class MixerSlot(nn.Module):
                 f"layer {self.layer} got a {type(entry).__name__} cache but holds a mixer: pass "
                 "DynamicCache(config=model.config) or no cache"
             )
-        mixing = mixing or Mixing()
-        mixing = Mixing(position_embeddings, mixing.valid, mixing.segments)
+        mixing = mixing or MixerContext()
+        mixing = MixerContext(position_embeddings, mixing.valid, mixing.segments)
         y, state = self.mixer(hidden_states, mixing, entry.state if entry is not None else None)
         if entry is not None:
             entry.store(state, hidden_states.shape[1])
@@ -96,9 +96,9 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         """The attention slot of every layer, in order."""
         return [self.host.get_submodule(self.config.slot.format(i)) for i in range(self.config.num_hidden_layers)]
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
+    def forward_decoder(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
         """The decoder's output before the head, without a cache; input_ids, position_ids: (batch, time)."""
-        mixing = mixing_of(input_ids.shape[1], None, position_ids, None)
+        mixing = build_mixer_context(input_ids.shape[1], None, position_ids, None)
         decoder = self.host.get_decoder()
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, mixing=mixing)
 
@@ -126,7 +126,7 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise RegraftError(f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them")
-        mixing = mixing_of(tokens.shape[1], attention_mask, position_ids, cache)
+        mixing = build_mixer_context(tokens.shape[1], attention_mask, position_ids, cache)
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left to read it
         output = self.host(
@@ -138,14 +138,14 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             mixing=mixing,
-            **given(cache),
+            **cache_kwargs(cache),
             **kwargs,
         )
         if cache is not None:
-            self.reached(cache, tokens.shape[1])
+            self.check_cache_reached(cache, tokens.shape[1])
         return output
 
-    def reached(self, cache: Cache, time: int) -> None:
+    def check_cache_reached(self, cache: Cache, time: int) -> None:
         """RegraftError when the host keeps the cache from a mixer, which then forgets every token in silence."""
         states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
         if any(state.get_seq_length() < time for state in states):
@@ -155,7 +155,9 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
 
-def mixing_of(time: int, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Mixing:
+def build_mixer_context(
+    time: int, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+) -> MixerContext:
     """Padding of the last `time` tokens and documents of a packed row; RegraftError on a mask that is not 2-D."""
     valid = segments = None
     if mask is not None:
@@ -169,4 +171,4 @@ def mixing_of(time: int, mask: Tensor | None, position_ids: Tensor | None, cache
         restart = position_ids[:, 1:] != position_ids[:, :-1] + 1
         if bool(restart.any()):
             segments = torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
-    return Mixing(None, valid, segments)
+    return MixerContext(None, valid, segments)

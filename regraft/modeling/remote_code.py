@@ -51,7 +51,7 @@ def used_classes(config: dict[str, Any]) -> list[type[Mixer]]:
     return [mixer_class(name) for name in names]
 
 
-def write(directory: str | Path, config: dict[str, Any]) -> list[str]:
+def write_remote_code(directory: str | Path, config: dict[str, Any]) -> list[str]:
     """Copy the classes this model needs into `directory`, flat, with imports made relative; returns the file names."""
     package = Path(__file__).parent.parent
     directory = Path(directory)
@@ -61,7 +61,7 @@ def write(directory: str | Path, config: dict[str, Any]) -> list[str]:
     files += [package / "mixers" / f"{name}.py" for name in sorted(modules)]
     files.append(package / "errors.py")
     for file in files:
-        (directory / file.name).write_text(flat(file.read_text()))
+        (directory / file.name).write_text(flatten_imports(file.read_text()))
     (directory / "registry.py").write_text(registry_text(classes))
     return [file.name for file in files] + ["registry.py"]
 
@@ -78,7 +78,7 @@ def with_siblings(folder: Path, modules: set[str]) -> set[str]:
     return modules if found <= modules else with_siblings(folder, modules | found)
 
 
-def flat(text: str) -> str:
+def flatten_imports(text: str) -> str:
     """Imports of sibling folders as imports of sibling files."""
     return re.sub(r"from \.\.(?:mixers\.|modeling\.)?(\w+) import", r"from .\1 import", text)
 

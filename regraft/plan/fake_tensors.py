@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..core.checkpoint import Checkpoint
-from ..modeling.meta import bare
-from ..train.layer_subset import Skipped, stack
+from ..modeling.meta import build_from_config
+from ..train.layer_subset import SkippedLayer, layer_stack
 
-FOUND = 16  # places of a search, such as sinks of all documents in a row
+FAKE_NONZERO_ROWS = 16  # places of a search, such as sinks of all documents in a row
 
 
-class Alive(TorchDispatchMode):
+class LiveMemoryCounter(TorchDispatchMode):
     """Adds up the storages that are alive of those made inside; `peak` is the most there ever was."""
 
     def __init__(self, known: Collection[Tensor]):
@@ -39,48 +39,48 @@ class Alive(TorchDispatchMode):
                 self.known.add(key)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.gone, key, storage.nbytes())
+                weakref.finalize(storage, self.on_free, key, storage.nbytes())
         return out
 
-    def gone(self, key: int, size: int) -> None:
+    def on_free(self, key: int, size: int) -> None:
         """A storage was freed."""
         self.known.discard(key)
         self.now -= size
 
 
-def some_places(found: Tensor) -> Tensor:
+def fake_nonzero(found: Tensor) -> Tensor:
     """Places of what is not zero: how many there are is known from numbers alone."""
-    return torch.zeros(min(FOUND, found.shape[0]), found.ndim, dtype=torch.long)
+    return torch.zeros(min(FAKE_NONZERO_ROWS, found.shape[0]), found.ndim, dtype=torch.long)
 
 
-def grouped(left: Tensor, right: Tensor, ends: Tensor, *rest: Any, **named: Any) -> Tensor:
+def fake_grouped_mm(left: Tensor, right: Tensor, ends: Tensor, *rest: Any, **named: Any) -> Tensor:
     """Experts' products, which fake tensors have in bfloat16 alone: rows by their group's matrix, or one per group."""
     shape = (len(left), right.shape[-1]) if right.ndim == 3 else (len(ends), left.shape[0], right.shape[-1])
     return left.new_empty(shape)
 
 
 STAND_INS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.aten.nonzero.default: some_places,
-    torch.ops.aten._grouped_mm.default: grouped,
+    torch.ops.aten.nonzero.default: fake_nonzero,
+    torch.ops.aten._grouped_mm.default: fake_grouped_mm,
 }
 
 
 @contextmanager
-def only(model: PreTrainedModel, layers: Collection[int]) -> Iterator[None]:
+def keep_only_layers(model: PreTrainedModel, layers: Collection[int]) -> Iterator[None]:
     """Inside, all other layers of the stack pass on what they get."""
-    modules = stack(model)
+    modules = layer_stack(model)
     away = {at: module for at, module in enumerate(modules) if at not in layers}
     try:
         for at in away:
-            modules[at] = Skipped()
+            modules[at] = SkippedLayer()
         yield
     finally:
         for at, module in away.items():
             modules[at] = module
 
 
-def hollow(checkpoint: Checkpoint) -> PreTrainedModel:
+def build_fake_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The float32 model of a checkpoint on fake tensors, in eval mode; inside a FakeTensorMode."""
     with no_init_weights():
-        model: PreTrainedModel = bare(checkpoint)
+        model: PreTrainedModel = build_from_config(checkpoint)
     return model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
-from ..io.safetensors import Entry
+from ..io.safetensors import TensorEntry
 from ..mixers.registry import mixer_class
 from ..modeling import flops as ledger
 from ..modeling.layer_kinds import attention_of, kept_tokens, layer_kinds, mixers_of, state_bytes
@@ -63,7 +63,7 @@ class Plan:
         sizes = [lazy.bytes for lazy in target.tensors.values()]
         before = sum(lazy.size for lazy in source.tensors.values())
         dropped = sum(lazy.size for key, lazy in source.tensors.items() if source.names[key] in target.dropped)
-        counts: dict[str, Any] = dict(lineage.totals(target))
+        counts: dict[str, Any] = dict(lineage.count_by_kind(target))
         counts["dropped"] = {"count": len(target.dropped), "parameters": dropped, "share": dropped / before}
         counts["unclaimed"] = {"count": 0, "parameters": 0, "share": 0.0}
         kinds = layer_kinds(target)
@@ -79,8 +79,8 @@ class Plan:
             bytes=sum(sizes),
             peak_bytes=writing_bytes(source, target),
             context=context,
-            flops_per_token={"source": flops(source, context), "target": flops(target, context)},
-            row_tokens=ledger.positions(source.config, length),
+            flops_per_token={"source": token_flops(source, context), "target": token_flops(target, context)},
+            row_tokens=ledger.count_positions(source.config, length),
             row_flops_per_token={"source": row_flops(source, length), "target": row_flops(target, length)},
             state_bytes=state_bytes(target, context),
             source_state_bytes=sum(state_bytes(source, context).values()),
@@ -88,11 +88,11 @@ class Plan:
             notes=[note for step in target.history for note in step.get("notes", [])] + list(notes),
         )
 
-    def forecast(self) -> str:
+    def format_cost(self) -> str:
         """What writing the target takes, in a line."""
-        return f"{_mega(self.bytes)} MB to write, {_mega(self.peak_bytes)} MB of memory needed"
+        return f"{_format_millions(self.bytes)} MB to write, {_format_millions(self.peak_bytes)} MB of memory needed"
 
-    def json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Fields as plain values."""
         return asdict(self)
 
@@ -104,18 +104,20 @@ def writing_bytes(source: Checkpoint, target: Checkpoint) -> int:
     the dtype that is computed in and two in its own at most; many operators take half of that.
     """
     wide = max(4, *(lazy.dtype.itemsize for lazy in (*source.tensors.values(), *target.tensors.values())))
-    made = [lazy for lazy in target.tensors.values() if not isinstance(getattr(lazy.read, "__self__", None), Entry)]
+    made = [
+        lazy for lazy in target.tensors.values() if not isinstance(getattr(lazy.read, "__self__", None), TensorEntry)
+    ]
     held = sorted((lazy.bytes for lazy in made), reverse=True) + [0, 0]
     making = [2 * wide * lazy.size + 2 * lazy.bytes for lazy in made]
     beside = [held[lazy.bytes == held[0]] for lazy in made]
     return OVERHEAD + max((work + other for work, other in zip(making, beside, strict=True)), default=0)
 
 
-def flops(checkpoint: Checkpoint, context: int) -> int:
+def token_flops(checkpoint: Checkpoint, context: int) -> int:
     """Forward FLOPs of one token after `context` others: matrix products, attention and state updates."""
     if not checkpoint.anatomy.host(checkpoint.config).causal:  # it does not decode: one token of a row of all positions
         return row_flops(checkpoint, checkpoint.sizes["pos"])["forward"]
-    total = ledger.maps(checkpoint.config, 1)[0]
+    total = ledger.weight_flops(checkpoint.config, 1)[0]
     for layer, spec in enumerate(mixers_of(checkpoint)):
         attention = attention_of(checkpoint, layer)
         if spec is None:
@@ -127,12 +129,15 @@ def flops(checkpoint: Checkpoint, context: int) -> int:
 
 def row_flops(checkpoint: Checkpoint, length: int) -> dict[str, int]:
     """FLOPs per position of a row of `length` tokens: `forward`, and `training` (forward and backward)."""
-    held = ledger.positions(checkpoint, length)
-    passes = {"forward": ledger.forward(checkpoint, length), "training": ledger.training(checkpoint, length)}
+    held = ledger.count_positions(checkpoint, length)
+    passes = {
+        "forward": ledger.forward_flops(checkpoint, length),
+        "training": ledger.training_flops(checkpoint, length),
+    }
     return {name: value // held for name, value in passes.items()}
 
 
-def render(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan, console: Console) -> None:
     """Show a plan to a person."""
     from rich.table import Table
 
@@ -152,20 +157,22 @@ def render(plan: Plan, console: Console) -> None:
     facts = Table("", "source", "target", title=f"After {plan.context:,} tokens")
     facts.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
     if keeps := plan.source_state_bytes > 0:  # encoders keep none
-        facts.add_row("state, MB", _mega(plan.source_state_bytes), _mega(sum(plan.state_bytes.values())))
+        facts.add_row(
+            "state, MB", _format_millions(plan.source_state_bytes), _format_millions(sum(plan.state_bytes.values()))
+        )
     facts.add_row("GFLOP per token", *(f"{value / 1e9:.3f}" for value in plan.flops_per_token.values()))
     for name, what in (("forward", "GFLOP per token of a row"), ("training", "GFLOP per token trained")):
         values = (f"{row[name] / 1e9:.3f}" for row in plan.row_flops_per_token.values())
         facts.add_row(f"{what} of {plan.row_tokens:,}" if name == "forward" else what, *values)
-    facts.add_row("on disk, MB", "", _mega(plan.bytes))
-    facts.add_row("memory to write it, MB", "", _mega(plan.peak_bytes))
+    facts.add_row("on disk, MB", "", _format_millions(plan.bytes))
+    facts.add_row("memory to write it, MB", "", _format_millions(plan.peak_bytes))
     console.print(facts)
     for kind, layers in plan.layers.items():
-        held = f"; state {_mega(plan.state_bytes[kind])} MB" if keeps else ""
+        held = f"; state {_format_millions(plan.state_bytes[kind])} MB" if keeps else ""
         console.print(f"{kind}: layers {', '.join(map(str, layers))}{held}", soft_wrap=True, highlight=False)
     for note in plan.notes:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)
 
 
-def _mega(count: int) -> str:
+def _format_millions(count: int) -> str:
     return f"{count / 1e6:,.1f}"

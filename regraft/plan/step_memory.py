@@ -18,24 +18,24 @@ from transformers import PreTrainedModel
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
-from ..mixers.base import Mixing
+from ..mixers.base import MixerContext
 from ..modeling.modeling_regraft import RegraftForCausalLM
-from ..train.calibrate import error
-from ..train.gradient_checkpointing import recomputing
-from ..train.hooks import LayerRecord, recording
+from ..train.calibrate import output_error
+from ..train.gradient_checkpointing import set_gradient_checkpointing
+from ..train.hooks import LayerRecord, record_layers
 from ..train.kl import head_kl
-from ..train.layer_subset import stack
+from ..train.layer_subset import layer_stack
 from ..train.stage import Stage, parameter_groups
-from .fake_tensors import Alive, hollow, only
+from .fake_tensors import LiveMemoryCounter, build_fake_model, keep_only_layers
 from .plan import layer_kinds
 
 Kind = Literal["align", "distil", "next"]
-NUMBER = 4  # bytes of a weight, a gradient and each of Adam's moments
-SHORT = 512  # tokens; what linear mixers take grows evenly with the tokens, so that short rows tell
+FLOAT32_BYTES = 4  # bytes of a weight, a gradient and each of Adam's moments
+SHORT_LENGTH = 512  # tokens; what linear mixers take grows evenly with the tokens, so that short rows tell
 
 
 @dataclass(frozen=True)
-class Bytes:
+class BatchBytes:
     """Bytes that grow with the rows of a batch: `fixed + each * rows`."""
 
     fixed: float = 0.0
@@ -46,27 +46,27 @@ class Bytes:
         return self.fixed + self.each * rows
 
     @classmethod
-    def of(cls, one: float, two: float) -> Bytes:
+    def from_measurements(cls, one: float, two: float) -> BatchBytes:
         """From what one and what two rows take."""
         each = max(0.0, two - one)
         return cls(one - each, each)
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerMemory:
     """A layer's weights, all and those that learn, and the bytes of its step: `kept` from forward to backward, `held`
     more while the forward pass goes on, `working` beside what is kept at the worst moment of its backward pass.
     """
 
     weights: int
     learning: int
-    kept: Bytes
-    held: Bytes
-    working: Bytes
+    kept: BatchBytes
+    held: BatchBytes
+    working: BatchBytes
 
 
 @dataclass(frozen=True)
-class Footprint:
+class StepMemory:
     """A model's step: its layers in order, the weights of the rest, all and learning, and the bytes of the rest.
 
     `around`: kept by what is not a layer, `ends`: the worst moment of embedding, norm, head and loss, `head`: the
@@ -74,29 +74,29 @@ class Footprint:
     layers and outside, 0 without one.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerMemory, ...]
     rest: int
     rest_learning: int
-    around: Bytes
-    ends: Bytes
+    around: BatchBytes
+    ends: BatchBytes
     head: int
     tied: int
     teacher: int = 0
     teacher_rest: int = 0
 
     @property
-    def weights(self) -> int:
+    def weight_count(self) -> int:
         """All of the student's."""
         return self.rest + sum(layer.weights for layer in self.layers)
 
     @property
-    def learning(self) -> int:
+    def trainable_count(self) -> int:
         """Those of the student's that learn."""
         return self.rest_learning + sum(layer.learning for layer in self.layers)
 
 
 @dataclass(frozen=True)
-class Seen:
+class MemoryPeaks:
     """Bytes alive after the forward pass, at its worst moment, and at the worst moment of all."""
 
     kept: float
@@ -104,7 +104,7 @@ class Seen:
     peak: float
 
 
-def footprint(
+def measure_step_memory(
     student: Checkpoint,
     teacher: Checkpoint | None,
     kind: Kind,
@@ -112,10 +112,10 @@ def footprint(
     fast: bool,
     recompute: bool,
     ce: float = 0.0,
-) -> Footprint:
+) -> StepMemory:
     """What a step of a stage takes; `fast`: bfloat16 autocast, `recompute`: gradient checkpointing."""
     with FakeTensorMode():
-        return Simulation(student, teacher, kind, length, fast, recompute, ce).footprint()
+        return Simulation(student, teacher, kind, length, fast, recompute, ce).measure()
 
 
 class Simulation:
@@ -126,130 +126,144 @@ class Simulation:
         ce: float,
     ):  # fmt: skip
         self.kind, self.length, self.fast, self.ce = kind, length, fast, ce
-        self.model, self.kinds = hollow(student), layer_kinds(student)
+        self.model, self.kinds = build_fake_model(student), layer_kinds(student)
         parameter_groups(self.model, Stage(kind, length, length, ce=ce))
-        self.teacher = hollow(teacher).requires_grad_(False) if teacher is not None else None
+        self.teacher = build_fake_model(teacher).requires_grad_(False) if teacher is not None else None
         self.slots = modeling.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
-        recomputing(self.model, recompute)
+        set_gradient_checkpointing(self.model, recompute)
 
-    def footprint(self) -> Footprint:
+    def measure(self) -> StepMemory:
         """Everything measured."""
-        modules = list(stack(self.model))
+        modules = list(layer_stack(self.model))
         inside = {id(p) for module in modules for p in module.parameters()}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
         head = self.model.get_output_embeddings().weight
         taught = list(self.teacher.parameters()) if self.teacher is not None else []
         deep = (
-            {id(p) for module in stack(self.teacher) for p in module.parameters()} if self.teacher is not None else ()
+            {id(p) for module in layer_stack(self.teacher) for p in module.parameters()}
+            if self.teacher is not None
+            else ()
         )
-        known = {kind: self.layer(kind) for kind in dict.fromkeys(self.kinds)}
+        known = {kind: self.measure_layer(kind) for kind in dict.fromkeys(self.kinds)}
         placed = zip(modules, self.kinds, strict=True)
-        layers = [Layer(*count(list(module.parameters())), *known[kind]) for module, kind in placed]
-        around = self.rows(lambda rows: self.run([], rows, self.hidden).kept)
-        ends = self.rows(lambda rows: self.run([], rows, self.loss).peak) if self.kind != "align" else Bytes()
-        grad = NUMBER * head.numel() * head.requires_grad
+        layers = [LayerMemory(*count_weights(list(module.parameters())), *known[kind]) for module, kind in placed]
+        around = self.measure_batch_bytes(lambda rows: self.measure_layers([], rows, self.compute_hidden).kept)
+        ends = (
+            self.measure_batch_bytes(lambda rows: self.measure_layers([], rows, self.compute_loss).peak)
+            if self.kind != "align"
+            else BatchBytes()
+        )
+        grad = FLOAT32_BYTES * head.numel() * head.requires_grad
         tied = grad * (head is self.model.get_input_embeddings().weight)
-        return Footprint(
-            tuple(layers), *count(rest), around, ends, grad, tied,
+        return StepMemory(
+            tuple(layers), *count_weights(rest), around, ends, grad, tied,
             sum(p.numel() for p in taught if id(p) in deep), sum(p.numel() for p in taught if id(p) not in deep),
         )  # fmt: skip
 
-    def layer(self, kind: str) -> tuple[Bytes, Bytes, Bytes]:
+    def measure_layer(self, kind: str) -> tuple[BatchBytes, BatchBytes, BatchBytes]:
         """(kept, held, working) of a layer of this kind."""
         some = [at for at, name in enumerate(self.kinds) if name == kind][:2]
         if self.kind == "align":
-            worst = self.rows(lambda rows: self.matched(some[0], rows)) if kind != "softmax" else Bytes()
-            return Bytes(), Bytes(), worst
+            worst = (
+                self.measure_batch_bytes(lambda rows: self.measure_alignment(some[0], rows))
+                if kind != "softmax"
+                else BatchBytes()
+            )
+            return BatchBytes(), BatchBytes(), worst
         length = self.length
-        if kind == "softmax" or length <= SHORT:
-            seen = [self.beside(some, rows) for rows in (1, 2)]
-            return tuple(Bytes.of(*pair) for pair in zip(*seen, strict=True))  # type: ignore[return-value]
+        if kind == "softmax" or length <= SHORT_LENGTH:
+            seen = [self.measure_last_layer(some, rows) for rows in (1, 2)]
+            return tuple(BatchBytes.from_measurements(*pair) for pair in zip(*seen, strict=True))  # type: ignore[return-value]
         seen = []
-        for self.length in (SHORT // 2, SHORT):
-            seen.append(self.beside(some, 1))
+        for self.length in (SHORT_LENGTH // 2, SHORT_LENGTH):
+            seen.append(self.measure_last_layer(some, 1))
         self.length = length
-        halves = [Bytes.of(*pair) for pair in zip(*seen, strict=True)]
-        return tuple(Bytes(half.fixed, half.each * 2 * length / SHORT) for half in halves)  # type: ignore[return-value]
+        halves = [BatchBytes.from_measurements(*pair) for pair in zip(*seen, strict=True)]
+        return tuple(BatchBytes(half.fixed, half.each * 2 * length / SHORT_LENGTH) for half in halves)  # type: ignore[return-value]
 
-    def beside(self, some: list[int], rows: int) -> tuple[float, float, float]:
+    def measure_last_layer(self, some: list[int], rows: int) -> tuple[float, float, float]:
         """(kept, held, working) of the last of one or two layers of one kind."""
-        seen = [self.run(some[:number], rows, self.hidden) for number in range(len(some) + 1)]
+        seen = [self.measure_layers(some[:number], rows, self.compute_hidden) for number in range(len(some) + 1)]
         kept = seen[-1].kept - seen[-2].kept
         return kept, max(0.0, seen[-1].forward - seen[-2].forward - kept), seen[1].peak - seen[1].kept
 
-    def rows(self, measure: Callable[[int], float]) -> Bytes:
+    def measure_batch_bytes(self, measure: Callable[[int], float]) -> BatchBytes:
         """A measure for one and for two rows."""
-        return Bytes.of(measure(1), measure(2))
+        return BatchBytes.from_measurements(measure(1), measure(2))
 
-    def run(self, layers: Collection[int], rows: int, act: Callable[[int], Tensor]) -> Seen:
+    def measure_layers(self, layers: Collection[int], rows: int, act: Callable[[int], Tensor]) -> MemoryPeaks:
         """Forward and backward of `act` with only these layers in their places, the embedding's gradient left out."""
         cut = self.model.get_input_embeddings().register_forward_hook(
             lambda *given: given[-1].detach().requires_grad_()
         )
-        with only(self.model, layers), Alive(self.known()) as alive:
+        with keep_only_layers(self.model, layers), LiveMemoryCounter(self.resident_tensors()) as alive:
             value = act(rows)
             kept, forward = alive.now, alive.peak
             value.backward(torch.ones_like(value))
         cut.remove()
-        seen = Seen(kept, forward, alive.peak)
+        seen = MemoryPeaks(kept, forward, alive.peak)
         self.model.zero_grad(set_to_none=True)
         return seen
 
-    def hidden(self, rows: int, model: PreTrainedModel | None = None) -> Tensor:
+    def compute_hidden(self, rows: int, model: PreTrainedModel | None = None) -> Tensor:
         """The decoder's output, (rows, length, hidden), of rows that hold several documents; see `last_hidden`."""
         one = model or self.model
         ids, places, segments = (torch.zeros(rows, self.length, dtype=torch.long) for _ in range(3))
         linear = isinstance(one, RegraftForCausalLM)
-        given = {"mixing": Mixing(None, None, segments)} if linear else {}
+        given = {"mixing": MixerContext(None, None, segments)} if linear else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
             found: Tensor = one.get_decoder()(input_ids=ids, position_ids=places, use_cache=False, **given)[0]
         return found.float()
 
-    def loss(self, rows: int) -> Tensor:
+    def compute_loss(self, rows: int) -> Tensor:
         """The loss as the loop has it, without the teacher's layers."""
         head = self.model.get_output_embeddings()
         labels = torch.zeros(rows, self.length - 1, dtype=torch.long)
         if self.kind == "next":
-            return cross_entropy(capped(self.model, head(self.hidden(rows)[:, :-1])), labels)
+            return mean_cross_entropy(softcap_logits(self.model, head(self.compute_hidden(rows)[:, :-1])), labels)
         assert self.teacher is not None
         target = torch.zeros(rows, self.length, self.teacher.get_input_embeddings().weight.shape[1])
-        student = self.hidden(rows)
+        student = self.compute_hidden(rows)
         loss = head_kl(student, head, target, self.teacher.get_output_embeddings(), self.fast)
-        return loss + self.ce * cross_entropy(head(student[:, :-1]), labels) if self.ce else loss
+        return loss + self.ce * mean_cross_entropy(head(student[:, :-1]), labels) if self.ce else loss
 
-    def matched(self, layer: int, rows: int) -> float:
+    def measure_alignment(self, layer: int, rows: int) -> float:
         """The worst moment of aligning one mixer, the teacher's forward pass up to it included."""
         assert self.teacher is not None
         mixer, segments = self.model.slots()[layer].mixer, torch.zeros(rows, self.length, dtype=torch.long)
 
-        def learn(at: int, record: LayerRecord) -> None:
+        def backpropagate(at: int, record: LayerRecord) -> None:
             with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
-                value = error(mixer, record, record.mixing(segments))
+                value = output_error(mixer, record, record.mixer_context(segments))
             value.backward()
 
-        with recording(self.slots, [layer], learn), Alive(self.known()) as alive, only(self.teacher, [layer]):
+        with (
+            record_layers(self.slots, [layer], backpropagate),
+            LiveMemoryCounter(self.resident_tensors()) as alive,
+            keep_only_layers(self.teacher, [layer]),
+        ):
             with torch.no_grad():
-                self.hidden(rows, self.teacher)
+                self.compute_hidden(rows, self.teacher)
         self.model.zero_grad(set_to_none=True)
         return alive.peak
 
-    def known(self) -> list[Tensor]:
+    def resident_tensors(self) -> list[Tensor]:
         """What is there before the step."""
         models = [model for model in (self.model, self.teacher) if model is not None]
         return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
 
 
-def count(parameters: list[nn.Parameter]) -> tuple[int, int]:
+def count_weights(parameters: list[nn.Parameter]) -> tuple[int, int]:
     """(numbers, those of them that learn)."""
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def capped(model: PreTrainedModel, logits: Tensor) -> Tensor:
+def softcap_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     """Logits as a family caps them."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over tokens."""
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

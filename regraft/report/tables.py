@@ -8,21 +8,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .html import LEADS, eval_rows, leads, scored, short
+from .html import LEADS, benchmark_rows, eval_rows, format_number, lead_rows
 
 Numbers = tuple[str, list[str], list[list[str]]]  # title, heads, lines
 FRAME = 3  # what a column takes beside its text
 
 
-def render(evaluation: Mapping[str, Any], console: Console) -> None:
+def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
     """Print whatever an evaluation holds, columns that do not fit side by side below each other."""
     rows = eval_rows(evaluation)
-    for title, heads, body in (*quality(rows), *benchmarks(rows), *recall(rows), *ahead(rows), *positions(rows)):
-        for columns in fitting(heads, body, console.width):
-            console.print(grid(title, [heads[i] for i in columns], [[line[i] for i in columns] for line in body]))
+    for title, heads, body in (*quality(rows), *benchmarks(rows), *recall(rows), *lead_table(rows), *positions(rows)):
+        for columns in split_columns(heads, body, console.width):
+            console.print(
+                build_table(title, [heads[i] for i in columns], [[line[i] for i in columns] for line in body])
+            )
 
 
-def fitting(heads: Sequence[str], body: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
+def split_columns(heads: Sequence[str], body: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
     """Column numbers of tables not wider than `width`, the first column in each."""
     first, *widths = (max(map(len, column)) + FRAME for column in zip(heads, *body, strict=True))
     columns = [0]
@@ -37,24 +39,24 @@ def fitting(heads: Sequence[str], body: Sequence[Sequence[str]], width: int) -> 
 def quality(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """Perplexity and divergence from the teacher."""
     keys = {"perplexity": "ppl/token", "byte_perplexity": "ppl/byte", "kl": "KL"}
-    if own := own_part(rows, "perplexity"):
+    if own := rows_with_key(rows, "perplexity"):
         some = rows["model"]
         title = f"{some['windows']} windows, {some['tokens']:,} predicted tokens"
-        yield title, ["", *keys.values()], [[name, *(short(row.get(key)) for key in keys)] for name, row in own]
+        yield title, ["", *keys.values()], [[name, *(format_number(row.get(key)) for key in keys)] for name, row in own]
 
 
 def benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """Every task's score in percent, chance first, standard errors last."""
-    if own_part(rows, "tasks"):
-        heads, body = scored(rows)
+    if rows_with_key(rows, "tasks"):
+        heads, body = benchmark_rows(rows)
         norm = [name for name, task in rows["model"]["tasks"].items() if task["metric"] == "acc_norm"]
         by = f" (normalised: {', '.join(norm)})" if norm else ""
-        yield f"benchmarks, percent{by}", heads, [[short(cell) for cell in line] for line in body]
+        yield f"benchmarks, percent{by}", heads, [[format_number(cell) for cell in line] for line in body]
 
 
 def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """One table a kind: how often the right answer is first among the candidates, and greedy text is it."""
-    some = own_part(rows, "recall")
+    some = rows_with_key(rows, "recall")
     for kind, cells in (some[0][1]["recall"] if some else {}).items():
         one = next(iter(cells.values()))
         title = f"{kind}: percent first of {round(1 / one['chance'])} answers / said greedily; n = {one['n']}"
@@ -65,59 +67,59 @@ def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
         yield title, ["", *(f"{length} tokens" for length in cells)], body
 
 
-def ahead(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
+def lead_table(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """The model's lead over every other row, which scores with their own errors are too coarse to tell."""
-    heads, body = leads(rows)
+    heads, body = lead_rows(rows)
     if body:
         yield LEADS, heads, body
 
 
 def positions(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """Perplexity by tokens of context."""
-    if some := own_part(rows, "positions"):
+    if some := rows_with_key(rows, "positions"):
         buckets = some[0][1]["positions"]
         heads = ["", *(f"{cell['from']}-{cell['to']}" for cell in buckets)]
-        body = [[name, *(short(cell["perplexity"]) for cell in row["positions"])] for name, row in some]
+        body = [[name, *(format_number(cell["perplexity"]) for cell in row["positions"])] for name, row in some]
         yield "perplexity by tokens of context", heads, body
 
 
-def own_part(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str, Mapping[str, Any]]]:
+def rows_with_key(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Rows that have a part."""
     return [(name, row) for name, row in rows.items() if key in row]
 
 
-def speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+def speed_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """Speed and memory by model and length, not wider than a terminal of 80 columns."""
     heads = ["model", "context", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
     batch = next((row["batch"] for rows in models.values() for row in rows), 1)
     body = [
-        [name, *(short(r.get(key)) for key in ("length", "decode_tok_s", "prefill_tok_s"))]
-        + [mebibytes(r[key]) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
+        [name, *(format_number(r.get(key)) for key in ("length", "decode_tok_s", "prefill_tok_s"))]
+        + [format_mebibytes(r[key]) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
         for name, rows in models.items()
         for r in rows
     ]
-    return grid(f"tokens per second and memory by context length, batch {batch}", heads, body)
+    return build_table(f"tokens per second and memory by context length, batch {batch}", heads, body)
 
 
-def mebibytes(count: int | None) -> str:
+def format_mebibytes(count: int | None) -> str:
     """Bytes in MiB; nothing for None, as where a model did not fit."""
-    return short(None if count is None else count / 2**20)
+    return format_number(None if count is None else count / 2**20)
 
 
-def training(stages: Sequence[Mapping[str, Any]], start: Sequence[Mapping[str, Any]] = ()) -> Table:
+def training_table(stages: Sequence[Mapping[str, Any]], start: Sequence[Mapping[str, Any]] = ()) -> Table:
     """What `watching.summary` says of every stage, after what was spent before them."""
     heads = ["stage", "tokens", "first", "last", "tokens/s", "of peak", "seconds"]
     before = [[row["kind"], f"{row['tokens']:,}", "", "", "", "", f"{row['seconds']:,.1f}"] for row in start]
     body = before + [
         [f"{row['stage']}: {row['kind']}", f"{row['tokens']:,}", f"{row['first_loss']:.4f}", f"{row['last_loss']:.4f}"]
-        + [short(row["tokens_per_second"]), "" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
+        + [format_number(row["tokens_per_second"]), "" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
         + [f"{row['seconds']:,.1f}"]
         for row in stages
     ]
-    return grid("training (mean loss of the first and last 5 % of the steps)", heads, body)
+    return build_table("training (mean loss of the first and last 5 % of the steps)", heads, body)
 
 
-def grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def build_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table, first column left, others right."""
     table = Table(title=title, title_justify="left")
     for number, head in enumerate(heads):

@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 from ..data.packing import Packed
 from ..errors import RegraftError
 from ..mixers.base import Mixer
-from .calibrate import error, relative
-from .fsdp_forward import inside
-from .hooks import LayerRecord, body, recording
-from .teacher_cache import Lessons, Teacher
+from .calibrate import output_error, relative_squared_error
+from .fsdp_forward import run_in_forward
+from .hooks import LayerRecord, record_layers, run_decoder
+from .teacher_cache import CachedTeacher, Teacher
 
 Loss = Callable[[Mixer, LayerRecord, Tensor | None], Tensor]
 
 
-def mixers(model: PreTrainedModel) -> dict[int, Mixer]:
+def mixers_by_layer(model: PreTrainedModel) -> dict[int, Mixer]:
     """Converted layers of a linearized model."""
     return {i: slot.mixer for i, slot in enumerate(model.slots()) if isinstance(getattr(slot, "mixer", None), Mixer)}
 
@@ -37,7 +37,7 @@ def align_step(
 ) -> float:
     """Each mixer's relative squared error against its layer's output, per row, on the teacher's inputs, backpropagated;
     the mean over rows and converted layers, both times `weight`."""
-    return step(model, teacher, teacher_slots, rows, fast, apart, weight)
+    return train_mixers_step(model, teacher, teacher_slots, rows, fast, output_loss, weight)
 
 
 def matrix_step(
@@ -54,18 +54,18 @@ def matrix_step(
 
     Rows are read as single documents, as the teacher's attention weights come without their boundaries.
     """
-    if isinstance(teacher, Lessons):  # matrices are not kept: they are larger than what makes them
+    if isinstance(teacher, CachedTeacher):  # matrices are not kept: they are larger than what makes them
         teacher, teacher_slots = teacher.model, teacher.slots
-    with showing_weights(teacher):
-        return step(model, teacher, teacher_slots, single(rows), fast, matrices_apart, weight)
+    with output_attention_weights(teacher):
+        return train_mixers_step(model, teacher, teacher_slots, as_single_documents(rows), fast, matrix_loss, weight)
 
 
-def apart(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
+def output_loss(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
     """A mixer's relative squared error against its layer's output, the mean over rows, a scalar."""
-    return error(mixer, record, record.mixing(segments))
+    return output_error(mixer, record, record.mixer_context(segments))
 
 
-def matrices_apart(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
+def matrix_loss(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
     """The relative squared distance of a mixer's matrices from the softmax matrices, per row, the mean.
 
     RegraftError when the record has none.
@@ -75,16 +75,16 @@ def matrices_apart(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -
             f"the teacher gives no attention weights beside its {list(record.outputs.shape)}: leave out the stage "
             "'matrix'"
         )
-    return relative(mixer.matrix(record.inputs, record.mixing(None)), record.weights.float())
+    return relative_squared_error(mixer.matrix(record.inputs, record.mixer_context(None)), record.weights.float())
 
 
-def single(rows: Packed) -> Packed:
+def as_single_documents(rows: Packed) -> Packed:
     """The same rows, each read as one document."""
     whole = torch.arange(rows.input_ids.shape[1], device=rows.device).expand_as(rows.input_ids)
     return replace(rows, position_ids=whole)
 
 
-def step(
+def train_mixers_step(
     model: PreTrainedModel,
     teacher: Teacher,
     slots: list[nn.Module],
@@ -95,33 +95,33 @@ def step(
 ) -> float:
     """One forward of the teacher's body, or what is kept of it; a loss per converted layer, each backpropagated at
     once; their mean."""
-    converted, segments, losses = mixers(model), rows.segments(), []
+    converted, segments, losses = mixers_by_layer(model), rows.segments(), []
     device = rows.input_ids.device.type
 
-    def learn(layer: int, record: LayerRecord) -> None:
+    def backpropagate(layer: int, record: LayerRecord) -> None:
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=fast):
             value = weight * loss(converted[layer], record, segments)
         value.backward()
         losses.append(float(value.detach()))
 
-    if isinstance(teacher, Lessons):
-        for layer, record in teacher.records(rows, list(converted), fast):
-            learn(layer, record)
+    if isinstance(teacher, CachedTeacher):
+        for layer, record in teacher.read_layer_records(rows, list(converted), fast):
+            backpropagate(layer, record)
         return sum(losses) / len(losses)
-    with recording(slots, list(converted), learn), torch.autocast(device, torch.bfloat16, enabled=fast):
-        inside(teacher, lambda: body(teacher, rows.input_ids, rows.position_ids))
+    with record_layers(slots, list(converted), backpropagate), torch.autocast(device, torch.bfloat16, enabled=fast):
+        run_in_forward(teacher, lambda: run_decoder(teacher, rows.input_ids, rows.position_ids))
     return sum(losses) / len(losses)
 
 
-def taught(model: PreTrainedModel, teacher: Teacher | None, kind: str, rows: Any, fast: bool) -> str:
+def teacher_cost_key(model: PreTrainedModel, teacher: Teacher | None, kind: str, rows: Any, fast: bool) -> str:
     """What a teacher behind a cache adds to the key of a step's cost, nothing for other teachers."""
-    if not isinstance(teacher, Lessons) or kind not in ("align", "distil"):
+    if not isinstance(teacher, CachedTeacher) or kind not in ("align", "distil"):
         return ""
-    return teacher.cost(rows, fast, list(mixers(model)) if kind == "align" else None)
+    return teacher.cost_key(rows, fast, list(mixers_by_layer(model)) if kind == "align" else None)
 
 
 @contextmanager
-def showing_weights(model: Any) -> Iterator[None]:
+def output_attention_weights(model: Any) -> Iterator[None]:
     """Inside, attention layers also give their softmax matrices."""
     kind = model.config._attn_implementation
     model.set_attn_implementation("eager")

@@ -11,12 +11,12 @@ from pathlib import Path
 from ..errors import RegraftError
 from .stage import Stage
 
-FEW = 8  # losses that must be known before one can be too high
+MIN_LOSSES = 8  # losses that must be known before one can be too high
 Place = tuple[int, int, Path]  # stage, steps of it that are done, where
 
 
 @dataclass(frozen=True)
-class Jump:
+class LossSpikeConfig:
     """A loss is too high above `factor` times the median of the stage's last `window` ordinary ones, above the largest
     of these and above the median + `margin` (nats, or relative error). `patience` of them in a row stop the run.
 
@@ -36,7 +36,7 @@ class Jump:
 
 
 @dataclass
-class Trend:
+class LossTrend:
     """What a stage has seen of its loss; the fields are the whole state. `recent`: ordinary losses, at most `window`;
     `high`: how many in a row were too high, up to now; `since`: the step of the first of them.
     """
@@ -46,29 +46,29 @@ class Trend:
     since: int = 0
 
     @property
-    def suspected(self) -> bool:
+    def is_suspect(self) -> bool:
         """Whether the last loss was too high: such weights are not worth a checkpoint."""
         return self.high > 0
 
-    def observe(self, loss: float, step: int, jump: Jump) -> bool:
+    def observe(self, loss: float, step: int, jump: LossSpikeConfig) -> bool:
         """Take in the loss of one more step, counted from 1; whether it has jumped."""
         if jump.factor == 0:
             return False
-        if len(self.recent) >= FEW and loss > self.limit(jump):
+        if len(self.recent) >= MIN_LOSSES and loss > self.spike_threshold(jump):
             self.since = self.since if self.high else step
             self.high += 1
             return self.high >= jump.patience
         self.high, self.recent = 0, [*self.recent, loss][-jump.window :]
         return False
 
-    def limit(self, jump: Jump) -> float:
+    def spike_threshold(self, jump: LossSpikeConfig) -> float:
         """Losses above it are too high."""
         middle = statistics.median(self.recent)
         return max(jump.factor * middle, middle + jump.margin, max(self.recent))
 
 
-def guard(
-    trend: Trend, jump: Jump, stage: Stage, place: tuple[int, int], loss: float, norm: float,
+def check_divergence(
+    trend: LossTrend, jump: LossSpikeConfig, stage: Stage, place: tuple[int, int], loss: float, norm: float,
     checkpoints: Callable[[], Sequence[Place]],
 ) -> None:  # fmt: skip
     """RegraftError, with the last good checkpoint, when the loss or the gradient's norm of the step just done is no
@@ -86,7 +86,7 @@ def guard(
         off = ", or --jump 0 goes on regardless"
     else:
         name, value = ("", loss) if not math.isfinite(loss) else ("'s gradient", norm)
-        first, off = trend.since if trend.suspected else step, ""
+        first, off = trend.since if trend.is_suspect else step, ""
         what = f"{name} is {value} at step {step}"
     good = [known for known in checkpoints() if known[:2] <= (index, first - 2)]
     last = max(good, key=lambda known: known[:2], default=None)

@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..modeling.meta import buffers
-from .align import mixers
-from .fsdp_forward import PLACE, Whole, settle
-from .layer_subset import stack
+from ..modeling.meta import iter_buffers
+from .align import mixers_by_layer
+from .fsdp_forward import WRAPPER_KEY, ForwardWrapper, reshard_model
+from .layer_subset import layer_stack
 
 
-def mesh(hybrid: bool = False) -> DeviceMesh:
+def build_mesh(hybrid: bool = False) -> DeviceMesh:
     """All processes in a row; `hybrid`: machines by the processes of each, a whole model on every machine."""
-    kind, count = distributed.device().type, distributed.world()
+    kind, count = distributed.device().type, distributed.world_size()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if not hybrid:
         return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
@@ -33,51 +33,51 @@ def mesh(hybrid: bool = False) -> DeviceMesh:
     return init_device_mesh(kind, (count // here, here), mesh_dim_names=("replicate", "shard"))
 
 
-def spread(model: PreTrainedModel, over: DeviceMesh, layerwise: bool = False) -> PreTrainedModel:
+def shard_model(model: PreTrainedModel, over: DeviceMesh, layerwise: bool = False) -> PreTrainedModel:
     """Shard every layer of a model, and the rest as one more unit; its parameters become DTensors.
 
     `layerwise`: mixers are units of their own, as stages need that run them without the model around them.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is added in place here
-    for mixer in mixers(model).values() if layerwise else ():
+    for mixer in mixers_by_layer(model).values() if layerwise else ():
         fully_shard(mixer, mesh=over)
         register_fsdp_forward_method(mixer, "matrix")
-    for layer in stack(model):
+    for layer in layer_stack(model):
         fully_shard(layer, mesh=over)
-    vars(model)[PLACE] = whole = Whole(model)
+    vars(model)[WRAPPER_KEY] = whole = ForwardWrapper(model)
     fully_shard(whole, mesh=over)
     return model
 
 
-def over_all(model: PreTrainedModel, layerwise: bool = False) -> PreTrainedModel:
+def shard_over_all(model: PreTrainedModel, layerwise: bool = False) -> PreTrainedModel:
     """A whole model that every process has, sharded over them where they compute; alone, whole."""
     model = model.to(distributed.device())
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return model
-    whole = vars(spread(model, mesh(), layerwise))[PLACE]
+    whole = vars(shard_model(model, build_mesh(), layerwise))[WRAPPER_KEY]
     whole(lambda: None)  # the first forward makes this module the root of all shards
-    settle(model)
+    reshard_model(model)
     return model
 
 
-def load(checkpoint: Checkpoint, over: DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
+def load_sharded(checkpoint: Checkpoint, over: DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
     """The float32 model of a checkpoint; over a mesh each process reads only its shards, one tensor after the other."""
     if over is None:
         return modeling.materialize(checkpoint)
-    model = modeling.outline(checkpoint)
-    tables = [(module, name, value) for module, name, value in buffers(model)]
-    whole = vars(spread(model, over, layerwise))[PLACE]
+    model = modeling.build_meta_model(checkpoint)
+    tables = [(module, name, value) for module, name, value in iter_buffers(model)]
+    whole = vars(shard_model(model, over, layerwise))[WRAPPER_KEY]
     whole.to_empty(device=distributed.device())
     for module, name, value in tables:
         setattr(module, name, value.to(distributed.device()))
-    fill(model, checkpoint)
+    load_shards(model, checkpoint)
     whole(lambda: None)  # the first forward makes this module the root of all shards
-    settle(model)
+    reshard_model(model)
     return model
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def load_shards(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Each parameter's shard from the checkpoint.
 
     Names that the class stores otherwise than its files do (fused experts) are made from the whole model in memory.
@@ -89,15 +89,15 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         other = dict(modeling.materialize(checkpoint).named_parameters())
     for name, parameter in named.items():
         value = other[name] if other else lazy[name].read()
-        part(parameter).copy_(shard(value, parameter))
+        local_part(parameter).copy_(shard_like(value, parameter))
 
 
-def part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """The part of a whole `value` that this process holds of `like`; FSDP cuts as `torch.chunk` does."""
     if not isinstance(like, DTensor):
         return value
@@ -111,15 +111,15 @@ def shard(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
-def laid(value: Tensor, like: Tensor) -> Tensor:
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole value, which every process has, laid out over them like another tensor."""
     if not isinstance(like, DTensor):
         return value.to(like.device)
-    mine = shard(value, like).to(like.device).clone(memory_format=torch.contiguous_format)
+    mine = shard_like(value, like).to(like.device).clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(mine, like.device_mesh, like.placements, shape=value.shape, stride=value.stride())
 
 
-def everywhere(value: Tensor, like: Tensor) -> Tensor:
+def replicate_like(value: Tensor, like: Tensor) -> Tensor:
     """A value over the processes of another tensor, the whole of it in each: summed up where they hold parts of it."""
     if not isinstance(like, DTensor):
         return value.to(like.device)
@@ -129,17 +129,17 @@ def everywhere(value: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(value.to(like.device), like.device_mesh, whole)
 
 
-def complete(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor, in every process; all of them must call it."""
     whole = tensor.detach()
     return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
-def gathered(model: nn.Module) -> dict[str, Tensor]:
+def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict in the first process's memory, empty in the others; all must call it."""
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        whole = complete(value)
-        if distributed.first():
+        whole = gather_tensor(value)
+        if distributed.is_rank0():
             found[name] = whole.cpu()
     return found

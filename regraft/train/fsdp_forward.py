@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 T = TypeVar("T")
-PLACE = "_regraft_whole"  # in the model's own dict: as a submodule it would hold the model twice
+WRAPPER_KEY = "_regraft_whole"  # in the model's own dict: as a submodule it would hold the model twice
 
 
-class Whole(nn.Module):
+class ForwardWrapper(nn.Module):
     """Runs anything that uses a model as one forward pass: FSDP then gathers what is needed, and shares gradients.
 
     The losses here read parts of a model (the decoder without its head, the head's matrix), which FSDP's hooks on the
@@ -27,13 +27,13 @@ class Whole(nn.Module):
         return act()
 
 
-def inside(model: nn.Module, act: Callable[[], T]) -> T:
+def run_in_forward(model: nn.Module, act: Callable[[], T]) -> T:
     """`act()`, which uses `model`; of a sharded model within its forward pass."""
-    made: T = vars(model)[PLACE](act) if PLACE in vars(model) else act()
+    made: T = vars(model)[WRAPPER_KEY](act) if WRAPPER_KEY in vars(model) else act()
     return made
 
 
-def settle(model: nn.Module) -> None:
+def reshard_model(model: nn.Module) -> None:
     """Give back what a forward pass without a backward one has left gathered; parameters are shards again."""
-    if PLACE in vars(model):
-        vars(model)[PLACE].reshard()
+    if WRAPPER_KEY in vars(model):
+        vars(model)[WRAPPER_KEY].reshard()

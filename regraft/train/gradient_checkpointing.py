@@ -10,24 +10,24 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import RegraftError
-from ..modeling.flops import uncounted
-from .layer_subset import stack
+from ..modeling.flops import pause_counting
+from .layer_subset import layer_stack
 
 
-def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around a layer's forward and around its repetition, whose FLOPs do not count."""
-    return nullcontext(), uncounted()
+    return nullcontext(), pause_counting()
 
 
-def recomputing(model: PreTrainedModel, wanted: bool) -> None:
+def set_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     """Keep only the layers' inputs for the backward pass, or all activations again; results are the same.
 
     RegraftError when the layers cannot do that.
     """
-    for layer in stack(model):
+    for layer in layer_stack(model):
         if not isinstance(layer, GradientCheckpointingLayer):
             if wanted:
                 raise RegraftError(f"a {type(layer).__name__} cannot be computed again: train without checkpointing")
             continue
         layer.gradient_checkpointing = layer.training = wanted  # its parts stay in eval mode: no dropout
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=checkpoint_contexts)

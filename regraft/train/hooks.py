@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..mixers.base import Mixing
+from ..mixers.base import MixerContext
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -26,16 +26,18 @@ class LayerRecord:
     rotary: Rotary | None
     weights: Tensor | None = None
 
-    def mixing(self, segments: Tensor | None) -> Mixing:
+    def mixer_context(self, segments: Tensor | None) -> MixerContext:
         """The context a mixer in this slot would get."""
-        return Mixing(self.rotary, None, segments)
+        return MixerContext(self.rotary, None, segments)
 
 
 @contextmanager
-def recording(slots: list[nn.Module], layers: list[int], keep: Callable[[int, LayerRecord], None]) -> Iterator[None]:
+def record_layers(
+    slots: list[nn.Module], layers: list[int], keep: Callable[[int, LayerRecord], None]
+) -> Iterator[None]:
     """While inside, every forward of slot `layer` calls `keep(layer, record)`."""
 
-    def hook(layer: int) -> Callable[..., None]:
+    def build_hook(layer: int) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             weights = output[1].detach() if len(output) > 1 and torch.is_tensor(output[1]) else None
@@ -43,7 +45,7 @@ def recording(slots: list[nn.Module], layers: list[int], keep: Callable[[int, La
 
         return record
 
-    handles = [slots[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
+    handles = [slots[layer].register_forward_hook(build_hook(layer), with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
@@ -52,6 +54,6 @@ def recording(slots: list[nn.Module], layers: list[int], keep: Callable[[int, La
 
 
 @torch.no_grad()
-def body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
+def run_decoder(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
     """Run the decoder without its head, for what the hooks see; input_ids, position_ids: (batch, time)."""
     model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)

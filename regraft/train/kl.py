@@ -55,7 +55,7 @@ def head_kl(h: Tensor, head: torch.nn.Linear, t: Tensor, teacher_head: torch.nn.
     return (target.exp() * (target - student)).sum(-1).mean()
 
 
-class TopKL(torch.autograd.Function):
+class TopKKL(torch.autograd.Function):
     """Mean over tokens of the KL over K + 1 outcomes: the K tokens named for each position, and all others as one.
 
     h: (tokens, hidden), head: (vocab, hidden); names (tokens, K) long; logs (tokens, K + 1): the teacher's logarithms
@@ -96,18 +96,18 @@ class TopKL(torch.autograd.Function):
         return grad_h * outer[0], grad_head[0] * outer[0] if grad_head else None, None, None, None
 
 
-def top_kl(h: Tensor, head: torch.nn.Linear, names: Tensor, logs: Tensor, fast: bool) -> Tensor:
+def top_k_kl(h: Tensor, head: torch.nn.Linear, names: Tensor, logs: Tensor, fast: bool) -> Tensor:
     """Mean KL per token over K + 1 outcomes; h: (batch, time, hidden) float32, names (batch, time, K) and logs (batch,
     time, K + 1) as in `TopKL`. A head with a bias is taken as one of hidden + 1.
     """
     h, weight = h.flatten(0, 1), head.weight
     if head.bias is not None:
         h, weight = torch.nn.functional.pad(h, (0, 1), value=1.0), torch.cat((weight, head.bias[:, None]), 1)
-    return TopKL.apply(h, weight, names.flatten(0, 1), logs.flatten(0, 1), fast)
+    return TopKKL.apply(h, weight, names.flatten(0, 1), logs.flatten(0, 1), fast)
 
 
 @torch.no_grad()
-def top(t: Tensor, head: torch.nn.Linear, count: int) -> tuple[Tensor, Tensor]:
+def top_k_log_probs(t: Tensor, head: torch.nn.Linear, count: int) -> tuple[Tensor, Tensor]:
     """The `count` likeliest tokens of a teacher with last hidden states t (tokens, hidden): names (tokens, count) int32
     and logs (tokens, count + 1) float32 as `top_kl` takes them.
     """

@@ -32,7 +32,7 @@ class Lit:
 
 
 @dataclass
-class Watch:
+class LitState:
     """What has been seen of the training loss; its fields are its whole state.
 
     `steps`: losses seen; `total`: their sum in this window; `before`: the mean of the last one; `hits` so far;

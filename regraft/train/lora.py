@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .fsdp import everywhere, laid, part, shard
+from .fsdp import distribute_like, local_part, replicate_like, shard_like
 from .stage import LOW_RANK
 
 SCALE = 2.0  # alpha / rank, as LoLCATs (arXiv 2410.10254) and Liger (arXiv 2503.01496) have it
 
 
-class LowRank(nn.Module):
+class LoraWeights(nn.Module):
     """W = base + 2 B A for each of `weights`, (out, in) with A (rank, in) drawn like a linear layer's and B at zero.
 
     The weights stay where they are and get gradients; `pull` hands these to A and B by the chain rule, `push` writes
@@ -32,52 +32,52 @@ class LowRank(nn.Module):
             rows, columns = weight.shape
             drawn = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
             self.base[key] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            self.a[key] = nn.Parameter(everywhere(drawn.to(weight.dtype), weight))
-            self.b[key] = nn.Parameter(laid(torch.zeros(rows, rank, dtype=weight.dtype), weight))
+            self.a[key] = nn.Parameter(replicate_like(drawn.to(weight.dtype), weight))
+            self.b[key] = nn.Parameter(distribute_like(torch.zeros(rows, rank, dtype=weight.dtype), weight))
 
-    def learning(self) -> set[int]:
+    def trainable_ids(self) -> set[int]:
         """Identities of A and B."""
         return {id(parameter) for part in (self.a, self.b) for parameter in part.values()}
 
-    def begin(self, names: list[str]) -> set[str]:
+    def enable_gradients(self, names: list[str]) -> set[str]:
         """Let the weights have gradients; the names of all that a saved state must hold."""
         for weight in self.weights.values():
             weight.requires_grad_()
         return {*names, *(f"{LOW_RANK}.{name}" for name, _ in self.named_parameters())}
 
-    def parts(self) -> Iterator[tuple[nn.Parameter, ...]]:
+    def iter_matrices(self) -> Iterator[tuple[nn.Parameter, ...]]:
         """(weight, base, A, B) of each weight."""
         return zip(self.weights.values(), self.base.values(), self.a.values(), self.b.values(), strict=True)
 
-    def pull(self) -> None:
+    def pull_gradients(self) -> None:
         """Gradients of the weights become those of A and B."""
-        for weight, _, a, b in self.parts():
+        for weight, _, a, b in self.iter_matrices():
             if weight.grad is not None:
-                a.grad = everywhere(SCALE * b.detach().mT @ weight.grad, weight)
+                a.grad = replicate_like(SCALE * b.detach().mT @ weight.grad, weight)
                 b.grad = SCALE * weight.grad @ a.detach().mT
                 weight.grad = None
 
     @torch.no_grad()
-    def push(self) -> None:
+    def write_weights(self) -> None:
         """The weights from base, A and B."""
-        for weight, base, a, b in self.parts():
+        for weight, base, a, b in self.iter_matrices():
             weight.copy_(base + SCALE * b @ a)
 
 
-def attach(model: PreTrainedModel, names: list[str], rank: int, seed: int, kept: dict[str, Tensor]) -> LowRank:
+def attach_lora(model: PreTrainedModel, names: list[str], rank: int, seed: int, kept: dict[str, Tensor]) -> LoraWeights:
     """Put low-rank additions to the weights of these names beside the model, as they were in `kept`, a saved state."""
     weights = {name: model.get_parameter(name) for name in names}
-    low = LowRank(weights, rank, torch.Generator().manual_seed(seed))
+    low = LoraWeights(weights, rank, torch.Generator().manual_seed(seed))
     model.add_module(LOW_RANK, low)
     with torch.no_grad():
         for name, parameter in low.named_parameters():
             if (key := f"model/{LOW_RANK}.{name}") in kept:
-                part(parameter).copy_(shard(kept.pop(key), parameter))
-    low.push()
+                local_part(parameter).copy_(shard_like(kept.pop(key), parameter))
+    low.write_weights()
     return low
 
 
-def detach(model: PreTrainedModel) -> set[str]:
+def detach_lora(model: PreTrainedModel) -> set[str]:
     """Leave the weights as they are now and take the additions away; the names that are gone."""
     gone = {f"{LOW_RANK}.{name}" for name, _ in model.get_submodule(LOW_RANK).named_parameters()}
     delattr(model, LOW_RANK)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 RECENT = 20  # steps over which speed is told
-ENDS = 0.05  # share of a stage's steps that its first and its last loss are the mean of
+END_SHARE = 0.05  # share of a stage's steps that its first and its last loss are the mean of
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Watching:
+class MonitorConfig:
     """How a run is watched. `track`: trackers, such as `wandb,tensorboard`; `jump`: how many times the usual loss is
     too much, see `uptrain.divergence.Jump`, 0 for no watch.
     """
@@ -30,20 +30,20 @@ class Watching:
     jump: float = 1.5
 
     @contextmanager
-    def over(self, out: Path, ticker: Ticker, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def monitor(self, out: Path, ticker: Ticker, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Inside, the fields of a loop.Run that watch it; `facts` are what trackers note of the run.
 
         RegraftError for trackers that are unknown or not installed, and for a jump of 1 or less.
         """
         from . import trackers
-        from .divergence import Jump
+        from .divergence import LossSpikeConfig
 
-        meter, jump = Meter(ticker), Jump(self.jump)
-        with trackers.tracked(self.track, out, dict(facts)) as track:
+        meter, jump = Meter(ticker), LossSpikeConfig(self.jump)
+        with trackers.open_trackers(self.track, out, dict(facts)) as track:
             yield {"progress": meter, "track": track, "jump": jump}
 
 
-USUAL = Watching()
+DEFAULT_MONITORING = MonitorConfig()
 
 
 class Meter:
@@ -57,12 +57,12 @@ class Meter:
         if self.rows and self.rows[-1]["stage"] != row["stage"]:
             self.rows.clear()
         self.rows.append(row)
-        each, words = pace(list(self.rows), stage.unit)
+        each, words = recent_speed(list(self.rows), stage.unit)
         note = f"{stage.kind}: loss {row['loss']:.4f}, {row['tokens']:,} {stage.unit}, {words}"
         self.ticker.update(step / steps, note, each * (steps - step))
 
 
-def pace(rows: Sequence[Row], unit: str) -> tuple[float, str]:
+def recent_speed(rows: Sequence[Row], unit: str) -> tuple[float, str]:
     """(seconds of a step, the speed in words) over the last rows of a stage, measured from the first of them on."""
     first, last = rows[0], rows[-1]
     speeds = {key: last[key] for key in ("tokens_per_second", "flops_per_second", "peak_share")}
@@ -72,10 +72,10 @@ def pace(rows: Sequence[Row], unit: str) -> tuple[float, str]:
         faster = (last["flops"] - first["flops"]) / seconds / max(last["flops_per_second"], 1e-9)
         speeds = {key: value * faster for key, value in speeds.items()}
         speeds["tokens_per_second"] = (last["tokens"] - first["tokens"]) / seconds
-    return seconds / max(steps, 1), told(speeds, unit)
+    return seconds / max(steps, 1), format_speed(speeds, unit)
 
 
-def told(speeds: Mapping[str, float], unit: str) -> str:
+def format_speed(speeds: Mapping[str, float], unit: str) -> str:
     """Such as `850 tokens/s, 41.2 GFLOP/s, 63% of the measured peak`."""
     rate, unit_of = speeds["flops_per_second"], "G"
     if rate >= 1e12:
@@ -84,7 +84,7 @@ def told(speeds: Mapping[str, float], unit: str) -> str:
     return f"{speeds['tokens_per_second']:,.0f} {unit}/s, {rate / 1e9:,.1f} {unit_of}FLOP/s, {share}"
 
 
-def summary(out: str | Path) -> list[Row]:
+def summarize_stages(out: str | Path) -> list[Row]:
     """A row for every stage in `out/metrics.jsonl`: tokens (or images), loss at its start and end (means of the first
     and last 5 % of its steps), tokens a second, share of the measured peak, seconds. Time of other work is left out.
     """
@@ -92,12 +92,12 @@ def summary(out: str | Path) -> list[Row]:
     for row in read_json_lines(Path(out) / "metrics.jsonl"):
         if "loss" in row:
             stages.setdefault(row["stage"], []).append(row)
-    return [{"stage": index, **outcome(rows)} for index, rows in sorted(stages.items())]
+    return [{"stage": index, **summarize_stage(rows)} for index, rows in sorted(stages.items())]
 
 
-def outcome(rows: Sequence[Row]) -> Row:
+def summarize_stage(rows: Sequence[Row]) -> Row:
     """The summary of one stage's rows."""
-    few, last = max(1, round(ENDS * len(rows))), rows[-1]
+    few, last = max(1, round(END_SHARE * len(rows))), rows[-1]
     marks = [0.0, *(row["seconds"] for row in rows)]
     spans = [(after - before, row) for before, after, row in zip(marks, marks[1:], rows, strict=False)]
     known = [(span, row["peak_share"]) for span, row in spans if "peak_share" in row]

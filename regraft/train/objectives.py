@@ -24,12 +24,12 @@ __all__ = [
     "Kind",
     "Packed",
     "Rows",
-    "headed",
+    "check_head",
     "last_hidden",
-    "loss",
-    "loss_of",
-    "measured",
-    "targets",
+    "compute_loss",
+    "compute_loss_on_targets",
+    "evaluate_objective",
+    "build_targets",
 ]
 
 Kind = Literal["next", "mask", "image"]
@@ -43,7 +43,7 @@ HEADS: dict[str, tuple[str, set[str]]] = {
 }
 
 
-def loss(
+def compute_loss(
     model: PreTrainedModel,
     kind: Kind,
     rows: Rows,
@@ -57,23 +57,25 @@ def loss(
     each other, as in RoBERTa's full sentences. `image`: the class. RegraftError when the rows do not suit the kind and
     the model.
     """
-    return loss_of(model, kind, *targets(model, kind, rows, generator, mask_share), fast)
+    return compute_loss_on_targets(model, kind, *build_targets(model, kind, rows, generator, mask_share), fast)
 
 
-def loss_of(model: PreTrainedModel, kind: Kind, rows: Rows, labels: Tensor, fast: bool = False) -> Tensor:
+def compute_loss_on_targets(
+    model: PreTrainedModel, kind: Kind, rows: Rows, labels: Tensor, fast: bool = False
+) -> Tensor:
     """The loss of what `targets` gave."""
-    logits = scores(model, kind, rows, fast)
+    logits = compute_logits(model, kind, rows, fast)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
 @torch.no_grad()
-def measured(model: PreTrainedModel, kind: Kind, rows: Rows, batch: int = 16) -> dict[str, float]:
+def evaluate_objective(model: PreTrainedModel, kind: Kind, rows: Rows, batch: int = 16) -> dict[str, float]:
     """Mean loss and accuracy (share of right first guesses) over rows, without dropout; masks are always the same."""
-    rows, labels = targets(model, kind, rows, torch.Generator().manual_seed(0), 0.15)
+    rows, labels = build_targets(model, kind, rows, torch.Generator().manual_seed(0), 0.15)
     total, right, count, training = 0.0, 0, 0, model.training
     model.eval()
-    for part in parts(len(rows), batch):
-        logits, wanted = scores(model, kind, rows[part], False).flatten(0, -2), labels[part].flatten()
+    for part in batch_slices(len(rows), batch):
+        logits, wanted = compute_logits(model, kind, rows[part], False).flatten(0, -2), labels[part].flatten()
         total += float(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
         right += int((logits.argmax(-1) == wanted).sum())
         count += int((wanted != IGNORED).sum())
@@ -81,28 +83,28 @@ def measured(model: PreTrainedModel, kind: Kind, rows: Rows, batch: int = 16) ->
     return {"loss": total / count, "accuracy": right / count}
 
 
-def parts(count: int, batch: int) -> Iterator[slice]:
+def batch_slices(count: int, batch: int) -> Iterator[slice]:
     """Slices of at most `batch` rows."""
     return (slice(start, start + batch) for start in range(0, count, batch))
 
 
-def targets(
+def build_targets(
     model: PreTrainedModel, kind: Kind, rows: Rows, generator: torch.Generator | None = None, mask_share: float = 0.15
 ) -> tuple[Rows, Tensor]:
     """(what the model sees, labels: of all but each row's last token, of every token, or of every image).
 
     Tokens without a target have the label -100. RegraftError when the rows do not suit the kind and the model.
     """
-    suited(model, kind, rows)
+    check_rows(model, kind, rows)
     if isinstance(rows, Images):
         return rows, rows.labels
     if kind == "next":
         return rows, rows.input_ids[:, 1:].masked_fill(rows.position_ids[:, 1:] == 0, IGNORED)
-    ids, labels = masked(rows, model.config.vocab_size, mask_share, generator)
+    ids, labels = mask_tokens(rows, model.config.vocab_size, mask_share, generator)
     return replace(rows, input_ids=ids), labels
 
 
-def masked(rows: Packed, vocab: int, share: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def mask_tokens(rows: Packed, vocab: int, share: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """BERT's corruption: (token ids, labels), both (rows, length).
 
     In each row `share` of the tokens, at least one and never a special one, is to be guessed: of these 80 % become the
@@ -127,32 +129,38 @@ def masked(rows: Packed, vocab: int, share: float, generator: torch.Generator | 
     return torch.where(chosen, changed, ids), ids.masked_fill(~chosen, IGNORED)
 
 
-def scores(model: PreTrainedModel, kind: Kind, rows: Rows, fast: bool) -> Tensor:
+def compute_logits(model: PreTrainedModel, kind: Kind, rows: Rows, fast: bool) -> Tensor:
     """Logits in float32: (batch, time - 1, vocab) for the next token, (batch, time, vocab) or (batch, classes)."""
     if kind == "next" and isinstance(rows, Packed):
         logits: Tensor = model.get_output_embeddings()(last_hidden(model, rows, fast)[:, :-1])
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
-    given: dict[str, Any] = {"pixel_values": rows.pixel_values} if isinstance(rows, Images) else seen(model, rows)
+    given: dict[str, Any] = (
+        {"pixel_values": rows.pixel_values} if isinstance(rows, Images) else encoder_inputs(model, rows)
+    )
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
         found: Tensor = model(**given).logits
     return found.float()
 
 
-def seen(model: PreTrainedModel, rows: Packed) -> dict[str, Tensor]:
+def encoder_inputs(model: PreTrainedModel, rows: Packed) -> dict[str, Tensor]:
     """What an encoder of whole rows is given: positions count from the row's start."""
-    counted = torch.arange(rows.input_ids.shape[1], device=rows.device) + first_position(positions(model))
+    counted = torch.arange(rows.input_ids.shape[1], device=rows.device) + first_position(find_position_embedding(model))
     return {"input_ids": rows.input_ids, "position_ids": counted.expand_as(rows.input_ids)}
 
 
 def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
     """The decoder's output before the head, (batch, time, hidden) in float32."""
-    run = model.hidden if isinstance(model, RegraftForCausalLM) else partial(model.get_decoder(), use_cache=False)
+    run = (
+        model.forward_decoder
+        if isinstance(model, RegraftForCausalLM)
+        else partial(model.get_decoder(), use_cache=False)
+    )
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
         return run(input_ids=rows.input_ids, position_ids=rows.position_ids).last_hidden_state.float()
 
 
-def headed(model: PreTrainedModel, kind: str) -> None:
+def check_head(model: PreTrainedModel, kind: str) -> None:
     """RegraftError when the model has no head for an objective."""
     wanted, classes = HEADS[kind]
     if type(model).__name__ not in classes:
@@ -161,20 +169,20 @@ def headed(model: PreTrainedModel, kind: str) -> None:
         )
 
 
-def suited(model: PreTrainedModel, kind: Kind, rows: Data) -> None:
+def check_rows(model: PreTrainedModel, kind: Kind, rows: Data) -> None:
     """RegraftError when the model has no head for the kind, or the rows are not what it takes."""
-    headed(model, kind)
+    check_head(model, kind)
     if isinstance(rows, Images) != (kind == "image"):
         held, wanted = ("images", "text") if isinstance(rows, Images) else ("text", "images in a .npz file")
         raise RegraftError(f"'{kind}' was given {len(rows)} rows of {held}: give {wanted}")
     if isinstance(rows, Images):
-        pictures(model, rows)
+        check_images(model, rows)
         return
     if rows.largest >= model.config.vocab_size:
         raise RegraftError(
             f"token {rows.largest} is beyond the model's {model.config.vocab_size}: use its own tokenizer"
         )
-    table, length = positions(model), rows.length
+    table, length = find_position_embedding(model), rows.length
     room = length if table is None else table.num_embeddings - first_position(table)
     if length > room:
         raise RegraftError(
@@ -182,7 +190,7 @@ def suited(model: PreTrainedModel, kind: Kind, rows: Data) -> None:
         )
 
 
-def pictures(model: PreTrainedModel, rows: Images) -> None:
+def check_images(model: PreTrainedModel, rows: Images) -> None:
     """RegraftError when images have another size than the model's, or labels beyond its classes."""
     config: Any = model.config
     size = config.image_size
@@ -199,7 +207,7 @@ def pictures(model: PreTrainedModel, rows: Images) -> None:
         )
 
 
-def positions(model: PreTrainedModel) -> nn.Embedding | None:
+def find_position_embedding(model: PreTrainedModel) -> nn.Embedding | None:
     """The table of learned positions, None for a model without one."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe")):

@@ -24,12 +24,12 @@ from .. import distributed
 from ..errors import RegraftError
 from ..io.files import sync, write_json_lines
 from ..io.shard_writer import check_space
-from .divergence import Place, Trend
-from .fsdp import laid
-from .lit import Watch
+from .divergence import LossTrend, Place
+from .fsdp import distribute_like
+from .lit import LitState
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-RUN, KEPT = "run", 2
+RUN, KEPT_CHECKPOINTS = "run", 2
 
 
 @dataclass
@@ -49,10 +49,10 @@ class RunState:
     ledger: list[dict[str, Any]] = field(default_factory=list)
     moments: dict[str, Tensor] = field(default_factory=dict)
     costs: dict[str, int] = field(default_factory=dict)
-    watch: Watch = field(default_factory=Watch)
-    trend: Trend = field(default_factory=Trend)
+    watch: LitState = field(default_factory=LitState)
+    trend: LossTrend = field(default_factory=LossTrend)
 
-    def entry(self, index: int, kind: str, fast: bool) -> dict[str, Any]:
+    def ledger_entry(self, index: int, kind: str, fast: bool) -> dict[str, Any]:
         """The ledger entry of stage `index`."""
         if len(self.ledger) <= index:
             precision = "bfloat16" if fast else "float32"
@@ -60,10 +60,10 @@ class RunState:
             self.ledger.append({"stage": index, "kind": kind, "precision": precision, **zero})
         return self.ledger[index]
 
-    def next_stage(self) -> None:
+    def advance_stage(self) -> None:
         """Point to the start of the next stage."""
         self.stage, self.step, self.tokens, self.fast = self.stage + 1, 0, 0, None
-        self.moments, self.costs, self.watch, self.trend = {}, {}, Watch(), Trend()
+        self.moments, self.costs, self.watch, self.trend = {}, {}, LitState(), LossTrend()
 
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimiser back its moments."""
@@ -73,7 +73,7 @@ class RunState:
                 name = names[id(parameter)]
                 if f"step/{name}" in self.moments:  # a layer that was left out of every step so far has none
                     found = {moment: self.moments[f"{moment}/{name}"] for moment in MOMENTS}
-                    optimizer.state[parameter] = {moment: placed(one, parameter) for moment, one in found.items()}
+                    optimizer.state[parameter] = {moment: place_moment(one, parameter) for moment, one in found.items()}
         self.moments = {}
 
     def trim_metrics(self, path: Path) -> None:
@@ -88,18 +88,18 @@ class RunState:
         write_json_lines(path, kept)
 
 
-def placed(moment: Tensor, parameter: nn.Parameter) -> Tensor:
+def place_moment(moment: Tensor, parameter: nn.Parameter) -> Tensor:
     """A moment where its parameter is; one that was read whole, since its parameter came later, is laid out like it."""
     whole = moment.shape == parameter.shape and not isinstance(moment, DTensor)
-    return laid(moment, parameter) if whole else moment.to(parameter.device)
+    return distribute_like(moment, parameter) if whole else moment.to(parameter.device)
 
 
-def folder_of(state: RunState) -> str:
+def checkpoint_name(state: RunState) -> str:
     """Name of a state's checkpoint."""
     return f"stage-{state.stage}-step-{state.step}"
 
 
-def checkpoints(out: Path) -> list[Place]:
+def list_checkpoints(out: Path) -> list[Place]:
     """Whole checkpoints of a run, the newest last: (stage, steps of it that are done, folder)."""
     found = [file.parent for file in (out / RUN).glob("stage-*-step-*/state.json")]
     return sorted((int(name[1]), int(name[3]), folder) for folder in found if (name := folder.name.split("-")))
@@ -112,52 +112,52 @@ def save_state(
 
     RegraftError in every process when one cannot write; what was there before stays.
     """
-    folder, temporary = out / RUN / folder_of(state), out / RUN / "new"
+    folder, temporary = out / RUN / checkpoint_name(state), out / RUN / "new"
     facts = {key: value for key, value in asdict(state).items() if key != "moments"}
     facts |= {"changed": sorted(state.changed), "settings": settings}
 
-    tensors = stored(model, optimizer, state)
+    tensors = checkpoint_tensors(model, optimizer, state)
 
-    def begin() -> None:
+    def create_folder() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         check_space(temporary, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
-    def finish() -> None:
+    def publish_folder() -> None:
         (temporary / "state.json").write_text(json.dumps(facts))
         for file in temporary.iterdir():
             sync(file)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        for *_, old in checkpoints(out)[:-KEPT]:
+        for *_, old in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
     try:
-        distributed.once(begin)
+        distributed.on_rank0(create_folder)
         if tensors:
-            with unwarned():
+            with silence_dcp_warning():
                 dcp.save(tensors, checkpoint_id=temporary)
-        distributed.once(finish)
+        distributed.on_rank0(publish_folder)
     except (OSError, RuntimeError, CheckpointException) as error:
-        if distributed.first():
+        if distributed.is_rank0():
             shutil.rmtree(temporary, ignore_errors=True)
         raise RegraftError(
-            f"cannot write the checkpoint '{folder}' ({reason(error)}): free some space and run again"
+            f"cannot write the checkpoint '{folder}' ({format_cause(error)}): free some space and run again"
         ) from error
     return folder
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[None]:
+def lock_run(out: Path) -> Iterator[None]:
     """Only this run writes in `out`; RegraftError while another one does. The system lets go when a process dies."""
     lock = FileLock(out / RUN / "lock")
 
-    def take() -> None:
+    def acquire_lock() -> None:
         (out / RUN).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
 
     try:
-        distributed.once(take)
+        distributed.on_rank0(acquire_lock)
     except Timeout as error:
         raise RegraftError(f"another run is going on in '{out}': wait for it, or stop all of its processes") from error
     try:
@@ -167,20 +167,20 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def unwarned() -> Iterator[None]:
+def silence_dcp_warning() -> Iterator[None]:
     """Inside, DCP does not remark that there is one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
-def reason(error: BaseException) -> str:
+def format_cause(error: BaseException) -> str:
     """The first cause, in a line."""
     first: Any = next(iter(error.failures.values()), error) if isinstance(error, CheckpointException) else error
     return " ".join(str(first[0] if isinstance(first, tuple) else first).split())
 
 
-def stored(model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState) -> dict[str, Tensor]:
+def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState) -> dict[str, Tensor]:
     """What a checkpoint holds: parameters that any stage has trained, and the optimiser's moments."""
     named = dict(model.named_parameters())
     tensors = {f"model/{name}": named[name].detach() for name in sorted(state.changed)}
@@ -198,21 +198,21 @@ def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunStat
     Raises RegraftError when the run there has other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    newest = distributed.told(next((folder for *_, folder in reversed(checkpoints(out))), None))
+    newest = distributed.broadcast(next((folder for *_, folder in reversed(list_checkpoints(out))), None))
     if newest is None:
         return RunState()
     facts = json.loads((newest / "state.json").read_text())
     if facts.pop("settings") != json.loads(json.dumps(settings)):
         raise RegraftError(f"'{out}' holds a run with other settings: give another output, or remove '{out / RUN}'")
-    facts["changed"], facts["watch"] = set(facts["changed"]), Watch(**facts["watch"])
-    facts["trend"] = Trend(**facts.get("trend", {}))
+    facts["changed"], facts["watch"] = set(facts["changed"]), LitState(**facts["watch"])
+    facts["trend"] = LossTrend(**facts.get("trend", {}))
     state = RunState(**facts)
     if (newest / ".metadata").exists():
-        state.moments = restored(newest, dict(model.named_parameters()))
+        state.moments = read_checkpoint(newest, dict(model.named_parameters()))
     return state
 
 
-def restored(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def read_checkpoint(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Read a checkpoint: values of the model's parameters go into these, the rest is returned.
 
     Each process reads what it holds, however many wrote it.
@@ -227,6 +227,6 @@ def restored(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str, Tenso
             wanted[key] = torch.zeros_like(named[name], requires_grad=False)
         else:
             wanted[key] = torch.zeros(facts.size, dtype=facts.properties.dtype)
-    with unwarned():
+    with silence_dcp_warning():
         dcp.load(wanted, checkpoint_id=folder)
     return {key: value for key, value in wanted.items() if key.removeprefix("model/") not in named}

@@ -21,12 +21,12 @@ from ..errors import RegraftError
 from ..io import safetensors
 from ..io.files import replace_file, write_json
 
-FILE = 16_000_000  # bytes of a file, or one row
+FILE_BYTES = 16_000_000  # bytes of a file, or one row
 BLOCK = 4096  # what a disk gives out
 Row = dict[str, Tensor]
 
 
-class Shelf:
+class RowStore:
     """The folder `root/name`; all folders of `root` together stay within `limit` bytes of disk.
 
     A file is written whole or not at all. When there is no room, what is new is not kept: rows come round in passes,
@@ -43,7 +43,7 @@ class Shelf:
         self.seen = -1
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.locked():
+            with self.lock():
                 for left in self.root.glob("*/*.part"):  # of a writer that was killed
                     left.unlink()
                 if not (self.folder / "facts.json").exists():
@@ -52,7 +52,7 @@ class Shelf:
             raise RegraftError(f"cannot keep teacher outputs in '{root}' ({error}): give another folder") from error
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Inside, no other process writes into the root."""
         descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT)
         try:
@@ -71,14 +71,14 @@ class Shelf:
             if file.name not in self.files:
                 self.files.add(file.name)
                 try:
-                    safetensors.header(file)
+                    safetensors.read_header(file)
                     with safe_open(file, framework="pt") as opened:
                         rows = json.loads(opened.metadata()["rows"])
                     self.places |= {key: (file, check) for key, check in rows.items()}
                 except FileNotFoundError:
                     continue
                 except (RegraftError, SafetensorError, OSError, ValueError, TypeError, KeyError):
-                    self.discard(file)
+                    self.discard_file(file)
 
     def __contains__(self, key: str) -> bool:
         if key not in self.places and key not in self.waiting:
@@ -99,17 +99,17 @@ class Shelf:
         except (OSError, SafetensorError):
             row = {}
         if not row or checksum(row) != check:
-            self.discard(file)
+            self.discard_file(file)
             return None
         return row
 
-    def put(self, key: str, row: Row) -> None:
+    def add(self, key: str, row: Row) -> None:
         """Keep a row; it is on disk once the file it belongs to is full, or after `flush`."""
         if key in self:
             return
         self.waiting[key] = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in row.items()}
         self.size += sum(value.nbytes for value in row.values())
-        if self.size >= FILE:
+        if self.size >= FILE_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -122,8 +122,8 @@ class Shelf:
         data = save(tensors, {"rows": json.dumps(checks)})
         file = self.folder / f"{next(iter(rows))}-{secrets.token_hex(4)}.safetensors"  # two may keep the same row
         try:
-            with self.locked():
-                if used(self.root) + rounded(len(data)) > self.limit:
+            with self.lock():
+                if directory_size(self.root) + round_to_blocks(len(data)) > self.limit:
                     self.refused += len(rows)
                     return
                 with replace_file(file) as part:
@@ -135,7 +135,7 @@ class Shelf:
         self.files.add(file.name)
         self.places |= {key: (file, check) for key, check in checks.items()}
 
-    def discard(self, file: Path) -> None:
+    def discard_file(self, file: Path) -> None:
         """Remove a damaged file; its rows are missing from now on."""
         self.damaged += 1
         file.unlink(missing_ok=True)
@@ -153,19 +153,19 @@ def checksum(row: Row) -> int:
     return found
 
 
-def rounded(size: int) -> int:
+def round_to_blocks(size: int) -> int:
     """Bytes of disk that a file of this size takes."""
     return -(-size // BLOCK) * BLOCK
 
 
-def used(root: Path) -> int:
+def directory_size(root: Path) -> int:
     """Bytes of disk that everything below a folder takes, folders included."""
     total = BLOCK
     for place, folders, files in os.walk(root):
         total += BLOCK * len(folders)
         for name in files:
             try:
-                total += rounded((Path(place) / name).stat().st_size)
+                total += round_to_blocks((Path(place) / name).stat().st_size)
             except FileNotFoundError:
                 continue
     return total

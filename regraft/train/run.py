@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from .. import distributed
 from ..errors import RegraftError
-from ..mixers.gated import Gated
+from ..mixers.gated import GatedMixer
 from ..modeling.modeling_regraft import RegraftForCausalLM
-from .divergence import Jump
-from .fsdp import part
-from .layer_subset import chosen, stack
-from .objectives import Data, Rows, headed
-from .stage import LAYERWISE, Stage, projections
-from .teacher_cache import Lessons, Teacher
+from .divergence import LossSpikeConfig
+from .fsdp import local_part
+from .layer_subset import layer_stack, parse_layers
+from .objectives import Data, Rows, check_head
+from .stage import LAYERWISE, Stage, projection_names
+from .teacher_cache import CachedTeacher, Teacher
 
 Progress = Callable[[Stage, int, int, dict[str, Any]], None]
 
@@ -57,7 +57,7 @@ class Run:
     every: int = 0
     moments: Path | None = None
     keep_moments: bool = False
-    jump: Jump = Jump()
+    jump: LossSpikeConfig = LossSpikeConfig()
     track: Callable[[dict[str, Any]], None] = lambda row: None
     micro: int = 0
     checkpointing: bool = False
@@ -65,38 +65,38 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return part(next(self.model.parameters())).device
+        return local_part(next(self.model.parameters())).device
 
 
-def possible(run: Run, stage: Stage) -> None:
+def check_run(run: Run, stage: Stage) -> None:
     """RegraftError when the model has no head for a stage, no mixers to align, or no fitting teacher."""
-    headed(run.model, stage.objective)
+    check_head(run.model, stage.objective)
     if stage.kind in LAYERWISE and not isinstance(run.model, RegraftForCausalLM):
         kind = type(run.model).__name__
         raise RegraftError(f"stage '{stage.kind}' fits mixers, which a {kind} has not: linearize it first")
     if stage.learn != "all" and not isinstance(run.model, RegraftForCausalLM):
         kind = type(run.model).__name__
         raise RegraftError(f"learn '{stage.learn}' is for models with mixers: train all of a {kind}")
-    if stage.rank and not (isinstance(run.model, RegraftForCausalLM) and projections(run.model)):
+    if stage.rank and not (isinstance(run.model, RegraftForCausalLM) and projection_names(run.model)):
         raise RegraftError(f"rank {stage.rank} adds to projections inside mixers, and there are none: give 0")
-    if stage.window_drop and not any(isinstance(module, Gated) for module in run.model.modules()):
+    if stage.window_drop and not any(isinstance(module, GatedMixer) for module in run.model.modules()):
         raise RegraftError(
             f"window_drop {stage.window_drop} leaves windows out, and no layer has one: linearize with one"
         )
     if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
         if isinstance(run.model, RegraftForCausalLM):
             raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
-        chosen(stage.layers, len(stack(run.model)))
-    if stage.batch % (distributed.world() * max(1, run.micro)) or run.micro < 0:
+        parse_layers(stage.layers, len(layer_stack(run.model)))
+    if stage.batch % (distributed.world_size() * max(1, run.micro)) or run.micro < 0:
         raise RegraftError(
-            f"a batch of {stage.batch} does not split over {distributed.world()} processes, {run.micro or 'any number of'} "
+            f"a batch of {stage.batch} does not split over {distributed.world_size()} processes, {run.micro or 'any number of'} "
             "rows at a time: give a multiple"
         )
     if run.teacher is None and stage.kind in (*LAYERWISE, "distil"):
         raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
     if run.teacher is not None and stage.objective == "next":
-        if not isinstance(run.teacher, Lessons):
-            headed(run.teacher, "next")
+        if not isinstance(run.teacher, CachedTeacher):
+            check_head(run.teacher, "next")
         if run.teacher.config.vocab_size != run.model.config.vocab_size:
             raise RegraftError(
                 f"the teacher has {run.teacher.config.vocab_size} tokens, the model {run.model.config.vocab_size}: "
@@ -104,8 +104,8 @@ def possible(run: Run, stage: Stage) -> None:
             )
 
 
-def settings(run: Run) -> dict[str, Any]:
+def resume_settings(run: Run) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     begun = {"moments": str(run.moments)} if run.moments else {}
-    begun |= {"teacher outputs": run.teacher.keeping.kind} if isinstance(run.teacher, Lessons) else {}
+    begun |= {"teacher outputs": run.teacher.keeping.kind} if isinstance(run.teacher, CachedTeacher) else {}
     return {"seed": run.seed, "stages": [dataclasses.asdict(stage) for stage in run.stages], **begun}

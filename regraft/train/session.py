@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
-from ..data.corpus import Text, Texts
+from ..data.corpus import Text, TextMixture
 from ..data.packing import read_images
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
@@ -25,10 +25,10 @@ from ..modeling import flops
 from ..progress import Ticker
 from . import fsdp, loop, trackers
 from .calibrate import calibrate
-from .monitor import USUAL, Watching, summary
+from .monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stages
 from .objectives import Data
 from .stage import LAYERWISE, Stage
-from .teacher_cache import Keeping, Lessons, Teacher
+from .teacher_cache import CachedTeacher, Teacher, TeacherCacheConfig
 
 TEXT = "run.text"  # tokens of a run's text, in its folder until it ends
 
@@ -40,16 +40,16 @@ def training_rows(
     own: Path | None = None,
     cache: Path | None = None,
     tell: Callable[[float, str], None] = lambda share, words: None,
-) -> Texts:
+) -> TextMixture:
     """Rows by length, each text in its share: the largest set of rows, none repeated, in which the shares hold.
 
     `need`: tokens of the largest stage; `own`: the run's folder for text; `cache`: one that keeps tokens longer.
     RegraftError when there is no text or a share is not positive.
     """
-    return Texts(texts, tokenizer, need, own, cache, tell)
+    return TextMixture(texts, tokenizer, need, own, cache, tell)
 
 
-def calibrated(
+def calibrate_once(
     student: nn.Module,
     teacher: nn.Module,
     teacher_slots: Sequence[nn.Module],
@@ -67,11 +67,11 @@ def calibrated(
     if not file.exists():
         begin = time.monotonic()
 
-        def tell(done: int, total: int) -> None:
+        def report_progress(done: int, total: int) -> None:
             ticker.update(done / total, "calibrating")
 
-        with flops.counter() as counter:
-            for _ in calibrate(modeling.slots(student), teacher, list(teacher_slots), batches, tell):
+        with flops.build_flop_counter() as counter:
+            for _ in calibrate(modeling.slots(student), teacher, list(teacher_slots), batches, report_progress):
                 pass
         work.mkdir(parents=True, exist_ok=True)
         spent = {"tokens": sum(batch[0].numel() for batch in batches), "flops": counter.get_total_flops()}
@@ -82,7 +82,7 @@ def calibrated(
     values = load_file(file)
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
-            fsdp.part(parameter).copy_(fsdp.shard(values[name], parameter))
+            fsdp.local_part(parameter).copy_(fsdp.shard_like(values[name], parameter))
     known: dict[str, Any] = read_json_if_exists(costs)
     return known
 
@@ -106,13 +106,17 @@ def save_trained(
     Everything is written beside first; config.json moves last, so a directory that looks like a model is whole. The
     first process gathers the weights of all and writes.
     """
-    values = modeling.in_files(model, fsdp.gathered(model)) if distributed.first() else fsdp.gathered(model)
-    if distributed.first():
-        put(checkpoint, values, stages, ledger, out)
+    values = (
+        modeling.to_checkpoint_names(model, fsdp.gather_state_dict(model))
+        if distributed.is_rank0()
+        else fsdp.gather_state_dict(model)
+    )
+    if distributed.is_rank0():
+        write_trained(checkpoint, values, stages, ledger, out)
     distributed.barrier()
 
 
-def put(
+def write_trained(
     checkpoint: Checkpoint,
     values: Mapping[str, torch.Tensor],
     stages: Sequence[Stage],
@@ -122,28 +126,28 @@ def put(
     """Values by their names in files, written as the checkpoint and moved into place."""
     step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
     folder = out / "work" / "trained"
-    checkpoint.replaced(values, step).save(folder, overwrite=True)
-    moved(folder, out)
+    checkpoint.with_values(values, step).save(folder, overwrite=True)
+    move_model_files(folder, out)
 
 
-def moved(folder: Path, out: Path) -> None:
+def move_model_files(folder: Path, out: Path) -> None:
     """Move a model's files from a folder beside into `out`, config.json last."""
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)
 
 
-def loaded(path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
+def load_for_training(path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
     """The model at `path` where it is trained: whole, or this process's shards of it."""
     if over is None:
         return modeling.load(path).to(distributed.device())
     checkpoint = Checkpoint.open(path)
-    distributed.once(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
-    distributed.once(checkpoint.verify)
-    return fsdp.load(checkpoint, over, layerwise)
+    distributed.on_rank0(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
+    distributed.on_rank0(checkpoint.verify)
+    return fsdp.load_sharded(checkpoint, over, layerwise)
 
 
-def rows_of(
+def load_stage_rows(
     data: Text,
     stage: Stage,
     tokenizer: Any,
@@ -159,7 +163,7 @@ def rows_of(
     return training_rows([data], tokenizer, stage.tokens, own, cache, tell)
 
 
-def train_once(
+def train_saved_model(
     model: str,
     out: str,
     data: Text,
@@ -168,9 +172,9 @@ def train_once(
     seed: int,
     ticker: Ticker,
     heldout: str | None = None,
-    watching: Watching = USUAL,
+    watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
-    keeping: Keeping | None = None,
+    keeping: TeacherCacheConfig | None = None,
     hybrid: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -194,39 +198,43 @@ def train_once(
         raise RegraftError(
             f"{model} is a {family} model without mixers, which '{stage.kind}' is for: regraft linearize it first"
         )
-    over = fsdp.mesh(hybrid) if distributed.world() > 1 else None
-    student = loaded(model, over, stage.kind in LAYERWISE)
+    over = fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
+    student = load_for_training(model, over, stage.kind in LAYERWISE)
     tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
     if keeping and (not teacher or stage.kind not in ("align", "distil")):
         raise RegraftError(f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: leave out the cache")
     guide: Teacher | None = None
     if teacher:
-        guide = Lessons(teacher, keeping, lambda path: loaded(path, over)) if keeping else loaded(teacher, over)
+        guide = (
+            CachedTeacher(teacher, keeping, lambda path: load_for_training(path, over))
+            if keeping
+            else load_for_training(teacher, over)
+        )
     matched = teacher if stage.kind in LAYERWISE and not keeping else None
     slots = modeling.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
     ticker.start("reading data")
-    rows = rows_of(data, stage, tokenizer, target / TEXT, cache, ticker)
+    rows = load_stage_rows(data, stage, tokenizer, target / TEXT, cache, ticker)
     held = None
     if heldout:
         whole = dataclasses.replace(data, path=heldout, read=0)
-        held = rows_of(whole, stage, tokenizer, target / TEXT / "heldout", cache, ticker)(stage.length)[:]
+        held = load_stage_rows(whole, stage, tokenizer, target / TEXT / "heldout", cache, ticker)(stage.length)[:]
     rows(stage.length)
     ticker.start(stage.kind)
 
     facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
     told: dict[str, Any] = {}
     try:
-        with watching.over(target, ticker, facts) as watched:
+        with watching.monitor(target, ticker, facts) as watched:
             ledger = loop.train(
                 loop.Run(student, [stage], rows, target, guide, slots, seed=seed, heldout=held, **watched, **options),
             )
     finally:
-        if isinstance(guide, Lessons):
+        if isinstance(guide, CachedTeacher):
             told = {"teacher_cache": guide.flush()}
-    if isinstance(rows, Texts):
+    if isinstance(rows, TextMixture):
         ledger["text"] = rows.facts()
     save_trained(checkpoint, student, [stage], ledger, target)
-    if distributed.first():
+    if distributed.is_rank0():
         for folder in ("run", "work", TEXT):
             shutil.rmtree(target / folder, ignore_errors=True)
-    return ledger | {"summary": summary(out), "out": out} | told
+    return ledger | {"summary": summarize_stages(out), "out": out} | told

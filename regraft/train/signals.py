@@ -17,7 +17,7 @@ STATUS = 128 + signal.SIGTERM
 AGAIN = 1.0  # seconds after which a second signal is one
 
 
-class Stopping:
+class SigtermHandler:
     """Notes a SIGTERM while it is open; one more after a second ends the process at once. Use as a context, in the main
     thread.
 
@@ -29,16 +29,16 @@ class Stopping:
         self.since = 0.0
         self.before: Any = None
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> SigtermHandler:
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self.note)
+            self.before = signal.signal(signal.SIGTERM, self.handle_signal)
         return self
 
     def __exit__(self, *failure: object) -> None:
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """The signal's handler."""
         if self.asked and time.monotonic() - self.since > AGAIN:
             signal.signal(number, signal.SIG_DFL)
@@ -46,9 +46,9 @@ class Stopping:
         elif not self.asked:
             self.asked, self.since = True, time.monotonic()
 
-    def leave(self, kept: Sequence[Place]) -> None:
+    def exit_process(self, kept: Sequence[Place]) -> None:
         """End the process with the status of one that SIGTERM ended, saying what is kept."""
-        if distributed.first():
+        if distributed.is_rank0():
             place = f"'{kept[-1][2]}' is kept" if kept else "there was nothing to keep yet"
             print(f"regraft: stopped by SIGTERM; {place} and the same command goes on", file=sys.stderr)
         raise SystemExit(STATUS)

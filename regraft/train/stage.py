@@ -17,11 +17,11 @@ from ..errors import RegraftError
 from ..mixers.base import Attention
 from ..mixers.registry import weights
 from ..modeling.modeling_regraft import RegraftForCausalLM
-from .fsdp_forward import inside
+from .fsdp_forward import run_in_forward
 from .kl import head_kl
 from .lit import Lit
 from .objectives import IGNORED, Kind, last_hidden
-from .teacher_cache import Lessons, Teacher
+from .teacher_cache import CachedTeacher, Teacher
 
 LOW_RANK = "low_rank"  # where a model holds its low-rank additions
 LAYERWISE = ("matrix", "align")  # each mixer is matched to its teacher's layer on its own
@@ -122,10 +122,10 @@ class Stage:
         """What tells on held-out rows how far the stage has come."""
         return self.kind if self.kind == "mask" or self.kind == "image" else "next"
 
-    def rate(self, step: int, since: int | None = None) -> float:
+    def lr_factor(self, step: int, since: int | None = None) -> float:
         """Learning-rate factor at a step, in (0, 1]; of weights that learn `since` a later step with their warm-up."""
         if since is not None and step < (end := min(since + self.lit.warmup, self.steps)):
-            return self.rate(end - 1) * (step + 1 - since) / (end - since)
+            return self.lr_factor(end - 1) * (step + 1 - since) / (end - since)
         warm, cool = max(1, round(self.warmup * self.steps)), max(1, round(self.cooldown * self.steps))
         return min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
@@ -139,13 +139,13 @@ def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[in
     mixers' own tables, never from names; a model without mixers is all body.
     """
     mixing = isinstance(model, RegraftForCausalLM)
-    origin = origins(model) if mixing else {}
+    origin = parameter_origins(model) if mixing else {}
     if stage.rank:
         origin |= dict.fromkeys(model.get_submodule(LOW_RANK).learning(), ("low rank", True))
-    return grouped(model.parameters(), origin, stage, mixing, frozen)
+    return build_groups(model.parameters(), origin, stage, mixing, frozen)
 
 
-def grouped(
+def build_groups(
     parameters: Iterable[nn.Parameter],
     origin: Mapping[int, tuple[str, bool]],
     stage: Stage,
@@ -183,29 +183,31 @@ def grouped(
     ]
 
 
-def projections(model: PreTrainedModel) -> list[str]:
+def projection_names(model: PreTrainedModel) -> list[str]:
     """Names of the matrices inside mixers that come from the source."""
-    origin = origins(model)
+    origin = parameter_origins(model)
     named = model.named_parameters()
     return [name for name, p in named if origin.get(id(p), ("",))[0] == "mixer" and p.ndim == 2]
 
 
-def thaw(model: PreTrainedModel, stage: Stage, optimizer: torch.optim.Optimizer, since: int) -> None:
+def unfreeze(model: PreTrainedModel, stage: Stage, optimizer: torch.optim.Optimizer, since: int) -> None:
     """What a stage has frozen so far learns `since` a step: groups of their own, with no moments and a warm-up."""
     for group in parameter_groups(model, replace(stage, learn="all")):
         if group["name"] != "new":
             optimizer.add_param_group(group | {"since": since})
 
 
-def origins(model: PreTrainedModel) -> dict[int, tuple[str, bool]]:
+def parameter_origins(model: PreTrainedModel) -> dict[int, tuple[str, bool]]:
     """By identity of every parameter inside a mixer: "mixer" when inherited, else "new", and whether it decays."""
     found: dict[int, tuple[str, bool]] = {}
     for spec, attention, slot in zip(model.config.mixers, model.config.attention, model.slots(), strict=True):
-        found |= origins_in(slot.mixer, spec, Attention(**attention)) if spec else {}
+        found |= mixer_parameter_origins(slot.mixer, spec, Attention(**attention)) if spec else {}
     return found
 
 
-def origins_in(mixer: nn.Module, spec: dict[str, Any], attention: Attention) -> dict[int, tuple[str, bool]]:
+def mixer_parameter_origins(
+    mixer: nn.Module, spec: dict[str, Any], attention: Attention
+) -> dict[int, tuple[str, bool]]:
     """The same for one mixer, built by this spec."""
     table = weights(spec, attention).items()
     return {id(mixer.get_parameter(name)): ("mixer" if w.source else "new", w.decay) for name, w in table}
@@ -224,35 +226,35 @@ def distil_step(
     + ce x next-token cross-entropy; the sum is backpropagated and returned. `labels`: of next tokens, for ce; `shares`:
     weights of the two parts."""
 
-    def weighted() -> Tensor:
-        loss, student, head = gap(model, teacher, rows, fast)
+    def weighted_loss() -> Tensor:
+        loss, student, head = compute_kl(model, teacher, rows, fast)
         loss = (1 - ce) * shares[0] * loss
         if ce and labels is not None:
             scores = head(student[:, :-1]).flatten(0, 1)
             loss = loss + ce * shares[1] * F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED)
         return loss
 
-    loss = inside(model, weighted)
+    loss = run_in_forward(model, weighted_loss)
     loss.backward()
     return float(loss.detach())
 
 
-def gap(model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool) -> tuple[Tensor, Tensor, nn.Linear]:
+def compute_kl(model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool) -> tuple[Tensor, Tensor, nn.Linear]:
     """(KL(teacher || model) per token, the model's last hidden states, its head)."""
-    if isinstance(teacher, Lessons):
+    if isinstance(teacher, CachedTeacher):
         student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
-        return teacher.gap(student, head, rows, fast), student, head
+        return teacher.compute_kl(student, head, rows, fast), student, head
     with torch.no_grad():
-        target = inside(teacher, lambda: last_hidden(teacher, rows, fast))
+        target = run_in_forward(teacher, lambda: last_hidden(teacher, rows, fast))
     student, head = last_hidden(model, rows, fast), model.get_output_embeddings()
     return head_kl(student, head, target, teacher.get_output_embeddings(), fast), student, head
 
 
 @torch.no_grad()
-def kl(model: PreTrainedModel, teacher: Teacher, rows: Packed, batch: int = 16) -> float:
+def evaluate_kl(model: PreTrainedModel, teacher: Teacher, rows: Packed, batch: int = 16) -> float:
     """KL(teacher || model) per token over all rows."""
     total = 0.0
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
-        total += len(some) * float(gap(model, teacher, some, fast=False)[0])
+        total += len(some) * float(compute_kl(model, teacher, some, fast=False)[0])
     return total / len(rows)

@@ -83,7 +83,7 @@ TRACKERS: dict[str, Callable[[Any, str, Path, Row], Any]] = {
 }  # fmt: skip
 
 
-def chosen(names: str | None) -> dict[str, Any]:
+def import_trackers(names: str | None) -> dict[str, Any]:
     """Trackers' libraries by name, of a list such as `wandb,tensorboard`; nothing of theirs is begun.
 
     RegraftError for an unknown name or a library that is not installed.
@@ -101,15 +101,15 @@ def chosen(names: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def tracked(names: str | None, out: Path, facts: Row) -> Iterator[Callable[[Row], None]]:
+def open_trackers(names: str | None, out: Path, facts: Row) -> Iterator[Callable[[Row], None]]:
     """Inside, what takes the rows of `out/metrics.jsonl` as they are written and hands them to the trackers.
 
     Only the first process of a torchrun does. The run's name is kept in `out/track.json`, so that the same command
     goes on with the same run; rows that an interrupted run has sent are not sent again. A tracker that fails while the
     run goes on says so once and gets no more rows. RegraftError as in `chosen`.
     """
-    modules = chosen(names)
-    if not modules or not distributed.first():
+    modules = import_trackers(names)
+    if not modules or not distributed.is_rank0():
         yield lambda row: None
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def tracked(names: str | None, out: Path, facts: Row) -> Iterator[Callable[[Row]
     write_json(out / FILE, known)
     sender = Sender(read_json_lines(out / "metrics.jsonl"))
     for name, module in modules.items():
-        with sender.forgiving(name):
+        with sender.isolate_failure(name):
             sender.trackers[name] = TRACKERS[name](module, known["name"], out, facts)
     failed = True
     try:
@@ -125,7 +125,7 @@ def tracked(names: str | None, out: Path, facts: Row) -> Iterator[Callable[[Row]
         failed = False
     finally:
         for name, tracker in list(sender.trackers.items()):
-            with sender.forgiving(name):
+            with sender.isolate_failure(name):
                 tracker.close(failed)
 
 
@@ -135,33 +135,33 @@ class Sender:
     def __init__(self, past: list[Row]):
         self.trackers: dict[str, Any] = {}
         self.steps: dict[int, int] = {}
-        self.sent = {self.key(row) for row in past}
+        self.sent = {self.row_key(row) for row in past}
         for row in past:
-            self.place(row)
+            self.global_step(row)
 
     @staticmethod
-    def key(row: Row) -> tuple[int, int, bool]:
+    def row_key(row: Row) -> tuple[int, int, bool]:
         """What tells rows apart: the stage, the step, and whether it is about held-out rows."""
         return row.get("stage", 0), row.get("step", 0), "loss" in row
 
-    def place(self, row: Row) -> int:
+    def global_step(self, row: Row) -> int:
         """The step counted over all stages."""
-        stage, step, _ = self.key(row)
+        stage, step, _ = self.row_key(row)
         self.steps[stage] = max(step, self.steps.get(stage, 0))
         return step + sum(done for index, done in self.steps.items() if index < stage)
 
     def __call__(self, row: Row) -> None:
         """One more row."""
-        step = self.place(row)
-        if self.key(row) in self.sent:
+        step = self.global_step(row)
+        if self.row_key(row) in self.sent:
             return
         values = {key: value for key, value in row.items() if key != "step"}
         for name, tracker in list(self.trackers.items()):
-            with self.forgiving(name):
+            with self.isolate_failure(name):
                 tracker.log(values, step)
 
     @contextmanager
-    def forgiving(self, name: str) -> Iterator[None]:
+    def isolate_failure(self, name: str) -> Iterator[None]:
         """A tracker's failure is said and ends the tracker, not the run."""
         try:
             yield

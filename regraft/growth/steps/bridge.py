@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...core.checkpoint import Checkpoint
-from ...core.step import entry
+from ...core.step import step_entry
 from .. import class_conversion
 
 
@@ -28,6 +28,6 @@ class Bridge:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The checkpoint of the other family."""
-        to = class_conversion.target(source, self.to)
-        made = class_conversion.bridged(source, to)
-        return replace(made, history=(*source.history, entry(Bridge(to))))
+        to = class_conversion.find_target_family(source, self.to)
+        made = class_conversion.convert_to_family(source, to)
+        return replace(made, history=(*source.history, step_entry(Bridge(to))))

@@ -52,7 +52,7 @@ class GrowHeadValues:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        raise RegraftError(_one_width(source, f"a value width of {self.value_dim}", self.value_dim))
+        raise RegraftError(_format_one_width_error(source, f"a value width of {self.value_dim}", self.value_dim))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class GrowQueryKeys:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        raise RegraftError(_one_width(source, f"a query and key width of {self.key_dim}", self.key_dim))
+        raise RegraftError(_format_one_width_error(source, f"a query and key width of {self.key_dim}", self.key_dim))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class AddLayers:
         return Deepen(self.layers, self.how)(source)
 
 
-def _one_width(source: Checkpoint, what: str, size: int) -> str:
+def _format_one_width_error(source: Checkpoint, what: str, size: int) -> str:
     return (
         f"{source.anatomy.family} has one head width for queries, keys and values, so {what} cannot stand alone: use "
         f"--head-dim {size} (the new query and key coordinates start without effect)"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...core.checkpoint import Checkpoint
-from ...core.step import entry
+from ...core.step import step_entry
 from .. import depth
-from ..operators import DEPTH, cited, told
+from ..operators import DEPTH, describe_operators, list_papers
 
 
-@told(DEPTH)
+@describe_operators(DEPTH)
 @dataclass(frozen=True)
 class Deepen:
     """Grow the stack to `layers`. Per-layer settings follow their layers. `how`:
@@ -30,11 +30,11 @@ class Deepen:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The deeper checkpoint."""
-        order = depth.layers(self.how, source.layers, self.layers)
+        order = depth.build_layer_order(self.how, source.layers, self.layers)
         sizes = {**source.sizes, "depth": self.layers}
-        config = source.anatomy.resized(source.config, sizes, [layer.source for layer in order])
-        tensors = depth.deepened(source, config, order, self.how, self.seed)
-        step = entry(self) | {"papers": cited(DEPTH, [self.how])}
+        config = source.anatomy.resize_config(source.config, sizes, [layer.source for layer in order])
+        tensors = depth.deepen_tensors(source, config, order, self.how, self.seed)
+        step = step_entry(self) | {"papers": list_papers(DEPTH, [self.how])}
         names = {key: spot.name for key, spot in source.anatomy.place(config).items()}
         return replace(
             source, config=config, sizes=sizes, tensors=tensors, names=names, history=(*source.history, step)

@@ -6,24 +6,27 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...core.checkpoint import Checkpoint, Lazy, Story
+from ...core.anatomy import Key
+from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ...errors import RegraftError
 from .. import build, depth
 from ..ligo import Grower
-from ..ligo_from_copy import Beside
-from ..ligo_maps import COPY, DRAWN, Ligo
-from ..sizes import Sizes
+from ..ligo_from_copy import GrowerFromCopy
+from ..ligo_maps import COPY, RANDOM_STARTS, Ligo
+from ..sizes import TargetSizes
 from .transplant import Transplant
 
 PAPERS = ["LiGO, arXiv 2303.00980"]
 
 
 @dataclass(frozen=True)
-class Learned(Sizes):
+class Learned(TargetSizes):
     """Grow by learned maps of axes and layers (LiGO, arXiv 2303.00980).
 
     Sizes as in Widen and Deepen; `method` says how the maps are made, `maps` what they are once `regraft.train.fit_ligo.fit`
@@ -39,46 +42,47 @@ class Learned(Sizes):
     maps: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     cost: Mapping[str, float] = field(default_factory=dict)
 
-    def grower(self, source: Checkpoint) -> Grower:
+    def build_grower(self, source: Checkpoint) -> Grower:
         """The differentiable form, with the maps in it."""
         if source.holds != "weights":
             raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
         copies, old, new = self.method.start == COPY, source.layers, self.layers or source.layers
-        if self.method.start in DRAWN:
-            made = build.loosely(source, self, self.seed, folds=not copies)
+        if self.method.start in RANDOM_STARTS:
+            made = build.build_inexact_widening(source, self, self.seed, folds=not copies)
         else:
-            made = build.widening(source, self, self.method.start, noise=0.0, seed=self.seed)
+            made = build.build_widening(source, self, self.method.start, noise=0.0, seed=self.seed)
         if copies:
-            order = [depth.Layer(min(layer, old - 1)) for layer in range(new)]
+            order = [depth.LayerOrigin(min(layer, old - 1)) for layer in range(new)]
             start = Transplant(**self.sizes, seed=self.seed)(source)
-            grower: Grower = Beside(made, order, self.method, self.seed, start)
+            grower: Grower = GrowerFromCopy(made, order, self.method, self.seed, start)
         else:
-            grower = Grower(made, depth.layers(self.method.depth, old, new), self.method, self.seed)
+            grower = Grower(made, depth.build_layer_order(self.method.depth, old, new), self.method, self.seed)
         if self.maps:
             grower.load_state_dict(dict(self.maps))
         return grower
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The grown checkpoint; every tensor is computed when it is read."""
-        grower = self.grower(source)
+        grower = self.build_grower(source)
         order = [layer.source for layer in grower.order]
         sizes = {**grower.widening.sizes, "depth": len(order)}
-        config = source.anatomy.resized(dict(grower.widening.config), sizes, order)
+        config = source.anatomy.resize_config(dict(grower.widening.config), sizes, order)
         placed = source.anatomy.place(config)
-        tensors: dict[Any, Lazy] = {}
+        tensors: dict[Any, LazyTensor] = {}
         for key, spot in placed.items():
             role, layer = key
             homes = [layer] if layer is None else list(range(source.layers))
             lazies = [source.tensors[role, home] for home in homes]
             origins = tuple(name for lazy in lazies for name in lazy.story.sources)
-            story = Story("grown", origins, f"learned, '{spot.part.signature}'")
+            story = Provenance("grown", origins, f"learned, '{spot.part.signature}'")
             dtype = lazies[0].dtype
-            tensors[key] = Lazy(spot.shape, dtype, story, lambda key=key, dtype=dtype: grower.tensor(key).to(dtype))  # type: ignore[misc]
+            read = partial(_read_tensor, grower, key, dtype)
+            tensors[key] = LazyTensor(spot.shape, dtype, story, read)
         names = {key: spot.name for key, spot in placed.items()}
-        history = (*source.history, self.entry())
+        history = (*source.history, self.lineage_entry())
         return dataclasses.replace(source, config=config, sizes=sizes, tensors=tensors, names=names, history=history)
 
-    def entry(self) -> dict[str, Any]:
+    def lineage_entry(self) -> dict[str, Any]:
         """The step as lineage.json keeps it: the maps by their hash."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("maps", "cost")}
         digest = hashlib.sha256()
@@ -92,3 +96,7 @@ class Learned(Sizes):
             "maps": digest.hexdigest(),
             "papers": PAPERS,
         }
+
+
+def _read_tensor(grower: Grower, key: Key, dtype: torch.dtype) -> Tensor:
+    return grower.compute_tensor(key).to(dtype)

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...core.checkpoint import Checkpoint
-from ...core.step import entry
+from ...core.step import step_entry
 from ...errors import RegraftError
 from .. import build
-from ..operators import WIDTH, cited, told
-from ..sizes import Asked
-from ..widened import widened
+from ..operators import WIDTH, describe_operators, list_papers
+from ..sizes import WidthSizes
+from ..widened import widen_tensors
 
 
-@told(WIDTH)
+@describe_operators(WIDTH)
 @dataclass(frozen=True)
-class Widen(Asked):
+class Widen(WidthSizes):
     """Grow axes together, every size given or derived from the others.
 
     `heads` are query heads. Heads' own coordinates are always padded. `fold`: how norms over a padded stream keep their
@@ -39,13 +39,17 @@ class Widen(Asked):
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        made = build.widening(source, self, self.how, self.fold, self.noise, self.seed)
+        made = build.build_widening(source, self, self.how, self.fold, self.noise, self.seed)
         config = dict(made.config)
         sizes = source.anatomy.solve(config)
         if sizes != dict(made.sizes):
             raise RegraftError(
                 f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend its table"
             )
-        said = {"notes": told} if (told := build.notes(made, self)) else {}
-        step = entry(self) | said | {"papers": cited(WIDTH, dict.fromkeys(build.hows(self.how).values()))}
-        return replace(source, config=config, sizes=sizes, tensors=widened(made), history=(*source.history, step))
+        said = {"notes": told} if (told := build.widening_notes(made, self)) else {}
+        step = (
+            step_entry(self)
+            | said
+            | {"papers": list_papers(WIDTH, dict.fromkeys(build.parse_width_operators(self.how).values()))}
+        )
+        return replace(source, config=config, sizes=sizes, tensors=widen_tensors(made), history=(*source.history, step))

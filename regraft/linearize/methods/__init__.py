@@ -1,5 +1,5 @@
 """Published ways to linearize, and ours: what is replaced by what, and which stages train it; one file each."""
 
-from ..method import Leg, Method, find, names
+from ..method import Method, StageShare, find_method, list_methods
 
-__all__ = ["Leg", "Method", "find", "names"]
+__all__ = ["StageShare", "Method", "find_method", "list_methods"]

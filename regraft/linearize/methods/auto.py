@@ -8,13 +8,13 @@ the text (`choosing.recall`).
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 RATES = {"lr_new": 5e-4, "lr_mixer": 1.25e-4}
 
 method = Method(
     Remix(keep="recall:25%"),
-    (Leg("align", 0.25, RATES), Leg("distil", 0.75, RATES | {"lr_body": 1.25e-5})),
+    (StageShare("align", 0.25, RATES), StageShare("distil", 0.75, RATES | {"lr_body": 1.25e-5})),
     calibration=8192,
     unmeasured="every:4",
 )

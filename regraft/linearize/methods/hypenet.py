@@ -6,13 +6,13 @@ of tokens, not after a first stage and on benchmarks; kept layers keep their rot
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(mixer="lightning", keep="halo:25%", window=0, options={"norm": "rms", "gate": "sigmoid"}),
     (
-        Leg("align", 0.14),
-        Leg("distil", 0.43),
-        Leg("next", 0.43, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 1e-5}, longer=4),
+        StageShare("align", 0.14),
+        StageShare("distil", 0.43),
+        StageShare("next", 0.43, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 1e-5}, longer=4),
     ),
 )

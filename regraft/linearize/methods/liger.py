@@ -7,11 +7,11 @@ of it is used here.
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 GLA = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}
 
 method = Method(
     Remix(mixer="gla", keep="none", options=GLA, gate=0.0, sinks=0),
-    (Leg("next", 1.0, {"rank": 8, "lr_new": 0.0, "lr_mixer": 1e-4}),),
+    (StageShare("next", 1.0, {"rank": 8, "lr_new": 0.0, "lr_mixer": 1e-4}),),
 )

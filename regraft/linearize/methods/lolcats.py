@@ -6,12 +6,12 @@ attention's projections and nothing else that was there. The released code is Ap
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(mixer="lolcats", keep="none", window=0, options={"window": 64}),
     (
-        Leg("align", 0.5, {"learn": "new", "lr_new": 1e-2}),
-        Leg("next", 0.5, {"rank": 8, "lr_new": 1e-4, "lr_mixer": 1e-4}),
+        StageShare("align", 0.5, {"learn": "new", "lr_new": 1e-2}),
+        StageShare("next", 0.5, {"rank": 8, "lr_new": 1e-4, "lr_mixer": 1e-4}),
     ),
 )

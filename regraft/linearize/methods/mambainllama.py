@@ -6,9 +6,9 @@ after it. The released code is Apache-2.0; none of it is used here.
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(mixer="mamba", keep="every:2", window=0, options={"layout": "attention"}),
-    (Leg("distil", 1.0, {"lr_new": 1e-3, "lr_mixer": 1e-4, "lr_body": 2e-5}),),
+    (StageShare("distil", 1.0, {"lr_new": 1e-3, "lr_mixer": 1e-4, "lr_body": 2e-5}),),
 )

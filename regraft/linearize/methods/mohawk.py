@@ -7,13 +7,13 @@ of it is used here.
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(mixer="mamba2", keep="none", window=0, options={"layout": "attention"}),
     (
-        Leg("matrix", 0.05, {"lr_mixer": 5e-4}),
-        Leg("align", 0.1, {"lr_mixer": 5e-4}),
-        Leg("distil", 0.85, {"lr_mixer": 5e-4}),
+        StageShare("matrix", 0.05, {"lr_mixer": 5e-4}),
+        StageShare("align", 0.1, {"lr_mixer": 5e-4}),
+        StageShare("distil", 0.85, {"lr_mixer": 5e-4}),
     ),
 )

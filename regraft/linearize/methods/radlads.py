@@ -6,15 +6,15 @@ Apache-2.0; none of it is used here.
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 RWKV = {"shift": False, "bonus": False, "balance": True, "norm": "none", "gate": "sigmoid", "grouped": True}
 
 method = Method(
     Remix(mixer="rwkv6", keep="none", window=0, options=RWKV | {"rotary": True}),
     (
-        Leg("align", 0.15, {"lr_mixer": 1e-3}),
-        Leg("distil", 0.7, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 1e-5}),
-        Leg("next", 0.15, {"lr_new": 1e-5, "lr_mixer": 1e-5, "lr_body": 1e-5}, longer=2),
+        StageShare("align", 0.15, {"lr_mixer": 1e-3}),
+        StageShare("distil", 0.7, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 1e-5}),
+        StageShare("next", 0.15, {"lr_new": 1e-5, "lr_mixer": 1e-5, "lr_body": 1e-5}, longer=2),
     ),
 )

@@ -8,9 +8,9 @@ leaves it out. The released code is MIT; none of it is used here.
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(mixer="supra", keep="none", window=0, options={"feature": "dense", "start": "uniform"}),
-    (Leg("next", 1.0, {"lr_new": 3e-5, "lr_mixer": 3e-5, "lr_body": 3e-5, "warmup": 0.1}),),
+    (StageShare("next", 1.0, {"lr_new": 3e-5, "lr_mixer": 3e-5, "lr_body": 3e-5, "warmup": 0.1}),),
 )

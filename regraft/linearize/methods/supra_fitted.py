@@ -7,13 +7,13 @@ rest matches the teacher's distribution with all weights. A patent application c
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 from .auto import RATES
 
 ALIGN = {"lr_new": 6e-3, "lr_mixer": 1.5e-3}
 
 method = Method(
     Remix("supra", "every:4", window=0, options={"decays": "learned", "gate": "sigmoid"}),
-    (Leg("align", 5 / 11, ALIGN), Leg("distil", 6 / 11, RATES | {"lr_body": 1.25e-5})),
+    (StageShare("align", 5 / 11, ALIGN), StageShare("distil", 6 / 11, RATES | {"lr_body": 1.25e-5})),
     calibration=8192,
 )

@@ -6,9 +6,9 @@ keys where there are groups). It can be merged into the projections afterwards (
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(mixer="t2r", keep="none", window=0, options={"start": "uniform"}),
-    (Leg("next", 1.0, {"lr_new": 3e-5, "lr_mixer": 3e-5, "lr_body": 3e-5, "warmup": 0.1}),),
+    (StageShare("next", 1.0, {"lr_new": 3e-5, "lr_mixer": 3e-5, "lr_body": 3e-5, "warmup": 0.1}),),
 )

@@ -8,10 +8,10 @@ none of it is used here.
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(window=0, options={"grouped": False}),
-    (Leg("align", 0.25, {"lr_mixer": 1e-4}), Leg("distil", 0.75, {"lr_mixer": 1e-4, "lr_body": 1e-5})),
+    (StageShare("align", 0.25, {"lr_mixer": 1e-4}), StageShare("distil", 0.75, {"lr_mixer": 1e-4, "lr_body": 1e-5})),
     calibration=8192,
 )

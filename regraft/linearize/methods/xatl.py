@@ -7,9 +7,9 @@ window of 100 steps where the paper has 5,000. No licence is stated for the rele
 """
 
 from ...mixers.remix import Remix
-from ..method import Leg, Method
+from ..method import Method, StageShare
 
 method = Method(
     Remix(mixer="retnet", keep="none", window=0, inherit="o"),
-    (Leg("next", 1.0, {"learn": "lit", "lr_new": 3e-4, "lr_mixer": 3e-4, "lr_body": 3e-4}),),
+    (StageShare("next", 1.0, {"learn": "lit", "lr_new": 3e-4, "lr_mixer": 3e-4, "lr_body": 3e-4}),),
 )

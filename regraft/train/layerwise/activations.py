@@ -15,7 +15,7 @@ from ...errors import RegraftError
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Hidden:
+class ActivationStore:
     """What goes into every layer for some rows of text, each (length, width): the file `hidden-RANK.LAYER` in `folder`.
 
     A file has its name once it is whole, so that a killed run finds its last whole layer. `rows`: the numbers of the
@@ -32,15 +32,15 @@ class Hidden:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def file(self, layer: int) -> Path:
+    def layer_path(self, layer: int) -> Path:
         """Where the input of a layer is."""
         return self.folder / f"hidden-{self.rank}.{layer}"
 
-    def has(self, layer: int) -> bool:
+    def has_layer(self, layer: int) -> bool:
         """Whether the whole input of a layer is there."""
-        return self.file(layer).is_file() and self.file(layer).stat().st_size == len(self) * self.stride
+        return self.layer_path(layer).is_file() and self.layer_path(layer).stat().st_size == len(self) * self.stride
 
-    def room(self) -> None:
+    def check_disk_space(self) -> None:
         """RegraftError when the disk has no room for the inputs of two layers, which is what is kept at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
         held = sum(file.stat().st_size for file in self.folder.glob(f"hidden-{self.rank}.*"))
@@ -51,25 +51,27 @@ class Hidden:
                 "another folder, fewer tokens, or keep them as bfloat16"
             )
 
-    def read(self, layer: int, numbers: Tensor) -> Tensor:
+    def read_rows(self, layer: int, numbers: Tensor) -> Tensor:
         """Rows by their number in the text, (rows, length, width) in float32."""
         found = torch.empty(len(numbers), *self.shape, dtype=self.dtype)
-        with open(self.file(layer), "rb", buffering=0) as file:
+        with open(self.layer_path(layer), "rb", buffering=0) as file:
             for at, place in enumerate(torch.searchsorted(self.rows, numbers).tolist()):
                 file.seek(place * self.stride)
                 view = found[at].view(torch.uint8).numpy().reshape(-1).data
                 while view:
                     count = file.readinto(view)
                     if not count:
-                        raise RegraftError(f"'{self.file(layer)}' ends too early: delete the folder and run again")
+                        raise RegraftError(
+                            f"'{self.layer_path(layer)}' ends too early: delete the folder and run again"
+                        )
                     view = view[count:]
         return found.float()
 
-    def write(self, layer: int) -> Writing:
+    def open_writer(self, layer: int) -> ActivationWriter:
         """A file to be filled in order."""
-        return Writing(self, layer)
+        return ActivationWriter(self, layer)
 
-    def drop(self, before: int) -> None:
+    def delete_before(self, before: int) -> None:
         """Delete the inputs of earlier layers, and what was left half-written."""
         for file in self.folder.glob(f"hidden-{self.rank}.*"):
             number = file.name.split(".")[1]
@@ -77,18 +79,18 @@ class Hidden:
                 file.unlink()
 
 
-class Writing:
+class ActivationWriter:
     """The input of one layer while it is written, rows in order; it gets its name when the block ends well."""
 
-    def __init__(self, hidden: Hidden, layer: int):
-        self.hidden, self.target = hidden, hidden.file(layer)
+    def __init__(self, hidden: ActivationStore, layer: int):
+        self.hidden, self.target = hidden, hidden.layer_path(layer)
         self.part = self.target.with_name(f"{self.target.name}.part")
 
-    def __enter__(self) -> Writing:
+    def __enter__(self) -> ActivationWriter:
         self.stream = open(self.part, "wb", buffering=0)
         return self
 
-    def put(self, values: Tensor) -> None:
+    def append(self, values: Tensor) -> None:
         """The next rows, (rows, length, width)."""
         view = values.to("cpu", self.hidden.dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data
         try:

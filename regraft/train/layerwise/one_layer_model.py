@@ -14,17 +14,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ...core.checkpoint import Checkpoint
 from ...errors import RegraftError
-from ...modeling.loading import silent
-from ...modeling.meta import buffers, outline
-from ..hooks import LayerRecord, recording
-from ..layer_subset import Skipped, stack
+from ...modeling.loading import silence_transformers
+from ...modeling.meta import build_meta_model, iter_buffers
+from ..hooks import LayerRecord, record_layers
+from ..layer_subset import SkippedLayer, layer_stack
 
 
-class Reached(Exception):
+class StopForward(Exception):
     """The decoder has run as far as it was asked to."""
 
 
-class Hollow:
+class OneLayerModel:
     """A stock decoder on the meta device in float32, in eval mode; `opened` gives one layer its weights.
 
     Masks, rotary tables and positions are made by the model itself on every call, with all other layers skipped, so
@@ -33,19 +33,19 @@ class Hollow:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
-        self.model: Any = outline(checkpoint)
-        for module, name, value in buffers(self.model):
+        self.model: Any = build_meta_model(checkpoint)
+        for module, name, value in iter_buffers(self.model):
             setattr(module, name, value.to(device))
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.mapping = get_model_conversion_mapping(self.model)
-        self.stack = stack(self.model)
+        self.stack = layer_stack(self.model)
         self.layers = list(self.stack)
         for at in range(len(self.layers)):
-            self.stack[at] = Skipped()
+            self.stack[at] = SkippedLayer()
         self.at = 0
-        self.fill(None, lambda role: not role.startswith(("embed", "head")))
+        self.load_weights(None, lambda role: not role.startswith(("embed", "head")))
 
-    def fill(self, layer: int | None, wanted: Callable[[str], bool]) -> None:
+    def load_weights(self, layer: int | None, wanted: Callable[[str], bool]) -> None:
         """Read the tensors of a layer, or those outside the layers, whose role is wanted, as float32 copies."""
         checkpoint = self.checkpoint
         values = {
@@ -54,7 +54,7 @@ class Hollow:
             if at == layer and wanted(role)
         }
         config = LoadStateDictConfig(weight_mapping=self.mapping, dtype=torch.float32, device_map={"": self.device})
-        with silent():
+        with silence_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, values, config)
         if info.unexpected_keys or info.conversion_errors:
             name = sorted({*info.unexpected_keys, *info.conversion_errors})[0]
@@ -64,13 +64,13 @@ class Hollow:
         self.model.requires_grad_(False)
 
     @contextmanager
-    def opened(self, layer: int, mlp: bool = True) -> Iterator[None]:
+    def load_layer(self, layer: int, mlp: bool = True) -> Iterator[None]:
         """Inside, this layer has its weights; without `mlp` only what stands before and in its attention."""
         self.at = layer
         self.stack[layer] = self.layers[layer]
         try:
-            self.fill(layer, lambda role: mlp or not role.startswith("mlp."))
-            needed = self.layers[layer] if mlp else self.slot()
+            self.load_weights(layer, lambda role: mlp or not role.startswith("mlp."))
+            needed = self.layers[layer] if mlp else self.attention_module()
             if lost := [name for name, parameter in needed.named_parameters() if parameter.is_meta]:
                 raise RegraftError(
                     f"'{self.checkpoint.path}' has no '{lost[0]}' for layer {layer}: fetch the model again"
@@ -78,15 +78,15 @@ class Hollow:
             yield
         finally:
             self.layers[layer].to("meta")
-            self.stack[layer] = Skipped()
+            self.stack[layer] = SkippedLayer()
 
-    def slot(self) -> nn.Module:
+    def attention_module(self) -> nn.Module:
         """The attention of the opened layer."""
         module: nn.Module = self.model.get_submodule(self.checkpoint.anatomy.slot.format(self.at))
         return module
 
     @torch.no_grad()
-    def embedded(self, input_ids: Tensor, position_ids: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    def embed_batches(self, input_ids: Tensor, position_ids: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
         """What the first layer gets, (rows, time, hidden), `batch` rows at a time; only the rows of the embedding that
         occur are in memory."""
         embedding = self.model.get_input_embeddings()
@@ -97,52 +97,55 @@ class Hollow:
             for start in range(0, len(input_ids), batch):
                 part = slice(start, start + batch)
                 given = embedding(places[part].to(self.device))
-                yield part, self.run(self.stack[0], given, position_ids[part])
+                yield part, self.run_module(self.stack[0], given, position_ids[part])
         finally:
             embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
 
     @torch.no_grad()
-    def through(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+    def run_layer(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """What the opened layer makes of its input, both (batch, time, hidden)."""
         layer = self.layers[self.at]
-        with feeding(layer, hidden):
-            return self.run(layer, hidden, position_ids)
+        with replace_layer_input(layer, hidden):
+            return self.run_module(layer, hidden, position_ids)
 
     @torch.no_grad()
-    def attended(self, hidden: Tensor, position_ids: Tensor) -> LayerRecord:
+    def record_attention(self, hidden: Tensor, position_ids: Tensor) -> LayerRecord:
         """What the opened layer's attention sees and gives when the layer gets `hidden`; nothing behind it runs."""
         kept: list[LayerRecord] = []
 
-        def keep(layer: int, record: LayerRecord) -> None:
+        def stop_with_record(layer: int, record: LayerRecord) -> None:
             kept.append(record)
-            raise Reached
+            raise StopForward
 
-        with feeding(self.layers[self.at], hidden), recording([self.slot()], [0], keep):
-            self.decode(hidden, position_ids)
+        with (
+            replace_layer_input(self.layers[self.at], hidden),
+            record_layers([self.attention_module()], [0], stop_with_record),
+        ):
+            self.run_decoder(hidden, position_ids)
         return kept[0]
 
-    def run(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> Tensor:
+    def run_module(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """The output of one of the stack's modules; nothing behind it runs."""
         kept: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def stop_with_output(module: nn.Module, args: Any, output: Any) -> None:
             kept.append(output if torch.is_tensor(output) else output[0])
-            raise Reached
+            raise StopForward
 
-        handle = layer.register_forward_hook(keep)
+        handle = layer.register_forward_hook(stop_with_output)
         try:
-            self.decode(hidden, position_ids)
+            self.run_decoder(hidden, position_ids)
         finally:
             handle.remove()
         return kept[0]
 
-    def decode(self, hidden: Tensor, position_ids: Tensor) -> None:
+    def run_decoder(self, hidden: Tensor, position_ids: Tensor) -> None:
         """Run the decoder until a hook says that it has reached what was wanted."""
         try:
             self.model.get_decoder()(
                 inputs_embeds=hidden.to(self.device), position_ids=position_ids.to(self.device), use_cache=False
             )
-        except Reached:
+        except StopForward:
             return
         raise RegraftError(
             f"the decoder of a {type(self.model).__name__} ran past layer {self.at}: it cannot be streamed"
@@ -150,13 +153,13 @@ class Hollow:
 
 
 @contextmanager
-def feeding(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
+def replace_layer_input(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Inside, a layer gets `hidden` in place of what comes to it."""
 
-    def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def replace_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-    handle = layer.register_forward_pre_hook(give, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(replace_input, with_kwargs=True)
     try:
         yield
     finally:

@@ -14,16 +14,16 @@ from ...errors import RegraftError
 from ...io.files import read_json_lines
 from ...progress import Ticker
 from .. import trackers
-from ..monitor import USUAL, Watching, outcome
-from ..session import TEXT, moved, training_rows
+from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stage
+from ..session import TEXT, move_model_files, training_rows
 from ..stage import Stage
 from . import align
-from .state import FOLDER, Streamed
+from .state import FOLDER, LayerwiseRun
 
-OWN = {"metrics.jsonl", "metrics.tmp", FOLDER, TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
+RUN_FILES = {"metrics.jsonl", "metrics.tmp", FOLDER, TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
 
 
-def align_once(
+def align_saved_model(
     model: str,
     out: str,
     data: Text,
@@ -33,7 +33,7 @@ def align_once(
     ticker: Ticker,
     scratch: Path | None = None,
     calibration: int = 0,
-    watching: Watching = USUAL,
+    watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
 ) -> dict[str, Any]:
     """A stage `align` or `matrix` on a linearized model, written to `out`; called again it goes on where it was.
@@ -46,8 +46,10 @@ def align_once(
     names = {file.name for file in target.iterdir()} if target.exists() else set()
     if "config.json" in names:
         raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
-    if FOLDER not in names and names - OWN:
-        raise RegraftError(f"{out} holds '{min(names - OWN)}' and no streamed run: choose another folder or delete it")
+    if FOLDER not in names and names - RUN_FILES:
+        raise RegraftError(
+            f"{out} holds '{min(names - RUN_FILES)}' and no streamed run: choose another folder or delete it"
+        )
     if not teacher:
         raise RegraftError(f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}")
     ticker.start(f"reading {model}")
@@ -60,20 +62,20 @@ def align_once(
     held = -(-calibration // stage.length)
     facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
     ticker.start(f"{stage.kind}, layer by layer")
-    with watching.over(target, ticker, facts) as watched:
-        run = Streamed(source, student, stage, rows, target, seed, held, scratch, **watched)
+    with watching.monitor(target, ticker, facts) as watched:
+        run = LayerwiseRun(source, student, stage, rows, target, seed, held, scratch, **watched)
         trained, ledger = align.align(run)
     ticker.start(f"writing {out}")
-    if distributed.first():
+    if distributed.is_rank0():
         trained.save(run.folder / "trained", overwrite=True)
-        moved(run.folder / "trained", target)
+        move_model_files(run.folder / "trained", target)
         shutil.rmtree(run.folder)
         shutil.rmtree(target / TEXT, ignore_errors=True)
     distributed.barrier()
-    return ledger | {"text": texts.facts(), "summary": summary(target), "out": out}
+    return ledger | {"text": texts.facts(), "summary": summarize_layers(target), "out": out}
 
 
-def summary(out: Path) -> list[dict[str, Any]]:
+def summarize_layers(out: Path) -> list[dict[str, Any]]:
     """A row for every layer that was trained, as `watching.summary` has one for every stage."""
     layers: dict[int, list[dict[str, Any]]] = {}
     for row in read_json_lines(out / "metrics.jsonl"):
@@ -81,6 +83,6 @@ def summary(out: Path) -> list[dict[str, Any]]:
     found, tokens, seconds = [], 0, 0.0
     for layer, rows in layers.items():
         own = [row | {"tokens": row["tokens"] - tokens, "seconds": row["seconds"] - seconds} for row in rows]
-        found.append({"stage": layer, **outcome(own)} | {"steps": len(rows)})
+        found.append({"stage": layer, **summarize_stage(own)} | {"steps": len(rows)})
         tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
     return found

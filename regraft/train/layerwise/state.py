@@ -20,14 +20,14 @@ from ...errors import RegraftError
 from ...io import safetensors
 from ...io.files import append_json_line, read_json, replace_file, write_json, write_text
 from .. import loop
-from ..divergence import Jump
+from ..divergence import LossSpikeConfig
 from ..stage import LAYERWISE, Stage
 
 FOLDER = "stream"
 
 
 @dataclass(frozen=True)
-class Streamed:
+class LayerwiseRun:
     """One stage `align` or `matrix` that walks over the layers of `source`, the teacher, and trains the mixers of
     `target`, what `Remix` makes of it or a linearized model; neither is ever whole in memory.
 
@@ -48,7 +48,7 @@ class Streamed:
     scratch: Path | None = None
     keep: str = "float32"
     progress: loop.Progress = lambda stage, step, steps, row: None
-    jump: Jump = Jump()
+    jump: LossSpikeConfig = LossSpikeConfig()
     track: Callable[[dict[str, Any]], None] = lambda row: None
     device: torch.device = field(default_factory=distributed.device)
 
@@ -65,7 +65,7 @@ class Streamed:
         return json.loads(json.dumps(own | models | {"stage": dataclasses.asdict(self.stage)}))
 
 
-def possible(run: Streamed) -> None:
+def check_layerwise_run(run: LayerwiseRun) -> None:
     """RegraftError when a run cannot be streamed."""
     stage = run.stage
     if stage.kind not in LAYERWISE:
@@ -85,9 +85,9 @@ def possible(run: Streamed) -> None:
         raise RegraftError(
             f"'{run.target.origin}' is no linearization of '{run.source.origin}' with a mixer: give its own source"
         )
-    if stage.batch % distributed.world():
+    if stage.batch % distributed.world_size():
         raise RegraftError(
-            f"{stage.batch} rows a step cannot be shared by {distributed.world()} processes: give a multiple"
+            f"{stage.batch} rows a step cannot be shared by {distributed.world_size()} processes: give a multiple"
         )
     held = run.source.sizes.get("pos", stage.length)
     if run.rows.length > held:
@@ -95,7 +95,7 @@ def possible(run: Streamed) -> None:
 
 
 @dataclass
-class State:
+class LayerwiseState:
     """How far a run has come. `passed`: the layer whose input was counted last; `trained`: layers on disk; `entry`: the
     ledger's; `start`: what the closed form took, in a row like it."""
 
@@ -105,16 +105,16 @@ class State:
     start: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, run: Streamed) -> State:
+    def load(cls, run: LayerwiseRun) -> LayerwiseState:
         """The state in `out`, the same for all processes; RegraftError when it is of another run."""
         file, facts = run.folder / "state.json", None
-        if distributed.first() and file.exists():
+        if distributed.is_rank0() and file.exists():
             facts = read_json(file)
-        facts = distributed.told(facts)
+        facts = distributed.broadcast(facts)
         if facts is None:
             fast = run.stage.precision == "bfloat16"
             if run.stage.precision == "auto":
-                fast = distributed.told(loop.bfloat16_is_faster(run.device.type))
+                fast = distributed.broadcast(loop.bfloat16_is_faster(run.device.type))
             precision = "bfloat16" if fast else "float32"
             head = {"stage": 0, "kind": run.stage.kind, "precision": precision, "streamed": True}
             begun = {"kind": "closed form", "tokens": run.calibration * run.rows.length, "flops": 0, "seconds": 0.0}
@@ -124,24 +124,24 @@ class State:
             raise RegraftError(f"'{run.out}' holds a run with other settings: give another output, or remove it")
         return cls(**facts)
 
-    def save(self, run: Streamed) -> None:
+    def save(self, run: LayerwiseRun) -> None:
         """Write the state; the first process does."""
-        if distributed.first():
+        if distributed.is_rank0():
             write_json(run.folder / "state.json", dataclasses.asdict(self) | {"settings": run.settings})
 
-    def spend(self, row: dict[str, Any], flops: int, seconds: float) -> None:
+    def add_cost(self, row: dict[str, Any], flops: int, seconds: float) -> None:
         """Count work in `entry` or `start`, on every process the same."""
-        row["flops"] += sum(distributed.gathered(flops))
-        row["seconds"] += distributed.told(seconds)
+        row["flops"] += sum(distributed.all_gather(flops))
+        row["seconds"] += distributed.broadcast(seconds)
 
-    def trim(self, file: Path) -> None:
+    def trim_metrics(self, file: Path) -> None:
         """Take rows of layers that are not on disk out of metrics.jsonl; the first process does."""
-        if distributed.first() and file.exists():
+        if distributed.is_rank0() and file.exists():
             rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             write_text(file, "".join(line for line in rows if json.loads(line)["layer"] in self.trained))
 
 
-def layer_file(run: Streamed, layer: int) -> Path:
+def layer_path(run: LayerwiseRun, layer: int) -> Path:
     """Where a trained mixer is."""
     return run.folder / f"layer-{layer}.safetensors"
 
@@ -157,18 +157,18 @@ def write_layer(file: Path, values: dict[str, Tensor]) -> None:
         ) from error
 
 
-def tell(run: Streamed, row: dict[str, Any]) -> None:
+def write_metrics_row(run: LayerwiseRun, row: dict[str, Any]) -> None:
     """One more row of metrics.jsonl; the first process writes it."""
-    if distributed.first():
+    if distributed.is_rank0():
         append_json_line(run.out / "metrics.jsonl", row)
         run.track(row)
 
 
-def result(run: Streamed, ledger: dict[str, Any]) -> Checkpoint:
+def build_trained_checkpoint(run: LayerwiseRun, ledger: dict[str, Any]) -> Checkpoint:
     """The target whose mixers are those on disk, each tensor read when it is saved."""
-    values: dict[str, safetensors.Entry] = {}
+    values: dict[str, safetensors.TensorEntry] = {}
     for layer, spec in enumerate(run.target.config["mixers"]):
         if spec:
-            values |= {entry.name: entry for entry in safetensors.header(layer_file(run, layer))}
+            values |= {entry.name: entry for entry in safetensors.read_header(layer_path(run, layer))}
     step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(run.stage)], "streamed": True}}
-    return run.target.patched({name: entry.read for name, entry in values.items()}, step | {"ledger": ledger})
+    return run.target.with_readers({name: entry.read for name, entry in values.items()}, step | {"ledger": ledger})
