@@ -39,15 +39,22 @@ NAMES = ("documentation", "encyclopedia", "docstrings")
 
 def main() -> None:
     """Print errors by layer: a window's, the mixer's calibrated, the mixer's aligned."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mixer", default="supra")
     parser.add_argument("--options", type=json.loads, default={}, help="the mixer's own, as JSON")
     parser.add_argument("--window", type=int, default=0, help="tokens of a window beside it")
     parser.add_argument("--layers", default="7,14,24,28")
-    parser.add_argument("--rows", type=int, default=40, help="of 1,024 tokens, repeated as steps need")
+    parser.add_argument(
+        "--rows", type=int, default=40, help="of 1,024 tokens, repeated as steps need"
+    )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument(
-        "--rates", type=float, default=1.0, help="times 2e-3 for new weights and 5e-4 for inherited ones"
+        "--rates",
+        type=float,
+        default=1.0,
+        help="times 2e-3 for new weights and 5e-4 for inherited ones",
     )
     options = parser.parse_args()
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
@@ -72,20 +79,29 @@ def main() -> None:
         segments = held.segments()
         mixers = {layer: modeling.slots(model)[layer].mixer for layer in layers}
         errors = [
-            float(output_error(mixers[layer], records[layer], records[layer].mixer_context(segments)))
+            float(
+                output_error(mixers[layer], records[layer], records[layer].mixer_context(segments))
+            )
             for layer in layers
         ]
         print(f"{name:<12}", *(f"{value:8.4f}" for value in errors), flush=True)
 
     print(f"{'layer':<12}", *(f"{layer:>8}" for layer in layers))
     show("window", modeling.materialize(Remix("window", keep)(source)))
-    student = modeling.materialize(Remix(options.mixer, keep, window=options.window, options=options.options)(source))
+    student = modeling.materialize(
+        Remix(options.mixer, keep, window=options.window, options=options.options)(source)
+    )
     rates = {"lr_new": 2e-3 * options.rates, "lr_mixer": 5e-4 * options.rates}
     stage = Stage("align", options.steps * 1024, cooldown=0.25, **rates)
     with Ticker() as ticker, tempfile.TemporaryDirectory() as folder:
         ticker.start("calibrate")
         calibrate_once(
-            student, teacher, slots, loop.calibration_batches(seen, min(8, len(seen)), 0), Path(folder), ticker
+            student,
+            teacher,
+            slots,
+            loop.calibration_batches(seen, min(8, len(seen)), 0),
+            Path(folder),
+            ticker,
         )
         show("calibrated", student)
 
@@ -94,7 +110,11 @@ def main() -> None:
 
         guide = CachedTeacher(str(GGUF), TeacherCacheConfig(Path(folder) / "teacher", DISK))
         ticker.start("align")
-        loop.train(loop.Run(student, [stage], lambda length: seen, Path(folder) / "run", guide, progress=tell))
+        loop.train(
+            loop.Run(
+                student, [stage], lambda length: seen, Path(folder) / "run", guide, progress=tell
+            )
+        )
     show("aligned", student)
 
 

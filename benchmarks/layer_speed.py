@@ -30,7 +30,11 @@ CONFIG = LlamaConfig(
 ATTENTION = Attention(hidden=576, kv=3, group=3, dim=64, scale=64**-0.5)
 WINDOW = {"name": "window", "window": 64, "sinks": 4}
 MIXERS = {
-    "gated(gated_deltanet, window)": {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": WINDOW},
+    "gated(gated_deltanet, window)": {
+        "name": "gated",
+        "linear": {"name": "gated_deltanet"},
+        "window": WINDOW,
+    },
     "gated(expanded, window)": {
         "name": "gated",
         "linear": {"name": "gated_deltanet", "grouped": False},
@@ -57,7 +61,9 @@ def layers() -> dict[str, nn.Module]:
     return made
 
 
-def step(layer: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], decoder: bool) -> Callable[[], None]:
+def step(
+    layer: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], decoder: bool
+) -> Callable[[], None]:
     """One forward and backward of the layer or of its attention alone."""
 
     def run() -> None:
@@ -85,7 +91,9 @@ def measure(length: int, repeats: int, decoder: bool) -> dict[str, float]:
 
 def main() -> None:
     """Print seconds and the ratio to softmax."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", default="2048,8192")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decoder", action="store_true")
@@ -95,7 +103,14 @@ def main() -> None:
     for length in map(int, options.lengths.split(",")):
         best = measure(length, options.repeats, options.decoder)
         for name, seconds in best.items():
-            rows.append({"length": length, "layer": name, "seconds": seconds, "ratio": seconds / best["softmax"]})
+            rows.append(
+                {
+                    "length": length,
+                    "layer": name,
+                    "seconds": seconds,
+                    "ratio": seconds / best["softmax"],
+                }
+            )
     if options.json:
         print(json.dumps(rows))
         return

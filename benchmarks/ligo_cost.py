@@ -22,7 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from grow_speed import measure_command
 
 LENGTH, BATCH = 128, 256
-SMALL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+}
 SIZES = {"hidden": 768, "ffn": 3072, "heads": 12, "layers": 12}
 COMMON = """
 import torch, sys
@@ -83,7 +88,9 @@ def overhead(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--json", type=Path, default=None, help="also write the results here")
     arguments = parser.parse_args()

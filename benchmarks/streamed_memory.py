@@ -110,7 +110,12 @@ def memory_bound() -> dict[str, int]:
     hidden, ffn = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     layer = 4 * (4 * hidden**2 + 3 * hidden * ffn)
     activations = 4 * BATCH * LENGTH * (24 * hidden + 4 * ffn)
-    return {"layer": layer, "shard": SHARD, "activations": activations, "all": 2 * layer + SHARD + activations}
+    return {
+        "layer": layer,
+        "shard": SHARD,
+        "activations": activations,
+        "all": 2 * layer + SHARD + activations,
+    }
 
 
 def child(program: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -134,14 +139,18 @@ def format_row(row: dict[str, Any]) -> str:
     said = f"{row['layers']:4} layers, {row['float32'] / 1e6:6.0f} MB in float32: peak {row['align'] / 1e6:.0f} MB"
     said += f" aligning, {row['all'] / 1e6:.0f} MB with saving, {row['seconds']:.0f} s"
     if row["limit"]:
-        said += f"; libraries included {row['total'] / 1e6:.0f} MB of at most {row['limit'] / 1e6:.0f}"
+        said += (
+            f"; libraries included {row['total'] / 1e6:.0f} MB of at most {row['limit'] / 1e6:.0f}"
+        )
         said += f"; whole: {row['whole']}"
     return said
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--depths", default="8,32,128")
     parser.add_argument("--big", action="store_true")
@@ -155,10 +164,18 @@ def main() -> None:
     for layers, limit in runs:
         with tempfile.TemporaryDirectory(dir=options.dir) as folder:
             place = Path(folder)
-            row: dict[str, Any] = {"layers": layers, "float32": make_source(place / "source", layers), "limit": limit}
+            row: dict[str, Any] = {
+                "layers": layers,
+                "float32": make_source(place / "source", layers),
+                "limit": limit,
+            }
             if limit:
                 whole = child(WHOLE, place / "source", limit)
-                row["whole"] = "loads" if whole.returncode == 0 else whole.stderr.strip().splitlines()[-1][:120]
+                row["whole"] = (
+                    "loads"
+                    if whole.returncode == 0
+                    else whole.stderr.strip().splitlines()[-1][:120]
+                )
             row |= run_streamed(place / "source", place / "out", limit)
             rows.append(row)
         print(format_row(row), flush=True)

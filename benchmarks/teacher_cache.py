@@ -65,7 +65,10 @@ def run(folder: Path, kind: str, rows: int, length: int) -> dict[str, Any]:
     words = [folder / "teacher", folder / "student", out, cache, kind, rows, length]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [sys.executable, "-c", TRAIN, *map(str, words)], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", TRAIN, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     if ran.returncode:
         raise SystemExit(ran.stderr[-3000:])
@@ -76,7 +79,9 @@ def run(folder: Path, kind: str, rows: int, length: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, usual in (("rows", 24), ("length", 256), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--dir", type=Path)
@@ -92,13 +97,17 @@ def main() -> None:
                 shutil.rmtree(folder / f"cache {kind}", ignore_errors=True)
                 for turn in ("first", "second"):
                     found = run(folder, kind, options.rows, options.length)
-                    found["disk"] = sum(file.stat().st_size for file in (folder / f"cache {kind}").rglob("*.*"))
+                    found["disk"] = sum(
+                        file.stat().st_size for file in (folder / f"cache {kind}").rglob("*.*")
+                    )
                     sides.setdefault(f"{kind}, {turn}", []).append(found)
     plain = sides["no cache"]
     usual = statistics.median(found["seconds"] for found in plain)
     for name, runs in sides.items():
         seconds = statistics.median(found["seconds"] for found in runs)
-        away = max(abs(a - b) / b for a, b in zip(runs[0]["losses"], plain[0]["losses"], strict=True))
+        away = max(
+            abs(a - b) / b for a, b in zip(runs[0]["losses"], plain[0]["losses"], strict=True)
+        )
         ran, disk = runs[0].get("computed", options.rows), runs[0].get("disk", 0) / 1e6
         share = runs[0]["flops"] / plain[0]["flops"]
         said = f"{name:24} {seconds:6.1f} s, {seconds / usual:4.0%} of the time, {share:4.0%} of the FLOPs"

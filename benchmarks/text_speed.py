@@ -43,7 +43,10 @@ def lines(megabytes: int) -> bytes:
     """So many MB of JSON lines."""
     documents, found, size = default_text.documentation(), [], 0
     while size < megabytes * 1_000_000:
-        line = json.dumps({"text": f"{len(found)} {documents[len(found) % len(documents)]}"}).encode() + b"\n"
+        line = (
+            json.dumps({"text": f"{len(found)} {documents[len(found) % len(documents)]}"}).encode()
+            + b"\n"
+        )
         found.append(line)
         size += len(line)
     return b"".join(found)
@@ -138,12 +141,20 @@ def measure(model: str, megabytes: list[int], length: int) -> dict[str, Any]:
     try:
         data = lines(megabytes[0])
         documents = [json.loads(line)["text"] for line in data.splitlines()]
-        plain, count = time_call(lambda: sum(map(len, itertools.chain(*map(tokens, parts(documents))))))
+        plain, count = time_call(
+            lambda: sum(map(len, itertools.chain(*map(tokens, parts(documents)))))
+        )
         rows = []
         for suffix in (*PACKERS, ".parquet"):
-            work = partial(fill_cache, tokenizer, write(folder, suffix, data), folder / f"cache{suffix}")
+            work = partial(
+                fill_cache, tokenizer, write(folder, suffix, data), folder / f"cache{suffix}"
+            )
             seconds, again = time_call(work)[0], time_call(work)[0]
-            read = time_call(partial(drain, folder / f"text{suffix}"))[0] if suffix != ".parquet" else None
+            read = (
+                time_call(partial(drain, folder / f"text{suffix}"))[0]
+                if suffix != ".parquet"
+                else None
+            )
             rows.append(
                 {
                     "format": suffix,
@@ -157,7 +168,9 @@ def measure(model: str, megabytes: list[int], length: int) -> dict[str, Any]:
         for size in megabytes:
             file = write(folder, ".jsonl", lines(size))
             seconds, before, peak = measure_fill_in_process(model, file, folder / f"memory{size}")
-            memory.append({"megabytes": size, "seconds": seconds, "before_MB": before, "peak_MB": peak})
+            memory.append(
+                {"megabytes": size, "seconds": seconds, "before_MB": before, "peak_MB": peak}
+            )
         by_row = row_times(tokenizer, file, folder / f"memory{megabytes[-1]}", length)
         return {"formats": rows, "memory": memory, "microseconds_a_row": by_row}
     finally:
@@ -166,25 +179,37 @@ def measure(model: str, megabytes: list[int], length: int) -> dict[str, Any]:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--megabytes", default="4,16")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options.model, [int(word) for word in options.megabytes.split(",")], options.length)
+    found = measure(
+        options.model, [int(word) for word in options.megabytes.split(",")], options.length
+    )
     if options.json:
         print(json.dumps(found))
         return
     for row in found["formats"]:
-        reading = "" if row["read_alone_share"] is None else f", reading alone {row['read_alone_share']:.1%} of it"
+        reading = (
+            ""
+            if row["read_alone_share"] is None
+            else f", reading alone {row['read_alone_share']:.1%} of it"
+        )
         speed = f"{row['format']:<11} {row['tokens_per_second']:10,.0f} tokens/s"
         ratio = f"{row['to_tokenising_alone']:.2f} x tokenising alone"
         print(f"{speed}, {ratio}{reading}, a second time {row['again_share']:.1%}")
     for row in found["memory"]:
-        print(f"{row['megabytes']:>4} MB of text: peak {row['peak_MB']:.0f} MB, {row['before_MB']:.0f} MB before it")
+        print(
+            f"{row['megabytes']:>4} MB of text: peak {row['peak_MB']:.0f} MB, {row['before_MB']:.0f} MB before it"
+        )
     by_row = found["microseconds_a_row"]
-    print(f"a row of {options.length}: {by_row['stored']:.0f} us from the cache, {by_row['memory']:.0f} us from memory")
+    print(
+        f"a row of {options.length}: {by_row['stored']:.0f} us from the cache, {by_row['memory']:.0f} us from memory"
+    )
 
 
 if __name__ == "__main__":

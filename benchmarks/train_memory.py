@@ -62,7 +62,9 @@ def blank(size: str, folder: Path) -> Path:
 
 def status(name: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -156,7 +158,10 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=place_of)
             taken, told = json.loads(done.stdout.splitlines()[-1]), forecast_bytes(name, folder)
             rows.append({"case": name, "measured": taken, "forecast": told})
-            print(f"{name:28} {taken / 1e6:12,.0f} {told / 1e6:12,.0f} {told / taken:18.2f}", flush=True)
+            print(
+                f"{name:28} {taken / 1e6:12,.0f} {told / 1e6:12,.0f} {told / taken:18.2f}",
+                flush=True,
+            )
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1))
 

@@ -18,7 +18,11 @@ PIECE = 8000
 
 def works(file: Path) -> list[str]:
     """The documents of a file."""
-    opened = lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8")
+    opened = (
+        lzma.open(file, "rt", encoding="utf-8")
+        if file.suffix == ".xz"
+        else file.open(encoding="utf-8")
+    )
     with opened as text:
         if ".jsonl" in file.suffixes:
             return [json.loads(line)["text"] for line in text]

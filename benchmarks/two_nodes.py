@@ -30,7 +30,20 @@ def connect_namespaces() -> None:
     first, second = NODES
     for name in NODES:
         ip("netns", "add", name)
-    ip("link", "add", "cable-a", "netns", first, "type", "veth", "peer", "name", "cable-b", "netns", second)
+    ip(
+        "link",
+        "add",
+        "cable-a",
+        "netns",
+        first,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "cable-b",
+        "netns",
+        second,
+    )
     for (name, address), card in zip(NODES.items(), ("cable-a", "cable-b"), strict=True):
         ip("-n", name, "addr", "add", f"{address}/24", "dev", card)
         ip("-n", name, "link", "set", card, "up")
@@ -40,11 +53,22 @@ def connect_namespaces() -> None:
 def launch(name: str, card: str, words: list[str]) -> subprocess.Popen[bytes]:
     """torchrun inside a namespace."""
     rank = list(NODES).index(name)
-    place = ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "2", "--master-port", str(PORT)]
+    place = [
+        "--nnodes",
+        "2",
+        "--node-rank",
+        str(rank),
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(PORT),
+    ]
     module = ["-m", "torch.distributed.run", *place, "--master-addr", next(iter(NODES.values()))]
     command = ["ip", "netns", "exec", name, sys.executable, *module, *words]
     print(f"GLOO_SOCKET_IFNAME={card}", shlex.join(command))
-    return subprocess.Popen(command, env=os.environ | {"GLOO_SOCKET_IFNAME": card, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, env=os.environ | {"GLOO_SOCKET_IFNAME": card, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def losses(out: Path) -> list[float]:

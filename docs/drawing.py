@@ -57,14 +57,28 @@ class Canvas:
         self.axis.axis("off")
         self.boxes: list[Rectangle] = []
 
-    def text(self, x: float, y: float, words: str, size: float = 8, colour: str = INK, **more: Any) -> None:
+    def text(
+        self, x: float, y: float, words: str, size: float = 8, colour: str = INK, **more: Any
+    ) -> None:
         """Words centred at a point."""
         if words:
-            self.axis.text(x, y, words, fontsize=size, color=colour, **({"ha": "center", "va": "center"} | more))
+            self.axis.text(
+                x,
+                y,
+                words,
+                fontsize=size,
+                color=colour,
+                **({"ha": "center", "va": "center"} | more),
+            )
 
-    def box(self, x: float, y: float, width: float, height: float, colour: str, **more: Any) -> None:
+    def box(
+        self, x: float, y: float, width: float, height: float, colour: str, **more: Any
+    ) -> None:
         """A filled rectangle."""
-        style: dict[str, Any] = {"edgecolor": EDGE if colour == WHITE else WHITE, "linewidth": 0.8} | more
+        style: dict[str, Any] = {
+            "edgecolor": EDGE if colour == WHITE else WHITE,
+            "linewidth": 0.8,
+        } | more
         self.boxes.append(Rectangle((x, y), width, height, facecolor=colour, **style))
 
     def add(self, patch: Any) -> None:
@@ -111,7 +125,13 @@ def matrix(canvas: Canvas, drawn: Matrix, x: float, middle: float, cell: float) 
     for row, column in np.ndindex(rows, columns):
         colour, _, mark = LOOKS[str(drawn.kinds[row, column])]
         left, high, constant = x + column * cell, y + row * cell, mark in ("0", "1")
-        canvas.box(left, high, cell, cell, colour if constant else tint(colour, float(drawn.shades[row, column])))
+        canvas.box(
+            left,
+            high,
+            cell,
+            cell,
+            colour if constant else tint(colour, float(drawn.shades[row, column])),
+        )
         mark = "•" if drawn.noisy[row, column] else mark
         canvas.text(left + cell / 2, high + cell / 2, mark, 8, PALE if constant else WHITE)
     canvas.box(x, y, columns * cell, rows * cell, "none", edgecolor="#aab3bb", linewidth=0.9)
@@ -125,7 +145,12 @@ def numbers(canvas: Canvas, drawn: Matrix, x: float, y: float, cell: float) -> N
     for place, origin in enumerate(drawn.lines(drawn.origins)):
         along = (place + 0.5) * cell
         if origin is not None:
-            canvas.text(*((x - 7, y + along) if drawn.axis == 0 else (x + along, y - 7)), str(origin), 7, PALE)
+            canvas.text(
+                *((x - 7, y + along) if drawn.axis == 0 else (x + along, y - 7)),
+                str(origin),
+                7,
+                PALE,
+            )
     times = drawn.lines(drawn.times)
     factors = set(times) - {None}
     if factors == {1.0}:
@@ -135,9 +160,13 @@ def numbers(canvas: Canvas, drawn: Matrix, x: float, y: float, cell: float) -> N
     elif drawn.axis == 1:
         canvas.text(x - 5, below, "×", 7)
         for place, value in enumerate(times):
-            canvas.text(x + (place + 0.5) * cell, below, "" if value is None else fraction(value), 7)
+            canvas.text(
+                x + (place + 0.5) * cell, below, "" if value is None else fraction(value), 7
+            )
     else:
-        raise RegraftError(f"rows of '{drawn.title}' are multiplied by {sorted(factors)}: find a place for them")
+        raise RegraftError(
+            f"rows of '{drawn.title}' are multiplied by {sorted(factors)}: find a place for them"
+        )
 
 
 def tint(colour: str, size: float) -> str:
@@ -162,7 +191,10 @@ def picture(scenes: Sequence[Scene]) -> bytes:
     if any(drawn.noisy.any() for one in scenes for drawn in one.news):
         entries.append((LOOKS["copy"][0], "noise that sums to zero over copies", "•"))
     spots = legend_layout(entries)
-    tops = [HEAD + sum(one.rows * cell + BAND for one in scenes[:number]) for number in range(len(scenes) + 1)]
+    tops = [
+        HEAD + sum(one.rows * cell + BAND for one in scenes[:number])
+        for number in range(len(scenes) + 1)
+    ]
     canvas = Canvas(tops[-1] + spots[-1][1] + 20)
     for one, top in zip(scenes, tops, strict=False):
         draw_scene(canvas, one, top, cell)
@@ -174,7 +206,9 @@ def draw_scene(canvas: Canvas, one: Scene, top: float, cell: float) -> None:
     """One scene of a picture."""
     high = top + 34
     middle = high + one.rows * cell / 2
-    x = (WIDE - one.columns * cell - 2 * (len(one.olds) - 1) * GAP - ARROW) / 2 + (8 if one.name else 0)
+    x = (WIDE - one.columns * cell - 2 * (len(one.olds) - 1) * GAP - ARROW) / 2 + (
+        8 if one.name else 0
+    )
     for group, words in ((one.olds, "source"), (one.news, "grown")):
         begin = x
         for drawn in group:
@@ -207,8 +241,14 @@ def layer_diagram(slots: Sequence[Slot]) -> bytes:
         draw_layer(canvas, x, low, width, tall, slot)
         if slot.source is not None:
             one, other = (starts[slot.source] + width / 2, high + tall), (x + width / 2, low)
-            curve = Curve([one, (one[0], one[1] + 26), (other[0], other[1] - 26), other], [1, 4, 4, 4])
-            style: dict[str, Any] = {"linewidth": 2, "linestyle": "dashed" if slot.idle else "solid", "zorder": 0}
+            curve = Curve(
+                [one, (one[0], one[1] + 26), (other[0], other[1] - 26), other], [1, 4, 4, 4]
+            )
+            style: dict[str, Any] = {
+                "linewidth": 2,
+                "linestyle": "dashed" if slot.idle else "solid",
+                "zorder": 0,
+            }
             canvas.add(PathPatch(curve, facecolor="none", edgecolor=LAYERS[slot.source], **style))
     entries = [(LAYERS[3], "maps of the source layer of that number", "3")]
     if any(slot.idle for slot in slots):
@@ -222,11 +262,22 @@ def layer_diagram(slots: Sequence[Slot]) -> bytes:
 def draw_layer(canvas: Canvas, x: float, y: float, width: float, tall: float, slot: Slot) -> None:
     """One layer; where it is idle a strip on top stands for its outputs."""
     colour = LOOKS["random"][0] if slot.source is None else LAYERS[slot.source]
-    shape: dict[str, Any] = {"boxstyle": "round,pad=2,rounding_size=4", "facecolor": colour, "linewidth": 1}
-    lines: dict[str, Any] = {"edgecolor": INK, "linestyle": "dashed"} if slot.idle else {"edgecolor": WHITE}
+    shape: dict[str, Any] = {
+        "boxstyle": "round,pad=2,rounding_size=4",
+        "facecolor": colour,
+        "linewidth": 1,
+    }
+    lines: dict[str, Any] = (
+        {"edgecolor": INK, "linestyle": "dashed"} if slot.idle else {"edgecolor": WHITE}
+    )
     canvas.add(FancyBboxPatch((x + 2, y + 2), width - 4, tall - 4, **shape, **lines))
-    words, pale = "" if slot.source is None else str(slot.source), slot.source is not None and slot.source < 2
-    canvas.text(x + width / 2, y + tall / 2 + (6 if slot.idle else 0), words, 8.5, INK if pale else WHITE)
+    words, pale = (
+        "" if slot.source is None else str(slot.source),
+        slot.source is not None and slot.source < 2,
+    )
+    canvas.text(
+        x + width / 2, y + tall / 2 + (6 if slot.idle else 0), words, 8.5, INK if pale else WHITE
+    )
     if slot.idle:
         canvas.box(x + 4, y + 3, width - 8, 12, WHITE)
         canvas.text(x + width / 2, y + 9, "0", 7, PALE)

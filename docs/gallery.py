@@ -72,7 +72,9 @@ def describe_sizes(sizes: Sequence[int], old: int, make: Callable[[int], Any]) -
         return "whole multiples"
     if taken == [size for size in sizes if size <= 2 * old]:
         return "at most twice as many"
-    raise RegraftError(f"no words for an operator that takes {taken} of {list(sizes)}: add them to docs/gallery.py")
+    raise RegraftError(
+        f"no words for an operator that takes {taken} of {list(sizes)}: add them to docs/gallery.py"
+    )
 
 
 def width_sizes(how: str) -> str:
@@ -86,9 +88,9 @@ def width_sizes(how: str) -> str:
 
 def depth_sizes(how: str) -> str:
     """Numbers of layers that a depth operator takes."""
-    return describe_sizes(range(5, 17), 4, lambda size: depth.build_layer_order(how, 4, size)).replace(
-        "any size", "any number of layers"
-    )
+    return describe_sizes(
+        range(5, 17), 4, lambda size: depth.build_layer_order(how, 4, size)
+    ).replace("any size", "any number of layers")
 
 
 def first_sentence(text: str | None) -> str:
@@ -106,7 +108,10 @@ def maps(how: str) -> str:
     source = Source(UNITS | {"hidden_size": 4}).checkpoint
     made = build.build_widening(source, solving.WidthSizes(hidden=8, ffn=8), how).axes
     names = {"units": made["ffn"].name, "stream": made["hidden"].name}
-    said = {name: f"`axes.{name}`: {first_sentence(getattr(axes, name).__doc__)}" for name in names.values()}
+    said = {
+        name: f"`axes.{name}`: {first_sentence(getattr(axes, name).__doc__)}"
+        for name in names.values()
+    }
     if len(said) == 1:
         return said[names["units"]]
     return " ".join(f"{place.capitalize()}, {said[name]}" for place, name in names.items())
@@ -114,7 +119,12 @@ def maps(how: str) -> str:
 
 def facts(one: Operator, *rows: tuple[str, str]) -> str:
     """The table under an operator's name."""
-    lines = [("Preserves", PRESERVES[one.preserves]), *rows, ("Paper", one.papers_text), ("When", one.when)]
+    lines = [
+        ("Preserves", PRESERVES[one.preserves]),
+        *rows,
+        ("Paper", one.papers_text),
+        ("When", one.when),
+    ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in lines)])
 
 
@@ -125,13 +135,17 @@ def sentence(words: str) -> str:
 
 def describe_scenes(scenes: Sequence[Scene]) -> str:
     """Matrices in words, for those who do not see them."""
-    return "; ".join(f"{one.name} {', '.join(drawn.describe() for drawn in one.news)}".strip() for one in scenes)
+    return "; ".join(
+        f"{one.name} {', '.join(drawn.describe() for drawn in one.news)}".strip() for one in scenes
+    )
 
 
 def describe_new_entries(*drawn: Matrix) -> str:
     """What new entries hold, matrix by matrix."""
     kinds = {one.title: {str(kind) for kind in one.kinds.flat} - {"old", "copy"} for one in drawn}
-    return ", ".join(f"`{title}` {' and '.join(sorted(words))}" for title, words in kinds.items() if words)
+    return ", ".join(
+        f"`{title}` {' and '.join(sorted(words))}" for title, words in kinds.items() if words
+    )
 
 
 class Page:
@@ -139,7 +153,13 @@ class Page:
 
     def __init__(self) -> None:
         self.pictures: dict[str, Callable[[], bytes]] = {}
-        blocks = [*overview_section(), *self.widths(), *self.depths(), *self.composable(), *sources_section()]
+        blocks = [
+            *overview_section(),
+            *self.widths(),
+            *self.depths(),
+            *self.composable(),
+            *sources_section(),
+        ]
         self.text = "\n\n".join(blocks) + "\n"
 
     def image(self, name: str, words: str, draw: Callable[[], bytes]) -> str:
@@ -152,10 +172,17 @@ class Page:
         blocks = ["## Wider", WIDER.replace("\n", " ")]
         for how, one in WIDTH.items():
             noise = build.NOISE.get(how)
-            on = f"{noise:g} of a tensor's own spread, unless `noise` says otherwise" if noise else "off by default"
+            on = (
+                f"{noise:g} of a tensor's own spread, unless `noise` says otherwise"
+                if noise
+                else "off by default"
+            )
             rows = (("Sizes", width_sizes(how)), ("Noise", on), ("Code", maps(how)))
             blocks += [f"### {how}", sentence(one.does), facts(one, *rows)]
-            blocks += [self.one_kind(how, "units", on_units), self.one_kind(how, "stream", on_stream)]
+            blocks += [
+                self.one_kind(how, "units", on_units),
+                self.one_kind(how, "stream", on_stream),
+            ]
         return blocks
 
     def one_kind(self, how: str, kind: str, scenes: Callable[[str], tuple[Scene, ...]]) -> str:
@@ -165,7 +192,9 @@ class Page:
             if same(scenes(how), scenes(other)):
                 return f"On {place} it does what [`{other}`](#{other}) does."
         return self.image(
-            f"{how}-{kind}", f"{how} on {place}: {describe_scenes(scenes(how))}", lambda: picture(scenes(how))
+            f"{how}-{kind}",
+            f"{how} on {place}: {describe_scenes(scenes(how))}",
+            lambda: picture(scenes(how)),
         )
 
     def depths(self) -> list[str]:
@@ -173,7 +202,10 @@ class Page:
         blocks = ["## Deeper", DEEPER.replace("\n", " ")]
         for how, one in DEPTH.items():
             slots = trace_layers(how)
-            marks = [("random" if s.source is None else str(s.source)) + (" (idle)" if s.idle else "") for s in slots]
+            marks = [
+                ("random" if s.source is None else str(s.source)) + (" (idle)" if s.idle else "")
+                for s in slots
+            ]
             words = f"{how}, 6 to {len(slots)} layers: {', '.join(marks)}"
             blocks += [f"### {how}", sentence(one.does), facts(one, ("Sizes", depth_sizes(how)))]
             blocks += [self.image(how, words, partial(layer_diagram, slots))]
@@ -186,9 +218,18 @@ class Page:
         (units,), (rms, norm) = on_units("pad"), on_stream("pad")
         q, k, v, o = wider[0].news
         stream = "; ".join(f"{one.name}: {describe_new_entries(*one.news)}" for one in (rms, norm))
-        layer = next("outputs zero, other maps random" for slot in trace_layers("identity") if slot == Slot(None, True))
+        layer = next(
+            "outputs zero, other maps random"
+            for slot in trace_layers("identity")
+            if slot == Slot(None, True)
+        )
         rows = [
-            ("3.1 MLP", "`GrowMLP`: `Widen(ffn=...)`", describe_new_entries(*units.news), "[pad](#pad)"),
+            (
+                "3.1 MLP",
+                "`GrowMLP`: `Widen(ffn=...)`",
+                describe_new_entries(*units.news),
+                "[pad](#pad)",
+            ),
             (
                 "3.2 head addition",
                 "`AddHeads`: `Widen(heads=..., kv_heads=...)`",
@@ -220,7 +261,11 @@ class Page:
             self.image("heads", f"2 to 3 heads: {describe_scenes(heads)}", lambda: picture(heads)),
             "### wider heads",
             describe_function("growth.rotary.widened", rotary.widen_rotary),
-            self.image("head_dim", f"heads of 2 to heads of 4: {describe_scenes(wider)}", lambda: picture(wider)),
+            self.image(
+                "head_dim",
+                f"heads of 2 to heads of 4: {describe_scenes(wider)}",
+                lambda: picture(wider),
+            ),
         ]
 
 
@@ -235,7 +280,9 @@ def overview_section() -> list[str]:
         "# Gallery: the operators of growth",
         "What each operator does to a small matrix, what it preserves, where it comes from and when to use it. Every "
         "picture shows a tiny model that the operator itself has grown: [how](#how-this-page-is-made).",
-        "\n".join(["| operator | what it does | keeps the logits | paper |", "|---|---|---|---|", *rows]),
+        "\n".join(
+            ["| operator | what it does | keeps the logits | paper |", "|---|---|---|---|", *rows]
+        ),
     ]
 
 
@@ -269,7 +316,9 @@ def write(folder: Path) -> Page:
 
 def main() -> None:
     """Write the page beside this script, or elsewhere."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     page = write(options.out)

@@ -32,7 +32,12 @@ UNITS = RMS | {"hidden_size": 2, "intermediate_size": 4}
 HEADS = RMS | {"hidden_size": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 2}
 ONE_HEAD = RMS | {"hidden_size": 2, "head_dim": 2}
 MLP = (("mlp.gate", "gate", "writes"), ("mlp.up", "up", "writes"), ("mlp.down", "down", "reads"))
-ATTENTION = (("attn.q", "q", "writes"), ("attn.k", "k", "writes"), ("attn.v", "v", "writes"), ("attn.o", "o", "reads"))
+ATTENTION = (
+    ("attn.q", "q", "writes"),
+    ("attn.k", "k", "writes"),
+    ("attn.v", "v", "writes"),
+    ("attn.o", "o", "reads"),
+)
 STREAM = (("mlp.down", "down", "writes"), ("norm.mlp", "gain", "norm"), ("mlp.up", "up", "reads"))
 STREAM_BIAS = (*STREAM[:2], ("norm.mlp", "bias", "norm"), STREAM[2])
 
@@ -46,13 +51,23 @@ class Source:
         self.values = {key: random_signed(spot.shape, generator) for key, spot in placed.items()}
         tensors = {
             key: LazyTensor(
-                spot.shape, torch.float64, Provenance("copied", (spot.name,)), partial(self.values.__getitem__, key)
+                spot.shape,
+                torch.float64,
+                Provenance("copied", (spot.name,)),
+                partial(self.values.__getitem__, key),
             )
             for key, spot in placed.items()
         }
         names = {key: spot.name for key, spot in placed.items()}
         self.checkpoint = Checkpoint(
-            Path("tiny"), config, anatomy, anatomy.solve(config), tensors, names, None, in_memory=True
+            Path("tiny"),
+            config,
+            anatomy,
+            anatomy.solve(config),
+            tensors,
+            names,
+            None,
+            in_memory=True,
         )
 
     @contextmanager
@@ -101,13 +116,18 @@ class Matrix:
             copied = self.origins.take(place, self.axis) > 0
             values = sorted(set(np.round(table.take(place, self.axis)[copied], 6).tolist()))
             if len(values) > 1:
-                raise RegraftError(f"line {place} of '{self.title}' mixes {values}: draw its entries one by one")
+                raise RegraftError(
+                    f"line {place} of '{self.title}' mixes {values}: draw its entries one by one"
+                )
             found.append(values[0] if values else None)
         return found
 
     def same(self, other: Matrix) -> bool:
         """Whether two matrices have the same entries from the same places."""
-        tables = ((getattr(one, name) for one in (self, other)) for name in ("kinds", "origins", "noisy", "times"))
+        tables = (
+            (getattr(one, name) for one in (self, other))
+            for name in ("kinds", "origins", "noisy", "times")
+        )
         return all(one.shape == two.shape and (one == two).all() for one, two in tables)
 
     def describe(self) -> str:
@@ -142,27 +162,45 @@ class Scene:
         return max(drawn.kinds.shape[0] for drawn in self.every)
 
 
-def scene(name: str, config: dict[str, Any], roles: Sequence[tuple[str, str, str]], **asked: Any) -> Scene:
+def scene(
+    name: str, config: dict[str, Any], roles: Sequence[tuple[str, str, str]], **asked: Any
+) -> Scene:
     """The scene of a widening of a tiny model."""
     source = Source(config)
     noisy = Widen(**asked, seed=SEED)(source.checkpoint)
     plain = Widen(**asked, seed=SEED, noise=0.0)(source.checkpoint)
     made = Scene(name, [], [])
     for base, title, note in roles:
-        role, axis = f"{base}.{'bias' if title == 'bias' else 'weight'}", 1 if note == "reads" else 0
+        role, axis = (
+            f"{base}.{'bias' if title == 'bias' else 'weight'}",
+            1 if note == "reads" else 0,
+        )
         value = flat(source.checkpoint[role, 0].read())
         ones, sizes = np.ones(value.shape), np.abs(value) / np.abs(value).max()
         kinds = np.full(value.shape, "old", object)
-        made.olds.append(Matrix(title, note, axis, kinds, np.indices(value.shape)[axis] + 1, ones, ones == 0, sizes))
+        made.olds.append(
+            Matrix(
+                title, note, axis, kinds, np.indices(value.shape)[axis] + 1, ones, ones == 0, sizes
+            )
+        )
         shades = np.abs(flat(plain[role, 0].read())) / np.abs(value).max()
         reached = np.abs(flat(noisy[role, 0].read() - plain[role, 0].read())) > NEAR
         made.news.append(
-            Matrix(title, note, axis, *trace_entries(source, plain, role, axis), reached, shades.clip(0, 1))
+            Matrix(
+                title,
+                note,
+                axis,
+                *trace_entries(source, plain, role, axis),
+                reached,
+                shades.clip(0, 1),
+            )
         )
     return made
 
 
-def trace_entries(source: Source, grown: Checkpoint, role: str, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def trace_entries(
+    source: Source, grown: Checkpoint, role: str, axis: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(kinds, origins, times) of a grown tensor, from what moves when one number of the source is another."""
     value, layers = flat(grown[role, 0].read()), range(source.checkpoint.layers)
     places = list(np.ndindex(*source.checkpoint[role, 0].shape))
@@ -173,7 +211,9 @@ def trace_entries(source: Source, grown: Checkpoint, role: str, axis: int) -> tu
                 moved[layer, number] = np.abs(flat(grown[role, 0].read()) - value) > NEAR
     copied: np.ndarray = moved.sum((0, 1)) == 1
     following, entry = np.array(moved[1:].any((0, 1))), moved.any(0).argmax(0)
-    originals = np.array([flat(source.checkpoint[role, layer].read()).reshape(-1) for layer in layers])
+    originals = np.array(
+        [flat(source.checkpoint[role, layer].read()).reshape(-1) for layer in layers]
+    )
     times = np.where(copied, value / originals[following.astype(int), entry], 1.0)
     along = np.array([place[axis] if len(place) > 1 else place[0] for place in places]) + 1
     means = (moved * originals[..., None, None]).sum((0, 1)) / moved.sum((0, 1)).clip(1)
@@ -188,10 +228,14 @@ def trace_entries(source: Source, grown: Checkpoint, role: str, axis: int) -> tu
         known |= set() if following[spot] else {entry[spot]}
     for first in range(value.shape[1]):
         for second in range(first + 1, value.shape[1]):
-            if (kinds[:, second] == "random").all() and (value[:, second] == -value[:, first]).all():
+            if (kinds[:, second] == "random").all() and (
+                value[:, second] == -value[:, first]
+            ).all():
                 kinds[:, second] = "opposite"
     if "" in set(kinds.flat):
-        raise RegraftError(f"entries of '{role}' come from {moved.sum((0, 1)).tolist()} others: give them a name")
+        raise RegraftError(
+            f"entries of '{role}' come from {moved.sum((0, 1)).tolist()} others: give them a name"
+        )
     return kinds, np.where(copied, along[entry], 0), times.round(9)
 
 
@@ -212,13 +256,18 @@ def on_stream(how: str) -> tuple[Scene, ...]:
     size = {"lemon": 9, "tile": 8, "duplicate": 8}.get(how, 6)
     return tuple(
         scene(name, config, roles, hidden=size, how=f"hidden={how}")
-        for name, config, roles in (("RMS norm", RMS, STREAM), ("LayerNorm", LAYER_NORM, STREAM_BIAS))
+        for name, config, roles in (
+            ("RMS norm", RMS, STREAM),
+            ("LayerNorm", LAYER_NORM, STREAM_BIAS),
+        )
     )
 
 
 def same(one: Sequence[Scene], other: Sequence[Scene]) -> bool:
     """Whether two pictures would show the same."""
-    pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(a.news, b.news, strict=True)]
+    pairs = [
+        pair for a, b in zip(one, other, strict=True) for pair in zip(a.news, b.news, strict=True)
+    ]
     return all(a.same(b) for a, b in pairs)
 
 
@@ -239,6 +288,10 @@ def trace_layers(how: str) -> tuple[Slot, ...]:
     homes = {source.names["mlp.up.weight", layer]: layer for layer in range(source.layers)}
     slots = []
     for layer in range(number):
-        maps, outputs = (grown.tensors[role, layer].story for role in ("mlp.up.weight", "mlp.down.weight"))
-        slots.append(Slot(homes[maps.sources[0]] if maps.kind == "copied" else None, outputs.kind == "zero"))
+        maps, outputs = (
+            grown.tensors[role, layer].story for role in ("mlp.up.weight", "mlp.down.weight")
+        )
+        slots.append(
+            Slot(homes[maps.sources[0]] if maps.kind == "copied" else None, outputs.kind == "zero")
+        )
     return tuple(slots)

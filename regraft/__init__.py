@@ -56,7 +56,15 @@ __all__ = [
     "open",
 ]
 
-_COMPOSABLE = ("AddHeads", "AddLayers", "GrowHeadDim", "GrowHeadValues", "GrowHidden", "GrowMLP", "GrowQueryKeys")
+_COMPOSABLE = (
+    "AddHeads",
+    "AddLayers",
+    "GrowHeadDim",
+    "GrowHeadValues",
+    "GrowHidden",
+    "GrowMLP",
+    "GrowQueryKeys",
+)
 _HOMES = dict.fromkeys(_COMPOSABLE, "growth.steps.composable") | {
     "Bridge": "growth.steps.bridge",
     "Checkpoint": "core.checkpoint",

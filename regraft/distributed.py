@@ -17,7 +17,9 @@ from .io.linux import terminate_with_parent
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # processes of one launcher start together
-COLLECTIVE_TIMEOUT = timedelta(days=1)  # the first process may measure or write for hours while the others wait
+COLLECTIVE_TIMEOUT = timedelta(
+    days=1
+)  # the first process may measure or write for hours while the others wait
 
 
 def rank() -> int:
@@ -116,7 +118,9 @@ def init_distributed() -> Iterator[None]:
             "start all processes again"
         ) from error
     store.set_timeout(COLLECTIVE_TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=mine, world_size=count, timeout=COLLECTIVE_TIMEOUT
+    )
     try:
         yield
     finally:

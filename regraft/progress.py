@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 BEAT = 8.0  # seconds between lines when there is no terminal
-QUIET = 2.0  # nothing is said in the first seconds: wrong input then gives its one line and no other
+QUIET = (
+    2.0  # nothing is said in the first seconds: wrong input then gives its one line and no other
+)
 
 
 def started_by_torchrun() -> bool:
@@ -51,7 +53,12 @@ class Ticker:
     ):
         self.stream = stream or (sys.stderr if is_main_process() else io.StringIO())
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
-        self.phase, self.note, self.fraction, self.phase_begin = "starting", "", None, time.monotonic()
+        self.phase, self.note, self.fraction, self.phase_begin = (
+            "starting",
+            "",
+            None,
+            time.monotonic(),
+        )
         self.last, self.coming = self.begin - BEAT, None
         self.each_beat = each_beat
         self.stop = threading.Event()
@@ -88,7 +95,9 @@ class Ticker:
         self.coming = None
         self.show(force=True)
 
-    def update(self, fraction: float | None = None, note: str = "", coming: float | None = None) -> None:
+    def update(
+        self, fraction: float | None = None, note: str = "", coming: float | None = None
+    ) -> None:
         """How far the phase is, 0 to 1, a few words, and the seconds it still takes where they are known."""
         self.fraction, self.note, self.coming = fraction, note, coming
         self.show()
@@ -112,8 +121,15 @@ class Ticker:
     def show(self, force: bool = False) -> None:
         """Draw the bar, or print a line if one is due."""
         if self.bar is not None:
-            self.bar.update(self.task, description=self.phase, completed=self.fraction or 0.0, words=self.format_line())
-        elif time.monotonic() - self.begin > QUIET and (force or time.monotonic() - self.last >= BEAT):
+            self.bar.update(
+                self.task,
+                description=self.phase,
+                completed=self.fraction or 0.0,
+                words=self.format_line(),
+            )
+        elif time.monotonic() - self.begin > QUIET and (
+            force or time.monotonic() - self.last >= BEAT
+        ):
             self.last = time.monotonic()
             print(f"regraft: {self.phase} · {self.format_line()}", file=self.stream, flush=True)
 
@@ -126,7 +142,12 @@ class Ticker:
 
 def build_bar(stream: TextIO) -> Progress:
     """The live display."""
-    columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
     return Progress(*columns, console=Console(file=stream), transient=True)
 
 

@@ -35,7 +35,15 @@ def small_disk(request, tmp_path):
     """A folder that is a disk of its own, of 400 kB or what an indirect parameter says."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '400k')}", "tmpfs", str(place)]
+    command = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        f"size={getattr(request, 'param', '400k')}",
+        "tmpfs",
+        str(place),
+    ]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small disk is not permitted")
     yield place

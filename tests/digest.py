@@ -42,7 +42,13 @@ RECIPE = {
         {"kind": "align", "tokens": 256, "length": 64},
         {"kind": "distil", "tokens": 512, "length": 64},
     ],
-    "measure": {"windows": 2, "length": 64, "bench": [32], "bench_steps": 2, "prompts": ["the law"]},
+    "measure": {
+        "windows": 2,
+        "length": 64,
+        "bench": [32],
+        "bench_steps": 2,
+        "prompts": ["the law"],
+    },
 }
 COMPARISON = {
     "task": "next",
@@ -51,7 +57,10 @@ COMPARISON = {
     "vocabulary": 260,
     "pretrain": {"tokens": 1280, "length": 16, "batch": 8},
     "train": {"tokens": 1280, "length": 16, "batch": 8},
-    "arms": [{"name": "scratch", "scratch": True}, {"name": "pad", "grow": {"how": "pad", "depth_how": "stack"}}],
+    "arms": [
+        {"name": "scratch", "scratch": True},
+        {"name": "pad", "grow": {"how": "pad", "depth_how": "stack"}},
+    ],
     "seeds": [0, 1],
     "every": 5,
     "rows": 8,
@@ -87,7 +96,9 @@ def write_inputs(folder: Path) -> None:
     core = Tokenizer(BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
     for name, kind in {"llama": LlamaConfig, "qwen3": Qwen3Config}.items():
         torch.manual_seed(0)
         config = kind(
@@ -100,13 +111,19 @@ def write_inputs(folder: Path) -> None:
     lines = (" ".join(TEXT[i % 17 :] + TEXT[: i % 7]) + f" {i}" for i in range(240))
     (folder / "text.txt").write_text("\n\n\n".join(lines), encoding="utf-8")
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE), encoding="utf-8")
-    (folder / "comparison.yaml").write_text(json.dumps(COMPARISON | {"data": "text.txt"}), encoding="utf-8")
+    (folder / "comparison.yaml").write_text(
+        json.dumps(COMPARISON | {"data": "text.txt"}), encoding="utf-8"
+    )
 
 
 def run_commands(tree: Path, folder: Path) -> dict[str, list[Any]]:
     """Run every command of `COMMANDS` with the package in `tree`: values by command and file written."""
     write_inputs(folder)
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     original = (tree / "regraft" / "cli.py").is_file()
     found: dict[str, list[Any]] = {}
     for name, words in COMMANDS.items():
@@ -136,7 +153,9 @@ def read_values(file: Path) -> list[Any]:
     if file.suffix == ".jsonl":
         return leaves([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
     if file.suffix in (".html", ".md"):
-        text = re.sub(r"<(style|svg)\b.*?</\1>|<[^>]*>", " ", file.read_text(encoding="utf-8"), flags=re.S)
+        text = re.sub(
+            r"<(style|svg)\b.*?</\1>|<[^>]*>", " ", file.read_text(encoding="utf-8"), flags=re.S
+        )
         return re.findall(r"-?\d[\d.,e+-]*", html.unescape(text))
     return []
 
@@ -171,8 +190,13 @@ def steady(runs: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """Values by file with None where two runs of one tree differ."""
     first, second = runs
     if set(first) != set(second) or any(len(first[name]) != len(second[name]) for name in first):
-        raise SystemExit("two runs of one tree wrote different files: the digest cannot be compared")
-    return {name: [a if a == b else None for a, b in zip(first[name], second[name], strict=True)] for name in first}
+        raise SystemExit(
+            "two runs of one tree wrote different files: the digest cannot be compared"
+        )
+    return {
+        name: [a if a == b else None for a, b in zip(first[name], second[name], strict=True)]
+        for name in first
+    }
 
 
 def compare(before: Path, after: Path) -> int:
@@ -187,7 +211,9 @@ def compare(before: Path, after: Path) -> int:
         pairs = list(zip(old[name], new[name], strict=False))
         wrong = [(a, b) for a, b in pairs if a != b and a is not None and b is not None]
         if wrong or len(old[name]) != len(new[name]):
-            print(f"{name}: {len(old[name])} and {len(new[name])} values, {len(wrong)} differ, such as {wrong[:3]}")
+            print(
+                f"{name}: {len(old[name])} and {len(new[name])} values, {len(wrong)} differ, such as {wrong[:3]}"
+            )
             different += 1
     values = sum(value is not None for found in new.values() for value in found)
     print(f"{len(new)} files, {values:,} values, {different} files differ")

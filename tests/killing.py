@@ -40,7 +40,10 @@ def slow_growth(source: Path, log: Path | None = None, pause: float = PAUSE) -> 
         return value
 
     target = Deepen(5)(Widen(hidden=72, ffn=104, how="tile")(Checkpoint.open(source)))
-    tensors = {key: replace(lazy, read=slow(target.names[key], lazy.read)) for key, lazy in target.tensors.items()}
+    tensors = {
+        key: replace(lazy, read=slow(target.names[key], lazy.read))
+        for key, lazy in target.tensors.items()
+    }
     return replace(target, tensors=tensors)
 
 
@@ -63,7 +66,12 @@ def start_save(source: Path, out: Path, overwrite: bool, log: Path) -> int:
 def kill_saves(folder: Path, times: int, seed: int) -> dict[str, int]:
     """Kill saves; AssertionError when a kill leaves anything but no output, the output before, or the whole output."""
     chance = random.Random(seed)
-    source, whole, before, log = folder / "source", folder / "whole", folder / "before", folder / "log"
+    source, whole, before, log = (
+        folder / "source",
+        folder / "whole",
+        folder / "before",
+        folder / "log",
+    )
     tiny("llama")[1].save_pretrained(source)
     Checkpoint.open(source).save(before)
     begin = time.monotonic()
@@ -88,7 +96,9 @@ def kill_saves(folder: Path, times: int, seed: int) -> dict[str, int]:
                 counts["absent"] += 1
             else:
                 found = contents(out)
-                assert found == expected or (overwrite and found == older), f"{out} is neither old nor new"
+                assert found == expected or (overwrite and found == older), (
+                    f"{out} is neither old nor new"
+                )
                 counts["complete" if found == expected else "older"] += 1
                 if found == expected:
                     break
@@ -97,7 +107,9 @@ def kill_saves(folder: Path, times: int, seed: int) -> dict[str, int]:
             slow_growth(source, log).save(out, overwrite=overwrite, shard_bytes=SHARD)
             counts["resumed"] += len(log.read_text().split()) < tensors
             assert contents(out) == expected, f"{out} is not what an uninterrupted run writes"
-        if (folder / f".{out.name}.partial").exists():  # killed after the exchange: what was replaced is left over
+        if (
+            folder / f".{out.name}.partial"
+        ).exists():  # killed after the exchange: what was replaced is left over
             assert overwrite
             slow_growth(source, pause=0).save(out, overwrite=True, shard_bytes=SHARD)
         assert not (folder / f".{out.name}.partial").exists()
@@ -107,7 +119,9 @@ def kill_saves(folder: Path, times: int, seed: int) -> dict[str, int]:
 
 def main() -> None:
     """Kill and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

@@ -55,7 +55,8 @@ ARCHITECTURES = {
 GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 16}
 EXTRA: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
-    "gemma3_text": GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": GEMMA
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mixtral": {"num_local_experts": 3},
     "bert": {"max_position_embeddings": 41, "num_labels": 5},
     "roberta": {"max_position_embeddings": 41, "num_labels": 5},
@@ -77,13 +78,22 @@ def sizes_of(
             "n_positions": 512,
             "vocab_size": vocab,
         }
-    common = {"num_attention_heads": heads, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocab}
+    common = {
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+    }
     if family in ("gpt_neox", "bert", "roberta"):
         return common | {"hidden_size": heads * dim}
     if family in ("vit", "dinov2"):
         del common["vocab_size"]
         common |= {"hidden_size": hidden, "head_dim": dim}
-        return common | ({"mlp_ratio": -(-common.pop("intermediate_size") // hidden)} if family == "dinov2" else {})
+        return common | (
+            {"mlp_ratio": -(-common.pop("intermediate_size") // hidden)}
+            if family == "dinov2"
+            else {}
+        )
     if family == "mixtral":
         hidden = -(-hidden // 8) * 8
         common["intermediate_size"] = -(-ffn // 8) * 8
@@ -118,7 +128,11 @@ def tiny(
         del extra["layer_types"]
     if (architecture or "").endswith("ForQuestionAnswering"):
         extra["num_labels"] = 2  # where an answer begins and ends
-    special = {} if "vocab_size" not in sizes else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    special = (
+        {}
+        if "vocab_size" not in sizes
+        else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    )
     config = getattr(transformers, CONFIGS[family])(**(sizes | special | extra | keys))
     if family in ARCHITECTURES:
         model = getattr(transformers, architecture or ARCHITECTURES[family][0])(config).eval()
@@ -172,6 +186,11 @@ def max_relative_difference(before: torch.Tensor, after: torch.Tensor, axis: int
         worst = [max_relative_difference(before, blocks[0], axis)]
         for block in blocks[1:]:
             same = before.narrow(axis, 0, block.shape[axis])
-            worst.append(min(max_relative_difference(same, block, axis), float(block.abs().max() / before.abs().max())))
+            worst.append(
+                min(
+                    max_relative_difference(same, block, axis),
+                    float(block.abs().max() / before.abs().max()),
+                )
+            )
         return max(worst)
     return float((before - after).abs().max() / before.abs().max())

@@ -60,7 +60,17 @@ def test_missing_keys_take_the_familys_defaults(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("qwen2", {"qkv_bias": True, "o_bias": False, "rotary": True, "qk_norm": None, "kv": 3, "group": 3}),
+        (
+            "qwen2",
+            {
+                "qkv_bias": True,
+                "o_bias": False,
+                "rotary": True,
+                "qk_norm": None,
+                "kv": 3,
+                "group": 3,
+            },
+        ),
         ("qwen3", {"qkv_bias": False, "qk_norm": 1e-6, "scale": 8**-0.5}),
         ("gpt2", {"qkv_bias": True, "o_bias": True, "rotary": False, "kv": 9, "group": 1}),
         ("gpt_neox", {"qkv_bias": True, "o_bias": True, "rotary": True, "kv": 9, "group": 1}),
@@ -85,7 +95,9 @@ def test_families_are_found_by_folder() -> None:
 
 
 def test_unknown_family_names_the_file_to_write() -> None:
-    with pytest.raises(RegraftError, match=r"unknown family 'olmo9': write regraft/families/olmo9.py .*llama"):
+    with pytest.raises(
+        RegraftError, match=r"unknown family 'olmo9': write regraft/families/olmo9.py .*llama"
+    ):
         find_anatomy({"model_type": "olmo9"})
     with pytest.raises(RegraftError, match="unknown family None"):
         find_anatomy({})
@@ -112,7 +124,8 @@ def test_one_key_for_two_products_must_agree() -> None:
         find_anatomy(config).solve({**config, "num_attention_heads": 7})
     sizes = find_anatomy(config).solve(config) | {"hidden": 80}
     with pytest.raises(
-        RegraftError, match=r"one key hidden_size for hidden \(80\) and kv dim \(72\): grow them together"
+        RegraftError,
+        match=r"one key hidden_size for hidden \(80\) and kv dim \(72\): grow them together",
     ):
         find_anatomy(config).config_keys(sizes)
 

@@ -27,16 +27,21 @@ EVEN = {"pad": lambda by: 1, "place": lambda by: 1, "repeat": lambda by: by, "ti
 @given(st.sampled_from(sorted(MAKERS)), st.integers(1, 7), st.integers(1, 12))
 def test_reading_undoes_embedding(name: str, old: int, by: int) -> None:
     expansion = MAKERS[name](old, by)
-    assert torch.allclose(expansion.read_matrix @ expansion.write_matrix, torch.eye(old, dtype=torch.float64))
+    assert torch.allclose(
+        expansion.read_matrix @ expansion.write_matrix, torch.eye(old, dtype=torch.float64)
+    )
     if name in EVEN:
         assert expansion.copies == EVEN[name](by)
         assert torch.equal(
-            expansion.write_matrix.T @ expansion.write_matrix, expansion.copies * torch.eye(old, dtype=torch.float64)
+            expansion.write_matrix.T @ expansion.write_matrix,
+            expansion.copies * torch.eye(old, dtype=torch.float64),
         )
 
 
 def test_identity_is_the_neutral_expansion() -> None:
-    assert axes.identity(5).is_identity and axes.identity(5).in_place and axes.identity(5).copies == 1
+    assert (
+        axes.identity(5).is_identity and axes.identity(5).in_place and axes.identity(5).copies == 1
+    )
 
 
 def test_no_single_count_when_copies_are_not_balanced() -> None:
@@ -61,7 +66,9 @@ def test_shapes_of_signatures(text: str, stored: str, shape: tuple[int, ...]) ->
 
 
 def test_unit_gains_are_told_apart() -> None:
-    assert axes.parse_signature("1+gain hidden").unit and not axes.parse_signature("gain hidden").unit
+    assert (
+        axes.parse_signature("1+gain hidden").unit and not axes.parse_signature("gain hidden").unit
+    )
 
 
 @pytest.mark.parametrize("text", ["hidden -> heads", "gain width", "hidden -> ffn + experts"])
@@ -93,7 +100,9 @@ def test_broadcast_refuses_to_lose_or_reorder_axes() -> None:
         axes.broadcast_axes(torch.zeros(12, 2), ("kv", "dim"), ("dim", "kv"), SIZES)
 
 
-@pytest.mark.parametrize("make", [lambda: axes.pad(5, 3), lambda: axes.repeat(5, 0), lambda: axes.tile(5, 12)])
+@pytest.mark.parametrize(
+    "make", [lambda: axes.pad(5, 3), lambda: axes.repeat(5, 0), lambda: axes.tile(5, 12)]
+)
 def test_expansions_refuse_what_they_cannot_do(make) -> None:
     with pytest.raises(RegraftError, match="5|0|10, 15"):
         make()

@@ -69,17 +69,28 @@ def config(folder: Path, **keys: object) -> None:
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 DAMAGE = {
     "truncated": (truncate, "model.safetensors' has .* bytes where its header says"),
-    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), r"cut short or not safetensors \(0 bytes\)"),
-    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 500), "cut short or not safetensors"),
+    "empty file": (
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        r"cut short or not safetensors \(0 bytes\)",
+    ),
+    "garbage": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 500),
+        "cut short or not safetensors",
+    ),
     "bit of the header": (garble, "garbled safetensors header"),
     "overlapping spans": (overlap, "damaged"),
     "wrong shape": (
         lambda f: edited(f, lambda v: v.update({QUERY: torch.zeros(72, 35)})),
         r"q_proj.weight' in .* has shape \[72, 35\], expected \[72, 36\]",
     ),
-    "missing tensor": (lambda f: edited(f, lambda v: v.__delitem__(NORM)), rf"lacks tensor '{NORM}' of shape \[36\]"),
+    "missing tensor": (
+        lambda f: edited(f, lambda v: v.__delitem__(NORM)),
+        rf"lacks tensor '{NORM}' of shape \[36\]",
+    ),
     "unclaimed": (
-        lambda f: edited(f, lambda v: v.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(72)})),
+        lambda f: edited(
+            f, lambda v: v.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(72)})
+        ),
         "llama anatomy has no part for parameter 'model.layers.0.self_attn.q_proj.bias'.*families/llama.py",
     ),
     "integers": (
@@ -89,7 +100,10 @@ DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json in"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json' as JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list, not an object"),
-    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json' as JSON"),
+    "config not text": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
+        "config.json' as JSON",
+    ),
     "unknown family": (lambda f: config(f, model_type="zebra"), "write regraft/families/zebra.py"),
     "another size": (lambda f: config(f, intermediate_size=99), r"expected \[.*99.*\]"),
     "quantised": (lambda f: config(f, quantization_config={"bits": 4}), "is quantised"),
@@ -165,7 +179,9 @@ def test_numbers_that_are_none(single: Path, value: float, tmp_path: Path) -> No
 def test_output_that_exists(single: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(single)
     checkpoint.save(tmp_path / "out")
-    with pytest.raises(RegraftError, match="out' exists: choose another output or pass --overwrite"):
+    with pytest.raises(
+        RegraftError, match="out' exists: choose another output or pass --overwrite"
+    ):
         checkpoint.save(tmp_path / "out")
     checkpoint.save(tmp_path / "out", overwrite=True)
     (tmp_path / "papers").mkdir()
@@ -181,12 +197,16 @@ def test_overwriting_the_source_itself(single: Path) -> None:
     assert all(torch.equal(after[f"host.{name}"], value) for name, value in before.items())
 
 
-def test_full_disk_leaves_nothing(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_nothing(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shard_writer, "_submit_write", full)
-    with pytest.raises(RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"):
+    with pytest.raises(
+        RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"
+    ):
         Checkpoint.open(single).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["single"]
 

@@ -36,7 +36,9 @@ def sentence(draw: random.Random, words: int) -> str:
 
 def lines(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -55,7 +57,11 @@ def data(tmp_path_factory):
     lines(folder / "hellaswag" / "hellaswag_val.jsonl", [choice(4) for _ in range(12)])
     lines(folder / "arc_easy.jsonl", [choice(draw.choice((3, 4, 5))) for _ in range(9)])
     pairs = [
-        {"context_options": [sentence(draw, 4), sentence(draw, 5)], "continuation": sentence(draw, 3), "gold": i % 2}
+        {
+            "context_options": [sentence(draw, 4), sentence(draw, 5)],
+            "continuation": sentence(draw, 3),
+            "gold": i % 2,
+        }
         for i in range(8)
     ]
     lines(folder / "winogrande" / "winogrande.jsonl", pairs)
@@ -63,9 +69,17 @@ def data(tmp_path_factory):
         folder / "lambada.jsonl",
         [{"context": sentence(draw, 6), "continuation": draw.choice(WORDS)} for _ in range(6)],
     )
-    lines(folder / "blimp.jsonl", [{"good": sentence(draw, 4), "bad": sentence(draw, 4)} for _ in range(6)])
+    lines(
+        folder / "blimp.jsonl",
+        [{"good": sentence(draw, 4), "bad": sentence(draw, 4)} for _ in range(6)],
+    )
     mmlu = [
-        {"subject": name, "question": sentence(draw, 4), "choices": [f"{name} {i}" for i in range(4)], "gold": i % 4}
+        {
+            "subject": name,
+            "question": sentence(draw, 4),
+            "choices": [f"{name} {i}" for i in range(4)],
+            "gold": i % 4,
+        }
         for name in ("abstract_algebra", "virology")
         for i in range(6)
     ]
@@ -121,14 +135,18 @@ def test_scores_are_those_of_an_independent_sum(data, linearized):
         value = row[row["metric"]]
         assert row["stderr"] == pytest.approx(math.sqrt(value * (1 - value) / (row["n"] - 1)))
         assert row["above_chance"] == pytest.approx((value - row["chance"]) / (1 - row["chance"]))
-    assert found["average"] == pytest.approx(sum(r[r["metric"]] for r in found["tasks"].values()) / len(NAMES))
+    assert found["average"] == pytest.approx(
+        sum(r[r["metric"]] for r in found["tasks"].values()) / len(NAMES)
+    )
     assert found["tasks"]["hellaswag"]["metric"] == "acc_norm"
     assert found["tasks"]["lambada"]["perplexity"] > 1 and found["tasks"]["lambada"]["chance"] == 0
 
 
 def test_batches_do_not_change_scores(data, linearized):
     model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
-    one, many = (evaluate.evaluate_tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7))
+    one, many = (
+        evaluate.evaluate_tasks(model, tokenizer, NAMES, data, batch=batch) for batch in (1, 7)
+    )
     for name in NAMES:
         assert one["tasks"][name].pop("each") == many["tasks"][name].pop("each")
         assert one["tasks"][name] == pytest.approx(many["tasks"][name])
@@ -152,23 +170,49 @@ def test_examples_come_before_the_question(data):
     head, *parts = shown.split("\n\n")
     assert head.endswith("about virology.") and len(parts) == 3
     assert all(part[-1] in "ABCD" for part in parts[:-1]) and parts[-1].endswith("\nAnswer:")
-    for name, shots, reason in (("mmlu", 4, "3 examples for"), ("hellaswag", 1, "no file of examples")):
+    for name, shots, reason in (
+        ("mmlu", 4, "3 examples for"),
+        ("hellaswag", 1, "no file of examples"),
+    ):
         with pytest.raises(RegraftError, match=reason):
             tasks.questions(name, data, shots=shots)
 
 
 HARNESS = {
-    "piqa/piqa.yaml": ("piqa", {"goal": "Cut a lime?", "sol1": "Use a knife.", "sol2": "Use a spoon."}),
-    "arc/arc_easy.yaml": ("arc_easy", {"question": "Which is hot?", "choices": {"text": ["sun", "ice"]}}),
-    "super_glue/boolq/default.yaml": ("boolq", {"passage": "Ice floats.", "question": "does ice float"}),
-    "mmlu/default/_default_template_yaml": ("mmlu", {"question": " Is it? ", "choices": ["a", "b", "c", "d"]}),
-    "mmlu/continuation/_continuation_template_yaml": ("mmlu_cloze", {"question": "Is it?", "choices": ["a", "b"]}),
+    "piqa/piqa.yaml": (
+        "piqa",
+        {"goal": "Cut a lime?", "sol1": "Use a knife.", "sol2": "Use a spoon."},
+    ),
+    "arc/arc_easy.yaml": (
+        "arc_easy",
+        {"question": "Which is hot?", "choices": {"text": ["sun", "ice"]}},
+    ),
+    "super_glue/boolq/default.yaml": (
+        "boolq",
+        {"passage": "Ice floats.", "question": "does ice float"},
+    ),
+    "mmlu/default/_default_template_yaml": (
+        "mmlu",
+        {"question": " Is it? ", "choices": ["a", "b", "c", "d"]},
+    ),
+    "mmlu/continuation/_continuation_template_yaml": (
+        "mmlu_cloze",
+        {"question": "Is it?", "choices": ["a", "b"]},
+    ),
     "lambada/lambada_openai.yaml": ("lambada", {"text": "I gave him the book"}),
 }
 LINES = {
-    "piqa": {"query": "Question: Cut a lime?\n", "choices": ["Use a knife.", "Use a spoon."], "gold": 0},
+    "piqa": {
+        "query": "Question: Cut a lime?\n",
+        "choices": ["Use a knife.", "Use a spoon."],
+        "gold": 0,
+    },
     "arc_easy": {"query": "Question: Which is hot?", "choices": ["sun", "ice"], "gold": 0},
-    "boolq": {"query": "Passage: Ice floats.\nQuestion: does ice float?", "choices": ["no", "yes"], "gold": 1},
+    "boolq": {
+        "query": "Passage: Ice floats.\nQuestion: does ice float?",
+        "choices": ["no", "yes"],
+        "gold": 1,
+    },
     "mmlu": {"subject": "x", "question": " Is it? ", "choices": ["a", "b", "c", "d"], "gold": 1},
     "mmlu_cloze": {"subject": "x", "question": "Is it?", "choices": ["a", "b"], "gold": 1},
     "lambada": {"context": "I gave him the", "continuation": "book"},
@@ -195,7 +239,10 @@ def test_contexts_are_the_harness_s_own(file):
     ("text", "reason"),
     [
         ("", "holds no question"),
-        ('{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query": "a", "cho', "line 2 is not JSON.*cut short"),
+        (
+            '{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query": "a", "cho',
+            "line 2 is not JSON.*cut short",
+        ),
         ('{"query": "a", "choices": ["b"], "gold": 0}', "line 1 has no field 'choices'"),
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "line 1 has no field 'choices'"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2, but there are 2"),
@@ -215,7 +262,10 @@ def test_wrong_requests_are_named(tmp_path, source, data):
     for options, reason in (
         ({"names": ["helaswag"]}, "did you mean hellaswag.*there are hellaswag, piqa.*passkey"),
         ({"names": ["piqa"]}, "--task-data DIR"),
-        ({"names": ["piqa"], "folder": tmp_path}, r"looked for .*piqa\.jsonl and .*piqa/piqa\.jsonl"),
+        (
+            {"names": ["piqa"], "folder": tmp_path},
+            r"looked for .*piqa\.jsonl and .*piqa/piqa\.jsonl",
+        ),
         ({"names": ["hellaswag"], "folder": data, "limit": 0}, "--limit 0"),
         ({"names": ["passkey"], "limit": 0}, "--limit 0"),
         ({"names": ["passkey"], "lengths": [30]}, "30 tokens is too short"),
@@ -240,7 +290,9 @@ class Copying(nn.Module):
         for row, ids in enumerate(seen):
             for place in range(input_ids.shape[1]):
                 if not logits_to_keep or place >= input_ids.shape[1] - logits_to_keep:
-                    past = ids[: len(ids) - input_ids.shape[1] + place + 1][-self.size if self.size else 0 :]
+                    past = ids[: len(ids) - input_ids.shape[1] + place + 1][
+                        -self.size if self.size else 0 :
+                    ]
                     logits[row, place, self.following(past)] = 10.0
         return SimpleNamespace(logits=logits[:, -logits_to_keep:], **modeling.cache_kwargs(seen))
 
@@ -270,9 +322,13 @@ def test_ties_count_against_the_model():
     class Silent(Copying):
         def forward(self, *args, **options):
             out = super().forward(*args, **options)
-            return SimpleNamespace(logits=out.logits * 0, **modeling.cache_kwargs(modeling.cache_of(out)))
+            return SimpleNamespace(
+                logits=out.logits * 0, **modeling.cache_kwargs(modeling.cache_of(out))
+            )
 
-    found = recall.score(Silent(len(tokenizer)), recall.build_probe("passkey", tokenizer, FILLER, 400, 3))
+    found = recall.score(
+        Silent(len(tokenizer)), recall.build_probe("passkey", tokenizer, FILLER, 400, 3)
+    )
     assert found["acc"] == 0.0 and found["rank"] == recall.CHOICES
 
 
@@ -289,7 +345,11 @@ def test_recall_through_the_cache_is_recall_without_it(kind, linearized):
             sums = []
             for ids in asked.candidates[item]:
                 with torch.no_grad():
-                    log_p = model(torch.cat([context, ids])[None], use_cache=False).logits[0].log_softmax(-1)
+                    log_p = (
+                        model(torch.cat([context, ids])[None], use_cache=False)
+                        .logits[0]
+                        .log_softmax(-1)
+                    )
                 log_p = log_p[len(context) - 1 : -1]
                 sums.append(log_p.gather(1, ids[:, None]).sum().item())
                 if len(sums) == 1:
@@ -302,7 +362,10 @@ def test_recall_through_the_cache_is_recall_without_it(kind, linearized):
 
 
 def test_probes_are_the_same_for_the_same_seed():
-    one, same, other = (recall.build_probe("needle", speaking.tokenizer(), FILLER, 700, 3, seed) for seed in (0, 0, 1))
+    one, same, other = (
+        recall.build_probe("needle", speaking.tokenizer(), FILLER, 700, 3, seed)
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(one.context, same.context) and not torch.equal(one.context, other.context)
 
 
@@ -333,14 +396,24 @@ def test_buckets_double_and_perplexities_are_means(source, monkeypatch):
 
 def test_every_baseline_beside_every_number(source, linearized, data):
     suite = evaluate.build_suite(
-        str(linearized), ["winogrande", "passkey"], folder=data, lengths=[250], limit=3, windows=(2, 100)
+        str(linearized),
+        ["winogrande", "passkey"],
+        folder=data,
+        lengths=[250],
+        limit=3,
+        windows=(2, 100),
     )
     heard = []
     scratch = str(source)
-    table = evaluate.benchmark(str(linearized), suite, str(source), scratch, lambda share, words: heard.append(share))
+    table = evaluate.benchmark(
+        str(linearized), suite, str(source), scratch, lambda share, words: heard.append(share)
+    )
     assert list(table["baselines"]) == list(baselines.ROWS)
     teacher = table["baselines"][baselines.TEACHER]
-    assert {**teacher, "of_teacher": 1} == {**table["baselines"][baselines.SCRATCH], "of_teacher": 1}
+    assert {**teacher, "of_teacher": 1} == {
+        **table["baselines"][baselines.SCRATCH],
+        "of_teacher": 1,
+    }
     for row in table["baselines"].values():
         apart(row, row["tasks"]["winogrande"], table["tasks"]["winogrande"])
         apart(None, row["recall"]["passkey"]["250"], table["recall"]["passkey"]["250"])
@@ -349,7 +422,9 @@ def test_every_baseline_beside_every_number(source, linearized, data):
         assert [cell["to"] for cell in row["positions"]] == [64, 100]
         task = row["tasks"]["winogrande"]
         above = teacher["tasks"]["winogrande"]["above_chance"]
-        assert task["of_teacher"] == (pytest.approx(task["above_chance"] / above) if above > 0 else None)
+        assert task["of_teacher"] == (
+            pytest.approx(task["above_chance"] / above) if above > 0 else None
+        )
     assert heard == sorted(heard) and heard[0] == 0 and 1 - 1 / len(heard) <= heard[-1] < 1
     assert json.loads(json.dumps(table)) == table
 
@@ -358,8 +433,12 @@ def apart(row: dict | None, theirs: dict, mine: dict) -> None:
     """A lead is the mean of the questions' differences, with the error of that mean."""
     differences = [a - b for a, b in zip(mine["each"], theirs["each"], strict=True)]
     found = theirs["difference"]
-    assert found["mean"] == pytest.approx(mine[mine.get("metric", "acc")] - theirs[theirs.get("metric", "acc")])
-    assert found["stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(len(differences)))
+    assert found["mean"] == pytest.approx(
+        mine[mine.get("metric", "acc")] - theirs[theirs.get("metric", "acc")]
+    )
+    assert found["stderr"] == pytest.approx(
+        statistics.stdev(differences) / math.sqrt(len(differences))
+    )
     if row is not None:  # one task alone: its lead is the average's
         assert row["difference"] == pytest.approx(found)
 
@@ -370,11 +449,15 @@ def test_a_lead_is_paired_question_by_question():
 
     draw = random.Random(0)
     weak = [draw.randrange(2) for _ in range(400)]
-    strong = [right or number % 20 == 0 for number, right in enumerate(weak)]  # never worse, on a twentieth better
+    strong = [
+        right or number % 20 == 0 for number, right in enumerate(weak)
+    ]  # never worse, on a twentieth better
     found = add_differences(row(a=weak, b=weak), row(a=strong, b=weak))
     gained = sum(strong) - sum(weak)
     lead = found["tasks"]["a"]["difference"]
-    assert lead["mean"] == pytest.approx(gained / 400) and lead["stderr"] < 0.5 * math.sqrt(0.5 / 400)
+    assert lead["mean"] == pytest.approx(gained / 400) and lead["stderr"] < 0.5 * math.sqrt(
+        0.5 / 400
+    )
     assert found["tasks"]["b"]["difference"] == {"mean": 0.0, "stderr": 0.0}
     assert found["difference"]["mean"] == pytest.approx(lead["mean"] / 2)
     assert found["difference"]["stderr"] == pytest.approx(lead["stderr"] / 2)
@@ -382,7 +465,9 @@ def test_a_lead_is_paired_question_by_question():
 
 
 def test_the_same_baseline_is_measured_once(source, tmp_path):
-    Remix(mixer="window", keep="none", window=16, sinks=2)(Checkpoint.open(source)).save(tmp_path / "window")
+    Remix(mixer="window", keep="none", window=16, sinks=2)(Checkpoint.open(source)).save(
+        tmp_path / "window"
+    )
     seen = []
 
     def suite(candidate: Candidate, tell) -> dict:
@@ -423,8 +508,19 @@ def test_tables_hold_every_row(source, linearized, data, capsys):
     table = evaluate.benchmark(str(linearized), suite)
     tables.print_evaluation(table, Console(width=80))
     shown = capsys.readouterr().out
-    assert "…" not in shown and shown.count("questions") > 1, "columns are cut into tables, not cut off"
-    for word in (*NAMES, "average", "250 tokens", "64-70", baselines.NO_LINEAR, "chance", "lead", "+0.0 ± 0.0"):
+    assert "…" not in shown and shown.count("questions") > 1, (
+        "columns are cut into tables, not cut off"
+    )
+    for word in (
+        *NAMES,
+        "average",
+        "250 tokens",
+        "64-70",
+        baselines.NO_LINEAR,
+        "chance",
+        "lead",
+        "+0.0 ± 0.0",
+    ):
         assert word in shown
     assert plots.plot_positions(html.eval_rows(table)).lstrip().startswith(b"<?xml")
 
@@ -433,9 +529,15 @@ def test_contexts_read_once_score_as_the_harness_scores_whole_rows(linearized):
     """Shared contexts and answers from the cache against HFLM's own full forward passes."""
     from lm_eval.models.huggingface import HFLM
 
-    model, tokenizer, draw = modeling.load(linearized), modeling.load_tokenizer(linearized), random.Random(1)
+    model, tokenizer, draw = (
+        modeling.load(linearized),
+        modeling.load_tokenizer(linearized),
+        random.Random(1),
+    )
     texts = [sentence(draw, words) for words in (3, 3, 9, 9, 20)]
-    requests = [SimpleNamespace(args=(text, " " + sentence(draw, draw.randint(1, 4)))) for text in texts * 3]
+    requests = [
+        SimpleNamespace(args=(text, " " + sentence(draw, draw.randint(1, 4)))) for text in texts * 3
+    ]
     requests += [SimpleNamespace(args=("", "the cat")), SimpleNamespace(args=(texts[0], " a"))]
     plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
     ours = harness.language_model(Candidate(model), tokenizer, batch=4)
@@ -445,5 +547,7 @@ def test_contexts_read_once_score_as_the_harness_scores_whole_rows(linearized):
         assert mine == pytest.approx(theirs, rel=1e-4) and greedy == said
     assert ours.cut == 0
     ours._max_length = 30
-    assert ours.loglikelihood(requests)[4][0] != pytest.approx(plain.loglikelihood(requests, True)[4][0], rel=1e-4)
+    assert ours.loglikelihood(requests)[4][0] != pytest.approx(
+        plain.loglikelihood(requests, True)[4][0], rel=1e-4
+    )
     assert ours.cut == sum(len(r.args[0] + r.args[1]) > 31 for r in requests)

@@ -40,13 +40,17 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def grown(source: Path, at: int | None = None, error: BaseException | None = None, seed: int = 0) -> Checkpoint:
+def grown(
+    source: Path, at: int | None = None, error: BaseException | None = None, seed: int = 0
+) -> Checkpoint:
     """A growth; reading its tensor number `at` raises."""
     target = Deepen(5, seed=seed)(Widen(hidden=72, ffn=104, how="tile")(Checkpoint.open(source)))
     return counted(target, [], at, error)
 
 
-def counted(target: Checkpoint, reads: list[str], at: int | None = None, error: BaseException | None = None):
+def counted(
+    target: Checkpoint, reads: list[str], at: int | None = None, error: BaseException | None = None
+):
     """The same checkpoint, noting which tensors are read; reading number `at` raises."""
 
     def noting(name: str, read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -58,7 +62,10 @@ def counted(target: Checkpoint, reads: list[str], at: int | None = None, error: 
 
         return value
 
-    tensors = {key: replace(lazy, read=noting(target.names[key], lazy.read)) for key, lazy in target.tensors.items()}
+    tensors = {
+        key: replace(lazy, read=noting(target.names[key], lazy.read))
+        for key, lazy in target.tensors.items()
+    }
     return replace(target, tensors=tensors)
 
 
@@ -89,11 +96,16 @@ def test_files_are_those_of_safetensors_itself(tmp_path: Path) -> None:
         "a": torch.randn(5).bfloat16(),
     }
     lazies = {
-        name: LazyTensor(tuple(v.shape), v.dtype, Provenance("fresh"), lambda v=v: v) for name, v in values.items()
+        name: LazyTensor(tuple(v.shape), v.dtype, Provenance("fresh"), lambda v=v: v)
+        for name, v in values.items()
     }
     partial = shard_writer.PartialDirectory(tmp_path)
     shard_writer.write_weights(partial, lazies, 10_000)
-    save_file({n: v.contiguous() for n, v in values.items()}, tmp_path / "theirs", metadata={"format": "pt"})
+    save_file(
+        {n: v.contiguous() for n, v in values.items()},
+        tmp_path / "theirs",
+        metadata={"format": "pt"},
+    )
     ours = (tmp_path / "model.safetensors").read_bytes()
     assert ours == (tmp_path / "theirs").read_bytes()
     assert partial.done == {"model.safetensors": hashlib.sha256(ours).hexdigest()}
@@ -103,11 +115,17 @@ def test_files_are_those_of_safetensors_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"shape": (5, 3)}, {"dtype": torch.float16}])
-def test_a_tensor_that_breaks_its_promise_is_refused(changed: dict, source: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_breaks_its_promise_is_refused(
+    changed: dict, source: Path, tmp_path: Path
+) -> None:
     checkpoint = Checkpoint.open(source)
     key = ("norm.final.weight", None)
-    broken = replace(checkpoint, tensors=checkpoint.tensors | {key: replace(checkpoint.tensors[key], **changed)})
-    with pytest.raises(RegraftError, match=r"'model.norm.weight' came out as torch.float32 \[36\], promised"):
+    broken = replace(
+        checkpoint, tensors=checkpoint.tensors | {key: replace(checkpoint.tensors[key], **changed)}
+    )
+    with pytest.raises(
+        RegraftError, match=r"'model.norm.weight' came out as torch.float32 \[36\], promised"
+    ):
         broken.save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -116,8 +134,14 @@ def test_every_hash_is_recorded(source: Path, tmp_path: Path) -> None:
     grown(source).save(tmp_path / "out", shard_bytes=60_000)
     files = {file.name: file for file in (tmp_path / "out").iterdir()}
     recorded = lineage.read_lineage(tmp_path / "out")["files"]
-    assert {n for n in files if n.endswith(".safetensors")} | {safetensors.INDEX, "config.json"} == set(recorded)
-    assert all(hashlib.sha256(files[name].read_bytes()).hexdigest() == digest for name, digest in recorded.items())
+    assert {n for n in files if n.endswith(".safetensors")} | {
+        safetensors.INDEX,
+        "config.json",
+    } == set(recorded)
+    assert all(
+        hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
+        for name, digest in recorded.items()
+    )
     assert not [name for name in files if name.startswith(".") or name.endswith(".part")]
 
 
@@ -144,7 +168,10 @@ def lost_state(partial: Path, source: Path) -> None:
 
 def other_source(partial: Path, source: Path) -> None:
     values = load_file(source / "model.safetensors")
-    save_file(values | {"model.norm.weight": values["model.norm.weight"] + 1}, source / "model.safetensors")
+    save_file(
+        values | {"model.norm.weight": values["model.norm.weight"] + 1},
+        source / "model.safetensors",
+    )
 
 
 def other_config(partial: Path, source: Path) -> None:
@@ -152,7 +179,9 @@ def other_config(partial: Path, source: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
 
 
-@pytest.mark.parametrize("change", [damaged_state, lost_state, other_source, other_config, "seed", "shards"])
+@pytest.mark.parametrize(
+    "change", [damaged_state, lost_state, other_source, other_config, "seed", "shards"]
+)
 def test_anything_else_starts_anew(change: Callable | str, source: Path, tmp_path: Path) -> None:
     partial = interrupted(source, tmp_path / "out")
     if callable(change):
@@ -201,7 +230,9 @@ def test_what_is_replaced_stays_until_all_is_written(
     Checkpoint.open(source).save(tmp_path / "out")
     before = killing.contents(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        grown(source, 30, KeyboardInterrupt()).save(tmp_path / "out", overwrite=True, shard_bytes=60_000)
+        grown(source, 30, KeyboardInterrupt()).save(
+            tmp_path / "out", overwrite=True, shard_bytes=60_000
+        )
     assert killing.contents(tmp_path / "out") == before
     grown(source).save(tmp_path / "out", overwrite=True, shard_bytes=60_000)
     assert Checkpoint.open(tmp_path / "out").layers == 5
@@ -216,9 +247,14 @@ def test_a_link_to_a_directory_stays_one(source: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "source"]
 
 
-def test_a_disk_too_small_is_seen_before_anything_is_computed(source: Path, small_disk: Path) -> None:
+def test_a_disk_too_small_is_seen_before_anything_is_computed(
+    source: Path, small_disk: Path
+) -> None:
     reads: list[str] = []
-    with pytest.raises(RegraftError, match=r"No space left on device: [\d,]+ bytes to write, [\d,]+ free.*free some"):
+    with pytest.raises(
+        RegraftError,
+        match=r"No space left on device: [\d,]+ bytes to write, [\d,]+ free.*free some",
+    ):
         counted(grown(source), reads).save(small_disk / "out", shard_bytes=60_000)
     assert not reads and not list(small_disk.iterdir())
 
@@ -227,12 +263,16 @@ def test_a_disk_that_fills_up_gets_its_space_back(
     source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_writer, "check_space", lambda folder, needed: None)
-    with pytest.raises(RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"):
+    with pytest.raises(
+        RegraftError, match="cannot write '.*out'.*No space left on device.*free some space"
+    ):
         grown(source).save(small_disk / "out", shard_bytes=60_000)
     assert not list(small_disk.iterdir())
 
 
-def test_a_failing_flush_gives_the_space_back(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_flush_gives_the_space_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(path: Path) -> None:
         if path.name.startswith("model-00003"):
             raise OSError(errno.EIO, "Input/output error")
@@ -245,11 +285,20 @@ def test_a_failing_flush_gives_the_space_back(source: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize("times", [8, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_leave_no_output_or_a_whole_one(times: int, tmp_path: Path) -> None:
-    command = [sys.executable, str(HERE / "killing.py"), str(tmp_path / "kills"), f"--times={times}", f"--seed={times}"]
+    command = [
+        sys.executable,
+        str(HERE / "killing.py"),
+        str(tmp_path / "kills"),
+        f"--times={times}",
+        f"--seed={times}",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert run.returncode == 0, run.stderr
     counts = json.loads(run.stdout)
-    assert counts["kills"] >= times and counts["complete"] + counts["absent"] + counts["older"] == counts["kills"]
+    assert (
+        counts["kills"] >= times
+        and counts["complete"] + counts["absent"] + counts["older"] == counts["kills"]
+    )
     assert times < 50 or min(counts.values()) > 0, counts
 
 
@@ -286,20 +335,30 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     tiny("llama", hidden=32, heads=4, kv=2, dim=64, ffn=64, layers=1)[1].save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 24_000, "dtype": "bfloat16"}
+    config |= {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "vocab_size": 24_000,
+        "dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     names = {name: list(v.shape) for name, v in load_file(folder / "model.safetensors").items()}
     sizes = {32: 1024, 64: 2048, 97: 24_000}
     values = {}
     for name, shape in names.items():
-        full = [size if "self_attn" in name and size in (256, 128) else sizes.get(size, size) for size in shape]
+        full = [
+            size if "self_attn" in name and size in (256, 128) else sizes.get(size, size)
+            for size in shape
+        ]
         values[name] = torch.rand(full).bfloat16()
     save_file(values, folder / "model.safetensors")
     return folder
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-@pytest.mark.parametrize("steps", ["Deepen(3)", "Widen(hidden=1280)", "Widen(hidden=2048, how='tile')"])
+@pytest.mark.parametrize(
+    "steps", ["Deepen(3)", "Widen(hidden=1280)", "Widen(hidden=2048, how='tile')"]
+)
 def test_memory_stays_under_the_forecast(steps: str, large: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(large), steps, str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
@@ -312,7 +371,11 @@ def test_memory_stays_under_the_forecast(steps: str, large: Path, tmp_path: Path
 
 def test_forecast_counts_what_is_made(source: Path) -> None:
     opened = Checkpoint.open(source)
-    assert writing_bytes(opened, opened) == OVERHEAD == writing_bytes(opened, Deepen(6, how="upscale")(opened))
+    assert (
+        writing_bytes(opened, opened)
+        == OVERHEAD
+        == writing_bytes(opened, Deepen(6, how="upscale")(opened))
+    )
     wider = Widen(hidden=72, how="tile")(opened)
     assert Plan.of(opened, wider).peak_bytes == OVERHEAD + 5 * 4 * 97 * 72
 
@@ -323,7 +386,9 @@ def put(file: Path, pieces: list[bytes]) -> None:
             stream.write(piece)
 
 
-@pytest.mark.parametrize("size", [0, 1, BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 5, 2 * BUFFER_BYTES + 4097])
+@pytest.mark.parametrize(
+    "size", [0, 1, BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 5, 2 * BUFFER_BYTES + 4097]
+)
 def test_files_past_the_page_cache_hold_every_byte(size: int, tmp_path: Path) -> None:
     data = random.Random(size).randbytes(size)
     put(tmp_path / "out", [data[:1000], data[1000:1007], data[1007:]])
@@ -331,7 +396,9 @@ def test_files_past_the_page_cache_hold_every_byte(size: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("call", ["open", "write"])
-def test_a_system_that_refuses_direct_writing_gets_ordinary_writing(call: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_system_that_refuses_direct_writing_gets_ordinary_writing(
+    call: str, tmp_path: Path, monkeypatch
+) -> None:
     real, refused = getattr(os, call), []
 
     def refusing(target, argument, *rest):

@@ -27,7 +27,14 @@ TIED, BARE = {"tie_word_embeddings": True}, {"attention_bias": False}
 
 
 def turning(share: float, **keys: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share} | keys}
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": share,
+        }
+        | keys
+    }
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -37,26 +44,54 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"rms_norm_eps": 1e-2, "hidden_act": "gelu"}),
     *((to, keys | TIED) for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))),
     *((to, keys | BARE) for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))),
-    *((to, keys | turning(1.0) | TIED | BARE) for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))),
-    *((to, keys | turning(0.25)) for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))),
-    *((to, keys | turning(0.35)) for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))),  # 5 of 16, so 6
     *(
-        (to, keys | turning(0.5, rope_type="linear", factor=3.0, rope_theta=500.0) | {"layer_norm_eps": 1e-2})
+        (to, keys | turning(1.0) | TIED | BARE)
         for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))
     ),
-    ("phi", PARALLEL | turning(0.5, rope_type="yarn", factor=2.0, original_max_position_embeddings=16)),
+    *((to, keys | turning(0.25)) for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))),
+    *(
+        (to, keys | turning(0.35)) for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))
+    ),  # 5 of 16, so 6
+    *(
+        (
+            to,
+            keys
+            | turning(0.5, rope_type="linear", factor=3.0, rope_theta=500.0)
+            | {"layer_norm_eps": 1e-2},
+        )
+        for to, keys in (("phi", PARALLEL), ("starcoder2", SEQUENTIAL))
+    ),
+    (
+        "phi",
+        PARALLEL | turning(0.5, rope_type="yarn", factor=2.0, original_max_position_embeddings=16),
+    ),
     ("phi", PARALLEL | {"hidden_act": "relu", "hidden_dropout": 0.1, "pad_token_id": 96}),
     ("starcoder2", SEQUENTIAL | turning(1.0, rope_type="dynamic", factor=2.0)),
 ]
 FAMILY = {"mistral": "llama", "phi": "gpt_neox", "starcoder2": "gpt_neox"}
-STEPS: list[Any] = [Widen(ffn=61), Widen(hidden=61, fold="stream"), Widen(hidden=61), Widen(heads=5), Deepen(5)]
+STEPS: list[Any] = [
+    Widen(ffn=61),
+    Widen(hidden=61, fold="stream"),
+    Widen(hidden=61),
+    Widen(heads=5),
+    Deepen(5),
+]
 GROWN: list[tuple[str, dict[str, Any], Any]] = [
-    *(("mistral", {"hidden": 48, "heads": 3, "kv": 3, "dim": 16}, step) for step in (*STEPS, Widen(head_dim=22))),
+    *(
+        ("mistral", {"hidden": 48, "heads": 3, "kv": 3, "dim": 16}, step)
+        for step in (*STEPS, Widen(head_dim=22))
+    ),
     *(("phi", PARALLEL, step) for step in (*STEPS, Widen(head_dim=23), Widen(head_dim=32))),
     *(("phi", PARALLEL | turning(1.0) | TIED, step) for step in (*STEPS, Widen(head_dim=23))),
-    *(("starcoder2", SEQUENTIAL, step) for step in (*STEPS, Widen(head_dim=22), Widen(head_dim=32))),
+    *(
+        ("starcoder2", SEQUENTIAL, step)
+        for step in (*STEPS, Widen(head_dim=22), Widen(head_dim=32))
+    ),
     *(("starcoder2", SEQUENTIAL | turning(0.35), Widen(head_dim=dim)) for dim in (22, 32)),
-    *(("starcoder2", SEQUENTIAL | turning(1.0) | TIED, step) for step in (*STEPS, Widen(head_dim=22))),
+    *(
+        ("starcoder2", SEQUENTIAL | turning(1.0) | TIED, step)
+        for step in (*STEPS, Widen(head_dim=22))
+    ),
 ]
 
 
@@ -64,7 +99,11 @@ def name(value: Any) -> str:
     """A short test id."""
     if isinstance(value, dict):
         return ",".join(value)
-    return value if isinstance(value, str) else ",".join(f"{key}={item}" for key, item in vars(value).items() if item)
+    return (
+        value
+        if isinstance(value, str)
+        else ",".join(f"{key}={item}" for key, item in vars(value).items() if item)
+    )
 
 
 def ids(rows: int = 2, length: int = 24) -> torch.Tensor:
@@ -119,35 +158,58 @@ def test_a_bridge_keeps_the_function(to: str, keys: dict[str, Any], tmp_path: Pa
     assert cached_difference(model, stock) < BOUND
     assert continued(model) == continued(stock)
     assert made.sizes == Checkpoint.open(tmp_path / "source").sizes
-    assert getattr(stock.config, "sliding_window", None) is None  # every position sees all before it
+    assert (
+        getattr(stock.config, "sliding_window", None) is None
+    )  # every position sees all before it
 
 
 @pytest.mark.parametrize(("to", "keys"), CASES, ids=name)
-def test_in_float64_only_the_rounding_of_float32_tables_is_left(to: str, keys: dict[str, Any], tmp_path: Path) -> None:
+def test_in_float64_only_the_rounding_of_float32_tables_is_left(
+    to: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
     model, stock, _ = crossed(tmp_path, to, keys, dtype=torch.float64)
     theta = isinstance(keys.get("rope_parameters"), dict) and to != "mistral"
     assert difference(model, stock) < (1e-6 if theta else 1e-13)
 
 
 @pytest.mark.parametrize(("to", "keys", "step"), GROWN, ids=name)
-def test_each_size_grows_alone_behind_a_bridge(to: str, keys: dict[str, Any], step: Any, tmp_path: Path) -> None:
+def test_each_size_grows_alone_behind_a_bridge(
+    to: str, keys: dict[str, Any], step: Any, tmp_path: Path
+) -> None:
     model, stock, _ = crossed(tmp_path, to, keys, step)
     assert difference(model, stock) < BOUND
     assert cached_difference(model, stock) < BOUND
 
 
 @pytest.mark.parametrize(("to", "keys", "step"), GROWN, ids=name)
-def test_growth_behind_a_bridge_in_float64(to: str, keys: dict[str, Any], step: Any, tmp_path: Path) -> None:
+def test_growth_behind_a_bridge_in_float64(
+    to: str, keys: dict[str, Any], step: Any, tmp_path: Path
+) -> None:
     model, stock, _ = crossed(tmp_path, to, keys, step, dtype=torch.float64)
     assert difference(model, stock) < 1e-5
 
 
 @pytest.mark.parametrize("to", ["mistral", "phi", "starcoder2"])
 def test_growths_compose_behind_a_bridge(to: str, tmp_path: Path) -> None:
-    keys = {"mistral": {"hidden": 48, "heads": 3, "kv": 3, "dim": 16}, "phi": PARALLEL, "starcoder2": SEQUENTIAL}[to]
-    steps = [Widen(hidden=61), Widen(heads=4, head_dim=22), Deepen(4), Widen(ffn=70, how="split"), Widen(head_dim=44)]
+    keys = {
+        "mistral": {"hidden": 48, "heads": 3, "kv": 3, "dim": 16},
+        "phi": PARALLEL,
+        "starcoder2": SEQUENTIAL,
+    }[to]
+    steps = [
+        Widen(hidden=61),
+        Widen(heads=4, head_dim=22),
+        Deepen(4),
+        Widen(ffn=70, how="split"),
+        Widen(head_dim=44),
+    ]
     model, stock, made = crossed(tmp_path, to, keys, *steps)
-    assert (made.sizes["hidden"], made.sizes["kv"], made.sizes["dim"], made.sizes["depth"]) == (61, 4, 44, 4)
+    assert (made.sizes["hidden"], made.sizes["kv"], made.sizes["dim"], made.sizes["depth"]) == (
+        61,
+        4,
+        44,
+        4,
+    )
     assert difference(model, stock) < BOUND
 
 
@@ -162,14 +224,18 @@ def test_growths_compose_behind_a_bridge(to: str, tmp_path: Path) -> None:
     ],
     ids=name,
 )
-def test_the_source_offers_its_bridge_by_name(to: str, keys: dict[str, Any], step: Any, tmp_path: Path) -> None:
+def test_the_source_offers_its_bridge_by_name(
+    to: str, keys: dict[str, Any], step: Any, tmp_path: Path
+) -> None:
     tiny(FAMILY[to], **keys)[1].save_pretrained(tmp_path)
     with pytest.raises(RegraftError, match=f"--bridge to write it as {to}"):
         step(Checkpoint.open(tmp_path))
 
 
 @pytest.mark.parametrize(("to", "keys"), CASES, ids=name)
-def test_every_source_tensor_is_accounted_for(to: str, keys: dict[str, Any], tmp_path: Path) -> None:
+def test_every_source_tensor_is_accounted_for(
+    to: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
     tiny(FAMILY[to], **keys)[1].save_pretrained(tmp_path)
     source = Checkpoint.open(tmp_path)
     made = Bridge()(source)
@@ -190,14 +256,18 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     def watched(key: Any, lazy: LazyTensor) -> LazyTensor:
         return replace(lazy, read=lambda: asked.append(key) or lazy.read())
 
-    made = Bridge()(replace(source, tensors={key: watched(key, lazy) for key, lazy in source.tensors.items()}))
+    made = Bridge()(
+        replace(source, tensors={key: watched(key, lazy) for key, lazy in source.tensors.items()})
+    )
     assert not asked
     made.tensors["attn.q.weight", 1].read()
     assert set(asked) == {("attn.qkv.weight", 1), ("norm.attn.weight", 1)}
 
 
 @pytest.mark.parametrize("keys", [PARALLEL, SEQUENTIAL], ids=["parallel", "sequential"])
-def test_keys_that_a_config_leaves_out_mean_what_its_class_takes(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_keys_that_a_config_leaves_out_mean_what_its_class_takes(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
     """GPT-NeoX' defaults are not those of Phi and StarCoder2: activation, positions, epsilon, tying, special tokens."""
     to = "phi" if keys["use_parallel_residual"] else "starcoder2"
     model, _, _ = crossed(tmp_path, to, keys)
@@ -207,16 +277,30 @@ def test_keys_that_a_config_leaves_out_mean_what_its_class_takes(keys: dict[str,
     files.write_json(tmp_path / "source" / "config.json", short)
     made = Bridge()(Checkpoint.open(tmp_path / "source"))
     made.save(tmp_path / "short")
-    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "short", dtype=torch.float32).eval()
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
+    stock = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "short", dtype=torch.float32
+    ).eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source", dtype=torch.float32
+    ).eval()
     assert difference(model, again) == 0.0 and difference(model, stock) < BOUND
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range"):
+    for key in (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "max_position_embeddings",
+        "initializer_range",
+    ):
         assert getattr(stock.config, key) == getattr(again.config, key), key
 
 
 @pytest.mark.parametrize("keys", [PARALLEL, SEQUENTIAL], ids=["parallel", "sequential"])
-@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}], ids=["plain", "linear"])
-def test_older_rotary_keys_are_understood(keys: dict[str, Any], scaling: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "scaling", [None, {"type": "linear", "factor": 2.0}], ids=["plain", "linear"]
+)
+def test_older_rotary_keys_are_understood(
+    keys: dict[str, Any], scaling: Any, tmp_path: Path
+) -> None:
     to = "phi" if keys["use_parallel_residual"] else "starcoder2"
     crossed(tmp_path, to, keys)
     config = files.read_json(tmp_path / "source" / "config.json")
@@ -226,10 +310,14 @@ def test_older_rotary_keys_are_understood(keys: dict[str, Any], scaling: Any, tm
     grow = Widen(head_dim=22)
     grow(Bridge()(Checkpoint.open(tmp_path / "source"))).save(tmp_path / "grown")
     Widen(head_dim=30)(Checkpoint.open(tmp_path / "grown")).save(tmp_path / "again")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source", dtype=torch.float32
+    ).eval()
     assert model.config.rope_parameters["partial_rotary_factor"] == 0.5
     for folder in ("grown", "again"):
-        stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32).eval()
+        stock = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, dtype=torch.float32
+        ).eval()
         assert difference(model, stock) < BOUND
 
 
@@ -239,7 +327,8 @@ def test_norms_are_folded_in_float32_and_stored_as_the_source_is(tmp_path: Path)
     made = Bridge()(source)
     assert {lazy.read().dtype for lazy in made.tensors.values()} == {torch.bfloat16}
     weight, bias, gain, shift = (
-        source[role, 1].read().float() for role in ("mlp.up.weight", "mlp.up.bias", "norm.mlp.weight", "norm.mlp.bias")
+        source[role, 1].read().float()
+        for role in ("mlp.up.weight", "mlp.up.bias", "norm.mlp.weight", "norm.mlp.bias")
     )
     assert torch.equal(made["mlp.up.weight", 1].read(), (weight * gain).bfloat16())
     assert torch.equal(made["mlp.up.bias", 1].read(), (weight @ shift + bias).bfloat16())
@@ -264,10 +353,16 @@ def test_the_history_names_the_family_and_survives_the_files(tmp_path: Path) -> 
         ("gpt_neox", PARALLEL, "starcoder2", "no bridge to starcoder2: use --bridge phi"),
         ("gpt2", {}, None, "this gpt2 has no bridge"),
         ("qwen2", {}, "llama", "gpt_neox to phi (use_parallel_residual true)"),
-        ("gpt_neox", PARALLEL | {"pad_token_id": 200}, None, "pad_token_id below vocab_size 97, got 200"),
         (
             "gpt_neox",
-            SEQUENTIAL | turning(0.25, rope_type="yarn", factor=2.0, original_max_position_embeddings=16),
+            PARALLEL | {"pad_token_id": 200},
+            None,
+            "pad_token_id below vocab_size 97, got 200",
+        ),
+        (
+            "gpt_neox",
+            SEQUENTIAL
+            | turning(0.25, rope_type="yarn", factor=2.0, original_max_position_embeddings=16),
             None,
             "rotary type 'yarn' over 4 of 16 coordinates",
         ),
@@ -278,7 +373,12 @@ def test_the_history_names_the_family_and_survives_the_files(tmp_path: Path) -> 
             "rotary type 'dynamic' over 5 of 16 coordinates, an odd number,",
         ),
         ("gpt_neox", SEQUENTIAL | {"dim": 15}, None, "head_dim 15 is odd"),
-        ("gpt_neox", SEQUENTIAL | turning(0.125, rope_theta=1e6), None, "1e+06 ** 8, beyond float32"),
+        (
+            "gpt_neox",
+            SEQUENTIAL | turning(0.125, rope_theta=1e6),
+            None,
+            "1e+06 ** 8, beyond float32",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -291,10 +391,14 @@ def test_what_has_no_bridge_is_refused(
     assert message in str(caught.value), str(caught.value)
 
 
-def test_a_bridge_that_forgets_a_tensor_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bridge_that_forgets_a_tensor_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny("gpt_neox", **PARALLEL)[1].save_pretrained(tmp_path)
     crossing = class_conversion.CONVERSIONS["gpt_neox", "phi"]
     folds = {base: norm for base, norm in crossing.folds.items() if base != "mlp.up"}
-    monkeypatch.setitem(class_conversion.CONVERSIONS, ("gpt_neox", "phi"), replace(crossing, folds=folds))
+    monkeypatch.setitem(
+        class_conversion.CONVERSIONS, ("gpt_neox", "phi"), replace(crossing, folds=folds)
+    )
     with pytest.raises(RegraftError, match="post_attention_layernorm.bias' has no place in phi"):
         Bridge()(Checkpoint.open(tmp_path))

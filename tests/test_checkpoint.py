@@ -45,7 +45,9 @@ def test_save_is_read_back_by_stock_transformers(saved, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     x = tokens(2, 11)
     assert torch.equal(again(x).logits, model(x).logits)
-    assert torch.equal(modeling.materialize(Checkpoint.open(tmp_path / "out"))(x).logits, model(x).logits)
+    assert torch.equal(
+        modeling.materialize(Checkpoint.open(tmp_path / "out"))(x).logits, model(x).logits
+    )
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -73,7 +75,9 @@ def test_transposed_storage_is_turned(tmp_path: Path) -> None:
     _, model = tiny("gpt2")
     model.save_pretrained(tmp_path / "source")
     lazy = Checkpoint.open(tmp_path / "source")["mlp.up.weight", 0]
-    assert lazy.shape == (52, 72) and torch.equal(lazy.read(), model.transformer.h[0].mlp.c_fc.weight.T)
+    assert lazy.shape == (52, 72) and torch.equal(
+        lazy.read(), model.transformer.h[0].mlp.c_fc.weight.T
+    )
 
 
 def test_hub_names_without_prefix_and_with_buffers(tmp_path: Path) -> None:
@@ -87,7 +91,9 @@ def test_hub_names_without_prefix_and_with_buffers(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path / "source")
     assert checkpoint.dropped["transformer.h.0.attn.bias"] == "buffer: the causal mask"
     assert checkpoint.dropped["lm_head.weight"].startswith("tied")
-    assert torch.equal(modeling.materialize(checkpoint)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    assert torch.equal(
+        modeling.materialize(checkpoint)(tokens(1, 9)).logits, model(tokens(1, 9)).logits
+    )
 
 
 def test_sidecars_and_lineage_travel(tmp_path: Path) -> None:
@@ -96,10 +102,14 @@ def test_sidecars_and_lineage_travel(tmp_path: Path) -> None:
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     (tmp_path / "source" / "secret.txt").write_text("stays")
     Checkpoint.open(tmp_path / "source").save(tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "secret.txt").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists() and not (
+        tmp_path / "out" / "secret.txt"
+    ).exists()
     known = lineage.read_lineage(tmp_path / "out")
     assert known["source"]["sha256"] == files.sha256(tmp_path / "source" / "model.safetensors")
-    assert known["files"]["model.safetensors"] == files.sha256(tmp_path / "out" / "model.safetensors")
+    assert known["files"]["model.safetensors"] == files.sha256(
+        tmp_path / "out" / "model.safetensors"
+    )
     assert sum(row["share"] for row in known["totals"].values()) == pytest.approx(1)
     assert "sha256" in (tmp_path / "out" / "README.md").read_text()
     Checkpoint.open(tmp_path / "out").verify()
@@ -112,7 +122,8 @@ def test_replaced_values_and_step_are_saved(tmp_path: Path) -> None:
     step = {"step": "Train", "arguments": {"tokens": 5}}
     Checkpoint.open(tmp_path / "source").with_values(values, step).save(tmp_path / "out")
     assert torch.equal(
-        load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"], values["model.norm.weight"]
+        load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"],
+        values["model.norm.weight"],
     )
     again = Checkpoint.open(tmp_path / "out")
     assert again.history == (step,) and lineage.is_trained(lineage.read_lineage(again.path))
@@ -125,17 +136,26 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
     Checkpoint.open(tmp_path / "source").save(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "source"))
-    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == torch.bfloat16 for name in theirs)
+    assert all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == torch.bfloat16
+        for name in theirs
+    )
 
 
 def test_readers_without_rope_parameters_find_older_keys() -> None:
     config = tiny("gpt_neox")[0].to_dict()
     older = with_older_keys(config)
     assert (older["rope_theta"], older["rotary_pct"]) == (10000.0, 0.25)
-    scaled = {"model_type": "llama", "rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}}
+    scaled = {
+        "model_type": "llama",
+        "rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0},
+    }
     assert with_older_keys(scaled)["rope_scaling"]["factor"] == 2.0
     assert with_older_keys({"model_type": "gpt2"}) == {"model_type": "gpt2"}
-    partial = {"model_type": "phi", "rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.4}}
+    partial = {
+        "model_type": "phi",
+        "rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.4},
+    }
     assert with_older_keys(partial)["partial_rotary_factor"] == 0.4
     assert with_older_keys(partial | {"rope_theta": 6.0})["rope_theta"] == 6.0
 
@@ -144,16 +164,26 @@ def test_readers_without_nested_rope_parameters_find_older_keys() -> None:
     full, sliding = {"rope_type": "linear", "factor": 8.0, "rope_theta": 7e5}, {"rope_theta": 2e4}
     rope = {"full_attention": full, "sliding_attention": sliding}
     older = with_older_keys({"model_type": "gemma3_text", "rope_parameters": rope})
-    assert (older["rope_theta"], older["rope_local_base_freq"], older["rope_scaling"]["factor"]) == (7e5, 2e4, 8.0)
+    assert (
+        older["rope_theta"],
+        older["rope_local_base_freq"],
+        older["rope_scaling"]["factor"],
+    ) == (7e5, 2e4, 8.0)
     long = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "rope_theta": 5e4}
     rope = long | {"original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}
     older = with_older_keys({"model_type": "phi3", "rope_parameters": rope})
-    assert older["rope_scaling"] == {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    assert older["rope_scaling"] == {
+        "type": "longrope",
+        "short_factor": [1.0],
+        "long_factor": [2.0],
+    }
     assert (older["rope_theta"], older["original_max_position_embeddings"]) == (5e4, 16)
 
 
 @pytest.mark.parametrize("family", GROWABLE)
-def test_parameters_are_filed_under_the_names_that_transformers_writes(family: str, tmp_path: Path) -> None:
+def test_parameters_are_filed_under_the_names_that_transformers_writes(
+    family: str, tmp_path: Path
+) -> None:
     tiny(family)[1].save_pretrained(tmp_path / "source")
     Checkpoint.open(tmp_path / "source").save(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "source"))
@@ -170,12 +200,18 @@ def test_unknown_role_lists_the_known() -> None:
 def test_missing_tensor_of_a_role_lists_the_known(tmp_path: Path) -> None:
     _, model = tiny("qwen3")
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(RegraftError, match="qwen3 has no 'attn.q.bias' in layer 1: use one of attn.k.weight"):
+    with pytest.raises(
+        RegraftError, match="qwen3 has no 'attn.q.bias' in layer 1: use one of attn.k.weight"
+    ):
         Checkpoint.open(tmp_path / "source")["attn.q.bias", 1]
 
 
 def test_shards_are_filled_in_order() -> None:
-    assert safetensors.group_shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == [["a", "b"], ["c"], ["d"]]
+    assert safetensors.group_shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+    ]
 
 
 def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
@@ -203,7 +239,10 @@ def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         value = value.float()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        for part, heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
             if part in name:
                 value = value.view(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
         writer.add_tensor(names.get_name(name, (".weight",)), value.contiguous().numpy())
@@ -213,7 +252,9 @@ def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
     writer.close()
 
 
-def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_is_planned_from_its_header_and_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "cache"))
     config, model = tiny("llama", hidden=72)
     file = tmp_path / "gguf" / "tiny.gguf"
@@ -221,13 +262,19 @@ def test_gguf_is_planned_from_its_header_and_converted_once(tmp_path: Path, monk
     write_gguf(file, model, config)
     planned = Checkpoint.open(file.parent)
     assert planned.sizes["group"] == 3 and not (tmp_path / "cache").exists()
-    assert torch.equal(planned.tensors["attn.k.weight", 1].read(), model.model.layers[1].self_attn.k_proj.weight)
+    assert torch.equal(
+        planned.tensors["attn.k.weight", 1].read(), model.model.layers[1].self_attn.k_proj.weight
+    )
     opened = Checkpoint.open(file)
     assert opened.folder is not None and opened.history == planned.history
     assert planned.config["architectures"] == opened.config["architectures"] == ["LlamaForCausalLM"]
-    torch.testing.assert_close(modeling.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    torch.testing.assert_close(
+        modeling.materialize(opened)(tokens(1, 9)).logits, model(tokens(1, 9)).logits
+    )
     opened.save(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"]["sha256"] == files.sha256(file)
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["source"][
+        "sha256"
+    ] == files.sha256(file)
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "other"))
     with ThreadPoolExecutor(2) as pool:  # two at once: one converts, the other waits
         first, second = pool.map(gguf.convert_once, [file, file])

@@ -60,7 +60,9 @@ def test_bypass_is_the_loss_without_one_attention(source: Checkpoint) -> None:
 @torch.no_grad()
 def test_restore_is_the_divergence_with_one_layer_kept(source: Checkpoint) -> None:
     rows = windows()
-    teacher = modeling.materialize(source)(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    teacher = (
+        modeling.materialize(source)(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    )
     for one in select_layers.restore(source, PLAIN, SelectionData(rows)):
         student = modeling.materialize(dataclasses.replace(PLAIN, keep=str(one.layer))(source))
         logits = student(rows.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
@@ -77,12 +79,18 @@ def test_halo_tells_copying_from_the_rest(source: Checkpoint) -> None:
         keep = ",".join(str(other) for other in range(source.layers) if other != layer)
         loss = nll(modeling.materialize(dataclasses.replace(PLAIN, keep=keep)(source)), rows)
         numbers.append((-float(loss[far].mean()), -float(loss[~far].mean())))
-        assert (found[layer].numbers["recall"], found[layer].numbers["common"]) == pytest.approx(numbers[-1], rel=1e-4)
+        assert (found[layer].numbers["recall"], found[layer].numbers["common"]) == pytest.approx(
+            numbers[-1], rel=1e-4
+        )
     best = [max(column) for column in zip(*numbers, strict=True)]
     for one, (recall, common) in zip(found, numbers, strict=True):
-        assert one.score == pytest.approx((best[0] - recall) / (best[1] - common + 1e-6), rel=2e-2, abs=1e-3)
+        assert one.score == pytest.approx(
+            (best[0] - recall) / (best[1] - common + 1e-6), rel=2e-2, abs=1e-3
+        )
     alone = select_layers.recall(source, PLAIN, SelectionData(rows))
-    assert [(one.score, one.numbers) for one in alone] == [(-one.numbers["recall"], one.numbers) for one in found]
+    assert [(one.score, one.numbers) for one in alone] == [
+        (-one.numbers["recall"], one.numbers) for one in found
+    ]
 
 
 def test_repeated_pairs_are_found_by_looking_for_them() -> None:
@@ -99,19 +107,29 @@ def test_repeated_pairs_are_found_by_looking_for_them() -> None:
 def test_a_text_without_anything_to_copy_is_refused(source: Checkpoint) -> None:
     ids = torch.arange(3, 63).expand(1, 60)
     rows = Packed(ids, torch.arange(60).expand(1, 60), torch.tensor([60]))
-    with pytest.raises(RegraftError, match="no token of 1 windows of 60 can be copied from beyond 8 tokens"):
+    with pytest.raises(
+        RegraftError, match="no token of 1 windows of 60 can be copied from beyond 8 tokens"
+    ):
         select_layers.halo(source, PLAIN, SelectionData(rows))
 
 
-def test_the_best_are_kept_and_the_table_goes_into_the_lineage(source: Checkpoint, tmp_path: Path) -> None:
+def test_the_best_are_kept_and_the_table_goes_into_the_lineage(
+    source: Checkpoint, tmp_path: Path
+) -> None:
     rows = windows()
     scores = [one.score for one in select_layers.restore(source, PLAIN, SelectionData(rows))]
-    made = select_layers.resolve_keep(source, dataclasses.replace(PLAIN, keep="restore:2"), SelectionData(rows))
-    assert made.keep == ",".join(str(layer) for layer in sorted(sorted(range(3), key=lambda i: -scores[i])[:2]))
+    made = select_layers.resolve_keep(
+        source, dataclasses.replace(PLAIN, keep="restore:2"), SelectionData(rows)
+    )
+    assert made.keep == ",".join(
+        str(layer) for layer in sorted(sorted(range(3), key=lambda i: -scores[i])[:2])
+    )
     assert made.scores["flops"] > 0 and made.scores["tokens"] == rows.input_ids.numel()
     made(source).save(tmp_path / "out")
     again = remix_of(Checkpoint.open(tmp_path / "out"))
-    assert again == made and [row["score"] for row in again.scores["layers"]] == pytest.approx(scores)
+    assert again == made and [row["score"] for row in again.scores["layers"]] == pytest.approx(
+        scores
+    )
     assert (
         select_layers.count_layers("25%", 30) == 8
         and select_layers.count_layers("25%", 28) == 7
@@ -125,15 +143,32 @@ def test_the_best_are_kept_and_the_table_goes_into_the_lineage(source: Checkpoin
         "bypass:9": "more layers than",
     }.items():
         with pytest.raises(RegraftError, match=why):
-            select_layers.resolve_keep(source, dataclasses.replace(PLAIN, keep=keep), SelectionData(rows))
+            select_layers.resolve_keep(
+                source, dataclasses.replace(PLAIN, keep=keep), SelectionData(rows)
+            )
 
 
-def test_the_command_measures_and_plans_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_and_plans_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, text = speaking.save(tmp_path / "model"), speaking.write_text(tmp_path / "text.txt")
-    words = ["linearize", model, tmp_path / "out", "--keep", "restore:25%", "--data", text, "--window", 16, "--json"]
+    words = [
+        "linearize",
+        model,
+        tmp_path / "out",
+        "--keep",
+        "restore:25%",
+        "--data",
+        text,
+        "--window",
+        16,
+        "--json",
+    ]
     as_json(capsys, *words)
     remix = remix_of(Checkpoint.open(tmp_path / "out"))
-    assert remix is not None and remix.scores["rule"] == "restore" and len(remix.scores["layers"]) == 4
+    assert (
+        remix is not None and remix.scores["rule"] == "restore" and len(remix.scores["layers"]) == 4
+    )
     assert len(remix.keep.split(",")) == 1
     said = refused(capsys, "plan", model, "--mixer", "supra", "--keep", "bypass:2")
     assert "'bypass:2' is measured on the weights" in said

@@ -27,7 +27,9 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("cli")
     speaking.save(place / "model")
     speaking.write_text(place / "text.txt")
-    (place / "copa.jsonl").write_text('{"query": "it rained, so", "choices": ["he ran", "it sat"], "gold": 0}\n' * 3)
+    (place / "copa.jsonl").write_text(
+        '{"query": "it rained, so", "choices": ["he ran", "it sat"], "gold": 0}\n' * 3
+    )
     arguments = ["--keep", "0", "--window", "16", "--sinks", "2"]
     assert cli.main(["linearize", str(place / "model"), str(place / "linear"), *arguments]) == 0
     return place
@@ -42,7 +44,10 @@ def recipe(folder, tmp_path):
         "heldout": str(folder / "text.txt"),
         "remix": {"keep": "0", "window": 16, "sinks": 2},
         "calibration": 128,
-        "stages": [{"kind": "align", "tokens": 256, "length": 64}, {"kind": "distil", "tokens": 512, "length": 64}],
+        "stages": [
+            {"kind": "align", "tokens": 256, "length": 64},
+            {"kind": "distil", "tokens": 512, "length": 64},
+        ],
         "measure": {
             "windows": 2,
             "length": 64,
@@ -87,9 +92,13 @@ def as_json(capsys, *words: object) -> dict:
 def start(*words: object) -> subprocess.Popen:
     """The command as a process of its own, which hears Ctrl-C even where this one was started to ignore it."""
     command = [sys.executable, "-m", "regraft", *map(str, words)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits what is ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a child inherits what is ignored
     try:
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -123,19 +132,41 @@ def test_every_verb_explains_itself(verb, capsys):
         (["plan"], "required: source"),
         (["plan", "x", "--kep", "3"], "unknown flag --kep"),
         (["generate", "x", "--prompt", "a"], "given by its place, regraft generate MODEL PROMPT"),
-        (["generate", "x", "a", "--max-new-tokens", "5"], "in '--max-new-tokens 5'), did you mean --tokens?"),
+        (
+            ["generate", "x", "a", "--max-new-tokens", "5"],
+            "in '--max-new-tokens 5'), did you mean --tokens?",
+        ),
         (["plan", "x", "--window", "wide"], "wide"),
         (["plan", "/no/such/model"], "no model at '/no/such/model'"),
         (["linearize", "/no/such/model", "/tmp/out"], "no model at"),
         (["bench", "/no/such/model", "--lengths", "1q"], "'1q'"),
         (["train", "a", "b"], "--data PATH"),
         (["train", "a", "b", "--stage", "sleep"], "sleep"),
-        (["eval", "x", "--limit", "3"], "--limit 3 would change nothing: it is for benchmarks and recall"),
-        (["eval", "x", "--lengths", "1k"], "--lengths 1k would change nothing"),
-        (["plan", "x", "--keep", "every:2"], "--keep every:2 would change nothing: give --mixer or --method"),
-        (["plan", "x", "--gpus", "64", "--tokens", "1B"], "--gpus 64, --tokens 1B would change nothing: give --train"),
         (
-            ["train", "a", "b", "--data", "d", "--tokens", "9000", "--teacher-cache-kind", "topk:4"],
+            ["eval", "x", "--limit", "3"],
+            "--limit 3 would change nothing: it is for benchmarks and recall",
+        ),
+        (["eval", "x", "--lengths", "1k"], "--lengths 1k would change nothing"),
+        (
+            ["plan", "x", "--keep", "every:2"],
+            "--keep every:2 would change nothing: give --mixer or --method",
+        ),
+        (
+            ["plan", "x", "--gpus", "64", "--tokens", "1B"],
+            "--gpus 64, --tokens 1B would change nothing: give --train",
+        ),
+        (
+            [
+                "train",
+                "a",
+                "b",
+                "--data",
+                "d",
+                "--tokens",
+                "9000",
+                "--teacher-cache-kind",
+                "topk:4",
+            ],
             "give --teacher-cache",
         ),
         (["eval", "x", "--plot"], "add --positions"),
@@ -152,7 +183,10 @@ def test_wrong_use_is_one_line(words, says, capsys):
 
 def test_contexts_beyond_learned_positions_are_refused(tmp_path, capsys):
     gpt2 = speaking.save(tmp_path / "gpt2", "gpt2")
-    for words in (["bench", gpt2, "--lengths", "100k"], ["eval", gpt2, "--tasks", "mqar", "--lengths", "100k"]):
+    for words in (
+        ["bench", gpt2, "--lengths", "100k"],
+        ["eval", gpt2, "--tasks", "mqar", "--lengths", "100k"],
+    ):
         assert "positions: 102" in refused(capsys, *words)
 
 
@@ -185,12 +219,23 @@ def test_existing_output_is_refused(folder, capsys):
 
 
 def test_eval_with_baselines(folder, capsys):
-    words = ["--data", folder / "text.txt", "--baseline", folder / "model", "--windows", 2, "--length", 64]
+    words = [
+        "--data",
+        folder / "text.txt",
+        "--baseline",
+        folder / "model",
+        "--windows",
+        2,
+        "--length",
+        64,
+    ]
     table = as_json(capsys, "eval", folder / "linear", *words)
     assert table["perplexity"] > 1 and len(table["baselines"]) == 5
 
 
-@pytest.mark.parametrize(("name", "content"), [("empty.txt", b""), ("latin.txt", b"caf\xe9"), ("odd.pdf", b"text")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("empty.txt", b""), ("latin.txt", b"caf\xe9"), ("odd.pdf", b"text")]
+)
 def test_wrong_text(folder, tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
     assert name in refused(capsys, "eval", folder / "model", "--data", tmp_path / name)
@@ -201,7 +246,9 @@ def test_generate_streams_and_tells_the_state(folder, capsys):
     assert code == 0 and out and "state after" in err and "constant" in err
     table = as_json(capsys, "generate", folder / "linear", "the quick", "--tokens", 8)
     assert table["text"].strip() == out.strip() and table["converted_bytes"] > 0
-    chat = as_json(capsys, "generate", folder / "linear", "hi", "--tokens", 4, "--chat", "--temperature", 0.9)
+    chat = as_json(
+        capsys, "generate", folder / "linear", "hi", "--tokens", 4, "--chat", "--temperature", 0.9
+    )
     assert chat["prompt_tokens"] > 9
 
 
@@ -222,11 +269,15 @@ def test_train_needs_its_teacher_and_mixers(folder, tmp_path, capsys):
     words = ["--data", folder / "text.txt", "--tokens", 256, "--length", 64]
     assert "teacher" in refused(capsys, "train", folder / "linear", tmp_path / "a", *words)
     words += ["--stage", "align"]
-    assert "linearize it first" in refused(capsys, "train", folder / "model", tmp_path / "b", *words)
+    assert "linearize it first" in refused(
+        capsys, "train", folder / "model", tmp_path / "b", *words
+    )
 
 
 def test_recipe_overrides(recipe):
-    made = schema.load(str(recipe), {"stages.1.tokens": "640", "remix.mixer": "supra", "minutes": "2.5"})
+    made = schema.load(
+        str(recipe), {"stages.1.tokens": "640", "remix.mixer": "supra", "minutes": "2.5"}
+    )
     assert (made.stages[1].tokens, made.remix.mixer, made.minutes) == (640, "supra", 2.5)
     assert schema.build(yaml.safe_load(schema.dump(made))) == made
 
@@ -266,9 +317,9 @@ def test_unknown_recipe_keys_are_named(recipe, capsys, key, says):
 
 
 def test_wrong_recipe_value(recipe, capsys):
-    assert "'abc'" in refused(capsys, "run", recipe, "/tmp/never", "--minutes=abc").replace('"', "'").replace(
-        "value: abc", "value: 'abc'"
-    )
+    assert "'abc'" in refused(capsys, "run", recipe, "/tmp/never", "--minutes=abc").replace(
+        '"', "'"
+    ).replace("value: abc", "value: 'abc'")
 
 
 @pytest.mark.slow
@@ -279,11 +330,22 @@ def test_run_ends_with_the_report_and_repeats_for_free(recipe, tmp_path, capsys)
     assert stages == ["closed form", "1 align", "2 distil", "total"]
     assert numbers["eval"]["baselines"] and numbers["ledger"][-1]["tokens"] == 128 + 768
     for row in (numbers["eval"], *numbers["eval"]["baselines"].values()):
-        assert row["tasks"]["copa"]["n"] == 2 and row["recall"]["passkey"]["250"]["n"] == 2 and row["perplexity"] > 1
+        assert (
+            row["tasks"]["copa"]["n"] == 2
+            and row["recall"]["passkey"]["250"]["n"] == 2
+            and row["perplexity"] > 1
+        )
     page = (out / "report.html").read_text()
     assert "copa" in page and "passkey 250" in page
     names = {file.name for file in out.iterdir()}
-    assert {"report.html", "report.json", "metrics.jsonl", "lineage.json", "config.json", "recipe.yaml"} <= names
+    assert {
+        "report.html",
+        "report.json",
+        "metrics.jsonl",
+        "lineage.json",
+        "config.json",
+        "recipe.yaml",
+    } <= names
     assert not names & {"work", "run"}
     again = as_json(capsys, "run", recipe, out)
     assert again["eval"] == numbers["eval"]

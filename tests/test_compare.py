@@ -41,7 +41,10 @@ TINY = {
     "vocabulary": 260,
     "pretrain": {"tokens": 1280, "length": 16, "batch": 8},
     "train": {"tokens": 1280, "length": 16, "batch": 8},
-    "arms": [{"name": "scratch", "scratch": True}, {"name": "pad", "grow": {"how": "pad", "depth_how": "stack"}}],
+    "arms": [
+        {"name": "scratch", "scratch": True},
+        {"name": "pad", "grow": {"how": "pad", "depth_how": "stack"}},
+    ],
     "seeds": [0, 1],
     "every": 5,
     "rows": 8,
@@ -77,12 +80,20 @@ def test_crossing_is_the_first_and_linear():
 
 def test_savings_of_known_curves():
     scratch = line([0, 50, 100], [5.0, 3.0, 2.0])
-    grown = line([10, 60, 110], [4.0, 2.5, 1.5])  # a fitting of 10 is in its own totals; 2.0 is half-way from 60 to 110
+    grown = line(
+        [10, 60, 110], [4.0, 2.5, 1.5]
+    )  # a fitting of 10 is in its own totals; 2.0 is half-way from 60 to 110
     found = compute_savings(grown, scratch, {"flops": 20.0, "seconds": 3.0, "tokens": 0.0})
-    assert found["flops_to_reach"] == 85 and found["saved_flops"] == 15 and found["saved_flops_share"] == 0.15
+    assert (
+        found["flops_to_reach"] == 85
+        and found["saved_flops"] == 15
+        and found["saved_flops_share"] == 0.15
+    )
     assert found["saved_flops_share_with_source"] == pytest.approx(-0.05)
     assert found["times_flops"] == pytest.approx(100 / 85)
-    assert found["saved_seconds"] == pytest.approx(1.5) and found["saved_seconds_with_source"] == pytest.approx(-1.5)
+    assert found["saved_seconds"] == pytest.approx(1.5) and found[
+        "saved_seconds_with_source"
+    ] == pytest.approx(-1.5)
 
 
 def test_what_is_never_reached_is_no_saving():
@@ -96,7 +107,9 @@ def test_what_is_never_reached_is_no_saving():
         "savings_over_seeds": {k: mean_and_std([v, 0.5]) for k, v in found.items()},
         "seeds": {0: 0, 1: 0},
     }
-    assert report.format_saving(arm, "saved_flops_share", 100, "%") == "not reached (1 of 2 seeds do)"
+    assert (
+        report.format_saving(arm, "saved_flops_share", 100, "%") == "not reached (1 of 2 seeds do)"
+    )
 
 
 def test_means_and_spreads():
@@ -123,7 +136,13 @@ def test_a_sub_model_is_not_the_arm(tmp_path):
     rows = [(0, 0, 9.0), (0, 5, 1.0), (1, 0, 4.0), (1, 5, 3.0)]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for stage, step, loss in rows:
-            row = {"stage": stage, "step": step, "tokens": step, "flops": 10 * step, "seconds": step}
+            row = {
+                "stage": stage,
+                "step": step,
+                "tokens": step,
+                "flops": 10 * step,
+                "seconds": step,
+            }
             file.write(json.dumps(row | {"eval_loss": loss, "eval_accuracy": 0.1}) + "\n")
     entry = {"tokens": 5, "flops": 50, "seconds": 5}
     facts = {"arm": {"legs": [{"layers": "bottom:1"}]}, "ledger": {"stages": [entry, entry]}}
@@ -199,7 +218,11 @@ def test_digits_are_handwriting_or_a_clear_line(monkeypatch):
             data.load_digit_images()
     pytest.importorskip("sklearn")
     pixels, labels = data.load_digit_images()
-    assert pixels.shape == (1797, 1, 8, 8) and sorted(set(labels)) == list(range(10)) and abs(pixels.mean()) < 1e-5
+    assert (
+        pixels.shape == (1797, 1, 8, 8)
+        and sorted(set(labels)) == list(range(10))
+        and abs(pixels.mean()) < 1e-5
+    )
 
 
 def test_digits_to_train_on_are_moved_and_those_held_out_are_not(tmp_path, monkeypatch):
@@ -209,7 +232,9 @@ def test_digits_to_train_on_are_moved_and_those_held_out_are_not(tmp_path, monke
     data.write_images(made, tmp_path)
     train, held = (read_images(tmp_path / f"{name}.npz") for name in ("train", "heldout"))
     assert len(train) == 9 * 8 and len(held) == 2
-    assert all((held.pixel_values[i] == torch.from_numpy(pixels[held.labels[i]])).all() for i in range(2))
+    assert all(
+        (held.pixel_values[i] == torch.from_numpy(pixels[held.labels[i]])).all() for i in range(2)
+    )
     first = train[: 8 * 9 : 8]  # one image and where it went
     assert set(first.labels.tolist()) == {int(first.labels[0])}
     old, right, down = (first.pixel_values[at, 0] for at in (4, 3, 1))
@@ -237,7 +262,9 @@ def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli.main(["compare", place, str(whole), "--jobs", "2", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
-    process = subprocess.Popen(command(place, broken, *one), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(place, broken, *one), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 600
     while not list(broken.glob("arms/*/*/done.json")):
         assert time.monotonic() < deadline and process.poll() is None
@@ -253,8 +280,14 @@ def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
     assert losses(again).items() <= losses(numbers).items()
     assert all(file.stat().st_mtime_ns == when for file, when in before.items())
     scratch = numbers["arms"]["scratch"]
-    assert scratch["loss"]["mean"] < scratch["start_loss"]["mean"] and scratch["savings"]["saved_flops"] == 0
-    assert len(scratch["curve"]["loss"]) == 3 and numbers["sources"]["source"]["seeds"]["0"]["flops"] > 0
+    assert (
+        scratch["loss"]["mean"] < scratch["start_loss"]["mean"]
+        and scratch["savings"]["saved_flops"] == 0
+    )
+    assert (
+        len(scratch["curve"]["loss"]) == 3
+        and numbers["sources"]["source"]["seeds"]["0"]["flops"] > 0
+    )
     page = (whole / "compare.html").read_text()
     Balanced().feed(page)
     assert page.count("data:image/svg+xml") == 3
@@ -263,7 +296,9 @@ def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
 
 def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
     learned = {"name": "learned", "ligo": {"steps": 4}}
-    made = schema.load(recipe(tmp_path, data=str(text), arms=[*TINY["arms"], learned], seeds=[0]), {})
+    made = schema.load(
+        recipe(tmp_path, data=str(text), arms=[*TINY["arms"], learned], seeds=[0]), {}
+    )
     seen: list[int] = []
     fit = fit_ligo.fit_maps
 
@@ -288,7 +323,10 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
     for name in ("broken", "whole"):
         arms.train_arm(made, tmp_path / name, "learned", 0, lambda share: None)
     assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4]
-    curves = [savings.load_finished_runs(tmp_path / name, "learned", [0])[0][1] for name in ("whole", "broken")]
+    curves = [
+        savings.load_finished_runs(tmp_path / name, "learned", [0])[0][1]
+        for name in ("whole", "broken")
+    ]
     assert curves[0].loss == curves[1].loss and curves[0].flops == curves[1].flops
     assert not (arms.arm_folder(tmp_path / "broken", "learned", 0) / arms.FITTING).exists()
 
@@ -300,7 +338,10 @@ def test_a_failed_arm_does_not_stop_the_others(tmp_path, text, capsys):
     place = recipe(tmp_path, data=str(text), arms=arms, seeds=[0])
     assert cli.main(["compare", place, str(out), "--jobs=2"]) == 1
     found = capsys.readouterr()
-    assert "FAILED: arm wild, seed 0: loss" in " ".join(found.out.split()) and "Traceback" not in found.err
+    assert (
+        "FAILED: arm wild, seed 0: loss" in " ".join(found.out.split())
+        and "Traceback" not in found.err
+    )
     assert set(json.loads((out / "compare.json").read_text())["arms"]) == {"scratch", "pad"}
     with pytest.raises(RegraftError, match="another train"):
         scheduler.run(schema.load(place, {"train.lr": "0.5"}), out)
@@ -314,7 +355,11 @@ def test_transplant_keeps_the_old_corner(tmp_path):
     tiny("gpt_neox")[1].save_pretrained(tmp_path)
     source = Checkpoint.open(tmp_path)
     old = source.sizes
-    sizes = {"hidden": 2 * old["hidden"], "ffn": old["ffn"] + 8, "heads": 2 * old["kv"] * old["group"]}
+    sizes = {
+        "hidden": 2 * old["hidden"],
+        "ffn": old["ffn"] + 8,
+        "heads": 2 * old["kv"] * old["group"],
+    }
     made = Transplant(**sizes, layers=source.layers + 1)(source)
     for role in ("attn.q.weight", "mlp.up.weight"):
         new, before = made[role, 0].read(), source[role, 0].read()
@@ -332,7 +377,10 @@ def test_transplant_keeps_the_old_corner(tmp_path):
             "[rank1]: RuntimeError: closed by peer\nraise ChildFailedError(\nx.errors.ChildFailedError: \n=====",
             "closed by",
         ),
-        ("x.errors.ChildFailedError:\n  traceback : Signal 11 (SIGSEGV) received by PID 7\n=====", "Signal 11"),
+        (
+            "x.errors.ChildFailedError:\n  traceback : Signal 11 (SIGSEGV) received by PID 7\n=====",
+            "Signal 11",
+        ),
         ("what else", "what else"),
         ("", "without a word"),
     ],

@@ -32,7 +32,11 @@ ARMS = [
     {"name": "lit", "against": "scratch", "linear": RETNET | {"inherit": "o", "stages": [LIT]}},
     {"name": "plain", "scratch": True},
     DISTIL | {"against": "plain"},
-    {"name": "taylor", "against": "plain", "linear": {"method": "taylor", "keep": "restore:1", "calibration": 48}},
+    {
+        "name": "taylor",
+        "against": "plain",
+        "linear": {"method": "taylor", "keep": "restore:1", "calibration": 48},
+    },
 ]
 CHANGES = {"source": LLAMA | {"num_hidden_layers": 2}, "target": {}, "arms": ARMS}
 
@@ -41,16 +45,31 @@ def test_stages_take_the_budgets_words(tmp_path: Path) -> None:
     made = schema.load(recipe(tmp_path, **CHANGES), {})
     (scratch,) = made.stages(made.arm("scratch"))
     (lit,) = made.stages(made.arm("lit"))
-    assert lit.lit == Lit(window=2, tau=9.0, warmup=2) and (lit.learn, scratch.learn) == ("lit", "all")
-    assert lit.steps == scratch.steps == made.stage(made.train).steps and lit.lr_new == made.train.lr
+    assert lit.lit == Lit(window=2, tau=9.0, warmup=2) and (lit.learn, scratch.learn) == (
+        "lit",
+        "all",
+    )
+    assert (
+        lit.steps == scratch.steps == made.stage(made.train).steps and lit.lr_new == made.train.lr
+    )
     align, distil = made.stages(made.arm("distil"))
     assert (align.kind, align.tokens, align.batch) == ("align", 384, 4)
     taylor = made.arm("taylor").linear
-    assert (taylor.mixer, taylor.window, taylor.keep, taylor.calibration) == ("gated_deltanet", 0, "restore:1", 48)
+    assert (taylor.mixer, taylor.window, taylor.keep, taylor.calibration) == (
+        "gated_deltanet",
+        0,
+        "restore:1",
+        48,
+    )
     assert [(stage.kind, stage.batch, stage.lr_body) for stage in made.stages(made.arm("taylor"))] == [
         ("align", 8, made.train.lr), ("distil", 8, 1e-5)
     ]  # fmt: skip
-    assert (distil.kind, distil.tokens, distil.batch, distil.lr_new) == ("distil", 1280 - 384, 8, 0.5)
+    assert (distil.kind, distil.tokens, distil.batch, distil.lr_new) == (
+        "distil",
+        1280 - 384,
+        8,
+        0.5,
+    )
 
 
 BAD = [
@@ -59,7 +78,10 @@ BAD = [
     ([SCRATCH | {"against": "scratch"}], "'scratch' is against 'scratch'"),
     ([SCRATCH, {"name": "x", "linear": RETNET, "random": True}], "'random', 'linear'"),
     ([SCRATCH, {"name": "x", "linear": {"mixre": "retnet"}}], "mixre"),
-    ([SCRATCH, {"name": "x", "linear": RETNET, "legs": [{"layers": "bottom:1", "share": 0.5}]}], "stages instead"),
+    (
+        [SCRATCH, {"name": "x", "linear": RETNET, "legs": [{"layers": "bottom:1", "share": 0.5}]}],
+        "stages instead",
+    ),
 ]
 
 
@@ -78,7 +100,9 @@ NOT = [
 
 
 @pytest.mark.parametrize(("linear", "words"), NOT, ids=[words for _, words in NOT])
-def test_what_cannot_be_made_is_said_before_training(tmp_path: Path, text: Path, linear: dict, words: str) -> None:  # noqa: F811
+def test_what_cannot_be_made_is_said_before_training(
+    tmp_path: Path, text: Path, linear: dict, words: str
+) -> None:  # noqa: F811
     changes = CHANGES | {"arms": [SCRATCH, {"name": "x", "linear": linear}], "data": str(text)}
     with pytest.raises(RegraftError, match=words):
         scheduler.run(schema.load(recipe(tmp_path, **changes), {}), tmp_path / "out")
@@ -87,12 +111,18 @@ def test_what_cannot_be_made_is_said_before_training(tmp_path: Path, text: Path,
 
 def test_a_scratch_arm_has_the_architecture_and_nothing_of_the_source(tmp_path: Path) -> None:
     made = schema.load(recipe(tmp_path, **CHANGES), {})
-    config = LLAMA | {"num_hidden_layers": 2, "vocab_size": 270, "architectures": ["LlamaForCausalLM"]}
+    config = LLAMA | {
+        "num_hidden_layers": 2,
+        "vocab_size": 270,
+        "architectures": ["LlamaForCausalLM"],
+    }
     model = arms.init_from_scratch(config, made.arm("scratch"), seed=1)
     modeling.build_random_model(config, 2).save_pretrained(tmp_path / "source")
     moved = modeling.materialize(Remix(**RETNET, inherit="o")(Checkpoint.open(tmp_path / "source")))
     mine, theirs = dict(model.named_parameters()), dict(moved.named_parameters())
-    assert {name: p.shape for name, p in mine.items()} == {name: p.shape for name, p in theirs.items()}
+    assert {name: p.shape for name, p in mine.items()} == {
+        name: p.shape for name, p in theirs.items()
+    }
     assert all((mine[name] != theirs[name]).any() for name in mine if mine[name].std() > 0)
     again = dict(arms.init_from_scratch(config, made.arm("scratch"), seed=1).named_parameters())
     assert all((mine[name] == again[name]).all() for name in mine)
@@ -116,15 +146,27 @@ def test_a_comparison_of_linearizations_end_to_end(tmp_path: Path, text: Path, c
         "scratch": None, "copy": "scratch", "lit": "scratch", "plain": None, "distil": "plain", "taylor": "plain"
     }  # fmt: skip
     assert found["taylor"]["seeds"]["0"]["fitting"]["keep"] in ("0", "1")
-    assert found["lit"]["unfrozen"] == {"mean": 4, "std": 0.0, "count": 1} and found["copy"]["unfrozen"]["count"] == 0
+    assert (
+        found["lit"]["unfrozen"] == {"mean": 4, "std": 0.0, "count": 1}
+        and found["copy"]["unfrozen"]["count"] == 0
+    )
     assert found["scratch"]["kl"]["count"] == 0 < found["distil"]["kl"]["count"]
-    assert len(found["copy"]["curve"]["kl"]) == len(found["copy"]["curve"]["loss"]) and found["copy"]["kl"]["mean"] > 0
-    assert found["distil"]["seeds"]["0"]["fitting"]["tokens"] == 48 and found["distil"]["curve"]["tokens"][0] == 48
+    assert (
+        len(found["copy"]["curve"]["kl"]) == len(found["copy"]["curve"]["loss"])
+        and found["copy"]["kl"]["mean"] > 0
+    )
+    assert (
+        found["distil"]["seeds"]["0"]["fitting"]["tokens"] == 48
+        and found["distil"]["curve"]["tokens"][0] == 48
+    )
     assert found["copy"]["start_loss"]["mean"] < found["scratch"]["start_loss"]["mean"]
-    assert {arm["tokens"]["mean"] for name, arm in found.items() if name not in ("distil", "taylor")} == {1280}
+    assert {
+        arm["tokens"]["mean"] for name, arm in found.items() if name not in ("distil", "taylor")
+    } == {1280}
     table = (out / "table.md").read_text().splitlines()
     assert (
-        table[0].split(" | ")[1:3] == ["against", "loss at start"] and len({row.count(" | ") for row in table[:8]}) == 1
+        table[0].split(" | ")[1:3] == ["against", "loss at start"]
+        and len({row.count(" | ") for row in table[:8]}) == 1
     )
     page = (out / "compare.html").read_text()
     Balanced().feed(page)

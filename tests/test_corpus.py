@@ -44,7 +44,10 @@ PACKERS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
 def documents(count: int = 60, seed: int = 0) -> list[str]:
     """Documents of 1 to 200 letters, some beyond ASCII."""
     chance = random.Random(seed)
-    return ["".join(chance.choices("abc dé\n", k=chance.randint(1, 200))).strip() + "x" for _ in range(count)]
+    return [
+        "".join(chance.choices("abc dé\n", k=chance.randint(1, 200))).strip() + "x"
+        for _ in range(count)
+    ]
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -53,7 +56,11 @@ def jsonl(texts: list[str]) -> bytes:
 
 def same(rows: Any, expected: Any) -> None:
     """All rows at once, and some one by one and out of order."""
-    assert len(rows) == len(expected) and rows.tokens == expected.tokens and rows.largest == expected.largest
+    assert (
+        len(rows) == len(expected)
+        and rows.tokens == expected.tokens
+        and rows.largest == expected.largest
+    )
     for pick in (slice(None), slice(1, 3), torch.tensor([len(expected) - 1, 0]), [-1]):
         for name in ("input_ids", "position_ids", "bytes"):
             assert torch.equal(getattr(rows[pick], name), getattr(expected[pick], name))
@@ -86,7 +93,9 @@ def test_rows_on_disk_are_those_in_memory(length, block, tmp_path, monkeypatch):
     expected = pack(read_documents(tmp_path), TOKENIZER, length)
     same(TextMixture([Text(str(tmp_path))], TOKENIZER)(length), expected)
     letters = TextMixture([Text(str(tmp_path))], Letters())(length)
-    assert torch.equal(letters[:].input_ids, pack(read_documents(tmp_path), Letters(), length).input_ids)
+    assert torch.equal(
+        letters[:].input_ids, pack(read_documents(tmp_path), Letters(), length).input_ids
+    )
 
 
 def test_shares_hold(tmp_path):
@@ -97,11 +106,17 @@ def test_shares_hold(tmp_path):
     scale = min(len(packed) / text.share for packed, text in zip(packs, texts, strict=True))
     picked = []
     for packed, text in zip(packs, texts, strict=True):
-        picked.append(packed[torch.linspace(0, len(packed) - 1, int(scale * text.share)).round().long()])
+        picked.append(
+            packed[torch.linspace(0, len(packed) - 1, int(scale * text.share)).round().long()]
+        )
     rows = TextMixture(texts, TOKENIZER)(32)
     for name in ("input_ids", "position_ids", "bytes"):
-        assert torch.equal(getattr(rows[:], name), torch.cat([getattr(packed, name) for packed in picked]))
-    assert torch.equal(rows[[len(picked[0]), 0]].input_ids, torch.stack([p.input_ids[0] for p in reversed(picked)]))
+        assert torch.equal(
+            getattr(rows[:], name), torch.cat([getattr(packed, name) for packed in picked])
+        )
+    assert torch.equal(
+        rows[[len(picked[0]), 0]].input_ids, torch.stack([p.input_ids[0] for p in reversed(picked)])
+    )
 
 
 def write(folder: Path, kind: str, texts: list[str]) -> Path:
@@ -109,13 +124,17 @@ def write(folder: Path, kind: str, texts: list[str]) -> Path:
     file = folder / f"text{kind}"
     if kind == ".arrow":
         datasets = pytest.importorskip("datasets")
-        datasets.Dataset.from_dict({"n": range(len(texts)), "text": texts}).save_to_disk(folder / "saved")
+        datasets.Dataset.from_dict({"n": range(len(texts)), "text": texts}).save_to_disk(
+            folder / "saved"
+        )
         next((folder / "saved").glob("*.arrow")).rename(file)
     elif kind == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.table({"n": range(len(texts)), "text": texts}), file, row_group_size=13)
+        parquet.write_table(
+            pyarrow.table({"n": range(len(texts)), "text": texts}), file, row_group_size=13
+        )
     else:
         plain = "\n\n\n".join(texts).encode() if ".txt" in kind else jsonl(texts)
         file.write_bytes(PACKERS.get(file.suffix, bytes)(plain))
@@ -200,7 +219,10 @@ def test_a_cache_is_read_once(tmp_path, monkeypatch, small):
     same(again(20), pack(read_documents(file), TOKENIZER, 20))
     monkeypatch.undo()
     file.write_bytes(jsonl(documents(30)))  # another text under the same name, another tokenizer
-    same(TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(20), pack(documents(30), TOKENIZER, 20))
+    same(
+        TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(20),
+        pack(documents(30), TOKENIZER, 20),
+    )
     TextMixture([Text(str(file))], Letters(), cache=tmp_path / "cache")(20)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
@@ -220,12 +242,16 @@ def test_any_number_of_processes_makes_the_same_cache(world, tmp_path, monkeypat
         return original(part, *rest)
 
     monkeypatch.setattr(token_cache.TokenCache, "fill", noted)
-    for rank in range(world):  # each begins with a file of its own; the first to come finishes what is left
+    for rank in range(
+        world
+    ):  # each begins with a file of its own; the first to come finishes what is left
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         corpus = Corpus(text, TOKENIZER, tmp_path / "many")
         part, enough = corpus.find_unread_files(None)[rank]
         assert part.fill(enough, False)
-    assert begun == [f"{number}.jsonl" for number in ([0] if world == 1 else [0, 2] if world == 2 else [0, 2, 4])]
+    assert begun == [
+        f"{number}.jsonl" for number in ([0] if world == 1 else [0, 2] if world == 2 else [0, 2, 4])
+    ]
     same(TextMixture([text], TOKENIZER, cache=tmp_path / "many")(50), expected[:])
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert len(begun) == len(set(begun)) == 5
@@ -244,16 +270,46 @@ def test_a_file_that_another_process_reads_is_left_to_it(tmp_path, monkeypatch, 
 
 
 BAD = [
-    ("a.jsonl", b'{"text": "one"}\n{"text": "x"\n{"text": "two"}\n', "a.jsonl' line 2 is not JSON", 2),
-    ("b.jsonl", b'{"text": "one"}\n{"txt": 3}\n[1]\n{"text": null}\n', "b.jsonl' line 2 has no string field 'text'", 1),
+    (
+        "a.jsonl",
+        b'{"text": "one"}\n{"text": "x"\n{"text": "two"}\n',
+        "a.jsonl' line 2 is not JSON",
+        2,
+    ),
+    (
+        "b.jsonl",
+        b'{"text": "one"}\n{"txt": 3}\n[1]\n{"text": null}\n',
+        "b.jsonl' line 2 has no string field 'text'",
+        1,
+    ),
     ("c.jsonl", b'{"text": "one"}\n\n"\xe9"\n{"text": "2"}', "c.jsonl' line 3 is not UTF-8", 2),
-    ("d.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n', "d.jsonl' line 2 holds half a character", 1),
+    (
+        "d.jsonl",
+        b'{"text": "one"}\n{"text": "\\ud800"}\n',
+        "d.jsonl' line 2 holds half a character",
+        1,
+    ),
     ("e.jsonl", b'{"text": "one"}\n' + b"[" * 100000, "e.jsonl' line 2 is not JSON", 1),
     ("f.txt", b"one\n\n\ntwo\xe9\nthree\n", r"f.txt' line 4 is not UTF-8 \(byte 9\)", 2),
     ("g.txt", b"one\n\n\ntwo\xc3", r"g.txt' line 4 is not UTF-8 \(byte 9\)", 1),
-    ("h.jsonl.gz", gzip.compress(jsonl(documents(99)))[:-900], "h.jsonl.gz' cannot be read beyond line", None),
-    ("i.jsonl.xz", lzma.compress(jsonl(documents(99)))[:-900], "i.jsonl.xz' cannot be read beyond line", None),
-    ("j.jsonl.zst", zstd.compress(jsonl(documents(99)))[:-9], "j.jsonl.zst' cannot be read beyond line", None),
+    (
+        "h.jsonl.gz",
+        gzip.compress(jsonl(documents(99)))[:-900],
+        "h.jsonl.gz' cannot be read beyond line",
+        None,
+    ),
+    (
+        "i.jsonl.xz",
+        lzma.compress(jsonl(documents(99)))[:-900],
+        "i.jsonl.xz' cannot be read beyond line",
+        None,
+    ),
+    (
+        "j.jsonl.zst",
+        zstd.compress(jsonl(documents(99)))[:-9],
+        "j.jsonl.zst' cannot be read beyond line",
+        None,
+    ),
     ("k.txt.gz", b"no gzip", "k.txt.gz' cannot be read beyond line 0", 0),
     ("l.txt.zst", b"no zstd", "l.txt.zst' cannot be read beyond line 0", 0),
     ("m.parquet", b"PAR1 broken", "m.parquet' is no readable parquet file", 0),
@@ -278,7 +334,9 @@ def test_bad_lines_are_named_or_counted(name, content, says, good, tmp_path, cap
     assert facts["bad_lines"] == bad and re.search(says, facts["bad"][0]) and facts["complete"]
     assert facts["documents"] == good + 1 if good is not None else 0 < facts["documents"] < 100
     assert re.search(f"left out {bad} bad lines: .*{says}", capsys.readouterr().err)
-    with pytest.raises(RegraftError, match=says):  # the cache is there, and still the text is not good
+    with pytest.raises(
+        RegraftError, match=says
+    ):  # the cache is there, and still the text is not good
         TextMixture([Text(where)], TOKENIZER, cache=tmp_path / "cache")(2)
 
 
@@ -290,7 +348,9 @@ def test_bad_lines_are_counted_once_over_interruptions(tmp_path, monkeypatch, sm
         Corpus(text, TOKENIZER, tmp_path / "cache").fill_caches(tokens)
     rows = TextMixture([text], TOKENIZER, cache=tmp_path / "cache")
     rows(10)
-    assert rows.facts()[0]["bad_lines"] == 9 and rows.facts()[0]["bad"][1].startswith(f"'{tmp_path}/a.jsonl' line 8 ")
+    assert rows.facts()[0]["bad_lines"] == 9 and rows.facts()[0]["bad"][1].startswith(
+        f"'{tmp_path}/a.jsonl' line 8 "
+    )
 
 
 def test_a_damaged_parquet_group_is_named(tmp_path):
@@ -326,7 +386,11 @@ def test_paths(tmp_path):
     assert named(f"{tmp_path}/b.jsonl, {tmp_path}/*.jsonl") == ["b.jsonl", "a.jsonl"]
     assert named(f"{tmp_path}/odd,name.txt") == ["odd,name.txt"]
     assert named(f"{tmp_path}/settings.json") == ["settings.json"]
-    refusals = {"*.txt.gz": "no text at", "notes.md": "its name must end in", "gone.txt": "no text at"}
+    refusals = {
+        "*.txt.gz": "no text at",
+        "notes.md": "its name must end in",
+        "gone.txt": "no text at",
+    }
     for path, says in refusals.items():
         with pytest.raises(RegraftError, match=says):
             files.find_files(tmp_path / path)
@@ -384,7 +448,11 @@ def test_no_more_is_read_than_is_needed(long, tmp_path, monkeypatch, small):
         rows = TextMixture([text], TOKENIZER, cache=place)
         assert len(rows(32)) == 200 and torch.equal(rows(32)[:].input_ids, whole.input_ids[:200])
         facts = rows.facts()[0]
-        assert facts["row_tokens"] == 6400 and facts["files"] == 9 and facts["file_bytes"] > facts["text_bytes"] > 0
+        assert (
+            facts["row_tokens"] == 6400
+            and facts["files"] == 9
+            and facts["file_bytes"] > facts["text_bytes"] > 0
+        )
         assert not facts["complete"] or before == 0
         if before is None:
             assert facts["files_read"] < 6 and facts["tokens"] < 30_000
@@ -412,7 +480,11 @@ def test_text_is_split_alike_whatever_the_chunks(text, chunk, line, stop, tmp_pa
         patched.setattr(files, "CHUNK", chunk)
         patched.setattr(reading, "CHUNK", line)
         whole = list(read_pieces(file, "text", ReadPosition(), BadLines()))
-        assert [piece.text for piece in whole] == old(file.read_text(encoding="utf-8")) == read_documents_or_none(file)
+        assert (
+            [piece.text for piece in whole]
+            == old(file.read_text(encoding="utf-8"))
+            == read_documents_or_none(file)
+        )
         for piece in whole[stop : stop + 1]:  # and from the middle
             place = ReadPosition(**json.loads(json.dumps(piece.after.json())))
             rest = [later.text for later in read_pieces(file, "text", place, BadLines())]
@@ -427,7 +499,11 @@ def read_documents_or_none(file: Path) -> list[str]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text("ab \n\té", max_size=200), chunk=st.integers(5, 40), kind=st.sampled_from([".txt", ".jsonl"]))
+@given(
+    text=st.text("ab \n\té", max_size=200),
+    chunk=st.integers(5, 40),
+    kind=st.sampled_from([".txt", ".jsonl"]),
+)
 def test_long_documents_come_in_pieces(text, chunk, kind, tmp_path_factory):
     """Together they are the document; a stop between two of them loses nothing, and chunks do not matter."""
     file = tmp_path_factory.mktemp("split") / f"a{kind}"
@@ -443,11 +519,18 @@ def test_long_documents_come_in_pieces(text, chunk, kind, tmp_path_factory):
         assert [(p.text, p.ends) for p in parts] == [(p.text, p.ends) for p in again]
         assert [(p.text, p.ends) for p in parts] == [(p.text, p.ends) for p in small]
         joined = "".join(piece.text + "\0" * piece.ends for piece in parts).split("\0")[:-1]
-        assert joined == (old(text) if kind == ".txt" else [text.strip("\n")] if text.strip() else [])
+        assert joined == (
+            old(text) if kind == ".txt" else [text.strip("\n")] if text.strip() else []
+        )
         assert all(len(piece.text.rstrip()) <= 16 for piece in parts)
         for number, piece in enumerate(small):
             if piece.after is not None:
-                rest = [p.text for p in read_pieces(file, "text", ReadPosition(**piece.after.json()), BadLines())]
+                rest = [
+                    p.text
+                    for p in read_pieces(
+                        file, "text", ReadPosition(**piece.after.json()), BadLines()
+                    )
+                ]
                 assert rest == [p.text for p in small[number + 1 :]]
 
 
@@ -483,12 +566,17 @@ def test_memory_does_not_grow_with_the_file(kind, tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     file = write(tmp_path, ".jsonl", documents())
     monkeypatch.setattr(
-        token_cache.os, "fsync", lambda stream: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        token_cache.os,
+        "fsync",
+        lambda stream: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     with pytest.raises(RegraftError, match="No space left on device.*--cache"):
         TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50)
     monkeypatch.undo()
-    same(TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50), pack(documents(), TOKENIZER, 50))
+    same(
+        TextMixture([Text(str(file))], TOKENIZER, cache=tmp_path / "cache")(50),
+        pack(documents(), TOKENIZER, 50),
+    )
 
 
 def model_and_text(folder: Path) -> list[str]:
@@ -497,7 +585,11 @@ def model_and_text(folder: Path) -> list[str]:
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(documents()) + b"{\n"))
     (folder / "b.jsonl").write_bytes(jsonl(documents(seed=1)))
     flags = {"stage": "next", "tokens": 640, "length": 32, "batch": 2, "data": f"{folder}/*.jsonl*"}
-    return ["train", folder / "model", *(word for flag, value in flags.items() for word in (f"--{flag}", value))]
+    return [
+        "train",
+        folder / "model",
+        *(word for flag, value in flags.items() for word in (f"--{flag}", value)),
+    ]
 
 
 def test_train_goes_on_after_a_bad_line_and_tells_of_it(tmp_path, capsys):
@@ -544,10 +636,24 @@ def test_two_processes_take_different_files(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
     script = tmp_path / "both.py"
-    names = {"tests": str(Path(__file__).parent), "data": f"{tmp_path}/*.jsonl", "out": str(tmp_path / "two")}
+    names = {
+        "tests": str(Path(__file__).parent),
+        "data": f"{tmp_path}/*.jsonl",
+        "out": str(tmp_path / "two"),
+    }
     script.write_text(BOTH.format(**names))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300
+    )
     assert done.returncode == 0, done.stderr
     took = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("took"))
     assert done.stdout.count("took") == len(took) == 6 and set(took.values()) == {"0", "1"}
@@ -560,15 +666,23 @@ def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
     """Also when other runs have filled the cache further, and when some of the text that it does not read is new."""
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
-    text, own, kept = Text(str(tmp_path / "*.jsonl"), long=long, read=6400), tmp_path / "own", tmp_path / "cache"
+    text, own, kept = (
+        Text(str(tmp_path / "*.jsonl"), long=long, read=6400),
+        tmp_path / "own",
+        tmp_path / "cache",
+    )
     first = TextMixture([text], TOKENIZER, own=own, cache=kept)(32)[:]
     TextMixture([Text(text.path)], TOKENIZER, cache=kept)(32)
     (tmp_path / "8.jsonl").write_bytes(jsonl(["other"]))
-    assert torch.equal(TextMixture([text], TOKENIZER, own=own, cache=kept)(32)[:].input_ids, first.input_ids)
+    assert torch.equal(
+        TextMixture([text], TOKENIZER, own=own, cache=kept)(32)[:].input_ids, first.input_ids
+    )
     with pytest.raises(RegraftError, match="not the one that this run began with"):
         TextMixture([dataclasses.replace(text, read=3200)], TOKENIZER, own=own, cache=kept)(32)
     (tmp_path / "0.jsonl").write_bytes(jsonl(documents(40, 99)))
-    with pytest.raises(RegraftError, match=r"'0.jsonl, [\d,]+ bytes' then, '0.jsonl, [\d,]+ bytes' now"):
+    with pytest.raises(
+        RegraftError, match=r"'0.jsonl, [\d,]+ bytes' then, '0.jsonl, [\d,]+ bytes' now"
+    ):
         TextMixture([text], TOKENIZER, own=own, cache=kept)(32)
 
 

@@ -17,7 +17,10 @@ def pretend_packages(target):
     """What pip would have unpacked."""
     file = target / default_text.WIKI
     file.parent.mkdir(parents=True)
-    articles = {f"Thing {n}": {"title": "", "extract": "A thing is a thing among things. " * 12} for n in range(20)}
+    articles = {
+        f"Thing {n}": {"title": "", "extract": "A thing is a thing among things. " * 12}
+        for n in range(20)
+    }
     file.write_text(json.dumps(articles | {"Nothing": {"title": "", "extract": " "}}))
     return target
 
@@ -26,7 +29,9 @@ def test_held_out_topics_are_about_a_fifth_and_never_trained_on():
     held, trained = default_text.heldout_topics(), default_text.documentation()
     assert len(held) == len(default_text.HELD_OUT) and not set(held) & set(trained)
     assert 0.15 < sum(map(len, held)) / sum(map(len, held + trained)) < 0.25
-    assert sum(len(document) > 12000 for document in held) >= 3, "long documents are what a state is measured on"
+    assert sum(len(document) > 12000 for document in held) >= 3, (
+        "long documents are what a state is measured on"
+    )
 
 
 def test_encyclopedia_skips_empty_articles(tmp_path):
@@ -58,7 +63,9 @@ def test_budget_leaves_room_in_fifteen_minutes():
 @pytest.mark.slow
 def test_demo_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "fetch", lambda target: target if target.is_dir() else pretend_packages(target))
+    monkeypatch.setattr(
+        demo, "fetch", lambda target: target if target.is_dir() else pretend_packages(target)
+    )
     monkeypatch.delenv("REGRAFT_CACHE", raising=False)
     speaking.save(tmp_path / "model")
     overrides = {

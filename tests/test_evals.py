@@ -24,7 +24,9 @@ def text(tmp_path_factory):
 def test_perplexity_and_kl_equal_the_plain_computation():
     teacher, student = tiny("llama", seed=0)[1], tiny("llama", seed=3)[1]
     ids, sizes = tokens(3, SLICE + 40), torch.tensor([700, 800, 900])
-    scores = measure({"student": Candidate(student), "teacher": Candidate(teacher)}, ids, sizes, "teacher")
+    scores = measure(
+        {"student": Candidate(student), "teacher": Candidate(teacher)}, ids, sizes, "teacher"
+    )
     with torch.no_grad():
         p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
     nll = -q.gather(2, ids[:, 1:, None]).mean()
@@ -32,14 +34,18 @@ def test_perplexity_and_kl_equal_the_plain_computation():
     assert row["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)
     assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert row["tokens"] == 3 * (SLICE + 39) and row["windows"] == 3
-    assert row["bits_per_byte"] == pytest.approx(float(nll) * row["tokens"] / 2400 / math.log(2), rel=1e-4)
+    assert row["bits_per_byte"] == pytest.approx(
+        float(nll) * row["tokens"] / 2400 / math.log(2), rel=1e-4
+    )
     assert row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"])
     assert scores["teacher"].json()["kl"] is None
 
 
 def test_a_model_has_no_divergence_from_itself():
     model = tiny("qwen3")[1]
-    scores = measure({"t": Candidate(model), "s": Candidate(model)}, tokens(1, 32), torch.tensor([90]), "t")
+    scores = measure(
+        {"t": Candidate(model), "s": Candidate(model)}, tokens(1, 32), torch.tensor([90]), "t"
+    )
     assert scores["s"].json()["kl"] == 0.0
 
 
@@ -47,7 +53,9 @@ def test_progress_counts_every_forward():
     seen = []
     model = tiny("llama")[1]
     rows = {"a": Candidate(model), "b": Candidate(model)}
-    measure(rows, tokens(3, 8), torch.ones(3), progress=lambda done, total: seen.append((done, total)))
+    measure(
+        rows, tokens(3, 8), torch.ones(3), progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(number, 6) for number in range(1, 7)]
 
 
@@ -77,12 +85,16 @@ def test_table_has_every_baseline_in_order(source, linearized, text):
     )
     off = table["baselines"][baselines.NO_LINEAR]
     window = table["baselines"][baselines.WINDOW_KEPT]
-    assert off["perplexity"] == pytest.approx(window["perplexity"], rel=1e-5), "gate at the window end is the window"
+    assert off["perplexity"] == pytest.approx(window["perplexity"], rel=1e-5), (
+        "gate at the window end is the window"
+    )
 
 
 def test_window_everywhere_needs_text_longer_than_the_window(source, linearized, text):
     short = evaluate.evaluate(str(linearized), str(source), str(text), 2, 16)["baselines"]
-    assert short[baselines.WINDOW_ALL]["kl"] == pytest.approx(0, abs=1e-6), "16 tokens fit into a window of 16"
+    assert short[baselines.WINDOW_ALL]["kl"] == pytest.approx(0, abs=1e-6), (
+        "16 tokens fit into a window of 16"
+    )
     long = evaluate.evaluate(str(linearized), str(source), str(text), 2, 64)["baselines"]
     assert long[baselines.WINDOW_ALL]["kl"] > 1e-4
 
@@ -97,7 +109,9 @@ def test_default_text_is_the_held_out_documentation(source):
     assert windows.input_ids.shape == (3, 1024)
 
 
-@pytest.mark.parametrize(("text", "counts"), [("1k,4k", [1024, 4096]), ("512", [512]), ("16K,7", [16384, 7])])
+@pytest.mark.parametrize(
+    ("text", "counts"), [("1k,4k", [1024, 4096]), ("512", [512]), ("16K,7", [16384, 7])]
+)
 def test_lengths_are_read(text, counts):
     assert bench.parse_lengths(text) == counts
 
@@ -111,8 +125,13 @@ def test_wrong_lengths_are_named(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bench_rows_and_constant_state(source, linearized, batch):
-    rows = bench.bench({"teacher": str(source), "student": str(linearized)}, [64, 256], steps=2, batch=batch)
-    assert rows["teacher"][0]["state_bytes"] == batch * bench.measure(str(source), 64, 1)["state_bytes"]
+    rows = bench.bench(
+        {"teacher": str(source), "student": str(linearized)}, [64, 256], steps=2, batch=batch
+    )
+    assert (
+        rows["teacher"][0]["state_bytes"]
+        == batch * bench.measure(str(source), 64, 1)["state_bytes"]
+    )
     for name in ("teacher", "student"):
         for row in rows[name]:
             assert row["batch"] == batch
@@ -143,7 +162,10 @@ def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
     for name, (row,) in rows.items():
         assert row["decode_tok_s"] is row["prefill_tok_s"] is row["peak_bytes"] is None
         for key in ("length", "batch", "state_bytes", "converted_bytes", "kept_bytes"):
-            assert row[key] == pytest.approx(measured[name][key], rel=0.02), (name, key)  # but for small marks
+            assert row[key] == pytest.approx(measured[name][key], rel=0.02), (
+                name,
+                key,
+            )  # but for small marks
     assert plots.plot_speed(rows).startswith(b"<?xml") and tables.speed_table(rows).row_count == 2
     assert len(html.speed_tables(rows)) == 2
 

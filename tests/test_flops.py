@@ -31,7 +31,9 @@ MIXERS = [
     Remix("window", "0", window=16),
     Remix("supra", "none", window=0),
     Remix("supra", "none", window=0, options={"feature": "dense"}),
-    Remix("gated_deltanet", "none", window=0, options={"grouped": False, "norm": True, "gate": True}),
+    Remix(
+        "gated_deltanet", "none", window=0, options={"grouped": False, "norm": True, "gate": True}
+    ),
     Remix("gated_deltanet", "0", window=16),
     Remix("retnet", "none", window=0),
     Remix("mamba", "none", window=0),
@@ -44,7 +46,12 @@ MIXERS = [
     Remix("gla", "none", window=0),
     Remix("gla", "0", window=16, options={"gate_from": "keys", "grouped": True}),
     Remix("rwkv6", "none", window=0),
-    Remix("rwkv6", "none", window=0, options={"decay": "static", "shift": False, "bonus": False, "grouped": True}),
+    Remix(
+        "rwkv6",
+        "none",
+        window=0,
+        options={"decay": "static", "shift": False, "bonus": False, "grouped": True},
+    ),
     Remix("lolcats", "none", window=0, options={"window": 40, "grouped": True}),
 ]
 
@@ -52,11 +59,15 @@ MIXERS = [
 def outputs(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sum of everything that the class gives, so that nothing is left out of the backward pass."""
     found = model(**given)
-    values = [v for v in found.values() if torch.is_tensor(v) and v.ndim] + list(found.get("feature_maps") or ())
+    values = [v for v in found.values() if torch.is_tensor(v) and v.ndim] + list(
+        found.get("feature_maps") or ()
+    )
     return sum((value.sum() for value in values), torch.zeros(()))
 
 
-def counted(model: PreTrainedModel, given: dict[str, torch.Tensor], ours: bool = False) -> tuple[int, int]:
+def counted(
+    model: PreTrainedModel, given: dict[str, torch.Tensor], ours: bool = False
+) -> tuple[int, int]:
     """(forward, forward and backward) FLOPs as PyTorch counts them; `ours`: with `flops.counter`'s further kernels."""
     found = []
     for back in (False, True):
@@ -73,7 +84,9 @@ def rows(config: Any, length: int) -> dict[str, torch.Tensor]:
     return made(config) if hasattr(config, "image_size") else {"input_ids": tokens(2, length)}
 
 
-def agrees(config: dict[str, Any] | Checkpoint, model: PreTrainedModel, length: int, ours: bool) -> None:
+def agrees(
+    config: dict[str, Any] | Checkpoint, model: PreTrainedModel, length: int, ours: bool
+) -> None:
     """Both passes; far closer than the promised 1 %, so that a head on too many positions shows."""
     forward, training = counted(model, rows(model.config, length), ours)
     assert flops.forward_flops(config, length, 2) == pytest.approx(forward, rel=0.001)
@@ -92,8 +105,12 @@ def test_every_family_and_class(family: str, architecture: str | None) -> None:
         agrees(config.to_dict(), model, length, ours=False)
     if "image_size" not in config.to_dict():
         short, long = (counted(model, rows(config, length))[1] for length in (13, 39))
-        square = flops.training_flops(config.to_dict(), 39, 2) - 3 * flops.training_flops(config.to_dict(), 13, 2)
-        assert square == pytest.approx(long - 3 * short, rel=0.01)  # of attention alone, but for a head on one position
+        square = flops.training_flops(config.to_dict(), 39, 2) - 3 * flops.training_flops(
+            config.to_dict(), 13, 2
+        )
+        assert square == pytest.approx(
+            long - 3 * short, rel=0.01
+        )  # of attention alone, but for a head on one position
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -102,7 +119,9 @@ def test_after_growth(family: str, tmp_path: Path) -> None:
     target = Growth(ffn=144, layers=5)(Checkpoint.open(tmp_path))
     for length in (13, 39):
         agrees(target, modeling.materialize(target), length, ours=True)
-    assert flops.forward_flops(target, 13) > 1.5 * flops.forward_flops(Checkpoint.open(tmp_path), 13)
+    assert flops.forward_flops(target, 13) > 1.5 * flops.forward_flops(
+        Checkpoint.open(tmp_path), 13
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +149,9 @@ def test_options_of_a_family(family: str, keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("remix", MIXERS, ids=lambda remix: f"{remix.mixer}-{remix.window}-{len(remix.options)}")
+@pytest.mark.parametrize(
+    "remix", MIXERS, ids=lambda remix: f"{remix.mixer}-{remix.window}-{len(remix.options)}"
+)
 def test_linearized_models(family: str, remix: Remix, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path)
     target = remix(Checkpoint.open(tmp_path))
@@ -141,16 +162,28 @@ def test_linearized_models(family: str, remix: Remix, tmp_path: Path) -> None:
 
 def per_step(model: PreTrainedModel, stage: Stage, data: Rows, out: Path) -> int:
     """The ledger's FLOPs of a step."""
-    return int(loop.train(loop.Run(model, [stage], lambda length: data, out))["stages"][0]["flops_per_step"])
+    return int(
+        loop.train(loop.Run(model, [stage], lambda length: data, out))["stages"][0][
+            "flops_per_step"
+        ]
+    )
 
 
 def text(length: int) -> Packed:
     """Four rows, one document each."""
     ids = tokens(4, length)
-    return Packed(ids, torch.arange(length).expand_as(ids), torch.full((4,), length), mask=96, special=(0, 1, 2))
+    return Packed(
+        ids,
+        torch.arange(length).expand_as(ids),
+        torch.full((4,), length),
+        mask=96,
+        special=(0, 1, 2),
+    )
 
 
-@pytest.mark.parametrize("remix", [None, Remix(keep="every:2", window=16)], ids=["stock", "linearized"])
+@pytest.mark.parametrize(
+    "remix", [None, Remix(keep="every:2", window=16)], ids=["stock", "linearized"]
+)
 def test_the_loops_ledger(remix: Remix | None, tmp_path: Path) -> None:
     tiny("llama")[1].save_pretrained(tmp_path / "source")
     target = Checkpoint.open(tmp_path / "source")
@@ -168,11 +201,15 @@ def test_the_loops_ledger_of_masked_tokens(family: str, tmp_path: Path) -> None:
     assert found == pytest.approx(flops.training_flops(config.to_dict(), 32, 2), rel=0.01)
 
 
-@pytest.mark.parametrize(("family", "architecture"), [("vit", None), ("dinov2", "Dinov2ForImageClassification")])
+@pytest.mark.parametrize(
+    ("family", "architecture"), [("vit", None), ("dinov2", "Dinov2ForImageClassification")]
+)
 def test_the_loops_ledger_of_images(family: str, architecture: str | None, tmp_path: Path) -> None:
     config, model = tiny(family, architecture=architecture)
     stage = Stage("image", 2, length=1, batch=2, precision="float32")
-    found = per_step(model, stage, Images(made(config, 4)["pixel_values"], torch.arange(4)), tmp_path)
+    found = per_step(
+        model, stage, Images(made(config, 4)["pixel_values"], torch.arange(4)), tmp_path
+    )
     assert found == pytest.approx(flops.training_flops(config.to_dict(), 1, 2), rel=0.01)
 
 
@@ -200,11 +237,17 @@ def test_the_plan_says_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     said = json.loads(capsys.readouterr().out)
     source, target = said["row_flops_per_token"]["source"], said["row_flops_per_token"]["target"]
     assert said["row_tokens"] == 64 and target["training"] == 3 * target["forward"]
-    assert source["forward"] == flops.forward_flops(Checkpoint.open(tmp_path), 64) // 64 < target["forward"]
+    assert (
+        source["forward"]
+        == flops.forward_flops(Checkpoint.open(tmp_path), 64) // 64
+        < target["forward"]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_a_decoded_token_costs_what_one_step_through_the_cache_does(family: str, tmp_path: Path) -> None:
+def test_a_decoded_token_costs_what_one_step_through_the_cache_does(
+    family: str, tmp_path: Path
+) -> None:
     tiny(family, tie_word_embeddings=True)[1].save_pretrained(tmp_path)
     source = Checkpoint.open(tmp_path)
     model = modeling.materialize(source)
@@ -212,4 +255,6 @@ def test_a_decoded_token_costs_what_one_step_through_the_cache_does(family: str,
         past = modeling.cache_of(model(tokens(1, 40)))
         with flops.build_flop_counter() as counter:
             model(tokens(1, 1), **modeling.cache_kwargs(past))
-    assert Plan.of(source, source, context=41).flops_per_token["source"] == counter.get_total_flops()
+    assert (
+        Plan.of(source, source, context=41).flops_per_token["source"] == counter.get_total_flops()
+    )

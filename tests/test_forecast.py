@@ -39,7 +39,9 @@ LINEAR = Remix("gated_deltanet", "0", window=16, sinks=2)
 
 
 def saved(folder: Path, family: str, **keys: Any) -> Checkpoint:
-    tiny(family, hidden=64, heads=8, kv=4, dim=8, ffn=160, layers=4, vocab=601, **keys)[1].save_pretrained(folder)
+    tiny(family, hidden=64, heads=8, kv=4, dim=8, ffn=160, layers=4, vocab=601, **keys)[
+        1
+    ].save_pretrained(folder)
     return Checkpoint.open(folder)
 
 
@@ -55,7 +57,9 @@ def text(rows: int) -> Packed:
     return Packed(ids, places, torch.full((rows,), LENGTH))
 
 
-def taken(source: Checkpoint, target: Checkpoint, asked: TrainingForecastRequest, rows: int) -> float:
+def taken(
+    source: Checkpoint, target: Checkpoint, asked: TrainingForecastRequest, rows: int
+) -> float:
     """Bytes alive at the worst moment of a real step, beside the weights."""
     fast, given = asked.precision == "bfloat16", text(rows)
     model, teacher = modeling.materialize(target), modeling.materialize(source)
@@ -92,7 +96,11 @@ def test_the_memory_model_is_that_of_real_tensors(
     made = saved(tmp_path, family, tie_word_embeddings=tied)
     asked = TrainingForecastRequest(stage=kind, length=LENGTH, **({"precision": "float32"} | flags))
     step = plan_step_memory(made, made if kind == "distil" else None, asked)
-    assert step.weight_count == step.trainable_count == sum(lazy.size for lazy in made.tensors.values())
+    assert (
+        step.weight_count
+        == step.trainable_count
+        == sum(lazy.size for lazy in made.tensors.values())
+    )
     for rows in (1, 5):
         used = peak_memory(step, asked, rows, False)
         told = sum(used.values()) - used["parameters"] - used["adam"] - used["teacher"]
@@ -120,10 +128,14 @@ def test_counting_flops_keeps_nothing_that_checkpointing_frees(source: Checkpoin
             objectives.compute_loss_on_targets(model, "next", seen, labels).backward()
         peaks.append(alive.peak)
         model.zero_grad(set_to_none=True)
-    assert peaks[1] < 1.3 * peaks[0]  # 2.5 with the record of modules; what it takes apart has temporaries of its own
+    assert (
+        peaks[1] < 1.3 * peaks[0]
+    )  # 2.5 with the record of modules; what it takes apart has temporaries of its own
 
 
-def test_short_rows_tell_what_linear_mixers_take_on_long_ones(source: Checkpoint, monkeypatch: Any) -> None:
+def test_short_rows_tell_what_linear_mixers_take_on_long_ones(
+    source: Checkpoint, monkeypatch: Any
+) -> None:
     asked = TrainingForecastRequest(stage="distil", length=256, precision="float32")
     whole = plan_step_memory(LINEAR(source), source, asked)
     monkeypatch.setattr(simulation, "SHORT_LENGTH", 128)
@@ -155,7 +167,10 @@ def test_the_largest_micro_batch_is_the_largest_that_fits(source: Checkpoint) ->
     assert sum(peak_memory(step, asked, most, most < 32).values()) <= room
     assert sum(peak_memory(step, asked, most + 1, most + 1 < 32).values()) > room
     facts = forecast.forecast(source, source, asked)
-    assert facts["largest_micro_batch"] == most and facts["micro_batch"] * facts["accumulation"] * 2 == 64
+    assert (
+        facts["largest_micro_batch"] == most
+        and facts["micro_batch"] * facts["accumulation"] * 2 == 64
+    )
     assert facts["used_bytes"] <= room and len(list(memory_by_moment(step, asked, 1, False))) == 5
     per = flops.training_flops(source, LENGTH) / LENGTH
     assert facts["tokens_per_second"] == pytest.approx(2 * 989e12 * facts["share"] / per)
@@ -173,25 +188,37 @@ def test_the_largest_micro_batch_is_the_largest_that_fits(source: Checkpoint) ->
 @pytest.mark.parametrize("memory", ["5MB", "4MB"])
 def test_what_does_not_fit_says_what_would(source: Checkpoint, memory: str) -> None:
     asked = TrainingForecastRequest(stage="next", length=LENGTH, memory=memory)
-    with pytest.raises(RegraftError, match=r"one row of 96 tokens takes .* of the 0.0 GB") as refusal:
+    with pytest.raises(
+        RegraftError, match=r"one row of 96 tokens takes .* of the 0.0 GB"
+    ) as refusal:
         forecast.forecast(source, source, asked)
     gpus = re.search(r"give (\d+) GPUs", str(refusal.value))
     again = "--checkpointing" in str(refusal.value)
     assert gpus or again
     advised = replace(asked, gpus=int(gpus[1]) if gpus else 1, checkpointing=again)
     assert forecast.forecast(source, source, advised)["largest_micro_batch"] >= 1
-    with pytest.raises(RegraftError, match="give shorter rows .--length 48. or GPUs with more memory"):
+    with pytest.raises(
+        RegraftError, match="give shorter rows .--length 48. or GPUs with more memory"
+    ):
         forecast.forecast(source, source, replace(asked, memory="100KB"))
 
 
 def test_numbers_are_read_as_they_are_said() -> None:
-    said = {"80GB": 80 * 10**9, "1.5B": 1_500_000_000, "200000": 200_000, "64 MB": 64_000_000, "2k": 2000}
+    said = {
+        "80GB": 80 * 10**9,
+        "1.5B": 1_500_000_000,
+        "200000": 200_000,
+        "64 MB": 64_000_000,
+        "2k": 2000,
+    }
     assert {text: parse_number(text, "tokens") for text in said} == said
     with pytest.raises(RegraftError, match="memory is 'much'"):
         parse_number("much", "memory")
 
 
-def test_the_verb_says_it(source: Checkpoint, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_verb_says_it(
+    source: Checkpoint, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     command = ["plan", source.path, "--mixer", "gated_deltanet", "--window", "16", "--sinks", "2", "--length", LENGTH,
                "--train", "--gpus", "4", "--gpu", "a100", "--tokens", "1B", "--price", "2"]  # fmt: skip
     table = as_json(capsys, *command)["train"]

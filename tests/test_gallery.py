@@ -83,7 +83,11 @@ def new(drawn: Any) -> set[str]:
 def test_units_are_traced(gallery: ModuleType) -> None:
     pad, zero_in, pair = (news(gallery.on_units(how)) for how in ("pad", "zero_in", "pair"))
     assert [new(pad[name]) for name in ("gate", "up", "down")] == [{"random"}, {"random"}, {"zero"}]
-    assert [new(zero_in[name]) for name in ("gate", "up", "down")] == [{"random"}, {"zero"}, {"random"}]
+    assert [new(zero_in[name]) for name in ("gate", "up", "down")] == [
+        {"random"},
+        {"zero"},
+        {"random"},
+    ]
     assert new(pair["down"]) == {"random", "opposite"} and (pair["up"].kinds[4:] == "random").all()
     assert new(news(gallery.on_units("aki"))["up"]) == {"following"}
 
@@ -94,7 +98,9 @@ def test_shares_of_copies_sum_to_one(how: str, gallery: ModuleType) -> None:
     shares = np.zeros(5)
     np.add.at(shares, down.origins[0], down.times[0])
     assert np.allclose(shares[1:], 1, atol=1e-6) and new(down) == {"copy"}
-    assert down.noisy.any() == (how != "split") and not news(gallery.on_units(how))["up"].noisy.any()
+    assert (
+        down.noisy.any() == (how != "split") and not news(gallery.on_units(how))["up"].noisy.any()
+    )
 
 
 def test_the_stream_is_traced_under_both_norms(gallery: ModuleType) -> None:
@@ -119,7 +125,9 @@ def swapped(old: int, new: int, seed: int = 0) -> axes.Expansion:
     return axes.duplicate(old, new, seed)
 
 
-def test_another_operator_gives_another_page(gallery: ModuleType, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_operator_gives_another_page(
+    gallery: ModuleType, page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clear: list[Callable[[], None]] = [gallery.on_units.cache_clear, gallery.on_stream.cache_clear]
     monkeypatch.setattr(axes, "split", swapped)
     try:

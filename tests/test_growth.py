@@ -32,12 +32,25 @@ AFTER = ("bert", "roberta")  # norms come after the sum
 DECODERS = tuple(family for family in GROWABLE if family not in ARCHITECTURES)
 CLASSES = [(family, None) for family in DECODERS]
 CLASSES += [(family, name) for family, names in ARCHITECTURES.items() for name in names[:3]]
-RMS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "mixtral")
+RMS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "mixtral",
+)
 EPSILON = {"gpt2": "layer_norm_epsilon", "starcoder2": "norm_epsilon"}
 LAW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def difference(family: str, folder: Path, *steps: Any, architecture: str | None = None, **keys: Any) -> float:
+def difference(
+    family: str, folder: Path, *steps: Any, architecture: str | None = None, **keys: Any
+) -> float:
     """Worst relative difference over all outputs of the grown model, read by its stock class."""
     config, model = tiny(family, architecture=architecture, **keys)
     model.save_pretrained(folder / "source")
@@ -57,7 +70,9 @@ def can(step: Any, family: str, folder: Path, **keys: Any) -> float:
     try:
         return difference(family, folder, step, **keys)
     except RegraftError as error:
-        assert any(word in str(error) for word in ("use ", "reach --", "choose ", "--bridge", "add --")), str(error)
+        assert any(
+            word in str(error) for word in ("use ", "reach --", "choose ", "--bridge", "add --")
+        ), str(error)
         return 0.0
 
 
@@ -69,11 +84,17 @@ def widths(family: str) -> st.SearchStrategy[int]:
         return st.integers(10, 24).map(lambda heads: 8 * heads)
     if family in ("llama", "gemma2", "gemma3_text"):
         return st.integers(5, 12).map(lambda times: 9 * times)
-    return st.integers(6, 15).map(lambda times: 8 * times) if family == "mixtral" else st.integers(37, 120)
+    return (
+        st.integers(6, 15).map(lambda times: 8 * times)
+        if family == "mixtral"
+        else st.integers(37, 120)
+    )
 
 
 @LAW
-@given(more=st.integers(1, 40), how=st.sampled_from(["pad", "zero_in", "pair", "split", "duplicate"]))
+@given(
+    more=st.integers(1, 40), how=st.sampled_from(["pad", "zero_in", "pair", "split", "duplicate"])
+)
 @pytest.mark.parametrize("family", GROWABLE)
 def test_more_neurons(family: str, tmp_path: Path, more: int, how: str) -> None:
     ffn = {"mixtral": 56 + 8 * more, "dinov2": 72 + 36 * more}.get(family, 52 + more)
@@ -81,10 +102,14 @@ def test_more_neurons(family: str, tmp_path: Path, more: int, how: str) -> None:
 
 
 @LAW
-@given(data=st.data(), fold=st.sampled_from(["auto", "stream"]), how=st.sampled_from(["pad", "lemon"]))
+@given(
+    data=st.data(), fold=st.sampled_from(["auto", "stream"]), how=st.sampled_from(["pad", "lemon"])
+)
 @pytest.mark.parametrize("family", GROWABLE)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_wider_stream(family: str, tied: bool, tmp_path: Path, data: st.DataObject, fold: str, how: str) -> None:
+def test_a_wider_stream(
+    family: str, tied: bool, tmp_path: Path, data: st.DataObject, fold: str, how: str
+) -> None:
     hidden = data.draw(widths(family))
     step = Widen(hidden=hidden, how=how, fold=fold)  # type: ignore[arg-type]
     keys = {} if family in ("vit", "dinov2") else {"tie_word_embeddings": tied}
@@ -97,9 +122,14 @@ def test_a_wider_stream(family: str, tied: bool, tmp_path: Path, data: st.DataOb
 @pytest.mark.parametrize("how", ["tile", "duplicate"])
 def test_a_copied_stream(family: str, architecture: str | None, how: str, tmp_path: Path) -> None:
     if how == "duplicate" and architecture and "For" not in architecture:
-        pytest.skip("the hidden width itself comes out, its copies in another order: see test_growing.py")
+        pytest.skip(
+            "the hidden width itself comes out, its copies in another order: see test_growing.py"
+        )
     hidden = 2 * (72 if family in COUPLED else 40 if family == "mixtral" else 36)
-    assert difference(family, tmp_path, Widen(hidden=hidden, how=how), architecture=architecture) < BOUND
+    assert (
+        difference(family, tmp_path, Widen(hidden=hidden, how=how), architecture=architecture)
+        < BOUND
+    )
 
 
 @pytest.mark.parametrize(("family", "architecture"), [item for item in CLASSES if item[1]])
@@ -110,7 +140,11 @@ def test_every_class_of_an_encoder_grows(family: str, architecture: str, tmp_pat
 
 
 @LAW
-@given(kv=st.integers(3, 9), group=st.integers(1, 5), how=st.sampled_from(["pad", "zero_in", "pair", "split"]))
+@given(
+    kv=st.integers(3, 9),
+    group=st.integers(1, 5),
+    how=st.sampled_from(["pad", "zero_in", "pair", "split"]),
+)
 @pytest.mark.parametrize("family", [family for family in DECODERS if family not in COUPLED])
 def test_more_heads(family: str, tmp_path: Path, kv: int, group: int, how: str) -> None:
     assert can(Widen(heads=max(kv * group, 9), kv_heads=kv, how=how), family, tmp_path) < BOUND
@@ -136,7 +170,11 @@ def test_wider_heads_of_every_family(family: str, tmp_path: Path, dim: int) -> N
 def test_wider_heads_of_every_rotary_type(family: str, rope: str, tmp_path: Path, dim: int) -> None:
     parameters: dict[str, Any] = {"rope_type": rope, "rope_theta": 5000.0, "factor": 2.0}
     if rope == "llama3":
-        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+        parameters |= {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
     if rope == "yarn":
         parameters |= {"original_max_position_embeddings": 16}
     assert difference(family, tmp_path, Widen(head_dim=dim), rope_parameters=parameters) < BOUND
@@ -151,26 +189,42 @@ def test_more_layers_bit_for_bit(family: str, how: str, layers: int, tmp_path: P
 
 
 def test_keys_follow_a_softmax_scale_that_depends_on_the_layer(tmp_path: Path) -> None:
-    assert difference("gpt2", tmp_path, Deepen(5, "llama_pro"), scale_attn_by_inverse_layer_idx=True) < BOUND
+    assert (
+        difference("gpt2", tmp_path, Deepen(5, "llama_pro"), scale_attn_by_inverse_layer_idx=True)
+        < BOUND
+    )
 
 
 @LAW
 @given(order=st.permutations([0, 1, 2, 3]), epsilon=st.sampled_from([1e-6, 1e-2]))
 @pytest.mark.parametrize("family", GROWABLE)
-def test_steps_compose_in_any_order(family: str, tmp_path: Path, order: list[int], epsilon: float) -> None:
+def test_steps_compose_in_any_order(
+    family: str, tmp_path: Path, order: list[int], epsilon: float
+) -> None:
     wide = {"llama": 45, "gemma2": 45, "gemma3_text": 45, "dinov2": 72}.get(family, 48)
     wide = 144 if family in AFTER else 96 if family in COUPLED else wide
     first, last = (144, 288) if family == "dinov2" else (64, 136)
     early = order.index(0) < order.index(3)
-    heads = Widen(heads=18) if family not in (*COUPLED, "llama", "gemma2", "gemma3_text") else Widen(ffn=first)
+    heads = (
+        Widen(heads=18)
+        if family not in (*COUPLED, "llama", "gemma2", "gemma3_text")
+        else Widen(ffn=first)
+    )
     wider = Widen(hidden=wide, ffn=first) if family == "dinov2" else Widen(hidden=wide)
-    steps = [heads if family != "dinov2" else Widen(heads=18), wider, Deepen(5), Widen(ffn=last, how="split")]
+    steps = [
+        heads if family != "dinov2" else Widen(heads=18),
+        wider,
+        Deepen(5),
+        Widen(ffn=last, how="split"),
+    ]
     if not early and heads == Widen(ffn=first):
         steps[0] = Widen(ffn=last + 8)
     if family == "dinov2" and order.index(1) > order.index(3):
         steps[1] = Widen(hidden=wide, ffn=last)
     key = EPSILON.get(family, "rms_norm_eps" if family in RMS else "layer_norm_eps")
-    bound = 5e-3 if family in AFTER and epsilon > 1e-3 else BOUND  # two norms in a row see epsilon twice
+    bound = (
+        5e-3 if family in AFTER and epsilon > 1e-3 else BOUND
+    )  # two norms in a row see epsilon twice
     assert difference(family, tmp_path, *[steps[i] for i in order], **{key: epsilon}) < bound
 
 
@@ -194,7 +248,9 @@ def test_steps_compose_in_any_order(family: str, tmp_path: Path, order: list[int
         ("llama", Deepen(4, "sandwich"), "unknown --depth-how 'sandwich'"),
     ],
 )
-def test_what_cannot_be_exact_is_refused_with_what_can(family: str, step: Any, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_exact_is_refused_with_what_can(
+    family: str, step: Any, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(RegraftError) as caught:
         difference(family, tmp_path, step)
     assert message in str(caught.value), str(caught.value)
@@ -215,9 +271,13 @@ def test_bfloat16_is_stored_as_it_came(tmp_path: Path) -> None:
 
 def test_noise_separates_copies_and_changes_nothing(tmp_path: Path) -> None:
     assert difference("mistral", tmp_path, Widen(hidden=72, how="tile")) < BOUND
-    down = Widen(hidden=72, how="tile")(Checkpoint.open(tmp_path / "source"))["mlp.up.weight", 0].read()
+    down = Widen(hidden=72, how="tile")(Checkpoint.open(tmp_path / "source"))[
+        "mlp.up.weight", 0
+    ].read()
     assert not torch.allclose(down[:, :36], down[:, 36:])
-    even = Widen(hidden=72, how="tile", noise=0.0)(Checkpoint.open(tmp_path / "source"))["mlp.up.weight", 0].read()
+    even = Widen(hidden=72, how="tile", noise=0.0)(Checkpoint.open(tmp_path / "source"))[
+        "mlp.up.weight", 0
+    ].read()
     assert torch.equal(even[:, :36], even[:, 36:])
 
 
@@ -256,7 +316,9 @@ def test_heads_that_follow_hidden_are_said(tmp_path: Path) -> None:
     source = Checkpoint.open(tmp_path / "source")
     target = Widen(hidden=48)(source)
     assert target.sizes["kv"] * target.sizes["group"] == 12
-    assert Plan.of(source, target).notes == ["9 heads became 12: llama wants hidden and heads to fit each other"]
+    assert Plan.of(source, target).notes == [
+        "9 heads became 12: llama wants hidden and heads to fit each other"
+    ]
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -269,14 +331,18 @@ def test_decoding_through_the_cache_gives_the_same(family: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", GROWABLE)
-def test_the_algebra_holds_in_double_precision(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_algebra_holds_in_double_precision(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the stock code's float32 islands (norms, rotary tables, routers) run in float64 too."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     to = torch.Tensor.to
 
     def kept(self: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
         given = tuple(torch.float64 if item is torch.float32 else item for item in given)
-        named = {name: torch.float64 if item is torch.float32 else item for name, item in named.items()}
+        named = {
+            name: torch.float64 if item is torch.float32 else item for name, item in named.items()
+        }
         return to(self, *given, **named)
 
     _, model = tiny(family)
@@ -287,10 +353,15 @@ def test_the_algebra_holds_in_double_precision(family: str, tmp_path: Path, monk
     grown.save(tmp_path / "out")
     monkeypatch.setattr(torch.Tensor, "to", kept)
     with torch.random.fork_rng(), double_default():
-        pair = [type(model).from_pretrained(tmp_path / name, dtype=torch.float64).eval() for name in ("source", "out")]
+        pair = [
+            type(model).from_pretrained(tmp_path / name, dtype=torch.float64).eval()
+            for name in ("source", "out")
+        ]
         for each in pair if family == "mixtral" else ():
             each.set_experts_implementation("eager")
-        given = {k: v if v.dtype == torch.long else v.double() for k, v in inputs(model.config).items()}
+        given = {
+            k: v if v.dtype == torch.long else v.double() for k, v in inputs(model.config).items()
+        }
         before, after = (outputs(each, given) for each in pair)
     worst = max(max_relative_difference(before[name], after[name]) for name in before)
     assert worst < (1e-8 if family in AFTER else 1e-10), worst
@@ -322,7 +393,10 @@ MUTATIONS: dict[str, tuple[str, Callable[[Table], Table]]] = {
     "layer norm taken for RMS": ("gpt2", changed(*LAYER_NORMS, norm=False, writes="own")),
     "axes swapped": ("llama", changed("attn.o.weight", signature="kv dim group -> hidden")),
     "stored the other way round": ("gpt2", changed("attn.o.weight", stored="out in")),
-    "gate and up not told apart": ("phi3", changed("mlp.gate_up.weight", signature="hidden -> ffn", fused=())),
+    "gate and up not told apart": (
+        "phi3",
+        changed("mlp.gate_up.weight", signature="hidden -> ffn", fused=()),
+    ),
     "post-norm read as pre-norm": ("gemma2", changed("norm.attn_post.weight", writes="normed")),
     "stream read as normed": ("olmo2", changed("attn.q.weight", reads="normed")),
     "norm before a tied head forgotten": ("llama", changed("norm.final.weight", writes="normed")),
@@ -336,7 +410,9 @@ WIDE = {"gpt2": 144, "gpt_neox": 96, "dinov2": 72, "gemma2": 45, "llama": 45}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_wrong_tables_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_tables_are_caught(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Refused, or visibly another function: no mistake in a table goes unnoticed."""
     family, mutate = MUTATIONS[name]
     anatomy = find_anatomy({"model_type": family})
@@ -344,7 +420,11 @@ def test_wrong_tables_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.
     heads = {"heads": 9, "head_dim": 16} if family == "gpt2" else {}
     ffn = 288 if family == "dinov2" else 60
     first = Widen(hidden=WIDE.get(family, 48), ffn=ffn, fold="stream", **heads)
-    more = Widen(ffn=2 * ffn) if family in COUPLED or family == "dinov2" else Widen(heads=18, kv_heads=6)
+    more = (
+        Widen(ffn=2 * ffn)
+        if family in COUPLED or family == "dinov2"
+        else Widen(heads=18, kv_heads=6)
+    )
     assert can(first, family, tmp_path, **keys) < BOUND
     module = importlib.import_module(f"regraft.families.{family}")
     monkeypatch.setattr(module, "anatomy", replace(anatomy, parts=mutate(dict(anatomy.parts))))

@@ -33,16 +33,24 @@ OTHERS = {
     "hedgehog": Remix("hedgehog", "none", window=8, options={"grouped": True}),
     "gla": Remix("gla", "1", window=0, options={"rank": 4}),
     "rwkv6": Remix("rwkv6", "none", window=0, options={"rank": 4, "shift_rank": 3}),
-    "rwkv6-beside-window": Remix("rwkv6", "0", window=8, options={"decay": "static", "grouped": True}),
+    "rwkv6-beside-window": Remix(
+        "rwkv6", "0", window=8, options={"decay": "static", "grouped": True}
+    ),
     "lolcats": Remix("lolcats", "0", window=0, options={"window": 8, "feature": 4}),
     "mamba": Remix("mamba", "0", window=0),
     "mamba2-beside-window": Remix("mamba2", "0", window=8, options={"layout": "attention"}),
 }
 # every family with the first, each other mixer with two families, whose turn it is
 HOSTED = [(family, remix) for family in FAMILIES for remix in REMIXES.values()]
-HOSTED += [(FAMILIES[(3 * i + j) % len(FAMILIES)], remix) for i, remix in enumerate(OTHERS.values()) for j in (0, 4)]
+HOSTED += [
+    (FAMILIES[(3 * i + j) % len(FAMILIES)], remix)
+    for i, remix in enumerate(OTHERS.values())
+    for j in (0, 4)
+]
 HOSTS = pytest.mark.parametrize(
-    ("family", "remix"), HOSTED, ids=[f"{family}-{remix.mixer}-{remix.window}" for family, remix in HOSTED]
+    ("family", "remix"),
+    HOSTED,
+    ids=[f"{family}-{remix.mixer}-{remix.window}" for family, remix in HOSTED],
 )
 
 
@@ -71,7 +79,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @HOSTS
 @torch.no_grad()
-def test_prompt_in_pieces_equals_the_whole(sources: dict[str, Path], family: str, remix: Remix) -> None:
+def test_prompt_in_pieces_equals_the_whole(
+    sources: dict[str, Path], family: str, remix: Remix
+) -> None:
     model, ids = linearized(sources[family], remix), tokens(2, 60)
     whole = model(ids, use_cache=False).logits
     for cuts in ([1] * 60, [7, 1, 1, 40, 11], [59, 1]):
@@ -133,20 +143,28 @@ def test_save_and_load_through_auto_classes(sources: dict[str, Path], tmp_path: 
     logits = model(ids).logits
     assert torch.equal(regraft.load(str(tmp_path / "out"))(ids).logits, logits)
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, logits)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, logits
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_saved_model_opens_as_a_checkpoint(sources: dict[str, Path], tmp_path: Path, family: str) -> None:
+def test_a_saved_model_opens_as_a_checkpoint(
+    sources: dict[str, Path], tmp_path: Path, family: str
+) -> None:
     model, ids = linearized(sources[family], REMIXES["hybrid"]), tokens(1, 12)
     model.save_pretrained(tmp_path)
-    assert torch.equal(modeling.materialize(Checkpoint.open(tmp_path))(ids).logits, model(ids).logits)
+    assert torch.equal(
+        modeling.materialize(Checkpoint.open(tmp_path))(ids).logits, model(ids).logits
+    )
 
 
 @pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
 @torch.no_grad()
-def test_every_mixer_saves_loads_and_generates(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
+def test_every_mixer_saves_loads_and_generates(
+    sources: dict[str, Path], tmp_path: Path, remix: Remix
+) -> None:
     model, ids = linearized(sources["qwen2"], remix), tokens(1, 12)
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -156,14 +174,19 @@ def test_every_mixer_saves_loads_and_generates(sources: dict[str, Path], tmp_pat
 
 
 @pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
-def test_remote_code_brings_all_that_it_imports(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
+def test_remote_code_brings_all_that_it_imports(
+    sources: dict[str, Path], tmp_path: Path, remix: Remix
+) -> None:
     remote_code.write_remote_code(tmp_path, remix(Checkpoint.open(sources["llama"])).config)
     for file in tmp_path.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1
                 names = [node.module] if node.module else [alias.name for alias in node.names]
-                assert all((tmp_path / f"{name}.py").is_file() for name in names), (file.name, names)
+                assert all((tmp_path / f"{name}.py").is_file() for name in names), (
+                    file.name,
+                    names,
+                )
 
 
 REMOTE = """
@@ -177,7 +200,9 @@ print(float(model(ids).logits.double().sum()), model.generate(ids, max_new_token
 
 
 @pytest.mark.parametrize(
-    "remix", [REMIXES["hybrid"], REMIXES["supra"], OTHERS["rwkv6-beside-window"]], ids=lambda remix: remix.mixer
+    "remix",
+    [REMIXES["hybrid"], REMIXES["supra"], OTHERS["rwkv6-beside-window"]],
+    ids=lambda remix: remix.mixer,
 )
 def test_loads_without_regraft(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
     remix(Checkpoint.open(sources["llama"])).save(tmp_path / "out")
@@ -202,8 +227,16 @@ def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
     with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 1, 4, 4\)"):
         model(ids, attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(RegraftError, match="StaticLayer.*DynamicCache"):
-        model(ids, **modeling.cache_kwargs(StaticCache(config=model.config.host_config(), max_cache_len=8)))
-    with pytest.raises(RegraftError, match="no branch 'linera'"), modeling.force_branch(model, "linera"):
+        model(
+            ids,
+            **modeling.cache_kwargs(
+                StaticCache(config=model.config.host_config(), max_cache_len=8)
+            ),
+        )
+    with (
+        pytest.raises(RegraftError, match="no branch 'linera'"),
+        modeling.force_branch(model, "linera"),
+    ):
         pass
     cache = DynamicCache(config=model.config)
     model(ids, **modeling.cache_kwargs(cache))
@@ -212,10 +245,15 @@ def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
 
 
 @torch.no_grad()
-def test_the_cache_has_two_names_and_reaches_every_mixer(sources: dict[str, Path], monkeypatch) -> None:
+def test_the_cache_has_two_names_and_reaches_every_mixer(
+    sources: dict[str, Path], monkeypatch
+) -> None:
     model, ids = linearized(sources["gpt_neox"], REMIXES["hybrid"]), tokens(1, 6)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
-    logits = [model(ids, **{name: one}).logits for name, one in zip(("cache", "past_key_values"), caches, strict=True)]
+    logits = [
+        model(ids, **{name: one}).logits
+        for name, one in zip(("cache", "past_key_values"), caches, strict=True)
+    ]
     assert torch.equal(*logits) and caches[0].get_seq_length() == caches[1].get_seq_length() == 6
     with pytest.raises(RegraftError, match="two names of one thing"):
         model(ids, cache=caches[0], past_key_values=caches[1])
@@ -239,7 +277,9 @@ def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(dtype, famil
     tiny(family)[1].to(dtype).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     real, empty = modeling.materialize(checkpoint), modeling.build_meta_model(checkpoint)
-    assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in empty.parameters())
+    assert all(
+        parameter.is_meta and parameter.dtype == torch.float32 for parameter in empty.parameters()
+    )
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}
     tables = dict(real.named_buffers())

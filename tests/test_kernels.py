@@ -41,10 +41,20 @@ def stand_in(operation: str, calls: list[tuple]) -> Callable[..., tuple[Tensor, 
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         calls.append((operation, q.dtype, cu_seqlens is not None, initial_state is not None))
-        assert scale == 1.0 and output_final_state and q.shape == k.shape and q.dtype == k.dtype == v.dtype
+        assert (
+            scale == 1.0
+            and output_final_state
+            and q.shape == k.shape
+            and q.dtype == k.dtype == v.dtype
+        )
         assert g.dtype == torch.float32 and all(t.is_contiguous() for t in (q, k, v, g))
-        assert g.shape == (q.shape if operation in ("gla", "rwkv6") else q.shape[:3]) and v.shape[:3] == q.shape[:3]
-        assert extra is None or extra.shape == (q.shape[2:] if operation == "rwkv6" else q.shape[:3])
+        assert (
+            g.shape == (q.shape if operation in ("gla", "rwkv6") else q.shape[:3])
+            and v.shape[:3] == q.shape[:3]
+        )
+        assert extra is None or extra.shape == (
+            q.shape[2:] if operation == "rwkv6" else q.shape[:3]
+        )
         assert (extra is None) == (operation in ("gla", "simple_gla"))
         rows = [(row, slice(None)) for row in range(len(q))]
         if cu_seqlens is not None:
@@ -55,7 +65,9 @@ def stand_in(operation: str, calls: list[tuple]) -> Callable[..., tuple[Tensor, 
             parts = [t[row : row + 1, span].float().transpose(1, 2) for t in (q, k, v, g)]
             start = None if initial_state is None else initial_state[index : index + 1]
             if operation == "gated_delta_rule":
-                out, last = naive_recurrence(*parts, extra[row : row + 1, span].transpose(1, 2), None, start)
+                out, last = naive_recurrence(
+                    *parts, extra[row : row + 1, span].transpose(1, 2), None, start
+                )
             elif operation == "simple_gla":
                 out, last = naive_recurrence(*parts, None, None, start)
             else:
@@ -95,7 +107,9 @@ def runs(mixer: Mixer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("operation", "spec"), CASES, ids=lambda value: str(value))
-def test_kernels_give_what_the_chunked_forms_give(operation: str, spec: dict, calls: list[tuple]) -> None:
+def test_kernels_give_what_the_chunked_forms_give(
+    operation: str, spec: dict, calls: list[tuple]
+) -> None:
     mixer = made(spec, ATTENTION)
     fast, used = runs(mixer), list(calls)
     float32 = (operation, torch.float32)
@@ -133,7 +147,9 @@ def test_what_no_kernel_does(calls: list[tuple], monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_processor_never_asks_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_kernel", lambda operation: pytest.fail(f"asked for {operation}"))
+    monkeypatch.setattr(
+        kernels, "find_kernel", lambda operation: pytest.fail(f"asked for {operation}")
+    )
     made({"name": "gla"}, ATTENTION)(torch.randn(1, 20, 36), MixerContext())
 
 
@@ -152,5 +168,7 @@ def test_real_kernels_on_a_gpu(operation: str, spec: dict) -> None:
     for ids in (None, segments):
         with torch.no_grad():
             expected = mixer.cpu()(x, MixerContext(segments=ids))[0]
-            found = mixer.cuda()(x.cuda(), MixerContext(segments=None if ids is None else ids.cuda()))[0]
+            found = mixer.cuda()(
+                x.cuda(), MixerContext(segments=None if ids is None else ids.cuda())
+            )[0]
         assert relative(found.cpu(), expected) < 2e-2

@@ -18,7 +18,12 @@ from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.modeling.flops import build_flop_counter
 from regraft.train import layer_subset, loop
-from regraft.train.layer_subset import apply_stage_layers, frozen_parameter_ids, keep_probability, layer_stack
+from regraft.train.layer_subset import (
+    apply_stage_layers,
+    frozen_parameter_ids,
+    keep_probability,
+    layer_stack,
+)
 from regraft.train.objectives import compute_loss, last_hidden
 
 KIND = {"bert": "mask", "roberta": "mask", "vit": "image", "dinov2": "image"}
@@ -53,7 +58,9 @@ def test_the_bottom_is_the_model_with_fewer_layers(family: str) -> None:
     with apply_stage_layers(model, stage(KIND.get(family, "next"), layers="bottom:2"), 0, draws()):
         below = outputs(model, given)
     expected = outputs(without(tiny(family, architecture=architecture)[1], [0, 1]), given)
-    assert torch.equal(below["logits"], expected["logits"]) and not torch.equal(below["logits"], whole["logits"])
+    assert torch.equal(below["logits"], expected["logits"]) and not torch.equal(
+        below["logits"], whole["logits"]
+    )
     assert torch.equal(outputs(model, given)["logits"], whole["logits"])
 
 
@@ -71,7 +78,9 @@ def test_the_bottom_trains_as_the_model_with_fewer_layers(family: str, tmp_path:
         assert torch.equal(parameter, start[name] if id(parameter) in top else moved[name]), name
 
 
-@pytest.mark.parametrize("family", [*ARCHITECTURES, "llama", "gpt2", "gemma2", "gpt_neox", "phi", "mixtral"])
+@pytest.mark.parametrize(
+    "family", [*ARCHITECTURES, "llama", "gpt2", "gemma2", "gpt_neox", "phi", "mixtral"]
+)
 @pytest.mark.parametrize("plan", ["train:1-2", "train:0,2"])
 def test_other_layers_and_embeddings_do_not_move(family: str, plan: str, tmp_path: Path) -> None:
     kind = KIND.get(family, "next")
@@ -82,14 +91,20 @@ def test_other_layers_and_embeddings_do_not_move(family: str, plan: str, tmp_pat
     before = dict(tiny(family, architecture=CLASSIFIERS.get(family))[1].named_parameters())
     learns = [1, 2] if plan == "train:1-2" else [0, 2]
     inside = {id(p): i for i, layer in enumerate(layer_stack(model)) for p in layer.parameters()}
-    head = [name for name in before if any(word in name for word in ("classifier", "cls.", "lm_head", "embed_out"))]
+    head = [
+        name
+        for name in before
+        if any(word in name for word in ("classifier", "cls.", "lm_head", "embed_out"))
+    ]
     embeddings = {id(model.get_input_embeddings().weight)} if kind != "image" else set()
     assert head or model.config.tie_word_embeddings
     for name, parameter in model.named_parameters():
         moved = not torch.equal(parameter, before[name])
         if id(parameter) in inside:
             # a key's bias changes no softmax: its gradient is rounding alone
-            assert moved == (inside[id(parameter)] in learns) or name.endswith(("key.bias", "k_proj.bias")), name
+            assert moved == (inside[id(parameter)] in learns) or name.endswith(
+                ("key.bias", "k_proj.bias")
+            ), name
         elif name in head and id(parameter) not in embeddings:
             assert moved, name
         elif "embed" in name or "wte" in name or "wpe" in name:
@@ -123,7 +138,11 @@ def test_every_step_counts_what_it_ran(tmp_path: Path) -> None:
         batch = text(7)[order[2 * step : 2 * step + 2]]
         with (
             apply_stage_layers(
-                model, plan, step, loop.step_generator(0, 0, step, 1), layer_subset.find_protected_tokens(batch, None)
+                model,
+                plan,
+                step,
+                loop.step_generator(0, 0, step, 1),
+                layer_subset.find_protected_tokens(batch, None),
             ),
             build_flop_counter() as found,
         ):
@@ -145,7 +164,9 @@ def test_the_schedule_of_layer_dropping() -> None:
     plan = stage("next", 1000, layer_drop=0.5)
     for seed in range(2000):
         with apply_stage_layers(model, plan, 999, draws(seed)):
-            kept += torch.tensor([not isinstance(layer, layer_subset.SkippedLayer) for layer in layer_stack(model)])
+            kept += torch.tensor(
+                [not isinstance(layer, layer_subset.SkippedLayer) for layer in layer_stack(model)]
+            )
     assert (kept / 2000).tolist() == pytest.approx(late, abs=0.04)
 
 
@@ -156,7 +177,9 @@ def test_layers_that_stay_weigh_more(family: str) -> None:
     kind = KIND.get(family, "next")
     plan = stage(kind, 1000, layer_drop=0.5)
     seed = next(
-        seed for seed in range(99) if (torch.rand(3, generator=draws(seed)) < torch.tensor([1, 0.83, 0.66])).all()
+        seed
+        for seed in range(99)
+        if (torch.rand(3, generator=draws(seed)) < torch.tensor([1, 0.83, 0.66])).all()
     )
     seen: list[torch.Tensor] = []
     last = layer_stack(model)[2]
@@ -171,14 +194,18 @@ def test_layers_that_stay_weigh_more(family: str) -> None:
     torch.testing.assert_close(heavier, given + (output - given) / chance, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [family for family in GROWABLE if family not in ("vit", "dinov2")])
+@pytest.mark.parametrize(
+    "family", [family for family in GROWABLE if family not in ("vit", "dinov2")]
+)
 def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> None:
     """In the middle layers the tokens that stay are as in a run on them alone, at their own positions; those aside are
     as they were before the middle.
     """
     _, model = tiny(family, layers=5)
     rows = text(2, 20)
-    rows = type(rows)(rows.input_ids, torch.arange(20).repeat(2, 1), rows.bytes, rows.mask, rows.special)
+    rows = type(rows)(
+        rows.input_ids, torch.arange(20).repeat(2, 1), rows.bytes, rows.mask, rows.special
+    )
     plan = stage(KIND.get(family, "next"), token_drop=0.25)
     seen: dict[int, torch.Tensor] = {}
     hooks = [
@@ -187,16 +214,29 @@ def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> 
     ]
     held = layer_subset.find_protected_tokens(rows, None)
     with torch.no_grad(), apply_stage_layers(model, plan, 0, draws(), held):
-        last = layer_stack(model)[4].register_forward_pre_hook(lambda m, args: seen.__setitem__(-1, args[0]))
-        model(input_ids=rows.input_ids, **({"use_cache": False} if model.config.model_type not in KIND else {}))
+        last = layer_stack(model)[4].register_forward_pre_hook(
+            lambda m, args: seen.__setitem__(-1, args[0])
+        )
+        model(
+            input_ids=rows.input_ids,
+            **({"use_cache": False} if model.config.model_type not in KIND else {}),
+        )
     for hook in (*hooks, last):
         hook.remove()
-    assert seen[1].shape[1] == 20 and seen[2].shape[1] == seen[3].shape[1] == 15 and seen[4].shape[1] == 20
+    assert (
+        seen[1].shape[1] == 20
+        and seen[2].shape[1] == seen[3].shape[1] == 15
+        and seen[4].shape[1] == 20
+    )
     generator = draws()
     torch.rand(5, generator=generator)
     index = layer_subset.TokenDropper(0.25, generator, held).sample_kept_positions(2, 20)
-    assert all(set(held[row].nonzero().flatten().tolist()) <= set(index[row].tolist()) for row in range(2))
-    assert torch.equal(seen[-1].gather(1, index[..., None].expand(-1, -1, seen[3].shape[-1])), seen[3])
+    assert all(
+        set(held[row].nonzero().flatten().tolist()) <= set(index[row].tolist()) for row in range(2)
+    )
+    assert torch.equal(
+        seen[-1].gather(1, index[..., None].expand(-1, -1, seen[3].shape[-1])), seen[3]
+    )
     aside = torch.ones(2, 20, dtype=torch.bool).scatter(1, index, False)
     assert torch.equal(seen[-1][aside], seen[1][aside])
 
@@ -207,7 +247,9 @@ def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> 
         for at in (2, 3):
             with torch.no_grad():
                 short = (
-                    layer_stack(model)[at](short, None, causal) if family == "gpt2" else layer_stack(model)[at](short)
+                    layer_stack(model)[at](short, None, causal)
+                    if family == "gpt2"
+                    else layer_stack(model)[at](short)
                 )
         torch.testing.assert_close(short, seen[3], rtol=1e-4, atol=1e-4)
 
@@ -242,9 +284,13 @@ def test_wrong_plans_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="2 layers are too few"):
         go(tmp_path, [stage("next", token_drop=0.1)], keys={"layers": 2})
     tiny("llama")[1].save_pretrained(tmp_path / "source")
-    mixing = modeling.materialize(Remix("gated_deltanet", "0")(Checkpoint.open(tmp_path / "source")))
+    mixing = modeling.materialize(
+        Remix("gated_deltanet", "0")(Checkpoint.open(tmp_path / "source"))
+    )
     with pytest.raises(RegraftError, match="for models without mixers"):
-        loop.train(loop.Run(mixing, [stage("next", layer_drop=0.1)], lambda length: text(), tmp_path))
+        loop.train(
+            loop.Run(mixing, [stage("next", layer_drop=0.1)], lambda length: text(), tmp_path)
+        )
 
 
 def test_a_tied_head_stays_with_frozen_embeddings() -> None:

@@ -72,7 +72,10 @@ def shaken(learned: Learned, source: Checkpoint, size: float = 1.0, only: str = 
     """The same growth with random maps."""
     generator = torch.Generator().manual_seed(3)
     state = learned.build_grower(source).state_dict()
-    maps = {k: torch.randn(v.shape, generator=generator) * size if only in k else v for k, v in state.items()}
+    maps = {
+        k: torch.randn(v.shape, generator=generator) * size if only in k else v
+        for k, v in state.items()
+    }
     return replace(learned, maps=maps)
 
 
@@ -86,7 +89,9 @@ def test_by_hand_it_is_stackbert_and_interpolation(family: str, how: str, tmp_pa
 
 @pytest.mark.parametrize("family", GROWABLE)
 def test_by_hand_it_is_net2net(family: str, tmp_path: Path) -> None:
-    source = saved(tmp_path, family, **({} if family in ARCHITECTURES else {"tie_word_embeddings": False}))
+    source = saved(
+        tmp_path, family, **({} if family in ARCHITECTURES else {"tie_word_embeddings": False})
+    )
     sizes: dict[str, Any] = {"hidden": 2 * source.sizes["hidden"], "ffn": 2 * source.sizes["ffn"]}
     ours = Learned(**sizes, method=Ligo(start="duplicate"))(source)
     assert furthest(ours, Widen(**sizes, how="duplicate", noise=0.0)(source)) < 1e-6
@@ -101,13 +106,19 @@ def test_by_hand_it_is_zero_padding(tmp_path: Path) -> None:
         block = tuple(slice(0, size) for size in old.shape)
         assert torch.allclose(value[block], theirs[block], rtol=1e-6), key
         value[block] = 0.0
-        assert not value.any() or (lazy.shape != old.shape and set(value.unique().tolist()) == {0.0, 1.0}), key
+        assert not value.any() or (
+            lazy.shape != old.shape and set(value.unique().tolist()) == {0.0, 1.0}
+        ), key
 
 
 @pytest.mark.parametrize("family", GROWABLE)
 def test_by_hand_it_is_a_direct_copy(family: str, tmp_path: Path) -> None:
     source = saved(tmp_path, family)
-    sizes: dict[str, Any] = {"hidden": 2 * source.sizes["hidden"], "ffn": 2 * source.sizes["ffn"], "layers": 5}
+    sizes: dict[str, Any] = {
+        "hidden": 2 * source.sizes["hidden"],
+        "ffn": 2 * source.sizes["ffn"],
+        "layers": 5,
+    }
     ours = Learned(**sizes, method=Ligo(start="copy"))(source)
     assert furthest(ours, Transplant(**sizes)(source)) < 1e-5
 
@@ -138,16 +149,30 @@ def test_the_papers_formula_on_bert(tmp_path: Path) -> None:
     for i in range(5):
         for role, out, into in table:
             mixed = {
-                end: sum(w[role.replace(".", "_")][i, j] * source[f"{role}.{end}", j].read() for j in range(3))
+                end: sum(
+                    w[role.replace(".", "_")][i, j] * source[f"{role}.{end}", j].read()
+                    for j in range(3)
+                )
                 for end in ("weight", "bias")
             }
-            assert torch.allclose(target[f"{role}.weight", i].read(), b[out] @ mixed["weight"] @ b[into].T, atol=1e-4)
-            assert torch.allclose(target[f"{role}.bias", i].read(), b[out] @ mixed["bias"], atol=1e-4)
+            assert torch.allclose(
+                target[f"{role}.weight", i].read(), b[out] @ mixed["weight"] @ b[into].T, atol=1e-4
+            )
+            assert torch.allclose(
+                target[f"{role}.bias", i].read(), b[out] @ mixed["bias"], atol=1e-4
+            )
         for role in ("norm.attn_post", "norm.mlp_post"):
-            mixed_gain = sum(w[role.replace(".", "_")][i, j] * source[f"{role}.weight", j].read() for j in range(3))
-            assert torch.allclose(target[f"{role}.weight", i].read(), b["hidden"] @ mixed_gain / ratio, atol=1e-4)
+            mixed_gain = sum(
+                w[role.replace(".", "_")][i, j] * source[f"{role}.weight", j].read()
+                for j in range(3)
+            )
+            assert torch.allclose(
+                target[f"{role}.weight", i].read(), b["hidden"] @ mixed_gain / ratio, atol=1e-4
+            )
     embedding = source.tensors["embed.weight", None].read()
-    assert torch.allclose(target.tensors["embed.weight", None].read(), embedding @ b["hidden"].T, atol=1e-4)
+    assert torch.allclose(
+        target.tensors["embed.weight", None].read(), embedding @ b["hidden"].T, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", RMS)
@@ -166,7 +191,12 @@ def test_the_inverse_is_exact_where_columns_are_orthogonal(family: str, tmp_path
     source = saved(tmp_path, family, tie_word_embeddings=False)
     hidden = source.sizes["hidden"]
     learned = Learned(hidden=2 * hidden, method=Ligo(reads="inverse", **STILL))
-    rotation = 0.7 * torch.linalg.qr(torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(1)))[0]
+    rotation = (
+        0.7
+        * torch.linalg.qr(torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(1)))[
+            0
+        ]
+    )
     state = learned.build_grower(source).state_dict() | {"spaces.hidden.rows": rotation}
     given = inputs(tiny(family)[0])
     before, after = logits(source, given), logits(replace(learned, maps=state)(source), given)
@@ -182,7 +212,9 @@ def rms(x: torch.Tensor) -> torch.Tensor:
 def test_the_inverse_keeps_directions_and_bounds_lengths(seed: int, size: float, new: int) -> None:
     """Whatever C is, a norm's output read through A is the source's, times a number within B's singular values."""
     generator = torch.Generator().manual_seed(seed)
-    space = AxisMap(axes.pad(8, new, "reads"), Ligo(reads="inverse", **STILL), generator, linear=True)
+    space = AxisMap(
+        axes.pad(8, new, "reads"), Ligo(reads="inverse", **STILL), generator, linear=True
+    )
     space.levels = True
     space.rows.data = size * torch.randn(space.rows.shape, generator=generator)
     b, a = (one.detach().double() for one in space())
@@ -200,31 +232,63 @@ def rows_for(family: str, count: int = 6, length: int = 16) -> Packed | Images:
         generator = torch.Generator().manual_seed(0)
         return Images(torch.randn(count, 3, 15, 15, generator=generator), torch.arange(count) % 7)
     ids = tokens(count, length)
-    packed = Packed(ids, torch.arange(length).expand_as(ids).contiguous(), torch.zeros(count, dtype=torch.long))
+    packed = Packed(
+        ids, torch.arange(length).expand_as(ids).contiguous(), torch.zeros(count, dtype=torch.long)
+    )
     return replace(packed, mask=4) if family in ARCHITECTURES else packed
 
 
 def stage_for(family: str, batch: int = 4) -> Stage:
-    kind: Any = "image" if family in ("vit", "dinov2") else "mask" if family in ARCHITECTURES else "next"
+    kind: Any = (
+        "image" if family in ("vit", "dinov2") else "mask" if family in ARCHITECTURES else "next"
+    )
     return Stage(kind, 1000, 16, batch, precision="float32")
 
 
-FITTED = [(family, {}) for family in ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "bert", "roberta", "vit")]
-FITTED += [("qwen3", {"reads": "inverse"}), ("mistral", {"reads": "orthogonal"}), ("bert", {"heads": "dense"})]
-FITTED += [("phi3", {"free": "all"}), ("gpt2", {"reads": "inverse", "start": "lemon"}), ("vit", {"start": "tile"})]
-FITTED += [("qwen2", {"reads": "inverse", "start": "pad", "live": True, "blur": 0.0}), ("gpt2", {"start": "random"})]
+FITTED = [
+    (family, {})
+    for family in ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "bert", "roberta", "vit")
+]
+FITTED += [
+    ("qwen3", {"reads": "inverse"}),
+    ("mistral", {"reads": "orthogonal"}),
+    ("bert", {"heads": "dense"}),
+]
+FITTED += [
+    ("phi3", {"free": "all"}),
+    ("gpt2", {"reads": "inverse", "start": "lemon"}),
+    ("vit", {"start": "tile"}),
+]
+FITTED += [
+    ("qwen2", {"reads": "inverse", "start": "pad", "live": True, "blur": 0.0}),
+    ("gpt2", {"start": "random"}),
+]
 FITTED += [("bert", {"start": "copy"}), ("llama", {"start": "copy", "reads": "inverse"})]
-FITTED += [("mixtral", {}), ("mixtral", {"reads": "inverse", "start": "pad", "live": True, "blur": 0.0})]
+FITTED += [
+    ("mixtral", {}),
+    ("mixtral", {"reads": "inverse", "start": "pad", "live": True, "blur": 0.0}),
+]
 
 
 @pytest.mark.parametrize(("family", "options"), FITTED)
-def test_fitting_learns_and_folds_into_what_it_learned(family: str, options: dict, tmp_path: Path) -> None:
-    source = saved(tmp_path, family, **({"tie_word_embeddings": False} if options.get("reads") else {}))
-    growth = Growth(hidden=2 * source.sizes["hidden"], ffn=2 * source.sizes["ffn"], layers=5, how="ligo")
+def test_fitting_learns_and_folds_into_what_it_learned(
+    family: str, options: dict, tmp_path: Path
+) -> None:
+    source = saved(
+        tmp_path, family, **({"tie_word_embeddings": False} if options.get("reads") else {})
+    )
+    growth = Growth(
+        hidden=2 * source.sizes["hidden"], ffn=2 * source.sizes["ffn"], layers=5, how="ligo"
+    )
     method, stage, rows = Ligo(steps=12, lr=1e-2, **options), stage_for(family), rows_for(family)
     losses: list[float] = []
     learned = fit_maps(
-        source, growth, method, stage, rows, progress=lambda step, steps, row: losses.append(row["loss"])
+        source,
+        growth,
+        method,
+        stage,
+        rows,
+        progress=lambda step, steps, row: losses.append(row["loss"]),
     )
     target = learned(source)
     fitting = LigoTrainer(target, learned.build_grower(source), method)
@@ -237,23 +301,37 @@ def test_fitting_learns_and_folds_into_what_it_learned(family: str, options: dic
     assert float((functional - folded).abs().max() / folded.abs().max()) <= 1e-6
     before, after = (
         compute_loss(
-            modeling.materialize(one(source)), stage.kind, rows, generator=torch.Generator().manual_seed(9)
+            modeling.materialize(one(source)),
+            stage.kind,
+            rows,
+            generator=torch.Generator().manual_seed(9),
         ).item()  # type: ignore[arg-type]
         for one in (replace(learned, maps={}), learned)
     )
     assert len(losses) == 12 and after < before
-    assert learned.cost["steps"] == 12 and learned.cost["flops"] > 0 and 0 < learned.cost["overhead"]
+    assert (
+        learned.cost["steps"] == 12 and learned.cost["flops"] > 0 and 0 < learned.cost["overhead"]
+    )
 
 
 class Killed(Exception):
     """Stands for a kill: nothing runs after it."""
 
 
-@pytest.mark.parametrize(("family", "options"), [("llama", {"live": True, **STILL}), ("bert", {}), ("mixtral", {})])
-def test_a_killed_fitting_goes_on_with_the_same_losses(family: str, options: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {"live": True, **STILL}), ("bert", {}), ("mixtral", {})]
+)
+def test_a_killed_fitting_goes_on_with_the_same_losses(
+    family: str, options: dict, tmp_path: Path
+) -> None:
     source = saved(tmp_path, family)
     growth = Growth(hidden=2 * source.sizes["hidden"], layers=5, how="ligo")
-    method, stage, rows, out = Ligo(steps=6, **options), stage_for(family), rows_for(family), tmp_path / "fitting"
+    method, stage, rows, out = (
+        Ligo(steps=6, **options),
+        stage_for(family),
+        rows_for(family),
+        tmp_path / "fitting",
+    )
 
     def until(last: int, losses: dict[int, float], **keys: Any) -> Learned:
         def note(step: int, steps: int, row: dict[str, float]) -> None:
@@ -272,10 +350,14 @@ def test_a_killed_fitting_goes_on_with_the_same_losses(family: str, options: dic
     resumed = until(0, again, out=out)
     assert list(again) == [4, 5, 6] and whole == first | again
     assert all(torch.equal(value, resumed.maps[name]) for name, value in learned.maps.items())
-    assert {**learned.cost, "seconds": 0} == {**resumed.cost, "seconds": 0} and resumed.cost["seconds"] > 0
+    assert {**learned.cost, "seconds": 0} == {**resumed.cost, "seconds": 0} and resumed.cost[
+        "seconds"
+    ] > 0
     nothing: dict[int, float] = {}
     finished = until(0, nothing, out=out)
-    assert not nothing and all(torch.equal(value, finished.maps[name]) for name, value in learned.maps.items())
+    assert not nothing and all(
+        torch.equal(value, finished.maps[name]) for name, value in learned.maps.items()
+    )
     with pytest.raises(RegraftError, match="holds a run with other settings"):
         fit_maps(source, growth, replace(method, lr=1e-3), stage, rows, out=out)
 
@@ -283,13 +365,26 @@ def test_a_killed_fitting_goes_on_with_the_same_losses(family: str, options: dic
 @pytest.mark.slow
 def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
     given = str(speaking.save(tmp_path / "source"))
-    (tmp_path / "text.txt").write_text("\n\n\n".join(f"growing goes on from step {i}" for i in range(200)))
+    (tmp_path / "text.txt").write_text(
+        "\n\n\n".join(f"growing goes on from step {i}" for i in range(200))
+    )
     options = json.dumps({"steps": 12, "batch": 4, "length": 16})
-    words = ["--hidden", "72", "--how", "ligo", "--data", str(tmp_path / "text.txt"), "--fit", options]
+    words = [
+        "--hidden",
+        "72",
+        "--how",
+        "ligo",
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--fit",
+        options,
+    ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli(["grow", given, str(whole), *words]) == 0
     command = [sys.executable, "-m", "regraft", "grow", given, str(broken), *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     maps, deadline = tmp_path / ".broken.fitting", time.monotonic() + 300
     while not (maps / "run").is_dir():
         assert time.monotonic() < deadline and process.poll() is None
@@ -306,19 +401,33 @@ def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("family", "to"), [("llama", "mistral"), ("gpt_neox", "phi")])
 def test_maps_are_fitted_behind_a_bridge(family: str, to: str, tmp_path: Path) -> None:
     source = saved(tmp_path, family)
-    growth = Growth(hidden=source.sizes["hidden"] + 7, layers=5, how="ligo", bridge=True)  # no multiple of the heads
+    growth = Growth(
+        hidden=source.sizes["hidden"] + 7, layers=5, how="ligo", bridge=True
+    )  # no multiple of the heads
     losses: list[float] = []
     method = Ligo(steps=8, reads="inverse", **STILL)
     learned = fit_maps(
-        source, growth, method, stage_for(family), rows_for(family), progress=lambda *at: losses.append(at[2]["loss"])
+        source,
+        growth,
+        method,
+        stage_for(family),
+        rows_for(family),
+        progress=lambda *at: losses.append(at[2]["loss"]),
     )
     growth(source, learned).save(tmp_path / "grown")
     grown = Checkpoint.open(tmp_path / "grown")
-    assert grown.config["model_type"] == to and grown.layers == 5 and grown.sizes["hidden"] == growth.hidden
+    assert (
+        grown.config["model_type"] == to
+        and grown.layers == 5
+        and grown.sizes["hidden"] == growth.hidden
+    )
     assert [step["step"] for step in grown.history] == ["Bridge", "Learned"] and len(losses) == 8
     before, after = (
         compute_loss(
-            modeling.materialize(one), "next", rows_for(family), generator=torch.Generator().manual_seed(9)
+            modeling.materialize(one),
+            "next",
+            rows_for(family),
+            generator=torch.Generator().manual_seed(9),
         ).item()
         for one in (growth(source, replace(learned, maps={})), grown)
     )
@@ -334,7 +443,9 @@ def test_micro_batches_learn_what_the_whole_batch_does(tmp_path: Path) -> None:
     assert whole.cost["overhead"] == parts.cost["overhead"]
 
 
-def test_large_maps_are_mixed_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_maps_are_mixed_a_layer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = saved(tmp_path, "gpt_neox")
     learned = Learned(hidden=144, layers=5, method=Ligo(blur=0.5))
     whole = {key: lazy.read() for key, lazy in learned(source).tensors.items()}
@@ -349,25 +460,41 @@ def test_no_steps_keep_the_start(tmp_path: Path) -> None:
     assert furthest(learned(source), growth(source)) == 0.0 and learned.cost["flops"] == 0
 
 
-@pytest.mark.parametrize(("family", "architecture"), [("bert", "BertModel"), ("llama", None), ("vit", None)])
+@pytest.mark.parametrize(
+    ("family", "architecture"), [("bert", "BertModel"), ("llama", None), ("vit", None)]
+)
 def test_the_command_line_grows_checks_and_says_that_it_is_not_exact(
     family: str, architecture: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = saved(tmp_path, family, architecture=architecture)
     given, out = str(source.path), str(tmp_path / "out")
     sizes = ["--hidden", str(2 * source.sizes["hidden"]), "--layers", "5"]
-    code, said, _ = run(capsys, "grow", given, out, *sizes, "--how", "ligo", "--fit", '{"steps": 0}')
+    code, said, _ = run(
+        capsys, "grow", given, out, *sizes, "--how", "ligo", "--fit", '{"steps": 0}'
+    )
     assert code == 0 and "Not exact: outputs move" in said
     code, said, _ = run(capsys, "check", given, out, "--json")
     assert code == 0 and json.loads(said)["exact"] is False
     assert lineage.read_lineage(Path(out))["steps"][-1]["arguments"]["method"]["steps"] == 0
 
 
-def test_the_command_line_fits_behind_a_bridge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_fits_behind_a_bridge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given, out = speaking.save(tmp_path / "source"), tmp_path / "out"
-    (tmp_path / "text.txt").write_text("\n\n\n".join(f"a bridge carries maps {i} times" for i in range(60)))
+    (tmp_path / "text.txt").write_text(
+        "\n\n\n".join(f"a bridge carries maps {i} times" for i in range(60))
+    )
     hidden = Checkpoint.open(given).sizes["hidden"] + 7
-    words = ["--hidden", str(hidden), "--bridge", "--how", "ligo", "--data", str(tmp_path / "text.txt")]
+    words = [
+        "--hidden",
+        str(hidden),
+        "--bridge",
+        "--how",
+        "ligo",
+        "--data",
+        str(tmp_path / "text.txt"),
+    ]
     fitting = '{"steps": 2, "batch": 4, "length": 16}'
     code, said, _ = run(capsys, "grow", str(given), str(out), *words, "--fit", fitting, "--json")
     assert code == 0 and json.loads(said)["step0"] and not (tmp_path / ".out.fitting").exists()
@@ -399,10 +526,16 @@ def test_wrong_use_is_one_line(
 def test_a_new_row_begins_as_an_average(tmp_path: Path) -> None:
     grower = Learned(hidden=72, method=Ligo()).build_grower(saved(tmp_path, "llama"))
     b = written(grower.spaces["hidden"])  # type: ignore[arg-type]
-    assert torch.equal(b[:36], torch.eye(36)) and torch.allclose(b.sum(1), torch.ones(72)) and bool((b >= 0).all())
+    assert (
+        torch.equal(b[:36], torch.eye(36))
+        and torch.allclose(b.sum(1), torch.ones(72))
+        and bool((b >= 0).all())
+    )
 
 
-def test_a_class_that_interleaves_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_interleaves_tensors_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, plain = saved(tmp_path, "mixtral"), modeling.to_checkpoint_names
 
     def turned(model: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -432,7 +565,9 @@ BAD: list[tuple[str, str, Callable[[Checkpoint], Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "words", "act"), BAD)
-def test_refusals(family: str, words: str, act: Callable[[Checkpoint], Any], tmp_path: Path) -> None:
+def test_refusals(
+    family: str, words: str, act: Callable[[Checkpoint], Any], tmp_path: Path
+) -> None:
     tied = {"tie_word_embeddings": True} if family == "llama" else {}
     source = saved(tmp_path, family, **tied)
     with pytest.raises(RegraftError, match=words):

@@ -19,7 +19,9 @@ from regraft.mixers.base import Attention, Mixer, MixerContext
 from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 
-ATTENTION = Attention(hidden=24, kv=4, group=2, dim=6, scale=6**-0.5, qkv_bias=True, o_bias=True, qk_norm=1e-6)
+ATTENTION = Attention(
+    hidden=24, kv=4, group=2, dim=6, scale=6**-0.5, qkv_bias=True, o_bias=True, qk_norm=1e-6
+)
 TIME = 37
 TOLERANCE = 1e-5
 
@@ -57,7 +59,11 @@ def case(spec: dict) -> tuple[Mixer, Tensor, Tensor]:
     """A mixer, its input, and its output."""
     mixer = made(spec, ATTENTION)
     x = torch.randn(2, TIME, ATTENTION.hidden)
-    return mixer, x, mixer(x, MixerContext(rotary(torch.arange(TIME).expand(2, TIME), ATTENTION)))[0]
+    return (
+        mixer,
+        x,
+        mixer(x, MixerContext(rotary(torch.arange(TIME).expand(2, TIME), ATTENTION)))[0],
+    )
 
 
 def out(mixer: Mixer, per_head: Tensor) -> Tensor:
@@ -75,7 +81,11 @@ def test_retnet_is_retention_in_its_parallel_form() -> None:
     retained = (q @ k.mT / math.sqrt(ATTENTION.dim) * decay) @ v
     gated = heads(mixer.gate, x) * heads(mixer.gate, x).sigmoid()
     assert (
-        relative(y, out(mixer, gated * retained / (retained.square().mean(-1, keepdim=True) + 1e-5).sqrt())) < TOLERANCE
+        relative(
+            y,
+            out(mixer, gated * retained / (retained.square().mean(-1, keepdim=True) + 1e-5).sqrt()),
+        )
+        < TOLERANCE
     )
 
 
@@ -119,7 +129,9 @@ def test_liger_takes_decays_from_keys() -> None:
     kept = (k.sigmoid() ** (1 / 16)).log().cumsum(2)
     rows = []
     for n in range(TIME):
-        weight = (q[:, :, n, None].softmax(-1) * k.softmax(-1) * (kept[:, :, n, None] - kept).exp()).sum(-1)
+        weight = (
+            q[:, :, n, None].softmax(-1) * k.softmax(-1) * (kept[:, :, n, None] - kept).exp()
+        ).sum(-1)
         rows.append((weight[:, :, : n + 1, None] * v[:, :, : n + 1]).sum(2))
     assert relative(y, out(mixer, torch.stack(rows, 2))) < TOLERANCE
 
@@ -145,10 +157,14 @@ def test_rwkv6_is_the_papers_time_mixing() -> None:
     state, outputs = torch.zeros(2, 8, 6, 6), []
     for t in range(TIME):
         write = k[:, :, t, :, None] * v[:, :, t, None, :]
-        outputs.append(((state + mixer.bonus[..., None] * write) * r[:, :, t, :, None] / math.sqrt(6)).sum(-2))
+        outputs.append(
+            ((state + mixer.bonus[..., None] * write) * r[:, :, t, :, None] / math.sqrt(6)).sum(-2)
+        )
         state = w[:, :, t, :, None] * state + write
     found = torch.stack(outputs, 2)
-    found = (found - found.mean(-1, keepdim=True)) / (found.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    found = (found - found.mean(-1, keepdim=True)) / (
+        found.var(-1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
     found = found * mixer.norm.view(8, 1, 6) + mixer.norm_bias.view(8, 1, 6)
     gate = heads(mixer.gate, read["g"])
     assert relative(y, out(mixer, gate * gate.sigmoid() * found)) < TOLERANCE
@@ -163,10 +179,15 @@ def test_radlads_form_of_rwkv6() -> None:
     for t in range(TIME):
         state = w[:, :, t, :, None] * state + ((1 - w) * k)[:, :, t, :, None] * v[:, :, t, None, :]
         outputs.append((state * q[:, :, t, :, None] / math.sqrt(6)).sum(-2))
-    assert relative(y, out(mixer, heads(mixer.gate, x).sigmoid() * torch.stack(outputs, 2))) < TOLERANCE
+    assert (
+        relative(y, out(mixer, heads(mixer.gate, x).sigmoid() * torch.stack(outputs, 2)))
+        < TOLERANCE
+    )
 
 
-@pytest.mark.parametrize("spec", [{"name": "gla"}, {"name": "rwkv6"}, {"name": "rwkv6", "decay": "static"}], ids=str)
+@pytest.mark.parametrize(
+    "spec", [{"name": "gla"}, {"name": "rwkv6"}, {"name": "rwkv6", "decay": "static"}], ids=str
+)
 @torch.no_grad()
 def test_gates_start_at_the_half_life_that_was_measured(spec: dict) -> None:
     attention = Attention(hidden=24, kv=4, group=2, dim=6, scale=6**-0.5)
@@ -181,14 +202,19 @@ def test_gates_start_at_the_half_life_that_was_measured(spec: dict) -> None:
     for layer in (mixer.qkv.k, mixer.qkv.v):
         layer.weight.abs_()
     sizes = torch.stack(
-        [mixer.mix(x[:, : 1 + n], MixerContext(), None)[1]["matrix"].sum((0, 2, 3)) for n in (1, 3, 257)]
+        [
+            mixer.mix(x[:, : 1 + n], MixerContext(), None)[1]["matrix"].sum((0, 2, 3))
+            for n in (1, 3, 257)
+        ]
     )
     halved = 0.5 ** (torch.tensor([1, 3, 257])[:, None] / distance)
     whole = mixer.mix(x[:, :1], MixerContext(), None)[1]["matrix"].sum((0, 2, 3))
     torch.testing.assert_close(sizes / whole, halved, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", [{"name": "lolcats", "window": 5}, {"name": "rwkv6"}, {"name": "gla"}], ids=str)
+@pytest.mark.parametrize(
+    "spec", [{"name": "lolcats", "window": 5}, {"name": "rwkv6"}, {"name": "gla"}], ids=str
+)
 @torch.no_grad()
 def test_padding_between_pieces_changes_nothing(spec: dict) -> None:
     mixer, x = made(spec, ATTENTION), torch.randn(1, 20, 24)
@@ -205,7 +231,13 @@ def test_t2r_divides_by_the_sum_of_similarities() -> None:
     mixer, x, y = case({"name": "t2r", "feature": 4})
     q, k, v = attended(mixer, x, turn=False)
     q, k = (
-        torch.stack([(t[:, h] @ mixer.map[h].T + mixer.map_bias.view(8, 4)[h]).clamp(min=0) for h in range(8)], 1)
+        torch.stack(
+            [
+                (t[:, h] @ mixer.map[h].T + mixer.map_bias.view(8, 4)[h]).clamp(min=0)
+                for h in range(8)
+            ],
+            1,
+        )
         for t in (q, k)
     )
     assert relative(y, out(mixer, divided(q, k, v))) < TOLERANCE
@@ -226,8 +258,14 @@ def test_t2r_gives_zero_where_no_feature_is_left() -> None:
 def test_hedgehog_divides_by_the_sum_of_similarities() -> None:
     mixer, x, y = case({"name": "hedgehog", "feature": 5})
     q, k, v = attended(mixer, x)
-    q, k = (torch.stack([t[:, h] @ maps[h].T for h in range(8)], 1) for t, maps in ((q, mixer.q_map), (k, mixer.k_map)))
-    q, k = (torch.cat((t.exp() / t.exp().sum(-1, True), (-t).exp() / (-t).exp().sum(-1, True)), -1) for t in (q, k))
+    q, k = (
+        torch.stack([t[:, h] @ maps[h].T for h in range(8)], 1)
+        for t, maps in ((q, mixer.q_map), (k, mixer.k_map))
+    )
+    q, k = (
+        torch.cat((t.exp() / t.exp().sum(-1, True), (-t).exp() / (-t).exp().sum(-1, True)), -1)
+        for t in (q, k)
+    )
     assert relative(y, out(mixer, divided(q, k, v))) < TOLERANCE
 
 
@@ -238,7 +276,12 @@ def test_lolcats_sums_window_and_past_under_one_denominator(affine: bool) -> Non
     q, k, v = attended(mixer, x)
     fq, fk = (
         torch.stack(
-            [torch.cat(((t[:, h] @ maps[h].T).softmax(-1), (-t[:, h] @ maps[h].T).softmax(-1)), -1) for h in range(8)],
+            [
+                torch.cat(
+                    ((t[:, h] @ maps[h].T).softmax(-1), (-t[:, h] @ maps[h].T).softmax(-1)), -1
+                )
+                for h in range(8)
+            ],
             1,
         )
         for t, maps in ((q, mixer.q_map), (k, mixer.k_map))
@@ -249,9 +292,13 @@ def test_lolcats_sums_window_and_past_under_one_denominator(affine: bool) -> Non
         inside, outside = slice(max(0, n - 4), n + 1), slice(0, max(0, n - 4))
         exponent = torch.einsum("bhd,bhid->bhi", q[:, :, n], k[:, :, inside]) / math.sqrt(6)
         soft = gamma[:, None] * (exponent - exponent.amax(-1, keepdim=True)).exp()
-        linear = torch.einsum("bhf,bhif->bhi", fq[:, :, n], fk[:, :, outside]) * ((1 - gamma[:, None]) if affine else 1)
+        linear = torch.einsum("bhf,bhif->bhi", fq[:, :, n], fk[:, :, outside]) * (
+            (1 - gamma[:, None]) if affine else 1
+        )
         weight = torch.cat((linear, soft), -1)
-        rows.append(torch.einsum("bhi,bhid->bhd", weight / weight.sum(-1, keepdim=True), v[:, :, : n + 1]))
+        rows.append(
+            torch.einsum("bhi,bhid->bhd", weight / weight.sum(-1, keepdim=True), v[:, :, : n + 1])
+        )
     assert relative(y, out(mixer, torch.stack(rows, 2))) < TOLERANCE
 
 
@@ -276,14 +323,19 @@ def test_merged_maps_give_the_same_logits(family: str, remix: Remix, tmp_path: P
     model = modeling.materialize(remix(Checkpoint.open(tmp_path / "source")))
     for name, parameter in model.named_parameters():
         if ".map" in name or "gate" in name:
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            parameter.add_(
+                0.2
+                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            )
     model.save_pretrained(tmp_path / "trained")
     merged = Merge()(Checkpoint.open(tmp_path / "trained"))
     merged.save(tmp_path / "out")
     again = modeling.load(tmp_path / "out")
     assert not [name for name in again.state_dict() if ".map" in name]
     assert relative(again(tokens(2, 70)).logits, model(tokens(2, 70)).logits) < TOLERANCE
-    assert flops.forward_flops(merged, 70) < flops.forward_flops(Checkpoint.open(tmp_path / "trained"), 70)
+    assert flops.forward_flops(merged, 70) < flops.forward_flops(
+        Checkpoint.open(tmp_path / "trained"), 70
+    )
     with pytest.raises(RegraftError, match="no t2r layer"):
         Merge()(merged)
 

@@ -31,7 +31,9 @@ def opened(family: str, folder: Path, **keys: Any) -> Checkpoint:
     return Checkpoint.open(folder / "source")
 
 
-def grown(family: str, folder: Path, *steps: Callable[[Checkpoint], Checkpoint], **keys: Any) -> dict[str, Any]:
+def grown(
+    family: str, folder: Path, *steps: Callable[[Checkpoint], Checkpoint], **keys: Any
+) -> dict[str, Any]:
     """What liveness says of a tiny model after some steps."""
     made = opened(family, folder, **keys)
     for step in steps:
@@ -43,7 +45,9 @@ def wider(family: str) -> Widen:
     """Hidden and ffn to sizes that the family can hold and that are no multiples, if it has such."""
     if family in COUPLED:
         return Widen(hidden=144 if family in ("bert", "roberta") else 96, ffn=61)
-    return {"mixtral": Widen(hidden=64, ffn=72), "dinov2": Widen(hidden=54, ffn=108)}.get(family, Widen(45, 61))
+    return {"mixtral": Widen(hidden=64, ffn=72), "dinov2": Widen(hidden=54, ffn=108)}.get(
+        family, Widen(45, 61)
+    )
 
 
 def edited(change: Callable[[Key, Tensor], None]) -> Callable[[Checkpoint], Checkpoint]:
@@ -94,7 +98,9 @@ def test_default_growth_is_alive_in_every_class(family: str, tmp_path: Path) -> 
         assert healthy(found), (name, found)
 
 
-@pytest.mark.parametrize("how", ["pad", "zero_in", "pair", "split", "tile", "duplicate", "aki", "lemon"])
+@pytest.mark.parametrize(
+    "how", ["pad", "zero_in", "pair", "split", "tile", "duplicate", "aki", "lemon"]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral"])
 def test_every_operator_on_neurons_is_alive(family: str, how: str, tmp_path: Path) -> None:
     assert healthy(grown(family, tmp_path, Widen(ffn=112 if family == "mixtral" else 104, how=how)))
@@ -103,7 +109,9 @@ def test_every_operator_on_neurons_is_alive(family: str, how: str, tmp_path: Pat
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("how", ["pad", "tile", "duplicate", "lemon", "aki"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_operator_on_the_stream_is_alive(family: str, how: str, tied: bool, tmp_path: Path) -> None:
+def test_every_operator_on_the_stream_is_alive(
+    family: str, how: str, tied: bool, tmp_path: Path
+) -> None:
     hidden = 144 if family == "gpt2" else 72
     assert healthy(grown(family, tmp_path, Widen(hidden=hidden, how=how), tie_word_embeddings=tied))
 
@@ -138,9 +146,13 @@ def test_zero_gains_before_zero_rows_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_third_of_a_model_that_does_not_read_its_new_coordinates_is_dead(tied: bool, tmp_path: Path) -> None:
+def test_a_third_of_a_model_that_does_not_read_its_new_coordinates_is_dead(
+    tied: bool, tmp_path: Path
+) -> None:
     found = grown("llama", tmp_path, Widen(hidden=54), deaf(36), tie_word_embeddings=tied)
-    assert found["dead"]["share"] == pytest.approx(1 / 3, abs=1e-3) and found["locked"]["units"] == 0
+    assert (
+        found["dead"]["share"] == pytest.approx(1 / 3, abs=1e-3) and found["locked"]["units"] == 0
+    )
     hints = {row["role"]: row["where"] for row in found["dead"]["tensors"]}
     assert hints["attn.q.weight"] == "input hidden coordinates 36..53"
     assert hints["mlp.down.weight"] == hints["embed.weight"] == "output hidden coordinates 36..53"
@@ -156,7 +168,9 @@ def test_dead_entries_have_the_names_that_files_give_them(family: str, tmp_path:
 
     def change(key: Key, value: Tensor) -> None:
         part = place[key].part
-        for (role, _, _), piece in zip(fused_maps(part, key[0]), split_fused(value, part, made.sizes), strict=True):
+        for (role, _, _), piece in zip(
+            fused_maps(part, key[0]), split_fused(value, part, made.sizes), strict=True
+        ):
             if ".up." in role:
                 piece[old:] = 0
 
@@ -170,12 +184,18 @@ def test_dead_entries_have_the_names_that_files_give_them(family: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmo2"])
-def test_normed_heads_of_other_than_a_multiple_are_dead_and_named(family: str, tmp_path: Path) -> None:
+def test_normed_heads_of_other_than_a_multiple_are_dead_and_named(
+    family: str, tmp_path: Path
+) -> None:
     found = grown(family, tmp_path, Widen(head_dim=12))
     names = {"attn.q.weight", "attn.k.weight", "attn.q_norm.weight", "attn.k_norm.weight"}
-    assert {row["role"] for row in found["dead"]["tensors"]} == names and len(found["dead"]["tensors"]) == 12
+    assert {row["role"] for row in found["dead"]["tensors"]} == names and len(
+        found["dead"]["tensors"]
+    ) == 12
     for row in found["dead"]["tensors"]:
-        assert 3 * row["dead"] == row["of"] and row["where"].endswith("coordinates 4..5, 10..11 of each head"), row
+        assert 3 * row["dead"] == row["of"] and row["where"].endswith(
+            "coordinates 4..5, 10..11 of each head"
+        ), row
     assert found["locked"]["units"] == 0
 
 
@@ -193,7 +213,9 @@ def test_neurons_of_zero_inputs_are_dead_under_relu_and_alive_under_gelu(tmp_pat
         if key[0] == "mlp.down.weight":
             value[52:] = 0.1
 
-    found = grown("gpt2", tmp_path / "relu", Widen(ffn=64), edited(silent), activation_function="relu")["dead"]
+    found = grown(
+        "gpt2", tmp_path / "relu", Widen(ffn=64), edited(silent), activation_function="relu"
+    )["dead"]
     assert {(row["role"], row["where"]) for row in found["tensors"]} == {
         ("mlp.up.weight", "output neurons 52..63"),
         ("mlp.up.bias", "neurons 52..63"),
@@ -211,12 +233,48 @@ def test_neurons_of_zero_inputs_are_dead_under_relu_and_alive_under_gelu(tmp_pat
 @pytest.mark.parametrize(
     ("family", "step", "axis", "units", "where"),
     [
-        ("llama", Widen(hidden=72, how="tile", noise=0.0), "hidden", 36, "hidden coordinates 36..71 repeat 0..35"),
-        ("vit", Widen(hidden=72, how="tile", noise=0.0), "hidden", 36, "hidden coordinates 36..71 repeat 0..35"),
-        ("llama", Widen(ffn=104, how="tile", noise=0.0), "ffn", 3 * 52, "neurons 52..103 repeat 0..51"),
-        ("mixtral", Widen(ffn=112, how="tile", noise=0.0), "ffn", 9 * 56, "neurons 56..111 repeat 0..55"),
-        ("llama", Widen(heads=18, kv_heads=6, how="tile", noise=0.0), "kv", 3 * 3, "heads 3..5 repeat 0..2"),
-        ("llama", Widen(heads=18, kv_heads=3, how="tile", noise=0.0), "group", 3 * 3, "queries 3..5 of each group rep"),
+        (
+            "llama",
+            Widen(hidden=72, how="tile", noise=0.0),
+            "hidden",
+            36,
+            "hidden coordinates 36..71 repeat 0..35",
+        ),
+        (
+            "vit",
+            Widen(hidden=72, how="tile", noise=0.0),
+            "hidden",
+            36,
+            "hidden coordinates 36..71 repeat 0..35",
+        ),
+        (
+            "llama",
+            Widen(ffn=104, how="tile", noise=0.0),
+            "ffn",
+            3 * 52,
+            "neurons 52..103 repeat 0..51",
+        ),
+        (
+            "mixtral",
+            Widen(ffn=112, how="tile", noise=0.0),
+            "ffn",
+            9 * 56,
+            "neurons 56..111 repeat 0..55",
+        ),
+        (
+            "llama",
+            Widen(heads=18, kv_heads=6, how="tile", noise=0.0),
+            "kv",
+            3 * 3,
+            "heads 3..5 repeat 0..2",
+        ),
+        (
+            "llama",
+            Widen(heads=18, kv_heads=3, how="tile", noise=0.0),
+            "group",
+            3 * 3,
+            "queries 3..5 of each group rep",
+        ),
     ],
 )
 def test_copies_without_noise_are_locked(
@@ -224,11 +282,15 @@ def test_copies_without_noise_are_locked(
 ) -> None:
     found = grown(family, tmp_path, step)
     assert found["locked"]["units"] == units and found["dead"]["entries"] == 0
-    assert all(row["axis"] == axis and row["where"].startswith(where) for row in found["locked"]["tensors"])
+    assert all(
+        row["axis"] == axis and row["where"].startswith(where) for row in found["locked"]["tensors"]
+    )
     seen = {row["role"].split(".")[-2] for row in found["locked"]["tensors"]}
-    assert {"hidden": {"embed", "q", "down"}, "ffn": {"up", "down"}, "kv": {"q", "k", "v", "o"}}.get(
-        axis, {"q"}
-    ) <= seen
+    assert {
+        "hidden": {"embed", "q", "down"},
+        "ffn": {"up", "down"},
+        "kv": {"q", "k", "v", "o"},
+    }.get(axis, {"q"}) <= seen
 
 
 @pytest.mark.parametrize("noise", [None, 0.0])
@@ -239,7 +301,9 @@ def test_bert_twice_as_wide_needs_noise(noise: float | None, tmp_path: Path) -> 
     assert found["locked"]["units"] == (0 if noise is None else 72 + 72 + 27)
 
 
-def test_heads_that_two_new_groups_copy_from_one_are_locked_though_they_write_nothing(tmp_path: Path) -> None:
+def test_heads_that_two_new_groups_copy_from_one_are_locked_though_they_write_nothing(
+    tmp_path: Path,
+) -> None:
     def change(key: Key, value: Tensor) -> None:
         for role, rows in (("q", 24), ("k", 8), ("v", 8)):
             if key == (f"attn.{role}.weight", 1):
@@ -260,7 +324,10 @@ def test_duplicates_of_the_source_are_taken_off(tmp_path: Path) -> None:
     source = edited(change)(opened("llama", tmp_path))
     assert check_liveness(source)["locked"]["units"] == 2
     assert check_liveness(Widen(heads=12, kv_heads=4)(source))["locked"]["units"] == 2
-    assert check_liveness(Widen(heads=12, kv_heads=4)(source), source=source)["locked"] == {"units": 0, "tensors": []}
+    assert check_liveness(Widen(heads=12, kv_heads=4)(source), source=source)["locked"] == {
+        "units": 0,
+        "tensors": [],
+    }
     tiled = Widen(ffn=104, how="tile", noise=0.0)(source)
     assert check_liveness(tiled, source=source)["locked"]["units"] == 50 + 52 + 50
 
@@ -281,7 +348,9 @@ def test_files_and_values_stay_as_they_are(tmp_path: Path) -> None:
     first = check_liveness(held)
     assert check_liveness(tmp_path / "source") == first == check_liveness(str(tmp_path / "source"))
     assert files.sha256(tmp_path / "source" / "model.safetensors") == before
-    assert all(torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in held.tensors.items())
+    assert all(
+        torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in held.tensors.items()
+    )
 
 
 def test_a_linearized_model_can_be_asked_too(tmp_path: Path) -> None:
@@ -294,7 +363,9 @@ def test_a_linearized_model_can_be_asked_too(tmp_path: Path) -> None:
 def test_what_cannot_be_tried_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="at least one step, got 0"):
         check_liveness(opened("llama", tmp_path), steps=0)
-    broken = edited(lambda key, value: value.fill_(float("nan")) if key[0] == "norm.final.weight" else None)
+    broken = edited(
+        lambda key, value: value.fill_(float("nan")) if key[0] == "norm.final.weight" else None
+    )
     with pytest.raises(RegraftError, match="a loss of nan on random input"):
         check_liveness(broken(Checkpoint.open(tmp_path / "source")))
 

@@ -20,7 +20,16 @@ from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.stage import Stage, projection_names
 
-STAGE = Stage("next", tokens=6 * 2 * 24, length=24, batch=2, rank=3, lr_mixer=1e-2, lr_new=1e-2, precision="float32")
+STAGE = Stage(
+    "next",
+    tokens=6 * 2 * 24,
+    length=24,
+    batch=2,
+    rank=3,
+    lr_mixer=1e-2,
+    lr_new=1e-2,
+    precision="float32",
+)
 
 
 class Added(torch.nn.Module):
@@ -53,22 +62,31 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_losses_are_those_of_layers_that_hold_the_additions(source: Checkpoint, tmp_path: Path) -> None:
+def test_losses_are_those_of_layers_that_hold_the_additions(
+    source: Checkpoint, tmp_path: Path
+) -> None:
     model, twin = student(source), student(source)
     before = {name: value.clone() for name, value in model.named_parameters()}
     loop.train(loop.Run(model, [STAGE], rows, tmp_path / "run"))
     names = projection_names(model)
-    assert {name for name, value in model.named_parameters() if not torch.equal(value, before[name])} <= {
-        name for name in before if ".mixer." in name
-    }
+    assert {
+        name for name, value in model.named_parameters() if not torch.equal(value, before[name])
+    } <= {name for name in before if ".mixer." in name}
     assert all(not torch.equal(model.get_parameter(name), before[name]) for name in names)
     change = model.get_parameter(names[0]) - before[names[0]]
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == 3
     assert not any("low_rank" in name for name in model.state_dict())
 
-    new = [p for g in loop.parameter_groups(twin, dataclasses.replace(STAGE, rank=0, learn="new")) for p in g["params"]]
+    new = [
+        p
+        for g in loop.parameter_groups(twin, dataclasses.replace(STAGE, rank=0, learn="new"))
+        for p in g["params"]
+    ]
     low = loop.attach_lora(twin, names, 3, 0, {})
-    drawn = {name: (low.a[name.replace(".", "/")].detach(), low.b[name.replace(".", "/")].detach()) for name in names}
+    drawn = {
+        name: (low.a[name.replace(".", "/")].detach(), low.b[name.replace(".", "/")].detach())
+        for name in names
+    }
     loop.detach_lora(twin)
     added = []
     for name in names:
@@ -84,7 +102,9 @@ def test_losses_are_those_of_layers_that_hold_the_additions(source: Checkpoint, 
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * STAGE.lr_factor(step)
         ids = rows(24).input_ids[order[2 * step : 2 * step + 2]]
-        loss = F.cross_entropy(twin(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss = F.cross_entropy(
+            twin(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
         assert float(loss.detach()) == pytest.approx(expected, rel=2e-4)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*added, *new], 1.0)
@@ -92,7 +112,9 @@ def test_losses_are_those_of_layers_that_hold_the_additions(source: Checkpoint, 
         optimizer.zero_grad()
 
 
-def test_a_run_that_goes_on_is_the_same(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_goes_on_is_the_same(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = student(source)
     loop.train(loop.Run(whole, [STAGE, STAGE], rows, tmp_path / "whole"))
     write, seen = loop.write_metrics_row, []

@@ -42,22 +42,33 @@ def test_a_mixers_matrix_times_its_values_is_its_output(spec: dict) -> None:
 
 @torch.no_grad()
 def test_mamba2s_matrix_holds_what_its_recurrence_does() -> None:
-    mixer, x = made({"name": "mamba2", "layout": "attention"}, SHAPES["9-heads-3-kv"]), torch.randn(2, 70, 36)
+    mixer, x = (
+        made({"name": "mamba2", "layout": "attention"}, SHAPES["9-heads-3-kv"]),
+        torch.randn(2, 70, 36),
+    )
     values = mixer.inputs(x, MixerContext(), {})[0]["values"]
     y = mixer.apply_gate((mixer.matrix(x, MixerContext()) @ values).transpose(1, 2), x).flatten(2)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * mixer.norm
-    torch.testing.assert_close(y.unflatten(-1, (9, -1)), mixer.mix(x, MixerContext(), None)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        y.unflatten(-1, (9, -1)), mixer.mix(x, MixerContext(), None)[0], rtol=1e-4, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("spec", [{"name": "lolcats", "window": 8}, {"name": "mamba"}, {"name": "window"}])
+@pytest.mark.parametrize(
+    "spec", [{"name": "lolcats", "window": 8}, {"name": "mamba"}, {"name": "window"}]
+)
 def test_mixers_without_one_matrix_say_so(spec: dict) -> None:
     mixer = made(spec, SHAPES["5-heads-no-rotary"])
-    with pytest.raises(RegraftError, match=f"'{spec['name']}' has no single matrix.*leave out the stage"):
+    with pytest.raises(
+        RegraftError, match=f"'{spec['name']}' has no single matrix.*leave out the stage"
+    ):
         mixer.matrix(torch.randn(1, 9, 20), MixerContext())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
-def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(family: str, tmp_path: Path) -> None:
+def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(
+    family: str, tmp_path: Path
+) -> None:
     tiny(family)[1].save_pretrained(tmp_path / "source")
     source = Checkpoint.open(tmp_path / "source")
     teacher = modeling.materialize(source)
@@ -77,8 +88,12 @@ def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(family: str, 
         (made - wanted).norm() ** 2 / wanted.norm() ** 2
         for layer, target in zip((0, 2), norms, strict=True)
         for made, wanted in zip(
-            model.slots()[layer].mixer.matrix(records[layer].inputs, records[layer].mixing(None)), target, strict=True
+            model.slots()[layer].mixer.matrix(records[layer].inputs, records[layer].mixing(None)),
+            target,
+            strict=True,
         )
     ]
     assert value == pytest.approx(float(sum(expected).detach()) / len(expected), rel=1e-4)
-    assert all(p.grad is not None and p.grad.any() for p in model.slots()[0].mixer.qkv.q.parameters())
+    assert all(
+        p.grad is not None and p.grad.any() for p in model.slots()[0].mixer.qkv.q.parameters()
+    )

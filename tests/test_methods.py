@@ -60,13 +60,22 @@ def test_every_method_goes_from_end_to_end(name: str, folder: Path, tmp_path: Pa
     before = [row["kind"].split()[0] for row in told["ledger"]["start"]]
     measured, begun = ":" in way.remix.keep and "every" not in way.remix.keep, bool(way.calibration)
     assert before == ["layers:"] * measured + ["closed"] * begun
-    assert all(row["flops"] > 0 and row["seconds"] > 0 and row["tokens"] > 0 for row in told["ledger"]["start"])
-    assert {file.name for file in out.iterdir()} >= {"metrics.jsonl", "lineage.json", "tokenizer.json"}
+    assert all(
+        row["flops"] > 0 and row["seconds"] > 0 and row["tokens"] > 0
+        for row in told["ledger"]["start"]
+    )
+    assert {file.name for file in out.iterdir()} >= {
+        "metrics.jsonl",
+        "lineage.json",
+        "tokenizer.json",
+    }
     assert not (out / "work").exists() and not (out / "run").exists()
     assert "holds a finished model" in refused(capsys, *words(folder, name, out))
 
 
-def test_a_killed_conversion_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_killed_conversion_goes_on_to_the_same_weights(
+    folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     as_json(capsys, *words(folder, "auto", tmp_path / "whole", "--keep", "restore:1"))
     write, rows = loop.write_metrics_row, []
 
@@ -78,7 +87,9 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(folder: Path, tmp_path:
 
     train = loop.train
     monkeypatch.setattr(loop, "write_metrics_row", dying)
-    monkeypatch.setattr(loop, "train", lambda run: train(dataclasses.replace(run, save_seconds=0.0)))
+    monkeypatch.setattr(
+        loop, "train", lambda run: train(dataclasses.replace(run, save_seconds=0.0))
+    )
     with pytest.raises(AssertionError, match="130"):
         as_json(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "restore:1"))
     monkeypatch.undo()
@@ -86,17 +97,26 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(folder: Path, tmp_path:
     assert "holds a conversion with another method" in said
     as_json(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "restore:1"))
     one, two = (Checkpoint.open(tmp_path / name) for name in ("whole", "cut"))
-    assert all(torch.equal(lazy.read(), two.tensors[key].read()) for key, lazy in one.tensors.items())
+    assert all(
+        torch.equal(lazy.read(), two.tensors[key].read()) for key, lazy in one.tensors.items()
+    )
 
 
 def test_flags_change_a_method_and_a_mixers_options_go_with_it() -> None:
     supra = methods.find_method("supra")
     assert supra.with_remix(keep="every:2").remix.options == supra.remix.options
     other = supra.with_remix(mixer="gated_deltanet", window=32).remix
-    assert (other.mixer, other.options, other.window, other.keep) == ("gated_deltanet", {}, 32, "none")
+    assert (other.mixer, other.options, other.window, other.keep) == (
+        "gated_deltanet",
+        {},
+        32,
+        "none",
+    )
 
 
-def test_auto_measures_layers_where_there_is_text_and_says_so_where_not(folder: Path, tmp_path: Path, capsys) -> None:
+def test_auto_measures_layers_where_there_is_text_and_says_so_where_not(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
     model, data = folder / "model", ["--data", folder / "text.txt"]
     plans = [
         as_json(capsys, "plan", model, "--method", "auto"),
@@ -117,18 +137,28 @@ def test_auto_measures_layers_where_there_is_text_and_says_so_where_not(folder: 
 
 def test_a_recipe_may_name_a_method(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"source": "m", "train": [], "method": "taylor", "tokens": 65536}))
+    file.write_text(
+        yaml.safe_dump({"source": "m", "train": [], "method": "taylor", "tokens": 65536})
+    )
     recipe = schema.load(str(file), {"stages.0.tokens": "2048", "remix": "{keep: none}"})
     assert recipe.remix.keep == "none" and recipe.remix.window == 0 and recipe.calibration == 8192
-    assert [stage.kind for stage in recipe.stages] == ["align", "distil"] and recipe.stages[0].tokens == 2048
+    assert [stage.kind for stage in recipe.stages] == ["align", "distil"] and recipe.stages[
+        0
+    ].tokens == 2048
     with pytest.raises(RegraftError, match="needs tokens"):
         schema.build(methods.method.filled({"source": "m", "train": [], "method": "auto"}))
 
 
 def test_wrong_use(folder: Path, tmp_path: Path, capsys) -> None:
-    assert "did you mean 'supra'" in refused(capsys, "linearize", folder / "model", tmp_path / "o", "--method", "supr")
-    assert "give --data" in refused(capsys, "linearize", folder / "model", tmp_path / "o", "--tokens", 100)
-    assert "holds the source" in refused(capsys, *words(folder, "auto", folder / "model", "--overwrite"))
+    assert "did you mean 'supra'" in refused(
+        capsys, "linearize", folder / "model", tmp_path / "o", "--method", "supr"
+    )
+    assert "give --data" in refused(
+        capsys, "linearize", folder / "model", tmp_path / "o", "--tokens", 100
+    )
+    assert "holds the source" in refused(
+        capsys, *words(folder, "auto", folder / "model", "--overwrite")
+    )
     assert (folder / "model" / "model.safetensors").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("mine")

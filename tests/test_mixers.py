@@ -16,8 +16,21 @@ from regraft.mixers.vector import chunked_vector, naive_vector
 from regraft.mixers.window import naive_window
 
 SMALL_WINDOW = {"name": "window", "window": 8, "sinks": 2}
-LIGER = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}
-RADLADS = {"shift": False, "bonus": False, "balance": True, "norm": "none", "grouped": True, "rotary": True}
+LIGER = {
+    "gate_from": "keys",
+    "activation": "softmax",
+    "norm": "none",
+    "gate": "none",
+    "grouped": True,
+}
+RADLADS = {
+    "shift": False,
+    "bonus": False,
+    "balance": True,
+    "norm": "none",
+    "grouped": True,
+    "rotary": True,
+}
 SPECS = [
     SMALL_WINDOW,
     {"name": "window", "window": 5, "sinks": 0},
@@ -56,7 +69,9 @@ SPECS = [
 ]
 IDS = [f"{spec['name']}-{i}" for i, spec in enumerate(SPECS)]
 SHAPES = {
-    "9-heads-3-kv": Attention(hidden=36, kv=3, group=3, dim=10, scale=0.3, qkv_bias=True, o_bias=True, qk_norm=1e-6),
+    "9-heads-3-kv": Attention(
+        hidden=36, kv=3, group=3, dim=10, scale=0.3, qkv_bias=True, o_bias=True, qk_norm=1e-6
+    ),
     "5-heads-no-rotary": Attention(hidden=20, kv=5, group=1, dim=6, scale=6**-0.5, rotary=False),
 }
 TOLERANCE = 1e-5
@@ -70,7 +85,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def bound(spec: dict) -> float:
     """Relative error that counts as rounding; a norm behind a sum that may cancel magnifies it (by 1 / sqrt(eps))."""
     linear = spec.get("linear", spec)
-    normed = vars(registry.mixer_class(linear["name"]).parse(linear)).get("norm") in ("rms", "layer")
+    normed = vars(registry.mixer_class(linear["name"]).parse(linear)).get("norm") in (
+        "rms",
+        "layer",
+    )
     return 10 * TOLERANCE if normed else TOLERANCE
 
 
@@ -82,7 +100,9 @@ def made(spec: dict, attention: Attention, seed: int = 0) -> Mixer:
     return mixer
 
 
-def rotary(position: torch.Tensor, attention: Attention) -> tuple[torch.Tensor, torch.Tensor] | None:
+def rotary(
+    position: torch.Tensor, attention: Attention
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     if not attention.rotary:
         return None
     frequency = 10.0 ** -torch.linspace(0, 2, attention.dim // 2)
@@ -95,7 +115,9 @@ def run(mixer: Mixer, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     state, outputs, begin = None, [], 0
     for cut in cuts:
         position = torch.arange(begin, begin + cut).expand(x.shape[0], cut)
-        y, state = mixer(x[:, begin : begin + cut], MixerContext(rotary(position, mixer.attention)), state)
+        y, state = mixer(
+            x[:, begin : begin + cut], MixerContext(rotary(position, mixer.attention)), state
+        )
         outputs.append(y)
         begin += cut
     return torch.cat(outputs, 1)
@@ -121,7 +143,9 @@ def test_state_does_not_grow(spec: dict) -> None:
     mixer, sizes = made(spec, attention), set()
     for time in (1, 3, 40, 200):
         position = torch.arange(time).expand(2, time)
-        _, state = mixer(torch.randn(2, time, attention.hidden), MixerContext(rotary(position, attention)))
+        _, state = mixer(
+            torch.randn(2, time, attention.hidden), MixerContext(rotary(position, attention))
+        )
         sizes.add(sum(tensor[0].numel() for tensor in state.values()))
     assert sizes == {registry.mixer_class(spec["name"]).state_size(attention, spec)}
 
@@ -142,9 +166,9 @@ def test_padding_changes_nothing(spec: dict, left: bool) -> None:
     assert torch.isfinite(y).all()
     token = torch.randn(1, 1, 36)
     context = MixerContext(rotary(torch.full((1, 1), time), mixer.attention))
-    assert relative(mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]) < bound(
-        spec
-    )
+    assert relative(
+        mixer(token, context, state)[0], run(mixer, torch.cat((x, token), 1), [time + 1])[:, -1:]
+    ) < bound(spec)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
@@ -157,9 +181,13 @@ def test_bfloat16_stays_close_and_keeps_states_wide(spec: dict, autocast: bool) 
     low = torch.float32 if autocast else torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y, state = mixer.to(low)(x.to(low), MixerContext(tuple(t.to(low) for t in turn)))
-        again, _ = mixer(x[:, :1].to(low), MixerContext(tuple(t[:, :1].to(low) for t in turn)), state)
+        again, _ = mixer(
+            x[:, :1].to(low), MixerContext(tuple(t[:, :1].to(low) for t in turn)), state
+        )
     assert torch.isfinite(again).all() and float((y - exact).norm() / exact.norm()) < 0.2
-    assert all(tensor.dtype == torch.float32 for name, tensor in state.items() if name.endswith("matrix"))
+    assert all(
+        tensor.dtype == torch.float32 for name, tensor in state.items() if name.endswith("matrix")
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
@@ -168,8 +196,12 @@ def test_packed_documents_do_not_see_each_other(spec: dict) -> None:
     mixer, lengths = made(spec, SHAPES["9-heads-3-kv"]), [1, 30, 64, 5, 90]
     documents = [torch.randn(1, length, 36) for length in lengths]
     position = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    segments = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).unsqueeze(0)
-    packed, _ = mixer(torch.cat(documents, 1), MixerContext(rotary(position, mixer.attention), None, segments))
+    segments = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).unsqueeze(
+        0
+    )
+    packed, _ = mixer(
+        torch.cat(documents, 1), MixerContext(rotary(position, mixer.attention), None, segments)
+    )
     alone = torch.cat([run(mixer, document, [document.shape[1]]) for document in documents], 1)
     assert relative(packed, alone) < bound(spec)
 
@@ -179,18 +211,26 @@ def test_packed_documents_do_not_see_each_other(spec: dict) -> None:
 @pytest.mark.parametrize("time", [1, 15, 63, 64, 150])
 def test_chunked_equals_naive_with_gradients(kind: str, packed: bool, time: int) -> None:
     torch.manual_seed(time)
-    q, k = (F.normalize(torch.randn(2, heads, time, 8), dim=-1).requires_grad_() for heads in (6, 3))
+    q, k = (
+        F.normalize(torch.randn(2, heads, time, 8), dim=-1).requires_grad_() for heads in (6, 3)
+    )
     v = torch.randn(2, 3, time, 5).requires_grad_()
     vector = kind in ("vector", "bonus")
     g = -torch.randn(2, 3, time, 8).exp() if vector else -0.3 * torch.rand(2, 3, time)
-    extra = {"delta": torch.rand(2, 3, time), "bonus": torch.randn(3, 8)}.get(kind)  # write strength, or bonus
+    extra = {"delta": torch.rand(2, 3, time), "bonus": torch.randn(3, 8)}.get(
+        kind
+    )  # write strength, or bonus
     state = None if packed else torch.randn(2, 3, 8, 5)
     segments = torch.randint(0, 5, (2, time)).sort(1).values if packed else None
     inputs = [t.requires_grad_() for t in (q, k, v, g, extra, state) if t is not None]
     weight, results = torch.randn(2, 6, time, 5), []
-    for form in (naive_vector, chunked_vector) if vector else (naive_recurrence, chunked_recurrence):
+    for form in (
+        (naive_vector, chunked_vector) if vector else (naive_recurrence, chunked_recurrence)
+    ):
         out, last = form(q, k, v, g, extra, segments, state)
-        results.append((out, last, torch.autograd.grad((out * weight).sum() + last.square().sum(), inputs)))
+        results.append(
+            (out, last, torch.autograd.grad((out * weight).sum() + last.square().sum(), inputs))
+        )
     (out, last, grads), (out2, last2, grads2) = results
     assert relative(out2, out) < TOLERANCE and relative(last2, last) < TOLERANCE
     for a, b in zip(grads2, grads, strict=True):
@@ -207,7 +247,9 @@ def test_vector_decays_of_any_strength_are_safe(bonus: bool, strengths: list[flo
     q, k, v = (torch.randn(1, 2, time, 4).requires_grad_() for _ in range(3))
     g = -(torch.tensor(strengths).view(1, 1, -1, 1) + torch.randn(1, 2, time, 4)).exp()
     extra = torch.ones(2, 4) if bonus else None
-    (out, last), (expected, end) = (form(q, k, v, g, extra) for form in (chunked_vector, naive_vector))
+    (out, last), (expected, end) = (
+        form(q, k, v, g, extra) for form in (chunked_vector, naive_vector)
+    )
     assert relative(out, expected) < TOLERANCE and relative(last, end) < TOLERANCE
     assert all(torch.isfinite(t).all() for t in torch.autograd.grad(out.sum(), (q, k, v)))
 
@@ -216,9 +258,16 @@ def test_vector_decays_of_any_strength_are_safe(bonus: bool, strengths: list[flo
 def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> None:
     mixer, time = made(SMALL_WINDOW, SHAPES["9-heads-3-kv"]), 45
     x = torch.randn(2, time, 36)
-    segments = torch.randint(0, 4, (2, time)).sort(1).values if segmented else torch.zeros(2, time, dtype=torch.long)
+    segments = (
+        torch.randint(0, 4, (2, time)).sort(1).values
+        if segmented
+        else torch.zeros(2, time, dtype=torch.long)
+    )
     position = torch.stack(
-        [torch.cat([torch.arange(n) for n in row.unique_consecutive(return_counts=True)[1]]) for row in segments]
+        [
+            torch.cat([torch.arange(n) for n in row.unique_consecutive(return_counts=True)[1]])
+            for row in segments
+        ]
     )
     context = MixerContext(rotary(position, mixer.attention), None, segments if segmented else None)
     heads, _ = mixer.mix(x, context, None)
@@ -226,11 +275,16 @@ def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> N
     from regraft.mixers.base import apply_rotary
 
     q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
-    expected = naive_window(q, k, v, mixer.attention.scale, 8, 2, position, segments).transpose(1, 2)
+    expected = naive_window(q, k, v, mixer.attention.scale, 8, 2, position, segments).transpose(
+        1, 2
+    )
     assert relative(heads, expected) < TOLERANCE
     parameters = list(mixer.qkv.parameters())
     weight = torch.randn_like(heads)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), parameters) for y in (heads, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * weight).sum(), parameters) for y in (heads, expected)),
+        strict=True,
+    ):
         assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
 
 
@@ -257,7 +311,9 @@ def test_window_as_wide_as_the_text_is_softmax_attention() -> None:
     from regraft.mixers.base import apply_rotary
 
     q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
-    softmax = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale, enable_gqa=True)
+    softmax = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=attention.scale, enable_gqa=True
+    )
     assert relative(wide.mix(x, context, None)[0], softmax.transpose(1, 2)) < TOLERANCE
 
 
@@ -290,7 +346,11 @@ def test_weight_table_names_every_parameter(spec: dict) -> None:
     ids=str,
 )
 def test_folded_head_maps_act_on_head_outputs(spec: dict) -> None:
-    mixer, x, maps = made(spec, SHAPES["9-heads-3-kv"]), torch.randn(1, 20, 36), torch.randn(9, 10, 10)
+    mixer, x, maps = (
+        made(spec, SHAPES["9-heads-3-kv"]),
+        torch.randn(1, 20, 36),
+        torch.randn(9, 10, 10),
+    )
     context = MixerContext(rotary(torch.arange(20).expand(1, 20), mixer.attention))
     heads, _ = mixer.mix(x, context, None)
     expected = mixer.o(torch.einsum("bthd,hde->bthe", heads, maps).flatten(-2))

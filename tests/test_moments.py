@@ -53,12 +53,20 @@ def law(family: str, folder: Path, *steps: Any, **keys: Any) -> dict[str, float]
         ours, theirs = lazy.read(), after[moved.names[key]]
         old = ours != 0
         if bool(old.any()):
-            found[moved.names[key]] = float((ours - theirs)[old].abs().max() / theirs[old].abs().max())
+            found[moved.names[key]] = float(
+                (ours - theirs)[old].abs().max() / theirs[old].abs().max()
+            )
     return found
 
 
-PLAIN = [family for family in GROWABLE if family not in ("mixtral", "vit", "dinov2", "bert", "roberta")]
-NORMED = ("qwen3", "gemma3_text", "olmo2")  # 12 is no multiple of 8: turned copies would mix gradients in the norm
+PLAIN = [
+    family for family in GROWABLE if family not in ("mixtral", "vit", "dinov2", "bert", "roberta")
+]
+NORMED = (
+    "qwen3",
+    "gemma3_text",
+    "olmo2",
+)  # 12 is no multiple of 8: turned copies would mix gradients in the norm
 HIDDEN = {"gpt2": 96, "gpt_neox": 96}
 
 
@@ -79,7 +87,9 @@ def test_gradients_of_old_entries_are_known(family: str, axis: str, tmp_path: Pa
     }
     found = law(family, tmp_path, steps[axis])
     layer_norm = family in ("gpt2", "gpt_neox", "starcoder2", "phi")
-    loose = axis == "stream" and layer_norm  # averages: known up to a direction the model cannot see
+    loose = (
+        axis == "stream" and layer_norm
+    )  # averages: known up to a direction the model cannot see
     worst = max(found.values())
     assert worst < (0.5 if loose else 2e-3), max(found, key=lambda name: found[name])
 
@@ -96,18 +106,31 @@ def test_gradients_of_even_copies(family: str, tied: bool, tmp_path: Path) -> No
 
 
 def test_steps_compose(tmp_path: Path) -> None:
-    found = law("qwen2", tmp_path, Widen(ffn=60), Deepen(5, "llama_pro"), Widen(heads=12, kv_heads=4), Widen(hidden=48))
+    found = law(
+        "qwen2",
+        tmp_path,
+        Widen(ffn=60),
+        Deepen(5, "llama_pro"),
+        Widen(heads=12, kv_heads=4),
+        Widen(hidden=48),
+    )
     assert max(found.values()) < 2e-3
 
 
 def write_state(model: torch.nn.Module, path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(3):
-        model(input_ids=torch.arange(12)[None] + 3, labels=torch.arange(12)[None] + 3).loss.backward()
+        model(
+            input_ids=torch.arange(12)[None] + 3, labels=torch.arange(12)[None] + 3
+        ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     named = {id(p): name for name, p in model.named_parameters()}
-    state = {f"{kind}/{named[id(p)]}": value[kind].clone() for p, value in optimizer.state.items() for kind in value}
+    state = {
+        f"{kind}/{named[id(p)]}": value[kind].clone()
+        for p, value in optimizer.state.items()
+        for kind in value
+    }
     save_file(state, path)
 
 
@@ -121,7 +144,9 @@ def test_a_state_is_grown_into_a_file_that_an_optimiser_takes(tmp_path: Path) ->
     for step in steps:
         grown = step(grown)
     grown.save(tmp_path / "out")
-    count = optimizer_state.grow_optimizer_state(source, steps, tmp_path / "state.safetensors", tmp_path / "out")
+    count = optimizer_state.grow_optimizer_state(
+        source, steps, tmp_path / "state.safetensors", tmp_path / "out"
+    )
     state = load_file(tmp_path / "out" / optimizer_state.FILE)
     stock = type(model).from_pretrained(tmp_path / "out")
     assert count == len(list(stock.named_parameters())) and len(state) == 3 * count
@@ -129,7 +154,9 @@ def test_a_state_is_grown_into_a_file_that_an_optimiser_takes(tmp_path: Path) ->
         assert state[f"exp_avg/{name}"].shape == parameter.shape
         assert bool((state[f"exp_avg_sq/{name}"] >= 0).all()) and float(state[f"step/{name}"]) == 3
     new = state["exp_avg_sq/model.layers.0.mlp.up_proj.weight"][52:]
-    assert bool((new > 0).all()), "new entries start with the tensor's mean square, so first steps are not too long"
+    assert bool((new > 0).all()), (
+        "new entries start with the tensor's mean square, so first steps are not too long"
+    )
     assert not state["exp_avg/model.layers.0.mlp.up_proj.weight"][52:].any()
 
 
@@ -148,6 +175,11 @@ def test_a_state_of_another_model_is_refused(damage: str, tmp_path: Path) -> Non
     if damage == "gone":
         file.unlink()
     source = Checkpoint.open(tmp_path / "source")
-    expected = {"missing": "lacks", "extra": "has not", "pickle": "pickle", "gone": "no optimiser state"}
+    expected = {
+        "missing": "lacks",
+        "extra": "has not",
+        "pickle": "pickle",
+        "gone": "no optimiser state",
+    }
     with pytest.raises(RegraftError, match=expected[damage]):
         optimizer_state.read_moments(source, file)

@@ -57,7 +57,9 @@ def test_masked_loss_is_that_of_the_class(family: str) -> None:
     corrupted, labels = build_targets(model, "mask", text(), draws())
     assert isinstance(corrupted, Packed)
     expected = model(input_ids=corrupted.input_ids, labels=labels)
-    torch.testing.assert_close(compute_loss(model, "mask", text(), generator=draws()), expected.loss)
+    torch.testing.assert_close(
+        compute_loss(model, "mask", text(), generator=draws()), expected.loss
+    )
     right = (expected.logits.argmax(-1) == labels)[labels != -100].float().mean()
     for batch in (1, 4, 16):
         found = evaluate_objective(model, "mask", text(), batch)
@@ -115,7 +117,12 @@ def test_wrong_data_is_refused() -> None:
         (bert, "mask", text(2, 42), "42 tokens are longer than the model's 41 positions"),
         (tiny("roberta")[1], "mask", text(2, 41), "41 tokens are longer than the model's 40"),
         (llama, "next", replace(rows, input_ids=rows.input_ids + 40), "beyond the model's 97"),
-        (vit, "image", replace(pictures, labels=pictures.labels + 2), "label 7 is none of the model's 7 classes"),
+        (
+            vit,
+            "image",
+            replace(pictures, labels=pictures.labels + 2),
+            "label 7 is none of the model's 7 classes",
+        ),
         (vit, "image", replace(pictures, labels=pictures.labels - 1), "label -1 is none"),
         (
             vit,
@@ -138,7 +145,11 @@ def test_reading_images(tmp_path: Path) -> None:
     pixels, labels = numpy.zeros((4, 3, 5, 5), "float64"), numpy.arange(4)
     numpy.savez(tmp_path / "good.npz", pixel_values=pixels, labels=labels)
     rows = read_images(tmp_path / "good.npz")
-    assert rows.pixel_values.dtype == torch.float32 and rows.labels.tolist() == [0, 1, 2, 3] and len(rows[:2]) == 2
+    assert (
+        rows.pixel_values.dtype == torch.float32
+        and rows.labels.tolist() == [0, 1, 2, 3]
+        and len(rows[:2]) == 2
+    )
     bad: dict[str, tuple[dict[str, Any], str]] = {
         "nolabels": ({"pixel_values": pixels}, "no array 'labels'"),
         "bytes": ({"pixel_values": pixels.astype("uint8"), "labels": labels}, "uint8"),
@@ -165,13 +176,19 @@ def test_a_fresh_model_is_that_of_the_library(family: str, tmp_path: Path) -> No
     config, model = tiny(family)
     before = torch.random.get_rng_state()
     made = modeling.build_random_model(config.to_dict(), seed=3)
-    assert torch.equal(torch.random.get_rng_state(), before) and type(made) is type(model) and not made.training
+    assert (
+        torch.equal(torch.random.get_rng_state(), before)
+        and type(made) is type(model)
+        and not made.training
+    )
     torch.manual_seed(3)
     own = type(model)(config)
     for a, b in zip(made.parameters(), own.parameters(), strict=True):
         assert torch.equal(a, b)
     made.save_pretrained(tmp_path)
-    assert torch.equal(next(modeling.materialize(Checkpoint.open(tmp_path)).parameters()), next(made.parameters()))
+    assert torch.equal(
+        next(modeling.materialize(Checkpoint.open(tmp_path)).parameters()), next(made.parameters())
+    )
 
 
 @pytest.mark.parametrize("family", GROWABLE)
@@ -184,5 +201,7 @@ def test_names_of_files_and_of_running_models(family: str, tmp_path: Path) -> No
     assert set(source.names.values()) <= set(filed)
     for key, name in source.names.items():
         assert torch.equal(filed[name], source.tensors[key].read())
-    back = modeling.from_checkpoint_names(model, {name: filed[name] for name in source.names.values()})
+    back = modeling.from_checkpoint_names(
+        model, {name: filed[name] for name in source.names.values()}
+    )
     assert set(back) == set(named) and all(torch.equal(back[name], named[name]) for name in named)

@@ -32,7 +32,9 @@ def difference(family: str, step: Any, folder: Path) -> float:
 
 def holds(promise: str, found: float) -> bool:
     """Whether a difference is what an operator promises; one that preserves nothing must be seen to."""
-    return {"exactly": found == 0.0, "up to rounding": found < BOUND, "not": found > 100 * BOUND}[promise]
+    return {"exactly": found == 0.0, "up to rounding": found < BOUND, "not": found > 100 * BOUND}[
+        promise
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -51,7 +53,9 @@ def test_depth_operators_keep_their_promise(name: str, family: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("step", "table"), [(Widen, WIDTH), (Deepen, DEPTH)])
-def test_docstrings_list_the_operators_and_their_papers(step: type, table: dict[str, Operator]) -> None:
+def test_docstrings_list_the_operators_and_their_papers(
+    step: type, table: dict[str, Operator]
+) -> None:
     text = " ".join((step.__doc__ or "").split())
     assert "{" not in text and "Preserves:" in text and "Refuses:" in text
     for name, one in table.items():

@@ -21,7 +21,14 @@ SIZES: dict[str, Any] = {"heads": 3, "kv": 3, "dim": 16, "hidden": 48}
 
 
 def turning(share: float, **keys: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": share} | keys}
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": share,
+        }
+        | keys
+    }
 
 
 def saved(folder: Path, family: str, **keys: Any) -> Checkpoint:
@@ -50,7 +57,9 @@ def difference(folder: Path, out: str) -> float:
     ],
     ids=["quarter", "whole", "linear", "dynamic", "yarn"],
 )
-def test_wider_heads_keep_the_part_that_turns(keys: dict[str, Any], dim: int, tmp_path: Path) -> None:
+def test_wider_heads_keep_the_part_that_turns(
+    keys: dict[str, Any], dim: int, tmp_path: Path
+) -> None:
     """Of any type and width, odd ones too: new coordinates join those that do not turn."""
     Widen(head_dim=dim)(saved(tmp_path, "phi", **SIZES, **keys)).save(tmp_path / "out")
     assert difference(tmp_path, "out") < BOUND
@@ -80,7 +89,9 @@ def test_growth_after_growth_and_files_in_between(tmp_path: Path) -> None:
 
 
 def test_frequencies_beyond_float32_are_refused(tmp_path: Path) -> None:
-    source = saved(tmp_path, "starcoder2", **SIZES, **turning(0.5, rope_type="proportional", rope_theta=1e24))
+    source = saved(
+        tmp_path, "starcoder2", **SIZES, **turning(0.5, rope_type="proportional", rope_theta=1e24)
+    )
     with pytest.raises(RegraftError, match=r"1e\+24 \*\* 1.75, beyond float32"):
         Widen(head_dim=28)(source)
     Widen(head_dim=32)(source).save(tmp_path / "out")
@@ -88,7 +99,9 @@ def test_frequencies_beyond_float32_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi"])
-def test_the_share_that_turns_is_the_class_default_when_the_config_says_none(family: str, tmp_path: Path) -> None:
+def test_the_share_that_turns_is_the_class_default_when_the_config_says_none(
+    family: str, tmp_path: Path
+) -> None:
     saved(tmp_path, family, **SIZES)
     config = files.read_json(tmp_path / "source" / "config.json")
     del config["rope_parameters"]
@@ -100,8 +113,12 @@ def test_the_share_that_turns_is_the_class_default_when_the_config_says_none(fam
 def test_heads_stay_narrow_under_norms_that_subtract_their_mean(tmp_path: Path) -> None:
     source = saved(tmp_path, "phi", hidden=72, qk_layernorm=True)
     for step in (Widen(head_dim=12), Widen(head_dim=16, hidden=144)):
-        with pytest.raises(RegraftError, match="leave it at 8 and grow --heads, --hidden, --ffn or --layers"):
+        with pytest.raises(
+            RegraftError, match="leave it at 8 and grow --heads, --hidden, --ffn or --layers"
+        ):
             step(source)
-    for number, step in enumerate((Widen(hidden=79), Widen(heads=12, hidden=96), Widen(ffn=60), Deepen(4))):
+    for number, step in enumerate(
+        (Widen(hidden=79), Widen(heads=12, hidden=96), Widen(ffn=60), Deepen(4))
+    ):
         step(source).save(tmp_path / str(number))
         assert difference(tmp_path, str(number)) < BOUND

@@ -41,7 +41,9 @@ def test_totals_are_the_models(source: Checkpoint, remix: Remix) -> None:
     assert plan.bytes == 4 * plan.parameters
 
 
-@pytest.mark.parametrize("remix", [None, *REMIXES], ids=lambda remix: remix.mixer if remix else "source")
+@pytest.mark.parametrize(
+    "remix", [None, *REMIXES], ids=lambda remix: remix.mixer if remix else "source"
+)
 def test_state_bytes_are_the_caches(source: Checkpoint, remix: Remix | None) -> None:
     target = remix(source) if remix else source
     model = modeling.materialize(target)
@@ -54,9 +56,9 @@ def test_state_bytes_are_the_caches(source: Checkpoint, remix: Remix | None) -> 
 
 def test_linear_layers_do_not_grow_with_context(source: Checkpoint) -> None:
     target = Remix(keep="none")(source)
-    assert state_bytes(target, 1000) == state_bytes(target, 16000) and token_flops(target, 1000) == token_flops(
-        target, 16000
-    )
+    assert state_bytes(target, 1000) == state_bytes(target, 16000) and token_flops(
+        target, 1000
+    ) == token_flops(target, 16000)
     assert sum(state_bytes(source, 2000).values()) == 2 * sum(state_bytes(source, 1000).values())
 
 
@@ -90,4 +92,7 @@ def test_json_and_table(source: Checkpoint) -> None:
     )
     text = io.StringIO()
     print_plan(plan, Console(file=text, width=120))
-    assert f"{plan.parameters:,}" in text.getvalue() and "gated(gated_deltanet, window)" in text.getvalue()
+    assert (
+        f"{plan.parameters:,}" in text.getvalue()
+        and "gated(gated_deltanet, window)" in text.getvalue()
+    )

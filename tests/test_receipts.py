@@ -26,7 +26,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "remix", [Remix(keep="1", window=9), Remix(mixer="supra", keep="none", window=0)], ids=["gated", "supra"]
+    "remix",
+    [Remix(keep="1", window=9), Remix(mixer="supra", keep="none", window=0)],
+    ids=["gated", "supra"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_honest_outputs_hold(family: str, remix: Remix, tmp_path: Path) -> None:
@@ -59,7 +61,9 @@ def test_a_changed_number_is_named(source: Path, tmp_path: Path, key: tuple) -> 
     made = Remix(keep="0")(Checkpoint.open(source))
     value = made.tensors[key].read().clone()
     value.view(-1)[3] += 0.5
-    made.tensors[key] = LazyTensor(tuple(value.shape), value.dtype, Provenance("copied"), lambda: value)
+    made.tensors[key] = LazyTensor(
+        tuple(value.shape), value.dtype, Provenance("copied"), lambda: value
+    )
     made.save(tmp_path / "out")
     receipts = check(source, tmp_path / "out")
     assert not receipts["holds"] and receipts["unequal"] == [made.names[key]]
@@ -97,7 +101,11 @@ def test_a_flipped_bit_in_an_output_is_an_error(source: Path, tmp_path: Path) ->
 def test_an_output_without_lineage_does_not_hold(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "copy")
     receipts = check(source, tmp_path / "copy")
-    assert receipts["source_matches"] is False and not receipts["holds"] and receipts["rel_logit_diff"] == 0.0
+    assert (
+        receipts["source_matches"] is False
+        and not receipts["holds"]
+        and receipts["rel_logit_diff"] == 0.0
+    )
 
 
 def test_table_says_what_does_not_hold(source: Path, tmp_path: Path) -> None:
@@ -106,7 +114,10 @@ def test_table_says_what_does_not_hold(source: Path, tmp_path: Path) -> None:
     receipts = check(source, tmp_path / "out")
     print_receipts(receipts, Console(file=text, width=120))
     print_receipts(
-        receipts | {"holds": False, "unaccounted": list("abcd"), "source_matches": False}, Console(file=text, width=120)
+        receipts | {"holds": False, "unaccounted": list("abcd"), "source_matches": False},
+        Console(file=text, width=120),
     )
     assert "a, b, c and 1 more" in text.getvalue() and "does NOT hold" in text.getvalue()
-    assert torch.isfinite(torch.tensor(receipts["rel_logit_diff"])) and files.sha256(source / "model.safetensors")
+    assert torch.isfinite(torch.tensor(receipts["rel_logit_diff"])) and files.sha256(
+        source / "model.safetensors"
+    )

@@ -22,7 +22,10 @@ REMIXES = {
     "supra": Remix(mixer="supra", keep="1", window=0),
     "window": Remix(mixer="window", keep="none", window=7, sinks=2),
 }
-OPTIONS = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen2": {"tie_word_embeddings": True}}
+OPTIONS = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {"tie_word_embeddings": True},
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -35,11 +38,15 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
 def test_keeping_all_layers_keeps_the_logits(source: Checkpoint, tmp_path: Path) -> None:
     Remix(keep="all")(source).save(tmp_path / "out")
     x = tokens(2, 20)
-    assert torch.equal(modeling.load(tmp_path / "out")(x).logits, modeling.materialize(source)(x).logits)
+    assert torch.equal(
+        modeling.load(tmp_path / "out")(x).logits, modeling.materialize(source)(x).logits
+    )
 
 
 @pytest.mark.parametrize("name", REMIXES)
-def test_every_source_tensor_is_accounted_for(source: Checkpoint, name: str, tmp_path: Path) -> None:
+def test_every_source_tensor_is_accounted_for(
+    source: Checkpoint, name: str, tmp_path: Path
+) -> None:
     made = REMIXES[name](source)
     assert compare_tensors(source, made) == ([], [])
     made.save(tmp_path / "out")
@@ -49,29 +56,39 @@ def test_every_source_tensor_is_accounted_for(source: Checkpoint, name: str, tmp
         k: lazy.shape for k, lazy in made.tensors.items()
     }
     assert lineage.count_by_kind(opened) == lineage.count_by_kind(made)
-    assert all(torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in opened.tensors.items())
+    assert all(
+        torch.equal(lazy.read(), made.tensors[key].read()) for key, lazy in opened.tensors.items()
+    )
 
 
 def test_a_window_over_everything_is_the_source(source: Checkpoint) -> None:
     x = tokens(2, 24)
     made = modeling.materialize(Remix(mixer="window", keep="none", window=64)(source))
-    torch.testing.assert_close(made(x).logits, modeling.materialize(source)(x).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        made(x).logits, modeling.materialize(source)(x).logits, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_keys_are_broadcast_per_head(tmp_path: Path) -> None:
     _, model = tiny("llama")
     model.save_pretrained(tmp_path / "source")
-    made = Remix(keep="none", window=0, options={"grouped": False})(Checkpoint.open(tmp_path / "source"))
+    made = Remix(keep="none", window=0, options={"grouped": False})(
+        Checkpoint.open(tmp_path / "source")
+    )
     wide = made.tensors["mixer.qkv.k.weight", 0]
     heads = model.model.layers[0].self_attn.k_proj.weight.view(3, 8, 36)
-    assert wide.story.kind == "broadcast" and wide.story.sources == ("model.layers.0.self_attn.k_proj.weight",)
+    assert wide.story.kind == "broadcast" and wide.story.sources == (
+        "model.layers.0.self_attn.k_proj.weight",
+    )
     assert torch.equal(wide.read(), heads.repeat_interleave(3, 0).reshape(72, 36))
 
 
 def test_fresh_weights_are_stated_and_seeded(source: Checkpoint) -> None:
     made = Remix(mixer="supra", window=0, keep="0")(source)
     feature = made.tensors["mixer.feature", 1]
-    assert feature.story.kind == "fresh" and torch.equal(feature.read(), torch.eye(8).expand(9, 8, 8))
+    assert feature.story.kind == "fresh" and torch.equal(
+        feature.read(), torch.eye(8).expand(9, 8, 8)
+    )
     gated = Remix(keep="none")(source)
     assert gated.tensors["mixer.gate.bias", 2].read().unique().item() == -4.0
     assert gated.tensors["mixer.gate.weight", 2].story.kind == "zero"
@@ -81,7 +98,9 @@ def test_fresh_weights_are_stated_and_seeded(source: Checkpoint) -> None:
 def test_projections_that_are_not_inherited_begin_anew(
     source: Checkpoint, inherit: str, kept: str, tmp_path: Path
 ) -> None:
-    whole, made = (Remix("gated_deltanet", "0", window=0, inherit=words)(source) for words in ("all", inherit))
+    whole, made = (
+        Remix("gated_deltanet", "0", window=0, inherit=words)(source) for words in ("all", inherit)
+    )
     std = (0.4 / source.sizes["hidden"]) ** 0.5
     for (role, layer), lazy in made.tensors.items():
         before = whole.tensors[role, layer]
@@ -99,12 +118,16 @@ def test_projections_that_are_not_inherited_begin_anew(
     found = check(source.path, tmp_path / "out")
     assert found["holds"] and found["unaccounted"] == []
     dropped = Checkpoint.open(tmp_path / "out").dropped
-    assert dropped == made.dropped and all(f"with inherit '{inherit}'" in reason for reason in dropped.values())
+    assert dropped == made.dropped and all(
+        f"with inherit '{inherit}'" in reason for reason in dropped.values()
+    )
 
 
 def test_another_seed_gives_other_fresh_weights(source: Checkpoint) -> None:
     drawn = [
-        Remix("supra", "0", window=0, inherit="none", seed=seed)(source).tensors["mixer.qkv.q.weight", 1].read()
+        Remix("supra", "0", window=0, inherit="none", seed=seed)(source)
+        .tensors["mixer.qkv.q.weight", 1]
+        .read()
         for seed in (0, 1, 0)
     ]
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
@@ -119,7 +142,9 @@ def test_the_window_branch_stays_the_sources(source: Checkpoint) -> None:
 def test_config_says_what_is_where(source: Checkpoint) -> None:
     config = Remix(keep="0,2", window=9, sinks=1)(source).config
     assert (
-        [spec is None for spec in config["mixers"]] == [True, False, True] == [a is None for a in config["attention"]]
+        [spec is None for spec in config["mixers"]]
+        == [True, False, True]
+        == [a is None for a in config["attention"]]
     )
     assert config["mixers"][1]["window"] == {"name": "window", "window": 9, "sinks": 1}
     assert config["host"] == source.config and config["model_type"] == "regraft"
@@ -134,7 +159,13 @@ def test_it_is_a_step_and_names_itself() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "layers", "kept"),
-    [("every:4", 10, {0, 4, 8}), ("0,7", 8, {0, 7}), ("all", 3, {0, 1, 2}), ("none", 3, set()), ("every:1", 2, {0, 1})],
+    [
+        ("every:4", 10, {0, 4, 8}),
+        ("0,7", 8, {0, 7}),
+        ("all", 3, {0, 1, 2}),
+        ("none", 3, set()),
+        ("every:1", 2, {0, 1}),
+    ],
 )
 def test_layers_to_keep(keep: str, layers: int, kept: set[int]) -> None:
     assert Remix(keep=keep).kept_layers(layers) == kept
@@ -152,7 +183,10 @@ def test_layers_to_keep(keep: str, layers: int, kept: set[int]) -> None:
         (Remix(mixer="gated"), "'gated'"),
         (Remix(window=-1), "window -1"),
         (Remix(mixer="window", window=0), "window 0 with 4 sinks"),
-        (Remix(window=0, inherit="o,w"), "--inherit 'o,w' names 'w': give all, none or a list of q, k, v, o"),
+        (
+            Remix(window=0, inherit="o,w"),
+            "--inherit 'o,w' names 'w': give all, none or a list of q, k, v, o",
+        ),
         (Remix(window=0, inherit=""), "names ''"),
         (Remix(inherit="q,k,v"), "leaves out o, which the window branch of 64 tokens shares"),
     ],
@@ -178,7 +212,9 @@ def test_linearizing_twice_is_refused(source: Checkpoint) -> None:
         ("gemma3_text", "1.gain"),
     ],
 )
-def test_what_mixers_do_not_carry_over_is_refused(family: str, message: str, tmp_path: Path) -> None:
+def test_what_mixers_do_not_carry_over_is_refused(
+    family: str, message: str, tmp_path: Path
+) -> None:
     tiny(family)[1].save_pretrained(tmp_path / "source")
     with pytest.raises(RegraftError, match=message):
         Remix()(Checkpoint.open(tmp_path / "source"))

@@ -45,7 +45,9 @@ def row(perplexity: float, kl: float | None) -> dict:
 
 def speed(length: int) -> dict:
     keys = ("state_bytes", "converted_bytes", "kept_bytes", "peak_bytes", "load_bytes")
-    return {"length": length, "decode_tok_s": 20.5, "prefill_tok_s": 411.0} | {key: length * 7 for key in keys}
+    return {"length": length, "decode_tok_s": 20.5, "prefill_tok_s": 411.0} | {
+        key: length * 7 for key in keys
+    }
 
 
 @pytest.fixture
@@ -54,17 +56,29 @@ def folder(tmp_path):
     files = {
         "eval": {"model": "out", **row(10.0625, 0.0815), "baselines": baselines},
         "bench": {"teacher": [speed(1024), speed(4096)], "student": [speed(1024), speed(4096)]},
-        "samples": [{"prompt": "<script>alert(1)</script>", "teacher": "a & b", "student": "</div>"}],
+        "samples": [
+            {"prompt": "<script>alert(1)</script>", "teacher": "a & b", "student": "</div>"}
+        ],
         "time": {"seconds": 90.0, "phases": {}},
     }
     for name, value in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     rows = [
-        {"stage": stage, "kind": kind, "step": n, "tokens": 64 * n, "loss": 1 / n, "seconds": n / 2, "flops": 10**9 * n}
+        {
+            "stage": stage,
+            "kind": kind,
+            "step": n,
+            "tokens": 64 * n,
+            "loss": 1 / n,
+            "seconds": n / 2,
+            "flops": 10**9 * n,
+        }
         for stage, kind in enumerate(("align", "distil"))
         for n in range(1, 30)
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"stage": 1, "ki')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows) + '{"stage": 1, "ki'
+    )
     return tmp_path
 
 
@@ -73,7 +87,9 @@ def test_page_stands_alone_and_is_well_formed(folder):
     parser = Balanced()
     parser.feed(page)
     assert parser.stack == []
-    links = [value for _, attrs in parser.tags for key, value in attrs.items() if key in ("src", "href")]
+    links = [
+        value for _, attrs in parser.tags for key, value in attrs.items() if key in ("src", "href")
+    ]
     assert len(links) == 3 and all(link.startswith("data:image/svg+xml;base64,") for link in links)
     assert all(b"<svg" in base64.b64decode(link.split(",")[1]) for link in links)
     assert "script" not in {tag for tag, _ in parser.tags}
@@ -84,7 +100,12 @@ def test_page_and_json_agree(folder):
     page, numbers = html.write(folder).read_text(), json.loads((folder / "report.json").read_text())
     for name, line in html.eval_rows(numbers["eval"]).items():
         assert name in page and html.format_number(line["perplexity"]) in page
-    assert numbers["ledger"][-1] == {"stage": "total", "tokens": 64 * 29 * 2, "flops": 58 * 10**9, "seconds": 29.0}
+    assert numbers["ledger"][-1] == {
+        "stage": "total",
+        "tokens": 64 * 29 * 2,
+        "flops": 58 * 10**9,
+        "seconds": 29.0,
+    }
     assert "3,712 tokens" in page and "1.5 minutes" in page
 
 
@@ -107,7 +128,14 @@ def test_damaged_files_are_named(folder):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "—"), (0.123456, "0.1235"), (12345.6, "12,346"), (7, "7"), (1048576, "1,048,576"), (3e15, "3e+15")],
+    [
+        (None, "—"),
+        (0.123456, "0.1235"),
+        (12345.6, "12,346"),
+        (7, "7"),
+        (1048576, "1,048,576"),
+        (3e15, "3e+15"),
+    ],
 )
 def test_numbers_are_shortened(value, text):
     assert html.format_number(value) == text
@@ -131,12 +159,18 @@ def test_ticker_speaks_at_least_every_beat(monkeypatch):
         time.sleep(2.4)
     lines = stream.getvalue().splitlines()
     assert len(lines) >= 3 and all(line.startswith("regraft: thinking") for line in lines)
-    assert re.search(r"50% · halfway · about \d+:\d\d to go here · 0:4\d used · 0:5\d of 1:40 left", lines[-1])
+    assert re.search(
+        r"50% · halfway · about \d+:\d\d to go here · 0:4\d used · 0:5\d of 1:40 left", lines[-1]
+    )
     assert BEAT <= 10
 
 
 def test_clock():
-    assert (format_seconds(75), format_seconds(-3), format_seconds(3600)) == ("1:15", "0:00", "60:00")
+    assert (format_seconds(75), format_seconds(-3), format_seconds(3600)) == (
+        "1:15",
+        "0:00",
+        "60:00",
+    )
 
 
 def test_journal_remembers_time_and_phases(tmp_path):

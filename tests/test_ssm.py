@@ -53,16 +53,27 @@ def test_mamba_is_transformers_mamba(time: int) -> None:
 @pytest.mark.parametrize("time", [1, 7, 150])
 def test_mamba2_is_transformers_mamba2(time: int) -> None:
     config = Mamba2Config(
-        hidden_size=HIDDEN, state_size=6, num_heads=6, head_dim=8, n_groups=1, num_hidden_layers=1, chunk_size=16
+        hidden_size=HIDDEN,
+        state_size=6,
+        num_heads=6,
+        head_dim=8,
+        n_groups=1,
+        num_hidden_layers=1,
+        chunk_size=16,
     )
-    theirs, ours = Mamba2Mixer(config, 0).eval(), made({"name": "mamba2", "state": 6, "head_dim": 8}, ATTENTION)
+    theirs, ours = (
+        Mamba2Mixer(config, 0).eval(),
+        made({"name": "mamba2", "state": 6, "head_dim": 8}, ATTENTION),
+    )
     inner = 2 * HIDDEN
     gate, x, b, c, dt = split(theirs, [inner, inner, 6, 6, 6])
     values = {
         "gate.weight": gate, "x.weight": x, "b.weight": b, "c.weight": c, "dt.weight": dt, "dt.bias": theirs.dt_bias,
         "A_log": theirs.A_log, "D": theirs.D, "norm": theirs.norm.weight, "o.weight": theirs.out_proj.weight,
     }  # fmt: skip
-    weights, biases = (getattr(theirs.conv1d, name).squeeze().split([inner, 6, 6]) for name in ("weight", "bias"))
+    weights, biases = (
+        getattr(theirs.conv1d, name).squeeze().split([inner, 6, 6]) for name in ("weight", "bias")
+    )
     for name, weight, bias in zip("xbc", weights, biases, strict=True):
         values |= {f"conv_{name}.weight": weight, f"conv_{name}.bias": bias}
     ours.load_state_dict({name: value.detach() for name, value in values.items()})
@@ -96,9 +107,14 @@ def test_starts_are_the_papers() -> None:
     assert 0.001 <= float(dt.min()) < 0.0011 and 0.09 < float(dt.max()) <= 0.1001
     assert float(dt.log().mean()) == pytest.approx(math.log(0.01), abs=0.1)
     rate = create_initial_tensor("log_uniform 1 16", (4000,), draw).exp()
-    assert 1 <= float(rate.min()) and float(rate.max()) <= 16.001 and float(rate.mean()) == pytest.approx(8.5, abs=0.2)
+    assert (
+        1 <= float(rate.min())
+        and float(rate.max()) <= 16.001
+        and float(rate.mean()) == pytest.approx(8.5, abs=0.2)
+    )
     assert torch.allclose(
-        create_initial_tensor("log_counts", (2, 3), draw).exp(), torch.tensor([[1.0, 2, 3], [1, 2, 3]])
+        create_initial_tensor("log_counts", (2, 3), draw).exp(),
+        torch.tensor([[1.0, 2, 3], [1, 2, 3]]),
     )
 
 
@@ -112,33 +128,61 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
     attention = Remix(mixer, "0", window=0, options={"layout": "attention"})(source)
-    kinds = {role[6:]: lazy.story.kind for (role, layer), lazy in attention.tensors.items() if role.startswith("mixer")}
+    kinds = {
+        role[6:]: lazy.story.kind
+        for (role, layer), lazy in attention.tensors.items()
+        if role.startswith("mixer")
+    }
     assert {name for name, kind in kinds.items() if kind in ("copied", "broadcast")} == {
         "qkv.q.weight", "qkv.k.weight", "qkv.v.weight", "o.weight"
     }  # fmt: skip
     options = {"head_dim": 9} if mixer == "mamba2" else {}
     own = Remix(mixer, "0", window=0, options=options)(source)
-    assert own.tensors["mixer.o.weight", 1].shape == (36, 72) and own.tensors["mixer.x.weight", 1].shape == (72, 36)
-    assert all(lazy.story.kind in ("fresh", "zero") for (role, _), lazy in own.tensors.items() if role[:5] == "mixer")
+    assert own.tensors["mixer.o.weight", 1].shape == (36, 72) and own.tensors[
+        "mixer.x.weight", 1
+    ].shape == (72, 36)
+    assert all(
+        lazy.story.kind in ("fresh", "zero")
+        for (role, _), lazy in own.tensors.items()
+        if role[:5] == "mixer"
+    )
     assert {name for name in own.dropped if "layers.1" in name} == {
         f"model.layers.1.self_attn.{letter}_proj.weight" for letter in "qkvo"
     }
     model = modeling.materialize(own)
-    decays = {name: parameter_origins(model)[id(p)][1] for name, p in model.slots()[1].mixer.named_parameters()}
-    assert not any(yes for name, yes in decays.items() if name in ("A_log", "D", "dt.bias", "norm", "conv.bias"))
-    assert list(calibrate(model.slots(), model, model.slots(), [])) == [{"layer": 1, "heads_folded": 0.0}]
+    decays = {
+        name: parameter_origins(model)[id(p)][1]
+        for name, p in model.slots()[1].mixer.named_parameters()
+    }
+    assert not any(
+        yes
+        for name, yes in decays.items()
+        if name in ("A_log", "D", "dt.bias", "norm", "conv.bias")
+    )
+    assert list(calibrate(model.slots(), model, model.slots(), [])) == [
+        {"layer": 1, "heads_folded": 0.0}
+    ]
     assert model(tokens(1, 9)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("remix", "message"),
     [
-        (Remix("mamba"), r"'mamba' with layout 'own' has an output projection of its own.*\"attention\".*--window 0"),
+        (
+            Remix("mamba"),
+            r"'mamba' with layout 'own' has an output projection of its own.*\"attention\".*--window 0",
+        ),
         (Remix("mamba2", options={"head_dim": 9}), "'mamba2' with layout 'own'"),
-        (Remix("mamba", window=0, options={"layout": "attention", "state": 8}), "state is 8, but layout 'attention'"),
+        (
+            Remix("mamba", window=0, options={"layout": "attention", "state": 8}),
+            "state is 8, but layout 'attention'",
+        ),
         (Remix("mamba2", window=0, options={"head_dim": 7}), "head_dim 7 does not divide 72"),
         (Remix("mamba", window=0, options={"expand": 0}), "expand is 0"),
-        (Remix("mamba", window=0, options={"layout": "mine"}), "layout is 'mine', use one of own, attention"),
+        (
+            Remix("mamba", window=0, options={"layout": "mine"}),
+            "layout is 'mine', use one of own, attention",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(source: Checkpoint, remix: Remix, message: str) -> None:
@@ -152,11 +196,20 @@ def test_widths_of_their_own_do_not_grow(source: Checkpoint) -> None:
 
 
 def test_calibration_needs_the_teachers_attention(source: Checkpoint, tmp_path: Path) -> None:
-    model = modeling.materialize(Remix("mamba2", "0", window=0, options={"layout": "attention"}, inherit="v,o")(source))
+    model = modeling.materialize(
+        Remix("mamba2", "0", window=0, options={"layout": "attention"}, inherit="v,o")(source)
+    )
     teacher = modeling.materialize(source)
     ids = tokens(1, 9)
     with pytest.raises(RegraftError, match="mixers inherit 'v,o': leave calibration out"):
-        list(calibrate(model.slots(), teacher, modeling.slots(teacher, source), [(ids, torch.arange(9)[None], None)]))
+        list(
+            calibrate(
+                model.slots(),
+                teacher,
+                modeling.slots(teacher, source),
+                [(ids, torch.arange(9)[None], None)],
+            )
+        )
 
 
 def test_attention_layout_reads_grouped_keys_per_head() -> None:

@@ -42,7 +42,9 @@ def rows_of(kind: str, model: Any) -> Callable[[int], Rows]:
     return lambda length: images(model.config, 7) if kind == "image" else text(7)
 
 
-def go(out: Path, stages: list[Stage], stop_after: int | None = None, **options: Any) -> tuple[list[dict], Any, dict]:
+def go(
+    out: Path, stages: list[Stage], stop_after: int | None = None, **options: Any
+) -> tuple[list[dict], Any, dict]:
     """(rows of metrics.jsonl, the model, the ledger) of a run on a fresh copy; Killed after so many steps."""
     kind, done = stages[0].kind, 0
     family = options.pop("family", FAMILY[kind])
@@ -56,9 +58,22 @@ def go(out: Path, stages: list[Stage], stop_after: int | None = None, **options:
         if stop_after is not None and done > stop_after:
             raise Killed
 
-    run = loop.Run(model, stages, rows_of(kind, model), out, teacher, progress=progress, save_seconds=0, **options)
+    run = loop.Run(
+        model,
+        stages,
+        rows_of(kind, model),
+        out,
+        teacher,
+        progress=progress,
+        save_seconds=0,
+        **options,
+    )
     ledger = loop.train(run)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], model, ledger
+    return (
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
+        model,
+        ledger,
+    )
 
 
 def same(a: Any, b: Any) -> bool:
@@ -75,7 +90,9 @@ def test_resumed_losses_equal_uninterrupted(kind: str, tmp_path: Path) -> None:
     stages = [stage(kind), stage(kind, 3)]
     whole, model, ledger = go(tmp_path / "whole", stages)
     assert len(whole) == 7 and ledger["tokens"] == sum(each.tokens for each in stages)
-    assert not same(model, tiny(FAMILY[kind])[1]) and all(entry["flops"] > 0 for entry in ledger["stages"])
+    assert not same(model, tiny(FAMILY[kind])[1]) and all(
+        entry["flops"] > 0 for entry in ledger["stages"]
+    )
     for cut in (2, 5):
         with pytest.raises(Killed):
             go(tmp_path / str(cut), stages, cut)
@@ -85,7 +102,9 @@ def test_resumed_losses_equal_uninterrupted(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [*ARCHITECTURES, "gemma2", "mixtral", "gpt_neox", "phi"])
 def test_training_brings_the_loss_down(family: str, tmp_path: Path) -> None:
-    kind = {"bert": "mask", "roberta": "mask", "vit": "image", "dinov2": "image"}.get(family, "next")
+    kind = {"bert": "mask", "roberta": "mask", "vit": "image", "dinov2": "image"}.get(
+        family, "next"
+    )
     rows, _, _ = go(tmp_path, [stage(kind, 60, lr_body=3e-3, mask_share=0.5)], family=family)
     assert sum(row["loss"] for row in rows[-10:]) < 0.95 * sum(row["loss"] for row in rows[:10])
     assert rows[5]["lr"] == pytest.approx(3e-3)
@@ -117,10 +136,19 @@ def test_held_out_rows_are_measured_and_not_counted(kind: str, tmp_path: Path) -
     stages, heldout = [stage(kind, 5), stage(kind, 2)], text(5)
     plain, model, ledger = go(tmp_path / "plain", stages)
     rows, watched, again = go(tmp_path / "watched", stages, heldout=heldout, every=2)
-    assert same(model, watched) and timeless([row for row in rows if "loss" in row]) == timeless(plain)
+    assert same(model, watched) and timeless([row for row in rows if "loss" in row]) == timeless(
+        plain
+    )
     assert again["flops"] == ledger["flops"]
     seen = [row for row in rows if "eval_loss" in row]
-    assert [(row["stage"], row["step"]) for row in seen] == [(0, 0), (0, 2), (0, 4), (0, 5), (1, 0), (1, 2)]
+    assert [(row["stage"], row["step"]) for row in seen] == [
+        (0, 0),
+        (0, 2),
+        (0, 4),
+        (0, 5),
+        (1, 0),
+        (1, 2),
+    ]
     assert [row["tokens"] for row in seen] == [0, 96, 192, 240, 0, 96]
     names = {"stage", "step", "tokens", "flops", "seconds", "eval_loss", "eval_accuracy"}
     assert set(seen[0]) == names | ({"eval_kl"} if kind == "distil" else set())
@@ -129,9 +157,16 @@ def test_held_out_rows_are_measured_and_not_counted(kind: str, tmp_path: Path) -
     for cut in (1, 4, 5, 6):
         with pytest.raises(Killed):
             go(tmp_path / str(cut), stages, cut, heldout=heldout, every=2)
-        assert timeless(go(tmp_path / str(cut), stages, heldout=heldout, every=2)[0]) == timeless(rows)
+        assert timeless(go(tmp_path / str(cut), stages, heldout=heldout, every=2)[0]) == timeless(
+            rows
+        )
     few, _, _ = go(tmp_path / "few", stages, heldout=heldout)
-    assert [(row["stage"], row["step"]) for row in few if "eval_loss" in row] == [(0, 0), (0, 5), (1, 0), (1, 2)]
+    assert [(row["stage"], row["step"]) for row in few if "eval_loss" in row] == [
+        (0, 0),
+        (0, 5),
+        (1, 0),
+        (1, 2),
+    ]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral", "gpt_neox", "vit", "roberta"])
@@ -139,7 +174,9 @@ def test_a_run_goes_on_with_the_moments_of_another(family: str, tmp_path: Path) 
     """The first update is torch's own from that state, whatever the names in the file."""
     kind = {"vit": "image", "roberta": "mask"}.get(family, "next")
     options = {"lr_body": 1e-2, "warmup": 0.0, "cooldown": 0.0, "clip": 1e9}
-    _, first, _ = go(tmp_path / "first", [stage(kind, 3, **options)], family=family, keep_moments=True)
+    _, first, _ = go(
+        tmp_path / "first", [stage(kind, 3, **options)], family=family, keep_moments=True
+    )
     file = tmp_path / "first" / "optimizer.safetensors"
     first.save_pretrained(tmp_path / "model")
     source = Checkpoint.open(tmp_path / "model")
@@ -147,19 +184,27 @@ def test_a_run_goes_on_with_the_moments_of_another(family: str, tmp_path: Path) 
     assert float(entries[f"step/{next(iter(source.names.values()))}"].read()) == 3
 
     before = {name: value.detach().clone() for name, value in first.named_parameters()}
-    run = loop.Run(first, [stage(kind, 1, **options)], rows_of(kind, first), tmp_path / "next", moments=file)
+    run = loop.Run(
+        first, [stage(kind, 1, **options)], rows_of(kind, first), tmp_path / "next", moments=file
+    )
     twin = tiny(family, architecture=CLASSIFIERS.get(family))[1]
     twin.load_state_dict(first.state_dict())
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     adam.load_optimizer_state(twin, optimizer, file)
     order = shuffled_indices(7, 2, 0)
     compute_loss(
-        twin, run.stages[0].objective, rows_of(kind, twin)(24)[order], False, loop.step_generator(0, 0, 0)
+        twin,
+        run.stages[0].objective,
+        rows_of(kind, twin)(24)[order],
+        False,
+        loop.step_generator(0, 0, 0),
     ).backward()
     optimizer.step()
     loop.train(run)
     for (name, ours), theirs in zip(first.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours - before[name], theirs - before[name], rtol=1e-4, atol=1e-5)  # of 1e-2
+        torch.testing.assert_close(
+            ours - before[name], theirs - before[name], rtol=1e-4, atol=1e-5
+        )  # of 1e-2
     for key, name in source.names.items():
         stored = entries[f"exp_avg/{name}"].read()
         assert stored.shape == source.tensors[key].shape and bool(stored.any())
@@ -191,7 +236,9 @@ def test_moments_survive_growth_and_a_restart(tmp_path: Path) -> None:
             moments=begun, save_seconds=0, progress=progress,
         )  # fmt: skip
         loop.train(run)
-        return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
 
     with pytest.raises(Killed):
         train(tmp_path / "cut", 1)
@@ -231,4 +278,6 @@ def test_a_grown_model_in_memory_can_be_checkpointed(family: str, tmp_path: Path
     model = modeling.materialize(Widen(hidden=2 * source.sizes["hidden"])(source))
     assert all(parameter.is_contiguous() for parameter in model.parameters())
     kind = "mask" if family == "bert" else "next"
-    loop.train(loop.Run(model, [stage(kind)], rows_of(kind, model), tmp_path / "run", save_seconds=0))
+    loop.train(
+        loop.Run(model, [stage(kind)], rows_of(kind, model), tmp_path / "run", save_seconds=0)
+    )

@@ -47,13 +47,22 @@ def tree(file: Path) -> ast.Module:
 def code_lines(file: Path) -> int:
     """Lines that are not blank, comment or docstring."""
     text = file.read_text(encoding="utf-8")
-    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    skip = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in skip:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(tree(file)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node, clean=False
+        ):
             lines.difference_update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     return len(lines)
 
@@ -92,11 +101,16 @@ def test_the_package_stays_small():
     # alignment layer by layer 490, text as a stream with its cache 560, teachers behind a cache 300,
     # watching and trackers 320, forecasts of training 400.
     assert sum(code_lines(file) for file in FILES) <= 16500
-    assert statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 130
+    assert (
+        statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES)
+        <= 130
+    )
 
 
 def test_functions_are_short():
-    lengths = sorted((node.end_lineno or 0) - node.lineno + 1 for file in FILES for node in functions(file))
+    lengths = sorted(
+        (node.end_lineno or 0) - node.lineno + 1 for file in FILES for node in functions(file)
+    )
     assert statistics.median(lengths) <= 9
     assert lengths[int(0.9 * len(lengths))] <= 40
 
@@ -110,7 +124,9 @@ def test_tests_keep_pace():
 def test_imports_point_down(file):
     for target, line in imports(file):
         if target in RANK and area(file) in RANK and target != area(file):
-            assert RANK[target] <= RANK[area(file)], f"{file}:{line} imports {target}, which is above {area(file)}"
+            assert RANK[target] <= RANK[area(file)], (
+                f"{file}:{line} imports {target}, which is above {area(file)}"
+            )
 
 
 def public(node: ast.AST) -> bool:
@@ -121,13 +137,20 @@ def public(node: ast.AST) -> bool:
 def test_public_names_are_documented_and_annotated(file):
     module = tree(file)
     assert ast.get_docstring(module), f"{file} has no docstring"
-    owners = [module, *(node for node in module.body if isinstance(node, ast.ClassDef) and public(node))]
+    owners = [
+        module,
+        *(node for node in module.body if isinstance(node, ast.ClassDef) and public(node)),
+    ]
     for node in (node for owner in owners for node in owner.body if public(node)):
         assert ast.get_docstring(node), f"{file}:{node.lineno} {node.name} has no docstring"
         if isinstance(node, ast.FunctionDef):
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
-            assert not bare and node.returns is not None, f"{file}:{node.lineno} {node.name} lacks annotations {bare}"
+            bare = [
+                a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls", "ctx")
+            ]
+            assert not bare and node.returns is not None, (
+                f"{file}:{node.lineno} {node.name} lacks annotations {bare}"
+            )
 
 
 def carries_value(argument: ast.expr) -> bool:
@@ -145,7 +168,9 @@ def test_errors_carry_a_value(file):
             and isinstance(node.exc, ast.Call)
             and "RegraftError" in ast.unparse(node.exc.func)
         ):
-            assert node.exc.args and carries_value(node.exc.args[0]), f"{file}:{node.lineno}: say which value"
+            assert node.exc.args and carries_value(node.exc.args[0]), (
+                f"{file}:{node.lineno}: say which value"
+            )
 
 
 def test_readme_begins_with_a_command():
@@ -166,7 +191,11 @@ def test_flags_of_pages_exist(page):
     text, seen = (ROOT / page).read_text(encoding="utf-8"), 0
     for fence in re.findall(r"```[a-z]*\n(.*?)```", text, re.S):
         for line in fence.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if line.startswith(("regraft ", "torchrun ", "srun ")) else []
+            words = (
+                shlex.split(line, comments=True)
+                if line.startswith(("regraft ", "torchrun ", "srun "))
+                else []
+            )
             words = words[words.index("regraft") + 1 :] if words else []
             if words and words[0] not in cli.OPEN_ENDED:
                 parser.parse_args(cli.normalize_flags(words))
@@ -190,7 +219,9 @@ def test_shipped_recipes_are_valid():
     from regraft.recipes import schema
 
     recipes = sorted((PACKAGE / "recipes").glob("*.yaml"))
-    plain = [file for file in recipes if not file.name.startswith("compare_")]  # those: tests/test_compare.py
+    plain = [
+        file for file in recipes if not file.name.startswith("compare_")
+    ]  # those: tests/test_compare.py
     assert plain and all(schema.load(str(file), {}) for file in plain)
 
 
@@ -199,4 +230,8 @@ def test_docstrings_are_a_text():
     from regraft.data import default_text
 
     found = default_text.docstrings()
-    assert len(found) > 100 and sum(map(len, found)) > 500_000 and not set(found) & set(default_text.heldout_topics())
+    assert (
+        len(found) > 100
+        and sum(map(len, found)) > 500_000
+        and not set(found) & set(default_text.heldout_topics())
+    )

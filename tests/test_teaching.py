@@ -44,11 +44,15 @@ def rows(count: int = 8, length: int = 32) -> Packed:
     return Packed(ids, places.expand_as(ids), torch.full((count,), length))
 
 
-def trained(source: Checkpoint, teacher: Any, stage: Stage, out: Path, **options: Any) -> tuple[list[float], Any]:
+def trained(
+    source: Checkpoint, teacher: Any, stage: Stage, out: Path, **options: Any
+) -> tuple[list[float], Any]:
     """(the losses, the ledger)."""
     model = modeling.materialize(REMIX(source))
     slots = modeling.slots(teacher, source) if not isinstance(teacher, CachedTeacher) else []
-    ledger = loop.train(loop.Run(model, [stage], lambda length: rows(), out, teacher, slots, **options))
+    ledger = loop.train(
+        loop.Run(model, [stage], lambda length: rows(), out, teacher, slots, **options)
+    )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] if "loss" in row else row["eval_kl"] for row in lines], ledger
 
@@ -76,7 +80,11 @@ def test_cached_losses_are_those_of_the_teacher_and_it_runs_once(kind, source, t
         assert losses == pytest.approx(plain, rel=1e-6, abs=1e-7) and len(losses) == 8 + 5
         assert told["refused"] == told["damaged"] == 0
         if turn == "first":
-            assert counts == [name] and told["computed"] == told["kept"] and ledger["flops"] <= spent["flops"]
+            assert (
+                counts == [name]
+                and told["computed"] == told["kept"]
+                and ledger["flops"] <= spent["flops"]
+            )
             first = ledger["flops"]
         else:  # also what was measured on held-out rows
             assert not counts and told["computed"] == told["kept"] == 0 and told["read"] >= 16
@@ -92,7 +100,9 @@ def test_later_passes_run_no_teacher_and_cost_less(source, tmp_path) -> None:
     model = modeling.load(source.origin)
     with step.counted() as counter, torch.no_grad():
         run_decoder(model, rows().input_ids, rows().position_ids)
-    assert plain["flops"] - ledger["flops"] == pytest.approx(2 * counter.get_total_flops(), rel=1e-3)
+    assert plain["flops"] - ledger["flops"] == pytest.approx(
+        2 * counter.get_total_flops(), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -108,17 +118,27 @@ def test_top_kl_is_the_kl_of_its_outcomes_with_gradients(count: int, bias: bool)
     others = torch.ones_like(student).scatter(-1, names, 0.0).bool()
     parts = [(target.gather(-1, names), student.gather(-1, names))]
     if count < 40:
-        parts.append(tuple(x.masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True) for x in (target, student)))
+        parts.append(
+            tuple(
+                x.masked_fill(~others, -torch.inf).logsumexp(-1, keepdim=True)
+                for x in (target, student)
+            )
+        )
     expected = sum((p.exp() * (p - q)).sum(-1) for p, q in parts).mean()
     loss = top_k_kl(h, head, names, logs, fast=False)
     torch.testing.assert_close(loss, expected)
-    found = [torch.autograd.grad(x, (h, *head.parameters()), retain_graph=True) for x in (loss, expected)]
+    found = [
+        torch.autograd.grad(x, (h, *head.parameters()), retain_graph=True) for x in (loss, expected)
+    ]
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
     full = head_kl(h, head, t, teacher_head, fast=False)
     whole = torch.autograd.grad(full, h)[0]
     away = [
-        float((torch.autograd.grad(top_k_kl(h, head, *both, False), h)[0] - whole).norm() / whole.norm())
+        float(
+            (torch.autograd.grad(top_k_kl(h, head, *both, False), h)[0] - whole).norm()
+            / whole.norm()
+        )
         for k in (2, 10, 30, 40)
         for both in [
             (lambda n, x: (n.long().view(2, 300, -1), x.view(2, 300, -1)))(
@@ -138,19 +158,33 @@ def test_kinds_that_keep_less_come_close(source, tmp_path) -> None:
     whole = evaluate_kl(model, exact, text)
     assert whole > 0.05
     sizes = {}
-    for kind, far in (("hidden:bfloat16", 0.02), ("topk:80", 0.1), ("topk:8", 0.9), ("topk:97", 1e-5)):
-        lessons = CachedTeacher(str(source.origin), TeacherCacheConfig(tmp_path / kind, 10**8, kind))
+    for kind, far in (
+        ("hidden:bfloat16", 0.02),
+        ("topk:80", 0.1),
+        ("topk:8", 0.9),
+        ("topk:97", 1e-5),
+    ):
+        lessons = CachedTeacher(
+            str(source.origin), TeacherCacheConfig(tmp_path / kind, 10**8, kind)
+        )
         assert evaluate_kl(model, lessons, text) == pytest.approx(whole, rel=far)
         lessons.flush()
         sizes[kind] = row_store.directory_size(tmp_path / kind)
-        again = CachedTeacher(str(source.origin), TeacherCacheConfig(tmp_path / kind, 10**8, kind), loads([]))
-        assert evaluate_kl(model, again, text) == pytest.approx(whole, rel=far) and again.loaded is None
+        again = CachedTeacher(
+            str(source.origin), TeacherCacheConfig(tmp_path / kind, 10**8, kind), loads([])
+        )
+        assert (
+            evaluate_kl(model, again, text) == pytest.approx(whole, rel=far)
+            and again.loaded is None
+        )
     assert sizes["topk:8"] < sizes["topk:80"]
 
 
 def disk(folder: Path) -> int:
     """What du says, in bytes."""
-    return 1024 * int(subprocess.run(["du", "-sk", folder], capture_output=True, text=True).stdout.split()[0])
+    return 1024 * int(
+        subprocess.run(["du", "-sk", folder], capture_output=True, text=True).stdout.split()[0]
+    )
 
 
 def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monkeypatch) -> None:
@@ -167,7 +201,11 @@ def test_the_size_holds_and_what_has_no_room_is_computed(source, tmp_path, monke
 
 def test_damaged_files_are_found_and_made_again(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(row_store, "FILE_BYTES", 4_000)
-    keeping, text, model = TeacherCacheConfig(tmp_path, 10**8), rows(), modeling.materialize(REMIX(source))
+    keeping, text, model = (
+        TeacherCacheConfig(tmp_path, 10**8),
+        rows(),
+        modeling.materialize(REMIX(source)),
+    )
     lessons = CachedTeacher(str(source.origin), keeping)
     whole = evaluate_kl(model, lessons, text)
     lessons.flush()
@@ -198,7 +236,9 @@ def test_another_teacher_or_precision_shares_nothing(tmp_path) -> None:
         ("teacher0", "hidden:bfloat16"),
         ("teacher0", "hidden"),
     ):
-        lessons = CachedTeacher(str(tmp_path / name), TeacherCacheConfig(tmp_path / "cache", 10**8, kind))
+        lessons = CachedTeacher(
+            str(tmp_path / name), TeacherCacheConfig(tmp_path / "cache", 10**8, kind)
+        )
         lessons.fetch_rows(text, False, kind, lessons.compute_outputs)
         lessons.flush()
         computed.append(lessons.computed)
@@ -226,7 +266,9 @@ def test_writers_that_are_killed_leave_whole_files(tmp_path) -> None:
     for turn in range(2):
         pair = [
             subprocess.Popen(
-                [sys.executable, "-c", WRITER, tmp_path, f"{turn}{name}"], stdout=subprocess.PIPE, env=paths
+                [sys.executable, "-c", WRITER, tmp_path, f"{turn}{name}"],
+                stdout=subprocess.PIPE,
+                env=paths,
             )
             for name in "ab"
         ]
@@ -263,4 +305,8 @@ def test_bad_settings_are_refused(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RegraftError, match="cannot keep teacher outputs in"):
         RowStore(tmp_path / "file", "rows", 1000, {})
-    assert teacher_cache.row_keys(rows(2)) == teacher_cache.row_keys(rows(2)) != teacher_cache.row_keys(rows(2, 31))
+    assert (
+        teacher_cache.row_keys(rows(2))
+        == teacher_cache.row_keys(rows(2))
+        != teacher_cache.row_keys(rows(2, 31))
+    )

@@ -34,9 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models by kind, a text and images."""
     folder = tmp_path_factory.mktemp("train")
     for name, family in {"next": "qwen2", "mask": "roberta", "teacher": "llama"}.items():
-        tiny(family, vocab=WORDS, **({"max_position_embeddings": 70} if name == "mask" else {}))[1].save_pretrained(
-            folder / name
-        )
+        tiny(family, vocab=WORDS, **({"max_position_embeddings": 70} if name == "mask" else {}))[
+            1
+        ].save_pretrained(folder / name)
         masking().save_pretrained(folder / name)
     config, model = tiny("vit")
     model.save_pretrained(folder / "image")
@@ -44,17 +44,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = inputs(config, 12)["pixel_values"].numpy()
     numpy.savez(folder / "images.npz", pixel_values=pixels, labels=numpy.arange(12) % 7)
     numpy.savez(folder / "beyond.npz", pixel_values=pixels, labels=numpy.arange(12))
-    numpy.savez(folder / "small.npz", pixel_values=pixels[:, :, :10, :10], labels=numpy.arange(12) % 7)
+    numpy.savez(
+        folder / "small.npz", pixel_values=pixels[:, :, :10, :10], labels=numpy.arange(12) % 7
+    )
     numpy.savez(folder / "bare.npz", pixel_values=pixels)
     return folder
 
 
 def words(folder: Path, kind: str, out: Path, data: str = "", **flags: Any) -> list[object]:
     data = data or ("images.npz" if kind == "image" else "text.txt")
-    size = {"tokens": 20, "batch": 4} if kind == "image" else {"tokens": 640, "length": 64, "batch": 2}
+    size = (
+        {"tokens": 20, "batch": 4} if kind == "image" else {"tokens": 640, "length": 64, "batch": 2}
+    )
     flags = size | {"stage": kind, "data": folder / data, "lr-body": 1e-3} | flags
     model = folder / ("next" if kind == "distil" else kind)
-    return ["train", model, out, *(word for flag, value in flags.items() for word in (f"--{flag}", value))]
+    return [
+        "train",
+        model,
+        out,
+        *(word for flag, value in flags.items() for word in (f"--{flag}", value)),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["next", "mask", "image", "distil"])
@@ -66,19 +75,33 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
     table = as_json(capsys, *command)
     assert table["tokens"] == (20 if kind == "image" else 640) and table["flops"] > 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    before = json.loads((folder / ("next" if kind == "distil" else kind) / "config.json").read_text())
-    assert config["architectures"] == before["architectures"] and config["model_type"] == before["model_type"]
+    before = json.loads(
+        (folder / ("next" if kind == "distil" else kind) / "config.json").read_text()
+    )
+    assert (
+        config["architectures"] == before["architectures"]
+        and config["model_type"] == before["model_type"]
+    )
     trained = getattr(transformers, config["architectures"][0]).from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
-    assert not any(trained[1][key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert not any(
+        trained[1][key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     seen = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in seen] == [0, 2, 4, 5]
     assert kind == "distil" or seen[-1]["eval_loss"] < seen[0]["eval_loss"]
-    assert optimizer_state.read_moments(Checkpoint.open(tmp_path / "out"), tmp_path / "out" / optimizer_state.FILE)
+    assert optimizer_state.read_moments(
+        Checkpoint.open(tmp_path / "out"), tmp_path / "out" / optimizer_state.FILE
+    )
 
-    kind_of_model, original = getattr(transformers, config["architectures"][0]), loop.write_metrics_row
+    kind_of_model, original = (
+        getattr(transformers, config["architectures"][0]),
+        loop.write_metrics_row,
+    )
     whole = kind_of_model.from_pretrained(tmp_path / "out").state_dict()
     for seconds in (0.0, 60.0):  # cut off with a checkpoint and before the first one
         command[2] = tmp_path / f"cut{seconds}"
@@ -93,7 +116,9 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
         with monkeypatch.context() as patched:
             patched.setattr(loop, "Run", partial(loop.Run, save_seconds=seconds))
             patched.setattr(loop, "write_metrics_row", killing)
-            assert run_main(capsys, *command)[0] == 130 and not (command[2] / "config.json").exists()
+            assert (
+                run_main(capsys, *command)[0] == 130 and not (command[2] / "config.json").exists()
+            )
         as_json(capsys, *command)
         again = kind_of_model.from_pretrained(command[2]).state_dict()
         assert all(torch.equal(whole[name], again[name]) for name in whole)

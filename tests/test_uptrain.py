@@ -72,7 +72,10 @@ def text_rows(rows: int = 12, length: int = 32) -> Packed:
 def test_packing_restarts_positions_and_loses_nothing() -> None:
     documents = ["a" * 5, "b" * 11, "c" * 40]
     packed = pack(documents, Letters(), 16)
-    assert packed.input_ids.shape == (3, 16)  # 59 tokens with ends of documents: three rows, 11 left over
+    assert packed.input_ids.shape == (
+        3,
+        16,
+    )  # 59 tokens with ends of documents: three rows, 11 left over
     expected = [*range(6), *range(10), *range(2), *range(14), *range(16)]
     assert packed.position_ids.flatten().tolist() == expected
     assert packed.segments()[0].tolist() == [0] * 6 + [1] * 10
@@ -119,20 +122,30 @@ def test_sliced_kl_equals_the_definition_with_gradients(bias: bool) -> None:
     loss = head_kl(h, head, t, teacher_head, fast=False)
     torch.testing.assert_close(loss, expected)
     for a, b in zip(
-        *(torch.autograd.grad(x, (h, head.weight), retain_graph=True) for x in (loss, expected)), strict=True
+        *(torch.autograd.grad(x, (h, head.weight), retain_graph=True) for x in (loss, expected)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
 
 
-def test_groups_follow_where_a_weight_came_from(pair: tuple[nn.Module, nn.Module, list[nn.Module]]) -> None:
+def test_groups_follow_where_a_weight_came_from(
+    pair: tuple[nn.Module, nn.Module, list[nn.Module]],
+) -> None:
     model = pair[0]
     stage = Stage("distil", 64, length=32, lr_new=1.0, lr_mixer=0.1, lr_body=0.01, weight_decay=0.5)
     named = {id(p): name for name, p in model.named_parameters()}
-    rates = {named[id(p)]: (g["peak"], g["weight_decay"]) for g in parameter_groups(model, stage) for p in g["params"]}
+    rates = {
+        named[id(p)]: (g["peak"], g["weight_decay"])
+        for g in parameter_groups(model, stage)
+        for p in g["params"]
+    }
     assert set(rates) == set(named.values())
     slot = "host.model.layers.1.self_attn.mixer"
     assert rates[f"{slot}.gate.weight"] == (1.0, 0.0) and rates[f"{slot}.linear.rate"] == (1.0, 0.0)
-    assert rates[f"{slot}.linear.qkv.k.weight"] == (0.1, 0.5) and rates[f"{slot}.o.weight"] == (0.1, 0.5)
+    assert rates[f"{slot}.linear.qkv.k.weight"] == (0.1, 0.5) and rates[f"{slot}.o.weight"] == (
+        0.1,
+        0.5,
+    )
     assert rates["host.model.layers.0.self_attn.q_proj.weight"] == (0.01, 0.5)
     assert rates["host.model.norm.weight"] == (0.01, 0.0)
     align = parameter_groups(model, dataclasses.replace(stage, kind="align"))
@@ -143,7 +156,9 @@ def test_groups_follow_where_a_weight_came_from(pair: tuple[nn.Module, nn.Module
         parameter_groups(model, Stage("align", 64, length=32, lr_new=0, lr_mixer=0))
 
 
-def test_align_gradient_is_that_of_the_layer_alone(pair: tuple[nn.Module, nn.Module, list[nn.Module]]) -> None:
+def test_align_gradient_is_that_of_the_layer_alone(
+    pair: tuple[nn.Module, nn.Module, list[nn.Module]],
+) -> None:
     model, teacher, slots = pair
     rows = text_rows(1)
     parameter_groups(model, Stage("align", 32, length=32))
@@ -152,7 +167,9 @@ def test_align_gradient_is_that_of_the_layer_alone(pair: tuple[nn.Module, nn.Mod
     records: dict[int, Any] = {}
     with record_layers(slots, [1, 2], records.__setitem__):
         run_decoder(teacher, rows.input_ids, rows.position_ids)
-    errors = [output_error(model.slots()[i].mixer, records[i], records[i].mixing(None)) for i in (1, 2)]
+    errors = [
+        output_error(model.slots()[i].mixer, records[i], records[i].mixing(None)) for i in (1, 2)
+    ]
     assert loss == pytest.approx(float(sum(errors).detach()) / 2, rel=1e-5)
     model.zero_grad()
     errors[1].backward()
@@ -168,7 +185,13 @@ STARTED = [
     REMIX,
     Remix("supra", "0", window=0),
     Remix("supra", "0", window=0, options={"decays": "learned"}),
-    Remix("lightning", "0", window=8, sinks=2, options={"decays": "learned", "grouped": True, "norm": "none"}),
+    Remix(
+        "lightning",
+        "0",
+        window=8,
+        sinks=2,
+        options={"decays": "learned", "grouped": True, "norm": "none"},
+    ),
     Remix("gated_deltanet", "0", window=0),
     Remix("retnet", "0", window=0, options={"gate": "none"}),
     Remix("lightning", "0", window=8, sinks=2, options={"norm": "none"}),
@@ -177,13 +200,19 @@ STARTED = [
     Remix("hedgehog", "0", window=8, sinks=2, options={"norm": "rms"}),
     Remix("lolcats", "0", window=0, options={"window": 4}),
     Remix("gla", "0", window=0, options={"gate": "none"}),
-    Remix("gla", "0", window=8, sinks=2, options={"gate_from": "keys", "gate": "none", "norm": "none"}),
+    Remix(
+        "gla", "0", window=8, sinks=2, options={"gate_from": "keys", "gate": "none", "norm": "none"}
+    ),
     Remix("rwkv6", "0", window=0, options={"gate": "none"}),
-    Remix("rwkv6", "0", window=8, sinks=2, options={"gate": "none", "norm": "none", "decay": "static"}),
+    Remix(
+        "rwkv6", "0", window=8, sinks=2, options={"gate": "none", "norm": "none", "decay": "static"}
+    ),
 ]
 
 
-@pytest.mark.parametrize("remix", STARTED, ids=lambda remix: f"{remix.mixer}-{remix.window}-{len(remix.options)}")
+@pytest.mark.parametrize(
+    "remix", STARTED, ids=lambda remix: f"{remix.mixer}-{remix.window}-{len(remix.options)}"
+)
 def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix) -> None:
     model, teacher = modeling.materialize(remix(source)), modeling.materialize(source)
     slots, rows = modeling.slots(teacher, source), text_rows(64, 64)
@@ -193,18 +222,26 @@ def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix
 
     def errors() -> list[float]:
         with torch.no_grad():
-            return [float(output_error(model.slots()[i].mixer, held[i], held[i].mixing(None))) for i in (1, 2)]
+            return [
+                float(output_error(model.slots()[i].mixer, held[i], held[i].mixing(None)))
+                for i in (1, 2)
+            ]
 
     before = errors()
-    report = list(calibrate(model.slots(), teacher, slots, loop.calibration_batches(rows[:32], 32, 0)))
+    report = list(
+        calibrate(model.slots(), teacher, slots, loop.calibration_batches(rows[:32], 32, 0))
+    )
     assert [row["layer"] for row in report] == [1, 2] and all(
-        row["heads_folded"] != (remix.window > 0 and remix.options.get("norm") == "rms") for row in report
+        row["heads_folded"] != (remix.window > 0 and remix.options.get("norm") == "rms")
+        for row in report
     )
     after = errors()
     assert sum(after) < sum(before), (before, after)
 
 
-def fitted_gate(records: list[tuple[LayerRecord, AttentionStatistics]]) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted_gate(
+    records: list[tuple[LayerRecord, AttentionStatistics]],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the last gate candidate."""
     last = gate_candidates(records)[-1]
     return last[:-1].T, last[-1]
@@ -218,7 +255,11 @@ def test_calibration_finds_the_half_lives_that_made_the_teacher(window: int, gro
     torch.manual_seed(0)
     attention = Attention(hidden=24, kv=2, group=2, dim=8, scale=8**-0.5, rotary=False)
     spec = {"name": "lightning", "norm": "none", "grouped": grouped, "decays": "learned"}
-    whole = {"name": "gated", "linear": spec, "window": {"name": "window", "window": window, "sinks": 2}}
+    whole = {
+        "name": "gated",
+        "linear": spec,
+        "window": {"name": "window", "window": window, "sinks": 2},
+    }
     mixer = registry.build(whole if window else spec, attention)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -235,7 +276,9 @@ def test_calibration_finds_the_half_lives_that_made_the_teacher(window: int, gro
         target = gate * target + (1 - gate) * near
     linear.set_half_lives(torch.ones(len(planted)))
     fit_mixer(mixer, [(record, dataclasses.replace(seen, heads=target))], [None])
-    torch.testing.assert_close(math.log(2) / -linear.decays(torch.zeros(1, len(planted), 1, 8))[0, :, 0], planted)
+    torch.testing.assert_close(
+        math.log(2) / -linear.decays(torch.zeros(1, len(planted), 1, 8))[0, :, 0], planted
+    )
 
 
 class Killed(Exception):
@@ -261,7 +304,14 @@ def test_resumed_losses_equal_uninterrupted(source: Checkpoint, tmp_path: Path, 
 
         slots = modeling.slots(teacher, source)
         run = loop.Run(
-            model, stages, lambda length: text_rows(), out, teacher, slots, progress=progress, save_seconds=0
+            model,
+            stages,
+            lambda length: text_rows(),
+            out,
+            teacher,
+            slots,
+            progress=progress,
+            save_seconds=0,
         )
         ledger = loop.train(run)
         assert ledger["tokens"] == sum(stage.steps * stage.batch * stage.length for stage in stages)
@@ -282,25 +332,43 @@ def test_resumed_losses_equal_uninterrupted(source: Checkpoint, tmp_path: Path, 
 def test_resume_refuses_other_settings(source: Checkpoint, tmp_path: Path) -> None:
     def go(seed: int) -> None:
         model = modeling.materialize(REMIX(source))
-        loop.train(loop.Run(model, [Stage("next", 32, length=32)], lambda length: text_rows(), tmp_path, seed=seed))
+        loop.train(
+            loop.Run(
+                model,
+                [Stage("next", 32, length=32)],
+                lambda length: text_rows(),
+                tmp_path,
+                seed=seed,
+            )
+        )
 
     go(0)
     with pytest.raises(RegraftError, match="other settings"):
         go(1)
 
 
-def test_time_limit_shortens_a_stage_and_survives_resume(source: Checkpoint, tmp_path: Path) -> None:
+def test_time_limit_shortens_a_stage_and_survives_resume(
+    source: Checkpoint, tmp_path: Path
+) -> None:
     model = modeling.materialize(REMIX(source))
     stage = Stage("next", 10_000 * 32, length=32, precision="float32")
-    ledger = loop.train(loop.Run(model, [stage], lambda length: text_rows(), tmp_path, limit=lambda index: 0.5))
+    ledger = loop.train(
+        loop.Run(model, [stage], lambda length: text_rows(), tmp_path, limit=lambda index: 0.5)
+    )
     assert 3 * 32 <= ledger["tokens"] < stage.tokens
-    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [
+        json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rates[-1] < 0.5 * stage.lr_new  # the schedule fits the shortened stage
 
 
-def test_stages_without_their_teacher_or_tokens_are_refused(source: Checkpoint, tmp_path: Path) -> None:
+def test_stages_without_their_teacher_or_tokens_are_refused(
+    source: Checkpoint, tmp_path: Path
+) -> None:
     model = modeling.materialize(REMIX(source))
     with pytest.raises(RegraftError, match="'distil' needs a teacher"):
-        loop.train(loop.Run(model, [Stage("distil", 64, length=32)], lambda length: text_rows(), tmp_path))
+        loop.train(
+            loop.Run(model, [Stage("distil", 64, length=32)], lambda length: text_rows(), tmp_path)
+        )
     with pytest.raises(RegraftError, match="10 tokens, less than one step of 1 x 1024"):
         Stage("next", 10)

@@ -40,7 +40,11 @@ def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) ->
     assert first["first_loss"] == pytest.approx(sum(losses[:2]) / 2)
     assert first["last_loss"] == pytest.approx(sum(losses[-2:]) / 2)
     assert first["tokens_per_second"] == pytest.approx(40 * 48 / first["seconds"])
-    assert min(row["peak_share"] for row in rows) <= first["peak_share"] <= max(row["peak_share"] for row in rows)
+    assert (
+        min(row["peak_share"] for row in rows)
+        <= first["peak_share"]
+        <= max(row["peak_share"] for row in rows)
+    )
 
 
 def test_the_peak_is_that_of_a_product_and_measured_once() -> None:
@@ -64,18 +68,33 @@ def test_the_display_says_speed_and_time_left() -> None:
     ticker: Any = SimpleNamespace(update=lambda *words: told.append(words))
     meter = monitor.Meter(ticker)
     part = stage("next", 100)
-    for step in range(1, 31):  # a first step of 5 s, then 0.5 s each, at 48 tokens and 10 GFLOP a step
+    for step in range(
+        1, 31
+    ):  # a first step of 5 s, then 0.5 s each, at 48 tokens and 10 GFLOP a step
         seconds = 5 + 0.5 * (step - 1)
         speeds = {"tokens_per_second": 96.0, "flops_per_second": 2e10, "peak_share": 0.25}
         if step == 1:
             speeds = {"tokens_per_second": 9.6, "flops_per_second": 2e9, "peak_share": 0.025}
-        row = {"stage": 0, "step": step, "loss": 2.0, "tokens": 48 * step, "flops": 10**10 * step, "seconds": seconds}
+        row = {
+            "stage": 0,
+            "step": step,
+            "loss": 2.0,
+            "tokens": 48 * step,
+            "flops": 10**10 * step,
+            "seconds": seconds,
+        }
         meter(part, step, 100, row | speeds)
-    assert told[0] == (0.01, "next: loss 2.0000, 48 tokens, 10 tokens/s, 2.0 GFLOP/s, 2% of the measured peak", 495.0)
+    assert told[0] == (
+        0.01,
+        "next: loss 2.0000, 48 tokens, 10 tokens/s, 2.0 GFLOP/s, 2% of the measured peak",
+        495.0,
+    )
     words = "next: loss 2.0000, 1,440 tokens, 96 tokens/s, 20.0 GFLOP/s, 25% of the measured peak"
     assert told[-1] == (0.3, words, pytest.approx(35.0))
     told.clear()
-    meter(part, 1, 100, row | speeds | {"stage": 1, "step": 1, "flops": 10**10})  # the next stage has its own speed
+    meter(
+        part, 1, 100, row | speeds | {"stage": 1, "step": 1, "flops": 10**10}
+    )  # the next stage has its own speed
     assert told[0][2] == pytest.approx(49.5)
     line = Ticker(stream=io.StringIO())
     line.update(0.5, "words", 65.0)
@@ -91,7 +110,9 @@ def seen(losses: list[float], jump: LossSpikeConfig) -> tuple[int, LossTrend]:
     """(step at which the run is stopped or 0, what is known then)."""
     trend = LossTrend()
     for step, loss in enumerate(losses, 1):
-        trend = LossTrend(**json.loads(json.dumps(vars(trend))))  # its state survives a restart at any step
+        trend = LossTrend(
+            **json.loads(json.dumps(vars(trend)))
+        )  # its state survives a restart at any step
         if trend.observe(loss, step, jump):
             return step, trend
     return 0, trend
@@ -102,7 +123,9 @@ def test_a_jump_is_a_loss_that_stays_up() -> None:
     assert seen(steady(300) + [7.5] * 20, jump)[0] == 310
     assert seen(steady(300) + [7.5] * 9 + steady(50) + [7.5] * 9, jump)[0] == 0  # spikes that pass
     assert seen(steady(300) + steady(300, 4.4), jump)[0] == 0  # harder text
-    assert seen([1e-4] * 20 + [0.3] * 100, jump)[0] == 0  # an exact start that learns: less than the margin
+    assert (
+        seen([1e-4] * 20 + [0.3] * 100, jump)[0] == 0
+    )  # an exact start that learns: less than the margin
     assert seen([11.0 - 0.05 * step for step in range(150)], jump)[0] == 0
     assert seen(steady(300) + [7.5] * 50, LossSpikeConfig(0))[0] == 0
     assert seen([9.0] * 7 + [30.0] * 40, jump)[0] == 0  # too few to know what is usual
@@ -120,20 +143,29 @@ def test_the_last_good_checkpoint_is_from_before_the_jump() -> None:
     )
     losses = steady(300) + [7.5] * 20
     with pytest.raises(
-        RegraftError, match=r"far above the usual 3 since step 301; last good checkpoint: b \(stage 1, "
+        RegraftError,
+        match=r"far above the usual 3 since step 301; last good checkpoint: b \(stage 1, ",
     ):
         for step, loss in enumerate(losses, 1):
             check_divergence(trend, LossSpikeConfig(), part, (1, step), loss, 1.0, lambda: places)
-    for value, norm, words in [(float("nan"), 1.0, " is nan"), (2.0, float("inf"), "'s gradient is inf")]:
+    for value, norm, words in [
+        (float("nan"), 1.0, " is nan"),
+        (2.0, float("inf"), "'s gradient is inf"),
+    ]:
         with pytest.raises(
-            RegraftError, match=rf"'next'{words} at step 91; last good checkpoint: a \(stage 0, step 90"
+            RegraftError,
+            match=rf"'next'{words} at step 91; last good checkpoint: a \(stage 0, step 90",
         ):
-            check_divergence(LossTrend(), LossSpikeConfig(), part, (1, 91), value, norm, lambda: places[:1])
+            check_divergence(
+                LossTrend(), LossSpikeConfig(), part, (1, 91), value, norm, lambda: places[:1]
+            )
     with pytest.raises(RegraftError, match="no good checkpoint yet: lower its learning rates"):
         check_divergence(LossTrend(), LossSpikeConfig(), part, (0, 1), float("nan"), 1.0, list)
 
 
-def test_a_run_that_jumps_stops_and_keeps_what_was_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_jumps_stops_and_keeps_what_was_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, count = loop.train_step, 0
 
     def broken(*given: Any) -> tuple[float, int]:
@@ -143,7 +175,9 @@ def test_a_run_that_jumps_stops_and_keeps_what_was_good(tmp_path: Path, monkeypa
         return (value if count <= 20 else value + 30.0), flops
 
     monkeypatch.setattr(loop, "train_step", broken)
-    with pytest.raises(RegraftError, match=r"since step 21; last good checkpoint: .*stage-0-step-19 .*--jump 0"):
+    with pytest.raises(
+        RegraftError, match=r"since step 21; last good checkpoint: .*stage-0-step-19 .*--jump 0"
+    ):
         go(tmp_path, [stage("next", 60)])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 29
@@ -176,7 +210,9 @@ class Fake:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_gets_every_row_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_gets_every_row_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = Fake()
     monkeypatch.setitem(sys.modules, name, fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -184,20 +220,32 @@ def test_a_tracker_gets_every_row_once(name: str, tmp_path: Path, monkeypatch: p
 
     def run(stop_after: int | None) -> None:
         with trackers.open_trackers(name, tmp_path, {"seed": 3}) as track:
-            go(tmp_path, [stage("next", 5), stage("next", 3)], stop_after, track=track, heldout=None)
+            go(
+                tmp_path,
+                [stage("next", 5), stage("next", 3)],
+                stop_after,
+                track=track,
+                heldout=None,
+            )
 
     with pytest.raises(Killed):
         run(4)
     run(None)
     steps = [step for step, _ in fake.rows]
-    assert steps == list(range(1, 9)) and fake.rows[0][1]["loss"] > 0 and "step" not in fake.rows[0][1]
+    assert (
+        steps == list(range(1, 9)) and fake.rows[0][1]["loss"] > 0 and "step" not in fake.rows[0][1]
+    )
     first, second = fake.began
-    assert first == second and first["name"].startswith(tmp_path.name) and first["resume"] == "allow"
+    assert (
+        first == second and first["name"].startswith(tmp_path.name) and first["resume"] == "allow"
+    )
     assert first["config"] == {"seed": 3}
     assert fake.ends == ([{"exit_code": 1}, {"exit_code": 0}] if name == "wandb" else [{}, {}])
 
 
-def test_held_out_rows_have_the_place_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_rows_have_the_place_of_their_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = Fake()
     monkeypatch.setitem(sys.modules, "trackio", fake)
     with trackers.open_trackers("trackio", tmp_path, {}) as track:
@@ -248,7 +296,9 @@ def test_the_verb_tracks_stops_and_sums_up(
     speaking.write_text(tmp_path / "text.txt")
     command = ["train", tmp_path / "model", tmp_path / "out", "--data", tmp_path / "text.txt", "--stage", "next",
                "--tokens", 640, "--length", 64, "--batch", 2]  # fmt: skip
-    assert re.search("no tracker is called 'wandboard'", refused(capsys, *command, "--track", "wandboard"))
+    assert re.search(
+        "no tracker is called 'wandboard'", refused(capsys, *command, "--track", "wandboard")
+    )
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert re.search("pip install wandb", refused(capsys, *command, "--track", "trackio,wandb"))
     assert re.search("jump is 0.5", refused(capsys, *command, "--jump", "0.5"))
@@ -257,7 +307,8 @@ def test_the_verb_tracks_stops_and_sums_up(
     assert fake.began[0]["config"]["stages"][0]["kind"] == "next"
     command[2] = tmp_path / "astray"
     assert re.search(
-        "loss of stage 'next'.* is (nan|inf).* good checkpoint", refused(capsys, *command, "--lr-body", "1e30")
+        "loss of stage 'next'.* is (nan|inf).* good checkpoint",
+        refused(capsys, *command, "--lr-body", "1e30"),
     )
 
 

@@ -31,15 +31,24 @@ STAGES = {
 }
 
 
-def train_stage(name: str, models: Path, out: Path, hybrid: bool = False, **options: Any) -> dict[str, Any]:
+def train_stage(
+    name: str, models: Path, out: Path, hybrid: bool = False, **options: Any
+) -> dict[str, Any]:
     """One stage on the models in a folder; the ledger."""
     stage, over = STAGES[name], fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
     kinds = ("bare" if name == "matrix" else "linear", "source")
     student, teacher = (Checkpoint.open(models / kind) for kind in kinds)
-    model, guide = fsdp.load_sharded(student, over, stage.kind in LAYERWISE), fsdp.load_sharded(teacher, over)
-    rows = pack(read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH)
+    model, guide = (
+        fsdp.load_sharded(student, over, stage.kind in LAYERWISE),
+        fsdp.load_sharded(teacher, over),
+    )
+    rows = pack(
+        read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH
+    )
     slots = modeling.slots(guide, teacher)
-    run = loop.Run(model, [stage], lambda length: rows, out, guide, slots, heldout=rows[:4], **options)
+    run = loop.Run(
+        model, [stage], lambda length: rows, out, guide, slots, heldout=rows[:4], **options
+    )
     ledger = loop.train(run)
     session.save_trained(student, model, [stage], ledger, out)
     return ledger
@@ -60,7 +69,9 @@ def train_interrupted(name: str, models: Path, out: Path, at: int = STEPS // 2) 
 def train_ligo_maps(models: Path, out: Path) -> dict[str, Any]:
     """LiGO's maps of a wider and deeper model, learned in fifty steps; losses and the grown model are written."""
     source = Checkpoint.open(models / "source")
-    rows = pack(read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH)
+    rows = pack(
+        read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH
+    )
     losses: list[float] = []
 
     def note(step: int, steps: int, row: dict[str, float]) -> None:
@@ -68,7 +79,9 @@ def train_ligo_maps(models: Path, out: Path) -> dict[str, Any]:
 
     growth = Growth(hidden=source.sizes["hidden"] + 9, layers=source.layers + 1, how="ligo")
     stage = Stage("next", BATCH * LENGTH, **SIZE)
-    learned = fit_ligo.fit_maps(source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note)
+    learned = fit_ligo.fit_maps(
+        source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note
+    )
     if distributed.is_rank0():
         learned(source).save(out)
         (out / "losses.json").write_text(json.dumps({"loss": losses, **learned.cost}))
@@ -86,4 +99,10 @@ if __name__ == "__main__":
             elif kind.startswith("broken "):
                 train_interrupted(kind.removeprefix("broken "), Path(folder), Path(target) / kind)
             elif kind != "hybrid":
-                train_stage(kind, Path(folder), Path(target) / kind, hybrid=hybrid, micro=1 if kind == "next" else 0)
+                train_stage(
+                    kind,
+                    Path(folder),
+                    Path(target) / kind,
+                    hybrid=hybrid,
+                    micro=1 if kind == "next" else 0,
+                )

@@ -49,8 +49,15 @@ def check(source: str | Path, out: str | Path, seed: int = 0) -> dict[str, Any]:
     known = lineage.read_lineage(after.path)
     trained = lineage.is_trained(known)
     unaccounted, unequal = compare_tensors(before, after, values=not trained)
-    result: dict[str, Any] = {"holds": False, "trained": trained, "unaccounted": unaccounted, "unequal": unequal}
-    result["source_matches"] = lineage.origin(before)["sha256"] == known.get("source", {}).get("sha256")
+    result: dict[str, Any] = {
+        "holds": False,
+        "trained": trained,
+        "unaccounted": unaccounted,
+        "unequal": unequal,
+    }
+    result["source_matches"] = lineage.origin(before)["sha256"] == known.get("source", {}).get(
+        "sha256"
+    )
     result |= run_forward_checks(before, after, trained, seed)
     bounds = {"zero_layers": EXACT, "window_end": WINDOW_END, "parallel_vs_recurrent": RECURRENT}
     if not mixer_layers(after) and not trained:
@@ -60,7 +67,9 @@ def check(source: str | Path, out: str | Path, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def check_growth(before: Checkpoint, after: Checkpoint, steps: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+def check_growth(
+    before: Checkpoint, after: Checkpoint, steps: list[dict[str, Any]], seed: int
+) -> dict[str, Any]:
     """Receipts of a grown model: parity of all outputs, greedy text, cached decoding, dead and locked entries.
 
     Steps that do not keep the function (and training) leave parity unbound; it is measured all the same.
@@ -68,7 +77,9 @@ def check_growth(before: Checkpoint, after: Checkpoint, steps: list[dict[str, An
     known = lineage.read_lineage(after.path)
     result: dict[str, Any] = {"holds": False, "trained": lineage.is_trained(known), "unequal": None}
     result["unaccounted"] = growth.find_unaccounted(before, after)
-    result["source_matches"] = lineage.origin(before)["sha256"] == known.get("source", {}).get("sha256")
+    result["source_matches"] = lineage.origin(before)["sha256"] == known.get("source", {}).get(
+        "sha256"
+    )
     result["exact"] = growth.is_exact(list(after.history)[len(before.history) :])
     result |= {"zero_layers": None, "window_end": None} | growth.compare_models(before, after, seed)
     result["bound"] = growth.difference_bound(before, after)
@@ -89,7 +100,9 @@ def mixer_layers(checkpoint: Checkpoint) -> list[int]:
     return [layer for layer, spec in enumerate(checkpoint.config.get("mixers") or []) if spec]
 
 
-def compare_tensors(before: Checkpoint, after: Checkpoint, values: bool = True) -> tuple[list[str], list[str]]:
+def compare_tensors(
+    before: Checkpoint, after: Checkpoint, values: bool = True
+) -> tuple[list[str], list[str]]:
     """Source tensors that are nowhere in the output and not dropped with a reason; output tensors changed in moving.
 
     With `values`, every output tensor that comes from the source is read and compared: bit-equal, or per head for
@@ -134,10 +147,14 @@ def is_same_tensor(source: Tensor, moved: Tensor, sizes: dict[str, int]) -> bool
     return all(torch.equal(heads[:, query], source.reshape(kv, dim, -1)) for query in range(group))
 
 
-def run_forward_checks(before: Checkpoint, after: Checkpoint, trained: bool, seed: int) -> dict[str, Any]:
+def run_forward_checks(
+    before: Checkpoint, after: Checkpoint, trained: bool, seed: int
+) -> dict[str, Any]:
     """The receipts that need forward passes; one extra model is in memory at a time."""
     length = min(LENGTH, before.sizes.get("pos", LENGTH))
-    tokens = torch.randint(0, before.sizes["vocab"], (1, length), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        0, before.sizes["vocab"], (1, length), generator=torch.Generator().manual_seed(seed)
+    )
     reference = compute_logits(modeling.materialize(before), tokens)
     model = modeling.materialize(after)
     ours = compute_logits(model, tokens)
@@ -186,9 +203,14 @@ def compute_recurrent_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
     cache = DynamicCache(config=model.config)
     third = tokens.shape[1] // 3
-    pieces = [tokens[:, :third], tokens[:, third : 2 * third], *tokens[:, 2 * third :].split(1, dim=1)]
+    pieces = [
+        tokens[:, :third],
+        tokens[:, third : 2 * third],
+        *tokens[:, 2 * third :].split(1, dim=1),
+    ]
     outputs = [
-        model(input_ids=piece, **modeling.cache_kwargs(cache), use_cache=True).logits.float() for piece in pieces
+        model(input_ids=piece, **modeling.cache_kwargs(cache), use_cache=True).logits.float()
+        for piece in pieces
     ]
     return torch.cat(outputs, dim=1)
 
@@ -238,5 +260,9 @@ def format_receipt(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list):
-        return ", ".join(value[:3]) + (f" and {len(value) - 3} more" if len(value) > 3 else "") if value else "none"
+        return (
+            ", ".join(value[:3]) + (f" and {len(value) - 3} more" if len(value) > 3 else "")
+            if value
+            else "none"
+        )
     return f"{value:.2e}" if isinstance(value, float) else {True: "yes", False: "NO"}[value]

@@ -24,7 +24,10 @@ STEPS = {
     "Learned": lambda arguments: False,
     "Transplant": lambda arguments: False,
 }
-BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # what rounding the stored weights may move logits by
+BOUNDS = {
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
+}  # what rounding the stored weights may move logits by
 EXACT = 2e-5
 POST_NORM_TOLERANCE = 1e-3  # layers behind post-norms are idle up to the norms' epsilon
 GREEDY_TOKENS = 24
@@ -33,12 +36,18 @@ GREEDY_TOKENS = 24
 def growth_steps(after: Checkpoint, before: Checkpoint) -> list[dict[str, Any]]:
     """The growth steps that lie between two checkpoints; empty when nothing grew."""
     steps = list(after.history)[len(before.history) :]
-    return [step for step in steps if step.get("step") in ("Widen", "Deepen", "Bridge", "Learned", "Transplant")]
+    return [
+        step
+        for step in steps
+        if step.get("step") in ("Widen", "Deepen", "Bridge", "Learned", "Transplant")
+    ]
 
 
 def is_exact(steps: list[dict[str, Any]]) -> bool:
     """Whether every step between source and output keeps the function."""
-    return all(step.get("step") in STEPS and STEPS[step["step"]](step["arguments"]) for step in steps)
+    return all(
+        step.get("step") in STEPS and STEPS[step["step"]](step["arguments"]) for step in steps
+    )
 
 
 def difference_bound(before: Checkpoint, after: Checkpoint) -> float:
@@ -70,8 +79,15 @@ def stream_index(before: Checkpoint, after: Checkpoint) -> Tensor:
         arguments, old = step.get("arguments", {}), len(index)
         new = arguments.get("hidden") or old
         if new > old:
-            drawn = build.parse_width_operators(arguments.get("how", "pad"))["hidden"] in ("duplicate", "aki")
-            index = index[axes.duplicate(old, new, arguments["seed"]).index if drawn else torch.arange(new) % old]
+            drawn = build.parse_width_operators(arguments.get("how", "pad"))["hidden"] in (
+                "duplicate",
+                "aki",
+            )
+            index = index[
+                axes.duplicate(old, new, arguments["seed"]).index
+                if drawn
+                else torch.arange(new) % old
+            ]
     return index
 
 
@@ -79,14 +95,19 @@ def max_difference(before: Tensor, after: Tensor, index: Tensor) -> tuple[float,
     """(relative, absolute) largest difference. Where the stream itself comes out, wider than it was, its first
     coordinates must hold the old values and every other one those that it copies (`index`) or, being silent, zeros.
     """
-    axis = next((axis for axis in range(before.ndim) if before.shape[axis] != after.shape[axis]), None)
+    axis = next(
+        (axis for axis in range(before.ndim) if before.shape[axis] != after.shape[axis]), None
+    )
     if axis is None:
         worst = float((after - before).abs().max())
     else:
         width = before.shape[axis]
         first, new = after.transpose(0, axis).split([width, after.shape[axis] - width])
         old = before.transpose(0, axis)
-        copied, silent = ((new - value).flatten(1).abs().amax(1) for value in (old[index[width:]], torch.zeros(())))
+        copied, silent = (
+            (new - value).flatten(1).abs().amax(1)
+            for value in (old[index[width:]], torch.zeros(()))
+        )
         worst = max(float((first - old).abs().max()), float(torch.minimum(copied, silent).max()))
     return worst / float(before.abs().max()), worst
 
@@ -100,14 +121,23 @@ def compare_models(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str
     given = modeling.random_inputs(before, seed=seed)
     causal = before.anatomy.causal
     model = modeling.materialize(before)
-    reference, text = compute_outputs(model, given), generate_greedy(model, given) if causal else None
+    reference, text = (
+        compute_outputs(model, given),
+        generate_greedy(model, given) if causal else None,
+    )
     del model
     model = modeling.materialize(after)
     ours = compute_outputs(model, given)
     if missing := sorted(set(reference) - set(ours)):
-        raise RegraftError(f"'{after.origin}' gives no '{missing[0]}' as its source does: name the source it came from")
+        raise RegraftError(
+            f"'{after.origin}' gives no '{missing[0]}' as its source does: name the source it came from"
+        )
     index = stream_index(before, after)
-    pairs = [max_difference(value, ours[name], index) for name, value in reference.items() if name != modeling.CACHE]
+    pairs = [
+        max_difference(value, ours[name], index)
+        for name, value in reference.items()
+        if name != modeling.CACHE
+    ]
     found: dict[str, Any] = {
         "rel_logit_diff": max(relative for relative, _ in pairs),
         "max_abs_logit_diff": max(absolute for _, absolute in pairs),
@@ -158,13 +188,20 @@ def measure_step0(source: str | Path, out: str | Path, length: int = 256) -> dic
     difference of their outputs: what an operator that does not keep the function costs before training.
     """
     before, after = Checkpoint.open(source), Checkpoint.open(out)
-    length = min(length, before.sizes.get("pos", length + 2) - 2)  # an encoder may count positions from two
+    length = min(
+        length, before.sizes.get("pos", length + 2) - 2
+    )  # an encoder may count positions from two
     given = load_held_out_tokens(before, length) or modeling.random_inputs(before, length=length)
     first, second = (compute_outputs(modeling.materialize(each), given) for each in (before, after))
     name = next(iter(first))
-    found = {"rel_logit_diff": max_difference(first[name], second[name], stream_index(before, after))[0]}
+    found = {
+        "rel_logit_diff": max_difference(first[name], second[name], stream_index(before, after))[0]
+    }
     if before.anatomy.causal:
-        found |= {"loss_source": next_token_loss(first, given), "loss_grown": next_token_loss(second, given)}
+        found |= {
+            "loss_source": next_token_loss(first, given),
+            "loss_grown": next_token_loss(second, given),
+        }
     return found
 
 
@@ -198,5 +235,8 @@ def next_token_loss(found: dict[str, Tensor], given: dict[str, Tensor]) -> float
 
 def find_unaccounted(before: Checkpoint, after: Checkpoint) -> list[str]:
     """Source tensors that no tensor of the output comes from and that were not dropped with a reason."""
-    had, has = ({name for lazy in each.tensors.values() for name in lazy.story.sources} for each in (before, after))
+    had, has = (
+        {name for lazy in each.tensors.values() for name in lazy.story.sources}
+        for each in (before, after)
+    )
     return sorted(had - has - set(after.dropped))

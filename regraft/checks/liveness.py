@@ -18,9 +18,7 @@ from ..growth.widening import kind_of
 from .probe import ProbedMap, flatten_by_axis, iter_probed_maps, nonzero_rms
 
 SAME_TOLERANCE = 1e-5  # rows that differ by less, relative to their length, are the same
-SAME_MOVE_TOLERANCE = (
-    1e-2  # so are moves that differ by less, relative to theirs: gradients carry more rounding than weights
-)
+SAME_MOVE_TOLERANCE = 1e-2  # so are moves that differ by less, relative to theirs: gradients carry more rounding than weights
 PROBES = 4
 UNITS = ("hidden", "ffn", "kv", "group", "dim")
 WORDS = {
@@ -51,7 +49,10 @@ class UnitProjections:
 
 
 def check_liveness(
-    model: str | Path | Checkpoint, steps: int = 3, seed: int = 0, source: str | Path | Checkpoint | None = None
+    model: str | Path | Checkpoint,
+    steps: int = 3,
+    seed: int = 0,
+    source: str | Path | Checkpoint | None = None,
 ) -> dict[str, Any]:
     """What training cannot reach and cannot tell apart, seen by a few steps on random tokens or pixels.
 
@@ -73,13 +74,18 @@ def check_liveness(
             known[axis, space] = max(known[axis, space], len(find_repeats(probes)))
     dead: list[dict[str, Any]] = []
     counts = {"judged": 0, "unseen": 0}
-    lanes = group_projections(count_dead(iter_probed_maps(open_checkpoint(model), steps, seed), dead, counts))
+    lanes = group_projections(
+        count_dead(iter_probed_maps(open_checkpoint(model), steps, seed), dead, counts)
+    )
     units, locked = find_locked_units(lanes, known)
     entries, judged, unseen = sum(row["dead"] for row in dead), counts["judged"], counts["unseen"]
     asleep: list[dict[str, Any]] = []
     if source is not None and dead:
         deque(
-            count_dead(iter_probed_maps(open_checkpoint(source), 1, seed), asleep, dict.fromkeys(counts, 0)), maxlen=0
+            count_dead(
+                iter_probed_maps(open_checkpoint(source), 1, seed), asleep, dict.fromkeys(counts, 0)
+            ),
+            maxlen=0,
         )
     had = {"source": sum(row["dead"] for row in asleep)} if asleep else {}
     return {
@@ -94,7 +100,9 @@ def open_checkpoint(model: str | Path | Checkpoint) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
 
 
-def count_dead(found: Iterator[ProbedMap], dead: list[dict[str, Any]], counts: dict[str, int]) -> Iterator[ProbedMap]:
+def count_dead(
+    found: Iterator[ProbedMap], dead: list[dict[str, Any]], counts: dict[str, int]
+) -> Iterator[ProbedMap]:
     """Pass pieces on, adding a row to `dead` for each with entries that no gradient reached."""
     for piece in found:
         missed = piece.judged & ~piece.reached
@@ -119,7 +127,11 @@ def find_locked_units(
         for probe in probes if units else ():
             row = {"name": probe.piece.name, "role": probe.piece.role, "axis": axis, "units": units}
             table.append(
-                row | {"of": len(probe.awake), "where": f"{text} repeat {format_ranges([one for _, one in found])}"}
+                row
+                | {
+                    "of": len(probe.awake),
+                    "where": f"{text} repeat {format_ranges([one for _, one in found])}",
+                }
             )
     return total, table
 
@@ -127,7 +139,9 @@ def find_locked_units(
 def find_unit_group(piece: ProbedMap, position: int) -> UnitGroup | None:
     """Which units an axis of a piece belongs to, with those of other pieces; None when it has no units to compare."""
     axis, reads = piece.axes[position], position >= piece.outputs
-    alone = piece.before.numel() == piece.before.shape[position]  # one number each, which may be equal by chance
+    alone = (
+        piece.before.numel() == piece.before.shape[position]
+    )  # one number each, which may be equal by chance
     if axis not in UNITS or alone or piece.part.axes.kind not in ("map", "plain"):
         return None
     if axis == "hidden":
@@ -155,7 +169,9 @@ def project_units(piece: ProbedMap, position: int) -> UnitProjections:
     move = flatten_by_axis(piece.after, position) - before
     draw = torch.randn((before.shape[1], PROBES), generator=torch.Generator().manual_seed(0))
     awake = flatten_by_axis(piece.reached, position).any(1)
-    return UnitProjections(piece, before @ draw, before.norm(dim=1), move @ draw, move.norm(dim=1), awake)
+    return UnitProjections(
+        piece, before @ draw, before.norm(dim=1), move @ draw, move.norm(dim=1), awake
+    )
 
 
 def find_repeats(probes: list[UnitProjections]) -> list[tuple[int, int]]:
@@ -163,7 +179,9 @@ def find_repeats(probes: list[UnitProjections]) -> list[tuple[int, int]]:
 
     Only neighbours in the order of one projection are compared: units far apart in it differ.
     """
-    mixed = sum((p.before[:, 0] / nonzero_rms(p.before[:, 0], 1.0) for p in probes), torch.zeros(()))
+    mixed = sum(
+        (p.before[:, 0] / nonzero_rms(p.before[:, 0], 1.0) for p in probes), torch.zeros(())
+    )
     order = mixed.argsort(stable=True)
     far = mixed[order].diff() > 1e-4
     awake = torch.stack([probe.awake for probe in probes]).any(0)
@@ -182,7 +200,9 @@ def matches_first(probes: list[UnitProjections], units: Tensor) -> Tensor:
     alike = torch.ones(len(units), dtype=torch.bool)
     first = units[0]
     for p in probes:
-        alike &= (p.before[units] - p.before[first]).abs().amax(1) <= SAME_TOLERANCE * p.length[first]
+        alike &= (p.before[units] - p.before[first]).abs().amax(1) <= SAME_TOLERANCE * p.length[
+            first
+        ]
         scale = p.way[first].clamp(min=1e-3 * float(p.way.max()))
         alike &= (p.move[units] - p.move[first]).abs().amax(1) <= SAME_MOVE_TOLERANCE * scale
     return alike
@@ -198,17 +218,31 @@ def describe_coordinates(mask: Tensor, piece: ProbedMap) -> str:
         whole.append(flatten_by_axis(blank, position).all(1) & some[-1])
         covered |= whole[-1].reshape([-1 if axis == position else 1 for axis in range(mask.ndim)])
     if bool((covered | ~mask).all()):
-        return " and ".join(describe_units(piece, at, units) for at, units in enumerate(whole) if bool(units.any()))
+        return " and ".join(
+            describe_units(piece, at, units) for at, units in enumerate(whole) if bool(units.any())
+        )
     if int(mask.sum()) == math.prod(int(units.sum()) for units in some):
-        return " x ".join(describe_units(piece, at, units) for at, units in enumerate(some) if not bool(units.all()))
+        return " x ".join(
+            describe_units(piece, at, units)
+            for at, units in enumerate(some)
+            if not bool(units.all())
+        )
     return "scattered"
 
 
 def describe_units(piece: ProbedMap, position: int, units: Tensor) -> str:
     """Units of one axis of a piece, such as "output coordinates 8..15 of each head"."""
     axis = piece.axes[position]
-    side = "" if len(piece.axes) == piece.outputs else "input " if position >= piece.outputs else "output "
-    return side + WORDS.get(axis, f"{axis} {{}}").format(format_ranges(units.nonzero()[:, 0].tolist()))
+    side = (
+        ""
+        if len(piece.axes) == piece.outputs
+        else "input "
+        if position >= piece.outputs
+        else "output "
+    )
+    return side + WORDS.get(axis, f"{axis} {{}}").format(
+        format_ranges(units.nonzero()[:, 0].tolist())
+    )
 
 
 def format_ranges(numbers: list[int], most: int = 4) -> str:

@@ -48,21 +48,37 @@ def iter_probed_maps(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[
     ids, masks = train_steps(model, checkpoint, steps, seed)
     with torch.no_grad():
         reached = modeling.to_checkpoint_names(model, masks)
-        after = modeling.to_checkpoint_names(model, {name: p.detach() for name, p in model.named_parameters()})
+        after = modeling.to_checkpoint_names(
+            model, {name: p.detach() for name, p in model.named_parameters()}
+        )
     sizes = checkpoint.sizes
     for (role, layer), spot in checkpoint.anatomy.place(checkpoint.config).items():
         if spot.name not in after:
-            raise RegraftError(f"'{spot.name}' is no parameter of the running model: report this table")
+            raise RegraftError(
+                f"'{spot.name}' is no parameter of the running model: report this table"
+            )
         used = spot.name in reached
         mask = reached[spot.name] if used else torch.zeros(spot.shape, dtype=torch.bool)
         tensors = (checkpoint.tensors[role, layer].read().float(), after[spot.name], mask)
         parts = [split_fused(tensor, spot.part, sizes) for tensor in tensors]
-        for (name, signature, output), *values in zip(fused_maps(spot.part, role), *parts, strict=True):
+        for (name, signature, output), *values in zip(
+            fused_maps(spot.part, role), *parts, strict=True
+        ):
             axes = tensor_axes(signature, output)
-            before, moved, hit = (value.reshape([product((axis,), sizes) for axis in axes]) for value in values)
-            cancelled = signature.kind == "bias" and kind_of(name) == "k"  # by softmax, rotary positions aside
-            judged = reachable_entries(hit, axes, spot.part, ids) if used and not cancelled else torch.zeros_like(hit)
-            yield ProbedMap(spot.name, name, layer, spot.part, axes, len(output), before, moved, hit, judged)
+            before, moved, hit = (
+                value.reshape([product((axis,), sizes) for axis in axes]) for value in values
+            )
+            cancelled = (
+                signature.kind == "bias" and kind_of(name) == "k"
+            )  # by softmax, rotary positions aside
+            judged = (
+                reachable_entries(hit, axes, spot.part, ids)
+                if used and not cancelled
+                else torch.zeros_like(hit)
+            )
+            yield ProbedMap(
+                spot.name, name, layer, spot.part, axes, len(output), before, moved, hit, judged
+            )
 
 
 def train_steps(
@@ -79,7 +95,9 @@ def train_steps(
         with torch.enable_grad():
             value = compute_loss(model, given, checkpoint.anatomy.causal, seed)
         if not bool(value.isfinite()):
-            raise RegraftError(f"'{checkpoint.path}' gives a loss of {value.item()} on random input: mend its weights")
+            raise RegraftError(
+                f"'{checkpoint.path}' gives a loss of {value.item()} on random input: mend its weights"
+            )
         value.backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -111,23 +129,31 @@ def random_batch(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = checkpoint.anatomy.host_config(checkpoint.config).get(key)
         special.update(value if isinstance(value, list) else [value])
-    plain = torch.tensor([token for token in range(checkpoint.sizes["vocab"]) if token not in special])
+    plain = torch.tensor(
+        [token for token in range(checkpoint.sizes["vocab"]) if token not in special]
+    )
     length = min(LENGTH, checkpoint.sizes.get("pos", 2 * LENGTH) // 2)
     drawn = torch.randint(len(plain), (ROWS, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": plain[drawn]}
 
 
-def compute_loss(model: PreTrainedModel, given: dict[str, Tensor], causal: bool, seed: int) -> Tensor:
+def compute_loss(
+    model: PreTrainedModel, given: dict[str, Tensor], causal: bool, seed: int
+) -> Tensor:
     """Of the next token (the first after the last), or the distance of every output from random targets."""
     if causal:
         logits = model(**given, use_cache=False).logits.float()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), given["input_ids"].roll(-1, 1).flatten())
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), given["input_ids"].roll(-1, 1).flatten()
+        )
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
     for value in model(**given).values():
         for output in value if isinstance(value, tuple) else (value,):
             scaled = output.float() / nonzero_rms(output.detach(), 1.0)
-            total = total + (scaled - torch.randn(output.shape, generator=generator)).square().mean()
+            total = (
+                total + (scaled - torch.randn(output.shape, generator=generator)).square().mean()
+            )
     return total
 
 

@@ -37,13 +37,20 @@ def bench(
     modeling.check_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
     for path in models.values():
-        evaluation.check_context_lengths(Checkpoint.open(path), [count + steps + 1 for count in counts])
+        evaluation.check_context_lengths(
+            Checkpoint.open(path), [count + steps + 1 for count in counts]
+        )
     if plot:
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
         ticker.start("bench")
         rows = benching.bench(
-            models, counts, steps, lambda done, n, words: ticker.update(done / n, words), batch, not skip_prefill
+            models,
+            counts,
+            steps,
+            lambda done, n, words: ticker.update(done / n, words),
+            batch,
+            not skip_prefill,
         )
     if plot:
         write_plot("bench.svg", plots.plot_speed(rows))

@@ -15,4 +15,6 @@ def check(source: str, out: str, json: bool = False) -> Outcome:
     from ..checks import check as proofs
 
     found = proofs.check(source, out)
-    return Outcome(found, lambda console: proofs.print_receipts(found, console), 0 if found["holds"] else 1)
+    return Outcome(
+        found, lambda console: proofs.print_receipts(found, console), 0 if found["holds"] else 1
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from .outcome import Outcome, experiment_outcome
 
 
-def demo(out: str = "demo-out", overrides: dict[str, str] | None = None, json: bool = False) -> Outcome:
+def demo(
+    out: str = "demo-out", overrides: dict[str, str] | None = None, json: bool = False
+) -> Outcome:
     """Do the main job on the default model and text: linearize, train, measure, report, in 15 minutes."""
     from ..progress import Ticker
 

@@ -41,11 +41,16 @@ def evaluate(
         positions: also, or alone, perplexity by tokens of context over these windows
     """
     if plot and not positions:
-        raise RegraftError(f"--plot draws perplexity by position (positions is {positions}): add --positions")
+        raise RegraftError(
+            f"--plot draws perplexity by position (positions is {positions}): add --positions"
+        )
     if tasks is None:
         names = ("task_data", "limit", "shots", "lengths", "batch")
         check_unused_flags(
-            evaluate, locals(), names, "it is for benchmarks and recall, so name some, as in --tasks hellaswag,passkey"
+            evaluate,
+            locals(),
+            names,
+            "it is for benchmarks and recall, so name some, as in --tasks hellaswag,passkey",
         )
     from .. import modeling
     from ..evaluation import evaluate as evaluation

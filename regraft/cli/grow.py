@@ -76,7 +76,9 @@ def grow(
     from ..train import fit_ligo
 
     if Path(out).resolve() == Path(source).resolve():
-        raise RegraftError(f"'{out}' is the source, which the result is checked against: choose another output")
+        raise RegraftError(
+            f"'{out}' is the source, which the result is checked against: choose another output"
+        )
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype, seed)
@@ -89,11 +91,15 @@ def grow(
     with Ticker() as ticker:
         if how == LEARNED:
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
-            after = growth(before, fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps))
+            after = growth(
+                before, fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
+            )
         ticker.start(f"writing {out}")
         if optimizer_state:
             if bridge:
-                raise RegraftError(f"--optimizer-state '{optimizer_state}' has no law across --bridge: leave one out")
+                raise RegraftError(
+                    f"--optimizer-state '{optimizer_state}' has no law across --bridge: leave one out"
+                )
             moments.read_moments(before, Path(optimizer_state))
         grown = after
 
@@ -110,6 +116,8 @@ def grow(
         planning.print_plan(made, console)
         if step0:
             console.print(parity.format_step0(step0), soft_wrap=True, highlight=False)
-        console.print(f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False)
+        console.print(
+            f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False
+        )
 
     return Outcome(made.to_dict() | {"out": out, "step0": step0}, show)

@@ -74,9 +74,18 @@ def linearize(
 
     trackers.import_trackers(track)
     if tokens < 0 or (tokens and not data):
-        raise RegraftError(f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens")
+        raise RegraftError(
+            f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens"
+        )
     before = Checkpoint.open(source)
-    flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
+    flags = {
+        "mixer": mixer,
+        "keep": keep,
+        "window": window,
+        "sinks": sinks,
+        "options": options,
+        "inherit": inherit,
+    }
     way, notes = methods.find_method(method).with_remix(seed=seed, **flags), list[str]()
     if not data:
         way, notes = way.without_text()
@@ -94,7 +103,9 @@ def linearize(
             after = remix(before)
         else:
             rows = pipeline.text_rows(before, text, ticker, cache=kept) if text else None
-            remix = distributed.on_rank0(lambda: pipeline.choose_layers(before, way.remix, rows, ticker))
+            remix = distributed.on_rank0(
+                lambda: pipeline.choose_layers(before, way.remix, rows, ticker)
+            )
             after = remix(before)
             distributed.on_rank0(lambda: after.save(out, overwrite=overwrite))
     made = planning.Plan.of(before, after, notes=notes)
@@ -103,7 +114,9 @@ def linearize(
         planning.print_plan(made, console)
         if ledger:
             console.print(tables.training_table(ledger["summary"], ledger["start"]))
-        following = f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
+        following = (
+            f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
+        )
         console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
 
     return Outcome(made.to_dict() | {"out": out, "method": method, "ledger": ledger}, show)

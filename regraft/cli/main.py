@@ -46,10 +46,20 @@ VERBS: dict[str, Callable[..., Outcome]] = {
     "demo": demo,
 }
 OTHERS_WAIT = 5.0  # seconds
-DISTRIBUTED_VERBS = ("train", "run", "linearize", "grow")  # verbs that several processes do as one, under torchrun
+DISTRIBUTED_VERBS = (
+    "train",
+    "run",
+    "linearize",
+    "grow",
+)  # verbs that several processes do as one, under torchrun
 RESUMES = ("grow", "linearize", "train", "run", "compare", "demo")
 OPEN_ENDED = ("run", "compare", "demo")  # take `--key.sub VALUE` for any field of their recipe
-VALUED = ("--jobs", "--launch", "--track", "--jump")  # flags of such a verb itself that have a value
+VALUED = (
+    "--jobs",
+    "--launch",
+    "--track",
+    "--jump",
+)  # flags of such a verb itself that have a value
 KINDS = {"int": "a whole number", "float": "a number"}
 FLAGS = {
     "json": "print one JSON object on standard output and nothing else",
@@ -73,12 +83,17 @@ class Parser(ArgumentParser):
 
     def format_help(self) -> str:
         """The help text with dashes inside flags."""
-        return re.sub(r"(?<=--)[a-z_]+", lambda name: name[0].replace("_", "-"), super().format_help())
+        return re.sub(
+            r"(?<=--)[a-z_]+", lambda name: name[0].replace("_", "-"), super().format_help()
+        )
 
 
 def normalize_flags(words: Sequence[str]) -> list[str]:
     """Flags as the parser knows them: underscores inside names."""
-    return [re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+    return [
+        re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+        for word in words
+    ]
 
 
 def build_parser() -> ArgumentParser:
@@ -94,10 +109,18 @@ def build_parser() -> ArgumentParser:
         sub = Parser(exit_on_error=False, description=summary(function))
         parameters = inspect.signature(function).parameters.values()
         flags = {p.name for p in parameters if p.default is False}
-        places = {p.name for p in parameters if p.name == "out" and p.default is not inspect.Parameter.empty}
+        places = {
+            p.name
+            for p in parameters
+            if p.name == "out" and p.default is not inspect.Parameter.empty
+        }
         for place in places:
-            sub.add_argument(place, nargs="?", default=inspect.signature(function).parameters[place].default)
-        sub.add_function_arguments(function, as_positional=True, skip=flags | places | {"overrides"})
+            sub.add_argument(
+                place, nargs="?", default=inspect.signature(function).parameters[place].default
+            )
+        sub.add_function_arguments(
+            function, as_positional=True, skip=flags | places | {"overrides"}
+        )
         for flag in sorted(flags):
             sub.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
         commands.add_subcommand(name, sub, help=summary(function))
@@ -145,7 +168,9 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if namespace.version:
         return "version", {}
     if namespace.verb is None:
-        raise RegraftError(f"no verb given (got {words}): use one of {', '.join(VERBS)}; see: regraft --help")
+        raise RegraftError(
+            f"no verb given (got {words}): use one of {', '.join(VERBS)}; see: regraft --help"
+        )
     arguments = namespace[namespace.verb].as_dict()
     if namespace.verb in OPEN_ENDED:
         arguments["overrides"] = overrides
@@ -162,7 +187,9 @@ def explain_parser_error(message: str, words: Sequence[str]) -> str:
     message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
     message = re.sub(r"required: (\w+)\.", "required: ", message)
     if match := re.match(r"unrecognized arguments: (--?[\w.-]+)(.*)", message):
-        flag, *rest = re.sub(r"--[\w.-]+", lambda found: found[0].replace("_", "-"), match[1] + match[2]).split(" ", 1)
+        flag, *rest = re.sub(
+            r"--[\w.-]+", lambda found: found[0].replace("_", "-"), match[1] + match[2]
+        ).split(" ", 1)
         if flag[2:] in (places := option_names(words, placed=True)):
             order = " ".join(name.upper() for name in places)
             return f"unknown flag {flag}: it is given by its place, regraft {words[0]} {order}"
@@ -170,9 +197,15 @@ def explain_parser_error(message: str, words: Sequence[str]) -> str:
         return f"unknown flag {flag} (in '{' '.join([flag, *rest])}'){suggest(flag, known)}"
     if match := re.search(r"invalid choice: '([^']+)'", message):
         return f"unknown verb '{match[1]}'{suggest(match[1], list(VERBS))}: use one of {', '.join(VERBS)}"
-    if match := re.match(r"\"(\w+)\": (.*(?:Expected a|Subtypes:).*)(?:Got|Given) value: (.*)", message):
+    if match := re.match(
+        r"\"(\w+)\": (.*(?:Expected a|Subtypes:).*)(?:Got|Given) value: (.*)", message
+    ):
         choices = re.findall(r"'(\w+)'", "".join(re.findall(r"Literal\[(.*?)\]", match[2])))
-        kinds = [words for kind, words in KINDS.items() if f"<class '{kind}'>" in match[2].partition("Given")[0]]
+        kinds = [
+            words
+            for kind, words in KINDS.items()
+            if f"<class '{kind}'>" in match[2].partition("Given")[0]
+        ]
         if choices or kinds:
             return f"--{match[1].replace('_', '-')} takes {' or '.join(choices or kinds[:1])}, got '{match[3]}'"
     return message
@@ -181,7 +214,11 @@ def explain_parser_error(message: str, words: Sequence[str]) -> str:
 def option_names(words: Sequence[str], placed: bool = False) -> list[str]:
     """Parameters of the verb that the command line names: flags, or those given by their place."""
     found = inspect.signature(VERBS[words[0]]).parameters if usage_of(words) else {}
-    return [name for name, parameter in found.items() if (parameter.default is parameter.empty) == placed]
+    return [
+        name
+        for name, parameter in found.items()
+        if (parameter.default is parameter.empty) == placed
+    ]
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -204,7 +241,9 @@ def report_error(message: object) -> int:
     """One line on standard error; 2. What went wrong in all processes of a torchrun, the first one says for all."""
     who = ""
     if not is_main_process():
-        time.sleep(OTHERS_WAIT)  # torchrun ends this process meanwhile if the first one has failed too
+        time.sleep(
+            OTHERS_WAIT
+        )  # torchrun ends this process meanwhile if the first one has failed too
         who = f"process {os.environ['RANK']}: "
     print(f"regraft: {who}" + re.sub(r"\s*\n\s*", " ", str(message)).strip(), file=sys.stderr)
     return 2
@@ -223,7 +262,11 @@ def distributed_context(verb: str) -> AbstractContextManager[None]:
 
 def report_interrupt(verb: str) -> int:
     """One line on how to go on; 130."""
-    how = "the same command goes on from here" if verb in RESUMES else "nothing was finished; run the command again"
+    how = (
+        "the same command goes on from here"
+        if verb in RESUMES
+        else "nothing was finished; run the command again"
+    )
     if is_main_process():
         print(f"regraft: interrupted: {how}", file=sys.stderr)
     return 130
@@ -242,7 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         as_json = options.pop("json", False)
         streams = verb == "generate" and not as_json
-        with distributed_context(verb), contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr):
+        with (
+            distributed_context(verb),
+            contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr),
+        ):
             outcome = VERBS[verb](**options)
         if is_main_process():
             print_outcome(outcome, as_json)

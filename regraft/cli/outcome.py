@@ -25,10 +25,16 @@ class Outcome:
     code: int = 0
 
 
-def check_unused_flags(verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence[str], say: str) -> None:
+def check_unused_flags(
+    verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence[str], say: str
+) -> None:
     """RegraftError, ending in `say`, when one of these arguments of a verb was given though nothing would read it."""
     usual = inspect.signature(verb).parameters
-    said = [f"--{name.replace('_', '-')} {given[name]}" for name in names if given[name] != usual[name].default]
+    said = [
+        f"--{name.replace('_', '-')} {given[name]}"
+        for name in names
+        if given[name] != usual[name].default
+    ]
     if said:
         raise RegraftError(f"{', '.join(said)} would change nothing: {say}")
 

@@ -10,7 +10,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-FORECAST = ("stage", "gpus", "gpu", "memory", "precision", "checkpointing", "batch", "tokens", "share", "price")
+FORECAST = (
+    "stage",
+    "gpus",
+    "gpu",
+    "memory",
+    "precision",
+    "checkpointing",
+    "batch",
+    "tokens",
+    "share",
+    "price",
+)
 
 
 def plan(
@@ -96,7 +107,10 @@ def plan(
     given = locals()
     if not (mixer or method):
         check_unused_flags(
-            plan, given, ("keep", "window", "sinks", "options", "inherit"), "give --mixer or --method as well"
+            plan,
+            given,
+            ("keep", "window", "sinks", "options", "inherit"),
+            "give --mixer or --method as well",
         )
     if not train:
         check_unused_flags(plan, given, FORECAST, "give --train as well")
@@ -105,7 +119,14 @@ def plan(
     growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method:
-        flags = {"mixer": mixer, "keep": keep, "window": window, "sinks": sinks, "options": options, "inherit": inherit}
+        flags = {
+            "mixer": mixer,
+            "keep": keep,
+            "window": window,
+            "sinks": sinks,
+            "options": options,
+            "inherit": inherit,
+        }
         way, notes = methods.find_method(method or "auto").with_remix(**flags).without_text()
         after = way.remix(after)
     made = planning.Plan.of(before, after, context, length, notes)

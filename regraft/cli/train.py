@@ -110,19 +110,35 @@ def train(
     trackers.import_trackers(track)
 
     if not data or tokens < 1:
-        raise RegraftError(f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}")
+        raise RegraftError(
+            f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}"
+        )
     if every < 0 or (every and not heldout):
         raise RegraftError(
             f"--every {every} measures held-out rows every so many steps: give N >= 0 and --heldout PATH"
         )
     rates: dict[str, Any] = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
     rates = {key: rate for key, rate in rates.items() if rate is not None}
-    rates |= {"mask_share": mask_share, "layers": layers, "layer_drop": layer_drop, "token_drop": token_drop}
-    rates |= {"precision": precision, "learn": learn, "lit": settings.build(lit or {}, "--lit", Lit)}
+    rates |= {
+        "mask_share": mask_share,
+        "layers": layers,
+        "layer_drop": layer_drop,
+        "token_drop": token_drop,
+    }
+    rates |= {
+        "precision": precision,
+        "learn": learn,
+        "lit": settings.build(lit or {}, "--lit", Lit),
+    }
     asked = Stage(stage, tokens, length, batch, **rates)
     begun = Path(moments) if moments else None
     text = settings.Text(data, field=field, long=long, skip_bad=skip_bad, read=read)
-    options: dict[str, Any] = {"heldout": heldout, "every": every, "moments": begun, "keep_moments": keep_moments}
+    options: dict[str, Any] = {
+        "heldout": heldout,
+        "every": every,
+        "moments": begun,
+        "keep_moments": keep_moments,
+    }
     options |= {"save_seconds": save_seconds, "watching": MonitorConfig(track, jump)}
     kept = Path(cache) if cache else None
     options |= {"micro": micro, "checkpointing": checkpointing, "hybrid": hybrid}
@@ -136,12 +152,19 @@ def train(
             "--checkpointing and --hybrid"
         )
     if stream and teacher_cache:
-        raise RegraftError(f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}")
+        raise RegraftError(
+            f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}"
+        )
     if teacher_cache:
-        options["keeping"] = TeacherCacheConfig.parse(teacher_cache, teacher_cache_size, teacher_cache_kind)
+        options["keeping"] = TeacherCacheConfig.parse(
+            teacher_cache, teacher_cache_size, teacher_cache_kind
+        )
     else:
         check_unused_flags(
-            train, locals(), ("teacher_cache_size", "teacher_cache_kind"), "give --teacher-cache DIR as well"
+            train,
+            locals(),
+            ("teacher_cache_size", "teacher_cache_kind"),
+            "give --teacher-cache DIR as well",
         )
     with Ticker() as ticker:
         if stream:
@@ -150,7 +173,9 @@ def train(
                 model, out, text, asked, teacher, seed, ticker, place, calibration, watching, kept
             )
         else:
-            result = session.train_saved_model(model, out, text, asked, teacher, seed, ticker, cache=kept, **options)
+            result = session.train_saved_model(
+                model, out, text, asked, teacher, seed, ticker, cache=kept, **options
+            )
 
     def show(console: Console) -> None:
         console.print(tables.training_table(result["summary"], result.get("start", ())))

@@ -33,12 +33,17 @@ def main(words: list[str]) -> int:
             sys.exit("the comparison was stopped")
         if time.monotonic() - said > EVERY and distributed.is_rank0():
             said = time.monotonic()
-            write_text(scheduler.TrainingJob(kind, name, seed).log_path(out).with_suffix(".share"), f"{share:.4f}")
+            write_text(
+                scheduler.TrainingJob(kind, name, seed).log_path(out).with_suffix(".share"),
+                f"{share:.4f}",
+            )
 
     try:
         with distributed.init_distributed():
             recipe = scheduler.load_recipe(out)
-            (arm.pretrain if kind == "source" else arm.train_arm)(recipe, out, name, seed, report_progress)
+            (arm.pretrain if kind == "source" else arm.train_arm)(
+                recipe, out, name, seed, report_progress
+            )
     except (RegraftError, OSError) as error:
         print(f"regraft: {error}".replace("\n", " "), file=sys.stderr)
         return 2

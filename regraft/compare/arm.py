@@ -54,7 +54,9 @@ def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) ->
     folder, config = source_folder(recipe, out, name, seed), recipe.sources()[name]
     assert isinstance(config, dict)
     model = data.make_source(recipe, config, out, seed)
-    ledger = train_model(recipe, out, model, [recipe.stage(recipe.pretrain)], folder, seed, tell, keep_moments=True)
+    ledger = train_model(
+        recipe, out, model, [recipe.stage(recipe.pretrain)], folder, seed, tell, keep_moments=True
+    )
     values = fsdp.gather_state_dict(model)
 
     def save() -> None:
@@ -73,10 +75,26 @@ def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -
     teacher = Teacher.load(recipe, out, arm, seed)
     model, spent, state = initialize_arm(recipe, out, arm, seed, teacher, tell)
     count = sum(parameter.numel() for parameter in model.parameters())
-    whole = objectives.evaluate_objective(model, recipe.task, data.load_heldout_rows(recipe, out)) if arm.legs else None
-    guide = {} if teacher is None else {"teacher": fsdp.shard_over_all(teacher.model), "teacher_slots": teacher.slots}
-    ledger = train_model(recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state, **guide)
-    facts = {"arm": dataclasses.asdict(arm), "seed": seed, "parameters": count, "ledger": ledger, "start": spent}
+    whole = (
+        objectives.evaluate_objective(model, recipe.task, data.load_heldout_rows(recipe, out))
+        if arm.legs
+        else None
+    )
+    guide = (
+        {}
+        if teacher is None
+        else {"teacher": fsdp.shard_over_all(teacher.model), "teacher_slots": teacher.slots}
+    )
+    ledger = train_model(
+        recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state, **guide
+    )
+    facts = {
+        "arm": dataclasses.asdict(arm),
+        "seed": seed,
+        "parameters": count,
+        "ledger": ledger,
+        "start": spent,
+    }
     facts |= {"whole": whole}
     finish_run(folder, facts)
 
@@ -120,7 +138,12 @@ class Teacher:
 
 
 def initialize_arm(
-    recipe: Comparison, out: Path, arm: Arm, seed: int, teacher: Teacher | None, tell: Tell = lambda share: None
+    recipe: Comparison,
+    out: Path,
+    arm: Arm,
+    seed: int,
+    teacher: Teacher | None,
+    tell: Tell = lambda share: None,
 ) -> tuple[PreTrainedModel, dict[str, Any], Path | None]:
     """(the arm's model before training, what making it cost, Adam's state or None)."""
     if arm.scratch:
@@ -142,7 +165,9 @@ def initialize_arm(
     if arm.moments:
         folder = arm_folder(out, arm.name, seed)
         begun_with = source_folder(recipe, out, arm.source, seed) / optimizer_state.FILE
-        distributed.on_rank0(lambda: optimizer_state.grow_optimizer_state(source, steps, begun_with, folder))
+        distributed.on_rank0(
+            lambda: optimizer_state.grow_optimizer_state(source, steps, begun_with, folder)
+        )
         state = folder / optimizer_state.FILE
     return model, NO_COST | {"seconds": time.monotonic() - begin}, state
 
@@ -154,7 +179,9 @@ def init_from_scratch(config: dict[str, Any], arm: Arm, seed: int) -> PreTrained
         return model
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return modeling.materialize(arm.linear.remix(inherit="none", seed=seed)(Checkpoint.open(folder)))
+        return modeling.materialize(
+            arm.linear.remix(inherit="none", seed=seed)(Checkpoint.open(folder))
+        )
 
 
 def linearize_source(
@@ -167,17 +194,29 @@ def linearize_source(
         return model, NO_COST | {"seconds": time.monotonic() - begin, "keep": linear.keep}
     rows = data.load_training_rows(recipe, out)(length)
     assert not isinstance(rows, Images)  # verified: a linear arm's source is a decoder
-    batches = loop.calibration_batches(rows, -(-linear.calibration // length), seed) if linear.calibration else []
+    batches = (
+        loop.calibration_batches(rows, -(-linear.calibration // length), seed)
+        if linear.calibration
+        else []
+    )
     with flops.build_flop_counter() as counter:
-        picked = rows[shuffled_indices(len(rows), min(len(rows), -(-SELECTION_TOKENS // length)), seed)]
+        picked = rows[
+            shuffled_indices(len(rows), min(len(rows), -(-SELECTION_TOKENS // length)), seed)
+        ]
         remix = select_layers.resolve_keep(
-            teacher.checkpoint, linear.remix(seed=seed), select_layers.SelectionData(picked, batches)
+            teacher.checkpoint,
+            linear.remix(seed=seed),
+            select_layers.SelectionData(picked, batches),
         )
         model = modeling.materialize(remix(teacher.checkpoint))
         if batches:
             for _ in calibrate(modeling.slots(model), teacher.model, teacher.slots, batches):
                 pass
-    spent = {"flops": counter.get_total_flops(), "tokens": len(batches) * length, "keep": remix.keep}
+    spent = {
+        "flops": counter.get_total_flops(),
+        "tokens": len(batches) * length,
+        "keep": remix.keep,
+    }
     return model, spent | {"seconds": time.monotonic() - begin}
 
 
@@ -205,7 +244,14 @@ def grow_with_ligo(
         assert arm.ligo is not None
         rows = data.load_training_rows(recipe, out)(stage.length)
         learned = fit_ligo.fit_maps(
-            source, growth, arm.ligo, stage, rows, seed, progress=lambda *step: tell(0.0), out=folder / FITTING
+            source,
+            growth,
+            arm.ligo,
+            stage,
+            rows,
+            seed,
+            progress=lambda *step: tell(0.0),
+            out=folder / FITTING,
         )
 
         def save() -> None:

@@ -41,7 +41,11 @@ def prepare_data(recipe: Comparison, out: Path) -> None:
     RegraftError for data of the wrong kind.
     """
     (write_images if recipe.task == "image" else write_text)(recipe, out / "data")
-    if recipe.task != "image" and isinstance(recipe.source, dict) and not (out / "tokenizer").is_dir():
+    if (
+        recipe.task != "image"
+        and isinstance(recipe.source, dict)
+        and not (out / "tokenizer").is_dir()
+    ):
         documents = read_documents(out / "data" / "train.jsonl")
         into = out / "tokenizer.part"
         shutil.rmtree(into, ignore_errors=True)
@@ -57,7 +61,11 @@ def write_text(recipe: Comparison, folder: Path) -> None:
     """train.jsonl and heldout.jsonl."""
     if (folder / "heldout.jsonl").exists():
         return
-    train = read_documents(recipe.data) if recipe.data else [*default_text.documentation(), *default_text.docstrings()]
+    train = (
+        read_documents(recipe.data)
+        if recipe.data
+        else [*default_text.documentation(), *default_text.docstrings()]
+    )
     if recipe.heldout:
         held = read_documents(recipe.heldout)
     elif recipe.data:
@@ -81,14 +89,21 @@ def write_images(recipe: Comparison, folder: Path) -> None:
     """train.npz and heldout.npz."""
     if (folder / "heldout.npz").exists():
         return
-    whole = read_images(recipe.data) if recipe.data else Images(*map(torch.from_numpy, load_digit_images()))
+    whole = (
+        read_images(recipe.data)
+        if recipe.data
+        else Images(*map(torch.from_numpy, load_digit_images()))
+    )
     if recipe.heldout:
         parts = {"train": whole, "heldout": read_images(recipe.heldout)}
     else:
         order = np.random.default_rng(0).permutation(len(whole))
         held = max(1, len(whole) // IMAGE_HELD_OUT_EVERY)
         train = whole[order[held:]]
-        parts = {"train": train if recipe.data else augment_by_shifts(train), "heldout": whole[order[:held]]}
+        parts = {
+            "train": train if recipe.data else augment_by_shifts(train),
+            "heldout": whole[order[:held]],
+        }
     folder.mkdir(parents=True, exist_ok=True)
     for name, images in parts.items():
         part = folder / f"{name}.part.npz"
@@ -125,7 +140,9 @@ def train_tokenizer(documents: list[str], size: int, masks: bool) -> Any:
     special = [*BERT, END] if masks else [END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if size < len(alphabet) + len(special):
-        raise RegraftError(f"vocabulary {size} does not hold all bytes: give {len(alphabet) + len(special)} or more")
+        raise RegraftError(
+            f"vocabulary {size} does not hold all bytes: give {len(alphabet) + len(special)} or more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -133,7 +150,13 @@ def train_tokenizer(documents: list[str], size: int, masks: bool) -> Any:
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(documents, trainer)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": MASK}
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": MASK,
+    }
     words = {"eos_token": END} | (names if masks else {})
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **words)
 
@@ -142,7 +165,9 @@ def make_source(recipe: Comparison, config: dict[str, Any], out: Path, seed: int
     """An untrained source of a config, with the vocabulary and class of the task; RegraftError for another kind."""
     config = dict(config)
     if "model_type" not in config:
-        raise RegraftError(f"source {config} names no model_type: give a config in transformers' words, or a directory")
+        raise RegraftError(
+            f"source {config} names no model_type: give a config in transformers' words, or a directory"
+        )
     if recipe.task != "image":
         tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
         config |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
@@ -150,7 +175,9 @@ def make_source(recipe: Comparison, config: dict[str, Any], out: Path, seed: int
     fields = {key: value for key, value in config.items() if key != "model_type"}
     kind = type(AutoConfig.for_model(config["model_type"], **fields))
     if kind not in AUTO[recipe.task]._model_mapping:
-        raise RegraftError(f"a {config['model_type']} does not do task '{recipe.task}': give another source or task")
+        raise RegraftError(
+            f"a {config['model_type']} does not do task '{recipe.task}': give another source or task"
+        )
     config.setdefault("architectures", [AUTO[recipe.task]._model_mapping[kind].__name__])
     return modeling.build_random_model(config, seed)
 
@@ -173,7 +200,9 @@ def check_task(recipe: Comparison, source: Checkpoint) -> None:
     """RegraftError when a model does not do the task."""
     name = (source.config.get("architectures") or ["a model"])[0]
     if name not in HEADS[recipe.task][1]:
-        raise RegraftError(f"'{source.origin}' is {name}, which does not do task '{recipe.task}': give another source")
+        raise RegraftError(
+            f"'{source.origin}' is {name}, which does not do task '{recipe.task}': give another source"
+        )
     if recipe.task != "image" and find_anatomy(source.config).inputs != "tokens":
         raise RegraftError(f"'{source.origin}' is {name}, which reads no text: give task image")
 

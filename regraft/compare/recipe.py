@@ -76,7 +76,9 @@ class LinearizeOptions(Remix):
 
     def remix(self, **changes: Any) -> Remix:
         """The step alone."""
-        return Remix(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Remix)} | changes)
+        return Remix(
+            **{one.name: getattr(self, one.name) for one in dataclasses.fields(Remix)} | changes
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class Arm:
 
     def growth(self, target: TargetSizes, seed: int) -> Growth:
         """The growth of a `grow` arm."""
-        return Growth(**dataclasses.asdict(target), **dataclasses.asdict(self.grow or Operators()), seed=seed)
+        return Growth(
+            **dataclasses.asdict(target), **dataclasses.asdict(self.grow or Operators()), seed=seed
+        )
 
 
 @dataclass(frozen=True)
@@ -140,13 +144,21 @@ class Comparison:
 
     def scratch_name(self, arm: Arm) -> str:
         """The name of the scratch arm that an arm is measured against: itself, the one it names, or the only one."""
-        return arm.name if arm.scratch else arm.against or next(one.name for one in self.arms if one.scratch)
+        return (
+            arm.name
+            if arm.scratch
+            else arm.against or next(one.name for one in self.arms if one.scratch)
+        )
 
     def sources(self) -> dict[str, str | dict[str, Any]]:
         """Every source that an arm grows: a config to pretrain, or a directory."""
         table: dict[str, Any] = {MAIN: self.source}
         for name, one in self.others.items():
-            table[name] = {**self.source, **one} if isinstance(one, dict) and isinstance(self.source, dict) else one
+            table[name] = (
+                {**self.source, **one}
+                if isinstance(one, dict) and isinstance(self.source, dict)
+                else one
+            )
         used = {MAIN} | {arm.source for arm in self.arms if not arm.scratch}
         return {name: one for name, one in table.items() if name in used}
 
@@ -156,16 +168,30 @@ class Comparison:
         rate = words.pop("lr")
         length = 1 if self.task == "image" else words.pop("length")
         words.pop("length", None)
-        words = {key: value for key, value in words.items() if key not in OPTIONAL_STAGE_KEYS or value}
-        return Stage(self.task, length=length, lr_new=rate, lr_mixer=rate, lr_body=rate, precision="float32", **words)
+        words = {
+            key: value for key, value in words.items() if key not in OPTIONAL_STAGE_KEYS or value
+        }
+        return Stage(
+            self.task,
+            length=length,
+            lr_new=rate,
+            lr_mixer=rate,
+            lr_body=rate,
+            precision="float32",
+            **words,
+        )
 
     def stages(self, arm: Arm) -> list[Stage]:
         """The stages of an arm: its legs, then all layers; the cooldown begins where it does for one stage alone."""
         own = {key: getattr(arm, key) for key in ("lr", "warmup", "layer_drop", "token_drop")}
-        budget = dataclasses.replace(self.train, **{key: value for key, value in own.items() if value is not None})
+        budget = dataclasses.replace(
+            self.train, **{key: value for key, value in own.items() if value is not None}
+        )
         whole = 1 - sum(leg.share for leg in arm.legs)
         legs = [
-            self.stage(budget, tokens=round(leg.share * budget.tokens), cooldown=0.0, layers=leg.layers)
+            self.stage(
+                budget, tokens=round(leg.share * budget.tokens), cooldown=0.0, layers=leg.layers
+            )
             for leg in arm.legs
         ]
         used = sum(stage.steps for stage in legs)
@@ -173,7 +199,10 @@ class Comparison:
         if arm.linear is not None:
             return self.linear_stages(arm, budget)
         tokens = (budget.tokens // step - used) * step
-        return [*legs, self.stage(budget, tokens=tokens, cooldown=min(1.0, budget.cooldown / whole))]
+        return [
+            *legs,
+            self.stage(budget, tokens=tokens, cooldown=min(1.0, budget.cooldown / whole)),
+        ]
 
     def linear_stages(self, arm: Arm, budget: Budget) -> list[Stage]:
         """The stages of a linearized arm; RegraftError for words that a stage does not have."""
@@ -181,8 +210,14 @@ class Comparison:
         said = [dict(words) for words in arm.linear.stages]
         left = budget.tokens - sum(words.get("tokens", 0) for words in said)
         share = left // max(1, sum("tokens" not in words for words in said))
-        whole = [dataclasses.asdict(self.stage(budget, tokens=budget.tokens)) | {"tokens": share} | w for w in said]
-        return [schema.build(words, f"stage {at} of arm '{arm.name}'", Stage) for at, words in enumerate(whole)]
+        whole = [
+            dataclasses.asdict(self.stage(budget, tokens=budget.tokens)) | {"tokens": share} | w
+            for w in said
+        ]
+        return [
+            schema.build(words, f"stage {at} of arm '{arm.name}'", Stage)
+            for at, words in enumerate(whole)
+        ]
 
 
 def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
@@ -234,17 +269,29 @@ def check_arm(arm: Arm, sources: list[str]) -> None:
     every = ("scratch", "random", "grow", "ligo", "linear")
     kinds = [kind for kind in every if getattr(arm, kind) not in (False, None)]
     if not re.fullmatch(r"[\w.+-]+", arm.name):
-        raise RegraftError(f"arm name '{arm.name}' becomes a folder: use letters, digits and . _ + - only")
+        raise RegraftError(
+            f"arm name '{arm.name}' becomes a folder: use letters, digits and . _ + - only"
+        )
     if len(kinds) != 1 and kinds != ["scratch", "linear"]:
-        raise RegraftError(f"arm '{arm.name}' has {kinds or 'no kind'}: give one of {', '.join(every)}")
+        raise RegraftError(
+            f"arm '{arm.name}' has {kinds or 'no kind'}: give one of {', '.join(every)}"
+        )
     if arm.linear is not None and (arm.legs or arm.layer_drop or arm.token_drop):
-        raise RegraftError(f"arm '{arm.name}' is linear with {len(arm.legs)} legs or drops: give it stages instead")
+        raise RegraftError(
+            f"arm '{arm.name}' is linear with {len(arm.legs)} legs or drops: give it stages instead"
+        )
     if arm.source not in sources:
-        raise RegraftError(f"arm '{arm.name}' grows source '{arm.source}': use one of {', '.join(sources)}")
+        raise RegraftError(
+            f"arm '{arm.name}' grows source '{arm.source}': use one of {', '.join(sources)}"
+        )
     if arm.moments and kinds != ["grow"]:
-        raise RegraftError(f"arm '{arm.name}' is {kinds[0]} with moments: only `grow` arms carry Adam's state over")
+        raise RegraftError(
+            f"arm '{arm.name}' is {kinds[0]} with moments: only `grow` arms carry Adam's state over"
+        )
     if any(leg.share <= 0 for leg in arm.legs) or sum(leg.share for leg in arm.legs) >= 1:
-        raise RegraftError(f"legs of arm '{arm.name}' share {[leg.share for leg in arm.legs]}: give less than 1")
+        raise RegraftError(
+            f"legs of arm '{arm.name}' share {[leg.share for leg in arm.legs]}: give less than 1"
+        )
 
 
 def dump(recipe: Comparison) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from ..report.html import page, picture, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-HEADS = ("arm", "loss at start", "final loss", "FLOPs saved", "with source", "seconds saved", "with source")
+HEADS = (
+    "arm",
+    "loss at start",
+    "final loss",
+    "FLOPs saved",
+    "with source",
+    "seconds saved",
+    "with source",
+)
 LINEAR = (
     *("arm", "against", "loss at start", "final loss", "KL to source", "unfrozen at step"),
     *("steps to its scratch's loss", "times fewer", "FLOPs saved", "with source"),
@@ -57,7 +65,9 @@ def format_rows(numbers: Mapping[str, Any]) -> Iterator[list[str]]:
         yield [f"({name} itself)", *[""] * (1 + linear), shown, *[""] * (6 if linear else 4)]
     for name, arm in numbers["arms"].items():
         start, end = format_mean_std(arm["start_loss"]), format_mean_std(arm["loss"])
-        savings = [format_saving(arm, f"saved_flops_share{end}", 100, "%") for end in ("", "_with_source")]
+        savings = [
+            format_saving(arm, f"saved_flops_share{end}", 100, "%") for end in ("", "_with_source")
+        ]
         if linear:
             steps = [
                 format_saving(arm, "tokens_to_reach", 1 / numbers["step"], ""),
@@ -65,7 +75,9 @@ def format_rows(numbers: Mapping[str, Any]) -> Iterator[list[str]]:
             ]
             savings = [*steps, *savings]
         else:
-            savings += [format_saving(arm, f"saved_seconds{end}", 1, " s") for end in ("", "_with_source")]
+            savings += [
+                format_saving(arm, f"saved_seconds{end}", 1, " s") for end in ("", "_with_source")
+            ]
         if arm["against"] is None:
             savings = [""] * 4
         if linear:
@@ -100,8 +112,16 @@ def format_saving(arm: Mapping[str, Any], key: str, times: float, unit: str) -> 
     total = len(arm["seeds"])
     some = f", {seeds['count']} of {total} seeds" if seeds["count"] < total else ""
     if value is None:
-        return "not reached" + (f" ({seeds['count']} of {total} seeds do)" if seeds["count"] else "")
-    deviation = f" (± {times * seeds['std']:.1f}{some})" if seeds["count"] > 1 else f" ({some[2:]})" if some else ""
+        return "not reached" + (
+            f" ({seeds['count']} of {total} seeds do)" if seeds["count"] else ""
+        )
+    deviation = (
+        f" (± {times * seeds['std']:.1f}{some})"
+        if seeds["count"] > 1
+        else f" ({some[2:]})"
+        if some
+        else ""
+    )
     return f"{times * value:.1f}{unit}{deviation}"
 
 
@@ -118,13 +138,18 @@ def format_note(numbers: Mapping[str, Any]) -> str:
         for source, one in numbers["sources"].items():
             losses = [seed["loss"] for seed in one["seeds"].values()]
             if losses and sum(losses) / len(losses) <= arm["loss"]["mean"]:
-                said.append(f"{source} itself has {name}'s final loss: only savings with the source say something.")
+                said.append(
+                    f"{source} itself has {name}'s final loss: only savings with the source say something."
+                )
     return " ".join(said)
 
 
 def format_failures(numbers: Mapping[str, Any]) -> list[str]:
     """A line for every run that failed."""
-    return [f"FAILED: {one['kind']} {one['name']}, seed {one['seed']}: {one['error']}" for one in numbers["failed"]]
+    return [
+        f"FAILED: {one['kind']} {one['name']}, seed {one['seed']}: {one['error']}"
+        for one in numbers["failed"]
+    ]
 
 
 def print_table(numbers: Mapping[str, Any], console: Console) -> None:
@@ -145,14 +170,22 @@ def print_table(numbers: Mapping[str, Any], console: Console) -> None:
 def render_page(numbers: Mapping[str, Any]) -> str:
     """The page: the table, and for every scratch arm the curves and bars of what is measured against it."""
     kind = "linearization" if column_heads(numbers) == LINEAR else "growth"
-    title = f"regraft: {kind} against scratch, task {numbers['task']}, {len(numbers['seeds'])} seeds"
+    title = (
+        f"regraft: {kind} against scratch, task {numbers['task']}, {len(numbers['seeds'])} seeds"
+    )
     names = scratch_arms(numbers)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         table(column_heads(numbers), format_rows(numbers), own=next(iter(names), "")),
     ]
-    parts += [f'<p class="note">{html.escape(line)}</p>' for line in (format_note(numbers), *format_failures(numbers))]
-    groups = {name: [name, *(n for n, arm in numbers["arms"].items() if arm["against"] == name)] for name in names}
+    parts += [
+        f'<p class="note">{html.escape(line)}</p>'
+        for line in (format_note(numbers), *format_failures(numbers))
+    ]
+    groups = {
+        name: [name, *(n for n, arm in numbers["arms"].items() if arm["against"] == name)]
+        for name in names
+    }
     for scratch, members in groups.items() if names else [("", list(numbers["arms"]))]:
         arms = {name: numbers["arms"][name] for name in members}
         beside = f" beside {html.escape(scratch)}" if names[1:] else ""
@@ -160,5 +193,8 @@ def render_page(numbers: Mapping[str, Any]) -> str:
             drawn = plots.plot_curves(arms, scratch, axis, words)
             alt = f"loss of every arm against {words}{beside}"
             parts += [f"<h2>Held-out loss against {words}{beside}</h2>", picture(drawn, alt)]
-        parts += [f"<h2>Savings{beside}</h2>", picture(plots.plot_savings(arms, scratch), f"savings of arms{beside}")]
+        parts += [
+            f"<h2>Savings{beside}</h2>",
+            picture(plots.plot_savings(arms, scratch), f"savings of arms{beside}"),
+        ]
     return page(title, parts)

@@ -51,16 +51,27 @@ def read_curve(folder: Path, facts: Mapping[str, Any]) -> Curve:
     inner = {index for index, leg in enumerate(legs) if leg["layers"].startswith("bottom")}
     rows = []
     if 0 in inner:
-        rows.append([*(spent[key] for key in AXES), facts["whole"]["loss"], facts["whole"]["accuracy"]])
+        rows.append(
+            [*(spent[key] for key in AXES), facts["whole"]["loss"], facts["whole"]["accuracy"]]
+        )
     for row in (row for row in read_json_lines(folder / "metrics.jsonl") if "eval_loss" in row):
         before = entries[: row["stage"]]
-        repeated = row["step"] == 0 and before and row["stage"] - 1 not in inner  # the end of the stage before it
+        repeated = (
+            row["step"] == 0 and before and row["stage"] - 1 not in inner
+        )  # the end of the stage before it
         if repeated or row["stage"] in inner:
             continue
         totals = [sum(e[key] for e in before) + row[key] + spent[key] for key in AXES]
-        rows.append([*totals, *(row[key] for key in ("eval_loss", "eval_accuracy", "eval_kl") if key in row)])
+        rows.append(
+            [
+                *totals,
+                *(row[key] for key in ("eval_loss", "eval_accuracy", "eval_kl") if key in row),
+            ]
+        )
     if not rows:
-        raise RegraftError(f"{folder}/metrics.jsonl has no evaluation: delete {folder} and run the command again")
+        raise RegraftError(
+            f"{folder}/metrics.jsonl has no evaluation: delete {folder} and run the command again"
+        )
     return Curve(*(list(column) for column in zip(*rows, strict=True)))
 
 
@@ -82,7 +93,9 @@ def find_crossing(totals: Sequence[float], losses: Sequence[float], target: floa
     return None
 
 
-def compute_savings(curve: Curve, scratch: Curve, source: Mapping[str, float]) -> dict[str, float | None]:
+def compute_savings(
+    curve: Curve, scratch: Curve, source: Mapping[str, float]
+) -> dict[str, float | None]:
     """What a curve saves against scratch until it has scratch's last loss, as a share of scratch's FLOPs and in
     seconds, without and with the source's pretraining, and how many times less it takes (`times`, None where it starts
     there); None when it never has that loss.
@@ -92,7 +105,11 @@ def compute_savings(curve: Curve, scratch: Curve, source: Mapping[str, float]) -
     found: dict[str, float | None] = {}
     for axis in AXES:
         own = scratch.totals(axis)[-1]
-        reached = own if curve is scratch else find_crossing(curve.totals(axis), curve.loss, scratch.loss[-1])
+        reached = (
+            own
+            if curve is scratch
+            else find_crossing(curve.totals(axis), curve.loss, scratch.loss[-1])
+        )
         found |= {f"{axis}_to_reach": reached, f"times_{axis}": own / reached if reached else None}
         for name, extra in (("", 0.0), ("_with_source", source[axis])):
             gained = None if reached is None else own - reached - extra
@@ -122,15 +139,23 @@ def summarise(recipe: Comparison, out: Path) -> dict[str, Any]:
             needs = {} if arm.scratch else table["sources"][arm.source]["seeds"]
             row = arm_numbers(runs, found[recipe.scratch_name(arm)], needs, arm.scratch)
             row |= {"source": None if arm.scratch else arm.source, "linear": arm.linear is not None}
-            table["arms"][arm.name] = row | {"against": None if arm.scratch else recipe.scratch_name(arm)}
+            table["arms"][arm.name] = row | {
+                "against": None if arm.scratch else recipe.scratch_name(arm)
+            }
     return table
 
 
-def load_finished_runs(out: Path, name: str, seeds: Sequence[int]) -> dict[int, tuple[dict[str, Any], Curve]]:
+def load_finished_runs(
+    out: Path, name: str, seeds: Sequence[int]
+) -> dict[int, tuple[dict[str, Any], Curve]]:
     """(facts, curve) of an arm's finished runs by seed."""
     folders = {seed: arms.arm_folder(out, name, seed) for seed in seeds}
     facts = {seed: read_json_if_exists(folder / arms.DONE) for seed, folder in folders.items()}
-    return {seed: (fact, read_curve(folders[seed], fact)) for seed, fact in facts.items() if fact is not None}
+    return {
+        seed: (fact, read_curve(folders[seed], fact))
+        for seed, fact in facts.items()
+        if fact is not None
+    }
 
 
 def source_numbers(recipe: Comparison, out: Path, name: str) -> dict[str, Any]:
@@ -138,7 +163,11 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> dict[str, Any]:
     seeds = {}
     for seed in recipe.seeds:
         folder = arms.source_folder(recipe, out, name, seed)
-        known = None if isinstance(recipe.sources()[name], str) else read_json_if_exists(folder / arms.DONE)
+        known = (
+            None
+            if isinstance(recipe.sources()[name], str)
+            else read_json_if_exists(folder / arms.DONE)
+        )
         if known is not None:
             totals = {key: known["ledger"][key] for key in AXES}
             seeds[seed] = totals | {"loss": read_curve(folder, known).loss[-1]}
@@ -156,10 +185,17 @@ def arm_numbers(
     seeds: dict[str, Any] = {}
     for seed, curve in curves.items():
         start = runs[seed][0]["start"]
-        row = {"start_loss": curve.loss[0], "loss": curve.loss[-1], "accuracy": curve.accuracy[-1], "fitting": start}
+        row = {
+            "start_loss": curve.loss[0],
+            "loss": curve.loss[-1],
+            "accuracy": curve.accuracy[-1],
+            "fitting": start,
+        }
         row |= {"flops": curve.flops[-1], "seconds": curve.seconds[-1], "tokens": curve.tokens[-1]}
         row |= {"kl": curve.kl[-1] if curve.kl else None, "curve": curve.json()}
-        unfrozen = [entry["unfrozen"] for entry in runs[seed][0]["ledger"]["stages"] if "unfrozen" in entry]
+        unfrozen = [
+            entry["unfrozen"] for entry in runs[seed][0]["ledger"]["stages"] if "unfrozen" in entry
+        ]
         row["unfrozen"] = unfrozen[0] if unfrozen else None
         if seed in scratch:
             reference = curve if is_scratch else scratch[seed][1]
@@ -167,13 +203,20 @@ def arm_numbers(
         seeds[str(seed)] = row
     mean = mean_curve(list(curves.values()))
     both = [seed for seed in curves if seed in scratch]
-    row = {"parameters": next(iter(runs.values()))[0]["parameters"], "curve": mean.json(), "seeds": seeds}
+    row = {
+        "parameters": next(iter(runs.values()))[0]["parameters"],
+        "curve": mean.json(),
+        "seeds": seeds,
+    }
     for key in ("start_loss", "loss", "accuracy", "kl", "unfrozen", *AXES):
         row[key] = mean_and_std([one[key] for one in seeds.values()])
     if both:
         own = mean_curve([curves[seed] for seed in both])
         reference = own if is_scratch else mean_curve([scratch[seed][1] for seed in both])
-        cost = {axis: statistics.fmean(sources.get(seed, arms.NO_COST)[axis] for seed in both) for axis in AXES}
+        cost = {
+            axis: statistics.fmean(sources.get(seed, arms.NO_COST)[axis] for seed in both)
+            for axis in AXES
+        }
         row["savings"] = compute_savings(own, reference, cost)
         row["savings_over_seeds"] = {
             key: mean_and_std([seeds[str(seed)][key] for seed in both]) for key in row["savings"]

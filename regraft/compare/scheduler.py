@@ -47,8 +47,17 @@ class TrainingJob:
 
     def read_error(self, out: Path) -> str:
         """What its standard error says of its end: our own line, else the last that names an error or a signal."""
-        lines = [line for line in self.log_path(out).read_text(encoding="utf-8", errors="replace").splitlines() if line]
-        for telling in (OWN_ERROR_LINE, LIBRARY_ERROR_LINE):  # a launcher may have said more behind it
+        lines = [
+            line
+            for line in self.log_path(out)
+            .read_text(encoding="utf-8", errors="replace")
+            .splitlines()
+            if line
+        ]
+        for telling in (
+            OWN_ERROR_LINE,
+            LIBRARY_ERROR_LINE,
+        ):  # a launcher may have said more behind it
             if found := [line for line in lines if telling.search(line)]:
                 return OWN_ERROR_LINE.sub("", found[-1]).strip()
         return lines[-1] if lines else "it ended without a word"
@@ -72,7 +81,9 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
     if jobs < 1:
         raise RegraftError(f"--jobs {jobs} starts nothing: give 1 or more")
     if launch and shutil.which(shlex.split(launch)[0]) is None:
-        raise RegraftError(f"--launch '{launch}' begins with no program that is here: give torchrun and its flags")
+        raise RegraftError(
+            f"--launch '{launch}' begins with no program that is here: give torchrun and its flags"
+        )
     claim(recipe, out)
     with Ticker() as ticker:
         ticker.start("making data, tokenizer and configs")
@@ -80,10 +91,16 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
         arms.verify(recipe, out)
         failed = run_jobs(pretraining_jobs(recipe), recipe, out, jobs, launch, ticker)
         lost = {(task.name, task.seed) for task in failed}
-        wanted = [task for task in arm_jobs(recipe) if not lost or (recipe_source(recipe, task), task.seed) not in lost]
+        wanted = [
+            task
+            for task in arm_jobs(recipe)
+            if not lost or (recipe_source(recipe, task), task.seed) not in lost
+        ]
         failed |= run_jobs(wanted, recipe, out, jobs, launch, ticker)
     numbers = savings.summarise(recipe, out)
-    numbers["failed"] = [{**dataclasses.asdict(task), "error": line} for task, line in failed.items()]
+    numbers["failed"] = [
+        {**dataclasses.asdict(task), "error": line} for task, line in failed.items()
+    ]
     report.write(numbers, out)
     return numbers
 
@@ -109,10 +126,16 @@ def claim(recipe: Comparison, out: Path) -> None:
     """Keep the recipe in `out`; arms and seeds may come and go, RegraftError for any other difference."""
     file = out / RECIPE
     if not file.exists() and out.is_dir() and any(out.iterdir()):
-        raise RegraftError(f"{out} exists and holds no comparison: choose another folder or delete it")
+        raise RegraftError(
+            f"{out} exists and holds no comparison: choose another folder or delete it"
+        )
     if file.exists():
         theirs, mine = read_json_if_exists(file), dump(recipe)
-        for key in (key for key in mine if key not in ("arms", "seeds", "others") and mine[key] != theirs.get(key)):
+        for key in (
+            key
+            for key in mine
+            if key not in ("arms", "seeds", "others") and mine[key] != theirs.get(key)
+        ):
             raise RegraftError(
                 f"{out} holds a comparison with another {key} ({theirs.get(key)} there, {mine[key]} here): choose "
                 "another folder or delete it"
@@ -123,19 +146,28 @@ def claim(recipe: Comparison, out: Path) -> None:
 
 def load_recipe(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
-    made: Comparison = schema.build(read_json_if_exists(out / RECIPE), str(out / RECIPE), Comparison)
+    made: Comparison = schema.build(
+        read_json_if_exists(out / RECIPE), str(out / RECIPE), Comparison
+    )
     return made
 
 
 def run_jobs(
-    tasks: Sequence[TrainingJob], recipe: Comparison, out: Path, jobs: int, launch: str, ticker: Ticker
+    tasks: Sequence[TrainingJob],
+    recipe: Comparison,
+    out: Path,
+    jobs: int,
+    launch: str,
+    ticker: Ticker,
 ) -> dict[TrainingJob, str]:
     """Run what is not done yet, `jobs` at a time; the error lines of those that failed."""
     waiting = [task for task in tasks if not is_done(recipe, out, task)]
     count, running = len(waiting), dict[TrainingJob, subprocess.Popen[bytes]]()
     failed: dict[TrainingJob, str] = {}
     if waiting:
-        ticker.start(f"training {len(tasks)} {waiting[0].kind}s, {len(tasks) - count} of them done before")
+        ticker.start(
+            f"training {len(tasks)} {waiting[0].kind}s, {len(tasks) - count} of them done before"
+        )
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -145,9 +177,14 @@ def run_jobs(
                 del running[task]
                 if process.returncode or not is_done(recipe, out, task):
                     failed[task] = task.read_error(out)
-                    print(f"regraft: {task.kind} {task.name}, seed {task.seed}: {failed[task]}", file=sys.stderr)
+                    print(
+                        f"regraft: {task.kind} {task.name}, seed {task.seed}: {failed[task]}",
+                        file=sys.stderr,
+                    )
             finished = count - len(waiting) - sum(1 - task.read_progress(out) for task in running)
-            ticker.update(finished / count, ", ".join(f"{task.name} {task.seed}" for task in running))
+            ticker.update(
+                finished / count, ", ".join(f"{task.name} {task.seed}" for task in running)
+            )
             time.sleep(POLL)
     finally:
         for process in running.values():
@@ -157,13 +194,17 @@ def run_jobs(
 
 def start_process(task: TrainingJob, out: Path, jobs: int, launch: str) -> subprocess.Popen[bytes]:
     """The process of a run, or the launcher of its processes; cores are shared evenly."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    threads = (
+        max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    )
     task.log_path(out).parent.mkdir(exist_ok=True)
     task.log_path(out).with_suffix(".share").unlink(missing_ok=True)
     start = shlex.split(launch) or [sys.executable]
     words = [*start, "-m", "regraft.compare", str(out), task.kind, task.name, str(task.seed)]
     with task.log_path(out).open("wb") as log:
-        env = os.environ | ({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if not launch else {})
+        env = os.environ | (
+            {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if not launch else {}
+        )
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
 
@@ -172,7 +213,11 @@ def is_done(recipe: Comparison, out: Path, task: TrainingJob) -> bool:
     facts = read_json_if_exists(task.folder(out) / arms.DONE)
     if facts is None:
         return False
-    mine = dataclasses.asdict(recipe.arm(task.name)) if task.kind == "arm" else recipe.sources()[task.name]
+    mine = (
+        dataclasses.asdict(recipe.arm(task.name))
+        if task.kind == "arm"
+        else recipe.sources()[task.name]
+    )
     theirs = facts["arm"] if task.kind == "arm" else facts["config"]
     if mine != theirs:
         raise RegraftError(

@@ -123,13 +123,17 @@ class Anatomy:
     def _solve_one(self, config: Config, key: str, text: str, sizes: dict[str, int]) -> bool:
         value, axes = config.get(key), text.split()
         if not isinstance(value, int) or value < 1:
-            raise RegraftError(f"{self.family} config has {key} = {value!r}: it must be a positive whole number")
+            raise RegraftError(
+                f"{self.family} config has {key} = {value!r}: it must be a positive whole number"
+            )
         unknown = [axis for axis in axes if axis not in sizes]
         if len(unknown) > 1:
             return False
         known = product(tuple(axis for axis in axes if axis in sizes), sizes)
         if not unknown and known != value:
-            raise RegraftError(f"{self.family} config has {key} = {value}, but {text} is {known}: make them equal")
+            raise RegraftError(
+                f"{self.family} config has {key} = {value}, but {text} is {known}: make them equal"
+            )
         if unknown and value % known:
             raise RegraftError(
                 f"{self.family} config has {key} = {value}, not a multiple of {known} (of {text}): fix it"
@@ -211,9 +215,17 @@ class Anatomy:
                 )
         written = {key: value for key, value in keys.items() if not key.startswith("_")}
         bare = self.fill_defaults(
-            {k: v for k, v in (dict(config) | written).items() if k in config or k in self.required_keys()}
+            {
+                k: v
+                for k, v in (dict(config) | written).items()
+                if k in config or k in self.required_keys()
+            }
         )
-        kept = {key: v for key, v in written.items() if config.get(key) is not None or bare.get(key) != v}
+        kept = {
+            key: v
+            for key, v in written.items()
+            if config.get(key) is not None or bare.get(key) != v
+        }
         return dict(config) | kept | dict(extra or {})
 
     def bridge_hint(self, config: Config) -> str:
@@ -240,13 +252,19 @@ class Anatomy:
                 return reason
         head = self.parts.get("head.weight")
         tied = self.fill_defaults(config).get("tie_word_embeddings")
-        return "tied: the config shares it with the embedding" if head and tied and name == head.name else None
+        return (
+            "tied: the config shares it with the embedding"
+            if head and tied and name == head.name
+            else None
+        )
 
     def attention(self, config: Config, layer: int) -> dict[str, Any]:
         """Shape and conventions of a layer's attention, the arguments of `mixers.base.Attention`."""
         full, sizes = self.fill_defaults(config), self.solve(config)
         roles = {role for role, part in self.parts.items() if part.is_present(full)}
-        roles |= {f"{name}.{role.rpartition('.')[2]}" for role in roles for name in self.parts[role].fused}
+        roles |= {
+            f"{name}.{role.rpartition('.')[2]}" for role in roles for name in self.parts[role].fused
+        }
         return {
             "hidden": sizes["hidden"],
             "kv": sizes["kv"],
@@ -281,6 +299,8 @@ def find_anatomy(config: Config) -> Anatomy:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in list_families():
         known = ", ".join(name for name in list_families() if name != "regraft")
-        raise RegraftError(f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})")
+        raise RegraftError(
+            f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})"
+        )
     anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
     return anatomy

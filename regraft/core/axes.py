@@ -44,7 +44,9 @@ class Signature:
             return tuple((axes,) for axes in _join_head_axes(self.outputs[0]))
         if self.kind != "map":
             return (self.outputs,)
-        return (self.outputs, (self.inputs,)) if stored == "out in" else ((self.inputs,), self.outputs)
+        return (
+            (self.outputs, (self.inputs,)) if stored == "out in" else ((self.inputs,), self.outputs)
+        )
 
     def shape(self, sizes: Sizes, stored: str = "out in") -> tuple[int, ...]:
         """The tensor's shape under axis sizes."""
@@ -53,7 +55,9 @@ class Signature:
     def piece(self, index: int) -> Signature:
         """Signature of the index-th of several fused maps: its own outputs, without the axis `three`."""
         outputs = self.outputs[index] if len(self.outputs) > 1 else self.outputs[0]
-        return Signature(self.text, self.kind, self.inputs, (tuple(axis for axis in outputs if axis != "three"),))
+        return Signature(
+            self.text, self.kind, self.inputs, (tuple(axis for axis in outputs if axis != "three"),)
+        )
 
 
 def _join_head_axes(axes: Axes) -> list[Axes]:
@@ -68,7 +72,9 @@ def _join_head_axes(axes: Axes) -> list[Axes]:
 
 def product(axes: Axes, sizes: Sizes) -> int:
     """Number of coordinates of a product of axes."""
-    return math.prod(UNITS.get(axis) or (int(axis) if axis.isdigit() else sizes[axis]) for axis in axes)
+    return math.prod(
+        UNITS.get(axis) or (int(axis) if axis.isdigit() else sizes[axis]) for axis in axes
+    )
 
 
 @lru_cache
@@ -80,13 +86,21 @@ def parse_signature(text: str) -> Signature:
     gain = unit or head[:1] in (["gain"], ["scale"])
     inputs = tuple(head[1:] if gain else head)
     outputs = tuple(tuple(part.split()) for part in right.split("+")) if arrow else (inputs,)
-    if unknown := [axis for axes in (inputs, *outputs) for axis in axes if not (axis in AXES or axis.isdigit())]:
-        raise RegraftError(f"unknown axis '{unknown[0]}' in signature '{text}': use {', '.join(sorted(AXES))}")
+    if unknown := [
+        axis for axes in (inputs, *outputs) for axis in axes if not (axis in AXES or axis.isdigit())
+    ]:
+        raise RegraftError(
+            f"unknown axis '{unknown[0]}' in signature '{text}': use {', '.join(sorted(AXES))}"
+        )
     if not all(outputs) or (gain and arrow):
-        raise RegraftError(f"signature '{text}' names no output: write 'a b -> c d', '-> c', 'gain c' or 'a b c'")
+        raise RegraftError(
+            f"signature '{text}' names no output: write 'a b -> c d', '-> c', 'gain c' or 'a b c'"
+        )
     if arrow:
         return Signature(text, "map" if inputs else "bias", inputs, outputs)
-    kind: Literal["gain", "scale", "plain"] = "plain" if not gain else "scale" if head[0] == "scale" else "gain"
+    kind: Literal["gain", "scale", "plain"] = (
+        "plain" if not gain else "scale" if head[0] == "scale" else "gain"
+    )
     return Signature(text, kind, (), outputs, unit)
 
 
@@ -157,7 +171,9 @@ class Expansion:
         return fresh[:half], fresh[half : 2 * half]
 
 
-def build_expansion(name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any) -> Expansion:
+def build_expansion(
+    name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any
+) -> Expansion:
     """The expansion of an index map; without `share` every copy is read as much as the others."""
     if share is None:
         counts = torch.bincount(index[index >= 0], minlength=old).double()
@@ -170,7 +186,9 @@ def identity(size: int) -> Expansion:
     return build_expansion("identity", size, torch.arange(size))
 
 
-def pad(old: int, new: int, free: Literal["writes", "reads"] = "writes", pairs: bool = False) -> Expansion:
+def pad(
+    old: int, new: int, free: Literal["writes", "reads"] = "writes", pairs: bool = False
+) -> Expansion:
     """New coordinates behind the old ones that do nothing yet (composable expansions, arXiv 2308.06103)."""
     _check_grows("pad", old, new)
     index = torch.cat([torch.arange(old), torch.full((new - old,), -1)])
@@ -187,7 +205,9 @@ def place(old: int, new: int, index: Tensor) -> Expansion:
 
 def repeat(old: int, times: int) -> Expansion:
     """Each coordinate `times` times in a row: how grouped key/value heads serve their queries (arXiv 2305.13245)."""
-    return build_expansion("repeat", old, torch.arange(old).repeat_interleave(_check_times("repeat", times)))
+    return build_expansion(
+        "repeat", old, torch.arange(old).repeat_interleave(_check_times("repeat", times))
+    )
 
 
 def tile(old: int, new: int) -> Expansion:
@@ -217,7 +237,9 @@ def split(old: int, new: int, seed: int = 0) -> Expansion:
     """
     _check_grows("split", old, new)
     index = torch.arange(new) % old
-    weight = 0.5 + torch.rand(new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight = 0.5 + torch.rand(
+        new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     total = torch.zeros(old, dtype=torch.float64).index_add(0, index, weight)
     return build_expansion("split", old, index, weight / total[index])
 
@@ -231,7 +253,9 @@ def rounds(old: int, new: int, free: Literal["writes", "reads"] = "reads") -> Ex
 
 def _check_grows(name: str, old: int, new: int) -> None:
     if new < old:
-        raise RegraftError(f"{name} cannot shrink an axis from {old} to {new}: give a size of at least {old}")
+        raise RegraftError(
+            f"{name} cannot shrink an axis from {old} to {new}: give a size of at least {old}"
+        )
 
 
 def _check_times(name: str, times: int) -> int:

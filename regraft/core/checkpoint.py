@@ -92,7 +92,9 @@ class Checkpoint:
         """Open a model directory or a GGUF file, reading headers only. RegraftError when something does not fit."""
         origin = Path(path)
         if not origin.exists():
-            raise RegraftError(f"no model at '{path}': give a Hugging Face model directory or a GGUF file")
+            raise RegraftError(
+                f"no model at '{path}': give a Hugging Face model directory or a GGUF file"
+            )
         file = gguf.find_gguf_file(origin)
         folder = gguf.find_converted(file) if file else origin
         if folder is not None:
@@ -122,9 +124,13 @@ class Checkpoint:
         for (fused, at), spot in placed.items():
             base, _, ending = role.rpartition(".")
             if at == layer and fused.endswith(f".{ending}") and base in spot.part.fused:
-                return _split_fused(self.tensors[fused, at], spot.part, spot.part.fused.index(base), self.sizes)
+                return _split_fused(
+                    self.tensors[fused, at], spot.part, spot.part.fused.index(base), self.sizes
+                )
         roles = ", ".join(sorted({role for role, _ in self.tensors}))
-        raise RegraftError(f"{self.anatomy.family} has no '{role}' in layer {layer}: use one of {roles}")
+        raise RegraftError(
+            f"{self.anatomy.family} has no '{role}' in layer {layer}: use one of {roles}"
+        )
 
     def part(self, role: str) -> Part | None:
         """The table's part for a role, fused ones included; None when the family has none."""
@@ -153,17 +159,25 @@ class Checkpoint:
                 raise RegraftError(
                     f"new value of '{name}' is {got}, expected {tensors[key].shape}: pass the model's state dict"
                 )
-            tensors[key] = replace(tensors[key], read=_constant_reader(values[name], tensors[key].dtype))
+            tensors[key] = replace(
+                tensors[key], read=_constant_reader(values[name], tensors[key].dtype)
+            )
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
-    def with_readers(self, reads: Mapping[str, Callable[[], Tensor]], step: dict[str, Any]) -> Checkpoint:
+    def with_readers(
+        self, reads: Mapping[str, Callable[[], Tensor]], step: dict[str, Any]
+    ) -> Checkpoint:
         """Like `replaced`, but only the named tensors have other values, which are read when they are saved."""
         places = {name: key for key, name in self.names.items()}
         if strange := sorted(set(reads) - set(places)):
-            raise RegraftError(f"'{self.origin}' has no tensor '{strange[0]}': pass names that it has")
+            raise RegraftError(
+                f"'{self.origin}' has no tensor '{strange[0]}': pass names that it has"
+            )
         tensors = dict(self.tensors)
         for name, read in reads.items():
-            tensors[places[name]] = replace(tensors[places[name]], read=_cast_reader(read, tensors[places[name]].dtype))
+            tensors[places[name]] = replace(
+                tensors[places[name]], read=_cast_reader(read, tensors[places[name]].dtype)
+            )
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
     def verify(self) -> None:
@@ -177,7 +191,9 @@ class Checkpoint:
         Tensors are computed and written one after the other. After Ctrl-C or a kill the same call goes on from the
         shards that were finished. RegraftError when `path` exists and not `overwrite`, or on a full disk.
         """
-        sidecars = sorted({file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()})
+        sidecars = sorted(
+            {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
+        )
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
             shard_writer.new_directory(
@@ -185,7 +201,10 @@ class Checkpoint:
             ) as partial,
         ):
             folder = partial.path
-            filed = {self.anatomy.name_in_file(self.names[key]): lazy for key, lazy in self.tensors.items()}
+            filed = {
+                self.anatomy.name_in_file(self.names[key]): lazy
+                for key, lazy in self.tensors.items()
+            }
             shard_writer.write_weights(partial, filed, shard_bytes)
             for file in sidecars:
                 shutil.copyfile(file, folder / file.name)
@@ -196,8 +215,14 @@ class Checkpoint:
             small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
             write_json(folder / lineage.FILE, lineage.build_lineage(self, partial.done | small))
 
-    def _start_fingerprint(self, shard_bytes: int, background: ThreadPoolExecutor) -> Callable[[], str] | None:
-        return None if self.in_memory else background.submit(lineage.fingerprint, self, shard_bytes).result
+    def _start_fingerprint(
+        self, shard_bytes: int, background: ThreadPoolExecutor
+    ) -> Callable[[], str] | None:
+        return (
+            None
+            if self.in_memory
+            else background.submit(lineage.fingerprint, self, shard_bytes).result
+        )
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:
@@ -207,10 +232,14 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 
 def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
-        raise RegraftError(f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file")
+        raise RegraftError(
+            f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
+        )
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
-        raise RegraftError(f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first")
+        raise RegraftError(
+            f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first"
+        )
     anatomy = find_anatomy(config)
     found: dict[str, safetensors.TensorEntry] = {}
     for name, entry in safetensors.read_entries(folder).items():
@@ -222,12 +251,15 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     known = lineage.read_lineage(folder)
     dropped = known.get("dropped", {}) | _find_unclaimed(found, placed, anatomy, config)
     stories = {
-        name: Provenance(kind, tuple(sources), note) for name, (kind, sources, note) in known.get("tensors", {}).items()
+        name: Provenance(kind, tuple(sources), note)
+        for name, (kind, sources, note) in known.get("tensors", {}).items()
     }
     tensors = {key: _open_tensor(found, spot, folder, stories) for key, spot in placed.items()}
     names = {key: spot.name for key, spot in placed.items()}
     history = tuple(known.get("steps", ()))
-    return Checkpoint(origin, config, anatomy, anatomy.solve(config), tensors, names, folder, dropped, history)
+    return Checkpoint(
+        origin, config, anatomy, anatomy.solve(config), tensors, names, folder, dropped, history
+    )
 
 
 def _open_gguf(file: Path) -> Checkpoint:
@@ -241,15 +273,22 @@ def _open_gguf(file: Path) -> Checkpoint:
         return lambda: _open_folder(file, gguf.convert_once(file)).tensors[key].read()
 
     tensors = {
-        k: LazyTensor(spot.shape, torch.float32, Provenance("copied", (spot.name,)), build_reader(k))
+        k: LazyTensor(
+            spot.shape, torch.float32, Provenance("copied", (spot.name,)), build_reader(k)
+        )
         for k, spot in placed.items()
     }
     names = {key: spot.name for key, spot in placed.items()}
-    return Checkpoint(file, config, anatomy, anatomy.solve(config), tensors, names, None, history=(gguf.STEP,))
+    return Checkpoint(
+        file, config, anatomy, anatomy.solve(config), tensors, names, None, history=(gguf.STEP,)
+    )
 
 
 def _find_unclaimed(
-    found: Mapping[str, safetensors.TensorEntry], placed: Mapping[Key, PlacedPart], anatomy: Anatomy, config: Config
+    found: Mapping[str, safetensors.TensorEntry],
+    placed: Mapping[Key, PlacedPart],
+    anatomy: Anatomy,
+    config: Config,
 ) -> dict[str, str]:
     dropped: dict[str, str] = {}
     for name in sorted(set(found) - {spot.name for spot in placed.values()}):
@@ -264,11 +303,16 @@ def _find_unclaimed(
 
 
 def _open_tensor(
-    found: Mapping[str, safetensors.TensorEntry], spot: PlacedPart, folder: Path, stories: Mapping[str, Provenance]
+    found: Mapping[str, safetensors.TensorEntry],
+    spot: PlacedPart,
+    folder: Path,
+    stories: Mapping[str, Provenance],
 ) -> LazyTensor:
     entry = found.get(spot.name)
     if entry is None:
-        raise RegraftError(f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model again")
+        raise RegraftError(
+            f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model again"
+        )
     if entry.shape != spot.shape:
         raise RegraftError(
             f"tensor '{spot.name}' in '{entry.file}' has shape {list(entry.shape)}, expected {list(spot.shape)} "
@@ -292,7 +336,9 @@ def _split_fused(lazy: LazyTensor, part: Part, index: int, sizes: Mapping[str, i
         value = value.unflatten(0, [product((axis,), sizes) for axis in axes])
         return value.select(axes.index("three"), index).reshape(shape)
 
-    return LazyTensor(shape, lazy.dtype, replace(lazy.story, note=f"piece {index} of {len(part.fused)}"), compute)
+    return LazyTensor(
+        shape, lazy.dtype, replace(lazy.story, note=f"piece {index} of {len(part.fused)}"), compute
+    )
 
 
 def _constant_reader(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -74,7 +74,11 @@ def count_by_kind(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
 def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
     """The content of lineage.json for a checkpoint saved as `files` (name -> sha256)."""
     stories = {checkpoint.names[key]: lazy.story for key, lazy in checkpoint.tensors.items()}
-    seeds = [step["arguments"]["seed"] for step in checkpoint.history if "seed" in step.get("arguments", {})]
+    seeds = [
+        step["arguments"]["seed"]
+        for step in checkpoint.history
+        if "seed" in step.get("arguments", {})
+    ]
     return {
         "source": origin(checkpoint),
         "steps": list(checkpoint.history),
@@ -92,10 +96,15 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
     folder = checkpoint.path
     stories = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
     facts = {
-        "source": {file.name: sha256(file) for file in [*weight_files(folder), folder / "config.json"]},
+        "source": {
+            file.name: sha256(file) for file in [*weight_files(folder), folder / "config.json"]
+        },
         "config": checkpoint.config,
         "steps": list(checkpoint.history),
-        "tensors": [[name, lazy.shape, str(lazy.dtype), asdict(lazy.story)] for name, lazy in stories.items()],
+        "tensors": [
+            [name, lazy.shape, str(lazy.dtype), asdict(lazy.story)]
+            for name, lazy in stories.items()
+        ],
         "shard_bytes": shard_bytes,
         "versions": [version("regraft"), *versions().values()],
     }
@@ -114,7 +123,9 @@ def verify(folder: Path) -> None:
     for name, recorded in read_lineage(folder).get("files", {}).items():
         file = folder / name
         if not file.is_file():
-            raise RegraftError(f"'{folder}' lacks '{name}' that its {FILE} records: make the model again")
+            raise RegraftError(
+                f"'{folder}' lacks '{name}' that its {FILE} records: make the model again"
+            )
         if (found := sha256(file)) != recorded:
             raise RegraftError(
                 f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]}; make the model again"
@@ -124,12 +135,18 @@ def verify(folder: Path) -> None:
 def format_model_card(checkpoint: Checkpoint) -> str:
     """The model card: what was done to which model, and the papers."""
     source = origin(checkpoint)
-    mixers = {name for spec in checkpoint.config.get("mixers", []) if spec for name in _mixer_names(spec)}
+    mixers = {
+        name for spec in checkpoint.config.get("mixers", []) if spec for name in _mixer_names(spec)
+    }
     cited = [PAPERS[name] for name in sorted(mixers & set(PAPERS))]
     cited += [paper for step in checkpoint.history for paper in step.get("papers", ())]
-    papers = "\n".join(f"- {paper}" for paper in dict.fromkeys(cited)) or "- none beyond the source's own"
+    papers = (
+        "\n".join(f"- {paper}" for paper in dict.fromkeys(cited))
+        or "- none beyond the source's own"
+    )
     steps = (
-        "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1)) or "1. saved unchanged"
+        "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
+        or "1. saved unchanged"
     )
     library = "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
     load = "Load it with `import regraft` (or `trust_remote_code=True`) and `AutoModelForCausalLM.from_pretrained`.\n\n"
@@ -148,5 +165,7 @@ def format_step(step: dict[str, Any]) -> str:
 
 
 def _mixer_names(spec: dict[str, Any]) -> list[str]:
-    nested = [name for value in spec.values() if isinstance(value, dict) for name in _mixer_names(value)]
+    nested = [
+        name for value in spec.values() if isinstance(value, dict) for name in _mixer_names(value)
+    ]
     return [spec["name"], *nested]

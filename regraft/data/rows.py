@@ -70,12 +70,18 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same rows on a device."""
-        return replace(self, input_ids=self.input_ids.to(device), position_ids=self.position_ids.to(device))
+        return replace(
+            self, input_ids=self.input_ids.to(device), position_ids=self.position_ids.to(device)
+        )
 
     def segments(self) -> Tensor | None:
         """Document index of every token (rows, length), None when each row is one document."""
         restart = self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1
-        return torch.nn.functional.pad(restart.long().cumsum(1), (1, 0)) if bool(restart.any()) else None
+        return (
+            torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
+            if bool(restart.any())
+            else None
+        )
 
 
 class CachedRows:
@@ -87,10 +93,19 @@ class CachedRows:
 
     device = torch.device("cpu")
 
-    def __init__(self, parts: Sequence[TokenCache], tokens: BatchTokenizer, length: int, most: int | None, cut: bool):
+    def __init__(
+        self,
+        parts: Sequence[TokenCache],
+        tokens: BatchTokenizer,
+        length: int,
+        most: int | None,
+        cut: bool,
+    ):
         self.parts, self.source, self.length = parts, tokens, length
         self.bounds = [0, *accumulate(part.journal.tokens for part in parts)]
-        self.arrays: dict[int, tuple[numpy.ndarray, numpy.ndarray]] = {}  # of the parts that were read from
+        self.arrays: dict[
+            int, tuple[numpy.ndarray, numpy.ndarray]
+        ] = {}  # of the parts that were read from
         self.begins = numpy.array(self._find_row_starts(most), "<i8") if cut else None
         count = self.bounds[-1] // length if self.begins is None else len(self.begins) - 1
         self.count = count if most is None else min(count, most)
@@ -128,9 +143,14 @@ class CachedRows:
             begin = int(self.begins[number]) if self.begins is not None else number * self.length
             self._read_row(begin, ids[into], positions[into])
         tokenizer = self.source.tokenizer
-        mask, special = getattr(tokenizer, "mask_token_id", None), getattr(tokenizer, "all_special_ids", ())
+        mask, special = (
+            getattr(tokenizer, "mask_token_id", None),
+            getattr(tokenizer, "all_special_ids", ()),
+        )
         counted = partial(count_bytes, tokenizer=tokenizer)
-        return Packed(torch.from_numpy(ids), torch.from_numpy(positions), counted, mask, tuple(special))
+        return Packed(
+            torch.from_numpy(ids), torch.from_numpy(positions), counted, mask, tuple(special)
+        )
 
     def _array(self, number: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         if number not in self.arrays:
@@ -140,14 +160,18 @@ class CachedRows:
 
     def _read_row(self, begin: int, ids: numpy.ndarray, positions: numpy.ndarray) -> None:
         """One row: ids and positions (length,)."""
-        first = numpy.zeros(self.length, numpy.int64)  # where the token's document begins in the row
+        first = numpy.zeros(
+            self.length, numpy.int64
+        )  # where the token's document begins in the row
         filled, number = 0, bisect_right(self.bounds, begin) - 1
         while filled < self.length:
             tokens, ends = self._array(number)
             start = begin + filled - self.bounds[number]
             stop = min(start + self.length - filled, len(tokens))
             ids[filled : filled + stop - start] = tokens[start:stop]
-            inside = ends[numpy.searchsorted(ends, start, "right") : numpy.searchsorted(ends, stop, "left")]
+            inside = ends[
+                numpy.searchsorted(ends, start, "right") : numpy.searchsorted(ends, stop, "left")
+            ]
             columns = inside - start + filled
             first[columns] = columns
             filled += stop - start
@@ -206,7 +230,10 @@ class MixedRows:
     def __getitem__(self, rows: Any) -> Packed:
         numbers = row_numbers(rows, len(self))
         found = [self._row(number) for number in numbers] or [self.tables[0][:0]]
-        ids, positions = (torch.cat([getattr(row, name) for row in found]) for name in ("input_ids", "position_ids"))
+        ids, positions = (
+            torch.cat([getattr(row, name) for row in found])
+            for name in ("input_ids", "position_ids")
+        )
         return replace(found[0], input_ids=ids, position_ids=positions)
 
     def _row(self, number: int) -> Packed:

@@ -52,7 +52,9 @@ class TokenCache:
         try:
             facts = file.stat()
         except OSError as error:
-            raise RegraftError(f"cannot read '{file}' ({error.strerror}): check the file and its rights") from error
+            raise RegraftError(
+                f"cannot read '{file}' ({error.strerror}): check the file and its rights"
+            ) from error
         self.size = facts.st_size
         key = json.dumps([str(file.resolve()), self.size, facts.st_mtime_ns, name, tokens.name])
         word = re.sub(r"[^\w.-]", "_", file.name)[:60]
@@ -63,11 +65,15 @@ class TokenCache:
         """How far it is now, as the disk has it."""
         if not self.journal.done:
             try:
-                self.journal = CacheJournal(**json.loads((self.folder / "journal.json").read_text(encoding="utf-8")))
+                self.journal = CacheJournal(
+                    **json.loads((self.folder / "journal.json").read_text(encoding="utf-8"))
+                )
             except FileNotFoundError:
                 self.journal = CacheJournal()
             except (OSError, ValueError, TypeError) as error:
-                raise RegraftError(f"cannot read the token cache '{self.folder}' ({error}): delete it") from error
+                raise RegraftError(
+                    f"cannot read the token cache '{self.folder}' ({error}): delete it"
+                ) from error
         return self.journal
 
     def array(self, what: str) -> numpy.ndarray:
@@ -77,9 +83,13 @@ class TokenCache:
         if not shape[0]:
             return numpy.zeros(shape, "<i8")
         try:
-            return numpy.memmap(self.folder / what, self.tokens.dtype if ids else "<i8", "r", shape=shape)
+            return numpy.memmap(
+                self.folder / what, self.tokens.dtype if ids else "<i8", "r", shape=shape
+            )
         except (OSError, ValueError) as error:
-            raise RegraftError(f"cannot read the token cache '{self.folder}' ({error}): delete it") from error
+            raise RegraftError(
+                f"cannot read the token cache '{self.folder}' ({error}): delete it"
+            ) from error
 
     def fill(self, enough: int | None, skip_bad: bool, tell: Tell = lambda part: None) -> bool:
         """Read on until the file ends or `enough` tokens are there; False when another process is doing so.
@@ -101,8 +111,13 @@ class TokenCache:
 
     def _fill(self, known: CacheJournal, enough: int | None, bad: BadLines, tell: Tell) -> None:
         width = numpy.dtype(self.tokens.dtype).itemsize
-        with (self.folder / "tokens").open("ab") as ids, (self.folder / "documents").open("ab") as ends:
-            if ids.tell() < known.tokens * width or ends.tell() < known.documents * 16:  # a disk that lost something
+        with (
+            (self.folder / "tokens").open("ab") as ids,
+            (self.folder / "documents").open("ab") as ends,
+        ):
+            if (
+                ids.tell() < known.tokens * width or ends.tell() < known.documents * 16
+            ):  # a disk that lost something
                 known = self.journal = CacheJournal()
             ids.truncate(known.tokens * width)
             ends.truncate(known.documents * 16)
@@ -125,7 +140,9 @@ class TokenCache:
             self._write_journal(known, ReadPosition(), bad, ids, ends)
             tell(self)
 
-    def _append(self, block: list[DocumentPiece], known: CacheJournal, ids: BinaryIO, ends: BinaryIO) -> None:
+    def _append(
+        self, block: list[DocumentPiece], known: CacheJournal, ids: BinaryIO, ends: BinaryIO
+    ) -> None:
         table = []
         rows = self.tokens([piece.text for piece in block]) if block else []
         for piece, row in zip(block, rows, strict=True):
@@ -141,7 +158,9 @@ class TokenCache:
         ids.write(found.tobytes())
         ends.write(numpy.array(table, "<i8").tobytes())
 
-    def _write_journal(self, known: CacheJournal, place: ReadPosition, bad: BadLines, *files: BinaryIO) -> None:
+    def _write_journal(
+        self, known: CacheJournal, place: ReadPosition, bad: BadLines, *files: BinaryIO
+    ) -> None:
         for file in files:
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,11 @@ from torch import Tensor
 
 def end_token_ids(tokenizer: Any) -> list[int]:
     """The token that ends a document, if the tokenizer has one."""
-    last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else getattr(tokenizer, "sep_token_id", None)
+    last = (
+        tokenizer.eos_token_id
+        if tokenizer.eos_token_id is not None
+        else getattr(tokenizer, "sep_token_id", None)
+    )
     return [last] if last is not None else []
 
 
@@ -37,23 +41,37 @@ class BatchTokenizer:
     @cached_property
     def dtype(self) -> str:
         """The smallest kind of number that holds every id."""
-        return "<u2" if hasattr(self.tokenizer, "__len__") and len(self.tokenizer) <= 1 << 16 else "<u4"
+        return (
+            "<u2"
+            if hasattr(self.tokenizer, "__len__") and len(self.tokenizer) <= 1 << 16
+            else "<u4"
+        )
 
     @cached_property
     def name(self) -> str:
         """A hash of what decides the ids: another tokenizer has another."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:  # before these come truncation and padding, which a caller sets and takes back
+        if (
+            backend is not None
+        ):  # before these come truncation and padding, which a caller sets and takes back
             facts: Any = backend.to_str().partition('"added_tokens"')[2]
         else:
-            vocabulary = self.tokenizer.get_vocab() if hasattr(self.tokenizer, "get_vocab") else None
+            vocabulary = (
+                self.tokenizer.get_vocab() if hasattr(self.tokenizer, "get_vocab") else None
+            )
             facts = [type(self.tokenizer).__qualname__, vocabulary]
-        return hashlib.sha256(json.dumps([facts, self.end, self.dtype], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([facts, self.end, self.dtype], sort_keys=True).encode()
+        ).hexdigest()[:16]
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, nothing added."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and backend.truncation is None and backend.padding is None:
-            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return [
+                found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)
+            ]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         return ids

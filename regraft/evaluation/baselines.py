@@ -37,7 +37,9 @@ def variants(remix: Remix) -> dict[str, Remix | None]:
 
 def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candidate]]:
     """Makers of the rows that need no training, by name; the models are built when called, in memory only."""
-    return {name: partial(build_candidate, source, variant) for name, variant in variants(remix).items()}
+    return {
+        name: partial(build_candidate, source, variant) for name, variant in variants(remix).items()
+    }
 
 
 def build_candidate(source: Checkpoint, remix: Remix | None) -> Candidate:

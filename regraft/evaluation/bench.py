@@ -29,7 +29,9 @@ def parse_lengths(text: str) -> list[int]:
     for word in text.lower().split(","):
         digits, factor = (word[:-1], 1024) if word.endswith("k") else (word, 1)
         if not digits.strip().isdigit() or int(digits) == 0:
-            raise RegraftError(f"'{word}' in --lengths '{text}' is no length: write counts such as 512 or 16k")
+            raise RegraftError(
+                f"'{word}' in --lengths '{text}' is no length: write counts such as 512 or 16k"
+            )
         lengths.append(int(digits) * factor)
     return lengths
 
@@ -55,14 +57,18 @@ def bench(
     before the first token.
     """
     if batch < 1 or steps < 1:
-        raise RegraftError(f"cannot bench a batch of {batch} for {steps} steps: ask for one of each at least")
+        raise RegraftError(
+            f"cannot bench a batch of {batch} for {steps} steps: ask for one of each at least"
+        )
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     opened = {name: Checkpoint.open(path) for name, path in models.items()}
     jobs = [(name, length) for length in lengths for name in models]
     for done, (name, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")
-        row = row_if_too_large(opened[name], length, batch) or run_worker(models[name], length, steps, batch, prefill)
+        row = row_if_too_large(opened[name], length, batch) or run_worker(
+            models[name], length, steps, batch, prefill
+        )
         rows[name].append(row)
     return rows
 
@@ -78,10 +84,20 @@ def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> dict[st
     weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())
     if weights + sum(state.values()) <= free:
         return None
-    softmax = {kind for kind, spec in zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True) if spec is None}
+    softmax = {
+        kind
+        for kind, spec in zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
+        if spec is None
+    }
     kept = sum(size for kind, size in state.items() if kind in softmax)
-    row: dict[str, Any] = dict.fromkeys(("decode_tok_s", "prefill_tok_s", "peak_bytes", "load_bytes"))
-    sizes = {"state_bytes": sum(state.values()), "converted_bytes": sum(state.values()) - kept, "kept_bytes": kept}
+    row: dict[str, Any] = dict.fromkeys(
+        ("decode_tok_s", "prefill_tok_s", "peak_bytes", "load_bytes")
+    )
+    sizes = {
+        "state_bytes": sum(state.values()),
+        "converted_bytes": sum(state.values()) - kept,
+        "kept_bytes": kept,
+    }
     return {"length": length, "batch": batch, **row, **sizes}
 
 
@@ -94,21 +110,35 @@ def free_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def run_worker(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
+def run_worker(
+    path: str, length: int, steps: int, batch: int = 1, prefill: bool = True
+) -> dict[str, Any]:
     """One row, measured in a child process that sees the same package; RegraftError with its last line if it fails."""
     root = str(Path(__file__).resolve().parents[2])
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    command = [sys.executable, "-m", "regraft.evaluation.bench", path, *map(str, (length, steps, batch, int(prefill)))]
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "regraft.evaluation.bench",
+        path,
+        *map(str, (length, steps, batch, int(prefill))),
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
-        last = (finished.stderr.strip().splitlines() or [f"killed by signal {-finished.returncode}"])[-1]
+        last = (
+            finished.stderr.strip().splitlines() or [f"killed by signal {-finished.returncode}"]
+        )[-1]
         raise RegraftError(
             f"bench of {path} at {length} tokens failed: {last}; try shorter --lengths or a smaller --batch"
         )
     return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
-def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> dict[str, Any]:
+def measure(
+    path: str, length: int, steps: int, batch: int = 1, prefill: bool = True
+) -> dict[str, Any]:
     """The row of one model at one length, in this process."""
     from .. import modeling
     from . import chunked
@@ -116,7 +146,9 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
     torch.manual_seed(0)
     model: Any = modeling.load(path)
     device = next(model.parameters()).device
-    for parameter in model.parameters():  # pages of a file would count once for every tensor mapped near them
+    for (
+        parameter
+    ) in model.parameters():  # pages of a file would count once for every tensor mapped near them
         parameter.data = parameter.data.clone()
     reset_peak(device.type)
     loaded = peak_bytes(device.type)
@@ -157,7 +189,10 @@ def extend_cache(cache: Any, tokens: int) -> None:
         if isinstance(layer, modeling.MixerState):
             layer.cumulative_length += tokens
         else:
-            grown = (part[..., -1:, :].expand(*part.shape[:-2], tokens, -1) for part in (layer.keys, layer.values))
+            grown = (
+                part[..., -1:, :].expand(*part.shape[:-2], tokens, -1)
+                for part in (layer.keys, layer.values)
+            )
             layer.update(*grown)
 
 
@@ -178,7 +213,9 @@ def peak_bytes(device: str) -> int:
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def reset_peak(device: str) -> None:

@@ -14,7 +14,9 @@ CHUNK = 1024
 
 
 @torch.no_grad()
-def forward_in_chunks(model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0) -> Iterator[tuple[Tensor, Any]]:
+def forward_in_chunks(
+    model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0
+) -> Iterator[tuple[Tensor, Any]]:
     """ids: (rows, time) -> (logits (rows, chunk or `keep`, vocab), cache) after every chunk of 1,024 tokens.
 
     `keep`: logits of the last so many positions only, 0 for all. A given `cache` is read on from, and changed.

@@ -27,7 +27,9 @@ def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int
     Without `data`, the held-out topics of Python's documentation. RegraftError when no document is that long.
     """
     if count < 1 or length < 2:
-        raise RegraftError(f"cannot measure {count} windows of {length} tokens: ask for >= 1 window of >= 2 tokens")
+        raise RegraftError(
+            f"cannot measure {count} windows of {length} tokens: ask for >= 1 window of >= 2 tokens"
+        )
     rows = long_windows(load_documents(data), tokenizer, length)
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
@@ -61,9 +63,13 @@ def evaluate(
         teacher = {baselines.TEACHER: lambda: Candidate(modeling.load(baseline))}
         candidates |= {name: make() for name, make in (teacher | makers).items()}
     if scratch:
-        candidates[baselines.SCRATCH] = Candidate(modeling.load(check_same_vocabulary(scratch, checkpoint)))
+        candidates[baselines.SCRATCH] = Candidate(
+            modeling.load(check_same_vocabulary(scratch, checkpoint))
+        )
     candidates |= baselines.model_candidates(modeling.materialize(checkpoint))
-    scores = measure(candidates, rows.input_ids, rows.bytes, baselines.TEACHER if baseline else None, progress)
+    scores = measure(
+        candidates, rows.input_ids, rows.bytes, baselines.TEACHER if baseline else None, progress
+    )
     return assemble_rows({name: score.json() for name, score in scores.items()}, model)
 
 
@@ -82,12 +88,21 @@ def build_suite(
     check_context_lengths(checkpoint, recalls + ([windows[1]] if windows else []))
     rows = evaluation_windows(data, tokenizer, *windows).input_ids if windows else None
     return Suite(
-        tokenizer, names, lengths=lengths, filler=load_documents(data) if recalls else (), documents=rows, **options
+        tokenizer,
+        names,
+        lengths=lengths,
+        filler=load_documents(data) if recalls else (),
+        documents=rows,
+        **options,
     )
 
 
 def benchmark(
-    model: str, suite: Suite, baseline: str | None = None, scratch: str | None = None, tell: Tell = lambda s, w: None
+    model: str,
+    suite: Suite,
+    baseline: str | None = None,
+    scratch: str | None = None,
+    tell: Tell = lambda s, w: None,
 ) -> dict[str, Any]:
     """What `suite` measures, for the model and the same baselines as in `evaluate`, one model in memory at a time.
 
@@ -96,7 +111,9 @@ def benchmark(
     """
     checkpoint = Checkpoint.open(model)
     remix = baselines.remix_of(checkpoint)
-    variants = (baselines.variants(remix) if remix else {baselines.TEACHER: None}) if baseline else {}
+    variants = (
+        (baselines.variants(remix) if remix else {baselines.TEACHER: None}) if baseline else {}
+    )
     if scratch:
         check_same_vocabulary(scratch, checkpoint)
     rows: dict[str, dict[str, Any]] = {}
@@ -104,21 +121,28 @@ def benchmark(
 
     def measure_row(name: str, candidate: Candidate) -> dict[str, Any]:
         done = len(rows) / total
-        return suite(candidate, lambda share, words: tell(min(done + share / total, 1.0), f"{name}: {words}"))
+        return suite(
+            candidate, lambda share, words: tell(min(done + share / total, 1.0), f"{name}: {words}")
+        )
 
     for name, variant in variants.items():
         twin = next((other for other in rows if variants[other] == variant), None)
         rows[name] = (
             rows[twin]
             if twin
-            else measure_row(name, baselines.build_candidate(Checkpoint.open(baseline or ""), variant))
+            else measure_row(
+                name, baselines.build_candidate(Checkpoint.open(baseline or ""), variant)
+            )
         )
     if scratch:
         rows[baselines.SCRATCH] = measure_row(baselines.SCRATCH, Candidate(modeling.load(scratch)))
     for name, candidate in baselines.model_candidates(modeling.materialize(checkpoint)).items():
         rows[name] = measure_row(name, candidate)
     if baseline:
-        rows = {name: add_share_of_teacher(found, rows[baselines.TEACHER]) for name, found in rows.items()}
+        rows = {
+            name: add_share_of_teacher(found, rows[baselines.TEACHER])
+            for name, found in rows.items()
+        }
     return assemble_rows(rows, model)
 
 
@@ -136,7 +160,9 @@ def check_context_lengths(checkpoint: Checkpoint, lengths: Sequence[int]) -> Non
     """RegraftError when a model counts its positions and cannot count that far."""
     most = checkpoint.sizes.get("pos")
     if most is not None and (far := [length for length in lengths if length > most]):
-        raise RegraftError(f"'{checkpoint.origin}' has {most} positions: {far[0]} tokens are too many for it")
+        raise RegraftError(
+            f"'{checkpoint.origin}' has {most} positions: {far[0]} tokens are too many for it"
+        )
 
 
 def evaluate_tasks(
@@ -162,12 +188,18 @@ def evaluate_recall(
     batch: int = 8,
 ) -> dict[str, Any]:
     """Recall of a model in memory by kind and length (see evals.recall); `data`: filler text."""
-    suite = Suite(tokenizer, names, limit=limit, lengths=lengths, filler=load_documents(data), batch=batch)
+    suite = Suite(
+        tokenizer, names, limit=limit, lengths=lengths, filler=load_documents(data), batch=batch
+    )
     return suite(Candidate(model))["recall"]
 
 
 def assemble_rows(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
     """The contract's JSON: the model's fields on top, every other row under `baselines`, with the model's lead."""
     own, order = rows[baselines.MODEL], dict.fromkeys((*baselines.ROWS, *rows))
-    others = {name: add_differences(rows[name], own) for name in order if name in rows and name != baselines.MODEL}
+    others = {
+        name: add_differences(rows[name], own)
+        for name in order
+        if name in rows and name != baselines.MODEL
+    }
     return {"model": model, **own, "baselines": others}

@@ -17,7 +17,10 @@ from . import chunked
 from .perplexity import Candidate
 from .tasks import Question, Task
 
-ACC, ACC_NORM = ({"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm"))
+ACC, ACC_NORM = (
+    {"metric": name, "aggregation": "mean", "higher_is_better": True}
+    for name in ("acc", "acc_norm")
+)
 PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
 
 
@@ -44,7 +47,9 @@ def language_model(candidate: Candidate, tokenizer: Any, batch: int) -> Any:
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(
+            self, requests: Any, *args: Any, **kwargs: Any
+        ) -> list[tuple[float, bool]]:
             pairs = []
             for _, context, answer in requests:
                 room = max(self.max_length + 1 - len(answer), 1)
@@ -52,7 +57,9 @@ def language_model(candidate: Candidate, tokenizer: Any, batch: int) -> Any:
                 pairs.append((tuple(context[-room:]), answer))
             return answer_log_likelihoods(self.model, pairs, batch)
 
-    return Model(pretrained=candidate.model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+    return Model(
+        pretrained=candidate.model, tokenizer=tokenizer, backend="causal", batch_size=batch
+    )
 
 
 def answer_log_likelihoods(
@@ -64,10 +71,14 @@ def answer_log_likelihoods(
     have the same length: nothing before an answer is padding.
     """
     found: dict[int, tuple[float, bool]] = {}
-    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], len(pairs[i][1])))
+    order = sorted(
+        range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], len(pairs[i][1]))
+    )
     for _, alike in itertools.groupby(order, key=lambda i: len(pairs[i][0])):
         while rows := list(itertools.islice(alike, batch)):
-            found |= dict(zip(rows, batch_log_likelihoods(model, [pairs[i] for i in rows]), strict=True))
+            found |= dict(
+                zip(rows, batch_log_likelihoods(model, [pairs[i] for i in rows]), strict=True)
+            )
     return [found[i] for i in range(len(pairs))]
 
 
@@ -77,12 +88,20 @@ def batch_log_likelihoods(
     """`likelihoods` of one batch, whose contexts have one length."""
     contexts = list(dict.fromkeys(context for context, _ in pairs))
     which = torch.tensor([contexts.index(context) for context, _ in pairs])
-    answers = nn.utils.rnn.pad_sequence([torch.tensor(answer) for _, answer in pairs], batch_first=True)
+    answers = nn.utils.rnn.pad_sequence(
+        [torch.tensor(answer) for _, answer in pairs], batch_first=True
+    )
     logits, cache = chunked.last_logits(model, torch.tensor(contexts))
     steps = logits[which.to(logits.device), None]
     if answers.shape[1] > 1:
         cache.batch_select_indices(which.to(logits.device))
-        steps = torch.cat([steps, *(more for more, _ in chunked.forward_in_chunks(model, answers[:, :-1], cache))], 1)
+        steps = torch.cat(
+            [
+                steps,
+                *(more for more, _ in chunked.forward_in_chunks(model, answers[:, :-1], cache)),
+            ],
+            1,
+        )
     every, greedy = chunked.log_likelihoods(steps, answers), steps.argmax(-1).cpu() == answers
     for row, (_, answer) in enumerate(pairs):
         yield every[row, : len(answer)].sum().item(), bool(greedy[row, : len(answer)].all())
@@ -111,7 +130,11 @@ def build_task(name: str, questions: Sequence[Question]) -> Any:
     }
     if questions[0].alternatives:
         metrics = [ACC] if several else [ACC, ACC_NORM]
-        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": metrics}
+        config |= {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "metric_list": metrics,
+        }
     else:
         config |= {"output_type": "loglikelihood", "metric_list": [PERPLEXITY, ACC]}
     return ConfigurableTask(config=config)
@@ -128,7 +151,12 @@ def score(model: Any, task: Task, name: str, questions: Sequence[Question]) -> d
 
     model.cut = 0
     with contextlib.redirect_stdout(None):
-        found = evaluate(model, {"tasks": {name: build_task(name, questions)}}, bootstrap_iters=0, log_samples=True)
+        found = evaluate(
+            model,
+            {"tasks": {name: build_task(name, questions)}},
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     results = {key.partition(",")[0]: value for key, value in found["results"][name].items()}
     n, chance = len(questions), sum(q.chance for q in questions) / len(questions)
     value = results[task.metric]

@@ -41,7 +41,9 @@ class Score:
         """
         bits = self.nll / self.bytes / math.log(2)
         many = len(self.windows) > 1
-        spread = torch.tensor(self.windows).std().item() / math.sqrt(len(self.windows)) if many else None
+        spread = (
+            torch.tensor(self.windows).std().item() / math.sqrt(len(self.windows)) if many else None
+        )
         return {
             "perplexity": math.exp(self.nll / self.tokens),
             "perplexity_error": spread,
@@ -67,7 +69,9 @@ def measure(
     forward passes. RegraftError when there is no window.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
-        raise RegraftError(f"windows of shape {tuple(input_ids.shape)} leave nothing to predict: give longer text")
+        raise RegraftError(
+            f"windows of shape {tuple(input_ids.shape)} leave nothing to predict: give longer text"
+        )
     scores = {name: Score() for name in candidates}
     order = sorted(candidates, key=lambda name: name != teacher)
     done, total = 0, len(order) * len(input_ids)
@@ -76,7 +80,9 @@ def measure(
         for name in order:
             logits = window_logits(candidates[name], row)
             reference = logits if name == teacher else reference
-            add_window(scores[name], logits, row[1:], int(size), None if name == teacher else reference)
+            add_window(
+                scores[name], logits, row[1:], int(size), None if name == teacher else reference
+            )
             done += 1
             if progress:
                 progress(done, total)
@@ -91,7 +97,9 @@ def window_logits(candidate: Candidate, row: Tensor) -> Tensor:
         return candidate.model(row[None].to(device), use_cache=False).logits[0, :-1]
 
 
-def add_window(score: Score, logits: Tensor, targets: Tensor, size: int, reference: Tensor | None) -> None:
+def add_window(
+    score: Score, logits: Tensor, targets: Tensor, size: int, reference: Tensor | None
+) -> None:
     """Add one window: logits and reference (tokens, vocab), targets (tokens,), `size` bytes of text."""
     nll = kl = 0.0
     for start in range(0, len(targets), SLICE):
@@ -102,8 +110,14 @@ def add_window(score: Score, logits: Tensor, targets: Tensor, size: int, referen
             log_t = reference[part].float().log_softmax(-1).to(log_p.device)
             kl += (log_t.exp() * (log_t - log_p)).sum().item()
     if not math.isfinite(nll):
-        raise RegraftError(f"the model's likelihood is {nll}: its weights or activations are not finite")
-    score.nll, score.tokens, score.bytes = score.nll + nll, score.tokens + len(targets), score.bytes + size
+        raise RegraftError(
+            f"the model's likelihood is {nll}: its weights or activations are not finite"
+        )
+    score.nll, score.tokens, score.bytes = (
+        score.nll + nll,
+        score.tokens + len(targets),
+        score.bytes + size,
+    )
     score.windows.append(nll / len(targets))
     if reference is not None:
         score.kl = (score.kl or 0.0) + kl

@@ -98,7 +98,9 @@ class ProbeBuilder:
         """Tokens left for filler in a context of `length`; RegraftError when there are none."""
         used = len(self.bos_ids()) + sum(map(len, pieces))
         if used > length:
-            raise RegraftError(f"a recall context of {length} tokens is too short: this one needs {used} at least")
+            raise RegraftError(
+                f"a recall context of {length} tokens is too short: this one needs {used} at least"
+            )
         return length - used
 
 
@@ -107,9 +109,18 @@ Item = tuple[Ids, list[tuple[Ids, list[Ids]]]]  # context; per question its quer
 
 def passkey(pieces: ProbeBuilder, length: int, depth: float) -> Item:
     """A five-digit key at `depth` (0 to 1) of dull text (Mohtashami and Jaggi, arXiv 2305.16300)."""
-    keys = pieces.random.sample(pieces.encode_answers(pieces.random.sample(range(10000, 100000), 64)), CHOICES)
-    head = pieces.encode("There is a pass key hidden in a lot of dull text. Find it and remember it.")
-    note = pieces.encode(" The pass key is") + keys[0] + pieces.encode(". Remember it. The pass key is") + keys[0]
+    keys = pieces.random.sample(
+        pieces.encode_answers(pieces.random.sample(range(10000, 100000), 64)), CHOICES
+    )
+    head = pieces.encode(
+        "There is a pass key hidden in a lot of dull text. Find it and remember it."
+    )
+    note = (
+        pieces.encode(" The pass key is")
+        + keys[0]
+        + pieces.encode(". Remember it. The pass key is")
+        + keys[0]
+    )
     note += pieces.encode(".")
     end = pieces.encode(" What is the pass key? The pass key is")
     room = pieces.filler_length(length, head, note, end)
@@ -140,14 +151,22 @@ def needle(pieces: ProbeBuilder, length: int, depth: float) -> Item:
 def mqar(pieces: ProbeBuilder, length: int, depth: float) -> Item:
     """Multi-query associative recall (Zoology, arXiv 2312.04927) in words: a pair for every 32 tokens of the context,
     real text after the pairs, then eight keys asked for in turn, drawn from all of them whatever `depth` is."""
-    names = pieces.encode_same_length(f"\nThe {adjective} {noun} is in" for adjective in ADJECTIVES for noun in NOUNS)
+    names = pieces.encode_same_length(
+        f"\nThe {adjective} {noun} is in" for adjective in ADJECTIVES for noun in NOUNS
+    )
     cities = pieces.encode_answers(CITIES)
     count = max(QUERIES, length // SPACING)
     if count > len(names):
-        raise RegraftError(f"a recall context of {length} tokens needs {count} keys and there are {len(names)}")
+        raise RegraftError(
+            f"a recall context of {length} tokens needs {count} keys and there are {len(names)}"
+        )
     keys, values = pieces.random.sample(names, count), pieces.random.choices(cities, k=count)
     pairs = [token for key, value in zip(keys, values, strict=True) for token in key + value]
-    context = [*pieces.bos_ids(), *pairs, *pieces.sample_filler(pieces.filler_length(length, pairs))]
+    context = [
+        *pieces.bos_ids(),
+        *pairs,
+        *pieces.sample_filler(pieces.filler_length(length, pairs)),
+    ]
     rounds = []
     for number in pieces.random.sample(range(count), QUERIES):
         others = [city for city in cities if city != values[number]]
@@ -155,7 +174,11 @@ def mqar(pieces: ProbeBuilder, length: int, depth: float) -> Item:
     return context, rounds
 
 
-KINDS: dict[str, Callable[[ProbeBuilder, int, float], Item]] = {"passkey": passkey, "needle": needle, "mqar": mqar}
+KINDS: dict[str, Callable[[ProbeBuilder, int, float], Item]] = {
+    "passkey": passkey,
+    "needle": needle,
+    "mqar": mqar,
+}
 
 
 def build_probe(
@@ -170,7 +193,10 @@ def build_probe(
     pieces = ProbeBuilder(tokenizer, filler, f"{kind} {length} {seed}")
     made = [KINDS[kind](pieces, length, (number + 0.5) / items) for number in range(items)]
     rounds = [
-        Round(torch.tensor([query for query, _ in turn], dtype=torch.long), torch.tensor([c for _, c in turn]))
+        Round(
+            torch.tensor([query for query, _ in turn], dtype=torch.long),
+            torch.tensor([c for _, c in turn]),
+        )
         for turn in zip(*(asked for _, asked in made), strict=True)
     ]
     return RecallProbe(torch.tensor([context for context, _ in made]), rounds)
@@ -204,7 +230,9 @@ def score(model: nn.Module, probe: RecallProbe, batch: int = 8) -> dict[str, Any
     }
 
 
-def score_answers(model: nn.Module, probe: RecallProbe, part: slice) -> Iterable[tuple[Tensor, Tensor]]:
+def score_answers(
+    model: nn.Module, probe: RecallProbe, part: slice
+) -> Iterable[tuple[Tensor, Tensor]]:
     """For every question: log-likelihood of every candidate (rows, choices), and whether greedy decoding gives the
     right one (rows,)."""
     told, cache = probe.context[part], None

@@ -41,13 +41,19 @@ class Suite:
         batch: int = 8,
     ):
         if batch < 1 or shots < 0:
-            raise RegraftError(f"--batch {batch} with --shots {shots}: ask for a batch of 1 and 0 shots at least")
+            raise RegraftError(
+                f"--batch {batch} with --shots {shots}: ask for a batch of 1 and 0 shots at least"
+            )
         self.tokenizer, self.batch, self.documents = tokenizer, batch, documents
         chosen = [tasks.check_task_name(name, list(recall.KINDS)) for name in dict.fromkeys(names)]
         benchmarks = [name for name in chosen if name in tasks.TASKS]
         if benchmarks and folder is None:
-            raise RegraftError(f"no files for {', '.join(benchmarks)}: give their folder as --task-data DIR")
-        self.questions = {name: tasks.questions(name, folder or "", limit, shots) for name in benchmarks}
+            raise RegraftError(
+                f"no files for {', '.join(benchmarks)}: give their folder as --task-data DIR"
+            )
+        self.questions = {
+            name: tasks.questions(name, folder or "", limit, shots) for name in benchmarks
+        }
         items = ITEMS if limit is None else limit
         self.probes = {
             (kind, length): recall.build_probe(kind, tokenizer, filler, length, items)
@@ -58,7 +64,9 @@ class Suite:
         if self.questions:
             lm_eval.check_installed()
 
-    def __call__(self, candidate: Candidate, tell: Tell = lambda share, words: None) -> dict[str, Any]:
+    def __call__(
+        self, candidate: Candidate, tell: Tell = lambda share, words: None
+    ) -> dict[str, Any]:
         """`tasks` by name with `average` and `average_above_chance`, `recall` by kind and length, `positions`.
 
         A key is there when it was asked for. `tell` hears the share done and what is measured now.
@@ -113,12 +121,18 @@ def add_differences(row: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     alike say nothing of a difference, so its error is smaller than that of either score."""
 
     def add_difference(cell: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
-        more = torch.tensor(mine["each"], dtype=torch.double) - torch.tensor(cell["each"], dtype=torch.double)
-        return cell | {"difference": {"mean": more.mean().item(), "stderr": recall.standard_error(more)}}
+        more = torch.tensor(mine["each"], dtype=torch.double) - torch.tensor(
+            cell["each"], dtype=torch.double
+        )
+        return cell | {
+            "difference": {"mean": more.mean().item(), "stderr": recall.standard_error(more)}
+        }
 
     row = dict(row)
     if "tasks" in row:
-        row["tasks"] = {name: add_difference(task, own["tasks"][name]) for name, task in row["tasks"].items()}
+        row["tasks"] = {
+            name: add_difference(task, own["tasks"][name]) for name, task in row["tasks"].items()
+        }
         every = [task["difference"] for task in row["tasks"].values()]
         errors = [one["stderr"] for one in every]
         row["difference"] = {
@@ -127,7 +141,10 @@ def add_differences(row: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         }
     if "recall" in row:
         row["recall"] = {
-            kind: {length: add_difference(cell, own["recall"][kind][length]) for length, cell in cells.items()}
+            kind: {
+                length: add_difference(cell, own["recall"][kind][length])
+                for length, cell in cells.items()
+            }
             for kind, cells in row["recall"].items()
         }
     return row

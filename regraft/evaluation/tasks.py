@@ -61,7 +61,9 @@ SUBJECTS: dict[str, type] = {"subject": str, "question": str, "choices": list, "
 
 def multiple_choice(form: str) -> Callable[[Row], Question]:
     """Questions whose context is `form` with the line's query in it."""
-    return lambda row: Question((form.format(row["query"].strip()),), tuple(row["choices"]), row["gold"])
+    return lambda row: Question(
+        (form.format(row["query"].strip()),), tuple(row["choices"]), row["gold"]
+    )
 
 
 def boolean(row: Row) -> Question:
@@ -77,7 +79,9 @@ def partial_evaluation(row: Row) -> Question:
 def letters(row: Row) -> Question:
     """Lettered choices in the context; the letter is the answer."""
     names = "ABCDEFGHIJ"[: len(row["choices"])]
-    lines = "".join(f"{name}. {choice}\n" for name, choice in zip(names, row["choices"], strict=True))
+    lines = "".join(
+        f"{name}. {choice}\n" for name, choice in zip(names, row["choices"], strict=True)
+    )
     return Question((f"{row['question'].strip()}\n{lines}Answer:",), tuple(names), row["gold"])
 
 
@@ -92,7 +96,9 @@ def subject(kind: str) -> Callable[[Row], str]:
     return lambda row: words + row["subject"].replace("_", " ") + ".\n\n"
 
 
-MMLU = functools.partial(Task, SUBJECTS, files=("mmlu/test.jsonl", "mmlu.jsonl"), shots="mmlu/dev.jsonl")
+MMLU = functools.partial(
+    Task, SUBJECTS, files=("mmlu/test.jsonl", "mmlu.jsonl"), shots="mmlu/dev.jsonl"
+)
 # Contexts and metrics as lm-evaluation-harness has them, so that its published numbers compare.
 TASKS: dict[str, Task] = {
     "hellaswag": Task(CHOICE, multiple_choice("{}"), "acc_norm", ("{}.jsonl", "{}_val.jsonl")),
@@ -104,11 +110,14 @@ TASKS: dict[str, Task] = {
     "openbook_qa": Task(CHOICE, multiple_choice("{}"), "acc_norm"),
     "copa": Task(CHOICE, multiple_choice("{}")),
     "lambada": Task(
-        {"context": str, "continuation": str}, lambda row: Question((row["context"],), (row["continuation"],))
+        {"context": str, "continuation": str},
+        lambda row: Question((row["context"],), (row["continuation"],)),
     ),
     "mmlu": MMLU(letters, describe=subject("multiple choice questions")),
     "mmlu_cloze": MMLU(cloze, "acc_norm", describe=subject("questions")),
-    "blimp": Task({"good": str, "bad": str}, lambda row: Question(("",), (row["good"], row["bad"]))),
+    "blimp": Task(
+        {"good": str, "bad": str}, lambda row: Question(("",), (row["good"], row["bad"]))
+    ),
 }
 
 
@@ -122,7 +131,9 @@ def check_task_name(name: str, others: Sequence[str] = ()) -> str:
     raise RegraftError(f"unknown task '{name}': {hint}there are {', '.join(names)}")
 
 
-def questions(name: str, folder: str | Path, limit: int | None = None, shots: int = 0) -> list[Question]:
+def questions(
+    name: str, folder: str | Path, limit: int | None = None, shots: int = 0
+) -> list[Question]:
     """The questions of a task, `limit` of them spread evenly over the file, each after `shots` examples.
 
     The file is `folder`/NAME.jsonl or `folder`/NAME/NAME.jsonl, or as the task's `files` say. RegraftError on an
@@ -136,7 +147,9 @@ def questions(name: str, folder: str | Path, limit: int | None = None, shots: in
     examples: dict[Any, list[Row]] = {}
     if shots:
         if task.shots is None:
-            raise RegraftError(f"--shots {shots}: {name} has no file of examples; leave it out for this task")
+            raise RegraftError(
+                f"--shots {shots}: {name} has no file of examples; leave it out for this task"
+            )
         for row in read_rows(find_file(name, (task.shots,), Path(folder)), task.fields):
             examples.setdefault(row.get("subject"), []).append(row)
     return [
@@ -149,11 +162,15 @@ def add_examples(row: Row, task: Task, examples: Sequence[Row], shots: int) -> Q
     """A line's question after the task's description and its first `shots` examples."""
     if len(examples) < shots:
         about = row.get("subject", "it")
-        raise RegraftError(f"--shots {shots}: there are {len(examples)} examples for {about}; ask for no more")
+        raise RegraftError(
+            f"--shots {shots}: there are {len(examples)} examples for {about}; ask for no more"
+        )
     asked = task.ask(row)
     shown = [task.ask(example) for example in examples[:shots]]
     before = task.describe(row) + "".join(f"{q.contexts[0]} {q.choices[q.gold]}\n\n" for q in shown)
-    return Question(tuple(before + context for context in asked.contexts), asked.choices, asked.gold)
+    return Question(
+        tuple(before + context for context in asked.contexts), asked.choices, asked.gold
+    )
 
 
 def find_file(name: str, files: Sequence[str], folder: Path) -> Path:
@@ -164,7 +181,9 @@ def find_file(name: str, files: Sequence[str], folder: Path) -> Path:
         if place.is_file():
             return place
     looked = " and ".join(str(place) for place in places)
-    raise RegraftError(f"no data for task {name}: looked for {looked}; give their folder as --task-data")
+    raise RegraftError(
+        f"no data for task {name}: looked for {looked}; give their folder as --task-data"
+    )
 
 
 def read_rows(file: Path, fields: Mapping[str, type]) -> list[Row]:
@@ -173,7 +192,9 @@ def read_rows(file: Path, fields: Mapping[str, type]) -> list[Row]:
     try:
         lines = file.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise RegraftError(f"'{file}' is not UTF-8 (byte {error.start}): get the file again") from error
+        raise RegraftError(
+            f"'{file}' is not UTF-8 (byte {error.start}): get the file again"
+        ) from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             rows.append(parse_row(line, fields, f"'{file}' line {number}"))
@@ -187,15 +208,21 @@ def parse_row(line: str, fields: Mapping[str, type], place: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise RegraftError(f"{place} is not JSON ({error.msg}): is the file cut short? Get it again") from error
+        raise RegraftError(
+            f"{place} is not JSON ({error.msg}): is the file cut short? Get it again"
+        ) from error
     for name, kind in fields.items():
         value: Any = row.get(name) if isinstance(row, dict) else None
         fits = isinstance(value, kind) and not isinstance(value, bool)
         if kind is list and fits:
             fits = len(value) > 1 and all(isinstance(item, str) and item for item in value)
         if not fits:
-            raise RegraftError(f"{place} has no field '{name}' that is {KINDS[kind]} (it is {value!r})")
+            raise RegraftError(
+                f"{place} has no field '{name}' that is {KINDS[kind]} (it is {value!r})"
+            )
     many = next((len(row[name]) for name, kind in fields.items() if kind is list), None)
     if many is not None and not 0 <= row["gold"] < many:
-        raise RegraftError(f"{place}: gold is {row['gold']}, but there are {many} choices, counted from 0")
+        raise RegraftError(
+            f"{place}: gold is {row['gold']}, but there are {many} choices, counted from 0"
+        )
     return row

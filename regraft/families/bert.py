@@ -36,7 +36,9 @@ def architecture(config: Any, table: Mapping[str, str]) -> str:
     """The class that a config names, the first of the table when it names none. RegraftError when it is not there."""
     name = (config.get("architectures") or list(table))[0]
     if name not in table:
-        raise RegraftError(f"no table for the class '{name}' of config.json's architectures: use {', '.join(table)}")
+        raise RegraftError(
+            f"no table for the class '{name}' of config.json's architectures: use {', '.join(table)}"
+        )
     return str(name)
 
 
@@ -48,7 +50,9 @@ def has_head(config: Any, table: Mapping[str, str], head: str) -> bool:
 def head_defaults(table: Mapping[str, str]) -> dict[str, Any]:
     """Defaults that say by a key "_<head>" which heads the class of a config has, and by "_labels" how many labels."""
     heads = sorted({head for row in table.values() for head in row.split()})
-    return {f"_{head}": partial(has_head, table=table, head=head) for head in heads} | {"_labels": label_count}
+    return {f"_{head}": partial(has_head, table=table, head=head) for head in heads} | {
+        "_labels": label_count
+    }
 
 
 def label_count(config: Any) -> int:
@@ -65,16 +69,42 @@ def encoder_parts() -> dict[str, Part]:
     """Embeddings and layers."""
     attention = f"{LAYER}.attention"
     return {
-        **linear("embed", "{p}embeddings.word_embeddings", "vocab -> hidden", stored="in out", **WRITES_BRANCH),
-        **linear("pos", "{p}embeddings.position_embeddings", "pos -> hidden", stored="in out", **WRITES_BRANCH),
-        **linear("type", "{p}embeddings.token_type_embeddings", "type -> hidden", stored="in out", **WRITES_BRANCH),
+        **linear(
+            "embed",
+            "{p}embeddings.word_embeddings",
+            "vocab -> hidden",
+            stored="in out",
+            **WRITES_BRANCH,
+        ),
+        **linear(
+            "pos",
+            "{p}embeddings.position_embeddings",
+            "pos -> hidden",
+            stored="in out",
+            **WRITES_BRANCH,
+        ),
+        **linear(
+            "type",
+            "{p}embeddings.token_type_embeddings",
+            "type -> hidden",
+            stored="in out",
+            **WRITES_BRANCH,
+        ),
         **norm("norm.embed", "{p}embeddings.LayerNorm", **POST_NORM),
-        **linear("attn.q", f"{attention}.self.query", "hidden -> kv dim", bias=True, reads="stream"),
+        **linear(
+            "attn.q", f"{attention}.self.query", "hidden -> kv dim", bias=True, reads="stream"
+        ),
         **linear("attn.k", f"{attention}.self.key", "hidden -> kv dim", bias=True, reads="stream"),
-        **linear("attn.v", f"{attention}.self.value", "hidden -> kv dim", bias=True, reads="stream"),
-        **linear("attn.o", f"{attention}.output.dense", "kv dim -> hidden", bias=True, **WRITES_BRANCH),
+        **linear(
+            "attn.v", f"{attention}.self.value", "hidden -> kv dim", bias=True, reads="stream"
+        ),
+        **linear(
+            "attn.o", f"{attention}.output.dense", "kv dim -> hidden", bias=True, **WRITES_BRANCH
+        ),
         **norm("norm.attn_post", f"{attention}.output.LayerNorm", **POST_NORM),
-        **linear("mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", bias=True, reads="stream"),
+        **linear(
+            "mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", bias=True, reads="stream"
+        ),
         **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", bias=True, **WRITES_BRANCH),
         **norm("norm.mlp_post", f"{LAYER}.output.LayerNorm", **POST_NORM),
     }
@@ -116,7 +146,11 @@ anatomy = Anatomy(
     parts={
         **encoder_parts(),
         **head_linear("pooler", "{p}pooler.dense", "hidden -> hidden", "_pooler"),
-        **mlm_head("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+        **mlm_head(
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions",
+        ),
         **head_linear("next", "cls.seq_relationship", "hidden -> two", "_next", reads="own"),
         **head_linear("pooled", "classifier", "hidden -> label", "_pooled", reads="own"),
         **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),

@@ -29,14 +29,18 @@ def mlp_width(config: Any) -> int:
 def derived_config_keys(config: Any) -> dict[str, Any]:
     """The MLP ratio of a width, and the stages of a depth. RegraftError when no whole ratio gives the width."""
     hidden, ffn, gated = config["hidden_size"], config["_ffn"], config["use_swiglu_ffn"]
-    widths = {compute_mlp_width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)}
+    widths = {
+        compute_mlp_width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)
+    }
     if mlp_width(config) != ffn and ffn not in widths:
         near = min(size for size in widths if size > ffn)  # smaller ones may be below the source's
         raise RegraftError(
             f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have ffn {ffn}, use --ffn "
             f"{near}"
         )
-    return {"mlp_ratio": config["mlp_ratio"] if mlp_width(config) == ffn else widths[ffn]} | backbone_stage_keys(config)
+    return {
+        "mlp_ratio": config["mlp_ratio"] if mlp_width(config) == ffn else widths[ffn]
+    } | backbone_stage_keys(config)
 
 
 def backbone_stage_keys(config: Any) -> dict[str, Any]:
@@ -72,7 +76,9 @@ anatomy = Anatomy(
         **linear("mlp.swiglu.down", f"{LAYER}.mlp.weights_out", "ffn -> hidden", **MLP, **GATED),
         "scale.mlp.weight": Part(f"{LAYER}.layer_scale2.lambda1", "scale hidden", reads="own"),
         **norm("norm.final", "{p}layernorm", bias=True),
-        **head_linear("classifier", "classifier", "two hidden -> label", "_classifier", reads="normed"),
+        **head_linear(
+            "classifier", "classifier", "two hidden -> label", "_classifier", reads="normed"
+        ),
     },
     sizes=(*vit.SIZES, ("_ffn", "ffn")),
     slot=f"{LAYER}.attention",

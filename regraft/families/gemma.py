@@ -6,7 +6,12 @@ from ..core.anatomy import Anatomy, Part, norm
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama
 
-TIED: dict[str, Any] = {**DEFAULTS, "head_dim": 256, "tie_word_embeddings": True, "attention_bias": False}
+TIED: dict[str, Any] = {
+    **DEFAULTS,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+}
 
 
 def parts() -> dict[str, Part]:

@@ -28,7 +28,10 @@ def softmax_scale(config: Any, dim: int, layer: int) -> float:
 
 def alternating_layer_types(config: Any) -> list[str]:
     """Windows on layers 0, 2, 4, ..."""
-    return [("sliding_attention", "full_attention")[layer % 2] for layer in range(config["num_hidden_layers"])]
+    return [
+        ("sliding_attention", "full_attention")[layer % 2]
+        for layer in range(config["num_hidden_layers"])
+    ]
 
 
 anatomy = Anatomy(

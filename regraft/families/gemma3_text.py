@@ -11,7 +11,10 @@ from .llama import LAYER
 def periodic_layer_types(config: Any) -> list[str]:
     """Windows on all layers but every sixth (or whatever an old config says)."""
     period = config.get("sliding_window_pattern", 6)
-    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])]
+    return [
+        "sliding_attention" if (i + 1) % period else "full_attention"
+        for i in range(config["num_hidden_layers"])
+    ]
 
 
 def older_config_keys(config: Any) -> dict[str, Any]:

@@ -12,7 +12,10 @@ def older_config_keys(config: Any) -> dict[str, Any]:
     """Older classes have names of their own for theta and for the part of a head that turns."""
     keys = older_rope_keys(config)
     if "rope_theta" in keys:
-        keys |= {"rotary_emb_base": keys["rope_theta"], "rotary_pct": keys.get("partial_rotary_factor", 1.0)}
+        keys |= {
+            "rotary_emb_base": keys["rope_theta"],
+            "rotary_pct": keys.get("partial_rotary_factor", 1.0),
+        }
     return keys
 
 
@@ -22,7 +25,11 @@ anatomy = Anatomy(
         **linear("embed", "gpt_neox.embed_in", "vocab -> hidden", stored="in out"),
         **norm("norm.attn", f"{LAYER}.input_layernorm", bias=True),
         **linear(
-            "attn.qkv", f"{LAYER}.attention.query_key_value", "hidden -> kv three dim", bias="attention_bias", fused=QKV
+            "attn.qkv",
+            f"{LAYER}.attention.query_key_value",
+            "hidden -> kv three dim",
+            bias="attention_bias",
+            fused=QKV,
         ),
         **linear("attn.o", f"{LAYER}.attention.dense", "kv dim -> hidden", bias="attention_bias"),
         **norm("norm.mlp", f"{LAYER}.post_attention_layernorm", bias=True),
@@ -51,7 +58,9 @@ anatomy = Anatomy(
     aliases={"embed_out.": "lm_head."},
     filed={"lm_head.": "embed_out."},
     older=older_config_keys,
-    ignored={r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": "buffer: recomputed"},
+    ignored={
+        r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": "buffer: recomputed"
+    },
     eps="layer_norm_eps",
     bridge=lambda config: "phi" if config["use_parallel_residual"] else "starcoder2",
 )

@@ -20,7 +20,9 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
 }
-IGNORED = {r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "buffer: computed from the config"}
+IGNORED = {
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "buffer: computed from the config"
+}
 
 
 def parts(qkv_bias: bool | str, o_bias: bool | str, mlp_bias: bool | str) -> dict[str, Part]:

@@ -21,7 +21,11 @@ def kv_heads(config: Any) -> int:
 anatomy = Anatomy(
     family="mixtral",
     parts={
-        **{role: part for role, part in llama(False, False, False).items() if not role.startswith("mlp.")},
+        **{
+            role: part
+            for role, part in llama(False, False, False).items()
+            if not role.startswith("mlp.")
+        },
         **linear("mlp.router", f"{MOE}.gate", "hidden -> expert"),
         **linear("mlp.{e}.gate", f"{EXPERT}.w1", "hidden -> ffn", at="routed"),
         **linear("mlp.{e}.up", f"{EXPERT}.w3", "hidden -> ffn", at="routed"),

@@ -9,19 +9,29 @@ anatomy = Anatomy(
     family="olmo2",
     parts={
         **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
-        **linear("attn.q", f"{ATTENTION}.q_proj", "hidden -> kv group dim", bias=BIAS, reads="stream"),
+        **linear(
+            "attn.q", f"{ATTENTION}.q_proj", "hidden -> kv group dim", bias=BIAS, reads="stream"
+        ),
         **linear("attn.k", f"{ATTENTION}.k_proj", "hidden -> kv dim", bias=BIAS, reads="stream"),
         **linear("attn.v", f"{ATTENTION}.v_proj", "hidden -> kv dim", bias=BIAS, reads="stream"),
         **norm("attn.q_norm", f"{ATTENTION}.q_norm", "kv group dim"),
         **norm("attn.k_norm", f"{ATTENTION}.k_norm", "kv dim"),
-        **linear("attn.o", f"{ATTENTION}.o_proj", "kv group dim -> hidden", bias=BIAS, writes="branch"),
-        **norm("norm.attn_post", f"{LAYER}.post_attention_layernorm", reads="branch", writes="stream"),
+        **linear(
+            "attn.o", f"{ATTENTION}.o_proj", "kv group dim -> hidden", bias=BIAS, writes="branch"
+        ),
+        **norm(
+            "norm.attn_post", f"{LAYER}.post_attention_layernorm", reads="branch", writes="stream"
+        ),
         **linear("mlp.gate", f"{MLP}.gate_proj", "hidden -> ffn", reads="stream"),
         **linear("mlp.up", f"{MLP}.up_proj", "hidden -> ffn", reads="stream"),
         **linear("mlp.down", f"{MLP}.down_proj", "ffn -> hidden", writes="branch"),
-        **norm("norm.mlp_post", f"{LAYER}.post_feedforward_layernorm", reads="branch", writes="stream"),
+        **norm(
+            "norm.mlp_post", f"{LAYER}.post_feedforward_layernorm", reads="branch", writes="stream"
+        ),
         **norm("norm.final", "model.norm", writes="head"),
-        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"),
+        "head.weight": Part(
+            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
+        ),
     },
     sizes=SIZES,
     slot=ATTENTION,

@@ -35,7 +35,9 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{MLP}.fc1", "hidden -> ffn", bias=True),
         **linear("mlp.down", f"{MLP}.fc2", "ffn -> hidden", bias=True),
         **norm("norm.final", "model.final_layernorm", bias=True, writes="head"),
-        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"),
+        "head.weight": Part(
+            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
+        ),
         "head.bias": Part("lm_head.bias", "-> vocab"),
     },
     sizes=SIZES,

@@ -37,9 +37,23 @@ def older_config_keys(config: Any) -> dict[str, Any]:
 anatomy = Anatomy(
     family="phi3",
     parts={
-        **{role: part for role, part in llama(False, False, False).items() if not role.startswith(SPLIT)},
-        **linear("attn.qkv", f"{LAYER}.self_attn.qkv_proj", "hidden -> kv group dim + kv dim + kv dim", fused=QKV),
-        **linear("mlp.gate_up", f"{LAYER}.mlp.gate_up_proj", "hidden -> ffn + ffn", fused=("mlp.gate", "mlp.up")),
+        **{
+            role: part
+            for role, part in llama(False, False, False).items()
+            if not role.startswith(SPLIT)
+        },
+        **linear(
+            "attn.qkv",
+            f"{LAYER}.self_attn.qkv_proj",
+            "hidden -> kv group dim + kv dim + kv dim",
+            fused=QKV,
+        ),
+        **linear(
+            "mlp.gate_up",
+            f"{LAYER}.mlp.gate_up_proj",
+            "hidden -> ffn + ffn",
+            fused=("mlp.gate", "mlp.up"),
+        ),
     },
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",

@@ -40,7 +40,9 @@ class RegraftAnatomy(Anatomy):
                 name = f"host.{spot.name}"
                 placed[role, layer] = PlacedPart(name, replace(spot.part, name=name), spot.shape)
         for layer, spec in enumerate(config["mixers"]):
-            for local, weight in weights(spec, Attention(**config["attention"][layer])).items() if spec else ():
+            for local, weight in (
+                weights(spec, Attention(**config["attention"][layer])).items() if spec else ()
+            ):
                 part = Part(f"host.{host.slot.format(layer)}.mixer.{local}", weight.signature)
                 placed[f"mixer.{local}", layer] = PlacedPart(
                     part.name, part, parse_signature(weight.signature).shape(sizes)
@@ -78,10 +80,20 @@ class RegraftAnatomy(Anatomy):
         host = family.resize_config(config["host"], sizes, order, extra)
         order = order or range(len(config["mixers"]))
         specs = [config["mixers"][layer] for layer in order]
-        attention = [None if spec is None else family.attention(host, layer) for layer, spec in enumerate(specs)]
+        attention = [
+            None if spec is None else family.attention(host, layer)
+            for layer, spec in enumerate(specs)
+        ]
         for layer, spec, shape in zip(order, specs, attention, strict=True):
-            if spec and shape and weight_signatures(spec, shape) != weight_signatures(spec, config["attention"][layer]):
-                raise RegraftError(f"mixer '{spec['name']}' has widths of its own: grow first, then linearize")
+            if (
+                spec
+                and shape
+                and weight_signatures(spec, shape)
+                != weight_signatures(spec, config["attention"][layer])
+            ):
+                raise RegraftError(
+                    f"mixer '{spec['name']}' has widths of its own: grow first, then linearize"
+                )
         return {**config, "host": host, "mixers": specs, "attention": attention}
 
     def attention(self, config: Config, layer: int) -> dict[str, Any]:

@@ -21,7 +21,9 @@ anatomy = replace(
         **head_linear("pooler", "{p}pooler.dense", "hidden -> hidden", "_pooler"),
         **mlm_head("lm_head.dense", "lm_head.layer_norm", "lm_head"),
         **head_linear("first.transform", "classifier.dense", "hidden -> hidden", "_first"),
-        **head_linear("first.label", "classifier.out_proj", "hidden -> label", "_first", reads="own"),
+        **head_linear(
+            "first.label", "classifier.out_proj", "hidden -> label", "_first", reads="own"
+        ),
         **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
         **head_linear("span", "qa_outputs", "hidden -> label", "_span", at="each"),
     },

@@ -18,7 +18,9 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{MLP}.c_fc", "hidden -> ffn", bias="use_bias"),
         **linear("mlp.down", f"{MLP}.c_proj", "ffn -> hidden", bias="use_bias"),
         **norm("norm.final", "model.norm", bias=True, writes="head"),
-        "head.weight": Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"),
+        "head.weight": Part(
+            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
+        ),
     },
     sizes=SIZES,
     slot=ATTENTION,

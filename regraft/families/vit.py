@@ -22,7 +22,11 @@ SIZES = (
 
 def height_and_width(value: Any) -> tuple[int, int]:
     """Height and width of a size that is one number or two."""
-    return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) else (int(value), int(value))
+    return (
+        (int(value[0]), int(value[1]))
+        if isinstance(value, (list, tuple))
+        else (int(value), int(value))
+    )
 
 
 def patch_side(config: Any) -> int:
@@ -35,7 +39,10 @@ def patch_side(config: Any) -> int:
 
 def position_count(config: Any) -> int:
     """One for the class token and one for every patch."""
-    (height, width), (high, wide) = height_and_width(config["image_size"]), height_and_width(config["patch_size"])
+    (height, width), (high, wide) = (
+        height_and_width(config["image_size"]),
+        height_and_width(config["patch_size"]),
+    )
     return 1 + (height // high) * (width // wide)
 
 
@@ -53,7 +60,9 @@ def embedding_parts() -> dict[str, Part]:
     """Patches, class token and positions."""
     name = "{p}embeddings"
     return {
-        "embed.weight": Part(f"{name}.patch_embeddings.projection.weight", "hidden channel patch patch", at="patch"),
+        "embed.weight": Part(
+            f"{name}.patch_embeddings.projection.weight", "hidden channel patch patch", at="patch"
+        ),
         "embed.bias": Part(f"{name}.patch_embeddings.projection.bias", "-> hidden"),
         "first.weight": Part(f"{name}.cls_token", "one one hidden"),
         "pos.weight": Part(f"{name}.position_embeddings", "one pos hidden"),

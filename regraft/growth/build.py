@@ -16,7 +16,12 @@ from .sizes import WidthSizes, solve_sizes
 from .widening import DEAD, LIVE, Widening
 
 WIDTH_OPERATORS = tuple(WIDTH)
-NOISE = {"tile": 0.1, "duplicate": 0.1, "aki": 0.1, "lemon": 0.5}  # relative to a tensor's own spread
+NOISE = {
+    "tile": 0.1,
+    "duplicate": 0.1,
+    "aki": 0.1,
+    "lemon": 0.5,
+}  # relative to a tensor's own spread
 PLACES = ("hidden", "ffn", "heads", "head_dim")
 
 
@@ -26,9 +31,13 @@ def parse_width_operators(text: str) -> dict[str, str]:
     for item in text.split(","):
         place, equals, how = item.strip().rpartition("=")
         if how not in WIDTH_OPERATORS:
-            raise RegraftError(f"unknown operator '{how}' in --how '{text}': use one of {', '.join(WIDTH_OPERATORS)}")
+            raise RegraftError(
+                f"unknown operator '{how}' in --how '{text}': use one of {', '.join(WIDTH_OPERATORS)}"
+            )
         if equals and place not in PLACES:
-            raise RegraftError(f"--how '{text}' names no axis '{place}': use one of {', '.join(PLACES)}")
+            raise RegraftError(
+                f"--how '{text}' names no axis '{place}': use one of {', '.join(PLACES)}"
+            )
         table |= {place: how} if equals else dict.fromkeys(PLACES, how)
     return table
 
@@ -46,7 +55,9 @@ def build_widening(
     host = anatomy.host_config(source.config)
     sizes, split = solve_sizes(source, asked)
     if noise is not None and not 0 <= noise < float("inf"):
-        raise RegraftError(f"--noise {noise} is no spread: give 0 for none, or a number such as 0.1")
+        raise RegraftError(
+            f"--noise {noise} is no spread: give 0 for none, or a number such as 0.1"
+        )
     ways = parse_width_operators(how)
     table: dict[str, Expansion] = {}
     made = Widening(source, source.config, sizes, table, split, "stream", 0.0, seed)
@@ -56,17 +67,26 @@ def build_widening(
     qk_norm = qk_norm_mode(made, table)
     config = anatomy.resize_config(source.config, sizes, extra=keys)
     check_activation(source, ways, sizes)
-    made_by = ways | ({"hidden": "tile"} if table["hidden"].name == "tile" else {})  # post-norm families always tile
+    made_by = ways | (
+        {"hidden": "tile"} if table["hidden"].name == "tile" else {}
+    )  # post-norm families always tile
     copies = [NOISE.get(made_by[place], 0.0) for place in PLACES if has_grown(place, old, sizes)]
     kind = choose_fold(made, fold)
     heard = max([0.0, *copies]) if noise is None else noise
     done = replace(made, config=config, fold=kind, noise=heard, qk_norm=qk_norm)
     if done.eps is None:
         return done
-    return replace(done, config=anatomy.resize_config(source.config, sizes, extra={**keys, made.family.eps: done.eps}))
+    return replace(
+        done,
+        config=anatomy.resize_config(
+            source.config, sizes, extra={**keys, made.family.eps: done.eps}
+        ),
+    )
 
 
-def build_inexact_widening(source: Checkpoint, asked: WidthSizes, seed: int = 0, folds: bool = True) -> Widening:
+def build_inexact_widening(
+    source: Checkpoint, asked: WidthSizes, seed: int = 0, folds: bool = True
+) -> Widening:
     """A padded widening to sizes that need not be exact, for operators that do not keep the function anyway.
 
     `folds`: whether the config's epsilon makes up for another mean square of the stream.
@@ -88,7 +108,9 @@ def widening_notes(made: Widening, asked: WidthSizes) -> list[str]:
     found = []
     before, after = old["kv"] * old["group"], new["kv"] * new["group"]
     if asked.heads is None and asked.kv_heads is None and after != before:
-        found.append(f"{before} heads became {after}: {made.family.family} wants hidden and heads to fit each other")
+        found.append(
+            f"{before} heads became {after}: {made.family.family} wants hidden and heads to fit each other"
+        )
     if made.qk_norm == DEAD:
         times = -(-new["dim"] // old["dim"]) * old["dim"]
         found.append(
@@ -109,7 +131,9 @@ def unit_axes(
 ) -> dict[str, Expansion]:
     """Expansions of the axes whose coordinates are units of their own: neurons, heads, value coordinates."""
     inner = ways["head_dim"] if ways["head_dim"] in ("zero_in", "pair") else "pad"
-    queries = "pad" if ways["heads"] == "zero_in" else ways["heads"]  # values have no axis of queries to silence
+    queries = (
+        "pad" if ways["heads"] == "zero_in" else ways["heads"]
+    )  # values have no axis of queries to silence
     return {
         "ffn": unit_axis(ways["ffn"], old["ffn"], sizes["ffn"], seed, "ffn"),
         "kv": unit_axis(ways["heads"], old["kv"] * split, sizes["kv"], seed, "heads"),
@@ -146,7 +170,11 @@ def stream_axis(made: Widening, old: int, new: int, how: str, seed: int) -> Expa
     exact = how in ("tile", "duplicate") or post
     if exact and new % old:
         near = sorted({max(1, new // old) * old, -(-new // old) * old})
-        why = "its norms come after each sum" if post else f"--how {how} copies the stream evenly or not at all"
+        why = (
+            "its norms come after each sum"
+            if post
+            else f"--how {how} copies the stream evenly or not at all"
+        )
         raise RegraftError(
             f"{made.anatomy.family} cannot have hidden {new} exactly, {why}: use --hidden {' or '.join(map(str, near))}"
             + ("" if post else ", or --how hidden=pad or hidden=lemon for any width")
@@ -160,7 +188,11 @@ def stream_axis(made: Widening, old: int, new: int, how: str, seed: int) -> Expa
 
 def choose_fold(made: Widening, fold: str) -> Literal["stream", "eps"]:
     """How the mean square of a padded stream is kept; RegraftError when `eps` is asked for and cannot be."""
-    others = [p.axes.text for p in made.parts if p.norm and p.axes.kind == "gain" and "hidden" not in p.axes.outputs[0]]
+    others = [
+        p.axes.text
+        for p in made.parts
+        if p.norm and p.axes.kind == "gain" and "hidden" not in p.axes.outputs[0]
+    ]
     if fold == "eps" and others:
         raise RegraftError(
             f"{made.anatomy.family} has one epsilon for norms over hidden and for '{others[0]}', which grow apart: "

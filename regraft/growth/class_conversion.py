@@ -77,13 +77,17 @@ def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
     half, pairs = dim // 2, -(-count // 2)
     made = {
         "rope_type": "proportional",
-        "rope_theta": rotary.compute_theta_power(rope["rope_theta"], dim / max(count, 1), WIDEN_HINT),
+        "rope_theta": rotary.compute_theta_power(
+            rope["rope_theta"], dim / max(count, 1), WIDEN_HINT
+        ),
         "partial_rotary_factor": rotary.compute_partial_factor(2 * pairs, dim),
     }
     if rope["rope_type"] == "linear":
         made["factor"] = rope["factor"]
     old = torch.arange(dim)
-    order = torch.cat([old[:pairs], old[2 * pairs : half + pairs], old[pairs : 2 * pairs], old[half + pairs :]])
+    order = torch.cat(
+        [old[:pairs], old[2 * pairs : half + pairs], old[pairs : 2 * pairs], old[half + pairs :]]
+    )
     return {"rope_parameters": made, "partial_rotary_factor": made["partial_rotary_factor"]}, order
 
 
@@ -112,7 +116,13 @@ NEOX_DEFAULTS = {key: value for key, value in SHARED_DEFAULTS.items() if key != 
 }
 NEOX_KEYS = {key: (key, value) for key, value in NEOX_DEFAULTS.items()}
 NEOX_LEAVES = (
-    *("use_parallel_residual", "attention_bias", "classifier_dropout", "hidden_dropout", "is_decoder"),
+    *(
+        "use_parallel_residual",
+        "attention_bias",
+        "classifier_dropout",
+        "hidden_dropout",
+        "is_decoder",
+    ),
     *("rotary_emb_base", "rotary_pct", "rope_theta", "rope_scaling", "rope_parameters"),
 )
 DROPOUT, EPSILON = ("hidden_dropout", 0.0), ("layer_norm_eps", 1e-5)
@@ -129,18 +139,28 @@ CONVERSIONS: dict[tuple[str, str], ClassConversion] = {
         keys=NEOX_KEYS | {"layer_norm_eps": EPSILON, "resid_pdrop": DROPOUT, "embd_pdrop": DROPOUT},
         sets={"qk_layernorm": False},
         leaves=NEOX_LEAVES,
-        folds={"attn.q": "norm.attn", "attn.k": "norm.attn", "attn.v": "norm.attn", "mlp.up": "norm.mlp"},
+        folds={
+            "attn.q": "norm.attn",
+            "attn.k": "norm.attn",
+            "attn.v": "norm.attn",
+            "mlp.up": "norm.mlp",
+        },
         rotary=convert_partial_rotary,
     ),
     ("gpt_neox", "starcoder2"): ClassConversion(
         when="use_parallel_residual false",
-        keys=NEOX_KEYS | {"norm_epsilon": EPSILON, "residual_dropout": DROPOUT, "embedding_dropout": DROPOUT},
+        keys=NEOX_KEYS
+        | {"norm_epsilon": EPSILON, "residual_dropout": DROPOUT, "embedding_dropout": DROPOUT},
         sets={"use_bias": True, "sliding_window": None},
         leaves=(*NEOX_LEAVES, "layer_norm_eps"),
         rotary=convert_full_rotary,
     ),
 }
-CLASSES = {"mistral": "MistralForCausalLM", "phi": "PhiForCausalLM", "starcoder2": "Starcoder2ForCausalLM"}
+CLASSES = {
+    "mistral": "MistralForCausalLM",
+    "phi": "PhiForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+}
 
 
 def find_target_family(source: Checkpoint, to: str | None) -> str:
@@ -149,7 +169,9 @@ def find_target_family(source: Checkpoint, to: str | None) -> str:
     name = anatomy.bridge(anatomy.fill_defaults(source.config))
     if name is not None and (anatomy.family, name) in CONVERSIONS and to in (None, name):
         return name
-    known = "; ".join(f"{old} to {new} ({crossing.when})" for (old, new), crossing in CONVERSIONS.items())
+    known = "; ".join(
+        f"{old} to {new} ({crossing.when})" for (old, new), crossing in CONVERSIONS.items()
+    )
     wanted = f" to {to}" if to else ""
     hint = f"use --bridge {name}" if name else WIDEN_HINT
     raise RegraftError(f"this {anatomy.family} has no bridge{wanted}: {hint}. Bridges are {known}")
@@ -164,12 +186,18 @@ def convert_to_family(source: Checkpoint, to: str) -> Checkpoint:
     placed = anatomy.place(config)
     if (sizes := anatomy.solve(config)) != source.sizes:
         raise RegraftError(f"{to} config gives axes {sizes}, not {source.sizes}: mend its table")
-    tensors = {key: _convert_tensor(source, crossing, key, spot, order) for key, spot in placed.items()}
+    tensors = {
+        key: _convert_tensor(source, crossing, key, spot, order) for key, spot in placed.items()
+    }
     used = {name for lazy in tensors.values() for name in lazy.story.sources}
     if lost := sorted(set(source.names.values()) - used):
-        raise RegraftError(f"'{lost[0]}' has no place in {to}: add its role to regraft/growth/bridges.py")
+        raise RegraftError(
+            f"'{lost[0]}' has no place in {to}: add its role to regraft/growth/bridges.py"
+        )
     names = {key: spot.name for key, spot in placed.items()}
-    return replace(source, config=config, anatomy=anatomy, sizes=sizes, tensors=tensors, names=names)
+    return replace(
+        source, config=config, anatomy=anatomy, sizes=sizes, tensors=tensors, names=names
+    )
 
 
 def _build_config(source: Checkpoint, to: str, crossing: ClassConversion) -> dict[str, Any]:
@@ -183,7 +211,11 @@ def _build_config(source: Checkpoint, to: str, crossing: ClassConversion) -> dic
     kept = {key: value for key, value in config.items() if key not in crossing.leaves}
     known = {key: config.get(old, default) for key, (old, default) in crossing.keys.items()}
     sizes = find_anatomy({"model_type": to}).config_keys(source.sizes)
-    made = {"model_type": to, "architectures": [CLASSES[to]], "transformers_version": versions()["transformers"]}
+    made = {
+        "model_type": to,
+        "architectures": [CLASSES[to]],
+        "transformers_version": versions()["transformers"],
+    }
     return kept | sizes | known | dict(crossing.sets) | made
 
 
@@ -195,7 +227,10 @@ def _convert_tensor(
     base, _, ending = role.rpartition(".")
     if base in crossing.folds.values():
         return _constant_tensor(
-            source, spot, float(ending == "weight"), "its gain and bias are in the maps that read it"
+            source,
+            spot,
+            float(ending == "weight"),
+            "its gain and bias are in the maps that read it",
         )
     if base in crossing.folds:
         lazy = _fold_norm(source, base, crossing.folds[base], ending, layer)
@@ -203,13 +238,22 @@ def _convert_tensor(
         lazy = found
     else:
         return _constant_tensor(source, spot, 0.0, f"{source.anatomy.family} has none here")
-    return lazy if order is None or base not in ("attn.q", "attn.k") else _reorder_head_coordinates(lazy, order)
+    return (
+        lazy
+        if order is None or base not in ("attn.q", "attn.k")
+        else _reorder_head_coordinates(lazy, order)
+    )
 
 
 def _constant_tensor(source: Checkpoint, spot: PlacedPart, value: float, note: str) -> LazyTensor:
     dtype = source.tensors["embed.weight", None].dtype
     kind = "fresh" if value else "zero"
-    return LazyTensor(spot.shape, dtype, Provenance(kind, (), note), lambda: torch.full(spot.shape, value, dtype=dtype))
+    return LazyTensor(
+        spot.shape,
+        dtype,
+        Provenance(kind, (), note),
+        lambda: torch.full(spot.shape, value, dtype=dtype),
+    )
 
 
 def _find_tensor_name(source: Checkpoint, key: Key) -> str | None:
@@ -235,10 +279,18 @@ def _copy_tensor(source: Checkpoint, key: Key, spot: PlacedPart) -> LazyTensor |
     return LazyTensor(spot.shape, lazy.dtype, Provenance("copied", (name,), note), read)
 
 
-def _fold_norm(source: Checkpoint, base: str, norm: str, ending: str, layer: int | None) -> LazyTensor:
+def _fold_norm(
+    source: Checkpoint, base: str, norm: str, ending: str, layer: int | None
+) -> LazyTensor:
     """A map behind the affine map of a norm, as one: W diag(g) and b + W n, computed in float32 at least."""
-    weight, gain, shift = (source[role, layer] for role in (f"{base}.weight", f"{norm}.weight", f"{norm}.bias"))
-    bias = source[f"{base}.bias", layer] if _find_tensor_name(source, (f"{base}.bias", layer)) else None
+    weight, gain, shift = (
+        source[role, layer] for role in (f"{base}.weight", f"{norm}.weight", f"{norm}.bias")
+    )
+    bias = (
+        source[f"{base}.bias", layer]
+        if _find_tensor_name(source, (f"{base}.bias", layer))
+        else None
+    )
 
     def scale_weight() -> Tensor:
         value = weight.read()
@@ -252,10 +304,14 @@ def _fold_norm(source: Checkpoint, base: str, norm: str, ending: str, layer: int
     roles = (f"{base}.weight", f"{norm}.{ending}", *([f"{base}.bias"] if ending == "bias" else []))
     names = tuple(name for role in roles if (name := _find_tensor_name(source, (role, layer))))
     story = Provenance(
-        "grown", names, f"times the gain of {norm}" if ending == "weight" else f"plus the bias of {norm}"
+        "grown",
+        names,
+        f"times the gain of {norm}" if ending == "weight" else f"plus the bias of {norm}",
     )
     shape = weight.shape if ending == "weight" else weight.shape[:1]
-    return LazyTensor(shape, weight.dtype, story, scale_weight if ending == "weight" else shift_bias)
+    return LazyTensor(
+        shape, weight.dtype, story, scale_weight if ending == "weight" else shift_bias
+    )
 
 
 def _reorder_head_coordinates(lazy: LazyTensor, order: Tensor) -> LazyTensor:

@@ -36,10 +36,18 @@ def build_layer_order(how: str, old: int, new: int) -> list[LayerOrigin]:
         raise RegraftError(f"unknown --depth-how '{how}': use one of {', '.join(ORDERS)}")
     more = new - old
     if more < 0:
-        raise RegraftError(f"--layers {new} is less than the source's {old}: growth never shrinks, give {old} or more")
+        raise RegraftError(
+            f"--layers {new} is less than the source's {old}: growth never shrinks, give {old} or more"
+        )
     if how in EXACT:
-        ends = [(k + 1) * old // more - 1 if more <= old else (k * old) // more for k in range(more)]
-        return [item for i in range(old) for item in [LayerOrigin(i), *[LayerOrigin(i, True)] * ends.count(i)]]
+        ends = [
+            (k + 1) * old // more - 1 if more <= old else (k * old) // more for k in range(more)
+        ]
+        return [
+            item
+            for i in range(old)
+            for item in [LayerOrigin(i), *[LayerOrigin(i, True)] * ends.count(i)]
+        ]
     if how in ("stack", "gstack"):
         if how == "gstack" and new % old:
             raise RegraftError(
@@ -50,10 +58,14 @@ def build_layer_order(how: str, old: int, new: int) -> list[LayerOrigin]:
         return [LayerOrigin(i * old // new) for i in range(new)]
     if how == "upscale":
         if new > 2 * old:
-            raise RegraftError(f"upscale joins two overlapping copies: at most {2 * old} layers, not {new}; use stack")
+            raise RegraftError(
+                f"upscale joins two overlapping copies: at most {2 * old} layers, not {new}; use stack"
+            )
         return [LayerOrigin(i) for i in [*range(-(-new // 2)), *range(old - new // 2, old)]]
     if more > old:
-        raise RegraftError(f"{how} repeats layers once: at most {2 * old} layers, not {new}; grow in two stages")
+        raise RegraftError(
+            f"{how} repeats layers once: at most {2 * old} layers, not {new}; grow in two stages"
+        )
     if how == "midas":
         start = (old - more) // 2
         return [LayerOrigin(i) for i in [*range(start + more), *range(start, old)]]
@@ -82,7 +94,9 @@ def deepen_tensors(
         change = softmax_scale_ratio(source, config, place.source, layer)
         if source.holds != "weights":
             change **= -1 if source.holds == "exp_avg" else -2
-        if change != 1.0 and any(kind_of(base) == "k" for base, _, _ in fused_maps(spots[home].part, role)):
+        if change != 1.0 and any(
+            kind_of(base) == "k" for base, _, _ in fused_maps(spots[home].part, role)
+        ):
             lazy = rescale_keys(source, spots[home].part, role, lazy, change)
         followed = layer + 1 < len(order) and order[layer + 1].new
         if quiet.hands_on and role.startswith(quiet.last) and followed:
@@ -93,7 +107,9 @@ def deepen_tensors(
     return table
 
 
-def softmax_scale_ratio(source: Checkpoint, config: dict[str, Any], before: int, after: int) -> float:
+def softmax_scale_ratio(
+    source: Checkpoint, config: dict[str, Any], before: int, after: int
+) -> float:
     """What keys of a layer that moves are multiplied by when the softmax scale depends on the layer."""
     anatomy, family, dim = source.anatomy, source.anatomy.host(source.config), source.sizes["dim"]
     return family.scale(anatomy.fill_defaults(source.config), dim, before) / family.scale(
@@ -101,7 +117,9 @@ def softmax_scale_ratio(source: Checkpoint, config: dict[str, Any], before: int,
     )
 
 
-def rescale_keys(source: Checkpoint, part: Part, role: str, lazy: LazyTensor, change: float) -> LazyTensor:
+def rescale_keys(
+    source: Checkpoint, part: Part, role: str, lazy: LazyTensor, change: float
+) -> LazyTensor:
     """A tensor with its keys multiplied."""
     roles = [kind_of(base) for base, _, _ in fused_maps(part, role)]
 
@@ -113,7 +131,11 @@ def rescale_keys(source: Checkpoint, part: Part, role: str, lazy: LazyTensor, ch
         ]
         return repack_maps(grown, part, source)
 
-    return replace(lazy, read=compute, story=Provenance("grown", lazy.story.sources, f"keys times {change:.6g}"))
+    return replace(
+        lazy,
+        read=compute,
+        story=Provenance("grown", lazy.story.sources, f"keys times {change:.6g}"),
+    )
 
 
 def repack_maps(values: list[Tensor], part: Part, source: Checkpoint) -> Tensor:
@@ -143,7 +165,9 @@ class IdentityLayer:
         self.outputs = {
             role
             for role, part in layered.items()
-            if not part.norm and part.axes.kind in ("map", "bias") and any("hidden" in o for o in part.axes.outputs)
+            if not part.norm
+            and part.axes.kind in ("map", "bias")
+            and any("hidden" in o for o in part.axes.outputs)
         }
 
     def idle_tensor(self, key: Key, lazy: LazyTensor, how: str, draw: SeededRandom) -> LazyTensor:
@@ -152,13 +176,18 @@ class IdentityLayer:
         part = self.spots[key].part
         if self.source.holds != "weights":
             moved = role in self.norms and role.startswith(self.last)
-            return lazy if moved or self.source.holds == "exp_avg_sq" else constant_tensor(lazy, 0.0)
+            return (
+                lazy if moved or self.source.holds == "exp_avg_sq" else constant_tensor(lazy, 0.0)
+            )
         if role in self.gains:
             return constant_tensor(lazy, -1.0 if part.axes.unit else 0.0)
         if role in self.norms and not role.startswith(self.last):
             return self.neutral_norm(key, lazy)
         if role in self.norms:
-            return replace(lazy, story=Provenance("copied", lazy.story.sources, "taken over from the norm before"))
+            return replace(
+                lazy,
+                story=Provenance("copied", lazy.story.sources, "taken over from the norm before"),
+            )
         if role in self.outputs and not self.gains:
             return constant_tensor(lazy, 0.0)
         if how == "llama_pro":
@@ -186,7 +215,9 @@ def random_tensor(lazy: LazyTensor, part: Part, draw: SeededRandom) -> LazyTenso
     if kind == "scale":
         return lazy
     read: Callable[[], Tensor] = lambda: draw_like(lazy, draw)  # noqa: E731
-    return replace(lazy, story=Provenance("fresh", (), "uniform, as spread out as the layer below"), read=read)
+    return replace(
+        lazy, story=Provenance("fresh", (), "uniform, as spread out as the layer below"), read=read
+    )
 
 
 def draw_like(lazy: LazyTensor, draw: SeededRandom) -> Tensor:
@@ -204,7 +235,9 @@ def randomize_zero_rows(lazy: LazyTensor, draw: SeededRandom) -> LazyTensor:
         silent = (value == 0).all(1)
         if bool(silent.any()):
             value = value.clone()
-            value[silent] = draw.uniform((int(silent.sum()), value.shape[1]), estimate_std(value), value.dtype)
+            value[silent] = draw.uniform(
+                (int(silent.sum()), value.shape[1]), estimate_std(value), value.dtype
+            )
         return value
 
     return replace(lazy, read=compute)

@@ -42,7 +42,9 @@ class Grower(nn.Module):
     their maps: one tensor is mixed small; a whole model of more layers than the source is widened first, then mixed.
     """
 
-    def __init__(self, widening: Widening, order: Sequence[LayerOrigin], method: Ligo, seed: int = 0):
+    def __init__(
+        self, widening: Widening, order: Sequence[LayerOrigin], method: Ligo, seed: int = 0
+    ):
         super().__init__()
         self.widening, self.order, self.method = widening, list(order), method
         self.source = widening.source
@@ -61,7 +63,9 @@ class Grower(nn.Module):
             if isinstance(space, AxisMap):
                 space.levels = self.folds and name == "hidden"
         self.mixing = nn.ParameterDict(self._build_mixing(draw))
-        self.begun = {name: (one[0].detach(), one[1].detach()) for name, one in self._compute_maps().items()}
+        self.begun = {
+            name: (one[0].detach(), one[1].detach()) for name, one in self._compute_maps().items()
+        }
 
     def forward(self) -> dict[Key, Tensor]:
         """Every tensor of the target by key, float32, with a graph to the maps."""
@@ -69,7 +73,10 @@ class Grower(nn.Module):
         found: dict[Key, Tensor] = {}
         for role, layered in {role: layer is not None for role, layer in self.before}.items():
             layers = list(range(len(self.order))) if layered else [None]
-            found |= {(role, i): value for i, value in zip(layers, self._compute_role(role, layers, maps), strict=True)}
+            found |= {
+                (role, i): value
+                for i, value in zip(layers, self._compute_role(role, layers, maps), strict=True)
+            }
         return found
 
     @torch.no_grad()
@@ -95,24 +102,42 @@ class Grower(nn.Module):
             table |= dict.fromkeys("qkv", whole)
             del table["qk"]
         return {
-            name: AxisMap(axis, method, draw, name in LINEAR, not (name == "qk" and widening.family.rotary))
+            name: AxisMap(
+                axis, method, draw, name in LINEAR, not (name == "qk" and widening.family.rotary)
+            )
             for name, axis in table.items()
             if not axis.is_identity
         }
 
     def _check_dense(self) -> None:
         sizes, anatomy = self.widening.sizes, self.widening.family
-        normed = any(part.norm and set(part.axes.outputs[0]) & set(HEADS) for part in self.widening.parts)
+        normed = any(
+            part.norm and set(part.axes.outputs[0]) & set(HEADS) for part in self.widening.parts
+        )
         if anatomy.rotary or sizes["group"] > 1 or normed:
-            why = "rotary positions" if anatomy.rotary else "norms on its queries" if normed else "grouped queries"
-            raise RegraftError(f"dense maps would mix what the {why} of {anatomy.family} keep apart: use heads blocks")
+            why = (
+                "rotary positions"
+                if anatomy.rotary
+                else "norms on its queries"
+                if normed
+                else "grouped queries"
+            )
+            raise RegraftError(
+                f"dense maps would mix what the {why} of {anatomy.family} keep apart: use heads blocks"
+            )
 
     def _can_fold_norms(self) -> bool:
         """Whether the gain of every norm over the stream can move into what reads it."""
-        norms = [part for part in self.widening.parts if part.norm and "hidden" in part.axes.outputs[0]]
+        norms = [
+            part for part in self.widening.parts if part.norm and "hidden" in part.axes.outputs[0]
+        ]
         plain = all(part.axes.kind == "gain" and part.reads == "stream" for part in norms)
         kinds = {role for role, _ in self.before}
-        readers = {role: spot.part for (role, _), spot in self.before.items() if self._reads_hidden(spot.part)}
+        readers = {
+            role: spot.part
+            for (role, _), spot in self.before.items()
+            if self._reads_hidden(spot.part)
+        }
         return (
             plain
             and all(self._norm_before(role, part) in kinds for role, part in readers.items())
@@ -157,25 +182,36 @@ class Grower(nn.Module):
                     blurred = start + self.method.blur * torch.rand(start.shape, generator=draw) * (
                         start.sum(1, keepdim=True) > 0
                     )
-                    table[name] = nn.Parameter(blurred / blurred.sum(1, keepdim=True).clamp(min=1.0))
+                    table[name] = nn.Parameter(
+                        blurred / blurred.sum(1, keepdim=True).clamp(min=1.0)
+                    )
         return table
 
     def _module_names(self, role: str) -> list[str]:
         """The kinds of module that a layer's tensor holds, as `mixing` names them."""
-        return [base.rpartition(".")[0].replace(".", "_") for base, _, _ in fused_maps(self.before[role, 0].part, role)]
+        return [
+            base.rpartition(".")[0].replace(".", "_")
+            for base, _, _ in fused_maps(self.before[role, 0].part, role)
+        ]
 
     def _build_wideners(self, role: str, layer: int | None) -> list[MapWidener]:
         part = self.before[role, layer].part
         return [
-            MapWidener(self.widening, name, part, axes, output, layer) for name, axes, output in fused_maps(part, role)
+            MapWidener(self.widening, name, part, axes, output, layer)
+            for name, axes, output in fused_maps(part, role)
         ]
 
     def _read_maps(self, role: str, layer: int | None) -> list[Tensor]:
         """The maps of one tensor of the source, seen axis by axis, with their factors."""
         values = split_fused(
-            self.source.tensors[role, layer].read().float(), self.before[role, layer].part, self.source.sizes
+            self.source.tensors[role, layer].read().float(),
+            self.before[role, layer].part,
+            self.source.sizes,
         )
-        return [self._scale_source(p, v, layer) for p, v in zip(self._build_wideners(role, layer), values, strict=True)]
+        return [
+            self._scale_source(p, v, layer)
+            for p, v in zip(self._build_wideners(role, layer), values, strict=True)
+        ]
 
     def _stack_layers(self, role: str) -> list[Tensor]:
         """The maps of a role in all layers of the source, (source layers, ...) each."""
@@ -195,13 +231,23 @@ class Grower(nn.Module):
                 else self._read_maps(role, layer)
             )
         rows = [self.mixing[name][layer] for name in names]
-        if role in self.stacks or self.source.layers * self.source.tensors[role, 0].size <= MAX_STACKED_ENTRIES:
+        if (
+            role in self.stacks
+            or self.source.layers * self.source.tensors[role, 0].size <= MAX_STACKED_ENTRIES
+        ):
             stacks = self.stacks.get(role) or self._stack_layers(role)
             return [torch.tensordot(row, stack, 1) for row, stack in zip(rows, stacks, strict=True)]
         total: list[Tensor] = []
         for source, shares in enumerate(torch.stack(rows, 1).tolist()):
-            values = [share * value for share, value in zip(shares, self._read_maps(role, source), strict=True)]
-            total = [one.add_(value) for one, value in zip(total, values, strict=True)] if total else values
+            values = [
+                share * value
+                for share, value in zip(shares, self._read_maps(role, source), strict=True)
+            ]
+            total = (
+                [one.add_(value) for one, value in zip(total, values, strict=True)]
+                if total
+                else values
+            )
         return total
 
     def _scale_source(self, piece: MapWidener, value: Tensor, layer: int | None) -> Tensor:
@@ -219,18 +265,28 @@ class Grower(nn.Module):
         """The tensors of a role in some layers of the target."""
         first = None if (role, None) in self.before else 0
         part, work = self.before[role, first].part, self._build_wideners(role, first)
-        wide = self._widen_then_mix(role, layers, work, maps) if len(layers) > self.source.layers else None
+        wide = (
+            self._widen_then_mix(role, layers, work, maps)
+            if len(layers) > self.source.layers
+            else None
+        )
         made: list[Tensor] = []
         for at, layer in enumerate(layers):
             if wide is None:
                 values = [
-                    self._grow_map(p, value, maps) for p, value in zip(work, self._mix_layers(role, layer), strict=True)
+                    self._grow_map(p, value, maps)
+                    for p, value in zip(work, self._mix_layers(role, layer), strict=True)
                 ]
             else:
-                values = [self._apply_head_gain(p, value[at]) for p, value in zip(work, wide, strict=True)]
+                values = [
+                    self._apply_head_gain(p, value[at]) for p, value in zip(work, wide, strict=True)
+                ]
             if self.method.live and not part.norm:
                 home = None if layer is None else self.order[layer].source
-                values = [value + self._compute_free_entries(role, index, home) for index, value in enumerate(values)]
+                values = [
+                    value + self._compute_free_entries(role, index, home)
+                    for index, value in enumerate(values)
+                ]
             made.append(join_fused(values, part).contiguous())
         return made
 
@@ -239,7 +295,9 @@ class Grower(nn.Module):
     ) -> list[Tensor] | None:
         """The maps of a role in these layers, (layers, ...) each: made large, then mixed. None where a tensor does not
         grow linearly, or none is held in memory."""
-        linear = not any(piece.part.norm or piece.signature.kind in ("gain", "scale") for piece in work)
+        linear = not any(
+            piece.part.norm or piece.signature.kind in ("gain", "scale") for piece in work
+        )
         names, made = self._module_names(role), []
         if not linear or role not in self.stacks or names[0] not in self.mixing:
             return None
@@ -256,12 +314,17 @@ class Grower(nn.Module):
 
     def _apply_head_gain(self, piece: MapWidener, value: Tensor) -> Tensor:
         if piece.headed:
-            value = value * tied_head_gain(self.widening, self.widening.hidden_expansion.copies or 1).float()
+            value = (
+                value
+                * tied_head_gain(self.widening, self.widening.hidden_expansion.copies or 1).float()
+            )
         return value - 1 if piece.signature.unit else value
 
     def _apply_axis_maps(self, piece: MapWidener, value: Tensor, maps: Maps) -> Tensor:
         spans = [span for span in self._find_spans(piece) if span.name in maps]
-        for span in sorted(spans, key=lambda span: -maps[span.name][0].shape[1]):  # the larger first: fewest products
+        for span in sorted(
+            spans, key=lambda span: -maps[span.name][0].shape[1]
+        ):  # the larger first: fewest products
             value = self._apply_axis_map(piece, value, span, maps[span.name][span.read])
         return value
 
@@ -271,7 +334,9 @@ class Grower(nn.Module):
         name = f"{role}.{index}.{layer}"
         if name not in self.free:
             piece, part = self._build_wideners(role, layer)[index], self.before[role, layer].part
-            value = split_fused(self.source.tensors[role, layer].read().float(), part, self.source.sizes)[index]
+            value = split_fused(
+                self.source.tensors[role, layer].read().float(), part, self.source.sizes
+            )[index]
             self.free[name] = piece(value) - self._apply_axis_maps(
                 piece, piece.unflatten_axes(value) * piece.factor, self.begun
             )
@@ -282,7 +347,9 @@ class Grower(nn.Module):
         size = product(piece.signature.outputs[0], self.widening.sizes)
         return torch.full((size,), piece.factor - float(piece.signature.unit))
 
-    def _apply_axis_map(self, piece: MapWidener, value: Tensor, span: AxisSpan, matrix: Tensor) -> Tensor:
+    def _apply_axis_map(
+        self, piece: MapWidener, value: Tensor, span: AxisSpan, matrix: Tensor
+    ) -> Tensor:
         at = span.begin
         shape = value.shape
         flat = value.flatten(at, at + span.count - 1)
@@ -313,5 +380,7 @@ class Grower(nn.Module):
                 else:
                     spans.append(AxisSpan(at, 1, name, read))
             elif axis in GROWABLE_AXES:
-                spans.append(AxisSpan(at, 1, "qk" if axis == "dim" and kind in QUERIES else axis, read))
+                spans.append(
+                    AxisSpan(at, 1, "qk" if axis == "dim" and kind in QUERIES else axis, read)
+                )
         return spans

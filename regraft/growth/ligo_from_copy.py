@@ -21,7 +21,14 @@ class GrowerFromCopy(Grower):
     Layers beyond the source's begin without a share of old ones: they are the start's alone.
     """
 
-    def __init__(self, widening: Widening, order: Sequence[LayerOrigin], method: Ligo, seed: int, start: Checkpoint):
+    def __init__(
+        self,
+        widening: Widening,
+        order: Sequence[LayerOrigin],
+        method: Ligo,
+        seed: int,
+        start: Checkpoint,
+    ):
         super().__init__(widening, order, method, seed)
         begun = Grower(widening, order, method, seed)
         for grower in (self, begun):
@@ -33,7 +40,10 @@ class GrowerFromCopy(Grower):
 
     def _compute_role(self, role: str, layers: Sequence[int | None], maps: Maps) -> list[Tensor]:
         made = super()._compute_role(role, layers, maps)
-        return [value + self._compute_residual((role, layer)) for value, layer in zip(made, layers, strict=True)]
+        return [
+            value + self._compute_residual((role, layer))
+            for value, layer in zip(made, layers, strict=True)
+        ]
 
     @torch.no_grad()
     def _compute_residual(self, key: Key) -> Tensor:

@@ -61,14 +61,24 @@ class Ligo:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise RegraftError(f"LiGO has no {name} '{getattr(self, name)}': use one of {', '.join(allowed)}")
+                raise RegraftError(
+                    f"LiGO has no {name} '{getattr(self, name)}': use one of {', '.join(allowed)}"
+                )
         if self.live and self.start in RANDOM_STARTS:
-            raise RegraftError(f"LiGO's start '{self.start}' has no free entries to keep live: use start pad")
+            raise RegraftError(
+                f"LiGO's start '{self.start}' has no free entries to keep live: use start pad"
+            )
         for name in ("steps", "warmup", "blur", "lr", "lr_depth", "decay"):
             value = getattr(self, name)
             whole = name in ("steps", "warmup")
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < 0:
-                raise RegraftError(f"LiGO's {name} is {value!r}: give a {'whole ' if whole else ''}number, at least 0")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if whole else (int, float))
+                or value < 0
+            ):
+                raise RegraftError(
+                    f"LiGO's {name} is {value!r}: give a {'whole ' if whole else ''}number, at least 0"
+                )
 
 
 class AxisMap(nn.Module):
@@ -78,7 +88,14 @@ class AxisMap(nn.Module):
     anything here does.
     """
 
-    def __init__(self, axis: Expansion, method: Ligo, draw: torch.Generator, linear: bool, learns: bool = True):
+    def __init__(
+        self,
+        axis: Expansion,
+        method: Ligo,
+        draw: torch.Generator,
+        linear: bool,
+        learns: bool = True,
+    ):
         super().__init__()
         self.reads = method.reads
         written, shares = axis.write_matrix.float(), axis.read_matrix.T.float()
@@ -88,9 +105,17 @@ class AxisMap(nn.Module):
             written[fresh] = rows / rows.sum(1, keepdim=True)
         elif method.start == "random" and learns:
             written[fresh] = torch.randn(len(fresh), axis.old, generator=draw) / axis.old**0.5
-        self.silent: Tensor  # coordinates that nothing old is written to at first: their gains begin at one
+        self.silent: (
+            Tensor  # coordinates that nothing old is written to at first: their gains begin at one
+        )
         self.register_buffer("silent", fresh[:0] if averaged else fresh, persistent=False)
-        kept = len(written) if not learns else axis.old if method.free == "new" and axis.starts_with_old else 0
+        kept = (
+            len(written)
+            if not learns
+            else axis.old
+            if method.free == "new" and axis.starts_with_old
+            else 0
+        )
         self.kept: Tensor
         self.register_buffer("kept", written[:kept].clone(), persistent=False)
         self.rows = nn.Parameter(written[kept:].clone())
@@ -99,7 +124,9 @@ class AxisMap(nn.Module):
         apart = method.reads != "tied" and not linear and learns
         self.readers = nn.Parameter(torch.zeros_like(shares)) if apart else None
         self.linear = linear
-        self.first = axis.old if kept >= axis.old and axis.starts_with_old else 0  # rows of B that are the identity's
+        self.first = (
+            axis.old if kept >= axis.old and axis.starts_with_old else 0
+        )  # rows of B that are the identity's
         self.unshared = bool((shares[: axis.old].sum(1) == 1).all())
         self.levels = False  # whether B is kept as large, on average, as the start's: where norms read what it writes
 
@@ -130,4 +157,6 @@ def flatten_head_axes(kv: Expansion, dim: Expansion) -> Expansion:
     """The coordinates of all heads as one axis."""
     index = kv.index[:, None] * dim.old + dim.index
     index = torch.where((kv.index[:, None] < 0) | (dim.index < 0), -1, index).flatten()
-    return build_expansion(f"{kv.name} {dim.name}", kv.old * dim.old, index, (kv.share[:, None] * dim.share).flatten())
+    return build_expansion(
+        f"{kv.name} {dim.name}", kv.old * dim.old, index, (kv.share[:, None] * dim.share).flatten()
+    )

@@ -189,10 +189,13 @@ def describe_operators(table: Mapping[str, Operator]) -> Callable[[type[Step]], 
     papers = dict.fromkeys(key for one in table.values() for key in one.papers)
     said = {
         "{operators}": "\n".join(
-            textwrap.fill(f"- `{name}`: {one.does}", 110, subsequent_indent="  ") for name, one in table.items()
+            textwrap.fill(f"- `{name}`: {one.does}", 110, subsequent_indent="  ")
+            for name, one in table.items()
         ),
         "{papers}": textwrap.fill("; ".join(", ".join(PAPERS[key]) for key in papers), 110),
-        "{exact}": ", ".join(f"`{name}`" for name in operators_preserving(table, "exactly", "up to rounding")),
+        "{exact}": ", ".join(
+            f"`{name}`" for name in operators_preserving(table, "exactly", "up to rounding")
+        ),
         "{inexact}": ", ".join(f"`{name}`" for name in operators_preserving(table, "not")),
     }
 

@@ -19,7 +19,9 @@ FILE = "optimizer.safetensors"
 Steps = Sequence[Callable[[Checkpoint], Checkpoint]]
 
 
-def grow_optimizer_state(source: Checkpoint, steps: Steps, file: str | Path, out: str | Path) -> int:
+def grow_optimizer_state(
+    source: Checkpoint, steps: Steps, file: str | Path, out: str | Path
+) -> int:
     """Write `out/optimizer.safetensors` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of the grown model.
 
     `file` holds the same keys for `source`, as a run of `regraft train` keeps them in run/state.safetensors. Moments of
@@ -33,7 +35,10 @@ def grow_optimizer_state(source: Checkpoint, steps: Steps, file: str | Path, out
         grown = build_moment_checkpoint(source, entries, holds)
         for step in steps:
             grown = step(grown)
-        table |= {f"{holds}/{grown.names[key]}": lazy.read().contiguous() for key, lazy in grown.tensors.items()}
+        table |= {
+            f"{holds}/{grown.names[key]}": lazy.read().contiguous()
+            for key, lazy in grown.tensors.items()
+        }
     counts = [entry.read() for key, entry in entries.items() if key.startswith("step/")]
     steps_done = max((count.reshape(()) for count in counts), default=torch.tensor(0.0))
     table |= {f"step/{name}": steps_done.clone() for name in grown.names.values()}
@@ -44,7 +49,9 @@ def grow_optimizer_state(source: Checkpoint, steps: Steps, file: str | Path, out
 def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
     """The entries of a file of moments by key, checked against the source's parameters."""
     if not file.is_file():
-        raise RegraftError(f"no optimiser state at '{file}': give safetensors with exp_avg/NAME and exp_avg_sq/NAME")
+        raise RegraftError(
+            f"no optimiser state at '{file}': give safetensors with exp_avg/NAME and exp_avg_sq/NAME"
+        )
     if file.suffix in (".pt", ".bin", ".pth"):
         raise RegraftError(
             f"'{file}' is a pickle, which is never loaded: save its moments with safetensors as exp_avg/NAME, "
@@ -53,14 +60,20 @@ def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
     entries = {entry.name: entry for entry in read_header(file)}
     wanted = {f"{moment}/{name}" for moment in MOMENTS for name in source.names.values()}
     if missing := sorted(wanted - set(entries)):
-        raise RegraftError(f"'{file}' lacks '{missing[0]}': it belongs to another model or to a stage that froze it")
+        raise RegraftError(
+            f"'{file}' lacks '{missing[0]}': it belongs to another model or to a stage that froze it"
+        )
     known = ("step/", "model/")
     if extra := sorted(key for key in set(entries) - wanted if not key.startswith(known)):
-        raise RegraftError(f"'{file}' has '{extra[0]}', which '{source.origin}' has not: give the state of this model")
+        raise RegraftError(
+            f"'{file}' has '{extra[0]}', which '{source.origin}' has not: give the state of this model"
+        )
     return entries
 
 
-def build_moment_checkpoint(source: Checkpoint, entries: dict[str, TensorEntry], holds: Holds) -> Checkpoint:
+def build_moment_checkpoint(
+    source: Checkpoint, entries: dict[str, TensorEntry], holds: Holds
+) -> Checkpoint:
     """The source with a moment in place of every weight."""
 
     def open_moment(key: Key) -> LazyTensor:
@@ -70,6 +83,8 @@ def build_moment_checkpoint(source: Checkpoint, entries: dict[str, TensorEntry],
                 f"'{entry.name}' in '{entry.file}' has shape {list(entry.shape)}, its weight {list(shape)}: give the "
                 "state of this model"
             )
-        return LazyTensor(shape, entry.torch_dtype(), Provenance("copied", (entry.name,)), entry.read)
+        return LazyTensor(
+            shape, entry.torch_dtype(), Provenance("copied", (entry.name,)), entry.read
+        )
 
     return replace(source, tensors={key: open_moment(key) for key in source.tensors}, holds=holds)

@@ -23,7 +23,9 @@ SHARE = "_rotary_share"  # table key of classes that can turn a part of a head: 
 LARGEST = 3e38  # theta is a float32 number where frequencies are computed
 
 
-def widen_rotary(anatomy: Anatomy, config: Mapping[str, Any], old: int, new: int) -> tuple[dict[str, Any], Expansion]:
+def widen_rotary(
+    anatomy: Anatomy, config: Mapping[str, Any], old: int, new: int
+) -> tuple[dict[str, Any], Expansion]:
     """(config keys, expansion) for queries and keys whose heads grow from `old` to `new`.
 
     Classes that can turn a part of a head keep the turning coordinates and append to the others. Otherwise `new` = m *
@@ -35,15 +37,25 @@ def widen_rotary(anatomy: Anatomy, config: Mapping[str, Any], old: int, new: int
     full = anatomy.fill_defaults(config)
     scopes = [scope for scope in _rope_parameter_sets(full) if scope]
     spread = any(rotary_type(scope) == "proportional" for scope in scopes)
-    turning = {old} if spread else {_rotary_dim(scope, full, old) for scope in scopes} or {_rotary_dim({}, full, old)}
+    turning = (
+        {old}
+        if spread
+        else {_rotary_dim(scope, full, old) for scope in scopes} or {_rotary_dim({}, full, old)}
+    )
     if len(turning) > 1:
-        raise RegraftError(f"layers turn different parts of a head ({sorted(turning)}): keep --head-dim {old}")
+        raise RegraftError(
+            f"layers turn different parts of a head ({sorted(turning)}): keep --head-dim {old}"
+        )
     if turning != {old} or (full.get(SHARE) and not spread):
         return _keep_rotary_dim(full, turning.pop(), new), pad(old, new)
     if new % 2:
-        raise RegraftError(f"rotary positions need an even --head-dim, got {new}: use {new - 1} or {new + 1}")
+        raise RegraftError(
+            f"rotary positions need an even --head-dim, got {new}: use {new - 1} or {new + 1}"
+        )
     whole = new % old == 0 and all(rotary_type(scope) in MULTIPLE for scope in scopes)
-    changed = {} if whole and not spread else _scale_thetas(config, old, new, 1.0 if whole else new / old)
+    changed = (
+        {} if whole and not spread else _scale_thetas(config, old, new, 1.0 if whole else new / old)
+    )
     half, step = old // 2, new // old if whole else 1
     pairs = torch.arange(half) * step
     return changed, place(old, new, torch.cat([pairs, pairs + new // 2]))
@@ -63,7 +75,11 @@ def _rope_parameter_sets(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rotary_dim(scope: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> int:
-    said = [scope.get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct")]
+    said = [
+        scope.get("partial_rotary_factor"),
+        config.get("partial_rotary_factor"),
+        config.get("rotary_pct"),
+    ]
     shares = [share for share in (*said, *config.get(SHARE, {}).values()) if share is not None]
     return int(dim * shares[0]) if shares else dim
 
@@ -121,7 +137,9 @@ def _scale_thetas(config: Mapping[str, Any], old: int, new: int, power: float) -
     return keys
 
 
-def _scale_parameter_set(scope: Mapping[str, Any], old: int, new: int, power: float) -> dict[str, Any]:
+def _scale_parameter_set(
+    scope: Mapping[str, Any], old: int, new: int, power: float
+) -> dict[str, Any]:
     if rotary_type(scope) not in LOWERED:
         raise RegraftError(
             f"rotary type '{rotary_type(scope)}' sets frequencies by the length it sees, so wider heads cannot keep them: "
@@ -132,7 +150,9 @@ def _scale_parameter_set(scope: Mapping[str, Any], old: int, new: int, power: fl
         changed["rope_theta"] = compute_theta_power(scope["rope_theta"], power)
     if rotary_type(scope) == "proportional":
         pairs = int(scope.get("partial_rotary_factor", 1.0) * old // 2)
-        changed["partial_rotary_factor"] = compute_partial_factor(2 * pairs * (new // old if power == 1 else 1), new)
+        changed["partial_rotary_factor"] = compute_partial_factor(
+            2 * pairs * (new // old if power == 1 else 1), new
+        )
     for key in ("short_factor", "long_factor"):
         if key in scope:
             changed[key] = [*scope[key], *[1.0] * (new // 2 - len(scope[key]))]

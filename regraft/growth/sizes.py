@@ -36,7 +36,12 @@ def solve_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[dict[str, int], 
     """(axis sizes of the target, parts each key/value head is split into)."""
     old, anatomy = source.sizes, source.anatomy.host(source.config)
     heads_before = old["kv"] * old["group"]
-    before = {"hidden": old["hidden"], "ffn": old["ffn"], "heads": heads_before, "kv_heads": old["kv"]}
+    before = {
+        "hidden": old["hidden"],
+        "ffn": old["ffn"],
+        "heads": heads_before,
+        "kv_heads": old["kv"],
+    }
     for name, size in {**before, "head_dim": old["dim"]}.items():
         wanted = getattr(asked, name)
         if wanted is not None and wanted < size:
@@ -75,7 +80,10 @@ def find_head_count(source: Checkpoint, hidden: int, kv: int | None) -> int | No
     As many as keep hidden = heads x head_dim come first, then the fewest.
     """
     before = source.sizes["kv"] * source.sizes["group"]
-    counts = sorted(range(before, 2 * before + 1), key=lambda count: (count * source.sizes["dim"] != hidden, count))
+    counts = sorted(
+        range(before, 2 * before + 1),
+        key=lambda count: (count * source.sizes["dim"] != hidden, count),
+    )
     for count in counts:
         if hidden % count == 0:
             try:
@@ -99,9 +107,21 @@ def solve_coupled_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[int, int
             )
         return old["hidden"], heads, dim
     hidden = asked.hidden
-    options = [(asked.heads, asked.head_dim), (asked.heads, None), (None, asked.head_dim), (None, dim), (heads, None)]
+    options = [
+        (asked.heads, asked.head_dim),
+        (asked.heads, None),
+        (None, asked.head_dim),
+        (None, dim),
+        (heads, None),
+    ]
     if asked.heads or asked.head_dim:
-        options = options[:1] if asked.heads and asked.head_dim else options[1:2] if asked.heads else options[2:3]
+        options = (
+            options[:1]
+            if asked.heads and asked.head_dim
+            else options[1:2]
+            if asked.heads
+            else options[2:3]
+        )
     else:
         options = options[3:]
     for some_heads, some_dim in options:
@@ -139,7 +159,11 @@ def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[
         kv = old_kv if heads is None else whole
     if wanted % kv:
         every = old_kv * old_group
-        near = [n for n in (wanted // kv * kv, -(-wanted // kv) * kv) if n >= every and possible_splits(source, n, kv)]
+        near = [
+            n
+            for n in (wanted // kv * kv, -(-wanted // kv) * kv)
+            if n >= every and possible_splits(source, n, kv)
+        ]
         raise RegraftError(
             f"{wanted} query heads cannot share {kv} key/value heads evenly: use --heads "
             f"{' or '.join(map(str, near)) or f'{every} --kv-heads {old_kv}'}"
@@ -158,4 +182,8 @@ def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[
 def possible_splits(source: Checkpoint, heads: int, kv: int) -> list[int]:
     """Numbers of parts into which key/value heads can be split to get `kv` of them, shared evenly by `heads`."""
     old_kv, old_group, group = source.sizes["kv"], source.sizes["group"], heads // kv
-    return [m for m in range(1, old_group + 1) if old_group % m == 0 and old_group // m <= group and old_kv * m <= kv]
+    return [
+        m
+        for m in range(1, old_group + 1)
+        if old_group % m == 0 and old_group // m <= group and old_kv * m <= kv
+    ]

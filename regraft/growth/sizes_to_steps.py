@@ -25,7 +25,12 @@ from .steps.transplant import Transplant
 from .steps.widen import Widen
 
 LEARNED, AUTOMATIC = "ligo", "auto"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ class Growth(TargetSizes):
     def is_exact(self, source: Checkpoint) -> bool:
         """Whether every operator keeps the function."""
         chosen = self.resolve_auto(source)
-        ways, deeper = set(re.split("[,=]", chosen.how)), self.layers is not None or self.to is not None
+        ways, deeper = (
+            set(re.split("[,=]", chosen.how)),
+            self.layers is not None or self.to is not None,
+        )
         return not {"aki", LEARNED, COPY} & ways and (not deeper or chosen.depth_how in depth.EXACT)
 
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
@@ -88,11 +96,15 @@ class Growth(TargetSizes):
             return [*steps, Learned(**asked.sizes, method=self.ligo_options(), seed=self.seed)]
         if self.how == COPY and any(size is not None for size in asked.sizes.values()):
             if self.depth_how != "identity":
-                raise RegraftError(f"--how copy begins new layers at random: leave out --depth-how {self.depth_how}")
+                raise RegraftError(
+                    f"--how copy begins new layers at random: leave out --depth-how {self.depth_how}"
+                )
             return [*steps, Transplant(**asked.sizes, seed=self.seed)]
         widths = {name: size for name, size in asked.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
-            steps.append(Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed))
+            steps.append(
+                Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed)
+            )
         if asked.layers is not None:
             steps.append(Deepen(asked.layers, self.depth_how, self.seed))
         return steps
@@ -107,13 +119,21 @@ class Growth(TargetSizes):
         if self.to is None:
             return self
         if given := [f.name for f in fields(self)[:6] if getattr(self, f.name) is not None]:
-            raise RegraftError(f"--to '{self.to}' gives all sizes: leave out --{given[0].replace('_', '-')}")
+            raise RegraftError(
+                f"--to '{self.to}' gives all sizes: leave out --{given[0].replace('_', '-')}"
+            )
         sizes = read_target_sizes(source, self.to)
         heads = sizes["kv"] * sizes["group"]
         kv = None if "group" in source.anatomy.fixed else sizes["kv"]
         wide, deep = sizes["hidden"], sizes["depth"]
         return replace(
-            self, hidden=wide, ffn=sizes["ffn"], heads=heads, kv_heads=kv, head_dim=sizes["dim"], layers=deep
+            self,
+            hidden=wide,
+            ffn=sizes["ffn"],
+            heads=heads,
+            kv_heads=kv,
+            head_dim=sizes["dim"],
+            layers=deep,
         )
 
 
@@ -130,7 +150,11 @@ def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
             f"{source.anatomy.family} config"
         )
     sizes = anatomy.solve(config)
-    fixed = {axis: size for axis, size in sizes.items() if axis in ("vocab", "pos", "expert", "label", "type")}
+    fixed = {
+        axis: size
+        for axis, size in sizes.items()
+        if axis in ("vocab", "pos", "expert", "label", "type")
+    }
     for axis, size in fixed.items():
         if source.sizes[axis] != size:
             raise RegraftError(
@@ -149,6 +173,8 @@ def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
         for key, lazy in checkpoint.tensors.items()
     }
     step: dict[str, Any] = {"step": "Store", "arguments": {"dtype": name}}
-    keys = {key: name for key in ("dtype", "torch_dtype") if key in checkpoint.config} or {"dtype": name}
+    keys = {key: name for key in ("dtype", "torch_dtype") if key in checkpoint.config} or {
+        "dtype": name
+    }
     config = checkpoint.config | keys
     return replace(checkpoint, tensors=tensors, config=config, history=(*checkpoint.history, step))

@@ -78,7 +78,11 @@ def estimate_std(value: Tensor) -> float:
 
 
 def grow_tensor(
-    value: Tensor, sides: Sequence[AxisGrowth], factor: float, draw: SeededRandom, noise: float = 0.0
+    value: Tensor,
+    sides: Sequence[AxisGrowth],
+    factor: float,
+    draw: SeededRandom,
+    noise: float = 0.0,
 ) -> Tensor:
     """`value` seen axis by axis -> its grown form, stored in the same dtype.
 
@@ -87,7 +91,12 @@ def grow_tensor(
     """
     noisy = [side for side in sides if noise and side.reads and side.expansion.copies != 1]
     shared = any(side.reads and not side.expansion.in_place for side in sides)
-    computes = factor != 1.0 or shared or bool(noisy) or any(side.fresh in ("mean", "turn") for side in sides)
+    computes = (
+        factor != 1.0
+        or shared
+        or bool(noisy)
+        or any(side.fresh in ("mean", "turn") for side in sides)
+    )
     std = estimate_std(value) * abs(factor)
     out = value.to(compute_dtype(value.dtype)) * factor if computes else value
     if all(side.expansion.in_place and side.fresh != "turn" for side in sides):
@@ -101,7 +110,9 @@ def grow_tensor(
     for side in noisy:
         flat = out.view(-1, *out.shape[side.axis :])
         for rows in flat.split(_rows_per_chunk(flat)):
-            rows += _cancel_noise(draw.uniform(rows.shape, noise * std, out.dtype), replace(side, axis=1))
+            rows += _cancel_noise(
+                draw.uniform(rows.shape, noise * std, out.dtype), replace(side, axis=1)
+            )
     _apply_zeros_and_means(out, sides)
     return out.to(value.dtype)
 
@@ -121,7 +132,9 @@ def grow_moment(value: Tensor, sides: Sequence[AxisGrowth], factor: float, power
     out = grow_tensor(value, table, factor**-power, SeededRandom(0, ""))
     for side in table if power == 2 else ():
         if len(side.expansion.new_coordinates):
-            out.index_fill_(side.axis, side.expansion.new_coordinates, float(value.mean()) * factor**-power)
+            out.index_fill_(
+                side.axis, side.expansion.new_coordinates, float(value.mean()) * factor**-power
+            )
     return out
 
 
@@ -133,7 +146,9 @@ def _place_old_first(value: Tensor, sides: Sequence[AxisGrowth]) -> Tensor:
     out = value.new_empty(shape)
     for side in sides:
         if side.fresh not in ("free", "one") and len(side.expansion.new_coordinates):
-            out.narrow(side.axis, side.expansion.old, side.expansion.new - side.expansion.old).zero_()
+            out.narrow(
+                side.axis, side.expansion.old, side.expansion.new - side.expansion.old
+            ).zero_()
     out[tuple(slice(0, size) for size in value.shape)] = value
     return out
 

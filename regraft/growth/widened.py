@@ -37,31 +37,44 @@ def _widen_tensor(widening: Widening, key: Key, spot: PlacedPart, before: Placed
         note = f"times {work[0].factor:.6g}"
     else:
         note = f"'{before.part.signature}' {list(source.shape)} to {list(spot.shape)}"
-    story = Provenance("grown" if source.story.sources else source.story.kind, source.story.sources, note)
-    return LazyTensor(spot.shape, source.dtype, story, _build_reader(widening, key, before, spot, work))
+    story = Provenance(
+        "grown" if source.story.sources else source.story.kind, source.story.sources, note
+    )
+    return LazyTensor(
+        spot.shape, source.dtype, story, _build_reader(widening, key, before, spot, work)
+    )
 
 
 def _build_reader(
     widening: Widening, key: Key, before: PlacedPart, spot: PlacedPart, work: list[MapWidener]
 ) -> Callable[[], Tensor]:
     def compute() -> Tensor:
-        values = split_fused(widening.source.tensors[key].read(), before.part, widening.source.sizes)
+        values = split_fused(
+            widening.source.tensors[key].read(), before.part, widening.source.sizes
+        )
         after = _read_next_layer(widening, key, before, work)
         grown = [
-            piece(value, after[i] if after else None) for i, (piece, value) in enumerate(zip(work, values, strict=True))
+            piece(value, after[i] if after else None)
+            for i, (piece, value) in enumerate(zip(work, values, strict=True))
         ]
         value = join_fused(grown, before.part)
         if tuple(value.shape) != spot.shape:
-            raise RegraftError(f"'{spot.name}' grew to {list(value.shape)}, not {list(spot.shape)}: report this table")
+            raise RegraftError(
+                f"'{spot.name}' grew to {list(value.shape)}, not {list(spot.shape)}: report this table"
+            )
         return value
 
     return compute
 
 
-def _read_next_layer(widening: Widening, key: Key, before: PlacedPart, work: list[MapWidener]) -> list[Tensor] | None:
+def _read_next_layer(
+    widening: Widening, key: Key, before: PlacedPart, work: list[MapWidener]
+) -> list[Tensor] | None:
     """The same tensor of the next layer, for operators that take further copies from there."""
     role, layer = key
-    if layer is None or not any(side.expansion.following and not side.reads for piece in work for side in piece.sides):
+    if layer is None or not any(
+        side.expansion.following and not side.reads for piece in work for side in piece.sides
+    ):
         return None
     beyond = widening.source.tensors[role, min(layer + 1, widening.source.layers - 1)]
     return split_fused(beyond.read(), before.part, widening.source.sizes)
@@ -71,7 +84,13 @@ class MapWidener:
     """One of a part's fused maps (or the part itself) with its sides and factor."""
 
     def __init__(
-        self, widening: Widening, role: str, part: Part, signature: Signature, output: Axes, layer: int | None
+        self,
+        widening: Widening,
+        role: str,
+        part: Part,
+        signature: Signature,
+        output: Axes,
+        layer: int | None,
     ):
         self.widening, self.role, self.part, self.signature = widening, role, part, signature
         self.axes = tensor_axes(signature, output)
@@ -86,7 +105,12 @@ class MapWidener:
     @property
     def has_changes(self) -> bool:
         """Whether the tensor's values or shape differ from the source's."""
-        return bool(self.sides) or self.factor != 1.0 or self.headed or (self.splits and not self.has_group)
+        return (
+            bool(self.sides)
+            or self.factor != 1.0
+            or self.headed
+            or (self.splits and not self.has_group)
+        )
 
     def __call__(self, value: Tensor, following: Tensor | None = None) -> Tensor:
         """Value (outputs, inputs) -> its grown form, axis by axis."""
@@ -113,7 +137,9 @@ class MapWidener:
         if self.headed:
             out = (
                 out.to(compute_dtype(dtype))
-                * tied_head_gain(widening, widening.hidden_expansion.copies or 1).to(compute_dtype(dtype))
+                * tied_head_gain(widening, widening.hidden_expansion.copies or 1).to(
+                    compute_dtype(dtype)
+                )
             ).to(out.dtype)
         return (out - 1 if shifted else out).to(dtype)
 
@@ -126,8 +152,14 @@ class MapWidener:
 
     def _grow_moment(self, value: Tensor) -> Tensor:
         """Adam's moments follow their weights; copies of a gain that a tied head reads are each read in full."""
-        whole = [replace(side.expansion, share=torch.ones(side.expansion.new)) for side in self.sides]
-        sides = [replace(s, expansion=e) for s, e in zip(self.sides, whole, strict=True)] if self.headed else self.sides
+        whole = [
+            replace(side.expansion, share=torch.ones(side.expansion.new)) for side in self.sides
+        ]
+        sides = (
+            [replace(s, expansion=e) for s, e in zip(self.sides, whole, strict=True)]
+            if self.headed
+            else self.sides
+        )
         power = 1 if self.widening.source.holds == "exp_avg" else 2
         parts = self.widening.split if self.splits and not self.has_group else 1
         return grow_moment(value, sides, self.factor * parts, power)
@@ -136,7 +168,10 @@ class MapWidener:
         """Sizes of the axes before growth; heads that are split are seen as more key/value heads already."""
         sizes = dict(self.widening.source.sizes)
         if self.splits and self.has_group:
-            sizes["kv"], sizes["group"] = sizes["kv"] * self.widening.split, sizes["group"] // self.widening.split
+            sizes["kv"], sizes["group"] = (
+                sizes["kv"] * self.widening.split,
+                sizes["group"] // self.widening.split,
+            )
         return [product((axis,), sizes) for axis in self.axes]
 
 
@@ -163,7 +198,10 @@ def split_fused(value: Tensor, part: Part, sizes: dict[str, int]) -> list[Tensor
         return list(value.split([product(axes, sizes) for axes in whole.outputs]))
     axes = whole.outputs[0]
     split = value.unflatten(0, [product((axis,), sizes) for axis in axes])
-    return [split.select(axes.index("three"), index).flatten(0, len(axes) - 2) for index in range(len(part.fused))]
+    return [
+        split.select(axes.index("three"), index).flatten(0, len(axes) - 2)
+        for index in range(len(part.fused))
+    ]
 
 
 def join_fused(values: list[Tensor], part: Part) -> Tensor:
@@ -176,7 +214,10 @@ def join_fused(values: list[Tensor], part: Part) -> Tensor:
     if len(whole.outputs) == 1 and part.fused:
         at = whole.outputs[0].index("three")
         values = [torch.stack(values, at)]
-    flat = [_flatten_axis_groups(value, [value.ndim - inputs] + ([inputs] if inputs else [])) for value in values]
+    flat = [
+        _flatten_axis_groups(value, [value.ndim - inputs] + ([inputs] if inputs else []))
+        for value in values
+    ]
     value = torch.cat(flat) if len(flat) > 1 else flat[0]
     return value.T if part.stored == "in out" and whole.kind == "map" else value
 

@@ -63,7 +63,9 @@ class Widening:
     @cached_property
     def has_layer_norm(self) -> bool:
         """Whether norms over the stream subtract the mean."""
-        return any(p.norm and p.axes.kind == "bias" and "hidden" in p.axes.outputs[0] for p in self.parts)
+        return any(
+            p.norm and p.axes.kind == "bias" and "hidden" in p.axes.outputs[0] for p in self.parts
+        )
 
     @cached_property
     def has_full_qk_norm(self) -> bool:
@@ -73,7 +75,9 @@ class Widening:
     @cached_property
     def parts(self) -> list[Part]:
         """The distinct parts of the source."""
-        return list({id(s.part): s.part for s in self.anatomy.place(self.source.config).values()}.values())
+        return list(
+            {id(s.part): s.part for s in self.anatomy.place(self.source.config).values()}.values()
+        )
 
     @cached_property
     def has_tied_head(self) -> bool:
@@ -85,7 +89,10 @@ class Widening:
     @property
     def rms_ratio(self) -> float:
         """What the root mean square of the stream is divided by when old values are kept: sqrt(h' / (copies h))."""
-        return math.sqrt(self.hidden_expansion.new / ((self.hidden_expansion.copies or 1) * self.hidden_expansion.old))
+        return math.sqrt(
+            self.hidden_expansion.new
+            / ((self.hidden_expansion.copies or 1) * self.hidden_expansion.old)
+        )
 
     def stream_scale(self, stream: str) -> float:
         """What values in a stream of hidden size are multiplied by."""
@@ -98,7 +105,11 @@ class Widening:
     @property
     def embed_factor(self) -> float:
         """What the stored embedding is multiplied by."""
-        rooted = math.sqrt(self.hidden_expansion.old / self.hidden_expansion.new) if self.family.embed_scale else 1.0
+        rooted = (
+            math.sqrt(self.hidden_expansion.old / self.hidden_expansion.new)
+            if self.family.embed_scale
+            else 1.0
+        )
         return self.stream_scale("stream") * rooted
 
     @property
@@ -106,13 +117,17 @@ class Widening:
         """The norms' new epsilon, None when it stays."""
         old = self.anatomy.fill_defaults(self.source.config).get(self.family.eps)
         return (
-            float(old) / self.rms_ratio**2 if self.fold == "eps" and self.rms_ratio != 1 and old is not None else None
+            float(old) / self.rms_ratio**2
+            if self.fold == "eps" and self.rms_ratio != 1 and old is not None
+            else None
         )
 
     def softmax_scale_ratio(self, layer: int) -> float:
         """Old softmax scale over the new one: what keys are multiplied by to make up for it."""
         scale = self.family.scale
-        before = scale(self.anatomy.fill_defaults(self.source.config), self.source.sizes["dim"], layer)
+        before = scale(
+            self.anatomy.fill_defaults(self.source.config), self.source.sizes["dim"], layer
+        )
         return before / scale(self.anatomy.fill_defaults(self.config), self.sizes["dim"], layer)
 
 
@@ -126,7 +141,9 @@ def tensor_axes(signature: Signature, output: Axes) -> list[str]:
     return [axis for axis in (*output, *signature.inputs)]
 
 
-def weight_factor(widening: Widening, role: str, part: Part, signature: Signature, layer: int | None) -> float:
+def weight_factor(
+    widening: Widening, role: str, part: Part, signature: Signature, layer: int | None
+) -> float:
     """What the old entries of a tensor are multiplied by, shares of copies aside."""
     if role == "embed.weight":
         return widening.embed_factor
@@ -136,7 +153,9 @@ def weight_factor(widening: Widening, role: str, part: Part, signature: Signatur
     if part.norm:
         if not hidden_out:
             return qk_gain(widening, kind_of(role), layer or 0)
-        return widening.stream_scale(part.writes) / (widening.rms_ratio if signature.kind == "gain" else 1.0)
+        return widening.stream_scale(part.writes) / (
+            widening.rms_ratio if signature.kind == "gain" else 1.0
+        )
     value = widening.stream_scale(part.writes) if hidden_out else 1.0
     if "hidden" in signature.inputs:
         value /= widening.stream_scale(part.reads)
@@ -179,7 +198,9 @@ def axis_growths(
             table.append(_choose_read_init(side))
             continue
         side = _choose_written_init(widening, side, axis, role, part, signature, output)
-        if side.fresh == "mean" and part.scaled:  # averages of what reaches the stream, whose new factors are one
+        if (
+            side.fresh == "mean" and part.scaled
+        ):  # averages of what reaches the stream, whose new factors are one
             side = replace(side, weights=widening.source.tensors[part.scaled, layer].read)
         table.append(side)
     return table
@@ -191,7 +212,13 @@ def _choose_read_init(side: AxisGrowth) -> AxisGrowth:
 
 
 def _choose_written_init(
-    widening: Widening, side: AxisGrowth, axis: str, role: str, part: Part, signature: Signature, output: Axes
+    widening: Widening,
+    side: AxisGrowth,
+    axis: str,
+    role: str,
+    part: Part,
+    signature: Signature,
+    output: Axes,
 ) -> AxisGrowth:
     """What new coordinates hold that a tensor writes."""
     kind = kind_of(role)
@@ -205,7 +232,11 @@ def _choose_written_init(
         average = widening.has_layer_norm and part.writes in ("stream", "branch")
         return replace(side, fresh="mean" if average else "zero")
     if widening.qk_norm and kind in ("q", "k") and axis == "dim":
-        return replace(side, fresh="turn", turned=output.index("dim")) if has_rotated_copies(widening, kind) else side
+        return (
+            replace(side, fresh="turn", turned=output.index("dim"))
+            if has_rotated_copies(widening, kind)
+            else side
+        )
     if widening.has_full_qk_norm and kind in ("q", "k") and axis in ("kv", "group"):
         return replace(side, fresh="turn", turned=output.index("dim"))
     if signature.kind == "bias" or (axis == "dim" and kind == "k"):

@@ -40,7 +40,12 @@ class DirectWriter:
     def __enter__(self) -> DirectWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         try:
             if error is None:
                 self._switch_to_buffered()
@@ -55,7 +60,9 @@ class DirectWriter:
             while done < self.filled:
                 try:
                     done += os.write(self.descriptor, room[done : self.filled])
-                except OSError as error:  # file systems that take the flag and then refuse, or short writes
+                except (
+                    OSError
+                ) as error:  # file systems that take the flag and then refuse, or short writes
                     if error.errno != errno.EINVAL or not self._switch_to_buffered():
                         raise
         self.filled = 0

@@ -73,7 +73,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RegraftError(f"cannot read '{path}' as JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
-        raise RegraftError(f"'{path}' holds a JSON {type(value).__name__}, not an object: fetch it again")
+        raise RegraftError(
+            f"'{path}' holds a JSON {type(value).__name__}, not an object: fetch it again"
+        )
     return value
 
 
@@ -99,7 +101,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise RegraftError(f"{path} line {number} is not JSON ({line[:40]!r}): delete the line") from error
+                raise RegraftError(
+                    f"{path} line {number} is not JSON ({line[:40]!r}): delete the line"
+                ) from error
     return rows
 
 

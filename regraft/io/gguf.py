@@ -23,13 +23,17 @@ def find_gguf_file(path: Path) -> Path | None:
         with open(path, "rb") as stream:
             magic = stream.read(4)
         if magic != b"GGUF":
-            raise RegraftError(f"'{path}' is not a GGUF file (starts with {magic!r}): give one, or a model directory")
+            raise RegraftError(
+                f"'{path}' is not a GGUF file (starts with {magic!r}): give one, or a model directory"
+            )
         return path
     if (path / "config.json").exists():
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        raise RegraftError(f"'{path}' holds {len(files)} GGUF files: name one, such as '{files[0]}'")
+        raise RegraftError(
+            f"'{path}' holds {len(files)} GGUF files: name one, such as '{files[0]}'"
+        )
     return find_gguf_file(files[0]) if files else None
 
 
@@ -54,9 +58,13 @@ def read_config(file: Path) -> dict[str, Any]:
         raise RegraftError(
             f"cannot read the header of '{file}' ({_format_error(error)}): fetch the file again"
         ) from error
-    found: dict[str, Any] = {key: value for key, value in header.to_dict().items() if key != "quantization_config"}
+    found: dict[str, Any] = {
+        key: value for key, value in header.to_dict().items() if key != "quantization_config"
+    }
     if not found.get("architectures") and type(header) in AutoModelForCausalLM._model_mapping:
-        found["architectures"] = [AutoModelForCausalLM._model_mapping[type(header)].__name__]  # what it is loaded as
+        found["architectures"] = [
+            AutoModelForCausalLM._model_mapping[type(header)].__name__
+        ]  # what it is loaded as
     return found
 
 
@@ -65,7 +73,9 @@ def check_size(file: Path, parameters: int) -> None:
     reader = _open_reader(file)
     held = sum(int(tensor.n_elements) for tensor in reader.tensors)
     spare = sum(
-        int(tensor.n_elements) for tensor in reader.tensors if tensor.name in ("output.weight", "rope_freqs.weight")
+        int(tensor.n_elements)
+        for tensor in reader.tensors
+        if tensor.name in ("output.weight", "rope_freqs.weight")
     )
     if not held - spare <= parameters <= held:
         raise RegraftError(
@@ -77,10 +87,14 @@ def _open_reader(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise RegraftError(f"reading '{file}' needs the package gguf: pip install 'regraft[gguf]'") from error
+        raise RegraftError(
+            f"reading '{file}' needs the package gguf: pip install 'regraft[gguf]'"
+        ) from error
     try:
         return GGUFReader(file)
-    except Exception as error:  # the reader raises ValueError, KeyError, IndexError, ... on a damaged file
+    except (
+        Exception
+    ) as error:  # the reader raises ValueError, KeyError, IndexError, ... on a damaged file
         raise RegraftError(
             f"'{file}' is cut short or damaged ({_format_error(error)}): fetch the file again"
         ) from error
@@ -122,7 +136,9 @@ def _convert(file: Path, target: Path) -> None:
 
     place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     dequantise = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=dequantise)
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, dtype=torch.float32, quantization_config=dequantise
+    )
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(**place).save_pretrained(target)
@@ -131,11 +147,18 @@ def _convert(file: Path, target: Path) -> None:
 def _write_lineage(file: Path, folder: Path) -> None:
     family = read_json(folder / "config.json")["model_type"]
     digest = sha256(file)
-    source = {"path": str(file.resolve()), "family": family, "files": {file.name: digest}, "sha256": digest}
+    source = {
+        "path": str(file.resolve()),
+        "family": family,
+        "files": {file.name: digest},
+        "sha256": digest,
+    }
     written = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
     hashes = {path.name: sha256(path) for path in written}
     write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
 
 
 def _format_error(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[
+        :200
+    ]

@@ -48,7 +48,9 @@ class TensorEntry:
                 f"cannot read '{self.name}' from '{self.file}' ({error}): fetch the file again"
             ) from error
         if value.numel() and not all(bound.isfinite() for bound in value.aminmax()):
-            raise RegraftError(f"tensor '{self.name}' in '{self.file}' holds NaN or infinity: fetch the file again")
+            raise RegraftError(
+                f"tensor '{self.name}' in '{self.file}' holds NaN or infinity: fetch the file again"
+            )
         return value
 
 
@@ -59,7 +61,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         names = sorted(set(_read_index(folder).values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
-            raise RegraftError(f"'{folder}' lacks shard '{missing[0]}' that {INDEX} lists: fetch it")
+            raise RegraftError(
+                f"'{folder}' lacks shard '{missing[0]}' that {INDEX} lists: fetch it"
+            )
         return [folder / name for name in names]
     if pickles := sorted(folder.glob("*.bin")):
         raise RegraftError(
@@ -74,7 +78,9 @@ def weight_files(folder: Path) -> list[Path]:
 def _read_index(folder: Path) -> dict[str, str]:
     table = read_json(folder / INDEX).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise RegraftError(f"'{folder / INDEX}' has no weight_map of tensor to file: fetch it again")
+        raise RegraftError(
+            f"'{folder / INDEX}' has no weight_map of tensor to file: fetch it again"
+        )
     return table
 
 
@@ -103,21 +109,30 @@ def read_header(file: Path) -> list[TensorEntry]:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise RegraftError(f"'{file}' is cut short or not safetensors ({size} bytes): fetch it again")
+            raise RegraftError(
+                f"'{file}' is cut short or not safetensors ({size} bytes): fetch it again"
+            )
         raw = stream.read(length)
     try:
         table = json.loads(raw)
         rows = {name: row for name, row in table.items() if name != "__metadata__"}
-        found = [TensorEntry(file, name, row["dtype"], tuple(row["shape"])) for name, row in rows.items()]
+        found = [
+            TensorEntry(file, name, row["dtype"], tuple(row["shape"])) for name, row in rows.items()
+        ]
         spans = sorted(tuple(row["data_offsets"]) for row in rows.values())
-        bytes_of = {name: math.prod(row["shape"]) * WIDTHS.get(row["dtype"], 0) for name, row in rows.items()}
+        bytes_of = {
+            name: math.prod(row["shape"]) * WIDTHS.get(row["dtype"], 0)
+            for name, row in rows.items()
+        }
         fits = all(
             row["data_offsets"][1] - row["data_offsets"][0]
             == (bytes_of[name] or row["data_offsets"][1] - row["data_offsets"][0])
             for name, row in rows.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise RegraftError(f"'{file}' has a garbled safetensors header ({error}): fetch it again") from error
+        raise RegraftError(
+            f"'{file}' has a garbled safetensors header ({error}): fetch it again"
+        ) from error
     gapless = all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
     end = spans[-1][1] if spans else 0
     if not fits or not gapless or 8 + length + end != size:

@@ -91,7 +91,11 @@ def new_directory(
     target = target.resolve()
     if target.exists() and not overwrite:
         raise RegraftError(f"'{target}' exists: choose another output or pass --overwrite")
-    if target.exists() and not (target / "config.json").exists() and (target.is_file() or any(target.iterdir())):
+    if (
+        target.exists()
+        and not (target / "config.json").exists()
+        and (target.is_file() or any(target.iterdir()))
+    ):
         raise RegraftError(
             f"'{target}' exists and is not a model directory, so it is not overwritten: choose another output"
         )
@@ -107,7 +111,9 @@ def new_directory(
                     shutil.rmtree(path, ignore_errors=True)
                 raise
     except OSError as error:
-        raise RegraftError(f"cannot write '{target}' ({error}): free some space or choose another output") from error
+        raise RegraftError(
+            f"cannot write '{target}' ({error}): free some space or choose another output"
+        ) from error
 
 
 @contextmanager
@@ -154,12 +160,16 @@ def write_weights(partial: PartialDirectory, tensors: Mapping[str, LazyTensor], 
     """
     groups = safetensors.group_shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
-    left = [(file, names) for file, names in zip(files, groups, strict=True) if file not in partial.done]
+    left = [
+        (file, names) for file, names in zip(files, groups, strict=True) if file not in partial.done
+    ]
     check_space(partial.path, sum(tensors[name].bytes for _, names in left for name in names))
     with ThreadPoolExecutor(2) as workers, ThreadPoolExecutor(1) as finisher, _fewer_threads():
         last: Future[None] | None = None
         for file, names in left:
-            digest = _write_shard(partial.path / f"{file}.part", {name: tensors[name] for name in names}, workers)
+            digest = _write_shard(
+                partial.path / f"{file}.part", {name: tensors[name] for name in names}, workers
+            )
             if last:
                 last.result()
             last = finisher.submit(partial.finish_file, file, digest)
@@ -168,7 +178,10 @@ def write_weights(partial: PartialDirectory, tensors: Mapping[str, LazyTensor], 
     if len(groups) > 1:
         total = sum(lazy.bytes for lazy in tensors.values())
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        write_json(partial.path / safetensors.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(
+            partial.path / safetensors.INDEX,
+            {"metadata": {"total_size": total}, "weight_map": places},
+        )
 
 
 @contextmanager
@@ -191,7 +204,9 @@ def check_space(folder: Path, needed: int) -> None:
     """OSError when a disk has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes to write, {free:,} free")
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes to write, {free:,} free"
+        )
 
 
 def file_head(tensors: Mapping[str, LazyTensor]) -> tuple[bytes, list[str]]:
@@ -202,7 +217,11 @@ def file_head(tensors: Mapping[str, LazyTensor]) -> tuple[bytes, list[str]]:
     for name in order:
         lazy = tensors[name]
         begin, end = end, end + lazy.bytes
-        table[name] = {"dtype": NAMES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [begin, end]}
+        table[name] = {
+            "dtype": NAMES[lazy.dtype],
+            "shape": list(lazy.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, order

@@ -29,10 +29,17 @@ class Merge:
         specs = source.config.get("mixers") or []
         where = [_find_unmerged(spec) for spec in specs]
         if all(prefix is None for prefix in where):
-            raise RegraftError(f"'{source.origin}' has no t2r layer to merge: linearize with --mixer t2r, then train")
+            raise RegraftError(
+                f"'{source.origin}' has no t2r layer to merge: linearize with --mixer t2r, then train"
+            )
         for number, prefix in enumerate(where):
-            if prefix is not None and (epsilon := source.config["attention"][number]["qk_norm"]) is not None:
-                raise RegraftError(f"layer {number} norms queries and keys (epsilon {epsilon}) before the map: keep it")
+            if (
+                prefix is not None
+                and (epsilon := source.config["attention"][number]["qk_norm"]) is not None
+            ):
+                raise RegraftError(
+                    f"layer {number} norms queries and keys (epsilon {epsilon}) before the map: keep it"
+                )
         config = {**source.config, "mixers": [_merge_spec(spec) for spec in specs]}
         tensors: dict[Key, LazyTensor] = {}
         names: dict[Key, str] = {}
@@ -41,7 +48,9 @@ class Merge:
             stem, _, kind = role.rpartition(".")
             names[role, layer] = spot.name
             if prefix is not None and stem in (f"mixer.{prefix}qkv.q", f"mixer.{prefix}qkv.k"):
-                tensors[role, layer] = _compose_with_map(source, layer, f"mixer.{prefix}", stem, kind, spot.shape)
+                tensors[role, layer] = _compose_with_map(
+                    source, layer, f"mixer.{prefix}", stem, kind, spot.shape
+                )
             else:
                 tensors[role, layer] = source.tensors[role, layer]
         history = (*source.history, step_entry(self))
@@ -52,7 +61,9 @@ def _find_unmerged(spec: dict[str, Any] | None) -> str | None:
     """Where a spec has a map to merge: "" on top, "linear." in its branch of that name; None where it has none."""
     if spec is None or spec["name"] == "t2r":
         return "" if spec and not spec.get("merged") else None
-    inner = ((name, _find_unmerged(value)) for name, value in spec.items() if isinstance(value, dict))
+    inner = (
+        (name, _find_unmerged(value)) for name, value in spec.items() if isinstance(value, dict)
+    )
     return next((f"{name}.{prefix}" for name, prefix in inner if prefix is not None), None)
 
 
@@ -76,14 +87,25 @@ def _compose_with_map(
         table = maps.read().double()  # (states, features, dim)
         value = torch.zeros(shape, dtype=torch.float64)
         if before is not None:
-            heads = before.read().double().unflatten(0, (len(table), -1, table.shape[2]))  # (states, group, dim, ...)
+            heads = (
+                before.read().double().unflatten(0, (len(table), -1, table.shape[2]))
+            )  # (states, group, dim, ...)
             value = torch.einsum("sfd,sgd...->sgf...", table, heads).reshape(shape)
         if kind == "bias":
             value = (
                 value
-                + offset.read().double().view(len(table), 1, -1).expand(-1, len(value) // offset.size, -1).flatten()
+                + offset.read()
+                .double()
+                .view(len(table), 1, -1)
+                .expand(-1, len(value) // offset.size, -1)
+                .flatten()
             )
         return value.to(maps.dtype)
 
     names = tuple(name for lazy in used for name in lazy.story.sources)
-    return LazyTensor(shape, maps.dtype, Provenance("grown", names, "the feature map times the projection"), compute)
+    return LazyTensor(
+        shape,
+        maps.dtype,
+        Provenance("grown", names, "the feature map times the projection"),
+        compute,
+    )

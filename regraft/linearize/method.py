@@ -56,7 +56,15 @@ class Method:
                     f"{tokens} tokens leave stage '{leg.kind}' with its share of {leg.share:g} less than a step of "
                     f"{batch} x {size}: give {round(step / leg.share)} or more, or shorter rows"
                 )
-            made.append({"kind": leg.kind, "tokens": steps * step, "length": size, "batch": batch, **leg.fields})
+            made.append(
+                {
+                    "kind": leg.kind,
+                    "tokens": steps * step,
+                    "length": size,
+                    "batch": batch,
+                    **leg.fields,
+                }
+            )
         return made
 
     def with_remix(self, **given: Any) -> Method:
@@ -65,7 +73,9 @@ class Method:
         if given.get("mixer", self.remix.mixer) != self.remix.mixer:
             given = {"options": {}, "inherit": "all"} | given
         unmeasured = None if "keep" in given else self.unmeasured
-        return dataclasses.replace(self, remix=dataclasses.replace(self.remix, **given), unmeasured=unmeasured)
+        return dataclasses.replace(
+            self, remix=dataclasses.replace(self.remix, **given), unmeasured=unmeasured
+        )
 
     def without_text(self) -> tuple[Method, list[str]]:
         """(the method without text to measure layers on, what to tell about that)."""
@@ -96,12 +106,18 @@ def expand_method(fields: dict[str, Any]) -> dict[str, Any]:
     the recipe says itself stays."""
     if "method" not in fields:
         return fields
-    rest = {key: value for key, value in fields.items() if key not in ("method", "tokens", "length", "batch")}
+    rest = {
+        key: value
+        for key, value in fields.items()
+        if key not in ("method", "tokens", "length", "batch")
+    }
     remix = rest.pop("remix", None) or {}
     if not isinstance(remix, dict):
         raise RegraftError(f"remix is {remix!r}: give keys with values, such as keep: none")
     if "stages" not in rest and not isinstance(fields.get("tokens"), int):
-        raise RegraftError(f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}")
+        raise RegraftError(
+            f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}"
+        )
     method = find_method(fields["method"]).with_remix(**remix)
     sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
     made = {"remix": dataclasses.asdict(method.remix), "calibration": method.calibration}
@@ -109,7 +125,9 @@ def expand_method(fields: dict[str, Any]) -> dict[str, Any]:
     return made | stages | rest
 
 
-def expand_method_block(words: dict[str, Any], tokens: int, length: int, batch: int) -> dict[str, Any]:
+def expand_method_block(
+    words: dict[str, Any], tokens: int, length: int, batch: int
+) -> dict[str, Any]:
     """The same for a block that has a Remix's fields, `calibration` and `stages` side by side, as an arm's `linear`."""
     if "method" not in words:
         return words

@@ -35,7 +35,9 @@ REQUEST_FILE = "asked.json"
 Limit = Callable[[int], float | None]
 
 
-def choose_layers(source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | None, ticker: Ticker) -> Remix:
+def choose_layers(
+    source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | None, ticker: Ticker
+) -> Remix:
     """`remix` with its layers chosen, by measurement where it names a rule; see `choosing`.
 
     `rows`: packed text by length (None: Python's own documentation, without what is held out of it).
@@ -49,10 +51,14 @@ def choose_layers(source: Checkpoint, remix: Remix, rows: Callable[[int], Table]
     try:
         table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))
     except RegraftError as error:
-        raise RegraftError(f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)") from None
+        raise RegraftError(
+            f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)"
+        ) from None
     picked = table[loop.shuffled_indices(len(table), min(WINDOWS, len(table)), remix.seed)]
     batches = loop.calibration_batches(table, WINDOWS, remix.seed + 1)
-    return select_layers.resolve_keep(source, remix, select_layers.SelectionData(picked, batches, ticker.update))
+    return select_layers.resolve_keep(
+        source, remix, select_layers.SelectionData(picked, batches, ticker.update)
+    )
 
 
 def train_linearized(
@@ -76,7 +82,9 @@ def train_linearized(
     """
     checkpoint, work = Checkpoint.open(folder), out / "work"
     length = stages[0].length if stages else LENGTH
-    batches = loop.calibration_batches(rows(length), calibration // length, seed) if calibration else []
+    batches = (
+        loop.calibration_batches(rows(length), calibration // length, seed) if calibration else []
+    )
     layerwise = any(stage.kind in LAYERWISE for stage in stages)
     over = fsdp.build_mesh() if distributed.world_size() > 1 else None
     if over is not None:  # the closed-form start is made by the first process, of whole models
@@ -84,7 +92,12 @@ def train_linearized(
         def begin() -> None:
             whole = teacher()
             calibrate_once(
-                modeling.materialize(checkpoint), whole, modeling.slots(whole, source), batches, work, ticker
+                modeling.materialize(checkpoint),
+                whole,
+                modeling.slots(whole, source),
+                batches,
+                work,
+                ticker,
             )
 
         distributed.on_rank0(begin)
@@ -95,9 +108,15 @@ def train_linearized(
     if over is None:
         student, guide = student.to(distributed.device()), guide.to(distributed.device())
 
-    facts = {"source": str(source.path), "seed": seed, "stages": [dataclasses.asdict(stage) for stage in stages]}
+    facts = {
+        "source": str(source.path),
+        "seed": seed,
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+    }
     with watching.monitor(out, ticker, facts) as watched:
-        ledger = loop.train(loop.Run(student, stages, rows, out, guide, slots, seed=seed, limit=limit, **watched))
+        ledger = loop.train(
+            loop.Run(student, stages, rows, out, guide, slots, seed=seed, limit=limit, **watched)
+        )
     ledger["start"] = start_costs(checkpoint, spent)
     save_trained(checkpoint, student, stages, ledger, out)
     if over is None:
@@ -109,7 +128,11 @@ def start_costs(linearized: Checkpoint, calibration: dict[str, Any] | None) -> l
     """What was spent before training, in rows like those of a ledger's stages."""
     remix = remix_of(linearized)
     chosen = remix.scores if remix else {}
-    rows = [{"kind": f"layers: {chosen['rule']}", **{key: chosen[key] for key in COSTS}}] if chosen else []
+    rows = (
+        [{"kind": f"layers: {chosen['rule']}", **{key: chosen[key] for key in COSTS}}]
+        if chosen
+        else []
+    )
     return rows + ([{"kind": "closed form", **calibration}] if calibration else [])
 
 
@@ -133,15 +156,26 @@ def run_method(
     work = out / "work"
     facts: dict[str, Any] = {
         "source": str(source.path),
-        "data": repr(dataclasses.replace(data, skip_bad=False)),  # asked for after a bad line stopped the first attempt
+        "data": repr(
+            dataclasses.replace(data, skip_bad=False)
+        ),  # asked for after a bad line stopped the first attempt
         "seed": seed,
         "method": repr(method),
         "stages": repr(stages),
     }
     if source.path.resolve().is_relative_to(out.resolve()):
-        raise RegraftError(f"'{out}' holds the source, which is read while the result is made: choose another output")
+        raise RegraftError(
+            f"'{out}' holds the source, which is read while the result is made: choose another output"
+        )
     distributed.on_rank0(lambda: claim(out, facts, overwrite))
-    rows = text_rows(source, data, ticker, max((stage.tokens for stage in stages), default=0), work / "text", cache)
+    rows = text_rows(
+        source,
+        data,
+        ticker,
+        max((stage.tokens for stage in stages), default=0),
+        work / "text",
+        cache,
+    )
     linear = work / "linearized"
 
     def convert() -> None:
@@ -154,7 +188,16 @@ def run_method(
     ticker.start("training")
     whole = partial(modeling.materialize, source)
     ledger = train_linearized(
-        source, linear, whole, rows, stages, method.calibration, out, ticker, seed, watching=watching
+        source,
+        linear,
+        whole,
+        rows,
+        stages,
+        method.calibration,
+        out,
+        ticker,
+        seed,
+        watching=watching,
     )
     ledger["text"] = rows.facts()
 
@@ -176,7 +219,9 @@ def text_rows(
     cache: Path | None = None,
 ) -> TextMixture:
     """Rows of a text by length, in the source's tokens."""
-    return training_rows([data], modeling.load_tokenizer(source.path), need, own, cache, ticker.update)
+    return training_rows(
+        [data], modeling.load_tokenizer(source.path), need, own, cache, ticker.update
+    )
 
 
 def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
@@ -184,12 +229,20 @@ def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
     if overwrite and (out / "config.json").exists():
         shutil.rmtree(out)
     if (out / "config.json").exists():
-        raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to begin again")
+        raise RegraftError(
+            f"{out} holds a finished model: choose another folder, or delete it to begin again"
+        )
     theirs = read_json_if_exists(out / REQUEST_FILE)
     if theirs is None and out.exists() and any(out.iterdir()):
-        raise RegraftError(f"{out} exists and holds no conversion: choose another folder or delete it")
-    other = next((key for key in facts if theirs is not None and theirs.get(key) != facts[key]), None)
+        raise RegraftError(
+            f"{out} exists and holds no conversion: choose another folder or delete it"
+        )
+    other = next(
+        (key for key in facts if theirs is not None and theirs.get(key) != facts[key]), None
+    )
     if theirs is not None and other:
-        raise RegraftError(f"{out} holds a conversion with another {other}: choose another folder or delete it")
+        raise RegraftError(
+            f"{out} holds a conversion with another {other}: choose another folder or delete it"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REQUEST_FILE, facts)

@@ -62,7 +62,10 @@ def bypass(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[Layer
     scores = score_candidates(
         {i: Candidate(model, partial(zero_attention, slot)) for i, slot in enumerate(slots)}, bench
     )
-    return [LayerScore(i, one.nll / one.tokens, {"nll": one.nll / one.tokens}) for i, one in scores.items()]
+    return [
+        LayerScore(i, one.nll / one.tokens, {"nll": one.nll / one.tokens})
+        for i, one in scores.items()
+    ]
 
 
 def restore(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
@@ -70,7 +73,9 @@ def restore(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[Laye
     2512.20569, here after the closed-form start instead of a training run per layer)."""
     teacher, student = build_teacher_and_student(source, remix, bench)
     swapped = {i: partial(softmax_in, student, source, teacher, [i]) for i in range(source.layers)}
-    scores = score_candidates({i: Candidate(student, swap) for i, swap in swapped.items()}, bench, Candidate(teacher))
+    scores = score_candidates(
+        {i: Candidate(student, swap) for i, swap in swapped.items()}, bench, Candidate(teacher)
+    )
     kls = {i: (one.kl or 0.0) / one.tokens for i, one in scores.items()}
     return [LayerScore(i, -kl, {"kl": kl}) for i, kl in kls.items()]
 
@@ -84,7 +89,9 @@ def halo(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerSc
     rows = score_copying(source, remix, bench)
     top = [max(column) for column in zip(*rows, strict=True)]
     return [
-        LayerScore(i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common})
+        LayerScore(
+            i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common}
+        )
         for i, (recall, common) in enumerate(rows)
     ]
 
@@ -95,17 +102,24 @@ def recall(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[Layer
     HALO's ratio favours layers that cost nothing at all, where it divides by almost zero.
     """
     rows = score_copying(source, remix, bench)
-    return [LayerScore(i, -found, {"recall": found, "common": common}) for i, (found, common) in enumerate(rows)]
+    return [
+        LayerScore(i, -found, {"recall": found, "common": common})
+        for i, (found, common) in enumerate(rows)
+    ]
 
 
-def score_copying(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[tuple[float, float]]:
+def score_copying(
+    source: Checkpoint, remix: Remix, bench: SelectionData
+) -> list[tuple[float, float]]:
     """(R_i, C_i) with layer i alone converted, by layer: mean log likelihoods on the windows.
 
     R is of tokens whose last two tokens stood together before in the window, further back than the sliding window sees
     (they can be copied), C of all other tokens. The mixers have their closed-form start.
     """
     teacher, student = build_teacher_and_student(source, remix, bench)
-    far = torch.stack([find_repeated_pairs(row, remix.window or 64) for row in bench.windows.input_ids])
+    far = torch.stack(
+        [find_repeated_pairs(row, remix.window or 64) for row in bench.windows.input_ids]
+    )
     if not bool(far.any()):
         raise RegraftError(
             f"no token of {len(far)} windows of {far.shape[1] + 1} can be copied from beyond {remix.window or 64} "
@@ -114,11 +128,18 @@ def score_copying(source: Checkpoint, remix: Remix, bench: SelectionData) -> lis
     layers, everyone = layer_stack(student), range(source.layers)
     found: list[list[Tensor]] = [[] for _ in everyone]
     for done, row in enumerate(bench.windows.input_ids):
-        with softmax_in(student, source, teacher, everyone), record_hidden_states(layers) as inputs, torch.no_grad():
+        with (
+            softmax_in(student, source, teacher, everyone),
+            record_hidden_states(layers) as inputs,
+            torch.no_grad(),
+        ):
             student.hidden(row[None])
         for layer in everyone:
             others = [other for other in everyone if other != layer]
-            with softmax_in(student, source, teacher, others), start_at_layer(layers, layer, inputs[layer]):
+            with (
+                softmax_in(student, source, teacher, others),
+                start_at_layer(layers, layer, inputs[layer]),
+            ):
                 found[layer].append(token_log_likelihoods(student, row))
             bench.progress((done + (layer + 1) / source.layers) / len(far))
     stacked = [torch.stack(rows) for rows in found]
@@ -155,11 +176,15 @@ def resolve_keep(source: Checkpoint, remix: Remix, bench: SelectionData) -> Remi
         return remix
     rule, count = wanted[0], count_layers(wanted[1], source.layers)
     if count > source.layers:
-        raise RegraftError(f"--keep '{remix.keep}' asks for more layers than the model's {source.layers}: ask for less")
+        raise RegraftError(
+            f"--keep '{remix.keep}' asks for more layers than the model's {source.layers}: ask for less"
+        )
     begin = time.monotonic()
     with flops.build_flop_counter() as counter:
         found = SELECTORS[rule](source, remix, bench)
-    kept = sorted(sorted(found, key=lambda one: (-one.score, one.layer))[:count], key=lambda one: one.layer)
+    kept = sorted(
+        sorted(found, key=lambda one: (-one.score, one.layer))[:count], key=lambda one: one.layer
+    )
     table = {
         "rule": rule,
         "tokens": bench.windows.input_ids.numel(),
@@ -177,7 +202,9 @@ def build_teacher_and_student(
     teacher = modeling.materialize(source)
     student = modeling.materialize(dataclasses.replace(remix, keep="none", scores={})(source))
     if bench.calibration:
-        for _ in calibrate(student.slots(), teacher, modeling.slots(teacher, source), list(bench.calibration)):
+        for _ in calibrate(
+            student.slots(), teacher, modeling.slots(teacher, source), list(bench.calibration)
+        ):
             pass
     return teacher, student
 
@@ -185,7 +212,9 @@ def build_teacher_and_student(
 @contextmanager
 def zero_attention(slot: nn.Module) -> Iterator[None]:
     """Inside, an attention module gives zeros."""
-    handle = slot.register_forward_hook(lambda module, given, out: (torch.zeros_like(out[0]), *out[1:]))
+    handle = slot.register_forward_hook(
+        lambda module, given, out: (torch.zeros_like(out[0]), *out[1:])
+    )
     try:
         yield
     finally:
@@ -245,7 +274,9 @@ def score_candidates(
     everyone = {str(layer): candidate for layer, candidate in layers.items()}
     everyone |= {TEACHER: teacher} if teacher else {}
     ids, sizes = bench.windows.input_ids, bench.windows.bytes
-    scores = measure(everyone, ids, sizes, TEACHER if teacher else None, lambda done, n: bench.progress(done / n))
+    scores = measure(
+        everyone, ids, sizes, TEACHER if teacher else None, lambda done, n: bench.progress(done / n)
+    )
     return {layer: scores[str(layer)] for layer in layers}
 
 

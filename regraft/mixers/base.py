@@ -91,7 +91,9 @@ def create_initial_tensor(spec: str, shape: tuple[int, ...], generator: torch.Ge
         "constant": lambda value: torch.full(shape, value),
         "uniform": lambda bound: sample_uniform(-bound, bound),
         "normal": lambda std: torch.empty(shape).normal_(0.0, std, generator=generator),
-        "timesteps": lambda low, high: sample_uniform(math.log(low), math.log(high)).exp().expm1().log(),
+        "timesteps": lambda low, high: (
+            sample_uniform(math.log(low), math.log(high)).exp().expm1().log()
+        ),
         "log_uniform": lambda low, high: sample_uniform(low, high).log(),
         "log_counts": lambda: torch.arange(1.0, shape[-1] + 1).log().expand(shape).clone(),
     }
@@ -145,8 +147,12 @@ class Projections(nn.Module):
         self.q = nn.Linear(attention.hidden, attention.heads * attention.dim, bias=bias)
         self.k = nn.Linear(attention.hidden, kv * attention.dim, bias=bias)
         self.v = nn.Linear(attention.hidden, kv * attention.dim, bias=bias)
-        self.q_norm = HeadNorm(attention.dim, attention.qk_norm) if attention.qk_norm is not None else None
-        self.k_norm = HeadNorm(attention.dim, attention.qk_norm) if attention.qk_norm is not None else None
+        self.q_norm = (
+            HeadNorm(attention.dim, attention.qk_norm) if attention.qk_norm is not None else None
+        )
+        self.k_norm = (
+            HeadNorm(attention.dim, attention.qk_norm) if attention.qk_norm is not None else None
+        )
 
     @staticmethod
     def weights(attention: Attention, expand: bool) -> dict[str, WeightSpec]:
@@ -156,10 +162,13 @@ class Projections(nn.Module):
         table |= {f"{n}.weight": WeightSpec(f"hidden -> {wide}", f"attn.{n}.weight") for n in "kv"}
         if attention.qkv_bias:
             table["q.bias"] = WeightSpec("-> kv group dim", "attn.q.bias", decay=False)
-            table |= {f"{n}.bias": WeightSpec(f"-> {wide}", f"attn.{n}.bias", decay=False) for n in "kv"}
+            table |= {
+                f"{n}.bias": WeightSpec(f"-> {wide}", f"attn.{n}.bias", decay=False) for n in "kv"
+            }
         if attention.qk_norm is not None:
             table |= {
-                f"{n}.weight": WeightSpec("gain dim", f"attn.{n}.weight", decay=False) for n in ("q_norm", "k_norm")
+                f"{n}.weight": WeightSpec("gain dim", f"attn.{n}.weight", decay=False)
+                for n in ("q_norm", "k_norm")
             }
         return table
 
@@ -168,7 +177,9 @@ class Projections(nn.Module):
         values are made of, x too by default.
         """
         pairs = zip((self.q, self.k, self.v), (x, *(others or (x, x))), strict=True)
-        q, k, v = (layer(given).unflatten(-1, (-1, self.dim)).transpose(1, 2) for layer, given in pairs)
+        q, k, v = (
+            layer(given).unflatten(-1, (-1, self.dim)).transpose(1, 2) for layer, given in pairs
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -185,7 +196,9 @@ class Mixer(nn.Module):
     Options: ClassVar[type]
     expand: ClassVar[bool] = True
     values_are_linear: ClassVar[bool] = False
-    denominator: ClassVar[bool] = False  # whether outputs are averages of values, as those of softmax attention are
+    denominator: ClassVar[bool] = (
+        False  # whether outputs are averages of values, as those of softmax attention are
+    )
     qkv: Projections
     o: nn.Linear
 
@@ -195,19 +208,28 @@ class Mixer(nn.Module):
         self.options = self.parse(spec)
         self.inherit: str = spec.get("inherit", "all")
         if output:
-            self.o = nn.Linear(attention.heads * attention.dim, attention.hidden, bias=attention.o_bias)
+            self.o = nn.Linear(
+                attention.heads * attention.dim, attention.hidden, bias=attention.o_bias
+            )
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
         """The options of a spec `{"name": ..., option: value}`; RegraftError on an unknown option or value."""
         return parse_options(
-            cls.name, cls.Options, {key: value for key, value in spec.items() if key not in ("name", "inherit")}
+            cls.name,
+            cls.Options,
+            {key: value for key, value in spec.items() if key not in ("name", "inherit")},
         )
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """Local parameter name -> Weight, for the plan and for loading."""
-        table = {f"qkv.{name}": weight for name, weight in Projections.weights(attention, cls.expand).items()}
+        table = {
+            f"qkv.{name}": weight
+            for name, weight in Projections.weights(attention, cls.expand).items()
+        }
         return table | (output_weights(attention) if output else {})
 
     @classmethod
@@ -226,7 +248,9 @@ class Mixer(nn.Module):
 
         As `flops.counter` counts the form that `mix` takes for many tokens.
         """
-        raise RegraftError(f"mixer '{cls.name}' cannot say its FLOPs: give it `row_flops`, or measure a step")
+        raise RegraftError(
+            f"mixer '{cls.name}' cannot say its FLOPs: give it `row_flops`, or measure a step"
+        )
 
     @property
     def half_lives(self) -> Tensor | None:
@@ -235,7 +259,9 @@ class Mixer(nn.Module):
 
     def set_half_lives(self, tokens: Tensor) -> None:
         """Decay so that a state has lost half after `tokens` (states,)."""
-        raise RegraftError(f"mixer '{self.name}' has no half-lives to set to {tokens.tolist()}: its decays are fixed")
+        raise RegraftError(
+            f"mixer '{self.name}' has no half-lives to set to {tokens.tolist()}: its decays are fixed"
+        )
 
     def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
         """Set gates from the teacher's attention, both (heads,): mean distance looked back over, entropy in [0, 1].
@@ -258,7 +284,9 @@ class Mixer(nn.Module):
             if value.bias is not None:
                 value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())
         elif hasattr(self, "o"):
-            per_head = self.o.weight.unflatten(1, (heads, dim)).transpose(0, 1)  # (heads, hidden, dim)
+            per_head = self.o.weight.unflatten(1, (heads, dim)).transpose(
+                0, 1
+            )  # (heads, hidden, dim)
             self.o.weight.copy_((per_head @ maps.mT).transpose(0, 1).flatten(1))
         else:
             return False
@@ -266,13 +294,17 @@ class Mixer(nn.Module):
 
     def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
         """How values are mixed over tokens before norms and gates, (batch, heads, time, time); x as in `mix`."""
-        raise RegraftError(f"mixer '{self.name}' has no single matrix over tokens: leave out the stage 'matrix'")
+        raise RegraftError(
+            f"mixer '{self.name}' has no single matrix over tokens: leave out the stage 'matrix'"
+        )
 
     def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> per-head outputs (batch, time, heads, dim) and the state after the last token."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, mixing: MixerContext, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, mixing: MixerContext, state: State | None = None
+    ) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> y of the same shape and the state after the last token."""
         heads, state = self.mix(x, mixing, state)
         return self.o(heads.flatten(-2)), state
@@ -281,14 +313,18 @@ class Mixer(nn.Module):
 def output_weights(attention: Attention) -> dict[str, WeightSpec]:
     """The output projection of the source."""
     table = {"o.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
-    return table | ({"o.bias": WeightSpec("-> hidden", "attn.o.bias", decay=False)} if attention.o_bias else {})
+    return table | (
+        {"o.bias": WeightSpec("-> hidden", "attn.o.bias", decay=False)} if attention.o_bias else {}
+    )
 
 
 def mask_padding(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Zero the padded tokens of tensors shaped (batch, heads, time, ...)."""
     if valid is None:
         return tensors
-    return tuple(t * valid.view(valid.shape[0], 1, -1, *[1] * (t.ndim - 3)).to(t.dtype) for t in tensors)
+    return tuple(
+        t * valid.view(valid.shape[0], 1, -1, *[1] * (t.ndim - 3)).to(t.dtype) for t in tensors
+    )
 
 
 def pad_time(x: Tensor, multiple: int) -> Tensor:

@@ -46,7 +46,9 @@ class HeadDecayAttention(LinearAttention):
             self.rate = nn.Parameter(torch.zeros(self.states))
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """The source's projections; learned decays begin as `lightning` has them."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         if options.decays == "learned":

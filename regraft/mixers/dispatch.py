@@ -25,7 +25,10 @@ def recur(
     written for one token; for many in a kernel on a GPU, which takes q, k and v as `dtype`, else in chunks.
     """
     one = q.shape[2] == 1
-    if not one and (found := try_fused_kernel(q, k, v, g, beta, segments, state, bonus, dtype)) is not None:
+    if (
+        not one
+        and (found := try_fused_kernel(q, k, v, g, beta, segments, state, bonus, dtype)) is not None
+    ):
         return found
     if g.ndim == 4:
         return (naive_vector if one else chunked_vector)(q, k, v, g, bonus, segments, state)

@@ -37,42 +37,62 @@ class GatedMixer(Mixer):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
-        self.linear = mixer_class(self.options.linear["name"])(attention, self.options.linear, output=False)
-        self.window = mixer_class(self.options.window["name"])(attention, self.options.window, output=False)
+        self.linear = mixer_class(self.options.linear["name"])(
+            attention, self.options.linear, output=False
+        )
+        self.window = mixer_class(self.options.window["name"])(
+            attention, self.options.window, output=False
+        )
         self.gate = nn.Linear(attention.hidden, attention.heads)
 
     @classmethod
     def branches(cls, spec: dict[str, Any]) -> dict[str, tuple[type[Mixer], dict[str, Any]]]:
         """Branch name -> (mixer class, spec)."""
         options = cls.parse(spec)
-        return {n: (mixer_class(s["name"]), s) for n, s in (("linear", options.linear), ("window", options.window))}
+        return {
+            n: (mixer_class(s["name"]), s)
+            for n, s in (("linear", options.linear), ("window", options.window))
+        }
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """Both branches' weights under their names, one output projection, the gate."""
         table = {}
         for branch, (mixer, options) in cls.branches(spec).items():
             branch_table = mixer.weights(attention, options, output=False)
-            for name, weight in apply_inherit(branch_table, options.get("inherit", "all"), attention.hidden).items():
+            for name, weight in apply_inherit(
+                branch_table, options.get("inherit", "all"), attention.hidden
+            ).items():
                 table[f"{branch}.{name}"] = weight
         table["gate.weight"] = WeightSpec("hidden -> kv group", fresh="zeros", decay=False)
-        table["gate.bias"] = WeightSpec("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)
+        table["gate.bias"] = WeightSpec(
+            "-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False
+        )
         return table | (output_weights(attention) if output else {})
 
     @classmethod
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Both branches'."""
-        return sum(mixer.state_size(attention, options) for mixer, options in cls.branches(spec).values())
+        return sum(
+            mixer.state_size(attention, options) for mixer, options in cls.branches(spec).values()
+        )
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Both branches'."""
-        return sum(mixer.mixing_flops(attention, options) for mixer, options in cls.branches(spec).values())
+        return sum(
+            mixer.mixing_flops(attention, options) for mixer, options in cls.branches(spec).values()
+        )
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
         """Both branches'."""
-        costs = [mixer.row_flops(attention, options, length) for mixer, options in cls.branches(spec).values()]
+        costs = [
+            mixer.row_flops(attention, options, length)
+            for mixer, options in cls.branches(spec).values()
+        ]
         return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
 
     def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
@@ -83,7 +103,11 @@ class GatedMixer(Mixer):
             if self.force not in (None, name):
                 continue
             past = (
-                {key.removeprefix(f"{name}."): s for key, s in state.items() if key.startswith(f"{name}.")}
+                {
+                    key.removeprefix(f"{name}."): s
+                    for key, s in state.items()
+                    if key.startswith(f"{name}.")
+                }
                 if state
                 else None
             )

@@ -58,7 +58,9 @@ class GatedDeltaNet(LinearAttention):
         return self.options.activation == "none" and super().values_are_linear
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """Gates start constant: half-life about 44 tokens, write strength one half."""
         axes = cls.state_axes(cls.parse(spec))
         table = super().weights(attention, spec, output)

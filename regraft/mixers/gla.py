@@ -51,11 +51,15 @@ class Gla(LinearAttention):
             self.decay_out = nn.Linear(self.options.rank, self.states * attention.dim)
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """The gate starts constant: half-life about 44 tokens."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         if options.gate_from == "projection":
-            table |= low_rank_weights("decay", options.rank, f"{cls.state_axes(options)} dim", "constant 1.25")
+            table |= low_rank_weights(
+                "decay", options.rank, f"{cls.state_axes(options)} dim", "constant 1.25"
+            )
         return table
 
     @torch.no_grad()

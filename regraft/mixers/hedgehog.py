@@ -45,11 +45,15 @@ class Hedgehog(LinearAttention):
         return 2 * (options.feature or attention.dim)
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """The source's projections; maps that begin as the identity."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         for name, axes in (("q_map", "kv group"), ("k_map", cls.state_axes(options))):
-            table[name] = WeightSpec(f"{axes} {cls.key_dim(attention, options) // 2} dim", fresh="identity")
+            table[name] = WeightSpec(
+                f"{axes} {cls.key_dim(attention, options) // 2} dim", fresh="identity"
+            )
         return table
 
     @classmethod
@@ -72,7 +76,10 @@ class Hedgehog(LinearAttention):
 
     def featurize(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         """The same from queries, keys and values."""
-        q, k = (softmax_features(apply_feature_map(t, maps)) for t, maps in ((q, self.q_map), (k, self.k_map)))
+        q, k = (
+            softmax_features(apply_feature_map(t, maps))
+            for t, maps in ((q, self.q_map), (k, self.k_map))
+        )
         return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
 
 

@@ -44,7 +44,11 @@ def try_fused_kernel(
     operation = "gated_delta_rule" if beta is not None else "simple_gla" if g.ndim == 3 else "gla"
     operation = "rwkv6" if bonus is not None else operation
     impossible = q.device.type != DEVICE or (segments is not None and state is not None)
-    if impossible or (beta is not None and q.shape[-1] > MAX_KEY_DIM) or (kernel := find_kernel(operation)) is None:
+    if (
+        impossible
+        or (beta is not None and q.shape[-1] > MAX_KEY_DIM)
+        or (kernel := find_kernel(operation)) is None
+    ):
         return None
     group = q.shape[1] // k.shape[1]
 
@@ -53,7 +57,10 @@ def try_fused_kernel(
 
     k, v, g = (per_query(x) for x in (k, v, g))
     low = [x.to(dtype) for x in (q, k, v)]
-    given = [x.transpose(1, 2).contiguous() for x in (*low, g, *([] if beta is None else [per_query(beta)]))]
+    given = [
+        x.transpose(1, 2).contiguous()
+        for x in (*low, g, *([] if beta is None else [per_query(beta)]))
+    ]
     if bonus is not None:
         given.append(bonus.float().repeat_interleave(group, 0))
     options: dict[str, Any] = {"scale": 1.0, "output_final_state": True}

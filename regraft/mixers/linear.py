@@ -11,13 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RegraftError
-from .base import Attention, Mixer, MixerContext, Projections, State, WeightSpec, mask_padding, output_weights
+from .base import (
+    Attention,
+    Mixer,
+    MixerContext,
+    Projections,
+    State,
+    WeightSpec,
+    mask_padding,
+    output_weights,
+)
 from .dispatch import recur
 from .recurrence import CHUNK, chunked_flops
 
-ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda x: x.softmax(-1),
+}
 EPS = 1e-5
-SIZE_OPTIONS = ("feature", "rank", "shift_rank", "window")  # options of mixers below, which are 1 or more
+SIZE_OPTIONS = (
+    "feature",
+    "rank",
+    "shift_rank",
+    "window",
+)  # options of mixers below, which are 1 or more
 MIN_DENOMINATOR = 1e-12  # of a denominator
 
 
@@ -104,25 +123,36 @@ class LinearAttention(Mixer):
         return self.output_norm_and_gate(self.options) == ("none", "none")
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """The source's projections; gains one, the gate's projection small."""
         options = cls.parse(spec)
         norm, gate = cls.output_norm_and_gate(options)
-        table = {f"qkv.{n}": w for n, w in Projections.weights(attention, not cls.is_grouped(options)).items()}
+        table = {
+            f"qkv.{n}": w
+            for n, w in Projections.weights(attention, not cls.is_grouped(options)).items()
+        }
         table |= output_weights(attention) if output else {}
         if norm != "none" and cls.gain is not None:
             table["norm"] = WeightSpec(f"gain {cls.gain}", fresh="ones", decay=False)
             if cls.bias:
                 table["norm_bias"] = WeightSpec(f"-> {cls.gain}", fresh="zeros", decay=False)
         if gate != "none":
-            table["gate.weight"] = WeightSpec("hidden -> kv group dim", fresh="normal 0.02", decay=False)
+            table["gate.weight"] = WeightSpec(
+                "hidden -> kv group dim", fresh="normal 0.02", decay=False
+            )
         return table
 
     @classmethod
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """One (keys, values) matrix per head that has a state."""
         options = cls.parse(spec)
-        return cls.state_heads(attention, options) * cls.key_dim(attention, options) * cls.value_dim(attention)
+        return (
+            cls.state_heads(attention, options)
+            * cls.key_dim(attention, options)
+            * cls.value_dim(attention)
+        )
 
     @classmethod
     def token_flops(cls, attention: Attention, options: Any) -> int:
@@ -143,7 +173,9 @@ class LinearAttention(Mixer):
         options = cls.parse(spec)
         states = cls.state_heads(attention, options)
         widths = cls.key_dim(attention, options), cls.value_dim(attention)
-        once, back = chunked_flops(states, attention.heads // states, *widths, length, cls.delta, cls.pairs)
+        once, back = chunked_flops(
+            states, attention.heads // states, *widths, length, cls.delta, cls.pairs
+        )
         tokens = length * cls.token_flops(attention, options)
         return once + tokens, back + 2 * tokens
 
@@ -153,7 +185,9 @@ class LinearAttention(Mixer):
 
     def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
         """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state matrix."""
-        out, last = self.run_recurrence(self.inputs(x, mixing), mixing, state["matrix"] if state else None)
+        out, last = self.run_recurrence(
+            self.inputs(x, mixing), mixing, state["matrix"] if state else None
+        )
         return self.normalize_and_gate(out, x).to(x.dtype), {"matrix": last}
 
     def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
@@ -164,7 +198,9 @@ class LinearAttention(Mixer):
         heads, time = inputs["v"].shape[1:3]
         inputs["v"] = torch.eye(time, device=x.device).expand(x.shape[0], heads, time, time)
         out, _ = self.run_recurrence(inputs, mixing, None)
-        return (out[..., :-1] / out[..., -1:].clamp(min=MIN_DENOMINATOR) if self.denominator else out).transpose(1, 2)
+        return (
+            out[..., :-1] / out[..., -1:].clamp(min=MIN_DENOMINATOR) if self.denominator else out
+        ).transpose(1, 2)
 
     def run_recurrence(
         self, inputs: dict[str, Tensor], mixing: MixerContext, matrix: Tensor | None

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Attention, MixerContext, State, WeightSpec
-from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, naive_scan, no_decay_weight, scan
+from .ssm import (
+    DT_INIT,
+    ShortConv,
+    SsmOptions,
+    StateSpace,
+    Widths,
+    dense_weight,
+    naive_scan,
+    no_decay_weight,
+    scan,
+)
 
 
 class Mamba(StateSpace):
@@ -39,12 +49,16 @@ class Mamba(StateSpace):
     def widths_of(cls, attention: Attention, options: SsmOptions) -> Widths:
         """All channels as one head that shares B and C, or the attention's heads."""
         if options.layout == "attention":
-            return Widths(attention.heads, attention.dim, attention.dim, "kv group dim", "kv group", "dim")
+            return Widths(
+                attention.heads, attention.dim, attention.dim, "kv group dim", "kv group", "dim"
+            )
         inner = options.expand * attention.hidden
         return Widths(1, inner, options.state, str(inner), "1", str(options.state))
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, object], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, object], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """Convolution, B, C, steps, A and D beside the projections; no decay on A, D and biases."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         widths, low = cls.widths_of(attention, options), dt_rank(attention.hidden)
@@ -64,7 +78,9 @@ class Mamba(StateSpace):
         return table | {"A_log": no_decay_weight(f"{widths.channels} {widths.keys}", "log_counts")}
 
     @classmethod
-    def row_flops(cls, attention: Attention, spec: dict[str, object], length: int) -> tuple[int, int]:
+    def row_flops(
+        cls, attention: Attention, spec: dict[str, object], length: int
+    ) -> tuple[int, int]:
         """Reading the states; decays and writes are no matrix products."""
         widths = cls.widths_of(attention, cls.parse(spec))
         once = 2 * length * widths.inner * widths.state

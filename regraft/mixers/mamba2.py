@@ -44,7 +44,9 @@ class Mamba2(StateSpace):
         if self.own:
             self.b = nn.Linear(attention.hidden, widths.state, bias=False)
             self.c = nn.Linear(attention.hidden, widths.state, bias=False)
-        self.conv_x, self.conv_b, self.conv_c = (ShortConv(shape, taps) for shape in (channels, keys, keys))
+        self.conv_x, self.conv_b, self.conv_c = (
+            ShortConv(shape, taps) for shape in (channels, keys, keys)
+        )
         self.dt = nn.Linear(attention.hidden, widths.heads)
         self.A_log = nn.Parameter(torch.zeros(widths.heads))
         self.D = nn.Parameter(torch.ones(widths.heads))
@@ -54,14 +56,23 @@ class Mamba2(StateSpace):
     def widths_of(cls, attention: Attention, options: Mamba2Options) -> Widths:
         """Heads of `head_dim` channels that share B and C, or the attention's."""
         if options.layout == "attention":
-            return Widths(attention.heads, attention.dim, attention.dim, "kv group dim", "kv group", "kv group dim")
+            return Widths(
+                attention.heads,
+                attention.dim,
+                attention.dim,
+                "kv group dim",
+                "kv group",
+                "kv group dim",
+            )
         inner, dim = options.expand * attention.hidden, options.head_dim or attention.dim
         if inner % dim:
             raise RegraftError(
                 f"mixer '{cls.name}': head_dim {dim} does not divide {inner} channels (expand {options.expand} times "
                 f"{attention.hidden}): give a head_dim that does"
             )
-        return Widths(inner // dim, dim, options.state, str(inner), str(inner // dim), str(options.state))
+        return Widths(
+            inner // dim, dim, options.state, str(inner), str(inner // dim), str(options.state)
+        )
 
     @classmethod
     def conv_channels(cls, widths: Widths) -> int:
@@ -69,12 +80,17 @@ class Mamba2(StateSpace):
         return widths.inner + 2 * (widths.state if widths.keys.isdigit() else widths.inner)
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, object], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, object], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """Convolutions, steps, A, D and the norm beside the projections; no decay on A, D, gain and biases."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         widths = cls.widths_of(attention, options)
         if options.layout == "own":
-            table |= {f"{name}.weight": dense_weight("hidden", widths.keys, attention.hidden) for name in "bc"}
+            table |= {
+                f"{name}.weight": dense_weight("hidden", widths.keys, attention.hidden)
+                for name in "bc"
+            }
         for name, axes in (("x", widths.channels), ("b", widths.keys), ("c", widths.keys)):
             table |= ShortConv.weights(f"conv_{name}", axes, options.conv)
         table |= {
@@ -88,7 +104,9 @@ class Mamba2(StateSpace):
         return table | {"norm": no_decay_weight(f"gain {widths.channels}", "ones")}
 
     @classmethod
-    def row_flops(cls, attention: Attention, spec: dict[str, object], length: int) -> tuple[int, int]:
+    def row_flops(
+        cls, attention: Attention, spec: dict[str, object], length: int
+    ) -> tuple[int, int]:
         """The chunked recurrence."""
         widths = cls.widths_of(attention, cls.parse(spec))
         return chunked_flops(widths.heads, 1, widths.state, widths.dim, length, delta=False)
@@ -99,13 +117,18 @@ class Mamba2(StateSpace):
         step = F.softplus(self.dt.bias)
         self.A_log.copy_((torch.log(torch.tensor(2.0)) / distance.clamp(min=1.0) / step).log())
 
-    def inputs(self, x: Tensor, mixing: MixerContext, past: State) -> tuple[dict[str, Tensor], State]:
+    def inputs(
+        self, x: Tensor, mixing: MixerContext, past: State
+    ) -> tuple[dict[str, Tensor], State]:
         """(C as q, B as k, values, dt and g, each (batch, heads, time, ..); states of the convolutions)."""
         widths, new = self.widths, {}
         if self.own:
             parts = {"x": self.x(x), "b": self.b(x), "c": self.c(x)}
         else:
-            parts = {name: t.transpose(1, 2).flatten(2) for name, t in zip("cbx", self.qkv(x), strict=True)}
+            parts = {
+                name: t.transpose(1, 2).flatten(2)
+                for name, t in zip("cbx", self.qkv(x), strict=True)
+            }
         for name, conv in (("x", self.conv_x), ("b", self.conv_b), ("c", self.conv_c)):
             parts[name], new[f"conv_{name}"] = conv(parts[name], mixing, past.get(f"conv_{name}"))
         values = parts["x"].float().unflatten(-1, (widths.heads, widths.dim))
@@ -113,14 +136,22 @@ class Mamba2(StateSpace):
         b, c = (t.expand(-1, widths.heads, -1, -1) for t in (b, c))
         dt = F.softplus(self.dt(x).float())
         g = (-self.A_log.float().exp() * dt).transpose(1, 2)
-        made = {"q": c, "k": b, "values": values.transpose(1, 2), "dt": dt.transpose(1, 2).unsqueeze(-1), "g": g}
+        made = {
+            "q": c,
+            "k": b,
+            "values": values.transpose(1, 2),
+            "dt": dt.transpose(1, 2).unsqueeze(-1),
+            "g": g,
+        }
         return made, new
 
     def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
         """As in the base class, D on the diagonal."""
         made, _ = self.inputs(x, mixing, {})
         eye = torch.eye(x.shape[1], device=x.device)
-        out, _ = recur(made["q"], made["k"], made["dt"] * eye, made["g"], None, mixing.segments, None)
+        out, _ = recur(
+            made["q"], made["k"], made["dt"] * eye, made["g"], None, mixing.segments, None
+        )
         return out + self.D.float().view(-1, 1, 1) * eye
 
     def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
@@ -129,6 +160,8 @@ class Mamba2(StateSpace):
         made, new = self.inputs(x, mixing, past)
         b, v, g = mask_padding(mixing.valid, made["k"], made["dt"] * made["values"], made["g"])
         out, new["matrix"] = recur(made["q"], b, v, g, None, mixing.segments, past.get("matrix"))
-        y = self.apply_gate((out + self.D.float().view(-1, 1, 1) * made["values"]).transpose(1, 2), x).flatten(2)
+        y = self.apply_gate(
+            (out + self.D.float().view(-1, 1, 1) * made["values"]).transpose(1, 2), x
+        ).flatten(2)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
         return y.unflatten(-1, (widths.heads, widths.dim)).to(x.dtype), new

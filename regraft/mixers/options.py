@@ -13,11 +13,17 @@ def parse_options(name: str, kind: type, given: dict[str, Any]) -> Any:
     """The dataclass `kind` with the values that a spec gives; RegraftError names an unknown option or a wrong value."""
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := sorted(set(given) - set(known)):
-        raise RegraftError(f"mixer '{name}' has no option '{unknown[0]}': it takes {', '.join(known)}")
+        raise RegraftError(
+            f"mixer '{name}' has no option '{unknown[0]}': it takes {', '.join(known)}"
+        )
     for key, hint in typing.get_type_hints(kind).items():
         if key in given and not _fits(given[key], hint):
             words = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-            wanted = f"use one of {', '.join(words)}" if words else f"give {getattr(hint, '__name__', hint)}"
+            wanted = (
+                f"use one of {', '.join(words)}"
+                if words
+                else f"give {getattr(hint, '__name__', hint)}"
+            )
             raise RegraftError(f"mixer '{name}': {key} is '{given[key]}', {wanted}")
     return kind(**given)
 

@@ -91,7 +91,9 @@ def chunked_recurrence(
         inner = strength * (k @ k.mT) * decay
         right = torch.cat((strength * v, strength * from_state * k), dim=-1)
         solved = torch.linalg.solve_triangular(inner, right, upper=False, unitriangular=True)
-        fixed, against = solved.split((v.shape[-1], k.shape[-1]), dim=-1)  # writes = fixed - against @ S
+        fixed, against = solved.split(
+            (v.shape[-1], k.shape[-1]), dim=-1
+        )  # writes = fixed - against @ S
         carried, last = _carry_affine(keep, k_out @ against, k_out @ fixed, S)
         written = fixed - against @ carried
     q_in = q * from_state.unsqueeze(3)
@@ -101,7 +103,13 @@ def chunked_recurrence(
 
 
 def chunked_flops(
-    states: int, group: int, keys: int, values: int, length: int, delta: bool, pairs: int = CHUNK * CHUNK
+    states: int,
+    group: int,
+    keys: int,
+    values: int,
+    length: int,
+    delta: bool,
+    pairs: int = CHUNK * CHUNK,
 ) -> tuple[int, int]:
     """(forward, backward) FLOPs of `chunked` on one row, from an empty state of (keys, values) numbers.
 
@@ -110,15 +118,23 @@ def chunked_flops(
     """
     n = -(-length // CHUNK)
     scores, mixed = 2 * pairs * keys, 2 * pairs * values  # per chunk
-    outer, square, carry = 2 * CHUNK * keys * values, 2 * CHUNK * keys**2, 2 * keys**2 * values  # outer: to, from state
+    outer, square, carry = (
+        2 * CHUNK * keys * values,
+        2 * CHUNK * keys**2,
+        2 * keys**2 * values,
+    )  # outer: to, from state
     reads = group * outer
     inner = group * (scores + mixed)
-    carried = 2 if n > 1 else 1  # with one chunk the state is a constant, and what goes into the next is not used
+    carried = (
+        2 if n > 1 else 1
+    )  # with one chunk the state is a constant, and what goes into the next is not used
     once, back = n * (inner + reads), n * (2 * inner + carried * reads)
     if not delta:
         return states * (once + n * outer), states * (back + (2 * n * outer if n > 1 else 0))
     once += n * (scores + 2 * outer + square + carry)
-    back += n * (2 * scores + scores + mixed + carried * outer)  # twice for k k^T, and the solve's own
+    back += n * (
+        2 * scores + scores + mixed + carried * outer
+    )  # twice for k k^T, and the solve's own
     back += n * 2 * (outer + square) + (2 * n - 3) * carry if n > 1 else 0
     return states * once, states * back
 
@@ -139,7 +155,11 @@ def document_masks(
     last = ids[:, :, -1]
     before = torch.cat((ids[:, :1, 0], last[:, :-1]), dim=1)
     reads = (ids == before.unsqueeze(-1)).unsqueeze(1).float()
-    return reads, (ids == last.unsqueeze(-1)).unsqueeze(1).float(), (before == last).unsqueeze(1).float()
+    return (
+        reads,
+        (ids == last.unsqueeze(-1)).unsqueeze(1).float(),
+        (before == last).unsqueeze(1).float(),
+    )
 
 
 def carry_plain(keep: Tensor, add: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +177,8 @@ def _carry_affine(keep: Tensor, against: Tensor, add: Tensor, S: Tensor) -> tupl
     states = []
     for i in range(add.shape[2]):
         states.append(S)
-        with torch.autocast(S.device.type, enabled=False):  # a state that is rounded at every chunk forgets
+        with torch.autocast(
+            S.device.type, enabled=False
+        ):  # a state that is rounded at every chunk forgets
             S = maps[:, :, i].float() @ S + add[:, :, i]
     return torch.stack(states, dim=2), S

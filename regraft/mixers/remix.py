@@ -60,17 +60,33 @@ class Remix:
             names[key] = spot.name
             if key in source.tensors:
                 lazy = source.tensors[key]
-                tensors[key] = LazyTensor(lazy.shape, lazy.dtype, Provenance("copied", (source.names[key],)), lazy.read)
+                tensors[key] = LazyTensor(
+                    lazy.shape, lazy.dtype, Provenance("copied", (source.names[key],)), lazy.read
+                )
             else:
                 assert layer is not None
-                weight = weights(config["mixers"][layer], Attention(**config["attention"][layer]))[role[6:]]
+                weight = weights(config["mixers"][layer], Attention(**config["attention"][layer]))[
+                    role[6:]
+                ]
                 tensors[key] = self.build_weight(source, weight, layer, spot.name, spot.shape)
             used.update(tensors[key].story.sources)
-        reason = f"mixer '{self.mixer}' does not use it" + f" with inherit '{self.inherit}'" * (self.inherit != "all")
+        reason = f"mixer '{self.mixer}' does not use it" + f" with inherit '{self.inherit}'" * (
+            self.inherit != "all"
+        )
         unused = {name: reason for name in source.names.values() if name not in used}
         history = (*source.history, step_entry(self))
         dropped = source.dropped | unused
-        return Checkpoint(source.origin, config, anatomy, source.sizes, tensors, names, source.folder, dropped, history)
+        return Checkpoint(
+            source.origin,
+            config,
+            anatomy,
+            source.sizes,
+            tensors,
+            names,
+            source.folder,
+            dropped,
+            history,
+        )
 
     def build_config(self, source: Checkpoint) -> dict[str, Any]:
         """config.json of the result."""
@@ -81,7 +97,9 @@ class Remix:
         check_supported(source)
         kept = self.kept_layers(source.layers)
         specs = [None if layer in kept else self.build_spec() for layer in range(source.layers)]
-        attention = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
+        attention = [
+            source.anatomy.attention(source.config, layer) for layer in range(source.layers)
+        ]
         special = {key: source.config[key] for key in SPECIAL if source.config.get(key) is not None}
         return {
             "model_type": "regraft",
@@ -91,17 +109,26 @@ class Remix:
             "host": source.config,
             "slot": source.anatomy.slot,
             "mixers": specs,
-            "attention": [None if spec is None else shape for spec, shape in zip(specs, attention, strict=True)],
-            "tie_word_embeddings": source.anatomy.fill_defaults(source.config)["tie_word_embeddings"],
+            "attention": [
+                None if spec is None else shape
+                for spec, shape in zip(specs, attention, strict=True)
+            ],
+            "tie_word_embeddings": source.anatomy.fill_defaults(source.config)[
+                "tie_word_embeddings"
+            ],
             **special,
         }
 
     def build_spec(self) -> dict[str, Any]:
         """The mixer spec of every converted layer."""
         if self.window < 0 or self.sinks < 0 or (self.mixer == "window" and self.window == 0):
-            raise RegraftError(f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 --sinks 4")
+            raise RegraftError(
+                f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 --sinks 4"
+            )
         if self.mixer == "gated":
-            raise RegraftError(f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as supra")
+            raise RegraftError(
+                f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as supra"
+            )
         window = {"name": "window", "window": self.window, "sinks": self.sinks}
         plain = window if self.mixer == "window" else {"name": self.mixer, **self.options}
         plain |= {"inherit": self.inherit} if self.inherit != "all" else {}
@@ -137,7 +164,9 @@ class Remix:
                 f"measure by ({', '.join(RULES)}) and how many layers, such as {RULES[0]}:8"
             ) from None
         if beyond := [layer for layer in chosen if not 0 <= layer < layers]:
-            raise RegraftError(f"--keep '{self.keep}' names layer {beyond[0]}: the last layer is {layers - 1}")
+            raise RegraftError(
+                f"--keep '{self.keep}' names layer {beyond[0]}: the last layer is {layers - 1}"
+            )
         return frozenset(chosen)
 
     def build_weight(
@@ -147,7 +176,9 @@ class Remix:
         if weight.source is not None:
             return inherit_weight(source, weight, layer, shape)
         spec = weight.fresh or "zeros"
-        seed = zlib.crc32(name.encode(), self.seed)  # within 32 bits: torch's generator ignores the others
+        seed = zlib.crc32(
+            name.encode(), self.seed
+        )  # within 32 bits: torch's generator ignores the others
         kind = "zero" if spec == "zeros" else "fresh"
         dtype = source.tensors["norm.final.weight", None].dtype
         read = _init_reader(spec, shape, seed, dtype)
@@ -170,11 +201,18 @@ def check_supported(source: Checkpoint) -> None:
             )
 
 
-RULES = ("bypass", "halo", "recall", "restore")  # ways to choose layers by measurement, see `regraft.choosing`
+RULES = (
+    "bypass",
+    "halo",
+    "recall",
+    "restore",
+)  # ways to choose layers by measurement, see `regraft.choosing`
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def inherit_weight(source: Checkpoint, weight: WeightSpec, layer: int, shape: tuple[int, ...]) -> LazyTensor:
+def inherit_weight(
+    source: Checkpoint, weight: WeightSpec, layer: int, shape: tuple[int, ...]
+) -> LazyTensor:
     """A weight of the source with the axes it lacks broadcast on the output side (`group`: per head)."""
     assert weight.source is not None
     lazy = source[weight.source, layer]
@@ -182,14 +220,21 @@ def inherit_weight(source: Checkpoint, weight: WeightSpec, layer: int, shape: tu
     if have.kind != want.kind or _drop_unit_axes(have.inputs, source.sizes) != _drop_unit_axes(
         want.inputs, source.sizes
     ):
-        raise RegraftError(f"cannot inherit '{weight.signature}' from '{have.text}' ({weight.source}): inputs differ")
+        raise RegraftError(
+            f"cannot inherit '{weight.signature}' from '{have.text}' ({weight.source}): inputs differ"
+        )
     names = lazy.story.sources
     if lazy.shape == shape:
-        return LazyTensor(shape, lazy.dtype, Provenance("copied", names, lazy.story.note), lazy.read)
+        return LazyTensor(
+            shape, lazy.dtype, Provenance("copied", names, lazy.story.note), lazy.read
+        )
     (mine,), (theirs,) = have.outputs, want.outputs
     read = _broadcast_reader(lazy.read, mine, theirs, source.sizes)
     return LazyTensor(
-        shape, lazy.dtype, Provenance("broadcast", names, f"'{weight.signature}' from '{have.text}'"), read
+        shape,
+        lazy.dtype,
+        Provenance("broadcast", names, f"'{weight.signature}' from '{have.text}'"),
+        read,
     )
 
 
@@ -203,5 +248,7 @@ def _broadcast_reader(
     return lambda: broadcast_axes(read(), have, want, sizes)
 
 
-def _init_reader(spec: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _init_reader(
+    spec: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype
+) -> Callable[[], Tensor]:
     return lambda: create_initial_tensor(spec, shape, torch.Generator().manual_seed(seed)).to(dtype)

@@ -35,4 +35,9 @@ class Retnet(LinearAttention):
         q, k, v = self.qkv(x)
         if self.options.rotary:
             q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
-        return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": fixed_log_decays("retnet", k)}
+        return {
+            "q": q * self.attention.dim**-0.5,
+            "k": k,
+            "v": v,
+            "g": fixed_log_decays("retnet", k),
+        }

@@ -71,7 +71,9 @@ class Rwkv6(LinearAttention):
         return "rkv" + "w" * (options.decay == "dynamic") + "g" * (options.gate != "none")
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """No shift at first, a constant decay with a half-life of about 44 tokens."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         axes = f"{cls.state_axes(options)} dim"
@@ -79,7 +81,9 @@ class Rwkv6(LinearAttention):
             count, rank = len(cls.shifted_streams(options)), options.shift_rank
             table["shift_base"] = WeightSpec("scale hidden", fresh="zeros", decay=False)
             table["shift_bias"] = WeightSpec(f"{count} hidden", fresh="zeros", decay=False)
-            table["shift_in.weight"] = WeightSpec(f"hidden -> {count * rank}", fresh="normal 0.02", decay=False)
+            table["shift_in.weight"] = WeightSpec(
+                f"hidden -> {count * rank}", fresh="normal 0.02", decay=False
+            )
             table["shift_out"] = WeightSpec(f"{count} {rank} hidden", fresh="zeros", decay=False)
         if options.decay == "dynamic":
             table |= low_rank_weights("decay", options.rank, axes, "constant -4.15")
@@ -120,7 +124,11 @@ class Rwkv6(LinearAttention):
 
     def shifts(self, x: Tensor, change: Tensor) -> Tensor:
         """How much of the change each stream takes, (batch, time, streams, hidden)."""
-        inner = self.shift_in(x + change * self.shift_base).tanh().unflatten(-1, (len(self.streams), -1))
+        inner = (
+            self.shift_in(x + change * self.shift_base)
+            .tanh()
+            .unflatten(-1, (len(self.streams), -1))
+        )
         return self.shift_bias + torch.einsum("btsr,srh->btsh", inner, self.shift_out)
 
     def recurrence_inputs(self, read: dict[str, Tensor], mixing: MixerContext) -> dict[str, Tensor]:

@@ -14,7 +14,11 @@ from ..errors import RegraftError
 from .base import Attention, Mixer, MixerContext, Projections, WeightSpec, output_weights
 
 DT_INIT = "timesteps 0.001 0.1"
-OWN_LAYOUT_OPTIONS = ("expand", "state", "head_dim")  # options that the attention's shape decides in the other layout
+OWN_LAYOUT_OPTIONS = (
+    "expand",
+    "state",
+    "head_dim",
+)  # options that the attention's shape decides in the other layout
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,18 @@ class StateSpace(Mixer):
     def parse(cls, spec: dict[str, Any]) -> Any:
         """The options; RegraftError for sizes that are none, or that the attention layout does not have."""
         options = super().parse(spec)
-        sizes = {name: value for name, value in vars(options).items() if name in (*OWN_LAYOUT_OPTIONS, "conv")}
-        if wrong := next((name for name, value in sizes.items() if value is not None and value < 1), None):
+        sizes = {
+            name: value
+            for name, value in vars(options).items()
+            if name in (*OWN_LAYOUT_OPTIONS, "conv")
+        }
+        if wrong := next(
+            (name for name, value in sizes.items() if value is not None and value < 1), None
+        ):
             raise RegraftError(f"mixer '{cls.name}': {wrong} is {sizes[wrong]}, give 1 or more")
-        if options.layout == "attention" and (extra := [name for name in OWN_LAYOUT_OPTIONS if name in spec]):
+        if options.layout == "attention" and (
+            extra := [name for name in OWN_LAYOUT_OPTIONS if name in spec]
+        ):
             raise RegraftError(
                 f"mixer '{cls.name}': {extra[0]} is {spec[extra[0]]}, but layout 'attention' has the attention's "
                 "widths: leave it out"
@@ -87,13 +99,18 @@ class StateSpace(Mixer):
         raise NotImplementedError
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """The projections in and out; new ones as PyTorch starts a linear layer. RegraftError without an output."""
         options = cls.parse(spec)
         channels = cls.widths_of(attention, options).channels
         table = {"gate.weight": dense_weight("hidden", channels, attention.hidden)}
         if options.layout == "attention":
-            table |= {f"qkv.{name}": weight for name, weight in Projections.weights(attention, expand=True).items()}
+            table |= {
+                f"qkv.{name}": weight
+                for name, weight in Projections.weights(attention, expand=True).items()
+            }
             return table | (output_weights(attention) if output else {})
         if not output:
             raise RegraftError(
@@ -101,7 +118,9 @@ class StateSpace(Mixer):
                 'window beside it cannot share: give --options \'{"layout": "attention"}\', or --window 0'
             )
         table["x.weight"] = dense_weight("hidden", channels, attention.hidden)
-        return table | {"o.weight": dense_weight(channels, "hidden", options.expand * attention.hidden)}
+        return table | {
+            "o.weight": dense_weight(channels, "hidden", options.expand * attention.hidden)
+        }
 
     @classmethod
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
@@ -154,7 +173,9 @@ class ShortConv(nn.Module):
             f"{name}.bias": no_decay_weight(f"-> {channels}", start),
         }
 
-    def forward(self, x: Tensor, mixing: MixerContext, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, mixing: MixerContext, past: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """x: (batch, time, channels) -> the same shape, and the last taps - 1 inputs: (batch, taps - 1, channels)."""
         weight, time = self.weight.flatten(0, -2), x.shape[1]
         before = weight.shape[1] - 1

@@ -60,14 +60,18 @@ class Supra(HeadDecayAttention):
         return "layer" if options.norm else "none", options.gate
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """The source's projections and a fresh feature map."""
         options = cls.parse(spec)
         head = options.feature == "head"
         bound = (attention.dim if head else attention.heads * attention.dim) ** -0.5
         start = "identity" if options.start == "identity" else f"uniform {bound}"
         table = super().weights(attention, spec, output)
-        table["feature"] = WeightSpec("kv group dim dim" if head else "kv group dim -> kv group dim", fresh=start)
+        table["feature"] = WeightSpec(
+            "kv group dim dim" if head else "kv group dim -> kv group dim", fresh=start
+        )
         bias = "zeros" if options.start == "identity" else f"uniform {bound}"
         table["feature_bias"] = WeightSpec("-> kv group dim", fresh=bias, decay=False)
         return table
@@ -76,7 +80,11 @@ class Supra(HeadDecayAttention):
     def token_flops(cls, attention: Attention, options: SupraOptions) -> int:
         """Feature maps of a token's queries and keys; a dense one is a map, which is counted once already."""
         dense = options.feature == "dense"
-        return 2 * (attention.heads * attention.dim) ** 2 if dense else 4 * attention.heads * attention.dim**2
+        return (
+            2 * (attention.heads * attention.dim) ** 2
+            if dense
+            else 4 * attention.heads * attention.dim**2
+        )
 
     def features(self, x: Tensor) -> Tensor:
         """phi; x: (batch, heads, time, dim)."""

@@ -54,7 +54,9 @@ class T2r(LinearAttention):
         """Options; RegraftError for a merged map behind rotated queries."""
         options: T2rOptions = super().parse(spec)
         if options.merged and options.rotary:
-            raise RegraftError(f"mixer 't2r': a merged map comes before rotary ({options.rotary}): set rotary to false")
+            raise RegraftError(
+                f"mixer 't2r': a merged map comes before rotary ({options.rotary}): set rotary to false"
+            )
         return options
 
     @classmethod
@@ -63,20 +65,32 @@ class T2r(LinearAttention):
         return options.feature or attention.dim
 
     @classmethod
-    def weights(cls, attention: Attention, spec: dict[str, Any], output: bool = True) -> dict[str, WeightSpec]:
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
         """The source's projections and a fresh feature map; merged: fresh projections to features."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         size, axes = cls.key_dim(attention, options), cls.state_axes(options)
         if options.merged:
-            table = {name: weight for name, weight in table.items() if not name.startswith(("qkv.q", "qkv.k"))}
+            table = {
+                name: weight
+                for name, weight in table.items()
+                if not name.startswith(("qkv.q", "qkv.k"))
+            }
             for name, wide in (("q", "kv group"), ("k", axes)):
-                table[f"qkv.{name}.weight"] = WeightSpec(f"hidden -> {wide} {size}", fresh="normal 0.02")
-                table[f"qkv.{name}.bias"] = WeightSpec(f"-> {wide} {size}", fresh="zeros", decay=False)
+                table[f"qkv.{name}.weight"] = WeightSpec(
+                    f"hidden -> {wide} {size}", fresh="normal 0.02"
+                )
+                table[f"qkv.{name}.bias"] = WeightSpec(
+                    f"-> {wide} {size}", fresh="zeros", decay=False
+                )
             return table
         bound = f"uniform {attention.dim**-0.5}"
         identity = options.start == "identity"
         table["map"] = WeightSpec(f"{axes} {size} dim", fresh="identity" if identity else bound)
-        table["map_bias"] = WeightSpec(f"-> {axes} {size}", fresh="zeros" if identity else bound, decay=False)
+        table["map_bias"] = WeightSpec(
+            f"-> {axes} {size}", fresh="zeros" if identity else bound, decay=False
+        )
         return table
 
     @classmethod
@@ -87,7 +101,9 @@ class T2r(LinearAttention):
 
     def features(self, x: Tensor) -> Tensor:
         """phi; x: (batch, heads, time, dim)."""
-        bias = self.map_bias.view(self.states, 1, -1).repeat_interleave(x.shape[1] // self.states, 0)
+        bias = self.map_bias.view(self.states, 1, -1).repeat_interleave(
+            x.shape[1] // self.states, 0
+        )
         return F.relu(apply_feature_map(x, self.map) + bias)
 
     def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
@@ -95,7 +111,9 @@ class T2r(LinearAttention):
         q, k, v = self.qkv(x)
         if self.options.rotary:
             q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
-        q, k = (F.relu(q), F.relu(k)) if self.options.merged else (self.features(q), self.features(k))
+        q, k = (
+            (F.relu(q), F.relu(k)) if self.options.merged else (self.features(q), self.features(k))
+        )
         return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
 
 

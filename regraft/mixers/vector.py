@@ -36,7 +36,9 @@ def naive_vector(
             S = S * (segments[:, t] == segments[:, t - 1]).view(-1, 1, 1, 1)
         write = k[:, :, t, :, None] * v[:, :, t, None, :]
         before, S = S, S * g[:, :, t, :, None].exp() + write
-        outputs.append(q[:, :, :, t] @ (S if bonus is None else before + bonus.unsqueeze(-1) * write))
+        outputs.append(
+            q[:, :, :, t] @ (S if bonus is None else before + bonus.unsqueeze(-1) * write)
+        )
     return torch.stack(outputs, dim=3).flatten(1, 2), S
 
 
@@ -60,15 +62,24 @@ def chunked_vector(
     S = initial_state(k, v, state)
     q, k, v, g = (pad_time(x, chunk).unflatten(2, (n, chunk)) for x in (q, k, v, g))
     q = q.unflatten(1, (heads, -1)).movedim(2, 4)  # (b, h, n, c, group, d)
-    masks, ids = document_masks(segments, n, chunk), None if segments is None else chunk_ids(segments, n, chunk)
-    reads, writes, keeps = (mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask for mask in masks)
+    masks, ids = (
+        document_masks(segments, n, chunk),
+        None if segments is None else chunk_ids(segments, n, chunk),
+    )
+    reads, writes, keeps = (
+        mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask for mask in masks
+    )
     weighed = k if bonus is None else bonus[:, None, None] * k
-    out = (q * weighed.unsqueeze(-2)).sum(-1, keepdim=True) * v.unsqueeze(-2)  # (b, h, n, c, group, e)
+    out = (q * weighed.unsqueeze(-2)).sum(-1, keepdim=True) * v.unsqueeze(
+        -2
+    )  # (b, h, n, c, group, e)
     # log-decays from a block's start to a query, from a key to its block's end, of the whole block
     reach, into, whole = g if bonus is None else torch.zeros_like(g), torch.zeros_like(g), g
     half = 1
     while half < chunk:
-        (k0, _), (v0, _), (_, q1), (r0, r1), (i0, i1) = (_split_halves(x, half) for x in (k, v, q, reach, into))
+        (k0, _), (v0, _), (_, q1), (r0, r1), (i0, i1) = (
+            _split_halves(x, half) for x in (k, v, q, reach, into)
+        )
         w0, w1 = _split_halves(whole, 1)  # (b, h, n, pairs, 1, d)
         scores = (q1 * r1.exp().unsqueeze(-2)).flatten(-3, -2) @ (k0 * i0.exp()).mT
         if ids is not None:
@@ -77,9 +88,15 @@ def chunked_vector(
             scores = scores * same.repeat_interleave(q.shape[4], -2)
         read = (scores @ v0).unflatten(-2, (half, -1))
         out = out + _join_halves(torch.zeros_like(read), read)
-        reach, into, whole = _join_halves(r0, r1 + w0), _join_halves(i0 + w1, i1), (w0 + w1).squeeze(4)
+        reach, into, whole = (
+            _join_halves(r0, r1 + w0),
+            _join_halves(i0 + w1, i1),
+            (w0 + w1).squeeze(4),
+        )
         half *= 2
-    carried, last = carry_plain((whole.squeeze(3).exp() * keeps).unsqueeze(-1), (k * into.exp() * writes).mT @ v, S)
+    carried, last = carry_plain(
+        (whole.squeeze(3).exp() * keeps).unsqueeze(-1), (k * into.exp() * writes).mT @ v, S
+    )
     from_state = (q * (reach.exp() * reads).unsqueeze(-2)).flatten(3, 4) @ carried
     out = out + from_state.unflatten(3, (chunk, -1))
     return out.movedim(4, 2).flatten(1, 2).flatten(2, 3)[:, :, :time], last

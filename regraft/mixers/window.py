@@ -23,7 +23,14 @@ class WindowOptions:
 
 
 def naive_window(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, position: Tensor, segments: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    sinks: int,
+    position: Tensor,
+    segments: Tensor,
 ) -> Tensor:
     """Masked softmax attention; q: (b, heads, t, d), k, v: (b, kv, t, d), position, segments: (b, t) -> (b, heads, t,
     d).
@@ -35,7 +42,9 @@ def naive_window(
     distance = position.unsqueeze(-1) - position.unsqueeze(-2)
     seen = (distance >= 0) & ((distance < window) | (position.unsqueeze(-2) < sinks))
     seen &= (segments.unsqueeze(-1) == segments.unsqueeze(-2)) & (position.unsqueeze(-2) > EMPTY)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(
+        ~seen.unsqueeze(1), torch.finfo(q.dtype).min
+    )
     return scores.softmax(-1) @ v
 
 
@@ -111,7 +120,13 @@ class Window(Mixer):
         return count - count.masked_fill(~first, 0).cummax(1).values
 
     def attend_token(
-        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, segments: Tensor | None, state: State
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        segments: Tensor | None,
+        state: State,
     ) -> Tensor:
         """One token against the state and itself; q: (b, heads, 1, d) -> (b, heads, 1, d)."""
         keys = torch.cat((state["sink_k"], state["window_k"], k), dim=2)
@@ -120,31 +135,52 @@ class Window(Mixer):
         distance = position - at
         in_window = torch.arange(at.shape[1], device=q.device) >= state["sink_at"].shape[1]
         # a sink still inside the window is counted there
-        seen = (at > EMPTY) & torch.where(in_window, distance < self.options.window, distance >= self.options.window)
+        seen = (at > EMPTY) & torch.where(
+            in_window, distance < self.options.window, distance >= self.options.window
+        )
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
         scores = (group @ keys.transpose(-1, -2)) * self.attention.scale
         scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2)
 
     def attend_blocks(
-        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, segments: Tensor | None, state: State
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        segments: Tensor | None,
+        state: State,
     ) -> Tensor:
         """Many tokens in blocks of the window; q: (b, heads, t, d), k, v: (b, kv, t, d) -> (b, heads, t, d)."""
         size, time, kv = self.options.window, q.shape[2], k.shape[1]
         n = -(-time // size)
-        ids = position.clamp(max=0) if segments is None else segments.masked_fill(position == EMPTY, EMPTY)
+        ids = (
+            position.clamp(max=0)
+            if segments is None
+            else segments.masked_fill(position == EMPTY, EMPTY)
+        )
         past_ids = state["window_at"].clamp(max=0)
-        all_at, all_ids = torch.cat((state["window_at"], position), 1), torch.cat((past_ids, ids), 1)
+        all_at, all_ids = (
+            torch.cat((state["window_at"], position), 1),
+            torch.cat((past_ids, ids), 1),
+        )
         keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
         pair = lambda x, dim: torch.cat((x.narrow(dim, 0, n), x.narrow(dim, 1, n)), dim + 1)  # noqa: E731
         k2, v2 = (pair(pad_time(x, size).unflatten(2, (n + 1, size)), 2) for x in (keys, values))
-        at2, ids2 = (pair(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1) for x in (all_at, all_ids))
+        at2, ids2 = (
+            pair(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1) for x in (all_at, all_ids)
+        )
         at, own = (_pad_ids(x, size).unflatten(1, (n, size)) for x in (position, ids))
         distance = at.unsqueeze(-1) - at2.unsqueeze(-2)
         near = (distance >= 0) & (distance < size) & (own.unsqueeze(-1) == ids2.unsqueeze(-2))
         near = near & (at2.unsqueeze(-2) > EMPTY)
-        group = pad_time(q, size).unflatten(1, (kv, -1)).unflatten(3, (n, size)).transpose(2, 3)  # b kv n g size d
-        scores = [self.scale_and_mask(group.flatten(3, 4) @ k2.transpose(-1, -2), near, group.shape[3])]
+        group = (
+            pad_time(q, size).unflatten(1, (kv, -1)).unflatten(3, (n, size)).transpose(2, 3)
+        )  # b kv n g size d
+        scores = [
+            self.scale_and_mask(group.flatten(3, 4) @ k2.transpose(-1, -2), near, group.shape[3])
+        ]
         sink_k, sink_v, far = self.select_sinks(k, v, position, ids, state, at, own)
         if sink_k.shape[2]:
             sink_scores = group.flatten(3, 4) @ sink_k.unsqueeze(2).transpose(-1, -2)
@@ -162,7 +198,14 @@ class Window(Mixer):
         return (scores * self.attention.scale).masked_fill(~seen, torch.finfo(scores.dtype).min)
 
     def select_sinks(
-        self, k: Tensor, v: Tensor, position: Tensor, ids: Tensor, state: State, at: Tensor, own: Tensor
+        self,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        ids: Tensor,
+        state: State,
+        at: Tensor,
+        own: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sinks that some query sees beyond its window: keys, values (b, kv, m, d) and mask (b, n, size, m)."""
         size = self.options.window
@@ -173,24 +216,42 @@ class Window(Mixer):
         columns = (sink & reached).any(0).nonzero().squeeze(1)
         keys = torch.cat((state["sink_k"], k[:, :, columns]), 2)
         values = torch.cat((state["sink_v"], v[:, :, columns]), 2)
-        sink_at = torch.cat((state["sink_at"], position[:, columns].masked_fill(~sink[:, columns], EMPTY)), 1)
+        sink_at = torch.cat(
+            (state["sink_at"], position[:, columns].masked_fill(~sink[:, columns], EMPTY)), 1
+        )
         sink_ids = torch.cat((state["sink_at"].clamp(max=0), ids[:, columns]), 1)
         some = (sink_at > EMPTY).any(0).nonzero().squeeze(1)
-        keys, values, sink_at, sink_ids = keys[:, :, some], values[:, :, some], sink_at[:, some], sink_ids[:, some]
+        keys, values, sink_at, sink_ids = (
+            keys[:, :, some],
+            values[:, :, some],
+            sink_at[:, some],
+            sink_ids[:, some],
+        )
         distance = at.unsqueeze(-1) - sink_at[:, None, None]
-        far = (distance >= size) & (sink_at > EMPTY)[:, None, None] & (own.unsqueeze(-1) == sink_ids[:, None, None])
+        far = (
+            (distance >= size)
+            & (sink_at > EMPTY)[:, None, None]
+            & (own.unsqueeze(-1) == sink_ids[:, None, None])
+        )
         return keys, values, far
 
-    def update_state(self, k: Tensor, v: Tensor, position: Tensor, state: State, mixing: MixerContext) -> State:
+    def update_state(
+        self, k: Tensor, v: Tensor, position: Tensor, state: State, mixing: MixerContext
+    ) -> State:
         """The state after these tokens: last `window` of past and new, sinks where they fit."""
         if mixing.segments is not None:
             return state  # packed rows are whole documents: nothing follows them
         size, sinks = self.options.window, self.options.sinks
         new = {"seen": state["seen"] + (position > EMPTY).sum(1, keepdim=True)}
-        joined = {part: torch.cat((state[part], fresh), 2) for part, fresh in (("window_k", k), ("window_v", v))}
+        joined = {
+            part: torch.cat((state[part], fresh), 2)
+            for part, fresh in (("window_k", k), ("window_v", v))
+        }
         at = torch.cat((state["window_at"], position), 1)
         if mixing.valid is None:
-            new |= {part: tensor[:, :, -size:] for part, tensor in joined.items()} | {"window_at": at[:, -size:]}
+            new |= {part: tensor[:, :, -size:] for part, tensor in joined.items()} | {
+                "window_at": at[:, -size:]
+            }
         else:  # padding goes to the front, whatever side it was on
             last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
             index = last[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
@@ -203,7 +264,9 @@ class Window(Mixer):
             found, where = hit.any(-1), hit.float().argmax(-1)
             index = where[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
             for part, fresh in (("sink_k", k), ("sink_v", v)):
-                new[part] = torch.where(found[:, None, :, None], fresh.gather(2, index), state[part])
+                new[part] = torch.where(
+                    found[:, None, :, None], fresh.gather(2, index), state[part]
+                )
             new["sink_at"] = torch.where(found, slots.expand_as(found), state["sink_at"])
         return new
 

@@ -12,7 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .configuration_regraft import STATE_LAYER
 
 _STOCK = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-CACHE = "cache" if "cache" in _STOCK else "past_key_values"  # what models call it; renamed in transformers 5.24
+CACHE = (
+    "cache" if "cache" in _STOCK else "past_key_values"
+)  # what models call it; renamed in transformers 5.24
 
 
 class MixerState(CacheLayerMixin):
@@ -39,7 +41,9 @@ class MixerState(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Refuse softmax attention: this layer holds a mixer's state."""
-        raise TypeError("a mixer's state holds no keys and values: this cache belongs to a model with other layers")
+        raise TypeError(
+            "a mixer's state holds no keys and values: this cache belongs to a model with other layers"
+        )
 
     def get_seq_length(self) -> int:
         """Positions seen."""

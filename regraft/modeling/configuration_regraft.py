@@ -36,10 +36,18 @@ class RegraftConfig(PreTrainedConfig):
         self.attention = self.attention or [None] * host.num_hidden_layers
         for key in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
             setattr(self, key, getattr(host, key))
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "sliding_window"):
+        for key in (
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "tie_word_embeddings",
+            "sliding_window",
+        ):
             kwargs.setdefault(key, getattr(host, key, None))
         kept, _ = get_layer_types_and_kwargs(host)
-        kwargs["layer_types"] = [STATE_LAYER if m else kind for m, kind in zip(self.mixers, kept, strict=True)]
+        kwargs["layer_types"] = [
+            STATE_LAYER if m else kind for m, kind in zip(self.mixers, kept, strict=True)
+        ]
         super().__post_init__(**kwargs)
 
     def host_config(self) -> PreTrainedConfig:

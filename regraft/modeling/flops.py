@@ -82,7 +82,9 @@ def count_positions(model: Checkpoint | Config, length: int) -> int:
     if held and anatomy.host(config).inputs == "pixels":
         return held
     if length < 1 or (held and length > held):
-        raise RegraftError(f"rows of {length} tokens in a {anatomy.family}: give 1 to {held or 'any number'}")
+        raise RegraftError(
+            f"rows of {length} tokens in a {anatomy.family}: give 1 to {held or 'any number'}"
+        )
     return length
 
 
@@ -133,9 +135,15 @@ def build_flop_counter() -> FlopCounter:
     computes again.
     """
     aten = torch.ops.aten
-    backward = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    backward = (
+        "flash_attention_for_cpu",
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+    )
     table: dict[Any, Any] = {
-        getattr(aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops for name in backward
+        getattr(aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops
+        for name in backward
     }
     table[aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     table[aten._grouped_mm] = _grouped_mm_flops
@@ -150,7 +158,9 @@ def _attention_flops(query: Shape, key: Shape, value: Shape, *rest: Any, **named
     return int(sdpa_flop_count(query, key, value))
 
 
-def _attention_backward_flops(grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any) -> int:
+def _attention_backward_flops(
+    grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **named: Any
+) -> int:
     return 2 * int(sdpa_flop_count(query, key, value))
 
 

@@ -65,7 +65,9 @@ def generate(
     RegraftError for an empty prompt, a negative temperature or fewer than one token.
     """
     if tokens < 1 or temperature < 0:
-        raise RegraftError(f"cannot generate {tokens} tokens at temperature {temperature}: ask for >= 1 and >= 0")
+        raise RegraftError(
+            f"cannot generate {tokens} tokens at temperature {temperature}: ask for >= 1 and >= 0"
+        )
     inputs = encode_prompt(tokenizer, prompt, chat).to(next(model.parameters()).device)
     streamer = CallbackStreamer(tokenizer, sink)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -86,7 +88,9 @@ def generate(
     mixers = getattr(model.config, "mixers", None) or [None] * len(sizes)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     new = out.sequences.shape[1] - inputs.shape[1]
-    return Generation("".join(streamer.pieces), inputs.shape[1], new, converted, sum(sizes) - converted)
+    return Generation(
+        "".join(streamer.pieces), inputs.shape[1], new, converted, sum(sizes) - converted
+    )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:

@@ -42,7 +42,9 @@ def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     """Decoding state of one sequence after `context` tokens, by kind of layer, in float32."""
     table: dict[str, int] = {}
     context = context if checkpoint.anatomy.causal else 0  # encoders keep no state
-    for layer, (kind, spec) in enumerate(zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)):
+    for layer, (kind, spec) in enumerate(
+        zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
+    ):
         attention = attention_of(checkpoint, layer)
         if spec is None:
             numbers = 2 * attention.kv * attention.dim * kept_tokens(checkpoint, layer, context)

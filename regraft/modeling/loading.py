@@ -28,7 +28,10 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     Stock families come as the class that the config's `architectures` names. Raises RegraftError when a tensor the
     model needs is not in the checkpoint, or the other way round.
     """
-    values = {checkpoint.names[key]: lazy.read().to(dtype).contiguous() for key, lazy in checkpoint.tensors.items()}
+    values = {
+        checkpoint.names[key]: lazy.read().to(dtype).contiguous()
+        for key, lazy in checkpoint.tensors.items()
+    }
     if checkpoint.config["model_type"] == "regraft":
         model: Any = build_meta_model(checkpoint)
         missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
@@ -43,7 +46,9 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     return model.to(dtype).eval()
 
 
-def build_stock_model(checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, set[str]]:
+def build_stock_model(
+    checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, set[str]]:
     """(model of transformers' own class, names without a counterpart); the library renames and fuses what it must."""
     kind, config = stock_class(checkpoint.config)
     return build_with_weights(kind, config, values, dtype)
@@ -55,7 +60,9 @@ def build_with_weights(
     """(model of a stock class with these values by their names in files, names without a counterpart)."""
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with silence_transformers():
-        model, info = kind.from_pretrained(None, state_dict=dict(values), ignore_mismatched_sizes=True, **options)
+        model, info = kind.from_pretrained(
+            None, state_dict=dict(values), ignore_mismatched_sizes=True, **options
+        )
     resized = {name for name, *_ in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | resized
 
@@ -78,10 +85,15 @@ def to_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) ->
     if isinstance(model, RegraftForCausalLM):
         return dict(values)
     canonical = find_anatomy(model.config.to_dict()).canonical_name
-    return {canonical(name): value for name, value in revert_weight_conversion(model, dict(values)).items()}
+    return {
+        canonical(name): value
+        for name, value in revert_weight_conversion(model, dict(values)).items()
+    }
 
 
-def from_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_checkpoint_names(
+    model: PreTrainedModel, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The inverse of `in_files`; names that the model has and `values` lack are left out."""
     if isinstance(model, RegraftForCausalLM):
         return dict(values)
@@ -92,7 +104,10 @@ def from_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
     """Inside, transformers draws no bar of its own over ours and prints no table of what it did not find."""
-    drawn, told = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
+    drawn, told = (
+        transformers.utils.logging.is_progress_bar_enabled(),
+        transformers.utils.logging.get_verbosity(),
+    )
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -103,15 +118,27 @@ def silence_transformers() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def random_inputs(checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0) -> dict[str, Tensor]:
+def random_inputs(
+    checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0
+) -> dict[str, Tensor]:
     """Random arguments for a model: token ids (rows, length), or pixels (rows, channels, height, width)."""
     generator = torch.Generator().manual_seed(seed)
     if checkpoint.anatomy.inputs == "pixels":
         size = checkpoint.anatomy.fill_defaults(checkpoint.config)["image_size"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.randn(rows, checkpoint.sizes["channel"], height, width, generator=generator)}
-    length = min(length, checkpoint.sizes.get("pos", length + 2) - 2)  # two: an encoder may count positions from two
-    return {"input_ids": torch.randint(0, checkpoint.sizes["vocab"], (rows, length), generator=generator)}
+        return {
+            "pixel_values": torch.randn(
+                rows, checkpoint.sizes["channel"], height, width, generator=generator
+            )
+        }
+    length = min(
+        length, checkpoint.sizes.get("pos", length + 2) - 2
+    )  # two: an encoder may count positions from two
+    return {
+        "input_ids": torch.randint(
+            0, checkpoint.sizes["vocab"], (rows, length), generator=generator
+        )
+    }
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -151,8 +178,13 @@ def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[
     if isinstance(model, RegraftForCausalLM):
         return model.slots()
     if checkpoint is None:
-        raise RegraftError(f"slots of a {type(model).__name__} are named by its anatomy: pass the checkpoint too")
-    return [model.get_submodule(checkpoint.anatomy.slot.format(i)) for i in range(model.config.num_hidden_layers)]
+        raise RegraftError(
+            f"slots of a {type(model).__name__} are named by its anatomy: pass the checkpoint too"
+        )
+    return [
+        model.get_submodule(checkpoint.anatomy.slot.format(i))
+        for i in range(model.config.num_hidden_layers)
+    ]
 
 
 @contextmanager

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
@@ -38,7 +44,9 @@ def build_from_config(checkpoint: Checkpoint) -> Any:
     fields = {**checkpoint.config, "dtype": "float32"}
     if fields["model_type"] == "regraft":
         fields["host"] = {**fields["host"], "dtype": "float32"}
-        kept = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+        kept = {
+            key: value for key, value in fields.items() if key not in ("model_type", "auto_map")
+        }
         model: Any = RegraftForCausalLM(RegraftConfig(**kept))
     else:
         kind, config = stock_class(fields)

@@ -36,7 +36,9 @@ class MixerSlot(nn.Module):
         **host_arguments: Any,  # each family hands its attention more than a mixer needs: masks, flags
     ) -> tuple[Tensor, None]:
         """hidden_states: (batch, time, hidden) -> the same shape, and no attention weights."""
-        cache = next((host_arguments[name] for name in CACHES if host_arguments.get(name) is not None), None)
+        cache = next(
+            (host_arguments[name] for name in CACHES if host_arguments.get(name) is not None), None
+        )
         entry = cache.layers[self.layer] if cache is not None else None
         if entry is not None and not isinstance(entry, MixerState):
             raise RegraftError(
@@ -69,8 +71,12 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         host_config = config.host_config()
         host_config.use_cache = config.use_cache
-        self.host = AutoModelForCausalLM.from_config(host_config, attn_implementation=config._attn_implementation)
-        for layer, (spec, attention) in enumerate(zip(config.mixers or [], config.attention or [], strict=True)):
+        self.host = AutoModelForCausalLM.from_config(
+            host_config, attn_implementation=config._attn_implementation
+        )
+        for layer, (spec, attention) in enumerate(
+            zip(config.mixers or [], config.attention or [], strict=True)
+        ):
             if spec is not None:
                 slot = MixerSlot(spec, Attention(**attention), layer)
                 self.host.set_submodule(config.slot.format(layer), slot)
@@ -94,13 +100,18 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
 
     def slots(self) -> list[nn.Module]:
         """The attention slot of every layer, in order."""
-        return [self.host.get_submodule(self.config.slot.format(i)) for i in range(self.config.num_hidden_layers)]
+        return [
+            self.host.get_submodule(self.config.slot.format(i))
+            for i in range(self.config.num_hidden_layers)
+        ]
 
     def forward_decoder(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
         """The decoder's output before the head, without a cache; input_ids, position_ids: (batch, time)."""
         mixing = build_mixer_context(input_ids.shape[1], None, position_ids, None)
         decoder = self.host.get_decoder()
-        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, mixing=mixing)
+        return decoder(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, mixing=mixing
+        )
 
     def forward(
         self,
@@ -125,7 +136,9 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.config)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
-            raise RegraftError(f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them")
+            raise RegraftError(
+                f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them"
+            )
         mixing = build_mixer_context(tokens.shape[1], attention_mask, position_ids, cache)
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left to read it

@@ -74,7 +74,9 @@ def module_of(cls: type) -> str:
 def with_siblings(folder: Path, modules: set[str]) -> set[str]:
     """Modules of a folder with all that they import from it; the registry is written anew."""
     texts = [(folder / f"{name}.py").read_text() for name in modules]
-    found = {name for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)} - {"registry"}
+    found = {name for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)} - {
+        "registry"
+    }
     return modules if found <= modules else with_siblings(folder, modules | found)
 
 

@@ -34,7 +34,10 @@ class LiveMemoryCounter(TorchDispatchMode):
         stand_in = STAND_INS.get(func) if args and isinstance(args[0], FakeTensor) else None
         out = (stand_in or func)(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self.known:
+            if (
+                isinstance(value, Tensor)
+                and (key := value.untyped_storage()._cdata) not in self.known
+            ):
                 storage = value.untyped_storage()
                 self.known.add(key)
                 self.now += storage.nbytes()
@@ -55,7 +58,11 @@ def fake_nonzero(found: Tensor) -> Tensor:
 
 def fake_grouped_mm(left: Tensor, right: Tensor, ends: Tensor, *rest: Any, **named: Any) -> Tensor:
     """Experts' products, which fake tensors have in bfloat16 alone: rows by their group's matrix, or one per group."""
-    shape = (len(left), right.shape[-1]) if right.ndim == 3 else (len(ends), left.shape[0], right.shape[-1])
+    shape = (
+        (len(left), right.shape[-1])
+        if right.ndim == 3
+        else (len(ends), left.shape[0], right.shape[-1])
+    )
     return left.new_empty(shape)
 
 

@@ -67,16 +67,22 @@ class TrainingForecastRequest:
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
-            raise RegraftError(f"no datasheet of '{self.gpu}' here: give one of {', '.join(GPUS)}, and --memory")
+            raise RegraftError(
+                f"no datasheet of '{self.gpu}' here: give one of {', '.join(GPUS)}, and --memory"
+            )
         if min(self.gpus, self.length) < 1 or not 0 < self.share <= 1:
             raise RegraftError(
                 f"{self.gpus} GPUs, rows of {self.length}, share {self.share} of the peak: give 1 or more, and a share "
                 "above 0, at most 1"
             )
         if self.batch is not None and (self.batch < 1 or self.batch % self.gpus):
-            raise RegraftError(f"batch is {self.batch} rows for {self.gpus} GPUs: give a multiple of {self.gpus}")
+            raise RegraftError(
+                f"batch is {self.batch} rows for {self.gpus} GPUs: give a multiple of {self.gpus}"
+            )
         if self.memory_bytes < 1 or (self.tokens and parse_number(self.tokens, "tokens") < 1):
-            raise RegraftError(f"memory '{self.memory}', tokens '{self.tokens}': give more than nothing")
+            raise RegraftError(
+                f"memory '{self.memory}', tokens '{self.tokens}': give more than nothing"
+            )
 
     @property
     def memory_bytes(self) -> int:
@@ -92,7 +98,9 @@ def parse_number(text: str, what: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def forecast(source: Checkpoint, target: Checkpoint, asked: TrainingForecastRequest) -> dict[str, Any]:
+def forecast(
+    source: Checkpoint, target: Checkpoint, asked: TrainingForecastRequest
+) -> dict[str, Any]:
     """The forecast for training `target`, made from `source`, which is the teacher of `align` and `distil`.
 
     RegraftError, with what would fit, when not even one row does; when the stage does not suit the model.
@@ -102,7 +110,9 @@ def forecast(source: Checkpoint, target: Checkpoint, asked: TrainingForecastRequ
             f"a {target.config['model_type']} does not predict the next token: plan a decoder's training"
         )
     if asked.stage == "align" and not any(target.config.get("mixers") or []):
-        raise RegraftError(f"stage '{asked.stage}' fits mixers, and this plan has none: give --mixer or --method")
+        raise RegraftError(
+            f"stage '{asked.stage}' fits mixers, and this plan has none: give --mixer or --method"
+        )
     teacher = source if asked.stage != "next" else None
     step = plan_step_memory(target, teacher, asked)
     room = int(asked.memory_bytes * (1 - RESERVE))
@@ -123,11 +133,20 @@ def forecast(source: Checkpoint, target: Checkpoint, asked: TrainingForecastRequ
     return facts | estimate_budget(asked, speed["tokens_per_second"])
 
 
-def plan_step_memory(target: Checkpoint, teacher: Checkpoint | None, asked: TrainingForecastRequest) -> StepMemory:
+def plan_step_memory(
+    target: Checkpoint, teacher: Checkpoint | None, asked: TrainingForecastRequest
+) -> StepMemory:
     """What a step of the plan takes of memory, by layers."""
     from .step_memory import measure_step_memory as simulated
 
-    return simulated(target, teacher, asked.stage, asked.length, asked.precision == "bfloat16", asked.checkpointing)
+    return simulated(
+        target,
+        teacher,
+        asked.stage,
+        asked.length,
+        asked.precision == "bfloat16",
+        asked.checkpointing,
+    )
 
 
 def largest_micro_batch(step: StepMemory, asked: TrainingForecastRequest, room: int) -> int:
@@ -135,7 +154,11 @@ def largest_micro_batch(step: StepMemory, asked: TrainingForecastRequest, room: 
 
     def fits(rows: int) -> bool:
         return (
-            sum(peak_memory(step, asked, rows, asked.batch is not None and asked.batch // asked.gpus > rows).values())
+            sum(
+                peak_memory(
+                    step, asked, rows, asked.batch is not None and asked.batch // asked.gpus > rows
+                ).values()
+            )
             <= room
         )
 
@@ -148,9 +171,13 @@ def largest_micro_batch(step: StepMemory, asked: TrainingForecastRequest, room: 
     return low
 
 
-def peak_memory(step: StepMemory, asked: TrainingForecastRequest, rows: int, accumulating: bool) -> dict[str, float]:
+def peak_memory(
+    step: StepMemory, asked: TrainingForecastRequest, rows: int, accumulating: bool
+) -> dict[str, float]:
     """Bytes on each GPU at the worst moment of a step on `rows` rows at a time, by what they are for."""
-    return max(memory_by_moment(step, asked, rows, accumulating), key=lambda parts: sum(parts.values()))
+    return max(
+        memory_by_moment(step, asked, rows, accumulating), key=lambda parts: sum(parts.values())
+    )
 
 
 def memory_by_moment(
@@ -173,14 +200,18 @@ def memory_by_moment(
     sums = 4 * step.trainable_count / gpus
     done = sums if accumulating else 0.0
 
-    def build_moment(gathered: float, gradients: float, activations: float, working: float) -> dict[str, float]:
+    def build_moment(
+        gathered: float, gradients: float, activations: float, working: float
+    ) -> dict[str, float]:
         return state | {
             "gradients": max(done, gradients), "gathered": ends + gathered, "activations": activations,
             "working": working,
         }  # fmt: skip
 
     if asked.stage == "align":
-        yield build_moment(2 * unit, sums, step.around(rows), max(layer.working(rows) for layer in step.layers))
+        yield build_moment(
+            2 * unit, sums, step.around(rows), max(layer.working(rows) for layer in step.layers)
+        )
         return
     kept = sum(layer.kept(rows) for layer in step.layers)
     held = sum(layer.held(rows) for layer in step.layers)
@@ -205,7 +236,11 @@ def estimate_throughput(
     part = step.trainable_count / step.weight_count if asked.stage == "align" else 1.0
     student = part * flops.training_flops(target, asked.length) / row
     guide = flops.forward_flops(teacher, asked.length) / row if teacher is not None else 0.0
-    again = flops.forward_flops(target, asked.length) / row if asked.checkpointing and asked.stage != "align" else 0.0
+    again = (
+        flops.forward_flops(target, asked.length) / row
+        if asked.checkpointing and asked.stage != "align"
+        else 0.0
+    )
     best = getattr(GPUS[asked.gpu], asked.precision) * 1e12
     rate = asked.gpus * best * asked.share / (student + guide + again)
     return {
@@ -225,7 +260,11 @@ def estimate_budget(asked: TrainingForecastRequest, rate: float) -> dict[str, fl
 
 
 def explain_too_small(
-    step: StepMemory, target: Checkpoint, teacher: Checkpoint | None, asked: TrainingForecastRequest, room: int
+    step: StepMemory,
+    target: Checkpoint,
+    teacher: Checkpoint | None,
+    asked: TrainingForecastRequest,
+    room: int,
 ) -> str:
     """What is wrong when not even one row fits, and what to change so that one does."""
 
@@ -239,10 +278,19 @@ def explain_too_small(
         lean = plan_step_memory(target, teacher, plan)
         if memory_needed(lean, plan) <= room:
             return f"{here}: give --checkpointing, with which it takes {format_gigabytes(memory_needed(lean, plan))} GB"
-        step, asked, here = lean, plan, f"{here}, {format_gigabytes(memory_needed(lean, plan))} GB with --checkpointing"
+        step, asked, here = (
+            lean,
+            plan,
+            f"{here}, {format_gigabytes(memory_needed(lean, plan))} GB with --checkpointing",
+        )
     for gpus in (asked.gpus * 2**power for power in range(1, 13)):
-        if gpus <= MAX_GPUS_TRIED and memory_needed(step, replace(asked, gpus=gpus, batch=None)) <= room:
-            return f"{here}: give {gpus} GPUs" + (" and --checkpointing" if asked.checkpointing else "")
+        if (
+            gpus <= MAX_GPUS_TRIED
+            and memory_needed(step, replace(asked, gpus=gpus, batch=None)) <= room
+        ):
+            return f"{here}: give {gpus} GPUs" + (
+                " and --checkpointing" if asked.checkpointing else ""
+            )
     return f"{here}: give shorter rows (--length {asked.length // 2}) or GPUs with more memory"
 
 
@@ -256,13 +304,19 @@ def print_forecast(facts: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table
 
     table = Table(
-        "on each GPU at the worst moment", "GB", title=f"Training ('{facts['stage']}') on {facts['gpus']} GPUs"
+        "on each GPU at the worst moment",
+        "GB",
+        title=f"Training ('{facts['stage']}') on {facts['gpus']} GPUs",
     )
     table.columns[1].justify = "right"
     for name, value in facts["used"].items():
         if value:
             table.add_row(name, format_gigabytes(value))
-    table.add_row(f"of {format_gigabytes(facts['memory_bytes'])}", format_gigabytes(facts["used_bytes"]), style="bold")
+    table.add_row(
+        f"of {format_gigabytes(facts['memory_bytes'])}",
+        format_gigabytes(facts["used_bytes"]),
+        style="bold",
+    )
     console.print(table)
     per = {name: facts[f"{name}_flops_per_token"] / 1e9 for name in ("student", "teacher", "again")}
     lines = [

@@ -62,9 +62,15 @@ class Plan:
         length = min(length, source.sizes.get("pos", length))
         sizes = [lazy.bytes for lazy in target.tensors.values()]
         before = sum(lazy.size for lazy in source.tensors.values())
-        dropped = sum(lazy.size for key, lazy in source.tensors.items() if source.names[key] in target.dropped)
+        dropped = sum(
+            lazy.size for key, lazy in source.tensors.items() if source.names[key] in target.dropped
+        )
         counts: dict[str, Any] = dict(lineage.count_by_kind(target))
-        counts["dropped"] = {"count": len(target.dropped), "parameters": dropped, "share": dropped / before}
+        counts["dropped"] = {
+            "count": len(target.dropped),
+            "parameters": dropped,
+            "share": dropped / before,
+        }
         counts["unclaimed"] = {"count": 0, "parameters": 0, "share": 0.0}
         kinds = layer_kinds(target)
         context = context if source.anatomy.causal else source.sizes["pos"]
@@ -75,13 +81,22 @@ class Plan:
             source_parameters=before,
             tensors=counts,
             dropped=target.dropped,
-            layers={kind: [layer for layer, name in enumerate(kinds) if name == kind] for kind in sorted(set(kinds))},
+            layers={
+                kind: [layer for layer, name in enumerate(kinds) if name == kind]
+                for kind in sorted(set(kinds))
+            },
             bytes=sum(sizes),
             peak_bytes=writing_bytes(source, target),
             context=context,
-            flops_per_token={"source": token_flops(source, context), "target": token_flops(target, context)},
+            flops_per_token={
+                "source": token_flops(source, context),
+                "target": token_flops(target, context),
+            },
             row_tokens=ledger.count_positions(source.config, length),
-            row_flops_per_token={"source": row_flops(source, length), "target": row_flops(target, length)},
+            row_flops_per_token={
+                "source": row_flops(source, length),
+                "target": row_flops(target, length),
+            },
             state_bytes=state_bytes(target, context),
             source_state_bytes=sum(state_bytes(source, context).values()),
             steps=list(target.history),
@@ -103,19 +118,27 @@ def writing_bytes(source: Checkpoint, target: Checkpoint) -> int:
     A tensor that comes straight from a file is mapped and takes none. Any other takes, while it is made, two of it in
     the dtype that is computed in and two in its own at most; many operators take half of that.
     """
-    wide = max(4, *(lazy.dtype.itemsize for lazy in (*source.tensors.values(), *target.tensors.values())))
+    wide = max(
+        4, *(lazy.dtype.itemsize for lazy in (*source.tensors.values(), *target.tensors.values()))
+    )
     made = [
-        lazy for lazy in target.tensors.values() if not isinstance(getattr(lazy.read, "__self__", None), TensorEntry)
+        lazy
+        for lazy in target.tensors.values()
+        if not isinstance(getattr(lazy.read, "__self__", None), TensorEntry)
     ]
     held = sorted((lazy.bytes for lazy in made), reverse=True) + [0, 0]
     making = [2 * wide * lazy.size + 2 * lazy.bytes for lazy in made]
     beside = [held[lazy.bytes == held[0]] for lazy in made]
-    return OVERHEAD + max((work + other for work, other in zip(making, beside, strict=True)), default=0)
+    return OVERHEAD + max(
+        (work + other for work, other in zip(making, beside, strict=True)), default=0
+    )
 
 
 def token_flops(checkpoint: Checkpoint, context: int) -> int:
     """Forward FLOPs of one token after `context` others: matrix products, attention and state updates."""
-    if not checkpoint.anatomy.host(checkpoint.config).causal:  # it does not decode: one token of a row of all positions
+    if not checkpoint.anatomy.host(
+        checkpoint.config
+    ).causal:  # it does not decode: one token of a row of all positions
         return row_flops(checkpoint, checkpoint.sizes["pos"])["forward"]
     total = ledger.weight_flops(checkpoint.config, 1)[0]
     for layer, spec in enumerate(mixers_of(checkpoint)):
@@ -145,7 +168,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     for kind, row in plan.tensors.items():
         if row["count"]:
             base = " of the source" if kind == "dropped" else ""
-            table.add_row(kind, str(row["count"]), f"{row['parameters']:,}", f"{row['share']:.2%}{base}")
+            table.add_row(
+                kind, str(row["count"]), f"{row['parameters']:,}", f"{row['share']:.2%}{base}"
+            )
     console.print(table)
     for name, reason in plan.dropped.items():
         console.print(f"dropped {name}: {reason}", soft_wrap=True, highlight=False)
@@ -158,10 +183,17 @@ def print_plan(plan: Plan, console: Console) -> None:
     facts.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
     if keeps := plan.source_state_bytes > 0:  # encoders keep none
         facts.add_row(
-            "state, MB", _format_millions(plan.source_state_bytes), _format_millions(sum(plan.state_bytes.values()))
+            "state, MB",
+            _format_millions(plan.source_state_bytes),
+            _format_millions(sum(plan.state_bytes.values())),
         )
-    facts.add_row("GFLOP per token", *(f"{value / 1e9:.3f}" for value in plan.flops_per_token.values()))
-    for name, what in (("forward", "GFLOP per token of a row"), ("training", "GFLOP per token trained")):
+    facts.add_row(
+        "GFLOP per token", *(f"{value / 1e9:.3f}" for value in plan.flops_per_token.values())
+    )
+    for name, what in (
+        ("forward", "GFLOP per token of a row"),
+        ("training", "GFLOP per token trained"),
+    ):
         values = (f"{row[name] / 1e9:.3f}" for row in plan.row_flops_per_token.values())
         facts.add_row(f"{what} of {plan.row_tokens:,}" if name == "forward" else what, *values)
     facts.add_row("on disk, MB", "", _format_millions(plan.bytes))
@@ -169,7 +201,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(facts)
     for kind, layers in plan.layers.items():
         held = f"; state {_format_millions(plan.state_bytes[kind])} MB" if keeps else ""
-        console.print(f"{kind}: layers {', '.join(map(str, layers))}{held}", soft_wrap=True, highlight=False)
+        console.print(
+            f"{kind}: layers {', '.join(map(str, layers))}{held}", soft_wrap=True, highlight=False
+        )
     for note in plan.notes:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)
 

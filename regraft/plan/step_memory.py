@@ -31,7 +31,9 @@ from .plan import layer_kinds
 
 Kind = Literal["align", "distil", "next"]
 FLOAT32_BYTES = 4  # bytes of a weight, a gradient and each of Adam's moments
-SHORT_LENGTH = 512  # tokens; what linear mixers take grows evenly with the tokens, so that short rows tell
+SHORT_LENGTH = (
+    512  # tokens; what linear mixers take grows evenly with the tokens, so that short rows tell
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,12 @@ class Simulation:
         self.kind, self.length, self.fast, self.ce = kind, length, fast, ce
         self.model, self.kinds = build_fake_model(student), layer_kinds(student)
         parameter_groups(self.model, Stage(kind, length, length, ce=ce))
-        self.teacher = build_fake_model(teacher).requires_grad_(False) if teacher is not None else None
-        self.slots = modeling.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
+        self.teacher = (
+            build_fake_model(teacher).requires_grad_(False) if teacher is not None else None
+        )
+        self.slots = (
+            modeling.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
+        )
         set_gradient_checkpointing(self.model, recompute)
 
     def measure(self) -> StepMemory:
@@ -146,10 +152,17 @@ class Simulation:
         )
         known = {kind: self.measure_layer(kind) for kind in dict.fromkeys(self.kinds)}
         placed = zip(modules, self.kinds, strict=True)
-        layers = [LayerMemory(*count_weights(list(module.parameters())), *known[kind]) for module, kind in placed]
-        around = self.measure_batch_bytes(lambda rows: self.measure_layers([], rows, self.compute_hidden).kept)
+        layers = [
+            LayerMemory(*count_weights(list(module.parameters())), *known[kind])
+            for module, kind in placed
+        ]
+        around = self.measure_batch_bytes(
+            lambda rows: self.measure_layers([], rows, self.compute_hidden).kept
+        )
         ends = (
-            self.measure_batch_bytes(lambda rows: self.measure_layers([], rows, self.compute_loss).peak)
+            self.measure_batch_bytes(
+                lambda rows: self.measure_layers([], rows, self.compute_loss).peak
+            )
             if self.kind != "align"
             else BatchBytes()
         )
@@ -179,24 +192,38 @@ class Simulation:
             seen.append(self.measure_last_layer(some, 1))
         self.length = length
         halves = [BatchBytes.from_measurements(*pair) for pair in zip(*seen, strict=True)]
-        return tuple(BatchBytes(half.fixed, half.each * 2 * length / SHORT_LENGTH) for half in halves)  # type: ignore[return-value]
+        return tuple(
+            BatchBytes(half.fixed, half.each * 2 * length / SHORT_LENGTH) for half in halves
+        )  # type: ignore[return-value]
 
     def measure_last_layer(self, some: list[int], rows: int) -> tuple[float, float, float]:
         """(kept, held, working) of the last of one or two layers of one kind."""
-        seen = [self.measure_layers(some[:number], rows, self.compute_hidden) for number in range(len(some) + 1)]
+        seen = [
+            self.measure_layers(some[:number], rows, self.compute_hidden)
+            for number in range(len(some) + 1)
+        ]
         kept = seen[-1].kept - seen[-2].kept
-        return kept, max(0.0, seen[-1].forward - seen[-2].forward - kept), seen[1].peak - seen[1].kept
+        return (
+            kept,
+            max(0.0, seen[-1].forward - seen[-2].forward - kept),
+            seen[1].peak - seen[1].kept,
+        )
 
     def measure_batch_bytes(self, measure: Callable[[int], float]) -> BatchBytes:
         """A measure for one and for two rows."""
         return BatchBytes.from_measurements(measure(1), measure(2))
 
-    def measure_layers(self, layers: Collection[int], rows: int, act: Callable[[int], Tensor]) -> MemoryPeaks:
+    def measure_layers(
+        self, layers: Collection[int], rows: int, act: Callable[[int], Tensor]
+    ) -> MemoryPeaks:
         """Forward and backward of `act` with only these layers in their places, the embedding's gradient left out."""
         cut = self.model.get_input_embeddings().register_forward_hook(
             lambda *given: given[-1].detach().requires_grad_()
         )
-        with keep_only_layers(self.model, layers), LiveMemoryCounter(self.resident_tensors()) as alive:
+        with (
+            keep_only_layers(self.model, layers),
+            LiveMemoryCounter(self.resident_tensors()) as alive,
+        ):
             value = act(rows)
             kept, forward = alive.now, alive.peak
             value.backward(torch.ones_like(value))
@@ -212,7 +239,9 @@ class Simulation:
         linear = isinstance(one, RegraftForCausalLM)
         given = {"mixing": MixerContext(None, None, segments)} if linear else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
-            found: Tensor = one.get_decoder()(input_ids=ids, position_ids=places, use_cache=False, **given)[0]
+            found: Tensor = one.get_decoder()(
+                input_ids=ids, position_ids=places, use_cache=False, **given
+            )[0]
         return found.float()
 
     def compute_loss(self, rows: int) -> Tensor:
@@ -220,17 +249,24 @@ class Simulation:
         head = self.model.get_output_embeddings()
         labels = torch.zeros(rows, self.length - 1, dtype=torch.long)
         if self.kind == "next":
-            return mean_cross_entropy(softcap_logits(self.model, head(self.compute_hidden(rows)[:, :-1])), labels)
+            return mean_cross_entropy(
+                softcap_logits(self.model, head(self.compute_hidden(rows)[:, :-1])), labels
+            )
         assert self.teacher is not None
         target = torch.zeros(rows, self.length, self.teacher.get_input_embeddings().weight.shape[1])
         student = self.compute_hidden(rows)
         loss = head_kl(student, head, target, self.teacher.get_output_embeddings(), self.fast)
-        return loss + self.ce * mean_cross_entropy(head(student[:, :-1]), labels) if self.ce else loss
+        return (
+            loss + self.ce * mean_cross_entropy(head(student[:, :-1]), labels) if self.ce else loss
+        )
 
     def measure_alignment(self, layer: int, rows: int) -> float:
         """The worst moment of aligning one mixer, the teacher's forward pass up to it included."""
         assert self.teacher is not None
-        mixer, segments = self.model.slots()[layer].mixer, torch.zeros(rows, self.length, dtype=torch.long)
+        mixer, segments = (
+            self.model.slots()[layer].mixer,
+            torch.zeros(rows, self.length, dtype=torch.long),
+        )
 
         def backpropagate(at: int, record: LayerRecord) -> None:
             with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.fast):

@@ -46,12 +46,24 @@ def fetch(target: Path) -> Path:
         return target
     part = target.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(part)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        str(part),
+    ]
     finished = subprocess.run([*command, *PACKAGES], capture_output=True, text=True)
     if finished.returncode:
         shutil.rmtree(part, ignore_errors=True)
         last = (finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"])[-1]
-        raise RegraftError(f"pip could not fetch {' and '.join(PACKAGES)} ({last}): check the network and run again")
+        raise RegraftError(
+            f"pip could not fetch {' and '.join(PACKAGES)} ({last}): check the network and run again"
+        )
     part.replace(target)
     return target
 

@@ -22,7 +22,9 @@ class Journal:
         self.claim(recipe)
         past = read_json_if_exists(directory / "time.json") or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
-        self.ticker = Ticker(minutes * 60 if minutes else None, past["seconds"], each_beat=self.save_periodically)
+        self.ticker = Ticker(
+            minutes * 60 if minutes else None, past["seconds"], each_beat=self.save_periodically
+        )
         self.saved = 0.0
         self.lock = threading.Lock()
 
@@ -32,13 +34,20 @@ class Journal:
         if file.exists() and (theirs := file.read_text(encoding="utf-8")) != recipe:
             pairs = zip(theirs.splitlines(), recipe.splitlines(), strict=False)
             line = next(
-                (f"'{old.strip()}' there, '{new.strip()}' here" for old, new in pairs if old != new), "other keys"
+                (
+                    f"'{old.strip()}' there, '{new.strip()}' here"
+                    for old, new in pairs
+                    if old != new
+                ),
+                "other keys",
             )
             raise RegraftError(
                 f"{self.directory} holds a run of another recipe ({line}): choose another folder or delete it"
             )
         if not file.exists() and self.directory.is_dir() and any(self.directory.iterdir()):
-            raise RegraftError(f"{self.directory} exists and holds no run: choose another folder or delete it")
+            raise RegraftError(
+                f"{self.directory} exists and holds no run: choose another folder or delete it"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(file, recipe)
 
@@ -62,5 +71,6 @@ class Journal:
         with self.lock:
             self.saved = time.monotonic()
             write_json(
-                self.directory / "time.json", {"seconds": round(self.ticker.seconds_used(), 2), "phases": self.phases}
+                self.directory / "time.json",
+                {"seconds": round(self.ticker.seconds_used(), 2), "phases": self.phases},
             )

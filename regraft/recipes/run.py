@@ -99,7 +99,11 @@ class Experiment:
         """Training text, read when it is asked for."""
         need = max((stage.tokens for stage in self.recipe.stages), default=0)
         return training_rows(
-            self.recipe.train, self.tokenizer, need, self.work / "text", tell=self.journal.ticker.update
+            self.recipe.train,
+            self.tokenizer,
+            need,
+            self.work / "text",
+            tell=self.journal.ticker.update,
         )
 
     @cached_property
@@ -111,7 +115,9 @@ class Experiment:
     def windows(self) -> Packed:
         """Held-out windows."""
         wanted = self.recipe.measure
-        return evaluation_windows(self.recipe.heldout, self.tokenizer, wanted.windows, wanted.length)
+        return evaluation_windows(
+            self.recipe.heldout, self.tokenizer, wanted.windows, wanted.length
+        )
 
     @cached_property
     def suite(self) -> Suite:
@@ -134,20 +140,34 @@ class Experiment:
         """Tell the ticker what is measured of which model."""
         self.journal.ticker.update(share, f"{name}: {words}")
 
-    def score(self, candidates: Mapping[str, Candidate], known: Mapping[str, Any]) -> dict[str, Any]:
+    def score(
+        self, candidates: Mapping[str, Candidate], known: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Rows of the table by name, KL to the teacher, in addition to the known ones; benchmarks of the new ones."""
         everyone = {baselines.TEACHER: Candidate(self.teacher), **candidates}
-        scores = measure(everyone, self.windows.input_ids, self.windows.bytes, baselines.TEACHER, self.report_progress)
+        scores = measure(
+            everyone,
+            self.windows.input_ids,
+            self.windows.bytes,
+            baselines.TEACHER,
+            self.report_progress,
+        )
         rows = dict(known)
         for name, candidate in everyone.items():
             if name not in known:
-                rows[name] = scores[name].json() | self.suite(candidate, partial(self.report_measurement, name))
-        return {name: add_share_of_teacher(row, rows[baselines.TEACHER]) for name, row in rows.items()}
+                rows[name] = scores[name].json() | self.suite(
+                    candidate, partial(self.report_measurement, name)
+                )
+        return {
+            name: add_share_of_teacher(row, rows[baselines.TEACHER]) for name, row in rows.items()
+        }
 
     def linearize(self) -> None:
         """Save the linearized model in the work folder, and the plan; missing benchmarks show now, not at the end."""
         assert self.suite
-        after = choose_layers(self.source, self.recipe.remix, self.rows, self.journal.ticker)(self.source)
+        after = choose_layers(self.source, self.recipe.remix, self.rows, self.journal.ticker)(
+            self.source
+        )
         write_json(self.out / "plan.json", Plan.of(self.source, after).to_dict())
         after.save(self.linear, overwrite=True)
 
@@ -164,15 +184,28 @@ class Experiment:
         wanted = self.recipe.measure
         models = {"teacher": str(self.source.path), "student": str(self.linear)}
         note = self.journal.ticker.update
-        rows = bench(models, wanted.bench, wanted.bench_steps, lambda done, total, words: note(done / total, words))
+        rows = bench(
+            models,
+            wanted.bench,
+            wanted.bench_steps,
+            lambda done, total, words: note(done / total, words),
+        )
         write_json(self.out / "bench.json", rows)
 
     def seconds_after_training(self) -> float:
         """Seconds that the phases after training will take, from what the earlier ones took."""
         quality = self.journal.phases["baselines"]
-        speed = [rows[0]["decode_tok_s"] for rows in read_json_if_exists(self.out / "bench.json").values() if rows]
+        speed = [
+            rows[0]["decode_tok_s"]
+            for rows in read_json_if_exists(self.out / "bench.json").values()
+            if rows
+        ]
         wanted = self.recipe.measure
-        return MARGIN + quality + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed if rate)
+        return (
+            MARGIN
+            + quality
+            + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed if rate)
+        )
 
     def stage_seconds(self, stage: int) -> float | None:
         """Seconds for a stage: what is left for the last one, at most half of that for an earlier one."""
@@ -195,18 +228,24 @@ class Experiment:
     def evaluate(self) -> None:
         """The quality table."""
         rows = self.score(
-            baselines.model_candidates(modeling.load(self.out)), read_json_if_exists(self.out / "baselines.json")
+            baselines.model_candidates(modeling.load(self.out)),
+            read_json_if_exists(self.out / "baselines.json"),
         )
         write_json(self.out / "eval.json", assemble_rows(rows, str(self.out)))
 
     def sample(self) -> None:
         """Teacher and student continue the same prompts, greedily."""
-        wanted, models = self.recipe.measure, {"teacher": self.teacher, "student": modeling.load(self.out)}
+        wanted, models = (
+            self.recipe.measure,
+            {"teacher": self.teacher, "student": modeling.load(self.out)},
+        )
         pairs: list[dict[str, str]] = [{"prompt": prompt} for prompt in wanted.prompts]
         for number, pair in enumerate(pairs):
             self.report_progress(number, len(pairs))
             for name, model in models.items():
-                made = generate.generate(model, self.tokenizer, pair["prompt"], wanted.sample_tokens, chat=wanted.chat)
+                made = generate.generate(
+                    model, self.tokenizer, pair["prompt"], wanted.sample_tokens, chat=wanted.chat
+                )
                 pair[name] = made.text
         write_json(self.out / "samples.json", pairs)
 

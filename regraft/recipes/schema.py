@@ -72,7 +72,9 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Recipe:
     RegraftError on a missing file, an unknown key (near matches are named) or a value of the wrong type.
     """
     fields = from_python(recipe) if ".py:" in recipe else from_yaml(Path(recipe))
-    for key in sorted(overrides, key=lambda key: "." in key):  # a method and its tokens before parts of what they mean
+    for key in sorted(
+        overrides, key=lambda key: "." in key
+    ):  # a method and its tokens before parts of what they mean
         fields = expand_method(fields) if "." in key else fields
         override(fields, key, yaml.safe_load(overrides[key]))
     return build(expand_method(fields), recipe)
@@ -87,14 +89,20 @@ def from_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RegraftError(f"recipe '{path}' is not YAML: {error}") from error
     if not isinstance(fields, dict):
-        raise RegraftError(f"recipe '{path}' holds {type(fields).__name__}, not keys with values: see README, Recipes")
+        raise RegraftError(
+            f"recipe '{path}' holds {type(fields).__name__}, not keys with values: see README, Recipes"
+        )
     return fields
 
 
 def from_python(place: str) -> dict[str, Any]:
     """The Recipe that a function returns, as a mapping."""
     file, _, name = place.rpartition(":")
-    spec = importlib.util.spec_from_file_location("regraft_recipe", file) if Path(file).is_file() else None
+    spec = (
+        importlib.util.spec_from_file_location("regraft_recipe", file)
+        if Path(file).is_file()
+        else None
+    )
     if spec is None or spec.loader is None:
         raise RegraftError(f"no recipe file '{file}' (from '{place}'): give file.py:function")
     module = importlib.util.module_from_spec(spec)
@@ -121,13 +129,17 @@ def override(fields: dict[str, Any], key: str, value: Any) -> None:
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise RegraftError(f"override '{key}' goes into {place!r}, which has no parts: override the whole value")
+        raise RegraftError(
+            f"override '{key}' goes into {place!r}, which has no parts: override the whole value"
+        )
 
 
 def parse_index(word: str, place: list[Any], key: str) -> int:
     """A list position."""
     if not word.isdigit() or int(word) >= len(place):
-        raise RegraftError(f"override '{key}': '{word}' is no position in a list of {len(place)}: count from 0")
+        raise RegraftError(
+            f"override '{key}': '{word}' is no position in a list of {len(place)}: count from 0"
+        )
     return int(word)
 
 
@@ -155,7 +167,11 @@ def stringify_numbers(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is list and isinstance(value, list):
         return [stringify_numbers(part, parts[0]) for part in value]
     wanted = next((part for part in parts if dataclasses.is_dataclass(part)), None)
-    return stringify_numbers(value, wanted) if wanted and typing.get_origin(kind) is not dict else value
+    return (
+        stringify_numbers(value, wanted)
+        if wanted and typing.get_origin(kind) is not dict
+        else value
+    )
 
 
 def explain_error(message: str, schema: type = Recipe) -> str:
@@ -170,7 +186,9 @@ def explain_error(message: str, schema: type = Recipe) -> str:
         found = [name for name in dict.fromkeys(head + close) if name not in word.split(".")]
         where = re.search(r"Group '([\w.]+)'|\"(\w+)\":", message)
         inside = f" in '{where[1] or where[2]}'" if where else ""
-        return f"unknown key '{word}'{inside}; " + (f"did you mean {' or '.join(found)}?" if found else "remove it")
+        return f"unknown key '{word}'{inside}; " + (
+            f"did you mean {' or '.join(found)}?" if found else "remove it"
+        )
     return message
 
 

@@ -35,8 +35,13 @@ def collect(directory: Path) -> dict[str, Any]:
     names = ("plan", "eval", "bench", "samples", "time", "lineage")
     numbers = {name: read_json_if_exists(directory / f"{name}.json") for name in names}
     recipe = directory / "recipe.yaml"
-    numbers["recipe"] = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
-    metrics, spent = read_json_lines(directory / "metrics.jsonl"), read_json_if_exists(directory / "ledger.json") or {}
+    numbers["recipe"] = (
+        yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
+    )
+    metrics, spent = (
+        read_json_lines(directory / "metrics.jsonl"),
+        read_json_if_exists(directory / "ledger.json") or {},
+    )
     return numbers | {"ledger": build_ledger(metrics, spent.get("start", ()))}
 
 
@@ -64,35 +69,48 @@ def render_page(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
         if "tasks" in rows["model"]:
             parts += ["<h2>Benchmarks, percent</h2>", table(*benchmark_rows(rows), own="model")]
         if "recall" in rows["model"]:
-            parts += ["<h2>Recall, percent of right answers ranked first</h2>", table(*recall_rows(rows), own="model")]
+            parts += [
+                "<h2>Recall, percent of right answers ranked first</h2>",
+                table(*recall_rows(rows), own="model"),
+            ]
         heads, body = lead_rows(rows)
         if body:
             parts += [f"<h2>{LEADS}</h2>", table(heads, body)]
     if curve := plots.plot_losses(metrics):
         parts += ["<h2>Training</h2>", picture(curve, "loss of each stage against tokens")]
     if numbers.get("ledger"):
-        parts.append(table(("stage", "tokens", "FLOPs", "seconds"), ([*row.values()] for row in numbers["ledger"])))
+        parts.append(
+            table(
+                ("stage", "tokens", "FLOPs", "seconds"),
+                ([*row.values()] for row in numbers["ledger"]),
+            )
+        )
     if numbers.get("bench"):
-        drawn = picture(plots.plot_speed(numbers["bench"]), "speed and memory against context length")
-        parts += ["<h2>Speed and memory by context length</h2>", drawn, *speed_tables(numbers["bench"])]
+        drawn = picture(
+            plots.plot_speed(numbers["bench"]), "speed and memory against context length"
+        )
+        parts += [
+            "<h2>Speed and memory by context length</h2>",
+            drawn,
+            *speed_tables(numbers["bench"]),
+        ]
     if numbers.get("samples"):
         parts += ["<h2>Text</h2>", *(format_sample(pair) for pair in numbers["samples"])]
     for name, heading in (("plan", "Weight map"), ("recipe", "Recipe"), ("lineage", "Lineage")):
         if numbers.get(name):
             shown = html.escape(json.dumps(numbers[name], indent=1))
-            parts += [f"<h2>{heading}</h2>", f"<details><summary>{name}</summary><pre>{shown}</pre></details>"]
+            parts += [
+                f"<h2>{heading}</h2>",
+                f"<details><summary>{name}</summary><pre>{shown}</pre></details>",
+            ]
     return page(title, parts)
 
 
 def page(title: str, parts: Iterable[str]) -> str:
     """A self-contained page of HTML pieces."""
     body = "\n".join(parts)
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-    )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
 
 
 def eval_rows(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -120,7 +138,11 @@ def quality_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of baselines, the model's row marked."""
     keys = ("perplexity", "byte_perplexity", "bits_per_byte", "kl", "tokens")
     cells = ([name, *(row.get(key) for key in keys)] for name, row in rows.items())
-    return table(("", "perplexity", "per byte", "bits per byte", "KL to teacher", "tokens"), cells, own="model")
+    return table(
+        ("", "perplexity", "per byte", "bits per byte", "KL to teacher", "tokens"),
+        cells,
+        own="model",
+    )
 
 
 def benchmark_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -129,10 +151,15 @@ def benchmark_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], li
     own = rows["model"]
 
     def line(name: str, key: str, row: Mapping[str, Any], average: str = "") -> list[Any]:
-        values = [task[task["metric"] if key == "metric" else key] for task in row["tasks"].values()]
+        values = [
+            task[task["metric"] if key == "metric" else key] for task in row["tasks"].values()
+        ]
         return [name, *map(percent, [*values, row.get(average)])]
 
-    body = [["questions", *(task["n"] for task in own["tasks"].values()), None], line("chance", "chance", own)]
+    body = [
+        ["questions", *(task["n"] for task in own["tasks"].values()), None],
+        line("chance", "chance", own),
+    ]
     body += [line(name, "metric", row, "average") for name, row in rows.items() if "tasks" in row]
     body.append(line("± standard error", "stderr", own))
     if "of_teacher" in own:
@@ -144,7 +171,9 @@ def lead_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[li
     """Heads and lines of what the model has more than every other row in benchmarks and recall, in percent."""
     own = rows["model"]
     heads = [*own["tasks"], "average"] if "tasks" in own else []
-    heads += [f"{kind} {length}" for kind, cells in own.get("recall", {}).items() for length in cells]
+    heads += [
+        f"{kind} {length}" for kind, cells in own.get("recall", {}).items() for length in cells
+    ]
     body = []
     for name, row in rows.items():
         if name != "model" and heads:
@@ -199,7 +228,8 @@ def speed_tables(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]
         "peak bytes",
     )
     return [
-        f"<h3>{html.escape(name)}</h3>" + table(heads, ([row.get(key) for key in keys] for row in rows))
+        f"<h3>{html.escape(name)}</h3>"
+        + table(heads, ([row.get(key) for key in keys] for row in rows))
         for name, rows in models.items()
     ]
 
@@ -220,7 +250,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], own: str = "") ->
     lines = []
     for row in rows:
         mark = ' class="own"' if own and row[0] == own else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(format_number(cell))}</td>" for cell in row) + "</tr>")
+        lines.append(
+            f"<tr{mark}>"
+            + "".join(f"<td>{html.escape(format_number(cell))}</td>" for cell in row)
+            + "</tr>"
+        )
     return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
 
 

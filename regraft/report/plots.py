@@ -48,7 +48,9 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
     if not stages:
         return None
     drawing, axes = figure(4.2 * len(stages), 3.2, len(stages))
-    for axis, colour, (stage, points) in zip(axes, COLOURS * len(stages), stages.items(), strict=False):
+    for axis, colour, (stage, points) in zip(
+        axes, COLOURS * len(stages), stages.items(), strict=False
+    ):
         tokens, values = zip(*points, strict=True)
         axis.plot(tokens, values, color=colour, alpha=0.3, linewidth=0.8)
         axis.plot(tokens, smooth(values), color=colour, linewidth=1.6)
@@ -76,11 +78,15 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     ):
         values = [rows[name].get(key) or 0.0 for name in names]
         drawn = axis.barh(
-            range(len(names)), values, color=[COLOURS[0] if "model" in name else COLOURS[5] for name in names]
+            range(len(names)),
+            values,
+            color=[COLOURS[0] if "model" in name else COLOURS[5] for name in names],
         )
         axis.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
         axis.set(title=title)
-        axis.set_yticks(range(len(names)), names if key == "perplexity" else [""] * len(names), fontsize=8)
+        axis.set_yticks(
+            range(len(names)), names if key == "perplexity" else [""] * len(names), fontsize=8
+        )
         axis.invert_yaxis()
         axis.margins(x=0.15)
     return svg(drawing)
@@ -98,7 +104,9 @@ def plot_speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     for axis, (key, unit, title) in zip(axes, panels, strict=True):
         for colour, (name, rows) in zip(COLOURS, models.items(), strict=False):
             told = [(row["length"], row[key] / unit) for row in rows if row[key] is not None]
-            axis.plot(*zip(*told, strict=True) if told else ((), ()), marker="o", color=colour, label=name)
+            axis.plot(
+                *zip(*told, strict=True) if told else ((), ()), marker="o", color=colour, label=name
+            )
         axis.set(title=title, xlabel="context, tokens")
         axis.set_xscale("log", base=2)
         ticks = sorted({row["length"] for rows in models.values() for row in rows})
@@ -115,16 +123,24 @@ def plot_positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
         cells = row["positions"]
         middle = [math.sqrt(max(cell["from"], 1) * cell["to"]) for cell in cells]
         values = [cell["perplexity"] for cell in cells]
-        errors = [value * (cell["stderr"] or 0.0) for value, cell in zip(values, cells, strict=True)]
+        errors = [
+            value * (cell["stderr"] or 0.0) for value, cell in zip(values, cells, strict=True)
+        ]
         axis.errorbar(middle, values, yerr=errors, marker="o", color=colour, label=name, capsize=2)
     axis.set(xlabel="tokens of context", ylabel="perplexity", xscale="log", yscale="log")
-    for place in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter, axis.xaxis.set_major_formatter):
+    for place in (
+        axis.yaxis.set_major_formatter,
+        axis.yaxis.set_minor_formatter,
+        axis.xaxis.set_major_formatter,
+    ):
         place("{x:.4g}")
     axis.legend(fontsize=8)
     return svg(drawing)
 
 
-def plot_curves(arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words: str) -> bytes:
+def plot_curves(
+    arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words: str
+) -> bytes:
     """Mean held-out loss of every arm against FLOPs or seconds, with its range over seeds; scratch is black."""
     drawing, (panel,) = figure(10.0, 5.2, 1)
     styles = [(colour, line) for line in ("-", "--", ":", "-.") for colour in COLOURS]
@@ -133,10 +149,20 @@ def plot_curves(arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, 
         if name in arms:
             curve, seeds = arms[name]["curve"], arms[name]["seeds"].values()
             low, high = (
-                [pick(values) for values in zip(*(seed["curve"]["loss"] for seed in seeds), strict=True)]
+                [
+                    pick(values)
+                    for values in zip(*(seed["curve"]["loss"] for seed in seeds), strict=True)
+                ]
                 for pick in (min, max)
             )
-            panel.plot(curve[axis], curve["loss"], line, color=colour, label=name, linewidth=1.4 + (name == scratch))
+            panel.plot(
+                curve[axis],
+                curve["loss"],
+                line,
+                color=colour,
+                label=name,
+                linewidth=1.4 + (name == scratch),
+            )
             panel.fill_between(curve[axis], low, high, color=colour, alpha=0.06, linewidth=0)
     if scratch in arms:
         panel.axhline(arms[scratch]["curve"]["loss"][-1], color="#000000", linewidth=0.6, alpha=0.6)
@@ -157,7 +183,9 @@ def plot_savings(arms: Mapping[str, Mapping[str, Any]], scratch: str) -> bytes:
         means = [arms[name]["savings"][key] for name in names]
         errors = [100 * (arms[name]["savings_over_seeds"][key]["std"] or 0.0) for name in names]
         heights = [100 * (mean or 0.0) for mean in means]
-        drawn = axis.barh(range(len(names)), heights, xerr=errors, color=COLOURS[0], ecolor=COLOURS[5])
+        drawn = axis.barh(
+            range(len(names)), heights, xerr=errors, color=COLOURS[0], ecolor=COLOURS[5]
+        )
         said = ["not reached" if mean is None else f"{100 * mean:.1f}" for mean in means]
         axis.bar_label(drawn, said, padding=3, fontsize=8)
         axis.set(title=title)

@@ -17,14 +17,26 @@ FRAME = 3  # what a column takes beside its text
 def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
     """Print whatever an evaluation holds, columns that do not fit side by side below each other."""
     rows = eval_rows(evaluation)
-    for title, heads, body in (*quality(rows), *benchmarks(rows), *recall(rows), *lead_table(rows), *positions(rows)):
+    for title, heads, body in (
+        *quality(rows),
+        *benchmarks(rows),
+        *recall(rows),
+        *lead_table(rows),
+        *positions(rows),
+    ):
         for columns in split_columns(heads, body, console.width):
             console.print(
-                build_table(title, [heads[i] for i in columns], [[line[i] for i in columns] for line in body])
+                build_table(
+                    title,
+                    [heads[i] for i in columns],
+                    [[line[i] for i in columns] for line in body],
+                )
             )
 
 
-def split_columns(heads: Sequence[str], body: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
+def split_columns(
+    heads: Sequence[str], body: Sequence[Sequence[str]], width: int
+) -> Iterator[list[int]]:
     """Column numbers of tables not wider than `width`, the first column in each."""
     first, *widths = (max(map(len, column)) + FRAME for column in zip(heads, *body, strict=True))
     columns = [0]
@@ -42,16 +54,26 @@ def quality(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     if own := rows_with_key(rows, "perplexity"):
         some = rows["model"]
         title = f"{some['windows']} windows, {some['tokens']:,} predicted tokens"
-        yield title, ["", *keys.values()], [[name, *(format_number(row.get(key)) for key in keys)] for name, row in own]
+        yield (
+            title,
+            ["", *keys.values()],
+            [[name, *(format_number(row.get(key)) for key in keys)] for name, row in own],
+        )
 
 
 def benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     """Every task's score in percent, chance first, standard errors last."""
     if rows_with_key(rows, "tasks"):
         heads, body = benchmark_rows(rows)
-        norm = [name for name, task in rows["model"]["tasks"].items() if task["metric"] == "acc_norm"]
+        norm = [
+            name for name, task in rows["model"]["tasks"].items() if task["metric"] == "acc_norm"
+        ]
         by = f" (normalised: {', '.join(norm)})" if norm else ""
-        yield f"benchmarks, percent{by}", heads, [[format_number(cell) for cell in line] for line in body]
+        yield (
+            f"benchmarks, percent{by}",
+            heads,
+            [[format_number(cell) for cell in line] for line in body],
+        )
 
 
 def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
@@ -61,7 +83,13 @@ def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
         one = next(iter(cells.values()))
         title = f"{kind}: percent first of {round(1 / one['chance'])} answers / said greedily; n = {one['n']}"
         body = [
-            [name, *(f"{100 * cell['acc']:.0f} / {100 * cell['exact']:.0f}" for cell in row["recall"][kind].values())]
+            [
+                name,
+                *(
+                    f"{100 * cell['acc']:.0f} / {100 * cell['exact']:.0f}"
+                    for cell in row["recall"][kind].values()
+                ),
+            ]
             for name, row in some
         ]
         yield title, ["", *(f"{length} tokens" for length in cells)], body
@@ -79,11 +107,16 @@ def positions(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
     if some := rows_with_key(rows, "positions"):
         buckets = some[0][1]["positions"]
         heads = ["", *(f"{cell['from']}-{cell['to']}" for cell in buckets)]
-        body = [[name, *(format_number(cell["perplexity"]) for cell in row["positions"])] for name, row in some]
+        body = [
+            [name, *(format_number(cell["perplexity"]) for cell in row["positions"])]
+            for name, row in some
+        ]
         yield "perplexity by tokens of context", heads, body
 
 
-def rows_with_key(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str, Mapping[str, Any]]]:
+def rows_with_key(
+    rows: Mapping[str, Mapping[str, Any]], key: str
+) -> list[tuple[str, Mapping[str, Any]]]:
     """Rows that have a part."""
     return [(name, row) for name, row in rows.items() if key in row]
 
@@ -98,7 +131,9 @@ def speed_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
         for name, rows in models.items()
         for r in rows
     ]
-    return build_table(f"tokens per second and memory by context length, batch {batch}", heads, body)
+    return build_table(
+        f"tokens per second and memory by context length, batch {batch}", heads, body
+    )
 
 
 def format_mebibytes(count: int | None) -> str:
@@ -106,13 +141,26 @@ def format_mebibytes(count: int | None) -> str:
     return format_number(None if count is None else count / 2**20)
 
 
-def training_table(stages: Sequence[Mapping[str, Any]], start: Sequence[Mapping[str, Any]] = ()) -> Table:
+def training_table(
+    stages: Sequence[Mapping[str, Any]], start: Sequence[Mapping[str, Any]] = ()
+) -> Table:
     """What `watching.summary` says of every stage, after what was spent before them."""
     heads = ["stage", "tokens", "first", "last", "tokens/s", "of peak", "seconds"]
-    before = [[row["kind"], f"{row['tokens']:,}", "", "", "", "", f"{row['seconds']:,.1f}"] for row in start]
+    before = [
+        [row["kind"], f"{row['tokens']:,}", "", "", "", "", f"{row['seconds']:,.1f}"]
+        for row in start
+    ]
     body = before + [
-        [f"{row['stage']}: {row['kind']}", f"{row['tokens']:,}", f"{row['first_loss']:.4f}", f"{row['last_loss']:.4f}"]
-        + [format_number(row["tokens_per_second"]), "" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
+        [
+            f"{row['stage']}: {row['kind']}",
+            f"{row['tokens']:,}",
+            f"{row['first_loss']:.4f}",
+            f"{row['last_loss']:.4f}",
+        ]
+        + [
+            format_number(row["tokens_per_second"]),
+            "" if row["peak_share"] is None else f"{row['peak_share']:.0%}",
+        ]
         + [f"{row['seconds']:,.1f}"]
         for row in stages
     ]

@@ -24,7 +24,11 @@ Loss = Callable[[Mixer, LayerRecord, Tensor | None], Tensor]
 
 def mixers_by_layer(model: PreTrainedModel) -> dict[int, Mixer]:
     """Converted layers of a linearized model."""
-    return {i: slot.mixer for i, slot in enumerate(model.slots()) if isinstance(getattr(slot, "mixer", None), Mixer)}
+    return {
+        i: slot.mixer
+        for i, slot in enumerate(model.slots())
+        if isinstance(getattr(slot, "mixer", None), Mixer)
+    }
 
 
 def align_step(
@@ -54,10 +58,14 @@ def matrix_step(
 
     Rows are read as single documents, as the teacher's attention weights come without their boundaries.
     """
-    if isinstance(teacher, CachedTeacher):  # matrices are not kept: they are larger than what makes them
+    if isinstance(
+        teacher, CachedTeacher
+    ):  # matrices are not kept: they are larger than what makes them
         teacher, teacher_slots = teacher.model, teacher.slots
     with output_attention_weights(teacher):
-        return train_mixers_step(model, teacher, teacher_slots, as_single_documents(rows), fast, matrix_loss, weight)
+        return train_mixers_step(
+            model, teacher, teacher_slots, as_single_documents(rows), fast, matrix_loss, weight
+        )
 
 
 def output_loss(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> Tensor:
@@ -75,7 +83,9 @@ def matrix_loss(mixer: Mixer, record: LayerRecord, segments: Tensor | None) -> T
             f"the teacher gives no attention weights beside its {list(record.outputs.shape)}: leave out the stage "
             "'matrix'"
         )
-    return relative_squared_error(mixer.matrix(record.inputs, record.mixer_context(None)), record.weights.float())
+    return relative_squared_error(
+        mixer.matrix(record.inputs, record.mixer_context(None)), record.weights.float()
+    )
 
 
 def as_single_documents(rows: Packed) -> Packed:
@@ -108,12 +118,17 @@ def train_mixers_step(
         for layer, record in teacher.read_layer_records(rows, list(converted), fast):
             backpropagate(layer, record)
         return sum(losses) / len(losses)
-    with record_layers(slots, list(converted), backpropagate), torch.autocast(device, torch.bfloat16, enabled=fast):
+    with (
+        record_layers(slots, list(converted), backpropagate),
+        torch.autocast(device, torch.bfloat16, enabled=fast),
+    ):
         run_in_forward(teacher, lambda: run_decoder(teacher, rows.input_ids, rows.position_ids))
     return sum(losses) / len(losses)
 
 
-def teacher_cost_key(model: PreTrainedModel, teacher: Teacher | None, kind: str, rows: Any, fast: bool) -> str:
+def teacher_cost_key(
+    model: PreTrainedModel, teacher: Teacher | None, kind: str, rows: Any, fast: bool
+) -> str:
     """What a teacher behind a cache adds to the key of a step's cost, nothing for other teachers."""
     if not isinstance(teacher, CachedTeacher) or kind not in ("align", "distil"):
         return ""

@@ -106,7 +106,9 @@ def _append_ones(x: Tensor) -> Tensor:
 
 
 def fit_mixer(
-    mixer: Mixer, records: list[tuple[LayerRecord, AttentionStatistics]], segments: list[Tensor | None]
+    mixer: Mixer,
+    records: list[tuple[LayerRecord, AttentionStatistics]],
+    segments: list[Tensor | None],
 ) -> tuple[bool, float]:
     """Decays, gates and value maps that best complete the window's output to the teacher's, head by head.
 
@@ -148,7 +150,11 @@ def solve_value_maps(
 ) -> tuple[list[Tensor], Tensor]:
     """By gate candidate, value maps (maps, dim, dim) and the squared error left, (candidates, maps)."""
     linear = mixer.linear if isinstance(mixer, GatedMixer) else mixer
-    maps = linear.qkv.v.out_features // linear.attention.dim if linear.values_are_linear else linear.attention.heads
+    maps = (
+        linear.qkv.v.out_features // linear.attention.dim
+        if linear.values_are_linear
+        else linear.attention.heads
+    )
     moments = [RidgeRegression() for _ in SHARES] if gates is not None else [RidgeRegression()]
     for (record, seen), ids in zip(records, segments, strict=True):
         mixing = record.mixer_context(ids)
@@ -163,7 +169,9 @@ def solve_value_maps(
     solved = [problem.solve(prior=float(linear.denominator)) for problem in moments]
     if not (linear.values_are_linear or hasattr(linear, "o")):
         solved = [torch.eye(linear.attention.dim).expand_as(found) for found in solved]
-    return solved, torch.stack([problem.residual_error(found) for problem, found in zip(moments, solved, strict=True)])
+    return solved, torch.stack(
+        [problem.residual_error(found) for problem, found in zip(moments, solved, strict=True)]
+    )
 
 
 def _group_heads(maps: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -198,12 +206,16 @@ def calibrate(
 
 
 @torch.no_grad()
-def calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]) -> dict[str, float]:
+def calibrate_layer(
+    mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]
+) -> dict[str, float]:
     """One mixer's start from what its layer saw and gave; `segments` by record. RegraftError when it inherits too
     little of the teacher's attention.
     """
     linear = mixer.linear if isinstance(mixer, GatedMixer) else mixer
-    if linear.name == "window" or not hasattr(linear, "qkv"):  # nothing of its own to set, or nothing of the source
+    if linear.name == "window" or not hasattr(
+        linear, "qkv"
+    ):  # nothing of its own to set, or nothing of the source
         return {"heads_folded": 0.0}
     if not parse_inherit(linear.inherit) >= {"q", "k", "v"}:
         raise RegraftError(
@@ -211,14 +223,18 @@ def calibrate_layer(mixer: Mixer, records: list[LayerRecord], segments: list[Ten
             "leave calibration out (0 tokens)"
         )
     window, sinks = (
-        (mixer.window.options.window, mixer.window.options.sinks) if isinstance(mixer, GatedMixer) else (0, 0)
+        (mixer.window.options.window, mixer.window.options.sinks)
+        if isinstance(mixer, GatedMixer)
+        else (0, 0)
     )
     pairs = [
         (r, compute_attention_statistics(linear, r, ids, window, sinks))
         for r, ids in zip(records, segments, strict=True)
     ]
     mass = torch.stack([seen.outside.mean((0, 2)) for _, seen in pairs]).mean(0)
-    distance = torch.stack([seen.distance.mean((0, 2)) for _, seen in pairs]).mean(0) / mass.clamp(min=1e-6)
+    distance = torch.stack([seen.distance.mean((0, 2)) for _, seen in pairs]).mean(0) / mass.clamp(
+        min=1e-6
+    )
     entropy = torch.stack([seen.entropy.mean((0, 2)) for _, seen in pairs]).mean(0)
     linear.start_gates(distance.clamp(min=1.0), entropy.clamp(0, 1))
     folded, share = fit_mixer(mixer, pairs, segments)

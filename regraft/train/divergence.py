@@ -32,7 +32,9 @@ class LossSpikeConfig:
 
     def __post_init__(self) -> None:
         if (self.factor != 0 and not self.factor > 1) or not math.isfinite(self.factor):
-            raise RegraftError(f"jump is {self.factor}: give a multiple of the usual loss above 1, or 0 for no watch")
+            raise RegraftError(
+                f"jump is {self.factor}: give a multiple of the usual loss above 1, or 0 for no watch"
+            )
 
 
 @dataclass
@@ -90,5 +92,11 @@ def check_divergence(
         what = f"{name} is {value} at step {step}"
     good = [known for known in checkpoints() if known[:2] <= (index, first - 2)]
     last = max(good, key=lambda known: known[:2], default=None)
-    kept = f"last good checkpoint: {last[2]} (stage {last[0]}, step {last[1]})" if last else "no good checkpoint yet"
-    raise RegraftError(f"loss of stage '{stage.kind}'{what}; {kept}: lower its learning rates and run again{off}")
+    kept = (
+        f"last good checkpoint: {last[2]} (stage {last[0]}, step {last[1]})"
+        if last
+        else "no good checkpoint yet"
+    )
+    raise RegraftError(
+        f"loss of stage '{stage.kind}'{what}; {kept}: lower its learning rates and run again{off}"
+    )

@@ -70,7 +70,9 @@ def fit_maps(
         source = Bridge()(source)
     sizes = growth.with_target_sizes(source).sizes
     if all(size is None for size in sizes.values()):
-        raise RegraftError(f"nothing to grow in '{source.origin}': give sizes to LiGO, such as hidden or layers")
+        raise RegraftError(
+            f"nothing to grow in '{source.origin}': give sizes to LiGO, such as hidden or layers"
+        )
     learned = Learned(**sizes, method=method, seed=seed)
     grower = learned.build_grower(source)
     made = LigoTrainer(learned(source), grower.cache_source(), method)
@@ -84,7 +86,10 @@ def fit_maps(
     facts |= {"seed": seed, "micro": micro, "rows": len(rows)}
     if out:
         facts["source"] = distributed.on_rank0(lambda: lineage.fingerprint(source, 0))
-    with SigtermHandler() if out else nullcontext() as stopping, lock_run(out) if out else nullcontext():
+    with (
+        SigtermHandler() if out else nullcontext() as stopping,
+        lock_run(out) if out else nullcontext(),
+    ):
         state = made.restore(load_state(out, grower, facts) if out else RunState())
         saved = time.monotonic()
         while state.step < method.steps:
@@ -94,7 +99,9 @@ def fit_maps(
             progress(state.step, method.steps, row)
             if out is None or stopping is None:
                 continue
-            _, stop, due = reduce_step_status(0.0, stopping.asked, time.monotonic() - saved > save_seconds)
+            _, stop, due = reduce_step_status(
+                0.0, stopping.asked, time.monotonic() - saved > save_seconds
+            )
             if due or stop or state.step == method.steps:
                 save_state(out, grower, made.optimizer, made.record_state(state), facts)
                 saved = time.monotonic()
@@ -119,10 +126,14 @@ def fit_from_options(
     known = {f.name for f in fields(Ligo)} | set(RUN)
     if unknown := sorted(set(options) - known):
         raise RegraftError(f"unknown --fit '{unknown[0]}': use {', '.join(sorted(known))}")
-    method = growth.ligo_options(**{name: value for name, value in options.items() if name not in RUN})
+    method = growth.ligo_options(
+        **{name: value for name, value in options.items() if name not in RUN}
+    )
     run = RUN | {name: value for name, value in options.items() if name in RUN}
     if data is None and method.steps:
-        raise RegraftError(f"--how ligo learns from text or images: give --data PATH, or --fit '{ZERO_STEPS}'")
+        raise RegraftError(
+            f"--how ligo learns from text or images: give --data PATH, or --fit '{ZERO_STEPS}'"
+        )
     if data is None:
         return replace(cast(Learned, growth.steps(source)[-1]), method=method)
     anatomy = source.anatomy
@@ -135,10 +146,15 @@ def fit_from_options(
     rows = load_stage_rows(data, whole, tokenizer, ticker=ticker)(stage.length)
 
     def report_progress(step: int, steps: int, row: Mapping[str, float]) -> None:
-        ticker.update(step / steps, f"loss {row['loss']:.4f}, weights cost {100 * row['overhead']:.2f} % of a step")
+        ticker.update(
+            step / steps,
+            f"loss {row['loss']:.4f}, weights cost {100 * row['overhead']:.2f} % of a step",
+        )
 
     ticker.start("fitting LiGO's maps")
-    return fit_maps(source, growth, method, stage, rows, growth.seed, run["micro"], report_progress, out)
+    return fit_maps(
+        source, growth, method, stage, rows, growth.seed, run["micro"], report_progress, out
+    )
 
 
 class LigoTrainer:
@@ -146,7 +162,9 @@ class LigoTrainer:
 
     def __init__(self, target: Checkpoint, grower: Grower, method: Ligo):
         self.grower, self.method = grower, method
-        self.model = fsdp.load_sharded(target, fsdp.build_mesh() if distributed.world_size() > 1 else None)
+        self.model = fsdp.load_sharded(
+            target, fsdp.build_mesh() if distributed.world_size() > 1 else None
+        )
         self.holds = match_parameters(self.model, target)
         groups = [
             {"params": list(grower.spaces.parameters()), "peak": method.lr},
@@ -154,7 +172,13 @@ class LigoTrainer:
         ]
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=method.lr, weight_decay=method.decay)
-        self.cost: dict[str, float] = {"steps": 0, "tokens": 0, "flops": 0, "seconds": 0.0, "overhead": 0.0}
+        self.cost: dict[str, float] = {
+            "steps": 0,
+            "tokens": 0,
+            "flops": 0,
+            "seconds": 0.0,
+            "overhead": 0.0,
+        }
         self.counts: tuple[int, int] | None = None  # FLOPs of making weights, of training on them
 
     def restore(self, state: RunState) -> RunState:
@@ -168,7 +192,10 @@ class LigoTrainer:
     def record_state(self, state: RunState) -> RunState:
         """The state with all that a checkpoint needs beside maps and moments."""
         assert self.counts is not None
-        state.changed, state.ledger = {name for name, _ in self.grower.named_parameters()}, [self.cost]
+        state.changed, state.ledger = (
+            {name for name, _ in self.grower.named_parameters()},
+            [self.cost],
+        )
         state.costs = dict(zip(("weights", "training"), self.counts, strict=True))
         return state
 
@@ -201,7 +228,9 @@ class LigoTrainer:
         """Learning-rate factor: a short rise, then linearly down."""
         return min((step + 1) / max(1, self.method.warmup), 1 - step / self.method.steps)
 
-    def count_step_flops(self, stage: Stage, rows: Rows, seed: int, micro: int) -> tuple[float, tuple[int, int]]:
+    def count_step_flops(
+        self, stage: Stage, rows: Rows, seed: int, micro: int
+    ) -> tuple[float, tuple[int, int]]:
         """A step under the FLOP counter: its loss, FLOPs of making weights and of training on them."""
         with flops.build_flop_counter() as making:
             made = self.grow_weights()
@@ -210,7 +239,9 @@ class LigoTrainer:
         with flops.build_flop_counter() as back:
             self.backward_maps(made)
         mine = (making.get_total_flops() + back.get_total_flops(), training.get_total_flops())
-        made_all, trained_all = (sum(counts) for counts in zip(*distributed.all_gather(mine), strict=True))
+        made_all, trained_all = (
+            sum(counts) for counts in zip(*distributed.all_gather(mine), strict=True)
+        )
         return value, (made_all, trained_all)
 
     def grow_weights(self) -> list[Tensor]:
@@ -230,7 +261,9 @@ class LigoTrainer:
     def backward_loss(self, stage: Stage, rows: Rows, seed: int, micro: int) -> float:
         """Gradients of the loss in the model's parameters; the mean loss over the rows of all processes."""
         kind, fast, total = cast(Kind, stage.kind), stage.precision == "bfloat16", 0.0
-        given, labels = build_targets(self.model, kind, rows, torch.Generator().manual_seed(seed), stage.mask_share)
+        given, labels = build_targets(
+            self.model, kind, rows, torch.Generator().manual_seed(seed), stage.mask_share
+        )
         told = int((labels != IGNORED).sum())
         place = fsdp.local_part(next(self.model.parameters())).device
         for piece in micro_batches(len(rows), micro):
@@ -261,7 +294,9 @@ def match_parameters(model: nn.Module, target: Checkpoint) -> list[tuple[nn.Para
     RegraftError when a class keeps a tensor otherwise inside a larger one.
     """
     named = list(model.named_parameters())
-    numbers = {name: torch.tensor(float(number)).expand(p.shape) for number, (name, p) in enumerate(named)}
+    numbers = {
+        name: torch.tensor(float(number)).expand(p.shape) for number, (name, p) in enumerate(named)
+    }
     filed = modeling.to_checkpoint_names(model, numbers)
     inside: dict[int, list[Key]] = {}
     for key, name in target.names.items():

@@ -29,16 +29,22 @@ def build_mesh(hybrid: bool = False) -> DeviceMesh:
     if not hybrid:
         return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
     if count % here:
-        raise RegraftError(f"{count} processes are not the same number on every machine ({here} here): shard over all")
+        raise RegraftError(
+            f"{count} processes are not the same number on every machine ({here} here): shard over all"
+        )
     return init_device_mesh(kind, (count // here, here), mesh_dim_names=("replicate", "shard"))
 
 
-def shard_model(model: PreTrainedModel, over: DeviceMesh, layerwise: bool = False) -> PreTrainedModel:
+def shard_model(
+    model: PreTrainedModel, over: DeviceMesh, layerwise: bool = False
+) -> PreTrainedModel:
     """Shard every layer of a model, and the rest as one more unit; its parameters become DTensors.
 
     `layerwise`: mixers are units of their own, as stages need that run them without the model around them.
     """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is added in place here
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module .* returned a view"
+    )  # nothing is added in place here
     for mixer in mixers_by_layer(model).values() if layerwise else ():
         fully_shard(mixer, mesh=over)
         register_fsdp_forward_method(mixer, "matrix")
@@ -60,7 +66,9 @@ def shard_over_all(model: PreTrainedModel, layerwise: bool = False) -> PreTraine
     return model
 
 
-def load_sharded(checkpoint: Checkpoint, over: DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
+def load_sharded(
+    checkpoint: Checkpoint, over: DeviceMesh | None, layerwise: bool = False
+) -> PreTrainedModel:
     """The float32 model of a checkpoint; over a mesh each process reads only its shards, one tensor after the other."""
     if over is None:
         return modeling.materialize(checkpoint)
@@ -116,7 +124,9 @@ def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value.to(like.device)
     mine = shard_like(value, like).to(like.device).clone(memory_format=torch.contiguous_format)
-    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=value.shape, stride=value.stride())
+    return DTensor.from_local(
+        mine, like.device_mesh, like.placements, shape=value.shape, stride=value.stride()
+    )
 
 
 def replicate_like(value: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 T = TypeVar("T")
-WRAPPER_KEY = "_regraft_whole"  # in the model's own dict: as a submodule it would hold the model twice
+WRAPPER_KEY = (
+    "_regraft_whole"  # in the model's own dict: as a submodule it would hold the model twice
+)
 
 
 class ForwardWrapper(nn.Module):

@@ -27,7 +27,13 @@ def set_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     for layer in layer_stack(model):
         if not isinstance(layer, GradientCheckpointingLayer):
             if wanted:
-                raise RegraftError(f"a {type(layer).__name__} cannot be computed again: train without checkpointing")
+                raise RegraftError(
+                    f"a {type(layer).__name__} cannot be computed again: train without checkpointing"
+                )
             continue
-        layer.gradient_checkpointing = layer.training = wanted  # its parts stay in eval mode: no dropout
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=checkpoint_contexts)
+        layer.gradient_checkpointing = layer.training = (
+            wanted  # its parts stay in eval mode: no dropout
+        )
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, context_fn=checkpoint_contexts
+        )

@@ -38,14 +38,23 @@ def record_layers(
     """While inside, every forward of slot `layer` calls `keep(layer, record)`."""
 
     def build_hook(layer: int) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def record(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             weights = output[1].detach() if len(output) > 1 and torch.is_tensor(output[1]) else None
-            keep(layer, LayerRecord(inputs.detach(), output[0].detach(), kwargs.get("position_embeddings"), weights))
+            keep(
+                layer,
+                LayerRecord(
+                    inputs.detach(), output[0].detach(), kwargs.get("position_embeddings"), weights
+                ),
+            )
 
         return record
 
-    handles = [slots[layer].register_forward_hook(build_hook(layer), with_kwargs=True) for layer in layers]
+    handles = [
+        slots[layer].register_forward_hook(build_hook(layer), with_kwargs=True) for layer in layers
+    ]
     try:
         yield
     finally:

@@ -18,11 +18,16 @@ class HeadKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, head: Tensor, t: Tensor, teacher_head: Tensor, fast: bool) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, head: Tensor, t: Tensor, teacher_head: Tensor, fast: bool
+    ) -> Tensor:
         """The loss, a scalar; the gradients are made on the way."""
         tokens = h.shape[0]
         total = h.new_zeros(())
-        grad_h, grad_head = torch.empty_like(h), torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        grad_h, grad_head = (
+            torch.empty_like(h),
+            torch.zeros_like(head) if ctx.needs_input_grad[1] else None,
+        )
         light = torch.bfloat16 if fast else h.dtype
         light_head = head.to(light)
         for start in range(0, tokens, SLICE):
@@ -46,7 +51,9 @@ class HeadKL(torch.autograd.Function):
         return grad_h * outer[0], grad_head[0] * outer[0] if grad_head else None, None, None, None
 
 
-def head_kl(h: Tensor, head: torch.nn.Linear, t: Tensor, teacher_head: torch.nn.Linear, fast: bool) -> Tensor:
+def head_kl(
+    h: Tensor, head: torch.nn.Linear, t: Tensor, teacher_head: torch.nn.Linear, fast: bool
+) -> Tensor:
     """Mean KL per token; h, t: (batch, time, hidden) float32. Heads without bias go the sliced way."""
     h, t = h.flatten(0, 1), t.flatten(0, 1)
     if head.bias is None and teacher_head.bias is None:
@@ -64,11 +71,16 @@ class TopKKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, head: Tensor, names: Tensor, logs: Tensor, fast: bool) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, head: Tensor, names: Tensor, logs: Tensor, fast: bool
+    ) -> Tensor:
         """The loss, a scalar; the gradients are made on the way."""
         tokens = h.shape[0]
         total = h.new_zeros(())
-        grad_h, grad_head = torch.empty_like(h), torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        grad_h, grad_head = (
+            torch.empty_like(h),
+            torch.zeros_like(head) if ctx.needs_input_grad[1] else None,
+        )
         light = torch.bfloat16 if fast else h.dtype
         light_head = head.to(light)
         for start in range(0, tokens, SLICE):
@@ -102,7 +114,10 @@ def top_k_kl(h: Tensor, head: torch.nn.Linear, names: Tensor, logs: Tensor, fast
     """
     h, weight = h.flatten(0, 1), head.weight
     if head.bias is not None:
-        h, weight = torch.nn.functional.pad(h, (0, 1), value=1.0), torch.cat((weight, head.bias[:, None]), 1)
+        h, weight = (
+            torch.nn.functional.pad(h, (0, 1), value=1.0),
+            torch.cat((weight, head.bias[:, None]), 1),
+        )
     return TopKKL.apply(h, weight, names.flatten(0, 1), logs.flatten(0, 1), fast)
 
 

@@ -34,7 +34,9 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise RegraftError(f"a {type(model).__name__} has no list of its {depth} layers: use layers 'all' and no drops")
+    raise RegraftError(
+        f"a {type(model).__name__} has no list of its {depth} layers: use layers 'all' and no drops"
+    )
 
 
 def parse_layers(layers: str, depth: int) -> tuple[list[int], list[int]]:
@@ -52,7 +54,9 @@ def parse_layers(layers: str, depth: int) -> tuple[list[int], list[int]]:
         bounds = [[int(end) for end in piece.split("-")] for piece in place.split(",")]
         wanted = sorted({layer for ends in bounds for layer in range(ends[0], ends[-1] + 1)})
     if not wanted or max(wanted) >= depth:
-        raise RegraftError(f"layers '{layers}' of a model with layers 0 to {depth - 1}: name layers that it has")
+        raise RegraftError(
+            f"layers '{layers}' of a model with layers 0 to {depth - 1}: name layers that it has"
+        )
     return (wanted if kind == "bottom" else every), wanted
 
 
@@ -64,7 +68,11 @@ def frozen_parameter_ids(model: PreTrainedModel, layers: str) -> set[int]:
         return set()
     modules = list(layer_stack(model))
     _, learning = parse_layers(layers, len(modules))
-    inside = {id(parameter): layer for layer, module in enumerate(modules) for parameter in module.parameters()}
+    inside = {
+        id(parameter): layer
+        for layer, module in enumerate(modules)
+        for parameter in module.parameters()
+    }
     fixed = {parameter for parameter, layer in inside.items() if layer not in learning}
     if layers.startswith("train:"):
         for parameter in model.parameters():
@@ -107,9 +115,16 @@ def apply_stage_layers(
         return
     layers = layer_stack(model)
     run, learn = parse_layers(stage.layers, len(layers))
-    chances = [keep_probability(stage.layer_drop, at, len(run), step, stage.steps) for at in range(len(run))]
+    chances = [
+        keep_probability(stage.layer_drop, at, len(run), step, stage.steps)
+        for at in range(len(run))
+    ]
     thrown = torch.rand(len(run), generator=draws).tolist()
-    kept = {layer: chance for layer, chance, draw in zip(run, chances, thrown, strict=True) if draw < chance}
+    kept = {
+        layer: chance
+        for layer, chance, draw in zip(run, chances, thrown, strict=True)
+        if draw < chance
+    }
     middle = [layer for layer in middle_layers(run) if layer in kept] if stage.token_drop else []
     handles = (
         []
@@ -118,7 +133,10 @@ def apply_stage_layers(
     )
     if middle:
         aside = TokenDropper(stage.token_drop, draws, held, piece)
-        handles += [layers[i].register_forward_pre_hook(aside.shorten_inputs, with_kwargs=True) for i in middle]
+        handles += [
+            layers[i].register_forward_pre_hook(aside.shorten_inputs, with_kwargs=True)
+            for i in middle
+        ]
         handles.append(layers[middle[-1]].register_forward_hook(aside.restore_tokens))
     away = {i: layers[i] for i in range(len(layers)) if i not in kept}
     try:
@@ -137,7 +155,11 @@ def apply_stage_layers(
 def drop_windows(model: PreTrainedModel, chance: float, draws: torch.Generator) -> Iterator[int]:
     """Inside, each gated layer gives only its linear branch with this probability; yields how many do."""
     gated = [module for module in model.modules() if isinstance(module, GatedMixer)]
-    off = [module for module, draw in zip(gated, torch.rand(len(gated), generator=draws), strict=True) if draw < chance]
+    off = [
+        module
+        for module, draw in zip(gated, torch.rand(len(gated), generator=draws), strict=True)
+        if draw < chance
+    ]
     for module in off:
         module.force = "linear"
     try:
@@ -176,7 +198,9 @@ def find_protected_tokens(rows: Packed | Images, labels: Tensor | None) -> Tenso
     if isinstance(rows, Images):
         return torch.ones(len(rows), 1, dtype=torch.bool)
     special = torch.isin(rows.input_ids, torch.tensor([*rows.special], dtype=torch.long))
-    return special if labels is None or labels.shape != special.shape else special | (labels != -100)
+    return (
+        special if labels is None or labels.shape != special.shape else special | (labels != -100)
+    )
 
 
 class TokenDropper:
@@ -184,21 +208,32 @@ class TokenDropper:
     last. Which ones is drawn at random, where the paper goes by the running loss of each word.
     """
 
-    def __init__(self, share: float, draws: torch.Generator, held: Tensor | None, piece: slice = slice(None)):
+    def __init__(
+        self, share: float, draws: torch.Generator, held: Tensor | None, piece: slice = slice(None)
+    ):
         self.share, self.draws, self.held, self.piece = share, draws, held, piece
         self.whole: Tensor | None = None
         self.index = torch.empty(0)
 
-    def shorten_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def shorten_inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
         """What a middle layer gets: everything that runs along the tokens shortened to those that stay."""
         if self.whole is None:
-            self.whole, self.index = args[0], self.sample_kept_positions(*args[0].shape[:2]).to(args[0].device)
-        return tuple(map(self.shorten, args)), {name: self.shorten(value) for name, value in kwargs.items()}
+            self.whole, self.index = (
+                args[0],
+                self.sample_kept_positions(*args[0].shape[:2]).to(args[0].device),
+            )
+        return tuple(map(self.shorten, args)), {
+            name: self.shorten(value) for name, value in kwargs.items()
+        }
 
     def restore_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Behind the last middle layer: all tokens again, (batch, time, hidden)."""
         assert self.whole is not None
-        return self.whole.to(output.dtype).scatter(1, self.index[..., None].expand_as(output), output)
+        return self.whole.to(output.dtype).scatter(
+            1, self.index[..., None].expand_as(output), output
+        )
 
     def sample_kept_positions(self, batch: int, time: int) -> Tensor:
         """Positions that stay, in order, (batch, as many in every row); drawn for the whole of a split batch."""

@@ -13,7 +13,9 @@ def stage_name(row: Mapping[str, Any]) -> str:
     return f"{row['stage'] + 1} {row['kind']}"
 
 
-def build_ledger(metrics: Iterable[Mapping[str, Any]], start: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+def build_ledger(
+    metrics: Iterable[Mapping[str, Any]], start: Iterable[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """One row for what came before training and for every stage, and their sum.
 
     Args:

@@ -88,12 +88,20 @@ def train_stage(run: Run, state: RunState, index: int, stopping: SigtermHandler)
     if state.tokens:
         stage = dataclasses.replace(stage, tokens=state.tokens)
     if stage.precision == "auto":
-        fast = state.fast if state.fast is not None else distributed.broadcast(bfloat16_is_faster(run.device.type))
+        fast = (
+            state.fast
+            if state.fast is not None
+            else distributed.broadcast(bfloat16_is_faster(run.device.type))
+        )
     else:
         fast = stage.precision == "bfloat16"
     state.fast = fast
     names = projection_names(run.model) if stage.rank else []
-    low = attach_lora(run.model, names, stage.rank, run.seed + index, state.moments) if names else None
+    low = (
+        attach_lora(run.model, names, stage.rank, run.seed + index, state.moments)
+        if names
+        else None
+    )
     groups = parameter_groups(run.model, stage, frozen_parameter_ids(run.model, stage.layers))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     if state.watch.unfrozen is not None:
@@ -125,14 +133,24 @@ def train_stage(run: Run, state: RunState, index: int, stopping: SigtermHandler)
         if low is not None:
             low.write_weights()
         state.step += 1
-        value, stop, due = reduce_step_status(part, stopping.asked, time.monotonic() - saved > run.save_seconds)
+        value, stop, due = reduce_step_status(
+            part, stopping.asked, time.monotonic() - saved > run.save_seconds
+        )
         entry["tokens"] += picked.tokens
         entry["flops"] += flops
         entry["flops_per_step"] = entry["flops"] // state.step
         spent = time.monotonic() - tick
         entry["seconds"] += spent
         where = (index, state.step)
-        check_divergence(state.trend, run.jump, stage, where, value, float(norm), lambda: list_checkpoints(run.out))
+        check_divergence(
+            state.trend,
+            run.jump,
+            stage,
+            where,
+            value,
+            float(norm),
+            lambda: list_checkpoints(run.out),
+        )
         row = {
             "stage": index, "kind": stage.kind, "step": state.step, "tokens": entry["tokens"],
             "loss": value, "grad_norm": float(norm),
@@ -149,8 +167,14 @@ def train_stage(run: Run, state: RunState, index: int, stopping: SigtermHandler)
             begun = time.monotonic()  # the first step is slower: it is counted, and memory is new
         run.progress(stage, state.step, stage.steps, row)
         limit = run.limit(index)
-        if limit is not None and not state.tokens and state.step == max(MEASURED_STEPS, first + MEASURED_STEPS):
-            left, per_step = distributed.broadcast((limit, (time.monotonic() - begun) / (state.step - first - 1)))
+        if (
+            limit is not None
+            and not state.tokens
+            and state.step == max(MEASURED_STEPS, first + MEASURED_STEPS)
+        ):
+            left, per_step = distributed.broadcast(
+                (limit, (time.monotonic() - begun) / (state.step - first - 1))
+            )
             stage = fit_to_time(stage, state, left, per_step)
             order = shuffled_indices(len(rows), stage.steps * stage.batch, run.seed + index)
         if state.step == stage.steps or (run.every and state.step % run.every == 0):
@@ -184,13 +208,29 @@ def evaluate_heldout(run: Run, stage: Stage, index: int, step: int, entry: dict[
         whole = dataclasses.replace(stage, layer_drop=0.0, token_drop=0.0, window_drop=0.0)
         model, held = run.model, run.heldout.to(run.device)
         with apply_stage_layers(model, whole, step, step_generator(run.seed, index, step)):
-            found: dict[str, float] = run_in_forward(model, lambda: evaluate_objective(model, stage.objective, held))
-            if (teacher := run.teacher) is not None and isinstance(held, Packed) and stage.objective == "next":
+            found: dict[str, float] = run_in_forward(
+                model, lambda: evaluate_objective(model, stage.objective, held)
+            )
+            if (
+                (teacher := run.teacher) is not None
+                and isinstance(held, Packed)
+                and stage.objective == "next"
+            ):
                 found["kl"] = run_in_forward(model, lambda: evaluate_kl(model, teacher, held))
         reshard_model(model)
-        spent = {"tokens": entry["tokens"], "flops": entry["flops"], "seconds": round(entry["seconds"], 3)}
+        spent = {
+            "tokens": entry["tokens"],
+            "flops": entry["flops"],
+            "seconds": round(entry["seconds"], 3),
+        }
         write_metrics_row(
-            run, {"stage": index, "step": step, **spent, **{f"eval_{key}": value for key, value in found.items()}}
+            run,
+            {
+                "stage": index,
+                "step": step,
+                **spent,
+                **{f"eval_{key}": value for key, value in found.items()},
+            },
         )
 
 
@@ -209,7 +249,9 @@ def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> 
     return dataclasses.replace(stage, tokens=state.tokens)
 
 
-def calibration_batches(rows: Table, count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def calibration_batches(
+    rows: Table, count: int, seed: int
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """`count` rows as calibration batches of one: (input_ids, position_ids, segments)."""
     picked = [rows[i : i + 1] for i in shuffled_indices(len(rows), min(count, len(rows)), seed)]
     return [(row.input_ids, row.position_ids, row.segments()) for row in picked]

@@ -30,10 +30,14 @@ class LoraWeights(nn.Module):
         for name, weight in weights.items():
             key = name.replace(".", "/")
             rows, columns = weight.shape
-            drawn = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
+            drawn = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(
+                columns
+            )
             self.base[key] = nn.Parameter(weight.detach().clone(), requires_grad=False)
             self.a[key] = nn.Parameter(replicate_like(drawn.to(weight.dtype), weight))
-            self.b[key] = nn.Parameter(distribute_like(torch.zeros(rows, rank, dtype=weight.dtype), weight))
+            self.b[key] = nn.Parameter(
+                distribute_like(torch.zeros(rows, rank, dtype=weight.dtype), weight)
+            )
 
     def trainable_ids(self) -> set[int]:
         """Identities of A and B."""
@@ -47,7 +51,9 @@ class LoraWeights(nn.Module):
 
     def iter_matrices(self) -> Iterator[tuple[nn.Parameter, ...]]:
         """(weight, base, A, B) of each weight."""
-        return zip(self.weights.values(), self.base.values(), self.a.values(), self.b.values(), strict=True)
+        return zip(
+            self.weights.values(), self.base.values(), self.a.values(), self.b.values(), strict=True
+        )
 
     def pull_gradients(self) -> None:
         """Gradients of the weights become those of A and B."""
@@ -64,7 +70,9 @@ class LoraWeights(nn.Module):
             weight.copy_(base + SCALE * b @ a)
 
 
-def attach_lora(model: PreTrainedModel, names: list[str], rank: int, seed: int, kept: dict[str, Tensor]) -> LoraWeights:
+def attach_lora(
+    model: PreTrainedModel, names: list[str], rank: int, seed: int, kept: dict[str, Tensor]
+) -> LoraWeights:
     """Put low-rank additions to the weights of these names beside the model, as they were in `kept`, a saved state."""
     weights = {name: model.get_parameter(name) for name in names}
     low = LoraWeights(weights, rank, torch.Generator().manual_seed(seed))

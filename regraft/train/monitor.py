@@ -30,7 +30,9 @@ class MonitorConfig:
     jump: float = 1.5
 
     @contextmanager
-    def monitor(self, out: Path, ticker: Ticker, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def monitor(
+        self, out: Path, ticker: Ticker, facts: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
         """Inside, the fields of a loop.Run that watch it; `facts` are what trackers note of the run.
 
         RegraftError for trackers that are unknown or not installed, and for a jump of 1 or less.
@@ -81,7 +83,9 @@ def format_speed(speeds: Mapping[str, float], unit: str) -> str:
     if rate >= 1e12:
         rate, unit_of = rate / 1e3, "T"
     share = f"{speeds['peak_share']:.0%} of the measured peak"
-    return f"{speeds['tokens_per_second']:,.0f} {unit}/s, {rate / 1e9:,.1f} {unit_of}FLOP/s, {share}"
+    return (
+        f"{speeds['tokens_per_second']:,.0f} {unit}/s, {rate / 1e9:,.1f} {unit_of}FLOP/s, {share}"
+    )
 
 
 def summarize_stages(out: str | Path) -> list[Row]:
@@ -99,7 +103,9 @@ def summarize_stage(rows: Sequence[Row]) -> Row:
     """The summary of one stage's rows."""
     few, last = max(1, round(END_SHARE * len(rows))), rows[-1]
     marks = [0.0, *(row["seconds"] for row in rows)]
-    spans = [(after - before, row) for before, after, row in zip(marks, marks[1:], rows, strict=False)]
+    spans = [
+        (after - before, row) for before, after, row in zip(marks, marks[1:], rows, strict=False)
+    ]
     known = [(span, row["peak_share"]) for span, row in spans if "peak_share" in row]
     total = sum(span for span, _ in known)
     return {

@@ -37,9 +37,15 @@ Rows = Packed | Images
 Data = Table | Images  # where rows come from: in memory, or on disk and read by number
 IGNORED = -100
 HEADS: dict[str, tuple[str, set[str]]] = {
-    "next": ("a decoder", {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "RegraftForCausalLM"}),
+    "next": (
+        "a decoder",
+        {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "RegraftForCausalLM"},
+    ),
     "mask": ("a ...ForMaskedLM", set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())),
-    "image": ("a ...ForImageClassification", set(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values())),
+    "image": (
+        "a ...ForImageClassification",
+        set(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()),
+    ),
 }
 
 
@@ -57,7 +63,9 @@ def compute_loss(
     each other, as in RoBERTa's full sentences. `image`: the class. RegraftError when the rows do not suit the kind and
     the model.
     """
-    return compute_loss_on_targets(model, kind, *build_targets(model, kind, rows, generator, mask_share), fast)
+    return compute_loss_on_targets(
+        model, kind, *build_targets(model, kind, rows, generator, mask_share), fast
+    )
 
 
 def compute_loss_on_targets(
@@ -69,13 +77,18 @@ def compute_loss_on_targets(
 
 
 @torch.no_grad()
-def evaluate_objective(model: PreTrainedModel, kind: Kind, rows: Rows, batch: int = 16) -> dict[str, float]:
+def evaluate_objective(
+    model: PreTrainedModel, kind: Kind, rows: Rows, batch: int = 16
+) -> dict[str, float]:
     """Mean loss and accuracy (share of right first guesses) over rows, without dropout; masks are always the same."""
     rows, labels = build_targets(model, kind, rows, torch.Generator().manual_seed(0), 0.15)
     total, right, count, training = 0.0, 0, 0, model.training
     model.eval()
     for part in batch_slices(len(rows), batch):
-        logits, wanted = compute_logits(model, kind, rows[part], False).flatten(0, -2), labels[part].flatten()
+        logits, wanted = (
+            compute_logits(model, kind, rows[part], False).flatten(0, -2),
+            labels[part].flatten(),
+        )
         total += float(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
         right += int((logits.argmax(-1) == wanted).sum())
         count += int((wanted != IGNORED).sum())
@@ -89,7 +102,11 @@ def batch_slices(count: int, batch: int) -> Iterator[slice]:
 
 
 def build_targets(
-    model: PreTrainedModel, kind: Kind, rows: Rows, generator: torch.Generator | None = None, mask_share: float = 0.15
+    model: PreTrainedModel,
+    kind: Kind,
+    rows: Rows,
+    generator: torch.Generator | None = None,
+    mask_share: float = 0.15,
 ) -> tuple[Rows, Tensor]:
     """(what the model sees, labels: of all but each row's last token, of every token, or of every image).
 
@@ -104,7 +121,9 @@ def build_targets(
     return replace(rows, input_ids=ids), labels
 
 
-def mask_tokens(rows: Packed, vocab: int, share: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def mask_tokens(
+    rows: Packed, vocab: int, share: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     """BERT's corruption: (token ids, labels), both (rows, length).
 
     In each row `share` of the tokens, at least one and never a special one, is to be guessed: of these 80 % become the
@@ -121,8 +140,12 @@ def mask_tokens(rows: Packed, vocab: int, share: float, generator: torch.Generat
     free = (~special).sum(1, keepdim=True)
     chosen = order < (share * free).round().long().clamp(min=1).minimum(free)
     if not bool(chosen.any()):
-        raise RegraftError(f"{len(rows)} rows hold nothing but special tokens {sorted(rows.special)}: give more text")
-    plain = torch.ones(vocab, dtype=torch.bool).index_fill(0, torch.tensor([*rows.special, rows.mask]), False)
+        raise RegraftError(
+            f"{len(rows)} rows hold nothing but special tokens {sorted(rows.special)}: give more text"
+        )
+    plain = torch.ones(vocab, dtype=torch.bool).index_fill(
+        0, torch.tensor([*rows.special, rows.mask]), False
+    )
     words = plain.nonzero().flatten().to(ids.device)
     fate, word = draw().to(ids.device), words[(draw().to(ids.device) * len(words)).long()]
     changed = torch.where(fate < 0.8, rows.mask, torch.where(fate < 0.9, word, ids))
@@ -136,7 +159,9 @@ def compute_logits(model: PreTrainedModel, kind: Kind, rows: Rows, fast: bool) -
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
     given: dict[str, Any] = (
-        {"pixel_values": rows.pixel_values} if isinstance(rows, Images) else encoder_inputs(model, rows)
+        {"pixel_values": rows.pixel_values}
+        if isinstance(rows, Images)
+        else encoder_inputs(model, rows)
     )
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
         found: Tensor = model(**given).logits
@@ -145,7 +170,9 @@ def compute_logits(model: PreTrainedModel, kind: Kind, rows: Rows, fast: bool) -
 
 def encoder_inputs(model: PreTrainedModel, rows: Packed) -> dict[str, Tensor]:
     """What an encoder of whole rows is given: positions count from the row's start."""
-    counted = torch.arange(rows.input_ids.shape[1], device=rows.device) + first_position(find_position_embedding(model))
+    counted = torch.arange(rows.input_ids.shape[1], device=rows.device) + first_position(
+        find_position_embedding(model)
+    )
     return {"input_ids": rows.input_ids, "position_ids": counted.expand_as(rows.input_ids)}
 
 
@@ -157,7 +184,9 @@ def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
         else partial(model.get_decoder(), use_cache=False)
     )
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
-        return run(input_ids=rows.input_ids, position_ids=rows.position_ids).last_hidden_state.float()
+        return run(
+            input_ids=rows.input_ids, position_ids=rows.position_ids
+        ).last_hidden_state.float()
 
 
 def check_head(model: PreTrainedModel, kind: str) -> None:
@@ -173,7 +202,9 @@ def check_rows(model: PreTrainedModel, kind: Kind, rows: Data) -> None:
     """RegraftError when the model has no head for the kind, or the rows are not what it takes."""
     check_head(model, kind)
     if isinstance(rows, Images) != (kind == "image"):
-        held, wanted = ("images", "text") if isinstance(rows, Images) else ("text", "images in a .npz file")
+        held, wanted = (
+            ("images", "text") if isinstance(rows, Images) else ("text", "images in a .npz file")
+        )
         raise RegraftError(f"'{kind}' was given {len(rows)} rows of {held}: give {wanted}")
     if isinstance(rows, Images):
         check_images(model, rows)

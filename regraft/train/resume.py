@@ -71,9 +71,13 @@ class RunState:
         for group in optimizer.param_groups if self.moments else []:
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                if f"step/{name}" in self.moments:  # a layer that was left out of every step so far has none
+                if (
+                    f"step/{name}" in self.moments
+                ):  # a layer that was left out of every step so far has none
                     found = {moment: self.moments[f"{moment}/{name}"] for moment in MOMENTS}
-                    optimizer.state[parameter] = {moment: place_moment(one, parameter) for moment, one in found.items()}
+                    optimizer.state[parameter] = {
+                        moment: place_moment(one, parameter) for moment, one in found.items()
+                    }
         self.moments = {}
 
     def trim_metrics(self, path: Path) -> None:
@@ -82,9 +86,13 @@ class RunState:
             return
         rows = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
         done = (self.stage, self.step)
-        again = (self.stage, 0) if self.step == 0 else None  # a stage that begins measures held-out rows itself
+        again = (
+            (self.stage, 0) if self.step == 0 else None
+        )  # a stage that begins measures held-out rows itself
         places = [(row["stage"], row["step"]) if "step" in row else (-1, 0) for row in rows]
-        kept = [row for row, place in zip(rows, places, strict=True) if place <= done and place != again]
+        kept = [
+            row for row, place in zip(rows, places, strict=True) if place <= done and place != again
+        ]
         write_json_lines(path, kept)
 
 
@@ -102,11 +110,17 @@ def checkpoint_name(state: RunState) -> str:
 def list_checkpoints(out: Path) -> list[Place]:
     """Whole checkpoints of a run, the newest last: (stage, steps of it that are done, folder)."""
     found = [file.parent for file in (out / RUN).glob("stage-*-step-*/state.json")]
-    return sorted((int(name[1]), int(name[3]), folder) for folder in found if (name := folder.name.split("-")))
+    return sorted(
+        (int(name[1]), int(name[3]), folder) for folder in found if (name := folder.name.split("-"))
+    )
 
 
 def save_state(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState, settings: dict[str, Any]
+    out: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: RunState,
+    settings: dict[str, Any],
 ) -> Path:
     """Write a checkpoint of all processes (PyTorch DCP) and put it in place whole; the last two are kept.
 
@@ -121,7 +135,9 @@ def save_state(
     def create_folder() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        check_space(temporary, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        check_space(
+            temporary, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        )
 
     def publish_folder() -> None:
         (temporary / "state.json").write_text(json.dumps(facts))
@@ -159,7 +175,9 @@ def lock_run(out: Path) -> Iterator[None]:
     try:
         distributed.on_rank0(acquire_lock)
     except Timeout as error:
-        raise RegraftError(f"another run is going on in '{out}': wait for it, or stop all of its processes") from error
+        raise RegraftError(
+            f"another run is going on in '{out}': wait for it, or stop all of its processes"
+        ) from error
     try:
         yield
     finally:
@@ -176,11 +194,17 @@ def silence_dcp_warning() -> Iterator[None]:
 
 def format_cause(error: BaseException) -> str:
     """The first cause, in a line."""
-    first: Any = next(iter(error.failures.values()), error) if isinstance(error, CheckpointException) else error
+    first: Any = (
+        next(iter(error.failures.values()), error)
+        if isinstance(error, CheckpointException)
+        else error
+    )
     return " ".join(str(first[0] if isinstance(first, tuple) else first).split())
 
 
-def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState) -> dict[str, Tensor]:
+def checkpoint_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState
+) -> dict[str, Tensor]:
     """What a checkpoint holds: parameters that any stage has trained, and the optimiser's moments."""
     named = dict(model.named_parameters())
     tensors = {f"model/{name}": named[name].detach() for name in sorted(state.changed)}
@@ -188,7 +212,11 @@ def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None
     for group in optimizer.param_groups if optimizer is not None else []:
         for parameter in group["params"]:
             moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            tensors |= {f"{moment}/{names[id(parameter)]}": moments[moment] for moment in MOMENTS if moment in moments}
+            tensors |= {
+                f"{moment}/{names[id(parameter)]}": moments[moment]
+                for moment in MOMENTS
+                if moment in moments
+            }
     return tensors
 
 
@@ -198,12 +226,16 @@ def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunStat
     Raises RegraftError when the run there has other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    newest = distributed.broadcast(next((folder for *_, folder in reversed(list_checkpoints(out))), None))
+    newest = distributed.broadcast(
+        next((folder for *_, folder in reversed(list_checkpoints(out))), None)
+    )
     if newest is None:
         return RunState()
     facts = json.loads((newest / "state.json").read_text())
     if facts.pop("settings") != json.loads(json.dumps(settings)):
-        raise RegraftError(f"'{out}' holds a run with other settings: give another output, or remove '{out / RUN}'")
+        raise RegraftError(
+            f"'{out}' holds a run with other settings: give another output, or remove '{out / RUN}'"
+        )
     facts["changed"], facts["watch"] = set(facts["changed"]), LitState(**facts["watch"])
     facts["trend"] = LossTrend(**facts.get("trend", {}))
     state = RunState(**facts)

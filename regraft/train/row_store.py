@@ -49,7 +49,9 @@ class RowStore:
                 if not (self.folder / "facts.json").exists():
                     write_json(self.folder / "facts.json", dict(facts))
         except OSError as error:
-            raise RegraftError(f"cannot keep teacher outputs in '{root}' ({error}): give another folder") from error
+            raise RegraftError(
+                f"cannot keep teacher outputs in '{root}' ({error}): give another folder"
+            ) from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -95,7 +97,10 @@ class RowStore:
         try:
             with safe_open(file, framework="pt") as opened:
                 names = [name for name in opened.keys() if name.startswith(f"{key}/")]
-                row = {name.partition("/")[2]: opened.get_tensor(name).clone() for name in sorted(names)}
+                row = {
+                    name.partition("/")[2]: opened.get_tensor(name).clone()
+                    for name in sorted(names)
+                }
         except (OSError, SafetensorError):
             row = {}
         if not row or checksum(row) != check:
@@ -107,7 +112,9 @@ class RowStore:
         """Keep a row; it is on disk once the file it belongs to is full, or after `flush`."""
         if key in self:
             return
-        self.waiting[key] = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in row.items()}
+        self.waiting[key] = {
+            name: value.detach().to("cpu", copy=True).contiguous() for name, value in row.items()
+        }
         self.size += sum(value.nbytes for value in row.values())
         if self.size >= FILE_BYTES:
             self.flush()
@@ -118,9 +125,13 @@ class RowStore:
         if not rows:
             return
         checks = {key: checksum(row) for key, row in rows.items()}
-        tensors = {f"{key}/{name}": value for key, row in rows.items() for name, value in row.items()}
+        tensors = {
+            f"{key}/{name}": value for key, row in rows.items() for name, value in row.items()
+        }
         data = save(tensors, {"rows": json.dumps(checks)})
-        file = self.folder / f"{next(iter(rows))}-{secrets.token_hex(4)}.safetensors"  # two may keep the same row
+        file = (
+            self.folder / f"{next(iter(rows))}-{secrets.token_hex(4)}.safetensors"
+        )  # two may keep the same row
         try:
             with self.lock():
                 if directory_size(self.root) + round_to_blocks(len(data)) > self.limit:

@@ -73,19 +73,31 @@ def check_run(run: Run, stage: Stage) -> None:
     check_head(run.model, stage.objective)
     if stage.kind in LAYERWISE and not isinstance(run.model, RegraftForCausalLM):
         kind = type(run.model).__name__
-        raise RegraftError(f"stage '{stage.kind}' fits mixers, which a {kind} has not: linearize it first")
+        raise RegraftError(
+            f"stage '{stage.kind}' fits mixers, which a {kind} has not: linearize it first"
+        )
     if stage.learn != "all" and not isinstance(run.model, RegraftForCausalLM):
         kind = type(run.model).__name__
-        raise RegraftError(f"learn '{stage.learn}' is for models with mixers: train all of a {kind}")
-    if stage.rank and not (isinstance(run.model, RegraftForCausalLM) and projection_names(run.model)):
-        raise RegraftError(f"rank {stage.rank} adds to projections inside mixers, and there are none: give 0")
-    if stage.window_drop and not any(isinstance(module, GatedMixer) for module in run.model.modules()):
+        raise RegraftError(
+            f"learn '{stage.learn}' is for models with mixers: train all of a {kind}"
+        )
+    if stage.rank and not (
+        isinstance(run.model, RegraftForCausalLM) and projection_names(run.model)
+    ):
+        raise RegraftError(
+            f"rank {stage.rank} adds to projections inside mixers, and there are none: give 0"
+        )
+    if stage.window_drop and not any(
+        isinstance(module, GatedMixer) for module in run.model.modules()
+    ):
         raise RegraftError(
             f"window_drop {stage.window_drop} leaves windows out, and no layer has one: linearize with one"
         )
     if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
         if isinstance(run.model, RegraftForCausalLM):
-            raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
+            raise RegraftError(
+                f"layers '{stage.layers}' and drops are for models without mixers: train all layers"
+            )
         parse_layers(stage.layers, len(layer_stack(run.model)))
     if stage.batch % (distributed.world_size() * max(1, run.micro)) or run.micro < 0:
         raise RegraftError(
@@ -107,5 +119,13 @@ def check_run(run: Run, stage: Stage) -> None:
 def resume_settings(run: Run) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     begun = {"moments": str(run.moments)} if run.moments else {}
-    begun |= {"teacher outputs": run.teacher.keeping.kind} if isinstance(run.teacher, CachedTeacher) else {}
-    return {"seed": run.seed, "stages": [dataclasses.asdict(stage) for stage in run.stages], **begun}
+    begun |= (
+        {"teacher outputs": run.teacher.keeping.kind}
+        if isinstance(run.teacher, CachedTeacher)
+        else {}
+    )
+    return {
+        "seed": run.seed,
+        "stages": [dataclasses.asdict(stage) for stage in run.stages],
+        **begun,
+    }

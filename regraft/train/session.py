@@ -71,13 +71,20 @@ def calibrate_once(
             ticker.update(done / total, "calibrating")
 
         with flops.build_flop_counter() as counter:
-            for _ in calibrate(modeling.slots(student), teacher, list(teacher_slots), batches, report_progress):
+            for _ in calibrate(
+                modeling.slots(student), teacher, list(teacher_slots), batches, report_progress
+            ):
                 pass
         work.mkdir(parents=True, exist_ok=True)
-        spent = {"tokens": sum(batch[0].numel() for batch in batches), "flops": counter.get_total_flops()}
+        spent = {
+            "tokens": sum(batch[0].numel() for batch in batches),
+            "flops": counter.get_total_flops(),
+        }
         write_json(costs, spent | {"seconds": round(time.monotonic() - begin, 3)})
         part = file.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in mixer_weights(student).items()}, part)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in mixer_weights(student).items()}, part
+        )
         part.replace(file)
     values = load_file(file)
     with torch.no_grad():
@@ -99,7 +106,11 @@ def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def save_trained(
-    checkpoint: Checkpoint, model: PreTrainedModel, stages: Sequence[Stage], ledger: dict[str, Any], out: Path
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    ledger: dict[str, Any],
+    out: Path,
 ) -> None:
     """Write the trained weights as the checkpoint they came from, into `out`, which may hold other files of the run.
 
@@ -124,7 +135,11 @@ def write_trained(
     out: Path,
 ) -> None:
     """Values by their names in files, written as the checkpoint and moved into place."""
-    step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(s) for s in stages]}, "ledger": ledger}
+    step = {
+        "step": "Train",
+        "arguments": {"stages": [dataclasses.asdict(s) for s in stages]},
+        "ledger": ledger,
+    }
     folder = out / "work" / "trained"
     checkpoint.with_values(values, step).save(folder, overwrite=True)
     move_model_files(folder, out)
@@ -137,7 +152,9 @@ def move_model_files(folder: Path, out: Path) -> None:
     shutil.rmtree(folder)
 
 
-def load_for_training(path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False) -> PreTrainedModel:
+def load_for_training(
+    path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False
+) -> PreTrainedModel:
     """The model at `path` where it is trained: whole, or this process's shards of it."""
     if over is None:
         return modeling.load(path).to(distributed.device())
@@ -187,9 +204,14 @@ def train_saved_model(
     """
     target = Path(out)
     if (target / "config.json").exists():
-        raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
+        raise RegraftError(
+            f"{out} holds a finished model: choose another folder, or delete it to train again"
+        )
     names = {file.name for file in target.iterdir()} if target.exists() else set()
-    if not names <= {"metrics.jsonl", TEXT, trackers.FILE, trackers.FOLDER, "wandb"} and "run" not in names:
+    if (
+        not names <= {"metrics.jsonl", TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
+        and "run" not in names
+    ):
         raise RegraftError(f"{out} exists and holds no run: choose another folder or delete it")
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
@@ -202,7 +224,9 @@ def train_saved_model(
     student = load_for_training(model, over, stage.kind in LAYERWISE)
     tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
     if keeping and (not teacher or stage.kind not in ("align", "distil")):
-        raise RegraftError(f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: leave out the cache")
+        raise RegraftError(
+            f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: leave out the cache"
+        )
     guide: Teacher | None = None
     if teacher:
         guide = (
@@ -217,16 +241,35 @@ def train_saved_model(
     held = None
     if heldout:
         whole = dataclasses.replace(data, path=heldout, read=0)
-        held = load_stage_rows(whole, stage, tokenizer, target / TEXT / "heldout", cache, ticker)(stage.length)[:]
+        held = load_stage_rows(whole, stage, tokenizer, target / TEXT / "heldout", cache, ticker)(
+            stage.length
+        )[:]
     rows(stage.length)
     ticker.start(stage.kind)
 
-    facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
+    facts = {
+        "model": model,
+        "data": data.path,
+        "teacher": teacher,
+        "seed": seed,
+        "stages": [dataclasses.asdict(stage)],
+    }
     told: dict[str, Any] = {}
     try:
         with watching.monitor(target, ticker, facts) as watched:
             ledger = loop.train(
-                loop.Run(student, [stage], rows, target, guide, slots, seed=seed, heldout=held, **watched, **options),
+                loop.Run(
+                    student,
+                    [stage],
+                    rows,
+                    target,
+                    guide,
+                    slots,
+                    seed=seed,
+                    heldout=held,
+                    **watched,
+                    **options,
+                ),
             )
     finally:
         if isinstance(guide, CachedTeacher):

@@ -50,5 +50,8 @@ class SigtermHandler:
         """End the process with the status of one that SIGTERM ended, saying what is kept."""
         if distributed.is_rank0():
             place = f"'{kept[-1][2]}' is kept" if kept else "there was nothing to keep yet"
-            print(f"regraft: stopped by SIGTERM; {place} and the same command goes on", file=sys.stderr)
+            print(
+                f"regraft: stopped by SIGTERM; {place} and the same command goes on",
+                file=sys.stderr,
+            )
         raise SystemExit(STATUS)

@@ -82,14 +82,20 @@ class Stage:
         if self.kind == "image":
             object.__setattr__(self, "length", 1)
         if min(self.length, self.batch) < 1:
-            raise RegraftError(f"stage '{self.kind}' has {self.batch} rows of {self.length} a step: give 1 or more")
+            raise RegraftError(
+                f"stage '{self.kind}' has {self.batch} rows of {self.length} a step: give 1 or more"
+            )
         if not re.fullmatch(r"all|bottom:\d+|train:\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
-            raise RegraftError(f"layers is '{self.layers}': give all, bottom:N, train:A-B or train:A,B,..")
+            raise RegraftError(
+                f"layers is '{self.layers}': give all, bottom:N, train:A-B or train:A,B,.."
+            )
         if not (0 <= self.layer_drop < 1 and 0 <= self.token_drop < 1):
             raise RegraftError(
                 f"layer_drop {self.layer_drop}, token_drop {self.token_drop}: give shares from 0, below 1"
             )
-        if not (0 <= self.ce < 1 and 0 <= self.window_drop < 1) or (self.ce and self.kind != "distil"):
+        if not (0 <= self.ce < 1 and 0 <= self.window_drop < 1) or (
+            self.ce and self.kind != "distil"
+        ):
             raise RegraftError(
                 f"stage '{self.kind}' has ce {self.ce}, window_drop {self.window_drop}: both are from 0, below 1, and "
                 "ce is for distil"
@@ -100,7 +106,9 @@ class Stage:
                 "'all', in stages of the whole model"
             )
         if not 0 < self.mask_share <= 1:
-            raise RegraftError(f"mask_share is {self.mask_share}: give a share of the tokens above 0, at most 1")
+            raise RegraftError(
+                f"mask_share is {self.mask_share}: give a share of the tokens above 0, at most 1"
+            )
         if self.tokens < self.length * self.batch:
             step = f"{self.batch} x {self.length}"
             raise RegraftError(
@@ -126,11 +134,16 @@ class Stage:
         """Learning-rate factor at a step, in (0, 1]; of weights that learn `since` a later step with their warm-up."""
         if since is not None and step < (end := min(since + self.lit.warmup, self.steps)):
             return self.lr_factor(end - 1) * (step + 1 - since) / (end - since)
-        warm, cool = max(1, round(self.warmup * self.steps)), max(1, round(self.cooldown * self.steps))
+        warm, cool = (
+            max(1, round(self.warmup * self.steps)),
+            max(1, round(self.cooldown * self.steps)),
+        )
         return min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
 
-def parameter_groups(model: PreTrainedModel, stage: Stage, frozen: Collection[int] = ()) -> list[dict[str, object]]:
+def parameter_groups(
+    model: PreTrainedModel, stage: Stage, frozen: Collection[int] = ()
+) -> list[dict[str, object]]:
     """AdamW groups by origin (new, mixer, body) and by decay: none on gains, biases, gates and decays.
 
     `frozen`: identities of parameters that do not learn.
@@ -154,7 +167,11 @@ def build_groups(
 ) -> list[dict[str, object]]:
     """The groups of these parameters, whose `origin` says where they are from; see `parameter_groups`."""
     body = stage.lr_body if stage.lr_body is not None else 3e-5 if mixing else 3e-4
-    rates = {"new": stage.lr_new, "mixer": stage.lr_mixer, "body": 0.0 if stage.kind in LAYERWISE else body}
+    rates = {
+        "new": stage.lr_new,
+        "mixer": stage.lr_mixer,
+        "body": 0.0 if stage.kind in LAYERWISE else body,
+    }
     if stage.learn != "all" or stage.rank:
         rates |= {"mixer": 0.0, "body": 0.0}
     if stage.rank:
@@ -190,7 +207,9 @@ def projection_names(model: PreTrainedModel) -> list[str]:
     return [name for name, p in named if origin.get(id(p), ("",))[0] == "mixer" and p.ndim == 2]
 
 
-def unfreeze(model: PreTrainedModel, stage: Stage, optimizer: torch.optim.Optimizer, since: int) -> None:
+def unfreeze(
+    model: PreTrainedModel, stage: Stage, optimizer: torch.optim.Optimizer, since: int
+) -> None:
     """What a stage has frozen so far learns `since` a step: groups of their own, with no moments and a warm-up."""
     for group in parameter_groups(model, replace(stage, learn="all")):
         if group["name"] != "new":
@@ -200,7 +219,9 @@ def unfreeze(model: PreTrainedModel, stage: Stage, optimizer: torch.optim.Optimi
 def parameter_origins(model: PreTrainedModel) -> dict[int, tuple[str, bool]]:
     """By identity of every parameter inside a mixer: "mixer" when inherited, else "new", and whether it decays."""
     found: dict[int, tuple[str, bool]] = {}
-    for spec, attention, slot in zip(model.config.mixers, model.config.attention, model.slots(), strict=True):
+    for spec, attention, slot in zip(
+        model.config.mixers, model.config.attention, model.slots(), strict=True
+    ):
         found |= mixer_parameter_origins(slot.mixer, spec, Attention(**attention)) if spec else {}
     return found
 
@@ -210,7 +231,10 @@ def mixer_parameter_origins(
 ) -> dict[int, tuple[str, bool]]:
     """The same for one mixer, built by this spec."""
     table = weights(spec, attention).items()
-    return {id(mixer.get_parameter(name)): ("mixer" if w.source else "new", w.decay) for name, w in table}
+    return {
+        id(mixer.get_parameter(name)): ("mixer" if w.source else "new", w.decay)
+        for name, w in table
+    }
 
 
 def distil_step(
@@ -231,7 +255,9 @@ def distil_step(
         loss = (1 - ce) * shares[0] * loss
         if ce and labels is not None:
             scores = head(student[:, :-1]).flatten(0, 1)
-            loss = loss + ce * shares[1] * F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED)
+            loss = loss + ce * shares[1] * F.cross_entropy(
+                scores, labels.flatten(), ignore_index=IGNORED
+            )
         return loss
 
     loss = run_in_forward(model, weighted_loss)
@@ -239,7 +265,9 @@ def distil_step(
     return float(loss.detach())
 
 
-def compute_kl(model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool) -> tuple[Tensor, Tensor, nn.Linear]:
+def compute_kl(
+    model: PreTrainedModel, teacher: Teacher, rows: Packed, fast: bool
+) -> tuple[Tensor, Tensor, nn.Linear]:
     """(KL(teacher || model) per token, the model's last hidden states, its head)."""
     if isinstance(teacher, CachedTeacher):
         student, head = last_hidden(model, rows, fast), model.get_output_embeddings()

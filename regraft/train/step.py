@@ -30,7 +30,9 @@ class MicroBatchWeight:
 
 def step_generator(seed: int, stage: int, step: int, use: int = 0) -> torch.Generator:
     """Random numbers of one step, the same whenever it is run; `use`: 0 for masks, 1 for drops."""
-    return torch.Generator().manual_seed((((seed * 1_000_003 + stage) * 1_000_003 + step) * 2 + use) % 2**63)
+    return torch.Generator().manual_seed(
+        (((seed * 1_000_003 + stage) * 1_000_003 + step) * 2 + use) % 2**63
+    )
 
 
 def micro_batches(rows: int, micro: int) -> Iterator[slice]:
@@ -50,17 +52,27 @@ def train_step(
     labels: Tensor | None = None
     if stage.kind in ("next", "mask", "image") or stage.ce:
         seen = stage.kind if stage.kind in ("mask", "image") else "next"
-        rows, labels = build_targets(run.model, seen, rows, step_generator(run.seed, index, step), stage.mask_share)
+        rows, labels = build_targets(
+            run.model, seen, rows, step_generator(run.seed, index, step), stage.mask_share
+        )
     held = find_protected_tokens(rows, labels) if stage.token_drop else None
     told = 1 if labels is None else int((labels != IGNORED).sum())
     total, flops = 0.0, 0
     for piece in micro_batches(len(rows), run.micro):
-        mine, wanted = rows[piece].to(run.device), None if labels is None else labels[piece].to(run.device)
+        mine, wanted = (
+            rows[piece].to(run.device),
+            None if labels is None else labels[piece].to(run.device),
+        )
         share = distributed.world_size() * len(mine) / len(rows)
         weight = MicroBatchWeight(
-            share, share if wanted is None else distributed.world_size() * int((wanted != IGNORED).sum()) / told
+            share,
+            share
+            if wanted is None
+            else distributed.world_size() * int((wanted != IGNORED).sum()) / told,
         )
-        with apply_stage_layers(run.model, stage, step, step_generator(run.seed, index, step, 1), held, piece) as cost:
+        with apply_stage_layers(
+            run.model, stage, step, step_generator(run.seed, index, step, 1), held, piece
+        ) as cost:
             cost = f"{len(mine)} rows, {cost}{teacher_cost_key(run.model, run.teacher, stage.kind, mine, fast)}"
             if cost in costs:
                 total += backward_micro_batch(run, stage, mine, wanted, fast, weight)
@@ -79,12 +91,15 @@ def backward_micro_batch(
     if stage.kind in ("next", "mask", "image"):
         assert labels is not None
         value = weight.told * run_in_forward(
-            run.model, lambda: compute_loss_on_targets(run.model, stage.objective, rows, labels, fast)
+            run.model,
+            lambda: compute_loss_on_targets(run.model, stage.objective, rows, labels, fast),
         )
         value.backward()
         return float(value.detach())
     assert run.teacher is not None and isinstance(rows, Packed)
     if stage.kind == "distil":
-        return distil_step(run.model, run.teacher, rows, fast, stage.ce, labels, (weight.rows, weight.told))
+        return distil_step(
+            run.model, run.teacher, rows, fast, stage.ce, labels, (weight.rows, weight.told)
+        )
     match = align_step if stage.kind == "align" else matrix_step
     return match(run.model, run.teacher, list(run.teacher_slots), rows, fast, weight.rows)

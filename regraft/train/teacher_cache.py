@@ -43,9 +43,15 @@ class TeacherCacheConfig:
 
     def __post_init__(self) -> None:
         word, _, rest = self.kind.partition(":")
-        fits = rest in ("", *PRECISIONS) if word == "hidden" else word == "topk" and rest.isdigit() and int(rest) > 0
+        fits = (
+            rest in ("", *PRECISIONS)
+            if word == "hidden"
+            else word == "topk" and rest.isdigit() and int(rest) > 0
+        )
         if not fits:
-            raise RegraftError(f"teacher outputs are kept as '{self.kind}': give hidden, hidden:bfloat16 or topk:K")
+            raise RegraftError(
+                f"teacher outputs are kept as '{self.kind}': give hidden, hidden:bfloat16 or topk:K"
+            )
         if self.size < 1:
             raise RegraftError(f"{self.size} bytes for teacher outputs: give a size such as 4GB")
 
@@ -54,8 +60,12 @@ class TeacherCacheConfig:
         """From words, the size such as 500MB or 4GB. RegraftError when one of them is wrong."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", size.strip().upper())
         if not found:
-            raise RegraftError(f"teacher outputs may take '{size}': give a size such as 500MB or 4GB")
-        return cls(Path(folder), int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")), kind)
+            raise RegraftError(
+                f"teacher outputs may take '{size}': give a size such as 500MB or 4GB"
+            )
+        return cls(
+            Path(folder), int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")), kind
+        )
 
     @property
     def top_k(self) -> int:
@@ -66,7 +76,11 @@ class TeacherCacheConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Of what is kept as hidden states."""
-        return PRECISIONS[self.kind.partition(":")[2] or "float32"] if not self.top_k else torch.float32
+        return (
+            PRECISIONS[self.kind.partition(":")[2] or "float32"]
+            if not self.top_k
+            else torch.float32
+        )
 
 
 class CachedTeacher:
@@ -78,7 +92,10 @@ class CachedTeacher:
     """
 
     def __init__(
-        self, teacher: str, keeping: TeacherCacheConfig, load: Callable[[str], PreTrainedModel] = modeling.load
+        self,
+        teacher: str,
+        keeping: TeacherCacheConfig,
+        load: Callable[[str], PreTrainedModel] = modeling.load,
     ):
         modeling.check_decoder(teacher)
         self.checkpoint, self.keeping, self.load = Checkpoint.open(teacher), keeping, load
@@ -107,9 +124,13 @@ class CachedTeacher:
             return self.loaded.get_output_embeddings()
         if self.projection is None:
             tensors = self.checkpoint.tensors
-            weight = tensors.get(("head.weight", None), tensors["embed.weight", None]).read().float()
+            weight = (
+                tensors.get(("head.weight", None), tensors["embed.weight", None]).read().float()
+            )
             bias = tensors.get(("head.bias", None))
-            self.projection = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+            self.projection = nn.Linear(
+                weight.shape[1], weight.shape[0], bias is not None, device="meta"
+            )
             self.projection.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 self.projection.bias = nn.Parameter(bias.read().float(), requires_grad=False)
@@ -119,7 +140,9 @@ class CachedTeacher:
         """KL(teacher || student) per token of the student's last hidden states h (batch, time, hidden) float32."""
         found = self.fetch_rows(rows, fast, self.keeping.kind, self.compute_outputs)
         if not self.keeping.top_k:
-            return head_kl(h, head, stack_rows(found, "hidden", h.device), self.head.to(h.device), fast)
+            return head_kl(
+                h, head, stack_rows(found, "hidden", h.device), self.head.to(h.device), fast
+            )
         names, logs = (stack_rows(found, name, h.device) for name in ("names", "logs"))
         return top_k_kl(h, head, names.long(), logs.float(), fast)
 
@@ -129,25 +152,41 @@ class CachedTeacher:
             hidden = run_in_forward(self.model, lambda: last_hidden(self.model, rows, fast))
             if not self.keeping.top_k:
                 return {"hidden": hidden.to(self.keeping.dtype)}
-            names, logs = top_k_log_probs(hidden.flatten(0, 1), self.model.get_output_embeddings(), self.keeping.top_k)
+            names, logs = top_k_log_probs(
+                hidden.flatten(0, 1), self.model.get_output_embeddings(), self.keeping.top_k
+            )
             batch = hidden.shape[:2]
             return {"names": names.unflatten(0, batch), "logs": logs.unflatten(0, batch)}
 
-    def read_layer_records(self, rows: Packed, layers: Sequence[int], fast: bool) -> Iterator[tuple[int, LayerRecord]]:
+    def read_layer_records(
+        self, rows: Packed, layers: Sequence[int], fast: bool
+    ) -> Iterator[tuple[int, LayerRecord]]:
         """(layer, what its attention saw and gave) of these layers."""
         found = self.fetch_rows(
-            rows, fast, self.layerwise_kind(layers), lambda some, fast: self.compute_layer_outputs(some, layers, fast)
+            rows,
+            fast,
+            self.layerwise_kind(layers),
+            lambda some, fast: self.compute_layer_outputs(some, layers, fast),
         )
         device = rows.device
         for layer in layers:
-            given, made = (stack_rows(found, f"{layer}.{name}", device).float() for name in ("inputs", "outputs"))
+            given, made = (
+                stack_rows(found, f"{layer}.{name}", device).float()
+                for name in ("inputs", "outputs")
+            )
             turned = f"{layer}.cos" in found[0]
-            tables = tuple(stack_rows(found, f"{layer}.{name}", device) for name in ("cos", "sin")) if turned else None
+            tables = (
+                tuple(stack_rows(found, f"{layer}.{name}", device) for name in ("cos", "sin"))
+                if turned
+                else None
+            )
             yield layer, LayerRecord(given, made, tables)  # type: ignore[arg-type]  # two of them
 
     def layerwise_kind(self, layers: Sequence[int]) -> str:
         """The name under which these layers' inputs and outputs are kept."""
-        return f"layers {','.join(map(str, layers))}:{str(self.keeping.dtype).removeprefix('torch.')}"
+        return (
+            f"layers {','.join(map(str, layers))}:{str(self.keeping.dtype).removeprefix('torch.')}"
+        )
 
     def compute_layer_outputs(self, rows: Packed, layers: Sequence[int], fast: bool) -> Row:
         """The teacher's layers on some rows, as they are kept."""
@@ -164,10 +203,14 @@ class CachedTeacher:
             record_layers(self.slots, list(layers), keep_record),
             torch.autocast(rows.device.type, torch.bfloat16, enabled=fast),
         ):
-            run_in_forward(self.model, lambda: run_decoder(self.model, rows.input_ids, rows.position_ids))
+            run_in_forward(
+                self.model, lambda: run_decoder(self.model, rows.input_ids, rows.position_ids)
+            )
         return kept
 
-    def fetch_rows(self, rows: Packed, fast: bool, kind: str, say: Callable[[Packed, bool], Row]) -> list[Row]:
+    def fetch_rows(
+        self, rows: Packed, fast: bool, kind: str, say: Callable[[Packed, bool], Row]
+    ) -> list[Row]:
         """What is kept of every row; what is missing is computed and kept."""
         shelf, keys = self.row_store(kind, fast), row_keys(rows)
         found = [shelf.get(key) for key in keys]
@@ -192,7 +235,9 @@ class CachedTeacher:
 
     def cost_key(self, rows: Packed, fast: bool, layers: Sequence[int] | None) -> str:
         """What the teacher's share of a step's FLOPs depends on: on how many rows it runs."""
-        shelf = self.row_store(self.keeping.kind if layers is None else self.layerwise_kind(layers), fast)
+        shelf = self.row_store(
+            self.keeping.kind if layers is None else self.layerwise_kind(layers), fast
+        )
         return f"teacher on {len(self.find_rows_to_compute([key not in shelf for key in row_keys(rows)]))}"
 
     def row_store(self, kind: str, fast: bool) -> RowStore:
@@ -212,7 +257,8 @@ class CachedTeacher:
         for shelf in self.shelves.values():
             shelf.flush()
         told = {
-            key: sum(getattr(shelf, key) for shelf in self.shelves.values()) for key in ("kept", "refused", "damaged")
+            key: sum(getattr(shelf, key) for shelf in self.shelves.values())
+            for key in ("kept", "refused", "damaged")
         }
         return {"read": self.read, "computed": self.computed, **told, "bytes": self.keeping.size}
 

@@ -46,7 +46,9 @@ class Wandb:
     def __init__(self, module: Any, name: str, out: Path, facts: Row):
         os.environ.setdefault("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
-        self.run = module.init(project=PROJECT, id=name, name=name, dir=str(out), config=facts, resume="allow")
+        self.run = module.init(
+            project=PROJECT, id=name, name=name, dir=str(out), config=facts, resume="allow"
+        )
 
     def log(self, values: Row, step: int) -> None:
         """One row."""
@@ -92,11 +94,15 @@ def import_trackers(names: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in asked:
         if name not in TRACKERS:
-            raise RegraftError(f"no tracker is called '{name}': give {', '.join(TRACKERS)}, or a list of them")
+            raise RegraftError(
+                f"no tracker is called '{name}': give {', '.join(TRACKERS)}, or a list of them"
+            )
         try:
             found[name] = importlib.import_module(name)
         except ImportError as error:
-            raise RegraftError(f"--track {name} needs its library ({error}): pip install {name}") from error
+            raise RegraftError(
+                f"--track {name} needs its library ({error}): pip install {name}"
+            ) from error
     return found
 
 
@@ -113,7 +119,9 @@ def open_trackers(names: str | None, out: Path, facts: Row) -> Iterator[Callable
         yield lambda row: None
         return
     out.mkdir(parents=True, exist_ok=True)
-    known = read_json_if_exists(out / FILE) or {"name": f"{out.resolve().name}-{secrets.token_hex(4)}"}
+    known = read_json_if_exists(out / FILE) or {
+        "name": f"{out.resolve().name}-{secrets.token_hex(4)}"
+    }
     write_json(out / FILE, known)
     sender = Sender(read_json_lines(out / "metrics.jsonl"))
     for name, module in modules.items():
@@ -168,4 +176,7 @@ class Sender:
         except Exception as error:
             self.trackers.pop(name, None)
             words = " ".join(str(error).split())
-            print(f"regraft: {name} failed ({words}) and gets no more rows; metrics.jsonl has all", file=sys.stderr)
+            print(
+                f"regraft: {name} failed ({words}) and gets no more rows; metrics.jsonl has all",
+                file=sys.stderr,
+            )

@@ -52,7 +52,9 @@ class GrowHeadValues:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        raise RegraftError(_format_one_width_error(source, f"a value width of {self.value_dim}", self.value_dim))
+        raise RegraftError(
+            _format_one_width_error(source, f"a value width of {self.value_dim}", self.value_dim)
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class GrowQueryKeys:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        raise RegraftError(_format_one_width_error(source, f"a query and key width of {self.key_dim}", self.key_dim))
+        raise RegraftError(
+            _format_one_width_error(
+                source, f"a query and key width of {self.key_dim}", self.key_dim
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,17 @@ class Deepen:
         """The deeper checkpoint."""
         order = depth.build_layer_order(self.how, source.layers, self.layers)
         sizes = {**source.sizes, "depth": self.layers}
-        config = source.anatomy.resize_config(source.config, sizes, [layer.source for layer in order])
+        config = source.anatomy.resize_config(
+            source.config, sizes, [layer.source for layer in order]
+        )
         tensors = depth.deepen_tensors(source, config, order, self.how, self.seed)
         step = step_entry(self) | {"papers": list_papers(DEPTH, [self.how])}
         names = {key: spot.name for key, spot in source.anatomy.place(config).items()}
         return replace(
-            source, config=config, sizes=sizes, tensors=tensors, names=names, history=(*source.history, step)
+            source,
+            config=config,
+            sizes=sizes,
+            tensors=tensors,
+            names=names,
+            history=(*source.history, step),
         )

@@ -45,7 +45,9 @@ class Learned(TargetSizes):
     def build_grower(self, source: Checkpoint) -> Grower:
         """The differentiable form, with the maps in it."""
         if source.holds != "weights":
-            raise RegraftError(f"learned maps grow weights, not {source.holds}: train with fresh moments")
+            raise RegraftError(
+                f"learned maps grow weights, not {source.holds}: train with fresh moments"
+            )
         copies, old, new = self.method.start == COPY, source.layers, self.layers or source.layers
         if self.method.start in RANDOM_STARTS:
             made = build.build_inexact_widening(source, self, self.seed, folds=not copies)
@@ -56,7 +58,9 @@ class Learned(TargetSizes):
             start = Transplant(**self.sizes, seed=self.seed)(source)
             grower: Grower = GrowerFromCopy(made, order, self.method, self.seed, start)
         else:
-            grower = Grower(made, depth.build_layer_order(self.method.depth, old, new), self.method, self.seed)
+            grower = Grower(
+                made, depth.build_layer_order(self.method.depth, old, new), self.method, self.seed
+            )
         if self.maps:
             grower.load_state_dict(dict(self.maps))
         return grower
@@ -80,11 +84,17 @@ class Learned(TargetSizes):
             tensors[key] = LazyTensor(spot.shape, dtype, story, read)
         names = {key: spot.name for key, spot in placed.items()}
         history = (*source.history, self.lineage_entry())
-        return dataclasses.replace(source, config=config, sizes=sizes, tensors=tensors, names=names, history=history)
+        return dataclasses.replace(
+            source, config=config, sizes=sizes, tensors=tensors, names=names, history=history
+        )
 
     def lineage_entry(self) -> dict[str, Any]:
         """The step as lineage.json keeps it: the maps by their hash."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("maps", "cost")}
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("maps", "cost")
+        }
         digest = hashlib.sha256()
         for name, value in sorted(self.maps.items()):
             digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())

@@ -35,17 +35,33 @@ class Transplant(TargetSizes):
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The larger checkpoint."""
         if source.holds != "weights":
-            raise RegraftError(f"a direct copy grows weights, not {source.holds}: train with fresh moments")
+            raise RegraftError(
+                f"a direct copy grows weights, not {source.holds}: train with fresh moments"
+            )
         layers = self.layers or source.layers
         if layers < source.layers:
-            raise RegraftError(f"--layers {layers} is less than the source's {source.layers}: growth never shrinks")
+            raise RegraftError(
+                f"--layers {layers} is less than the source's {source.layers}: growth never shrinks"
+            )
         sizes, _ = solve_sizes(source, self)
         sizes = {**sizes, "depth": layers}
-        config = source.anatomy.resize_config(source.config, sizes, [min(i, source.layers - 1) for i in range(layers)])
+        config = source.anatomy.resize_config(
+            source.config, sizes, [min(i, source.layers - 1) for i in range(layers)]
+        )
         placed = source.anatomy.place(config)
-        larger = replace(source, config=config, sizes=sizes, names={key: spot.name for key, spot in placed.items()})
-        spread = float(source.anatomy.host(config).fill_defaults(config).get("initializer_range") or SPREAD)
-        tensors = {key: transplant_tensor(source, larger, key, spot, spread, self.seed) for key, spot in placed.items()}
+        larger = replace(
+            source,
+            config=config,
+            sizes=sizes,
+            names={key: spot.name for key, spot in placed.items()},
+        )
+        spread = float(
+            source.anatomy.host(config).fill_defaults(config).get("initializer_range") or SPREAD
+        )
+        tensors = {
+            key: transplant_tensor(source, larger, key, spot, spread, self.seed)
+            for key, spot in placed.items()
+        }
         return replace(larger, tensors=tensors, history=(*source.history, step_entry(self)))
 
 
@@ -62,11 +78,17 @@ def transplant_tensor(
         values = []
         for index, (name, signature, output) in enumerate(fused_maps(spot.part, role)):
             value = init_tensor(
-                signature, map_shape(signature, output, larger), spread, SeededRandom(seed, f"{name}.{layer}"), dtype
+                signature,
+                map_shape(signature, output, larger),
+                spread,
+                SeededRandom(seed, f"{name}.{layer}"),
+                dtype,
             )
             if before:
                 block = before[index].reshape(map_shape(signature, output, source))
-                corner = tuple(slice(0, min(a, b)) for a, b in zip(block.shape, value.shape, strict=True))
+                corner = tuple(
+                    slice(0, min(a, b)) for a, b in zip(block.shape, value.shape, strict=True)
+                )
                 value[corner] = block[corner]
             values.append(value)
         return join_fused(values, spot.part)

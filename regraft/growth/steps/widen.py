@@ -50,6 +50,16 @@ class Widen(WidthSizes):
         step = (
             step_entry(self)
             | said
-            | {"papers": list_papers(WIDTH, dict.fromkeys(build.parse_width_operators(self.how).values()))}
+            | {
+                "papers": list_papers(
+                    WIDTH, dict.fromkeys(build.parse_width_operators(self.how).values())
+                )
+            }
         )
-        return replace(source, config=config, sizes=sizes, tensors=widen_tensors(made), history=(*source.history, step))
+        return replace(
+            source,
+            config=config,
+            sizes=sizes,
+            tensors=widen_tensors(made),
+            history=(*source.history, step),
+        )

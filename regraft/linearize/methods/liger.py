@@ -9,7 +9,13 @@ of it is used here.
 from ...mixers.remix import Remix
 from ..method import Method, StageShare
 
-GLA = {"gate_from": "keys", "activation": "softmax", "norm": "none", "gate": "none", "grouped": True}
+GLA = {
+    "gate_from": "keys",
+    "activation": "softmax",
+    "norm": "none",
+    "gate": "none",
+    "grouped": True,
+}
 
 method = Method(
     Remix(mixer="gla", keep="none", options=GLA, gate=0.0, sinks=0),

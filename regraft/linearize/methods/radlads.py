@@ -8,7 +8,14 @@ Apache-2.0; none of it is used here.
 from ...mixers.remix import Remix
 from ..method import Method, StageShare
 
-RWKV = {"shift": False, "bonus": False, "balance": True, "norm": "none", "gate": "sigmoid", "grouped": True}
+RWKV = {
+    "shift": False,
+    "bonus": False,
+    "balance": True,
+    "norm": "none",
+    "gate": "sigmoid",
+    "grouped": True,
+}
 
 method = Method(
     Remix(mixer="rwkv6", keep="none", window=0, options=RWKV | {"rotary": True}),

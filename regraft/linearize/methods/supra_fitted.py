@@ -14,6 +14,9 @@ ALIGN = {"lr_new": 6e-3, "lr_mixer": 1.5e-3}
 
 method = Method(
     Remix("supra", "every:4", window=0, options={"decays": "learned", "gate": "sigmoid"}),
-    (StageShare("align", 5 / 11, ALIGN), StageShare("distil", 6 / 11, RATES | {"lr_body": 1.25e-5})),
+    (
+        StageShare("align", 5 / 11, ALIGN),
+        StageShare("distil", 6 / 11, RATES | {"lr_body": 1.25e-5}),
+    ),
     calibration=8192,
 )

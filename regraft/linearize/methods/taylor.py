@@ -12,6 +12,9 @@ from ..method import Method, StageShare
 
 method = Method(
     Remix(window=0, options={"grouped": False}),
-    (StageShare("align", 0.25, {"lr_mixer": 1e-4}), StageShare("distil", 0.75, {"lr_mixer": 1e-4, "lr_body": 1e-5})),
+    (
+        StageShare("align", 0.25, {"lr_mixer": 1e-4}),
+        StageShare("distil", 0.75, {"lr_mixer": 1e-4, "lr_body": 1e-5}),
+    ),
     calibration=8192,
 )

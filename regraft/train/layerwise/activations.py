@@ -38,7 +38,10 @@ class ActivationStore:
 
     def has_layer(self, layer: int) -> bool:
         """Whether the whole input of a layer is there."""
-        return self.layer_path(layer).is_file() and self.layer_path(layer).stat().st_size == len(self) * self.stride
+        return (
+            self.layer_path(layer).is_file()
+            and self.layer_path(layer).stat().st_size == len(self) * self.stride
+        )
 
     def check_disk_space(self) -> None:
         """RegraftError when the disk has no room for the inputs of two layers, which is what is kept at a time."""
@@ -92,7 +95,14 @@ class ActivationWriter:
 
     def append(self, values: Tensor) -> None:
         """The next rows, (rows, length, width)."""
-        view = values.to("cpu", self.hidden.dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data
+        view = (
+            values.to("cpu", self.hidden.dtype)
+            .contiguous()
+            .view(torch.uint8)
+            .numpy()
+            .reshape(-1)
+            .data
+        )
         try:
             while view:
                 view = view[self.stream.write(view) :]

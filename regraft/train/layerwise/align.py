@@ -48,7 +48,11 @@ def align(run: LayerwiseRun) -> tuple[Checkpoint, dict[str, Any]]:
     check_layerwise_run(run)
     state = LayerwiseState.load(run)
     LayerwiseAligner(run, state).align_layers()
-    ledger = {"stages": [state.entry], "start": [state.start] * bool(state.start), **loop.totals([state.entry])}
+    ledger = {
+        "stages": [state.entry],
+        "start": [state.start] * bool(state.start),
+        **loop.totals([state.entry]),
+    }
     return build_trained_checkpoint(run, ledger), ledger
 
 
@@ -58,13 +62,19 @@ class LayerwiseAligner:
     def __init__(self, run: LayerwiseRun, state: LayerwiseState):
         self.run, self.state, stage = run, state, run.stage
         self.fast = state.entry["precision"] == "bfloat16"
-        self.order = shuffled_indices(len(run.rows), stage.steps * stage.batch, run.seed).view(stage.steps, stage.batch)
+        self.order = shuffled_indices(len(run.rows), stage.steps * stage.batch, run.seed).view(
+            stage.steps, stage.batch
+        )
         self.share = stage.batch // distributed.world_size()
         self.mine = self.order[:, distributed.rank() * self.share :][:, : self.share]
-        self.calibrating = shuffled_indices(len(run.rows), len(run.rows), run.seed)[: run.calibration]
+        self.calibrating = shuffled_indices(len(run.rows), len(run.rows), run.seed)[
+            : run.calibration
+        ]
         used = torch.cat((self.mine.flatten(), self.calibrating)).unique()
         folder, width = run.scratch or run.folder, run.source.sizes["hidden"]
-        self.hidden = ActivationStore(folder, distributed.rank(), used, run.rows.length, width, run.keep)
+        self.hidden = ActivationStore(
+            folder, distributed.rank(), used, run.rows.length, width, run.keep
+        )
         self.converted = [layer for layer, spec in enumerate(run.target.config["mixers"]) if spec]
 
     def read_rows(self, numbers: Tensor) -> Packed:
@@ -128,31 +138,45 @@ class LayerwiseAligner:
     def train_layer(self, teacher: OneLayerModel, layer: int) -> None:
         """Fit one mixer and write it to disk."""
         run, stage, begin, flops = self.run, self.run.stage, time.monotonic(), 0
-        spec, attention = run.target.config["mixers"][layer], Attention(**run.target.config["attention"][layer])
+        spec, attention = (
+            run.target.config["mixers"][layer],
+            Attention(**run.target.config["attention"][layer]),
+        )
         mixer = load_target_mixer(run, layer).to(run.device)
         with self.output_attention_weights(teacher), teacher.load_layer(layer, mlp=False):
             with counted() as closed:
                 if run.calibration:
                     calibrate_layer(mixer, *self.calibration_records(teacher, layer))
             closing, begin = time.monotonic() - begin, time.monotonic()
-            groups = build_groups(mixer.parameters(), mixer_parameter_origins(mixer, spec, attention), stage, True)
+            groups = build_groups(
+                mixer.parameters(), mixer_parameter_origins(mixer, spec, attention), stage, True
+            )
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
             learning = [p for group in optimizer.param_groups for p in group["params"]]
             costs: dict[int, int] = {}
-            trend, best, tick = LossTrend(), throughput.measure_peak_flops(run.device, self.fast), time.monotonic()
+            trend, best, tick = (
+                LossTrend(),
+                throughput.measure_peak_flops(run.device, self.fast),
+                time.monotonic(),
+            )
             for step, numbers in enumerate(self.mine):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * stage.lr_factor(step)
                 with CachedFlopCounter(costs, len(numbers)) as count:
                     value = self.backward_loss(teacher, mixer, layer, numbers)
                 flops += count.flops
-                value = all_reduce_step(value * self.share / stage.batch, learning, self.share / stage.batch)
+                value = all_reduce_step(
+                    value * self.share / stage.batch, learning, self.share / stage.batch
+                )
                 norm = float(nn.utils.clip_grad_norm_(learning, stage.clip))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 self.check_loss(trend, layer, step + 1, value, norm)
                 tick, spent = time.monotonic(), time.monotonic() - tick
-                size, done = stage.batch * stage.length, self.converted.index(layer) * stage.steps + step + 1
+                size, done = (
+                    stage.batch * stage.length,
+                    self.converted.index(layer) * stage.steps + step + 1,
+                )
                 row: dict[str, Any] = {
                     "stage": 0, "kind": stage.kind, "layer": layer, "step": done, "tokens": done * size,
                     "loss": value, "grad_norm": norm, "lr": max(group["lr"] for group in optimizer.param_groups),
@@ -165,7 +189,8 @@ class LayerwiseAligner:
         if distributed.is_rank0():
             place = f"host.{run.target.config['slot'].format(layer)}.mixer"
             values = {
-                f"{place}.{name}": parameter.detach().cpu().contiguous() for name, parameter in mixer.named_parameters()
+                f"{place}.{name}": parameter.detach().cpu().contiguous()
+                for name, parameter in mixer.named_parameters()
             }
             write_layer(layer_path(run, layer), values)
         distributed.barrier()
@@ -175,7 +200,9 @@ class LayerwiseAligner:
         self.state.trained.append(layer)
         self.state.save(run)
 
-    def check_loss(self, trend: LossTrend, layer: int, step: int, value: float, norm: float) -> None:
+    def check_loss(
+        self, trend: LossTrend, layer: int, step: int, value: float, norm: float
+    ) -> None:
         """RegraftError when a layer's loss is no number or has jumped; layers before it are on disk."""
         try:
             check_divergence(trend, self.run.jump, self.run.stage, (0, step), value, norm, list)
@@ -183,18 +210,25 @@ class LayerwiseAligner:
             done = f"finished layers {self.state.trained} are in '{self.run.folder}'"
             raise RegraftError(f"layer {layer}: {error} ({done})") from None
 
-    def backward_loss(self, teacher: OneLayerModel, mixer: Mixer, layer: int, numbers: Tensor) -> float:
+    def backward_loss(
+        self, teacher: OneLayerModel, mixer: Mixer, layer: int, numbers: Tensor
+    ) -> float:
         """The mean loss of these rows, backpropagated."""
         rows = self.read_rows(numbers)
         measure = output_loss if self.run.stage.kind == "align" else matrix_loss
         with self.autocast():
-            record, segments = teacher.record_attention(*self.read_inputs(layer, numbers)), rows.segments()
+            record, segments = (
+                teacher.record_attention(*self.read_inputs(layer, numbers)),
+                rows.segments(),
+            )
             segments = None if segments is None else segments.to(self.run.device)
             value = measure(mixer, record, segments)
         value.backward()
         return float(value.detach())
 
-    def calibration_records(self, teacher: OneLayerModel, layer: int) -> tuple[list[LayerRecord], list[Tensor | None]]:
+    def calibration_records(
+        self, teacher: OneLayerModel, layer: int
+    ) -> tuple[list[LayerRecord], list[Tensor | None]]:
         """What the layer sees and gives on the rows for calibration, one row at a time, and their documents."""
         found: list[LayerRecord] = []
         documents: list[Tensor | None] = []
@@ -207,7 +241,10 @@ class LayerwiseAligner:
 
     def read_inputs(self, layer: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden states, positions) of some rows, on the device."""
-        given, positions = self.hidden.read_rows(layer, numbers), self.read_rows(numbers).position_ids
+        given, positions = (
+            self.hidden.read_rows(layer, numbers),
+            self.read_rows(numbers).position_ids,
+        )
         return given.to(self.run.device), positions.to(self.run.device)
 
     def autocast(self) -> torch.autocast:
@@ -216,7 +253,11 @@ class LayerwiseAligner:
 
     def output_attention_weights(self, teacher: OneLayerModel) -> AbstractContextManager[None]:
         """For matrices: attention layers that give theirs."""
-        return output_attention_weights(teacher.model) if self.run.stage.kind == "matrix" else nullcontext()
+        return (
+            output_attention_weights(teacher.model)
+            if self.run.stage.kind == "matrix"
+            else nullcontext()
+        )
 
 
 class CachedFlopCounter:
@@ -241,7 +282,9 @@ def load_target_mixer(run: LayerwiseRun, layer: int) -> Mixer:
     """A converted layer's mixer with the target's weights, float32."""
     target = run.target
     with torch.device("meta"):
-        mixer = build(target.config["mixers"][layer], Attention(**target.config["attention"][layer]))
+        mixer = build(
+            target.config["mixers"][layer], Attention(**target.config["attention"][layer])
+        )
     values = {
         role.removeprefix("mixer."): lazy.read().to(run.device, torch.float32, copy=True)
         for (role, at), lazy in target.tensors.items()

@@ -53,7 +53,9 @@ class OneLayerModel:
             for (role, at), lazy in checkpoint.tensors.items()
             if at == layer and wanted(role)
         }
-        config = LoadStateDictConfig(weight_mapping=self.mapping, dtype=torch.float32, device_map={"": self.device})
+        config = LoadStateDictConfig(
+            weight_mapping=self.mapping, dtype=torch.float32, device_map={"": self.device}
+        )
         with silence_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, values, config)
         if info.unexpected_keys or info.conversion_errors:
@@ -86,12 +88,18 @@ class OneLayerModel:
         return module
 
     @torch.no_grad()
-    def embed_batches(self, input_ids: Tensor, position_ids: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    def embed_batches(
+        self, input_ids: Tensor, position_ids: Tensor, batch: int
+    ) -> Iterator[tuple[slice, Tensor]]:
         """What the first layer gets, (rows, time, hidden), `batch` rows at a time; only the rows of the embedding that
         occur are in memory."""
         embedding = self.model.get_input_embeddings()
         found, places = torch.unique(input_ids, return_inverse=True)
-        rows = self.checkpoint.tensors["embed.weight", None].read()[found.cpu()].to(self.device, torch.float32)
+        rows = (
+            self.checkpoint.tensors["embed.weight", None]
+            .read()[found.cpu()]
+            .to(self.device, torch.float32)
+        )
         embedding.weight, embedding.padding_idx = nn.Parameter(rows, requires_grad=False), None
         try:
             for start in range(0, len(input_ids), batch):
@@ -143,7 +151,9 @@ class OneLayerModel:
         """Run the decoder until a hook says that it has reached what was wanted."""
         try:
             self.model.get_decoder()(
-                inputs_embeds=hidden.to(self.device), position_ids=position_ids.to(self.device), use_cache=False
+                inputs_embeds=hidden.to(self.device),
+                position_ids=position_ids.to(self.device),
+                use_cache=False,
             )
         except StopForward:
             return
@@ -156,7 +166,9 @@ class OneLayerModel:
 def replace_layer_input(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Inside, a layer gets `hidden` in place of what comes to it."""
 
-    def replace_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def replace_input(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     handle = layer.register_forward_pre_hook(replace_input, with_kwargs=True)

@@ -45,22 +45,34 @@ def align_saved_model(
     target = Path(out)
     names = {file.name for file in target.iterdir()} if target.exists() else set()
     if "config.json" in names:
-        raise RegraftError(f"{out} holds a finished model: choose another folder, or delete it to train again")
+        raise RegraftError(
+            f"{out} holds a finished model: choose another folder, or delete it to train again"
+        )
     if FOLDER not in names and names - RUN_FILES:
         raise RegraftError(
             f"{out} holds '{min(names - RUN_FILES)}' and no streamed run: choose another folder or delete it"
         )
     if not teacher:
-        raise RegraftError(f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}")
+        raise RegraftError(
+            f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}"
+        )
     ticker.start(f"reading {model}")
     source, student = Checkpoint.open(teacher), Checkpoint.open(model)
     for checkpoint in (source, student):
         checkpoint.verify()
     ticker.start("reading data")
-    texts = training_rows([data], modeling.load_tokenizer(model), stage.tokens, target / TEXT, cache, ticker.update)
+    texts = training_rows(
+        [data], modeling.load_tokenizer(model), stage.tokens, target / TEXT, cache, ticker.update
+    )
     rows = texts(stage.length)
     held = -(-calibration // stage.length)
-    facts = {"model": model, "data": data.path, "teacher": teacher, "seed": seed, "stages": [dataclasses.asdict(stage)]}
+    facts = {
+        "model": model,
+        "data": data.path,
+        "teacher": teacher,
+        "seed": seed,
+        "stages": [dataclasses.asdict(stage)],
+    }
     ticker.start(f"{stage.kind}, layer by layer")
     with watching.monitor(target, ticker, facts) as watched:
         run = LayerwiseRun(source, student, stage, rows, target, seed, held, scratch, **watched)
@@ -82,7 +94,10 @@ def summarize_layers(out: Path) -> list[dict[str, Any]]:
         layers.setdefault(row["layer"], []).append(row)
     found, tokens, seconds = [], 0, 0.0
     for layer, rows in layers.items():
-        own = [row | {"tokens": row["tokens"] - tokens, "seconds": row["seconds"] - seconds} for row in rows]
+        own = [
+            row | {"tokens": row["tokens"] - tokens, "seconds": row["seconds"] - seconds}
+            for row in rows
+        ]
         found.append({"stage": layer, **summarize_stage(own)} | {"steps": len(rows)})
         tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
     return found

@@ -60,7 +60,12 @@ class LayerwiseRun:
     @property
     def settings(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        own = {"seed": self.seed, "calibration": self.calibration, "keep": self.keep, "rows": len(self.rows)}
+        own = {
+            "seed": self.seed,
+            "calibration": self.calibration,
+            "keep": self.keep,
+            "rows": len(self.rows),
+        }
         models = {"source": str(self.source.origin), "mixers": self.target.config["mixers"]}
         return json.loads(json.dumps(own | models | {"stage": dataclasses.asdict(self.stage)}))
 
@@ -69,16 +74,22 @@ def check_layerwise_run(run: LayerwiseRun) -> None:
     """RegraftError when a run cannot be streamed."""
     stage = run.stage
     if stage.kind not in LAYERWISE:
-        raise RegraftError(f"stage '{stage.kind}' needs the whole model: stream one of {', '.join(LAYERWISE)}")
+        raise RegraftError(
+            f"stage '{stage.kind}' needs the whole model: stream one of {', '.join(LAYERWISE)}"
+        )
     if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
-        raise RegraftError(f"layers '{stage.layers}' and drops are for models without mixers: train all layers")
+        raise RegraftError(
+            f"layers '{stage.layers}' and drops are for models without mixers: train all layers"
+        )
     if stage.learn == "lit" or stage.window_drop:
         raise RegraftError(
             f"learn '{stage.learn}' and window_drop {stage.window_drop} look at all layers of a step: stream without"
         )
     if run.target.config["model_type"] != "regraft" or run.source.config["model_type"] == "regraft":
         kinds = run.source.config["model_type"], run.target.config["model_type"]
-        raise RegraftError(f"streaming from a {kinds[0]} to a {kinds[1]}: give a stock teacher and a linearized model")
+        raise RegraftError(
+            f"streaming from a {kinds[0]} to a {kinds[1]}: give a stock teacher and a linearized model"
+        )
     if run.target.config["host"]["model_type"] != run.source.config["model_type"] or not any(
         run.target.config["mixers"]
     ):
@@ -91,7 +102,9 @@ def check_layerwise_run(run: LayerwiseRun) -> None:
         )
     held = run.source.sizes.get("pos", stage.length)
     if run.rows.length > held:
-        raise RegraftError(f"rows of {run.rows.length} tokens are longer than the model's {held} positions")
+        raise RegraftError(
+            f"rows of {run.rows.length} tokens are longer than the model's {held} positions"
+        )
 
 
 @dataclass
@@ -117,17 +130,26 @@ class LayerwiseState:
                 fast = distributed.broadcast(loop.bfloat16_is_faster(run.device.type))
             precision = "bfloat16" if fast else "float32"
             head = {"stage": 0, "kind": run.stage.kind, "precision": precision, "streamed": True}
-            begun = {"kind": "closed form", "tokens": run.calibration * run.rows.length, "flops": 0, "seconds": 0.0}
+            begun = {
+                "kind": "closed form",
+                "tokens": run.calibration * run.rows.length,
+                "flops": 0,
+                "seconds": 0.0,
+            }
             entry = head | {"tokens": 0, "flops": 0, "seconds": 0.0, "flops_per_step": 0}
             return cls(entry=entry, start=begun if run.calibration else {})
         if facts.pop("settings") != run.settings:
-            raise RegraftError(f"'{run.out}' holds a run with other settings: give another output, or remove it")
+            raise RegraftError(
+                f"'{run.out}' holds a run with other settings: give another output, or remove it"
+            )
         return cls(**facts)
 
     def save(self, run: LayerwiseRun) -> None:
         """Write the state; the first process does."""
         if distributed.is_rank0():
-            write_json(run.folder / "state.json", dataclasses.asdict(self) | {"settings": run.settings})
+            write_json(
+                run.folder / "state.json", dataclasses.asdict(self) | {"settings": run.settings}
+            )
 
     def add_cost(self, row: dict[str, Any], flops: int, seconds: float) -> None:
         """Count work in `entry` or `start`, on every process the same."""
@@ -137,8 +159,12 @@ class LayerwiseState:
     def trim_metrics(self, file: Path) -> None:
         """Take rows of layers that are not on disk out of metrics.jsonl; the first process does."""
         if distributed.is_rank0() and file.exists():
-            rows = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            write_text(file, "".join(line for line in rows if json.loads(line)["layer"] in self.trained))
+            rows = [
+                line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")
+            ]
+            write_text(
+                file, "".join(line for line in rows if json.loads(line)["layer"] in self.trained)
+            )
 
 
 def layer_path(run: LayerwiseRun, layer: int) -> Path:
@@ -169,6 +195,13 @@ def build_trained_checkpoint(run: LayerwiseRun, ledger: dict[str, Any]) -> Check
     values: dict[str, safetensors.TensorEntry] = {}
     for layer, spec in enumerate(run.target.config["mixers"]):
         if spec:
-            values |= {entry.name: entry for entry in safetensors.read_header(layer_path(run, layer))}
-    step = {"step": "Train", "arguments": {"stages": [dataclasses.asdict(run.stage)], "streamed": True}}
-    return run.target.with_readers({name: entry.read for name, entry in values.items()}, step | {"ledger": ledger})
+            values |= {
+                entry.name: entry for entry in safetensors.read_header(layer_path(run, layer))
+            }
+    step = {
+        "step": "Train",
+        "arguments": {"stages": [dataclasses.asdict(run.stage)], "streamed": True},
+    }
+    return run.target.with_readers(
+        {name: entry.read for name, entry in values.items()}, step | {"ledger": ledger}
+    )
