@@ -309,7 +309,7 @@ def main() -> None:
             ]  # as many layers and bytes; ours draws random maps, so not equal
             result["mergekit"] = [
                 depth_against_mergekit(
-                    {"layers": target, "depth_how": how},
+                    {"layers": target, "depth_init": how},
                     slices,
                     source,
                     folder,

@@ -86,7 +86,7 @@ def parts(documents: list[str]) -> Iterator[list[str]]:
 
 def fill_cache(tokenizer: Any, file: Path, cache: Path, length: int = 128) -> Any:
     """Rows of a file, its cache filled."""
-    return TextMixture([Text(str(file), read=0)], tokenizer, cache=cache)(length)
+    return TextMixture([Text(str(file), max_tokens=0)], tokenizer, cache=cache)(length)
 
 
 def resident(key: str) -> float:

@@ -6,7 +6,7 @@
 
 `make` runs the commands twice, so that clocks and other noise are known: numbers that differ between two runs of the
 same tree are left out of the comparison. Keys and flags may be renamed between two trees, their values may not change.
-`ORIGINAL_FLAGS` has the flags of trees that parse the command line in `regraft/cli.py`.
+`ORIGINAL_FLAGS` and `ORIGINAL_KEYS` have the flags and recipe keys of trees that parse the command line in `regraft/cli.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 TREE = Path(__file__).resolve().parents[1]
 ORIGINAL_FLAGS = {"--width-init": "--how", "--depth-init": "--depth-how"}
+ORIGINAL_KEYS = {"width_init": "how", "depth_init": "depth_how"}
 TEXT = "the law of the land is that a wider model is the same model in a new house".split()
 TRAINING = ["--tokens", "1024", "--length", "64", "--batch", "2", "--lr-body", "1e-3"]
 FIT = '{"steps": 3, "batch": 2, "length": 32}'
@@ -59,7 +60,7 @@ COMPARISON = {
     "train": {"tokens": 1280, "length": 16, "batch": 8},
     "arms": [
         {"name": "scratch", "scratch": True},
-        {"name": "pad", "grow": {"how": "pad", "depth_how": "stack"}},
+        {"name": "pad", "grow": {"width_init": "pad", "depth_init": "stack"}},
     ],
     "seeds": [0, 1],
     "every": 5,
@@ -85,7 +86,7 @@ COMMANDS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, original: bool) -> None:
     """Two tiny models with a byte tokenizer, a text and two recipes; stock transformers only."""
     import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -111,20 +112,21 @@ def write_inputs(folder: Path) -> None:
     lines = (" ".join(TEXT[i % 17 :] + TEXT[: i % 7]) + f" {i}" for i in range(240))
     (folder / "text.txt").write_text("\n\n\n".join(lines), encoding="utf-8")
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE), encoding="utf-8")
-    (folder / "comparison.yaml").write_text(
-        json.dumps(COMPARISON | {"data": "text.txt"}), encoding="utf-8"
-    )
+    comparison = json.dumps(COMPARISON | {"data": "text.txt"})
+    for new, old in ORIGINAL_KEYS.items() if original else ():
+        comparison = comparison.replace(f'"{new}"', f'"{old}"')
+    (folder / "comparison.yaml").write_text(comparison, encoding="utf-8")
 
 
 def run_commands(tree: Path, folder: Path) -> dict[str, list[Any]]:
     """Run every command of `COMMANDS` with the package in `tree`: values by command and file written."""
-    write_inputs(folder)
     environment = os.environ | {
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     original = (tree / "regraft" / "cli.py").is_file()
+    write_inputs(folder, original)
     found: dict[str, list[Any]] = {}
     for name, words in COMMANDS.items():
         flags = [ORIGINAL_FLAGS.get(word, word) if original else word for word in words]

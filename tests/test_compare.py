@@ -43,7 +43,7 @@ TINY = {
     "train": {"tokens": 1280, "length": 16, "batch": 8},
     "arms": [
         {"name": "scratch", "scratch": True},
-        {"name": "pad", "grow": {"how": "pad", "depth_how": "stack"}},
+        {"name": "pad", "grow": {"width_init": "pad", "depth_init": "stack"}},
     ],
     "seeds": [0, 1],
     "every": 5,
@@ -185,7 +185,7 @@ def test_recipes_that_make_no_sense_are_refused(tmp_path, changes, words):
 NOT = [
     ({"target": {"hidden": 8}}, "never shrinks"),
     ({"target": {"layers": 0}}, "never shrinks|positive"),
-    ({"arms": [*TINY["arms"], {"name": "x", "grow": {"how": "tile"}}]}, "hidden"),
+    ({"arms": [*TINY["arms"], {"name": "x", "grow": {"width_init": "tile"}}]}, "hidden"),
     ({"task": "mask", "vocabulary": 300}, "does not do task 'mask'"),
     ({"task": "image"}, "npz"),
     ({"data": "nowhere.npz"}, "nowhere.npz"),
@@ -333,7 +333,7 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
 
 @pytest.mark.slow
 def test_a_failed_arm_does_not_stop_the_others(tmp_path, text, capsys):
-    arms = [*TINY["arms"], {"name": "wild", "grow": {"how": "pad"}, "lr": 1e30}]
+    arms = [*TINY["arms"], {"name": "wild", "grow": {"width_init": "pad"}, "lr": 1e30}]
     out = tmp_path / "out"
     place = recipe(tmp_path, data=str(text), arms=arms, seeds=[0])
     assert cli.main(["compare", place, str(out), "--jobs=2"]) == 1

@@ -402,7 +402,7 @@ def test_paths(tmp_path):
     with pytest.raises(RegraftError, match="4 tokens, less than one row of 10"):
         TextMixture([Text(str(tmp_path / "odd,name.txt"))], TOKENIZER)(10)
     with pytest.raises(RegraftError, match="read is -1"):
-        TextMixture([Text(str(tmp_path), read=-1)], TOKENIZER)
+        TextMixture([Text(str(tmp_path), max_tokens=-1)], TOKENIZER)
 
 
 def test_packages_that_are_not_there_are_asked_for(tmp_path, monkeypatch):
@@ -428,7 +428,7 @@ def test_long_documents_are_cut_by_choice(length, tmp_path):
             dropped += len(ids[fits:])
             expected.append(row)
             row = []
-    rows = TextMixture([Text(str(tmp_path), long="cut")], TOKENIZER)
+    rows = TextMixture([Text(str(tmp_path), overflow="cut")], TOKENIZER)
     found = rows(length)[:]
     assert found.input_ids.tolist() == [[token for _, token in row] for row in expected]
     assert found.position_ids.tolist() == [[position for position, _ in row] for row in expected]
@@ -439,12 +439,12 @@ def test_long_documents_are_cut_by_choice(length, tmp_path):
 def test_no_more_is_read_than_is_needed(long, tmp_path, monkeypatch, small):
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
-    whole = TextMixture([Text(str(tmp_path), long=long, read=0)], TOKENIZER)(32)[:]
-    text = Text(str(tmp_path), long=long, read=6400)
+    whole = TextMixture([Text(str(tmp_path), overflow=long, max_tokens=0)], TOKENIZER)(32)[:]
+    text = Text(str(tmp_path), overflow=long, max_tokens=6400)
     for before in (None, 0, 2000, 30_000):  # whatever an earlier run left in the cache
         place = tmp_path / f"cache{before}"
         if before is not None:
-            TextMixture([Text(str(tmp_path), read=before)], TOKENIZER, cache=place)(32)
+            TextMixture([Text(str(tmp_path), max_tokens=before)], TOKENIZER, cache=place)(32)
         rows = TextMixture([text], TOKENIZER, cache=place)
         assert len(rows(32)) == 200 and torch.equal(rows(32)[:].input_ids, whole.input_ids[:200])
         facts = rows.facts()[0]
@@ -457,7 +457,7 @@ def test_no_more_is_read_than_is_needed(long, tmp_path, monkeypatch, small):
         if before is None:
             assert facts["files_read"] < 6 and facts["tokens"] < 30_000
     monkeypatch.setattr(building, "MIN_READ_TOKENS", 100)
-    assert len(TextMixture([Text(str(tmp_path), long=long)], TOKENIZER, need=640)(32)) == 20
+    assert len(TextMixture([Text(str(tmp_path), overflow=long)], TOKENIZER, need=640)(32)) == 20
 
 
 def old(text: str) -> list[str]:
@@ -601,7 +601,7 @@ def test_train_goes_on_after_a_bad_line_and_tells_of_it(tmp_path, capsys):
     lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
     assert lineage["steps"][-1]["ledger"]["text"][0] == text
     assert not (tmp_path / "out" / "run.text").exists()
-    kept = ["--cache", tmp_path / "cache", "--long", "cut", "--read", 320, "--skip-bad"]
+    kept = ["--cache", tmp_path / "cache", "--overflow", "cut", "--max-tokens", 320, "--skip-bad"]
     text = as_json(capsys, verb, model, tmp_path / "cut", *flags, *kept)["text"][0]
     assert text["rows"] == 10 and text["cut_off_tokens"] > 0 and not text["complete"]
     assert contents(next((tmp_path / "cache").iterdir()))
@@ -667,7 +667,7 @@ def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
     text, own, kept = (
-        Text(str(tmp_path / "*.jsonl"), long=long, read=6400),
+        Text(str(tmp_path / "*.jsonl"), overflow=long, max_tokens=6400),
         tmp_path / "own",
         tmp_path / "cache",
     )

@@ -55,7 +55,7 @@ def test_an_encoder_grows_in_drawn_copies(
     given, out = source(tmp_path, family), str(tmp_path / "out")
     hidden = 2 * Checkpoint.open(given).sizes["hidden"]
     code, said, _ = run(
-        capsys, "grow", given, out, "--hidden", str(hidden), "--how", "hidden=duplicate"
+        capsys, "grow", given, out, "--hidden", str(hidden), "--width-init", "hidden=duplicate"
     )
     assert code == 0 and "state" not in said
     assert check(given, out)["rel_logit_diff"] < 2e-5
@@ -72,11 +72,11 @@ def test_the_card_names_the_papers_of_its_operators(
         str(out),
         "--hidden",
         "45",
-        "--how",
+        "--width-init",
         "lemon",
         "--layers",
         "5",
-        "--depth-how",
+        "--depth-init",
         "llama_pro",
     )
     card = (out / "README.md").read_text()
@@ -92,40 +92,40 @@ def test_auto_is_the_operators_that_it_stands_for(
     width, deep = stands
     ours, theirs = (
         Growth(**sizes, how="auto")(before),
-        Growth(**sizes, how=width, depth_how=deep)(before),
+        Growth(**sizes, how=width, depth_init=deep)(before),
     )
     assert all(
         torch.equal(lazy.read(), theirs.tensors[key].read()) for key, lazy in ours.tensors.items()
     )
     assert Growth(**sizes, how="auto").is_exact(before) == (width != "copy")
-    stacked = Growth(**sizes, how="auto", depth_how="stack")
+    stacked = Growth(**sizes, how="auto", depth_init="stack")
     assert not stacked.is_exact(before) and stacked.resolve_auto(before).how == "pad"
-    assert not Growth(to="there", depth_how="stack").is_exact(before)
+    assert not Growth(to="there", depth_init="stack").is_exact(before)
 
 
 def test_a_direct_copy_is_grown_and_said_to_be_inexact(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, out = source(tmp_path), tmp_path / "out"
-    sizes = ["--hidden", "45", "--ffn", "60", "--layers", "5", "--how", "copy"]
+    sizes = ["--hidden", "45", "--ffn", "60", "--layers", "5", "--width-init", "copy"]
     code, said, _ = run(capsys, "grow", given, str(out), *sizes)
     assert code == 0 and "Not exact: outputs move" in said
     before, after = Checkpoint.open(given), Checkpoint.open(out)
     assert (after["mlp.up.weight", 0].read()[:52, :36] == before["mlp.up.weight", 0].read()).all()
     assert run(capsys, "check", given, str(out))[0] == 0
     code, _, said = run(
-        capsys, "grow", given, str(tmp_path / "deep"), *sizes, "--depth-how", "stack"
+        capsys, "grow", given, str(tmp_path / "deep"), *sizes, "--depth-init", "stack"
     )
-    assert code == 2 and "leave out --depth-how stack" in said
+    assert code == 2 and "leave out --depth-init stack" in said
 
 
 def test_a_refused_tile_names_what_was_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, out = source(tmp_path, "bert"), str(tmp_path / "out")
-    code, _, said = run(capsys, "grow", given, out, "--hidden", "104", "--how", "tile")
+    code, _, said = run(capsys, "grow", given, out, "--hidden", "104", "--width-init", "tile")
     assert code == 2 and "hidden 104" in said and "--hidden 72 or 144" in said
-    code, _, said = run(capsys, "grow", given, out, "--ffn", "60", "--how", "tile")
+    code, _, said = run(capsys, "grow", given, out, "--ffn", "60", "--width-init", "tile")
     assert code == 2 and "ffn 60 is no multiple of 52" in said
 
 
@@ -159,7 +159,7 @@ def test_inexact_growth_says_how_far_it_moves(
 ) -> None:
     given, out = source(tmp_path), str(tmp_path / "out")
     code, said, _ = run(
-        capsys, "grow", given, out, "--layers", "6", "--depth-how", "stack", "--json"
+        capsys, "grow", given, out, "--layers", "6", "--depth-init", "stack", "--json"
     )
     step0 = json.loads(said)["step0"]
     assert (
@@ -238,13 +238,13 @@ def test_growth_of_every_family_holds(family: str, tmp_path: Path) -> None:
         (["--noise", "x"], "--noise takes a number, got 'x'"),
         (["--ffn", "60", "--noise", "-1"], "--noise -1.0 is no spread"),
         (["--ffn", "60", "--fold", "x"], "--fold takes auto or stream or eps, got 'x'"),
-        (["--ffn", "60", "--how", "tile"], "use 52 or 104, or --how lemon"),
+        (["--ffn", "60", "--width-init", "tile"], "use 52 or 104, or --width-init lemon"),
         (["--heads", "10"], "3 key/value heads evenly: use --heads 9 or 12"),
         (["--kv-heads", "4"], "4 key/value heads evenly: use --heads 12"),
         (["--layers", "0"], "0 is less than the source's 3"),
         (["--ffn", "10"], "smaller than the source's 52"),
-        (["--how", "stretch", "--ffn", "60"], "unknown operator 'stretch'"),
-        (["--depth-how", "fold", "--layers", "4"], "unknown --depth-how 'fold'"),
+        (["--width-init", "stretch", "--ffn", "60"], "unknown operator 'stretch'"),
+        (["--depth-init", "fold", "--layers", "4"], "unknown --depth-init 'fold'"),
         (["--widht", "60"], "unknown flag --widht"),
         ([], "nothing to grow"),
         (["--to", "nowhere"], "no config.json at 'nowhere'"),

@@ -245,7 +245,7 @@ def test_steps_compose_in_any_order(
         ("llama", Deepen(2), "less than the source's 3"),
         ("llama", Deepen(7, "upscale"), "at most 6 layers"),
         ("llama", Deepen(7, "gstack"), "use 6 or 9"),
-        ("llama", Deepen(4, "sandwich"), "unknown --depth-how 'sandwich'"),
+        ("llama", Deepen(4, "sandwich"), "unknown --depth-init 'sandwich'"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_with_what_can(

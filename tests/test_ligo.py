@@ -372,7 +372,7 @@ def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
     words = [
         "--hidden",
         "72",
-        "--how",
+        "--width-init",
         "ligo",
         "--data",
         str(tmp_path / "text.txt"),
@@ -470,7 +470,7 @@ def test_the_command_line_grows_checks_and_says_that_it_is_not_exact(
     given, out = str(source.path), str(tmp_path / "out")
     sizes = ["--hidden", str(2 * source.sizes["hidden"]), "--layers", "5"]
     code, said, _ = run(
-        capsys, "grow", given, out, *sizes, "--how", "ligo", "--fit", '{"steps": 0}'
+        capsys, "grow", given, out, *sizes, "--width-init", "ligo", "--fit", '{"steps": 0}'
     )
     assert code == 0 and "Not exact: outputs move" in said
     code, said, _ = run(capsys, "check", given, out, "--json")
@@ -490,7 +490,7 @@ def test_the_command_line_fits_behind_a_bridge(
         "--hidden",
         str(hidden),
         "--bridge",
-        "--how",
+        "--width-init",
         "ligo",
         "--data",
         str(tmp_path / "text.txt"),
@@ -504,12 +504,15 @@ def test_the_command_line_fits_behind_a_bridge(
 
 
 WRONG = [
-    (["--how", "ligo"], "give --data PATH"),
-    (["--how", "ligo", "--fit", '{"stepz": 3}'], "unknown --fit 'stepz'"),
-    (["--how", "pad", "--data", "x.txt"], "--data and --fit are for --how ligo, not pad"),
-    (["--how", "ligo", "--data", "nowhere.txt"], "no text at 'nowhere.txt'"),
-    (["--how", "ligo", "--data", "x", "--fit", '{"reads": "odd"}'], "odd"),
-    (["--how", "ligo", "--data", "x", "--fit", '{"steps": "many"}'], "many"),
+    (["--width-init", "ligo"], "give --data PATH"),
+    (["--width-init", "ligo", "--fit", '{"stepz": 3}'], "unknown --fit 'stepz'"),
+    (
+        ["--width-init", "pad", "--data", "x.txt"],
+        "--data and --fit are for --width-init ligo, not pad",
+    ),
+    (["--width-init", "ligo", "--data", "nowhere.txt"], "no text at 'nowhere.txt'"),
+    (["--width-init", "ligo", "--data", "x", "--fit", '{"reads": "odd"}'], "odd"),
+    (["--width-init", "ligo", "--data", "x", "--fit", '{"steps": "many"}'], "many"),
 ]
 
 

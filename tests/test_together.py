@@ -294,7 +294,7 @@ def test_a_comparison_launches_each_run_over_processes(tmp_path: Path) -> None:
     stage = {"tokens": 640, "length": 16, "batch": 8}
     arms = [
         {"name": "scratch", "scratch": True},
-        {"name": "state", "grow": {"how": "pad", "depth_how": "stack"}, "moments": True},
+        {"name": "state", "grow": {"width_init": "pad", "depth_init": "stack"}, "moments": True},
         {"name": "learned", "ligo": {"steps": 2}},
     ]
     recipe = {

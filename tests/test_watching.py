@@ -131,7 +131,7 @@ def test_a_jump_is_a_loss_that_stays_up() -> None:
     assert seen([9.0] * 7 + [30.0] * 40, jump)[0] == 0  # too few to know what is usual
     noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).exp()
     assert seen(noise.tolist(), jump)[0] == 0
-    with pytest.raises(RegraftError, match="jump is 0.9: give a multiple"):
+    with pytest.raises(RegraftError, match="spike_factor is 0.9: give a multiple"):
         LossSpikeConfig(0.9)
 
 
@@ -176,7 +176,8 @@ def test_a_run_that_jumps_stops_and_keeps_what_was_good(
 
     monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(
-        RegraftError, match=r"since step 21; last good checkpoint: .*stage-0-step-19 .*--jump 0"
+        RegraftError,
+        match=r"since step 21; last good checkpoint: .*stage-0-step-19 .*--spike-factor 0",
     ):
         go(tmp_path, [stage("next", 60)])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -301,7 +302,7 @@ def test_the_verb_tracks_stops_and_sums_up(
     )
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert re.search("pip install wandb", refused(capsys, *command, "--track", "trackio,wandb"))
-    assert re.search("jump is 0.5", refused(capsys, *command, "--jump", "0.5"))
+    assert re.search("spike_factor is 0.5", refused(capsys, *command, "--spike-factor", "0.5"))
     table = as_json(capsys, *command, "--track", "trackio")
     assert len(fake.rows) == table["summary"][0]["steps"] == 5
     assert fake.began[0]["config"]["stages"][0]["kind"] == "next"

@@ -23,8 +23,8 @@ def grow(
     head_dim: int | None = None,
     layers: int | None = None,
     to: str | None = None,
-    how: str = "pad",
-    depth_how: str = "identity",
+    width_init: str = "pad",
+    depth_init: str = "identity",
     fold: Literal["auto", "stream", "eps"] = "auto",
     noise: float | None = None,
     dtype: str | None = None,
@@ -50,18 +50,18 @@ def grow(
         head_dim: width of a head
         layers: number of layers
         to: a directory whose config.json gives all sizes
-        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
+        width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
             copy starts all that is new at random; auto takes what trained best in our comparison, exact or not; ligo
             learns width and depth from --data
-        depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
+        depth_init: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
         optimizer_state: safetensors with exp_avg/NAME, exp_avg_sq/NAME: grown into OUT/optimizer.safetensors
-        data: for --how ligo: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder), or .npz images
-        fit: for --how ligo: its options as JSON, such as {"steps": 100, "reads": "inverse", "batch": 16, "length": 256}
+        data: for --width-init ligo: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder), or .npz images
+        fit: for --width-init ligo: its options as JSON, such as {"steps": 100, "reads": "inverse", "batch": 16, "length": 256}
         seed: of fresh weights
-        field: for --how ligo: key or column that holds the text
+        field: for --width-init ligo: key or column that holds the text
     """
     import shutil
 
@@ -81,15 +81,17 @@ def grow(
         )
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
-    growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype, seed)
-    if how != LEARNED and (data or fit):
-        raise RegraftError(f"--data and --fit are for --how ligo, not {how}: leave them out")
+    growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed)
+    if width_init != LEARNED and (data or fit):
+        raise RegraftError(
+            f"--data and --fit are for --width-init ligo, not {width_init}: leave them out"
+        )
     after = growth(before)
     made = planning.Plan.of(before, after)
     print(f"regraft: {made.format_cost()}", file=sys.stderr)
     maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
     with Ticker() as ticker:
-        if how == LEARNED:
+        if width_init == LEARNED:
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
             after = growth(
                 before, fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)

@@ -28,11 +28,11 @@ def linearize(
     length: int = 1024,
     batch: int = 1,
     track: str | None = None,
-    jump: float = 1.5,
+    spike_factor: float = 1.5,
     field: str = "text",
-    long: Literal["carry", "cut"] = "carry",
+    overflow: Literal["carry", "cut"] = "carry",
     skip_bad: bool = False,
-    read: int | None = None,
+    max_tokens: int | None = None,
     cache: str | None = None,
     overwrite: bool = False,
     json: bool = False,
@@ -57,10 +57,10 @@ def linearize(
         length: tokens per row
         batch: rows per step
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
-        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+        spike_factor: stop when the loss stays above this many times its running median; 0: never
         field: key or column that holds the text
-        long: a document longer than its row is carried on in the next row, or cut
-        read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
+        overflow: a document longer than its row is carried on in the next row, or cut
+        max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
     """
     from .. import distributed
@@ -91,11 +91,15 @@ def linearize(
         way, notes = way.without_text()
     stages = way.stages(tokens, length, batch) if tokens else []
     ledger = None
-    text = Text(data, field=field, long=long, skip_bad=skip_bad, read=read) if data else None
+    text = (
+        Text(data, field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens)
+        if data
+        else None
+    )
     kept = Path(cache) if cache else None
     with Ticker() as ticker:
         if tokens and text:
-            watched = monitor.MonitorConfig(track, jump)
+            watched = monitor.MonitorConfig(track, spike_factor)
             remix, ledger = pipeline.run_method(
                 before, way, Path(out), text, stages, seed, ticker, overwrite, watched, kept
             )

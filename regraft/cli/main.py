@@ -58,7 +58,7 @@ VALUED = (
     "--jobs",
     "--launch",
     "--track",
-    "--jump",
+    "--spike-factor",
 )  # flags of such a verb itself that have a value
 KINDS = {"int": "a whole number", "float": "a number"}
 FLAGS = {

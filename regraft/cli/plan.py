@@ -42,8 +42,8 @@ def plan(
     head_dim: int | None = None,
     layers: int | None = None,
     to: str | None = None,
-    how: str = "pad",
-    depth_how: str = "identity",
+    width_init: str = "pad",
+    depth_init: str = "identity",
     fold: Literal["auto", "stream", "eps"] = "auto",
     noise: float | None = None,
     dtype: str | None = None,
@@ -81,10 +81,10 @@ def plan(
         head_dim: width of a head
         layers: number of layers
         to: a directory whose config.json gives all sizes
-        how: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
+        width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
             copy starts all that is new at random; auto takes what trained best in docs/comparison.md; ligo learns width
             and depth from --data
-        depth_how: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
+        depth_init: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
@@ -116,7 +116,7 @@ def plan(
         check_unused_flags(plan, given, FORECAST, "give --train as well")
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
-    growth = Growth(*sizes, to, how, depth_how, fold, noise, bridge, dtype)
+    growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype)
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method:
         flags = {

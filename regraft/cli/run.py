@@ -9,7 +9,7 @@ def run(
     recipe: str,
     out: str,
     track: str | None = None,
-    jump: float = 1.5,
+    spike_factor: float = 1.5,
     overrides: dict[str, str] | None = None,
     json: bool = False,
 ) -> Outcome:
@@ -19,7 +19,7 @@ def run(
         recipe: a YAML file, or file.py:function that returns a Recipe
         out: directory to write
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
-        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+        spike_factor: stop when the loss stays above this many times its running median; 0: never
     """
     from ..recipes import run as experiment
     from ..recipes import schema as settings
@@ -28,5 +28,8 @@ def run(
 
     trackers.import_trackers(track)
     return experiment_outcome(
-        experiment.run(settings.load(recipe, overrides or {}), out, MonitorConfig(track, jump)), out
+        experiment.run(
+            settings.load(recipe, overrides or {}), out, MonitorConfig(track, spike_factor)
+        ),
+        out,
     )

@@ -39,7 +39,7 @@ def train(
     keep_moments: bool = False,
     save_seconds: float = 60.0,
     track: str | None = None,
-    jump: float = 1.5,
+    spike_factor: float = 1.5,
     teacher_cache: str | None = None,
     teacher_cache_size: str = "4GB",
     teacher_cache_kind: str = "hidden",
@@ -48,9 +48,9 @@ def train(
     calibration: int = 0,
     seed: int = 0,
     field: str = "text",
-    long: Literal["carry", "cut"] = "carry",
+    overflow: Literal["carry", "cut"] = "carry",
     skip_bad: bool = False,
-    read: int | None = None,
+    max_tokens: int | None = None,
     cache: str | None = None,
     json: bool = False,
 ) -> Outcome:
@@ -83,7 +83,7 @@ def train(
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
         save_seconds: time between checkpoints; the last two are kept until the model is written
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
-        jump: stop when the loss stays above so many times the usual one; 0 goes on regardless
+        spike_factor: stop when the loss stays above this many times its running median; 0: never
         teacher_cache: folder that keeps what the teacher says about rows, for later passes and runs (distil, align)
         teacher_cache_size: disk that the folder may take; what no longer fits is computed anew
         teacher_cache_kind: hidden (exact), hidden:bfloat16 (half the size) or topk:K (the K likeliest tokens)
@@ -91,8 +91,8 @@ def train(
         calibration: with --stream, tokens for a closed-form start of the mixers, 0 for none
         seed: of the data order
         field: key or column that holds the text
-        long: a document longer than its row is carried on in the next row, or cut
-        read: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
+        overflow: a document longer than its row is carried on in the next row, or cut
+        max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
     """
     from pathlib import Path
@@ -132,14 +132,16 @@ def train(
     }
     asked = Stage(stage, tokens, length, batch, **rates)
     begun = Path(moments) if moments else None
-    text = settings.Text(data, field=field, long=long, skip_bad=skip_bad, read=read)
+    text = settings.Text(
+        data, field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens
+    )
     options: dict[str, Any] = {
         "heldout": heldout,
         "every": every,
         "moments": begun,
         "keep_moments": keep_moments,
     }
-    options |= {"save_seconds": save_seconds, "watching": MonitorConfig(track, jump)}
+    options |= {"save_seconds": save_seconds, "watching": MonitorConfig(track, spike_factor)}
     kept = Path(cache) if cache else None
     options |= {"micro": micro, "checkpointing": checkpointing, "hybrid": hybrid}
     if not stream and (scratch or calibration):

@@ -211,7 +211,7 @@ def load_training_rows(recipe: Comparison, out: Path) -> Callable[[int], Data]:
     """Training rows by length."""
     if recipe.task == "image":
         return lambda length: read_images(out / "data" / "train.npz")
-    text = Text(str(out / "data" / "train.jsonl"), read=0)
+    text = Text(str(out / "data" / "train.jsonl"), max_tokens=0)
     return training_rows([text], load_tokenizer(recipe, out), cache=out / "data" / "tokens")
 
 

@@ -47,8 +47,8 @@ class Budget:
 class Operators:
     """How an arm grows, in the words of `regraft grow`; the sizes are the recipe's target."""
 
-    how: str = "pad"
-    depth_how: str = "identity"
+    width_init: str = "pad"
+    depth_init: str = "identity"
     fold: Literal["auto", "stream", "eps"] = "auto"
     noise: float | None = None
 

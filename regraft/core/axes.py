@@ -215,7 +215,7 @@ def tile(old: int, new: int) -> Expansion:
     if new < old or new % old:
         near = sorted({max(new // old, 1) * old, -(-max(new, 1) // old) * old})
         raise RegraftError(
-            f"tile makes whole copies: {new} is no multiple of {old}; use {' or '.join(map(str, near))}, or --how lemon"
+            f"tile makes whole copies: {new} is no multiple of {old}; use {' or '.join(map(str, near))}, or --width-init lemon"
         )
     return build_expansion("tile", old, torch.arange(old).repeat(new // old))
 

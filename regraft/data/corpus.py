@@ -40,9 +40,9 @@ class Text:
     path: str
     share: float = 1.0
     field: str = "text"
-    long: Literal["carry", "cut"] = "carry"
+    overflow: Literal["carry", "cut"] = "carry"
     skip_bad: bool = False
-    read: int | None = None
+    max_tokens: int | None = None
 
 
 class Corpus:
@@ -143,12 +143,14 @@ class Corpus:
 
         They follow from the text and these numbers alone, whatever the caches hold already.
         """
-        asked = max(need, MIN_READ_TOKENS) if self.text.read is None else self.text.read
+        asked = max(need, MIN_READ_TOKENS) if self.text.max_tokens is None else self.text.max_tokens
         most = -(-asked // length) if asked else None
         wanted = None if most is None else most * length
         while True:
             held = self.fill_caches(wanted)
-            self.table = CachedRows(self.used, self.tokens, length, most, self.text.long == "cut")
+            self.table = CachedRows(
+                self.used, self.tokens, length, most, self.text.overflow == "cut"
+            )
             if wanted is None or most is None or held < wanted or len(self.table) >= most:
                 break
             wanted += 2 * (most - len(self.table)) * length  # what was cut off is made up for
@@ -201,9 +203,9 @@ class TextMixture:
             raise RegraftError(
                 f"no training text with a positive share in {[asdict(text) for text in texts]}"
             )
-        if wrong := [text for text in texts if text.read is not None and text.read < 0]:
+        if wrong := [text for text in texts if text.max_tokens is not None and text.max_tokens < 0]:
             raise RegraftError(
-                f"read is {wrong[0].read} tokens of '{wrong[0].path}': give 0 for all or more"
+                f"read is {wrong[0].max_tokens} tokens of '{wrong[0].path}': give 0 for all or more"
             )
         self.texts, self.need, self.own = texts, need, own
         self.corpora = [Corpus(text, tokenizer, cache or own, tell) for text in texts]
@@ -230,7 +232,7 @@ class TextMixture:
             for table in tables
             for part in table.used_caches
         ]
-        options = [[text.share, text.field, text.long] for text in self.texts]
+        options = [[text.share, text.field, text.overflow] for text in self.texts]
         now = {"files": files, "options": options, "rows": [len(table) for table in tables]}
         try:
             before = json.loads(file.read_text(encoding="utf-8"))

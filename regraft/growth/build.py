@@ -32,11 +32,11 @@ def parse_width_operators(text: str) -> dict[str, str]:
         place, equals, how = item.strip().rpartition("=")
         if how not in WIDTH_OPERATORS:
             raise RegraftError(
-                f"unknown operator '{how}' in --how '{text}': use one of {', '.join(WIDTH_OPERATORS)}"
+                f"unknown operator '{how}' in --width-init '{text}': use one of {', '.join(WIDTH_OPERATORS)}"
             )
         if equals and place not in PLACES:
             raise RegraftError(
-                f"--how '{text}' names no axis '{place}': use one of {', '.join(PLACES)}"
+                f"--width-init '{text}' names no axis '{place}': use one of {', '.join(PLACES)}"
             )
         table |= {place: how} if equals else dict.fromkeys(PLACES, how)
     return table
@@ -152,7 +152,7 @@ def unit_axis(how: str, old: int, new: int, seed: int, place: str = "") -> Expan
         if new % old:
             raise RegraftError(
                 f"tile makes whole copies: {place} {new} is no multiple of {old}; use {new // old * old} or "
-                f"{-(-new // old) * old}, or --how lemon"
+                f"{-(-new // old) * old}, or --width-init lemon"
             )
         return axes.tile(old, new)
     if how in ("split", "lemon"):
@@ -173,11 +173,11 @@ def stream_axis(made: Widening, old: int, new: int, how: str, seed: int) -> Expa
         why = (
             "its norms come after each sum"
             if post
-            else f"--how {how} copies the stream evenly or not at all"
+            else f"--width-init {how} copies the stream evenly or not at all"
         )
         raise RegraftError(
             f"{made.anatomy.family} cannot have hidden {new} exactly, {why}: use --hidden {' or '.join(map(str, near))}"
-            + ("" if post else ", or --how hidden=pad or hidden=lemon for any width")
+            + ("" if post else ", or --width-init hidden=pad or hidden=lemon for any width")
         )
     if how == "duplicate":
         return axes.duplicate(old, new, seed)
@@ -216,7 +216,7 @@ def qk_norm_mode(made: Widening, table: Mapping[str, Expansion]) -> str | None:
         if table[axis].new % table[axis].old or table[axis].copies != 1:
             times = -(-table[axis].new // table[axis].old)
             raise RegraftError(
-                f"{made.anatomy.family} norms all heads together, so heads come in whole multiples by --how heads=pad, "
+                f"{made.anatomy.family} norms all heads together, so heads come in whole multiples by --width-init heads=pad, "
                 f"not {table[axis].old} to {table[axis].new}: use {times} times as many"
             )
     return DEAD if new % old else LIVE
@@ -230,5 +230,5 @@ def check_activation(source: Checkpoint, ways: Mapping[str, str], sizes: Mapping
         name = str(source.anatomy.fill_defaults(source.config).get(anatomy.activation, ""))
         if name.startswith("relu") and not gated:
             raise RegraftError(
-                f"units whose inputs are zero never wake up under {name}: use --how ffn=pad, pair or split"
+                f"units whose inputs are zero never wake up under {name}: use --width-init ffn=pad, pair or split"
             )

@@ -33,7 +33,7 @@ class LayerOrigin:
 def build_layer_order(how: str, old: int, new: int) -> list[LayerOrigin]:
     """The layers of the target, bottom first. RegraftError for a number that the operator cannot reach."""
     if how not in ORDERS:
-        raise RegraftError(f"unknown --depth-how '{how}': use one of {', '.join(ORDERS)}")
+        raise RegraftError(f"unknown --depth-init '{how}': use one of {', '.join(ORDERS)}")
     more = new - old
     if more < 0:
         raise RegraftError(

@@ -30,11 +30,11 @@ class Ligo:
     """LiGO (arXiv 2303.00980) and its options: W' = B (sum_j w_j W_j) A^T, with B and w learned in a few steps.
 
     `start`: what rows of B for new coordinates begin as: `average` (random convex combinations of all old ones, as the
-    authors' code), `random` ones, or an operator of --how, whose copies and shares B and A then begin with; `copy` lets
+    authors' code), `random` ones, or an operator of --width-init, whose copies and shares B and A then begin with; `copy` lets
     the maps change a direct copy (`Transplant`: random numbers wherever no old one is, in new layers too), which 0
     steps are, whatever `depth` says. `live`: the operator's free entries, random numbers that do not change the
     function, are added to what the maps give, so that 0 steps are the operator itself. `depth`: the order of
-    layers that w begins with, an operator of --depth-how; `blur`: how much of the other layers is mixed in (the
+    layers that w begins with, an operator of --depth-init; `blur`: how much of the other layers is mixed in (the
     authors' code: 0.03). `reads`: A, by which a weight reads what B wrote: `tied` is B itself, as the paper has it
     (copies read with their shares); `inverse` is pinv(B)^T on the residual stream, with gains of norms moved into their
     readers, so that what is linear stays exact for every B, and what reads neurons and heads learns shares of its own;

@@ -1,6 +1,6 @@
 """Every operator of growth by name: what it does, what it preserves, where it comes from and when to use it.
 
-The choices of `--how` and `--depth-how`, the steps' docstrings and the gallery (docs/gallery.md) are made from these
+The choices of `--width-init` and `--depth-init`, the steps' docstrings and the gallery (docs/gallery.md) are made from these
 tables. NOTES are the project's reading notes; what papers report is theirs, not measured here.
 """
 
@@ -57,7 +57,7 @@ def list_papers(table: Mapping[str, Operator], names: Iterable[str]) -> list[str
     return [", ".join(PAPERS[key]) for key in keys]
 
 
-# What `--how auto` takes, for width and for depth: of the best starts from one source in docs/comparison.md's runs the
+# What `--width-init auto` takes, for width and for depth: of the best starts from one source in docs/comparison.md's runs the
 # exact one; behind post-norms, where exact growth means copies that are alike, a direct copy is far ahead of it.
 AUTO, AUTO_POST_NORM = ("pad", "identity"), ("copy", "identity")
 WIDTH = {

@@ -38,8 +38,8 @@ class Growth(TargetSizes):
     """What `regraft grow` and `regraft plan` are asked: sizes or a target config `to`, operators, storage dtype."""
 
     to: str | None = None
-    how: str = "pad"
-    depth_how: str = "identity"
+    width_init: str = "pad"
+    depth_init: str = "identity"
     fold: Literal["auto", "stream", "eps"] = "auto"
     noise: float | None = None
     bridge: bool = False
@@ -48,13 +48,13 @@ class Growth(TargetSizes):
 
     def resolve_auto(self, source: Checkpoint) -> Growth:
         """With `auto` replaced by what trained best for such a model; a depth operator that was asked for stays."""
-        if self.how != AUTOMATIC:
+        if self.width_init != AUTOMATIC:
             return self
-        if self.depth_how != "identity":
-            return replace(self, how=AUTO[0])
+        if self.depth_init != "identity":
+            return replace(self, width_init=AUTO[0])
         quiet = depth.IdentityLayer(source, source.anatomy.place(source.config))
         width, deep = AUTO_POST_NORM if quiet.hands_on else AUTO
-        return replace(self, how=width, depth_how=deep)
+        return replace(self, width_init=width, depth_init=deep)
 
     @property
     def has_requests(self) -> bool:
@@ -65,10 +65,12 @@ class Growth(TargetSizes):
         """Whether every operator keeps the function."""
         chosen = self.resolve_auto(source)
         ways, deeper = (
-            set(re.split("[,=]", chosen.how)),
+            set(re.split("[,=]", chosen.width_init)),
             self.layers is not None or self.to is not None,
         )
-        return not {"aki", LEARNED, COPY} & ways and (not deeper or chosen.depth_how in depth.EXACT)
+        return not {"aki", LEARNED, COPY} & ways and (
+            not deeper or chosen.depth_init in depth.EXACT
+        )
 
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
         """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when nothing grows, or
@@ -88,30 +90,32 @@ class Growth(TargetSizes):
 
     def steps(self, source: Checkpoint) -> list[Callable[[Checkpoint], Checkpoint]]:
         """The growth steps in order."""
-        if self.how == AUTOMATIC:
+        if self.width_init == AUTOMATIC:
             return self.resolve_auto(source).steps(source)
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
         asked = self.with_target_sizes(steps[0](source) if steps else source)
-        if self.how == LEARNED and any(size is not None for size in asked.sizes.values()):
+        if self.width_init == LEARNED and any(size is not None for size in asked.sizes.values()):
             return [*steps, Learned(**asked.sizes, method=self.ligo_options(), seed=self.seed)]
-        if self.how == COPY and any(size is not None for size in asked.sizes.values()):
-            if self.depth_how != "identity":
+        if self.width_init == COPY and any(size is not None for size in asked.sizes.values()):
+            if self.depth_init != "identity":
                 raise RegraftError(
-                    f"--how copy begins new layers at random: leave out --depth-how {self.depth_how}"
+                    f"--width-init copy begins new layers at random: leave out --depth-init {self.depth_init}"
                 )
             return [*steps, Transplant(**asked.sizes, seed=self.seed)]
         widths = {name: size for name, size in asked.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
             steps.append(
-                Widen(**widths, how=self.how, fold=self.fold, noise=self.noise, seed=self.seed)
+                Widen(
+                    **widths, how=self.width_init, fold=self.fold, noise=self.noise, seed=self.seed
+                )
             )
         if asked.layers is not None:
-            steps.append(Deepen(asked.layers, self.depth_how, self.seed))
+            steps.append(Deepen(asked.layers, self.depth_init, self.seed))
         return steps
 
     def ligo_options(self, **options: Any) -> Ligo:
-        """LiGO's options; `depth_how` other than its default is the order of layers that it begins with."""
-        order = {} if self.depth_how == "identity" else {"depth": self.depth_how}
+        """LiGO's options; `depth_init` other than its default is the order of layers that it begins with."""
+        order = {} if self.depth_init == "identity" else {"depth": self.depth_init}
         return Ligo(**order | options)
 
     def with_target_sizes(self, source: Checkpoint) -> Growth:

@@ -33,7 +33,7 @@ class LossSpikeConfig:
     def __post_init__(self) -> None:
         if (self.factor != 0 and not self.factor > 1) or not math.isfinite(self.factor):
             raise RegraftError(
-                f"jump is {self.factor}: give a multiple of the usual loss above 1, or 0 for no watch"
+                f"spike_factor is {self.factor}: give a multiple of the running median above 1, or 0 to never stop"
             )
 
 
@@ -85,7 +85,7 @@ def check_divergence(
             return
         usual, first = statistics.median(trend.recent), trend.since
         what = f" is {loss:.4g} at step {step} and has been far above the usual {usual:.4g} since step {first}"
-        off = ", or --jump 0 goes on regardless"
+        off = ", or --spike-factor 0 goes on regardless"
     else:
         name, value = ("", loss) if not math.isfinite(loss) else ("'s gradient", norm)
         first, off = trend.since if trend.is_suspect else step, ""

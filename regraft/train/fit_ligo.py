@@ -132,7 +132,7 @@ def fit_from_options(
     run = RUN | {name: value for name, value in options.items() if name in RUN}
     if data is None and method.steps:
         raise RegraftError(
-            f"--how ligo learns from text or images: give --data PATH, or --fit '{ZERO_STEPS}'"
+            f"--width-init ligo learns from text or images: give --data PATH, or --fit '{ZERO_STEPS}'"
         )
     if data is None:
         return replace(cast(Learned, growth.steps(source)[-1]), method=method)
@@ -322,5 +322,5 @@ def fused_tensor_error(target: Checkpoint, name: str) -> RegraftError:
     """The error for a tensor that cannot be found in the model as a whole."""
     return RegraftError(
         f"{target.anatomy.family}'s class keeps '{name}' in pieces of a larger tensor, which LiGO cannot fit: use "
-        "another --how"
+        "another --width-init"
     )

@@ -27,7 +27,7 @@ class MonitorConfig:
     """
 
     track: str | None = None
-    jump: float = 1.5
+    spike_factor: float = 1.5
 
     @contextmanager
     def monitor(
@@ -40,7 +40,7 @@ class MonitorConfig:
         from . import trackers
         from .divergence import LossSpikeConfig
 
-        meter, jump = Meter(ticker), LossSpikeConfig(self.jump)
+        meter, jump = Meter(ticker), LossSpikeConfig(self.spike_factor)
         with trackers.open_trackers(self.track, out, dict(facts)) as track:
             yield {"progress": meter, "track": track, "jump": jump}
 

@@ -240,7 +240,7 @@ def train_saved_model(
     rows = load_stage_rows(data, stage, tokenizer, target / TEXT, cache, ticker)
     held = None
     if heldout:
-        whole = dataclasses.replace(data, path=heldout, read=0)
+        whole = dataclasses.replace(data, path=heldout, max_tokens=0)
         held = load_stage_rows(whole, stage, tokenizer, target / TEXT / "heldout", cache, ticker)(
             stage.length
         )[:]
