@@ -139,7 +139,8 @@ def run_commands(tree: Path, folder: Path) -> dict[str, list[Any]]:
         for file in sorted(path for path in (folder / name).rglob("*") if path.is_file()):
             values = read_values(file)
             if values:
-                found[f"{name} {file.relative_to(folder / name)}"] = values
+                place = re.sub(r"[0-9a-f]{12,}", "HASH", str(file.relative_to(folder / name)))
+                found[f"{name} {place}"] = values
     return found
 
 

@@ -154,7 +154,7 @@ def parameter_groups(
     mixing = isinstance(model, RegraftForCausalLM)
     origin = parameter_origins(model) if mixing else {}
     if stage.rank:
-        origin |= dict.fromkeys(model.get_submodule(LOW_RANK).learning(), ("low rank", True))
+        origin |= dict.fromkeys(model.get_submodule(LOW_RANK).trainable_ids(), ("low rank", True))
     return build_groups(model.parameters(), origin, stage, mixing, frozen)
 
 
