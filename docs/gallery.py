@@ -296,7 +296,7 @@ def sources_section() -> list[str]:
         f"Notes are the project's reading notes, kept beside the repository: {notes}. Figures are those that papers "
         "named with them report; none was measured for this page.",
         "After a change of an operator or of its words, write the page and its pictures again "
-        "(`tests/test_gallery.py` fails until then):",
+        "(`tests/docs/test_gallery.py` fails until then):",
         "```\npython docs/gallery.py\n```",
     ]
 

@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"  # as the command line has it before libraries are imported
 
 import pytest  # noqa: E402  # the variables must be set before torch is imported
-import speaking  # noqa: E402
 import torch  # noqa: E402
+from helpers.tiny import save_model
 
 from regraft.core.checkpoint import Checkpoint  # noqa: E402
 from regraft.mixers.remix import Remix  # noqa: E402
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return speaking.save(tmp_path_factory.mktemp("source") / "model")
+    return save_model(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,174 @@
+"""Laws of measuring: perplexity and KL against a plain computation, baselines, the bench."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.tiny import tiny, tokens, write_text
+
+from regraft import modeling
+from regraft.errors import RegraftError
+from regraft.evaluation import baselines, bench, evaluate
+from regraft.evaluation.perplexity import SLICE, Candidate, measure
+from regraft.report import html, plots, tables
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def test_perplexity_and_kl_equal_the_plain_computation():
+    teacher, student = tiny("llama", seed=0)[1], tiny("llama", seed=3)[1]
+    ids, sizes = tokens(3, SLICE + 40), torch.tensor([700, 800, 900])
+    scores = measure(
+        {"student": Candidate(student), "teacher": Candidate(teacher)}, ids, sizes, "teacher"
+    )
+    with torch.no_grad():
+        p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
+    nll = -q.gather(2, ids[:, 1:, None]).mean()
+    row = scores["student"].json()
+    assert row["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-4)
+    assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert row["tokens"] == 3 * (SLICE + 39) and row["windows"] == 3
+    assert row["bits_per_byte"] == pytest.approx(
+        float(nll) * row["tokens"] / 2400 / math.log(2), rel=1e-4
+    )
+    assert row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"])
+    assert scores["teacher"].json()["kl"] is None
+
+
+def test_a_model_has_no_divergence_from_itself():
+    model = tiny("qwen3")[1]
+    scores = measure(
+        {"t": Candidate(model), "s": Candidate(model)}, tokens(1, 32), torch.tensor([90]), "t"
+    )
+    assert scores["s"].json()["kl"] == 0.0
+
+
+def test_progress_counts_every_forward():
+    seen = []
+    model = tiny("llama")[1]
+    rows = {"a": Candidate(model), "b": Candidate(model)}
+    measure(
+        rows, tokens(3, 8), torch.ones(3), progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(number, 6) for number in range(1, 7)]
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 1)])
+def test_nothing_to_predict_is_refused(shape):
+    with pytest.raises(RegraftError, match="nothing to predict"):
+        measure({}, torch.zeros(shape, dtype=torch.long), torch.ones(shape[0]))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny("llama")[1]
+    model.get_output_embeddings().weight.data[5, 0] = math.nan
+    with pytest.raises(RegraftError, match="likelihood is nan"):
+        measure({"m": Candidate(model)}, tokens(1, 8), torch.ones(1))
+
+
+def test_table_has_every_baseline_in_order(source, linearized, text):
+    table = evaluate.evaluate(str(linearized), str(source), str(text), 4, 64, scratch=str(source))
+    assert list(table["baselines"]) == list(baselines.ROWS)
+    for name, row in table["baselines"].items():
+        assert row["perplexity"] > 1 and row["windows"] == 4
+        assert (row["kl"] is None) == (name == baselines.TEACHER)
+    assert table["baselines"][baselines.SCRATCH]["kl"] == 0.0, "here the teacher itself"
+    before = table["baselines"][baselines.UNTRAINED]
+    assert table["perplexity"] == pytest.approx(before["perplexity"], rel=1e-6), (
+        "an untrained model is its own baseline"
+    )
+    off = table["baselines"][baselines.NO_LINEAR]
+    window = table["baselines"][baselines.WINDOW_KEPT]
+    assert off["perplexity"] == pytest.approx(window["perplexity"], rel=1e-5), (
+        "gate at the window end is the window"
+    )
+
+
+def test_window_everywhere_needs_text_longer_than_the_window(source, linearized, text):
+    short = evaluate.evaluate(str(linearized), str(source), str(text), 2, 16)["baselines"]
+    assert short[baselines.WINDOW_ALL]["kl"] == pytest.approx(0, abs=1e-6), (
+        "16 tokens fit into a window of 16"
+    )
+    long = evaluate.evaluate(str(linearized), str(source), str(text), 2, 64)["baselines"]
+    assert long[baselines.WINDOW_ALL]["kl"] > 1e-4
+
+
+def test_a_plain_model_has_no_baselines_of_its_own(source, text):
+    table = evaluate.evaluate(str(source), None, str(text), 2, 32)
+    assert table["baselines"] == {} and table["kl"] is None
+
+
+def test_default_text_is_the_held_out_documentation(source):
+    windows = evaluate.evaluation_windows(None, modeling.load_tokenizer(source), 3, 1024)
+    assert windows.input_ids.shape == (3, 1024)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [("1k,4k", [1024, 4096]), ("512", [512]), ("16K,7", [16384, 7])]
+)
+def test_lengths_are_read(text, counts):
+    assert bench.parse_lengths(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "1q", "0", "-1k", "1k,,2k", "k"])
+def test_wrong_lengths_are_named(text):
+    with pytest.raises(RegraftError, match="is no length"):
+        bench.parse_lengths(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bench_rows_and_constant_state(source, linearized, batch):
+    rows = bench.bench(
+        {"teacher": str(source), "student": str(linearized)}, [64, 256], steps=2, batch=batch
+    )
+    assert (
+        rows["teacher"][0]["state_bytes"]
+        == batch * bench.measure(str(source), 64, 1)["state_bytes"]
+    )
+    for name in ("teacher", "student"):
+        for row in rows[name]:
+            assert row["batch"] == batch
+            assert row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0
+            assert row["peak_bytes"] >= row["load_bytes"] > 0
+            assert row["state_bytes"] == row["converted_bytes"] + row["kept_bytes"]
+    small, large = rows["student"]
+    assert small["converted_bytes"] == large["converted_bytes"] > 0
+    assert large["kept_bytes"] == 4 * small["kept_bytes"]
+    assert rows["teacher"][1]["state_bytes"] == 4 * rows["teacher"][0]["state_bytes"]
+
+
+def test_a_filled_cache_is_as_large_as_a_read_one(source, linearized):
+    for path in map(str, (source, linearized)):
+        filled, read = (bench.measure(path, 100, 2, 3, prefill) for prefill in (False, True))
+        for key in ("length", "batch", "state_bytes", "converted_bytes", "kept_bytes"):
+            assert filled[key] == read[key]
+        assert filled["prefill_tok_s"] is None and filled["decode_tok_s"] > 0
+
+
+def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
+    """The state is forecast as it is measured, nothing is started, and tables and plots leave the cells open."""
+    models = {"teacher": str(source), "student": str(linearized)}
+    measured = {name: bench.measure(path, 100, 1, 3) for name, path in models.items()}
+    monkeypatch.setattr(bench, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(bench, "run_worker", None)
+    rows = bench.bench(models, [100], batch=3)
+    for name, (row,) in rows.items():
+        assert row["decode_tok_s"] is row["prefill_tok_s"] is row["peak_bytes"] is None
+        for key in ("length", "batch", "state_bytes", "converted_bytes", "kept_bytes"):
+            assert row[key] == pytest.approx(measured[name][key], rel=0.02), (
+                name,
+                key,
+            )  # but for small marks
+    assert plots.plot_speed(rows).startswith(b"<?xml") and tables.speed_table(rows).row_count == 2
+    assert len(html.speed_tables(rows)) == 2
+
+
+def test_a_failing_bench_says_why(tmp_path):
+    with pytest.raises(RegraftError, match=r"bench of .* at 8 tokens failed: .*no model at"):
+        bench.run_worker(str(tmp_path / "nothing"), 8, 1)

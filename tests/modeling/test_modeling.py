@@ -1,0 +1,287 @@
+"""One class for all hosts: cached equals uncached, generation in every mode, save and load, loading without regraft."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import FAMILIES, GROWABLE, tiny, tokens
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache, StaticCache
+
+import regraft
+from regraft import modeling
+from regraft.core.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.mixers.remix import Remix
+from regraft.modeling import modeling_regraft, remote_code
+
+TOLERANCE = 1e-5
+REMIXES = {
+    "hybrid": Remix("gated_deltanet", "0", window=8, sinks=2),
+    "none-kept": Remix("gated_deltanet", "none", window=8, sinks=2),
+    "supra": Remix("supra", "1", window=0),
+}
+OTHERS = {
+    "retnet": Remix("retnet", "0", window=0),
+    "lightning": Remix("lightning", "1", window=8, options={"gate": "sigmoid"}),
+    "t2r": Remix("t2r", "0", window=0, options={"feature": 6}),
+    "hedgehog": Remix("hedgehog", "none", window=8, options={"grouped": True}),
+    "gla": Remix("gla", "1", window=0, options={"rank": 4}),
+    "rwkv6": Remix("rwkv6", "none", window=0, options={"rank": 4, "shift_rank": 3}),
+    "rwkv6-beside-window": Remix(
+        "rwkv6", "0", window=8, options={"decay": "static", "grouped": True}
+    ),
+    "lolcats": Remix("lolcats", "0", window=0, options={"window": 8, "feature": 4}),
+    "mamba": Remix("mamba", "0", window=0),
+    "mamba2-beside-window": Remix("mamba2", "0", window=8, options={"layout": "attention"}),
+}
+# every family with the first, each other mixer with two families, whose turn it is
+HOSTED = [(family, remix) for family in FAMILIES for remix in REMIXES.values()]
+HOSTED += [
+    (FAMILIES[(3 * i + j) % len(FAMILIES)], remix)
+    for i, remix in enumerate(OTHERS.values())
+    for j in (0, 4)
+]
+HOSTS = pytest.mark.parametrize(
+    ("family", "remix"),
+    HOSTED,
+    ids=[f"{family}-{remix.mixer}-{remix.window}" for family, remix in HOSTED],
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    for family in FAMILIES:
+        tiny(family)[1].save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+def linearized(source: Path, remix: Remix) -> torch.nn.Module:
+    """A linearized model whose fresh weights are perturbed, so that no gate hides a branch."""
+    model = modeling.materialize(remix(Checkpoint.open(source)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for slot in model.slots():
+            for parameter in slot.parameters() if hasattr(slot, "mixer") else []:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+@HOSTS
+@torch.no_grad()
+def test_prompt_in_pieces_equals_the_whole(
+    sources: dict[str, Path], family: str, remix: Remix
+) -> None:
+    model, ids = linearized(sources[family], remix), tokens(2, 60)
+    whole = model(ids, use_cache=False).logits
+    for cuts in ([1] * 60, [7, 1, 1, 40, 11], [59, 1]):
+        cache, parts = None, []
+        for piece in ids.split(cuts, 1):
+            out = model(piece, **modeling.cache_kwargs(cache), use_cache=True)
+            cache = modeling.cache_of(out)
+            parts.append(out.logits)
+        assert relative(torch.cat(parts, 1), whole) < TOLERANCE
+    assert cache.get_seq_length() == 60
+
+
+@HOSTS
+@torch.no_grad()
+def test_generation(sources: dict[str, Path], family: str, remix: Remix) -> None:
+    model, ids = linearized(sources[family], remix), tokens(2, 20)
+    model.generation_config.eos_token_id = None
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    greedy = model.generate(ids, **arguments)
+    assert torch.equal(greedy, model.generate(ids, use_cache=False, **arguments))
+    beams = model.generate(ids, num_beams=3, **arguments)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **arguments))
+    assert model.generate(ids, max_new_tokens=12, do_sample=True, top_k=20).shape == (2, 32)
+    padded = torch.cat((torch.zeros(2, 5, dtype=torch.long), ids), 1)
+    padded[1, 5:] = torch.cat((torch.zeros(3, dtype=torch.long), ids[1, 3:]))
+    mask = torch.ones_like(padded)
+    mask[0, :5], mask[1, :8] = 0, 0
+    batched = model.generate(padded, attention_mask=mask, **arguments)
+    assert torch.equal(batched[0, 25:], greedy[0, 20:])
+    alone = model.generate(ids[1:, 3:], **arguments)
+    assert torch.equal(batched[1, 25:], alone[0, 17:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_documents_equal_documents_alone(sources: dict[str, Path], family: str) -> None:
+    model, ids = linearized(sources[family], REMIXES["hybrid"]), tokens(1, 50)
+    positions = torch.cat([torch.arange(n) for n in (20, 30)]).unsqueeze(0)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    for part in (slice(0, 20), slice(20, 50)):
+        assert relative(packed[:, part], model(ids[:, part], use_cache=False).logits) < TOLERANCE
+
+
+@torch.no_grad()
+def test_state_bytes_do_not_depend_on_length(sources: dict[str, Path]) -> None:
+    model, sizes = linearized(sources["llama"], REMIXES["hybrid"]), []
+    for length in (30, 300):
+        cache = modeling.cache_of(model(tokens(1, length), use_cache=True))
+        sizes.append(modeling.state_bytes(cache))
+    (kept, *converted), (kept_long, *converted_long) = sizes
+    assert converted == converted_long and kept_long == 10 * kept
+
+
+def test_save_and_load_through_auto_classes(sources: dict[str, Path], tmp_path: Path) -> None:
+    Remix("gated_deltanet", "0", window=8)(Checkpoint.open(sources["qwen3"])).save(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(model).__name__ == "RegraftForCausalLM"
+    ids = tokens(1, 30)
+    logits = model(ids).logits
+    assert torch.equal(regraft.load(str(tmp_path / "out"))(ids).logits, logits)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, logits
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_saved_model_opens_as_a_checkpoint(
+    sources: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    model, ids = linearized(sources[family], REMIXES["hybrid"]), tokens(1, 12)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        modeling.materialize(Checkpoint.open(tmp_path))(ids).logits, model(ids).logits
+    )
+
+
+@pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
+@torch.no_grad()
+def test_every_mixer_saves_loads_and_generates(
+    sources: dict[str, Path], tmp_path: Path, remix: Remix
+) -> None:
+    model, ids = linearized(sources["qwen2"], remix), tokens(1, 12)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(again.generate(ids, **greedy), model.generate(ids, **greedy))
+
+
+@pytest.mark.parametrize("remix", OTHERS.values(), ids=OTHERS)
+def test_remote_code_brings_all_that_it_imports(
+    sources: dict[str, Path], tmp_path: Path, remix: Remix
+) -> None:
+    remote_code.write_remote_code(tmp_path, remix(Checkpoint.open(sources["llama"])).config)
+    for file in tmp_path.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all((tmp_path / f"{name}.py").is_file() for name in names), (
+                    file.name,
+                    names,
+                )
+
+
+REMOTE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "regraft" not in sys.modules and type(model).__name__ == "RegraftForCausalLM"
+ids = torch.arange(3, 33).unsqueeze(0)
+print(float(model(ids).logits.double().sum()), model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    "remix",
+    [REMIXES["hybrid"], REMIXES["supra"], OTHERS["rwkv6-beside-window"]],
+    ids=lambda remix: remix.mixer,
+)
+def test_loads_without_regraft(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
+    remix(Checkpoint.open(sources["llama"])).save(tmp_path / "out")
+    model, ids = regraft.load(str(tmp_path / "out")), torch.arange(3, 33).unsqueeze(0)
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "out")]
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "HOME": str(tmp_path),
+    }
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    total, _, new = printed.stdout.strip().partition(" ")
+    with torch.no_grad():
+        assert float(total) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-5)
+        assert new == str(model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
+
+
+def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
+    model, ids = linearized(sources["llama"], REMIXES["hybrid"]), tokens(1, 4)
+    with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 1, 4, 4\)"):
+        model(ids, attention_mask=torch.ones(1, 1, 4, 4))
+    with pytest.raises(RegraftError, match="StaticLayer.*DynamicCache"):
+        model(
+            ids,
+            **modeling.cache_kwargs(
+                StaticCache(config=model.config.host_config(), max_cache_len=8)
+            ),
+        )
+    with (
+        pytest.raises(RegraftError, match="no branch 'linera'"),
+        modeling.force_branch(model, "linera"),
+    ):
+        pass
+    cache = DynamicCache(config=model.config)
+    model(ids, **modeling.cache_kwargs(cache))
+    with pytest.raises(ValueError, match="cannot take 2 tokens back"):
+        cache.crop(-2)
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names_and_reaches_every_mixer(
+    sources: dict[str, Path], monkeypatch
+) -> None:
+    model, ids = linearized(sources["gpt_neox"], REMIXES["hybrid"]), tokens(1, 6)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    logits = [
+        model(ids, **{name: one}).logits
+        for name, one in zip(("cache", "past_key_values"), caches, strict=True)
+    ]
+    assert torch.equal(*logits) and caches[0].get_seq_length() == caches[1].get_seq_length() == 6
+    with pytest.raises(RegraftError, match="two names of one thing"):
+        model(ids, cache=caches[0], past_key_values=caches[1])
+    monkeypatch.setattr(modeling_regraft, "CACHES", ("renamed",))
+    with pytest.raises(RegraftError, match="hands no cache to attention under the names renamed"):
+        model(ids)
+
+
+@torch.no_grad()
+def test_branch_switch_is_undone(sources: dict[str, Path]) -> None:
+    model, ids = linearized(sources["llama"], REMIXES["hybrid"]), tokens(1, 40)
+    free = model(ids).logits
+    with modeling.force_branch(model, "window"):
+        window = model(ids).logits
+    assert not torch.equal(free, window) and torch.equal(model(ids).logits, free)
+
+
+@pytest.mark.parametrize("family", GROWABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(dtype, family, tmp_path):
+    tiny(family)[1].to(dtype).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    real, empty = modeling.materialize(checkpoint), modeling.build_meta_model(checkpoint)
+    assert all(
+        parameter.is_meta and parameter.dtype == torch.float32 for parameter in empty.parameters()
+    )
+    shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}
+    tables = dict(real.named_buffers())
+    assert tables.keys() == dict(empty.named_buffers()).keys()
+    assert all(torch.equal(value, tables[name]) for name, value in empty.named_buffers())
