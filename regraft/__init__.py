@@ -72,7 +72,7 @@ _HOMES = dict.fromkeys(_COMPOSABLE, "growth.steps.composable") | {
     "Merge": "linearize.merge",
     "Plan": "plan.plan",
     "RegraftError": "errors",
-    "Remix": "linearize.remix",
+    "Remix": "mixers.remix",
     "Transplant": "growth.steps.transplant",
     "Widen": "growth.steps.widen",
     "check": "checks.check",

@@ -133,7 +133,7 @@ def score_copying(
             record_hidden_states(layers) as inputs,
             torch.no_grad(),
         ):
-            student.hidden(row[None])
+            student.forward_decoder(row[None])
         for layer in everyone:
             others = [other for other in everyone if other != layer]
             with (
