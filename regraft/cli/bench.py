@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .outcome import Outcome, write_plot
+from .verb import Outcome, Verb, write_plot
 
 
 def bench(
@@ -25,6 +25,9 @@ def bench(
         lengths: context lengths, such as 1k,4k,16k
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
+        skip_prefill: time decoding alone, from a cache filled with copies of one token instead of a context
+        plot: also draw the rows into bench.svg in the current folder
+        json: print one JSON object on standard output and nothing else
     """
     from .. import modeling
     from ..core.checkpoint import Checkpoint
@@ -58,3 +61,12 @@ def bench(
     if against:
         data |= {"source": against, "against": rows["against"]}
     return Outcome(data, lambda console: console.print(tables.speed_table(rows)))
+
+
+VERB = Verb(
+    bench,
+    examples=(
+        "regraft bench MODEL --lengths 1k,4k,16k",
+        "regraft bench MODEL --against SOURCE --lengths 1k,4k --batch 16 --plot",
+    ),
+)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from .outcome import Outcome
+from .verb import Outcome, Verb
 
 
-def check(source: str, out: str, json: bool = False) -> Outcome:
+def check_output(source: str, out: str, json: bool = False) -> Outcome:
     """Receipts: every tensor accounted for, step-0 difference, parallel against recurrent; exit 1 if one does not hold.
 
     Args:
         source: the model that was changed
         out: what came of it
+        json: print one JSON object on standard output and nothing else
     """
     from ..checks import check as proofs
 
@@ -18,3 +19,12 @@ def check(source: str, out: str, json: bool = False) -> Outcome:
     return Outcome(
         found, lambda console: proofs.print_receipts(found, console), 0 if found["holds"] else 1
     )
+
+
+VERB = Verb(
+    check_output,
+    examples=(
+        "regraft check SOURCE OUT",
+        "regraft check SOURCE OUT --json",
+    ),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .outcome import Outcome
+from .verb import Outcome, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ def compare(
         out: directory to write
         jobs: runs at a time, each a process of its own with its share of the cores
         launch: what starts a run over several processes, such as "torchrun --standalone --nproc-per-node 8"
+        json: print one JSON object on standard output and nothing else
     """
     from ..compare import recipe as schema
     from ..compare import report, scheduler
@@ -36,3 +37,13 @@ def compare(
         console.print(f"Page: {out}/compare.html", soft_wrap=True, highlight=False)
 
     return Outcome(numbers, show, 1 if numbers["failed"] else 0)
+
+
+VERB = Verb(
+    compare,
+    examples=(
+        "regraft compare recipe.yaml OUT --jobs 2",
+        'regraft compare recipe.yaml OUT --seeds "[0]" --train.tokens 51200',
+    ),
+    resumes=True,
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import RegraftError
-from .outcome import Outcome, check_unused_flags, write_plot
+from .verb import Outcome, Verb, check_unused_flags, write_plot
 
 
 def evaluate(
@@ -38,7 +38,9 @@ def evaluate(
         shots: examples before each question, where a benchmark has a file of them (mmlu)
         lengths: context lengths of recall, such as 512,1k,2k
         batch: rows at a time in benchmarks and recall
-        positions: also, or alone, perplexity by tokens of context over these windows
+        positions: also, or alone, perplexity by tokens of context over --windows documents of --length tokens
+        plot: also draw positions.svg in the current folder
+        json: print one JSON object on standard output and nothing else
     """
     if plot and not positions:
         raise RegraftError(
@@ -84,3 +86,34 @@ def evaluate(
     if plot:
         write_plot("positions.svg", plots.plot_positions(html.eval_rows(found)))
     return Outcome(found, lambda console: printing.print_evaluation(found, console))
+
+
+VERB = Verb(
+    evaluate,
+    examples=(
+        "regraft eval MODEL --baseline SOURCE",
+        "regraft eval MODEL --baseline SOURCE --tasks hellaswag,passkey --task-data DIR --limit 300",
+    ),
+    sections={
+        "baselines": (
+            "baseline",
+            "scratch",
+        ),
+        "perplexity": (
+            "data",
+            "windows",
+            "length",
+            "positions",
+            "plot",
+        ),
+        "benchmarks and recall": (
+            "tasks",
+            "task_data",
+            "limit",
+            "shots",
+            "lengths",
+            "batch",
+        ),
+        "output": ("json",),
+    },
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 
-from .outcome import Outcome
+from .verb import Outcome, Verb
 
 
 def generate(
@@ -25,6 +25,8 @@ def generate(
         tokens: at most this many new tokens
         temperature: 0 is greedy
         seed: of the sampling
+        chat: wrap the prompt in the model's chat template
+        json: print one JSON object on standard output and nothing else
     """
     from .. import modeling
     from ..modeling import generate as generating
@@ -42,3 +44,12 @@ def generate(
         print()
     print(f"regraft: {result.format_state_size()}", file=sys.stderr)
     return Outcome(asdict(result))
+
+
+VERB = Verb(
+    generate,
+    examples=(
+        'regraft generate MODEL "The capital of France is" --tokens 64',
+        'regraft generate MODEL "Name three rivers." --chat --temperature 0.7',
+    ),
+)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .outcome import Outcome
+from .verb import Outcome, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +62,10 @@ def grow(
         fit: for --width-init ligo: its options as JSON, such as {"steps": 100, "reads": "inverse", "batch": 16, "length": 256}
         seed: of fresh weights
         field: for --width-init ligo: key or column that holds the text
+        skip_bad: leave out lines of text that cannot be read, and count them
+        bridge: write the model as another class where its own cannot hold the sizes
+        overwrite: replace the output if it exists
+        json: print one JSON object on standard output and nothing else
     """
     import shutil
 
@@ -123,3 +127,45 @@ def grow(
         )
 
     return Outcome(made.to_dict() | {"out": out, "step0": step0}, show)
+
+
+VERB = Verb(
+    grow,
+    examples=(
+        "regraft grow SOURCE OUT --hidden 768 --ffn 2048 --layers 36",
+        "regraft grow SOURCE OUT --hidden 1152 --width-init tile --depth-init stack --layers 60",
+    ),
+    sections={
+        "sizes": (
+            "hidden",
+            "ffn",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "layers",
+            "to",
+        ),
+        "method": (
+            "width_init",
+            "depth_init",
+            "fold",
+            "noise",
+            "bridge",
+            "seed",
+        ),
+        "LiGO": (
+            "data",
+            "fit",
+            "field",
+            "skip_bad",
+        ),
+        "output": (
+            "dtype",
+            "optimizer_state",
+            "overwrite",
+            "json",
+        ),
+    },
+    resumes=True,
+    distributed=True,
+)

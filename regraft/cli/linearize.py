@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .outcome import Outcome
+from .verb import Outcome, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +62,9 @@ def linearize(
         overflow: a document longer than its row is carried on in the next row, or cut
         max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
+        skip_bad: leave out lines of text that cannot be read, and count them
+        overwrite: replace the output if it exists
+        json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
     from ..core.checkpoint import Checkpoint
@@ -124,3 +127,45 @@ def linearize(
         console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
 
     return Outcome(made.to_dict() | {"out": out, "method": method, "ledger": ledger}, show)
+
+
+VERB = Verb(
+    linearize,
+    examples=(
+        "regraft linearize SOURCE OUT --mixer gated_deltanet --keep every:4 --window 64 --sinks 4",
+        "regraft linearize SOURCE OUT --data text.jsonl --tokens 200000",
+    ),
+    sections={
+        "method": (
+            "method",
+            "mixer",
+            "keep",
+            "window",
+            "sinks",
+            "options",
+            "inherit",
+            "seed",
+        ),
+        "data": (
+            "data",
+            "field",
+            "overflow",
+            "skip_bad",
+            "max_tokens",
+            "cache",
+        ),
+        "training": (
+            "tokens",
+            "length",
+            "batch",
+            "spike_factor",
+            "track",
+        ),
+        "output": (
+            "overwrite",
+            "json",
+        ),
+    },
+    resumes=True,
+    distributed=True,
+)

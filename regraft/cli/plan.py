@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from .outcome import Outcome, check_unused_flags
+from .verb import Outcome, Verb, check_unused_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,6 +97,10 @@ def plan(
         tokens: to train on, such as 1B: says days
         share: of the GPU's peak that training is assumed to reach
         price: of one GPU for an hour: says the cost
+        bridge: write the model as another class where its own cannot hold the sizes
+        train: also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s, days, cost
+        checkpointing: recompute activations in the backward pass instead of keeping them
+        json: print one JSON object on standard output and nothing else
     """
     from ..core.checkpoint import Checkpoint
     from ..growth.sizes_to_steps import Growth
@@ -142,3 +146,56 @@ def plan(
         forecast.print_forecast(facts, console)
 
     return Outcome(made.to_dict() | {"train": facts}, show)
+
+
+VERB = Verb(
+    plan,
+    examples=(
+        "regraft plan SOURCE --mixer gated_deltanet",
+        "regraft plan SOURCE --mixer gated_deltanet --train --gpus 64 --tokens 1B --length 4096 --price 2.5",
+    ),
+    sections={
+        "linearize": (
+            "mixer",
+            "method",
+            "keep",
+            "window",
+            "sinks",
+            "options",
+            "inherit",
+        ),
+        "grow": (
+            "hidden",
+            "ffn",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "layers",
+            "to",
+            "width_init",
+            "depth_init",
+            "fold",
+            "noise",
+            "bridge",
+            "dtype",
+        ),
+        "FLOPs and state": (
+            "context",
+            "length",
+        ),
+        "training forecast": (
+            "train",
+            "stage",
+            "tokens",
+            "batch",
+            "gpus",
+            "gpu",
+            "memory",
+            "precision",
+            "checkpointing",
+            "share",
+            "price",
+        ),
+        "output": ("json",),
+    },
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .outcome import Outcome, experiment_outcome
+from .verb import Outcome, Verb, experiment_outcome
 
 
 def run(
@@ -20,6 +20,7 @@ def run(
         out: directory to write
         track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
         spike_factor: stop when the loss stays above this many times its running median; 0: never
+        json: print one JSON object on standard output and nothing else
     """
     from ..recipes import run as experiment
     from ..recipes import schema as settings
@@ -33,3 +34,14 @@ def run(
         ),
         out,
     )
+
+
+VERB = Verb(
+    run,
+    examples=(
+        "regraft run recipe.yaml OUT",
+        "regraft run recipe.yaml OUT --remix.keep none --stages.1.tokens 500000",
+    ),
+    resumes=True,
+    distributed=True,
+)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .outcome import Outcome, check_unused_flags
+from .verb import Outcome, Verb, check_unused_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..train.stage import Stage
 
 
 def train(
@@ -27,12 +30,9 @@ def train(
     lr_new: float | None = None,
     lr_mixer: float | None = None,
     lr_body: float | None = None,
-    mask_share: float = 0.15,
     layers: str = "all",
-    layer_drop: float = 0.0,
-    token_drop: float = 0.0,
     learn: Literal["all", "new", "lit"] = "all",
-    lit: dict[str, Any] | None = None,
+    stage_options: dict[str, Any] | None = None,
     heldout: str | None = None,
     every: int = 0,
     moments: str | None = None,
@@ -72,12 +72,10 @@ def train(
         lr_new: learning rate of weights that the source does not have
         lr_mixer: learning rate of inherited weights inside mixers
         lr_body: learning rate of all other weights, 0 to freeze them; 3e-5, or 3e-4 for a model without mixers
-        mask_share: share of the tokens that mask hides
         layers: all, bottom:N (the sub-model of the first N layers) or train:A-B (only these and the head learn)
-        layer_drop: largest probability that a layer is left out of a step
-        token_drop: share of the tokens that skip the middle layers
+        stage_options: rarer fields of the stage as JSON, in the words of a recipe's stage, such as {"mask_share": 0.15,
+            "layer_drop": 0.1, "token_drop": 0.15, "lit": {"window": 100, "tau": 0.01, "warmup": 40}}
         learn: all; new (what was copied from the source stays frozen); lit (the same until the loss hardly falls)
-        lit: when it hardly falls, as JSON: {"window": 100, "tau": 0.01, "patience": 1, "warmup": 40, "max_steps": 500}
         heldout: text or images to measure loss and accuracy on, before, after and every N steps
         every: this N, 0 for before and after alone
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
@@ -94,100 +92,213 @@ def train(
         overflow: a document longer than its row is carried on in the next row, or cut
         max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
+        checkpointing: recompute activations in the backward pass instead of keeping them
+        hybrid: under torchrun on several machines: shard inside a machine, the same model on each
+        keep_moments: write Adam's state as OUT/optimizer.safetensors
+        stream: matrix and align layer by layer: two layers in memory, whatever the depth
+        skip_bad: leave out lines of text that cannot be read, and count them
+        json: print one JSON object on standard output and nothing else
     """
     from pathlib import Path
 
+    from ..data.corpus import Text
     from ..progress import Ticker
-    from ..recipes import schema as settings
-    from ..report import tables
     from ..train import session, trackers
     from ..train.layerwise import session as layerwise
-    from ..train.lit import Lit
     from ..train.monitor import MonitorConfig
-    from ..train.stage import Stage
-    from ..train.teacher_cache import TeacherCacheConfig
 
-    trackers.import_trackers(track)
-
-    if not data or tokens < 1:
-        raise RegraftError(
-            f"train needs --data PATH and --tokens N >= 1: got data {data!r} and tokens {tokens}"
-        )
-    if every < 0 or (every and not heldout):
-        raise RegraftError(
-            f"--every {every} measures held-out rows every so many steps: give N >= 0 and --heldout PATH"
-        )
-    rates: dict[str, Any] = {"lr_new": lr_new, "lr_mixer": lr_mixer, "lr_body": lr_body}
-    rates = {key: rate for key, rate in rates.items() if rate is not None}
-    rates |= {
-        "mask_share": mask_share,
-        "layers": layers,
-        "layer_drop": layer_drop,
-        "token_drop": token_drop,
-    }
-    rates |= {
-        "precision": precision,
-        "learn": learn,
-        "lit": settings.build(lit or {}, "--lit", Lit),
-    }
-    asked = Stage(stage, tokens, length, batch, **rates)
-    begun = Path(moments) if moments else None
-    text = settings.Text(
-        data, field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens
+    given = locals()
+    trackers.import_trackers(
+        track
+    )  # a tracker that is not installed is an error now, not after hours
+    check_flags(given)
+    request = build_stage(given)
+    text = Text(
+        data or "", field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens
     )
-    options: dict[str, Any] = {
-        "heldout": heldout,
-        "every": every,
-        "moments": begun,
-        "keep_moments": keep_moments,
-    }
-    options |= {"save_seconds": save_seconds, "watching": MonitorConfig(track, spike_factor)}
-    kept = Path(cache) if cache else None
-    options |= {"micro": micro, "checkpointing": checkpointing, "hybrid": hybrid}
-    if not stream and (scratch or calibration):
-        raise RegraftError(
-            f"--scratch {scratch} and --calibration {calibration} are for --stream: add it, or omit them"
-        )
-    if stream and (heldout or moments or keep_moments or micro or checkpointing or hybrid):
-        raise RegraftError(
-            f"--stream {stage} holds no whole model: leave out --heldout, --moments, --keep-moments, --micro, "
-            "--checkpointing and --hybrid"
-        )
-    if stream and teacher_cache:
-        raise RegraftError(
-            f"--stream runs each layer of the teacher once: leave out --teacher-cache {teacher_cache}"
-        )
-    if teacher_cache:
-        options["keeping"] = TeacherCacheConfig.parse(
-            teacher_cache, teacher_cache_size, teacher_cache_kind
-        )
-    else:
-        check_unused_flags(
-            train,
-            locals(),
-            ("teacher_cache_size", "teacher_cache_kind"),
-            "give --teacher-cache DIR as well",
-        )
+    monitor = MonitorConfig(track, spike_factor)
+    cache_folder = Path(cache) if cache else None
+
     with Ticker() as ticker:
         if stream:
-            place, watching = Path(scratch) if scratch else None, options["watching"]
             result = layerwise.align_saved_model(
-                model, out, text, asked, teacher, seed, ticker, place, calibration, watching, kept
+                model,
+                out,
+                text,
+                request,
+                teacher,
+                seed,
+                ticker,
+                Path(scratch) if scratch else None,
+                calibration,
+                monitor,
+                cache_folder,
             )
         else:
             result = session.train_saved_model(
-                model, out, text, asked, teacher, seed, ticker, cache=kept, **options
+                model,
+                out,
+                text,
+                request,
+                teacher,
+                seed,
+                ticker,
+                cache=cache_folder,
+                heldout=heldout,
+                every=every,
+                moments=Path(moments) if moments else None,
+                keep_moments=keep_moments,
+                save_seconds=save_seconds,
+                watching=monitor,
+                micro=micro,
+                checkpointing=checkpointing,
+                hybrid=hybrid,
+                keeping=build_teacher_cache(given),
             )
+    return Outcome(result, lambda console: print_result(result, request, out, console))
 
-    def show(console: Console) -> None:
-        console.print(tables.training_table(result["summary"], result.get("start", ())))
-        console.print(
-            f"{result['tokens']:,} {asked.unit}, {result['flops']:.3g} FLOPs, {result['seconds']:.0f} s; wrote {out}",
-            soft_wrap=True,
-            highlight=False,
+
+def check_flags(given: Mapping[str, Any]) -> None:
+    """RegraftError for flags that contradict each other or that nothing would read.
+
+    Args:
+        given: the verb's arguments by name.
+    """
+    if not given["data"] or given["tokens"] < 1:
+        raise RegraftError(
+            f"train needs --data PATH and --tokens N >= 1: got data {given['data']!r} and tokens "
+            f"{given['tokens']}"
         )
-        if kept := result.get("teacher_cache"):
-            said = "teacher: {read:,} rows read, {computed:,} computed, {kept:,} kept, {refused:,} found no room"
-            console.print(said.format(**kept), highlight=False)
+    if given["every"] < 0 or (given["every"] and not given["heldout"]):
+        raise RegraftError(
+            f"--every {given['every']} measures held-out rows every so many steps: give N >= 0 and "
+            "--heldout PATH"
+        )
+    if not given["stream"]:
+        check_unused_flags(train, given, ("scratch", "calibration"), "give --stream as well")
+        return
 
-    return Outcome(result, show)
+    # Layer by layer there is never a whole model to measure, resume Adam's state of, or split over machines.
+    whole_model = ("heldout", "moments", "keep_moments", "micro", "checkpointing", "hybrid")
+    if any(given[name] for name in whole_model):
+        raise RegraftError(
+            f"--stream {given['stage']} holds no whole model: leave out --heldout, --moments, "
+            "--keep-moments, --micro, --checkpointing and --hybrid"
+        )
+    if given["teacher_cache"]:
+        raise RegraftError(
+            "--stream runs each layer of the teacher once: leave out --teacher-cache "
+            f"{given['teacher_cache']}"
+        )
+
+
+def build_stage(given: Mapping[str, Any]) -> Stage:
+    """The stage that the flags describe; RegraftError for a value that no stage has."""
+    from ..recipes.schema import build
+    from ..train.stage import Stage
+
+    rates = {name: given[name] for name in ("lr_new", "lr_mixer", "lr_body")}
+    fields = {name: rate for name, rate in rates.items() if rate is not None}
+    fields |= {name: given[name] for name in ("length", "batch", "layers", "precision", "learn")}
+    fields |= {"kind": given["stage"], "tokens": given["tokens"]}
+    options = given["stage_options"] or {}
+    if twice := sorted(set(options) & {*fields, *rates}):
+        flag = "--stage" if twice[0] == "kind" else f"--{twice[0].replace('_', '-')}"
+        raise RegraftError(
+            f"--stage-options has '{twice[0]}', which is a flag: give {flag} instead"
+        )
+    stage: Stage = build(fields | options, "--stage-options", Stage)
+    return stage
+
+
+def build_teacher_cache(given: Mapping[str, Any]) -> Any:
+    """The TeacherCacheConfig that the flags ask for, None without `--teacher-cache`."""
+    # No annotation: jsonargparse imports what this module imports for type checking, and that one needs torch.
+    from ..train.teacher_cache import TeacherCacheConfig
+
+    if not given["teacher_cache"]:
+        names = ("teacher_cache_size", "teacher_cache_kind")
+        check_unused_flags(train, given, names, "give --teacher-cache DIR as well")
+        return None
+    return TeacherCacheConfig.parse(
+        given["teacher_cache"], given["teacher_cache_size"], given["teacher_cache_kind"]
+    )
+
+
+def print_result(result: Mapping[str, Any], stage: Stage, out: str, console: Console) -> None:
+    """The table of stages, what training cost, and what the cache of teacher outputs did."""
+    from ..report import tables
+
+    console.print(tables.training_table(result["summary"], result.get("start", ())))
+    console.print(
+        f"{result['tokens']:,} {stage.unit}, {result['flops']:.3g} FLOPs, "
+        f"{result['seconds']:.0f} s; wrote {out}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if counts := result.get("teacher_cache"):
+        line = "teacher: {read:,} rows read, {computed:,} computed, {kept:,} kept, {refused:,} over the limit"
+        console.print(line.format(**counts), highlight=False)
+
+
+VERB = Verb(
+    train,
+    examples=(
+        "regraft train OUT TRAINED --data text.jsonl --teacher SOURCE --stage distil --tokens 200000",
+        "regraft train GROWN TRAINED --data text.jsonl --stage next --tokens 200000 --heldout heldout.txt --every 50",
+    ),
+    sections={
+        "data": (
+            "data",
+            "tokens",
+            "length",
+            "field",
+            "overflow",
+            "skip_bad",
+            "max_tokens",
+            "cache",
+        ),
+        "stage": (
+            "stage",
+            "learn",
+            "layers",
+            "stage_options",
+        ),
+        "teacher": (
+            "teacher",
+            "teacher_cache",
+            "teacher_cache_size",
+            "teacher_cache_kind",
+        ),
+        "optimisation": (
+            "batch",
+            "micro",
+            "lr_new",
+            "lr_mixer",
+            "lr_body",
+            "precision",
+            "checkpointing",
+            "spike_factor",
+            "moments",
+            "seed",
+        ),
+        "held-out measurement": (
+            "heldout",
+            "every",
+        ),
+        "layer by layer": (
+            "stream",
+            "scratch",
+            "calibration",
+        ),
+        "distributed": ("hybrid",),
+        "output": (
+            "keep_moments",
+            "save_seconds",
+            "track",
+            "json",
+        ),
+    },
+    resumes=True,
+    distributed=True,
+)

@@ -139,13 +139,13 @@ CASES = [
     ("mask", {"length": 80}, "rows of 80 tokens are longer than the model's"),
     ("next", {"stage": "mask"}, "Qwen2ForCausalLM has no head for 'mask'"),
     ("mask", {"stage": "next"}, "RobertaForMaskedLM has no head for 'next'"),
-    ("mask", {"mask-share": 1.5}, "mask_share is 1.5"),
+    ("mask", {"stage-options": '{"mask_share": 1.5}'}, "mask_share is 1.5"),
     ("next", {"batch": 0}, "0 rows of 64"),
     ("next", {"every": 3}, "--every 3 .* --heldout PATH"),
     ("next", {"moments": "nowhere.safetensors"}, "no optimiser state at 'nowhere.safetensors'"),
     ("next", {"layers": "bottom:9"}, "layers 'bottom:9' of a model with layers 0 to 2"),
     ("next", {"layers": "top:2"}, "layers is 'top:2'"),
-    ("next", {"layer-drop": 1}, "give shares from 0, below 1"),
+    ("next", {"stage-options": '{"layer_drop": 1}'}, "give shares from 0, below 1"),
     ("image", {"tokens": 2}, "has 2 images, less than one step of 4 x 1"),
 ]
 

@@ -313,7 +313,7 @@ def test_a_failed_arm_does_not_stop_the_others(tmp_path, text, capsys):
 
 
 def test_transplant_keeps_the_old_corner(tmp_path):
-    from models import tiny
+    from helpers.tiny import tiny
 
     tiny("gpt_neox")[1].save_pretrained(tmp_path)
     source = Checkpoint.open(tmp_path)

@@ -141,7 +141,7 @@ def test_another_operator_gives_another_page(
 
 def test_what_has_no_word_is_refused(gallery: ModuleType) -> None:
     with pytest.raises(RegraftError, match=r"takes \[7\] of \[5, 6, 7, 8\]"):
-        gallery.reached([5, 6, 7, 8], 4, lambda size: axes.tile(7, size))
+        gallery.describe_sizes([5, 6, 7, 8], 4, lambda size: axes.tile(7, size))
     drawn = news(gallery.on_units("split"))["down"]
     with pytest.raises(RegraftError, match="mixes"):
         drawn.lines(drawn.noisy + np.indices(drawn.kinds.shape)[0])

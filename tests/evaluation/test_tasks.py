@@ -478,7 +478,7 @@ def test_the_same_baseline_is_measured_once(source, tmp_path):
 
 
 def test_scratch_must_read_the_same_tokens(linearized, tmp_path):
-    from models import tiny
+    from helpers.tiny import tiny
 
     tiny("llama", vocab=77)[1].save_pretrained(tmp_path / "other")
     with pytest.raises(RegraftError, match="77 tokens where the model has 259"):

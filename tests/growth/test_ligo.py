@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from regraft import modeling
 from regraft.checks import growth as parity
-from regraft.cli import main as cli
+from regraft.cli.main import main as cli
 from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Images, Packed
@@ -277,7 +277,7 @@ def test_fitting_learns_and_folds_into_what_it_learned(
         tmp_path, family, **({"tie_word_embeddings": False} if options.get("reads") else {})
     )
     growth = Growth(
-        hidden=2 * source.sizes["hidden"], ffn=2 * source.sizes["ffn"], layers=5, how="ligo"
+        hidden=2 * source.sizes["hidden"], ffn=2 * source.sizes["ffn"], layers=5, width_init="ligo"
     )
     method, stage, rows = Ligo(steps=12, lr=1e-2, **options), stage_for(family), rows_for(family)
     losses: list[float] = []
@@ -324,7 +324,7 @@ def test_a_killed_fitting_goes_on_with_the_same_losses(
     family: str, options: dict, tmp_path: Path
 ) -> None:
     source = saved(tmp_path, family)
-    growth = Growth(hidden=2 * source.sizes["hidden"], layers=5, how="ligo")
+    growth = Growth(hidden=2 * source.sizes["hidden"], layers=5, width_init="ligo")
     method, stage, rows, out = (
         Ligo(steps=6, **options),
         stage_for(family),
@@ -401,7 +401,7 @@ def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
 def test_maps_are_fitted_behind_a_bridge(family: str, to: str, tmp_path: Path) -> None:
     source = saved(tmp_path, family)
     growth = Growth(
-        hidden=source.sizes["hidden"] + 7, layers=5, how="ligo", bridge=True
+        hidden=source.sizes["hidden"] + 7, layers=5, width_init="ligo", bridge=True
     )  # no multiple of the heads
     losses: list[float] = []
     method = Ligo(steps=8, reads="inverse", **STILL)
@@ -435,7 +435,7 @@ def test_maps_are_fitted_behind_a_bridge(family: str, to: str, tmp_path: Path) -
 
 def test_micro_batches_learn_what_the_whole_batch_does(tmp_path: Path) -> None:
     source, rows, stage = saved(tmp_path, "llama"), rows_for("llama"), stage_for("llama")
-    growth, method = Growth(hidden=72, layers=4, how="ligo"), Ligo(steps=3)
+    growth, method = Growth(hidden=72, layers=4, width_init="ligo"), Ligo(steps=3)
     whole, parts = (fit_maps(source, growth, method, stage, rows, micro=micro) for micro in (4, 1))
     for name, value in whole.maps.items():
         assert torch.allclose(value, parts.maps[name], atol=2e-4), name
@@ -454,7 +454,7 @@ def test_large_maps_are_mixed_a_layer_at_a_time(
 
 
 def test_no_steps_keep_the_start(tmp_path: Path) -> None:
-    source, growth = saved(tmp_path, "llama"), Growth(hidden=72, layers=4, how="ligo")
+    source, growth = saved(tmp_path, "llama"), Growth(hidden=72, layers=4, width_init="ligo")
     learned = fit_maps(source, growth, Ligo(steps=0), stage_for("llama"), rows_for("llama"))
     assert furthest(learned(source), growth(source)) == 0.0 and learned.cost["flops"] == 0
 

@@ -91,15 +91,15 @@ def test_auto_is_the_operators_that_it_stands_for(
     sizes = {"hidden": 2 * before.sizes["hidden"], "ffn": 60, "layers": 5}
     width, deep = stands
     ours, theirs = (
-        Growth(**sizes, how="auto")(before),
-        Growth(**sizes, how=width, depth_init=deep)(before),
+        Growth(**sizes, width_init="auto")(before),
+        Growth(**sizes, width_init=width, depth_init=deep)(before),
     )
     assert all(
         torch.equal(lazy.read(), theirs.tensors[key].read()) for key, lazy in ours.tensors.items()
     )
-    assert Growth(**sizes, how="auto").is_exact(before) == (width != "copy")
-    stacked = Growth(**sizes, how="auto", depth_init="stack")
-    assert not stacked.is_exact(before) and stacked.resolve_auto(before).how == "pad"
+    assert Growth(**sizes, width_init="auto").is_exact(before) == (width != "copy")
+    stacked = Growth(**sizes, width_init="auto", depth_init="stack")
+    assert not stacked.is_exact(before) and stacked.resolve_auto(before).width_init == "pad"
     assert not Growth(to="there", depth_init="stack").is_exact(before)
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from regraft.recipes import schema as settings
 
-RECIPES = Path(settings.__file__).parent / "recipes"
+RECIPES = Path(settings.__file__).parent
 
 
 LLAMA = {

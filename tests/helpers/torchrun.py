@@ -77,7 +77,7 @@ def train_ligo_maps(models: Path, out: Path) -> dict[str, Any]:
     def note(step: int, steps: int, row: dict[str, float]) -> None:
         losses.append(row["loss"])
 
-    growth = Growth(hidden=source.sizes["hidden"] + 9, layers=source.layers + 1, how="ligo")
+    growth = Growth(hidden=source.sizes["hidden"] + 9, layers=source.layers + 1, width_init="ligo")
     stage = Stage("next", BATCH * LENGTH, **SIZE)
     learned = fit_ligo.fit_maps(
         source, growth, Ligo(steps=STEPS), stage, rows, micro=2, progress=note

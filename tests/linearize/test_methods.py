@@ -17,6 +17,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evaluation.baselines import remix_of
 from regraft.linearize import methods
+from regraft.linearize.method import expand_method
 from regraft.recipes import schema
 from regraft.train import loop
 
@@ -145,7 +146,7 @@ def test_a_recipe_may_name_a_method(tmp_path: Path) -> None:
         0
     ].tokens == 2048
     with pytest.raises(RegraftError, match="needs tokens"):
-        schema.build(methods.method.filled({"source": "m", "train": [], "method": "auto"}))
+        schema.build(expand_method({"source": "m", "train": [], "method": "auto"}))
 
 
 def test_wrong_use(folder: Path, tmp_path: Path, capsys) -> None:

@@ -88,7 +88,9 @@ def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(
         (made - wanted).norm() ** 2 / wanted.norm() ** 2
         for layer, target in zip((0, 2), norms, strict=True)
         for made, wanted in zip(
-            model.slots()[layer].mixer.matrix(records[layer].inputs, records[layer].mixing(None)),
+            model.slots()[layer].mixer.matrix(
+                records[layer].inputs, records[layer].mixer_context(None)
+            ),
             target,
             strict=True,
         )

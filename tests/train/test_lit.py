@@ -227,6 +227,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "--stage",
         "next",
     ]
-    train += ["--tokens", 128, "--length", 32, "--learn", "lit", "--lit"]
-    assert "widow" in refused(capsys, *train, '{"widow": 2}')
-    assert as_json(capsys, *train, '{"window": 2, "max_steps": 2}')["stages"][0]["unfrozen"] == 2
+    train += ["--tokens", 128, "--length", 32, "--learn", "lit", "--stage-options"]
+    assert "widow" in refused(capsys, *train, '{"lit": {"widow": 2}}')
+    assert (
+        as_json(capsys, *train, '{"lit": {"window": 2, "max_steps": 2}}')["stages"][0]["unfrozen"]
+        == 2
+    )

@@ -152,7 +152,8 @@ def test_align_gradient_is_that_of_the_layer_alone(
     with record_layers(slots, [1, 2], records.__setitem__):
         run_decoder(teacher, rows.input_ids, rows.position_ids)
     errors = [
-        output_error(model.slots()[i].mixer, records[i], records[i].mixing(None)) for i in (1, 2)
+        output_error(model.slots()[i].mixer, records[i], records[i].mixer_context(None))
+        for i in (1, 2)
     ]
     assert loss == pytest.approx(float(sum(errors).detach()) / 2, rel=1e-5)
     model.zero_grad()
@@ -207,7 +208,7 @@ def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix
     def errors() -> list[float]:
         with torch.no_grad():
             return [
-                float(output_error(model.slots()[i].mixer, held[i], held[i].mixing(None)))
+                float(output_error(model.slots()[i].mixer, held[i], held[i].mixer_context(None)))
                 for i in (1, 2)
             ]
 

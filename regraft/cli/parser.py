@@ -1,0 +1,178 @@
+"""The command line as a parser, made from the verbs' signatures and docstrings; imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+
+from ..errors import RegraftError
+from . import bench, check, compare, demo, evaluate, generate, grow, linearize, plan, run, train
+from .messages import explain_parser_error
+from .verb import Verb
+
+VERBS: dict[str, Verb] = {
+    "plan": plan.VERB,
+    "grow": grow.VERB,
+    "linearize": linearize.VERB,
+    "check": check.VERB,
+    "train": train.VERB,
+    "eval": evaluate.VERB,
+    "generate": generate.VERB,
+    "bench": bench.VERB,
+    "run": run.VERB,
+    "compare": compare.VERB,
+    "demo": demo.VERB,
+}
+
+
+class Parser(ArgumentParser):
+    """A parser whose help has one section for each group of flags, and examples at the end.
+
+    Python says kv_heads where the command line says `--kv-heads`: `normalize_flags` takes either, help shows dashes.
+    """
+
+    verb: Verb | None = None
+
+    def format_help(self) -> str:
+        """The help text: usage, sections, examples."""
+        text = self._format_sections(self.verb) if self.verb else super().format_help()
+        return re.sub(r"(?<=--)[a-z_]+", lambda name: name[0].replace("_", "-"), text)
+
+    def _format_sections(self, verb: Verb) -> str:
+        by_name = {action.dest: action for action in self._actions}
+        required = [action for action in self._actions if not action.option_strings]
+        sections: dict[str, list[argparse.Action]] = {"arguments": required}
+        for title, names in verb.sections.items():
+            sections[title] = [by_name[name] for name in names]
+        listed = {id(action) for actions in sections.values() for action in actions}
+        rest = [action for action in self._actions if id(action) not in listed]
+        sections["other" if verb.sections else "options"] = rest
+
+        formatter = self.formatter_class(prog=self.prog)
+        words = " ".join(action.dest.upper() for action in required)
+        formatter.add_text(f"usage: {self.prog.replace(' [options]', '')} {words} [options]")
+        formatter.add_text(self.description)
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return (
+            formatter.format_help()
+            + "\nexamples:\n"
+            + "".join(f"  {example}\n" for example in verb.examples)
+        )
+
+
+def normalize_flags(words: Sequence[str]) -> list[str]:
+    """Flags as the parser knows them: underscores inside names."""
+    return [
+        re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+        for word in words
+    ]
+
+
+def build_parser() -> ArgumentParser:
+    """The whole command line, from the verbs' signatures and docstrings."""
+    parser = Parser(
+        prog="regraft",
+        exit_on_error=False,
+        description="Reuse pretrained Hugging Face weights in a different architecture: grow a model without "
+        "changing its outputs, or linearize its attention.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subcommands(dest="verb", required=False, metavar="VERB")
+    for name, verb in VERBS.items():
+        commands.add_subcommand(name, build_verb_parser(verb), help=verb.summary)
+    return parser
+
+
+def build_verb_parser(verb: Verb) -> Parser:
+    """The parser of one verb.
+
+    jsonargparse would want a value behind a flag of a bool, and every parameter with a default as a flag: these two
+    kinds are added here, with the help of the verb's docstring.
+    """
+    parser = Parser(exit_on_error=False, description=verb.summary)
+    parser.verb = verb
+    parameters = inspect.signature(verb.function).parameters.values()
+    described = docstring_parser.parse(verb.function.__doc__ or "").params
+    helps = {parameter.arg_name: parameter.description or "" for parameter in described}
+
+    switches = sorted(parameter.name for parameter in parameters if parameter.default is False)
+    optional_places = [
+        parameter
+        for parameter in parameters
+        if parameter.name == "out" and parameter.default is not parameter.empty
+    ]
+    for parameter in optional_places:
+        parser.add_argument(
+            parameter.name, nargs="?", default=parameter.default, help=helps[parameter.name]
+        )
+    skip = {*switches, *(parameter.name for parameter in optional_places), "overrides"}
+    parser.add_function_arguments(verb.function, as_positional=True, skip=skip)
+    for switch in switches:
+        parser.add_argument(f"--{switch}", action="store_true", help=helps[switch])
+    return parser
+
+
+def split_overrides(verb: Verb, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--key.sub VALUE` and `--key.sub=VALUE` of recipes out of a command line.
+
+    The verb's own flags stay, those with a value together with it.
+
+    Args:
+        verb: a verb that takes overrides.
+        words: the command line behind the verb.
+    """
+    parameters = inspect.signature(verb.function).parameters
+    flags = {f"--{name.replace('_', '-')}": one.default for name, one in parameters.items()}
+    switches = {"--help", "-h", *(flag for flag, default in flags.items() if default is False)}
+    valued = set(flags) - switches
+
+    rest, overrides, queue = [], {}, list(words)
+    while queue:
+        word = queue.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag in valued:
+            rest += [word] if equals else [word, *queue[:1]]
+            queue = queue if equals else queue[1:]
+        elif not word.startswith("--") or word in switches:
+            rest.append(word)
+        elif not equals and not queue:
+            raise RegraftError(f"override {flag} has no value: write {flag} VALUE")
+        else:
+            overrides[flag[2:]] = value if equals else queue.pop(0)
+    return rest, overrides
+
+
+def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The verb of a command line and its arguments; `version` for `--version`. RegraftError on wrong use."""
+    words = list(words)
+    overrides: dict[str, str] = {}
+    verb = VERBS.get(words[0]) if words else None
+    if verb and verb.takes_overrides:
+        words[1:], overrides = split_overrides(verb, words[1:])
+
+    try:
+        namespace = build_parser().parse_args(normalize_flags(words))
+    except argparse.ArgumentError as error:
+        see = f"regraft {words[0]} --help" if verb else "regraft --help"
+        raise RegraftError(
+            f"{explain_parser_error(str(error), words, VERBS)}; see: {see}"
+        ) from error
+    if namespace.version:
+        return "version", {}
+    if namespace.verb is None:
+        raise RegraftError(
+            f"no verb given (got {words}): use one of {', '.join(VERBS)}; see: regraft --help"
+        )
+    arguments = namespace[namespace.verb].as_dict()
+    if verb and verb.takes_overrides:
+        arguments["overrides"] = overrides
+    return namespace.verb, arguments
