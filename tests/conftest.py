@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"  # as the command line has it before libraries are imported
 
 import pytest  # noqa: E402  # the variables must be set before torch is imported
+
+pytest.register_assert_rewrite("helpers")
 import torch  # noqa: E402
 from helpers.tiny import save_model
 
