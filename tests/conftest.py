@@ -12,7 +12,7 @@ import pytest  # noqa: E402  # the variables must be set before torch is importe
 
 pytest.register_assert_rewrite("helpers")
 import torch  # noqa: E402
-from helpers.tiny import save_model
+from helpers.tiny import save_model  # noqa: E402
 
 from regraft.core.checkpoint import Checkpoint  # noqa: E402
 from regraft.mixers.remix import Remix  # noqa: E402

@@ -42,7 +42,7 @@ def explain_unknown_flag(message: str, words: Sequence[str], verb: Verb | None) 
     flag = as_typed.split(" ", 1)[0]
 
     # A required argument written as a flag: `generate MODEL --prompt x`.
-    places = verb.required if verb else []
+    places = verb.positional if verb else []
     if flag[2:] in places:
         order = " ".join(name.upper() for name in places)
         return f"unknown flag {flag}: it is given by its place, regraft {words[0]} {order}"

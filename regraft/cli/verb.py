@@ -55,7 +55,7 @@ class Verb:
         return (self.function.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
     @property
-    def required(self) -> list[str]:
+    def positional(self) -> list[str]:
         """Parameters given by their place."""
         parameters = inspect.signature(self.function).parameters
         return [name for name, one in parameters.items() if one.default is one.empty]
