@@ -6,10 +6,14 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test lint format demo clean
+.PHONY: test test-wheel lint format demo docs clean
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The wheel alone, in a fresh environment.
+test-wheel: .venv/.ready
+	$(BIN)/python tests/wheel.py --torch-args "$(TORCH_ARGS)"
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -28,7 +32,7 @@ demo: .venv/.ready
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'regraft needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=/path/to/python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,compare,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,compare,docs,dev]"
 	touch $@
 
 clean:

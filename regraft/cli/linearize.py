@@ -42,8 +42,10 @@ def linearize(
     Args:
         source: model directory or GGUF file
         out: directory to write; a training that was stopped goes on with the same command
-        method: a published way, or auto, ours (an unknown name lists them); the flags below change what it says
-        mixer: the token mixer, such as gated_deltanet, gla, retnet or window; README.md has the list
+        method: a published method, or auto (ours): auto, hypenet, liger, lolcats, mambainllama, mohawk, radlads, supra,
+            supra_fitted, t2r, taylor or xatl; the flags below override its settings
+        mixer: the token mixer: gated_deltanet, gla, hedgehog, lightning, lolcats, mamba, mamba2, retnet, rwkv6, supra,
+            t2r or window
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or chosen by measurement:
             bypass, halo, recall or restore with a number or share of layers, such as restore:8 or recall:25%, which
             auto has where --data is given (every:4 otherwise)

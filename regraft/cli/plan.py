@@ -82,7 +82,7 @@ def plan(
         layers: number of layers
         to: a directory whose config.json gives all sizes
         width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
-            copy starts all that is new at random; auto takes what trained best in docs/comparison.md; ligo learns width
+            copy starts all that is new at random; auto takes what trained best in our comparisons; ligo learns width
             and depth from --data
         depth_init: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
