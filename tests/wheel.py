@@ -1,9 +1,11 @@
-"""A wheel of this checkout, installed alone in a fresh environment, does what the README's first commands do.
+"""A wheel of this checkout, installed alone in a fresh environment, does what the README's first
+commands do.
 
     python tests/wheel.py [--torch-args "--index-url URL"]
 
-Builds the wheel, installs it with nothing but its own dependencies (torch first, from wherever pip finds it), makes a
-tiny model with stock transformers, and runs plan, grow, check and linearize on it from another folder.
+Builds the wheel, installs it with nothing but its own dependencies (torch first, from wherever pip
+finds it), makes a tiny model with stock transformers, and runs plan, grow, check and linearize on
+it from another folder.
 """
 
 from __future__ import annotations

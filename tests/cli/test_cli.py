@@ -1,4 +1,6 @@
-"""The command line's contract: exit codes, one line on wrong use, JSON alone on standard output, resuming."""
+"""The command line's contract: exit codes, one line on wrong use, JSON alone on standard output,
+resuming.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def recipe(folder, tmp_path):
 
 
 def start(*words: object) -> subprocess.Popen:
-    """The command as a process of its own, which hears Ctrl-C even where this one was started to ignore it."""
+    """The command as a process of its own, which hears Ctrl-C even where this one was started to
+    ignore it.
+    """
     command = [sys.executable, "-m", "regraft", *map(str, words)]
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -273,7 +277,8 @@ def test_a_number_where_a_recipe_wants_text_is_text(recipe):
 def test_recipe_from_python(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from regraft.recipes.schema import Recipe, Text\ndef small():\n    return Recipe('m', [Text('t')], seed=3)\n"
+        "from regraft.recipes.schema import Recipe, Text\ndef small():\n    return Recipe('m',"
+        " [Text('t')], seed=3)\n"
     )
     assert schema.load(f"{file}:small", {"seed": "4"}).seed == 4
     with pytest.raises(RegraftError, match="must be a function that returns a Recipe"):
@@ -388,7 +393,9 @@ def test_help_has_sections_examples_and_no_file_of_the_repository(verb, capsys):
 
 
 def test_names_of_flags_are_names_of_parameters():
-    """`--kv-heads` is kv_heads: the parser is made from the signature, so a flag cannot differ from its parameter."""
+    """`--kv-heads` is kv_heads: the parser is made from the signature, so a flag cannot differ from
+    its parameter.
+    """
     for verb in cli_parser.VERBS.values():
         known = {action.dest for action in cli_parser.build_verb_parser(verb)._actions}
         wanted = set(verb.positional) | set(verb.optional) - {"overrides"}

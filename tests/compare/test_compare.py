@@ -1,4 +1,6 @@
-"""`regraft compare`: savings from known curves, recipes, a tiny comparison end to end, killed and gone on with."""
+"""`regraft compare`: savings from known curves, recipes, a tiny comparison end to end, killed and
+gone on with.
+"""
 
 from __future__ import annotations
 
@@ -337,11 +339,17 @@ def test_transplant_keeps_the_old_corner(tmp_path):
     [
         ("regraft: no text\nTraceback\nRuntimeError: later", "no text"),
         (
-            "[rank1]: RuntimeError: closed by peer\nraise ChildFailedError(\nx.errors.ChildFailedError: \n=====",
+            (
+                "[rank1]: RuntimeError: closed by peer\nraise"
+                " ChildFailedError(\nx.errors.ChildFailedError: \n====="
+            ),
             "closed by",
         ),
         (
-            "x.errors.ChildFailedError:\n  traceback : Signal 11 (SIGSEGV) received by PID 7\n=====",
+            (
+                "x.errors.ChildFailedError:\n  traceback : Signal 11 (SIGSEGV) received by PID"
+                " 7\n====="
+            ),
             "Signal 11",
         ),
         ("what else", "what else"),

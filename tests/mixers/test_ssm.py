@@ -1,4 +1,6 @@
-"""State-space mixers: transformers' own Mamba and Mamba-2 with the same weights, the scan, starts, both layouts."""
+"""State-space mixers: transformers' own Mamba and Mamba-2 with the same weights, the scan, starts,
+both layouts.
+"""
 
 from __future__ import annotations
 
@@ -170,7 +172,10 @@ def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
     [
         (
             Remix("mamba"),
-            r"'mamba' with layout 'own' has an output projection of its own.*\"attention\".*--window 0",
+            (
+                r"'mamba' with layout 'own' has an output projection of its"
+                r" own.*\"attention\".*--window 0"
+            ),
         ),
         (Remix("mamba2", options={"head_dim": 9}), "'mamba2' with layout 'own'"),
         (

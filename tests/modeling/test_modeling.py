@@ -1,4 +1,6 @@
-"""One class for all hosts: cached equals uncached, generation in every mode, save and load, loading without regraft."""
+"""One class for all hosts: cached equals uncached, generation in every mode, save and load, loading
+without regraft.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Low-rank additions: the same losses as with layers that hold them, nothing else moves, a resumed run is the same."""
+"""Low-rank additions: the same losses as with layers that hold them, nothing else moves, a resumed
+run is the same.
+"""
 
 from __future__ import annotations
 

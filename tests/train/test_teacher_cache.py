@@ -1,4 +1,6 @@
-"""A teacher behind a cache: the losses of one that runs, no second forward, a size that holds, damage that heals."""
+"""A teacher behind a cache: the losses of one that runs, no second forward, a size that holds,
+damage that heals.
+"""
 
 from __future__ import annotations
 
