@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .fsdp import distribute_like, local_part, replicate_like, shard_like
-from .stage import LOW_RANK
 
+LOW_RANK = "low_rank"  # the name of the additions as a submodule of the model
 SCALE = 2.0  # alpha / rank, as LoLCATs (arXiv 2410.10254) and Liger (arXiv 2503.01496) have it
 
 
