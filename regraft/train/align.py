@@ -73,6 +73,7 @@ def matrix_step(
     if isinstance(teacher, CachedTeacher):
         # Matrices are not cached: they are larger than what they are computed from.
         teacher, teacher_slots = teacher.model, teacher.slots
+
     with output_attention_weights(teacher):
         return train_mixers_step(
             model, teacher, teacher_slots, as_single_documents(rows), fast, matrix_loss, weight

@@ -220,11 +220,13 @@ def choose_half_lives(
     """
     linear = linear_branch(mixer)
     states = candidates.shape[1]
+
     errors = []
     for half_lives in candidates:
         linear.set_half_lives(half_lives)
         left = solve_value_maps(mixer, records, segments, gates)[1].amin(0)  # (maps,)
         errors.append(left.unflatten(0, (states, -1)).sum(1))  # a state may serve several maps
+
     best = torch.stack(errors).argmin(0)  # of (candidates, states)
     linear.set_half_lives(candidates.gather(0, best[None])[0])
 

@@ -208,6 +208,7 @@ class StageTrainer:
         entry["flops_per_step"] = entry["flops"] // state.step
         entry["seconds"] += result.seconds
 
+        # A run that stops here leaves no row, and no checkpoint, of this step.
         check_divergence(
             state.trend,
             run.jump,

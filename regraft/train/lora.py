@@ -36,6 +36,7 @@ class LoraWeights(nn.Module):
         super().__init__()
         self.weights = dict(weights)
         self.base, self.a, self.b = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+
         for name, weight in weights.items():
             key = name.replace(".", "/")  # a module's parameter must have no dot in its name
             rows, columns = weight.shape
@@ -100,6 +101,8 @@ def attach_lora(
     weights = {name: model.get_parameter(name) for name in names}
     lora = LoraWeights(weights, rank, torch.Generator().manual_seed(seed))
     model.add_module(LOW_RANK, lora)
+
+    # A resumed stage goes on from its base: the model's weights already have the additions in them.
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
             if (key := f"model/{LOW_RANK}.{name}") in stored:

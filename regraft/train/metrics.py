@@ -85,6 +85,7 @@ def build_step_row(
         "seconds": round(totals["seconds"], 3),
         "flops": totals["flops"],
     }
+
     speed = compute_throughput(result.tokens, result.flops, result.seconds, peak_flops)
     return cast(StepRow, row | {**speed})
 

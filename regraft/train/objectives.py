@@ -135,10 +135,12 @@ def build_targets(
     check_rows(model, kind, rows)
     if isinstance(rows, Images):
         return rows, rows.labels
+
     if kind == "next":
         # The first token of a document does not follow from the one before it.
         starts = rows.position_ids[:, 1:] == 0
         return rows, rows.input_ids[:, 1:].masked_fill(starts, IGNORED)
+
     ids, labels = mask_tokens(rows, model.config.vocab_size, mask_share, generator)
     return replace(rows, input_ids=ids), labels
 

@@ -53,6 +53,7 @@ def parameter_groups(
         frozen: ids of parameters that do not learn.
     """
     has_mixers = isinstance(model, RegraftForCausalLM)
+
     # Origins are read from the mixers' own tables, never guessed from names.
     origins = parameter_origins(model) if has_mixers else {}
     if stage.rank:

@@ -109,6 +109,8 @@ def check_mixer_options(model: PreTrainedModel, stage: Stage) -> None:
     """RegraftError when a stage needs mixers that the model does not have."""
     is_linearized = isinstance(model, RegraftForCausalLM)
     name = type(model).__name__
+
+    # What learns: mixers alone, what is new, or low-rank additions to a mixer's projections.
     if stage.kind in LAYERWISE and not is_linearized:
         raise RegraftError(
             f"stage '{stage.kind}' fits mixers, which a {name} has not: linearize it first"
@@ -121,6 +123,8 @@ def check_mixer_options(model: PreTrainedModel, stage: Stage) -> None:
         raise RegraftError(
             f"rank {stage.rank} adds to projections inside mixers, and there are none: give 0"
         )
+
+    # Only a gated layer has a linear branch beside its window.
     if stage.window_drop and not any(isinstance(part, GatedMixer) for part in model.modules()):
         raise RegraftError(
             f"window_drop {stage.window_drop} leaves windows out, and no layer has one: "

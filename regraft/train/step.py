@@ -1,4 +1,4 @@
-"""One training step: this process's share of a batch, in micro-batches, weighted to sum up to it."""
+"""One training step: this process's share of a batch, micro-batch by micro-batch."""
 
 from __future__ import annotations
 
