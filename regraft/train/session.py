@@ -66,13 +66,9 @@ def calibrate_once(
         return None
     if not file.exists():
         begin = time.monotonic()
-
-        def report_progress(done: int, total: int) -> None:
-            ticker.update(done / total, "calibrating")
-
         with flops.build_flop_counter() as counter:
             for _ in calibrate(
-                modeling.slots(student), teacher, list(teacher_slots), batches, report_progress
+                modeling.slots(student), teacher, list(teacher_slots), batches, ticker.update
             ):
                 pass
         work.mkdir(parents=True, exist_ok=True)

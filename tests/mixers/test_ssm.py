@@ -24,7 +24,7 @@ from regraft.mixers.base import Attention, MixerContext, create_initial_tensor
 from regraft.mixers.remix import Remix
 from regraft.mixers.ssm import naive_scan, scan
 from regraft.train.calibrate import calibrate
-from regraft.train.stage import parameter_origins
+from regraft.train.optimizer import parameter_origins
 
 HIDDEN = 24
 ATTENTION = Attention(hidden=HIDDEN, kv=2, group=1, dim=12, scale=1.0)

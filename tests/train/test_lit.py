@@ -24,7 +24,8 @@ from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.lit import Lit, LitState
-from regraft.train.stage import Stage, parameter_origins
+from regraft.train.optimizer import parameter_origins
+from regraft.train.stage import Stage
 
 # r_k of XATL's 410M RetNet runs at 10k, 15k, ... steps, read off the authors' plots, and where they
 # unfroze.

@@ -35,9 +35,11 @@ from regraft.train.calibrate import (
     gate_candidates,
     output_error,
 )
+from regraft.train.distill import distil_step
 from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 from regraft.train.kl import head_kl
-from regraft.train.stage import Stage, distil_step, parameter_groups
+from regraft.train.optimizer import parameter_groups
+from regraft.train.stage import Stage
 
 REMIX = Remix("gated_deltanet", "0", window=8, sinks=2)
 

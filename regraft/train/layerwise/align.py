@@ -18,12 +18,13 @@ from ...io.linux import return_freed_memory
 from ...mixers.base import Attention, Mixer
 from ...mixers.registry import build
 from ...modeling.flops import build_flop_counter as counted
-from .. import loop, throughput
+from .. import throughput
 from ..align import as_single_documents, matrix_loss, output_attention_weights, output_loss
 from ..calibrate import calibrate_layer
 from ..divergence import LossTrend, check_divergence
 from ..hooks import LayerRecord
-from ..stage import build_groups, mixer_parameter_origins
+from ..ledger import sum_costs
+from ..optimizer import build_groups, mixer_parameter_origins
 from .activations import ActivationStore
 from .one_layer_model import OneLayerModel
 from .state import (
@@ -51,7 +52,7 @@ def align(run: LayerwiseRun) -> tuple[Checkpoint, dict[str, Any]]:
     ledger = {
         "stages": [state.entry],
         "start": [state.start] * bool(state.start),
-        **loop.totals([state.entry]),
+        **sum_costs([state.entry]),
     }
     return build_trained_checkpoint(run, ledger), ledger
 

@@ -19,8 +19,9 @@ from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
 from ...io.files import append_json_line, read_json, replace_file, write_json, write_text
-from .. import loop
 from ..divergence import LossSpikeConfig
+from ..precision import bfloat16_is_faster
+from ..run import StepCallback
 from ..stage import LAYERWISE, Stage
 
 FOLDER = "stream"
@@ -47,7 +48,7 @@ class LayerwiseRun:
     calibration: int = 0
     scratch: Path | None = None
     keep: str = "float32"
-    progress: loop.Progress = lambda stage, step, steps, row: None
+    progress: StepCallback = lambda stage, step, steps, row: None
     jump: LossSpikeConfig = LossSpikeConfig()
     track: Callable[[dict[str, Any]], None] = lambda row: None
     device: torch.device = field(default_factory=distributed.device)
@@ -127,7 +128,7 @@ class LayerwiseState:
         if facts is None:
             fast = run.stage.precision == "bfloat16"
             if run.stage.precision == "auto":
-                fast = distributed.broadcast(loop.bfloat16_is_faster(run.device.type))
+                fast = distributed.broadcast(bfloat16_is_faster(run.device.type))
             precision = "bfloat16" if fast else "float32"
             head = {"stage": 0, "kind": run.stage.kind, "precision": precision, "streamed": True}
             begun = {
