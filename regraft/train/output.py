@@ -12,8 +12,12 @@ from filelock import FileLock, Timeout
 
 from .. import distributed
 from ..errors import RegraftError
+from . import trackers
 
-RUN = "run"  # what a run keeps in its output folder to be resumed
+RUN = "run"  # folder for what a run needs to be resumed
+TEXT = "run.text"  # folder for the tokens of its text, until the run ends
+# What a run may have left in its output folder before it has written a checkpoint.
+RUN_FILES = {"metrics.jsonl", TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
 
 
 def check_output(out: Path, folder: str, own: Collection[str], kind: str = "run") -> None:
