@@ -1,4 +1,4 @@
-"""Where Adam's state is kept and how its tensors are named: `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`.
+"""Names of Adam's state on disk: `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME`.
 
 `NAME` is a weight's name in the checkpoint, or in the running model for the checkpoints of a run.
 """

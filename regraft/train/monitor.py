@@ -1,4 +1,4 @@
-"""What a person sees of a training run: speed, share of the machine's peak, time left, summaries."""
+"""What a person sees of a training run: speed, share of the machine's peak, time left."""
 
 from __future__ import annotations
 

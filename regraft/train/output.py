@@ -1,4 +1,4 @@
-"""The output folder of a training run: whether a run may use it, and that only one process tree does."""
+"""The output folder of a training run: whether a run may use it, and that only one does."""
 
 from __future__ import annotations
 

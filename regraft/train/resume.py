@@ -1,4 +1,4 @@
-"""A training run's checkpoints: the weights it changed, the optimiser's moments, how far it came."""
+"""Checkpoints of a training run: changed weights, the optimiser's moments, how far it came."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def checkpoint_name(state: RunState) -> str:
 
 
 def list_checkpoints(out: Path) -> list[Place]:
-    """The complete checkpoints of a run, newest last: (stage, steps of it that are done, folder)."""
+    """The complete checkpoints of a run, newest last: (stage, its steps that are done, folder)."""
     # save_state writes state.json last, so a folder that has it is complete.
     folders = [file.parent for file in (out / RUN).glob("stage-*-step-*/state.json")]
     numbered = []

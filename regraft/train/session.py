@@ -1,4 +1,4 @@
-"""Between the training loop and the disk: rows from text, the closed-form start, the trained model."""
+"""Between the training loop and the disk: rows, the closed-form start, the trained model."""
 
 from __future__ import annotations
 

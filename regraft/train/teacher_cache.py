@@ -182,7 +182,8 @@ class CachedTeacher:
 
             head, batch = self.model.get_output_embeddings(), hidden.shape[:2]
             names, logs = top_k_log_probs(hidden.flatten(0, 1), head, self.keeping.top_k)
-            # names: (rows, time, K) token ids. logs: (rows, time, K + 1), the last for all other tokens.
+            # names: (rows, time, K) token ids
+            # logs: (rows, time, K + 1) log-probabilities, the last of all other tokens together
             return {"names": names.unflatten(0, batch), "logs": logs.unflatten(0, batch)}
 
     def read_layer_records(
