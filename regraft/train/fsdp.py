@@ -31,6 +31,7 @@ def build_mesh(hybrid: bool = False) -> DeviceMesh:
         hybrid: shard within each machine and replicate the model over the machines (HSDP).
     """
     kind, count = distributed.device().type, distributed.world_size()
+    # torchrun sets it. Without, all processes are taken to be on one machine.
     per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if not hybrid:
         return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))

@@ -36,6 +36,8 @@ def check_output(out: Path, folder: str, own: Collection[str], kind: str = "run"
         raise RegraftError(
             f"{out} holds a finished model: choose another folder, or delete it to train again"
         )
+
+    # A run that was killed before its first checkpoint has left some of its files, but no folder.
     foreign = names - set(own)
     if foreign and folder not in names:
         raise RegraftError(
@@ -79,6 +81,7 @@ def lock_run(out: Path) -> Iterator[None]:
         raise RegraftError(
             f"another run is going on in '{out}': wait for it, or stop all of its processes"
         ) from error
+
     try:
         yield
     finally:

@@ -178,6 +178,7 @@ def save_trained(
         ledger: what they cost, for the lineage.
         out: the output folder.
     """
+    # Gathering needs every process, also those that get nothing.
     weights = fsdp.gather_state_dict(model)
     if distributed.is_rank0():
         values = modeling.to_checkpoint_names(model, weights)

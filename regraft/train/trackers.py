@@ -107,6 +107,7 @@ def import_trackers(names: str | None) -> dict[str, ModuleType]:
             raise RegraftError(
                 f"no tracker is called '{name}': give {', '.join(TRACKERS)}, or a list of them"
             )
+
         try:
             modules[name] = importlib.import_module(name)
         except ImportError as error:

@@ -75,6 +75,7 @@ class ActivationStore:
             (rows, time, hidden) in float32.
         """
         found = torch.empty(len(numbers), *self.shape, dtype=self.dtype)
+
         # Unbuffered, straight into the tensor: no second copy of the rows is in memory.
         with open(self.layer_path(layer), "rb", buffering=0) as file:
             for number, position in enumerate(torch.searchsorted(self.rows, numbers).tolist()):
@@ -88,6 +89,7 @@ class ActivationStore:
                             "delete the folder and run again"
                         )
                     view = view[count:]
+
         return found.float()
 
     def open_writer(self, layer: int) -> ActivationWriter:

@@ -54,6 +54,7 @@ def align(run: LayerwiseRun) -> tuple[Checkpoint, dict[str, Any]]:
     check_layerwise_run(run)
     state = LayerwiseState.load(run)
     LayerwiseAligner(run, state).align_layers()
+
     ledger = {
         "stages": [state.entry],
         "start": [state.start] if state.start else [],

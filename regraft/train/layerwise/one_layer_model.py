@@ -103,6 +103,7 @@ class OneLayerModel:
         """
         self.at = layer
         self.stack[layer] = self.layers[layer]
+
         try:
             self.load_weights(layer, lambda role: mlp or not role.startswith("mlp."))
             needed = self.layers[layer] if mlp else self.attention_module()
@@ -114,6 +115,7 @@ class OneLayerModel:
                 )
             yield
         finally:
+            # Also after an error: there are never two layers in memory.
             self.layers[layer].to("meta")
             self.stack[layer] = SkippedLayer()
 

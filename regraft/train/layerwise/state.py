@@ -183,6 +183,7 @@ class LayerwiseState:
             "seconds": 0.0,
             "flops_per_step": 0,
         }
+
         if not run.calibration:
             return cls(entry=entry)
         tokens = run.calibration * run.rows.length
