@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def train_model(
     total = sum(stage.steps for stage in stages)
     model = fsdp.shard_over_all(model, any(stage.kind in LAYERWISE for stage in stages))
 
-    def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+    def progress(stage: Stage, step: int, steps: int, row: Mapping[str, Any]) -> None:
         before = sum(one.steps for one in stages[: row["stage"]])
         tell((before + step) / total)
 
