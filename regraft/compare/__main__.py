@@ -1,4 +1,4 @@
-"""One run of a comparison in its own process: python -m regraft.compare OUT source|arm NAME SEED."""
+"""One run of a comparison as a process: python -m regraft.compare OUT source|arm NAME SEED."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training run of a comparison: a source or an arm with one seed, from its start to done.json."""
+"""One training run of a comparison: a source or an arm with one seed, up to its done.json."""
 
 from __future__ import annotations
 

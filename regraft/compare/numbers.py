@@ -1,4 +1,4 @@
-"""What a comparison writes: done.json of every run, and compare.json with the numbers of all arms."""
+"""What a comparison writes: done.json of every run, compare.json with the numbers of all arms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ MeasureName = Literal[
 MEASURES: tuple[MeasureName, ...] = ("start_loss", "loss", "accuracy", "kl", "unfrozen", *AXES)
 
 Savings = dict[str, float | None]
-"""What an arm saves until it reaches scratch's final loss; None where it never does. For AXIS in `AXES`:
+"""What an arm saves until it reaches scratch's final loss; None where it never does.
+
+For AXIS in `AXES`:
 
 - `AXIS_to_reach`: what it takes until then.
 - `times_AXIS`: how many times less than scratch that is; None where it starts there.
@@ -104,7 +106,7 @@ class MeanStd(TypedDict):
 
 
 class SeedNumbers(TypedDict):
-    """One run of an arm. The keys of `Savings` follow where scratch has a run with the same seed."""
+    """One run of an arm; the keys of `Savings` follow where scratch has a run of the same seed."""
 
     start_loss: float
     loss: float

@@ -1,4 +1,4 @@
-"""Curves of all runs to numbers: losses, and what each arm saves until it has scratch's final loss."""
+"""From the curves of all runs to numbers: losses, and what each arm saves against scratch."""
 
 from __future__ import annotations
 
