@@ -26,7 +26,7 @@ class Outcome:
         code: the exit code, 0 done or 1 a check does not hold.
     """
 
-    data: dict[str, Any]
+    data: Mapping[str, Any]
     show: Callable[[Console], None] | None = None
     code: int = 0
 

@@ -22,7 +22,7 @@ from regraft.cli import main as cli
 from regraft.compare import arm as arms
 from regraft.compare import data, report, savings, scheduler
 from regraft.compare import recipe as schema
-from regraft.compare.arm import NO_COST
+from regraft.compare.numbers import NO_COST
 from regraft.compare.savings import Curve, compute_savings, find_crossing, mean_and_std, mean_curve
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
@@ -353,7 +353,7 @@ def test_transplant_keeps_the_old_corner(tmp_path):
             "Signal 11",
         ),
         ("what else", "what else"),
-        ("", "without a word"),
+        ("", "without a message"),
     ],
 )
 def test_a_run_that_failed_is_told_by_what_ended_it(log: str, said: str, tmp_path: Path) -> None:
