@@ -18,7 +18,7 @@ class GatedOptions:
 
     linear: dict[str, Any] = field(default_factory=lambda: {"name": "gated_deltanet"})
     window: dict[str, Any] = field(default_factory=lambda: {"name": "window"})
-    start: float = -4.0
+    start: float | int = -4.0
 
 
 class GatedMixer(Mixer):

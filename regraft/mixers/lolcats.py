@@ -20,7 +20,7 @@ class LolcatsOptions(HedgehogOptions):
     """
 
     window: int = 64
-    start: float = -2.1972
+    start: float | int = -2.1972
     affine: bool = False
 
 
