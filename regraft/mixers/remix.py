@@ -16,8 +16,9 @@ from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.step import step_entry
 from ..errors import RegraftError
 from ..families.regraft import AUTO_MAP
-from .base import Attention, WeightSpec, create_initial_tensor
+from .base import Attention, WeightSpec
 from .inherit import parse_inherit
+from .initialize import create_initial_tensor
 from .registry import validate, weights
 
 

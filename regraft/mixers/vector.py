@@ -110,7 +110,7 @@ def chunked_vector(
 def _same_document(
     ids: Int[Tensor, "batch chunks chunk"], half: int
 ) -> Bool[Tensor, "batch 1 chunks pairs half half"]:
-    """Whether a token of the second block of each pair is of the same document as one of the first."""
+    """Whether a token of a pair's second block is of the document of one of its first block."""
     first, second = _split_halves(ids.unsqueeze(1), half)
     return second.unsqueeze(-1) == first.unsqueeze(-2)
 
