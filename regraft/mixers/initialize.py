@@ -14,7 +14,7 @@ from ..errors import RegraftError
 
 def create_initial_tensor(
     spec: str, shape: tuple[int, ...], generator: torch.Generator
-) -> Float[Tensor, "*shape"]:
+) -> Float[Tensor, ...]:
     """A new float32 tensor, initialised as `spec` says.
 
     Args:
@@ -36,7 +36,7 @@ def create_initial_tensor(
     word, *arguments = spec.split()
     values = [float(argument) for argument in arguments]
 
-    def sample_uniform(low: float, high: float) -> Float[Tensor, "*shape"]:
+    def sample_uniform(low: float, high: float) -> Float[Tensor, ...]:
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
     makers: dict[str, Callable[..., Tensor]] = {
