@@ -172,8 +172,8 @@ class Remix:
             return frozenset(range(layers) if self.keep == "all" else ())
         if word in RULES:
             raise RegraftError(
-                f"--keep '{self.keep}' is measured on the weights: regraft linearize does that, and "
-                "its lineage then says which layers; a plan needs every:N, a list, all or none"
+                f"--keep '{self.keep}' is measured on the weights: regraft linearize does that, "
+                "and its lineage then says which layers; a plan needs every:N, a list, all or none"
             )
 
         try:
