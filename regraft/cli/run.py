@@ -31,7 +31,7 @@ def run(
 
     trackers.import_trackers(track)
     return experiment_outcome(
-        experiment.run(
+        experiment.run_recipe(
             settings.load(recipe, overrides or {}), out, MonitorConfig(track, spike_factor)
         ),
         out,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -313,7 +313,7 @@ class CachedTeacher:
         }
 
 
-Teacher = PreTrainedModel | CachedTeacher
+Teacher: TypeAlias = PreTrainedModel | CachedTeacher
 
 
 def load_head(checkpoint: Checkpoint) -> nn.Linear:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
 from regraft.mixers import registry
-from regraft.mixers.base import Mixer, MixerContext, create_initial_tensor
+from regraft.mixers.base import Mixer, MixerContext
+from regraft.mixers.initialize import create_initial_tensor
 from regraft.mixers.recurrence import chunked_recurrence, naive_recurrence
 from regraft.mixers.vector import chunked_vector, naive_vector
 from regraft.mixers.window import naive_window
