@@ -402,7 +402,7 @@ def test_paths(tmp_path):
             TextMixture([Text(str(tmp_path / path))], TOKENIZER)(10)
     with pytest.raises(RegraftError, match="4 tokens, less than one row of 10"):
         TextMixture([Text(str(tmp_path / "odd,name.txt"))], TOKENIZER)(10)
-    with pytest.raises(RegraftError, match="read is -1"):
+    with pytest.raises(RegraftError, match="max_tokens is -1"):
         TextMixture([Text(str(tmp_path), max_tokens=-1)], TOKENIZER)
 
 
@@ -677,7 +677,7 @@ def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
         TextMixture([text], TOKENIZER, own=own, cache=kept)(32)[:].input_ids, first.input_ids
     )
     with pytest.raises(RegraftError, match="not the one that this run began with"):
-        TextMixture([dataclasses.replace(text, read=3200)], TOKENIZER, own=own, cache=kept)(32)
+        TextMixture([dataclasses.replace(text, max_tokens=3200)], TOKENIZER, own=own, cache=kept)(32)
     (tmp_path / "0.jsonl").write_bytes(jsonl(documents(40, 99)))
     with pytest.raises(
         RegraftError, match=r"'0.jsonl, [\d,]+ bytes' then, '0.jsonl, [\d,]+ bytes' now"
