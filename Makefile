@@ -6,7 +6,11 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
+<<<<<<< HEAD
 .PHONY: test test-wheel lint format demo docs clean
+=======
+.PHONY: test lint format demo docs clean
+>>>>>>> docs
 
 test: lint
 	$(BIN)/python -m pytest
@@ -27,6 +31,14 @@ format: .venv/.ready
 demo: .venv/.ready
 	$(BIN)/regraft demo demo-out
 
+# The site, in site/: fails on a broken link or a name that is missing. Read it with: $(BIN)/mkdocs serve
+docs: .venv/.docs
+	$(BIN)/python -m mkdocs build --strict
+
+.venv/.docs: .venv/.ready
+	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
+	touch $@
+
 # torch first and alone, from wherever pip is set up to find wheels for this machine; the constraint holds it there.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'regraft needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=/path/to/python3.11')"
@@ -36,4 +48,4 @@ demo: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .cache demo-out
+	rm -rf .venv .cache demo-out site

@@ -20,19 +20,20 @@ from regraft.growth import depth
 from regraft.growth.operators import DEPTH, WIDTH
 
 DOCS = ROOT / "docs"
-REMEDY = "run python docs/gallery.py"
+TOOLS = DOCS / "tools"
+REMEDY = "run python docs/tools/gallery.py"
 
 
 @pytest.fixture(scope="module")
 def gallery() -> Iterator[ModuleType]:
     """The script as a module, which finds its neighbours."""
-    sys.path.insert(0, str(DOCS))
+    sys.path.insert(0, str(TOOLS))
     try:
         import gallery as script
 
         yield script
     finally:
-        sys.path.remove(str(DOCS))
+        sys.path.remove(str(TOOLS))
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,14 @@ def test_the_page_is_what_the_operators_say(page: Any) -> None:
     assert (DOCS / "gallery.md").read_text(encoding="utf-8") == page.text, REMEDY
 
 
-def test_every_operator_has_its_section_and_picture(page: Any) -> None:
+def test_every_operator_has_its_section_and_picture(gallery: ModuleType, page: Any) -> None:
     for name, one in [*WIDTH.items(), *DEPTH.items()]:
         section = page.text.split(f"\n### {name}\n")[1].split("\n### ")[0]
-        assert one.when in section and one.papers_text in section and f"](gallery/{name}" in section
+        assert (
+            gallery.link_concepts(one.when) in section
+            and one.papers_text in section
+            and f"](gallery/{name}" in section
+        )
     assert "docs/gallery.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -64,7 +69,7 @@ def test_the_pictures_are_there_small_and_well_formed(page: Any) -> None:
 def test_the_script_writes_the_page_anew(page: Any, tmp_path: Path) -> None:
     (tmp_path / "gallery").mkdir()
     (tmp_path / "gallery" / "gone.svg").write_text("an operator that is no more")
-    command = [sys.executable, "-W", "error", str(DOCS / "gallery.py"), "--out", str(tmp_path)]
+    command = [sys.executable, "-W", "error", str(TOOLS / "gallery.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert f"{len(page.pictures)} pictures" in done.stdout and not done.stderr
     assert (tmp_path / "gallery.md").read_text(encoding="utf-8") == page.text

@@ -5,12 +5,13 @@ found out by changing the source's numbers one by one and looking at what moves:
 copy), some (an average) or all (random numbers, whose spread is the tensor's). Words come from the tables in
 regraft/growth/operators.py and from docstrings.
 
-Run: python docs/gallery.py [--out FOLDER]
+Run: python docs/tools/gallery.py [--out FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from regraft.core import axes
 from regraft.errors import RegraftError
 from regraft.growth import build, depth, rotary
 from regraft.growth import sizes as solving
-from regraft.growth.operators import DEPTH, NOTES, PRESERVES, WIDTH, Operator
+from regraft.growth.operators import DEPTH, PRESERVES, WIDTH, Operator
 from regraft.growth.steps.widen import Widen
 
 WIDER = """An axis has tensors that *write* it, whose rows are its coordinates, and tensors that *read* it, whose
@@ -73,7 +74,7 @@ def describe_sizes(sizes: Sequence[int], old: int, make: Callable[[int], Any]) -
     if taken == [size for size in sizes if size <= 2 * old]:
         return "at most twice as many"
     raise RegraftError(
-        f"no words for an operator that takes {taken} of {list(sizes)}: add them to docs/gallery.py"
+        f"no words for an operator that takes {taken} of {list(sizes)}: add them to docs/tools/gallery.py"
     )
 
 
@@ -117,13 +118,28 @@ def maps(how: str) -> str:
     return " ".join(f"{place.capitalize()}, {said[name]}" for place, name in names.items())
 
 
+def link_concepts(words: str) -> str:
+    """Mentions of the concept pages as links: `docs/concepts/expansions.md, section 6`, or `.., L3`, or a short [E]."""
+    pattern = r"docs/concepts/(\w+)\.md(?:, (?:section (\d+)|(L\d+)))?"
+
+    def link(found: re.Match[str]) -> str:
+        page, section, lemma = found.groups()
+        place = f"section {section}" if section else lemma
+        anchor = f"#section-{section}" if section else f"#{lemma}" if lemma else ""
+        return f"[{page}{', ' * bool(place)}{place or ''}](concepts/{page}.md{anchor})"
+
+    words = words.replace("[E]", "docs/concepts/expansions.md, section 6")
+    words = words.replace("[L]", "docs/concepts/ligo.md, section 4")
+    return re.sub(pattern, link, words)
+
+
 def facts(one: Operator, *rows: tuple[str, str]) -> str:
     """The table under an operator's name."""
     lines = [
         ("Preserves", PRESERVES[one.preserves]),
         *rows,
         ("Paper", one.papers_text),
-        ("When", one.when),
+        ("When", link_concepts(one.when)),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {words} |" for name, words in lines)])
 
@@ -257,10 +273,10 @@ class Page:
             COMPOSABLE.replace("\n", " "),
             "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]),
             "### more heads",
-            describe_function("growth.solving.head_layout", solving.head_layout),
+            describe_function(f"growth.sizes.{solving.head_layout.__name__}", solving.head_layout),
             self.image("heads", f"2 to 3 heads: {describe_scenes(heads)}", lambda: picture(heads)),
             "### wider heads",
-            describe_function("growth.rotary.widened", rotary.widen_rotary),
+            describe_function(f"growth.rotary.{rotary.widen_rotary.__name__}", rotary.widen_rotary),
             self.image(
                 "head_dim",
                 f"heads of 2 to heads of 4: {describe_scenes(wider)}",
@@ -278,7 +294,7 @@ def overview_section() -> list[str]:
     ]
     return [
         "# Gallery: the operators of growth",
-        "What each operator does to a small matrix, what it preserves, where it comes from and when to use it. Every "
+        "What each operator does to a small matrix, what it preserves, where it comes from and when to use it. Every\n"
         "picture shows a tiny model that the operator itself has grown: [how](#how-this-page-is-made).",
         "\n".join(
             ["| operator | what it does | keeps the logits | paper |", "|---|---|---|---|", *rows]
@@ -288,16 +304,15 @@ def overview_section() -> list[str]:
 
 def sources_section() -> list[str]:
     """Sources, and how to make the page again."""
-    notes = "; ".join(f"[{key}] is {words}" for key, words in NOTES.items())
     how = (__doc__ or "").split("\n\n")[1]
     return [
         "## How this page is made",
         " ".join(how.split()),
-        f"Notes are the project's reading notes, kept beside the repository: {notes}. Figures are those that papers "
-        "named with them report; none was measured for this page.",
+        "The algebra is in [Expansions](concepts/expansions.md) and [LiGO](concepts/ligo.md). Figures are those that the "
+        "named papers report; none was measured for this page.",
         "After a change of an operator or of its words, write the page and its pictures again "
         "(`tests/docs/test_gallery.py` fails until then):",
-        "```\npython docs/gallery.py\n```",
+        "```\npython docs/tools/gallery.py\n```",
     ]
 
 
@@ -319,7 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1])
     options = parser.parse_args()
     page = write(options.out)
     print(f"wrote {options.out}/gallery.md and {len(page.pictures)} pictures")

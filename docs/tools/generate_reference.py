@@ -1,0 +1,381 @@
+"""The pages of the site that no file holds: the reference, the tree of the package, its figures, the changes.
+
+A hook of mkdocs, named in mkdocs.yml: the pages are made while the site is built and are in no commit, so that they
+cannot be out of date, and no test has to compare them. `generate_pages()` gives the same pages to a test.
+
+Run it alone to read one page: python docs/tools/generate_reference.py reference/cli.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import os
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parents[1]
+for folder in (TOOLS, ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import code_figures  # noqa: E402
+import package_tree  # noqa: E402
+from family_table import family_rows, refusals  # noqa: E402
+
+import regraft  # noqa: E402
+from regraft.cli.main import main as command_line  # noqa: E402
+from regraft.cli.parser import VERBS  # noqa: E402
+from regraft.compare.recipe import Comparison  # noqa: E402
+from regraft.linearize.method import find_method, list_methods  # noqa: E402
+from regraft.mixers.registry import mixers  # noqa: E402
+from regraft.recipes.schema import Recipe  # noqa: E402
+
+HELP_WIDTH = 100  # characters of a line of --help
+MODULES = {  # below the public names of the package: what one calls from Python, by folder
+    "regraft.core": ("core.axes", "core.part", "core.anatomy", "core.checkpoint", "core.step"),
+    "regraft.modeling": ("modeling.flops", "modeling.layer_kinds"),
+    "regraft.evaluation": ("evaluation.perplexity", "evaluation.tasks", "evaluation.recall"),
+    "regraft.train": ("train.stage",),
+    "regraft.growth": ("growth.ligo_maps", "growth.optimizer_state"),
+    "regraft.linearize": ("linearize.method", "linearize.select_layers"),
+}
+
+
+def generate_pages() -> dict[str, str]:
+    """Every generated page by its path below docs/."""
+    makers: dict[str, Callable[[], str]] = {
+        "reference/cli.md": cli_page,
+        "reference/python.md": python_page,
+        "reference/families.md": families_page,
+        "reference/mixers.md": mixers_page,
+        "reference/methods.md": methods_page,
+        "reference/recipes.md": recipes_page,
+        "contributing/tree.md": package_tree.tree_page,
+        "contributing/figures.md": code_figures.figures_page,
+        "changelog.md": changelog_page,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {path: make() for path, make in makers.items()}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Called by mkdocs: the pages join those of docs/."""
+    from mkdocs.structure.files import File
+
+    for path, text in generate_pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+# Helpers for markdown.
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A markdown table; cells may hold anything but a line break."""
+    lines = [list(head), *(list(row) for row in rows)]
+    text = [
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    ]
+    return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])
+
+
+def prose(text: str | None) -> str:
+    """A docstring as markdown: what it says before its sections, its line breaks free.
+
+    Underscores and stars outside code are escaped, so that formulas such as `k_t` stay as they are.
+    """
+    description = docstring_parser.parse(text or "")
+    parts = [description.short_description or "", description.long_description or ""]
+    return escape("\n\n".join(part for part in parts if part))
+
+
+def escape(text: str) -> str:
+    """Markdown's signs outside backticks, escaped."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_<\[\]|])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
+def format_type(kind: Any) -> str:
+    """A type as a reader would write it."""
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(kind))
+    if kind is type(None):
+        return "null"
+    parts = typing.get_args(kind)
+    if parts and typing.get_origin(kind) not in (list, dict, tuple):
+        return " or ".join(format_type(part) for part in parts)
+    if parts and typing.get_origin(kind) is list:
+        return f"list of {format_type(parts[0])}"
+    if typing.get_origin(kind) in (dict, tuple) or kind is Any:
+        return "mapping" if typing.get_origin(kind) is dict else "any"
+    if dataclasses.is_dataclass(kind):
+        return f"[{kind.__name__}](#{kind.__name__.lower()})"
+    return f"`{getattr(kind, '__name__', str(kind))}`"
+
+
+def format_default(field: dataclasses.Field[Any]) -> str:
+    """A field's default, "required" without one."""
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    if dataclasses.is_dataclass(value):
+        return "its own"
+    return f"`{value!r}`" if value not in (None, "") else ("null" if value is None else '`""`')
+
+
+def fields_table(schema: Any) -> str:
+    """The fields of a dataclass: type, default, and what its docstring says of each under `Attributes:`."""
+    hints = typing.get_type_hints(schema)
+    parsed = docstring_parser.parse(inspect.getdoc(schema) or "")
+    said = {one.arg_name: " ".join((one.description or "").split()) for one in parsed.params}
+    rows = [
+        [f"`{field.name}`", format_type(hints[field.name]), format_default(field)]
+        + ([escape(said.get(field.name, ""))] if said else [])
+        for field in dataclasses.fields(schema)
+    ]
+    return table(["key", "type", "default", *(["meaning"] if said else [])], rows)
+
+
+def first_line(text: str | None) -> str:
+    """The first sentence of a docstring, on one line."""
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+# Pages.
+
+
+def cli_page() -> str:
+    """The command line: what `--help` prints, verb by verb."""
+    rows = [
+        [
+            f"[`{name}`](#{name})",
+            escape(verb.summary),
+            "yes" if verb.resumes else "",
+            "yes" if verb.distributed else "",
+        ]
+        for name, verb in VERBS.items()
+    ]
+    blocks = [
+        "# Command line",
+        "Made from the parser: this is what `regraft VERB --help` prints. Flags may be written with dashes or "
+        "underscores. `--json` prints one JSON object on standard output and nothing else. Exit codes: 0 done, 1 a "
+        "check does not hold, 2 wrong use or input (one line says what, the value and what to do), 130 interrupted.",
+        table(
+            ["verb", "what it does", "resumes when run again", "runs under torchrun"],
+            rows,
+        ),
+        "Counts of tokens take k, M and B for 10^3, 10^6 and 10^9. Context lengths (`--lengths 1k,4k`) take k for "
+        "1,024.",
+    ]
+    for name in VERBS:
+        blocks += [f"## {name}", f"```text\n{read_help(name)}\n```"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def read_help(verb: str) -> str:
+    """What `regraft VERB --help` prints."""
+    printed = io.StringIO()
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(HELP_WIDTH)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            command_line([verb, "--help"])
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+    return printed.getvalue().rstrip()
+
+
+def python_page() -> str:
+    """The public names of the package by mkdocstrings, and the modules below them."""
+    blocks = [
+        "# Python",
+        "`import regraft` has the names of the first section; they load when first used. It also makes "
+        "`AutoModelForCausalLM.from_pretrained` load linearized models (without regraft: `trust_remote_code=True`). "
+        "The modules below may change between versions.",
+        "## regraft",
+    ]
+    for name in regraft.__all__:
+        value = getattr(regraft, name)
+        blocks.append(f"::: {value.__module__}.{value.__qualname__}")
+    for folder, modules in MODULES.items():
+        blocks.append(f"## {folder}")
+        blocks += [f"::: regraft.{module}" + SHOW_MODULE for module in modules]
+    return "\n\n".join(blocks) + "\n"
+
+
+SHOW_MODULE = "\n    options:\n      show_root_full_path: true\n      heading_level: 3"
+
+
+def families_page() -> str:
+    """Families, and what each can do, found out by asking the steps."""
+    head, rows = family_rows()
+    blocks = [
+        "# Families",
+        "Each family is a table in `regraft/families/`: the name, the signature and the place of every parameter. What "
+        "a family can do follows from its table; this page asks the steps for it, on a tiny model of each "
+        "(`docs/tools/family_table.py`). Layers can be added in every family.",
+        table(head, rows),
+        "- *any*: any larger size. *multiples*: of the number or size that is named. *with hidden*: only together with "
+        "`--hidden`. *follows*: another size moves, too.\n"
+        "- *trains*: objectives of `regraft train --stage` beside `align` and `matrix`, which linearized models have.\n"
+        "- *as another class*: the family that `--bridge` (`regraft.Bridge`) writes the model as, when its own class "
+        "cannot hold the sizes.\n"
+        "- Linearized models (`model_type: regraft`) grow like their host, and train with the objectives of decoders.",
+        "## What is refused",
+        "A refusal says the value and the nearest that works. For the tiny models here:",
+        "\n".join(f"- {escape(line)}" for line in refusals()),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def mixers_page() -> str:
+    """Mixers by name: docstring and options."""
+    known = dict(sorted(mixers().items()))
+    blocks = [
+        "# Mixers",
+        "What `--mixer` takes, and the `mixer` of `regraft.Remix`. Options are given as JSON "
+        '(`--mixer gla --options \'{"gate": "none"}\'`). With `--window` above 0 a linear mixer stands beside a '
+        "branch of windowed softmax attention; both are joined by `gated`, which is not named by itself. On a GPU the "
+        "recurrences run in flash-linear-attention's kernels where the extra `fast` is installed, elsewhere in plain "
+        "PyTorch.",
+        table(
+            ["mixer", "is"],
+            [
+                [f"[`{n}`](#{n})", escape(first_line(sys.modules[m.__module__].__doc__))]
+                for n, m in known.items()
+            ],
+        ),
+    ]
+    for name, mixer in known.items():
+        options = mixer.Options
+        blocks += [
+            f"## {name}",
+            prose(inspect.getdoc(mixer)),
+            f"`{mixer.__module__}.{mixer.__name__}`",
+        ]
+        own = [prose(inspect.getdoc(one)) for one in options.__mro__ if documented_here(one)]
+        blocks += (
+            ["Options:", *own[:2], fields_table(options)] if dataclasses.fields(options) else []
+        )
+    return "\n\n".join(blocks) + "\n"
+
+
+def documented_here(kind: Any) -> bool:
+    """Whether a dataclass has a docstring of its own, not one that Python made."""
+    text = vars(kind).get("__doc__") or ""
+    return (
+        dataclasses.is_dataclass(kind) and bool(text) and not text.startswith(f"{kind.__name__}(")
+    )
+
+
+def methods_page() -> str:
+    """Methods by name: docstring, remix and stages."""
+    blocks = [
+        "# Methods",
+        "What `--method` takes: mixer, kept layers, closed-form start and stages of training. Other flags change what "
+        "the method says. Each file `regraft/linearize/methods/NAME.py` states what differs from its paper and what is "
+        "known of patents and licences.",
+    ]
+    overview, details = [], []
+    for name in list_methods():
+        method = find_method(name)
+        module = sys.modules[f"regraft.linearize.methods.{name}"]
+        stages = ", ".join(leg.kind for leg in method.legs)
+        keep = f"`{method.remix.keep}`" + (
+            f", without text `{method.unmeasured}`" if method.unmeasured else ""
+        )
+        mixer = f"[`{method.remix.mixer}`](mixers.md#{method.remix.mixer})"
+        overview.append(
+            [f"[`{name}`](#{name})", mixer, keep, str(method.remix.window or "none"), stages]
+        )
+        details += [f"## {name}", prose(module.__doc__), f"```yaml\n{describe_method(method)}\n```"]
+    blocks.append(table(["method", "mixer", "kept layers", "window", "stages"], overview))
+    return "\n\n".join([*blocks, *details]) + "\n"
+
+
+def describe_method(method: Any) -> str:
+    """A method in the words of a recipe, with shares for tokens."""
+    import yaml
+
+    plain = type(method.remix)()
+    remix = {
+        key: value
+        for key, value in dataclasses.asdict(method.remix).items()
+        if key in ("mixer", "keep", "window") or value != getattr(plain, key)
+    }
+    stages = [
+        {"kind": leg.kind, "share": round(leg.share, 3)}
+        | ({"rows_longer_by": leg.longer} if leg.longer != 1 else {})
+        | dict(leg.fields)
+        for leg in method.legs
+    ]
+    content = {"remix": remix, "calibration": method.calibration, "stages": stages}
+    return yaml.safe_dump(content, sort_keys=False, width=100).rstrip()
+
+
+def recipes_page() -> str:
+    """The schemas of recipes: dataclass by dataclass."""
+    seen: set[Any] = set()
+    blocks = [
+        "# Recipes",
+        "Keys of the YAML files that `regraft run` and `regraft compare` read. Unknown keys are errors. Any key can be "
+        "overridden on the command line (`--stages.1.tokens 500000`). How to write one: "
+        "[Recipes](../guides/recipes.md), [Comparing](../guides/comparing.md).",
+    ]
+    for title, root in (("regraft run", Recipe), ("regraft compare", Comparison)):
+        blocks.append(f"## {title}")
+        for schema in reachable(root, seen):
+            blocks += [
+                f"### {schema.__name__}",
+                prose(inspect.getdoc(schema)),
+                fields_table(schema),
+            ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def reachable(schema: Any, seen: set[Any]) -> Iterator[Any]:
+    """A dataclass and all that its fields hold, each once."""
+    if schema in seen:
+        return
+    seen.add(schema)
+    yield schema
+    for hint in typing.get_type_hints(schema).values():
+        for part in (hint, *typing.get_args(hint)):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                yield from reachable(part, seen)
+
+
+def changelog_page() -> str:
+    """CHANGELOG.md of the repository; links into docs/ go to the pages."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return text.replace("](docs/", "](")
+
+
+def read_pages(names: Iterable[str]) -> Mapping[str, str]:
+    """Some of the pages."""
+    pages = generate_pages()
+    return {name: pages[name] for name in names}
+
+
+if __name__ == "__main__":
+    for page in read_pages(sys.argv[1:] or ["reference/cli.md"]).values():
+        print(page)
