@@ -6,11 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-<<<<<<< HEAD
 .PHONY: test test-wheel lint format demo docs clean
-=======
-.PHONY: test lint format demo docs clean
->>>>>>> docs
 
 test: lint
 	$(BIN)/python -m pytest
@@ -32,12 +28,8 @@ demo: .venv/.ready
 	$(BIN)/regraft demo demo-out
 
 # The site, in site/: fails on a broken link or a name that is missing. Read it with: $(BIN)/mkdocs serve
-docs: .venv/.docs
+docs: .venv/.ready
 	$(BIN)/python -m mkdocs build --strict
-
-.venv/.docs: .venv/.ready
-	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
-	touch $@
 
 # torch first and alone, from wherever pip is set up to find wheels for this machine; the constraint holds it there.
 .venv/.ready: pyproject.toml constraints.txt
