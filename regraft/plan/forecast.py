@@ -214,14 +214,14 @@ def memory_by_moment(
         )
         return
     kept = sum(layer.kept(rows) for layer in step.layers)
-    held = sum(layer.held(rows) for layer in step.layers)
+    held = sum(layer.forward(rows) for layer in step.layers)
     yield build_moment(2 * unit, 0.0, step.around(rows) + kept, held)
     yield build_moment(unit, 0.0, kept, step.ends(rows))
     first, *others = step.layers
     yield build_moment(3 * unit, step.head, step.around(rows) + kept, step.layers[-1].working(rows))
-    above = step.head + 4 * sum(layer.learning for layer in others) / gpus
+    above = step.head + 4 * sum(layer.trainable for layer in others) / gpus
     yield build_moment(3 * unit, above, step.around(rows) + first.kept(rows), first.working(rows))
-    rest = 4.0 * step.rest_learning * several
+    rest = 4.0 * step.rest_trainable * several
     yield build_moment(rest, sums + rest, 0.0, step.tied)
 
 
