@@ -288,13 +288,16 @@ class StepSimulation:
         cut = self.model.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output.detach().requires_grad_()
         )
+
         with (
             keep_only_layers(self.model, layers),
             LiveMemoryCounter(self.resident_tensors()) as alive,
         ):
+            # Between the two passes alive is just what backward needs.
             value = compute()
             kept, forward = alive.now, alive.peak
             value.backward(torch.ones_like(value))
+
         cut.remove()
         self.model.zero_grad(set_to_none=True)
         return MemoryPeaks(kept, forward, alive.peak)
