@@ -105,7 +105,7 @@ def grow(
             moments.read_moments(before, Path(optimizer_state))
         grown = after
 
-        def write() -> dict[str, Any] | None:
+        def write() -> parity.Step0 | None:
             grown.save(out, overwrite=overwrite)
             shutil.rmtree(maps, ignore_errors=True)
             if optimizer_state:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Outcome:
     """The JSON object, how to show it to a person, the exit code."""
 
-    data: dict[str, Any]
+    data: Mapping[str, Any]
     show: Callable[[Console], None] | None = None
     code: int = 0
 
