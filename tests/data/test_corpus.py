@@ -677,7 +677,9 @@ def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
         TextMixture([text], TOKENIZER, own=own, cache=kept)(32)[:].input_ids, first.input_ids
     )
     with pytest.raises(RegraftError, match="not the one that this run began with"):
-        TextMixture([dataclasses.replace(text, max_tokens=3200)], TOKENIZER, own=own, cache=kept)(32)
+        TextMixture([dataclasses.replace(text, max_tokens=3200)], TOKENIZER, own=own, cache=kept)(
+            32
+        )
     (tmp_path / "0.jsonl").write_bytes(jsonl(documents(40, 99)))
     with pytest.raises(
         RegraftError, match=r"'0.jsonl, [\d,]+ bytes' then, '0.jsonl, [\d,]+ bytes' now"
