@@ -42,7 +42,9 @@ class Sample(TypedDict):
     student: str
 
 
-def run(recipe: Recipe, out: str, watching: MonitorConfig = DEFAULT_MONITORING) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, out: str, watching: MonitorConfig = DEFAULT_MONITORING
+) -> dict[str, Any]:
     """Run a recipe, continuing where an earlier call stopped.
 
     `out` gets the trained model, `report.html`, `report.json`, `metrics.jsonl`, `lineage.json` and
@@ -77,7 +79,7 @@ def run(recipe: Recipe, out: str, watching: MonitorConfig = DEFAULT_MONITORING) 
 def follow(recipe: Recipe, out: Path, watching: MonitorConfig) -> dict[str, Any]:
     """What the other processes of a torchrun do: their part of the training, and wait.
 
-    The arguments are those of `run`. Returns nothing.
+    The arguments are those of `run_recipe`. Returns nothing.
     """
     while name := distributed.broadcast(""):  # the first process's value, whatever is given here
         if name == "train":
