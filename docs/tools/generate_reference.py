@@ -92,14 +92,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])
 
 
+SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Examples?|Note):\s*$", re.M)
+
+
 def prose(text: str | None) -> str:
-    """A docstring as markdown: what it says before its sections, its line breaks free.
+    """A docstring as markdown: what it says before its sections.
 
     Underscores and stars outside code are escaped, so that formulas such as `k_t` stay as they are.
     """
-    description = docstring_parser.parse(text or "")
-    parts = [description.short_description or "", description.long_description or ""]
-    return escape("\n\n".join(part for part in parts if part))
+    return escape(SECTION.split(inspect.cleandoc(text or ""))[0].strip())
 
 
 def escape(text: str) -> str:
