@@ -6,10 +6,14 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test lint format demo docs clean
+.PHONY: test test-wheel lint format demo docs clean
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The wheel alone, in a fresh environment.
+test-wheel: .venv/.ready
+	$(BIN)/python tests/wheel.py --torch-args "$(TORCH_ARGS)"
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -25,19 +29,15 @@ demo: .venv/.ready
 
 # The site, in site/: fails on a broken link or a name that is missing. Read it with: $(BIN)/mkdocs serve
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: .venv/.docs
+docs: .venv/.ready
 	$(BIN)/python -m mkdocs build --strict
-
-.venv/.docs: .venv/.ready
-	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
-	touch $@
 
 # torch first and alone, from wherever pip is set up to find wheels for this machine; the constraint holds it there.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'regraft needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=/path/to/python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,compare,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,compare,docs,dev]"
 	touch $@
 
 clean:

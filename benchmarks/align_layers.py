@@ -1,10 +1,11 @@
-"""How near single layers of SmolLM2-135M come to softmax attention: held-out error by layer, 0 as the teacher and 1 as
-silence, in a mixer's closed-form start and after alignment.
+"""How near single layers of SmolLM2-135M come to softmax attention: held-out error by layer, 0 as
+the teacher and 1 as silence, in a mixer's closed-form start and after alignment.
 
-Claim: SUPRA comes nearer with decays fitted head by head and an output gate, and a few dozen steps at the rates that
-suit the whole model leave most of what alignment can do undone (docs/log.md).
+Claim: SUPRA comes nearer with decays fitted head by head and an output gate, and a few dozen steps
+at the rates that suit the whole model leave most of what alignment can do undone (docs/log.md).
 
-Run: python benchmarks/align_layers.py [--mixer supra] [--options '{"decays": "learned"}'] [--steps 80] [--rates 1]
+Run: python benchmarks/align_layers.py [--mixer supra] [--options '{"decays": "learned"}'] [--steps
+80] [--rates 1]
 """
 
 from __future__ import annotations

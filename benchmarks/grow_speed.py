@@ -1,15 +1,18 @@
-"""Growing a big model: time and memory of writing it, against copying as many bytes and against mergekit.
+"""Growing a big model: time and memory of writing it, against copying as many bytes and against
+mergekit.
 
-Claims, each in one run on one disk: 4 GB of bfloat16 from a source of 2.2 GB in 500 MB shards take at most twice the
-time of copying as many bytes file to file (shutil.copyfile of files of the output's sizes, each flushed) and at most
-1.2 GB of anonymous memory; depth growth is no slower than mergekit's passthrough of the same layers and takes no more.
-The source is a Llama of 1.1 B random parameters, made first. Every growth and merge is a process of its own, imports
-included; its anonymous memory is RssAnon, sampled every 20 ms. Ours hashes source and output and flushes the output to
-disk, mergekit does neither. `above` is the peak over a process that has done the imports, `forecast` what the
-plan says it is at most. Sides take turns --repeats times; medians of seconds and the largest memory count. Seconds of
-processor time stand beside seconds on the clock: far fewer of them mean a disk that waits or a core that others use.
-mergekit: python3 -m venv MK && MK/bin/pip install torch==2.13.0 mergekit==0.1.5
-Run: python benchmarks/grow_speed.py [--dir DIR] [--mergekit MK] [--repeats 3] [--small] [--json FILE]
+Claims, each in one run on one disk: 4 GB of bfloat16 from a source of 2.2 GB in 500 MB shards take
+at most twice the time of copying as many bytes file to file (shutil.copyfile of files of the
+output's sizes, each flushed) and at most 1.2 GB of anonymous memory; depth growth is no slower than
+mergekit's passthrough of the same layers and takes no more. The source is a Llama of 1.1 B random
+parameters, made first. Every growth and merge is a process of its own, imports included; its
+anonymous memory is RssAnon, sampled every 20 ms. Ours hashes source and output and flushes the
+output to disk, mergekit does neither. `above` is the peak over a process that has done the imports,
+`forecast` what the plan says it is at most. Sides take turns --repeats times; medians of seconds
+and the largest memory count. Seconds of processor time stand beside seconds on the clock: far fewer
+of them mean a disk that waits or a core that others use. mergekit: python3 -m venv MK && MK/bin/pip
+install torch==2.13.0 mergekit==0.1.5 Run: python benchmarks/grow_speed.py [--dir DIR] [--mergekit
+MK] [--repeats 3] [--small] [--json FILE]
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 
          "num_hidden_layers": 22, "vocab_size": 32000}  # fmt: skip
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2,
          "num_hidden_layers": 8, "vocab_size": 32000}  # fmt: skip
-IMPORTS = "from regraft.core.checkpoint import Checkpoint; from regraft.growth.sizes_to_steps import Growth"
+IMPORTS = (
+    "from regraft.core.checkpoint import Checkpoint; from regraft.growth.sizes_to_steps import"
+    " Growth"
+)
 SILENT = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]
 Row = dict[str, Any]
 
@@ -78,7 +84,9 @@ def anonymous(process: int) -> int:
 
 
 def measure_command(command: list[str]) -> dict[str, float]:
-    """Run a command: seconds on the clock and of processors, and the largest RssAnon of its process."""
+    """Run a command: seconds on the clock and of processors, and the largest RssAnon of its
+    process.
+    """
     os.sync()
     begin, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     with tempfile.TemporaryFile() as said:
@@ -135,7 +143,9 @@ def size_of(folder: Path) -> int:
 
 
 def command(source: Path, out: Path, sizes: Row) -> list[str]:
-    """What `regraft grow` computes and writes, without its command line and what it measures at step 0."""
+    """What `regraft grow` computes and writes, without its command line and what it measures at
+    step 0.
+    """
     grown = f"Growth(**{sizes!r})(Checkpoint.open({str(source)!r}))"
     return [sys.executable, "-c", f"{IMPORTS}; {grown}.save({str(out)!r}, shard_bytes={SHARD})"]
 
@@ -182,7 +192,9 @@ def grow_against_copy(sizes: Row, source: Path, folder: Path, repeats: int) -> R
 
 
 def llama_pro_slices(layers: int, target: int) -> list[Row]:
-    """mergekit's slices for layers that start silent behind every few, as Deepen's llama_pro places them."""
+    """mergekit's slices for layers that start silent behind every few, as Deepen's llama_pro places
+    them.
+    """
     more = target - layers
     rows, begin = [], 0
     for end in [(k + 1) * layers // more for k in range(more)]:
@@ -250,16 +262,20 @@ def show(result: Row) -> None:
     """The results in lines."""
     row = result["copy"]
     print(
-        f"{result['cores']} core; source {result['source_bytes'] / 1e9:.2f} GB, shards of {SHARD / 1e6:.0f} MB"
+        f"{result['cores']} core; source {result['source_bytes'] / 1e9:.2f} GB, shards of"
+        f" {SHARD / 1e6:.0f} MB"
     )
     print(
-        f"grow to {row['sizes']}, {row['bytes'] / 1e9:.2f} GB: {format_row(row['grow'])}; copy {format_row(row['copy'])}"
+        f"grow to {row['sizes']}, {row['bytes'] / 1e9:.2f} GB: {format_row(row['grow'])}; copy"
+        f" {format_row(row['copy'])}"
     )
     print(
-        f"  ratio {row['ratio']:.2f}, of each turn {', '.join(f'{ratio:.2f}' for ratio in row['ratios'])}"
+        f"  ratio {row['ratio']:.2f}, of each turn"
+        f" {', '.join(f'{ratio:.2f}' for ratio in row['ratios'])}"
     )
     print(
-        f"  memory above imports {row['above'] / 1e6:.0f} MB, forecast at most {row['forecast'] / 1e6:.0f} MB"
+        f"  memory above imports {row['above'] / 1e6:.0f} MB, forecast at most"
+        f" {row['forecast'] / 1e6:.0f} MB"
     )
     print(f"  the whole command line: {format_row(row['command_line'])}")
     for row in result.get("mergekit", []):

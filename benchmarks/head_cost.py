@@ -1,11 +1,13 @@
-"""Which groups of query heads of SmolLM2-135M need to see everything: every key/value head alone under a window of 64
-tokens and 4 sinks, then sets of them.
+"""Which groups of query heads of SmolLM2-135M need to see everything: every key/value head alone
+under a window of 64 tokens and 4 sinks, then sets of them.
 
-Claim: 12 of the 90 key/value heads, chosen by what recall loses, leave less KL to the model (0.123) than four whole
-layers chosen alike (0.159), though not less than eight layers (0.097) when 24 are chosen one by one (0.116): heads of a
-layer stand in for each other. Not something that regraft converts to yet.
+Claim: 12 of the 90 key/value heads, chosen by what recall loses, leave less KL to the model (0.123)
+than four whole layers chosen alike (0.159), though not less than eight layers (0.097) when 24 are
+chosen one by one (0.116): heads of a layer stand in for each other. Not something that regraft
+converts to yet.
 
-Run: python benchmarks/head_cost.py --out heads.json [--windows 3] [--test 8]     (15 minutes on one core)
+Run: python benchmarks/head_cost.py --out heads.json [--windows 3] [--test 8]     (15 minutes on one
+core)
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ LAYERS = {
 
 
 class Masks:
-    """Puts a mask for every head into a model's attention layers; `short` (layers, kv) says which have a window."""
+    """Puts a mask for every head into a model's attention layers; `short` (layers, kv) says which
+    have a window.
+    """
 
     def __init__(self, model: PreTrainedModel, source: Checkpoint):
         sizes = source.sizes
@@ -88,8 +92,9 @@ class Masks:
 
 @torch.no_grad()
 def head_costs(model: PreTrainedModel, masks: Masks, rows: Tensor) -> dict[str, list[list[float]]]:
-    """(layers, kv) of what every key/value head alone costs: `recall` and `common`, mean loss of log likelihood on
-    tokens that can be copied from beyond the window and on all others."""
+    """(layers, kv) of what every key/value head alone costs: `recall` and `common`, mean loss of
+    log likelihood on tokens that can be copied from beyond the window and on all others.
+    """
     layers, far = (
         layer_stack(model),
         torch.stack([find_repeated_pairs(row, WINDOW) for row in rows]),

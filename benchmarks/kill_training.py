@@ -1,11 +1,13 @@
-"""Kills a training of several processes at random moments, again and again, and compares what comes of it.
+"""Kills a training of several processes at random moments, again and again, and compares what comes
+of it.
 
 python benchmarks/kill_training.py FOLDER [--kills 30] [--terms 10] [--processes 2] [--seed 0]
 
-A tiny random model is linearized and distilled under torchrun. The run is killed with SIGKILL, one process of it or
-all, and stopped with SIGTERM, each time at a random moment from its start on, and started again with the same command
-until it is done; when it ends before all signals were sent, another one begins. Prints how often what happened, and
-whether each run's weights and losses equal those of the run that nobody disturbed.
+A tiny random model is linearized and distilled under torchrun. The run is killed with SIGKILL, one
+process of it or all, and stopped with SIGTERM, each time at a random moment from its start on, and
+started again with the same command until it is done; when it ends before all signals were sent,
+another one begins. Prints how often what happened, and whether each run's weights and losses equal
+those of the run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -160,10 +162,12 @@ def main() -> None:
     ]
     told = ", ".join(f"{count} times {kind}" for kind, count in counts.items())
     print(
-        f"{given.processes} processes, {STEPS} steps, {whole:.0f} s undisturbed; {told}; {tries} starts"
+        f"{given.processes} processes, {STEPS} steps, {whole:.0f} s undisturbed; {told}; {tries}"
+        " starts"
     )
     print(
-        f"{sum(same)} of {runs} runs that were disturbed have the undisturbed one's weights and losses bit for bit"
+        f"{sum(same)} of {runs} runs that were disturbed have the undisturbed one's weights and"
+        " losses bit for bit"
     )
     sys.exit(0 if all(same) else 1)
 

@@ -1,8 +1,9 @@
-"""What it costs to convert one layer of SmolLM2-135M alone: KL to the whole model, by layer, in the mixer's closed-form
-start and with a window of 64 tokens and 4 sinks instead.
+"""What it costs to convert one layer of SmolLM2-135M alone: KL to the whole model, by layer, in the
+mixer's closed-form start and with a window of 64 tokens and 4 sinks instead.
 
-Claim: SUPRA is further from softmax than the window in every layer, by factors from 2 (layer 7) to 100 (layer 16), so
-which layers keep softmax decides how far a model without windows has to go to pass the zero-token window (docs/log.md).
+Claim: SUPRA is further from softmax than the window in every layer, by factors from 2 (layer 7) to
+100 (layer 16), so which layers keep softmax decides how far a model without windows has to go to
+pass the zero-token window (docs/log.md).
 
 Run: python benchmarks/layer_cost.py [--mixer supra] [--windows 2] [--calibration 4]
 """
@@ -66,7 +67,8 @@ def main() -> None:
     print(f"{'layer':>5} {options.mixer:>15} {'window':>8} {'more':>8}")
     for layer in sorted(range(source.layers), key=lambda layer: window[layer] - mixer[layer]):
         print(
-            f"{layer:>5} {mixer[layer]:>15.4f} {window[layer]:>8.4f} {mixer[layer] - window[layer]:>8.4f}"
+            f"{layer:>5} {mixer[layer]:>15.4f} {window[layer]:>8.4f}"
+            f" {mixer[layer] - window[layer]:>8.4f}"
         )
 
 

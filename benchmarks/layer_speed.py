@@ -1,10 +1,12 @@
-"""Training-step time of one converted attention layer against the softmax attention it replaces, as ratios in one run.
+"""Training-step time of one converted attention layer against the softmax attention it replaces, as
+ratios in one run.
 
-Claim: forward + backward of the gated delta rule beside a window on CPU is no slower than softmax attention (PyTorch's
-fused kernel) at 2,048 tokens and faster at 8,192, for a SmolLM2-135M layer (hidden 576, 9 query heads, 3 key/value
-heads of 64). Beside it every registered mixer with its own defaults.
-Weights are random; time does not depend on them. `--decoder` measures the whole decoder layer, MLP and norms included.
-Run: python benchmarks/layer_speed.py [--lengths 2048,8192] [--repeats 5] [--decoder] [--json]
+Claim: forward + backward of the gated delta rule beside a window on CPU is no slower than softmax
+attention (PyTorch's fused kernel) at 2,048 tokens and faster at 8,192, for a SmolLM2-135M layer
+(hidden 576, 9 query heads, 3 key/value heads of 64). Beside it every registered mixer with its own
+defaults. Weights are random; time does not depend on them. `--decoder` measures the whole decoder
+layer, MLP and norms included. Run: python benchmarks/layer_speed.py [--lengths 2048,8192]
+[--repeats 5] [--decoder] [--json]
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from regraft.mixers import registry
-from regraft.mixers.base import Attention, create_initial_tensor
+from regraft.mixers.base import Attention
+from regraft.mixers.initialize import create_initial_tensor
 from regraft.modeling.modeling_regraft import MixerSlot
 
 CONFIG = LlamaConfig(
@@ -75,7 +78,9 @@ def step(
 
 
 def measure(length: int, repeats: int, decoder: bool) -> dict[str, float]:
-    """Best seconds of a training step by layer; the layers take turns, so that load falls on all alike."""
+    """Best seconds of a training step by layer; the layers take turns, so that load falls on all
+    alike.
+    """
     x = torch.randn(1, length, 576, requires_grad=True)
     rotary = LlamaRotaryEmbedding(CONFIG)(x, torch.arange(length).unsqueeze(0))
     runs = {name: step(layer, x, rotary, decoder) for name, layer in layers().items()}

@@ -1,12 +1,13 @@
-"""What fitting LiGO's maps costs: FLOPs of making the grown weights beside a plain training step, and peak memory.
+"""What fitting LiGO's maps costs: FLOPs of making the grown weights beside a plain training step,
+and peak memory.
 
-Claims: at the batch of the paper's BERT-Small to BERT-Base (256 rows of 128 tokens) making the weights and carrying
-their gradients back takes about 1 % of a plain step's FLOPs (more at smaller batches, in proportion); fitting takes
-at most 1.5 times the memory of training the target with AdamW. FLOPs of making the weights are counted on real
-tensors, those of a training step come from `regraft.modeling.flops` (tests hold both to PyTorch's counter). Memory is the
-largest RssAnon of a process of its own, two steps of --rows rows, less what a process has that has only imported;
-both sides see the same rows.
-Run: python benchmarks/ligo_cost.py [--rows 8] [--json FILE]
+Claims: at the batch of the paper's BERT-Small to BERT-Base (256 rows of 128 tokens) making the
+weights and carrying their gradients back takes about 1 % of a plain step's FLOPs (more at smaller
+batches, in proportion); fitting takes at most 1.5 times the memory of training the target with
+AdamW. FLOPs of making the weights are counted on real tensors, those of a training step come from
+`regraft.modeling.flops` (tests hold both to PyTorch's counter). Memory is the largest RssAnon of a
+process of its own, two steps of --rows rows, less what a process has that has only imported; both
+sides see the same rows. Run: python benchmarks/ligo_cost.py [--rows 8] [--json FILE]
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def source(folder: Path) -> None:
 
 
 def overhead(folder: Path) -> dict[str, float]:
-    """FLOPs of making the weights and their gradients, and of a plain training step at the paper's batch."""
+    """FLOPs of making the weights and their gradients, and of a plain training step at the paper's
+    batch.
+    """
     import torch
 
     from regraft.core.checkpoint import Checkpoint

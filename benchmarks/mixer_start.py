@@ -1,8 +1,10 @@
-"""How near each linear mixer comes to the attention layer it replaces: as linearized, after the closed-form start,
-after a short alignment. Relative squared error of the layer's output on held-out text (0 perfect, 1 as good as
-silence), mean over some layers of SmolLM2-135M, each on the teacher's own inputs.
+"""How near each linear mixer comes to the attention layer it replaces: as linearized, after the
+closed-form start, after a short alignment. Relative squared error of the layer's output on held-out
+text (0 perfect, 1 as good as silence), mean over some layers of SmolLM2-135M, each on the teacher's
+own inputs.
 
-Run: python benchmarks/mixer_start.py [--mixers NAME,...] [--layers 9,21] [--rows 16] [--length 512] [--steps 32]
+Run: python benchmarks/mixer_start.py [--mixers NAME,...] [--layers 9,21] [--rows 16] [--length 512]
+[--steps 32]
 """
 
 from __future__ import annotations

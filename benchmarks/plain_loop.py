@@ -1,8 +1,11 @@
-"""The training loop beside a hand-written one: same model, same rows, same optimiser, in turns in one run.
+"""The training loop beside a hand-written one: same model, same rows, same optimiser, in turns in
+one run.
 
-python benchmarks/plain_loop.py [--hidden 512] [--layers 8] [--length 256] [--batch 2] [--steps 12] [--rounds 3]
+python benchmarks/plain_loop.py [--hidden 512] [--layers 8] [--length 256] [--batch 2] [--steps 12]
+[--rounds 3]
 
-Prints tokens a second of both and their ratio, the median over rounds: above 1 the loop of `regraft train` is faster.
+Prints tokens a second of both and their ratio, the median over rounds: above 1 the loop of `regraft
+train` is faster.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ def plain(model: PreTrainedModel, rows: Packed, batch: int, steps: int) -> float
 
 
 def ours(model: PreTrainedModel, rows: Packed, batch: int, steps: int) -> float:
-    """The same through `loop.train`, with its metrics and its watch over the loss; seconds after the first step,
-    which runs under the FLOP counter. Checkpoints, which the plain loop has not, are left out.
+    """The same through `loop.train`, with its metrics and its watch over the loss; seconds after
+    the first step, which runs under the FLOP counter. Checkpoints, which the plain loop has not,
+    are left out.
     """
     length, marks = rows.length, []
     stage = Stage("next", steps * batch * length, length, batch, lr_body=3e-4, precision="float32")

@@ -1,13 +1,15 @@
 """Layer-streamed alignment: memory whatever the depth, and a model that does not fit whole.
 
-Claims. First: the peak of anonymous memory over a process that has done the imports stays under 2 layers in float32 +
-1 shard + the activations of a batch, for 8, 32 and 128 layers of the same width, saving included. The models are Llamas
-of random bfloat16 weights written tensor by tensor; a layer has 51 MB in float32, a shard 100. Activations are counted
-as 24 tensors of (batch, length, hidden) and 4 of (batch, length, ffn), float32, which one layer holds for its backward.
-Second (--big): a model whose float32 weights are larger than the memory the process may have (RLIMIT_DATA: heap and
-anonymous maps), which loading it whole under the same limit shows by failing, is aligned and saved.
-Every run is a process of its own; RssAnon is sampled every 5 ms. Seconds are those of alignment, without saving.
-Run: python benchmarks/streamed_memory.py [--dir DIR] [--depths 8,32,128] [--big] [--json FILE]
+Claims. First: the peak of anonymous memory over a process that has done the imports stays under 2
+layers in float32 + 1 shard + the activations of a batch, for 8, 32 and 128 layers of the same
+width, saving included. The models are Llamas of random bfloat16 weights written tensor by tensor; a
+layer has 51 MB in float32, a shard 100. Activations are counted as 24 tensors of (batch, length,
+hidden) and 4 of (batch, length, ffn), float32, which one layer holds for its backward. Second
+(--big): a model whose float32 weights are larger than the memory the process may have (RLIMIT_DATA:
+heap and anonymous maps), which loading it whole under the same limit shows by failing, is aligned
+and saved. Every run is a process of its own; RssAnon is sampled every 5 ms. Seconds are those of
+alignment, without saving. Run: python benchmarks/streamed_memory.py [--dir DIR] [--depths 8,32,128]
+[--big] [--json FILE]
 """
 
 from __future__ import annotations
@@ -136,7 +138,10 @@ def run_streamed(source: Path, out: Path, limit: int = 0) -> dict[str, Any]:
 
 def format_row(row: dict[str, Any]) -> str:
     """One run in words."""
-    said = f"{row['layers']:4} layers, {row['float32'] / 1e6:6.0f} MB in float32: peak {row['align'] / 1e6:.0f} MB"
+    said = (
+        f"{row['layers']:4} layers, {row['float32'] / 1e6:6.0f} MB in float32: peak"
+        f" {row['align'] / 1e6:.0f} MB"
+    )
     said += f" aligning, {row['all'] / 1e6:.0f} MB with saving, {row['seconds']:.0f} s"
     if row["limit"]:
         said += (

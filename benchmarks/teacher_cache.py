@@ -1,10 +1,12 @@
-"""What a cache of teacher outputs saves: seconds, FLOPs and disk without it, in a run that fills it, in the next.
+"""What a cache of teacher outputs saves: seconds, FLOPs and disk without it, in a run that fills
+it, in the next.
 
-Claim: a second run over the same rows runs no teacher at all and takes less time than a run without a cache; with the
-exact kind its losses are those without. Teacher and student are Llamas of 30 M random parameters, the student is
-linearized from the teacher; distil over --rows rows of --length tokens, a row a step. Each run is a process of its own,
-sides in turns, medians of --repeats; seconds are the ledger's (the first step, which counts FLOPs, included).
-Run: python benchmarks/teacher_cache.py [--rows 24] [--length 256] [--repeats 3] [--dir DIR] [--json FILE]
+Claim: a second run over the same rows runs no teacher at all and takes less time than a run without
+a cache; with the exact kind its losses are those without. Teacher and student are Llamas of 30 M
+random parameters, the student is linearized from the teacher; distil over --rows rows of --length
+tokens, a row a step. Each run is a process of its own, sides in turns, medians of --repeats;
+seconds are the ledger's (the first step, which counts FLOPs, included). Run: python
+benchmarks/teacher_cache.py [--rows 24] [--length 256] [--repeats 3] [--dir DIR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -110,7 +112,10 @@ def main() -> None:
         )
         ran, disk = runs[0].get("computed", options.rows), runs[0].get("disk", 0) / 1e6
         share = runs[0]["flops"] / plain[0]["flops"]
-        said = f"{name:24} {seconds:6.1f} s, {seconds / usual:4.0%} of the time, {share:4.0%} of the FLOPs"
+        said = (
+            f"{name:24} {seconds:6.1f} s, {seconds / usual:4.0%} of the time, {share:4.0%} of the"
+            " FLOPs"
+        )
         print(f"{said}, losses within {away:.1e}, teacher on {ran} rows, {disk:.1f} MB")
     if options.json:
         options.json.write_text(json.dumps(sides, indent=1))

@@ -1,9 +1,10 @@
 """Text on disk as rows of tokens: processor time and memory as ratios in one run.
 
-Claims: filling the cache takes little more than tokenising the same documents in memory, whatever the format; reading
-rows from the cache takes little of a training step; peak memory does not grow with the file; a cache that is there is
-not made again. The text is the documentation of Python, repeated, in the tokenizer of a model.
-Run: python benchmarks/text_speed.py MODEL [--megabytes 4,16] [--length 1024] [--json]
+Claims: filling the cache takes little more than tokenising the same documents in memory, whatever
+the format; reading rows from the cache takes little of a training step; peak memory does not grow
+with the file; a cache that is there is not made again. The text is the documentation of Python,
+repeated, in the tokenizer of a model. Run: python benchmarks/text_speed.py MODEL [--megabytes 4,16]
+[--length 1024] [--json]
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def write(folder: Path, suffix: str, data: bytes) -> Path:
 
 
 def time_call(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds of all threads, which others on the machine do not lengthen, and what came of it."""
+    """Processor seconds of all threads, which others on the machine do not lengthen, and what came
+    of it.
+    """
     begin = time.process_time()
     found = work()
     return time.process_time() - begin, found
@@ -204,11 +207,13 @@ def main() -> None:
         print(f"{speed}, {ratio}{reading}, a second time {row['again_share']:.1%}")
     for row in found["memory"]:
         print(
-            f"{row['megabytes']:>4} MB of text: peak {row['peak_MB']:.0f} MB, {row['before_MB']:.0f} MB before it"
+            f"{row['megabytes']:>4} MB of text: peak {row['peak_MB']:.0f} MB,"
+            f" {row['before_MB']:.0f} MB before it"
         )
     by_row = found["microseconds_a_row"]
     print(
-        f"a row of {options.length}: {by_row['stored']:.0f} us from the cache, {by_row['memory']:.0f} us from memory"
+        f"a row of {options.length}: {by_row['stored']:.0f} us from the cache,"
+        f" {by_row['memory']:.0f} us from memory"
     )
 
 

@@ -1,10 +1,12 @@
-"""Memory of training: what `regraft plan --train` forecasts against what the loop takes, on sizes that fit here.
+"""Memory of training: what `regraft plan --train` forecasts against what the loop takes, on sizes
+that fit here.
 
-Each line is a process of its own: a random Llama (or what `linearize` makes of it) trains two steps through the real
-loop. Measured is the peak of its anonymous memory in the second step (the highest mark of resident memory without the
-pages of files) above what it was with everything imported and no model; the C library gives blocks above 1 MB back at
-once, so that what is measured is in use. The forecast is `regraft plan --train`'s for one GPU.
-Run: python benchmarks/train_memory.py [--only NAME] [--json FILE]
+Each line is a process of its own: a random Llama (or what `linearize` makes of it) trains two steps
+through the real loop. Measured is the peak of its anonymous memory in the second step (the highest
+mark of resident memory without the pages of files) above what it was with everything imported and
+no model; the C library gives blocks above 1 MB back at once, so that what is measured is in use.
+The forecast is `regraft plan --train`'s for one GPU. Run: python benchmarks/train_memory.py [--only
+NAME] [--json FILE]
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ CASES: dict[str, tuple[str, str | None, str, int, int, str, bool]] = {
 
 
 def blank(size: str, folder: Path) -> Path:
-    """A directory with a random Llama in bfloat16, so that float32 weights are memory and not pages of its file."""
+    """A directory with a random Llama in bfloat16, so that float32 weights are memory and not pages
+    of its file.
+    """
     import torch
 
     from regraft import modeling

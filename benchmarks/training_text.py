@@ -1,8 +1,9 @@
-"""Text of several kinds for trials of linearization on real models: novels, non-fiction, encyclopedia, documentation.
+"""Text of several kinds for trials of linearization on real models: novels, non-fiction,
+encyclopedia, documentation.
 
-Files are text (.txt, .txt.xz) whose works are set apart by two blank lines, or .jsonl; of each a part of about
---characters, in pieces of some 8,000 characters that end with a paragraph, drawn with a fixed seed.
-Run: python benchmarks/training_text.py OUT.jsonl FILE[:CHARACTERS] ...
+Files are text (.txt, .txt.xz) whose works are set apart by two blank lines, or .jsonl; of each a
+part of about --characters, in pieces of some 8,000 characters that end with a paragraph, drawn with
+a fixed seed. Run: python benchmarks/training_text.py OUT.jsonl FILE[:CHARACTERS] ...
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Two machines on one: network namespaces with a cable between them train a model together, sharded inside each.
+"""Two machines on one: network namespaces with a cable between them train a model together, sharded
+inside each.
 
-python benchmarks/two_nodes.py FOLDER MODEL -- [flags of regraft train: --data .. --stage .. --teacher .. --tokens ..]
+python benchmarks/two_nodes.py FOLDER MODEL -- [flags of regraft train: --data .. --stage ..
+--teacher .. --tokens ..]
 
-As root, with iproute2. Each namespace has its own loopback, its own address and two processes; they meet over the
-cable only. Trains MODEL once so (into FOLDER/two) and once in one process (FOLDER/one), prints the commands, and the
-largest relative difference between the losses of the two.
+As root, with iproute2. Each namespace has its own loopback, its own address and two processes; they
+meet over the cable only. Trains MODEL once so (into FOLDER/two) and once in one process
+(FOLDER/one), prints the commands, and the largest relative difference between the losses of the
+two.
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ def main() -> None:
     subprocess.run([sys.executable, *words, f"{folder}/one", *flags], check=True)
     pairs = list(zip(losses(Path(folder) / "one"), losses(Path(folder) / "two"), strict=True))
     print(
-        f"{len(pairs)} steps, losses differ by {max(abs(a - b) / abs(a) for a, b in pairs):.2g} of themselves at most"
+        f"{len(pairs)} steps, losses differ by {max(abs(a - b) / abs(a) for a, b in pairs):.2g} of"
+        " themselves at most"
     )
 
 

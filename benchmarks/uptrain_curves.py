@@ -1,13 +1,17 @@
-"""Held-out perplexity and KL to the teacher against training tokens, for one way of linearizing SmolLM2-135M.
+"""Held-out perplexity and KL to the teacher against training tokens, for one way of linearizing
+SmolLM2-135M.
 
-Claim: uptraining on CPU brings perplexity and KL below every zero-token baseline, with no softmax layer kept (`--arm
-none`, 81,920 tokens) and for SUPRA without a window in 16 of 30 layers (`--arm supra_fitted`, 450,560 tokens). As
-published, `--arm supra`, it did not get there, see docs/log.md. Baselines, the calibrated start and every point are
-measured on the same held-out windows (documents of 1,024 tokens and more that are not in the training text). Training
-resumes when called again; points already measured stay in the file.
+Claim: uptraining on CPU brings perplexity and KL below every zero-token baseline, with no softmax
+layer kept (`--arm none`, 81,920 tokens) and for SUPRA without a window in 16 of 30 layers (`--arm
+supra_fitted`, 450,560 tokens). As published, `--arm supra`, it did not get there, see docs/log.md.
+Baselines, the calibrated start and every point are measured on the same held-out windows (documents
+of 1,024 tokens and more that are not in the training text). Training resumes when called again;
+points already measured stay in the file.
 
-Run: python benchmarks/uptrain_curves.py --arm none --out .cache/curves/none --tokens 81920 --rates 0.25 --windows 5
-     python benchmarks/uptrain_curves.py --arm supra_fitted --out .cache/curves/supra --tokens 450560 --every 40
+Run: python benchmarks/uptrain_curves.py --arm none --out .cache/curves/none --tokens 81920 --rates
+0.25 --windows 5
+     python benchmarks/uptrain_curves.py --arm supra_fitted --out .cache/curves/supra --tokens
+     450560 --every 40
          --windows 5 --keep 0,1,2,9,10,11,12,13,16,19,20,23,25,26
 """
 
@@ -45,14 +49,17 @@ ARMS = {
 }
 METHODS = {"supra_fitted"}  # arms that train as the method of that name does
 
-# Rows repeat once the smallest text is used up; SUPRA's budget is several times the documentation: it gets more.
+# Rows repeat once the smallest text is used up; SUPRA's budget is several times the documentation:
+# it gets more.
 FEW = {"documentation": 0.7, "encyclopedia": 0.3}
 MANY = {"documentation": 0.2, "encyclopedia": 0.3, "docstrings": 0.5}
 SHARES = {"hybrid": FEW, "none": FEW, "supra": MANY, "supra_fitted": MANY}
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
-    """An eighth of the tokens for alignment, or `align`; the rest for distillation. A method's arm has its own."""
+    """An eighth of the tokens for alignment, or `align`; the rest for distillation. A method's arm
+    has its own.
+    """
     tokens, length = options.tokens, options.length
     if options.arm in METHODS:
         return methods.find_method(options.arm).stages(tokens, length)

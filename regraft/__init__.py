@@ -1,20 +1,23 @@
-"""regraft: reuse the weights of a pretrained transformer in a different architecture.
+"""regraft: reuse pretrained Hugging Face weights in a different architecture.
 
-Importing it makes `AutoConfig` and `AutoModelForCausalLM` of transformers know linearized models, whichever of the two
-is imported first. Public names load when first used, so that the command line starts without PyTorch.
+Public names are imported when they are first used, so that `import regraft` and the command line
+start without PyTorch. `import regraft.modeling` (which `regraft.load` does) registers linearized
+models with transformers' `AutoConfig` and `AutoModelForCausalLM`; `import regraft` alone does not.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import wrapt
-
+# The one list of public names: type checkers and editors read it here, `_PUBLIC` is made from it.
 if TYPE_CHECKING:
     from .checks.check import check
     from .core.checkpoint import Checkpoint
     from .errors import RegraftError
+    from .evaluation.evaluate import evaluate_recall, evaluate_tasks
     from .growth.steps.bridge import Bridge
     from .growth.steps.composable import (
         AddHeads,
@@ -30,54 +33,33 @@ if TYPE_CHECKING:
     from .growth.steps.widen import Widen
     from .linearize.merge import Merge
     from .mixers.remix import Remix
-    from .modeling import load
+    from .modeling import flops
+    from .modeling.generate import generate
+    from .modeling.loading import load
     from .plan.plan import Plan
+    from .recipes.run import run_recipe
+    from .recipes.schema import Recipe
 
 __version__ = "0.1.0"
-__all__ = [
-    "AddHeads",
-    "AddLayers",
-    "Bridge",
-    "Checkpoint",
-    "Deepen",
-    "GrowHeadDim",
-    "GrowHeadValues",
-    "GrowHidden",
-    "GrowMLP",
-    "GrowQueryKeys",
-    "Merge",
-    "Plan",
-    "RegraftError",
-    "Remix",
-    "Transplant",
-    "Widen",
-    "check",
-    "load",
-    "open",
-]
 
-_COMPOSABLE = (
-    "AddHeads",
-    "AddLayers",
-    "GrowHeadDim",
-    "GrowHeadValues",
-    "GrowHidden",
-    "GrowMLP",
-    "GrowQueryKeys",
-)
-_HOMES = dict.fromkeys(_COMPOSABLE, "growth.steps.composable") | {
-    "Bridge": "growth.steps.bridge",
-    "Checkpoint": "core.checkpoint",
-    "Deepen": "growth.steps.deepen",
-    "Merge": "linearize.merge",
-    "Plan": "plan.plan",
-    "RegraftError": "errors",
-    "Remix": "mixers.remix",
-    "Transplant": "growth.steps.transplant",
-    "Widen": "growth.steps.widen",
-    "check": "checks.check",
-    "load": "modeling",
-}
+
+def _read_public_names() -> dict[str, tuple[str, str]]:
+    """Public name -> (module, name in that module), from the TYPE_CHECKING block of this file."""
+    source = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in source.body if isinstance(node, ast.If))
+    return {
+        alias.asname or alias.name: (f"{__name__}.{node.module}", alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+_PUBLIC = _read_public_names()
+
+# `open` is public as regraft.open, but stays out of this list: `from regraft import *` must not
+# replace Python's own.
+__all__ = sorted(_PUBLIC)
 
 
 def open(path: str) -> Checkpoint:  # noqa: A001  # the name users type: regraft.open(path)
@@ -88,19 +70,11 @@ def open(path: str) -> Checkpoint:  # noqa: A001  # the name users type: regraft
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _PUBLIC:
         raise AttributeError(f"module 'regraft' has no attribute '{name}'")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)
 
 
-def _register(module: Any) -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    from .modeling.configuration_regraft import RegraftConfig
-    from .modeling.modeling_regraft import RegraftForCausalLM
-
-    AutoConfig.register("regraft", RegraftConfig, exist_ok=True)
-    module.AutoModelForCausalLM.register(RegraftConfig, RegraftForCausalLM, exist_ok=True)
-
-
-wrapt.register_post_import_hook(_register, "transformers.models.auto.modeling_auto")
+def __dir__() -> list[str]:
+    return sorted([*_PUBLIC, "open", "__version__", "__doc__", "__file__", "__path__"])

@@ -13,6 +13,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+# Called with the share of a piece of work that is done, 0 to 1, and a message.
+ProgressCallback = Callable[[float, str], None]
+
 BEAT = 8.0  # seconds between lines when there is no terminal
 QUIET = (
     2.0  # nothing is said in the first seconds: wrong input then gives its one line and no other

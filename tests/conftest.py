@@ -1,4 +1,6 @@
-"""One thread per test process: the models are tiny, and two processes share two cores. Models of several files."""
+"""One thread per test process: the models are tiny, and two processes share two cores. Models of
+several files.
+"""
 
 import os
 import shutil

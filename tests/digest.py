@@ -4,9 +4,10 @@
     python tests/digest.py make after.json
     python tests/digest.py compare before.json after.json    # exit 0: equal bit for bit
 
-`make` runs the commands twice, so that clocks and other noise are known: numbers that differ between two runs of the
-same tree are left out of the comparison. Keys and flags may be renamed between two trees, their values may not change.
-`ORIGINAL_FLAGS` and `ORIGINAL_KEYS` have the flags and recipe keys of trees that parse the command line in `regraft/cli.py`.
+`make` runs the commands twice, so that clocks and other noise are known: numbers that differ
+between two runs of the same tree are left out of the comparison. Keys and flags may be renamed
+between two trees, their values may not change. `ORIGINAL_FLAGS` and `ORIGINAL_KEYS` have the flags
+and recipe keys of trees that parse the command line in `regraft/cli.py`.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def write_inputs(folder: Path, original: bool) -> None:
 
 
 def run_commands(tree: Path, folder: Path) -> dict[str, list[Any]]:
-    """Run every command of `COMMANDS` with the package in `tree`: values by command and file written."""
+    """Run every command of `COMMANDS` with the package in `tree`: values by command and file
+    written.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "1",
@@ -172,7 +175,9 @@ def hash_tensor(tensor: Any) -> str:
 
 
 def leaves(value: Any) -> list[Any]:
-    """Numbers, truth values and nulls of a JSON value in document order; names and texts are left out."""
+    """Numbers, truth values and nulls of a JSON value in document order; names and texts are left
+    out.
+    """
     if isinstance(value, dict):
         return [leaf for part in value.values() for leaf in leaves(part)]
     if isinstance(value, list):
@@ -192,7 +197,8 @@ def make(out: Path, tree: Path) -> None:
 def steady(runs: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """Values by file with None where two runs of one tree differ.
 
-    A page whose count of numbers depends on the clock is left out: the JSON beside it holds the same numbers.
+    A page whose count of numbers depends on the clock is left out: the JSON beside it holds the
+    same numbers.
     """
     first, second = runs
     if set(first) != set(second):
@@ -217,7 +223,8 @@ def compare(before: Path, after: Path) -> int:
         wrong = [(a, b) for a, b in pairs if a != b and a is not None and b is not None]
         if wrong or len(old[name]) != len(new[name]):
             print(
-                f"{name}: {len(old[name])} and {len(new[name])} values, {len(wrong)} differ, such as {wrong[:3]}"
+                f"{name}: {len(old[name])} and {len(new[name])} values, {len(wrong)} differ, such"
+                f" as {wrong[:3]}"
             )
             different += 1
     values = sum(value is not None for found in new.values() for value in found)

@@ -180,20 +180,23 @@ def figures_page() -> str:
     for number, row in enumerate(ROWS):
         cells = [column[number] or "-" for column in columns.values()]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n\n".join(
-        [
-            "# Figures of the code",
-            "How the code of regraft is laid out, named and commented, beside other Python packages. The column "
-            "*regraft* is measured while this page is built (`python docs/tools/code_figures.py regraft README.md`); "
-            "*before* is the same script on commit 3bd0684, the last one before the new layout. The other columns are "
-            "quoted: they were measured once, when the layout was planned, by an earlier script that was not kept. For "
-            "regraft that script said 70 / 42 where this one says 73 / 46, 1.2 where it says 1.0 and 17.1 where it says "
-            "18.5 (of a slightly older commit), so small differences between columns mean nothing. A dash: not measured.",
-            "\n".join(lines),
-            "## Definitions",
-            definitions,
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "# Figures of the code",
+                "How the code of regraft is laid out, named and commented, beside other Python packages. The column "
+                "*regraft* is measured while this page is built (`python docs/tools/code_figures.py regraft README.md`); "
+                "*before* is the same script on commit 3bd0684, the last one before the new layout. The other columns are "
+                "quoted: they were measured once, when the layout was planned, by an earlier script that was not kept. For "
+                "regraft that script said 70 / 42 where this one says 73 / 46, 1.2 where it says 1.0 and 17.1 where it says "
+                "18.5 (of a slightly older commit), so small differences between columns mean nothing. A dash: not measured.",
+                "\n".join(lines),
+                "## Definitions",
+                definitions,
+            ]
+        )
+        + "\n"
+    )
 
 
 def main() -> None:

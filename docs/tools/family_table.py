@@ -97,7 +97,9 @@ def describe_sizes(source: Checkpoint, name: str) -> str:
 
     sizes = source.sizes
     heads = sizes["kv"] * sizes["group"]
-    old = {"heads": heads, "kv_heads": sizes["kv"], "head_dim": sizes["dim"]}.get(name) or sizes[name]
+    old = {"heads": heads, "kv_heads": sizes["kv"], "head_dim": sizes["dim"]}.get(name) or sizes[
+        name
+    ]
     step = math.gcd(old, *taken)
     if sorted(taken) != [size for size in tried if size % step == 0]:
         return "where the heads divide hidden" + tail if source.anatomy.divides else "some" + tail
@@ -134,7 +136,13 @@ def find_bridge(family: str) -> str:
 
 def family_rows() -> tuple[list[str], list[list[str]]]:
     """(head, rows) of the table of families."""
-    head = ["family", *(f"`{flag}`" for flag in FLAGS.values()), "linearize", "trains", "as another class"]
+    head = [
+        "family",
+        *(f"`{flag}`" for flag in FLAGS.values()),
+        "linearize",
+        "trains",
+        "as another class",
+    ]
     rows = []
     for family in list_stock_families():
         source = tiny_source(family)

@@ -209,14 +209,18 @@ def python_page() -> str:
     """The public names of the package by mkdocstrings, and the modules below them."""
     blocks = [
         "# Python",
-        "`import regraft` has the names of the first section; they load when first used. It also makes "
-        '`AutoModelForCausalLM.from_pretrained` load linearized models (without regraft: `trust_remote_code=True`). '
-        "The modules below may change between versions.",
+        "`import regraft` has the names of the first section; they load when first used. `import regraft.modeling` makes "
+        "`AutoModelForCausalLM.from_pretrained` load linearized models (without regraft: `trust_remote_code=True`). "
+        "The modules below the public names may change between versions.",
         "## regraft",
+        "::: regraft.open",
     ]
     for name in regraft.__all__:
         value = getattr(regraft, name)
-        blocks.append(f"::: {value.__module__}.{value.__qualname__}")
+        if inspect.ismodule(value):
+            blocks.append(f"::: {value.__name__}")
+        else:
+            blocks.append(f"::: {value.__module__}.{value.__qualname__}")
     for folder, modules in MODULES.items():
         blocks.append(f"## {folder}")
         blocks += [f"::: regraft.{module}" + SHOW_MODULE for module in modules]
@@ -254,27 +258,38 @@ def mixers_page() -> str:
     blocks = [
         "# Mixers",
         "What `--mixer` takes, and the `mixer` of `regraft.Remix`. Options are given as JSON "
-        "(`--mixer gla --options '{\"gate\": \"none\"}'`). With `--window` above 0 a linear mixer stands beside a "
+        '(`--mixer gla --options \'{"gate": "none"}\'`). With `--window` above 0 a linear mixer stands beside a '
         "branch of windowed softmax attention; both are joined by `gated`, which is not named by itself. On a GPU the "
         "recurrences run in flash-linear-attention's kernels where the extra `fast` is installed, elsewhere in plain "
         "PyTorch.",
         table(
             ["mixer", "is"],
-            [[f"[`{n}`](#{n})", escape(first_line(sys.modules[m.__module__].__doc__))] for n, m in known.items()],
+            [
+                [f"[`{n}`](#{n})", escape(first_line(sys.modules[m.__module__].__doc__))]
+                for n, m in known.items()
+            ],
         ),
     ]
     for name, mixer in known.items():
         options = mixer.Options
-        blocks += [f"## {name}", prose(inspect.getdoc(mixer)), f"`{mixer.__module__}.{mixer.__name__}`"]
+        blocks += [
+            f"## {name}",
+            prose(inspect.getdoc(mixer)),
+            f"`{mixer.__module__}.{mixer.__name__}`",
+        ]
         own = [prose(inspect.getdoc(one)) for one in options.__mro__ if documented_here(one)]
-        blocks += ["Options:", *own[:2], fields_table(options)] if dataclasses.fields(options) else []
+        blocks += (
+            ["Options:", *own[:2], fields_table(options)] if dataclasses.fields(options) else []
+        )
     return "\n\n".join(blocks) + "\n"
 
 
 def documented_here(kind: Any) -> bool:
     """Whether a dataclass has a docstring of its own, not one that Python made."""
     text = vars(kind).get("__doc__") or ""
-    return dataclasses.is_dataclass(kind) and bool(text) and not text.startswith(f"{kind.__name__}(")
+    return (
+        dataclasses.is_dataclass(kind) and bool(text) and not text.startswith(f"{kind.__name__}(")
+    )
 
 
 def methods_page() -> str:
@@ -334,7 +349,11 @@ def recipes_page() -> str:
     for title, root in (("regraft run", Recipe), ("regraft compare", Comparison)):
         blocks.append(f"## {title}")
         for schema in reachable(root, seen):
-            blocks += [f"### {schema.__name__}", prose(inspect.getdoc(schema)), fields_table(schema)]
+            blocks += [
+                f"### {schema.__name__}",
+                prose(inspect.getdoc(schema)),
+                fields_table(schema),
+            ]
     return "\n\n".join(blocks) + "\n"
 
 

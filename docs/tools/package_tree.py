@@ -35,7 +35,9 @@ def list_tree(folder: Path, depth: int = 0) -> list[str]:
     init = folder / "__init__.py"
     purpose = read_purpose(init) if init.is_file() else ""
     lines = [format_line(folder.name + "/", purpose, depth)]
-    lines += [format_line(file.name, read_purpose(file), depth + 1) for file in list_modules(folder)]
+    lines += [
+        format_line(file.name, read_purpose(file), depth + 1) for file in list_modules(folder)
+    ]
     for child in list_folders(folder):
         lines += list_tree(child, depth + 1)
     return lines
@@ -49,7 +51,9 @@ def format_line(name: str, purpose: str, depth: int) -> str:
 def escape(text: str) -> str:
     """Markdown's signs outside of code."""
     parts = text.split("`")
-    parts[::2] = [part.replace("*", "\\*").replace("_", "\\_").replace("<", "\\<") for part in parts[::2]]
+    parts[::2] = [
+        part.replace("*", "\\*").replace("_", "\\_").replace("<", "\\<") for part in parts[::2]
+    ]
     return "`".join(parts)
 
 

@@ -25,7 +25,8 @@ def bench(
         lengths: context lengths, such as 1k,4k,16k
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
-        skip_prefill: time decoding alone, from a cache filled with copies of one token instead of a context
+        skip_prefill: time decoding alone, from a cache filled with copies of one token instead of a
+            context
         plot: also draw the rows into bench.svg in the current folder
         json: print one JSON object on standard output and nothing else
     """

@@ -6,7 +6,8 @@ from .verb import Outcome, Verb
 
 
 def check_output(source: str, out: str, json: bool = False) -> Outcome:
-    """Receipts: every tensor accounted for, step-0 difference, parallel against recurrent; exit 1 if one does not hold.
+    """Receipts: every tensor accounted for, step-0 difference, parallel against recurrent; exit 1
+    if one does not hold.
 
     Args:
         source: the model that was changed

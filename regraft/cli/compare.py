@@ -18,13 +18,15 @@ def compare(
     overrides: dict[str, str] | None = None,
     json: bool = False,
 ) -> Outcome:
-    """Compare ways to grow a model with training from scratch, resumably; --key.sub VALUE overrides a field.
+    """Compare ways to grow a model with training from scratch, resumably; --key.sub VALUE overrides
+    a field.
 
     Args:
         recipe: a YAML file such as regraft/recipes/compare_decoder.yaml
         out: directory to write
         jobs: runs at a time, each a process of its own with its share of the cores
-        launch: what starts a run over several processes, such as "torchrun --standalone --nproc-per-node 8"
+        launch: what starts a run over several processes, such as "torchrun --standalone
+            --nproc-per-node 8"
         json: print one JSON object on standard output and nothing else
     """
     from ..compare import recipe as schema

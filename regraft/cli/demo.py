@@ -8,7 +8,8 @@ from .verb import Outcome, Verb, experiment_outcome
 def demo(
     out: str = "demo-out", overrides: dict[str, str] | None = None, json: bool = False
 ) -> Outcome:
-    """Do the main job on the default model and text: linearize, train, measure, report, in 15 minutes.
+    """Do the main job on the default model and text: linearize, train, measure, report, in 15
+    minutes.
 
     Args:
         out: directory to write

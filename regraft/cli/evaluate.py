@@ -23,22 +23,27 @@ def evaluate(
     plot: bool = False,
     json: bool = False,
 ) -> Outcome:
-    """Measure perplexity per token and per byte, or benchmarks and recall, beside the baselines of a source.
+    """Measure perplexity per token and per byte, or benchmarks and recall, beside the baselines of
+    a source.
 
     Args:
         model: model directory or GGUF file
         data: text file or folder (default: the held-out part of Python's own documentation)
-        baseline: the source: adds its row, the zero-token windows, the untrained conversion, KL to it
+        baseline: the source: adds its row, the zero-token windows, the untrained conversion, KL to
+            it
         scratch: the same architecture trained from scratch: adds its row
         windows: number of windows, spread evenly over the text
         length: tokens per window
-        tasks: instead of perplexity, benchmarks (hellaswag,piqa,...) and recall (passkey,needle,mqar), by commas
+        tasks: instead of perplexity, benchmarks (hellaswag,piqa,...) and recall
+            (passkey,needle,mqar), by commas
         task_data: folder of the benchmarks' jsonl files
-        limit: questions of each benchmark, spread evenly, and contexts of each recall (default: all, and 32)
+        limit: questions of each benchmark, spread evenly, and contexts of each recall (default:
+            all, and 32)
         shots: examples before each question, where a benchmark has a file of them (mmlu)
         lengths: context lengths of recall, such as 512,1k,2k
         batch: rows at a time in benchmarks and recall
-        positions: also, or alone, perplexity by tokens of context over --windows documents of --length tokens
+        positions: also, or alone, perplexity by tokens of context over --windows documents of
+            --length tokens
         plot: also draw positions.svg in the current folder
         json: print one JSON object on standard output and nothing else
     """
@@ -92,7 +97,10 @@ VERB = Verb(
     evaluate,
     examples=(
         "regraft eval MODEL --baseline SOURCE",
-        "regraft eval MODEL --baseline SOURCE --tasks hellaswag,passkey --task-data DIR --limit 300",
+        (
+            "regraft eval MODEL --baseline SOURCE --tasks hellaswag,passkey --task-data DIR"
+            " --limit 300"
+        ),
     ),
     sections={
         "baselines": (

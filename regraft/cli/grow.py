@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,16 +51,19 @@ def grow(
         head_dim: width of a head
         layers: number of layers
         to: a directory whose config.json gives all sizes
-        width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
-            copy starts all that is new at random; auto takes what trained best in our comparison, exact or not; ligo
-            learns width and depth from --data
+        width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split,
+            tile, duplicate, aki, lemon; copy starts all that is new at random; auto takes what
+            trained best in our comparison, exact or not; ligo learns width and depth from --data
         depth_init: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source)
-        optimizer_state: safetensors with exp_avg/NAME, exp_avg_sq/NAME: grown into OUT/optimizer.safetensors
-        data: for --width-init ligo: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder), or .npz images
-        fit: for --width-init ligo: its options as JSON, such as {"steps": 100, "reads": "inverse", "batch": 16, "length": 256}
+        optimizer_state: safetensors with exp_avg/NAME, exp_avg_sq/NAME: grown into
+            OUT/optimizer.safetensors
+        data: for --width-init ligo: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a folder), or
+            .npz images
+        fit: for --width-init ligo: its options as JSON, such as {"steps": 100, "reads": "inverse",
+            "batch": 16, "length": 256}
         seed: of fresh weights
         field: for --width-init ligo: key or column that holds the text
         skip_bad: leave out lines of text that cannot be read, and count them
@@ -75,39 +79,32 @@ def grow(
     from ..data.corpus import Text
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
-    from ..plan import plan as planning
+    from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
     from ..train import fit_ligo
 
-    if Path(out).resolve() == Path(source).resolve():
-        raise RegraftError(
-            f"'{out}' is the source, which the result is checked against: choose another output"
-        )
+    check_flags(locals())
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed)
-    if width_init != LEARNED and (data or fit):
-        raise RegraftError(
-            f"--data and --fit are for --width-init ligo, not {width_init}: leave them out"
-        )
-    after = growth(before)
-    made = planning.Plan.of(before, after)
-    print(f"regraft: {made.format_cost()}", file=sys.stderr)
+    if optimizer_state:
+        moments.read_moments(
+            before, Path(optimizer_state)
+        )  # a wrong file is an error before any work
+
+    # What the growth will cost, before it begins. For LiGO this is the start that its maps are fitted from.
+    grown = growth(before)
+    plan = Plan.of(before, grown)
+    print(f"regraft: {plan.format_cost()}", file=sys.stderr)
+
+    # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from them.
     maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
     with Ticker() as ticker:
         if width_init == LEARNED:
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
-            after = growth(
-                before, fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
-            )
+            fitted = fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
+            grown = growth(before, fitted)
         ticker.start(f"writing {out}")
-        if optimizer_state:
-            if bridge:
-                raise RegraftError(
-                    f"--optimizer-state '{optimizer_state}' has no law across --bridge: leave one out"
-                )
-            moments.read_moments(before, Path(optimizer_state))
-        grown = after
 
         def write() -> dict[str, Any] | None:
             grown.save(out, overwrite=overwrite)
@@ -119,14 +116,34 @@ def grow(
         step0 = distributed.on_rank0(write)
 
     def show(console: Console) -> None:
-        planning.print_plan(made, console)
+        print_plan(plan, console)
         if step0:
             console.print(parity.format_step0(step0), soft_wrap=True, highlight=False)
-        console.print(
-            f"Wrote {out}. Next: regraft check {source} {out}", soft_wrap=True, highlight=False
-        )
+        following = f"Wrote {out}. Next: regraft check {source} {out}"
+        console.print(following, soft_wrap=True, highlight=False)
 
-    return Outcome(made.to_dict() | {"out": out, "step0": step0}, show)
+    return Outcome(plan.to_dict() | {"out": out, "step0": step0}, show)
+
+
+def check_flags(given: Mapping[str, Any]) -> None:
+    """RegraftError for flags that contradict each other.
+
+    Args:
+        given: the verb's arguments by name.
+    """
+    out, width_init = given["out"], given["width_init"]
+    if Path(out).resolve() == Path(given["source"]).resolve():
+        raise RegraftError(
+            f"'{out}' is the source, which the result is checked against: choose another output"
+        )
+    if width_init != "ligo" and (given["data"] or given["fit"]):
+        raise RegraftError(
+            f"--data and --fit are for --width-init ligo, not {width_init}: leave them out"
+        )
+    if given["optimizer_state"] and given["bridge"]:
+        raise RegraftError(
+            f"--optimizer-state '{given['optimizer_state']}' has no law across --bridge: leave one out"
+        )
 
 
 VERB = Verb(

@@ -1,4 +1,6 @@
-"""`regraft linearize`: softmax attention replaced by linear-cost mixers, trained where text is given."""
+"""`regraft linearize`: softmax attention replaced by linear-cost mixers, trained where text is
+given.
+"""
 
 from __future__ import annotations
 
@@ -37,30 +39,39 @@ def linearize(
     overwrite: bool = False,
     json: bool = False,
 ) -> Outcome:
-    """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens train it too.
+    """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens
+    train it too.
 
     Args:
         source: model directory or GGUF file
         out: directory to write; a training that was stopped goes on with the same command
-        method: a published way, or auto, ours (an unknown name lists them); the flags below change what it says
-        mixer: the token mixer, such as gated_deltanet, gla, retnet or window; README.md has the list
-        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or chosen by measurement:
-            bypass, halo, recall or restore with a number or share of layers, such as restore:8 or recall:25%, which
-            auto has where --data is given (every:4 otherwise)
+        method: a published method, or auto (ours): auto, hypenet, liger, lolcats, mambainllama,
+            mohawk, radlads, supra, supra_fitted, t2r, taylor or xatl; the flags below override its
+            settings
+        mixer: the token mixer: gated_deltanet, gla, hedgehog, lightning, lolcats, mamba, mamba2,
+            retnet, rwkv6, supra, t2r or window
+        keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or
+            chosen by measurement: bypass, halo, recall or restore with a number or share of layers,
+            such as restore:8 or recall:25%, which auto has where --data is given (every:4
+            otherwise)
         window: width of the gated window branch, 0 for the linear mixer alone
         sinks: first tokens that the window always sees
         seed: of fresh weights and of the data order
         options: the mixer's own options as JSON, such as {"grouped": false}
-        inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
-        data: text to choose layers and to train on (.txt, .jsonl, .parquet, also .gz .xz .zst; a pattern, a folder)
+        inherit: projections of the source's attention that mixers copy: all, none, or a list such
+            as v,o
+        data: text to choose layers and to train on (.txt, .jsonl, .parquet, also .gz .xz .zst; a
+            pattern, a folder)
         tokens: how many to train on, over all stages of the method; 0 converts only
         length: tokens per row
         batch: rows per step
-        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of
+            them
         spike_factor: stop when the loss stays above this many times its running median; 0: never
         field: key or column that holds the text
         overflow: a document longer than its row is carried on in the next row, or cut
-        max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
+        max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and
+            at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
         skip_bad: leave out lines of text that cannot be read, and count them
         overwrite: replace the output if it exists
@@ -70,18 +81,22 @@ def linearize(
     from ..core.checkpoint import Checkpoint
     from ..data.corpus import Text
     from ..linearize import methods, pipeline
-    from ..plan import plan as planning
+    from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
     from ..report import tables
     from ..train import monitor, trackers
 
-    trackers.import_trackers(track)
+    trackers.import_trackers(
+        track
+    )  # a tracker that is not installed is an error now, not after hours
     if tokens < 0 or (tokens and not data):
         raise RegraftError(
             f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens"
         )
+
+    # The method as published or as ours, then what the flags change of it.
     before = Checkpoint.open(source)
-    flags = {
+    changes = {
         "mixer": mixer,
         "keep": keep,
         "window": window,
@@ -89,36 +104,42 @@ def linearize(
         "options": options,
         "inherit": inherit,
     }
-    way, notes = methods.find_method(method).with_remix(seed=seed, **flags), list[str]()
-    if not data:
-        way, notes = way.without_text()
-    stages = way.stages(tokens, length, batch) if tokens else []
+    recipe, notes = methods.find_method(method).with_remix(seed=seed, **changes), list[str]()
+    text = None
+    if data:
+        text = Text(data, field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens)
+    else:
+        recipe, notes = recipe.without_text()  # layers cannot be measured without text
+
     ledger = None
-    text = (
-        Text(data, field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens)
-        if data
-        else None
-    )
-    kept = Path(cache) if cache else None
+    cache_folder = Path(cache) if cache else None
     with Ticker() as ticker:
         if tokens and text:
-            watched = monitor.MonitorConfig(track, spike_factor)
             remix, ledger = pipeline.run_method(
-                before, way, Path(out), text, stages, seed, ticker, overwrite, watched, kept
+                before,
+                recipe,
+                Path(out),
+                text,
+                recipe.stages(tokens, length, batch),
+                seed,
+                ticker,
+                overwrite,
+                monitor.MonitorConfig(track, spike_factor),
+                cache_folder,
             )
             ledger |= {"summary": monitor.summarize_stages(out)}
             after = remix(before)
         else:
-            rows = pipeline.text_rows(before, text, ticker, cache=kept) if text else None
+            rows = pipeline.text_rows(before, text, ticker, cache=cache_folder) if text else None
             remix = distributed.on_rank0(
-                lambda: pipeline.choose_layers(before, way.remix, rows, ticker)
+                lambda: pipeline.choose_layers(before, recipe.remix, rows, ticker)
             )
             after = remix(before)
             distributed.on_rank0(lambda: after.save(out, overwrite=overwrite))
-    made = planning.Plan.of(before, after, notes=notes)
+    plan = Plan.of(before, after, notes=notes)
 
     def show(console: Console) -> None:
-        planning.print_plan(made, console)
+        print_plan(plan, console)
         if ledger:
             console.print(tables.training_table(ledger["summary"], ledger["start"]))
         following = (
@@ -126,7 +147,7 @@ def linearize(
         )
         console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
 
-    return Outcome(made.to_dict() | {"out": out, "method": method, "ledger": ledger}, show)
+    return Outcome(plan.to_dict() | {"out": out, "method": method, "ledger": ledger}, show)
 
 
 VERB = Verb(

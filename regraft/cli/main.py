@@ -1,4 +1,6 @@
-"""The `regraft` command: parses, calls one verb, prints, sets the exit code; heavy imports wait until a verb runs."""
+"""The `regraft` command: parses, calls one verb, prints, sets the exit code; heavy imports wait
+until a verb runs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
 
 
 def report_error(message: object) -> int:
-    """One line on standard error; 2. What went wrong in all processes of a torchrun, the first one says for all."""
+    """One line on standard error; 2. What went wrong in all processes of a torchrun, the first one
+    says for all.
+    """
     who = ""
     if not is_main_process():
         time.sleep(
@@ -65,7 +69,9 @@ def report_interrupt(verb: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code: 0 done, 1 a check does not hold, 2 wrong use or input, 130 Ctrl-C."""
+    """Run one command line; the exit code: 0 done, 1 a check does not hold, 2 wrong use or input,
+    130 Ctrl-C.
+    """
     quiet()
     verb = ""
     try:
@@ -97,5 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         return report_error(
-            f"{error.strerror or error}{where}: free space or check the path, then run the command again"
+            f"{error.strerror or error}{where}: free space or check the path, then run the command"
+            " again"
         )

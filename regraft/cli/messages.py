@@ -1,7 +1,7 @@
 """The parser's complaints in the user's words.
 
-jsonargparse's messages speak of keys and Python types. Each rule below begins with an example of what it rewrites; what
-no rule knows is passed on in one line.
+jsonargparse's messages speak of keys and Python types. Each rule below begins with an example of
+what it rewrites; what no rule knows is passed on in one line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def explain_parser_error(message: str, words: Sequence[str], verbs: Mapping[str,
 
 
 def explain_unknown_flag(message: str, words: Sequence[str], verb: Verb | None) -> str | None:
-    """`unrecognized arguments: --kv_head 3` -> `unknown flag --kv-head (in '--kv-head 3'), did you mean ...`."""
+    """`unrecognized arguments: --kv_head 3` -> `unknown flag --kv-head (in '--kv-head 3'), did you
+    mean ...`.
+    """
     match = re.match(r"unrecognized arguments: (--?[\w.-]+)(.*)", message)
     if not match:
         return None
@@ -51,7 +53,9 @@ def explain_unknown_flag(message: str, words: Sequence[str], verb: Verb | None) 
 
 
 def explain_unknown_verb(message: str, verbs: Mapping[str, Verb]) -> str | None:
-    """`... invalid choice: 'growe' (choose from ...)` -> `unknown verb 'growe', did you mean grow?: use one of ...`."""
+    """`... invalid choice: 'growe' (choose from ...)` -> `unknown verb 'growe', did you mean grow?:
+    use one of ...`.
+    """
     match = re.search(r"invalid choice: '([^']+)'", message)
     if not match:
         return None

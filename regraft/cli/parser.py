@@ -34,7 +34,8 @@ VERBS: dict[str, Verb] = {
 class Parser(ArgumentParser):
     """A parser whose help has one section for each group of flags, and examples at the end.
 
-    Python says kv_heads where the command line says `--kv-heads`: `normalize_flags` takes either, help shows dashes.
+    Python says kv_heads where the command line says `--kv-heads`: `normalize_flags` takes either,
+    help shows dashes.
     """
 
     verb: Verb | None = None
@@ -82,8 +83,10 @@ def build_parser() -> ArgumentParser:
     parser = Parser(
         prog="regraft",
         exit_on_error=False,
-        description="Reuse pretrained Hugging Face weights in a different architecture: grow a model without "
-        "changing its outputs, or linearize its attention.",
+        description=(
+            "Reuse pretrained Hugging Face weights in a different architecture: grow a model"
+            " without changing its outputs, or linearize its attention."
+        ),
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subcommands(dest="verb", required=False, metavar="VERB")
@@ -95,8 +98,8 @@ def build_parser() -> ArgumentParser:
 def build_verb_parser(verb: Verb) -> Parser:
     """The parser of one verb.
 
-    jsonargparse would want a value behind a flag of a bool, and every parameter with a default as a flag: these two
-    kinds are added here, with the help of the verb's docstring.
+    jsonargparse would want a value behind a flag of a bool, and every parameter with a default as a
+    flag: these two kinds are added here, with the help of the verb's docstring.
     """
     parser = Parser(exit_on_error=False, description=verb.summary)
     parser.verb = verb
@@ -152,7 +155,9 @@ def split_overrides(verb: Verb, words: Sequence[str]) -> tuple[list[str], dict[s
 
 
 def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The verb of a command line and its arguments; `version` for `--version`. RegraftError on wrong use."""
+    """The verb of a command line and its arguments; `version` for `--version`. RegraftError on
+    wrong use.
+    """
     words = list(words)
     overrides: dict[str, str] = {}
     verb = VERBS.get(words[0]) if words else None

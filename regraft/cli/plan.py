@@ -65,13 +65,15 @@ def plan(
 
     Args:
         source: model directory or GGUF file
-        mixer: linearize with this mixer; without it the model as it is (for regraft's own output: what was done)
+        mixer: linearize with this mixer; without it the model as it is (for regraft's own output:
+            what was done)
         method: linearize as this method does, such as auto; the flags below change what it says
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all or none
         window: width of the gated window branch, 0 for none
         sinks: first tokens that the window always sees
         options: the mixer's own options as JSON, such as {"grouped": false}
-        inherit: projections of the source's attention that mixers copy: all, none, or a list such as v,o
+        inherit: projections of the source's attention that mixers copy: all, none, or a list such
+            as v,o
         context: tokens for which state sizes are given
         length: tokens of a row for which FLOPs are given
         hidden: width of the residual stream
@@ -81,9 +83,9 @@ def plan(
         head_dim: width of a head
         layers: number of layers
         to: a directory whose config.json gives all sizes
-        width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split, tile, duplicate, aki, lemon;
-            copy starts all that is new at random; auto takes what trained best in docs/comparison.md; ligo learns width
-            and depth from --data
+        width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split,
+            tile, duplicate, aki, lemon; copy starts all that is new at random; auto takes what
+            trained best in our comparisons; ligo learns width and depth from --data
         depth_init: identity, llama_pro, stack, gstack, interpolate, midas, upscale or mslt
         fold: how norms keep their mean square over a padded stream
         noise: spread of the noise that separates copies, relative to a tensor's own; 0 for none
@@ -98,7 +100,8 @@ def plan(
         share: of the GPU's peak that training is assumed to reach
         price: of one GPU for an hour: says the cost
         bridge: write the model as another class where its own cannot hold the sizes
-        train: also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s, days, cost
+        train: also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s,
+            days, cost
         checkpointing: recompute activations in the backward pass instead of keeping them
         json: print one JSON object on standard output and nothing else
     """
@@ -110,20 +113,18 @@ def plan(
 
     given = locals()
     if not (mixer or method):
-        check_unused_flags(
-            plan,
-            given,
-            ("keep", "window", "sinks", "options", "inherit"),
-            "give --mixer or --method as well",
-        )
+        names = ("keep", "window", "sinks", "options", "inherit")
+        check_unused_flags(plan, given, names, "give --mixer or --method as well")
     if not train:
         check_unused_flags(plan, given, FORECAST, "give --train as well")
+
+    # Growth first, then linearization: both may be planned at once.
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype)
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method:
-        flags = {
+        changes = {
             "mixer": mixer,
             "keep": keep,
             "window": window,
@@ -131,28 +132,33 @@ def plan(
             "options": options,
             "inherit": inherit,
         }
-        way, notes = methods.find_method(method or "auto").with_remix(**flags).without_text()
-        after = way.remix(after)
-    made = planning.Plan.of(before, after, context, length, notes)
+        recipe = methods.find_method(method or "auto").with_remix(**changes)
+        recipe, notes = recipe.without_text()
+        after = recipe.remix(after)
+    result = planning.Plan.of(before, after, context, length, notes)
     if not train:
-        return Outcome(made.to_dict(), lambda console: planning.print_plan(made, console))
-    asked = forecast.TrainingForecastRequest(
+        return Outcome(result.to_dict(), lambda console: planning.print_plan(result, console))
+
+    request = forecast.TrainingForecastRequest(
         gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share
     )
-    facts = forecast.forecast(before, after, asked)
+    facts = forecast.forecast(before, after, request)
 
     def show(console: Console) -> None:
-        planning.print_plan(made, console)
+        planning.print_plan(result, console)
         forecast.print_forecast(facts, console)
 
-    return Outcome(made.to_dict() | {"train": facts}, show)
+    return Outcome(result.to_dict() | {"train": facts}, show)
 
 
 VERB = Verb(
     plan,
     examples=(
         "regraft plan SOURCE --mixer gated_deltanet",
-        "regraft plan SOURCE --mixer gated_deltanet --train --gpus 64 --tokens 1B --length 4096 --price 2.5",
+        (
+            "regraft plan SOURCE --mixer gated_deltanet --train --gpus 64 --tokens 1B --length 4096"
+            " --price 2.5"
+        ),
     ),
     sections={
         "linearize": (

@@ -13,12 +13,14 @@ def run(
     overrides: dict[str, str] | None = None,
     json: bool = False,
 ) -> Outcome:
-    """Run a whole experiment from a recipe, resumably, ending with the report; --key.sub VALUE overrides a field.
+    """Run a whole experiment from a recipe, resumably, ending with the report; --key.sub VALUE
+    overrides a field.
 
     Args:
         recipe: a YAML file, or file.py:function that returns a Recipe
         out: directory to write
-        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of
+            them
         spike_factor: stop when the loss stays above this many times its running median; 0: never
         json: print one JSON object on standard output and nothing else
     """
@@ -29,7 +31,7 @@ def run(
 
     trackers.import_trackers(track)
     return experiment_outcome(
-        experiment.run(
+        experiment.run_recipe(
             settings.load(recipe, overrides or {}), out, MonitorConfig(track, spike_factor)
         ),
         out,

@@ -54,43 +54,55 @@ def train(
     cache: str | None = None,
     json: bool = False,
 ) -> Outcome:
-    """Train a linearized or a stock model, under torchrun on all its processes; the same command resumes.
+    """Train a linearized or a stock model, under torchrun on all its processes; the same command
+    resumes.
 
     Args:
         model: model directory
         out: directory to write
-        data: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a pattern, a folder, a,b); for image a .npz file with
-            pixel_values and labels
+        data: text (.txt, .jsonl, .parquet, also .gz .xz .zst; a pattern, a folder, a,b); for image
+            a .npz file with pixel_values and labels
         tokens: how many tokens, for image how many images, to train on
-        stage: matrix (softmax matrices of layers), align (layer outputs), distil (the teacher's distribution), next
-            (next token), mask (masked tokens of an encoder) or image (the class of an image)
+        stage: matrix (softmax matrices of layers), align (layer outputs), distil (the teacher's
+            distribution), next (next token), mask (masked tokens of an encoder) or image (the class
+            of an image)
         teacher: the source, needed by align and distil
         length: tokens per row
         batch: rows per step, of all processes together
-        micro: rows that go through the model at a time, 0 for all of a process; gradients add up, results do not change
-        precision: of matrix products: float32, bfloat16, or auto (bfloat16 where this machine multiplies it faster)
+        micro: rows that go through the model at a time, 0 for all of a process; gradients add up,
+            results do not change
+        precision: of matrix products: float32, bfloat16, or auto (bfloat16 where this machine
+            multiplies it faster)
         lr_new: learning rate of weights that the source does not have
         lr_mixer: learning rate of inherited weights inside mixers
-        lr_body: learning rate of all other weights, 0 to freeze them; 3e-5, or 3e-4 for a model without mixers
-        layers: all, bottom:N (the sub-model of the first N layers) or train:A-B (only these and the head learn)
-        stage_options: rarer fields of the stage as JSON, in the words of a recipe's stage, such as {"mask_share": 0.15,
-            "layer_drop": 0.1, "token_drop": 0.15, "lit": {"window": 100, "tau": 0.01, "warmup": 40}}
-        learn: all; new (what was copied from the source stays frozen); lit (the same until the loss hardly falls)
+        lr_body: learning rate of all other weights, 0 to freeze them; 3e-5, or 3e-4 for a model
+            without mixers
+        layers: all, bottom:N (the sub-model of the first N layers) or train:A-B (only these and the
+            head learn)
+        stage_options: rarer fields of the stage as JSON, in the words of a recipe's stage, such as
+            {"mask_share": 0.15, "layer_drop": 0.1, "token_drop": 0.15, "lit": {"window": 100,
+            "tau": 0.01, "warmup": 40}}
+        learn: all; new (what was copied from the source stays frozen); lit (the same until the loss
+            hardly falls)
         heldout: text or images to measure loss and accuracy on, before, after and every N steps
         every: this N, 0 for before and after alone
         moments: Adam's state to begin with, as grow --optimizer-state or --keep-moments wrote it
         save_seconds: time between checkpoints; the last two are kept until the model is written
-        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of them
+        track: send the rows of metrics.jsonl to trackio, wandb or tensorboard too, or to a list of
+            them
         spike_factor: stop when the loss stays above this many times its running median; 0: never
-        teacher_cache: folder that keeps what the teacher says about rows, for later passes and runs (distil, align)
+        teacher_cache: folder that keeps what the teacher says about rows, for later passes and runs
+            (distil, align)
         teacher_cache_size: disk that the folder may take; what no longer fits is computed anew
-        teacher_cache_kind: hidden (exact), hidden:bfloat16 (half the size) or topk:K (the K likeliest tokens)
+        teacher_cache_kind: hidden (exact), hidden:bfloat16 (half the size) or topk:K (the K
+            likeliest tokens)
         scratch: with --stream, a folder for hidden states; one in /dev/shm keeps them in memory
         calibration: with --stream, tokens for a closed-form start of the mixers, 0 for none
         seed: of the data order
         field: key or column that holds the text
         overflow: a document longer than its row is carried on in the next row, or cut
-        max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and at least 16.8 million)
+        max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and
+            at least 16.8 million)
         cache: folder that keeps the text's tokens for other runs
         checkpointing: recompute activations in the backward pass instead of keeping them
         hybrid: under torchrun on several machines: shard inside a machine, the same model on each
@@ -178,7 +190,8 @@ def check_flags(given: Mapping[str, Any]) -> None:
         check_unused_flags(train, given, ("scratch", "calibration"), "give --stream as well")
         return
 
-    # Layer by layer there is never a whole model to measure, resume Adam's state of, or split over machines.
+    # Layer by layer there is never a whole model to measure, resume Adam's state of, or split over
+    # machines.
     whole_model = ("heldout", "moments", "keep_moments", "micro", "checkpointing", "hybrid")
     if any(given[name] for name in whole_model):
         raise RegraftError(
@@ -213,7 +226,8 @@ def build_stage(given: Mapping[str, Any]) -> Stage:
 
 def build_teacher_cache(given: Mapping[str, Any]) -> Any:
     """The TeacherCacheConfig that the flags ask for, None without `--teacher-cache`."""
-    # No annotation: jsonargparse imports what this module imports for type checking, and that one needs torch.
+    # No annotation: jsonargparse imports what this module imports for type checking, and that one
+    # needs torch.
     from ..train.teacher_cache import TeacherCacheConfig
 
     if not given["teacher_cache"]:
@@ -237,15 +251,24 @@ def print_result(result: Mapping[str, Any], stage: Stage, out: str, console: Con
         highlight=False,
     )
     if counts := result.get("teacher_cache"):
-        line = "teacher: {read:,} rows read, {computed:,} computed, {kept:,} kept, {refused:,} over the limit"
+        line = (
+            "teacher: {read:,} rows read, {computed:,} computed, {kept:,} kept, {refused:,} over"
+            " the limit"
+        )
         console.print(line.format(**counts), highlight=False)
 
 
 VERB = Verb(
     train,
     examples=(
-        "regraft train OUT TRAINED --data text.jsonl --teacher SOURCE --stage distil --tokens 200000",
-        "regraft train GROWN TRAINED --data text.jsonl --stage next --tokens 200000 --heldout heldout.txt --every 50",
+        (
+            "regraft train OUT TRAINED --data text.jsonl --teacher SOURCE --stage distil --tokens"
+            " 200000"
+        ),
+        (
+            "regraft train GROWN TRAINED --data text.jsonl --stage next --tokens 200000 --heldout"
+            " heldout.txt --every 50"
+        ),
     ),
     sections={
         "data": (

@@ -26,7 +26,7 @@ class Outcome:
         code: the exit code, 0 done or 1 a check does not hold.
     """
 
-    data: dict[str, Any]
+    data: Mapping[str, Any]
     show: Callable[[Console], None] | None = None
     code: int = 0
 
@@ -51,8 +51,9 @@ class Verb:
 
     @property
     def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        """The first sentence of the function's docstring."""
+        first_paragraph = (self.function.__doc__ or "").strip().partition("\n\n")[0]
+        return " ".join(first_paragraph.split()).rstrip(".")
 
     @property
     def positional(self) -> list[str]:
@@ -75,7 +76,9 @@ class Verb:
 def check_unused_flags(
     verb: Callable[..., Outcome], given: Mapping[str, Any], names: Sequence[str], say: str
 ) -> None:
-    """RegraftError, ending in `say`, when one of these arguments of a verb was given though nothing would read it."""
+    """RegraftError, ending in `say`, when one of these arguments of a verb was given though nothing
+    would read it.
+    """
     usual = inspect.signature(verb).parameters
     said = [
         f"--{name.replace('_', '-')} {given[name]}"

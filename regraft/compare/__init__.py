@@ -1,1 +1,1 @@
-"""Growth operators beside training from scratch: the same budget, data and seeds; loss against FLOPs and seconds."""
+"""Ways to grow or linearize a model against training from scratch, on equal budgets and data."""

@@ -1,4 +1,4 @@
-"""One run of a comparison in a process of its own: python -m regraft.compare OUT (source|arm) NAME SEED."""
+"""One run of a comparison as a process: python -m regraft.compare OUT source|arm NAME SEED."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from pathlib import Path
 
 from ..progress import quiet
 
-EVERY = 1.0  # seconds between notes to the parent
+SECONDS_BETWEEN_NOTES = 1.0
 
 
-def main(words: list[str]) -> int:
-    """0 done; 2 with one line on standard error."""
+def main(arguments: list[str]) -> int:
+    """Train the run; 0 when done, 2 after an error with one line on standard error.
+
+    Args:
+        arguments: the comparison's folder, `source` or `arm`, its name, the seed.
+    """
+    # Before torch and transformers are imported, whose warnings would hide the error's line.
     quiet()
     import torch
 
@@ -22,28 +27,25 @@ def main(words: list[str]) -> int:
     from ..io.files import write_text
     from . import arm, scheduler
 
-    out, kind, name, seed = Path(words[0]), words[1], words[2], int(words[3])
+    out, kind, name, seed = Path(arguments[0]), arguments[1], arguments[2], int(arguments[3])
+    job = scheduler.TrainingJob(kind, name, seed)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    parent, said = os.getppid(), 0.0
+    parent, last_note = os.getppid(), 0.0
 
     def report_progress(share: float) -> None:
         """Leave a note on how far this run is; end with the parent."""
-        nonlocal said
+        nonlocal last_note
+        # A killed scheduler cannot end its runs: its children see that they have another parent.
         if os.getppid() != parent:
             sys.exit("the comparison was stopped")
-        if time.monotonic() - said > EVERY and distributed.is_rank0():
-            said = time.monotonic()
-            write_text(
-                scheduler.TrainingJob(kind, name, seed).log_path(out).with_suffix(".share"),
-                f"{share:.4f}",
-            )
+        if time.monotonic() - last_note > SECONDS_BETWEEN_NOTES and distributed.is_rank0():
+            last_note = time.monotonic()
+            write_text(job.progress_path(out), f"{share:.4f}")
 
+    train = arm.pretrain if kind == "source" else arm.train_arm
     try:
         with distributed.init_distributed():
-            recipe = scheduler.load_recipe(out)
-            (arm.pretrain if kind == "source" else arm.train_arm)(
-                recipe, out, name, seed, report_progress
-            )
+            train(scheduler.load_recipe(out), out, name, seed, report_progress)
     except (RegraftError, OSError) as error:
         print(f"regraft: {error}".replace("\n", " "), file=sys.stderr)
         return 2

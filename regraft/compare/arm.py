@@ -1,4 +1,4 @@
-"""One training run of a comparison: a source or an arm with one seed, begun, trained, and its last word kept."""
+"""One training run of a comparison: a source or an arm with one seed, up to its done.json."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,13 +29,16 @@ from ..train import fit_ligo, fsdp, loop, objectives
 from ..train.calibrate import calibrate
 from ..train.stage import LAYERWISE, Stage
 from . import data
+from .numbers import NO_COST, HeldOut, Ledger, RunFacts, StartCost
 from .recipe import MAIN, Arm, Comparison, LinearizeOptions
 
 DONE, FITTING = "done.json", "fitting"
 GROWTH_AXES = ("hidden", "ffn", "kv", "group", "dim", "depth")
 SELECTION_TOKENS = 4096  # tokens on which a measured `keep` is chosen
-NO_COST = {"flops": 0, "seconds": 0.0, "tokens": 0}
-Tell = Callable[[float], None]
+
+ReportProgress = Callable[[float], None]
+"""Gets the share of a run's work that is done, from 0 to 1."""
+GrowthStep = Callable[[Checkpoint], Checkpoint]
 
 
 def source_folder(recipe: Comparison, out: Path, name: str, seed: int) -> Path:
@@ -49,18 +52,31 @@ def arm_folder(out: Path, name: str, seed: int) -> Path:
     return out / "arms" / name / str(seed)
 
 
-def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -> None:
-    """Train a source from its config; its folder then is a model with its tokenizer and Adam's state."""
+def pretrain(
+    recipe: Comparison, out: Path, name: str, seed: int, report_progress: ReportProgress
+) -> None:
+    """Train a source from its config; its folder then holds model, tokenizer and Adam's state.
+
+    Args:
+        recipe: the comparison.
+        out: its folder.
+        name: of the source.
+        seed: of its weights and the order of the data.
+        report_progress: called after every step.
+    """
     folder, config = source_folder(recipe, out, name, seed), recipe.sources()[name]
-    assert isinstance(config, dict)
+    assert isinstance(config, dict)  # a source that is a directory needs no pretraining
     model = data.make_source(recipe, config, out, seed)
+    stages = [recipe.stage(recipe.pretrain)]
     ledger = train_model(
-        recipe, out, model, [recipe.stage(recipe.pretrain)], folder, seed, tell, keep_moments=True
+        recipe, out, model, stages, folder, seed, report_progress, keep_moments=True
     )
-    values = fsdp.gather_state_dict(model)
+
+    # Every process takes part in gathering; only the first one writes.
+    weights = fsdp.gather_state_dict(model)
 
     def save() -> None:
-        model.save_pretrained(folder, state_dict=values)
+        model.save_pretrained(folder, state_dict=weights)
         for file in (out / "tokenizer").glob("*"):
             shutil.copyfile(file, folder / file.name)
 
@@ -68,60 +84,112 @@ def pretrain(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) ->
     finish_run(folder, {"config": config, "seed": seed, "ledger": ledger})
 
 
-def train_arm(recipe: Comparison, out: Path, name: str, seed: int, tell: Tell) -> None:
-    """Make the arm's model and train it on the comparison's budget."""
+def train_arm(
+    recipe: Comparison, out: Path, name: str, seed: int, report_progress: ReportProgress
+) -> None:
+    """Make the arm's model and train it on the comparison's budget; arguments as of `pretrain`."""
     arm, folder = recipe.arm(name), arm_folder(out, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     teacher = Teacher.load(recipe, out, arm, seed)
-    model, spent, state = initialize_arm(recipe, out, arm, seed, teacher, tell)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    whole = (
-        objectives.evaluate_objective(model, recipe.task, data.load_heldout_rows(recipe, out))
-        if arm.legs
-        else None
-    )
-    guide = (
-        {}
-        if teacher is None
-        else {"teacher": fsdp.shard_over_all(teacher.model), "teacher_slots": teacher.slots}
-    )
+    start = initialize_arm(recipe, out, arm, seed, teacher, report_progress)
+
+    # Counted and measured here: training shards the model, and legs may train a part of it.
+    parameters = sum(parameter.numel() for parameter in start.model.parameters())
+    whole = evaluate_whole(recipe, out, start.model) if arm.legs else None
+
     ledger = train_model(
-        recipe, out, model, recipe.stages(arm), folder, seed, tell, moments=state, **guide
+        recipe,
+        out,
+        start.model,
+        recipe.stages(arm),
+        folder,
+        seed,
+        report_progress,
+        moments=start.moments,
+        teacher=None if teacher is None else fsdp.shard_over_all(teacher.model),
+        teacher_slots=() if teacher is None else teacher.slots,
     )
-    facts = {
-        "arm": dataclasses.asdict(arm),
-        "seed": seed,
-        "parameters": count,
-        "ledger": ledger,
-        "start": spent,
-    }
-    facts |= {"whole": whole}
-    finish_run(folder, facts)
+    finish_run(
+        folder,
+        {
+            "arm": dataclasses.asdict(arm),
+            "seed": seed,
+            "parameters": parameters,
+            "ledger": ledger,
+            "start": start.cost,
+            "whole": whole,
+        },
+    )
+
+
+def evaluate_whole(recipe: Comparison, out: Path, model: PreTrainedModel) -> HeldOut:
+    """A model on the held-out rows before it is trained."""
+    rows = data.load_heldout_rows(recipe, out)
+    measured = objectives.evaluate_objective(model, recipe.task, rows)
+    return {"loss": measured["loss"], "accuracy": measured["accuracy"]}
 
 
 def train_model(
-    recipe: Comparison, out: Path, model: PreTrainedModel, stages: Sequence[Stage], folder: Path, seed: int, tell: Tell,
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """The training loop with the comparison's data and evaluations; the ledger."""
+    recipe: Comparison,
+    out: Path,
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    folder: Path,
+    seed: int,
+    report_progress: ReportProgress,
+    moments: Path | None = None,
+    keep_moments: bool = False,
+    teacher: PreTrainedModel | None = None,
+    teacher_slots: Sequence[nn.Module] = (),
+) -> Ledger:
+    """The training loop with the comparison's data and evaluations; its ledger.
+
+    Args:
+        recipe: the comparison.
+        out: its folder, which holds the data.
+        model: what is trained, in place.
+        stages: in order.
+        folder: where the run keeps its checkpoints and metrics.
+        seed: of order of rows, masks and drops.
+        report_progress: called after every step.
+        moments: file of Adam's state to begin with; None begins at zero.
+        keep_moments: whether Adam's state is written at the end.
+        teacher: of stages that imitate one.
+        teacher_slots: its attention modules.
+    """
     total = sum(stage.steps for stage in stages)
     model = fsdp.shard_over_all(model, any(stage.kind in LAYERWISE for stage in stages))
 
-    def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
-        before = sum(one.steps for one in stages[: row["stage"]])
-        tell((before + step) / total)
+    def progress(stage: Stage, step: int, steps: int, row: Mapping[str, Any]) -> None:
+        done_before = sum(earlier.steps for earlier in stages[: row["stage"]])
+        report_progress((done_before + step) / total)
 
-    return loop.train(
-        loop.Run(
-            model, stages, data.load_training_rows(recipe, out), folder, seed=seed, progress=progress,
-            heldout=data.load_heldout_rows(recipe, out), every=recipe.every, **options,
-        )
-    )  # fmt: skip
+    run = loop.Run(
+        model,
+        stages,
+        data.load_training_rows(recipe, out),
+        folder,
+        seed=seed,
+        progress=progress,
+        heldout=data.load_heldout_rows(recipe, out),
+        every=recipe.every,
+        moments=moments,
+        keep_moments=keep_moments,
+        teacher=teacher,
+        teacher_slots=teacher_slots,
+    )
+    return cast(Ledger, loop.train(run))
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The source of a linearized arm as it runs."""
+    """The source of a linearized arm as it runs.
+
+    Attributes:
+        checkpoint: the source on disk.
+        model: the same, loaded.
+        slots: its attention modules by layer.
+    """
 
     checkpoint: Checkpoint
     model: PreTrainedModel
@@ -129,12 +197,27 @@ class Teacher:
 
     @classmethod
     def load(cls, recipe: Comparison, out: Path, arm: Arm, seed: int) -> Teacher | None:
-        """None for an arm that has none."""
+        """The teacher of an arm; None for an arm that has none."""
         if arm.linear is None or arm.scratch:
             return None
         checkpoint = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
         model = modeling.materialize(checkpoint)
         return cls(checkpoint, model, modeling.slots(model, checkpoint))
+
+
+@dataclass(frozen=True)
+class ArmStart:
+    """An arm before training.
+
+    Attributes:
+        model: its model.
+        cost: what making the model took.
+        moments: file of its grown Adam state; None for a fresh one.
+    """
+
+    model: PreTrainedModel
+    cost: StartCost
+    moments: Path | None = None
 
 
 def initialize_arm(
@@ -143,85 +226,109 @@ def initialize_arm(
     arm: Arm,
     seed: int,
     teacher: Teacher | None,
-    tell: Tell = lambda share: None,
-) -> tuple[PreTrainedModel, dict[str, Any], Path | None]:
-    """(the arm's model before training, what making it cost, Adam's state or None)."""
+    report_progress: ReportProgress,
+) -> ArmStart:
+    """Make an arm's model, the way that its kind says.
+
+    Args:
+        recipe: the comparison.
+        out: its folder.
+        arm: what is made.
+        seed: of what is drawn.
+        teacher: the source of a linearized arm; see `Teacher.load`.
+        report_progress: called during the fitting of a `ligo` arm.
+    """
     if arm.scratch:
         config = data.target_config(data.open_untrained_source(recipe, out, MAIN), recipe.target)
-        return init_from_scratch(config, arm, seed), NO_COST, None
+        return ArmStart(init_from_scratch(config, arm, seed), {**NO_COST})
     if arm.linear is not None and teacher is not None:
-        return *linearize_source(recipe, out, arm.linear, seed, teacher), None
+        return linearize_source(recipe, out, arm.linear, seed, teacher)
     source = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
     if arm.ligo is not None:
-        made, spent = grow_with_ligo(recipe, out, arm, source, seed, tell)
-        return modeling.materialize(made), spent, None
+        return grow_with_ligo(recipe, out, arm, source, seed, report_progress)
+    return grow_source(recipe, out, arm, source, seed)
+
+
+def init_from_scratch(config: dict[str, Any], arm: Arm, seed: int) -> PreTrainedModel:
+    """A random model of a stock config, with the arm's mixers if it has any.
+
+    The random model is linearized like a source, but nothing of it is inherited: the mixers start
+    as their own initialization has them.
+    """
+    model = modeling.build_random_model(config, seed)
+    if arm.linear is None:
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        remix = arm.linear.remix(inherit="none", seed=seed)
+        return modeling.materialize(remix(Checkpoint.open(folder)))
+
+
+def linearize_source(
+    recipe: Comparison, out: Path, linear: LinearizeOptions, seed: int, teacher: Teacher
+) -> ArmStart:
+    """The linearized source with its closed-form start, and what that took."""
+    begin, length = time.monotonic(), recipe.train.length
+    if not linear.calibration and select_layers.parse_keep(linear.keep) is None:
+        model = modeling.materialize(linear.remix(seed=seed)(teacher.checkpoint))
+        seconds = time.monotonic() - begin
+        return ArmStart(model, {**NO_COST, "seconds": seconds, "keep": linear.keep})
+
+    # Rows are drawn twice with the same seed: to calibrate on, and to choose kept layers on.
+    rows = data.load_training_rows(recipe, out)(length)
+    assert not isinstance(rows, Images)  # verified: a linear arm's source is a decoder
+    batches = []
+    if linear.calibration:
+        batches = loop.calibration_batches(rows, -(-linear.calibration // length), seed)
+
+    with flops.build_flop_counter() as counter:
+        count = min(len(rows), -(-SELECTION_TOKENS // length))
+        windows = rows[shuffled_indices(len(rows), count, seed)]
+        remix = select_layers.resolve_keep(
+            teacher.checkpoint,
+            linear.remix(seed=seed),
+            select_layers.SelectionData(windows, batches),
+        )
+        model = modeling.materialize(remix(teacher.checkpoint))
+        if batches:
+            for _ in calibrate(modeling.slots(model), teacher.model, teacher.slots, batches):
+                pass
+
+    cost: StartCost = {
+        "flops": counter.get_total_flops(),
+        "tokens": len(batches) * length,
+        "keep": remix.keep,
+        "seconds": time.monotonic() - begin,
+    }
+    return ArmStart(model, cost)
+
+
+def grow_source(recipe: Comparison, out: Path, arm: Arm, source: Checkpoint, seed: int) -> ArmStart:
+    """The source after the arm's steps; with `moments`, its Adam state grown by the same steps."""
     begin = time.monotonic()
     steps = growth_steps(recipe, arm, source, seed)
     grown = source
     for step in steps:
         grown = step(grown)
     model = modeling.materialize(grown)
-    state = None
+
+    moments = None
     if arm.moments:
         folder = arm_folder(out, arm.name, seed)
-        begun_with = source_folder(recipe, out, arm.source, seed) / optimizer_state.FILE
+        old = source_folder(recipe, out, arm.source, seed) / optimizer_state.FILE
         distributed.on_rank0(
-            lambda: optimizer_state.grow_optimizer_state(source, steps, begun_with, folder)
+            lambda: optimizer_state.grow_optimizer_state(source, steps, old, folder)
         )
-        state = folder / optimizer_state.FILE
-    return model, NO_COST | {"seconds": time.monotonic() - begin}, state
+        moments = folder / optimizer_state.FILE
+    return ArmStart(model, {**NO_COST, "seconds": time.monotonic() - begin}, moments)
 
 
-def init_from_scratch(config: dict[str, Any], arm: Arm, seed: int) -> PreTrainedModel:
-    """A new model of a stock config, with the arm's mixers if it has any, nothing of which is inherited."""
-    model = modeling.build_random_model(config, seed)
-    if arm.linear is None:
-        return model
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return modeling.materialize(
-            arm.linear.remix(inherit="none", seed=seed)(Checkpoint.open(folder))
-        )
+def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) -> list[GrowthStep]:
+    """The steps of an arm; a fitted arm's with its map as it starts.
 
-
-def linearize_source(
-    recipe: Comparison, out: Path, linear: LinearizeOptions, seed: int, teacher: Teacher
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(the linearized source with its closed-form start, what that cost)."""
-    begin, length = time.monotonic(), recipe.train.length
-    if not linear.calibration and select_layers.parse_keep(linear.keep) is None:
-        model = modeling.materialize(linear.remix(seed=seed)(teacher.checkpoint))
-        return model, NO_COST | {"seconds": time.monotonic() - begin, "keep": linear.keep}
-    rows = data.load_training_rows(recipe, out)(length)
-    assert not isinstance(rows, Images)  # verified: a linear arm's source is a decoder
-    batches = (
-        loop.calibration_batches(rows, -(-linear.calibration // length), seed)
-        if linear.calibration
-        else []
-    )
-    with flops.build_flop_counter() as counter:
-        picked = rows[
-            shuffled_indices(len(rows), min(len(rows), -(-SELECTION_TOKENS // length)), seed)
-        ]
-        remix = select_layers.resolve_keep(
-            teacher.checkpoint,
-            linear.remix(seed=seed),
-            select_layers.SelectionData(picked, batches),
-        )
-        model = modeling.materialize(remix(teacher.checkpoint))
-        if batches:
-            for _ in calibrate(modeling.slots(model), teacher.model, teacher.slots, batches):
-                pass
-    spent = {
-        "flops": counter.get_total_flops(),
-        "tokens": len(batches) * length,
-        "keep": remix.keep,
-    }
-    return model, spent | {"seconds": time.monotonic() - begin}
-
-
-def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) -> list[Any]:
-    """The steps of an arm; a fitted arm's with its map as it starts."""
+    They are enough to know the sizes of the arm's model, which is what `verify` needs. A rule that
+    chooses kept layers by measuring cannot be followed there; it changes no size.
+    """
     sizes = dataclasses.asdict(recipe.target)
     if arm.random:
         return [Transplant(**sizes, seed=seed)]
@@ -229,20 +336,30 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
         return [Learned(**sizes, method=arm.ligo, seed=seed)]
     if arm.linear is not None:
         measured = select_layers.parse_keep(arm.linear.keep) is not None and not arm.scratch
-        return [arm.linear.remix(seed=seed, **({"keep": "none"} if measured else {}))]
+        changes = {"keep": "none"} if measured else {}
+        return [arm.linear.remix(seed=seed, **changes)]
     return list(arm.growth(recipe.target, seed).steps(source))
 
 
 def grow_with_ligo(
-    recipe: Comparison, out: Path, arm: Arm, source: Checkpoint, seed: int, tell: Tell
-) -> tuple[Checkpoint, dict[str, Any]]:
-    """The checkpoint that a fitted map gives, and what the fitting cost; both kept for a restart."""
+    recipe: Comparison,
+    out: Path,
+    arm: Arm,
+    source: Checkpoint,
+    seed: int,
+    report_progress: ReportProgress,
+) -> ArmStart:
+    """The model that a fitted map gives, and what the fitting took.
+
+    Both are kept in the arm's folder: a run that is killed while it trains does not fit again.
+    """
     folder = arm_folder(out, arm.name, seed)
     if not distributed.on_rank0((folder / "start.json").exists):
+        assert arm.ligo is not None
         growth = Growth(**dataclasses.asdict(recipe.target), seed=seed)
         stage = recipe.stages(arm)[-1]
-        assert arm.ligo is not None
         rows = data.load_training_rows(recipe, out)(stage.length)
+        # The share stays 0: it counts training, but reporting sees whether the parent is alive.
         learned = fit_ligo.fit_maps(
             source,
             growth,
@@ -250,7 +367,7 @@ def grow_with_ligo(
             stage,
             rows,
             seed,
-            progress=lambda *step: tell(0.0),
+            progress=lambda *step: report_progress(0.0),
             out=folder / FITTING,
         )
 
@@ -259,35 +376,46 @@ def grow_with_ligo(
             write_json(folder / "start.json", NO_COST | dict(learned.cost))
 
         distributed.on_rank0(save)
-    return Checkpoint.open(folder / "grown"), read_json_if_exists(folder / "start.json")
+    grown = Checkpoint.open(folder / "grown")
+    return ArmStart(modeling.materialize(grown), read_json_if_exists(folder / "start.json"))
 
 
 def verify(recipe: Comparison, out: Path) -> None:
-    """RegraftError before any training when an arm cannot reach the target or a source does not do the task."""
+    """RegraftError when an arm cannot reach the target or a source does not do the task.
+
+    Called before any training, on untrained sources.
+    """
     main = data.open_untrained_source(recipe, out, MAIN)
     config = data.target_config(main, recipe.target)
-    axes = main.anatomy.solve(config)
+    target = main.anatomy.solve(config)
     for arm in recipe.arms:
         source = data.open_untrained_source(recipe, out, MAIN if arm.scratch else arm.source)
         data.check_task(recipe, source)
         recipe.stages(arm)
+
+        # Taking the steps refuses what cannot be made; a plain scratch arm takes none.
         grown = source
-        for step in [] if arm.scratch and not arm.linear else growth_steps(recipe, arm, source, 0):
-            grown = step(grown)
-        sizes = axes if arm.scratch else grown.sizes
-        if wrong := next((axis for axis in GROWTH_AXES if axes[axis] != sizes[axis]), None):
-            raise RegraftError(
-                f"arm '{arm.name}' ends with {wrong} {sizes[wrong]}, the target has {axes[wrong]}: give the target "
-                "all sizes in which its sources differ"
-            )
+        if arm.linear or not arm.scratch:
+            for step in growth_steps(recipe, arm, source, 0):
+                grown = step(grown)
+
+        # A scratch arm is built from the target's own config.
+        sizes = target if arm.scratch else grown.sizes
+        for axis in GROWTH_AXES:
+            if target[axis] != sizes[axis]:
+                raise RegraftError(
+                    f"arm '{arm.name}' ends with {axis} {sizes[axis]}, the target has "
+                    f"{target[axis]}: give the target all sizes in which its sources differ"
+                )
 
 
-def finish_run(folder: Path, facts: dict[str, Any]) -> None:
-    """Keep the last word of a run and delete what only a restart needs; the first process does."""
+def finish_run(folder: Path, facts: RunFacts) -> None:
+    """Write done.json and delete what only a restart needs; the first process does."""
     if not distributed.is_rank0():
         return
     write_json(folder / DONE, facts)
     for name in ("run", "grown", FITTING):
         shutil.rmtree(folder / name, ignore_errors=True)
+    # A source keeps Adam's state: arms with `moments` begin with it.
     if "arm" in facts:
         (folder / optimizer_state.FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Curves of all runs to numbers: losses, and what each arm saves until it has scratch's final loss."""
+"""From the curves of all runs to numbers: losses, and what each arm saves against scratch."""
 
 from __future__ import annotations
 
@@ -6,21 +6,42 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, cast
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, read_json_lines
 from . import arm as arms
+from .numbers import (
+    AXES,
+    MEASURES,
+    NO_COST,
+    ArmMeasures,
+    AxisName,
+    ComparisonNumbers,
+    Cost,
+    CurveNumbers,
+    FailedRun,
+    MeanStd,
+    RunFacts,
+    Savings,
+    SeedNumbers,
+    SourceNumbers,
+    SourceSeed,
+)
 from .recipe import Comparison
-
-AXES = ("tokens", "flops", "seconds")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Evaluations of one run, or the mean of several: running totals of tokens, FLOPs and seconds, held-out loss.
+    """Evaluations of one run in order, or the mean of several; all lists have the same length.
 
-    `kl`: to the source, of arms that have it as their teacher.
+    Attributes:
+        tokens: tokens (or images) so far, those of the start included.
+        flops: floating-point operations so far.
+        seconds: time of training steps so far.
+        loss: on the held-out rows.
+        accuracy: share of right first guesses on them.
+        kl: to the source, in nats; empty for arms that do not have it as their teacher.
     """
 
     tokens: list[float]
@@ -30,49 +51,77 @@ class Curve:
     accuracy: list[float]
     kl: list[float] = field(default_factory=list)
 
-    def totals(self, axis: str) -> list[float]:
-        """Totals of an axis: tokens, flops or seconds."""
-        values: list[float] = getattr(self, axis)
-        return values
+    def totals(self, axis: AxisName) -> list[float]:
+        """What was spent until each evaluation."""
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}[axis]
 
-    def json(self) -> dict[str, list[float]]:
-        """Plain values."""
-        return {name: list(values) for name, values in vars(self).items()}
+    def json(self) -> CurveNumbers:
+        """Plain lists."""
+        return {
+            "tokens": list(self.tokens),
+            "flops": list(self.flops),
+            "seconds": list(self.seconds),
+            "loss": list(self.loss),
+            "accuracy": list(self.accuracy),
+            "kl": list(self.kl),
+        }
 
 
-def read_curve(folder: Path, facts: Mapping[str, Any]) -> Curve:
-    """The curve of a finished run; what its start cost and earlier stages are counted in.
+class FinishedRun(NamedTuple):
+    """A finished run of an arm: what it left in done.json, and its curve."""
 
-    While a sub-model is trained, the whole model, which is what counts, is not measured: those points are left out.
+    facts: RunFacts
+    curve: Curve
+
+
+def read_curve(folder: Path, facts: RunFacts) -> Curve:
+    """The curve of a finished run; what its start and earlier stages took is counted in.
+
+    Only evaluations of the whole model are points: while a sub-model is trained, that is what
+    metrics.jsonl has, and it is not what the arm ends with. RegraftError when none is left.
+
+    Args:
+        folder: where the run keeps metrics.jsonl.
+        facts: its done.json.
     """
-    spent = facts.get("start", arms.NO_COST)
-    entries = facts["ledger"]["stages"]
-    legs = facts["arm"]["legs"] if "arm" in facts else []
-    inner = {index for index, leg in enumerate(legs) if leg["layers"].startswith("bottom")}
-    rows = []
-    if 0 in inner:
-        rows.append(
-            [*(spent[key] for key in AXES), facts["whole"]["loss"], facts["whole"]["accuracy"]]
-        )
-    for row in (row for row in read_json_lines(folder / "metrics.jsonl") if "eval_loss" in row):
-        before = entries[: row["stage"]]
-        repeated = (
-            row["step"] == 0 and before and row["stage"] - 1 not in inner
-        )  # the end of the stage before it
-        if repeated or row["stage"] in inner:
+    start = facts.get("start", NO_COST)
+    stages = facts["ledger"]["stages"]
+    submodel_stages = find_submodel_stages(facts)
+
+    # Points in the order of Curve's fields; kl is there in all of them or in none.
+    points: list[list[float]] = []
+
+    # The first stage's own evaluation at step 0 is of a sub-model; `train_arm` measured the whole.
+    whole = facts.get("whole")
+    if 0 in submodel_stages and whole is not None:
+        points.append([*(start[axis] for axis in AXES), whole["loss"], whole["accuracy"]])
+
+    for row in read_json_lines(folder / "metrics.jsonl"):
+        stage = row["stage"]
+        if "eval_loss" not in row or stage in submodel_stages:
             continue
-        totals = [sum(e[key] for e in before) + row[key] + spent[key] for key in AXES]
-        rows.append(
-            [
-                *totals,
-                *(row[key] for key in ("eval_loss", "eval_accuracy", "eval_kl") if key in row),
-            ]
-        )
-    if not rows:
+        # Step 0 of a stage repeats the end of the stage before, unless that was a sub-model's.
+        if row["step"] == 0 and stage > 0 and stage - 1 not in submodel_stages:
+            continue
+
+        # The counters of metrics.jsonl begin anew with every stage.
+        totals = [
+            sum(entry[axis] for entry in stages[:stage]) + row[axis] + start[axis] for axis in AXES
+        ]
+        measured = ("eval_loss", "eval_accuracy", "eval_kl")
+        points.append([*totals, *(row[key] for key in measured if key in row)])
+
+    if not points:
         raise RegraftError(
             f"{folder}/metrics.jsonl has no evaluation: delete {folder} and run the command again"
         )
-    return Curve(*(list(column) for column in zip(*rows, strict=True)))
+    return Curve(*(list(column) for column in zip(*points, strict=True)))
+
+
+def find_submodel_stages(facts: RunFacts) -> set[int]:
+    """Numbers of the stages that train a sub-model, the bottom layers alone."""
+    legs = facts["arm"]["legs"] if "arm" in facts else []
+    return {index for index, leg in enumerate(legs) if leg["layers"].startswith("bottom")}
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
@@ -83,142 +132,196 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 
 def find_crossing(totals: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """The total at which a curve first has the target loss, linear between evaluations; None when it never has."""
+    """The total at which a curve first has the target loss, linear between evaluations.
+
+    None when it never has.
+
+    Args:
+        totals: what was spent until each evaluation.
+        losses: the loss there.
+        target: the loss to reach.
+    """
     for index, loss in enumerate(losses):
-        if loss <= target:
-            if index == 0:
-                return totals[0]
-            share = (losses[index - 1] - target) / (losses[index - 1] - loss)
-            return totals[index - 1] + share * (totals[index] - totals[index - 1])
+        if loss > target:
+            continue
+        if index == 0:
+            return totals[0]
+        share = (losses[index - 1] - target) / (losses[index - 1] - loss)
+        return totals[index - 1] + share * (totals[index] - totals[index - 1])
     return None
 
 
-def compute_savings(
-    curve: Curve, scratch: Curve, source: Mapping[str, float]
-) -> dict[str, float | None]:
-    """What a curve saves against scratch until it has scratch's last loss, as a share of scratch's FLOPs and in
-    seconds, without and with the source's pretraining, and how many times less it takes (`times`, None where it starts
-    there); None when it never has that loss.
+def compute_savings(curve: Curve, scratch: Curve, source: Cost) -> Savings:
+    """What a curve saves against scratch until it has scratch's last loss.
 
-    Scratch itself saves nothing, whatever its curve did before the end.
+    Args:
+        curve: the arm's; scratch itself saves nothing, whatever its curve did before the end.
+        scratch: what it is measured against.
+        source: what pretraining the arm's source took.
     """
-    found: dict[str, float | None] = {}
+    savings: Savings = {}
     for axis in AXES:
-        own = scratch.totals(axis)[-1]
-        reached = (
-            own
-            if curve is scratch
-            else find_crossing(curve.totals(axis), curve.loss, scratch.loss[-1])
-        )
-        found |= {f"{axis}_to_reach": reached, f"times_{axis}": own / reached if reached else None}
-        for name, extra in (("", 0.0), ("_with_source", source[axis])):
-            gained = None if reached is None else own - reached - extra
-            found[f"saved_{axis}{name}"] = gained
-            found[f"saved_{axis}_share{name}"] = None if gained is None else gained / own
-    return found
+        scratch_total = scratch.totals(axis)[-1]
+        if curve is scratch:
+            reached: float | None = scratch_total
+        else:
+            reached = find_crossing(curve.totals(axis), curve.loss, scratch.loss[-1])
+
+        savings[f"{axis}_to_reach"] = reached
+        savings[f"times_{axis}"] = scratch_total / reached if reached else None
+        for suffix, pretraining in (("", 0.0), ("_with_source", source[axis])):
+            saved = None if reached is None else scratch_total - reached - pretraining
+            savings[f"saved_{axis}{suffix}"] = saved
+            savings[f"saved_{axis}_share{suffix}"] = (
+                None if saved is None else saved / scratch_total
+            )
+    return savings
 
 
-def mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation (of a sample) of what there is; None for none, 0 for the deviation of one."""
-    found = [value for value in values if value is not None]
-    if not found:
+def mean_and_std(values: Sequence[float | None]) -> MeanStd:
+    """Mean and standard deviation of the values that are not None."""
+    measured = [value for value in values if value is not None]
+    if not measured:
         return {"mean": None, "std": None, "count": 0}
-    return {"mean": statistics.fmean(found), "std": statistics.stdev(found) if len(found) > 1 else 0.0,
-            "count": len(found)}  # fmt: skip
-
-
-def summarise(recipe: Comparison, out: Path) -> dict[str, Any]:
-    """The numbers of a comparison from its finished runs."""
-    found = {arm.name: load_finished_runs(out, arm.name, recipe.seeds) for arm in recipe.arms}
-    table: dict[str, Any] = {"task": recipe.task, "seeds": recipe.seeds, "arms": {}}
-    table["step"] = recipe.stage(recipe.train).length * recipe.train.batch
-    table["sources"] = {name: source_numbers(recipe, out, name) for name in recipe.sources()}
-    for arm in recipe.arms:
-        runs = found[arm.name]
-        if runs:
-            needs = {} if arm.scratch else table["sources"][arm.source]["seeds"]
-            row = arm_numbers(runs, found[recipe.scratch_name(arm)], needs, arm.scratch)
-            row |= {"source": None if arm.scratch else arm.source, "linear": arm.linear is not None}
-            table["arms"][arm.name] = row | {
-                "against": None if arm.scratch else recipe.scratch_name(arm)
-            }
-    return table
-
-
-def load_finished_runs(
-    out: Path, name: str, seeds: Sequence[int]
-) -> dict[int, tuple[dict[str, Any], Curve]]:
-    """(facts, curve) of an arm's finished runs by seed."""
-    folders = {seed: arms.arm_folder(out, name, seed) for seed in seeds}
-    facts = {seed: read_json_if_exists(folder / arms.DONE) for seed, folder in folders.items()}
     return {
-        seed: (fact, read_curve(folders[seed], fact))
-        for seed, fact in facts.items()
-        if fact is not None
+        "mean": statistics.fmean(measured),
+        "std": statistics.stdev(measured) if len(measured) > 1 else 0.0,
+        "count": len(measured),
     }
 
 
-def source_numbers(recipe: Comparison, out: Path, name: str) -> dict[str, Any]:
-    """What pretraining a source cost and gave, by seed; a model that was given cost nothing that is known."""
-    seeds = {}
+def summarise(recipe: Comparison, out: Path, failed: Sequence[FailedRun] = ()) -> ComparisonNumbers:
+    """The numbers of a comparison from its finished runs.
+
+    Args:
+        recipe: what was compared.
+        out: folder of the comparison.
+        failed: runs that ended with an error.
+    """
+    numbers: ComparisonNumbers = {
+        "task": recipe.task,
+        "seeds": recipe.seeds,
+        "arms": {},
+        "step": recipe.stage(recipe.train).length * recipe.train.batch,
+        "sources": {name: source_numbers(recipe, out, name) for name in recipe.sources()},
+        "failed": list(failed),
+    }
+    runs = {arm.name: load_finished_runs(out, arm.name, recipe.seeds) for arm in recipe.arms}
+    for arm in recipe.arms:
+        if not runs[arm.name]:
+            continue
+        sources = {} if arm.scratch else numbers["sources"][arm.source]["seeds"]
+        scratch = recipe.scratch_name(arm)
+        numbers["arms"][arm.name] = {
+            **arm_numbers(runs[arm.name], runs[scratch], sources, arm.scratch),
+            "source": None if arm.scratch else arm.source,
+            "linear": arm.linear is not None,
+            "against": None if arm.scratch else scratch,
+        }
+    return numbers
+
+
+def load_finished_runs(out: Path, name: str, seeds: Sequence[int]) -> dict[int, FinishedRun]:
+    """The finished runs of an arm by seed."""
+    runs = {}
+    for seed in seeds:
+        folder = arms.arm_folder(out, name, seed)
+        facts: RunFacts | None = read_json_if_exists(folder / arms.DONE)
+        if facts is not None:
+            runs[seed] = FinishedRun(facts, read_curve(folder, facts))
+    return runs
+
+
+def source_numbers(recipe: Comparison, out: Path, name: str) -> SourceNumbers:
+    """What pretraining a source took and gave, by seed.
+
+    A model that was given as a directory has no seeds: what it took is not known.
+    """
+    if not isinstance(recipe.sources()[name], dict):
+        return {"pretrained_here": False, "seeds": {}}
+
+    seeds: dict[int, SourceSeed] = {}
     for seed in recipe.seeds:
         folder = arms.source_folder(recipe, out, name, seed)
-        known = (
-            None
-            if isinstance(recipe.sources()[name], str)
-            else read_json_if_exists(folder / arms.DONE)
-        )
-        if known is not None:
-            totals = {key: known["ledger"][key] for key in AXES}
-            seeds[seed] = totals | {"loss": read_curve(folder, known).loss[-1]}
-    return {"pretrained_here": isinstance(recipe.sources()[name], dict), "seeds": seeds}
+        facts: RunFacts | None = read_json_if_exists(folder / arms.DONE)
+        if facts is not None:
+            ledger = facts["ledger"]
+            seeds[seed] = {
+                "tokens": ledger["tokens"],
+                "flops": ledger["flops"],
+                "seconds": ledger["seconds"],
+                "loss": read_curve(folder, facts).loss[-1],
+            }
+    return {"pretrained_here": True, "seeds": seeds}
 
 
 def arm_numbers(
-    runs: Mapping[int, tuple[dict[str, Any], Curve]],
-    scratch: Mapping[int, tuple[dict[str, Any], Curve]],
-    sources: Mapping[int, Mapping[str, float]],
+    runs: Mapping[int, FinishedRun],
+    scratch: Mapping[int, FinishedRun],
+    sources: Mapping[int, Cost],
     is_scratch: bool,
-) -> dict[str, Any]:
-    """One arm's row: means and spreads over seeds, the mean curve's savings, and every seed."""
-    curves = {seed: curve for seed, (_, curve) in runs.items()}
-    seeds: dict[str, Any] = {}
-    for seed, curve in curves.items():
-        start = runs[seed][0]["start"]
-        row = {
-            "start_loss": curve.loss[0],
-            "loss": curve.loss[-1],
-            "accuracy": curve.accuracy[-1],
-            "fitting": start,
+) -> ArmMeasures:
+    """One arm's row: means and spreads over seeds, the mean curve's savings, and every seed.
+
+    Args:
+        runs: the arm's, by seed.
+        scratch: those of the scratch arm that it is measured against.
+        sources: what pretraining its source took, by seed; empty where it took nothing here.
+        is_scratch: whether the arm is that scratch arm itself.
+    """
+    curves = {seed: run.curve for seed, run in runs.items()}
+    measured = {str(seed): seed_numbers(run) for seed, run in runs.items()}
+    numbers = cast(
+        ArmMeasures,
+        {
+            "parameters": next(iter(runs.values())).facts["parameters"],
+            "curve": mean_curve(list(curves.values())).json(),
+            "seeds": measured,
         }
-        row |= {"flops": curve.flops[-1], "seconds": curve.seconds[-1], "tokens": curve.tokens[-1]}
-        row |= {"kl": curve.kl[-1] if curve.kl else None, "curve": curve.json()}
-        unfrozen = [
-            entry["unfrozen"] for entry in runs[seed][0]["ledger"]["stages"] if "unfrozen" in entry
-        ]
-        row["unfrozen"] = unfrozen[0] if unfrozen else None
-        if seed in scratch:
-            reference = curve if is_scratch else scratch[seed][1]
-            row |= compute_savings(curve, reference, sources.get(seed, arms.NO_COST))
-        seeds[str(seed)] = row
-    mean = mean_curve(list(curves.values()))
-    both = [seed for seed in curves if seed in scratch]
-    row = {
-        "parameters": next(iter(runs.values()))[0]["parameters"],
-        "curve": mean.json(),
-        "seeds": seeds,
+        | {key: mean_and_std([one[key] for one in measured.values()]) for key in MEASURES},
+    )
+
+    # Savings are those of means over the seeds that both have: other seeds have no counterpart.
+    shared = [seed for seed in curves if seed in scratch]
+    by_seed: dict[int, Savings] = {}
+    for seed in shared:
+        reference = curves[seed] if is_scratch else scratch[seed].curve
+        by_seed[seed] = compute_savings(curves[seed], reference, sources.get(seed, NO_COST))
+        measured[str(seed)] = cast(SeedNumbers, {**measured[str(seed)], **by_seed[seed]})
+    if shared:
+        own = mean_curve([curves[seed] for seed in shared])
+        reference = own if is_scratch else mean_curve([scratch[seed].curve for seed in shared])
+        savings = compute_savings(own, reference, mean_cost(sources, shared))
+        numbers["savings"] = savings
+        numbers["savings_over_seeds"] = {
+            key: mean_and_std([by_seed[seed][key] for seed in shared]) for key in savings
+        }
+    return numbers
+
+
+def seed_numbers(run: FinishedRun) -> SeedNumbers:
+    """One run's row, without savings."""
+    facts, curve = run
+    unfrozen = [entry["unfrozen"] for entry in facts["ledger"]["stages"] if "unfrozen" in entry]
+    return {
+        "start_loss": curve.loss[0],
+        "loss": curve.loss[-1],
+        "accuracy": curve.accuracy[-1],
+        "fitting": facts["start"],
+        "flops": curve.flops[-1],
+        "seconds": curve.seconds[-1],
+        "tokens": curve.tokens[-1],
+        "kl": curve.kl[-1] if curve.kl else None,
+        "curve": curve.json(),
+        "unfrozen": unfrozen[0] if unfrozen else None,
     }
-    for key in ("start_loss", "loss", "accuracy", "kl", "unfrozen", *AXES):
-        row[key] = mean_and_std([one[key] for one in seeds.values()])
-    if both:
-        own = mean_curve([curves[seed] for seed in both])
-        reference = own if is_scratch else mean_curve([scratch[seed][1] for seed in both])
-        cost = {
-            axis: statistics.fmean(sources.get(seed, arms.NO_COST)[axis] for seed in both)
-            for axis in AXES
-        }
-        row["savings"] = compute_savings(own, reference, cost)
-        row["savings_over_seeds"] = {
-            key: mean_and_std([seeds[str(seed)][key] for seed in both]) for key in row["savings"]
-        }
-    return row
+
+
+def mean_cost(sources: Mapping[int, Cost], seeds: Sequence[int]) -> Cost:
+    """What pretraining a source took, the mean over seeds."""
+    costs = [sources.get(seed, NO_COST) for seed in seeds]
+    return {
+        "tokens": statistics.fmean(cost["tokens"] for cost in costs),
+        "flops": statistics.fmean(cost["flops"] for cost in costs),
+        "seconds": statistics.fmean(cost["seconds"] for cost in costs),
+    }

@@ -1,4 +1,4 @@
-"""A comparison carried out: what is shared first, then sources, then arms, each run in a process of its own."""
+"""Runs a comparison: data first, then sources, then arms, each run in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
@@ -21,17 +20,26 @@ from ..progress import Ticker
 from ..recipes import schema
 from . import arm as arms
 from . import data, report, savings
+from .numbers import ComparisonNumbers, FailedRun, RunFacts
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
-POLL = 0.1
+FREE_KEYS = ("arms", "seeds", "others")  # of a recipe: may change between calls on one folder
+POLL_SECONDS = 0.1
 OWN_ERROR_LINE = re.compile("^regraft: ")
+# torchrun ends with ChildFailedError whatever went wrong: that line explains nothing.
 LIBRARY_ERROR_LINE = re.compile(r"(?<!ChildFailed)(Error|Exception|Interrupt)\b|\bSignal \d+")
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training run: kind `source` or `arm`, its name and seed."""
+    """One training run.
+
+    Attributes:
+        kind: `source` or `arm`.
+        name: of the source or the arm.
+        seed: of the run.
+    """
 
     kind: str
     name: str
@@ -42,40 +50,47 @@ class TrainingJob:
         return out / ("sources" if self.kind == "source" else "arms") / self.name / str(self.seed)
 
     def log_path(self, out: Path) -> Path:
-        """Its standard error."""
+        """Its standard output and error."""
         return out / "logs" / f"{self.kind}-{self.name}-{self.seed}.txt"
 
+    def progress_path(self, out: Path) -> Path:
+        """Where it writes which share of its work is done."""
+        return self.log_path(out).with_suffix(".share")
+
     def read_error(self, out: Path) -> str:
-        """What its standard error says of its end: our own line, else the last that names an error or a signal."""
-        lines = [
-            line
-            for line in self.log_path(out)
-            .read_text(encoding="utf-8", errors="replace")
-            .splitlines()
-            if line
-        ]
-        for telling in (
-            OWN_ERROR_LINE,
-            LIBRARY_ERROR_LINE,
-        ):  # a launcher may have said more behind it
-            if found := [line for line in lines if telling.search(line)]:
-                return OWN_ERROR_LINE.sub("", found[-1]).strip()
-        return lines[-1] if lines else "it ended without a word"
+        """Why it ended: the last line of regraft's own, else the last that names an error."""
+        log = self.log_path(out).read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in log.splitlines() if line]
+
+        # Not simply the last line: a launcher may have added its own behind the reason.
+        for pattern in (OWN_ERROR_LINE, LIBRARY_ERROR_LINE):
+            if matching := [line for line in lines if pattern.search(line)]:
+                return OWN_ERROR_LINE.sub("", matching[-1]).strip()
+        return lines[-1] if lines else "it ended without a message"
 
     def read_progress(self, out: Path) -> float:
-        """How far it says it is."""
+        """The share of its work that is done; 0 before it has written any."""
         try:
-            return float(self.log_path(out).with_suffix(".share").read_text())
+            return float(self.progress_path(out).read_text())
         except (OSError, ValueError):
             return 0.0
 
 
-def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") -> dict[str, Any]:
-    """Carry out a comparison in directory `out`, going on where an earlier call stopped; the numbers of compare.json.
+def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") -> ComparisonNumbers:
+    """Carry out a comparison in directory `out`, going on where an earlier call stopped.
 
-    `launch`: words that start the processes of a run, such as `torchrun --standalone --nproc-per-node 8`. In the
-    numbers `failed` names runs that ended with an error, with its line. RegraftError when `out` holds something else,
-    or when the recipe cannot be carried out.
+    A run that ends with an error does not stop the others; `failed` in the numbers names it.
+    RegraftError when `out` holds something else, or when the recipe cannot be carried out.
+
+    Args:
+        recipe: the comparison.
+        out: directory to write.
+        jobs: training runs at a time.
+        launch: command that starts the processes of a run, such as
+            `torchrun --standalone --nproc-per-node 8`; without it each run is one process.
+
+    Returns:
+        The numbers of compare.json.
     """
     out = Path(out)
     if jobs < 1:
@@ -84,31 +99,34 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
         raise RegraftError(
             f"--launch '{launch}' begins with no program that is here: give torchrun and its flags"
         )
+
     claim(recipe, out)
     with Ticker() as ticker:
         ticker.start("making data, tokenizer and configs")
         data.prepare_data(recipe, out)
         arms.verify(recipe, out)
-        failed = run_jobs(pretraining_jobs(recipe), recipe, out, jobs, launch, ticker)
-        lost = {(task.name, task.seed) for task in failed}
+
+        errors = run_jobs(pretraining_jobs(recipe), recipe, out, jobs, launch, ticker)
+        # An arm whose source failed has nothing to grow.
+        missing = {(job.name, job.seed) for job in errors}
         wanted = [
-            task
-            for task in arm_jobs(recipe)
-            if not lost or (recipe_source(recipe, task), task.seed) not in lost
+            job for job in arm_jobs(recipe) if (source_name(recipe, job), job.seed) not in missing
         ]
-        failed |= run_jobs(wanted, recipe, out, jobs, launch, ticker)
-    numbers = savings.summarise(recipe, out)
-    numbers["failed"] = [
-        {**dataclasses.asdict(task), "error": line} for task, line in failed.items()
+        errors |= run_jobs(wanted, recipe, out, jobs, launch, ticker)
+
+    failed: list[FailedRun] = [
+        {"kind": job.kind, "name": job.name, "seed": job.seed, "error": line}
+        for job, line in errors.items()
     ]
+    numbers = savings.summarise(recipe, out, failed)
     report.write(numbers, out)
     return numbers
 
 
 def pretraining_jobs(recipe: Comparison) -> list[TrainingJob]:
-    """Pretraining runs."""
-    found = [name for name, source in recipe.sources().items() if isinstance(source, dict)]
-    return [TrainingJob("source", name, seed) for seed in recipe.seeds for name in found]
+    """Runs that pretrain the sources given as configs."""
+    names = [name for name, source in recipe.sources().items() if isinstance(source, dict)]
+    return [TrainingJob("source", name, seed) for seed in recipe.seeds for name in names]
 
 
 def arm_jobs(recipe: Comparison) -> list[TrainingJob]:
@@ -116,111 +134,137 @@ def arm_jobs(recipe: Comparison) -> list[TrainingJob]:
     return [TrainingJob("arm", arm.name, seed) for seed in recipe.seeds for arm in recipe.arms]
 
 
-def recipe_source(recipe: Comparison, task: TrainingJob) -> str:
+def source_name(recipe: Comparison, job: TrainingJob) -> str:
     """The source that an arm's run needs; empty for scratch."""
-    arm = recipe.arm(task.name)
+    arm = recipe.arm(job.name)
     return "" if arm.scratch else arm.source
 
 
 def claim(recipe: Comparison, out: Path) -> None:
-    """Keep the recipe in `out`; arms and seeds may come and go, RegraftError for any other difference."""
+    """Keep the recipe in `out`; RegraftError when another comparison is there.
+
+    Arms, seeds and sources may come and go between calls: finished runs stay comparable. Anything
+    else that differs would mix two experiments in one table.
+    """
     file = out / RECIPE
     if not file.exists() and out.is_dir() and any(out.iterdir()):
         raise RegraftError(
             f"{out} exists and holds no comparison: choose another folder or delete it"
         )
+    new = dump(recipe)
     if file.exists():
-        theirs, mine = read_json_if_exists(file), dump(recipe)
-        for key in (
-            key
-            for key in mine
-            if key not in ("arms", "seeds", "others") and mine[key] != theirs.get(key)
-        ):
-            raise RegraftError(
-                f"{out} holds a comparison with another {key} ({theirs.get(key)} there, {mine[key]} here): choose "
-                "another folder or delete it"
-            )
+        old = read_json_if_exists(file)
+        for key in new:
+            if key not in FREE_KEYS and new[key] != old.get(key):
+                raise RegraftError(
+                    f"{out} holds a comparison with another {key} ({old.get(key)} there, "
+                    f"{new[key]} here): choose another folder or delete it"
+                )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(file, dump(recipe))
+    write_json(file, new)
 
 
 def load_recipe(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
-    made: Comparison = schema.build(
-        read_json_if_exists(out / RECIPE), str(out / RECIPE), Comparison
-    )
-    return made
+    file = out / RECIPE
+    recipe: Comparison = schema.build(read_json_if_exists(file), str(file), Comparison)
+    return recipe
 
 
 def run_jobs(
-    tasks: Sequence[TrainingJob],
+    jobs: Sequence[TrainingJob],
     recipe: Comparison,
     out: Path,
-    jobs: int,
+    at_once: int,
     launch: str,
     ticker: Ticker,
 ) -> dict[TrainingJob, str]:
-    """Run what is not done yet, `jobs` at a time; the error lines of those that failed."""
-    waiting = [task for task in tasks if not is_done(recipe, out, task)]
-    count, running = len(waiting), dict[TrainingJob, subprocess.Popen[bytes]]()
-    failed: dict[TrainingJob, str] = {}
+    """Run what is not done yet; the error lines of the runs that failed.
+
+    Args:
+        jobs: runs in order.
+        recipe: the comparison.
+        out: its folder.
+        at_once: how many run at a time.
+        launch: see `run`.
+        ticker: shows the progress.
+    """
+    waiting = [job for job in jobs if not is_done(recipe, out, job)]
+    running: dict[TrainingJob, subprocess.Popen[bytes]] = {}
+    errors: dict[TrainingJob, str] = {}
+    count = len(waiting)
     if waiting:
-        ticker.start(
-            f"training {len(tasks)} {waiting[0].kind}s, {len(tasks) - count} of them done before"
-        )
+        done = len(jobs) - count
+        ticker.start(f"training {len(jobs)} {waiting[0].kind}s, {done} of them done before")
+
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                task = waiting.pop(0)
-                running[task] = start_process(task, out, jobs, launch)
-            for task, process in [(t, p) for t, p in running.items() if p.poll() is not None]:
-                del running[task]
-                if process.returncode or not is_done(recipe, out, task):
-                    failed[task] = task.read_error(out)
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[job] = start_process(job, out, at_once, launch)
+
+            for job, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                if process.returncode or not is_done(recipe, out, job):
+                    errors[job] = job.read_error(out)
                     print(
-                        f"regraft: {task.kind} {task.name}, seed {task.seed}: {failed[task]}",
+                        f"regraft: {job.kind} {job.name}, seed {job.seed}: {errors[job]}",
                         file=sys.stderr,
                     )
-            finished = count - len(waiting) - sum(1 - task.read_progress(out) for task in running)
-            ticker.update(
-                finished / count, ", ".join(f"{task.name} {task.seed}" for task in running)
-            )
-            time.sleep(POLL)
+
+            finished = count - len(waiting) - sum(1 - job.read_progress(out) for job in running)
+            ticker.update(finished / count, ", ".join(f"{job.name} {job.seed}" for job in running))
+            time.sleep(POLL_SECONDS)
     finally:
+        # When this process is interrupted, no run is left behind.
         for process in running.values():
             process.terminate()
-    return failed
+    return errors
 
 
-def start_process(task: TrainingJob, out: Path, jobs: int, launch: str) -> subprocess.Popen[bytes]:
-    """The process of a run, or the launcher of its processes; cores are shared evenly."""
-    threads = (
-        max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
-    )
-    task.log_path(out).parent.mkdir(exist_ok=True)
-    task.log_path(out).with_suffix(".share").unlink(missing_ok=True)
+def start_process(
+    job: TrainingJob, out: Path, at_once: int, launch: str
+) -> subprocess.Popen[bytes]:
+    """Start the process of a run, or the launcher of its processes; see `run_jobs`."""
+    job.log_path(out).parent.mkdir(exist_ok=True)
+    job.progress_path(out).unlink(missing_ok=True)
+
+    # A launcher sets its processes' threads itself; single processes share the cores evenly.
+    environment = dict(os.environ)
+    if not launch:
+        threads = str(max(1, usable_cores() // at_once))
+        environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
     start = shlex.split(launch) or [sys.executable]
-    words = [*start, "-m", "regraft.compare", str(out), task.kind, task.name, str(task.seed)]
-    with task.log_path(out).open("wb") as log:
-        env = os.environ | (
-            {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if not launch else {}
+    words = [*start, "-m", "regraft.compare", str(out), job.kind, job.name, str(job.seed)]
+    with job.log_path(out).open("wb") as log:
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
         )
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
 
-def is_done(recipe: Comparison, out: Path, task: TrainingJob) -> bool:
+def usable_cores() -> int:
+    """Cores that this process may use; 1 where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts = read_json_if_exists(task.folder(out) / arms.DONE)
+    facts: RunFacts | None = read_json_if_exists(job.folder(out) / arms.DONE)
     if facts is None:
         return False
-    mine = (
-        dataclasses.asdict(recipe.arm(task.name))
-        if task.kind == "arm"
-        else recipe.sources()[task.name]
-    )
-    theirs = facts["arm"] if task.kind == "arm" else facts["config"]
-    if mine != theirs:
+
+    if job.kind == "arm":
+        wanted, finished = dataclasses.asdict(recipe.arm(job.name)), facts["arm"]
+    else:
+        source = recipe.sources()[job.name]
+        assert isinstance(source, dict)  # a source that is a directory has no run
+        wanted, finished = source, facts["config"]
+    if wanted != finished:
         raise RegraftError(
-            f"{task.folder(out)} holds another {task.kind} '{task.name}' ({theirs}): rename yours or delete that folder"
+            f"{job.folder(out)} holds another {job.kind} '{job.name}' ({finished}): "
+            "rename yours or delete that folder"
         )
     return True

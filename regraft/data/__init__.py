@@ -1,1 +1,1 @@
-"""Text on disk as rows of tokens: files read as a stream, tokenised once into a cache, rows read from it by number."""
+"""Training text and images: files read as a stream, tokenised once into a cache, rows by number."""

@@ -1,4 +1,4 @@
-"""Texts to tables of rows: caches filled as far as they are needed, by as many processes as there are."""
+"""Texts to tables of rows: token caches, filled as far as needed by as many processes as run."""
 
 from __future__ import annotations
 
@@ -9,185 +9,243 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypedDict
 
 from .. import distributed
 from ..errors import RegraftError
 from ..io.files import write_json
 from .files import find_files
 from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
+from .text import Text
 from .token_cache import TokenCache
 from .tokenizer import BatchTokenizer
 
-MIN_READ_TOKENS = (
-    1 << 24
-)  # tokens that are read of a text when fewer are needed: order is by seed over all of these
-WAIT = 0.2  # seconds between looks at what another process is reading
-Tell = Callable[[float, str], None]
+# At least so many tokens of a text are read, even when fewer are trained on: rows are shuffled over
+# all that was read, and a short run shall not see the first files alone.
+MIN_READ_TOKENS = 1 << 24
+WAIT = 0.2  # seconds between two looks at a file that another process is reading
+Progress = Callable[[float, str], None]  # (share done, what is being done)
 
 
-@dataclass(frozen=True)
-class Text:
-    """Training text: a file (.txt, .jsonl, .parquet, also compressed), a pattern or a folder; its share of the rows.
+class CorpusFacts(TypedDict):
+    """What one text had, what was read of it and what became rows; a row of the ledger's `text`."""
 
-    `field`: the key or column that holds the text. `long`: a document longer than its row is carried on in the next or
-    cut. `skip_bad`: lines that cannot be read are left out and counted. `read`: tokens to read at most, 0 for all
-    (None: what the stages train on, and at least 16.8 million).
-    """
+    path: str  # as the user gave it
+    files: int
+    file_bytes: int  # on disk, compressed files as they are
+    files_read: int  # files read to their end
+    complete: bool  # whether all of the text was read
+    documents: int
+    text_bytes: int  # UTF-8 bytes of the documents that were read
+    tokens: int
+    rows: int
+    row_tokens: int  # tokens in all rows
+    cut_off_tokens: int  # tokens dropped by overflow "cut"
+    bad_lines: int  # lines that could not be read
+    bad: list[str]  # the first five of them: file, line and what is wrong
 
-    path: str
-    share: float = 1.0
-    field: str = "text"
-    overflow: Literal["carry", "cut"] = "carry"
-    skip_bad: bool = False
-    max_tokens: int | None = None
+
+class PinnedRows(TypedDict):
+    """Which rows a run was started with; kept in `rows-LENGTH.json` of its folder for text."""
+
+    files: list[str]  # name and size of each file that the rows come from
+    options: list[list[Any]]  # of each text: share, field, overflow
+    rows: list[int]  # how many rows each text gives
 
 
 class Corpus:
-    """The caches of one text's files, below `cache` (None: a folder that goes with this object)."""
+    """One text: its files, the token cache of each, and the rows made of them.
+
+    Args:
+        text: which files, and how they are read.
+        tokenizer: a tokenizer of transformers.
+        cache: folder that keeps the tokens. None: a temporary one, deleted with this object.
+        report_progress: called with the share that is read, 0 to 1, and a few words.
+    """
 
     def __init__(
         self,
         text: Text,
         tokenizer: Any,
         cache: Path | None = None,
-        tell: Tell = lambda share, words: None,
+        report_progress: Progress = lambda share, words: None,
     ):
-        self.text, self.tokens, self.tell = text, BatchTokenizer(tokenizer), tell
+        self.text, self.tokenizer = text, BatchTokenizer(tokenizer)
+        self.report_progress = report_progress
         if cache is None:
             cache = Path(tempfile.mkdtemp(prefix="regraft-text-"))
-            weakref.finalize(
-                self.tokens, shutil.rmtree, cache, ignore_errors=True
-            )  # every table holds these
-        root = cache / self.tokens.name
+            # Tables may outlive this object and still read the cache. Each of them holds the
+            # tokenizer, so the folder goes when the last one does.
+            weakref.finalize(self.tokenizer, shutil.rmtree, cache, ignore_errors=True)
+
+        root = cache / self.tokenizer.name
         self.parts = [
-            TokenCache(root, file, text.field, self.tokens) for file in find_files(text.path)
+            TokenCache(root, file, text.field, self.tokenizer) for file in find_files(text.path)
         ]
-        self.used: list[TokenCache] = []
+        self.used: list[TokenCache] = []  # the files that the last table was made of
         self.table: CachedRows | None = None
-        self.said = 0
+        self.reported_bad_lines = 0
 
     def fill_caches(self, wanted: int | None) -> int:
-        """Make sure that the caches hold the text's first `wanted` tokens, or all there are; how many they hold.
+        """Read until the caches hold the first `wanted` tokens (None: all); how many they hold.
 
-        Every process begins with another file and takes no file that another is reading. RegraftError for a bad line
-        unless the text says to skip them.
+        Called by every process of a run. Each starts with a different file and skips files that
+        another one is reading. RegraftError for a bad line unless the text says to skip them.
         """
         while window := self.find_unread_files(wanted):
+            # The window has one file a process: rank r begins with the r-th and tries the others
+            # after it. Where all of them are locked by others, there is nothing to do but wait.
             turn = distributed.rank() % len(window)
             if not any(
-                part.fill(more, self.text.skip_bad, self.progress_callback(wanted))
-                for part, more in window[turn:] + window[:turn]
+                part.fill(enough, self.text.skip_bad, self.progress_callback(wanted))
+                for part, enough in window[turn:] + window[:turn]
             ):
                 time.sleep(WAIT)
+
         self.used = []
-        held = 0
+        available = 0
         for part in self.parts:
-            if wanted is None or held < wanted:
+            if wanted is None or available < wanted:
                 self.used.append(part)
-                held += part.journal.tokens
+                available += part.journal.tokens
         self.report_bad_lines()
-        return held
+        return available
 
     def find_unread_files(self, wanted: int | None) -> list[tuple[TokenCache, int | None]]:
-        """The next files to read, at most one a process, and how many tokens of each are enough (None: all)."""
-        held = 0
+        """The next files to read, at most one a process, each with how many tokens are enough.
+
+        Args:
+            wanted: tokens needed of the whole text, None for all of it.
+        """
+        available = 0
         window: list[tuple[TokenCache, int | None]] = []
         for part in self.parts:
-            more = None if wanted is None else wanted - held
-            if (more is not None and more <= 0) or len(window) == distributed.world_size():
+            missing = None if wanted is None else wanted - available
+            if (missing is not None and missing <= 0) or len(window) == distributed.world_size():
                 break
+
             known = part.read_journal()
-            if not known.done and (more is None or known.tokens < more):
-                window.append((part, more))
-            held += known.tokens
+            if not known.done and (missing is None or known.tokens < missing):
+                window.append((part, missing))
+            available += known.tokens
         return window
 
     def progress_callback(self, wanted: int | None) -> Callable[[TokenCache], None]:
-        """Says how much of the text is read, in tokens where it is known how many are wanted."""
-        whole = sum(part.size for part in self.parts)
+        """A callback for `TokenCache.fill` that reports how much of the text is read.
 
-        def report_progress(now: TokenCache) -> None:
+        The share is of bytes of files or, where `wanted` is given, of tokens if that is more.
+        """
+        total = sum(part.size for part in self.parts)
+
+        def report(now: TokenCache) -> None:
             tokens = sum(part.journal.tokens for part in self.parts)
             size = sum(part.size * (part.journal.done or part is now) for part in self.parts)
-            share = (
-                size / max(whole, 1)
-                if wanted is None
-                else max(size / max(whole, 1), tokens / wanted)
-            )
-            self.tell(min(share, 1.0), f"reading {now.file.name}: {tokens:,} tokens")
+            share = size / max(total, 1)
+            if wanted is not None:
+                share = max(share, tokens / wanted)
+            self.report_progress(min(share, 1.0), f"reading {now.file.name}: {tokens:,} tokens")
 
-        return report_progress
+        return report
 
     def report_bad_lines(self) -> None:
-        """RegraftError, or with `skip_bad` a line on standard error, for lines that cannot be read."""
+        """RegraftError for lines that cannot be read; with `skip_bad` a line on standard error."""
         bad = [part for part in self.used if part.journal.bad]
         count = sum(part.journal.bad for part in bad)
+
+        # A cache that was filled with --skip-bad is used by runs without it, too.
         if bad and not self.text.skip_bad:
             raise RegraftError(
                 f"{bad[0].journal.named[0]}: fix or remove it, or leave it out with --skip-bad"
             )
-        if count > self.said and distributed.is_rank0():
+
+        # Caches are filled several times a run; only new bad lines are worth another message.
+        if count > self.reported_bad_lines and distributed.is_rank0():
             named = [line for part in bad for line in part.journal.named]
             more = f"; and {count - 3:,} more" if count > 3 else ""
             print(
                 f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}",
                 file=sys.stderr,
             )
-        self.said = count
+        self.reported_bad_lines = count
 
     def rows(self, length: int, need: int = 0) -> CachedRows:
-        """Rows of `length` tokens, as many as `need` tokens are, at least FLOOR's, or what the text has.
+        """Rows of `length` tokens of this text.
 
-        They follow from the text and these numbers alone, whatever the caches hold already.
+        Which rows these are follows from the text and the arguments alone, whatever the caches hold
+        already.
+
+        Args:
+            length: tokens of a row.
+            need: tokens that will be trained on. So many are read, but at least
+                `MIN_READ_TOKENS`; `max_tokens` of the text takes the place of both.
+
+        RegraftError when the text has no document or less than one row.
         """
-        asked = max(need, MIN_READ_TOKENS) if self.text.max_tokens is None else self.text.max_tokens
-        most = -(-asked // length) if asked else None
-        wanted = None if most is None else most * length
+        budget = self.text.max_tokens
+        if budget is None:
+            budget = max(need, MIN_READ_TOKENS)
+        max_rows = -(-budget // length) if budget else None  # 0: all there is
+        wanted = None if max_rows is None else max_rows * length
+
         while True:
-            held = self.fill_caches(wanted)
+            available = self.fill_caches(wanted)
             self.table = CachedRows(
-                self.used, self.tokens, length, most, self.text.overflow == "cut"
+                self.used, self.tokenizer, length, max_rows, self.text.overflow == "cut"
             )
-            if wanted is None or most is None or held < wanted or len(self.table) >= most:
+            if wanted is None or max_rows is None:
                 break
-            wanted += 2 * (most - len(self.table)) * length  # what was cut off is made up for
-        if not held:
+            if available < wanted or len(self.table) >= max_rows:
+                break
+            # overflow "cut" dropped tokens: read on for the rows that are missing, twice as much
+            # since more will be dropped of that
+            wanted += 2 * (max_rows - len(self.table)) * length
+
+        if not available:
             raise RegraftError(
                 f"no text in '{self.text.path}': it holds no document with at least one word"
             )
-        return check_not_empty(self.table, held)
+        return check_not_empty(self.table, available)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> CorpusFacts:
         """What there is, what was read, what rows were made of it, what was left out."""
-        known = [part.journal for part in self.used]
-        named = [line for journal in known for line in journal.named]
+        journals = [part.journal for part in self.used]
+        named = [line for journal in journals for line in journal.named]
         table = self.table
+        complete = len(journals) == len(self.parts) and all(journal.done for journal in journals)
         return {
             "path": self.text.path,
             "files": len(self.parts),
             "file_bytes": sum(part.size for part in self.parts),
-            "files_read": sum(journal.done for journal in known),
-            "complete": len(known) == len(self.parts) and all(journal.done for journal in known),
-            "documents": sum(journal.documents for journal in known),
-            "text_bytes": sum(journal.bytes for journal in known),
-            "tokens": sum(journal.tokens for journal in known),
+            "files_read": sum(journal.done for journal in journals),
+            "complete": complete,
+            "documents": sum(journal.documents for journal in journals),
+            "text_bytes": sum(journal.bytes for journal in journals),
+            "tokens": sum(journal.tokens for journal in journals),
             "rows": len(table) if table else 0,
             "row_tokens": table.tokens if table else 0,
             "cut_off_tokens": table.dropped_tokens if table else 0,
-            "bad_lines": sum(journal.bad for journal in known),
+            "bad_lines": sum(journal.bad for journal in journals),
             "bad": named[:5],
         }
 
 
 class TextMixture:
-    """Rows by length of several texts in their shares; tokenised once.
+    """Rows of several texts in their shares: call it with a length, get a table of rows.
 
-    `need`: tokens of the largest stage. `own`: the run's folder for text, which pins the rows: a run that goes on has
-    the rows it began with. Tokens are kept there, or in `cache`, or without both as long as this object. RegraftError
-    when there is no text, a share is not positive, a file cannot be read, or the text is not the one that was pinned.
+    Args:
+        texts: what to read. Their shares need not add up to 1.
+        tokenizer: a tokenizer of transformers.
+        need: tokens of the largest training stage, over all texts.
+        own: the run's folder for text. It pins the rows: a run that is resumed must get the rows
+            it began with.
+        cache: folder that keeps tokens for later runs. None: `own`, or a temporary folder where
+            that is None, too.
+        report_progress: called with the share that is read, 0 to 1, and a few words.
+
+    RegraftError when there is no text, a share is not positive, a file cannot be read, or the text
+    is not the one that was pinned.
     """
 
     def __init__(
@@ -197,59 +255,72 @@ class TextMixture:
         need: int = 0,
         own: Path | None = None,
         cache: Path | None = None,
-        tell: Tell = lambda share, words: None,
+        report_progress: Progress = lambda share, words: None,
     ):
         if not texts or any(text.share <= 0 for text in texts):
             raise RegraftError(
                 f"no training text with a positive share in {[asdict(text) for text in texts]}"
             )
-        if wrong := [text for text in texts if text.max_tokens is not None and text.max_tokens < 0]:
-            raise RegraftError(
-                f"read is {wrong[0].max_tokens} tokens of '{wrong[0].path}': give 0 for all or more"
-            )
+        for text in texts:
+            if text.max_tokens is not None and text.max_tokens < 0:
+                raise RegraftError(
+                    f"max_tokens is {text.max_tokens} for '{text.path}': give 0 for all or more"
+                )
+
         self.texts, self.need, self.own = texts, need, own
-        self.corpora = [Corpus(text, tokenizer, cache or own, tell) for text in texts]
-        self.tables: dict[int, CachedRows | MixedRows] = {}
+        self.corpora = [Corpus(text, tokenizer, cache or own, report_progress) for text in texts]
+        self.tables: dict[int, CachedRows | MixedRows] = {}  # by length of a row
 
     def __call__(self, length: int) -> CachedRows | MixedRows:
-        """Rows of `length` tokens; texts are read as far as they are needed for them."""
+        """Rows of `length` tokens; reads as much of the texts as they need."""
         if length not in self.tables:
             shares = [text.share for text in self.texts]
-            parts = [int(self.need * share / sum(shares)) for share in shares]
-            made = [
-                corpus.rows(length, part) for corpus, part in zip(self.corpora, parts, strict=True)
+            needs = [int(self.need * share / sum(shares)) for share in shares]
+            tables = [
+                corpus.rows(length, need) for corpus, need in zip(self.corpora, needs, strict=True)
             ]
-            self.tables[length] = mix_by_share(made, shares)
+            self.tables[length] = mix_by_share(tables, shares)
             if self.own is not None:
                 self.pin_rows(self.own / f"rows-{length}.json")
         return self.tables[length]
 
     def pin_rows(self, file: Path) -> None:
-        """Note which rows these are; RegraftError when other ones were noted."""
+        """Write down which rows these are; RegraftError when the file names other ones."""
         tables = [corpus.table for corpus in self.corpora if corpus.table is not None]
+        # Only files that rows come from: others may grow or change while the run is stopped.
         files = [
             f"{part.file.name}, {part.size:,} bytes"
             for table in tables
             for part in table.used_caches
         ]
         options = [[text.share, text.field, text.overflow] for text in self.texts]
-        now = {"files": files, "options": options, "rows": [len(table) for table in tables]}
+        now: PinnedRows = {
+            "files": files,
+            "options": options,
+            "rows": [len(table) for table in tables],
+        }
+
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before: PinnedRows = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, now)
             return
+
         if before != now:
-            pairs = zip(before["files"], files, strict=False)
-            what = next(
-                (f"'{old}' then, '{new}' now" for old, new in pairs if old != new),
-                f"{before} then, {now} now",
-            )
             raise RegraftError(
-                f"the text is not the one that this run began with ({what}): give that, or begin anew"
+                f"the text is not the one that this run began with ({_describe_change(before, now)}"
+                "): give the same text, or start a new run"
             )
 
-    def facts(self) -> list[dict[str, Any]]:
-        """What every text had, what was read and used of it; see `Corpus.facts`."""
+    def facts(self) -> list[CorpusFacts]:
+        """What every text had, and what was read and used of it."""
         return [corpus.facts() for corpus in self.corpora]
+
+
+def _describe_change(before: PinnedRows, now: PinnedRows) -> str:
+    """The first file that differs between two pins, or both pins where no file does."""
+    for old, new in zip(before["files"], now["files"], strict=False):
+        if old != new:
+            return f"'{old}' then, '{new}' now"
+    return f"{before} then, {now} now"

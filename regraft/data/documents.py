@@ -1,7 +1,8 @@
-"""Documents of text files as a stream that can begin again anywhere; lines that cannot be read are named.
+"""Documents of text files as a stream that can begin again anywhere.
 
-Lines are read here and not by `datasets`, whose streaming names neither file nor line of what it cannot read, takes a
-line without the field for an empty one, and gets back to a place by reading all before it (tried with 5.2.0).
+Lines are read here and not by `datasets`, whose streaming names neither file nor line of what it
+cannot read, takes a line without the field for an empty one, and returns to a position by reading
+everything before it (tried with 5.2.0).
 """
 
 from __future__ import annotations
@@ -12,26 +13,41 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from ..errors import RegraftError
 from .files import CHUNK, LINES, TABLES, Stream, file_format
 
-PIECE = 1 << 20  # characters: longer documents are handed on in pieces
-NEAR = 4096  # characters before that in which to cut
-NAMED = 5  # bad lines that are told; the others are counted
+PIECE = 1 << 20  # characters: longer documents come in pieces
+NEAR = 4096  # characters before the end of a piece in which a good place to cut is looked for
+NAMED = 5  # bad lines that are named; the others are only counted
 SEPARATOR = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")  # two blank lines
-BETWEEN = (
-    re.compile(r"(?<=\w)(?= \w)"),
-    re.compile(r"(?<=\S)(?=\S)"),
-)  # where a document may be cut, the best first
+# Where a document may be cut, the best first: before a space that follows a word, which leaves the
+# tokens of most tokenizers as they are; between any two characters that are no blanks.
+BETWEEN = (re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\S)"))
+
+
+class PositionFields(TypedDict):
+    """The fields of a `ReadPosition` in JSON."""
+
+    offset: int
+    line: int
+    held: str
+    begin: int
+    inside: bool
 
 
 @dataclass(frozen=True)
 class ReadPosition:
-    """Where reading goes on: bytes (parquet: rows) read of a file, lines of them, and what of that text is left over.
+    """Where in a file reading continues.
 
-    `inside`: the text left over continues a document.
+    Attributes:
+        offset: bytes (of tables: rows) of the file that are read; of a compressed file,
+            decompressed bytes.
+        line: lines (of tables: rows) up to there, for error messages.
+        held: text that is read and not yet handed on.
+        begin: where in `held` the rest begins. Positions within one chunk share its text.
+        inside: whether that rest continues a document.
     """
 
     offset: int = 0
@@ -40,14 +56,20 @@ class ReadPosition:
     begin: int = 0
     inside: bool = False
 
-    def json(self) -> dict[str, Any]:
-        """What `Place(**fields)` takes."""
-        return asdict(replace(self, held=self.held[self.begin :], begin=0))
+    def json(self) -> PositionFields:
+        """The fields, `held` without what lies before `begin`."""
+        return cast(PositionFields, asdict(replace(self, held=self.held[self.begin :], begin=0)))
 
 
 @dataclass(frozen=True)
 class DocumentPiece:
-    """A document or a part of one; `ends`: its last; `after`: the place behind it, None where none can begin."""
+    """A document or a part of one.
+
+    Attributes:
+        text: of the piece.
+        ends: whether this is the document's last piece.
+        after: where reading continues behind it; None where it cannot begin again there.
+    """
 
     text: str
     ends: bool
@@ -56,14 +78,25 @@ class DocumentPiece:
 
 @dataclass
 class BadLines:
-    """Lines that could not be read: an error, or with `skip` a count and the first of them."""
+    """What happens with lines that cannot be read: an error, or with `skip` a count.
+
+    Attributes:
+        skip: leave them out.
+        count: how many there were.
+        named: the first `NAMED` of them: file, line and what is wrong.
+    """
 
     skip: bool = False
     count: int = 0
     named: list[str] = field(default_factory=list)
 
     def add(self, what: str, remedy: str = "fix or remove it") -> None:
-        """One more; `what` names file and line and says what is wrong."""
+        """Count one more; RegraftError unless they are skipped.
+
+        Args:
+            what: file and line, and what is wrong with it.
+            remedy: what the user can do, for the error.
+        """
         if not self.skip:
             raise RegraftError(f"{what}: {remedy}, or leave it out with --skip-bad")
         self.count += 1
@@ -74,13 +107,20 @@ class BadLines:
 def read_pieces(
     file: Path, name: str, start: ReadPosition, bad: BadLines
 ) -> Iterator[DocumentPiece]:
-    """Documents of a file from a place on, without blank ones; `name`: the field or column that holds the text.
+    """Documents of a file from a position on, without blank ones.
 
-    .txt: documents between two blank lines. RegraftError for what cannot be read, unless `bad` takes it.
+    Args:
+        file: in one of the formats of `files`. In .txt, two blank lines separate documents.
+        name: the key or column that holds the text, in the other formats.
+        start: where to begin; `ReadPosition()` is the start of the file.
+        bad: told of each line that cannot be read.
+
+    RegraftError for a file that cannot be opened or has no such column, and from `bad`.
     """
     if file_format(file) in TABLES:
         yield from _read_table(file, name, start, bad)
         return
+
     try:
         source = Stream(file, start.offset)
     except OSError as error:
@@ -88,41 +128,46 @@ def read_pieces(
             f"cannot read '{file}' ({error.strerror or error}): check the file and its rights"
         ) from error
     with closing(source):
-        read = (
-            _read_json_lines(source, file, name, start, bad)
-            if file_format(file) in LINES
-            else _read_plain_text(source, file, start, bad)
-        )
-        yield from read
+        if file_format(file) in LINES:
+            yield from _read_json_lines(source, file, name, start, bad)
+        else:
+            yield from _read_plain_text(source, file, start, bad)
 
 
 def _read_json_lines(
     source: Stream, file: Path, name: str, start: ReadPosition, bad: BadLines
 ) -> Iterator[DocumentPiece]:
     offset, line = start.offset, start.line
-    for raw, whole in source.lines():
+    for raw, complete in source.lines():
         offset, line = offset + len(raw), line + 1
-        if not whole or not raw.strip():
+        # A line that a damaged file cut off is reported once, by _check_complete.
+        if not complete or not raw.strip():
             continue
+
         where = f"'{file}' line {line}"
         try:
+            # "utf-8-sig" drops the byte order mark that some editors put before the first line
             row = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             bad.add(
                 f"{where} is not UTF-8 (byte {error.start})", "convert it first, e.g. with iconv"
             )
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # too many brackets exhaust the stack
             bad.add(f"{where} is not JSON ({getattr(error, 'msg', error)})")
         else:
             value = row.get(name) if isinstance(row, dict) else None
             yield from _check_row(value, where, name, ReadPosition(offset, line), bad)
+
     _check_complete(source, file, line, bad)
 
 
 def _check_row(
     value: Any, where: str, name: str, after: ReadPosition, bad: BadLines
 ) -> Iterator[DocumentPiece]:
-    """A row's text in pieces; the place behind it comes with the last, since the row is read as a whole."""
+    """The text of one line or table row in pieces, or a bad line.
+
+    Only the last piece has a position behind it: reading can begin again between rows alone.
+    """
     if not isinstance(value, str):
         bad.add(
             f"{where} has no string field '{name}'",
@@ -131,9 +176,10 @@ def _check_row(
         return
     try:
         value.encode()
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no character
         bad.add(f"{where} holds half a character ({error.reason})")
         return
+
     if value.strip():
         *parts, rest = _split_text(value.strip("\n"))
         yield from (DocumentPiece(part, False, None) for part in parts)
@@ -141,22 +187,28 @@ def _check_row(
 
 
 def _check_complete(source: Stream, file: Path, line: int, bad: BadLines) -> None:
+    """Report a compressed file that ended before its end."""
     if source.broken is not None:
+        why = source.broken or type(source.broken).__name__
         bad.add(
-            f"'{file}' cannot be read beyond line {line} ({source.broken or type(source.broken).__name__})",
+            f"'{file}' cannot be read beyond line {line} ({why})",
             "fetch it again, it is cut off or damaged",
         )
 
 
 def _split_text(text: str) -> list[str]:
-    """A long text in pieces, cut before a space between two words, so that its tokens stay what they would be.
+    """A long text in pieces of at most `PIECE` characters, cut where `BETWEEN` allows it.
 
-    The beginning of a text is cut as the whole text is.
+    The start of a text is cut as the whole text is, so that pieces do not depend on how much of it
+    was read at a time.
     """
     parts = []
     while len(text.rstrip()) > PIECE:
-        spots = (list(between.finditer(text, PIECE - NEAR, PIECE)) for between in BETWEEN)
-        cut = next((found[-1].start() for found in spots if found), PIECE)
+        cut = PIECE
+        for between in BETWEEN:
+            if places := list(between.finditer(text, PIECE - NEAR, PIECE)):
+                cut = places[-1].start()
+                break
         parts.append(text[:cut])
         text = text[cut:]
     return [*parts, text]
@@ -165,60 +217,85 @@ def _split_text(text: str) -> list[str]:
 def _decode_chunks(
     source: Stream, file: Path, start: ReadPosition, bad: BadLines
 ) -> Iterator[tuple[str, int, int]]:
-    """(text, bytes and lines of the file up to its end) in chunks, line ends as `\\n`; bad lines are left out."""
-    offset, line, held, size = start.offset, start.line, [], 0
-    number = line + 1
-    for raw, whole in source.lines(CHUNK):
+    """Text of whole lines in chunks, line ends as `\\n`; bad lines are left out.
+
+    Returns (text, offset, line) with the bytes and lines of the file up to the end of the text.
+    """
+    offset, line = start.offset, start.line
+    number = line + 1  # of the line that is being read, which may come in parts
+    held: list[str] = []
+    size = 0  # bytes in the chunk
+    for raw, complete in source.lines(CHUNK):
         offset, size = offset + len(raw), size + len(raw)
         try:
             held.append(raw.decode())
         except UnicodeDecodeError as error:
-            if whole:
+            if complete:
                 where = offset - len(raw) + error.start
                 bad.add(
                     f"'{file}' line {number} is not UTF-8 (byte {where})",
                     "convert it first, e.g. with iconv",
                 )
-            else:  # the file ends within a character
+            else:  # a damaged file ends within a character, which _check_complete reports
                 held.append(raw[: error.start].decode())
         line = number
         number += raw.endswith(b"\n")
+
         if size >= CHUNK:
-            yield "".join(held).replace("\r\n", "\n").replace("\r", "\n"), offset, number - 1
+            yield _with_plain_line_ends(held), offset, number - 1
             held, size = [], 0
+
     _check_complete(source, file, line, bad)
-    yield "".join(held).replace("\r\n", "\n").replace("\r", "\n"), offset, number - 1
+    yield _with_plain_line_ends(held), offset, number - 1
+
+
+def _with_plain_line_ends(parts: list[str]) -> str:
+    return "".join(parts).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_plain_text(
     source: Stream, file: Path, start: ReadPosition, bad: BadLines
 ) -> Iterator[DocumentPiece]:
-    held, inside, place = start.held, start.inside, start
+    """Documents between two blank lines; the text of a chunk that ends none is held for the next.
+
+    The documents must not depend on where chunks end. So text is held back as long as what follows
+    may change how it is split.
+    """
+    held, inside, position = start.held, start.inside, start
     for text, offset, line in _decode_chunks(source, file, start, bad):
         held, begin = held + text, 0
         while match := SEPARATOR.search(held, begin):
-            if match.end() == len(
-                held
-            ):  # blank so far: the next document's first line may be further on
+            if match.end() == len(held):
+                # All blank so far: the separator may go on in the next chunk. A short one in its
+                # place keeps the held text from growing with the blanks of a file.
                 held = held[: match.start()] + "\n\n\n"
                 break
             after = ReadPosition(offset, line, held, match.end())
             yield from _split_document(held[begin : match.start()], inside, after)
             begin, inside = match.end(), False
         held = held[begin:]
-        if (
-            not inside and held.strip()
-        ):  # while all is blank, its line ends may yet belong to a separator
+
+        # Line ends before a document do not belong to it. While all is blank they stay, since they
+        # may yet be part of a separator.
+        if not inside and held.strip():
             held = held.lstrip("\n")
-        *parts, rest = _split_text(held)
+        *parts, _ = _split_text(held)
         for part in parts:
             held, inside = held[len(part) :], True
             yield DocumentPiece(part, False, ReadPosition(offset, line, held, 0, True))
-        place = ReadPosition(offset, line)
-    yield from _split_document(held, inside, place)
+        position = ReadPosition(offset, line)
+
+    yield from _split_document(held, inside, position)
 
 
 def _split_document(text: str, inside: bool, after: ReadPosition) -> Iterator[DocumentPiece]:
+    """A document that is read to its end, in pieces; nothing where it is blank.
+
+    Args:
+        text: the document, or its rest when `inside`.
+        inside: whether pieces of it were handed on before: then an empty last piece is needed.
+        after: the position behind it.
+    """
     if inside or text.strip():
         text = text.rstrip("\n")
         *parts, rest = _split_text(text if inside else text.lstrip("\n"))
@@ -229,6 +306,7 @@ def _split_document(text: str, inside: bool, after: ReadPosition) -> Iterator[Do
 def _read_table(
     file: Path, name: str, start: ReadPosition, bad: BadLines
 ) -> Iterator[DocumentPiece]:
+    """Documents of a .parquet or .arrow file; positions count rows."""
     try:
         import pyarrow
         from pyarrow import ipc, parquet
@@ -237,34 +315,36 @@ def _read_table(
             f"'{file}' needs {error.name}, which is not installed: pip install 'regraft[data]'"
         ) from error
     failures = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
-    form = file_format(file)[1:]
+    is_parquet = file_format(file) == ".parquet"
+
+    table: Any
     try:
-        table: Any = (
-            parquet.ParquetFile(file)
-            if form == "parquet"
-            else ipc.open_stream(pyarrow.memory_map(str(file)))
-        )
+        if is_parquet:
+            table = parquet.ParquetFile(file)
+        else:
+            table = ipc.open_stream(pyarrow.memory_map(str(file)))
     except failures as error:
+        form = file_format(file)[1:]
         bad.add(f"'{file}' is no readable {form} file ({_format_error(error)})", "write it again")
         return
+
     with closing(table):
-        names = (table.schema_arrow if form == "parquet" else table.schema).names
+        names = (table.schema_arrow if is_parquet else table.schema).names
         if name not in names:
             raise RegraftError(f"'{file}' has no column '{name}': choose --field of {names}")
-        groups = (
-            _row_groups(table, name, start.offset) if form == "parquet" else [(0, "the end", table)]
-        )
+
+        # Row groups of .parquet are read apart: where one is damaged, the next can still be read.
+        groups = _row_groups(table, name, start.offset) if is_parquet else [(0, "the end", table)]
         for number, last, batches in groups:
             try:
                 for batch in batches:
                     column = batch.column(batch.schema.get_field_index(name))
-                    past = min(max(0, start.offset - number), len(column))
+                    past = min(max(0, start.offset - number), len(column))  # read before
                     number += past
                     for value in column[past:].to_pylist():
                         number += 1
-                        yield from _check_row(
-                            value, f"'{file}' row {number}", name, ReadPosition(number, number), bad
-                        )
+                        position = ReadPosition(number, number)
+                        yield from _check_row(value, f"'{file}' row {number}", name, position, bad)
             except failures as error:
                 bad.add(
                     f"'{file}' rows {number + 1} to {last} cannot be read ({_format_error(error)})",
@@ -273,7 +353,7 @@ def _read_table(
 
 
 def _row_groups(table: Any, name: str, offset: int) -> Iterator[tuple[int, int, Any]]:
-    """(rows before, rows up to its end, batches) of every row group of a parquet file that goes beyond `offset`."""
+    """(rows before, rows up to its end, batches) of each row group that goes beyond `offset`."""
     row = 0
     for group in range(table.num_row_groups):
         first, row = row, row + table.metadata.row_group(group).num_rows

@@ -20,10 +20,15 @@ from .tokenizer import BatchTokenizer, count_bytes
 
 @dataclass(frozen=True)
 class Packed:
-    """Token rows: input_ids and position_ids (rows, length); `sizes`: UTF-8 bytes of each row's text, (rows,), or what
-    counts them when they are asked for.
+    """Rows of tokens in memory.
 
-    `mask`: the tokenizer's mask token, None when it has none; `special`: its tokens that stand for no text.
+    Attributes:
+        input_ids: (rows, length).
+        position_ids: (rows, length), counted from the start of each document in a row.
+        sizes: UTF-8 bytes of each row's text, (rows,), or a function from ids to that, which is
+            called when they are needed.
+        mask: the tokenizer's mask token, None when it has none.
+        special: its tokens that stand for no text.
     """
 
     input_ids: Tensor
@@ -50,7 +55,7 @@ class Packed:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are."""
+        """How many tokens all rows have."""
         return self.input_ids.numel()
 
     @property
@@ -65,7 +70,7 @@ class Packed:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device that holds them."""
         return self.input_ids.device
 
     def to(self, device: torch.device) -> Packed:
@@ -75,20 +80,26 @@ class Packed:
         )
 
     def segments(self) -> Tensor | None:
-        """Document index of every token (rows, length), None when each row is one document."""
+        """Document number of every token, (rows, length); None when each row is one document."""
         restart = self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1
-        return (
-            torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
-            if bool(restart.any())
-            else None
-        )
+        if not bool(restart.any()):
+            return None
+        return torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
 
 
 class CachedRows:
-    """Rows of `length` tokens of caches end to end, read when they are asked for; at most `most` rows.
+    """Rows of tokens that stay on disk and are read by number.
 
-    The last incomplete row is left out. With `cut`, a document's rest that does not fit into its row is dropped and the
-    next row begins with the next document; else it goes on in the next row, its positions restarting.
+    The caches count as one sequence of tokens, end to end; the last incomplete row is left out.
+
+    Args:
+        parts: the caches, in order. Their journals must not change any more.
+        tokenizer: the one that made the tokens.
+        length: tokens of a row.
+        most: rows at most, None for all.
+        cut: a document's rest that does not fit into its row is dropped, and the next row begins
+            with the next document. Else the rest is carried into the next row, its positions
+            restarting.
     """
 
     device = torch.device("cpu")
@@ -96,38 +107,40 @@ class CachedRows:
     def __init__(
         self,
         parts: Sequence[TokenCache],
-        tokens: BatchTokenizer,
+        tokenizer: BatchTokenizer,
         length: int,
         most: int | None,
         cut: bool,
     ):
-        self.parts, self.source, self.length = parts, tokens, length
+        self.parts, self.tokenizer, self.length = parts, tokenizer, length
+        # bounds[i]: the first token of part i, counted over all parts
         self.bounds = [0, *accumulate(part.journal.tokens for part in parts)]
-        self.arrays: dict[
-            int, tuple[numpy.ndarray, numpy.ndarray]
-        ] = {}  # of the parts that were read from
+        # (token ids, document ends) of the parts that were read from, by number
+        self.arrays: dict[int, tuple[numpy.ndarray, numpy.ndarray]] = {}
+
+        # With `cut`, where rows begin has to be looked up; else row n begins at n * length.
         self.begins = numpy.array(self._find_row_starts(most), "<i8") if cut else None
         count = self.bounds[-1] // length if self.begins is None else len(self.begins) - 1
         self.count = count if most is None else min(count, most)
 
     @property
     def largest(self) -> int:
-        """The largest token id."""
+        """The largest token id of the caches."""
         return max((part.journal.largest for part in self.parts), default=0)
 
     @property
     def tokens(self) -> int:
-        """How many tokens the rows have."""
+        """How many tokens all rows have."""
         return self.count * self.length
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens that were cut off documents before the last row's end."""
+        """Tokens that `cut` dropped before the last row's end."""
         return 0 if self.begins is None else int(self.begins[self.count]) - self.tokens
 
     @property
     def used_caches(self) -> list[TokenCache]:
-        """The parts that the rows are of: these do not depend on how far the caches are filled."""
+        """The caches that rows come from. How far the caches are filled does not change these."""
         last = self.count - 1
         end = self.length + (last * self.length if self.begins is None else int(self.begins[last]))
         return [part for part, begin in zip(self.parts, self.bounds, strict=False) if begin < end]
@@ -142,60 +155,79 @@ class CachedRows:
         for into, number in enumerate(numbers):
             begin = int(self.begins[number]) if self.begins is not None else number * self.length
             self._read_row(begin, ids[into], positions[into])
-        tokenizer = self.source.tokenizer
-        mask, special = (
-            getattr(tokenizer, "mask_token_id", None),
-            getattr(tokenizer, "all_special_ids", ()),
-        )
-        counted = partial(count_bytes, tokenizer=tokenizer)
+
+        tokenizer = self.tokenizer.tokenizer
         return Packed(
-            torch.from_numpy(ids), torch.from_numpy(positions), counted, mask, tuple(special)
+            torch.from_numpy(ids),
+            torch.from_numpy(positions),
+            # decoding every row costs more than reading it, and training does not ask for bytes
+            partial(count_bytes, tokenizer=tokenizer),
+            getattr(tokenizer, "mask_token_id", None),
+            tuple(getattr(tokenizer, "all_special_ids", ())),
         )
 
     def _array(self, number: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """(token ids (tokens,), document ends (documents,)) of a part."""
         if number not in self.arrays:
             part = self.parts[number]
             self.arrays[number] = part.array("tokens"), part.array("documents")[:, 0]
         return self.arrays[number]
 
     def _read_row(self, begin: int, ids: numpy.ndarray, positions: numpy.ndarray) -> None:
-        """One row: ids and positions (length,)."""
-        first = numpy.zeros(
-            self.length, numpy.int64
-        )  # where the token's document begins in the row
+        """Write one row into `ids` and `positions`, (length,) each.
+
+        Args:
+            begin: the row's first token, counted over all parts.
+            ids: gets the token ids.
+            positions: gets the positions in their documents.
+        """
+        # Column in which a document begins, at that column; zeros elsewhere. Their running maximum
+        # is the column in which each token's document begins.
+        first = numpy.zeros(self.length, numpy.int64)
         filled, number = 0, bisect_right(self.bounds, begin) - 1
         while filled < self.length:
             tokens, ends = self._array(number)
-            start = begin + filled - self.bounds[number]
+            start = begin + filled - self.bounds[number]  # in this part
             stop = min(start + self.length - filled, len(tokens))
             ids[filled : filled + stop - start] = tokens[start:stop]
+
+            # Documents that end after the row's start and before its end: the next one begins
+            # where they end. One that ends just at `start` or `stop` changes nothing here.
             inside = ends[
                 numpy.searchsorted(ends, start, "right") : numpy.searchsorted(ends, stop, "left")
             ]
             columns = inside - start + filled
             first[columns] = columns
+
             filled += stop - start
-            first[filled : filled + 1] = filled  # a file ends its document
+            first[filled : filled + 1] = filled  # the next file begins a document
             number += 1
         numpy.subtract(numpy.arange(self.length), numpy.maximum.accumulate(first), out=positions)
 
     def _find_row_starts(self, most: int | None) -> list[int]:
-        """First token of each row and of the one that would follow."""
-        found, total = [0], self.bounds[-1]
+        """With `cut`: the first token of each row, and of the row that would follow the last."""
+        starts, total = [0], self.bounds[-1]
         number = 0
-        while found[-1] + self.length <= total and (most is None or len(found) <= most):
-            last = found[-1] + self.length - 1
+        while starts[-1] + self.length <= total and (most is None or len(starts) <= most):
+            last = starts[-1] + self.length - 1  # the row's last token
             while last >= self.bounds[number + 1]:
                 number += 1
+
+            # the next row begins where the document of this token ends
             ends = self._array(number)[1]
             at = numpy.searchsorted(ends, last - self.bounds[number], "right")
             # The document may go on beyond what was read so far: then nothing follows.
-            found.append(self.bounds[number] + int(ends[at]) if at < len(ends) else total)
-        return found
+            starts.append(self.bounds[number] + int(ends[at]) if at < len(ends) else total)
+        return starts
 
 
 def row_numbers(rows: Any, count: int) -> list[int]:
-    """Row numbers that an index means: a slice, a tensor or a list of whole numbers; negative ones from the end."""
+    """The row numbers that an index means.
+
+    Args:
+        rows: a slice, or whole numbers as a tensor or list; negative ones count from the end.
+        count: how many rows there are. IndexError for a number beyond them.
+    """
     if isinstance(rows, slice):
         return list(range(*rows.indices(count)))
     numbers = rows.reshape(-1).tolist() if isinstance(rows, Tensor) else list(rows)
@@ -205,7 +237,12 @@ def row_numbers(rows: Any, count: int) -> list[int]:
 
 
 class MixedRows:
-    """Rows of several tables, `picks` the numbers of each that are taken, (n,); the first table's come first."""
+    """Rows of several tables as one table, those of the first table first.
+
+    Args:
+        tables: where the rows are.
+        picks: for each table the numbers of its rows that are taken, (taken,).
+    """
 
     device = torch.device("cpu")
 
@@ -216,12 +253,12 @@ class MixedRows:
 
     @property
     def largest(self) -> int:
-        """The largest token id."""
+        """The largest token id of the tables."""
         return max(table.largest for table in self.tables)
 
     @property
     def tokens(self) -> int:
-        """How many tokens the rows have."""
+        """How many tokens all rows have."""
         return len(self) * self.length
 
     def __len__(self) -> int:
@@ -230,13 +267,12 @@ class MixedRows:
     def __getitem__(self, rows: Any) -> Packed:
         numbers = row_numbers(rows, len(self))
         found = [self._row(number) for number in numbers] or [self.tables[0][:0]]
-        ids, positions = (
-            torch.cat([getattr(row, name) for row in found])
-            for name in ("input_ids", "position_ids")
-        )
+        ids = torch.cat([row.input_ids for row in found])
+        positions = torch.cat([row.position_ids for row in found])
         return replace(found[0], input_ids=ids, position_ids=positions)
 
     def _row(self, number: int) -> Packed:
+        """One row as a table of one, (1, length)."""
         table = bisect_right(self.bounds, number) - 1
         return self.tables[table][self.picks[table][number - self.bounds[table]]]
 
@@ -245,13 +281,20 @@ Table = Packed | CachedRows | MixedRows
 
 
 def mix_by_share(tables: Sequence[CachedRows], shares: Sequence[float]) -> CachedRows | MixedRows:
-    """The largest set of rows, none repeated, in which the shares hold, each table's spread evenly over it."""
+    """The largest set of rows, none repeated, in which the shares hold.
+
+    Args:
+        tables: one a text. The rows taken of each are spread evenly over it.
+        shares: positive numbers, one a table.
+    """
     if len(tables) == 1:
         return tables[0]
+
+    # The text that is shortest for its share decides how many rows there can be.
     scale = min(len(table) / share for table, share in zip(tables, shares, strict=True))
     picks = []
     for table, share in zip(tables, shares, strict=True):
-        # Single precision tells so many rows apart, and is what took the rows of runs that are on record.
+        # Single precision tells so many rows apart, and runs in docs/log.md had their rows from it.
         exact = torch.float32 if len(table) < 1 << 20 else torch.float64
         count = max(1, int(scale * share))
         picks.append(torch.linspace(0, len(table) - 1, count, dtype=exact).round().long())
@@ -259,9 +302,15 @@ def mix_by_share(tables: Sequence[CachedRows], shares: Sequence[float]) -> Cache
 
 
 def check_not_empty(table: CachedRows, tokens: int) -> CachedRows:
-    """The table; RegraftError when it has not one row, of text of so many tokens."""
+    """The table; RegraftError when it has no row.
+
+    Args:
+        table: what was made of a text.
+        tokens: of that text, for the error.
+    """
     if not len(table):
         raise RegraftError(
-            f"the text has {tokens} tokens, less than one row of {table.length}: give more text or a shorter length"
+            f"the text has {tokens} tokens, less than one row of {table.length}: give more text or "
+            "a shorter length"
         )
     return table

@@ -1,8 +1,15 @@
-"""The tokens of one file on disk: appended block by block, with a journal from which a killed build goes on.
+"""The tokens of one file on disk, with a journal from which a killed build continues.
 
-A folder per file: `tokens` (ids, 2 or 4 bytes each), `documents` (where each ends in tokens and in bytes of text, both
-counted from the file's begin, 8 bytes each), `journal.json`. The journal is replaced after its block is on disk; what
-lies behind what it says is cut off when the build goes on. So the bytes do not depend on where a build was stopped.
+A folder per file:
+
+- `tokens`: ids, 2 or 4 bytes each.
+- `documents`: where each document ends, as two numbers of 8 bytes: tokens and bytes of text, both
+  counted from the start of the file.
+- `journal.json`: how far the file is read, see `CacheJournal`.
+
+Tokens are appended block by block, and the journal is replaced when its block is on disk. What lies
+behind the journal's counts is cut off when a build continues, so the bytes do not depend on where
+an earlier build was stopped.
 """
 
 from __future__ import annotations
@@ -15,26 +22,38 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy
 from filelock import FileLock, Timeout
 
 from ..errors import RegraftError
 from ..io.files import write_json
-from .documents import BadLines, DocumentPiece, ReadPosition, read_pieces
+from .documents import BadLines, DocumentPiece, PositionFields, ReadPosition, read_pieces
 from .tokenizer import BatchTokenizer
 
 BLOCK = 1 << 20  # characters that are tokenised at once
-BLOCK_DOCUMENTS = 1 << 13  # documents
-Tell = Callable[["TokenCache"], None]
+BLOCK_DOCUMENTS = 1 << 13  # documents that are tokenised at once, where they are short
+DOCUMENT_BYTES = 16  # size of an entry of `documents`
+Progress = Callable[["TokenCache"], None]
 
 
 @dataclass
 class CacheJournal:
-    """How far a file is read: the place; tokens, documents and bytes of text so far; the lines that could not be."""
+    """How far a file is read; `journal.json` has these fields.
 
-    place: dict[str, Any] = field(default_factory=lambda: ReadPosition().json())
+    Attributes:
+        place: where reading continues, the fields of a `ReadPosition`.
+        tokens: in the cache.
+        documents: that ended so far.
+        bytes: UTF-8 bytes of the text of these tokens.
+        largest: the largest token id.
+        bad: lines that could not be read.
+        named: the first of them: file, line and what is wrong.
+        done: whether the file is read to its end.
+    """
+
+    place: PositionFields = field(default_factory=lambda: ReadPosition().json())
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
@@ -45,29 +64,40 @@ class CacheJournal:
 
 
 class TokenCache:
-    """The cache of one file, `name` the field that holds its text, in a folder of its own below `root`."""
+    """The token cache of one file.
 
-    def __init__(self, root: Path, file: Path, name: str, tokens: BatchTokenizer):
-        self.file, self.name, self.tokens = file, name, tokens
+    Args:
+        root: folder in which this cache has a folder of its own. Its name follows from path, size
+            and time of the file, the field and the tokenizer: what changes any of them gets a new
+            cache.
+        file: the text.
+        name: the key or column that holds the text.
+        tokenizer: what makes the tokens.
+
+    RegraftError when the file cannot be read.
+    """
+
+    def __init__(self, root: Path, file: Path, name: str, tokenizer: BatchTokenizer):
+        self.file, self.name, self.tokenizer = file, name, tokenizer
         try:
             facts = file.stat()
         except OSError as error:
             raise RegraftError(
                 f"cannot read '{file}' ({error.strerror}): check the file and its rights"
             ) from error
-        self.size = facts.st_size
-        key = json.dumps([str(file.resolve()), self.size, facts.st_mtime_ns, name, tokens.name])
+
+        self.size = facts.st_size  # bytes on disk
+        key = json.dumps([str(file.resolve()), self.size, facts.st_mtime_ns, name, tokenizer.name])
         word = re.sub(r"[^\w.-]", "_", file.name)[:60]
         self.folder = root / f"{word}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.journal = CacheJournal()
 
     def read_journal(self) -> CacheJournal:
-        """How far it is now, as the disk has it."""
+        """How far the file is read now, as the disk has it: another process may be reading it."""
         if not self.journal.done:
             try:
-                self.journal = CacheJournal(
-                    **json.loads((self.folder / "journal.json").read_text(encoding="utf-8"))
-                )
+                text = (self.folder / "journal.json").read_text(encoding="utf-8")
+                self.journal = CacheJournal(**json.loads(text))
             except FileNotFoundError:
                 self.journal = CacheJournal()
             except (OSError, ValueError, TypeError) as error:
@@ -77,90 +107,126 @@ class TokenCache:
         return self.journal
 
     def array(self, what: str) -> numpy.ndarray:
-        """`tokens` (n,), or `documents` (n, 2); mapped, not read."""
-        ids = what == "tokens"
-        shape = (self.journal.tokens,) if ids else (self.journal.documents, 2)
-        if not shape[0]:
+        """One of the two tables, mapped into memory and not read.
+
+        Args:
+            what: "tokens" for ids of shape (tokens,), or "documents" for where documents end, shape
+                (documents, 2): tokens and bytes from the start of the file.
+        """
+        shape: tuple[int, ...] = (self.journal.documents, 2)
+        dtype = "<i8"
+        if what == "tokens":
+            dtype, shape = self.tokenizer.dtype, (self.journal.tokens,)
+
+        if not shape[0]:  # an empty file cannot be mapped
             return numpy.zeros(shape, "<i8")
         try:
-            return numpy.memmap(
-                self.folder / what, self.tokens.dtype if ids else "<i8", "r", shape=shape
-            )
+            return numpy.memmap(self.folder / what, dtype, "r", shape=shape)
         except (OSError, ValueError) as error:
             raise RegraftError(
                 f"cannot read the token cache '{self.folder}' ({error}): delete it"
             ) from error
 
-    def fill(self, enough: int | None, skip_bad: bool, tell: Tell = lambda part: None) -> bool:
-        """Read on until the file ends or `enough` tokens are there; False when another process is doing so.
+    def fill(
+        self,
+        enough: int | None,
+        skip_bad: bool,
+        report_progress: Progress = lambda part: None,
+    ) -> bool:
+        """Read on until the file ends; False, at once, when another process is doing so.
 
-        RegraftError for a bad line unless `skip_bad`, and where nothing can be written.
+        Args:
+            enough: stop before the file's end when the cache has so many tokens. None: do not.
+            skip_bad: leave out and count lines that cannot be read.
+            report_progress: called with this cache after each block.
+
+        RegraftError for a bad line unless `skip_bad`, and when the cache cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "lock", timeout=0):
-                self._fill(self.read_journal(), enough, BadLines(skip_bad), tell)
+                self._fill(self.read_journal(), enough, BadLines(skip_bad), report_progress)
         except Timeout:
             return False
         except OSError as error:
             raise RegraftError(
-                f"cannot write the token cache '{self.folder}' ({error.strerror or error}): free some space or give "
-                "another folder with --cache"
+                f"cannot write the token cache '{self.folder}' ({error.strerror or error}): free "
+                "some space or give another folder with --cache"
             ) from error
         return True
 
-    def _fill(self, known: CacheJournal, enough: int | None, bad: BadLines, tell: Tell) -> None:
-        width = numpy.dtype(self.tokens.dtype).itemsize
+    def _fill(
+        self,
+        known: CacheJournal,
+        enough: int | None,
+        bad: BadLines,
+        report_progress: Progress,
+    ) -> None:
+        """`fill` while the lock is held, from where the journal says."""
         with (
             (self.folder / "tokens").open("ab") as ids,
             (self.folder / "documents").open("ab") as ends,
         ):
-            if (
-                ids.tell() < known.tokens * width or ends.tell() < known.documents * 16
-            ):  # a disk that lost something
-                known = self.journal = CacheJournal()
-            ids.truncate(known.tokens * width)
-            ends.truncate(known.documents * 16)
+            known = self._cut_to_journal(known, ids, ends)
             bad.count, bad.named = known.bad, list(known.named)
+
             block: list[DocumentPiece] = []
-            size = 0
+            size = 0  # characters in the block
             for piece in read_pieces(self.file, self.name, ReadPosition(**known.place), bad):
+                # Tokens are counted when a block is appended: this stops between two blocks only.
                 if enough is not None and known.tokens >= enough and not block:
                     return
+
                 block.append(piece)
                 size += len(piece.text)
                 if size >= BLOCK or len(block) >= BLOCK_DOCUMENTS:
                     self._append(block, known, ids, ends)
-                    if piece.after is not None:
+                    if piece.after is not None:  # else reading cannot begin again behind this piece
                         self._write_journal(known, piece.after, bad, ids, ends)
-                        tell(self)
+                        report_progress(self)
                     block, size = [], 0
+
             self._append(block, known, ids, ends)
             known.done = True
             self._write_journal(known, ReadPosition(), bad, ids, ends)
-            tell(self)
+            report_progress(self)
+
+    def _cut_to_journal(self, known: CacheJournal, ids: BinaryIO, ends: BinaryIO) -> CacheJournal:
+        """Cut off what a killed build wrote after its last journal; the journal to continue from.
+
+        Files that are shorter than the journal says are begun again: the disk lost something.
+        """
+        width = numpy.dtype(self.tokenizer.dtype).itemsize
+        if ids.tell() < known.tokens * width or ends.tell() < known.documents * DOCUMENT_BYTES:
+            known = self.journal = CacheJournal()
+        ids.truncate(known.tokens * width)
+        ends.truncate(known.documents * DOCUMENT_BYTES)
+        return known
 
     def _append(
         self, block: list[DocumentPiece], known: CacheJournal, ids: BinaryIO, ends: BinaryIO
     ) -> None:
-        table = []
-        rows = self.tokens([piece.text for piece in block]) if block else []
+        """Tokenise a block, append it to both files and count it in the journal, in memory."""
+        rows = self.tokenizer([piece.text for piece in block]) if block else []
+        table = []  # (tokens, bytes) at each document's end
         for piece, row in zip(block, rows, strict=True):
             if piece.ends:
-                row.extend(self.tokens.end)
+                row.extend(self.tokenizer.end)
             known.tokens += len(row)
             known.bytes += len(piece.text.encode())
             if piece.ends:
                 table.append((known.tokens, known.bytes))
-        found = numpy.fromiter(chain.from_iterable(rows), self.tokens.dtype)
+
+        tokens = numpy.fromiter(chain.from_iterable(rows), self.tokenizer.dtype)
         known.documents += len(table)
-        known.largest = max(known.largest, int(found.max(initial=0)))
-        ids.write(found.tobytes())
+        known.largest = max(known.largest, int(tokens.max(initial=0)))
+        ids.write(tokens.tobytes())
         ends.write(numpy.array(table, "<i8").tobytes())
 
     def _write_journal(
         self, known: CacheJournal, place: ReadPosition, bad: BadLines, *files: BinaryIO
     ) -> None:
+        """Write the journal once the files are on disk: it must never count what is not there."""
         for file in files:
             file.flush()
             os.fsync(file.fileno())

@@ -1,1 +1,1 @@
-"""Measuring a model: perplexity and divergence from a teacher, baselines, speed and memory."""
+"""Measuring a model: perplexity, KL to its teacher, benchmarks, recall, speed and memory, baselines."""

@@ -1,4 +1,4 @@
-"""The rows a result is read against: teacher, zero-token windows, the untrained conversion, one branch alone."""
+"""What a linearized model is compared with: teacher, windows without training, parts of itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ UNTRAINED = "converted, before training"
 MODEL = "model"
 NO_LINEAR = "model, linear branch off"
 SCRATCH = "same architecture, from scratch"
+# Rows that need no training. A trained model that is no better than a sliding window, which costs
+# as little memory, has learned nothing.
 ZERO_TOKEN = (WINDOW_ALL, WINDOW_KEPT, UNTRAINED)
 ROWS = (TEACHER, *ZERO_TOKEN, SCRATCH, NO_LINEAR)
 
 
 def variants(remix: Remix) -> dict[str, Remix | None]:
-    """What to do to the source for the rows that need no training, by name; None leaves it as it is.
+    """How each row that needs no training is made of the source, by name; None leaves it as it is.
 
-    The windows are `remix`'s own, or 64 with 4 sinks where it has none.
+    Args:
+        remix: how the model was linearized. Windows have its size and sinks, or 64 and 4 where it
+            has no window.
     """
     size, sinks = (remix.window, remix.sinks) if remix.window else (64, 4)
     everywhere = Remix(mixer="window", keep="none", window=size, sinks=sinks)
@@ -36,7 +40,7 @@ def variants(remix: Remix) -> dict[str, Remix | None]:
 
 
 def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candidate]]:
-    """Makers of the rows that need no training, by name; the models are built when called, in memory only."""
+    """Functions that build the rows that need no training, by name; the models stay in memory."""
     return {
         name: partial(build_candidate, source, variant) for name, variant in variants(remix).items()
     }
@@ -48,7 +52,7 @@ def build_candidate(source: Checkpoint, remix: Remix | None) -> Candidate:
 
 
 def model_candidates(model: nn.Module) -> dict[str, Candidate]:
-    """The model's own rows: as it is and, where it has gated layers, with their linear branch switched off."""
+    """The model as it is and, where it has gated layers, with their linear branch switched off."""
     rows = {MODEL: Candidate(model)}
     if has_gate(getattr(model.config, "mixers", None)):
         rows[NO_LINEAR] = Candidate(model, partial(modeling.force_branch, model, "window"))
@@ -56,12 +60,12 @@ def model_candidates(model: nn.Module) -> dict[str, Candidate]:
 
 
 def has_gate(mixers: Sequence[Mapping[str, Any] | None] | None) -> bool:
-    """Whether a config's `mixers` have a gate somewhere."""
+    """Whether one of a config's `mixers` has a linear branch and a window behind a gate."""
     return any((spec or {}).get("name") == "gated" for spec in mixers or ())
 
 
 def remix_of(checkpoint: Checkpoint) -> Remix | None:
-    """The Remix that made a checkpoint, from its lineage; None when there was none (a plain source)."""
+    """The Remix that made a checkpoint, from its lineage; None where none did."""
     for step in reversed(checkpoint.history):
         if step.get("step") == "Remix":
             return Remix(**step["arguments"])

@@ -1,4 +1,8 @@
-"""Decode and prefill speed, state bytes and peak memory by context length, each measured in a process of its own."""
+"""Decode and prefill speed, state bytes and peak memory by context length.
+
+Each row is measured in a process of its own, so that its peak memory is that of one model at one
+length. Run as a module, this file is that process.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -23,10 +27,28 @@ from ..errors import RegraftError
 STEPS = 32
 
 
+class BenchRow(TypedDict):
+    """Speed and memory of a model at one context length.
+
+    Speeds and bytes are those of all rows of the batch together. None: not measured.
+    """
+
+    length: int  # tokens of context
+    batch: int  # rows decoded together
+    decode_tok_s: float | None  # tokens per second
+    prefill_tok_s: float | None
+    state_bytes: int  # of the cache after `length` tokens
+    converted_bytes: int  # the part of it that belongs to linearized layers
+    kept_bytes: int  # the part of it that belongs to layers with softmax attention
+    peak_bytes: int | None  # peak memory of the process, weights and interpreter included
+    load_bytes: int | None  # the same before the first token
+
+
 def parse_lengths(text: str) -> list[int]:
     """`1k,4k,16k` or `512,2048` -> token counts; RegraftError on anything else."""
     lengths = []
     for word in text.lower().split(","):
+        # 1,024 and not 1,000: models' context lengths are counted so
         digits, factor = (word[:-1], 1024) if word.endswith("k") else (word, 1)
         if not digits.strip().isdigit() or int(digits) == 0:
             raise RegraftError(
@@ -43,136 +65,146 @@ def bench(
     progress: Callable[[int, int, str], None] | None = None,
     batch: int = 1,
     prefill: bool = True,
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows by model name: `length, batch, decode_tok_s, prefill_tok_s, state_bytes, converted_bytes, kept_bytes,
-    peak_bytes, load_bytes`; speeds and bytes are those of all `batch` rows together.
+) -> dict[str, list[BenchRow]]:
+    """Measure models at several context lengths; rows by name of the model.
 
-    Without `prefill` the cache is filled with copies of a first token's keys and values instead, which takes no
-    attention over the context: decoding is timed alone. A row whose weights and state do not fit the memory that this
-    machine has free holds their state's bytes as forecast, and None for what was not measured.
+    A fresh process for each model and length prefills random tokens in chunks of 1,024 through the
+    cache, then decodes. A row whose weights and state do not fit into the free memory of this
+    machine has the bytes of its state as forecast, and None for what was not measured.
 
-    `models` maps names to paths. A fresh process per model and length prefills random tokens in chunks of 1,024 through
-    the cache, then decodes: one warm-up step, then the median over `steps` steps. `peak_bytes` is the process's peak
-    resident memory (accelerator memory where one is used), weights and interpreter included; `load_bytes` the same
-    before the first token.
+    Args:
+        models: paths by name.
+        lengths: tokens of context.
+        steps: decoding steps; the speed is their median, after one step to warm up.
+        progress: called with the rows done, their total, and what is measured.
+        batch: rows decoded together.
+        prefill: read the context. Else the cache is filled with copies of a first token's keys and
+            values, which takes no attention over the context: decoding is timed alone.
+
+    RegraftError for a batch or number of steps below one, and when a process fails.
     """
     if batch < 1 or steps < 1:
         raise RegraftError(
             f"cannot bench a batch of {batch} for {steps} steps: ask for one of each at least"
         )
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    rows: dict[str, list[BenchRow]] = {name: [] for name in models}
     opened = {name: Checkpoint.open(path) for name, path in models.items()}
     jobs = [(name, length) for length in lengths for name in models]
     for done, (name, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")
-        row = row_if_too_large(opened[name], length, batch) or run_worker(
-            models[name], length, steps, batch, prefill
-        )
-        rows[name].append(row)
+        row = row_if_too_large(opened[name], length, batch)
+        rows[name].append(row or run_worker(models[name], length, steps, batch, prefill))
     return rows
 
 
-def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> dict[str, Any] | None:
-    """The row of a model whose weights and state do not fit into the free memory of a processor's machine."""
+def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> BenchRow | None:
+    """The row of a model that does not fit into the machine's free memory; None when it fits.
+
+    Always None with an accelerator: what its memory holds is not forecast here.
+    """
     from ..modeling.layer_kinds import layer_kinds, mixers_of, state_bytes
 
     free = free_bytes()
     if free is None or torch.cuda.is_available():
         return None
     state = {kind: batch * size for kind, size in state_bytes(checkpoint, length).items()}
-    weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())
+    weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())  # float32
     if weights + sum(state.values()) <= free:
         return None
-    softmax = {
+
+    softmax_kinds = {
         kind
         for kind, spec in zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
         if spec is None
     }
-    kept = sum(size for kind, size in state.items() if kind in softmax)
-    row: dict[str, Any] = dict.fromkeys(
-        ("decode_tok_s", "prefill_tok_s", "peak_bytes", "load_bytes")
-    )
-    sizes = {
+    kept = sum(size for kind, size in state.items() if kind in softmax_kinds)
+    return {
+        "length": length,
+        "batch": batch,
+        "decode_tok_s": None,
+        "prefill_tok_s": None,
+        "peak_bytes": None,
+        "load_bytes": None,
         "state_bytes": sum(state.values()),
         "converted_bytes": sum(state.values()) - kept,
         "kept_bytes": kept,
     }
-    return {"length": length, "batch": batch, **row, **sizes}
 
 
 def free_bytes() -> int | None:
-    """Memory that a new process may have, where the system tells."""
-    place = Path("/proc/meminfo")
-    if not place.exists():
+    """Memory that a new process may have; None where the system does not tell (it is not Linux)."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
         return None
-    line = next(line for line in place.read_text().splitlines() if line.startswith("MemAvailable"))
+    line = next(line for line in file.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
 def run_worker(
     path: str, length: int, steps: int, batch: int = 1, prefill: bool = True
-) -> dict[str, Any]:
-    """One row, measured in a child process that sees the same package; RegraftError with its last line if it fails."""
+) -> BenchRow:
+    """`measure` in a child process; RegraftError with the last line that it wrote if it fails."""
+    # The child must import this very package, wherever it was imported from.
     root = str(Path(__file__).resolve().parents[2])
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    numbers = map(str, (length, steps, batch, int(prefill)))
+    finished = subprocess.run(
+        [sys.executable, "-m", "regraft.evaluation.bench", path, *numbers],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=search),
     )
-    command = [
-        sys.executable,
-        "-m",
-        "regraft.evaluation.bench",
-        path,
-        *map(str, (length, steps, batch, int(prefill))),
-    ]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+
     if finished.returncode:
-        last = (
-            finished.stderr.strip().splitlines() or [f"killed by signal {-finished.returncode}"]
-        )[-1]
+        lines = finished.stderr.strip().splitlines()
+        last = lines[-1] if lines else f"killed by signal {-finished.returncode}"
         raise RegraftError(
-            f"bench of {path} at {length} tokens failed: {last}; try shorter --lengths or a smaller --batch"
+            f"bench of {path} at {length} tokens failed: {last}; try shorter --lengths or a "
+            "smaller --batch"
         )
-    return json.loads(finished.stdout.strip().splitlines()[-1])
+    row: BenchRow = json.loads(finished.stdout.strip().splitlines()[-1])
+    return row
 
 
-def measure(
-    path: str, length: int, steps: int, batch: int = 1, prefill: bool = True
-) -> dict[str, Any]:
-    """The row of one model at one length, in this process."""
+def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> BenchRow:
+    """The row of one model at one length, measured in this process; see `bench`."""
     from .. import modeling
     from . import chunked
 
     torch.manual_seed(0)
     model: Any = modeling.load(path)
     device = next(model.parameters()).device
-    for (
-        parameter
-    ) in model.parameters():  # pages of a file would count once for every tensor mapped near them
+    # Weights may be pages of a mapped file, which would count once for every tensor near them.
+    for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     reset_peak(device.type)
     loaded = peak_bytes(device.type)
+
     ids = torch.randint(model.config.vocab_size, (batch, length if prefill else 1), device=device)
-    mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     with torch.inference_mode():
         begin = time.perf_counter()
         logits, cache = chunked.last_logits(model, ids)
         synchronize(device.type)
-        reading_took = time.perf_counter() - begin
+        prefill_seconds = time.perf_counter() - begin
+
         extend_cache(cache, length - ids.shape[1])
-        sizes = modeling.state_bytes(cache)
+        sizes = modeling.state_bytes(cache)  # by layer
+
         seconds = []
         for _ in range(steps + 1):
             begin = time.perf_counter()
             logits, cache = chunked.last_logits(model, logits.argmax(-1, keepdim=True), cache)
             synchronize(device.type)
             seconds.append(time.perf_counter() - begin)
+
+    mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     return {
         "length": length,
         "batch": batch,
         "decode_tok_s": batch / statistics.median(seconds[1:]),
-        "prefill_tok_s": batch * length / reading_took if prefill else None,
+        "prefill_tok_s": batch * length / prefill_seconds if prefill else None,
         "state_bytes": sum(sizes),
         "converted_bytes": converted,
         "kept_bytes": sum(sizes) - converted,
@@ -182,13 +214,17 @@ def measure(
 
 
 def extend_cache(cache: Any, tokens: int) -> None:
-    """Make a cache as large as after `tokens` more positions, each a copy of its last one: to time decoding."""
+    """Make a cache as large as after `tokens` more positions, each a copy of its last one.
+
+    For timing only: what is decoded afterwards means nothing.
+    """
     from .. import modeling
 
     for layer in cache.layers if tokens else ():
         if isinstance(layer, modeling.MixerState):
-            layer.cumulative_length += tokens
+            layer.cumulative_length += tokens  # its state does not grow
         else:
+            # keys and values: (batch, heads, positions, dim)
             grown = (
                 part[..., -1:, :].expand(*part.shape[:-2], tokens, -1)
                 for part in (layer.keys, layer.values)
@@ -203,19 +239,21 @@ def synchronize(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak memory since `reset_peak`, or since the start: the accelerator's, or resident.
+    """Peak memory since `reset_peak`: the accelerator's where one is used, else resident memory.
 
-    Linux's own high-water mark is read where there is one: getrusage reports the parent's peak when that was higher.
+    Where the peak could not be reset, that since the start of the process.
     """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+
+    # Linux's own high-water mark: getrusage gives the parent's peak to a child where it was higher.
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak(device: str) -> None:
@@ -225,7 +263,7 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         return
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Long rows read through the cache in chunks: memory linear in their length, for every model with a cache."""
+"""Long rows read through the cache in chunks, which takes memory linear in their length."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from torch import Tensor, nn
 
 from .. import modeling
 
-CHUNK = 1024
+CHUNK = 1024  # tokens of a forward pass
 
 
 @torch.no_grad()
 def forward_in_chunks(
     model: nn.Module, ids: Tensor, cache: Any = None, keep: int = 0
 ) -> Iterator[tuple[Tensor, Any]]:
-    """ids: (rows, time) -> (logits (rows, chunk or `keep`, vocab), cache) after every chunk of 1,024 tokens.
+    """Read rows chunk by chunk; (logits (rows, chunk or `keep`, vocab), cache) after each chunk.
 
-    `keep`: logits of the last so many positions only, 0 for all. A given `cache` is read on from, and changed.
+    Args:
+        model: a causal language model with a cache.
+        ids: (rows, time).
+        cache: what was read before; it is changed.
+        keep: positions at the end of a chunk whose logits are computed, 0 for all.
     """
     device = next(model.parameters()).device
     for part in ids.to(device).split(CHUNK, dim=1):
@@ -29,7 +33,7 @@ def forward_in_chunks(
 
 
 def last_logits(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """(logits of the last position (rows, vocab), cache) after ids: (rows, time)."""
+    """Read ids (rows, time); (logits of the last position (rows, vocab), cache)."""
     *_, (logits, after) = forward_in_chunks(model, ids, cache, keep=1)
     return logits[:, -1], after
 

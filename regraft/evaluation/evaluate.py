@@ -1,8 +1,8 @@
-"""Tables of quality and speed: a model beside its baselines, as JSON."""
+"""Tables of quality: a model with its baselines, as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,20 +11,27 @@ from torch import nn
 from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..data.default_text import heldout_topics
-from ..data.packing import Packed, long_windows, read_documents
+from ..data.packing import long_windows, read_documents
+from ..data.rows import Packed
 from ..errors import RegraftError
+from ..mixers.remix import Remix
 from . import baselines
-from .perplexity import Candidate, measure
+from .perplexity import Candidate, Progress, measure
 from .recall import KINDS
-from .suite import LENGTHS, Suite, Tell, add_differences, add_share_of_teacher
-
-Progress = Callable[[int, int], None]
+from .rows import EvalRow, Evaluation, RecallScore, SuiteRow
+from .suite import LENGTHS, Report, Suite, add_differences, add_share_of_teacher
 
 
 def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int) -> Packed:
-    """`count` windows of `length` tokens, each inside one document, spread evenly over the text.
+    """Windows of text to measure perplexity on, spread evenly over it.
 
-    Without `data`, the held-out topics of Python's documentation. RegraftError when no document is that long.
+    Args:
+        data: file or folder. None: the held-out topics of Python's documentation.
+        tokenizer: of the model.
+        count: windows, at most as many as the text has.
+        length: tokens of a window, all inside one document.
+
+    RegraftError when no document is that long.
     """
     if count < 1 or length < 2:
         raise RegraftError(
@@ -35,7 +42,7 @@ def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int
 
 
 def load_documents(data: str | None) -> list[str]:
-    """Texts to measure on: those of a file or folder, or the held-out topics of Python's documentation."""
+    """Texts of a file or folder; for None the held-out topics of Python's documentation."""
     return read_documents(data) if data else heldout_topics()
 
 
@@ -47,30 +54,41 @@ def evaluate(
     length: int,
     progress: Progress | None = None,
     scratch: str | None = None,
-) -> dict[str, Any]:
-    """The table of one model: its own fields and `baselines` by name.
+) -> Evaluation:
+    """Perplexity of a model and its baselines on the same windows of text.
 
-    With `baseline`, a source: the teacher, the zero-token windows and, when the model's lineage tells how it was
-    linearized, the conversion before training; every row's KL is to that teacher. With `scratch`, that model's row. A
-    gated model also has a row with its linear branch switched off.
+    A model with gated layers also has a row with their linear branch switched off.
+
+    Args:
+        model: path of the model.
+        baseline: path of its source. Adds the teacher and, when the model's lineage tells how it
+            was linearized, the rows that need no training; every row then has its KL to the
+            teacher.
+        data: text to measure on. None: the held-out topics of Python's documentation.
+        count: windows of text.
+        length: tokens of a window.
+        progress: called with the forward passes done and their total.
+        scratch: path of a model of the same architecture that was trained from scratch.
     """
     checkpoint = Checkpoint.open(model)
     rows = evaluation_windows(data, modeling.load_tokenizer(model), count, length)
+
     candidates: dict[str, Candidate] = {}
     if baseline:
-        remix = baselines.remix_of(checkpoint)
-        makers = baselines.zero_token(Checkpoint.open(baseline), remix) if remix else {}
-        teacher = {baselines.TEACHER: lambda: Candidate(modeling.load(baseline))}
-        candidates |= {name: make() for name, make in (teacher | makers).items()}
+        if remix := baselines.remix_of(checkpoint):  # the teacher is one of these
+            makers = baselines.zero_token(Checkpoint.open(baseline), remix)
+            candidates |= {name: make() for name, make in makers.items()}
+        else:
+            candidates[baselines.TEACHER] = Candidate(modeling.load(baseline))
     if scratch:
-        candidates[baselines.SCRATCH] = Candidate(
-            modeling.load(check_same_vocabulary(scratch, checkpoint))
-        )
+        check_same_vocabulary(scratch, checkpoint)
+        candidates[baselines.SCRATCH] = Candidate(modeling.load(scratch))
     candidates |= baselines.model_candidates(modeling.materialize(checkpoint))
-    scores = measure(
-        candidates, rows.input_ids, rows.bytes, baselines.TEACHER if baseline else None, progress
-    )
-    return assemble_rows({name: score.json() for name, score in scores.items()}, model)
+
+    teacher = baselines.TEACHER if baseline else None
+    scores = measure(candidates, rows.input_ids, rows.bytes, teacher, progress)
+    table: dict[str, EvalRow] = {name: {**score.json()} for name, score in scores.items()}
+    return assemble_rows(table, model)
 
 
 def build_suite(
@@ -81,18 +99,28 @@ def build_suite(
     lengths: Sequence[int] = LENGTHS,
     **options: Any,
 ) -> Suite:
-    """What to measure of `model`, with its tokenizer: benchmarks and recall by name, recall's contexts filled with
-    `data`'s text; with `windows` (count, length), perplexity by position in `data`. `options`: Suite's others."""
+    """What to measure of a model, in its tokens.
+
+    Args:
+        model: path of the model; one with the same tokenizer may be measured instead.
+        names: benchmark tasks and kinds of recall.
+        data: text that fills recall's contexts, and whose perplexity by position is measured.
+            None: the held-out topics of Python's documentation.
+        windows: (how many, tokens of each) for perplexity by position; None leaves it out.
+        lengths: context lengths of recall, in tokens.
+        options: the other arguments of a `Suite`.
+
+    RegraftError when the model has too few positions for a length, and from `Suite`.
+    """
     checkpoint, tokenizer = Checkpoint.open(model), modeling.load_tokenizer(model)
-    recalls = [*lengths] if set(names) & set(KINDS) else []
-    check_context_lengths(checkpoint, recalls + ([windows[1]] if windows else []))
-    rows = evaluation_windows(data, tokenizer, *windows).input_ids if windows else None
+    recall_lengths = [*lengths] if set(names) & set(KINDS) else []
+    check_context_lengths(checkpoint, recall_lengths + ([windows[1]] if windows else []))
     return Suite(
         tokenizer,
         names,
         lengths=lengths,
-        filler=load_documents(data) if recalls else (),
-        documents=rows,
+        filler=load_documents(data) if recall_lengths else (),
+        documents=evaluation_windows(data, tokenizer, *windows).input_ids if windows else None,
         **options,
     )
 
@@ -102,62 +130,71 @@ def benchmark(
     suite: Suite,
     baseline: str | None = None,
     scratch: str | None = None,
-    tell: Tell = lambda s, w: None,
-) -> dict[str, Any]:
-    """What `suite` measures, for the model and the same baselines as in `evaluate`, one model in memory at a time.
+    report_progress: Report = lambda share, words: None,
+) -> Evaluation:
+    """What a suite measures, of a model and the same baselines as in `evaluate`.
 
-    Baselines that are the same model (a window conversion and its own baseline) are measured once. With `baseline`,
-    tasks also have `of_teacher`.
+    One model is in memory at a time.
+
+    Args:
+        model: path of the model.
+        suite: what to measure.
+        baseline: path of its source. Tasks then also have `of_teacher`.
+        scratch: path of a model of the same architecture that was trained from scratch.
+        report_progress: called with the share done, 0 to 1, and a few words.
     """
     checkpoint = Checkpoint.open(model)
     remix = baselines.remix_of(checkpoint)
-    variants = (
-        (baselines.variants(remix) if remix else {baselines.TEACHER: None}) if baseline else {}
-    )
+    variants: dict[str, Remix | None] = {}
+    if baseline:
+        variants = baselines.variants(remix) if remix else {baselines.TEACHER: None}
     if scratch:
         check_same_vocabulary(scratch, checkpoint)
-    rows: dict[str, dict[str, Any]] = {}
-    total = len(variants) + bool(scratch) + 1 + baselines.has_gate(checkpoint.config.get("mixers"))
 
-    def measure_row(name: str, candidate: Candidate) -> dict[str, Any]:
+    rows: dict[str, SuiteRow] = {}
+    has_gate = baselines.has_gate(checkpoint.config.get("mixers"))
+    total = len(variants) + bool(scratch) + 1 + has_gate
+
+    def measure_row(name: str, candidate: Candidate) -> SuiteRow:
         done = len(rows) / total
-        return suite(
-            candidate, lambda share, words: tell(min(done + share / total, 1.0), f"{name}: {words}")
-        )
+
+        def report(share: float, words: str) -> None:
+            report_progress(min(done + share / total, 1.0), f"{name}: {words}")
+
+        return suite(candidate, report)
 
     for name, variant in variants.items():
+        # Variants may be equal: of a model that was linearized to windows, the window in every
+        # layer is also the conversion before training.
         twin = next((other for other in rows if variants[other] == variant), None)
-        rows[name] = (
-            rows[twin]
-            if twin
-            else measure_row(
-                name, baselines.build_candidate(Checkpoint.open(baseline or ""), variant)
-            )
-        )
+        if twin:
+            rows[name] = rows[twin]
+        else:
+            candidate = baselines.build_candidate(Checkpoint.open(baseline or ""), variant)
+            rows[name] = measure_row(name, candidate)
     if scratch:
         rows[baselines.SCRATCH] = measure_row(baselines.SCRATCH, Candidate(modeling.load(scratch)))
     for name, candidate in baselines.model_candidates(modeling.materialize(checkpoint)).items():
         rows[name] = measure_row(name, candidate)
+
     if baseline:
-        rows = {
-            name: add_share_of_teacher(found, rows[baselines.TEACHER])
-            for name, found in rows.items()
-        }
+        teacher = rows[baselines.TEACHER]
+        rows = {name: add_share_of_teacher(row, teacher) for name, row in rows.items()}
     return assemble_rows(rows, model)
 
 
-def check_same_vocabulary(scratch: str, checkpoint: Checkpoint) -> str:
-    """The path of a model trained from scratch; RegraftError when it does not read the same tokens."""
-    theirs, ours = (opened.sizes["vocab"] for opened in (Checkpoint.open(scratch), checkpoint))
-    if theirs != ours:
+def check_same_vocabulary(scratch: str, checkpoint: Checkpoint) -> None:
+    """RegraftError when a model trained from scratch does not have as many tokens as the model."""
+    other, own = (opened.sizes["vocab"] for opened in (Checkpoint.open(scratch), checkpoint))
+    if other != own:
         raise RegraftError(
-            f"--scratch {scratch} has {theirs} tokens where the model has {ours}: give one with its tokenizer"
+            f"--scratch {scratch} has {other} tokens where the model has {own}: give one with its "
+            "tokenizer"
         )
-    return scratch
 
 
 def check_context_lengths(checkpoint: Checkpoint, lengths: Sequence[int]) -> None:
-    """RegraftError when a model counts its positions and cannot count that far."""
+    """RegraftError when a model has fewer positions than one of the lengths."""
     most = checkpoint.sizes.get("pos")
     if most is not None and (far := [length for length in lengths if length > most]):
         raise RegraftError(
@@ -173,8 +210,8 @@ def evaluate_tasks(
     limit: int | None = None,
     shots: int = 0,
     batch: int = 8,
-) -> dict[str, Any]:
-    """Benchmark scores of a model in memory: `tasks` by name, `average`, `average_above_chance` (see evals.harness)."""
+) -> SuiteRow:
+    """Benchmark scores of a model in memory; the arguments are those of `Suite`."""
     return Suite(tokenizer, names, folder, limit, shots, batch=batch)(Candidate(model))
 
 
@@ -186,17 +223,33 @@ def evaluate_recall(
     limit: int | None = None,
     data: str | None = None,
     batch: int = 8,
-) -> dict[str, Any]:
-    """Recall of a model in memory by kind and length (see evals.recall); `data`: filler text."""
+) -> dict[str, dict[str, RecallScore]]:
+    """Recall of a model in memory, by kind and length.
+
+    Args:
+        model: a causal language model with a cache.
+        tokenizer: of the model.
+        names: kinds of recall, see `recall.KINDS`.
+        lengths: context lengths in tokens.
+        limit: contexts of each cell; None: `suite.ITEMS`.
+        data: text that fills the contexts. None: the held-out topics of Python's documentation.
+        batch: contexts read at a time.
+    """
     suite = Suite(
         tokenizer, names, limit=limit, lengths=lengths, filler=load_documents(data), batch=batch
     )
     return suite(Candidate(model))["recall"]
 
 
-def assemble_rows(rows: Mapping[str, dict[str, Any]], model: str) -> dict[str, Any]:
-    """The contract's JSON: the model's fields on top, every other row under `baselines`, with the model's lead."""
-    own, order = rows[baselines.MODEL], dict.fromkeys((*baselines.ROWS, *rows))
+def assemble_rows(rows: Mapping[str, SuiteRow], model: str) -> Evaluation:
+    """The JSON of an evaluation: the model's row, and the others with their difference from it.
+
+    Args:
+        rows: by name; `baselines.MODEL` is the model's own.
+        model: its path.
+    """
+    own = rows[baselines.MODEL]
+    order = dict.fromkeys((*baselines.ROWS, *rows))  # known baselines first, in their order
     others = {
         name: add_differences(rows[name], own)
         for name in order

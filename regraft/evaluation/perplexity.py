@@ -11,14 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegraftError
+from .rows import PerplexityRow
 
-Progress = Callable[[int, int], None]
-SLICE = 256  # tokens whose full distributions are compared at once: bounds memory at SLICE x vocab numbers
+Progress = Callable[[int, int], None]  # (forward passes done, all of them)
+SLICE = 256  # tokens compared at once: bounds memory to SLICE x vocabulary numbers a distribution
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure; `within` is entered around its forward passes (say, to force one branch)."""
+    """A model to measure.
+
+    Attributes:
+        model: a causal language model.
+        within: makes a context that is entered around forward passes, say to force one branch.
+    """
 
     model: nn.Module
     within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
@@ -26,7 +32,15 @@ class Candidate:
 
 @dataclass
 class Score:
-    """Sums over the predicted tokens: negative log likelihood and KL in nats, bytes of the windows' text."""
+    """Sums over the predicted tokens of the windows measured so far.
+
+    Attributes:
+        nll: negative log-likelihood, in nats.
+        kl: KL(teacher || model), in nats; None without a teacher.
+        tokens: predicted tokens.
+        bytes: UTF-8 bytes of the windows' text.
+        windows: each window's mean negative log-likelihood per token.
+    """
 
     nll: float = 0.0
     kl: float | None = None
@@ -34,19 +48,16 @@ class Score:
     bytes: int = 0
     windows: list[float] = field(default_factory=list)
 
-    def json(self) -> dict[str, float | int | None]:
-        """`perplexity` per token, `byte_perplexity`, `bits_per_byte`, mean `kl` per token in nats, `tokens`, `windows`.
-
-        `perplexity_error` is the standard error of log perplexity over windows (0.01 is 1 % of the perplexity).
-        """
+    def json(self) -> PerplexityRow:
+        """The means as a row of a table."""
         bits = self.nll / self.bytes / math.log(2)
-        many = len(self.windows) > 1
-        spread = (
-            torch.tensor(self.windows).std().item() / math.sqrt(len(self.windows)) if many else None
-        )
+        # The standard error is that of log perplexity: 0.01 is 1 % of the perplexity.
+        error = None
+        if len(self.windows) > 1:
+            error = torch.tensor(self.windows).std().item() / math.sqrt(len(self.windows))
         return {
             "perplexity": math.exp(self.nll / self.tokens),
-            "perplexity_error": spread,
+            "perplexity_error": error,
             "byte_perplexity": 2**bits,
             "bits_per_byte": bits,
             "kl": None if self.kl is None else self.kl / self.tokens,
@@ -62,27 +73,37 @@ def measure(
     teacher: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Score]:
-    """Score every candidate on windows input_ids: (windows, length), whose texts have byte_counts: (windows,) bytes.
+    """Score every candidate on the same windows of text.
 
-    The first token of a window is given, not predicted. With `teacher` naming a candidate, the others also get
-    KL(teacher || candidate); the teacher's distributions are kept for one window only. `progress(done, total)` counts
-    forward passes. RegraftError when there is no window.
+    The first token of a window is given, not predicted.
+
+    Args:
+        candidates: models by name.
+        input_ids: (windows, length).
+        byte_counts: UTF-8 bytes of each window's text, (windows,).
+        teacher: the candidate whose distributions the others are compared with.
+        progress: called after every forward pass.
+
+    RegraftError when there is no window, or none with a token to predict.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
         raise RegraftError(
             f"windows of shape {tuple(input_ids.shape)} leave nothing to predict: give longer text"
         )
+
+    # Window by window, the teacher first: its distributions are kept for one window only.
     scores = {name: Score() for name in candidates}
     order = sorted(candidates, key=lambda name: name != teacher)
     done, total = 0, len(order) * len(input_ids)
     for row, size in zip(input_ids, byte_counts.tolist(), strict=True):
-        reference: Tensor | None = None
+        teacher_logits: Tensor | None = None
         for name in order:
             logits = window_logits(candidates[name], row)
-            reference = logits if name == teacher else reference
-            add_window(
-                scores[name], logits, row[1:], int(size), None if name == teacher else reference
-            )
+            if name == teacher:
+                teacher_logits = logits
+                add_window(scores[name], logits, row[1:], int(size), None)
+            else:
+                add_window(scores[name], logits, row[1:], int(size), teacher_logits)
             done += 1
             if progress:
                 progress(done, total)
@@ -100,24 +121,33 @@ def window_logits(candidate: Candidate, row: Tensor) -> Tensor:
 def add_window(
     score: Score, logits: Tensor, targets: Tensor, size: int, reference: Tensor | None
 ) -> None:
-    """Add one window: logits and reference (tokens, vocab), targets (tokens,), `size` bytes of text."""
+    """Add one window to a score.
+
+    Args:
+        score: gets the window's sums.
+        logits: (tokens, vocab).
+        targets: the tokens that come, (tokens,).
+        size: UTF-8 bytes of the window's text.
+        reference: the teacher's logits, (tokens, vocab); None leaves KL as it is.
+
+    RegraftError when the likelihood is NaN or infinite.
+    """
     nll = kl = 0.0
     for start in range(0, len(targets), SLICE):
         part = slice(start, start + SLICE)
-        log_p = logits[part].float().log_softmax(-1)
+        log_p = logits[part].float().log_softmax(-1)  # (SLICE, vocab)
         nll -= log_p.gather(1, targets[part, None].to(log_p.device)).sum().item()
         if reference is not None:
             log_t = reference[part].float().log_softmax(-1).to(log_p.device)
             kl += (log_t.exp() * (log_t - log_p)).sum().item()
+
     if not math.isfinite(nll):
         raise RegraftError(
             f"the model's likelihood is {nll}: its weights or activations are not finite"
         )
-    score.nll, score.tokens, score.bytes = (
-        score.nll + nll,
-        score.tokens + len(targets),
-        score.bytes + size,
-    )
+    score.nll += nll
+    score.tokens += len(targets)
+    score.bytes += size
     score.windows.append(nll / len(targets))
     if reference is not None:
         score.kl = (score.kl or 0.0) + kl

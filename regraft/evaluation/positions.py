@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import chunked
+from .rows import PositionBucket
 
-FIRST = 64
+FIRST = 64  # tokens of context in the first bucket
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
-    """[from, to) of context lengths: 0-64, 64-128, 128-256, ... up to `length`."""
+    """Ranges [from, to) of context lengths: 0-64, 64-128, 128-256, ... up to `length`."""
     edges = [0]
     while edges[-1] < length:
         edges.append(min(max(FIRST, 2 * edges[-1]), length))
     return list(zip(edges, edges[1:], strict=False))
 
 
-def perplexity_by_position(model: nn.Module, rows: Tensor) -> list[dict[str, Any]]:
-    """rows: (documents, length) -> per bucket `from, to` (tokens of context before the predicted one), `perplexity`,
-    `stderr` of its logarithm over documents, `tokens`."""
-    nll = torch.stack([row_nll(model, row) for row in rows]).double()
-    table = []
+def perplexity_by_position(model: nn.Module, rows: Tensor) -> list[PositionBucket]:
+    """Perplexity of tokens by how much context they have.
+
+    Args:
+        model: a causal language model with a cache.
+        rows: token ids, (documents, length).
+    """
+    nll = torch.stack([row_nll(model, row) for row in rows]).double()  # (documents, length - 1)
+    table: list[PositionBucket] = []
     for start, end in buckets(rows.shape[1]):
+        # Column i is of token i + 1, which has i + 1 tokens of context. Token 0 has none.
         means = nll[:, max(start, 1) - 1 : end - 1].mean(1)
+        error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
         table.append(
             {
                 "from": start,
                 "to": end,
                 "perplexity": math.exp(means.mean()),
-                "stderr": means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None,
+                "stderr": error,
                 "tokens": len(rows) * (end - max(start, 1)),
             }
         )

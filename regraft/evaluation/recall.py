@@ -1,7 +1,8 @@
-"""Recall made on the fly: what a model can say back from a context longer than any window.
+"""Recall: what a model can repeat from a context that is longer than any window.
 
-Every context of one cell has exactly the same number of tokens, put together from pieces tokenized one by one, and
-every answer as many tokens as its alternatives; nothing is padded.
+The contexts are made here. All contexts of one cell (kind and length) have the same number of
+tokens, put together from pieces that are tokenized one by one, and every answer has as many tokens
+as the other candidates; nothing is padded.
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ from torch import Tensor, nn
 
 from ..errors import RegraftError
 from . import chunked
+from .rows import RecallScore
 
 CHOICES = 8  # answers a model chooses from: the right one and seven others
-QUERIES = 8  # asked one after the other in associative recall
+QUERIES = 8  # questions of associative recall, one after the other
 SPACING = 32  # tokens of context for every pair of associative recall
 DULL = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 CITIES = (
-    "Lisbon Oslo Cairo Lima Quito Hanoi Delhi Tokyo Paris London Berlin Madrid Rome Vienna Dublin Athens Boston Dallas "
-    "Denver Miami Seoul Prague Warsaw Moscow Sydney Perth Havana Nairobi Dakar Tunis Ankara Baghdad"
+    "Lisbon Oslo Cairo Lima Quito Hanoi Delhi Tokyo Paris London Berlin Madrid Rome Vienna Dublin "
+    "Athens Boston Dallas Denver Miami Seoul Prague Warsaw Moscow Sydney Perth Havana Nairobi "
+    "Dakar Tunis Ankara Baghdad"
 ).split()
 ADJECTIVES = (
-    "red blue green old new big small long short high low hot cold dark light fast slow rich poor young soft hard deep "
-    "wide dry wet clean dirty early late empty full"
+    "red blue green old new big small long short high low hot cold dark light fast slow rich poor "
+    "young soft hard deep wide dry wet clean dirty early late empty full"
 ).split()
 NOUNS = (
-    "house river tree car dog cat book door road table chair window garden bridge ship horse bird fish stone wall hill "
-    "field lake boat train clock lamp bread cup key coat hat"
+    "house river tree car dog cat book door road table chair window garden bridge ship horse bird "
+    "fish stone wall hill field lake boat train clock lamp bread cup key coat hat"
 ).split()
 
 Ids = list[int]
@@ -42,7 +45,12 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class Round:
-    """One question: query (items, q) read after what came before; candidates (items, choices, n), right one first."""
+    """One question about every context.
+
+    Attributes:
+        query: tokens read after what came before, (items, query); may have none.
+        candidates: possible answers, the right one first, (items, choices, answer).
+    """
 
     query: Tensor
     candidates: Tensor
@@ -50,14 +58,25 @@ class Round:
 
 @dataclass(frozen=True)
 class RecallProbe:
-    """Contexts (items, length) and the questions asked after them, each after the right answer to the one before."""
+    """The contexts of one cell and the questions about them.
+
+    Attributes:
+        context: (items, length).
+        rounds: questions, each asked after the right answer to the one before.
+    """
 
     context: Tensor
     rounds: list[Round]
 
 
 class ProbeBuilder:
-    """Token pieces of one tokenizer, and the random choices of one cell."""
+    """Pieces of text in tokens, and the random choices of one cell.
+
+    Args:
+        tokenizer: of the models that are measured.
+        filler: text to hide things in.
+        seed: of the choices.
+    """
 
     def __init__(self, tokenizer: Any, filler: Sequence[str], seed: str):
         self.tokenizer, self.random = tokenizer, random.Random(seed)
@@ -65,37 +84,43 @@ class ProbeBuilder:
         self.dull = self.encode(DULL)
 
     def encode(self, text: str) -> Ids:
-        """Tokens of a piece, without a start or end of text."""
+        """Tokens of a piece, without a start or end token."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def bos_ids(self) -> Ids:
-        """The token that this tokenizer puts before a text, if it has one."""
+        """The token that this tokenizer puts before a text, as a list; empty where it puts none."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
 
     def encode_same_length(self, texts: Iterable[str]) -> list[Ids]:
-        """Tokens of those texts that have the commonest number of tokens."""
+        """Tokens of those texts that have the commonest number of tokens, without the others."""
         every = [self.encode(text) for text in dict.fromkeys(texts)]
         size = collections.Counter(map(len, every)).most_common(1)[0][0]
         return [ids for ids in every if len(ids) == size]
 
     def encode_answers(self, words: Iterable[object]) -> list[Ids]:
-        """Answers as they follow a word, all of one length, so that candidates compare; RegraftError for too few."""
-        found = self.encode_same_length(f" {word}" for word in words)
-        if len(found) < CHOICES:
+        """Answers as they follow a word, all of one length, so that their likelihoods compare.
+
+        RegraftError when fewer than `CHOICES` have the commonest length.
+        """
+        answers = self.encode_same_length(f" {word}" for word in words)
+        if len(answers) < CHOICES:
             raise RegraftError(
-                f"recall needs {CHOICES} answers of one length and this tokenizer gives {len(found)}: it is not for "
-                "English text"
+                f"recall needs {CHOICES} answers of one length and this tokenizer gives "
+                f"{len(answers)}: it is not for English text"
             )
-        return found
+        return answers
 
     def sample_filler(self, tokens: int) -> Ids:
-        """A stretch of the filler text, from the start again when it ends."""
+        """`tokens` tokens of the filler text from a random place on; at its end it starts again."""
         start = self.random.randrange(len(self.filler))
         return [self.filler[(start + offset) % len(self.filler)] for offset in range(tokens)]
 
     def filler_length(self, length: int, *pieces: Ids) -> int:
-        """Tokens left for filler in a context of `length`; RegraftError when there are none."""
+        """Tokens left for filler in a context of `length` with these pieces.
+
+        RegraftError when the pieces alone are longer.
+        """
         used = len(self.bos_ids()) + sum(map(len, pieces))
         if used > length:
             raise RegraftError(
@@ -104,33 +129,51 @@ class ProbeBuilder:
         return length - used
 
 
-Item = tuple[Ids, list[tuple[Ids, list[Ids]]]]  # context; per question its query and candidates
+# context; for each question its query and its candidates, the right one first
+Item = tuple[Ids, list[tuple[Ids, list[Ids]]]]
 
 
 def passkey(pieces: ProbeBuilder, length: int, depth: float) -> Item:
-    """A five-digit key at `depth` (0 to 1) of dull text (Mohtashami and Jaggi, arXiv 2305.16300)."""
-    keys = pieces.random.sample(
-        pieces.encode_answers(pieces.random.sample(range(10000, 100000), 64)), CHOICES
-    )
+    """A five-digit key in dull text (Mohtashami and Jaggi, arXiv 2305.16300).
+
+    Args:
+        pieces: of the cell.
+        length: tokens of the context.
+        depth: where in the text the key is, 0 (start) to 1 (end).
+    """
+    numbers = pieces.random.sample(range(10000, 100000), 64)
+    keys = pieces.random.sample(pieces.encode_answers(numbers), CHOICES)
+
     head = pieces.encode(
         "There is a pass key hidden in a lot of dull text. Find it and remember it."
     )
-    note = (
-        pieces.encode(" The pass key is")
-        + keys[0]
-        + pieces.encode(". Remember it. The pass key is")
-        + keys[0]
-    )
-    note += pieces.encode(".")
+    note = [
+        *pieces.encode(" The pass key is"),
+        *keys[0],
+        *pieces.encode(". Remember it. The pass key is"),
+        *keys[0],
+        *pieces.encode("."),
+    ]
     end = pieces.encode(" What is the pass key? The pass key is")
+
     room = pieces.filler_length(length, head, note, end)
     dull = (pieces.dull * (room // len(pieces.dull) + 1))[:room]
     before = round(depth * room)
-    return [*pieces.bos_ids(), *head, *dull[:before], *note, *dull[before:], *end], [([], keys)]
+    context = [*pieces.bos_ids(), *head, *dull[:before], *note, *dull[before:], *end]
+    return context, [([], keys)]  # the context ends with the question
 
 
 def needle(pieces: ProbeBuilder, length: int, depth: float) -> Item:
-    """Eight sentences of a city and its word in real text; the one at `depth` is asked for among all eight words."""
+    """Eight sentences of a city and its word in real text; one is asked for.
+
+    All eight words are candidates, so that knowing the form of the sentences does not help.
+
+    Args:
+        pieces: of the cell.
+        length: tokens of the context.
+        depth: where in the text the sentence that is asked for is, 0 (start) to 1 (end). The others
+            are at random places.
+    """
     cities = pieces.random.sample(CITIES, CHOICES)
     words = pieces.random.sample(pieces.encode_answers(NOUNS), CHOICES)
     facts = [
@@ -138,6 +181,7 @@ def needle(pieces: ProbeBuilder, length: int, depth: float) -> Item:
         for city, word in zip(cities, words, strict=True)
     ]
     end = pieces.encode(f"\n\nThe secret word of {cities[0]} is")
+
     room = pieces.filler_length(length, *facts, end)
     text = pieces.sample_filler(room)
     places = [round(depth * room), *(pieces.random.randrange(room + 1) for _ in facts[1:])]
@@ -149,8 +193,16 @@ def needle(pieces: ProbeBuilder, length: int, depth: float) -> Item:
 
 
 def mqar(pieces: ProbeBuilder, length: int, depth: float) -> Item:
-    """Multi-query associative recall (Zoology, arXiv 2312.04927) in words: a pair for every 32 tokens of the context,
-    real text after the pairs, then eight keys asked for in turn, drawn from all of them whatever `depth` is."""
+    """Multi-query associative recall (Zoology, arXiv 2312.04927), in words.
+
+    The context has a pair of key and value for every 32 tokens, then real text. Eight keys are
+    asked for in turn.
+
+    Args:
+        pieces: of the cell.
+        length: tokens of the context.
+        depth: not used: the keys that are asked for are drawn from all.
+    """
     names = pieces.encode_same_length(
         f"\nThe {adjective} {noun} is in" for adjective in ADJECTIVES for noun in NOUNS
     )
@@ -160,13 +212,13 @@ def mqar(pieces: ProbeBuilder, length: int, depth: float) -> Item:
         raise RegraftError(
             f"a recall context of {length} tokens needs {count} keys and there are {len(names)}"
         )
+
+    # keys are distinct, values are not
     keys, values = pieces.random.sample(names, count), pieces.random.choices(cities, k=count)
     pairs = [token for key, value in zip(keys, values, strict=True) for token in key + value]
-    context = [
-        *pieces.bos_ids(),
-        *pairs,
-        *pieces.sample_filler(pieces.filler_length(length, pairs)),
-    ]
+    text = pieces.sample_filler(pieces.filler_length(length, pairs))
+    context = [*pieces.bos_ids(), *pairs, *text]
+
     rounds = []
     for number in pieces.random.sample(range(count), QUERIES):
         others = [city for city in cities if city != values[number]]
@@ -184,40 +236,54 @@ KINDS: dict[str, Callable[[ProbeBuilder, int, float], Item]] = {
 def build_probe(
     kind: str, tokenizer: Any, filler: Sequence[str], length: int, items: int, seed: int = 0
 ) -> RecallProbe:
-    """`items` contexts of `length` tokens of one kind, the same ones for the same arguments; depths evenly spread.
+    """The contexts and questions of one cell; the same ones for the same arguments.
 
-    RegraftError when `length` cannot hold the question or there is no item to make.
+    Args:
+        kind: one of `KINDS`.
+        tokenizer: of the models that are measured.
+        filler: text to hide things in.
+        length: tokens of a context.
+        items: contexts, their depths spread evenly.
+        seed: of the random choices.
+
+    RegraftError when `length` cannot hold the question, or `items` is less than one.
     """
     if items < 1:
         raise RegraftError(f"--limit {items} leaves nothing to recall: ask for one item at least")
     pieces = ProbeBuilder(tokenizer, filler, f"{kind} {length} {seed}")
     made = [KINDS[kind](pieces, length, (number + 0.5) / items) for number in range(items)]
-    rounds = [
-        Round(
-            torch.tensor([query for query, _ in turn], dtype=torch.long),
-            torch.tensor([c for _, c in turn]),
-        )
-        for turn in zip(*(asked for _, asked in made), strict=True)
-    ]
+
+    # from questions by item to items by question
+    rounds = []
+    for turn in zip(*(questions for _, questions in made), strict=True):
+        query = torch.tensor([ids for ids, _ in turn], dtype=torch.long)
+        rounds.append(Round(query, torch.tensor([candidates for _, candidates in turn])))
     return RecallProbe(torch.tensor([context for context, _ in made]), rounds)
 
 
-def score(model: nn.Module, probe: RecallProbe, batch: int = 8) -> dict[str, Any]:
-    """`acc`: the right answer is the likeliest of the candidates; `exact`: the greedy continuation is the right answer;
-    `rank`: mean place of the right answer, from 1, ties against it. `n` contexts, `each` one's `acc`; standard errors
-    over them."""
-    ranks, greedy = [], []
+def score(model: nn.Module, probe: RecallProbe, batch: int = 8) -> RecallScore:
+    """How a model answers the questions of one cell.
+
+    Args:
+        model: a causal language model with a cache.
+        probe: contexts and questions.
+        batch: contexts read at a time.
+    """
+    ranks, exacts = [], []  # (items, questions) of each batch
     for start in range(0, len(probe.context), batch):
         part = slice(start, start + batch)
-        for likelihood, right in score_answers(model, probe, part):
-            ranks.append(1 + (likelihood[:, 1:] >= likelihood[:, :1]).sum(1).double())
-            greedy.append(right.double())
-    turns = len(probe.rounds)
-    rank, exact = (
-        torch.cat([torch.stack(values[i : i + turns], 1) for i in range(0, len(values), turns)])
-        for values in (ranks, greedy)
-    )
+        batch_ranks, batch_exacts = [], []  # (items,) of each question
+        for likelihood, is_greedy in score_answers(model, probe, part):
+            # the right answer is the first candidate
+            rank = 1 + (likelihood[:, 1:] >= likelihood[:, :1]).sum(1).double()
+            batch_ranks.append(rank)
+            batch_exacts.append(is_greedy.double())
+        ranks.append(torch.stack(batch_ranks, 1))
+        exacts.append(torch.stack(batch_exacts, 1))
+
+    rank, exact = torch.cat(ranks), torch.cat(exacts)
     first = (rank == 1).double()
+    # Questions about one context are not independent: errors are over contexts.
     return {
         "acc": first.mean().item(),
         "stderr": standard_error(first.mean(1)),
@@ -233,24 +299,38 @@ def score(model: nn.Module, probe: RecallProbe, batch: int = 8) -> dict[str, Any
 def score_answers(
     model: nn.Module, probe: RecallProbe, part: slice
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """For every question: log-likelihood of every candidate (rows, choices), and whether greedy decoding gives the
-    right one (rows,)."""
-    told, cache = probe.context[part], None
-    for asked in probe.rounds:
-        logits, cache = chunked.last_logits(model, torch.cat([told, asked.query[part]], 1), cache)
+    """For every question the candidates' log-likelihoods, and whether greedy decoding is right.
+
+    Args:
+        model: a causal language model with a cache.
+        probe: contexts and questions.
+        part: which contexts.
+
+    Returns (items, choices) and (items,) for each question.
+    """
+    unread, cache = probe.context[part], None
+    for question in probe.rounds:
+        ids = torch.cat([unread, question.query[part]], 1)
+        logits, cache = chunked.last_logits(model, ids, cache)  # (items, vocab)
+
         likelihoods = []
-        for number, ids in enumerate(asked.candidates[part].unbind(1)):
+        for number, answer in enumerate(question.candidates[part].unbind(1)):
+            # The last logits predict an answer's first token. For the others its own tokens are
+            # read, from a copy of the cache: each candidate follows the same context.
             steps = logits[:, None]
-            if ids.shape[1] > 1:
-                more, _ = next(chunked.forward_in_chunks(model, ids[:, :-1], copy.deepcopy(cache)))
-                steps = torch.cat([steps, more], 1)
-            likelihoods.append(chunked.log_likelihoods(steps, ids).sum(1).cpu())
+            if answer.shape[1] > 1:
+                after, _ = next(
+                    chunked.forward_in_chunks(model, answer[:, :-1], copy.deepcopy(cache))
+                )
+                steps = torch.cat([steps, after], 1)  # (items, answer, vocab)
+            likelihoods.append(chunked.log_likelihoods(steps, answer).sum(1).cpu())
             if number == 0:
-                right = (steps.argmax(-1).cpu() == ids).all(1)
-        told = asked.candidates[part, 0]
-        yield torch.stack(likelihoods, 1), right
+                is_greedy = (steps.argmax(-1).cpu() == answer).all(1)
+
+        unread = question.candidates[part, 0]
+        yield torch.stack(likelihoods, 1), is_greedy
 
 
 def standard_error(values: Tensor) -> float | None:
-    """Standard error of a mean."""
+    """Standard error of a mean; None for a single value."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,9 @@ def train_linearized(
     return ledger
 
 
-def start_costs(linearized: Checkpoint, calibration: dict[str, Any] | None) -> list[dict[str, Any]]:
+def start_costs(
+    linearized: Checkpoint, calibration: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
     """What was spent before training, in rows like those of a ledger's stages."""
     remix = remix_of(linearized)
     chosen = remix.scores if remix else {}

@@ -1,9 +1,11 @@
-"""What every token mixer shares: the attention it replaces, where each weight comes from, projections, context."""
+"""What every token mixer shares.
+
+The attention that it replaces, where each of its weights comes from, the projections of queries,
+keys and values, and what it must know about a batch.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
 from .options import parse_options
 
@@ -19,22 +22,22 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Attention:
-    """Shape and conventions of the softmax attention that a mixer replaces.
+    """Sizes and conventions of the softmax attention that a mixer replaces.
 
-    Query heads are `kv * group`; query head `h` reads key/value head `h // group`. `scale` multiplies the logits,
-    `qk_norm` is the epsilon of a per-head RMS norm on queries and keys (None: there is none), `rotary` says whether
-    the host rotates queries and keys.
+    There are `kv * group` query heads; query head `h` reads key/value head `h // group`.
     """
 
-    hidden: int
-    kv: int
-    group: int
-    dim: int
-    scale: float
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: float | None = None
-    rotary: bool = True
+    hidden: int  # width of the residual stream
+    kv: int  # key/value heads
+    group: int  # query heads per key/value head
+    dim: int  # width of a head
+    scale: float  # multiplies the logits, usually dim ** -0.5
+    qkv_bias: bool = False  # whether the projections of queries, keys and values have biases
+    o_bias: bool = False  # whether the output projection has a bias
+    qk_norm: float | None = (
+        None  # epsilon of an RMS norm per head on queries and keys; None: no norm
+    )
+    rotary: bool = True  # whether the source rotates queries and keys
 
     @property
     def heads(self) -> int:
@@ -44,77 +47,54 @@ class Attention:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One parameter of a mixer: its axes and where its value comes from.
+    """One parameter of a mixer: its axes and where its value comes from."""
 
-    `source` is a role of the source's anatomy; axes of `signature` that the source lacks are broadcast (`group`: each
-    key/value head is repeated for its queries). Without a source, `fresh` states the initial value (see `fresh`).
-    `decay` says whether weight decay may act on it.
-    """
-
+    # Named axes as in `core.axes`, such as "hidden -> kv group dim".
     signature: str
+    # Role in the source's anatomy, such as "attn.q.weight". Axes of `signature` that the source's
+    # weight lacks are broadcast: with `group`, each key/value head is repeated for its queries.
     source: str | None = None
+    # Without a source: the initial value, as `initialize.create_initial_tensor` reads it.
     fresh: str | None = None
+    # Whether weight decay may act on it.
     decay: bool = True
 
 
 @dataclass(frozen=True)
 class MixerContext:
-    """What a mixer needs to know beside its input.
+    """What a mixer needs to know beside its input."""
 
-    `rotary`: cos and sin of shape (batch or 1, time, rotary dims), or None. `valid`: (batch, time) bool, False on
-    padding, None when all tokens count. `segments`: (batch, time) document index in a packed row, None for one
-    document.
-    """
-
-    rotary: tuple[Tensor, Tensor] | None = None
-    valid: Tensor | None = None
-    segments: Tensor | None = None
-
-
-def create_initial_tensor(spec: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A float32 tensor of `shape` as stated: zeros, ones, identity, `constant x`, `uniform x` on (-x, x), `normal std`.
-
-    `identity` fills the last two axes with the unit matrix. State-space models: `timesteps a b` is the inverse softplus
-    of log-uniform numbers on (a, b), `log_uniform a b` the logarithm of uniform ones, `log_counts` log(1), log(2), ...
-    along the last axis. Raises RegraftError on any other word.
-    """
-    word, *arguments = spec.split()
-    values = [float(argument) for argument in arguments]
-
-    def sample_uniform(low: float, high: float) -> Tensor:
-        return torch.empty(shape).uniform_(low, high, generator=generator)
-
-    makers: dict[str, Callable[..., Tensor]] = {
-        "zeros": lambda: torch.zeros(shape),
-        "ones": lambda: torch.ones(shape),
-        "identity": lambda: torch.eye(shape[-2], shape[-1]).expand(shape).clone(),
-        "constant": lambda value: torch.full(shape, value),
-        "uniform": lambda bound: sample_uniform(-bound, bound),
-        "normal": lambda std: torch.empty(shape).normal_(0.0, std, generator=generator),
-        "timesteps": lambda low, high: (
-            sample_uniform(math.log(low), math.log(high)).exp().expm1().log()
-        ),
-        "log_uniform": lambda low, high: sample_uniform(low, high).log(),
-        "log_counts": lambda: torch.arange(1.0, shape[-1] + 1).log().expand(shape).clone(),
-    }
-    if word not in makers:
-        raise RegraftError(f"unknown initial value '{spec}': use one of {', '.join(makers)}")
-    return makers[word](*values)
+    # cos and sin of the rotary embedding; None where nothing is rotated.
+    rotary: tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None = (
+        None
+    )
+    # False on padding; None when every token counts.
+    valid: Bool[Tensor, "batch time"] | None = None
+    # Document number of every token of a packed row; None for one document per row.
+    segments: Int[Tensor, "batch time"] | None = None
 
 
-def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rotary embedding (Su et al., arXiv 2104.09864) in the half-split layout; x: (batch, heads, time, dim).
+def apply_rotary(
+    x: Float[Tensor, "batch heads time dim"],
+    rotary: tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None,
+) -> Float[Tensor, "batch heads time dim"]:
+    """Rotary embedding (Su et al., arXiv 2104.09864) in the half-split layout.
 
-    Only the first `cos.shape[-1]` dimensions turn, the others pass (partial rotary).
+    Only the first `rotary` dimensions are rotated, the others pass unchanged (partial rotary).
+
+    Args:
+        x: queries or keys.
+        rotary: cos and sin, with one row for all or one per row of the batch; None: x is returned.
     """
     if rotary is None:
         return x
+
     cos, sin = (table.unsqueeze(1) for table in rotary)
     width = cos.shape[-1]
-    turned, passed = x[..., :width], x[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, passed), dim=-1).to(x.dtype)
+    rotated, passed = x[..., :width], x[..., width:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, passed), dim=-1).to(x.dtype)
 
 
 class HeadNorm(nn.Module):
@@ -125,18 +105,18 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x: (..., dim)."""
+    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        """Normalise the last axis."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 class Projections(nn.Module):
-    """Queries, keys and values of the source's attention: biases, QK-norm and rotary embedding as it has them.
+    """Queries, keys and values with the biases and the QK norm of the source's attention.
 
-    With `expand`, every query head has keys and values of its own (grouped heads are broadcast per head); else keys
-    and values keep the source's `kv` heads.
+    With `expand`, every query head has keys and values of its own, copies of its group's. Without,
+    keys and values keep the source's `kv` heads.
     """
 
     def __init__(self, attention: Attention, expand: bool):
@@ -144,41 +124,49 @@ class Projections(nn.Module):
         self.dim = attention.dim
         kv = attention.heads if expand else attention.kv
         bias = attention.qkv_bias
+
         self.q = nn.Linear(attention.hidden, attention.heads * attention.dim, bias=bias)
         self.k = nn.Linear(attention.hidden, kv * attention.dim, bias=bias)
         self.v = nn.Linear(attention.hidden, kv * attention.dim, bias=bias)
-        self.q_norm = (
-            HeadNorm(attention.dim, attention.qk_norm) if attention.qk_norm is not None else None
-        )
-        self.k_norm = (
-            HeadNorm(attention.dim, attention.qk_norm) if attention.qk_norm is not None else None
-        )
+        eps = attention.qk_norm
+        self.q_norm = HeadNorm(attention.dim, eps) if eps is not None else None
+        self.k_norm = HeadNorm(attention.dim, eps) if eps is not None else None
 
     @staticmethod
     def weights(attention: Attention, expand: bool) -> dict[str, WeightSpec]:
-        """Local name -> Weight."""
+        """Local parameter name -> WeightSpec."""
+        # With "group" in the signature, loading repeats each key/value head for its queries.
         wide = "kv group dim" if expand else "kv dim"
         table = {"q.weight": WeightSpec("hidden -> kv group dim", "attn.q.weight")}
-        table |= {f"{n}.weight": WeightSpec(f"hidden -> {wide}", f"attn.{n}.weight") for n in "kv"}
+        for name in "kv":
+            table[f"{name}.weight"] = WeightSpec(f"hidden -> {wide}", f"attn.{name}.weight")
+
         if attention.qkv_bias:
             table["q.bias"] = WeightSpec("-> kv group dim", "attn.q.bias", decay=False)
-            table |= {
-                f"{n}.bias": WeightSpec(f"-> {wide}", f"attn.{n}.bias", decay=False) for n in "kv"
-            }
+            for name in "kv":
+                table[f"{name}.bias"] = WeightSpec(f"-> {wide}", f"attn.{name}.bias", decay=False)
         if attention.qk_norm is not None:
-            table |= {
-                f"{n}.weight": WeightSpec("gain dim", f"attn.{n}.weight", decay=False)
-                for n in ("q_norm", "k_norm")
-            }
+            for name in ("q_norm", "k_norm"):
+                source = f"attn.{name}.weight"
+                table[f"{name}.weight"] = WeightSpec("gain dim", source, decay=False)
         return table
 
-    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (batch, time, hidden) -> q, k, v: (batch, heads, time, dim), not yet rotated. `others`: what keys and
-        values are made of, x too by default.
+    def forward(
+        self, x: Float[Tensor, "batch time hidden"], *others: Float[Tensor, "batch time hidden"]
+    ) -> tuple[
+        Float[Tensor, "batch heads time dim"],
+        Float[Tensor, "batch states time dim"],
+        Float[Tensor, "batch states time dim"],
+    ]:
+        """Queries, keys and values, not yet rotated.
+
+        Args:
+            x: what queries are made of.
+            others: what keys and values are made of, two tensors; x for both when left out.
         """
         pairs = zip((self.q, self.k, self.v), (x, *(others or (x, x))), strict=True)
         q, k, v = (
-            layer(given).unflatten(-1, (-1, self.dim)).transpose(1, 2) for layer, given in pairs
+            layer(inputs).unflatten(-1, (-1, self.dim)).transpose(1, 2) for layer, inputs in pairs
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -186,19 +174,22 @@ class Projections(nn.Module):
 
 
 class Mixer(nn.Module):
-    """A token mixer for an attention slot: `mix` gives per-head outputs, `forward` projects them back to hidden.
+    """A token mixer for an attention slot.
 
-    Subclasses set `name`, an `Options` dataclass, `weights`, `mix`, `state_numbers`, `mixing_flops` and `row_flops`.
-    Parallel, chunked and one-token forms agree; the state's size does not depend on how many tokens it has seen.
+    `mix` gives per-head outputs, `forward` projects them back to hidden. Subclasses set `name`, an
+    `Options` dataclass, `weights`, `mix`, `state_size`, `mixing_flops` and `row_flops`. The
+    parallel, chunked and one-token forms agree; the size of the state does not depend on how many
+    tokens it has seen.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    # Whether every query head has keys and values of its own.
     expand: ClassVar[bool] = True
+    # Whether the outputs are linear in the values, so that a map can move from one to the other.
     values_are_linear: ClassVar[bool] = False
-    denominator: ClassVar[bool] = (
-        False  # whether outputs are averages of values, as those of softmax attention are
-    )
+    # Whether outputs are averages of values, as those of softmax attention are.
+    denominator: ClassVar[bool] = False
     qkv: Projections
     o: nn.Linear
 
@@ -214,22 +205,27 @@ class Mixer(nn.Module):
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
-        """The options of a spec `{"name": ..., option: value}`; RegraftError on an unknown option or value."""
-        return parse_options(
-            cls.name,
-            cls.Options,
-            {key: value for key, value in spec.items() if key not in ("name", "inherit")},
-        )
+        """The options of a spec such as `{"name": "window", "window": 64}`.
+
+        Raises RegraftError on an unknown option or a value of the wrong type.
+        """
+        options = {key: value for key, value in spec.items() if key not in ("name", "inherit")}
+        return parse_options(cls.name, cls.Options, options)
 
     @classmethod
     def weights(
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """Local parameter name -> Weight, for the plan and for loading."""
-        table = {
-            f"qkv.{name}": weight
-            for name, weight in Projections.weights(attention, cls.expand).items()
-        }
+        """Local parameter name -> WeightSpec, for the plan and for loading.
+
+        Args:
+            attention: what the mixer replaces.
+            spec: the mixer's name and options.
+            output: whether the mixer has an output projection of its own; a branch beside a
+                window has none.
+        """
+        projections = Projections.weights(attention, cls.expand)
+        table = {f"qkv.{name}": weight for name, weight in projections.items()}
         return table | (output_weights(attention) if output else {})
 
     @classmethod
@@ -244,39 +240,52 @@ class Mixer(nn.Module):
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
-        """(forward, backward) FLOPs of a row of `length` tokens, one document, beside the maps applied once a token.
+        """(forward, backward) FLOPs of a row of `length` tokens, one document.
 
-        As `flops.counter` counts the form that `mix` takes for many tokens.
+        Without the weights' own matrix products, which `modeling.flops` counts. Counted as
+        `modeling.flops.build_flop_counter` counts the form that `mix` takes for many tokens.
+        Raises RegraftError for a mixer that does not define it.
         """
         raise RegraftError(
             f"mixer '{cls.name}' cannot say its FLOPs: give it `row_flops`, or measure a step"
         )
 
     @property
-    def half_lives(self) -> Tensor | None:
-        """Those that calibration tries for its states, in tokens, (candidates, states); None: its decays are fixed."""
+    def half_lives(self) -> Float[Tensor, "candidates states"] | None:
+        """Half-lives in tokens that calibration tries; None when decays are fixed."""
         return None
 
-    def set_half_lives(self, tokens: Tensor) -> None:
-        """Decay so that a state has lost half after `tokens` (states,)."""
+    def set_half_lives(self, tokens: Float[Tensor, " states"]) -> None:
+        """Set each state's decay so that it has lost half after `tokens`.
+
+        Raises RegraftError for a mixer whose decays are fixed.
+        """
         raise RegraftError(
-            f"mixer '{self.name}' has no half-lives to set to {tokens.tolist()}: its decays are fixed"
+            f"mixer '{self.name}' has no half-lives to set to {tokens.tolist()}: its decays are "
+            "fixed"
         )
 
-    def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
-        """Set gates from the teacher's attention, both (heads,): mean distance looked back over, entropy in [0, 1].
+    def start_gates(
+        self, distance: Float[Tensor, " heads"], entropy: Float[Tensor, " heads"]
+    ) -> None:
+        """Set gates from measurements of the teacher's attention; does nothing without gates.
 
-        A mixer without gates has nothing to set.
+        Args:
+            distance: mean distance that each head looks back over, in tokens.
+            entropy: of each head's attention, in [0, 1].
         """
 
     @torch.no_grad()
-    def fold_heads(self, maps: Tensor) -> bool:
-        """Fold a linear map of each head's output, (heads, dim, dim) acting on rows, into the weights; False if it
-        cannot.
+    def fold_heads(self, maps: Float[Tensor, "heads dim dim"]) -> bool:
+        """Fold a linear map of each head's output into the weights; False if it cannot be done.
 
-        Where the heads of a group share their values, `maps` has one map per group.
+        Args:
+            maps: acting on rows, one per head, or one per group where the heads of a group share
+                their values.
         """
         heads, dim = self.attention.heads, self.attention.dim
+
+        # Values are tried first: they may be shared by a group, the output projection never is.
         if self.values_are_linear:
             value = self.qkv.v
             heads = value.weight.shape[0] // dim
@@ -284,28 +293,43 @@ class Mixer(nn.Module):
             if value.bias is not None:
                 value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())
         elif hasattr(self, "o"):
-            per_head = self.o.weight.unflatten(1, (heads, dim)).transpose(
-                0, 1
-            )  # (heads, hidden, dim)
+            # one block of columns per head, shaped (heads, hidden, dim)
+            per_head = self.o.weight.unflatten(1, (heads, dim)).transpose(0, 1)
             self.o.weight.copy_((per_head @ maps.mT).transpose(0, 1).flatten(1))
         else:
             return False
         return True
 
-    def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
-        """How values are mixed over tokens before norms and gates, (batch, heads, time, time); x as in `mix`."""
+    def matrix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> Float[Tensor, "batch heads time time"]:
+        """How values are mixed over tokens, before norms and gates; x as in `mix`.
+
+        Raises RegraftError for a mixer that is not one matrix over tokens per head.
+        """
         raise RegraftError(
             f"mixer '{self.name}' has no single matrix over tokens: leave out the stage 'matrix'"
         )
 
-    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> per-head outputs (batch, time, heads, dim) and the state after the last token."""
+    def mix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
+        """Outputs per head, and the state after the last token.
+
+        Args:
+            x: input of the attention slot.
+            mixing: rotary tables, padding and documents of these tokens.
+            state: the state after the tokens before these; None at the start of a sequence.
+        """
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, mixing: MixerContext, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> y of the same shape and the state after the last token."""
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        mixing: MixerContext,
+        state: State | None = None,
+    ) -> tuple[Float[Tensor, "batch time hidden"], State]:
+        """The slot's output, and the state after the last token; arguments as in `mix`."""
         heads, state = self.mix(x, mixing, state)
         return self.o(heads.flatten(-2)), state
 
@@ -313,13 +337,15 @@ class Mixer(nn.Module):
 def output_weights(attention: Attention) -> dict[str, WeightSpec]:
     """The output projection of the source."""
     table = {"o.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
-    return table | (
-        {"o.bias": WeightSpec("-> hidden", "attn.o.bias", decay=False)} if attention.o_bias else {}
-    )
+    if attention.o_bias:
+        table["o.bias"] = WeightSpec("-> hidden", "attn.o.bias", decay=False)
+    return table
 
 
-def mask_padding(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Zero the padded tokens of tensors shaped (batch, heads, time, ...)."""
+def mask_padding(
+    valid: Bool[Tensor, "batch time"] | None, *tensors: Float[Tensor, "batch heads time ..."]
+) -> tuple[Float[Tensor, "batch heads time ..."], ...]:
+    """Zero the padded tokens of each tensor."""
     if valid is None:
         return tensors
     return tuple(
@@ -327,7 +353,9 @@ def mask_padding(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def pad_time(x: Tensor, multiple: int) -> Tensor:
+def pad_time(
+    x: Float[Tensor, "batch heads time ..."], multiple: int
+) -> Float[Tensor, "batch heads padded ..."]:
     """Zero-pad axis 2 (time) at the end to a multiple of `multiple`."""
     short = -x.shape[2] % multiple
     return F.pad(x, [0, 0] * (x.ndim - 3) + [0, short]) if short else x

@@ -1,4 +1,4 @@
-"""Decays that are the same at every token, one per head: fixed as published, or learned from a fitted start."""
+"""Decays that are the same at every token, one per head: fixed as published, or learned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from .base import Attention, WeightSpec
 from .linear import LinearAttention
 
@@ -15,14 +16,23 @@ HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 250.0, 1000.0)  # tok
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409), interleaved beyond a power of two."""
+    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409).
+
+    Beyond a power of two, every other slope of the next power is added, as in the released code.
+    """
     power = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     return first if power == heads else first + alibi_slopes(2 * power)[::2][: heads - power]
 
 
-def log_decays(kind: str, heads: int) -> Tensor:
-    """Fixed log-decay per head, (heads,): -slope (lightning), log(1 - 2^(-5-h)) (RetNet, arXiv 2307.08621), zeros."""
+def log_decays(kind: str, heads: int) -> Float[Tensor, " heads"]:
+    """Fixed log-decay of each head.
+
+    Args:
+        kind: `lightning`: minus ALiBi's slope; `retnet`: log(1 - 2^(-5-h)) for head h (arXiv
+            2307.08621); `none`: zero.
+        heads: number of heads.
+    """
     if kind == "none":
         return torch.zeros(heads)
     if kind == "lightning":
@@ -30,14 +40,18 @@ def log_decays(kind: str, heads: int) -> Tensor:
     return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float32))))
 
 
-def fixed_log_decays(kind: str, k: Tensor) -> Tensor:
-    """The same log-decay at every token, (batch, heads, time), for keys k: (batch, heads, time, dim)."""
+def fixed_log_decays(
+    kind: str, k: Float[Tensor, "batch heads time dim"]
+) -> Float[Tensor, "batch heads time"]:
+    """The log-decays of `log_decays` at every token of the keys `k`."""
     return log_decays(kind, k.shape[1]).to(k.device).view(1, -1, 1).expand(k.shape[:3])
 
 
 class HeadDecayAttention(LinearAttention):
-    """Linear attention with one decay per head. Its options have `decays`: a kind of `log_decays`, or `learned`: the
-    slopes of `lightning` times e^rate, which begin at the half-lives that fit the teacher best (`half_lives`).
+    """Linear attention with one decay per head.
+
+    Its options have `decays`: a kind of `log_decays`, or `learned`: the slopes of `lightning` times
+    e^rate. Calibration starts learned decays at the half-lives that fit the teacher best.
     """
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
@@ -56,20 +70,22 @@ class HeadDecayAttention(LinearAttention):
         return table
 
     @property
-    def half_lives(self) -> Tensor | None:
-        """`HALF_LIVES` for learned decays, (candidates, states)."""
+    def half_lives(self) -> Float[Tensor, "candidates states"] | None:
+        """`HALF_LIVES` for learned decays; None for fixed ones."""
         if self.options.decays != "learned":
             return None
         return torch.tensor(HALF_LIVES).unsqueeze(1).expand(-1, self.states).to(self.rate.device)
 
     @torch.no_grad()
-    def set_half_lives(self, tokens: Tensor) -> None:
-        """Decay so that a state has lost half after `tokens` (states,)."""
+    def set_half_lives(self, tokens: Float[Tensor, " states"]) -> None:
+        """Set each state's decay so that it has lost half after `tokens`."""
         usual = -log_decays("lightning", self.states).to(tokens.device)
         self.rate.copy_((math.log(2) / tokens / usual).log())
 
-    def decays(self, k: Tensor) -> Tensor:
-        """Log-decay at every token, (batch, states, time), for keys k: (batch, states, time, dim)."""
+    def decays(
+        self, k: Float[Tensor, "batch states time dim"]
+    ) -> Float[Tensor, "batch states time"]:
+        """Log-decay at every token of the keys `k`."""
         if self.options.decays != "learned":
             return fixed_log_decays(self.options.decays, k)
         return fixed_log_decays("lightning", k) * self.rate.float().exp().view(1, -1, 1)

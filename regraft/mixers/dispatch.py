@@ -5,31 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.shapes import Float, Int
 from .kernels import try_fused_kernel
 from .recurrence import chunked_recurrence, naive_recurrence
 from .vector import chunked_vector, naive_vector
 
 
 def recur(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None = None,
-    segments: Tensor | None = None,
-    state: Tensor | None = None,
-    bonus: Tensor | None = None,
+    q: Float[Tensor, "batch queries time dim"],
+    k: Float[Tensor, "batch heads time dim"],
+    v: Float[Tensor, "batch heads time values"],
+    g: Float[Tensor, "batch heads time"] | Float[Tensor, "batch heads time dim"],
+    beta: Float[Tensor, "batch heads time"] | None = None,
+    segments: Int[Tensor, "batch time"] | None = None,
+    state: Float[Tensor, "batch heads dim values"] | None = None,
+    bonus: Float[Tensor, "heads dim"] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Outputs and last state of `recurrence.naive`, or of `vector.naive_vector` for a decay per key dimension: as
-    written for one token; for many in a kernel on a GPU, which takes q, k and v as `dtype`, else in chunks.
+) -> tuple[Float[Tensor, "batch queries time values"], Float[Tensor, "batch heads dim values"]]:
+    """(outputs, last state) of `recurrence.naive_recurrence` or `vector.naive_vector`.
+
+    One token runs as written. Many run in a fused kernel on a GPU where one fits, else in chunks.
+
+    Args:
+        g: log-decay; its number of axes chooses between one decay per head and one per key
+            dimension.
+        dtype: of q, k and v in the fused kernel.
+    The others are as in `recurrence.naive_recurrence` and `vector.naive_vector`.
     """
-    one = q.shape[2] == 1
-    if (
-        not one
-        and (found := try_fused_kernel(q, k, v, g, beta, segments, state, bonus, dtype)) is not None
-    ):
-        return found
+    one_token = q.shape[2] == 1
+    if not one_token:
+        result = try_fused_kernel(q, k, v, g, beta, segments, state, bonus, dtype)
+        if result is not None:
+            return result
+
     if g.ndim == 4:
-        return (naive_vector if one else chunked_vector)(q, k, v, g, bonus, segments, state)
-    return (naive_recurrence if one else chunked_recurrence)(q, k, v, g, beta, segments, state)
+        vector_form = naive_vector if one_token else chunked_vector
+        return vector_form(q, k, v, g, bonus, segments, state)
+    form = naive_recurrence if one_token else chunked_recurrence
+    return form(q, k, v, g, beta, segments, state)

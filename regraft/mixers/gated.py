@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from .base import Attention, Mixer, MixerContext, State, WeightSpec, output_weights
 from .inherit import apply_inherit
 from .registry import mixer_class
@@ -14,22 +15,25 @@ from .registry import mixer_class
 
 @dataclass(frozen=True)
 class GatedOptions:
-    """`linear` and `window` are mixer specs; `start` is the gate's logit at first (negative: the window's side)."""
+    """The two branches and where the gate starts."""
 
+    # Specs of the branches.
     linear: dict[str, Any] = field(default_factory=lambda: {"name": "gated_deltanet"})
     window: dict[str, Any] = field(default_factory=lambda: {"name": "window"})
-    start: float = -4.0
+    # Initial logit of the gate; negative: mostly the window.
+    start: float | int = -4.0
 
 
 class GatedMixer(Mixer):
-    """o = g o_linear + (1 - g) o_window with g = sigmoid(w x + b) per head (convex mix of arXiv 2603.15590, eq. 11).
+    """o = g o_linear + (1 - g) o_window with g = sigmoid(w x + b) per head.
 
-    The window branch is the source's own attention under a mask; the linear branch has projections of its own. They
-    share the output projection. `force` pins the gate: "window" or "linear" shows one branch alone.
+    The convex mix of arXiv 2603.15590, eq. 11. The window branch is the source's own attention
+    under a mask; the linear branch has projections of its own. They share the output projection.
     """
 
     name = "gated"
     Options = GatedOptions
+    # "window" or "linear" pins the gate to one branch; None leaves it free.
     force: str | None = None
     linear: Mixer
     window: Mixer
@@ -50,8 +54,8 @@ class GatedMixer(Mixer):
         """Branch name -> (mixer class, spec)."""
         options = cls.parse(spec)
         return {
-            n: (mixer_class(s["name"]), s)
-            for n, s in (("linear", options.linear), ("window", options.window))
+            branch: (mixer_class(branch_spec["name"]), branch_spec)
+            for branch, branch_spec in (("linear", options.linear), ("window", options.window))
         }
 
     @classmethod
@@ -59,13 +63,14 @@ class GatedMixer(Mixer):
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
         """Both branches' weights under their names, one output projection, the gate."""
-        table = {}
+        table: dict[str, WeightSpec] = {}
         for branch, (mixer, options) in cls.branches(spec).items():
+            # `inherit` stands in each branch's own spec.
             branch_table = mixer.weights(attention, options, output=False)
-            for name, weight in apply_inherit(
-                branch_table, options.get("inherit", "all"), attention.hidden
-            ).items():
-                table[f"{branch}.{name}"] = weight
+            inherit = options.get("inherit", "all")
+            branch_table = apply_inherit(branch_table, inherit, attention.hidden)
+            table |= {f"{branch}.{name}": weight for name, weight in branch_table.items()}
+
         table["gate.weight"] = WeightSpec("hidden -> kv group", fresh="zeros", decay=False)
         table["gate.bias"] = WeightSpec(
             "-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False
@@ -95,25 +100,28 @@ class GatedMixer(Mixer):
         ]
         return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
 
-    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim); the state holds both branches' under their names."""
+    def mix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
+        """Outputs per head, and the states of both branches under their names; see `Mixer.mix`."""
         outputs: dict[str, Tensor] = {}
         states: State = {}
         for name, branch in (("linear", self.linear), ("window", self.window)):
             if self.force not in (None, name):
                 continue
-            past = (
-                {
-                    key.removeprefix(f"{name}."): s
-                    for key, s in state.items()
-                    if key.startswith(f"{name}.")
-                }
-                if state
-                else None
-            )
+            past = _branch_state(state, name) if state else None
             outputs[name], last = branch.mix(x, mixing, past)
-            states |= {f"{name}.{key}": s for key, s in last.items()}
+            states |= {f"{name}.{key}": tensor for key, tensor in last.items()}
+
         if self.force is not None:
             return outputs[self.force], states
         gate = self.gate(x).sigmoid().unsqueeze(-1)
         return outputs["window"] + gate * (outputs["linear"] - outputs["window"]), states
+
+
+def _branch_state(state: State, name: str) -> State:
+    """The entries of one branch, under its own names."""
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
+    }

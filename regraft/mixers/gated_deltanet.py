@@ -1,4 +1,4 @@
-"""Gated DeltaNet in the source's own terms: its projections, norms and rotary embedding, plus two gates per head."""
+"""Gated DeltaNet on the source's projections, norms and rotary embedding, two gates per head."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from .base import Attention, MixerContext, WeightSpec, apply_rotary
 from .linear import ACTIVATIONS, LinearAttention, mean_decay
 
 
 @dataclass(frozen=True)
 class DeltaOptions:
-    """`rotary`: rotate queries and keys as the source does. `activation`: none or silu on q, k and v.
+    """Options of Gated DeltaNet."""
 
-    `grouped`: query heads of a group share keys, values, gates and state, as in the source; else each has its own.
-    `norm`: RMS-normalise each head's output. `gate`: multiply it by silu of a projection of the input.
-    """
-
+    # Rotate queries and keys as the source does.
     rotary: bool = True
+    # Of queries, keys and values.
     activation: Literal["none", "silu"] = "none"
+    # The query heads of a group share keys, values, gates and state, as in the source; else each
+    # head has its own.
     grouped: bool = True
+    # RMS norm of each head's output.
     norm: bool = False
+    # Multiply the outputs by silu of a new projection of the input.
     gate: bool = False
 
 
 class GatedDeltaNet(LinearAttention):
     """Gated delta rule (Yang et al., arXiv 2412.06464) on unit-length queries and keys.
 
-    g_t = -exp(rate) softplus(W_g x_t + b_g) is the log-decay, beta_t = sigmoid(W_b x_t + b_b) the write strength, both
-    per query head. No convolution, activation or output norm unless asked for: what the teacher lacks does not pay in a
-    short distillation (arXiv 2505.03005, ablations).
+    g_t = -exp(rate) softplus(W_g x_t + b_g) is the log-decay, beta_t = sigmoid(W_b x_t + b_b) the
+    write strength, both per query head. There is no convolution, and by default no activation or
+    output norm: what the teacher lacks does not help in a short distillation (arXiv 2505.03005,
+    ablations).
     """
 
     name = "gated_deltanet"
@@ -49,7 +53,7 @@ class GatedDeltaNet(LinearAttention):
 
     @classmethod
     def output_norm_and_gate(cls, options: DeltaOptions) -> tuple[str, str]:
-        """RMS norm with gain and SiLU gate, each if asked for."""
+        """RMS norm with gain and SiLU gate, as the options say."""
         return "rms" if options.norm else "none", "silu" if options.gate else "none"
 
     @property
@@ -71,17 +75,23 @@ class GatedDeltaNet(LinearAttention):
         return table
 
     @torch.no_grad()
-    def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
-        """Half-life = mean distance, write strength from entropy (Taylor-Calibrate, arXiv 2606.16429).
+    def start_gates(
+        self, distance: Float[Tensor, " heads"], entropy: Float[Tensor, " heads"]
+    ) -> None:
+        """Half-life = mean distance, write strength from entropy.
 
-        The log-decay is ln 2 / distance within [1e-3, 5]; beta = 0.3 + 0.4 (1 - entropy).
+        Taylor-Calibrate (arXiv 2606.16429): the log-decay is ln 2 / distance within [1e-3, 5], and
+        beta = 0.3 + 0.4 (1 - entropy).
         """
+        # log(expm1(y)) is the inverse of softplus; rate zero leaves the softplus as the log-decay.
         self.decay.bias.copy_(mean_decay(distance, self.states).expm1().log())
         self.rate.zero_()
         self.beta.bias.copy_(torch.logit(0.3 + 0.4 * (1 - entropy.view(self.states, -1).mean(1))))
 
-    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
-        """Unit q and k, v, log-decay and write strength."""
+    def inputs(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> dict[str, Tensor]:
+        """Unit queries and keys, values, log-decay and write strength."""
         act = ACTIVATIONS[self.options.activation]
         q, k, v = (act(t) for t in self.qkv(x))
         if self.options.rotary:

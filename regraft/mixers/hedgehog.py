@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from .base import Attention, MixerContext, WeightSpec, apply_rotary
 from .decays import fixed_log_decays
 from .linear import LinearAttention, LinearOptions, apply_feature_map
@@ -15,17 +16,17 @@ from .linear import LinearAttention, LinearOptions, apply_feature_map
 
 @dataclass(frozen=True)
 class HedgehogOptions(LinearOptions):
-    """As `LinearOptions`; `rotary` turns queries and keys before the map, as in LoLCATs. `feature`: outputs of the map,
-    the head's size by default; there are twice as many features.
-    """
+    """As `LinearOptions`; `rotary` rotates queries and keys before the map, as in LoLCATs."""
 
+    # Outputs of the map, the head's width by default; there are twice as many features.
     feature: int | None = None
 
 
 class Hedgehog(LinearAttention):
-    """Hedgehog (Zhang et al., arXiv 2402.04347): phi(x) = [softmax(W x), softmax(-W x)], W per head and not shared.
+    """Hedgehog (Zhang et al., arXiv 2402.04347).
 
-    o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)), the maps of queries and keys beginning as the
+    phi(x) = [softmax(W x), softmax(-W x)] with W per head, not shared by queries and keys, and
+    o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)). The maps begin as the
     identity. Published with a first stage that fits the maps alone to the softmax weights.
     """
 
@@ -41,7 +42,7 @@ class Hedgehog(LinearAttention):
 
     @classmethod
     def key_dim(cls, attention: Attention, options: HedgehogOptions) -> int:
-        """Features."""
+        """Number of features."""
         return 2 * (options.feature or attention.dim)
 
     @classmethod
@@ -62,20 +63,33 @@ class Hedgehog(LinearAttention):
         maps = attention.heads + cls.state_heads(attention, options)
         return maps * attention.dim * cls.key_dim(attention, options)
 
-    def rotated_qkv(self, x: Tensor, mixing: MixerContext) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated_qkv(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> tuple[
+        Float[Tensor, "batch heads time dim"],
+        Float[Tensor, "batch states time dim"],
+        Float[Tensor, "batch states time dim"],
+    ]:
         """Queries, keys and values before the maps."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
             q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         return q, k, v
 
-    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
+    def inputs(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> dict[str, Tensor]:
         """Features of queries and keys, values, no decay."""
         q, k, v = self.rotated_qkv(x, mixing)
         return self.featurize(q, k, v)
 
-    def featurize(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        """The same from queries, keys and values."""
+    def featurize(
+        self,
+        q: Float[Tensor, "batch heads time dim"],
+        k: Float[Tensor, "batch states time dim"],
+        v: Float[Tensor, "batch states time dim"],
+    ) -> dict[str, Tensor]:
+        """The same as `inputs`, from queries, keys and values."""
         q, k = (
             softmax_features(apply_feature_map(t, maps))
             for t, maps in ((q, self.q_map), (k, self.k_map))
@@ -83,7 +97,7 @@ class Hedgehog(LinearAttention):
         return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
 
 
-def softmax_features(x: Tensor) -> Tensor:
+def softmax_features(x: Float[Tensor, "... dim"]) -> Float[Tensor, "... 2*dim"]:
     """[softmax(x), softmax(-x)] in float32."""
     x = x.float()
     return torch.cat((x.softmax(-1), (-x).softmax(-1)), dim=-1)

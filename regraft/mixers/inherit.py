@@ -12,13 +12,17 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 
 def parse_inherit(inherit: str) -> frozenset[str]:
-    """The letters of `all`, `none` or a list such as `v,o`; RegraftError for any other word."""
+    """The projections that `all`, `none` or a list such as `v,o` names.
+
+    Raises RegraftError for any other word.
+    """
     if inherit in ("all", "none"):
         return frozenset(PROJECTIONS if inherit == "all" else ())
     words = [word.strip() for word in inherit.split(",")]
     if unknown := [word for word in words if word not in PROJECTIONS]:
         raise RegraftError(
-            f"--inherit '{inherit}' names '{unknown[0]}': give all, none or a list of {', '.join(PROJECTIONS)}"
+            f"--inherit '{inherit}' names '{unknown[0]}': give all, none or a list of "
+            f"{', '.join(PROJECTIONS)}"
         )
     return frozenset(words)
 
@@ -26,8 +30,14 @@ def parse_inherit(inherit: str) -> frozenset[str]:
 def apply_inherit(table: dict[str, WeightSpec], inherit: str, hidden: int) -> dict[str, WeightSpec]:
     """The weights of a mixer where only the projections of `inherit` are copied.
 
-    The others begin as a new model's: matrices normal with variance 0.4 / hidden (arXiv 1910.05895, as in XATL, arXiv
-    2404.02684), biases zero, gains of norms one. The norm of queries goes with q, that of keys with k.
+    The others begin as a new model's: matrices normal with variance 0.4 / hidden (arXiv 1910.05895,
+    as in XATL, arXiv 2404.02684), biases zero, gains of norms one. The norm of queries goes with q,
+    that of keys with k.
+
+    Args:
+        table: local parameter name -> WeightSpec, with everything copied that can be.
+        inherit: as `parse_inherit` reads it.
+        hidden: width of the residual stream.
     """
     kept = parse_inherit(inherit)
     matrix = f"normal {math.sqrt(0.4 / hidden):.6g}"
@@ -35,6 +45,7 @@ def apply_inherit(table: dict[str, WeightSpec], inherit: str, hidden: int) -> di
     def init_unless_inherited(weight: WeightSpec) -> WeightSpec:
         if weight.source is None or weight.source.split(".")[1].removesuffix("_norm") in kept:
             return weight
+        # A signature's first word tells its kind: "-> x" is a bias, "gain x" a norm.
         head = weight.signature.split()[0]
         return replace(weight, source=None, fresh={"->": "zeros", "gain": "ones"}.get(head, matrix))
 

@@ -1,4 +1,4 @@
-"""What mixers with a matrix state share: projections, padding, the recurrence, norm and gate of the heads' outputs."""
+"""What mixers with a matrix state share: projections, recurrence, norm and gate of the outputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from ..errors import RegraftError
 from .base import (
     Attention,
@@ -31,39 +32,42 @@ ACTIVATIONS = {
     "softmax": lambda x: x.softmax(-1),
 }
 EPS = 1e-5
-SIZE_OPTIONS = (
-    "feature",
-    "rank",
-    "shift_rank",
-    "window",
-)  # options of mixers below, which are 1 or more
-MIN_DENOMINATOR = 1e-12  # of a denominator
+# Options of the mixers that build on this module which must be 1 or more.
+SIZE_OPTIONS = ("feature", "rank", "shift_rank", "window")
+MIN_DENOMINATOR = 1e-12
 
 
 @dataclass(frozen=True)
 class LinearOptions:
-    """`rotary`: rotate queries and keys as the source does. `grouped`: query heads of a group share keys, values and
-    state, as in the source; else each has its own. `norm`: of each head's output. `gate`: activation of an output gate,
-    a new projection of the input that multiplies the heads' outputs.
-    """
+    """Options that most mixers with a matrix state have."""
 
+    # Rotate queries and keys as the source does.
     rotary: bool = True
+    # The query heads of a group share keys, values and state, as in the source; else each head has
+    # its own.
     grouped: bool = False
+    # Norm of each head's output.
     norm: Literal["none", "rms", "layer"] = "none"
+    # Activation of an output gate, a new projection of the input that multiplies the outputs.
     gate: Literal["none", "silu", "sigmoid"] = "none"
 
 
 class LinearAttention(Mixer):
-    """Linear attention o_t = S_t^T q_t over a matrix state per head; subclasses give `inputs` of the recurrence.
+    """Linear attention o_t = S_t^T q_t over a matrix state per head.
 
-    `inputs` may widen queries and keys to features (`keys`). With `denominator` the output is divided by the same sum
-    over values of one, kept as one more column of the state (Katharopoulos et al., arXiv 2006.16236, eq. 9).
+    Subclasses give the `inputs` of the recurrence, which may widen queries and keys to features
+    (`key_dim`). With `denominator` the output is divided by the same sum over values of one, kept
+    as one more column of the state (Katharopoulos et al., arXiv 2006.16236, eq. 9).
     """
 
-    gain: ClassVar[str | None] = None  # axes of the output norm's gain
-    bias: ClassVar[bool] = False  # whether that norm has a bias too
+    # Axes of the output norm's gain; None: it has none.
+    gain: ClassVar[str | None] = None
+    # Whether that norm has a bias too.
+    bias: ClassVar[bool] = False
+    # Whether the recurrence is the delta rule.
     delta: ClassVar[bool] = False
-    pairs: ClassVar[int] = CHUNK * CHUNK  # of queries and keys that are scored in a chunk
+    # Pairs of queries and keys that are scored in a chunk.
+    pairs: ClassVar[int] = CHUNK * CHUNK
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
@@ -71,6 +75,8 @@ class LinearAttention(Mixer):
         self.qkv = Projections(attention, expand=not self.is_grouped(self.options))
         norm, self.activation = self.output_norm_and_gate(self.options)
         self.kind = norm
+
+        # A layer has only the parameters that its options use: `weights` says the same.
         if norm != "none" and self.gain is not None:
             size = attention.dim if self.gain == "dim" else attention.heads * attention.dim
             self.norm = nn.Parameter(torch.ones(size))
@@ -80,7 +86,7 @@ class LinearAttention(Mixer):
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
-        """The options; RegraftError for sizes that are none."""
+        """The options; RegraftError for an unknown option, a wrong type or a size below 1."""
         options = super().parse(spec)
         for key, value in vars(options).items():
             if key in SIZE_OPTIONS and isinstance(value, int) and value < 1:
@@ -89,7 +95,7 @@ class LinearAttention(Mixer):
 
     @classmethod
     def output_norm_and_gate(cls, options: Any) -> tuple[str, str]:
-        """(norm, activation of the gate) of the heads' outputs."""
+        """(norm, activation of the gate) of the heads' outputs, "none" for neither."""
         return options.norm, options.gate
 
     @classmethod
@@ -104,7 +110,7 @@ class LinearAttention(Mixer):
 
     @classmethod
     def state_axes(cls, options: Any) -> str:
-        """The same as axes."""
+        """The same as named axes of a signature."""
         return "kv" if cls.is_grouped(options) else "kv group"
 
     @classmethod
@@ -129,15 +135,15 @@ class LinearAttention(Mixer):
         """The source's projections; gains one, the gate's projection small."""
         options = cls.parse(spec)
         norm, gate = cls.output_norm_and_gate(options)
-        table = {
-            f"qkv.{n}": w
-            for n, w in Projections.weights(attention, not cls.is_grouped(options)).items()
-        }
+        projections = Projections.weights(attention, expand=not cls.is_grouped(options))
+        table = {f"qkv.{name}": weight for name, weight in projections.items()}
         table |= output_weights(attention) if output else {}
+
         if norm != "none" and cls.gain is not None:
             table["norm"] = WeightSpec(f"gain {cls.gain}", fresh="ones", decay=False)
             if cls.bias:
                 table["norm_bias"] = WeightSpec(f"-> {cls.gain}", fresh="zeros", decay=False)
+        # Small, not zero: silu of zero is zero and would pass no gradient to the heads.
         if gate != "none":
             table["gate.weight"] = WeightSpec(
                 "hidden -> kv group dim", fresh="normal 0.02", decay=False
@@ -148,20 +154,20 @@ class LinearAttention(Mixer):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """One (keys, values) matrix per head that has a state."""
         options = cls.parse(spec)
-        return (
-            cls.state_heads(attention, options)
-            * cls.key_dim(attention, options)
-            * cls.value_dim(attention)
-        )
+        matrix = cls.key_dim(attention, options) * cls.value_dim(attention)
+        return cls.state_heads(attention, options) * matrix
 
     @classmethod
     def token_flops(cls, attention: Attention, options: Any) -> int:
-        """Forward FLOPs of a token's matrix products beside maps and recurrence, such as feature maps."""
+        """Forward FLOPs per token beside projections and recurrence, such as feature maps."""
         return 0
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
-        """Decay, (read for the delta rule,) write per state, read out per query head; what `token_flops` says."""
+        """Decay and write per state, read out per query head, and what `token_flops` says.
+
+        The delta rule also reads each state before it writes.
+        """
         options = cls.parse(spec)
         matrix = cls.key_dim(attention, options) * cls.value_dim(attention)
         heads = (5 if cls.delta else 3) * cls.state_heads(attention, options) + 2 * attention.heads
@@ -173,53 +179,77 @@ class LinearAttention(Mixer):
         options = cls.parse(spec)
         states = cls.state_heads(attention, options)
         widths = cls.key_dim(attention, options), cls.value_dim(attention)
-        once, back = chunked_flops(
-            states, attention.heads // states, *widths, length, cls.delta, cls.pairs
-        )
+        group = attention.heads // states
+        once, back = chunked_flops(states, group, *widths, length, cls.delta, cls.pairs)
         tokens = length * cls.token_flops(attention, options)
         return once + tokens, back + 2 * tokens
 
-    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
-        """Arguments of `dispatch.recur` but segments and state, from x: (batch, time, hidden)."""
+    def inputs(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> dict[str, Tensor]:
+        """Arguments of `dispatch.recur` by name, all but segments and state."""
         raise NotImplementedError
 
-    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state matrix."""
-        out, last = self.run_recurrence(
-            self.inputs(x, mixing), mixing, state["matrix"] if state else None
-        )
+    def mix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
+        """Outputs per head and the state, one matrix per head; see `Mixer.mix`."""
+        start = state["matrix"] if state else None
+        out, last = self.run_recurrence(self.inputs(x, mixing), mixing, start)
         return self.normalize_and_gate(out, x).to(x.dtype), {"matrix": last}
 
-    def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
-        """As in the base class: what comes of values that are one at a single token."""
+    def matrix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> Float[Tensor, "batch heads time time"]:
+        """How values are mixed over tokens, before norms and gates; see `Mixer.matrix`."""
+        # A subclass with a mix of its own has inputs that this method does not know.
         if type(self).mix is not LinearAttention.mix:
             return super().matrix(x, mixing)
+
+        # Value number i is one at token i and zero elsewhere, so output number i is column i.
         inputs = self.inputs(x, mixing)
         heads, time = inputs["v"].shape[1:3]
         inputs["v"] = torch.eye(time, device=x.device).expand(x.shape[0], heads, time, time)
         out, _ = self.run_recurrence(inputs, mixing, None)
-        return (
-            out[..., :-1] / out[..., -1:].clamp(min=MIN_DENOMINATOR) if self.denominator else out
-        ).transpose(1, 2)
+        if self.denominator:
+            out = out[..., :-1] / out[..., -1:].clamp(min=MIN_DENOMINATOR)
+        return out.transpose(1, 2)
 
     def run_recurrence(
-        self, inputs: dict[str, Tensor], mixing: MixerContext, matrix: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs (batch, time, heads, values) and the last state; padding neither writes nor decays."""
+        self,
+        inputs: dict[str, Tensor],
+        mixing: MixerContext,
+        matrix: Float[Tensor, "batch states keys values"] | None,
+    ) -> tuple[Float[Tensor, "batch time heads values"], Float[Tensor, "batch states keys values"]]:
+        """(outputs, last state); padding neither writes nor decays.
+
+        Args:
+            inputs: as `inputs` gives them.
+            mixing: padding and documents of these tokens.
+            matrix: the state before the first token; None: zeros.
+        """
         dtype = inputs["v"].dtype
         inputs = {name: value.float() for name, value in inputs.items()}
         if self.denominator:
             inputs["v"] = F.pad(inputs["v"], (0, 1), value=1.0)
+
+        # A log-decay of zero keeps the state, a key or value of zero adds nothing to it.
         for name in ("k", "v", "g", "beta"):
             if name in inputs:
                 (inputs[name],) = mask_padding(mixing.valid, inputs[name])
         out, last = recur(**inputs, segments=mixing.segments, state=matrix, dtype=dtype)
         return out.transpose(1, 2), last
 
-    def normalize_and_gate(self, out: Tensor, x: Tensor) -> Tensor:
-        """Denominator, norm and gate; out: (batch, time, heads, values), x: what the gate reads."""
+    def normalize_and_gate(
+        self,
+        out: Float[Tensor, "batch time heads values"],
+        x: Float[Tensor, "batch time hidden"],
+    ) -> Float[Tensor, "batch time heads dim"]:
+        """Denominator, norm and gate of the recurrence's outputs; the gate reads `x`."""
         if self.denominator:
             out = out[..., :-1] / out[..., -1:].clamp(min=MIN_DENOMINATOR)
+
+        # Per head, in float32, which the recurrence's outputs are.
         if self.kind == "rms":
             out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + EPS)
         elif self.kind == "layer":
@@ -228,18 +258,28 @@ class LinearAttention(Mixer):
             out = out * self.norm.float().view(-1, self.attention.dim)
             if self.norm_bias is not None:
                 out = out + self.norm_bias.float().view(-1, self.attention.dim)
+
         if self.activation != "none":
             out = out * ACTIVATIONS[self.activation](self.gate(x).float()).view_as(out)
         return out
 
 
-def apply_feature_map(x: Tensor, maps: Tensor) -> Tensor:
-    """x: (batch, heads, time, dim) -> (..., features) by maps (heads or groups of heads, features, dim)."""
+def apply_feature_map(
+    x: Float[Tensor, "batch heads time dim"], maps: Float[Tensor, "maps features dim"]
+) -> Float[Tensor, "batch heads time features"]:
+    """A linear map of each head; `maps` has one per head, or one per group of heads in a row."""
     return (x.to(maps.dtype).unflatten(1, (len(maps), -1)) @ maps.unsqueeze(1).mT).flatten(1, 2)
 
 
 def low_rank_weights(name: str, rank: int, axes: str, start: str) -> dict[str, WeightSpec]:
-    """A new low-rank map from the input that begins as its bias, `start`."""
+    """A new low-rank map from the input that begins as its bias alone.
+
+    Args:
+        name: of the parameters, `{name}_in` and `{name}_out`.
+        rank: of the map.
+        axes: named axes of the map's output.
+        start: initial value of the bias.
+    """
     return {
         f"{name}_in.weight": WeightSpec(f"hidden -> {rank}", fresh="normal 0.02", decay=False),
         f"{name}_out.weight": WeightSpec(f"{rank} -> {axes}", fresh="zeros", decay=False),
@@ -247,6 +287,6 @@ def low_rank_weights(name: str, rank: int, axes: str, start: str) -> dict[str, W
     }
 
 
-def mean_decay(distance: Tensor, states: int) -> Tensor:
-    """Rate whose half-life is the mean distance (heads,) of each state's heads, within [1e-3, 5]: (states,)."""
+def mean_decay(distance: Float[Tensor, " heads"], states: int) -> Float[Tensor, " {states}"]:
+    """Decay rate of each state whose half-life is the mean distance of its heads, in [1e-3, 5]."""
     return (math.log(2) / distance.view(states, -1).mean(1)).clamp(1e-3, 5.0)

@@ -1,4 +1,4 @@
-"""LoLCATs: softmax attention over a window and linear attention over what came before, under one denominator."""
+"""LoLCATs: softmax attention over a window, linear attention before it, one denominator."""
 
 from __future__ import annotations
 
@@ -9,26 +9,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Bool, Float, Int
 from .base import Attention, MixerContext, State, WeightSpec, pad_time
 from .hedgehog import Hedgehog, HedgehogOptions
 
 
 @dataclass(frozen=True)
 class LolcatsOptions(HedgehogOptions):
-    """As `HedgehogOptions`. `window`: tokens under softmax attention, the newest included. `start`: the window's factor
-    is its sigmoid at first (the released recipes': 0.1). `affine`: the linear terms' factor is one minus the window's.
-    """
+    """As `HedgehogOptions`, and the window."""
 
-    window: int = 64
-    start: float = -2.1972
-    affine: bool = False
+    window: int = 64  # tokens under softmax attention, the newest included
+    start: float | int = -2.1972  # the window's factor begins at its sigmoid, 0.1 as in the recipes
+    affine: bool = False  # whether the factor of the linear terms is one minus the window's
+
+
+@dataclass(frozen=True)
+class WindowedTokens:
+    """The window of tokens before a call and the call's own, `window + time` in all."""
+
+    q: Float[Tensor, "batch heads total dim"]  # zeros in the window, whose outputs are out already
+    k: Float[Tensor, "batch states total dim"]
+    v: Float[Tensor, "batch states total dim"]
+    held: Bool[Tensor, "batch total"]  # False on padding and on slots that no token fills
+    ids: Int[Tensor, "batch total"]  # document number
+    order: (
+        Int[Tensor, "batch total"] | None
+    )  # how padding was sorted to the front; None: not at all
 
 
 class Lolcats(Hedgehog):
-    """LoLCATs (Zhang et al., arXiv 2410.10254, eq. 6): Hedgehog features outside a sliding window, softmax terms in it.
+    """LoLCATs (Zhang et al., arXiv 2410.10254, eq. 6).
 
-    o_n = (gamma sum_{n-w<i<=n} e^(q_n k_i / sqrt(dim) - c_n) v_i + phi(q_n)^T sum_{i<=n-w} phi(k_i) v_i^T) / (the same
-    sums without v), where c_n is the largest exponent in the window and gamma = sigmoid of a number per head.
+    Hedgehog features outside a sliding window, softmax terms inside it: o_n = (gamma sum_{n-w<i<=n}
+    e^(q_n k_i / sqrt(dim) - c_n) v_i + phi(q_n)^T sum_{i<=n-w} phi(k_i) v_i^T) / (the same sums
+    without v), where c_n is the largest exponent in the window and gamma = sigmoid of a number per
+    head. The state is the window (`k`, `v`, `held`) and `matrix`, the sums over what left it.
     """
 
     name = "lolcats"
@@ -50,8 +65,8 @@ class Lolcats(Hedgehog):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Hedgehog's; keys, values and whether there is a token, for the window."""
         options = cls.parse(spec)
-        held = 2 * cls.state_heads(attention, options) * attention.dim + 1
-        return super().state_size(attention, spec) + options.window * held
+        per_token = 2 * cls.state_heads(attention, options) * attention.dim + 1
+        return super().state_size(attention, spec) + options.window * per_token
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
@@ -71,92 +86,123 @@ class Lolcats(Hedgehog):
         softmax = 2 * pairs * (attention.dim + cls.value_dim(attention))
         return once + softmax, back + 2 * softmax
 
-    def initial_state(self, like: Tensor) -> State:
-        """The state before the first token; like: (batch, heads, time, dim)."""
+    def initial_state(self, like: Float[Tensor, "batch states time dim"]) -> State:
+        """The state before the first token, with the type and place of the keys `like`."""
         b, heads, _, dim = like.shape
         window = like.new_zeros(b, heads, self.options.window, dim)
         matrix = like.new_zeros(b, heads, self.key_dim(self.attention, self.options), dim + 1)
         held = torch.zeros(b, self.options.window, dtype=torch.bool, device=like.device)
         return {"k": window, "v": window, "held": held, "matrix": matrix}
 
-    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim), and the state: window and matrix of what left it."""
+    def mix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
+        """Outputs per head and the state after the last token; see `Mixer.mix`."""
         q, k, v = (t.float() for t in self.rotated_qkv(x, mixing))
         state, window, time = state or self.initial_state(k), self.options.window, x.shape[1]
-        valid = (
-            torch.ones_like(x[..., 0], dtype=torch.bool) if mixing.valid is None else mixing.valid
-        )
-        held = torch.cat((state["held"], valid), 1)
-        ids = torch.zeros_like(held, dtype=torch.long)
-        if mixing.segments is not None:
-            ids = F.pad(mixing.segments, (window, 0), value=-1)
-        q, k, v = (
-            F.pad(q, (0, 0, window, 0)),
-            torch.cat((state["k"], k), 2),
-            torch.cat((state["v"], v), 2),
-        )
-        if mixing.valid is not None:  # padding goes to the front, so that windows are of tokens
-            order = held.long().argsort(dim=1, stable=True)
-            held, ids = held.gather(1, order), ids.gather(1, order)
-            q, k, v = (
-                t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
-                for t in (q, k, v)
-            )
-        q, own = q[:, :, window:], ids[:, window:]
-        left = held[:, :time] & (
-            ids[:, :time] == own
-        )  # these tokens leave the window, one at each step
+        tokens = self.join_window(q, k, v, mixing, state)
+        q, k, v, held, ids = tokens.q[:, :, window:], tokens.k, tokens.v, tokens.held, tokens.ids
+
+        # Linear attention over what leaves the window. At each step one token does, the one that
+        # stands `window` places earlier; one of another document counts as padding.
+        own = ids[:, window:]
+        left = held[:, :time] & (ids[:, :time] == own)
         past = MixerContext(None, left, None if mixing.segments is None else own)
-        before, matrix = self.run_recurrence(
-            self.featurize(q, k[:, :, :time], v[:, :, :time]), past, state["matrix"]
-        )
+        features = self.featurize(q, k[:, :, :time], v[:, :, :time])
+        before, matrix = self.run_recurrence(features, past, state["matrix"])
+
+        # Numerators and denominators of both kinds are added; the division comes last.
         gamma = self.factor.float().sigmoid().view(-1, 1)
-        out = (
-            gamma * self.window_softmax_sums(q, k, v, held, ids)
-            + (1 - gamma if self.options.affine else 1.0) * before
-        )
-        if mixing.valid is not None:
-            back = (order.argsort(1)[:, window:] - window).clamp(min=0)  # below zero: padding
+        inside = self.window_softmax_sums(q, k, v, held, ids)
+        out = gamma * inside + (1 - gamma if self.options.affine else 1.0) * before
+
+        if tokens.order is not None:
+            back = (tokens.order.argsort(1)[:, window:] - window).clamp(min=0)  # below 0: padding
             out = out.gather(1, back[:, :, None, None].expand_as(out))
         last = {"k": k[:, :, time:], "v": v[:, :, time:], "held": held[:, time:], "matrix": matrix}
         return self.normalize_and_gate(out, x).to(x.dtype), last
 
-    def window_softmax_sums(
-        self, q: Tensor, k: Tensor, v: Tensor, held: Tensor, ids: Tensor
-    ) -> Tensor:
-        """Sums of softmax terms, (batch, time, heads, dim + 1), the last over values of one.
+    def join_window(
+        self,
+        q: Float[Tensor, "batch heads time dim"],
+        k: Float[Tensor, "batch states time dim"],
+        v: Float[Tensor, "batch states time dim"],
+        mixing: MixerContext,
+        state: State,
+    ) -> WindowedTokens:
+        """The window in `state` and these tokens behind it, padding sorted to the front."""
+        window = self.options.window
+        valid = mixing.valid
+        if valid is None:
+            valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool)
+        held = torch.cat((state["held"], valid), 1)
 
-        q: (batch, heads, time, dim); k, v: (batch, states, window + time, dim); held, ids: (batch, window + time).
+        # Without packed documents all tokens are of document 0, the window included.
+        ids = torch.zeros_like(held, dtype=torch.long)
+        if mixing.segments is not None:
+            ids = F.pad(mixing.segments, (window, 0), value=-1)
+
+        q = F.pad(q, (0, 0, window, 0))
+        k, v = torch.cat((state["k"], k), 2), torch.cat((state["v"], v), 2)
+        if mixing.valid is None:
+            return WindowedTokens(q, k, v, held, ids, None)
+
+        # Padding goes to the front, so that `window` places are `window` tokens.
+        order = held.long().argsort(dim=1, stable=True)
+        held, ids = held.gather(1, order), ids.gather(1, order)
+        q, k, v = (
+            t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+            for t in (q, k, v)
+        )
+        return WindowedTokens(q, k, v, held, ids, order)
+
+    def window_softmax_sums(
+        self,
+        q: Float[Tensor, "batch heads time dim"],
+        k: Float[Tensor, "batch states total dim"],
+        v: Float[Tensor, "batch states total dim"],
+        held: Bool[Tensor, "batch total"],
+        ids: Int[Tensor, "batch total"],
+    ) -> Float[Tensor, "batch time heads dim+1"]:
+        """Sums of the window's softmax terms times values, and in the last column times one.
+
+        Args:
+            q: queries of the new tokens.
+            k, v, held, ids: the window before them and the new tokens, as in `WindowedTokens`;
+                `total` is window + time.
         """
+        # Blocks of `size` queries; each sees the window before it and itself.
         window, time, states = self.options.window, q.shape[2], k.shape[1]
         size = min(window, time)
         n = -(-time // size)
-        more = n * size - time
-        k, v = F.pad(k, (0, 0, 0, more)), F.pad(F.pad(v, (0, 1), value=1.0), (0, 0, 0, more))
-        keys, values = (
-            t.unfold(2, window + size, size) for t in (k, v)
-        )  # (b, states, n, dim, window + size)
-        held, theirs = (F.pad(t, (0, more)).unfold(1, window + size, size) for t in (held, ids))
-        own = F.pad(ids[:, window:], (0, more)).unflatten(1, (n, size))
-        at, to = (
-            torch.arange(size, device=q.device).view(-1, 1),
-            torch.arange(window + size, device=q.device),
-        )
-        seen = (
-            (to > at)
-            & (to <= at + window)
-            & held.unsqueeze(2)
-            & (own.unsqueeze(3) == theirs.unsqueeze(2))
-        )
+        missing = n * size - time
+        k = F.pad(k, (0, 0, 0, missing))
+        v = F.pad(F.pad(v, (0, 1), value=1.0), (0, 0, 0, missing))
+        # keys and values of a block: (batch, states, n, dim, window + size)
+        keys, values = (t.unfold(2, window + size, size) for t in (k, v))
+
+        seen = self.window_mask(held, ids, size, n)
         group = pad_time(q, size).unflatten(1, (states, -1)).unflatten(3, (n, size)).transpose(2, 3)
         seen = seen[:, None, :, None].expand(-1, states, -1, group.shape[3], -1, -1).flatten(3, 4)
+
         scores = (group.flatten(3, 4) @ keys) * self.attention.scale
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         out = (scores - scores.amax(-1, keepdim=True)).exp() @ values.mT
-        return (
-            out.unflatten(3, group.shape[3:5])
-            .transpose(2, 3)
-            .flatten(3, 4)
-            .flatten(1, 2)[:, :, :time]
-            .transpose(1, 2)
-        )
+        out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b states g t dim+1
+        return out.flatten(1, 2)[:, :, :time].transpose(1, 2)
+
+    def window_mask(
+        self, held: Bool[Tensor, "batch total"], ids: Int[Tensor, "batch total"], size: int, n: int
+    ) -> Bool[Tensor, "batch {n} {size} keys"]:
+        """Whether each query of a block sees each of its `window + size` keys."""
+        window = self.options.window
+        missing = n * size - (ids.shape[1] - window)
+        query_ids = F.pad(ids[:, window:], (0, missing)).unflatten(1, (n, size))
+        held, key_ids = (F.pad(t, (0, missing)).unfold(1, window + size, size) for t in (held, ids))
+
+        # The query in row i stands at key column window + i and sees `window` keys up to itself.
+        row = torch.arange(size, device=ids.device).view(-1, 1)
+        column = torch.arange(window + size, device=ids.device)
+        in_window = (column > row) & (column <= row + window)
+        same = query_ids.unsqueeze(3) == key_ids.unsqueeze(2)
+        return in_window & held.unsqueeze(2) & same

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from .base import Attention, MixerContext, State, WeightSpec
 from .ssm import (
     DT_INIT,
@@ -21,12 +22,14 @@ from .ssm import (
 
 
 class Mamba(StateSpace):
-    """S6 (Gu & Dao, arXiv 2312.00752, algorithm 2): h_t = exp(dt A) h_{t-1} + dt B_t x_t, y_t = C_t h_t + D x_t.
+    """S6 (Gu & Dao, arXiv 2312.00752, algorithm 2).
 
-    Per channel: x after convolution and SiLU, A = -exp(A_log) started at -1, -2, ..., D at one, the step dt = softplus
-    of a projection of low rank, its bias started so that dt is log-uniform on (0.001, 0.1); y times silu(gate). B, C
-    and dt read x (layout `own`), or B and C are the source's keys and queries, one state per head, and dt reads the
-    layer's input.
+    h_t = exp(dt A) h_{t-1} + dt B_t x_t, y_t = C_t h_t + D x_t per channel: x after convolution and
+    SiLU, A = -exp(A_log) started at -1, -2, ..., D at one, the step dt = softplus of a projection
+    of low rank, its bias started so that dt is log-uniform on (0.001, 0.1); y times silu(gate).
+
+    In layout `own` B, C and dt read x. In layout `attention` B and C are the source's keys and
+    queries, with one state per head, and dt reads the layer's input.
     """
 
     name = "mamba"
@@ -62,10 +65,12 @@ class Mamba(StateSpace):
         """Convolution, B, C, steps, A and D beside the projections; no decay on A, D and biases."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         widths, low = cls.widths_of(attention, options), dt_rank(attention.hidden)
-        reads, width = ("hidden", attention.hidden)
+
+        reads, width = ("hidden", attention.hidden)  # what makes the time step
         if options.layout == "own":
             reads, width = widths.channels, widths.inner
             table |= {f"{name}.weight": dense_weight(reads, widths.keys, width) for name in "bc"}
+
         table |= ShortConv.weights("conv", widths.channels, options.conv)
         table |= {
             "low.weight": dense_weight(reads, str(low), width),
@@ -86,9 +91,13 @@ class Mamba(StateSpace):
         once = 2 * length * widths.inner * widths.state
         return once, 2 * once
 
-    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim), (batch, time, 1, inner) in the own layout; states."""
+    def mix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
+        """Outputs per head and the states; see `Mixer.mix`. In layout `own` there is one head."""
         state, heads = state or {}, (self.widths.heads, self.widths.dim)
+
+        # values: (batch, time, channels), b and c: (batch, time, heads, state)
         if self.own:
             values, conv = self.conv(self.x(x), mixing, state.get("conv"))
             b, c = self.b(values).unsqueeze(2), self.c(values).unsqueeze(2)
@@ -96,15 +105,20 @@ class Mamba(StateSpace):
             c, b, values = (t.transpose(1, 2) for t in self.qkv(x))
             values, conv = self.conv(values.flatten(2), mixing, state.get("conv"))
         dt = F.softplus(self.dt(self.low(values if self.own else x)).float()).unflatten(-1, heads)
+
+        # Decays and writes, (batch, time, heads, dim, state).
         values, b, c = values.float().unflatten(-1, heads), b.float(), c.float()
         a = (dt.unsqueeze(-1) * -self.A_log.float().exp().view(*heads, -1)).exp()
         u = (dt * values).unsqueeze(-1) * b.unsqueeze(-2)
+
+        # Padding keeps the state and writes nothing; a document's first token forgets it all.
         if mixing.valid is not None:
             valid = mixing.valid[:, :, None, None, None]
             a, u = a.masked_fill(~valid, 1.0), u * valid
         if mixing.segments is not None:
             begins = mixing.segments[:, 1:] != mixing.segments[:, :-1]
             a = a.masked_fill(F.pad(begins, (1, 0))[:, :, None, None, None], 0.0)
+
         start = state["matrix"] if state else torch.zeros_like(u[:, 0])
         h = (naive_scan if x.shape[1] == 1 else scan)(a, u, start)
         y = (h @ c.unsqueeze(-1)).squeeze(-1) + self.D.float().view(heads) * values

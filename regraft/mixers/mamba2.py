@@ -1,4 +1,4 @@
-"""Mamba-2: a state-space model with one decay per head, which is linear attention with data-dependent decay."""
+"""Mamba-2: a state-space model with one decay per head, a form of linear attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from ..errors import RegraftError
 from .base import Attention, MixerContext, State, WeightSpec, mask_padding
 from .dispatch import recur
@@ -19,18 +20,20 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Mamba2Options(SsmOptions):
-    """As `SsmOptions`; `head_dim`: channels of a head in layout `own`, as wide as the source's heads by default."""
+    """As `SsmOptions`, and the width of a head."""
 
     state: int = 128
+    # Channels of a head in layout `own`; as wide as the source's heads by default.
     head_dim: int | None = None
 
 
 class Mamba2(StateSpace):
-    """SSD (Dao & Gu, arXiv 2405.21060, section 7): S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T, y_t = S_t^T C_t + D x_t.
+    """SSD (Dao & Gu, arXiv 2405.21060, section 7).
 
-    x, B and C go through the convolution and SiLU; per head A = -exp(A_log) with -A started uniform on (1, 16), D at
-    one and dt = softplus(W x_t + b), b started so that dt is log-uniform on (0.001, 0.1). The output is the RMS norm
-    of y times silu(gate), with a gain. In layout `own` all heads share B and C.
+    S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T, y_t = S_t^T C_t + D x_t. x, B and C go through the
+    convolution and SiLU; per head A = -exp(A_log) with -A started uniform on (1, 16), D at one and
+    dt = softplus(W x_t + b), b started so that dt is log-uniform on (0.001, 0.1). The output is the
+    RMS norm of y times silu(gate), with a gain. In layout `own` all heads share B and C.
     """
 
     name = "mamba2"
@@ -47,6 +50,7 @@ class Mamba2(StateSpace):
         self.conv_x, self.conv_b, self.conv_c = (
             ShortConv(shape, taps) for shape in (channels, keys, keys)
         )
+
         self.dt = nn.Linear(attention.hidden, widths.heads)
         self.A_log = nn.Parameter(torch.zeros(widths.heads))
         self.D = nn.Parameter(torch.ones(widths.heads))
@@ -54,54 +58,52 @@ class Mamba2(StateSpace):
 
     @classmethod
     def widths_of(cls, attention: Attention, options: Mamba2Options) -> Widths:
-        """Heads of `head_dim` channels that share B and C, or the attention's."""
+        """Heads of `head_dim` channels that share B and C, or the attention's heads.
+
+        Raises RegraftError when `head_dim` does not divide the channels.
+        """
         if options.layout == "attention":
-            return Widths(
-                attention.heads,
-                attention.dim,
-                attention.dim,
-                "kv group dim",
-                "kv group",
-                "kv group dim",
-            )
+            axes = ("kv group dim", "kv group", "kv group dim")
+            return Widths(attention.heads, attention.dim, attention.dim, *axes)
+
         inner, dim = options.expand * attention.hidden, options.head_dim or attention.dim
         if inner % dim:
             raise RegraftError(
-                f"mixer '{cls.name}': head_dim {dim} does not divide {inner} channels (expand {options.expand} times "
-                f"{attention.hidden}): give a head_dim that does"
+                f"mixer '{cls.name}': head_dim {dim} does not divide {inner} channels (expand "
+                f"{options.expand} times {attention.hidden}): give a head_dim that does"
             )
-        return Widths(
-            inner // dim, dim, options.state, str(inner), str(inner // dim), str(options.state)
-        )
+        heads, state = inner // dim, options.state
+        return Widths(heads, dim, state, str(inner), str(heads), str(state))
 
     @classmethod
     def conv_channels(cls, widths: Widths) -> int:
-        """x, B and C."""
+        """Channels of x, B and C."""
+        # Axes that are a number are shared by all heads: layout `own`.
         return widths.inner + 2 * (widths.state if widths.keys.isdigit() else widths.inner)
 
     @classmethod
     def weights(
         cls, attention: Attention, spec: dict[str, object], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """Convolutions, steps, A, D and the norm beside the projections; no decay on A, D, gain and biases."""
+        """The projections, convolutions, steps, A, D and the norm.
+
+        Weight decay does not act on A, D, the gain and biases.
+        """
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         widths = cls.widths_of(attention, options)
         if options.layout == "own":
-            table |= {
-                f"{name}.weight": dense_weight("hidden", widths.keys, attention.hidden)
-                for name in "bc"
-            }
+            for name in "bc":
+                table[f"{name}.weight"] = dense_weight("hidden", widths.keys, attention.hidden)
         for name, axes in (("x", widths.channels), ("b", widths.keys), ("c", widths.keys)):
             table |= ShortConv.weights(f"conv_{name}", axes, options.conv)
-        table |= {
+
+        return table | {
             "dt.weight": dense_weight("hidden", widths.head, attention.hidden),
             "dt.bias": no_decay_weight(f"-> {widths.head}", DT_INIT),
-        }
-        table |= {
             "A_log": no_decay_weight(f"-> {widths.head}", "log_uniform 1 16"),
             "D": no_decay_weight(f"-> {widths.head}", "ones"),
+            "norm": no_decay_weight(f"gain {widths.channels}", "ones"),
         }
-        return table | {"norm": no_decay_weight(f"gain {widths.channels}", "ones")}
 
     @classmethod
     def row_flops(
@@ -112,56 +114,66 @@ class Mamba2(StateSpace):
         return chunked_flops(widths.heads, 1, widths.state, widths.dim, length, delta=False)
 
     @torch.no_grad()
-    def start_gates(self, distance: Tensor, entropy: Tensor) -> None:
-        """In the attention layout: half-life at the steps' start = mean distance, A = ln 2 / (distance dt)."""
+    def start_gates(
+        self, distance: Float[Tensor, " heads"], entropy: Float[Tensor, " heads"]
+    ) -> None:
+        """Half-life at the initial steps = mean distance: A = ln 2 / (distance dt)."""
         step = F.softplus(self.dt.bias)
         self.A_log.copy_((torch.log(torch.tensor(2.0)) / distance.clamp(min=1.0) / step).log())
 
     def inputs(
-        self, x: Tensor, mixing: MixerContext, past: State
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, past: State
     ) -> tuple[dict[str, Tensor], State]:
-        """(C as q, B as k, values, dt and g, each (batch, heads, time, ..); states of the convolutions)."""
+        """(what the recurrence reads, states of the convolutions).
+
+        What it reads: C as `q`, B as `k`, `values` and `dt` (batch, heads, time, ...), and the
+        log-decay `g` (batch, heads, time).
+        """
         widths, new = self.widths, {}
         if self.own:
             parts = {"x": self.x(x), "b": self.b(x), "c": self.c(x)}
         else:
-            parts = {
-                name: t.transpose(1, 2).flatten(2)
-                for name, t in zip("cbx", self.qkv(x), strict=True)
-            }
+            # Queries are C, keys B, values x, as in linear attention.
+            qkv = zip("cbx", self.qkv(x), strict=True)
+            parts = {name: t.transpose(1, 2).flatten(2) for name, t in qkv}
         for name, conv in (("x", self.conv_x), ("b", self.conv_b), ("c", self.conv_c)):
             parts[name], new[f"conv_{name}"] = conv(parts[name], mixing, past.get(f"conv_{name}"))
+
         values = parts["x"].float().unflatten(-1, (widths.heads, widths.dim))
         b, c = (parts[n].float().unflatten(-1, (-1, widths.state)).transpose(1, 2) for n in "bc")
         b, c = (t.expand(-1, widths.heads, -1, -1) for t in (b, c))
         dt = F.softplus(self.dt(x).float())
         g = (-self.A_log.float().exp() * dt).transpose(1, 2)
-        made = {
+        read = {
             "q": c,
             "k": b,
             "values": values.transpose(1, 2),
             "dt": dt.transpose(1, 2).unsqueeze(-1),
             "g": g,
         }
-        return made, new
+        return read, new
 
-    def matrix(self, x: Tensor, mixing: MixerContext) -> Tensor:
-        """As in the base class, D on the diagonal."""
-        made, _ = self.inputs(x, mixing, {})
+    def matrix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> Float[Tensor, "batch heads time time"]:
+        """How values are mixed over tokens, D on the diagonal; see `Mixer.matrix`."""
+        read, _ = self.inputs(x, mixing, {})
         eye = torch.eye(x.shape[1], device=x.device)
-        out, _ = recur(
-            made["q"], made["k"], made["dt"] * eye, made["g"], None, mixing.segments, None
-        )
+        values = read["dt"] * eye  # value number i is one at token i and zero elsewhere
+        out, _ = recur(read["q"], read["k"], values, read["g"], None, mixing.segments, None)
         return out + self.D.float().view(-1, 1, 1) * eye
 
-    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the states."""
+    def mix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
+        """Outputs per head and the states; see `Mixer.mix`."""
         widths, past = self.widths, state or {}
-        made, new = self.inputs(x, mixing, past)
-        b, v, g = mask_padding(mixing.valid, made["k"], made["dt"] * made["values"], made["g"])
-        out, new["matrix"] = recur(made["q"], b, v, g, None, mixing.segments, past.get("matrix"))
-        y = self.apply_gate(
-            (out + self.D.float().view(-1, 1, 1) * made["values"]).transpose(1, 2), x
-        ).flatten(2)
+        read, new = self.inputs(x, mixing, past)
+        b, v, g = mask_padding(mixing.valid, read["k"], read["dt"] * read["values"], read["g"])
+        out, new["matrix"] = recur(read["q"], b, v, g, None, mixing.segments, past.get("matrix"))
+
+        # One norm over all channels, after the gate.
+        y = (out + self.D.float().view(-1, 1, 1) * read["values"]).transpose(1, 2)
+        y = self.apply_gate(y, x).flatten(2)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
         return y.unflatten(-1, (widths.heads, widths.dim)).to(x.dtype), new

@@ -9,27 +9,40 @@ from typing import Any, Literal
 from ..errors import RegraftError
 
 
-def parse_options(name: str, kind: type, given: dict[str, Any]) -> Any:
-    """The dataclass `kind` with the values that a spec gives; RegraftError names an unknown option or a wrong value."""
+def parse_options(name: str, kind: type, values: dict[str, Any]) -> Any:
+    """An options dataclass with the values of a spec.
+
+    Args:
+        name: of the mixer, for messages.
+        kind: the dataclass.
+        values: by option; what is left out has the dataclass's default.
+
+    Raises RegraftError that names an unknown option or a value of the wrong type.
+    """
     known = [field.name for field in dataclasses.fields(kind)]
-    if unknown := sorted(set(given) - set(known)):
+    if unknown := sorted(set(values) - set(known)):
         raise RegraftError(
             f"mixer '{name}' has no option '{unknown[0]}': it takes {', '.join(known)}"
         )
+
     for key, hint in typing.get_type_hints(kind).items():
-        if key in given and not _fits(given[key], hint):
-            words = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-            wanted = (
-                f"use one of {', '.join(words)}"
-                if words
-                else f"give {getattr(hint, '__name__', hint)}"
-            )
-            raise RegraftError(f"mixer '{name}': {key} is '{given[key]}', {wanted}")
-    return kind(**given)
+        if key in values and not _fits(values[key], hint):
+            raise RegraftError(f"mixer '{name}': {key} is '{values[key]}', {_advice(hint)}")
+    return kind(**values)
+
+
+def _advice(hint: Any) -> str:
+    """What to give for an option of this type."""
+    if typing.get_origin(hint) is Literal:
+        return f"use one of {', '.join(typing.get_args(hint))}"
+    return f"give {getattr(hint, '__name__', hint)}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON or YAML is of a type; a truth value is no number, a whole number is one."""
+    """Whether a value from JSON or YAML is of a type.
+
+    An int is a float too. A bool is neither, although Python makes it an int.
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in inner

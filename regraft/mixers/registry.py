@@ -16,6 +16,7 @@ from .inherit import apply_inherit, parse_inherit
 @cache
 def mixers() -> dict[str, type[Mixer]]:
     """Every mixer of this folder by its `name`."""
+    # Importing a module defines its classes, which is all that registers them.
     package = __package__ or "regraft.mixers"
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
@@ -29,7 +30,7 @@ def _iter_subclasses(mixer: type[Mixer]) -> Iterator[type[Mixer]]:
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class registered as `name`; RegraftError names the known ones."""
+    """The class registered as `name`; RegraftError for an unknown name."""
     if name not in mixers():
         raise RegraftError(f"unknown mixer '{name}': use one of {', '.join(sorted(mixers()))}")
     return mixers()[name]
@@ -45,7 +46,10 @@ def validate(spec: dict[str, Any]) -> None:
 
 
 def weights(spec: dict[str, Any], attention: Attention) -> dict[str, WeightSpec]:
-    """Local parameter name -> Weight of a mixer spec, whose key `inherit` says which projections are copied."""
+    """Local parameter name -> WeightSpec of a mixer spec.
+
+    The spec's key `inherit` says which of the source's projections are copied.
+    """
     table = mixer_class(spec["name"]).weights(attention, spec)
     return apply_inherit(table, spec.get("inherit", "all"), attention.hidden)
 

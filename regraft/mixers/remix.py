@@ -10,42 +10,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.anatomy import Key, find_anatomy
+from ..core.anatomy import Key, PlacedPart, find_anatomy
 from ..core.axes import Sizes, broadcast_axes, parse_signature
 from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.step import step_entry
 from ..errors import RegraftError
 from ..families.regraft import AUTO_MAP
-from .base import Attention, WeightSpec, create_initial_tensor
+from .base import Attention, WeightSpec
 from .inherit import parse_inherit
+from .initialize import create_initial_tensor
 from .registry import validate, weights
+
+RULES = ("bypass", "halo", "recall", "restore")  # of `linearize.select_layers`, by measurement
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class Remix:
-    """Replace softmax attention by `mixer` in all layers but those of `keep` (XATL, arXiv 2404.02684).
+    """Replace softmax attention by a mixer in all layers but some (XATL, arXiv 2404.02684).
 
-    `keep`: "every:4" keeps layers 0, 4, 8, ...; "0,7,14" these; "all"; "none". A linear mixer with `window` > 0 gets a
-    gated branch of sliding-window attention with `sinks` first tokens always seen; window 0 leaves it alone. `seed` is
-    of fresh weights, drawn per tensor name. `options` are the mixer's own (see its class), such as {"grouped": False}.
-    `inherit`: which projections of the source's attention the linear mixer copies: "all", "none", or a list such as
-    "v,o" (XATL copies "o"); the others begin anew (`mixers.inherit`). The window branch is the source's own.
+    Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the
+    logits.
 
-    `gate`: logit of the share that the linear branch beside a window has at first (0: half).
-    `scores`: how the layers of `keep` were chosen, when they were measured (`regraft.linearize.select_layers`); changes nothing here.
-
-    Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the logits.
     Refuses: unknown mixers, layers beyond the last, a model that is already linearized.
     """
 
+    # Name of the linear mixer.
     mixer: str = "gated_deltanet"
+    # Layers that keep softmax attention: "every:4" for 0, 4, 8, ...; "0,7,14" for these; "all";
+    # "none".
     keep: str = "every:4"
+    # With more than 0 tokens, a linear mixer gets a gated branch of sliding-window attention beside
+    # it; 0: no window. The window branch is the source's own attention.
     window: int = 64
+    # First tokens that the window branch always sees.
     sinks: int = 4
+    # Of new weights; each tensor has its own random numbers, by this seed and its name.
     seed: int = 0
+    # The mixer's own options (see its class), such as {"grouped": False}.
     options: dict[str, Any] = field(default_factory=dict)
+    # Projections of the source's attention that the linear mixer copies: "all", "none", or a list
+    # such as "v,o" (XATL copies "o"). The others begin as in `mixers.inherit`.
     inherit: str = "all"
+    # Initial logit of the linear branch's share beside a window (0: half).
     gate: float = -4.0
+    # How the layers of `keep` were chosen, when they were measured (`linearize.select_layers`).
+    # Changes nothing here.
     scores: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
@@ -55,27 +65,16 @@ class Remix:
         tensors: dict[Key, LazyTensor] = {}
         names: dict[Key, str] = {}
         used: set[str] = set()
-        for key, spot in anatomy.place(config).items():
-            role, layer = key
-            names[key] = spot.name
-            if key in source.tensors:
-                lazy = source.tensors[key]
-                tensors[key] = LazyTensor(
-                    lazy.shape, lazy.dtype, Provenance("copied", (source.names[key],)), lazy.read
-                )
-            else:
-                assert layer is not None
-                weight = weights(config["mixers"][layer], Attention(**config["attention"][layer]))[
-                    role[6:]
-                ]
-                tensors[key] = self.build_weight(source, weight, layer, spot.name, spot.shape)
+        for key, placed in anatomy.place(config).items():
+            names[key] = placed.name
+            tensors[key] = self.build_tensor(source, config, key, placed)
             used.update(tensors[key].story.sources)
-        reason = f"mixer '{self.mixer}' does not use it" + f" with inherit '{self.inherit}'" * (
-            self.inherit != "all"
-        )
+
+        # What no tensor was made from is listed with the reason, so that nothing is lost unseen.
+        reason = f"mixer '{self.mixer}' does not use it"
+        if self.inherit != "all":
+            reason += f" with inherit '{self.inherit}'"
         unused = {name: reason for name in source.names.values() if name not in used}
-        history = (*source.history, step_entry(self))
-        dropped = source.dropped | unused
         return Checkpoint(
             source.origin,
             config,
@@ -84,22 +83,41 @@ class Remix:
             tensors,
             names,
             source.folder,
-            dropped,
-            history,
+            source.dropped | unused,
+            (*source.history, step_entry(self)),
         )
+
+    def build_tensor(
+        self, source: Checkpoint, config: dict[str, Any], key: Key, placed: PlacedPart
+    ) -> LazyTensor:
+        """One tensor of the result: the source's own, or a mixer's."""
+        if key in source.tensors:
+            lazy = source.tensors[key]
+            provenance = Provenance("copied", (source.names[key],))
+            return LazyTensor(lazy.shape, lazy.dtype, provenance, lazy.read)
+
+        role, layer = key
+        assert layer is not None
+        table = weights(config["mixers"][layer], Attention(**config["attention"][layer]))
+        weight = table[role.removeprefix("mixer.")]
+        return self.build_weight(source, weight, layer, placed.name, placed.shape)
 
     def build_config(self, source: Checkpoint) -> dict[str, Any]:
         """config.json of the result."""
         if source.config["model_type"] == "regraft":
             raise RegraftError(
-                f"'{source.origin}' is linearized already: run this on its source ({source.history[-1:]})"
+                f"'{source.origin}' is linearized already: run this on its source "
+                f"({source.history[-1:]})"
             )
         check_supported(source)
+
         kept = self.kept_layers(source.layers)
         specs = [None if layer in kept else self.build_spec() for layer in range(source.layers)]
+        shapes = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
         attention = [
-            source.anatomy.attention(source.config, layer) for layer in range(source.layers)
+            None if spec is None else shape for spec, shape in zip(specs, shapes, strict=True)
         ]
+        full = source.anatomy.fill_defaults(source.config)
         special = {key: source.config[key] for key in SPECIAL if source.config.get(key) is not None}
         return {
             "model_type": "regraft",
@@ -109,13 +127,8 @@ class Remix:
             "host": source.config,
             "slot": source.anatomy.slot,
             "mixers": specs,
-            "attention": [
-                None if spec is None else shape
-                for spec, shape in zip(specs, attention, strict=True)
-            ],
-            "tie_word_embeddings": source.anatomy.fill_defaults(source.config)[
-                "tie_word_embeddings"
-            ],
+            "attention": attention,
+            "tie_word_embeddings": full["tie_word_embeddings"],
             **special,
         }
 
@@ -123,46 +136,56 @@ class Remix:
         """The mixer spec of every converted layer."""
         if self.window < 0 or self.sinks < 0 or (self.mixer == "window" and self.window == 0):
             raise RegraftError(
-                f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 --sinks 4"
+                f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 "
+                "--sinks 4"
             )
         if self.mixer == "gated":
             raise RegraftError(
-                f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as supra"
+                f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as "
+                "supra"
             )
+
         window = {"name": "window", "window": self.window, "sinks": self.sinks}
         plain = window if self.mixer == "window" else {"name": self.mixer, **self.options}
         plain |= {"inherit": self.inherit} if self.inherit != "all" else {}
         validate(plain)
-        gated = self.mixer != "window" and self.window > 0
-        if gated and "o" not in parse_inherit(self.inherit):
-            raise RegraftError(
-                f"--inherit '{self.inherit}' leaves out o, which the window branch of {self.window} tokens shares: add "
-                "o, or give --window 0"
-            )
-        if not gated:
+        if self.mixer == "window" or self.window == 0:
             return plain
+
+        # The branches share one output projection, so it must be the source's.
+        if "o" not in parse_inherit(self.inherit):
+            raise RegraftError(
+                f"--inherit '{self.inherit}' leaves out o, which the window branch of "
+                f"{self.window} tokens shares: add o, or give --window 0"
+            )
+        # The default start is left out, as it was before there was an option for it.
         start = {} if self.gate == Remix.gate else {"start": self.gate}
         return {"name": "gated", "linear": plain, "window": window} | start
 
     def kept_layers(self, layers: int) -> frozenset[int]:
-        """The layers that keep softmax attention, out of `layers`."""
+        """The layers that keep softmax attention, out of `layers`.
+
+        Raises RegraftError for layers beyond the last, and for a rule that measures the weights.
+        """
         word, _, number = self.keep.partition(":")
         if self.keep in ("all", "none"):
             return frozenset(range(layers) if self.keep == "all" else ())
         if word in RULES:
             raise RegraftError(
-                f"--keep '{self.keep}' is measured on the weights: regraft linearize does that, and its lineage then "
-                "says which layers; a plan needs every:N, a list, all or none"
+                f"--keep '{self.keep}' is measured on the weights: regraft linearize does that, "
+                "and its lineage then says which layers; a plan needs every:N, a list, all or none"
             )
+
         try:
             if word == "every" and (every := int(number)) > 0:
                 return frozenset(range(0, layers, every))
             chosen = [int(item) for item in self.keep.split(",")]
         except ValueError:
             raise RegraftError(
-                f"--keep '{self.keep}' is not every:N, a list such as 0,7,14, all, none, or a rule to "
-                f"measure by ({', '.join(RULES)}) and how many layers, such as {RULES[0]}:8"
+                f"--keep '{self.keep}' is not every:N, a list such as 0,7,14, all, none, or a rule "
+                f"to measure by ({', '.join(RULES)}) and how many layers, such as {RULES[0]}:8"
             ) from None
+
         if beyond := [layer for layer in chosen if not 0 <= layer < layers]:
             raise RegraftError(
                 f"--keep '{self.keep}' names layer {beyond[0]}: the last layer is {layers - 1}"
@@ -172,13 +195,14 @@ class Remix:
     def build_weight(
         self, source: Checkpoint, weight: WeightSpec, layer: int, name: str, shape: tuple[int, ...]
     ) -> LazyTensor:
-        """One weight of a mixer: inherited or fresh."""
+        """One weight of a mixer, inherited or new."""
         if weight.source is not None:
             return inherit_weight(source, weight, layer, shape)
+
+        # By name, so that a tensor does not depend on which others there are. 32 bits: torch's
+        # generator ignores the others.
+        seed = zlib.crc32(name.encode(), self.seed)
         spec = weight.fresh or "zeros"
-        seed = zlib.crc32(
-            name.encode(), self.seed
-        )  # within 32 bits: torch's generator ignores the others
         kind = "zero" if spec == "zeros" else "fresh"
         dtype = source.tensors["norm.final.weight", None].dtype
         read = _init_reader(spec, shape, seed, dtype)
@@ -186,56 +210,52 @@ class Remix:
 
 
 def check_supported(source: Checkpoint) -> None:
-    """RegraftError for models whose attention the mixers do not carry over."""
+    """Raise RegraftError for models whose attention the mixers cannot replace."""
     anatomy = source.anatomy
     if not anatomy.causal:
         raise RegraftError(
-            f"{anatomy.family} reads in both directions, linear mixers read from left to right: give a decoder"
+            f"{anatomy.family} reads in both directions, linear mixers read from left to right: "
+            "give a decoder"
         )
-    for spot in anatomy.place(source.config).values():
-        text = spot.part.axes.text
-        if spot.part.norm and "hidden" not in text and text not in ("gain dim",):
+
+    for placed in anatomy.place(source.config).values():
+        text = placed.part.axes.text
+        # A norm over another axis than hidden is one of queries and keys.
+        if placed.part.norm and "hidden" not in text and text != "gain dim":
             raise RegraftError(
-                f"{anatomy.family} norms queries and keys by '{text}', which mixers do not carry over yet: linearize a "
-                "family with plain RMS norms per head, or none"
+                f"{anatomy.family} norms queries and keys by '{text}', which mixers do not carry "
+                "over yet: linearize a family with plain RMS norms per head, or none"
             )
-
-
-RULES = (
-    "bypass",
-    "halo",
-    "recall",
-    "restore",
-)  # ways to choose layers by measurement, see `regraft.choosing`
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def inherit_weight(
     source: Checkpoint, weight: WeightSpec, layer: int, shape: tuple[int, ...]
 ) -> LazyTensor:
-    """A weight of the source with the axes it lacks broadcast on the output side (`group`: per head)."""
+    """A weight of the source, its outputs broadcast over axes it lacks (`group`: per head).
+
+    Raises RegraftError when its inputs are others than the mixer's.
+    """
     assert weight.source is not None
     lazy = source[weight.source, layer]
     have, want = source.signature(weight.source), parse_signature(weight.signature)
-    if have.kind != want.kind or _drop_unit_axes(have.inputs, source.sizes) != _drop_unit_axes(
-        want.inputs, source.sizes
-    ):
+    # An axis of size 1 makes no difference: a model without groups has none in its signature.
+    have_inputs = _drop_unit_axes(have.inputs, source.sizes)
+    want_inputs = _drop_unit_axes(want.inputs, source.sizes)
+    if have.kind != want.kind or have_inputs != want_inputs:
         raise RegraftError(
-            f"cannot inherit '{weight.signature}' from '{have.text}' ({weight.source}): inputs differ"
+            f"cannot inherit '{weight.signature}' from '{have.text}' ({weight.source}): inputs "
+            "differ"
         )
+
     names = lazy.story.sources
     if lazy.shape == shape:
-        return LazyTensor(
-            shape, lazy.dtype, Provenance("copied", names, lazy.story.note), lazy.read
-        )
-    (mine,), (theirs,) = have.outputs, want.outputs
-    read = _broadcast_reader(lazy.read, mine, theirs, source.sizes)
-    return LazyTensor(
-        shape,
-        lazy.dtype,
-        Provenance("broadcast", names, f"'{weight.signature}' from '{have.text}'"),
-        read,
-    )
+        provenance = Provenance("copied", names, lazy.story.note)
+        return LazyTensor(shape, lazy.dtype, provenance, lazy.read)
+
+    (have_outputs,), (want_outputs,) = have.outputs, want.outputs
+    read = _broadcast_reader(lazy.read, have_outputs, want_outputs, source.sizes)
+    provenance = Provenance("broadcast", names, f"'{weight.signature}' from '{have.text}'")
+    return LazyTensor(shape, lazy.dtype, provenance, read)
 
 
 def _drop_unit_axes(axes: tuple[str, ...], sizes: Sizes) -> tuple[str, ...]:

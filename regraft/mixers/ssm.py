@@ -1,4 +1,4 @@
-"""What state-space mixers share: two layouts, the short convolution, a linear recurrence with a decay per number."""
+"""What state-space mixers share: two layouts, the short convolution, an elementwise recurrence."""
 
 from __future__ import annotations
 
@@ -10,55 +10,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from ..errors import RegraftError
 from .base import Attention, Mixer, MixerContext, Projections, WeightSpec, output_weights
 
 DT_INIT = "timesteps 0.001 0.1"
-OWN_LAYOUT_OPTIONS = (
-    "expand",
-    "state",
-    "head_dim",
-)  # options that the attention's shape decides in the other layout
+# Options of layout `own`; in the other layout the sizes of the attention decide them.
+OWN_LAYOUT_OPTIONS = ("expand", "state", "head_dim")
 
 
 @dataclass(frozen=True)
 class SsmOptions:
-    """`layout`: `own`, the paper's block, all of it new, `expand` times as wide as the stream with `state` numbers per
-    channel; or `attention` (MambaInLlama, arXiv 2408.15237): the values are the input x, keys are B, queries are C, the
-    output projection is the source's, so that heads and their width are the attention's. `conv`: taps of the
-    convolution.
+    """Layout and sizes of a state-space mixer.
+
+    Layout `own` is the paper's block, all of it new. Layout `attention` (MambaInLlama, arXiv
+    2408.15237) takes the source's projections: the values are the input x, keys are B, queries are
+    C, and the output projection is the source's, so that heads and their width are the attention's.
     """
 
     layout: Literal["own", "attention"] = "own"
-    expand: int = 2
-    state: int = 16
-    conv: int = 4
+    expand: int = 2  # channels per coordinate of the residual stream, layout `own`
+    state: int = 16  # numbers of state per channel, layout `own`
+    conv: int = 4  # taps of the convolution
 
 
 @dataclass(frozen=True)
 class Widths:
-    """`heads` of `dim` channels with `state` numbers each; the axes of all channels, of a head, and of B and C."""
+    """Sizes of a state-space block, and the named axes of its weights."""
 
     heads: int
-    dim: int
-    state: int
-    channels: str
-    head: str
-    keys: str
+    dim: int  # channels of a head
+    state: int  # numbers of state per channel
+    channels: str  # axes of all channels
+    head: str  # axes of one number per head
+    keys: str  # axes of B and C
 
     @property
     def inner(self) -> int:
-        """All channels."""
+        """Number of channels."""
         return self.heads * self.dim
 
 
 class StateSpace(Mixer):
-    """A gated state-space block; subclasses add what makes B, C and the time step of a token, and the recurrence.
+    """A gated state-space block.
 
-    Nothing turns: in the attention layout the source's rotary embedding is left out, as MambaInLlama does.
+    Subclasses add what makes B, C and the time step of a token, and the recurrence. Nothing is
+    rotated: in the attention layout the source's rotary embedding is left out, as in MambaInLlama.
     """
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
+        # The output projection is made below: it may be wider than the attention's.
         super().__init__(attention, spec, output=False)
         self.own = self.options.layout == "own"
         self.widths = self.widths_of(attention, self.options)
@@ -73,23 +74,22 @@ class StateSpace(Mixer):
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
-        """The options; RegraftError for sizes that are none, or that the attention layout does not have."""
+        """The options of a spec.
+
+        Raises RegraftError for an unknown option, a wrong type, a size below 1, or a size that
+        layout `attention` does not let choose.
+        """
         options = super().parse(spec)
-        sizes = {
-            name: value
-            for name, value in vars(options).items()
-            if name in (*OWN_LAYOUT_OPTIONS, "conv")
-        }
-        if wrong := next(
-            (name for name, value in sizes.items() if value is not None and value < 1), None
-        ):
-            raise RegraftError(f"mixer '{cls.name}': {wrong} is {sizes[wrong]}, give 1 or more")
-        if options.layout == "attention" and (
-            extra := [name for name in OWN_LAYOUT_OPTIONS if name in spec]
-        ):
+        for name, value in vars(options).items():
+            is_size = name in (*OWN_LAYOUT_OPTIONS, "conv")
+            if is_size and value is not None and value < 1:
+                raise RegraftError(f"mixer '{cls.name}': {name} is {value}, give 1 or more")
+
+        extra = [name for name in OWN_LAYOUT_OPTIONS if name in spec]
+        if options.layout == "attention" and extra:
             raise RegraftError(
-                f"mixer '{cls.name}': {extra[0]} is {spec[extra[0]]}, but layout 'attention' has the attention's "
-                "widths: leave it out"
+                f"mixer '{cls.name}': {extra[0]} is {spec[extra[0]]}, but layout 'attention' has "
+                "the attention's widths: leave it out"
             )
         return options
 
@@ -102,20 +102,23 @@ class StateSpace(Mixer):
     def weights(
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """The projections in and out; new ones as PyTorch starts a linear layer. RegraftError without an output."""
+        """The projections in and out; new ones start as PyTorch starts a linear layer.
+
+        Raises RegraftError for layout `own` without an output projection.
+        """
         options = cls.parse(spec)
         channels = cls.widths_of(attention, options).channels
         table = {"gate.weight": dense_weight("hidden", channels, attention.hidden)}
         if options.layout == "attention":
-            table |= {
-                f"qkv.{name}": weight
-                for name, weight in Projections.weights(attention, expand=True).items()
-            }
+            projections = Projections.weights(attention, expand=True)
+            table |= {f"qkv.{name}": weight for name, weight in projections.items()}
             return table | (output_weights(attention) if output else {})
+
         if not output:
             raise RegraftError(
-                f"mixer '{cls.name}' with layout '{options.layout}' has an output projection of its own, which a "
-                'window beside it cannot share: give --options \'{"layout": "attention"}\', or --window 0'
+                f"mixer '{cls.name}' with layout '{options.layout}' has an output projection of "
+                "its own, which a window beside it cannot share: give --options "
+                '\'{"layout": "attention"}\', or --window 0'
             )
         table["x.weight"] = dense_weight("hidden", channels, attention.hidden)
         return table | {
@@ -141,13 +144,17 @@ class StateSpace(Mixer):
         widths = cls.widths_of(attention, options)
         return 5 * widths.inner * widths.state + 2 * options.conv * cls.conv_channels(widths)
 
-    def apply_gate(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (batch, time, heads, dim) times silu of the gate's projection of x (batch, time, hidden)."""
+    def apply_gate(
+        self,
+        y: Float[Tensor, "batch time heads dim"],
+        x: Float[Tensor, "batch time hidden"],
+    ) -> Float[Tensor, "batch time heads dim"]:
+        """`y` times silu of the gate's projection of `x`."""
         return y * F.silu(self.gate(x).float()).view_as(y)
 
 
 def dense_weight(inputs: str, outputs: str, width: int) -> WeightSpec:
-    """A new projection from `width` coordinates."""
+    """A new projection from `width` coordinates, started as PyTorch starts a linear layer."""
     return WeightSpec(f"{inputs} -> {outputs}", fresh=f"uniform {width**-0.5:.6g}")
 
 
@@ -166,7 +173,7 @@ class ShortConv(nn.Module):
 
     @staticmethod
     def weights(name: str, channels: str, taps: int) -> dict[str, WeightSpec]:
-        """Parameter name -> Weight; started as PyTorch does."""
+        """Parameter name -> WeightSpec; started as PyTorch starts a convolution."""
         start = f"uniform {taps**-0.5:.6g}"
         return {
             f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=start),
@@ -174,15 +181,26 @@ class ShortConv(nn.Module):
         }
 
     def forward(
-        self, x: Tensor, mixing: MixerContext, past: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x: (batch, time, channels) -> the same shape, and the last taps - 1 inputs: (batch, taps - 1, channels)."""
+        self,
+        x: Float[Tensor, "batch time channels"],
+        mixing: MixerContext,
+        past: Float[Tensor, "batch before channels"] | None,
+    ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch before channels"]]:
+        """(outputs, last `taps - 1` inputs, which are `past` of the next call).
+
+        Args:
+            x: inputs.
+            mixing: padding and documents of these tokens.
+            past: the `taps - 1` inputs before the first token; None: zeros.
+        """
         weight, time = self.weight.flatten(0, -2), x.shape[1]
         before = weight.shape[1] - 1
         if mixing.valid is not None:
             x = x * mixing.valid.unsqueeze(-1)
         past = x.new_zeros(x.shape[0], before, x.shape[2]) if past is None else past.to(x.dtype)
         joined = torch.cat((past, x), 1)
+
+        # One tap at a time: an input of another document counts as zero.
         out = self.bias + x * weight[:, -1]
         for back in range(1, before + 1):
             earlier = joined[:, before - back : before - back + time]
@@ -190,15 +208,21 @@ class ShortConv(nn.Module):
                 same = mixing.segments[:, back:] == mixing.segments[:, :-back]
                 earlier = earlier * F.pad(same, (back, 0), value=True).unsqueeze(-1)
             out = out + earlier * weight[:, -1 - back]
-        if mixing.valid is not None:  # padding goes to the front, whatever side it was on
+
+        # A stable sort moves padding to the front, whatever side it was on.
+        if mixing.valid is not None:
             seen = F.pad(mixing.valid, (before, 0), value=True)
             order = seen.long().argsort(dim=1, stable=True).unsqueeze(-1)
             joined = joined.gather(1, order.expand(joined.shape))
         return F.silu(out), joined[:, joined.shape[1] - before :]
 
 
-def naive_scan(a: Tensor, u: Tensor, start: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + u_t, one token at a time; a, u: (batch, time, ...), start: h_0 (batch, ...) -> all h_t."""
+def naive_scan(
+    a: Float[Tensor, "batch time ..."],
+    u: Float[Tensor, "batch time ..."],
+    start: Float[Tensor, "batch ..."],
+) -> Float[Tensor, "batch time ..."]:
+    """All h_t of h_t = a_t h_{t-1} + u_t, elementwise, one token at a time; `start` is h_0."""
     states = []
     for t in range(a.shape[1]):
         start = a[:, t] * start + u[:, t]
@@ -206,16 +230,21 @@ def naive_scan(a: Tensor, u: Tensor, start: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
-def scan(a: Tensor, u: Tensor, start: Tensor) -> Tensor:
-    """`naive_scan` in place, a multiply-add per token forward and backward, keeping only a and h for the gradient.
+def scan(
+    a: Float[Tensor, "batch time ..."],
+    u: Float[Tensor, "batch time ..."],
+    start: Float[Tensor, "batch ..."],
+) -> Float[Tensor, "batch time ..."]:
+    """`naive_scan` in place: a multiply-add per token, forward and backward.
 
-    Nothing divides or exponentiates sums of decays, so that decays however strong are safe.
+    Only a and h are kept for the gradient. Nothing divides or exponentiates sums of decays, so
+    that decays of any strength are safe.
     """
     return _Scan.apply(a, u, start)
 
 
 class _Scan(torch.autograd.Function):
-    """The gradient of the states runs through the same recurrence backwards."""
+    """`scan` with its gradient, which runs through the same recurrence backwards."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, u: Tensor, start: Tensor) -> Tensor:
@@ -229,9 +258,13 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h, start = ctx.saved_tensors
+
+        # dL/dh_t gathers what reaches it through h_{t+1} = a_{t+1} h_t + u_{t+1}.
         back = grads[0].clone()
         for t in range(a.shape[1] - 2, -1, -1):
             back[:, t].addcmul_(a[:, t + 1], back[:, t + 1])
+
+        # dL/da_t = dL/dh_t h_{t-1}, dL/du_t = dL/dh_t, dL/dh_0 = a_1 dL/dh_1.
         decays = torch.empty_like(a)
         torch.mul(back[:, 0], start, out=decays[:, 0])
         torch.mul(back[:, 1:], h[:, :-1], out=decays[:, 1:])

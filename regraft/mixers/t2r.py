@@ -1,4 +1,4 @@
-"""T2R: linear attention with a learned ReLU feature map and the denominator, mergeable into the projections."""
+"""T2R: linear attention with learned ReLU features, which merge into the projections."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.shapes import Float
 from ..errors import RegraftError
 from .base import Attention, MixerContext, WeightSpec, apply_rotary
 from .decays import fixed_log_decays
@@ -17,23 +18,25 @@ from .linear import LinearAttention, LinearOptions, apply_feature_map
 
 @dataclass(frozen=True)
 class T2rOptions(LinearOptions):
-    """As `LinearOptions`; `rotary` turns queries and keys before the map, and then it cannot be merged.
+    """As `LinearOptions`, and the feature map."""
 
-    `feature`: size of the map, the head's by default; smaller ones make a smaller state. `start`: initial map, identity
-    or uniform (PyTorch's default for a linear layer). `merged`: projections give features directly, see `steps.merge`.
-    """
-
+    # Rotate queries and keys before the map, which then cannot be merged.
     rotary: bool = False
+    # Features of the map, the head's width by default; fewer make a smaller state.
     feature: int | None = None
+    # Initial map: identity, or uniform, PyTorch's default for a linear layer.
     start: Literal["identity", "uniform"] = "identity"
+    # The projections give features directly; see `linearize.merge`.
     merged: bool = False
 
 
 class T2r(LinearAttention):
-    """T2R (Kasai et al., arXiv 2103.13076): phi(x) = relu(W x + b) per head, the same for its queries and keys.
+    """T2R (Kasai et al., arXiv 2103.13076).
 
-    o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)); zero where no feature of the query meets one of
-    a key. No decay, no positions but the model's own. Published for fine-tuning all weights on the task.
+    phi(x) = relu(W x + b) per head, the same for its queries and keys, and o_i = phi(q_i)^T sum_j
+    phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)); zero where no feature of the query meets one of a
+    key. No decay, no positions but the model's own. Published for fine-tuning all weights on the
+    task.
     """
 
     name = "t2r"
@@ -55,42 +58,39 @@ class T2r(LinearAttention):
         options: T2rOptions = super().parse(spec)
         if options.merged and options.rotary:
             raise RegraftError(
-                f"mixer 't2r': a merged map comes before rotary ({options.rotary}): set rotary to false"
+                f"mixer 't2r': a merged map comes before rotary ({options.rotary}): set rotary to "
+                "false"
             )
         return options
 
     @classmethod
     def key_dim(cls, attention: Attention, options: T2rOptions) -> int:
-        """Features."""
+        """Number of features."""
         return options.feature or attention.dim
 
     @classmethod
     def weights(
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """The source's projections and a fresh feature map; merged: fresh projections to features."""
+        """The source's projections and a new feature map, or new projections to features."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         size, axes = cls.key_dim(attention, options), cls.state_axes(options)
+
+        # Merged projections have no source: `linearize.merge` gives their values.
         if options.merged:
-            table = {
-                name: weight
-                for name, weight in table.items()
-                if not name.startswith(("qkv.q", "qkv.k"))
-            }
-            for name, wide in (("q", "kv group"), ("k", axes)):
-                table[f"qkv.{name}.weight"] = WeightSpec(
-                    f"hidden -> {wide} {size}", fresh="normal 0.02"
-                )
-                table[f"qkv.{name}.bias"] = WeightSpec(
-                    f"-> {wide} {size}", fresh="zeros", decay=False
-                )
+            for name in [name for name in table if name.startswith(("qkv.q", "qkv.k"))]:
+                del table[name]
+            for name, heads in (("q", "kv group"), ("k", axes)):
+                weight = WeightSpec(f"hidden -> {heads} {size}", fresh="normal 0.02")
+                bias = WeightSpec(f"-> {heads} {size}", fresh="zeros", decay=False)
+                table |= {f"qkv.{name}.weight": weight, f"qkv.{name}.bias": bias}
             return table
-        bound = f"uniform {attention.dim**-0.5}"
-        identity = options.start == "identity"
-        table["map"] = WeightSpec(f"{axes} {size} dim", fresh="identity" if identity else bound)
-        table["map_bias"] = WeightSpec(
-            f"-> {axes} {size}", fresh="zeros" if identity else bound, decay=False
-        )
+
+        start, start_bias = "identity", "zeros"
+        if options.start != "identity":
+            start = start_bias = f"uniform {attention.dim**-0.5}"
+        table["map"] = WeightSpec(f"{axes} {size} dim", fresh=start)
+        table["map_bias"] = WeightSpec(f"-> {axes} {size}", fresh=start_bias, decay=False)
         return table
 
     @classmethod
@@ -99,21 +99,25 @@ class T2r(LinearAttention):
         maps = attention.heads + cls.state_heads(attention, options)
         return 0 if options.merged else 2 * maps * attention.dim * cls.key_dim(attention, options)
 
-    def features(self, x: Tensor) -> Tensor:
-        """phi; x: (batch, heads, time, dim)."""
-        bias = self.map_bias.view(self.states, 1, -1).repeat_interleave(
-            x.shape[1] // self.states, 0
-        )
+    def features(
+        self, x: Float[Tensor, "batch heads time dim"]
+    ) -> Float[Tensor, "batch heads time features"]:
+        """phi of queries or keys; a group of heads in a row shares a map."""
+        group = x.shape[1] // self.states
+        bias = self.map_bias.view(self.states, 1, -1).repeat_interleave(group, 0)
         return F.relu(apply_feature_map(x, self.map) + bias)
 
-    def inputs(self, x: Tensor, mixing: MixerContext) -> dict[str, Tensor]:
+    def inputs(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> dict[str, Tensor]:
         """Features of queries and keys, values, no decay."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
             q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
-        q, k = (
-            (F.relu(q), F.relu(k)) if self.options.merged else (self.features(q), self.features(k))
-        )
+
+        # Merged projections include the map, all but the ReLU.
+        phi = F.relu if self.options.merged else self.features
+        q, k = phi(q), phi(k)
         return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
 
 
@@ -127,7 +131,14 @@ class FeatureProjections(nn.Module):
         self.k = nn.Linear(attention.hidden, states * size)
         self.v = nn.Linear(attention.hidden, states * attention.dim, bias=attention.qkv_bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x: (batch, time, hidden) -> features of queries and keys, values, (batch, heads, time, ...)."""
+    def forward(
+        self, x: Float[Tensor, "batch time hidden"]
+    ) -> tuple[
+        Float[Tensor, "batch heads time features"],
+        Float[Tensor, "batch states time features"],
+        Float[Tensor, "batch states time dim"],
+    ]:
+        """Features of queries and keys before the ReLU, and values."""
         maps = zip((self.q, self.k, self.v), self.heads, strict=True)
-        return tuple(layer(x).unflatten(-1, (count, -1)).transpose(1, 2) for layer, count in maps)
+        q, k, v = (layer(x).unflatten(-1, (count, -1)).transpose(1, 2) for layer, count in maps)
+        return q, k, v

@@ -1,4 +1,4 @@
-"""Sliding-window softmax attention with sink tokens: the source's own attention, seen through a mask."""
+"""Sliding-window softmax attention with sink tokens: the source's own attention under a mask."""
 
 from __future__ import annotations
 
@@ -9,39 +9,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.shapes import Bool, Float, Int
 from .base import Attention, Mixer, MixerContext, Projections, State, apply_rotary, pad_time
 
-EMPTY = -1
+EMPTY = -1  # position of padding and of unused slots in the state
 
 
 @dataclass(frozen=True)
 class WindowOptions:
-    """A token sees the last `window` tokens, itself included, and the first `sinks` tokens of its document."""
+    """What a token sees."""
 
-    window: int = 64
-    sinks: int = 4
+    window: int = 64  # the last tokens, the token itself included
+    sinks: int = 4  # and the first tokens of its document
 
 
 def naive_window(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Float[Tensor, "batch heads time dim"],
+    k: Float[Tensor, "batch kv time dim"],
+    v: Float[Tensor, "batch kv time dim"],
     scale: float,
     window: int,
     sinks: int,
-    position: Tensor,
-    segments: Tensor,
-) -> Tensor:
-    """Masked softmax attention; q: (b, heads, t, d), k, v: (b, kv, t, d), position, segments: (b, t) -> (b, heads, t,
-    d).
+    position: Int[Tensor, "batch time"],
+    segments: Int[Tensor, "batch time"],
+) -> Float[Tensor, "batch heads time dim"]:
+    """Softmax attention under a mask of all pairs (attention sinks, arXiv 2309.17453).
 
-    `position` counts tokens within a document, EMPTY on padding. Source: arXiv 2309.17453 (attention sinks).
+    Args:
+        q, k, v: queries, keys and values, already rotated.
+        scale: multiplies the logits.
+        window, sinks: as in `WindowOptions`.
+        position: of each token in its document, EMPTY on padding.
+        segments: document number of each token.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
+    # one row per query, one column per key
     distance = position.unsqueeze(-1) - position.unsqueeze(-2)
     seen = (distance >= 0) & ((distance < window) | (position.unsqueeze(-2) < sinks))
     seen &= (segments.unsqueeze(-1) == segments.unsqueeze(-2)) & (position.unsqueeze(-2) > EMPTY)
+
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(
         ~seen.unsqueeze(1), torch.finfo(q.dtype).min
     )
@@ -49,10 +57,12 @@ def naive_window(
 
 
 class Window(Mixer):
-    """Sliding window with attention sinks (StreamingLLM, Xiao et al., arXiv 2309.17453), positions as in the source.
+    """Sliding window with attention sinks (StreamingLLM, Xiao et al., arXiv 2309.17453).
 
-    Blocks of `window` queries see two blocks of keys and the sinks, so cost is linear in length. The state is the last
-    `window` keys and values and the sinks, allocated once.
+    Positions are the source's. Blocks of `window` queries see two blocks of keys and the sinks, so
+    that cost is linear in length. The state is the last `window` keys and values and the sinks, of
+    constant size: `window_k`, `window_v`, `sink_k`, `sink_v` (batch, kv, slots, dim), their
+    positions `window_at` and `sink_at` (batch, slots), and `seen` (batch, 1), the tokens so far.
     """
 
     name = "window"
@@ -77,15 +87,15 @@ class Window(Mixer):
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
-        """Blocks of queries against two blocks of keys and the sinks that some token sees from beyond its window."""
+        """Blocks of queries against two blocks of keys and the sinks beyond the window."""
         options = cls.parse(spec)
         sinks = min(options.sinks, max(0, length - options.window))
         queries = -(-length // options.window) * options.window
         once = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
         return once, 2 * once
 
-    def initial_state(self, like: Tensor) -> State:
-        """The state before the first token; like: (batch, kv, time, dim)."""
+    def initial_state(self, like: Float[Tensor, "batch kv time dim"]) -> State:
+        """The state before the first token, with the type and place of the keys `like`."""
         b, kv, _, d = like.shape
         state = {"seen": torch.zeros(b, 1, dtype=torch.long, device=like.device)}
         for part, size in (("window", self.options.window), ("sink", self.options.sinks)):
@@ -94,20 +104,26 @@ class Window(Mixer):
             state[f"{part}_at"] = torch.full((b, size), EMPTY, dtype=torch.long, device=like.device)
         return state
 
-    def mix(self, x: Tensor, mixing: MixerContext, state: State | None) -> tuple[Tensor, State]:
-        """x: (batch, time, hidden) -> (batch, time, heads, dim) and the state."""
+    def mix(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
+        """Outputs per head and the state after the last token; see `Mixer.mix`."""
         q, k, v = self.qkv(x)
         q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         state = state or self.initial_state(k)
+
         position = self.positions(x, mixing) + state["seen"]
         if mixing.valid is not None:
             position = position.masked_fill(~mixing.valid, EMPTY)
+
         attend = self.attend_token if x.shape[1] == 1 else self.attend_blocks
         heads = attend(q, k, v, position, mixing.segments, state)
         return heads.transpose(1, 2), self.update_state(k, v, position, state, mixing)
 
-    def positions(self, x: Tensor, mixing: MixerContext) -> Tensor:
-        """Tokens before this one in its document, not counting the state's; (batch, time)."""
+    def positions(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
+    ) -> Int[Tensor, "batch time"]:
+        """How many of these tokens come before each one in its document."""
         b, t = x.shape[:2]
         if mixing.valid is not None:
             count = mixing.valid.long().cumsum(1) - 1
@@ -115,29 +131,33 @@ class Window(Mixer):
             count = torch.arange(t, device=x.device).expand(b, t)
         if mixing.segments is None:
             return count
+
+        # A document's first token is the latest start so far; its count is taken off.
         first = torch.ones(b, t, dtype=torch.bool, device=x.device)
         first[:, 1:] = mixing.segments[:, 1:] != mixing.segments[:, :-1]
         return count - count.masked_fill(~first, 0).cummax(1).values
 
     def attend_token(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Tensor,
-        segments: Tensor | None,
+        q: Float[Tensor, "batch heads 1 dim"],
+        k: Float[Tensor, "batch kv 1 dim"],
+        v: Float[Tensor, "batch kv 1 dim"],
+        position: Int[Tensor, "batch 1"],
+        segments: Int[Tensor, "batch 1"] | None,
         state: State,
-    ) -> Tensor:
-        """One token against the state and itself; q: (b, heads, 1, d) -> (b, heads, 1, d)."""
+    ) -> Float[Tensor, "batch heads 1 dim"]:
+        """Outputs of one token, which sees the state and itself."""
         keys = torch.cat((state["sink_k"], state["window_k"], k), dim=2)
         values = torch.cat((state["sink_v"], state["window_v"], v), dim=2)
         at = torch.cat((state["sink_at"], state["window_at"], position), dim=1)
+
+        # A sink that is still inside the window stands there too; it is counted there alone.
         distance = position - at
         in_window = torch.arange(at.shape[1], device=q.device) >= state["sink_at"].shape[1]
-        # a sink still inside the window is counted there
         seen = (at > EMPTY) & torch.where(
             in_window, distance < self.options.window, distance >= self.options.window
         )
+
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
         scores = (group @ keys.transpose(-1, -2)) * self.attention.scale
         scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
@@ -145,132 +165,186 @@ class Window(Mixer):
 
     def attend_blocks(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Tensor,
-        segments: Tensor | None,
+        q: Float[Tensor, "batch heads time dim"],
+        k: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time dim"],
+        position: Int[Tensor, "batch time"],
+        segments: Int[Tensor, "batch time"] | None,
         state: State,
-    ) -> Tensor:
-        """Many tokens in blocks of the window; q: (b, heads, t, d), k, v: (b, kv, t, d) -> (b, heads, t, d)."""
+    ) -> Float[Tensor, "batch heads time dim"]:
+        """Outputs of many tokens, in `n` blocks of `size` = window queries."""
         size, time, kv = self.options.window, q.shape[2], k.shape[1]
         n = -(-time // size)
-        ids = (
-            position.clamp(max=0)
-            if segments is None
-            else segments.masked_fill(position == EMPTY, EMPTY)
-        )
+        if segments is None:
+            ids = position.clamp(max=0)  # 0 for tokens, EMPTY for padding
+        else:
+            ids = segments.masked_fill(position == EMPTY, EMPTY)
+
+        # A query sees back into the block before its own, the first block into the state's window:
+        # n + 1 blocks of keys give n pairs.
         past_ids = state["window_at"].clamp(max=0)
-        all_at, all_ids = (
-            torch.cat((state["window_at"], position), 1),
-            torch.cat((past_ids, ids), 1),
-        )
         keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
-        pair = lambda x, dim: torch.cat((x.narrow(dim, 0, n), x.narrow(dim, 1, n)), dim + 1)  # noqa: E731
-        k2, v2 = (pair(pad_time(x, size).unflatten(2, (n + 1, size)), 2) for x in (keys, values))
-        at2, ids2 = (
-            pair(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1) for x in (all_at, all_ids)
+        key_at = torch.cat((state["window_at"], position), 1)
+        key_ids = torch.cat((past_ids, ids), 1)
+        keys, values = (
+            _pair_blocks(pad_time(x, size).unflatten(2, (n + 1, size)), 2) for x in (keys, values)
         )
-        at, own = (_pad_ids(x, size).unflatten(1, (n, size)) for x in (position, ids))
-        distance = at.unsqueeze(-1) - at2.unsqueeze(-2)
-        near = (distance >= 0) & (distance < size) & (own.unsqueeze(-1) == ids2.unsqueeze(-2))
-        near = near & (at2.unsqueeze(-2) > EMPTY)
-        group = (
-            pad_time(q, size).unflatten(1, (kv, -1)).unflatten(3, (n, size)).transpose(2, 3)
-        )  # b kv n g size d
-        scores = [
-            self.scale_and_mask(group.flatten(3, 4) @ k2.transpose(-1, -2), near, group.shape[3])
-        ]
-        sink_k, sink_v, far = self.select_sinks(k, v, position, ids, state, at, own)
+        key_at, key_ids = (
+            _pair_blocks(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1)
+            for x in (key_at, key_ids)
+        )
+
+        # (batch, n, size, 2 * size): whether a query of a block sees a key of its two.
+        query_at, query_ids = (_pad_ids(x, size).unflatten(1, (n, size)) for x in (position, ids))
+        distance = query_at.unsqueeze(-1) - key_at.unsqueeze(-2)
+        near = (distance >= 0) & (distance < size)
+        near = near & (query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2))
+        near = near & (key_at.unsqueeze(-2) > EMPTY)
+
+        group = pad_time(q, size).unflatten(1, (kv, -1)).unflatten(3, (n, size)).transpose(2, 3)
+        queries = group.flatten(3, 4)  # (batch, kv, n, group * size, dim)
+        scores = [self.scale_and_mask(queries @ keys.transpose(-1, -2), near, group.shape[3])]
+
+        sink_k, sink_v, sink_at, sink_ids = self.collect_sinks(k, v, position, ids, state)
         if sink_k.shape[2]:
-            sink_scores = group.flatten(3, 4) @ sink_k.unsqueeze(2).transpose(-1, -2)
+            distance = query_at.unsqueeze(-1) - sink_at[:, None, None]
+            far = (distance >= size) & (sink_at > EMPTY)[:, None, None]
+            far = far & (query_ids.unsqueeze(-1) == sink_ids[:, None, None])
+            sink_scores = queries @ sink_k.unsqueeze(2).transpose(-1, -2)
             scores.append(self.scale_and_mask(sink_scores, far, group.shape[3]))
+
+        # One softmax over both kinds of keys.
         weight = torch.cat(scores, dim=-1).softmax(-1)
-        out = weight[..., : 2 * size] @ v2
+        out = weight[..., : 2 * size] @ values
         if sink_k.shape[2]:
             out = out + weight[..., 2 * size :] @ sink_v.unsqueeze(2)
         out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b kv g time d
         return out.flatten(1, 2)[:, :, :time]
 
-    def scale_and_mask(self, scores: Tensor, seen: Tensor, group: int) -> Tensor:
-        """Scale and mask; scores: (b, kv, n, group * size, keys), seen: (b, n, size, keys)."""
+    def scale_and_mask(
+        self,
+        scores: Float[Tensor, "batch kv n queries keys"],
+        seen: Bool[Tensor, "batch n size keys"],
+        group: int,
+    ) -> Float[Tensor, "batch kv n queries keys"]:
+        """Scaled scores, the smallest number where a key is not seen; `queries` is group * size."""
         seen = seen.unsqueeze(1).repeat(1, 1, 1, group, 1)
         return (scores * self.attention.scale).masked_fill(~seen, torch.finfo(scores.dtype).min)
 
-    def select_sinks(
+    def collect_sinks(
         self,
-        k: Tensor,
-        v: Tensor,
-        position: Tensor,
-        ids: Tensor,
+        k: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time dim"],
+        position: Int[Tensor, "batch time"],
+        ids: Int[Tensor, "batch time"],
         state: State,
-        at: Tensor,
-        own: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sinks that some query sees beyond its window: keys, values (b, kv, m, d) and mask (b, n, size, m)."""
+    ) -> tuple[
+        Float[Tensor, "batch kv sinks dim"],
+        Float[Tensor, "batch kv sinks dim"],
+        Int[Tensor, "batch sinks"],
+        Int[Tensor, "batch sinks"],
+    ]:
+        """(keys, values, positions, document numbers) of the sinks that some query may see.
+
+        Rows share their columns, since a tensor has no rows of different length: a column that is
+        no sink in some row has position EMPTY there.
+        """
+        # A sink is needed where its document goes on for a whole window after it.
         size = self.options.window
         sink = (position > EMPTY) & (position < self.options.sinks)
         reached = torch.zeros_like(sink)
         if position.shape[1] > size:
             reached[:, :-size] = ids[:, :-size] == ids[:, size:]
         columns = (sink & reached).any(0).nonzero().squeeze(1)
+
+        new_at = position[:, columns].masked_fill(~sink[:, columns], EMPTY)
         keys = torch.cat((state["sink_k"], k[:, :, columns]), 2)
         values = torch.cat((state["sink_v"], v[:, :, columns]), 2)
-        sink_at = torch.cat(
-            (state["sink_at"], position[:, columns].masked_fill(~sink[:, columns], EMPTY)), 1
-        )
+        sink_at = torch.cat((state["sink_at"], new_at), 1)
         sink_ids = torch.cat((state["sink_at"].clamp(max=0), ids[:, columns]), 1)
-        some = (sink_at > EMPTY).any(0).nonzero().squeeze(1)
-        keys, values, sink_at, sink_ids = (
-            keys[:, :, some],
-            values[:, :, some],
-            sink_at[:, some],
-            sink_ids[:, some],
-        )
-        distance = at.unsqueeze(-1) - sink_at[:, None, None]
-        far = (
-            (distance >= size)
-            & (sink_at > EMPTY)[:, None, None]
-            & (own.unsqueeze(-1) == sink_ids[:, None, None])
-        )
-        return keys, values, far
+
+        used = (sink_at > EMPTY).any(0).nonzero().squeeze(1)
+        return keys[:, :, used], values[:, :, used], sink_at[:, used], sink_ids[:, used]
 
     def update_state(
-        self, k: Tensor, v: Tensor, position: Tensor, state: State, mixing: MixerContext
+        self,
+        k: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time dim"],
+        position: Int[Tensor, "batch time"],
+        state: State,
+        mixing: MixerContext,
     ) -> State:
-        """The state after these tokens: last `window` of past and new, sinks where they fit."""
+        """The state after these tokens: the last `window` of old and new, sinks where they fit."""
         if mixing.segments is not None:
             return state  # packed rows are whole documents: nothing follows them
-        size, sinks = self.options.window, self.options.sinks
-        new = {"seen": state["seen"] + (position > EMPTY).sum(1, keepdim=True)}
-        joined = {
-            part: torch.cat((state[part], fresh), 2)
-            for part, fresh in (("window_k", k), ("window_v", v))
-        }
+
+        seen = state["seen"] + (position > EMPTY).sum(1, keepdim=True)
+        padded = mixing.valid is not None
+        window = self._update_window(k, v, position, state, padded)
+        return {"seen": seen} | window | self._update_sinks(k, v, position, state)
+
+    def _update_window(
+        self,
+        k: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time dim"],
+        position: Int[Tensor, "batch time"],
+        state: State,
+        padded: bool,
+    ) -> State:
+        """Keys, values and positions of the last `window` tokens."""
+        size = self.options.window
+        keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
         at = torch.cat((state["window_at"], position), 1)
-        if mixing.valid is None:
-            new |= {part: tensor[:, :, -size:] for part, tensor in joined.items()} | {
-                "window_at": at[:, -size:]
+        if not padded:
+            return {
+                "window_k": keys[:, :, -size:],
+                "window_v": values[:, :, -size:],
+                "window_at": at[:, -size:],
             }
-        else:  # padding goes to the front, whatever side it was on
-            last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
-            index = last[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-            new |= {part: tensor.gather(2, index) for part, tensor in joined.items()}
-            new["window_at"] = at.gather(1, last)
-        new |= {part: state[part] for part in ("sink_k", "sink_v", "sink_at")}
+
+        # A stable sort moves padding to the front, whatever side it was on.
+        last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
+        index = last[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        return {
+            "window_k": keys.gather(2, index),
+            "window_v": values.gather(2, index),
+            "window_at": at.gather(1, last),
+        }
+
+    def _update_sinks(
+        self,
+        k: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time dim"],
+        position: Int[Tensor, "batch time"],
+        state: State,
+    ) -> State:
+        """Keys, values and positions of the first `sinks` tokens; slot i holds position i."""
+        sinks = self.options.sinks
+        new = {part: state[part] for part in ("sink_k", "sink_v", "sink_at")}
+        if not sinks or not bool((state["seen"] < sinks).any()):
+            return new
+
         slots = torch.arange(sinks, device=k.device)
-        if sinks and bool((state["seen"] < sinks).any()):
-            hit = position.unsqueeze(1) == slots.view(1, -1, 1)  # (b, sinks, t)
-            found, where = hit.any(-1), hit.float().argmax(-1)
-            index = where[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-            for part, fresh in (("sink_k", k), ("sink_v", v)):
-                new[part] = torch.where(
-                    found[:, None, :, None], fresh.gather(2, index), state[part]
-                )
-            new["sink_at"] = torch.where(found, slots.expand_as(found), state["sink_at"])
+        hit = position.unsqueeze(1) == slots.view(1, -1, 1)  # (batch, sinks, time)
+        found, column = hit.any(-1), hit.float().argmax(-1)
+        index = column[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        for part, tokens in (("sink_k", k), ("sink_v", v)):
+            taken = tokens.gather(2, index)
+            new[part] = torch.where(found[:, None, :, None], taken, state[part])
+        new["sink_at"] = torch.where(found, slots.expand_as(found), state["sink_at"])
         return new
 
 
-def _pad_ids(x: Tensor, multiple: int) -> Tensor:
+def _pair_blocks(blocks: Tensor, dim: int) -> Tensor:
+    """n + 1 blocks along `dim`, tokens along the next axis -> n blocks, each behind the one before.
+
+    (..., n + 1, size, ...) -> (..., n, 2 * size, ...).
+    """
+    n = blocks.shape[dim] - 1
+    return torch.cat((blocks.narrow(dim, 0, n), blocks.narrow(dim, 1, n)), dim + 1)
+
+
+def _pad_ids(x: Int[Tensor, "batch time"], multiple: int) -> Int[Tensor, "batch padded"]:
+    """Pad axis 1 (time) with EMPTY at the end to a multiple of `multiple`."""
     short = -x.shape[1] % multiple
     return F.pad(x, (0, short), value=EMPTY) if short else x

@@ -1,5 +1,12 @@
-"""Runnable models: a stock decoder with mixers in its attention slots."""
+"""Runnable models: a stock decoder with mixers in its attention slots.
 
+Importing this package registers `model_type: "regraft"` with transformers' auto classes, so that
+`AutoModelForCausalLM.from_pretrained` loads a saved linearized model.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from . import flops
 from .cache import CACHE, MixerState, cache_kwargs, cache_of, state_bytes
 from .configuration_regraft import STATE_LAYER, RegraftConfig
 from .loading import (
@@ -23,18 +30,22 @@ __all__ = [
     "MixerState",
     "RegraftConfig",
     "RegraftForCausalLM",
-    "force_branch",
-    "cache_of",
-    "random_inputs",
+    "build_meta_model",
     "build_random_model",
-    "from_checkpoint_names",
     "cache_kwargs",
-    "to_checkpoint_names",
+    "cache_of",
+    "check_decoder",
+    "flops",
+    "force_branch",
+    "from_checkpoint_names",
     "load",
     "load_tokenizer",
     "materialize",
-    "build_meta_model",
+    "random_inputs",
     "slots",
     "state_bytes",
-    "check_decoder",
+    "to_checkpoint_names",
 ]
+
+AutoConfig.register("regraft", RegraftConfig, exist_ok=True)
+AutoModelForCausalLM.register(RegraftConfig, RegraftForCausalLM, exist_ok=True)

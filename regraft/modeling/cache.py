@@ -11,14 +11,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_regraft import STATE_LAYER
 
+# The argument of models that takes a cache; transformers 5.24 renamed it.
 _STOCK = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-CACHE = (
-    "cache" if "cache" in _STOCK else "past_key_values"
-)  # what models call it; renamed in transformers 5.24
+CACHE = "cache" if "cache" in _STOCK else "past_key_values"
 
 
 class MixerState(CacheLayerMixin):
-    """One layer's state: named tensors with the batch first, and how many positions went in. Its size is constant."""
+    """The state of one layer's mixer, of constant size.
+
+    Attributes:
+        state: named tensors, with the batch as their first axis.
+        cumulative_length: positions that went into it.
+    """
 
     _layer_type = STATE_LAYER
     is_sliding = False
@@ -29,20 +33,21 @@ class MixerState(CacheLayerMixin):
         self.cumulative_length = 0
 
     def store(self, state: dict[str, torch.Tensor], tokens: int) -> None:
-        """Keep the state after `tokens` more positions."""
+        """Replace the state by the one after `tokens` more positions."""
         self.state = state
         self.cumulative_length += tokens
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to allocate ahead: the mixer makes its first state."""
+        """Do nothing: the mixer makes its first state."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuse softmax attention: this layer holds a mixer's state."""
+        """Raise TypeError: softmax attention cannot use a mixer's state."""
         raise TypeError(
-            "a mixer's state holds no keys and values: this cache belongs to a model with other layers"
+            "a mixer's state holds no keys and values: this cache belongs to a model with other "
+            "layers"
         )
 
     def get_seq_length(self) -> int:
@@ -50,49 +55,53 @@ class MixerState(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As a full-attention layer would say, so that kept layers' masks come out right whichever layer is asked."""
+        """(positions, offset) as of a full-attention layer.
+
+        transformers makes the masks of softmax layers from any layer of the cache.
+        """
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """-1: no maximum."""
         return -1
 
     def _map(self, change: Any) -> None:
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 
     def reset(self) -> None:
-        """Back to before the first token."""
+        """Return to the state before the first token."""
         self.state, self.cumulative_length, self.is_initialized = {}, 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rows for the beams that go on."""
+        """Select the rows of the beams that go on."""
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only these rows."""
+        """Select these rows."""
         self._map(lambda tensor: tensor[indices])
 
     def offload(self) -> None:
-        """To the CPU."""
+        """Move to the CPU."""
         self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """States are moved by the mixer's own arithmetic; nothing waits on a device."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a recurrent state cannot forget tokens."""
+        """Raise ValueError for any tokens: a recurrent state cannot forget them."""
         if tokens_to_remove:
             raise ValueError(
-                f"cannot take {abs(tokens_to_remove)} tokens back out of a recurrent state: decode without drafts"
+                f"cannot take {abs(tokens_to_remove)} tokens back out of a recurrent state: decode "
+                "without drafts"
             )
 
 
 def cache_kwargs(cache: Cache | None) -> dict[str, Any]:
-    """The keyword that hands a cache to any model; none for None."""
+    """Keyword arguments that pass a cache to any model; none for None."""
     return {} if cache is None else {CACHE: cache}
 
 
@@ -103,7 +112,7 @@ def cache_of(output: Any) -> Cache:
 
 
 def state_bytes(cache: Cache) -> list[int]:
-    """Bytes held by each layer of a cache, mixer state or keys and values."""
+    """Bytes of each layer of a cache, of mixer states and of keys and values."""
     sizes = []
     for layer in cache.layers:
         if isinstance(layer, MixerState):

@@ -13,10 +13,15 @@ STATE_LAYER = "regraft_state"
 
 @strict
 class RegraftConfig(PreTrainedConfig):
-    """`host`: the source's own config. `slot`: where layer i's attention lives, with `{}` for i.
+    """Config of a linearized model: a stock decoder, the host, with mixers in its attention slots.
 
-    `mixers[i]`: the mixer spec of layer i, None where softmax attention is kept. `attention[i]`: what the mixer
-    replaces (fields of `mixers.base.Attention`), None where kept.
+    Attributes:
+        host: the source's own config.
+        slot: name of layer i's attention module, with `{}` for i.
+        mixers: per layer the mixer's spec, None where softmax attention is kept.
+        attention: per layer what the mixer replaces, the fields of `mixers.base.Attention`; None
+            where softmax attention is kept.
+        use_cache: whether calls return a cache by default.
     """
 
     model_type = "regraft"
@@ -34,16 +39,15 @@ class RegraftConfig(PreTrainedConfig):
         self.num_hidden_layers = host.num_hidden_layers
         self.mixers = self.mixers or [None] * host.num_hidden_layers
         self.attention = self.attention or [None] * host.num_hidden_layers
+
+        # transformers and other tools look for these on the config itself.
         for key in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
             setattr(self, key, getattr(host, key))
-        for key in (
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-            "tie_word_embeddings",
-            "sliding_window",
-        ):
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        for key in (*tokens, "tie_word_embeddings", "sliding_window"):
             kwargs.setdefault(key, getattr(host, key, None))
+
+        # DynamicCache makes a layer of each kind: this is how mixers get a MixerState.
         kept, _ = get_layer_types_and_kwargs(host)
         kwargs["layer_types"] = [
             STATE_LAYER if m else kind for m, kind in zip(self.mixers, kept, strict=True)
@@ -56,4 +60,4 @@ class RegraftConfig(PreTrainedConfig):
         return AutoConfig.for_model((self.host or {})["model_type"], **fields)
 
     def validate_layer_type(self) -> None:
-        """The state layers of mixers are a layer type of their own, which the stock check does not know."""
+        """Do nothing: the stock check does not know the layer type of mixers."""

@@ -1,9 +1,10 @@
-"""FLOPs of a forward pass and of a training step, from a config's anatomy alone: no weights, no model.
+"""FLOPs of a forward pass and of a training step, from a config alone: no weights, no model.
 
-A multiply-add is 2 and only matrix products count, as in `torch.utils.flop_counter`: every map 2 * in * out per
-position that it is applied to, attention over all pairs of positions, masked ones included. A training step is a
-forward and a backward pass, which has a product for each of the two operands of every one before; what a kernel or
-checkpointing computes a second time is not counted, so that a number belongs to the model and not to the machine.
+A multiply-add is 2 and only matrix products count, as in `torch.utils.flop_counter`: every map
+2 * in * out per position that it is applied to, attention over all pairs of positions, masked ones
+included. A training step is a forward and a backward pass, which has a product for each of the two
+operands of every product in the forward pass. What a kernel or gradient checkpointing computes a
+second time is not counted, so that a number belongs to the model and not to the machine.
 """
 
 from __future__ import annotations
@@ -28,23 +29,34 @@ Shape = tuple[int, ...]
 
 
 def forward_flops(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
-    """FLOPs of one forward pass over `batch` rows of `length` tokens (of images: whatever length, see `positions`).
+    """FLOPs of one forward pass.
 
-    A linearized model's rows are one document each. RegraftError for a length that the model does not have.
+    Args:
+        model: a checkpoint, or the mapping in a config.json.
+        length: tokens per row; a linearized model's row is one document. Images have the length
+            that the config says.
+        batch: rows.
+
+    Raises RegraftError for a length that the model does not have.
     """
     return batch * row_flops(model, length)[0]
 
 
 def training_flops(model: Checkpoint | Config, length: int, batch: int = 1) -> int:
-    """FLOPs of one forward and backward pass with every weight trained; arguments and errors as in `forward`."""
+    """FLOPs of one forward and backward pass with every weight trained.
+
+    Arguments and errors as in `forward_flops`.
+    """
     return batch * sum(row_flops(model, length))
 
 
 def row_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
-    """(forward, backward) FLOPs of one row."""
+    """(forward, backward) FLOPs of one row of `length` tokens."""
     config = _config(model)
     length = count_positions(config, length)
     costs = [weight_flops(config, length)]
+
+    # Softmax attention: scores and weighted sum, 2 * dim each for every pair of positions.
     anatomy, sizes = find_anatomy(config), find_anatomy(config).solve(config)
     softmax = 4 * sizes["kv"] * sizes["group"] * sizes["dim"] * length**2
     for layer, spec in enumerate(config.get("mixers") or [None] * sizes["depth"]):
@@ -57,52 +69,65 @@ def row_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
 
 
 def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
-    """(forward, backward) FLOPs of the products with weights on a row of `length` positions; a tied head is one too.
+    """(forward, backward) FLOPs of the products with weights on a row of `length` positions.
 
-    Nothing is passed back into pixels.
+    A head is a product too when it is tied to the embedding.
     """
     config = _config(model)
     anatomy = find_anatomy(config)
     family, full, sizes = anatomy.host(config), anatomy.fill_defaults(config), anatomy.solve(config)
+
+    # How often a weight is applied on a row, by its part's `at`. A router sends each position to
+    # some experts, so one expert sees a fraction of them.
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
-    places = {"each": length, "first": 1, "patch": length - 1, "routed": routed}
+    applications = {"each": length, "first": 1, "patch": length - 1, "routed": routed}
+
     once, back = Fraction(0), Fraction(0)
-    for spot in anatomy.place(anatomy.untie_embeddings(config)).values():
-        if spot.part.is_matrix:
-            cost = 2 * math.prod(spot.shape) * places[spot.part.at]
-            once, back = once + cost, back + cost * (1 if spot.part.at == "patch" else 2)
+    for placed in anatomy.place(anatomy.untie_embeddings(config)).values():
+        part = placed.part
+        if part.is_matrix:
+            cost = 2 * math.prod(placed.shape) * applications[part.at]
+            # Backward: a product for the weight and one for its input; pixels need no gradient.
+            once, back = once + cost, back + cost * (1 if part.at == "patch" else 2)
     return int(once), int(back)
 
 
 def count_positions(model: Checkpoint | Config, length: int) -> int:
-    """Positions of a row: `length` tokens; of an image its patches and the class token, at the config's size."""
+    """Positions of a row: `length` tokens, or an image's patches and its class token.
+
+    Raises RegraftError for a length that the model has no position embeddings for.
+    """
     config = _config(model)
     anatomy = find_anatomy(config)
-    held = anatomy.solve(config).get("pos")
-    if held and anatomy.host(config).inputs == "pixels":
-        return held
-    if length < 1 or (held and length > held):
+    most = anatomy.solve(config).get("pos")
+    if most and anatomy.host(config).inputs == "pixels":
+        return most
+    if length < 1 or (most and length > most):
         raise RegraftError(
-            f"rows of {length} tokens in a {anatomy.family}: give 1 to {held or 'any number'}"
+            f"rows of {length} tokens in a {anatomy.family}: give 1 to {most or 'any number'}"
         )
     return length
 
 
 class NullModuleTracker:
-    """In place of the library's record of modules, whose hooks keep what gradient checkpointing would free."""
+    """Takes the place of PyTorch's record of modules in a counter.
+
+    The hooks of that record keep tensors alive which gradient checkpointing would free.
+    """
 
     parents: ClassVar[set[str]] = {"Global"}
 
     def __enter__(self) -> None:
-        """Nothing is recorded."""
+        """Record nothing."""
 
     def __exit__(self, *failure: Any) -> None:
-        """Nothing is taken away."""
+        """Remove nothing."""
 
 
 class FlopCounter(FlopCounterMode):
-    """PyTorch's counter, known to `uncounted` while it is open; it counts all modules as one."""
+    """PyTorch's counter, counting all modules as one."""
 
+    # Open counters, for `pause_counting`.
     running: ClassVar[list[FlopCounter]] = []
     mod_tracker: Any
 
@@ -119,32 +144,27 @@ class FlopCounter(FlopCounterMode):
 
 @contextmanager
 def pause_counting() -> Iterator[None]:
-    """Inside, open counters do not move: for work that belongs to the machine and not to the model."""
-    before = [(one, copy.deepcopy(one.flop_counts)) for one in FlopCounter.running]
+    """Inside, open counters do not count: for work of the machine and not of the model."""
+    before = [(counter, copy.deepcopy(counter.flop_counts)) for counter in FlopCounter.running]
     try:
         yield
     finally:
-        for one, counts in before:
-            one.flop_counts = counts
+        for counter, counts in before:
+            counter.flop_counts = counts
 
 
 def build_flop_counter() -> FlopCounter:
-    """PyTorch's counter for real runs, counting as this module does.
+    """A counter for real runs, counting as this module does.
 
-    Its own table lacks the processor's attention and grouped products, and counts scores that a fused backward pass
-    computes again.
+    PyTorch's own table lacks attention on the CPU and grouped products, and counts the scores that
+    a fused backward pass computes again.
     """
     aten = torch.ops.aten
-    backward = (
-        "flash_attention_for_cpu",
-        "flash_attention",
-        "efficient_attention",
-        "cudnn_attention",
-    )
-    table: dict[Any, Any] = {
-        getattr(aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops
-        for name in backward
-    }
+    fused = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    table: dict[Any, Any] = {}
+    for name in fused:
+        operation = getattr(aten, f"_scaled_dot_product_{name}_backward")
+        table[operation] = _attention_backward_flops
     table[aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     table[aten._grouped_mm] = _grouped_mm_flops
     return FlopCounter(display=False, custom_mapping=table)

@@ -1,4 +1,4 @@
-"""Text from a model, piece by piece, and the size of the state it decodes from."""
+"""Text from a model, piece by piece, and the size of its decoding state."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from .. import modeling
+from ..core.shapes import Int
 from ..errors import RegraftError
 
 
 @dataclass(frozen=True)
 class Generation:
-    """`text` without the prompt, tokens in and out, bytes of the converted and the kept layers' states at the end."""
+    """Generated text and what it took."""
 
-    text: str
+    text: str  # without the prompt
     prompt_tokens: int
-    tokens: int
-    converted_bytes: int
-    kept_bytes: int
+    tokens: int  # generated
+    converted_bytes: int  # of the states of layers with a mixer, at the end
+    kept_bytes: int  # of keys and values of softmax layers, at the end
 
     def format_state_size(self) -> str:
-        """One line: what the state holds after how many tokens."""
+        """One line: the size of the state after how many tokens."""
         seen = self.prompt_tokens + self.tokens
+        total = self.converted_bytes + self.kept_bytes
         return (
-            f"state after {seen} tokens: {(self.converted_bytes + self.kept_bytes) / 2**20:.2f} MiB "
+            f"state after {seen} tokens: {total / 2**20:.2f} MiB "
             f"({self.converted_bytes / 2**20:.2f} in converted layers, constant; "
             f"{self.kept_bytes / 2**20:.2f} in softmax layers, growing)"
         )
 
 
 class CallbackStreamer(TextStreamer):
-    """Hands finished pieces of text to a function."""
+    """Passes finished pieces of text to a function."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sink: Callable[[str], None] | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -43,7 +45,7 @@ class CallbackStreamer(TextStreamer):
         self.pieces: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass on and keep a piece."""
+        """Record a piece and pass it on."""
         self.pieces.append(text)
         if self.sink and text:
             self.sink(text)
@@ -59,21 +61,34 @@ def generate(
     chat: bool = False,
     sink: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue `prompt` by up to `tokens` tokens; greedy at temperature 0, sampled otherwise.
+    """Continue a prompt.
 
-    `chat` wraps the prompt in the tokenizer's chat template as a user's turn. Finished pieces of text go to `sink`.
-    RegraftError for an empty prompt, a negative temperature or fewer than one token.
+    Args:
+        model: a causal language model.
+        tokenizer: of the model.
+        prompt: at least one character.
+        tokens: how many to generate at most.
+        temperature: 0 for greedy decoding, else of sampling from the top 95 %.
+        seed: of the sampling.
+        chat: wrap the prompt in the tokenizer's chat template, as a user's turn.
+        sink: gets each finished piece of text.
+
+    Raises RegraftError for an empty prompt, a negative temperature, fewer than one token, or a chat
+    without a template.
     """
     if tokens < 1 or temperature < 0:
         raise RegraftError(
             f"cannot generate {tokens} tokens at temperature {temperature}: ask for >= 1 and >= 0"
         )
+
     inputs = encode_prompt(tokenizer, prompt, chat).to(next(model.parameters()).device)
     streamer = CallbackStreamer(tokenizer, sink)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95}
+
+    # Without a padding token transformers warns and takes this one.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(
         inputs,
@@ -84,6 +99,8 @@ def generate(
         return_dict_in_generate=True,
         **sampling,
     )
+
+    # A stock model has no mixers: all its layers keep keys and values.
     sizes = modeling.state_bytes(modeling.cache_of(out))
     mixers = getattr(model.config, "mixers", None) or [None] * len(sizes)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
@@ -93,8 +110,10 @@ def generate(
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
-    """prompt -> ids (1, time)."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool
+) -> Int[torch.Tensor, "1 time"]:
+    """Token ids of a prompt; errors as in `generate`."""
     if not prompt:
         raise RegraftError(f"the prompt is {prompt!r}: give at least one character to continue")
     if not chat:

@@ -1,4 +1,4 @@
-"""Which mixer every layer has, and what its decoding state weighs."""
+"""Which mixer every layer has, and the size of its decoding state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..mixers.registry import mixer_class
 
 
 def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
-    """The mixer spec of every layer, None where softmax attention is."""
+    """The mixer spec of every layer, None for softmax attention."""
     return list(checkpoint.config.get("mixers") or [None] * checkpoint.layers)
 
 
 def layer_kinds(checkpoint: Checkpoint) -> list[str]:
-    """A name for every layer's mixer: softmax, or as `gated(gated_deltanet, window)`."""
+    """The kind of every layer: `softmax`, or such as `gated(gated_deltanet, window)`."""
     return [_mixer_name(spec) if spec else "softmax" for spec in mixers_of(checkpoint)]
 
 
@@ -31,20 +31,25 @@ def attention_of(checkpoint: Checkpoint, layer: int) -> Attention:
 
 
 def kept_tokens(checkpoint: Checkpoint, layer: int, context: int) -> int:
-    """Tokens that a softmax layer sees and keeps: the source's own sliding window, if it has one."""
+    """Tokens whose keys a softmax layer keeps: all, or the source's own sliding window."""
     host = checkpoint.config.get("host", checkpoint.config)
+    # Mistral's config has a window and no list of layers: it holds in all of them.
     kinds, window = host.get("layer_types"), host.get("sliding_window")
     sliding = kinds[layer] == "sliding_attention" if kinds else host["model_type"] == "mistral"
     return min(context, window) if sliding and window else context
 
 
 def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
-    """Decoding state of one sequence after `context` tokens, by kind of layer, in float32."""
+    """Bytes of one sequence's decoding state in float32, by kind of layer.
+
+    Args:
+        checkpoint: the model.
+        context: tokens seen.
+    """
     table: dict[str, int] = {}
     context = context if checkpoint.anatomy.causal else 0  # encoders keep no state
-    for layer, (kind, spec) in enumerate(
-        zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
-    ):
+    kinds = zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
+    for layer, (kind, spec) in enumerate(kinds):
         attention = attention_of(checkpoint, layer)
         if spec is None:
             numbers = 2 * attention.kv * attention.dim * kept_tokens(checkpoint, layer, context)

@@ -1,4 +1,4 @@
-"""A runnable model from a directory, a GGUF file or an open checkpoint; the attention slots of any of them."""
+"""A runnable model from a directory, a GGUF file or an open checkpoint, and its attention slots."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ from .modeling_regraft import RegraftForCausalLM
 
 
 def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a checkpoint, source or changed, built in memory without writing it; in eval mode.
+    """The model of a checkpoint, in eval mode, without writing it to disk.
 
-    Stock families come as the class that the config's `architectures` names. Raises RegraftError when a tensor the
-    model needs is not in the checkpoint, or the other way round.
+    Stock families come as the class that the config's `architectures` names.
+
+    Args:
+        checkpoint: as opened, or as a step made it.
+        dtype: of the weights.
+
+    Raises RegraftError when the model needs a tensor that the checkpoint does not have, or the
+    other way round.
     """
     values = {
         checkpoint.names[key]: lazy.read().to(dtype).contiguous()
@@ -35,13 +41,16 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     if checkpoint.config["model_type"] == "regraft":
         model: Any = build_meta_model(checkpoint)
         missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
+        # A tied head is in no file: `tie_weights` makes it from the embedding.
         lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
         model.tie_weights()
     else:
         model, lost = build_stock_model(checkpoint, values, dtype)
+
     if lost:
         raise RegraftError(
-            f"'{checkpoint.path}' does not fit its model: parameter '{sorted(lost)[0]}' has no counterpart"
+            f"'{checkpoint.path}' does not fit its model: parameter '{sorted(lost)[0]}' has no "
+            "counterpart"
         )
     return model.to(dtype).eval()
 
@@ -49,7 +58,13 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
 def build_stock_model(
     checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[Any, set[str]]:
-    """(model of transformers' own class, names without a counterpart); the library renames and fuses what it must."""
+    """(model of transformers' own class, names without a counterpart).
+
+    Args:
+        checkpoint: whose config names the class.
+        values: weights by their names in files.
+        dtype: of the weights.
+    """
     kind, config = stock_class(checkpoint.config)
     return build_with_weights(kind, config, values, dtype)
 
@@ -57,31 +72,43 @@ def build_stock_model(
 def build_with_weights(
     kind: Any, config: Any, values: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[Any, set[str]]:
-    """(model of a stock class with these values by their names in files, names without a counterpart)."""
+    """(model of a stock class, names without a counterpart).
+
+    transformers renames and fuses weights where its classes differ from the files.
+
+    Args:
+        kind: the class.
+        config: of transformers.
+        values: weights by their names in files.
+        dtype: of the weights.
+    """
+    # A wrong shape is then listed in `mismatched_keys` instead of raised.
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with silence_transformers():
         model, info = kind.from_pretrained(
             None, state_dict=dict(values), ignore_mismatched_sizes=True, **options
         )
-    resized = {name for name, *_ in info["mismatched_keys"]}
-    return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | resized
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | mismatched
 
 
 def build_random_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
-    """A new float32 model of a stock config (the mapping in a config.json) with transformers' own random start.
+    """A new float32 model with transformers' own random initialisation, in eval mode.
 
-    In eval mode; the same seed gives the same weights, and the global random numbers stay where they are.
+    Args:
+        config: of a stock family, the mapping in a config.json.
+        seed: the same one gives the same weights; PyTorch's global random state does not change.
     """
-    kind, made = stock_class(config)
+    kind, stock_config = stock_class(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = kind(made)
+        model: PreTrainedModel = kind(stock_config)
     model.config.architectures = [kind.__name__]
     return model.float().eval()
 
 
 def to_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name of a running model -> by the names that its checkpoint has."""
+    """Tensors by parameter name of a model -> the same by their names in its checkpoint."""
     if isinstance(model, RegraftForCausalLM):
         return dict(values)
     canonical = find_anatomy(model.config.to_dict()).canonical_name
@@ -94,55 +121,66 @@ def to_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) ->
 def from_checkpoint_names(
     model: PreTrainedModel, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The inverse of `in_files`; names that the model has and `values` lack are left out."""
+    """The inverse of `to_checkpoint_names`; parameters that `values` lack are left out."""
     if isinstance(model, RegraftForCausalLM):
         return dict(values)
+    # transformers converts names this way only while it loads: the values go into a twin model.
     twin, lost = build_with_weights(type(model), copy.deepcopy(model.config), values, torch.float32)
     return {name: parameter.data for name, parameter in twin.named_parameters() if name not in lost}
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Inside, transformers draws no bar of its own over ours and prints no table of what it did not find."""
-    drawn, told = (
-        transformers.utils.logging.is_progress_bar_enabled(),
-        transformers.utils.logging.get_verbosity(),
-    )
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    """Inside, transformers shows no progress bar and no table of what it did not find."""
+    logging = transformers.utils.logging
+    had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers.utils.logging.set_verbosity(told)
-        if drawn:
-            transformers.utils.logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def random_inputs(
     checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Random arguments for a model: token ids (rows, length), or pixels (rows, channels, height, width)."""
+    """Random arguments for a model's forward pass.
+
+    Args:
+        checkpoint: of the model.
+        rows: batch size.
+        length: tokens per row, or fewer where the model has fewer positions; images have the size
+            in the config.
+        seed: of the random numbers.
+
+    Returns:
+        `input_ids` (rows, length), or `pixel_values` (rows, channels, height, width).
+    """
     generator = torch.Generator().manual_seed(seed)
     if checkpoint.anatomy.inputs == "pixels":
         size = checkpoint.anatomy.fill_defaults(checkpoint.config)["image_size"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {
-            "pixel_values": torch.randn(
-                rows, checkpoint.sizes["channel"], height, width, generator=generator
-            )
-        }
-    length = min(
-        length, checkpoint.sizes.get("pos", length + 2) - 2
-    )  # two: an encoder may count positions from two
-    return {
-        "input_ids": torch.randint(
-            0, checkpoint.sizes["vocab"], (rows, length), generator=generator
-        )
-    }
+        shape = (rows, checkpoint.sizes["channel"], height, width)
+        return {"pixel_values": torch.randn(*shape, generator=generator)}
+
+    # Two fewer than the table of positions: some encoders count positions from two.
+    length = min(length, checkpoint.sizes.get("pos", length + 2) - 2)
+    vocab = checkpoint.sizes["vocab"]
+    return {"input_ids": torch.randint(0, vocab, (rows, length), generator=generator)}
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model at `path`: a directory of a supported family or of regraft's own, or a GGUF file; in eval mode."""
+    """The model at a path, in eval mode.
+
+    Args:
+        path: a directory of a supported family or of a linearized model, or a GGUF file.
+        dtype: of the weights.
+
+    Raises RegraftError when the path is no model, or its files do not fit its config.
+    """
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     model = materialize(checkpoint, dtype)
@@ -153,17 +191,22 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
 
 def check_decoder(*paths: str | Path | None) -> None:
-    """RegraftError when a model does not read text from left to right; None stands for no model."""
+    """Raise RegraftError when a model does not read text from left to right.
+
+    Args:
+        paths: of models; None stands for no model.
+    """
     for path in paths:
         checkpoint = Checkpoint.open(path) if path else None
         if checkpoint and not checkpoint.anatomy.host(checkpoint.config).causal:
             raise RegraftError(
-                f"'{path}' is a {checkpoint.anatomy.family}, which does not continue text: give a decoder"
+                f"'{path}' is a {checkpoint.anatomy.family}, which does not continue text: give a "
+                "decoder"
             )
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model; RegraftError when there is none."""
+    """The tokenizer in a model's directory; RegraftError when there is none."""
     folder = Checkpoint.open(path).path
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -174,7 +217,14 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[nn.Module]:
-    """The attention module of every layer, in order. A stock model's are found by its checkpoint's anatomy."""
+    """The attention module of every layer, in order.
+
+    Args:
+        model: linearized or stock.
+        checkpoint: of a stock model, whose anatomy names its modules.
+
+    Raises RegraftError for a stock model without a checkpoint.
+    """
     if isinstance(model, RegraftForCausalLM):
         return model.slots()
     if checkpoint is None:
@@ -189,7 +239,14 @@ def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[
 
 @contextmanager
 def force_branch(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Inside, every gated combinator gives only its `window` or `linear` branch; None leaves the gates alone."""
+    """Inside, every gated mixer gives one branch alone.
+
+    Args:
+        model: linearized.
+        name: `window` or `linear`; None leaves the gates alone.
+
+    Raises RegraftError for any other name.
+    """
     if name not in (None, "window", "linear"):
         raise RegraftError(f"a gated mixer has no branch '{name}': use window, linear or None")
     gated = [module for module in model.modules() if isinstance(module, GatedMixer)]

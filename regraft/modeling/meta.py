@@ -1,4 +1,4 @@
-"""A model without weights: its modules on the meta device, tables that are computed from the config real."""
+"""A model without weights: parameters on the meta device, tables made from the config real."""
 
 from __future__ import annotations
 
@@ -23,31 +23,37 @@ from .modeling_regraft import RegraftForCausalLM
 
 
 def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of a checkpoint with parameters on the meta device and real buffers; takes no memory for weights.
+    """The model of a checkpoint with parameters on the meta device, which take no memory.
 
-    Buffers are rotary tables and the like, which no file holds: the class's own initialisation makes them.
+    Buffers are real. They are rotary tables and the like, which no file holds: the class's own
+    initialisation makes them.
     """
     with torch.device("meta"):
         model = build_from_config(checkpoint)
+
     stock = model.host if isinstance(model, RegraftForCausalLM) else model
     for module in stock.modules():
-        unmade = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in unmade:
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in names:
             setattr(module, name, torch.zeros_like(getattr(module, name), device="cpu"))
-        if unmade:
+        # Fills the buffers; on parameters, which are meta tensors, it has no effect.
+        if names:
             stock._init_weights(module)
     return model
 
 
 def build_from_config(checkpoint: Checkpoint) -> Any:
-    """The class of a checkpoint's config, made anew in float32 wherever PyTorch makes tensors now; in eval mode."""
+    """A model of a checkpoint's config, in float32 and eval mode, without the checkpoint's weights.
+
+    Its tensors are on PyTorch's current default device.
+    """
     fields = {**checkpoint.config, "dtype": "float32"}
     if fields["model_type"] == "regraft":
         fields["host"] = {**fields["host"], "dtype": "float32"}
-        kept = {
+        arguments = {
             key: value for key, value in fields.items() if key not in ("model_type", "auto_map")
         }
-        model: Any = RegraftForCausalLM(RegraftConfig(**kept))
+        model: Any = RegraftForCausalLM(RegraftConfig(**arguments))
     else:
         kind, config = stock_class(fields)
         model = kind(config)
@@ -56,7 +62,10 @@ def build_from_config(checkpoint: Checkpoint) -> Any:
 
 
 def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
-    """(class, config) of a stock model: the class that the config's `architectures` names, or its family's default."""
+    """(class, config) of a stock model.
+
+    The class is the one that the config's `architectures` names, or its family's default.
+    """
     plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
     causal = find_anatomy(fields).causal
     config = AutoConfig.for_model(fields["model_type"], **plain)

@@ -1,4 +1,4 @@
-"""One model class for every host family and mixer: the host's decoder with mixers in its attention slots."""
+"""One model class for all: a stock decoder, the host, with mixers in its attention slots."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..core.shapes import Float, Int
 from ..errors import RegraftError
 from ..mixers.base import Attention, MixerContext
 from ..mixers.registry import build
 from .cache import CACHE, MixerState, cache_kwargs
 from .configuration_regraft import RegraftConfig
 
-CACHES = (CACHE, "layer_past")  # what decoder layers call the cache that they hand to attention
+# Names under which decoder layers pass the cache to their attention.
+CACHES = (CACHE, "layer_past")
 
 
 class MixerSlot(nn.Module):
@@ -30,21 +32,31 @@ class MixerSlot(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        hidden_states: Float[Tensor, "batch time hidden"],
+        position_embeddings: (
+            tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None
+        ) = None,
         mixing: MixerContext | None = None,
-        **host_arguments: Any,  # each family hands its attention more than a mixer needs: masks, flags
-    ) -> tuple[Tensor, None]:
-        """hidden_states: (batch, time, hidden) -> the same shape, and no attention weights."""
-        cache = next(
-            (host_arguments[name] for name in CACHES if host_arguments.get(name) is not None), None
-        )
-        entry = cache.layers[self.layer] if cache is not None else None
+        **host_arguments: Any,
+    ) -> tuple[Float[Tensor, "batch time hidden"], None]:
+        """The mixer's output, and None in the place of attention weights.
+
+        Args:
+            hidden_states: input of the slot.
+            position_embeddings: cos and sin, from hosts that pass them.
+            mixing: padding and documents, passed through by the host.
+            host_arguments: what else the family passes to its attention; only the cache is used.
+
+        Raises RegraftError when the cache has keys and values for this layer.
+        """
+        caches = [host_arguments[name] for name in CACHES if host_arguments.get(name) is not None]
+        entry = caches[0].layers[self.layer] if caches else None
         if entry is not None and not isinstance(entry, MixerState):
             raise RegraftError(
                 f"layer {self.layer} got a {type(entry).__name__} cache but holds a mixer: pass "
                 "DynamicCache(config=model.config) or no cache"
             )
+
         mixing = mixing or MixerContext()
         mixing = MixerContext(position_embeddings, mixing.valid, mixing.segments)
         y, state = self.mixer(hidden_states, mixing, entry.state if entry is not None else None)
@@ -56,8 +68,9 @@ class MixerSlot(nn.Module):
 class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model: any supported host, with the mixers that `config.mixers` names.
 
-    Left and right padding through `attention_mask` (batch, time); packed documents through `position_ids` that restart,
-    without a mask or cache. Decoding state lives in a `DynamicCache(config=model.config)`.
+    Left and right padding are read from `attention_mask` (batch, time), packed documents from
+    `position_ids` that restart, without a mask or cache. The decoding state is in a
+    `DynamicCache(config=model.config)`.
     """
 
     config_class = RegraftConfig
@@ -74,9 +87,9 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         self.host = AutoModelForCausalLM.from_config(
             host_config, attn_implementation=config._attn_implementation
         )
-        for layer, (spec, attention) in enumerate(
-            zip(config.mixers or [], config.attention or [], strict=True)
-        ):
+
+        layers = zip(config.mixers or [], config.attention or [], strict=True)
+        for layer, (spec, attention) in enumerate(layers):
             if spec is not None:
                 slot = MixerSlot(spec, Attention(**attention), layer)
                 self.host.set_submodule(config.slot.format(layer), slot)
@@ -105,8 +118,12 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
             for i in range(self.config.num_hidden_layers)
         ]
 
-    def forward_decoder(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
-        """The decoder's output before the head, without a cache; input_ids, position_ids: (batch, time)."""
+    def forward_decoder(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        position_ids: Int[Tensor, "batch time"] | None = None,
+    ) -> Any:
+        """The decoder's output before the head, without a cache; arguments as in `forward`."""
         mixing = build_mixer_context(input_ids.shape[1], None, position_ids, None)
         decoder = self.host.get_decoder()
         return decoder(
@@ -115,22 +132,40 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Int[Tensor, "batch time"] | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Int[Tensor, "rows time"] | None = None,
         cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch time hidden"] | None = None,
+        labels: Int[Tensor, "batch time"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids: (batch, time) -> logits (batch, time, vocab). `past_key_values` is the older name of `cache`."""
+        """Logits (batch, time, vocab), as any causal language model of transformers gives them.
+
+        Args:
+            input_ids: tokens; or `inputs_embeds` in their place.
+            attention_mask: (batch, time), 1 where a token counts, the cache's tokens included.
+            position_ids: positions; where they restart, a new document begins.
+            cache: a `DynamicCache(config=model.config)`.
+            labels: tokens to predict, for a loss.
+            use_cache: whether to return a cache; the config's value when left out.
+            logits_to_keep: how many last tokens get logits, 0 for all.
+            past_key_values: the older name of `cache`.
+            kwargs: passed on to the host.
+
+        Raises RegraftError without an input, for two different caches, for a mask that is not 2-D,
+        and for a cache of another model.
+        """
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is not None and past_key_values is not None and cache is not past_key_values:
-            both = f"cache ({type(cache).__name__}) and past_key_values ({type(past_key_values).__name__})"
-            raise RegraftError(f"{both} are two names of one thing: pass one of them")
+            kinds = type(cache).__name__, type(past_key_values).__name__
+            raise RegraftError(
+                f"cache ({kinds[0]}) and past_key_values ({kinds[1]}) are two names of one thing: "
+                "pass one of them"
+            )
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -139,9 +174,11 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
             raise RegraftError(
                 f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them"
             )
+
+        # Hosts pass `mixing` through to every attention slot with their other keyword arguments.
         mixing = build_mixer_context(tokens.shape[1], attention_mask, position_ids, cache)
         if all(self.config.mixers):
-            attention_mask = None  # no softmax layer is left to read it
+            attention_mask = None  # no softmax layer is left that reads it
         output = self.host(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -159,25 +196,47 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         return output
 
     def check_cache_reached(self, cache: Cache, time: int) -> None:
-        """RegraftError when the host keeps the cache from a mixer, which then forgets every token in silence."""
+        """Raise RegraftError when the host did not pass the cache on to a mixer.
+
+        Such a mixer would silently forget all tokens before the current call.
+
+        Args:
+            cache: after a forward pass.
+            time: tokens in that pass.
+        """
         states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
         if any(state.get_seq_length() < time for state in states):
             raise RegraftError(
-                f"transformers {transformers.__version__} hands no cache to attention under the names "
-                f"{', '.join(CACHES)}: install the version that regraft was tested with (constraints.txt)"
+                f"transformers {transformers.__version__} hands no cache to attention under the "
+                f"names {', '.join(CACHES)}: install the version that regraft was tested with "
+                "(constraints.txt)"
             )
 
 
 def build_mixer_context(
-    time: int, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    time: int,
+    mask: Tensor | None,
+    position_ids: Int[Tensor, "rows time"] | None,
+    cache: Cache | None,
 ) -> MixerContext:
-    """Padding of the last `time` tokens and documents of a packed row; RegraftError on a mask that is not 2-D."""
+    """Padding and documents of the last `time` tokens, without rotary tables.
+
+    Args:
+        time: tokens of this call.
+        mask: (batch, cached tokens + time), 1 where a token counts.
+        position_ids: positions of the tokens, which restart at each document of a packed row.
+        cache: rows that go on from a cache are not packed.
+
+    Raises RegraftError for a mask that is not 2-D.
+    """
     valid = segments = None
     if mask is not None:
         if mask.ndim != 2:
             raise RegraftError(
-                f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where a token counts"
+                f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where "
+                "a token counts"
             )
+        # None where all tokens count: mixers have a shorter way for that.
         valid = mask[:, -time:].bool()
         valid = None if bool(valid.all()) else valid
     elif cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:

@@ -1,15 +1,25 @@
-"""The code that travels with a linearized model, so that `trust_remote_code=True` loads it without regraft."""
+"""The code that is saved with a linearized model.
+
+With it `trust_remote_code=True` loads the model where regraft is not installed. The files of this
+package that the model needs are copied into one flat folder, and their imports of each other are
+rewritten to match.
+"""
 
 from __future__ import annotations
 
-import re
+import ast
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..mixers.base import Mixer
 from ..mixers.registry import mixer_class
 
-HOST_FILES = ("configuration_regraft", "modeling_regraft", "cache")
+PACKAGE = Path(__file__).parent.parent
+MODELING_FILES = ("configuration_regraft", "modeling_regraft", "cache")
+
+# Modules that are written anew instead of copied: the registry, which finds mixers by folder, and
+# the tensor types, which need jaxtyping.
 REGISTRY = '''"""Mixers of this model by name."""
 
 from __future__ import annotations
@@ -33,11 +43,15 @@ CASE = """    if name == "{name}":
 
         return {cls}
 """
+SHAPES = '''"""Names for the tensor types in annotations, which are never evaluated."""
+
+Bool = Float = Int = object
+'''
 
 
 def used_classes(config: dict[str, Any]) -> list[type[Mixer]]:
     """Mixer classes that a config names, nested ones included."""
-    names: dict[str, None] = {}
+    names: dict[str, None] = {}  # as an ordered set
 
     def visit(spec: dict[str, Any]) -> None:
         names[spec["name"]] = None
@@ -52,18 +66,24 @@ def used_classes(config: dict[str, Any]) -> list[type[Mixer]]:
 
 
 def write_remote_code(directory: str | Path, config: dict[str, Any]) -> list[str]:
-    """Copy the classes this model needs into `directory`, flat, with imports made relative; returns the file names."""
-    package = Path(__file__).parent.parent
+    """Write the code that a model needs, flat; returns the names of the files.
+
+    Args:
+        directory: of the saved model.
+        config: of the model, which names its mixers.
+    """
     directory = Path(directory)
     classes = used_classes(config)
-    modules = with_siblings(package / "mixers", {"base", *(module_of(cls) for cls in classes)})
-    files = [package / "modeling" / f"{name}.py" for name in HOST_FILES]
-    files += [package / "mixers" / f"{name}.py" for name in sorted(modules)]
-    files.append(package / "errors.py")
-    for file in files:
-        (directory / file.name).write_text(flatten_imports(file.read_text()))
-    (directory / "registry.py").write_text(registry_text(classes))
-    return [file.name for file in files] + ["registry.py"]
+    mixers = with_siblings(PACKAGE / "mixers", {"base", *(module_of(cls) for cls in classes)})
+    files = [PACKAGE / "modeling" / f"{name}.py" for name in MODELING_FILES]
+    files += [PACKAGE / "mixers" / f"{name}.py" for name in sorted(mixers)]
+    files.append(PACKAGE / "errors.py")
+
+    texts = {file.name: flatten_imports(file.read_text(encoding="utf-8")) for file in files}
+    texts |= {"registry.py": registry_text(classes), "shapes.py": SHAPES}
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return list(texts)
 
 
 def module_of(cls: type) -> str:
@@ -72,17 +92,42 @@ def module_of(cls: type) -> str:
 
 
 def with_siblings(folder: Path, modules: set[str]) -> set[str]:
-    """Modules of a folder with all that they import from it; the registry is written anew."""
-    texts = [(folder / f"{name}.py").read_text() for name in modules]
-    found = {name for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)} - {
-        "registry"
-    }
-    return modules if found <= modules else with_siblings(folder, modules | found)
+    """Modules of a folder with all that they import from it, but the registry."""
+    found = set(modules)
+    waiting = list(modules)
+    while waiting:
+        text = (folder / f"{waiting.pop()}.py").read_text(encoding="utf-8")
+        for node in relative_imports(ast.parse(text)):
+            # level 1 is a sibling: `from .base import Mixer`
+            name = node.module if node.level == 1 else None
+            if name is not None and name != "registry" and name not in found:
+                found.add(name)
+                waiting.append(name)
+    return found
 
 
 def flatten_imports(text: str) -> str:
-    """Imports of sibling folders as imports of sibling files."""
-    return re.sub(r"from \.\.(?:mixers\.|modeling\.)?(\w+) import", r"from .\1 import", text)
+    """Source with every import from this package as one from a file of the same folder.
+
+    `from ..core.shapes import Float` becomes `from .shapes import Float`.
+    """
+    lines = text.splitlines(keepends=True)
+    # Last first: a rewritten import may have fewer lines, which moves all below it.
+    for node in sorted(relative_imports(ast.parse(text)), key=lambda node: -node.lineno):
+        if node.module is not None:
+            module = node.module.rsplit(".", 1)[-1]
+            flat = ast.ImportFrom(module, node.names, level=1)
+            lines[node.lineno - 1 : node.end_lineno] = [
+                f"{' ' * node.col_offset}{ast.unparse(flat)}\n"
+            ]
+    return "".join(lines)
+
+
+def relative_imports(tree: ast.Module) -> Iterator[ast.ImportFrom]:
+    """Every `from .module import name` of a file, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            yield node
 
 
 def registry_text(classes: list[type[Mixer]]) -> str:

@@ -25,7 +25,8 @@ from ..train.gradient_checkpointing import set_gradient_checkpointing
 from ..train.hooks import LayerRecord, record_layers
 from ..train.kl import head_kl
 from ..train.layer_subset import layer_stack
-from ..train.stage import Stage, parameter_groups
+from ..train.optimizer import parameter_groups
+from ..train.stage import Stage
 from .fake_tensors import LiveMemoryCounter, build_fake_model, keep_only_layers
 from .plan import layer_kinds
 

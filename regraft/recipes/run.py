@@ -33,7 +33,9 @@ from .schema import Recipe
 MARGIN = 30.0  # seconds kept back for saving, loading and the page
 
 
-def run(recipe: Recipe, out: str, watching: MonitorConfig = DEFAULT_MONITORING) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, out: str, watching: MonitorConfig = DEFAULT_MONITORING
+) -> dict[str, Any]:
     """Carry out a recipe in directory `out`, going on where an earlier call stopped; returns the report's numbers.
 
     `out` ends up holding the trained model, `report.html`, `report.json`, `metrics.jsonl`, `lineage.json` and the

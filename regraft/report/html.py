@@ -109,8 +109,14 @@ def render_page(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
 def page(title: str, parts: Iterable[str]) -> str:
     """A self-contained page of HTML pieces."""
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    return (
+        "<!doctype html>\n<html"
+        f' lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
 
 
 def eval_rows(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -127,7 +133,8 @@ def format_summary(numbers: Mapping[str, Any]) -> str:
     if numbers.get("ledger"):
         total = numbers["ledger"][-1]
         sentences.append(
-            f"Started and trained on {total['tokens']:,} tokens: {total['flops']:.3g} FLOPs with the teacher's forward."
+            f"Started and trained on {total['tokens']:,} tokens: {total['flops']:.3g} FLOPs with"
+            " the teacher's forward."
         )
     if spent := numbers.get("time"):
         sentences.append(f"The whole run took {spent['seconds'] / 60:.1f} minutes.")
@@ -146,8 +153,9 @@ def quality_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def benchmark_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Heads and lines of the benchmarks, in percent: chance and number of questions, every row, the model's standard
-    errors and its part of what the teacher has above chance."""
+    """Heads and lines of the benchmarks, in percent: chance and number of questions, every row, the
+    model's standard errors and its part of what the teacher has above chance.
+    """
     own = rows["model"]
 
     def line(name: str, key: str, row: Mapping[str, Any], average: str = "") -> list[Any]:
@@ -168,7 +176,9 @@ def benchmark_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], li
 
 
 def lead_rows(rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Heads and lines of what the model has more than every other row in benchmarks and recall, in percent."""
+    """Heads and lines of what the model has more than every other row in benchmarks and recall, in
+    percent.
+    """
     own = rows["model"]
     heads = [*own["tasks"], "average"] if "tasks" in own else []
     heads += [
@@ -269,4 +279,7 @@ def format_number(value: Any) -> str:
 
 def picture(data: bytes, words: str) -> str:
     """An SVG inside the page."""
-    return f'<img alt="{html.escape(words)}" src="data:image/svg+xml;base64,{base64.b64encode(data).decode()}">'
+    return (
+        f'<img alt="{html.escape(words)}"'
+        f' src="data:image/svg+xml;base64,{base64.b64encode(data).decode()}">'
+    )

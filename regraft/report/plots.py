@@ -40,7 +40,9 @@ def svg(drawing: Any) -> bytes:
 
 
 def plot_losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """One panel per stage: loss against the stage's tokens, its running mean on top; None without training rows."""
+    """One panel per stage: loss against the stage's tokens, its running mean on top; None without
+    training rows.
+    """
     stages: dict[str, list[tuple[float, float]]] = {}
     for row in metrics:
         if "loss" in row:
@@ -93,7 +95,9 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def plot_speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Decode speed, prefill speed, state and peak memory against context length, one line per model."""
+    """Decode speed, prefill speed, state and peak memory against context length, one line per
+    model.
+    """
     panels = (
         ("decode_tok_s", 1.0, "decode, tokens/s"),
         ("prefill_tok_s", 1.0, "prefill, tokens/s"),
@@ -141,7 +145,9 @@ def plot_positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
 def plot_curves(
     arms: Mapping[str, Mapping[str, Any]], scratch: str, axis: str, words: str
 ) -> bytes:
-    """Mean held-out loss of every arm against FLOPs or seconds, with its range over seeds; scratch is black."""
+    """Mean held-out loss of every arm against FLOPs or seconds, with its range over seeds; scratch
+    is black.
+    """
     drawing, (panel,) = figure(10.0, 5.2, 1)
     styles = [(colour, line) for line in ("-", "--", ":", "-.") for colour in COLOURS]
     others = [name for name in arms if name != scratch]
@@ -174,7 +180,9 @@ def plot_curves(
 
 
 def plot_savings(arms: Mapping[str, Mapping[str, Any]], scratch: str) -> bytes:
-    """FLOPs saved until scratch's final loss, in % of scratch's, without and with the source's pretraining."""
+    """FLOPs saved until scratch's final loss, in % of scratch's, without and with the source's
+    pretraining.
+    """
     names = [name for name in arms if name != scratch and "savings" in arms[name]]
     drawing, axes = figure(10.0, 1.0 + 0.3 * len(names), 2)
     panels = (("", "FLOPs saved, %"), ("_with_source", "with the source's pretraining, %"))

@@ -77,11 +77,16 @@ def benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
 
 
 def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
-    """One table a kind: how often the right answer is first among the candidates, and greedy text is it."""
+    """One table a kind: how often the right answer is first among the candidates, and greedy text
+    is it.
+    """
     some = rows_with_key(rows, "recall")
     for kind, cells in (some[0][1]["recall"] if some else {}).items():
         one = next(iter(cells.values()))
-        title = f"{kind}: percent first of {round(1 / one['chance'])} answers / said greedily; n = {one['n']}"
+        title = (
+            f"{kind}: percent first of {round(1 / one['chance'])} answers / said greedily; n ="
+            f" {one['n']}"
+        )
         body = [
             [
                 name,
@@ -96,7 +101,9 @@ def recall(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
 
 
 def lead_table(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
-    """The model's lead over every other row, which scores with their own errors are too coarse to tell."""
+    """The model's lead over every other row, which scores with their own errors are too coarse to
+    tell.
+    """
     heads, body = lead_rows(rows)
     if body:
         yield LEADS, heads, body

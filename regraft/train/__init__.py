@@ -1,1 +1,1 @@
-"""Uptraining: closed-form calibration, stages, the loop, resume."""
+"""Training: stages, the loop, calibration in closed form, checkpoints and resume."""

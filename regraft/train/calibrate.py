@@ -1,11 +1,11 @@
-"""A closed-form start for a fresh mixer, measured on the teacher's own attention; no gradient step."""
+"""Calibration: a closed-form start of a new mixer from its teacher's attention, no gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,36 @@ from ..errors import RegraftError
 from ..mixers.base import Mixer, MixerContext, apply_rotary
 from ..mixers.gated import GatedMixer
 from ..mixers.inherit import parse_inherit
+from ..progress import ProgressCallback
 from .hooks import LayerRecord, record_layers, run_decoder
 
 RIDGE = 1e-3
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-GATE_RANGE = (0.01, 0.9)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # gate candidates: these shares of the far attention mass
+GATE_RANGE = (0.01, 0.9)  # targets of the gate, so that its logit stays finite
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # input_ids, position_ids, segments: (batch, time)
+
+
+class MixerCalibration(TypedDict):
+    """What calibration found for one mixer; only `heads_folded` for one with nothing to set."""
+
+    outside_window: NotRequired[float]  # attention mass beyond the window and the sinks
+    mean_distance: NotRequired[float]  # tokens that this mass looks back
+    entropy: NotRequired[float]  # of the attention, as a share of the largest possible
+    half_life: NotRequired[float]  # tokens, of a decay that loses half in `mean_distance`
+    gate_share: NotRequired[float]  # mean of the chosen SHARES; 1 without a gate
+    heads_folded: float  # 1 when the value maps are in the weights, else 0
+
+
+class CalibrationRow(MixerCalibration):
+    """The same with the layer's number."""
+
+    layer: int
 
 
 @dataclass
 class AttentionStatistics:
-    """One teacher layer on one batch: what each head attends to and what it reads; all float32."""
+    """One teacher layer on one batch: what each head attends to and what it reads; float32."""
 
     heads: Tensor  # (batch, heads, time, dim): the teacher's per-head outputs
     outside: Tensor  # (batch, heads, time): attention mass beyond the window and sinks
@@ -32,109 +52,149 @@ class AttentionStatistics:
     entropy: Tensor  # (batch, heads, time): attention entropy over log(tokens seen)
 
 
+Records = Sequence[tuple[LayerRecord, AttentionStatistics]]
+
+
 def compute_attention_statistics(
     mixer: Mixer, record: LayerRecord, segments: Tensor | None, window: int, sinks: int
 ) -> AttentionStatistics:
-    """Softmax attention from the mixer's inherited projections, before anything was folded or trained."""
-    q, k, v = mixer.qkv(record.inputs)
+    """Softmax attention from the mixer's inherited projections.
+
+    The projections must still be the teacher's: nothing folded or trained.
+
+    Args:
+        mixer: a mixer with the teacher's q, k and v.
+        record: what the teacher's attention got.
+        segments: (batch, time) number of the document of each token; None: one document a row.
+        window: tokens that the mixer's window sees, 0 for none.
+        sinks: first tokens of each document that it always sees.
+    """
+    q, k, v = mixer.qkv(record.inputs)  # (batch, heads or kv heads, time, dim)
     q, k = apply_rotary(q, record.rotary), apply_rotary(k, record.rotary)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+
     time = q.shape[2]
     index = torch.arange(time, device=q.device)
-    distance = index.unsqueeze(-1) - index
+    distance = index.unsqueeze(-1) - index  # (query, key)
     seen = (distance >= 0).unsqueeze(0)
     start = torch.zeros(q.shape[0], time, dtype=torch.long, device=q.device)
     if segments is not None:
         seen = seen & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
-        start = seen.long().argmax(-1)
+        start = seen.long().argmax(-1)  # the first key seen: where the query's document begins
+
     scores = (q @ k.transpose(-1, -2)) * mixer.attention.scale
     weight = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
-    far = ((distance >= window) & ((index - start.unsqueeze(-1)) >= sinks)).unsqueeze(1) * weight
+    is_far = (distance >= window) & ((index - start.unsqueeze(-1)) >= sinks)
+    far = is_far.unsqueeze(1) * weight
+
+    # A token that sees only itself has entropy 0: log 2 instead of log 1 avoids dividing by 0.
     count = (index - start + 1).clamp(min=2).unsqueeze(1)
     entropy = -torch.special.xlogy(weight, weight).sum(-1) / count.log()
     return AttentionStatistics(weight @ v, far.sum(-1), (far * distance).sum(-1), entropy)
 
 
 class RidgeRegression:
-    """Running normal equations of ridge regressions side by side: features (..., n, f) -> targets (..., n, t)."""
+    """Ridge regressions side by side: features (..., n, f) -> targets (..., n, t).
+
+    Only the normal equations are kept, so that rows can come batch by batch.
+    """
 
     def __init__(self) -> None:
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
-        self.energy: Tensor | float = 0.0
+        self.gram: Tensor | float = 0.0  # X^T X: (..., f, f)
+        self.cross: Tensor | float = 0.0  # X^T Y: (..., f, t)
+        self.energy: Tensor | float = 0.0  # ||Y||^2: (...)
 
     def add(self, features: Tensor, targets: Tensor) -> None:
-        """More rows."""
+        """Take in more rows."""
         self.gram = self.gram + features.mT @ features
         self.cross = self.cross + features.mT @ targets
         self.energy = self.energy + targets.square().sum((-2, -1))
 
     def solve(self, ridge: float = RIDGE, prior: float = 0.0) -> Tensor:
-        """Coefficients (..., f, t); the penalty on what differs from `prior` times the unit matrix is `ridge` times the
-        features' mean square.
+        """Coefficients W (..., f, t) of min ||X W - Y||^2 + penalty ||W - prior I||^2.
+
+        Args:
+            ridge: the penalty as a share of the features' mean square.
+            prior: what multiple of the identity W is drawn to.
         """
         gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
         scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        # The small constant keeps features that are all zero solvable.
         penalty = (ridge * scale + 1e-12) * torch.eye(gram.shape[-1], device=gram.device)
         return torch.linalg.solve(gram + penalty, cross + prior * penalty if prior else cross)
 
-    def residual_error(self, found: Tensor) -> Tensor:
-        """Squared error that these coefficients leave, (...)."""
+    def residual_error(self, coefficients: Tensor) -> Tensor:
+        """||X W - Y||^2 for coefficients W (..., f, t): (...)."""
         gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
-        explained = 2 * (found * cross).sum((-2, -1)) - (found * (gram @ found)).sum((-2, -1))
-        return torch.as_tensor(self.energy) - explained
+        # ||X W - Y||^2 = ||Y||^2 - (2 <W, X^T Y> - <W, X^T X W>)
+        linear = 2 * (coefficients * cross).sum((-2, -1))
+        quadratic = (coefficients * (gram @ coefficients)).sum((-2, -1))
+        return torch.as_tensor(self.energy) - (linear - quadratic)
 
 
-def gate_candidates(records: list[tuple[LayerRecord, AttentionStatistics]]) -> Tensor:
-    """Gate weights and bias, (candidates, hidden + 1, heads), for g = share x attention mass outside the window.
+def gate_candidates(records: Records) -> Tensor:
+    """Gate weights and bias for g = share x attention mass m outside the window.
 
-    Softmax attention is exactly (1 - m) window + m rest, so m is the right gate for a linear branch that gives the
-    rest; smaller shares suit one that does not. Ridge regression of logit(share x m) on the layer's input.
+    Softmax attention is exactly (1 - m) window + m rest, so m is the right gate for a linear
+    branch that gives the rest; smaller shares suit one that does not. The candidates are ridge
+    regressions of logit(share x m) on the layer's input.
+
+    Returns:
+        (candidates, hidden + 1, heads), the bias last.
     """
     fits = []
     for share in SHARES:
-        moments = RidgeRegression()
+        problem = RidgeRegression()
         for record, seen in records:
-            target = (share * seen.outside).clamp(*GATE_RANGE).logit().transpose(1, 2).flatten(0, 1)
-            moments.add(_append_ones(record.inputs).flatten(0, 1), target)
-        fits.append(moments.solve())
+            target = (share * seen.outside).clamp(*GATE_RANGE).logit()  # (batch, heads, time)
+            features = _append_ones(record.inputs).flatten(0, 1)  # (batch * time, hidden + 1)
+            problem.add(features, target.transpose(1, 2).flatten(0, 1))
+        fits.append(problem.solve())
     return torch.stack(fits)
 
 
 def _append_ones(x: Tensor) -> Tensor:
+    """A column of ones for the bias."""
     return torch.cat((x.float(), torch.ones_like(x[..., :1])), dim=-1)
 
 
-def fit_mixer(
-    mixer: Mixer,
-    records: list[tuple[LayerRecord, AttentionStatistics]],
-    segments: list[Tensor | None],
-) -> tuple[bool, float]:
-    """Decays, gates and value maps that best complete the window's output to the teacher's, head by head.
+def linear_branch(mixer: Mixer) -> Mixer:
+    """The linear branch of a gated mixer; any other mixer itself."""
+    return mixer.linear if isinstance(mixer, GatedMixer) else mixer
 
-    A linear mixer's output is linear in its values, so a dim x dim map of it, found by ridge regression, folds into the
-    value projection (or the output projection where a norm stands between; a branch with a norm takes no map). Averages
-    of values, as the teacher's outputs are too, are drawn towards what they are. Of the half-lives that learned decays
-    may begin with, each state takes the one that leaves the least error, then of the gate candidates each group of
-    heads. Returns whether the maps were folded, and the mean share chosen.
+
+def fit_mixer(
+    mixer: Mixer, records: Records, segments: Sequence[Tensor | None]
+) -> tuple[bool, float]:
+    """Set decays, gates and value maps that best complete the window to the teacher, by head.
+
+    A linear mixer's output is linear in its values. So a (dim, dim) map of the output, found by
+    ridge regression, folds into the value projection, or into the output projection where a norm
+    stands between; a branch with a norm takes no map.
+
+    Args:
+        mixer: as linearized, its projections still the teacher's.
+        records: by batch, what the layer got and what its attention was.
+        segments: by batch, (batch, time) numbers of documents, or None.
+
+    Returns:
+        (whether the maps were folded, the mean of the chosen gate shares).
     """
-    linear = mixer.linear if isinstance(mixer, GatedMixer) else mixer
-    heads = linear.attention.heads
+    linear = linear_branch(mixer)
     gates = gate_candidates(records) if isinstance(mixer, GatedMixer) else None
-    if (tokens := linear.half_lives) is not None:
-        tried = []
-        for candidate in tokens:
-            linear.set_half_lives(candidate)
-            left = solve_value_maps(mixer, records, segments, gates)[1].amin(0)
-            tried.append(left.unflatten(0, (tokens.shape[1], -1)).sum(1))
-        best = torch.stack(tried).argmin(0)
-        linear.set_half_lives(tokens.gather(0, best[None])[0])
-    solved, left = solve_value_maps(mixer, records, segments, gates)
-    best = left.argmin(0)  # of (candidates, maps)
+    if linear.half_lives is not None:
+        choose_half_lives(mixer, linear.half_lives, records, segments, gates)
+
+    # Each map takes the gate candidate that leaves the least error.
+    solved, errors = solve_value_maps(mixer, records, segments, gates)
+    best = errors.argmin(0)  # of (candidates, maps)
     maps = len(best)
     chosen = torch.stack(solved)[best, torch.arange(maps)]
     if gates is None or not isinstance(mixer, GatedMixer):
         return linear.fold_heads(chosen), 1.0
+
+    # Heads that share a map have chosen together, but have gates of their own.
+    heads = linear.attention.heads
     per_head = best.repeat_interleave(heads // maps)
     picked = gates[per_head, :, torch.arange(heads)]  # (heads, hidden + 1)
     mixer.gate.weight.copy_(picked[:, :-1])
@@ -142,40 +202,87 @@ def fit_mixer(
     return linear.fold_heads(chosen), float(torch.tensor(SHARES)[best].mean())
 
 
+def choose_half_lives(
+    mixer: Mixer,
+    candidates: Tensor,
+    records: Records,
+    segments: Sequence[Tensor | None],
+    gates: Tensor | None,
+) -> None:
+    """Set each state's half-life to the candidate that leaves the least error.
+
+    Args:
+        mixer: the mixer.
+        candidates: half-lives to try, in tokens (candidates, states).
+        records: by batch, what the layer got and what its attention was.
+        segments: by batch, numbers of documents.
+        gates: gate candidates; each half-life is judged with the best of them.
+    """
+    linear = linear_branch(mixer)
+    states = candidates.shape[1]
+
+    errors = []
+    for half_lives in candidates:
+        linear.set_half_lives(half_lives)
+        left = solve_value_maps(mixer, records, segments, gates)[1].amin(0)  # (maps,)
+        errors.append(left.unflatten(0, (states, -1)).sum(1))  # a state may serve several maps
+
+    best = torch.stack(errors).argmin(0)  # of (candidates, states)
+    linear.set_half_lives(candidates.gather(0, best[None])[0])
+
+
 def solve_value_maps(
     mixer: Mixer,
-    records: list[tuple[LayerRecord, AttentionStatistics]],
-    segments: list[Tensor | None],
+    records: Records,
+    segments: Sequence[Tensor | None],
     gates: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """By gate candidate, value maps (maps, dim, dim) and the squared error left, (candidates, maps)."""
-    linear = mixer.linear if isinstance(mixer, GatedMixer) else mixer
-    maps = (
-        linear.qkv.v.out_features // linear.attention.dim
-        if linear.values_are_linear
-        else linear.attention.heads
-    )
-    moments = [RidgeRegression() for _ in SHARES] if gates is not None else [RidgeRegression()]
+    """The best value maps for each gate candidate, and how well they do.
+
+    Args:
+        mixer: the mixer.
+        records: by batch, what the layer got and what its attention was.
+        segments: by batch, numbers of documents.
+        gates: gate candidates (candidates, hidden + 1, heads); None for a mixer without a gate,
+            which counts as one candidate.
+
+    Returns:
+        (by candidate, maps (maps, dim, dim); squared errors left, (candidates, maps)).
+    """
+    linear = linear_branch(mixer)
+    maps = linear.attention.heads
+    if linear.values_are_linear:  # the maps fold into v, whose heads are shared by groups
+        maps = linear.qkv.v.out_features // linear.attention.dim
+
+    problems = [RidgeRegression() for _ in (SHARES if gates is not None else (1.0,))]
     for (record, seen), ids in zip(records, segments, strict=True):
-        mixing = record.mixer_context(ids)
-        out = linear.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
+        context = record.mixer_context(ids)
+        out = linear.mix(record.inputs, context, None)[0].float().transpose(1, 2)
         if gates is None or not isinstance(mixer, GatedMixer):
-            moments[0].add(*_group_heads(maps, out, seen.heads))
+            problems[0].add(*_group_heads(maps, out, seen.heads))
             continue
-        window = mixer.window.mix(record.inputs, mixing, None)[0].float().transpose(1, 2)
-        for index, candidate in enumerate(gates):
-            gate = (_append_ones(record.inputs) @ candidate).sigmoid().transpose(1, 2).unsqueeze(-1)
-            moments[index].add(*_group_heads(maps, gate * out, seen.heads - (1 - gate) * window))
-    solved = [problem.solve(prior=float(linear.denominator)) for problem in moments]
+
+        # g out W + (1 - g) window = teacher: what is left for W is teacher - (1 - g) window.
+        window = mixer.window.mix(record.inputs, context, None)[0].float().transpose(1, 2)
+        for problem, candidate in zip(problems, gates, strict=True):
+            gate = (_append_ones(record.inputs) @ candidate).sigmoid()  # (batch, time, heads)
+            gate = gate.transpose(1, 2).unsqueeze(-1)
+            problem.add(*_group_heads(maps, gate * out, seen.heads - (1 - gate) * window))
+
+    # Averages of values, as the teacher's outputs are too, are drawn to what they are: maps to
+    # the identity. Others are drawn to zero.
+    solved = [problem.solve(prior=float(linear.denominator)) for problem in problems]
     if not (linear.values_are_linear or hasattr(linear, "o")):
+        # Nothing can take a map (a branch with a norm): its error is that without one.
         solved = [torch.eye(linear.attention.dim).expand_as(found) for found in solved]
-    return solved, torch.stack(
-        [problem.residual_error(found) for problem, found in zip(moments, solved, strict=True)]
-    )
+    errors = [
+        problem.residual_error(found) for problem, found in zip(problems, solved, strict=True)
+    ]
+    return solved, torch.stack(errors)
 
 
 def _group_heads(maps: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """(batch, heads, time, dim) -> (maps, rows, dim): the rows of heads that share a map side by side."""
+    """(batch, heads, time, dim) -> (maps, rows, dim): heads that share a map become rows."""
     return tuple(t.transpose(0, 1).unflatten(0, (maps, -1)).flatten(1, 3) for t in tensors)
 
 
@@ -184,58 +291,76 @@ def calibrate(
     slots: list[Any],
     teacher: PreTrainedModel,
     teacher_slots: list[nn.Module],
-    batches: list[tuple[Tensor, Tensor, Tensor | None]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[dict[str, float]]:
-    """Set gates, decays, write strengths and value maps of every converted layer; yields one row per layer.
+    batches: list[Batch],
+    progress: ProgressCallback = lambda share, message: None,
+) -> Iterator[CalibrationRow]:
+    """Set gates, decays, write strengths and value maps of every converted layer.
 
-    `batches`: (input_ids, position_ids, segments or None), each (batch, time). The student must be as linearized:
-    its projections still the teacher's. Gates by Taylor-Calibrate (arXiv 2606.16429), the mixing gate and the value
-    maps by ridge regression (this project).
+    Gates by Taylor-Calibrate (arXiv 2606.16429), the mixing gate and the value maps by ridge
+    regression (this project). A generator: a layer is done when its row is asked for.
+
+    Args:
+        slots: the student's attention modules, by layer. The student must be as linearized: its
+            projections still the teacher's.
+        teacher: the source model.
+        teacher_slots: its attention modules, by layer.
+        batches: (input_ids, position_ids, segments or None), each (batch, time).
+        progress: told the share done after every batch and layer.
     """
     layers = [i for i, slot in enumerate(slots) if isinstance(getattr(slot, "mixer", None), Mixer)]
+    total = len(batches) + len(layers)
+
+    # One pass of the teacher serves all layers; their inputs are kept until their turn.
     captured: dict[int, list[LayerRecord]] = {layer: [] for layer in layers}
     with record_layers(teacher_slots, layers, lambda layer, record: captured[layer].append(record)):
-        for done, (input_ids, position_ids, _) in enumerate(batches):
+        for done, (input_ids, position_ids, _) in enumerate(batches, 1):
             run_decoder(teacher, input_ids, position_ids)
-            progress(done + 1, len(batches) + len(layers))
+            progress(done / total, "calibrating")
+
     segments = [ids for _, _, ids in batches]
-    for done, layer in enumerate(layers):
+    for done, layer in enumerate(layers, len(batches) + 1):
         yield {"layer": layer, **calibrate_layer(slots[layer].mixer, captured.pop(layer), segments)}
-        progress(len(batches) + done + 1, len(batches) + len(layers))
+        progress(done / total, "calibrating")
 
 
 @torch.no_grad()
 def calibrate_layer(
     mixer: Mixer, records: list[LayerRecord], segments: list[Tensor | None]
-) -> dict[str, float]:
-    """One mixer's start from what its layer saw and gave; `segments` by record. RegraftError when it inherits too
-    little of the teacher's attention.
+) -> MixerCalibration:
+    """Set one mixer's start from what its layer got and gave.
+
+    RegraftError when the mixer inherits too little of the teacher's attention.
+
+    Args:
+        mixer: as linearized, its projections still the teacher's.
+        records: by batch, what the teacher's attention got and gave.
+        segments: by batch, (batch, time) numbers of documents, or None.
     """
-    linear = mixer.linear if isinstance(mixer, GatedMixer) else mixer
-    if linear.name == "window" or not hasattr(
-        linear, "qkv"
-    ):  # nothing of its own to set, or nothing of the source
+    linear = linear_branch(mixer)
+    # A window has nothing of its own to set, and without q, k, v there is nothing of the source.
+    if linear.name == "window" or not hasattr(linear, "qkv"):
         return {"heads_folded": 0.0}
     if not parse_inherit(linear.inherit) >= {"q", "k", "v"}:
         raise RegraftError(
-            f"calibration sees the teacher's attention in inherited q, k and v, mixers inherit '{linear.inherit}': "
-            "leave calibration out (0 tokens)"
+            "calibration sees the teacher's attention in inherited q, k and v, "
+            f"mixers inherit '{linear.inherit}': leave calibration out (0 tokens)"
         )
-    window, sinks = (
-        (mixer.window.options.window, mixer.window.options.sinks)
-        if isinstance(mixer, GatedMixer)
-        else (0, 0)
-    )
+
+    window, sinks = 0, 0
+    if isinstance(mixer, GatedMixer):
+        window, sinks = mixer.window.options.window, mixer.window.options.sinks
     pairs = [
-        (r, compute_attention_statistics(linear, r, ids, window, sinks))
-        for r, ids in zip(records, segments, strict=True)
+        (record, compute_attention_statistics(linear, record, ids, window, sinks))
+        for record, ids in zip(records, segments, strict=True)
     ]
+
+    # Means by head over all tokens, (heads,).
     mass = torch.stack([seen.outside.mean((0, 2)) for _, seen in pairs]).mean(0)
-    distance = torch.stack([seen.distance.mean((0, 2)) for _, seen in pairs]).mean(0) / mass.clamp(
-        min=1e-6
-    )
+    summed = torch.stack([seen.distance.mean((0, 2)) for _, seen in pairs]).mean(0)
     entropy = torch.stack([seen.entropy.mean((0, 2)) for _, seen in pairs]).mean(0)
+    distance = summed / mass.clamp(min=1e-6)
+
+    # Gates first: the value maps are fitted to the outputs that they give.
     linear.start_gates(distance.clamp(min=1.0), entropy.clamp(0, 1))
     folded, share = fit_mixer(mixer, pairs, segments)
     return {
@@ -248,13 +373,16 @@ def calibrate_layer(
     }
 
 
-def output_error(mixer: Mixer, record: LayerRecord, mixing: MixerContext) -> Tensor:
-    """Squared error of the mixer's output relative to the teacher's, the mean over rows: 0 perfect, 1 as silence."""
-    y, _ = mixer(record.inputs, mixing)
+def output_error(mixer: Mixer, record: LayerRecord, context: MixerContext) -> Tensor:
+    """Squared error of a mixer's output relative to the teacher's, the mean over rows, a scalar.
+
+    0 is perfect, 1 as good as silence.
+    """
+    y, _ = mixer(record.inputs, context)
     return relative_squared_error(y.float(), record.outputs.float())
 
 
 def relative_squared_error(value: Tensor, target: Tensor) -> Tensor:
-    """||value - target||^2 / ||target||^2 of each row (batch, ...), the mean over the batch: a scalar."""
-    gap, whole = ((part.square().flatten(1).sum(1)) for part in (value - target, target))
-    return (gap / whole.clamp(min=1e-12)).mean()
+    """||value - target||^2 / ||target||^2 of each row (batch, ...), the mean over the batch."""
+    error, energy = ((part.square().flatten(1).sum(1)) for part in (value - target, target))
+    return (error / energy.clamp(min=1e-12)).mean()

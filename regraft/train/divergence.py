@@ -1,4 +1,4 @@
-"""A run that goes astray is stopped: a loss that is no number, or one that jumps and stays up."""
+"""Training stops when it diverges: the loss is NaN or inf, or it jumps and stays high."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from ..errors import RegraftError
 from .stage import Stage
 
 MIN_LOSSES = 8  # losses that must be known before one can be too high
-Place = tuple[int, int, Path]  # stage, steps of it that are done, where
+Place = tuple[int, int, Path]  # a checkpoint: stage, steps of it that are done, folder
 
 
 @dataclass(frozen=True)
 class LossSpikeConfig:
-    """A loss is too high above `factor` times the median of the stage's last `window` ordinary ones, above the largest
-    of these and above the median + `margin` (nats, or relative error). `patience` of them in a row stop the run.
+    """When a loss counts as too high, and how many of them in a row stop the run.
 
-    `factor` 0 looks for no jumps. What is too high does not enter the median. Noise does not do it: the chance that
-    ten losses of one distribution in a row are above the largest of the hundred before is below 1e-13; in 367 stages of
-    this project's own runs the highest ten in a row stayed below the median + 0.3.
+    A loss is too high when it is above `factor` times the running median, above the median +
+    `margin`, and above the largest loss in the window. Losses that are too high do not enter the
+    window.
+
+    Noise does not stop a run: the chance that ten losses of one distribution in a row are above
+    the largest of the hundred before is below 1e-13. In 367 stages of this project's own runs the
+    highest ten in a row stayed below the median + 0.3.
+
+    Attributes:
+        factor: multiple of the running median; 0 looks for no jumps.
+        margin: in units of the loss: nats, or relative error for `align` and `matrix`.
+        window: how many of the last losses that were not too high the median is of.
+        patience: losses in a row that must be too high.
     """
 
     factor: float = 1.5
@@ -33,14 +42,19 @@ class LossSpikeConfig:
     def __post_init__(self) -> None:
         if (self.factor != 0 and not self.factor > 1) or not math.isfinite(self.factor):
             raise RegraftError(
-                f"spike_factor is {self.factor}: give a multiple of the running median above 1, or 0 to never stop"
+                f"spike_factor is {self.factor}: "
+                "give a multiple of the running median above 1, or 0 to never stop"
             )
 
 
 @dataclass
 class LossTrend:
-    """What a stage has seen of its loss; the fields are the whole state. `recent`: ordinary losses, at most `window`;
-    `high`: how many in a row were too high, up to now; `since`: the step of the first of them.
+    """What a stage has seen of its loss. The fields are the whole state, saved as JSON.
+
+    Attributes:
+        recent: the last losses that were not too high, at most `LossSpikeConfig.window`.
+        high: how many in a row were too high, up to now.
+        since: the step of the first of these.
     """
 
     recent: list[float] = field(default_factory=list)
@@ -53,7 +67,7 @@ class LossTrend:
         return self.high > 0
 
     def observe(self, loss: float, step: int, jump: LossSpikeConfig) -> bool:
-        """Take in the loss of one more step, counted from 1; whether it has jumped."""
+        """Take in the loss of one more step, counted from 1; whether the run must stop."""
         if jump.factor == 0:
             return False
         if len(self.recent) >= MIN_LOSSES and loss > self.spike_threshold(jump):
@@ -64,39 +78,62 @@ class LossTrend:
         return False
 
     def spike_threshold(self, jump: LossSpikeConfig) -> float:
-        """Losses above it are too high."""
-        middle = statistics.median(self.recent)
-        return max(jump.factor * middle, middle + jump.margin, max(self.recent))
+        """The loss above which one is too high."""
+        median = statistics.median(self.recent)
+        return max(jump.factor * median, median + jump.margin, max(self.recent))
 
 
 def check_divergence(
-    trend: LossTrend, jump: LossSpikeConfig, stage: Stage, place: tuple[int, int], loss: float, norm: float,
+    trend: LossTrend,
+    jump: LossSpikeConfig,
+    stage: Stage,
+    place: tuple[int, int],
+    loss: float,
+    norm: float,
     checkpoints: Callable[[], Sequence[Place]],
-) -> None:  # fmt: skip
-    """RegraftError, with the last good checkpoint, when the loss or the gradient's norm of the step just done is no
-    number, or the loss has jumped.
+) -> None:
+    """Check the step just done; RegraftError, with the last good checkpoint, when it diverged.
 
-    `place`: (number of the stage, step counted from 1); `checkpoints`: those on disk. A checkpoint is known to be good
-    when the loss of the step after it was an ordinary one.
+    That is: the loss or the gradient's norm is NaN or inf, or the loss has jumped.
+
+    Args:
+        trend: the stage's losses so far; takes in this one.
+        jump: when a loss is too high.
+        stage: named in the error.
+        place: (number of the stage, number of the step from 1).
+        loss: mean loss of the step.
+        norm: norm of its gradient.
+        checkpoints: lists those on disk; called for the error only.
     """
     index, step = place
     if math.isfinite(loss) and math.isfinite(norm):
         if not trend.observe(loss, step, jump):
             return
-        usual, first = statistics.median(trend.recent), trend.since
-        what = f" is {loss:.4g} at step {step} and has been far above the usual {usual:.4g} since step {first}"
-        off = ", or --spike-factor 0 goes on regardless"
+        median, first = statistics.median(trend.recent), trend.since
+        problem = (
+            f" is {loss:.4g} at step {step} "
+            f"and has been far above the usual {median:.4g} since step {first}"
+        )
+        alternative = ", or --spike-factor 0 goes on regardless"
     else:
+        # Losses that were too high just before are where it began.
+        first, alternative = trend.since if trend.is_suspect else step, ""
         name, value = ("", loss) if not math.isfinite(loss) else ("'s gradient", norm)
-        first, off = trend.since if trend.is_suspect else step, ""
-        what = f"{name} is {value} at step {step}"
-    good = [known for known in checkpoints() if known[:2] <= (index, first - 2)]
-    last = max(good, key=lambda known: known[:2], default=None)
-    kept = (
-        f"last good checkpoint: {last[2]} (stage {last[0]}, step {last[1]})"
-        if last
-        else "no good checkpoint yet"
-    )
+        problem = f"{name} is {value} at step {step}"
+
+    saved = describe_last_good(checkpoints(), index, first)
     raise RegraftError(
-        f"loss of stage '{stage.kind}'{what}; {kept}: lower its learning rates and run again{off}"
+        f"loss of stage '{stage.kind}'{problem}; {saved}: "
+        f"lower its learning rates and run again{alternative}"
     )
+
+
+def describe_last_good(checkpoints: Sequence[Place], stage: int, first: int) -> str:
+    """The last checkpoint that is known to be good when step `first` was the first bad one."""
+    # The loss of step N is that of the weights after N - 1. So the weights after `first` - 1
+    # steps gave the bad loss, and those after `first` - 2 an ordinary one.
+    good = [known for known in checkpoints if known[:2] <= (stage, first - 2)]
+    last = max(good, key=lambda known: known[:2], default=None)
+    if last is None:
+        return "no good checkpoint yet"
+    return f"last good checkpoint: {last[2]} (stage {last[0]}, step {last[1]})"

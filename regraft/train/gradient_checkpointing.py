@@ -1,4 +1,4 @@
-"""Gradient checkpointing (Chen et al., arXiv 1604.06174): layers are computed again in the backward pass."""
+"""Gradient checkpointing (Chen et al., arXiv 1604.06174): activations are computed twice."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from .layer_subset import layer_stack
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a layer's forward and around its repetition, whose FLOPs do not count."""
+    """Contexts for a layer's forward pass and for its repetition, whose FLOPs do not count."""
     return nullcontext(), pause_counting()
 
 
 def set_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
-    """Keep only the layers' inputs for the backward pass, or all activations again; results are the same.
+    """Keep only the layers' inputs for the backward pass, or all activations again.
 
-    RegraftError when the layers cannot do that.
+    Results are the same. RegraftError when the layers cannot do that.
     """
     for layer in layer_stack(model):
         if not isinstance(layer, GradientCheckpointingLayer):
             if wanted:
                 raise RegraftError(
-                    f"a {type(layer).__name__} cannot be computed again: train without checkpointing"
+                    f"a {type(layer).__name__} cannot be computed again: "
+                    "train without checkpointing"
                 )
             continue
-        layer.gradient_checkpointing = layer.training = (
-            wanted  # its parts stay in eval mode: no dropout
-        )
+
+        # transformers checkpoints a layer in training mode only. The layer's own flag is set, not
+        # that of its parts: these stay in eval mode, without dropout.
+        layer.gradient_checkpointing = layer.training = wanted
         layer._gradient_checkpointing_func = partial(
             checkpoint, use_reentrant=False, context_fn=checkpoint_contexts
         )

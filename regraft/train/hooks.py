@@ -13,21 +13,20 @@ from transformers import PreTrainedModel
 
 from ..mixers.base import MixerContext
 
-Rotary = tuple[Tensor, Tensor]
+Rotary = tuple[Tensor, Tensor]  # cos and sin, both (batch or 1, time, rotary dim)
 
 
 @dataclass
 class LayerRecord:
-    """What one attention slot saw and gave: inputs and outputs (batch, time, hidden), the rotary tables, the softmax
-    matrices (batch, heads, time, time) where the model gives them."""
+    """What one attention module got and gave in a forward pass."""
 
-    inputs: Tensor
-    outputs: Tensor
-    rotary: Rotary | None
-    weights: Tensor | None = None
+    inputs: Tensor  # (batch, time, hidden)
+    outputs: Tensor  # (batch, time, hidden)
+    rotary: Rotary | None  # None for a model with other positions
+    weights: Tensor | None = None  # softmax matrices (batch, heads, time, time), if it gives them
 
     def mixer_context(self, segments: Tensor | None) -> MixerContext:
-        """The context a mixer in this slot would get."""
+        """The context that a mixer in this place would get."""
         return MixerContext(self.rotary, None, segments)
 
 
@@ -35,20 +34,24 @@ class LayerRecord:
 def record_layers(
     slots: list[nn.Module], layers: list[int], keep: Callable[[int, LayerRecord], None]
 ) -> Iterator[None]:
-    """While inside, every forward of slot `layer` calls `keep(layer, record)`."""
+    """Inside, every forward pass of an attention module calls `keep(layer, record)`.
+
+    Args:
+        slots: the model's attention modules, by layer.
+        layers: which of them are recorded.
+        keep: gets detached tensors.
+    """
 
     def build_hook(layer: int) -> Callable[..., None]:
         def record(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
+            # Some classes pass the hidden states by name, others by position.
             inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            weights = output[1].detach() if len(output) > 1 and torch.is_tensor(output[1]) else None
-            keep(
-                layer,
-                LayerRecord(
-                    inputs.detach(), output[0].detach(), kwargs.get("position_embeddings"), weights
-                ),
-            )
+            gives_weights = len(output) > 1 and torch.is_tensor(output[1])
+            weights = output[1].detach() if gives_weights else None
+            rotary = kwargs.get("position_embeddings")
+            keep(layer, LayerRecord(inputs.detach(), output[0].detach(), rotary, weights))
 
         return record
 
@@ -64,5 +67,5 @@ def record_layers(
 
 @torch.no_grad()
 def run_decoder(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
-    """Run the decoder without its head, for what the hooks see; input_ids, position_ids: (batch, time)."""
+    """Run the decoder without its head, for what hooks record; both arguments (batch, time)."""
     model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -1,16 +1,17 @@
-"""Which layers run and learn in a step: a sub-model, layers trained alone, layers and tokens left out at random."""
+"""Which layers run and learn in a step: a sub-model, chosen layers, random layers and tokens."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..core.anatomy import find_anatomy
@@ -29,7 +30,7 @@ class SkippedLayer(nn.Module):
 
 
 def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a stock model, in order."""
+    """The layers of a stock model, in order; RegraftError when it has no list of them."""
     depth = model.config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -40,55 +41,69 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def parse_layers(layers: str, depth: int) -> tuple[list[int], list[int]]:
-    """(layers that run, layers that learn) of `all`, `bottom:N` or `train:A-B,C,..`, which count from 0.
+    """(layers that run, layers that learn) of `all`, `bottom:N` or `train:A-B,C,..`.
 
-    RegraftError when the model has no such layers.
+    Numbers count from 0. RegraftError when a model of this depth has no such layers.
     """
     every = list(range(depth))
-    kind, _, place = layers.partition(":")
+    kind, _, text = layers.partition(":")
     if kind == "all":
         return every, every
+
     if kind == "bottom":
-        wanted = list(range(int(place)))
+        chosen = list(range(int(text)))
     else:
-        bounds = [[int(end) for end in piece.split("-")] for piece in place.split(",")]
-        wanted = sorted({layer for ends in bounds for layer in range(ends[0], ends[-1] + 1)})
-    if not wanted or max(wanted) >= depth:
+        # "0-2,5" -> [[0, 2], [5]]: a single layer is a range from itself to itself.
+        ranges = [[int(end) for end in piece.split("-")] for piece in text.split(",")]
+        chosen = sorted({layer for ends in ranges for layer in range(ends[0], ends[-1] + 1)})
+    if not chosen or max(chosen) >= depth:
         raise RegraftError(
             f"layers '{layers}' of a model with layers 0 to {depth - 1}: name layers that it has"
         )
-    return (wanted if kind == "bottom" else every), wanted
+    return (chosen if kind == "bottom" else every), chosen
 
 
 def frozen_parameter_ids(model: PreTrainedModel, layers: str) -> set[int]:
-    """Identities of the parameters that do not learn: other layers, and for `train:` all that comes before the stack,
+    """Ids of the parameters that do not learn in a stage with these `layers`.
+
+    These are the parameters of other layers and, for `train:`, all that comes before the stack,
     a tied head included.
     """
     if layers == "all":
         return set()
     modules = list(layer_stack(model))
     _, learning = parse_layers(layers, len(modules))
-    inside = {
+    layer_of = {
         id(parameter): layer
         for layer, module in enumerate(modules)
         for parameter in module.parameters()
     }
-    fixed = {parameter for parameter, layer in inside.items() if layer not in learning}
+    frozen = {parameter for parameter, layer in layer_of.items() if layer not in learning}
+
     if layers.startswith("train:"):
+        # A tied head is listed once, as the embedding before the stack.
         for parameter in model.parameters():
-            if id(parameter) in inside:
+            if id(parameter) in layer_of:
                 break
-            fixed.add(id(parameter))
-    return fixed
+            frozen.add(id(parameter))
+    return frozen
 
 
 def keep_probability(drop: float, layer: int, depth: int, step: int, steps: int) -> float:
-    """Progressive layer dropping (Zhang & He, arXiv 2010.13369): how likely a layer stays in a step, both from 0.
+    """How likely a layer stays in a step: progressive layer dropping (arXiv 2010.13369).
 
-    The share (1 - drop) e^(-100 t / steps) + drop of their schedule, growing from the first layer, which always stays.
+    `drop` scaled by 1 - e^(-100 step / steps), their schedule, and growing linearly from the
+    first layer, which always stays.
+
+    Args:
+        drop: largest probability that a layer is left out.
+        layer: from 0.
+        depth: number of layers that run.
+        step: from 0.
+        steps: of the whole stage.
     """
-    lost = drop * (1 - math.exp(-100 * (step + 1) / steps))
-    return 1 - layer / depth * lost
+    scheduled = drop * (1 - math.exp(-100 * (step + 1) / steps))
+    return 1 - layer / depth * scheduled
 
 
 @contextmanager
@@ -97,14 +112,25 @@ def apply_stage_layers(
     stage: Stage,
     step: int,
     draws: torch.Generator,
-    held: Tensor | None = None,
+    protected: Tensor | None = None,
     piece: slice = slice(None),
 ) -> Iterator[str]:
-    """Inside, only what a stage runs in a step is there; yields what its FLOPs depend on.
+    """Inside, the model is what a stage runs in a step; afterwards it is as it was.
 
-    `held` (batch, time or less): tokens that are never left out; `piece`: the rows of that batch that run. Layers that
-    are left out pass on what they get. A layer that stayed by chance has its change divided by that chance (the paper
-    divides each branch's), unless norms stand in the residual stream behind it. Everything is as it was afterwards.
+    Layers that are left out pass on what they get. A layer that stayed by chance has its change
+    divided by that chance (the paper divides each branch's), unless norms stand in the residual
+    stream behind it.
+
+    Args:
+        model: the model.
+        stage: says what is left out.
+        step: number of the step, from 0.
+        draws: random numbers of this step, the same for all pieces of its batch.
+        protected: tokens of the whole batch that are never left out, (batch, time or less).
+        piece: the rows of the batch that run.
+
+    Yields:
+        What the FLOPs of the step depend on, as a key.
     """
     if stage.window_drop:
         with drop_windows(model, stage.window_drop, draws) as count:
@@ -113,67 +139,120 @@ def apply_stage_layers(
     if stage.layers == "all" and not stage.layer_drop and not stage.token_drop:
         yield "all"
         return
+
     layers = layer_stack(model)
     run, learn = parse_layers(stage.layers, len(layers))
+    kept = draw_kept_layers(stage, run, step, draws)
+    middle = [layer for layer in middle_layers(run) if layer in kept] if stage.token_drop else []
+    dropper = TokenDropper(stage.token_drop, draws, protected, piece)
+    rescaled = {} if has_post_norm(model) else kept
+
+    # Rescaling comes first: its hooks must see the shortened output, before tokens are restored.
+    with (
+        rescale_layers(layers, rescaled),
+        drop_tokens(layers, middle, dropper),
+        skip_layers(layers, kept),
+    ):
+        # Layers cost alike when they agree in this: on fewer tokens or not, with gradients of
+        # weights or not, with gradients passed through or not.
+        alike = Counter((i in middle, i in learn, i > learn[0]) for i in kept)
+        most = int(protected.sum(1).max()) if middle and protected is not None else 0
+        yield f"{sorted(alike.items())} {most}"
+
+
+def draw_kept_layers(
+    stage: Stage, run: list[int], step: int, draws: torch.Generator
+) -> dict[int, float]:
+    """The layers that stay in a step, each with the probability that it had to."""
     chances = [
-        keep_probability(stage.layer_drop, at, len(run), step, stage.steps)
-        for at in range(len(run))
+        keep_probability(stage.layer_drop, position, len(run), step, stage.steps)
+        for position in range(len(run))
     ]
-    thrown = torch.rand(len(run), generator=draws).tolist()
-    kept = {
+    drawn = torch.rand(len(run), generator=draws).tolist()
+    return {
         layer: chance
-        for layer, chance, draw in zip(run, chances, thrown, strict=True)
+        for layer, chance, draw in zip(run, chances, drawn, strict=True)
         if draw < chance
     }
-    middle = [layer for layer in middle_layers(run) if layer in kept] if stage.token_drop else []
-    handles = (
-        []
-        if has_post_norm(model)
-        else [add_rescaling_hook(layers[i], chance) for i, chance in kept.items() if chance < 1]
-    )
-    if middle:
-        aside = TokenDropper(stage.token_drop, draws, held, piece)
-        handles += [
-            layers[i].register_forward_pre_hook(aside.shorten_inputs, with_kwargs=True)
-            for i in middle
-        ]
-        handles.append(layers[middle[-1]].register_forward_hook(aside.restore_tokens))
-    away = {i: layers[i] for i in range(len(layers)) if i not in kept}
+
+
+@contextmanager
+def skip_layers(layers: nn.ModuleList, kept: Collection[int]) -> Iterator[None]:
+    """Inside, layers that are not kept do nothing."""
+    skipped = {i: layers[i] for i in range(len(layers)) if i not in kept}
     try:
-        for i in away:
+        for i in skipped:
             layers[i] = SkippedLayer()
-        alike = Counter((i in middle, i in learn, i > learn[0]) for i in kept)
-        yield f"{sorted(alike.items())} {int(held.sum(1).max()) if middle and held is not None else 0}"
+        yield
     finally:
-        for i, layer in away.items():
+        for i, layer in skipped.items():
             layers[i] = layer
+
+
+@contextmanager
+def rescale_layers(layers: nn.ModuleList, chances: Mapping[int, float]) -> Iterator[None]:
+    """Inside, each layer's change is divided by the probability that the layer stays."""
+    handles = [add_rescaling_hook(layers[i], chance) for i, chance in chances.items() if chance < 1]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def add_rescaling_hook(layer: nn.Module, chance: float) -> RemovableHandle:
+    """Divide a layer's change by a probability, so that its mean is the layer's own change."""
+
+    def scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return args[0] + (output - args[0]) / chance
+
+    return layer.register_forward_hook(scale)
+
+
+@contextmanager
+def drop_tokens(layers: nn.ModuleList, middle: list[int], dropper: TokenDropper) -> Iterator[None]:
+    """Inside, the middle layers run on fewer tokens; all are back behind the last of them."""
+    handles = [
+        layers[i].register_forward_pre_hook(dropper.shorten_inputs, with_kwargs=True)
+        for i in middle
+    ]
+    if middle:
+        handles.append(layers[middle[-1]].register_forward_hook(dropper.restore_tokens))
+    try:
+        yield
+    finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
 def drop_windows(model: PreTrainedModel, chance: float, draws: torch.Generator) -> Iterator[int]:
-    """Inside, each gated layer gives only its linear branch with this probability; yields how many do."""
+    """Inside, each gated layer gives only its linear branch with this probability.
+
+    Yields:
+        How many layers do.
+    """
     gated = [module for module in model.modules() if isinstance(module, GatedMixer)]
-    off = [
-        module
-        for module, draw in zip(gated, torch.rand(len(gated), generator=draws), strict=True)
-        if draw < chance
-    ]
-    for module in off:
+    drawn = torch.rand(len(gated), generator=draws)
+    without = [module for module, draw in zip(gated, drawn, strict=True) if draw < chance]
+    for module in without:
         module.force = "linear"
     try:
-        yield len(off)
+        yield len(without)
     finally:
-        for module in off:
+        for module in without:
             module.force = None
 
 
 def middle_layers(run: list[int]) -> list[int]:
-    """The layers that work on fewer tokens: the second half without the last. RegraftError when there is none."""
+    """The layers that work on fewer tokens: the second half without the last.
+
+    RegraftError when there is none.
+    """
     if len(run) < 3:
         raise RegraftError(
-            f"token_drop needs a layer between the first half and the last: {len(run)} layers are too few"
+            "token_drop needs a layer between the first half and the last: "
+            f"{len(run)} layers are too few"
         )
     return run[len(run) // 2 : -1]
 
@@ -184,78 +263,100 @@ def has_post_norm(model: PreTrainedModel) -> bool:
     return any(part.norm and part.writes == "stream" and "{}" in part.name for part in parts)
 
 
-def add_rescaling_hook(layer: nn.Module, chance: float) -> Any:
-    """Divide a layer's change by the probability that it stays, so that its mean is the layer's own."""
-
-    def scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return args[0] + (output - args[0]) / chance
-
-    return layer.register_forward_hook(scale)
-
-
 def find_protected_tokens(rows: Packed | Images, labels: Tensor | None) -> Tensor:
-    """Tokens that are never left out: special and masked ones, an image's class token; (batch, time or 1)."""
+    """Tokens that are never left out: special and masked ones, an image's class token.
+
+    Returns:
+        (batch, time), or (batch, 1) for images, bool.
+    """
     if isinstance(rows, Images):
         return torch.ones(len(rows), 1, dtype=torch.bool)
     special = torch.isin(rows.input_ids, torch.tensor([*rows.special], dtype=torch.long))
-    return (
-        special if labels is None or labels.shape != special.shape else special | (labels != -100)
-    )
+    # Labels of next tokens are one shorter than the rows, and every token has one: no reason to
+    # protect it. Labels of masked tokens say which are masked.
+    if labels is None or labels.shape != special.shape:
+        return special
+    return special | (labels != -100)
 
 
 class TokenDropper:
-    """Token dropping (Hou et al., arXiv 2203.13240): a share of the tokens skips the middle layers and is back in the
-    last. Which ones is drawn at random, where the paper goes by the running loss of each word.
+    """Token dropping (Hou et al., arXiv 2203.13240): some tokens skip the middle layers.
+
+    They are back in the last layer. Which ones is drawn at random, where the paper goes by the
+    running loss of each word.
     """
 
     def __init__(
-        self, share: float, draws: torch.Generator, held: Tensor | None, piece: slice = slice(None)
+        self,
+        share: float,
+        draws: torch.Generator,
+        protected: Tensor | None,
+        piece: slice = slice(None),
     ):
-        self.share, self.draws, self.held, self.piece = share, draws, held, piece
-        self.whole: Tensor | None = None
-        self.index = torch.empty(0)
+        """Prepare hooks for one forward pass.
+
+        Args:
+            share: of the tokens that skip the middle layers.
+            draws: random numbers of the step.
+            protected: tokens of the whole batch that never skip, (batch, time or less).
+            piece: the rows of the batch that run.
+        """
+        self.share, self.draws, self.protected, self.piece = share, draws, protected, piece
+        self.whole: Tensor | None = None  # what the first middle layer got, (batch, time, hidden)
+        self.index = torch.empty(0)  # positions that stay, (batch, kept)
 
     def shorten_inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """What a middle layer gets: everything that runs along the tokens shortened to those that stay."""
-        if self.whole is None:
-            self.whole, self.index = (
-                args[0],
-                self.sample_kept_positions(*args[0].shape[:2]).to(args[0].device),
-            )
-        return tuple(map(self.shorten, args)), {
-            name: self.shorten(value) for name, value in kwargs.items()
-        }
+        """A hook before a middle layer: shorten all that runs along the tokens to those kept."""
+        if self.whole is None:  # the first middle layer of the pass: draw
+            self.whole = args[0]
+            self.index = self.sample_kept_positions(*args[0].shape[:2]).to(args[0].device)
+        shortened = {name: self.shorten(value) for name, value in kwargs.items()}
+        return tuple(map(self.shorten, args)), shortened
 
     def restore_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Behind the last middle layer: all tokens again, (batch, time, hidden)."""
+        """A hook behind the last middle layer: all tokens again, (batch, time, hidden)."""
         assert self.whole is not None
-        return self.whole.to(output.dtype).scatter(
-            1, self.index[..., None].expand_as(output), output
-        )
+        index = self.index[..., None].expand_as(output)
+        return self.whole.to(output.dtype).scatter(1, index, output)
 
     def sample_kept_positions(self, batch: int, time: int) -> Tensor:
-        """Positions that stay, in order, (batch, as many in every row); drawn for the whole of a split batch."""
-        held = torch.zeros(batch, 0, dtype=torch.bool) if self.held is None else self.held.cpu()
-        held = F.pad(held, (0, time - held.shape[1]))
-        piece = self.piece if self.held is not None else slice(None)
-        away = min(round(self.share * time), time - int(held.sum(1).max()))
-        order = torch.rand(len(held), time, generator=self.draws).masked_fill(held, 2.0).argsort(1)
-        return order[piece, away:].sort(1).values
+        """Positions that stay, in order, (batch, as many in every row)."""
+        if self.protected is None:
+            protected, piece = torch.zeros(batch, 0, dtype=torch.bool), slice(None)
+        else:
+            # Drawn for the whole batch, so that its pieces get what they would get together.
+            protected, piece = self.protected.cpu(), self.piece
+        protected = F.pad(protected, (0, time - protected.shape[1]))
+
+        # All rows lose as many, so no more than the row with the most protected tokens can.
+        skipping = min(round(self.share * time), time - int(protected.sum(1).max()))
+        order = torch.rand(len(protected), time, generator=self.draws)
+        order = order.masked_fill(protected, 2.0).argsort(1)  # protected tokens come last
+        return order[piece, skipping:].sort(1).values
 
     def shorten(self, value: Any) -> Any:
-        """A tensor along the tokens, (batch or 1, time, ..) or an attention mask (.., time, time), shortened."""
+        """An argument of a layer with its time axis shortened, tuples entry by entry.
+
+        Tensors are (batch or 1, time, ..) or attention masks (.., .., time, time). What has no
+        axis along the tokens stays.
+        """
         assert self.whole is not None
-        batch, time = self.whole.shape[:2]
+        time = self.whole.shape[1]
         if isinstance(value, tuple):
             return tuple(map(self.shorten, value))
         if not torch.is_tensor(value) or value.ndim < 2:
             return value
         for axis in (1,) if value.ndim < 4 else (2, 3):
             if value.shape[axis] == time:
-                value = value.expand(batch, *value.shape[1:])
-                shape = [batch, *(-1 if at == axis else 1 for at in range(1, value.ndim))]
-                wide = [-1 if at in (0, axis) else size for at, size in enumerate(value.shape)]
-                value = value.gather(axis, self.index.view(shape).expand(wide))
+                value = self._gather(value, axis)
         return value
+
+    def _gather(self, value: Tensor, axis: int) -> Tensor:
+        """The kept positions of a tensor along an axis, by row: each row keeps its own."""
+        batch = self.index.shape[0]
+        value = value.expand(batch, *value.shape[1:])
+        shape = [batch] + [-1 if at == axis else 1 for at in range(1, value.ndim)]
+        wide = [-1 if at in (0, axis) else size for at, size in enumerate(value.shape)]
+        return value.gather(axis, self.index.view(shape).expand(wide))

@@ -5,31 +5,59 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .records import Cost
+
 COSTS = ("tokens", "flops", "seconds")  # what a row of a ledger counts
 
 
+class LedgerRow(Cost):
+    """What one stage of a run cost, or what came before training, or all of it."""
+
+    stage: str  # "1 align", the kind of what came before, or "total"
+
+
+def sum_costs(rows: Iterable[Mapping[str, Any]]) -> Cost:
+    """Tokens, FLOPs and seconds of all rows together."""
+    rows = list(rows)
+    return {
+        "tokens": sum(row["tokens"] for row in rows),
+        "flops": sum(row["flops"] for row in rows),
+        "seconds": sum(row["seconds"] for row in rows),
+    }
+
+
 def stage_name(row: Mapping[str, Any]) -> str:
-    """Number from one and kind of a metrics row's stage."""
+    """Number from one and kind of a metrics row's stage, such as "1 align"."""
     return f"{row['stage'] + 1} {row['kind']}"
 
 
 def build_ledger(
     metrics: Iterable[Mapping[str, Any]], start: Iterable[Mapping[str, Any]] = ()
-) -> list[dict[str, Any]]:
+) -> list[LedgerRow]:
     """One row for what came before training and for every stage, and their sum.
 
     Args:
         metrics: rows of metrics.jsonl, whose costs are running totals of their stage.
-        start: rows of what came before training, such as the closed form; each has a `kind` and its costs.
+        start: rows of what came before training, such as the closed form; each has a `kind` and
+            its costs.
     """
-    before = [{"stage": row["kind"], **{key: row[key] for key in COSTS}} for row in start]
+    before = [build_ledger_row(row["kind"], row) for row in start]
 
-    last: dict[str, dict[str, Any]] = {}
+    # Costs are running totals: the last row of a stage holds all of it.
+    last: dict[str, LedgerRow] = {}
     for row in metrics:
-        if "loss" in row:
-            last[stage_name(row)] = {"stage": stage_name(row), **{key: row[key] for key in COSTS}}
+        if "loss" in row:  # held-out evaluations cost nothing
+            last[stage_name(row)] = build_ledger_row(stage_name(row), row)
 
     rows = [*before, *last.values()]
-    if not rows:
-        return []
-    return [*rows, {"stage": "total"} | {key: sum(row[key] for row in rows) for key in COSTS}]
+    return [*rows, build_ledger_row("total", sum_costs(rows))] if rows else []
+
+
+def build_ledger_row(stage: str, costs: Mapping[str, Any]) -> LedgerRow:
+    """The row of a stage with the costs of a larger row."""
+    return {
+        "stage": stage,
+        "tokens": costs["tokens"],
+        "flops": costs["flops"],
+        "seconds": costs["seconds"],
+    }

@@ -1,4 +1,4 @@
-"""When frozen weights begin to learn: the loss-improvement threshold (LIT) of XATL (arXiv 2404.02684), online."""
+"""When frozen weights begin to learn: XATL's loss-improvement threshold, measured online."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from ..errors import RegraftError
 
 @dataclass(frozen=True)
 class Lit:
-    """After each `window` of steps its mean training loss L_k is compared with the last window's: it is a hit when
-    (L_{k-1} - L_k) / L_{k-1} < `tau`.
+    """The loss-improvement threshold (LIT) of XATL (arXiv 2404.02684).
 
-    Everything learns after `patience` hits, consecutive or not, none of them before `min_steps`, and at `max_steps` in
-    any case (None: perhaps never). What then begins to learn reaches the schedule's rate in `warmup` steps. The paper
-    has windows of 5,000 steps and 2,000 steps of warm-up.
+    The training loss is averaged over windows of steps. A window is a hit when its mean L_k has
+    hardly improved on the one before: (L_{k-1} - L_k) / L_{k-1} < `tau`. All weights learn after
+    `patience` hits, consecutive or not. The paper has windows of 5,000 steps and 2,000 steps of
+    warm-up.
+
+    Attributes:
+        window: steps whose losses are averaged.
+        tau: relative improvement below which a window is a hit.
+        patience: hits after which all weights learn.
+        min_steps: windows that end before this step are no hits.
+        max_steps: step at which all weights learn in any case; None: perhaps never.
+        warmup: steps in which the newly learning weights reach the schedule's rate.
     """
 
     window: int = 100
@@ -33,10 +41,14 @@ class Lit:
 
 @dataclass
 class LitState:
-    """What has been seen of the training loss; its fields are its whole state.
+    """What has been seen of the training loss. The fields are the whole state, saved as JSON.
 
-    `steps`: losses seen; `total`: their sum in this window; `before`: the mean of the last one; `hits` so far;
-    `unfrozen`: the step after which everything learns, None while it does not.
+    Attributes:
+        steps: losses seen.
+        total: sum of the losses in the current window.
+        before: mean loss of the last window, None in the first.
+        hits: windows that hardly improved.
+        unfrozen: the step after which all weights learn, None before.
     """
 
     steps: int = 0
@@ -46,15 +58,21 @@ class LitState:
     unfrozen: int | None = None
 
     def observe(self, loss: float, lit: Lit) -> bool:
-        """Take in the loss of one more step; whether everything learns from here on. True once."""
+        """Take in the loss of one more step; whether all weights learn from here on.
+
+        True once, at the step that decides it.
+        """
         if self.unfrozen is not None:
             return False
+
         self.steps, self.total = self.steps + 1, self.total + loss
         if self.steps % lit.window == 0:
             mean = self.total / lit.window
-            small = self.before is not None and self.before - mean < lit.tau * self.before
-            self.hits += small and self.steps >= lit.min_steps
+            # The paper's quotient multiplied out, so that a loss of 0 divides nothing.
+            hit = self.before is not None and self.before - mean < lit.tau * self.before
+            self.hits += hit and self.steps >= lit.min_steps
             self.total, self.before = 0.0, mean
+
         if self.hits >= lit.patience or self.steps == lit.max_steps:
             self.unfrozen = self.steps
         return self.unfrozen is not None

@@ -1,11 +1,10 @@
-"""The training loop: stages in order, a checkpoint every so often, resume that continues the same losses."""
+"""The training loop: stages in order, regular checkpoints, resume with the same losses."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,61 +12,260 @@ from torch import Tensor, nn
 from .. import distributed
 from ..data.packing import Packed, shuffled_indices
 from ..data.rows import Table
-from ..io.files import append_json_line
 from . import optimizer_state, throughput
+from .distill import evaluate_kl
 from .divergence import check_divergence
-from .fsdp import gather_tensor
 from .fsdp_forward import reshard_model, run_in_forward
 from .gradient_checkpointing import set_gradient_checkpointing
 from .layer_subset import apply_stage_layers, frozen_parameter_ids
-from .lora import attach_lora, detach_lora
-from .objectives import check_rows, evaluate_objective
+from .ledger import sum_costs
+from .lora import LoraWeights, attach_lora, detach_lora
+from .metrics import EvalRow, StepResult, build_step_row, write_metrics_row
+from .objectives import Data, Rows, check_rows, evaluate_objective
+from .optimizer import (
+    apply_gradients,
+    build_optimizer,
+    parameter_groups,
+    projection_names,
+    set_learning_rates,
+    unfreeze,
+)
+from .precision import use_bfloat16
+from .records import Cost, StepRow
 from .resume import RunState, list_checkpoints, load_state, lock_run, save_state
-from .run import Progress, Run, check_run, resume_settings
+from .run import Run, check_run, resume_settings
 from .signals import SigtermHandler
-from .stage import Stage, evaluate_kl, parameter_groups, projection_names, unfreeze
+from .stage import Stage
 from .step import step_generator, train_step
 
-__all__ = ["Progress", "Run", "calibration_batches", "shuffled_indices", "train"]
+__all__ = ["Run", "calibration_batches", "shuffled_indices", "train"]
 
 MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
 
 
-@cache
-def bfloat16_is_faster(device: str) -> bool:
-    """Whether this machine multiplies bfloat16 matrices clearly faster than float32; measured in some milliseconds."""
-    if device != "cpu":
-        return True
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        best = []
-        for _ in range(8):
-            begin = time.perf_counter()
-            a @ a
-            best.append(time.perf_counter() - begin)
-        times[dtype] = min(best)
-    return times[torch.bfloat16] < 0.75 * times[torch.float32]
-
-
 def train(run: Run) -> dict[str, Any]:
-    """Train through every stage; returns the ledger: per stage tokens, FLOPs (the teacher's forward included), seconds.
+    """Train through every stage.
 
-    Progress is kept in `out/run`: called again with the same arguments it goes on where the last checkpoint was, with
-    the losses the uninterrupted run would have had, bit for bit in as many processes and within round-off in another
-    number. Rows go to `out/metrics.jsonl`. SIGTERM ends it with a checkpoint after the step. Raises RegraftError when
-    `out/run` belongs to other settings, when a stage lacks its teacher, or when a loss is not finite.
+    Progress is kept in `out/run`: called again with the same arguments, training resumes at the
+    last checkpoint, with the losses that the uninterrupted run would have had. They are the same
+    bit for bit with as many processes, and within round-off with another number. Rows go to
+    `out/metrics.jsonl`. SIGTERM ends the run with a checkpoint after the current step.
+
+    RegraftError when `out/run` belongs to other settings, when a stage lacks its teacher, or when
+    a loss is not finite or has jumped.
+
+    Returns:
+        The ledger: `stages`, one `LedgerEntry` each, and their sums `tokens`, `flops` (the
+        teacher's forward included) and `seconds`. Callers add to it.
     """
     for stage in run.stages:
         check_run(run, stage)
     set_gradient_checkpointing(run.model, run.checkpointing)
+
     with SigtermHandler() as stopping, lock_run(run.out):
         state = load_state(run.out, run.model, resume_settings(run))
         if distributed.is_rank0():
+            # Rows of steps after the checkpoint will be written again.
             state.trim_metrics(run.out / "metrics.jsonl")
         for index in range(state.stage, len(run.stages)):
-            train_stage(run, state, index, stopping)
-    return {"stages": state.ledger, **totals(state.ledger)}
+            StageTrainer(run, state, index, stopping).train()
+    return {"stages": state.ledger, **sum_costs(state.ledger)}
+
+
+class StepStatus(NamedTuple):
+    """What all processes agree on after a step."""
+
+    loss: float  # mean over the batch of all processes
+    stop: bool  # some process has received SIGTERM
+    save_due: bool  # the first process's time to the next checkpoint is over
+
+
+class StageTrainer:
+    """One stage of a run, from where `state` says to a checkpoint that starts the next stage."""
+
+    def __init__(self, run: Run, state: RunState, index: int, stopping: SigtermHandler):
+        """Set up the optimiser and everything else that the stage's steps need.
+
+        Args:
+            run: what the run was given.
+            state: how far it has come; kept up to date.
+            index: number of the stage, from 0.
+            stopping: tells whether SIGTERM has come.
+        """
+        self.run, self.state, self.index, self.stopping = run, state, index, stopping
+        self.stage = run.stages[index]
+        self.rows = self._read_rows()
+        if state.tokens:  # a time limit has shortened the stage before the run was resumed
+            self.stage = dataclasses.replace(self.stage, tokens=state.tokens)
+
+        # A resumed stage must not measure again: it would end in the other precision.
+        if state.fast is None:
+            state.fast = use_bfloat16(self.stage, run.device)
+        self.fast = state.fast
+
+        # Low-rank additions come first, as they are parameters that the optimiser must know.
+        self.lora = self._attach_lora()
+        self.optimizer = self._build_optimizer()
+        self.order = self._draw_order()
+        self.peak_flops = throughput.measure_peak_flops(run.device, self.fast)
+        self.entry = state.ledger_entry(index, self.stage.kind, self.fast)
+
+        self.first = state.step  # steps that earlier runs have done
+        self.saved = self.timed_from = time.monotonic()
+
+    def _read_rows(self) -> Data:
+        """The training rows; RegraftError when these or the held-out ones do not fit the model."""
+        rows = self.run.rows(self.stage.length)
+        for data in (rows, self.run.heldout or rows):
+            check_rows(self.run.model, self.stage.objective, data)
+        return rows
+
+    def _attach_lora(self) -> LoraWeights | None:
+        """Low-rank additions for a stage with a rank, None for others."""
+        names = projection_names(self.run.model) if self.stage.rank else []
+        if not names:
+            return None
+        seed = self.run.seed + self.index
+        return attach_lora(self.run.model, names, self.stage.rank, seed, self.state.moments)
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        """AdamW as it was when the stage was interrupted, or new."""
+        run, state, stage = self.run, self.state, self.stage
+        frozen = frozen_parameter_ids(run.model, stage.layers)
+        optimizer = build_optimizer(parameter_groups(run.model, stage, frozen))
+        # Moments are restored by parameter, so unfrozen parameters need their groups before that.
+        if state.watch.unfrozen is not None:
+            unfreeze(run.model, stage, optimizer, state.watch.unfrozen)
+        state.restore_optimizer(run.model, optimizer)
+        if run.moments is not None and self.index == state.step == 0:
+            optimizer_state.load_optimizer_state(run.model, optimizer, run.moments)
+
+        # Checkpoints hold only what some stage has changed. The projections under low-rank
+        # additions get gradients after that: they are in no group of the optimiser.
+        state.changed |= trainable_names(run.model)
+        if self.lora is not None:
+            state.changed |= self.lora.enable_gradients(list(self.lora.weights))
+        return optimizer
+
+    def _draw_order(self) -> Tensor:
+        """Numbers of the rows in the order in which they are read, for all steps."""
+        stage, seed = self.stage, self.run.seed + self.index
+        return shuffled_indices(len(self.rows), stage.steps * stage.batch, seed)
+
+    def train(self) -> None:
+        """Run all steps that are left."""
+        state = self.state
+        if state.step == 0:
+            self._evaluate()
+
+        self.saved = self.timed_from = time.monotonic()
+        while state.step < self.stage.steps:
+            result, status = self._take_step()
+            row = self._record_step(result)
+            if state.step == self.first + 1:
+                # The first step is slower (FLOPs are counted, memory is new): time the others.
+                self.timed_from = time.monotonic()
+            self.run.progress(self.stage, state.step, self.stage.steps, row)
+
+            # The time limit may make this step the last one, which is always evaluated.
+            self._apply_time_limit()
+            if state.step == self.stage.steps or (
+                self.run.every and state.step % self.run.every == 0
+            ):
+                self._evaluate()
+            if (status.save_due or status.stop) and state.step < self.stage.steps:
+                self._save_checkpoint(status.stop)
+        self._finish()
+
+    def _take_step(self) -> tuple[StepResult, StepStatus]:
+        """One optimiser step: forward, backward, update."""
+        run, state, stage = self.run, self.state, self.stage
+        begin = time.monotonic()
+        set_learning_rates(self.optimizer, stage, state.step)
+        start = state.step * stage.batch
+        batch: Rows = self.rows[self.order[start : start + stage.batch]]
+        loss, flops = train_step(run, stage, self.index, state.step, batch, self.fast, state.costs)
+
+        # The model computes with base + low-rank product: its gradients go to the factors for
+        # the update, which then goes back into the model's weights.
+        if self.lora is not None:
+            self.lora.pull_gradients()
+        norm = apply_gradients(self.optimizer, stage.clip)
+        if self.lora is not None:
+            self.lora.write_weights()
+
+        state.step += 1
+        save_due = time.monotonic() - self.saved > run.save_seconds
+        status = reduce_step_status(loss, self.stopping.asked, save_due)
+        seconds = time.monotonic() - begin
+        return StepResult(status.loss, norm, batch.tokens, flops, seconds), status
+
+    def _record_step(self, result: StepResult) -> StepRow:
+        """Count a step in the ledger, stop a run that diverges, and write the metrics row."""
+        run, state, stage, entry = self.run, self.state, self.stage, self.entry
+        entry["tokens"] += result.tokens
+        entry["flops"] += result.flops
+        entry["flops_per_step"] = entry["flops"] // state.step
+        entry["seconds"] += result.seconds
+
+        # A run that stops here leaves no row, and no checkpoint, of this step.
+        check_divergence(
+            state.trend,
+            run.jump,
+            stage,
+            (self.index, state.step),
+            result.loss,
+            result.grad_norm,
+            lambda: list_checkpoints(run.out),
+        )
+        row = build_step_row(
+            self.index, stage.kind, state.step, result, entry, self.optimizer, self.peak_flops
+        )
+        if stage.learn == "lit" and state.watch.observe(result.loss, stage.lit):
+            row["unfrozen"] = entry["unfrozen"] = state.step
+            self._unfreeze()
+        write_metrics_row(run, row)
+        return row
+
+    def _unfreeze(self) -> None:
+        """Everything learns from the next step on."""
+        unfreeze(self.run.model, self.stage, self.optimizer, self.state.step)
+        self.state.changed |= trainable_names(self.run.model)
+        self.state.costs = {}  # backward passes now reach more weights: count their FLOPs anew
+
+    def _apply_time_limit(self) -> None:
+        """Shorten a stage with a time limit to the steps that fit, once a few are measured."""
+        state, limit = self.state, self.run.limit(self.index)
+        if limit is None or state.tokens or state.step != self.first + MEASURED_STEPS:
+            return
+        measured = (time.monotonic() - self.timed_from) / (MEASURED_STEPS - 1)
+        # Processes measure different times, but must agree on the number of steps.
+        left, per_step = distributed.broadcast((limit, measured))
+        self.stage = fit_to_time(self.stage, state, left, per_step)
+        self.order = self._draw_order()
+
+    def _evaluate(self) -> None:
+        evaluate_heldout(self.run, self.stage, self.index, self.state.step, self.entry)
+
+    def _save_checkpoint(self, stop: bool) -> None:
+        """Write a checkpoint; ends the process when it was asked to stop."""
+        run, state = self.run, self.state
+        # While the loss is too high, the last checkpoint is the better place to resume from.
+        if not state.trend.is_suspect:
+            save_state(run.out, run.model, self.optimizer, state, resume_settings(run))
+        if stop:
+            self.stopping.exit_process(list_checkpoints(run.out))
+        self.saved = time.monotonic()
+
+    def _finish(self) -> None:
+        """Leave the model as the next stage, or the caller, needs it, with a checkpoint."""
+        run, state = self.run, self.state
+        if run.keep_moments and self.index == len(run.stages) - 1:
+            optimizer_state.save_optimizer_state(run.model, self.optimizer, run.out)
+        if self.lora is not None:
+            state.changed -= detach_lora(run.model)
+        state.advance_stage()
+        save_state(run.out, run.model, None, state, resume_settings(run))
 
 
 def trainable_names(model: nn.Module) -> set[str]:
@@ -75,175 +273,58 @@ def trainable_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def totals(ledger: list[dict[str, Any]]) -> dict[str, float]:
-    """Sums over stages."""
-    return {key: sum(entry[key] for entry in ledger) for key in ("tokens", "flops", "seconds")}
+def reduce_step_status(loss: float, stop: bool, save_due: bool) -> StepStatus:
+    """What all processes agree on, in one exchange.
 
-
-def train_stage(run: Run, state: RunState, index: int, stopping: SigtermHandler) -> None:
-    """One stage from where `state` says; ends with a checkpoint that starts the next."""
-    stage, rows = run.stages[index], run.rows(run.stages[index].length)
-    for data in (rows, run.heldout or rows):
-        check_rows(run.model, stage.objective, data)
-    if state.tokens:
-        stage = dataclasses.replace(stage, tokens=state.tokens)
-    if stage.precision == "auto":
-        fast = (
-            state.fast
-            if state.fast is not None
-            else distributed.broadcast(bfloat16_is_faster(run.device.type))
-        )
-    else:
-        fast = stage.precision == "bfloat16"
-    state.fast = fast
-    names = projection_names(run.model) if stage.rank else []
-    low = (
-        attach_lora(run.model, names, stage.rank, run.seed + index, state.moments)
-        if names
-        else None
-    )
-    groups = parameter_groups(run.model, stage, frozen_parameter_ids(run.model, stage.layers))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    if state.watch.unfrozen is not None:
-        unfreeze(run.model, stage, optimizer, state.watch.unfrozen)
-    state.restore_optimizer(run.model, optimizer)
-    if run.moments is not None and index == state.step == 0:
-        optimizer_state.load_optimizer_state(run.model, optimizer, run.moments)
-    state.changed |= trainable_names(run.model)
-    if low is not None:
-        state.changed |= low.enable_gradients(names)
-    order = shuffled_indices(len(rows), stage.steps * stage.batch, run.seed + index)
-    best = throughput.measure_peak_flops(run.device, fast)
-    entry = state.ledger_entry(index, stage.kind, fast)
-    if state.step == 0:
-        evaluate_heldout(run, stage, index, 0, entry)
-    saved, begun, first = time.monotonic(), time.monotonic(), state.step
-    while state.step < stage.steps:
-        tick = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * stage.lr_factor(state.step, group.get("since"))
-        picked = rows[order[state.step * stage.batch : (state.step + 1) * stage.batch]]
-        part, flops = train_step(run, stage, index, state.step, picked, fast, state.costs)
-        if low is not None:
-            low.pull_gradients()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = gather_tensor(torch.nn.utils.clip_grad_norm_(trained, stage.clip))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if low is not None:
-            low.write_weights()
-        state.step += 1
-        value, stop, due = reduce_step_status(
-            part, stopping.asked, time.monotonic() - saved > run.save_seconds
-        )
-        entry["tokens"] += picked.tokens
-        entry["flops"] += flops
-        entry["flops_per_step"] = entry["flops"] // state.step
-        spent = time.monotonic() - tick
-        entry["seconds"] += spent
-        where = (index, state.step)
-        check_divergence(
-            state.trend,
-            run.jump,
-            stage,
-            where,
-            value,
-            float(norm),
-            lambda: list_checkpoints(run.out),
-        )
-        row = {
-            "stage": index, "kind": stage.kind, "step": state.step, "tokens": entry["tokens"],
-            "loss": value, "grad_norm": float(norm),
-            "lr": max(group["lr"] for group in optimizer.param_groups),
-            "seconds": round(entry["seconds"], 3), "flops": entry["flops"],
-            **throughput.compute_throughput(picked.tokens, flops, spent, best),
-        }  # fmt: skip
-        if stage.learn == "lit" and state.watch.observe(value, stage.lit):
-            row["unfrozen"] = entry["unfrozen"] = state.step
-            unfreeze(run.model, stage, optimizer, state.step)
-            state.changed, state.costs = state.changed | trainable_names(run.model), {}
-        write_metrics_row(run, row)
-        if state.step == first + 1:
-            begun = time.monotonic()  # the first step is slower: it is counted, and memory is new
-        run.progress(stage, state.step, stage.steps, row)
-        limit = run.limit(index)
-        if (
-            limit is not None
-            and not state.tokens
-            and state.step == max(MEASURED_STEPS, first + MEASURED_STEPS)
-        ):
-            left, per_step = distributed.broadcast(
-                (limit, (time.monotonic() - begun) / (state.step - first - 1))
-            )
-            stage = fit_to_time(stage, state, left, per_step)
-            order = shuffled_indices(len(rows), stage.steps * stage.batch, run.seed + index)
-        if state.step == stage.steps or (run.every and state.step % run.every == 0):
-            evaluate_heldout(run, stage, index, state.step, entry)
-        if (due or stop) and state.step < stage.steps:
-            if not state.trend.is_suspect:
-                save_state(run.out, run.model, optimizer, state, resume_settings(run))
-            if stop:
-                stopping.exit_process(list_checkpoints(run.out))
-            saved = time.monotonic()
-    if run.keep_moments and index == len(run.stages) - 1:
-        optimizer_state.save_optimizer_state(run.model, optimizer, run.out)
-    if low is not None:
-        state.changed -= detach_lora(run.model)
-    state.advance_stage()
-    save_state(run.out, run.model, None, state, resume_settings(run))
-
-
-def reduce_step_status(part: float, asked: bool, due: bool) -> tuple[float, bool, bool]:
-    """(the loss: the sum of all parts, whether any process was asked to stop, whether the first one's save is due)."""
+    Args:
+        loss: this process's part of the batch's mean loss; the parts are added up.
+        stop: whether this process was asked to stop.
+        save_due: whether a checkpoint is due by this process's clock; the first one's counts.
+    """
     if distributed.world_size() == 1:
-        return part, asked, due
-    box = torch.tensor([part, asked, due and distributed.is_rank0()], dtype=torch.float64)
-    torch.distributed.all_reduce(box)
-    return float(box[0]), bool(box[1]), bool(box[2])
+        return StepStatus(loss, stop, save_due)
+    sums = torch.tensor([loss, stop, save_due and distributed.is_rank0()], dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return StepStatus(float(sums[0]), bool(sums[1]), bool(sums[2]))
 
 
-def evaluate_heldout(run: Run, stage: Stage, index: int, step: int, entry: dict[str, Any]) -> None:
-    """A row of metrics.jsonl on held-out rows, when there are any: loss, accuracy, and the KL to a teacher."""
-    if run.heldout is not None:
-        whole = dataclasses.replace(stage, layer_drop=0.0, token_drop=0.0, window_drop=0.0)
-        model, held = run.model, run.heldout.to(run.device)
-        with apply_stage_layers(model, whole, step, step_generator(run.seed, index, step)):
-            found: dict[str, float] = run_in_forward(
-                model, lambda: evaluate_objective(model, stage.objective, held)
-            )
-            if (
-                (teacher := run.teacher) is not None
-                and isinstance(held, Packed)
-                and stage.objective == "next"
-            ):
-                found["kl"] = run_in_forward(model, lambda: evaluate_kl(model, teacher, held))
-        reshard_model(model)
-        spent = {
-            "tokens": entry["tokens"],
-            "flops": entry["flops"],
-            "seconds": round(entry["seconds"], 3),
-        }
-        write_metrics_row(
-            run,
-            {
-                "stage": index,
-                "step": step,
-                **spent,
-                **{f"eval_{key}": value for key, value in found.items()},
-            },
-        )
+def evaluate_heldout(run: Run, stage: Stage, index: int, step: int, spent: Cost) -> None:
+    """Write a row of metrics.jsonl on the held-out rows, if there are any.
 
-
-def write_metrics_row(run: Run, row: dict[str, Any]) -> None:
-    """One more row of metrics.jsonl."""
-    if not distributed.is_rank0():
+    It holds loss, accuracy, and the KL to the teacher of text for the next token.
+    """
+    if run.heldout is None:
         return
-    append_json_line(run.out / "metrics.jsonl", row)
-    run.track(row)
+    model, teacher, heldout = run.model, run.teacher, run.heldout.to(run.device)
+
+    # The stage's own layers run, but nothing is left out at random.
+    no_drops = dataclasses.replace(stage, layer_drop=0.0, token_drop=0.0, window_drop=0.0)
+    kl: float | None = None
+    with apply_stage_layers(model, no_drops, step, step_generator(run.seed, index, step)):
+        scores = run_in_forward(model, lambda: evaluate_objective(model, stage.objective, heldout))
+        if teacher is not None and isinstance(heldout, Packed) and stage.objective == "next":
+            kl = run_in_forward(model, lambda: evaluate_kl(model, teacher, heldout))
+    reshard_model(model)  # no backward pass has done it
+
+    row: EvalRow = {
+        "stage": index,
+        "step": step,
+        "tokens": spent["tokens"],
+        "flops": spent["flops"],
+        "seconds": round(spent["seconds"], 3),
+        "eval_loss": scores["loss"],
+        "eval_accuracy": scores["accuracy"],
+    }
+    if kl is not None:
+        row["eval_kl"] = kl
+    write_metrics_row(run, row)
 
 
 def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> Stage:
-    """The stage with as many steps as fit into `left` seconds, at least those done, at most those asked for."""
+    """The stage with as many steps as fit into `left` seconds, at `per_step` seconds each.
+
+    It keeps at least the steps that are done and has at most those of its budget.
+    """
     steps = min(stage.steps, max(state.step, state.step + int(left / per_step)))
     state.tokens = steps * stage.length * stage.batch
     return dataclasses.replace(stage, tokens=state.tokens)
@@ -252,6 +333,10 @@ def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> 
 def calibration_batches(
     rows: Table, count: int, seed: int
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """`count` rows as calibration batches of one: (input_ids, position_ids, segments)."""
+    """`count` random rows as calibration batches of one row.
+
+    Returns:
+        (input_ids, position_ids, segments or None) of each, all (1, time).
+    """
     picked = [rows[i : i + 1] for i in shuffled_indices(len(rows), min(count, len(rows)), seed)]
     return [(row.input_ids, row.position_ids, row.segments()) for row in picked]

@@ -1,42 +1,59 @@
-"""What a person sees of a training run: speed, share of the machine's peak, time left, and every stage's outcome."""
+"""What a person sees of a training run: speed, share of the machine's peak, time left."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..io.files import read_json_lines
 from ..progress import Ticker
+from .records import StageSummary, StepRow, Throughput
 
 if TYPE_CHECKING:
+    from .divergence import LossSpikeConfig
     from .stage import Stage
 
-RECENT = 20  # steps over which speed is told
-END_SHARE = 0.05  # share of a stage's steps that its first and its last loss are the mean of
-Row = dict[str, Any]
+RECENT = 20  # steps over which the displayed speed is averaged
+END_SHARE = 0.05  # a stage's first and last loss are means over this share of its steps
+
+
+class RunWatchers(TypedDict):
+    """The fields of a `loop.Run` that watch it."""
+
+    progress: Callable[[Stage, int, int, Any], None]  # called with the row of each step
+    track: Callable[[Any], None]  # called with each row of metrics.jsonl
+    jump: LossSpikeConfig  # when to stop because of the loss
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """How a run is watched. `track`: trackers, such as `wandb,tensorboard`; `jump`: how many times the usual loss is
-    too much, see `uptrain.divergence.Jump`, 0 for no watch.
+    """How a run is watched.
+
+    Attributes:
+        track: trackers, such as `wandb,tensorboard`.
+        spike_factor: how many times its running median a loss may be, see
+            `divergence.LossSpikeConfig`; 0 to never stop.
     """
 
     track: str | None = None
     spike_factor: float = 1.5
 
     @contextmanager
-    def monitor(
-        self, out: Path, ticker: Ticker, facts: Mapping[str, Any]
-    ) -> Iterator[dict[str, Any]]:
-        """Inside, the fields of a loop.Run that watch it; `facts` are what trackers note of the run.
+    def monitor(self, out: Path, ticker: Ticker, facts: Mapping[str, Any]) -> Iterator[RunWatchers]:
+        """Inside, the fields of a loop.Run that watch it.
 
-        RegraftError for trackers that are unknown or not installed, and for a jump of 1 or less.
+        RegraftError for unknown or missing trackers and for a `spike_factor` of 1 or less.
+
+        Args:
+            out: the run's output folder.
+            ticker: shows loss, speed and time left.
+            facts: what trackers store as the run's configuration.
         """
+        # Reading summaries needs neither torch nor the trackers, so these are imported here.
         from . import trackers
         from .divergence import LossSpikeConfig
 
@@ -49,72 +66,98 @@ DEFAULT_MONITORING = MonitorConfig()
 
 
 class Meter:
-    """Tells a ticker the loss, the speed and the time left of a stage, from the rows of the last steps."""
+    """Shows loss, speed and time left of a stage on a ticker, from the rows of the last steps."""
 
     def __init__(self, ticker: Ticker):
-        self.ticker, self.rows = ticker, deque[Row](maxlen=RECENT)
+        self.ticker, self.rows = ticker, deque[StepRow](maxlen=RECENT)
 
-    def __call__(self, stage: Stage, step: int, steps: int, row: Row) -> None:
-        """After each step of `steps`."""
+    def __call__(self, stage: Stage, step: int, steps: int, row: StepRow) -> None:
+        """Show the state after step `step` of `steps`."""
         if self.rows and self.rows[-1]["stage"] != row["stage"]:
             self.rows.clear()
         self.rows.append(row)
-        each, words = recent_speed(list(self.rows), stage.unit)
-        note = f"{stage.kind}: loss {row['loss']:.4f}, {row['tokens']:,} {stage.unit}, {words}"
-        self.ticker.update(step / steps, note, each * (steps - step))
+        seconds, speed = recent_speed(list(self.rows), stage.unit)
+        note = f"{stage.kind}: loss {row['loss']:.4f}, {row['tokens']:,} {stage.unit}, {speed}"
+        self.ticker.update(step / steps, note, seconds * (steps - step))
 
 
-def recent_speed(rows: Sequence[Row], unit: str) -> tuple[float, str]:
-    """(seconds of a step, the speed in words) over the last rows of a stage, measured from the first of them on."""
-    first, last = rows[0], rows[-1]
-    speeds = {key: last[key] for key in ("tokens_per_second", "flops_per_second", "peak_share")}
-    steps, seconds = 1, last["flops"] / last["step"] / max(last["flops_per_second"], 1e-9)
-    if last["seconds"] > first["seconds"]:
-        steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
-        faster = (last["flops"] - first["flops"]) / seconds / max(last["flops_per_second"], 1e-9)
-        speeds = {key: value * faster for key, value in speeds.items()}
-        speeds["tokens_per_second"] = (last["tokens"] - first["tokens"]) / seconds
-    return seconds / max(steps, 1), format_speed(speeds, unit)
+def recent_speed(rows: Sequence[StepRow], unit: str) -> tuple[float, str]:
+    """(seconds a step, the speed in words) over rows of one stage.
 
-
-def format_speed(speeds: Mapping[str, float], unit: str) -> str:
-    """Such as `850 tokens/s, 41.2 GFLOP/s, 63% of the measured peak`."""
-    rate, unit_of = speeds["flops_per_second"], "G"
-    if rate >= 1e12:
-        rate, unit_of = rate / 1e3, "T"
-    share = f"{speeds['peak_share']:.0%} of the measured peak"
-    return (
-        f"{speeds['tokens_per_second']:,.0f} {unit}/s, {rate / 1e9:,.1f} {unit_of}FLOP/s, {share}"
-    )
-
-
-def summarize_stages(out: str | Path) -> list[Row]:
-    """A row for every stage in `out/metrics.jsonl`: tokens (or images), loss at its start and end (means of the first
-    and last 5 % of its steps), tokens a second, share of the measured peak, seconds. Time of other work is left out.
+    Args:
+        rows: the last steps, oldest first. Time is measured from the end of the oldest one.
+        unit: what the stage counts, such as `tokens`.
     """
-    stages: dict[int, list[Row]] = {}
+    first, last = rows[0], rows[-1]
+    # The first step of a stage has none before it to measure from: its own FLOPs and FLOP/s.
+    if last["seconds"] <= first["seconds"]:
+        seconds = last["flops"] / last["step"] / max(last["flops_per_second"], 1e-9)
+        return seconds, format_speed(last, unit)
+
+    steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
+    flops_per_second = (last["flops"] - first["flops"]) / seconds
+    # The machine's peak is not in the rows, only the last step's share of it. The share scales
+    # with the FLOP/s.
+    ratio = flops_per_second / max(last["flops_per_second"], 1e-9)
+    speed: Throughput = {
+        "tokens_per_second": (last["tokens"] - first["tokens"]) / seconds,
+        "flops_per_second": last["flops_per_second"] * ratio,
+        "peak_share": last["peak_share"] * ratio,
+    }
+    return seconds / max(steps, 1), format_speed(speed, unit)
+
+
+def format_speed(speed: Throughput, unit: str) -> str:
+    """Such as `850 tokens/s, 41.2 GFLOP/s, 63% of the measured peak`."""
+    rate, prefix = speed["flops_per_second"] / 1e9, "G"
+    if rate >= 1e3:
+        rate, prefix = rate / 1e3, "T"
+    share = f"{speed['peak_share']:.0%} of the measured peak"
+    return f"{speed['tokens_per_second']:,.0f} {unit}/s, {rate:,.1f} {prefix}FLOP/s, {share}"
+
+
+def summarize_stages(out: str | Path) -> list[StageSummary]:
+    """Summarize every stage in `out/metrics.jsonl`, in order.
+
+    Work between the steps, such as held-out evaluation and saving, is not in the rows and so not
+    in the summaries.
+    """
+    stages: dict[int, list[StepRow]] = {}
     for row in read_json_lines(Path(out) / "metrics.jsonl"):
+        # Rows on held-out data have `eval_loss` instead.
         if "loss" in row:
-            stages.setdefault(row["stage"], []).append(row)
-    return [{"stage": index, **summarize_stage(rows)} for index, rows in sorted(stages.items())]
+            stages.setdefault(row["stage"], []).append(cast(StepRow, row))
+    return [summarize_steps(index, rows) for index, rows in sorted(stages.items())]
 
 
-def summarize_stage(rows: Sequence[Row]) -> Row:
-    """The summary of one stage's rows."""
+def summarize_steps(number: int, rows: Sequence[StepRow]) -> StageSummary:
+    """Summarize the steps of one stage (or layer).
+
+    Args:
+        number: number of the stage or layer.
+        rows: its steps in order. `tokens` and `seconds` count from its start.
+    """
     few, last = max(1, round(END_SHARE * len(rows))), rows[-1]
-    marks = [0.0, *(row["seconds"] for row in rows)]
-    spans = [
-        (after - before, row) for before, after, row in zip(marks, marks[1:], rows, strict=False)
+
+    # Rows of older runs have no share of the peak.
+    ends = [0.0, *(row["seconds"] for row in rows)]
+    measured = [
+        (end - start, row["peak_share"])
+        for start, end, row in zip(ends, ends[1:], rows, strict=False)
+        if "peak_share" in row
     ]
-    known = [(span, row["peak_share"]) for span, row in spans if "peak_share" in row]
-    total = sum(span for span, _ in known)
+    total = sum(seconds for seconds, _ in measured)
+
     return {
+        "stage": number,
         "kind": last["kind"],
         "tokens": last["tokens"],
         "steps": last["step"],
         "first_loss": sum(row["loss"] for row in rows[:few]) / few,
         "last_loss": sum(row["loss"] for row in rows[-few:]) / few,
         "tokens_per_second": last["tokens"] / last["seconds"] if last["seconds"] else None,
-        "peak_share": sum(span * share for span, share in known) / total if total else None,
+        "peak_share": (
+            sum(seconds * share for seconds, share in measured) / total if total else None
+        ),
         "seconds": last["seconds"],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ..data.packing import Images, Packed
 from ..data.rows import Table
 from ..errors import RegraftError
 from ..modeling.modeling_regraft import RegraftForCausalLM
+from .stage import Kind
 
 __all__ = [
     "Data",
@@ -32,10 +33,12 @@ __all__ = [
     "build_targets",
 ]
 
-Kind = Literal["next", "mask", "image"]
 Rows = Packed | Images
 Data = Table | Images  # where rows come from: in memory, or on disk and read by number
-IGNORED = -100
+IGNORED = -100  # the label of a token that is not to be guessed
+MASK_SHARE = 0.15  # BERT's share of tokens that are to be guessed
+
+# By objective: what model it needs, in words, and the names of the classes that fit.
 HEADS: dict[str, tuple[str, set[str]]] = {
     "next": (
         "a decoder",
@@ -49,49 +52,62 @@ HEADS: dict[str, tuple[str, set[str]]] = {
 }
 
 
+class Scores(TypedDict):
+    """How good a model is on some rows."""
+
+    loss: float  # mean cross-entropy, nats
+    accuracy: float  # share of targets that the likeliest guess hits
+
+
 def compute_loss(
     model: PreTrainedModel,
     kind: Kind,
     rows: Rows,
     fast: bool = False,
     generator: torch.Generator | None = None,
-    mask_share: float = 0.15,
+    mask_share: float = MASK_SHARE,
 ) -> Tensor:
-    """Mean cross-entropy of an objective, a float32 scalar, not backpropagated; `fast`: bfloat16 autocast.
+    """Mean cross-entropy of an objective, a float32 scalar that can be backpropagated.
 
-    `next`: the next token within its document. `mask`: BERT's (arXiv 1810.04805), see `masked`; documents of a row see
-    each other, as in RoBERTa's full sentences. `image`: the class. RegraftError when the rows do not suit the kind and
-    the model.
+    RegraftError when the rows do not suit the objective and the model.
+
+    Args:
+        model: a model with the objective's head.
+        kind: `next`: the next token within its document. `mask`: BERT's masked tokens (arXiv
+            1810.04805), see `mask_tokens`; documents of a row see each other, as in RoBERTa's
+            full sentences. `image`: the class.
+        rows: text, or images.
+        fast: bfloat16 autocast.
+        generator: draws masks.
+        mask_share: of the tokens that are to be guessed.
     """
-    return compute_loss_on_targets(
-        model, kind, *build_targets(model, kind, rows, generator, mask_share), fast
-    )
+    given, labels = build_targets(model, kind, rows, generator, mask_share)
+    return compute_loss_on_targets(model, kind, given, labels, fast)
 
 
 def compute_loss_on_targets(
     model: PreTrainedModel, kind: Kind, rows: Rows, labels: Tensor, fast: bool = False
 ) -> Tensor:
-    """The loss of what `targets` gave."""
+    """Mean cross-entropy on the rows and labels of `build_targets`."""
     logits = compute_logits(model, kind, rows, fast)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
 @torch.no_grad()
-def evaluate_objective(
-    model: PreTrainedModel, kind: Kind, rows: Rows, batch: int = 16
-) -> dict[str, float]:
-    """Mean loss and accuracy (share of right first guesses) over rows, without dropout; masks are always the same."""
-    rows, labels = build_targets(model, kind, rows, torch.Generator().manual_seed(0), 0.15)
+def evaluate_objective(model: PreTrainedModel, kind: Kind, rows: Rows, batch: int = 16) -> Scores:
+    """Score a model on rows, without dropout; masks are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    rows, labels = build_targets(model, kind, rows, generator, MASK_SHARE)
+
     total, right, count, training = 0.0, 0, 0, model.training
     model.eval()
     for part in batch_slices(len(rows), batch):
-        logits, wanted = (
-            compute_logits(model, kind, rows[part], False).flatten(0, -2),
-            labels[part].flatten(),
-        )
-        total += float(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
-        right += int((logits.argmax(-1) == wanted).sum())
-        count += int((wanted != IGNORED).sum())
+        logits = compute_logits(model, kind, rows[part], False).flatten(0, -2)
+        targets = labels[part].flatten()
+        # Sums, as batches differ in how many of their tokens have a label.
+        total += float(F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
+        right += int((logits.argmax(-1) == targets).sum())
+        count += int((targets != IGNORED).sum())
     model.train(training)
     return {"loss": total / count, "accuracy": right / count}
 
@@ -106,17 +122,25 @@ def build_targets(
     kind: Kind,
     rows: Rows,
     generator: torch.Generator | None = None,
-    mask_share: float = 0.15,
+    mask_share: float = MASK_SHARE,
 ) -> tuple[Rows, Tensor]:
-    """(what the model sees, labels: of all but each row's last token, of every token, or of every image).
+    """What the model sees and what it is to guess.
 
-    Tokens without a target have the label -100. RegraftError when the rows do not suit the kind and the model.
+    RegraftError when the rows do not suit the objective and the model.
+
+    Returns:
+        (rows, labels). Labels are (batch, time - 1) for `next`, (batch, time) for `mask`,
+        (batch,) for `image`; -100 where nothing is to be guessed.
     """
     check_rows(model, kind, rows)
     if isinstance(rows, Images):
         return rows, rows.labels
+
     if kind == "next":
-        return rows, rows.input_ids[:, 1:].masked_fill(rows.position_ids[:, 1:] == 0, IGNORED)
+        # The first token of a document does not follow from the one before it.
+        starts = rows.position_ids[:, 1:] == 0
+        return rows, rows.input_ids[:, 1:].masked_fill(starts, IGNORED)
+
     ids, labels = mask_tokens(rows, model.config.vocab_size, mask_share, generator)
     return replace(rows, input_ids=ids), labels
 
@@ -124,56 +148,70 @@ def build_targets(
 def mask_tokens(
     rows: Packed, vocab: int, share: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """BERT's corruption: (token ids, labels), both (rows, length).
+    """BERT's corruption of tokens (arXiv 1810.04805).
 
-    In each row `share` of the tokens, at least one and never a special one, is to be guessed: of these 80 % become the
-    mask token, 10 % a random token that is not special, 10 % stay.
+    In each row `share` of the tokens, at least one and never a special one, is to be guessed. Of
+    these 80 % become the mask token, 10 % a random token that is not special, and 10 % stay.
+    RegraftError when the tokenizer has no mask token or all tokens are special.
+
+    Returns:
+        (token ids, labels), both (rows, time).
     """
     if rows.mask is None:
         raise RegraftError(
-            f"the tokenizer of these {len(rows)} rows has no mask token: train for the next token instead"
+            f"the tokenizer of these {len(rows)} rows has no mask token: "
+            "train for the next token instead"
         )
     ids, device = rows.input_ids, generator.device if generator else rows.device
-    special = torch.isin(ids, torch.tensor([*rows.special, rows.mask], device=ids.device))
+    special_ids = torch.tensor([*rows.special, rows.mask], device=ids.device)
+    special = torch.isin(ids, special_ids)
     draw = partial(torch.rand, ids.shape, generator=generator, device=device)
+
+    # Ranks of random numbers choose exactly as many in each row; special tokens rank last.
     order = draw().to(ids.device).masked_fill(special, 2.0).argsort(1).argsort(1)
     free = (~special).sum(1, keepdim=True)
     chosen = order < (share * free).round().long().clamp(min=1).minimum(free)
     if not bool(chosen.any()):
         raise RegraftError(
-            f"{len(rows)} rows hold nothing but special tokens {sorted(rows.special)}: give more text"
+            f"{len(rows)} rows hold nothing but special tokens {sorted(rows.special)}: "
+            "give more text"
         )
-    plain = torch.ones(vocab, dtype=torch.bool).index_fill(
-        0, torch.tensor([*rows.special, rows.mask]), False
-    )
+
+    plain = torch.ones(vocab, dtype=torch.bool).index_fill(0, special_ids.cpu(), False)
     words = plain.nonzero().flatten().to(ids.device)
-    fate, word = draw().to(ids.device), words[(draw().to(ids.device) * len(words)).long()]
+    fate = draw().to(ids.device)
+    word = words[(draw().to(ids.device) * len(words)).long()]
     changed = torch.where(fate < 0.8, rows.mask, torch.where(fate < 0.9, word, ids))
     return torch.where(chosen, changed, ids), ids.masked_fill(~chosen, IGNORED)
 
 
 def compute_logits(model: PreTrainedModel, kind: Kind, rows: Rows, fast: bool) -> Tensor:
-    """Logits in float32: (batch, time - 1, vocab) for the next token, (batch, time, vocab) or (batch, classes)."""
+    """Logits in float32.
+
+    Returns:
+        (batch, time - 1, vocab) for `next`, (batch, time, vocab) for `mask`, (batch, classes).
+    """
     if kind == "next" and isinstance(rows, Packed):
+        # The head is applied here, outside autocast, and not to the last token of a row.
         logits: Tensor = model.get_output_embeddings()(last_hidden(model, rows, fast)[:, :-1])
-        cap = getattr(model.config, "final_logit_softcapping", None)
+        cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2's
         return logits if cap is None else cap * torch.tanh(logits / cap)
-    given: dict[str, Any] = (
-        {"pixel_values": rows.pixel_values}
-        if isinstance(rows, Images)
-        else encoder_inputs(model, rows)
-    )
+
+    inputs: dict[str, Any]
+    if isinstance(rows, Images):
+        inputs = {"pixel_values": rows.pixel_values}
+    else:
+        inputs = encoder_inputs(model, rows)
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
-        found: Tensor = model(**given).logits
-    return found.float()
+        outputs: Tensor = model(**inputs).logits
+    return outputs.float()
 
 
 def encoder_inputs(model: PreTrainedModel, rows: Packed) -> dict[str, Tensor]:
-    """What an encoder of whole rows is given: positions count from the row's start."""
-    counted = torch.arange(rows.input_ids.shape[1], device=rows.device) + first_position(
-        find_position_embedding(model)
-    )
-    return {"input_ids": rows.input_ids, "position_ids": counted.expand_as(rows.input_ids)}
+    """The inputs of an encoder, which reads a row as one text: positions count from its start."""
+    positions = torch.arange(rows.input_ids.shape[1], device=rows.device)
+    positions = positions + first_position(find_position_embedding(model))
+    return {"input_ids": rows.input_ids, "position_ids": positions.expand_as(rows.input_ids)}
 
 
 def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
@@ -184,40 +222,44 @@ def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
         else partial(model.get_decoder(), use_cache=False)
     )
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
-        return run(
-            input_ids=rows.input_ids, position_ids=rows.position_ids
-        ).last_hidden_state.float()
+        output = run(input_ids=rows.input_ids, position_ids=rows.position_ids)
+        return output.last_hidden_state.float()
 
 
 def check_head(model: PreTrainedModel, kind: str) -> None:
     """RegraftError when the model has no head for an objective."""
-    wanted, classes = HEADS[kind]
+    needed, classes = HEADS[kind]
     if type(model).__name__ not in classes:
         raise RegraftError(
-            f"a {type(model).__name__} has no head for '{kind}': give {wanted} (config.json's architectures say which)"
+            f"a {type(model).__name__} has no head for '{kind}': give {needed} "
+            "(config.json's architectures say which)"
         )
 
 
 def check_rows(model: PreTrainedModel, kind: Kind, rows: Data) -> None:
-    """RegraftError when the model has no head for the kind, or the rows are not what it takes."""
+    """RegraftError when the model has no head for the objective, or the rows do not fit it."""
     check_head(model, kind)
     if isinstance(rows, Images) != (kind == "image"):
-        held, wanted = (
-            ("images", "text") if isinstance(rows, Images) else ("text", "images in a .npz file")
-        )
-        raise RegraftError(f"'{kind}' was given {len(rows)} rows of {held}: give {wanted}")
+        given, needed = "text", "images in a .npz file"
+        if isinstance(rows, Images):
+            given, needed = "images", "text"
+        raise RegraftError(f"'{kind}' was given {len(rows)} rows of {given}: give {needed}")
+
     if isinstance(rows, Images):
         check_images(model, rows)
         return
-    if rows.largest >= model.config.vocab_size:
+    vocab = model.config.vocab_size
+    if rows.largest >= vocab:
         raise RegraftError(
-            f"token {rows.largest} is beyond the model's {model.config.vocab_size}: use its own tokenizer"
+            f"token {rows.largest} is beyond the model's {vocab}: use its own tokenizer"
         )
+    # Rotary models have no table, and take rows of any length.
     table, length = find_position_embedding(model), rows.length
     room = length if table is None else table.num_embeddings - first_position(table)
     if length > room:
         raise RegraftError(
-            f"rows of {length} tokens are longer than the model's {room} positions: choose {room} or less"
+            f"rows of {length} tokens are longer than the model's {room} positions: "
+            f"choose {room} or less"
         )
 
 
@@ -225,21 +267,23 @@ def check_images(model: PreTrainedModel, rows: Images) -> None:
     """RegraftError when images have another size than the model's, or labels beyond its classes."""
     config: Any = model.config
     size = config.image_size
-    wanted = [config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size))]
-    if list(rows.pixel_values.shape[1:]) != wanted:
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    expected, shape = [config.num_channels, *sides], list(rows.pixel_values.shape[1:])
+    if shape != expected:
         raise RegraftError(
-            f"images are {list(rows.pixel_values.shape[1:])} (channels, height, width), the model takes {wanted}: "
-            "resize them"
+            f"images are {shape} (channels, height, width), the model takes {expected}: resize them"
         )
+
     low, high = int(rows.labels.min()), int(rows.labels.max())
     if low < 0 or high >= config.num_labels:
         raise RegraftError(
-            f"label {low if low < 0 else high} is none of the model's {config.num_labels} classes: they count from 0"
+            f"label {low if low < 0 else high} is none of the model's {config.num_labels} "
+            "classes: they count from 0"
         )
 
 
 def find_position_embedding(model: PreTrainedModel) -> nn.Embedding | None:
-    """The table of learned positions, None for a model without one."""
+    """The table of learned absolute positions, None for a model without one."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe")):
             return module
@@ -247,5 +291,5 @@ def find_position_embedding(model: PreTrainedModel) -> nn.Embedding | None:
 
 
 def first_position(table: nn.Embedding | None) -> int:
-    """Where positions begin: behind the padding token's in RoBERTa's table."""
+    """The number of the first position: in RoBERTa's table it follows the padding token's."""
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1

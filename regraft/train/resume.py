@@ -1,4 +1,4 @@
-"""State of a training run on disk: what changed in the model, the optimiser's moments, where it was."""
+"""Checkpoints of a training run: changed weights, the optimiser's moments, how far it came."""
 
 from __future__ import annotations
 
@@ -14,31 +14,45 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from .. import distributed
+from ..core.moments import MOMENTS, STEP
 from ..errors import RegraftError
 from ..io.files import sync, write_json_lines
 from ..io.shard_writer import check_space
 from .divergence import LossTrend, Place
 from .fsdp import distribute_like
 from .lit import LitState
+from .output import RUN, check_settings, lock_run
+from .records import LedgerEntry
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-RUN, KEPT_CHECKPOINTS = "run", 2
+__all__ = ["RunState", "list_checkpoints", "load_state", "lock_run", "save_state"]
+
+KEPT_CHECKPOINTS = 2
+ADAM_STATE = (*MOMENTS, STEP)  # Adam's tensors of one parameter
 
 
 @dataclass
 class RunState:
-    """`stage`, `step`: what comes next. `tokens`: the stage's budget once a time limit fixed it. `fast`: bfloat16
-    chosen. `watch` and `trend`: what the stage has seen of its loss, for `learn: lit` and to know a jump.
+    """How far a run has come. All fields but `moments` are written to state.json.
 
-    `changed`: names of all parameters any stage has trained. `ledger`: one entry per stage begun. `costs`: FLOPs of the
-    stage's steps by what ran in them; counting rounds otherwise, so that a resumed run must count the same steps.
+    Attributes:
+        stage: number of the stage that is next, from 0.
+        step: steps of that stage that are done.
+        tokens: the stage's budget once a time limit has fixed it, 0 before.
+        fast: whether the stage computes in bfloat16; None until it starts.
+        changed: names of all parameters that any stage has trained.
+        ledger: one entry for each stage that has started.
+        moments: Adam's tensors from a checkpoint, as `exp_avg/NAME`; empty once the optimiser
+            has them.
+        costs: FLOPs of the stage's steps by what ran in them. A second count may differ in
+            rounding, and a resumed run must report the same numbers, so they are stored.
+        watch: what the stage has seen of its loss, for `learn: lit`.
+        trend: the same, for the detection of loss spikes.
     """
 
     stage: int = 0
@@ -46,18 +60,26 @@ class RunState:
     tokens: int = 0
     fast: bool | None = None
     changed: set[str] = field(default_factory=set)
-    ledger: list[dict[str, Any]] = field(default_factory=list)
+    ledger: list[LedgerEntry] = field(default_factory=list)
     moments: dict[str, Tensor] = field(default_factory=dict)
     costs: dict[str, int] = field(default_factory=dict)
     watch: LitState = field(default_factory=LitState)
     trend: LossTrend = field(default_factory=LossTrend)
 
-    def ledger_entry(self, index: int, kind: str, fast: bool) -> dict[str, Any]:
-        """The ledger entry of stage `index`."""
+    def ledger_entry(self, index: int, kind: str, fast: bool) -> LedgerEntry:
+        """The ledger entry of stage `index`, which is added when the stage starts."""
         if len(self.ledger) <= index:
-            precision = "bfloat16" if fast else "float32"
-            zero: dict[str, Any] = {"tokens": 0, "flops": 0, "seconds": 0.0, "flops_per_step": 0}
-            self.ledger.append({"stage": index, "kind": kind, "precision": precision, **zero})
+            self.ledger.append(
+                {
+                    "stage": index,
+                    "kind": kind,
+                    "precision": "bfloat16" if fast else "float32",
+                    "tokens": 0,
+                    "flops": 0,
+                    "seconds": 0.0,
+                    "flops_per_step": 0,
+                }
+            )
         return self.ledger[index]
 
     def advance_stage(self) -> None:
@@ -66,53 +88,61 @@ class RunState:
         self.moments, self.costs, self.watch, self.trend = {}, {}, LitState(), LossTrend()
 
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give the optimiser back its moments."""
+        """Give the optimiser the moments of the checkpoint, if there are any."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+
         for group in optimizer.param_groups if self.moments else []:
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                if (
-                    f"step/{name}" in self.moments
-                ):  # a layer that was left out of every step so far has none
-                    found = {moment: self.moments[f"{moment}/{name}"] for moment in MOMENTS}
+                # A layer that was left out of every step so far has no moments.
+                if f"{STEP}/{name}" in self.moments:
                     optimizer.state[parameter] = {
-                        moment: place_moment(one, parameter) for moment, one in found.items()
+                        key: place_moment(self.moments[f"{key}/{name}"], parameter)
+                        for key in ADAM_STATE
                     }
+
         self.moments = {}
 
     def trim_metrics(self, path: Path) -> None:
-        """Drop rows of steps that will be run again."""
+        """Drop the rows of steps that will run again, and a last line cut short by a kill."""
         if not path.exists():
             return
         rows = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
-        done = (self.stage, self.step)
-        again = (
-            (self.stage, 0) if self.step == 0 else None
-        )  # a stage that begins measures held-out rows itself
-        places = [(row["stage"], row["step"]) if "step" in row else (-1, 0) for row in rows]
-        kept = [
-            row for row, place in zip(rows, places, strict=True) if place <= done and place != again
-        ]
-        write_json_lines(path, kept)
+        write_json_lines(path, [row for row in rows if self.includes_row(row)])
+
+    def includes_row(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of metrics.jsonl belongs to the steps that are done."""
+        if "step" not in row:
+            return True
+        position, done = (row["stage"], row["step"]), (self.stage, self.step)
+        # A stage that starts evaluates the held-out rows, so its row for step 0 comes again.
+        starts_again = self.step == 0 and position == done
+        return position <= done and not starts_again
 
 
 def place_moment(moment: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A moment where its parameter is; one that was read whole, since its parameter came later, is laid out like it."""
+    """A moment on the device of its parameter, and sharded like it.
+
+    A moment whose parameter did not exist when the checkpoint was read (LoRA) was read whole.
+    """
     whole = moment.shape == parameter.shape and not isinstance(moment, DTensor)
     return distribute_like(moment, parameter) if whole else moment.to(parameter.device)
 
 
 def checkpoint_name(state: RunState) -> str:
-    """Name of a state's checkpoint."""
+    """Name of a state's checkpoint folder."""
     return f"stage-{state.stage}-step-{state.step}"
 
 
 def list_checkpoints(out: Path) -> list[Place]:
-    """Whole checkpoints of a run, the newest last: (stage, steps of it that are done, folder)."""
-    found = [file.parent for file in (out / RUN).glob("stage-*-step-*/state.json")]
-    return sorted(
-        (int(name[1]), int(name[3]), folder) for folder in found if (name := folder.name.split("-"))
-    )
+    """The complete checkpoints of a run, newest last: (stage, its steps that are done, folder)."""
+    # save_state writes state.json last, so a folder that has it is complete.
+    folders = [file.parent for file in (out / RUN).glob("stage-*-step-*/state.json")]
+    numbered = []
+    for folder in folders:
+        _, stage, _, step = folder.name.split("-")
+        numbered.append((int(stage), int(step), folder))
+    return sorted(numbered)
 
 
 def save_state(
@@ -120,24 +150,32 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     state: RunState,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint of all processes (PyTorch DCP) and put it in place whole; the last two are kept.
+    """Write a checkpoint of all processes with PyTorch DCP; the newest two are kept.
 
-    RegraftError in every process when one cannot write; what was there before stays.
+    RegraftError in every process when one of them cannot write; earlier checkpoints stay.
+
+    Args:
+        out: the output folder; the checkpoint goes to `out/run/stage-S-step-N`.
+        model: its parameters named in `state.changed` are saved.
+        optimizer: its moments are saved; None between two stages.
+        state: what else is needed to resume.
+        settings: must be the same when the run is resumed, see `load_state`.
+
+    Returns:
+        The checkpoint's folder.
     """
     folder, temporary = out / RUN / checkpoint_name(state), out / RUN / "new"
     facts = {key: value for key, value in asdict(state).items() if key != "moments"}
     facts |= {"changed": sorted(state.changed), "settings": settings}
-
     tensors = checkpoint_tensors(model, optimizer, state)
 
     def create_folder() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        check_space(
-            temporary, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        )
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        check_space(temporary, size)
 
     def publish_folder() -> None:
         (temporary / "state.json").write_text(json.dumps(facts))
@@ -148,6 +186,8 @@ def save_state(
         for *_, old in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
+    # The folder takes its name only after every process has written its part. A kill at any
+    # moment leaves the checkpoints that were complete before.
     try:
         distributed.on_rank0(create_folder)
         if tensors:
@@ -158,96 +198,80 @@ def save_state(
         if distributed.is_rank0():
             shutil.rmtree(temporary, ignore_errors=True)
         raise RegraftError(
-            f"cannot write the checkpoint '{folder}' ({format_cause(error)}): free some space and run again"
+            f"cannot write the checkpoint '{folder}' ({format_cause(error)}): "
+            "free some space and run again"
         ) from error
     return folder
 
 
 @contextmanager
-def lock_run(out: Path) -> Iterator[None]:
-    """Only this run writes in `out`; RegraftError while another one does. The system lets go when a process dies."""
-    lock = FileLock(out / RUN / "lock")
-
-    def acquire_lock() -> None:
-        (out / RUN).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-
-    try:
-        distributed.on_rank0(acquire_lock)
-    except Timeout as error:
-        raise RegraftError(
-            f"another run is going on in '{out}': wait for it, or stop all of its processes"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
 def silence_dcp_warning() -> Iterator[None]:
-    """Inside, DCP does not remark that there is one process."""
+    """Inside, DCP does not warn that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
 def format_cause(error: BaseException) -> str:
-    """The first cause, in a line."""
-    first: Any = (
-        next(iter(error.failures.values()), error)
-        if isinstance(error, CheckpointException)
-        else error
-    )
-    return " ".join(str(first[0] if isinstance(first, tuple) else first).split())
+    """The first cause of an error, on one line."""
+    cause: Any = error
+    # DCP gathers one failure a rank, each an exception or an (exception, traceback) pair.
+    if isinstance(error, CheckpointException):
+        cause = next(iter(error.failures.values()), error)
+    if isinstance(cause, tuple):
+        cause = cause[0]
+    return " ".join(str(cause).split())
 
 
 def checkpoint_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, state: RunState
 ) -> dict[str, Tensor]:
-    """What a checkpoint holds: parameters that any stage has trained, and the optimiser's moments."""
+    """The tensors of a checkpoint: `model/NAME` of parameters that any stage has trained, and
+    the optimiser's `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME`.
+    """
     named = dict(model.named_parameters())
-    tensors = {f"model/{name}": named[name].detach() for name in sorted(state.changed)}
     names = {id(parameter): name for name, parameter in named.items()}
-    for group in optimizer.param_groups if optimizer is not None else []:
+    tensors = {f"model/{name}": named[name].detach() for name in sorted(state.changed)}
+    if optimizer is None:
+        return tensors
+
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
-            moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            tensors |= {
-                f"{moment}/{names[id(parameter)]}": moments[moment]
-                for moment in MOMENTS
-                if moment in moments
-            }
+            # A parameter that no step has used has no state yet.
+            adam, name = optimizer.state.get(parameter, {}), names[id(parameter)]
+            tensors |= {f"{key}/{name}": adam[key] for key in ADAM_STATE if key in adam}
     return tensors
 
 
-def load_state(out: Path, model: nn.Module, settings: dict[str, Any]) -> RunState:
-    """The newest state in `out/run` with the model's changed weights put back; a fresh state when there is none.
+def load_state(out: Path, model: nn.Module, settings: Mapping[str, Any]) -> RunState:
+    """The newest state in `out/run`, or a new one when there is none.
 
-    Raises RegraftError when the run there has other settings.
+    The weights that the run had changed are put back into `model`. RegraftError when the run
+    there has other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    newest = distributed.broadcast(
-        next((folder for *_, folder in reversed(list_checkpoints(out))), None)
-    )
+    checkpoints = list_checkpoints(out)
+    # All processes must resume from the same folder: the newest that the first one sees.
+    newest = distributed.broadcast(checkpoints[-1][2] if checkpoints else None)
     if newest is None:
         return RunState()
+
     facts = json.loads((newest / "state.json").read_text())
-    if facts.pop("settings") != json.loads(json.dumps(settings)):
-        raise RegraftError(
-            f"'{out}' holds a run with other settings: give another output, or remove '{out / RUN}'"
-        )
+    check_settings(out, facts.pop("settings"), settings, remove=f"'{out / RUN}'")
+
     facts["changed"], facts["watch"] = set(facts["changed"]), LitState(**facts["watch"])
     facts["trend"] = LossTrend(**facts.get("trend", {}))
     state = RunState(**facts)
+    # A run that has changed nothing yet has a checkpoint without tensors.
     if (newest / ".metadata").exists():
         state.moments = read_checkpoint(newest, dict(model.named_parameters()))
     return state
 
 
 def read_checkpoint(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Read a checkpoint: values of the model's parameters go into these, the rest is returned.
+    """Read a checkpoint: the values of `named` parameters go into these, the rest is returned.
 
-    Each process reads what it holds, however many wrote it.
+    Each process reads its own shards, however many processes wrote the checkpoint.
     """
     wanted: dict[str, Tensor] = {}
     for key, facts in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
@@ -256,9 +280,12 @@ def read_checkpoint(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str
         if kind == "model" and name in named:
             wanted[key] = named[name].detach()
         elif name in named and facts.size == named[name].shape:
+            # A moment: sharded like its parameter.
             wanted[key] = torch.zeros_like(named[name], requires_grad=False)
         else:
+            # Step counts, and everything of parameters that do not exist yet (LoRA): read whole.
             wanted[key] = torch.zeros(facts.size, dtype=facts.properties.dtype)
+
     with silence_dcp_warning():
         dcp.load(wanted, checkpoint_id=folder)
     return {key: value for key, value in wanted.items() if key.removeprefix("model/") not in named}

@@ -1,4 +1,4 @@
-"""Rows of tensors on disk, found again by key: files of some MB, within a size, shared by runs and processes."""
+"""Rows of tensors on disk, found by key: within a size limit, shared by runs and processes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,41 @@ from ..errors import RegraftError
 from ..io import safetensors
 from ..io.files import replace_file, write_json
 
-FILE_BYTES = 16_000_000  # bytes of a file, or one row
-BLOCK = 4096  # what a disk gives out
-Row = dict[str, Tensor]
+FILE_BYTES = 16_000_000  # rows are gathered until they fill a file of this size
+BLOCK = 4096  # bytes: a file takes whole blocks of the disk
+Row = dict[str, Tensor]  # one row of a batch, by the names of its tensors
 
 
 class RowStore:
-    """The folder `root/name`; all folders of `root` together stay within `limit` bytes of disk.
+    """Rows in the folder `root/name`; all folders of `root` together stay within a limit.
 
-    A file is written whole or not at all. When there is no room, what is new is not kept: rows come round in passes,
-    where making room by what was used last would throw out every row before its turn. Each row has a checksum; a
-    damaged file is removed and its rows are missing, so that they are made anew. `facts` are put beside for people.
+    Each row has a checksum. A damaged file is removed and its rows are missing, so that they are
+    computed again. When there is no room, new rows are not kept. Making room by removing the least
+    recently used rows would be worse: rows come in passes over the text, and each would be removed
+    before its turn comes again.
+
+    RegraftError when the folder cannot be made.
+
+    Attributes:
+        files: names of the files that were read, or written by this process.
+        places: for each row on disk, its file and its checksum.
+        waiting: rows that are not on disk yet.
+        size: bytes of these.
+        kept: rows that this process has written.
+        refused: rows for which there was no room.
+        damaged: damaged files that were removed.
+        seen: modification time of the folder, in nanoseconds, at the last scan.
     """
 
     def __init__(self, root: Path, name: str, limit: int, facts: Mapping[str, Any]):
+        """Open or make the store.
+
+        Args:
+            root: folder of all stores that share the limit.
+            name: of this store; what its rows depend on must be in it.
+            limit: bytes of disk for everything in `root`.
+            facts: written beside the rows, for people to read.
+        """
         self.root, self.folder, self.limit = root, root / name, limit
         self.files: set[str] = set()
         self.places: dict[str, tuple[Path, int]] = {}
@@ -44,8 +65,9 @@ class RowStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.lock():
-                for left in self.root.glob("*/*.part"):  # of a writer that was killed
-                    left.unlink()
+                # Nobody writes while this process has the lock: these files are of killed writers.
+                for partial in self.root.glob("*/*.part"):
+                    partial.unlink()
                 if not (self.folder / "facts.json").exists():
                     write_json(self.folder / "facts.json", dict(facts))
         except OSError as error:
@@ -64,23 +86,25 @@ class RowStore:
             os.close(descriptor)
 
     def scan(self) -> None:
-        """Take in files that other runs and processes have written since."""
+        """Find the rows that other runs and processes have written since the last scan."""
         changed = self.folder.stat().st_mtime_ns
         if changed == self.seen:
             return
         self.seen = changed
+
         for file in sorted(self.folder.glob("*.safetensors")):
-            if file.name not in self.files:
-                self.files.add(file.name)
-                try:
-                    safetensors.read_header(file)
-                    with safe_open(file, framework="pt") as opened:
-                        rows = json.loads(opened.metadata()["rows"])
-                    self.places |= {key: (file, check) for key, check in rows.items()}
-                except FileNotFoundError:
-                    continue
-                except (RegraftError, SafetensorError, OSError, ValueError, TypeError, KeyError):
-                    self.discard_file(file)
+            if file.name in self.files:
+                continue
+            self.files.add(file.name)
+            try:
+                safetensors.read_header(file)  # also checks that the file is complete
+                with safe_open(file, framework="pt") as opened:
+                    rows = json.loads(opened.metadata()["rows"])
+                self.places |= {key: (file, check) for key, check in rows.items()}
+            except FileNotFoundError:
+                continue  # another process has found it damaged and removed it
+            except (RegraftError, SafetensorError, OSError, ValueError, TypeError, KeyError):
+                self.discard_file(file)
 
     def __contains__(self, key: str) -> bool:
         if key not in self.places and key not in self.waiting:
@@ -93,25 +117,19 @@ class RowStore:
             return self.waiting[key]
         if key not in self:
             return None
+
         file, check = self.places[key]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = [name for name in opened.keys() if name.startswith(f"{key}/")]
-                row = {
-                    name.partition("/")[2]: opened.get_tensor(name).clone()
-                    for name in sorted(names)
-                }
-        except (OSError, SafetensorError):
-            row = {}
+        row = read_row(file, key)
         if not row or checksum(row) != check:
             self.discard_file(file)
             return None
         return row
 
     def add(self, key: str, row: Row) -> None:
-        """Keep a row; it is on disk once the file it belongs to is full, or after `flush`."""
+        """Keep a row. It is on disk once there are rows for a full file, or after `flush`."""
         if key in self:
             return
+        # Always a copy: the row is a view of its batch, which would stay in memory with it.
         self.waiting[key] = {
             name: value.detach().to("cpu", copy=True).contiguous() for name, value in row.items()
         }
@@ -120,18 +138,20 @@ class RowStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits, if there is room for it; else it is forgotten and counted in `refused`."""
+        """Write the waiting rows if there is room; else forget them and count them as refused."""
         rows, self.waiting, self.size = self.waiting, {}, 0
         if not rows:
             return
+
         checks = {key: checksum(row) for key, row in rows.items()}
         tensors = {
             f"{key}/{name}": value for key, row in rows.items() for name, value in row.items()
         }
         data = save(tensors, {"rows": json.dumps(checks)})
-        file = (
-            self.folder / f"{next(iter(rows))}-{secrets.token_hex(4)}.safetensors"
-        )  # two may keep the same row
+        # The random part keeps apart two processes that write the same row.
+        file = self.folder / f"{next(iter(rows))}-{secrets.token_hex(4)}.safetensors"
+
+        # Room is measured and used under one lock, so that all writers together stay in the limit.
         try:
             with self.lock():
                 if directory_size(self.root) + round_to_blocks(len(data)) > self.limit:
@@ -142,6 +162,7 @@ class RowStore:
         except OSError:  # the disk is full before the limit is reached
             self.refused += len(rows)
             return
+
         self.kept += len(rows)
         self.files.add(file.name)
         self.places |= {key: (file, check) for key, check in checks.items()}
@@ -154,8 +175,19 @@ class RowStore:
         self.places = {key: place for key, place in self.places.items() if place[0] != file}
 
 
+def read_row(file: Path, key: str) -> Row:
+    """One row of a file, empty when it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = sorted(name for name in opened.keys() if name.startswith(f"{key}/"))
+            # Copies: the file may be removed while the row is in use.
+            return {name.partition("/")[2]: opened.get_tensor(name).clone() for name in names}
+    except (OSError, SafetensorError):
+        return {}
+
+
 def checksum(row: Row) -> int:
-    """Of names, kinds, shapes and every byte."""
+    """CRC-32 of a row's names, dtypes, shapes and bytes."""
     found = 0
     for name in sorted(row):
         value = row[name].contiguous()
@@ -172,11 +204,11 @@ def round_to_blocks(size: int) -> int:
 def directory_size(root: Path) -> int:
     """Bytes of disk that everything below a folder takes, folders included."""
     total = BLOCK
-    for place, folders, files in os.walk(root):
-        total += BLOCK * len(folders)
+    for folder, subfolders, files in os.walk(root):
+        total += BLOCK * len(subfolders)
         for name in files:
             try:
-                total += round_to_blocks((Path(place) / name).stat().st_size)
-            except FileNotFoundError:
+                total += round_to_blocks((Path(folder) / name).stat().st_size)
+            except FileNotFoundError:  # removed or renamed since it was listed
                 continue
     return total

@@ -19,28 +19,46 @@ from ..modeling.modeling_regraft import RegraftForCausalLM
 from .divergence import LossSpikeConfig
 from .fsdp import local_part
 from .layer_subset import layer_stack, parse_layers
+from .metrics import MetricsRow
 from .objectives import Data, Rows, check_head
-from .stage import LAYERWISE, Stage, projection_names
+from .optimizer import projection_names
+from .records import StepRow
+from .stage import LAYERWISE, Stage
 from .teacher_cache import CachedTeacher, Teacher
 
-Progress = Callable[[Stage, int, int, dict[str, Any]], None]
+# Called after every step with the stage, the steps done, the stage's steps, and the metrics row.
+StepCallback = Callable[[Stage, int, int, StepRow], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a training run needs. `rows` gives the packed text for a row length, or images; `limit` seconds for a
-    stage, or None.
+    """Everything a training run needs.
 
-    `teacher_slots` are the attention modules of the teacher, for alignment. `heldout` is measured before the first step
-    of a stage, at its end and, unless `every` is 0, after every so many steps, with the layers that the stage runs;
-    neither its time nor its FLOPs count. `moments`: Adam's state to begin with, a file as `regraft grow
-    --optimizer-state` writes it; `keep_moments` leaves the last stage's as `out/optimizer.safetensors`. Order of rows,
-    masks and drops follow from seed, stage and step. `jump` says when a loss has gone astray; `track` gets every row of
-    metrics.jsonl once it is written.
+    The order of rows, masks and drops follow from seed, stage and step. Under torchrun every
+    process makes the same Run, with models that `train/fsdp.py` has sharded. A stage's batch is
+    that of all processes; each takes its share of the rows.
 
-    Under torchrun every process makes the same Run with models that `sharding.load` gave it. A stage's batch is that of
-    all processes; each takes its share of the rows, `micro` at a time (0: all at once), which changes no result.
-    `checkpointing`: layers are computed again in the backward pass instead of kept.
+    Attributes:
+        model: the student.
+        stages: run one after the other.
+        rows: gives the packed text for a row length, or images.
+        out: folder for metrics.jsonl and, in `run`, the checkpoints.
+        teacher: the source model, for stages that learn from one.
+        teacher_slots: the teacher's attention modules, for `align` and `matrix`.
+        seed: of everything that is random.
+        limit: seconds left for a stage by its number, or None.
+        progress: called after every step.
+        save_seconds: time between checkpoints.
+        heldout: rows that are measured before the first step of a stage and at its end, with the
+            layers that the stage runs. Neither the time nor the FLOPs of that count.
+        every: measure them after every so many steps too; 0: do not.
+        moments: file with Adam's state to begin with, as `regraft grow --optimizer-state`
+            writes it.
+        keep_moments: leave the last stage's state as `out/optimizer.safetensors`.
+        jump: when a loss counts as too high.
+        track: gets every row of metrics.jsonl once it is written.
+        micro: rows that a process runs at a time, 0 for all; this changes no result.
+        checkpointing: compute layers again in the backward pass instead of keeping activations.
     """
 
     model: PreTrainedModel
@@ -51,14 +69,14 @@ class Run:
     teacher_slots: Sequence[nn.Module] = ()
     seed: int = 0
     limit: Callable[[int], float | None] = lambda stage: None
-    progress: Progress = lambda stage, step, steps, row: None
+    progress: StepCallback = lambda stage, step, steps, row: None
     save_seconds: float = 60.0
     heldout: Rows | None = None
     every: int = 0
     moments: Path | None = None
     keep_moments: bool = False
     jump: LossSpikeConfig = LossSpikeConfig()
-    track: Callable[[dict[str, Any]], None] = lambda row: None
+    track: Callable[[MetricsRow], None] = lambda row: None
     micro: int = 0
     checkpointing: bool = False
 
@@ -69,63 +87,90 @@ class Run:
 
 
 def check_run(run: Run, stage: Stage) -> None:
-    """RegraftError when the model has no head for a stage, no mixers to align, or no fitting teacher."""
+    """Check that a stage can be run with what the run was given.
+
+    RegraftError when the model has no head for it, no mixers to align, or no fitting teacher,
+    when the stage's options are for another kind of model, or when the batch does not split.
+    """
     check_head(run.model, stage.objective)
-    if stage.kind in LAYERWISE and not isinstance(run.model, RegraftForCausalLM):
-        kind = type(run.model).__name__
+    check_mixer_options(run.model, stage)
+    check_layer_options(run.model, stage)
+
+    processes = distributed.world_size()
+    if stage.batch % (processes * max(1, run.micro)) or run.micro < 0:
         raise RegraftError(
-            f"stage '{stage.kind}' fits mixers, which a {kind} has not: linearize it first"
+            f"a batch of {stage.batch} does not split over {processes} processes, "
+            f"{run.micro or 'any number of'} rows at a time: give a multiple"
         )
-    if stage.learn != "all" and not isinstance(run.model, RegraftForCausalLM):
-        kind = type(run.model).__name__
+    check_teacher(run, stage)
+
+
+def check_mixer_options(model: PreTrainedModel, stage: Stage) -> None:
+    """RegraftError when a stage needs mixers that the model does not have."""
+    is_linearized = isinstance(model, RegraftForCausalLM)
+    name = type(model).__name__
+
+    # What learns: mixers alone, what is new, or low-rank additions to a mixer's projections.
+    if stage.kind in LAYERWISE and not is_linearized:
         raise RegraftError(
-            f"learn '{stage.learn}' is for models with mixers: train all of a {kind}"
+            f"stage '{stage.kind}' fits mixers, which a {name} has not: linearize it first"
         )
-    if stage.rank and not (
-        isinstance(run.model, RegraftForCausalLM) and projection_names(run.model)
-    ):
+    if stage.learn != "all" and not is_linearized:
+        raise RegraftError(
+            f"learn '{stage.learn}' is for models with mixers: train all of a {name}"
+        )
+    if stage.rank and not (is_linearized and projection_names(model)):
         raise RegraftError(
             f"rank {stage.rank} adds to projections inside mixers, and there are none: give 0"
         )
-    if stage.window_drop and not any(
-        isinstance(module, GatedMixer) for module in run.model.modules()
-    ):
+
+    # Only a gated layer has a linear branch beside its window.
+    if stage.window_drop and not any(isinstance(part, GatedMixer) for part in model.modules()):
         raise RegraftError(
-            f"window_drop {stage.window_drop} leaves windows out, and no layer has one: linearize with one"
+            f"window_drop {stage.window_drop} leaves windows out, and no layer has one: "
+            "linearize with one"
         )
-    if (stage.layers, stage.layer_drop, stage.token_drop) != ("all", 0, 0):
-        if isinstance(run.model, RegraftForCausalLM):
-            raise RegraftError(
-                f"layers '{stage.layers}' and drops are for models without mixers: train all layers"
-            )
-        parse_layers(stage.layers, len(layer_stack(run.model)))
-    if stage.batch % (distributed.world_size() * max(1, run.micro)) or run.micro < 0:
+
+
+def check_layer_options(model: PreTrainedModel, stage: Stage) -> None:
+    """RegraftError when a stage selects layers that the model does not have."""
+    if (stage.layers, stage.layer_drop, stage.token_drop) == ("all", 0, 0):
+        return
+    if isinstance(model, RegraftForCausalLM):
         raise RegraftError(
-            f"a batch of {stage.batch} does not split over {distributed.world_size()} processes, {run.micro or 'any number of'} "
-            "rows at a time: give a multiple"
+            f"layers '{stage.layers}' and drops are for models without mixers: train all layers"
         )
-    if run.teacher is None and stage.kind in (*LAYERWISE, "distil"):
-        raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
-    if run.teacher is not None and stage.objective == "next":
-        if not isinstance(run.teacher, CachedTeacher):
-            check_head(run.teacher, "next")
-        if run.teacher.config.vocab_size != run.model.config.vocab_size:
-            raise RegraftError(
-                f"the teacher has {run.teacher.config.vocab_size} tokens, the model {run.model.config.vocab_size}: "
-                "give a teacher with the same tokenizer"
-            )
+    parse_layers(stage.layers, len(layer_stack(model)))
+
+
+def check_teacher(run: Run, stage: Stage) -> None:
+    """RegraftError when a stage needs a teacher and has none, or one that does not fit."""
+    if run.teacher is None:
+        if stage.kind in (*LAYERWISE, "distil"):
+            raise RegraftError(f"stage '{stage.kind}' needs a teacher: give the source model")
+        return
+    if stage.objective != "next":
+        return
+
+    if not isinstance(run.teacher, CachedTeacher):  # one behind a cache was checked when opened
+        check_head(run.teacher, "next")
+    theirs, ours = run.teacher.config.vocab_size, run.model.config.vocab_size
+    if theirs != ours:
+        raise RegraftError(
+            f"the teacher has {theirs} tokens, the model {ours}: "
+            "give a teacher with the same tokenizer"
+        )
 
 
 def resume_settings(run: Run) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
-    begun = {"moments": str(run.moments)} if run.moments else {}
-    begun |= (
-        {"teacher outputs": run.teacher.keeping.kind}
-        if isinstance(run.teacher, CachedTeacher)
-        else {}
-    )
-    return {
+    """What must not change between a run and its resumption, ready for JSON."""
+    settings: dict[str, Any] = {
         "seed": run.seed,
         "stages": [dataclasses.asdict(stage) for stage in run.stages],
-        **begun,
     }
+    # Only where they are used, so that other runs resume whatever version wrote them.
+    if run.moments:
+        settings["moments"] = str(run.moments)
+    if isinstance(run.teacher, CachedTeacher):
+        settings["teacher outputs"] = run.teacher.keeping.kind
+    return settings

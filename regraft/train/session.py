@@ -1,4 +1,4 @@
-"""Between the training loop and the disk: text to rows, calibration kept for a restart, the trained checkpoint."""
+"""Between the training loop and the disk: rows, the closed-form start, the trained model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,30 +23,60 @@ from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
 from ..modeling import flops
 from ..progress import Ticker
-from . import fsdp, loop, trackers
+from . import fsdp, loop
 from .calibrate import calibrate
 from .monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stages
-from .objectives import Data
+from .objectives import Data, Rows
+from .output import RUN, RUN_FILES, TEXT, check_output
+from .records import Cost
 from .stage import LAYERWISE, Stage
 from .teacher_cache import CachedTeacher, Teacher, TeacherCacheConfig
 
-TEXT = "run.text"  # tokens of a run's text, in its folder until it ends
+WORK = "work"  # folder for files that are moved into place when they are whole
+
+
+class RunFacts(TypedDict):
+    """What trackers store as a run's configuration."""
+
+    model: str  # path of the model that is trained
+    data: str  # path of its data
+    teacher: str | None  # path of the teacher
+    seed: int
+    stages: list[dict[str, Any]]  # the fields of each `Stage`
+
+
+def describe_run(model: str, data: Text, teacher: str | None, seed: int, stage: Stage) -> RunFacts:
+    """The facts of a run of one stage."""
+    return {
+        "model": model,
+        "data": data.path,
+        "teacher": teacher,
+        "seed": seed,
+        "stages": [dataclasses.asdict(stage)],
+    }
 
 
 def training_rows(
     texts: Sequence[Text],
     tokenizer: Any,
     need: int = 0,
-    own: Path | None = None,
+    run_folder: Path | None = None,
     cache: Path | None = None,
     tell: Callable[[float, str], None] = lambda share, words: None,
 ) -> TextMixture:
-    """Rows by length, each text in its share: the largest set of rows, none repeated, in which the shares hold.
+    """Training rows by length: the largest set without repetition in which each text has its share.
 
-    `need`: tokens of the largest stage; `own`: the run's folder for text; `cache`: one that keeps tokens longer.
     RegraftError when there is no text or a share is not positive.
+
+    Args:
+        texts: the texts with their shares.
+        tokenizer: the model's tokenizer.
+        need: tokens of the largest stage; 0 for all there are.
+        run_folder: where the run stores tokens until it ends.
+        cache: where tokens are stored for later runs, too.
+        tell: called with the share that is done and a note.
     """
-    return TextMixture(texts, tokenizer, need, own, cache, tell)
+    return TextMixture(texts, tokenizer, need, run_folder, cache, tell)
 
 
 def calibrate_once(
@@ -56,46 +86,68 @@ def calibrate_once(
     batches: list[Any],
     work: Path,
     ticker: Ticker,
-) -> dict[str, Any] | None:
-    """Give the student its closed-form start from `batches` (none: leave it), or the one an earlier run kept.
+) -> Cost | None:
+    """Give the student's mixers their closed-form start, or the one that an earlier run stored.
 
-    Returns what it cost: `tokens`, `flops`, `seconds`.
+    Args:
+        student: the linearized model; under torchrun its weights may be sharded.
+        teacher: the source model.
+        teacher_slots: its attention modules, by layer.
+        batches: (input_ids, position_ids, segments or None), each (batch, time); an empty list
+            leaves the student as it is.
+        work: folder in which the start is stored for a restart.
+        ticker: shows the progress.
+
+    Returns:
+        What the start cost, None without batches.
     """
     file, costs = work / "calibrated.safetensors", work / "calibrated.json"
     if not batches:
         return None
+
     if not file.exists():
         begin = time.monotonic()
-
-        def report_progress(done: int, total: int) -> None:
-            ticker.update(done / total, "calibrating")
-
         with flops.build_flop_counter() as counter:
-            for _ in calibrate(
-                modeling.slots(student), teacher, list(teacher_slots), batches, report_progress
-            ):
-                pass
-        work.mkdir(parents=True, exist_ok=True)
-        spent = {
+            calibrate_mixers(student, teacher, teacher_slots, batches, ticker)
+        cost: Cost = {
             "tokens": sum(batch[0].numel() for batch in batches),
             "flops": counter.get_total_flops(),
+            "seconds": round(time.monotonic() - begin, 3),
         }
-        write_json(costs, spent | {"seconds": round(time.monotonic() - begin, 3)})
+        # The weights come last: where they exist, the start is complete.
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(costs, cost)
         part = file.with_suffix(".part")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in mixer_weights(student).items()}, part
-        )
+        weights = {name: value.contiguous() for name, value in mixer_weights(student).items()}
+        save_file(weights, part)
         part.replace(file)
+
+    # Read back also what was just written, so that a resumed run has the same weights.
     values = load_file(file)
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
             fsdp.local_part(parameter).copy_(fsdp.shard_like(values[name], parameter))
-    known: dict[str, Any] = read_json_if_exists(costs)
-    return known
+    stored: Cost | None = read_json_if_exists(costs)
+    return stored
+
+
+def calibrate_mixers(
+    student: nn.Module,
+    teacher: nn.Module,
+    teacher_slots: Sequence[nn.Module],
+    batches: list[Any],
+    ticker: Ticker,
+) -> None:
+    """Run the closed-form start over all layers; see `calibrate_once`."""
+
+    slots = modeling.slots(student)
+    # `calibrate` is a generator that fits a layer each time it is asked for the next one.
+    for _ in calibrate(slots, teacher, list(teacher_slots), batches, ticker.update):
+        pass
 
 
 def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters inside converted layers, by number of the layer and name."""
+    """Parameters of the converted layers, as `LAYER.NAME`."""
     pairs = zip(modeling.slots(model), model.config.mixers, strict=True)
     return {
         f"{layer}.{name}": parameter.data
@@ -109,20 +161,24 @@ def save_trained(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     stages: Sequence[Stage],
-    ledger: dict[str, Any],
+    ledger: Mapping[str, Any],
     out: Path,
 ) -> None:
-    """Write the trained weights as the checkpoint they came from, into `out`, which may hold other files of the run.
+    """Write a trained model into `out`, which may hold other files of the run.
 
-    Everything is written beside first; config.json moves last, so a directory that looks like a model is whole. The
-    first process gathers the weights of all and writes.
+    The first process gathers all weights and writes them; every process must call it.
+
+    Args:
+        checkpoint: what the model was loaded from; only its values change.
+        model: the trained model.
+        stages: the stages it went through, for the lineage.
+        ledger: what they cost, for the lineage.
+        out: the output folder.
     """
-    values = (
-        modeling.to_checkpoint_names(model, fsdp.gather_state_dict(model))
-        if distributed.is_rank0()
-        else fsdp.gather_state_dict(model)
-    )
+    # Gathering needs every process, also those that get nothing.
+    weights = fsdp.gather_state_dict(model)
     if distributed.is_rank0():
+        values = modeling.to_checkpoint_names(model, weights)
         write_trained(checkpoint, values, stages, ledger, out)
     distributed.barrier()
 
@@ -131,22 +187,25 @@ def write_trained(
     checkpoint: Checkpoint,
     values: Mapping[str, torch.Tensor],
     stages: Sequence[Stage],
-    ledger: dict[str, Any],
+    ledger: Mapping[str, Any],
     out: Path,
 ) -> None:
-    """Values by their names in files, written as the checkpoint and moved into place."""
+    """Write values by their names in the checkpoint as a model in `out`; see `save_trained`."""
     step = {
         "step": "Train",
-        "arguments": {"stages": [dataclasses.asdict(s) for s in stages]},
+        "arguments": {"stages": [dataclasses.asdict(stage) for stage in stages]},
         "ledger": ledger,
     }
-    folder = out / "work" / "trained"
+    folder = out / WORK / "trained"
     checkpoint.with_values(values, step).save(folder, overwrite=True)
     move_model_files(folder, out)
 
 
 def move_model_files(folder: Path, out: Path) -> None:
-    """Move a model's files from a folder beside into `out`, config.json last."""
+    """Move a model's files from `folder` into `out`.
+
+    config.json comes last, so a folder with a config.json is a complete model.
+    """
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     shutil.rmtree(folder)
@@ -155,11 +214,18 @@ def move_model_files(folder: Path, out: Path) -> None:
 def load_for_training(
     path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False
 ) -> PreTrainedModel:
-    """The model at `path` where it is trained: whole, or this process's shards of it."""
+    """The model at `path` on the device it is trained on.
+
+    Args:
+        path: a model's folder or name.
+        over: load this process's shards over a mesh; None for the whole model.
+        layerwise: see `fsdp.shard_model`.
+    """
     if over is None:
         return modeling.load(path).to(distributed.device())
     checkpoint = Checkpoint.open(path)
-    distributed.on_rank0(lambda: str(checkpoint.path))  # a GGUF file is converted by one process
+    # Asking for the path converts a GGUF file: one process does it while the others wait.
+    distributed.on_rank0(lambda: str(checkpoint.path))
     distributed.on_rank0(checkpoint.verify)
     return fsdp.load_sharded(checkpoint, over, layerwise)
 
@@ -168,16 +234,64 @@ def load_stage_rows(
     data: Text,
     stage: Stage,
     tokenizer: Any,
-    own: Path | None = None,
+    run_folder: Path | None = None,
     cache: Path | None = None,
     ticker: Ticker | None = None,
 ) -> Callable[[int], Data]:
-    """Rows by length for a stage: text, or the images of a .npz file."""
+    """Rows by length for a stage: of text, or the images of a .npz file.
+
+    The arguments are those of `training_rows`.
+    """
     if stage.kind == "image":
         images = read_images(data.path)
         return lambda length: images
     tell = ticker.update if ticker else lambda share, words: None
-    return training_rows([data], tokenizer, stage.tokens, own, cache, tell)
+    return training_rows([data], tokenizer, stage.tokens, run_folder, cache, tell)
+
+
+def load_heldout_rows(
+    data: Text,
+    path: str,
+    stage: Stage,
+    tokenizer: Any,
+    run_folder: Path,
+    cache: Path | None,
+    ticker: Ticker,
+) -> Rows:
+    """All held-out rows at `path`, read like the training data; see `load_stage_rows`."""
+    whole = dataclasses.replace(data, path=path, max_tokens=0)
+    rows = load_stage_rows(whole, stage, tokenizer, run_folder, cache, ticker)
+    return rows(stage.length)[:]
+
+
+def load_teacher(
+    teacher: str, keeping: TeacherCacheConfig | None, over: fsdp.DeviceMesh | None
+) -> Teacher:
+    """The teacher; behind a cache it is loaded when a row is first missing."""
+    if keeping:
+        return CachedTeacher(teacher, keeping, lambda path: load_for_training(path, over))
+    return load_for_training(teacher, over)
+
+
+def check_stage(
+    checkpoint: Checkpoint,
+    model: str,
+    stage: Stage,
+    teacher: str | None,
+    keeping: TeacherCacheConfig | None,
+) -> None:
+    """RegraftError when a stage does not fit the model's family or has no outputs to cache."""
+    family = checkpoint.config["model_type"]
+    if stage.kind in LAYERWISE and family != "regraft":
+        raise RegraftError(
+            f"{model} is a {family} model without mixers, which '{stage.kind}' is for: "
+            "regraft linearize it first"
+        )
+    if keeping and (not teacher or stage.kind not in ("align", "distil")):
+        raise RegraftError(
+            f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: "
+            "leave out the cache"
+        )
 
 
 def train_saved_model(
@@ -195,89 +309,74 @@ def train_saved_model(
     hybrid: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """One stage on a saved model, written to `out`; called again with the same arguments it goes on where it was.
+    """Train a saved model for one stage and write it to `out`.
 
-    `data` and `heldout`: text, or a .npz file of images; its tokens are kept in `cache`, or in `out` until the end.
-    `keeping`: where the teacher's outputs are kept; `options`: fields of loop.Run. Returns the ledger, with a summary
-    of the stage as `watching.summary` gives it and what came of keeping.
-    RegraftError when `out` holds a finished model already, or anything that is no run.
+    Called again with the same arguments after a kill, it resumes.
+
+    RegraftError when `out` holds a finished model or anything that is not a run, and when the
+    stage does not fit the model.
+
+    Args:
+        model: the model's folder or name.
+        out: the output folder.
+        data: text, or a .npz file of images.
+        stage: what to train, and how long.
+        teacher: the source model's folder or name, for stages that need it.
+        seed: of the rows' order, masks and drops.
+        ticker: shows the progress.
+        heldout: path of held-out data, read like `data`.
+        watching: trackers and the limit for loss spikes.
+        cache: where tokens are stored for later runs; None for `out`, until the run ends.
+        keeping: where the teacher's outputs are cached; None for no cache.
+        hybrid: see `fsdp.build_mesh`.
+        options: more fields of `loop.Run`.
+
+    Returns:
+        The ledger of `loop.train` with `text` (what was read), `summary` (of the stage, see
+        `StageSummary`), `out` and, with a cache, `teacher_cache` (see `TeacherCacheUse`).
     """
     target = Path(out)
-    if (target / "config.json").exists():
-        raise RegraftError(
-            f"{out} holds a finished model: choose another folder, or delete it to train again"
-        )
-    names = {file.name for file in target.iterdir()} if target.exists() else set()
-    if (
-        not names <= {"metrics.jsonl", TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
-        and "run" not in names
-    ):
-        raise RegraftError(f"{out} exists and holds no run: choose another folder or delete it")
+    check_output(target, RUN, RUN_FILES)
+
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
-    family = checkpoint.config["model_type"]
-    if stage.kind in LAYERWISE and family != "regraft":
-        raise RegraftError(
-            f"{model} is a {family} model without mixers, which '{stage.kind}' is for: regraft linearize it first"
-        )
+    check_stage(checkpoint, model, stage, teacher, keeping)
     over = fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
     student = load_for_training(model, over, stage.kind in LAYERWISE)
     tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
-    if keeping and (not teacher or stage.kind not in ("align", "distil")):
-        raise RegraftError(
-            f"stage '{stage.kind}' with teacher {teacher} has no outputs to keep: leave out the cache"
-        )
-    guide: Teacher | None = None
-    if teacher:
-        guide = (
-            CachedTeacher(teacher, keeping, lambda path: load_for_training(path, over))
-            if keeping
-            else load_for_training(teacher, over)
-        )
-    matched = teacher if stage.kind in LAYERWISE and not keeping else None
-    slots = modeling.slots(guide, Checkpoint.open(matched)) if guide is not None and matched else []
+    guide = load_teacher(teacher, keeping, over) if teacher else None
+    # A cached teacher finds its own attention modules, when it has to run at all.
+    slots = []
+    if teacher and stage.kind in LAYERWISE and not keeping:
+        slots = modeling.slots(guide, Checkpoint.open(teacher))
+
     ticker.start("reading data")
-    rows = load_stage_rows(data, stage, tokenizer, target / TEXT, cache, ticker)
+    text = target / TEXT
+    rows = load_stage_rows(data, stage, tokenizer, text, cache, ticker)
     held = None
     if heldout:
-        whole = dataclasses.replace(data, path=heldout, max_tokens=0)
-        held = load_stage_rows(whole, stage, tokenizer, target / TEXT / "heldout", cache, ticker)(
-            stage.length
-        )[:]
-    rows(stage.length)
-    ticker.start(stage.kind)
+        held = load_heldout_rows(data, heldout, stage, tokenizer, text / "heldout", cache, ticker)
+    rows(stage.length)  # text is read and tokenized now, while the ticker says so
 
-    facts = {
-        "model": model,
-        "data": data.path,
-        "teacher": teacher,
-        "seed": seed,
-        "stages": [dataclasses.asdict(stage)],
-    }
-    told: dict[str, Any] = {}
+    ticker.start(stage.kind)
+    facts = describe_run(model, data, teacher, seed, stage)
+    cache_use = {}
     try:
-        with watching.monitor(target, ticker, facts) as watched:
-            ledger = loop.train(
-                loop.Run(
-                    student,
-                    [stage],
-                    rows,
-                    target,
-                    guide,
-                    slots,
-                    seed=seed,
-                    heldout=held,
-                    **watched,
-                    **options,
-                ),
-            )
+        with watching.monitor(target, ticker, facts) as watchers:
+            run = loop.Run(
+                student, [stage], rows, target, guide, slots, seed=seed, heldout=held,
+                **watchers, **options,
+            )  # fmt: skip
+            ledger = loop.train(run)
     finally:
+        # Also when the run is stopped, so that the teacher's work is there when it is resumed.
         if isinstance(guide, CachedTeacher):
-            told = {"teacher_cache": guide.flush()}
+            cache_use = {"teacher_cache": guide.flush()}
+
     if isinstance(rows, TextMixture):
         ledger["text"] = rows.facts()
     save_trained(checkpoint, student, [stage], ledger, target)
     if distributed.is_rank0():
-        for folder in ("run", "work", TEXT):
+        for folder in (RUN, WORK, TEXT):
             shutil.rmtree(target / folder, ignore_errors=True)
-    return ledger | {"summary": summarize_stages(out), "out": out} | told
+    return ledger | {"summary": summarize_stages(out), "out": out} | cache_use

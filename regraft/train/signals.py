@@ -1,4 +1,4 @@
-"""SIGTERM while training: the step is finished, a checkpoint written, and the process leaves as the signal asks."""
+"""SIGTERM while training: finish the step, write a checkpoint, exit as the signal asks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from typing import Any
 from .. import distributed
 from .divergence import Place
 
-STATUS = 128 + signal.SIGTERM
-AGAIN = 1.0  # seconds after which a second signal is one
+STATUS = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
+AGAIN = 1.0  # seconds after the first SIGTERM from which one more counts as a second
 
 
 class SigtermHandler:
-    """Notes a SIGTERM while it is open; one more after a second ends the process at once. Use as a context, in the main
-    thread.
+    """Notes a SIGTERM while it is open; use it as a context in the main thread.
 
-    A launcher's death is told as SIGTERM (`ranks.joined`), by Linux once for each of its threads.
+    A second SIGTERM, at least a second after the first, ends the process at once. Earlier ones do
+    not count: when the launcher of a torchrun dies, Linux sends SIGTERM once for each of its
+    threads (`distributed.init_distributed`).
+
+    Attributes:
+        asked: whether a SIGTERM has come.
+        since: when it came, by `time.monotonic()`.
+        before: the handler that was there before, None until the context is entered.
     """
 
     def __init__(self) -> None:
@@ -30,6 +36,7 @@ class SigtermHandler:
         self.before: Any = None
 
     def __enter__(self) -> SigtermHandler:
+        # Python allows signal handlers in the main thread only. In another one nothing is noted.
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self.handle_signal)
         return self
@@ -39,19 +46,23 @@ class SigtermHandler:
             signal.signal(signal.SIGTERM, self.before)
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """The signal's handler."""
+        """Handle the signal: note the first, let the second end the process."""
         if self.asked and time.monotonic() - self.since > AGAIN:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         elif not self.asked:
             self.asked, self.since = True, time.monotonic()
 
-    def exit_process(self, kept: Sequence[Place]) -> None:
-        """End the process with the status of one that SIGTERM ended, saying what is kept."""
+    def exit_process(self, checkpoints: Sequence[Place]) -> None:
+        """End the process with the exit status of SIGTERM; say which checkpoint there is.
+
+        Args:
+            checkpoints: the run's checkpoints, the newest last.
+        """
         if distributed.is_rank0():
-            place = f"'{kept[-1][2]}' is kept" if kept else "there was nothing to keep yet"
+            saved = f"'{checkpoints[-1][2]}' is kept" if checkpoints else "no checkpoint yet"
             print(
-                f"regraft: stopped by SIGTERM; {place} and the same command goes on",
+                f"regraft: stopped by SIGTERM; {saved}; run the same command to resume",
                 file=sys.stderr,
             )
         raise SystemExit(STATUS)

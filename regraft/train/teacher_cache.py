@@ -1,4 +1,4 @@
-"""What a teacher says about a row, kept on disk: computed once, read by later passes and runs without the teacher."""
+"""A teacher's outputs, cached on disk: later passes and runs read them without the teacher."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,31 @@ from .row_store import Row, RowStore
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class TeacherCacheUse(TypedDict):
+    """What a cache did in a run. Counts are rows unless said otherwise."""
+
+    read: int  # found in the cache
+    computed: int  # computed by the teacher
+    kept: int  # of the computed ones, those written to disk
+    refused: int  # of the computed ones, those for which there was no room
+    damaged: int  # damaged files that were removed
+    bytes: int  # limit of the cache on disk
+
+
 @dataclass(frozen=True)
 class TeacherCacheConfig:
-    """Where and how teacher outputs are kept.
+    """Where and how teacher outputs are cached.
 
-    `size`: bytes of disk that everything in `folder` may take; what no longer fits is computed anew each time. `kind`:
-    `hidden`, the last hidden states, whose full distribution the teacher's head alone gives back (exact), or
-    `hidden:bfloat16`; `topk:K`, the K likeliest tokens and the mass of the rest. Layers' inputs and outputs, for
-    `align`, are kept in the precision of `hidden`.
+    RegraftError when the kind is unknown or the size is not positive.
+
+    Attributes:
+        folder: folder of the cache; runs may share it.
+        size: bytes of disk for everything in `folder`. Rows that no longer fit are recomputed
+            each time.
+        kind: what is stored of each row. `hidden`: the last hidden states, from which the
+            teacher's head gives the exact distribution. `hidden:bfloat16`: the same, rounded.
+            `topk:K`: the K most likely tokens and the probability of the rest. For stage `align`,
+            inputs and outputs of the layers, in the precision of `hidden`.
     """
 
     folder: Path
@@ -42,13 +59,10 @@ class TeacherCacheConfig:
     kind: str = "hidden"
 
     def __post_init__(self) -> None:
-        word, _, rest = self.kind.partition(":")
-        fits = (
-            rest in ("", *PRECISIONS)
-            if word == "hidden"
-            else word == "topk" and rest.isdigit() and int(rest) > 0
-        )
-        if not fits:
+        word, _, option = self.kind.partition(":")
+        valid_hidden = word == "hidden" and option in ("", *PRECISIONS)
+        valid_top_k = word == "topk" and option.isdigit() and int(option) > 0
+        if not (valid_hidden or valid_top_k):
             raise RegraftError(
                 f"teacher outputs are kept as '{self.kind}': give hidden, hidden:bfloat16 or topk:K"
             )
@@ -57,38 +71,55 @@ class TeacherCacheConfig:
 
     @classmethod
     def parse(cls, folder: str, size: str, kind: str) -> TeacherCacheConfig:
-        """From words, the size such as 500MB or 4GB. RegraftError when one of them is wrong."""
+        """Build from command-line words; RegraftError when one of them is wrong.
+
+        Args:
+            folder: folder of the cache.
+            size: a number of bytes with a unit, such as 500MB or 4GB (powers of 1000).
+            kind: see `TeacherCacheConfig`.
+        """
         found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", size.strip().upper())
         if not found:
             raise RegraftError(
                 f"teacher outputs may take '{size}': give a size such as 500MB or 4GB"
             )
-        return cls(
-            Path(folder), int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")), kind
-        )
+        number, unit = found.groups()
+        power = " KMGT".index(unit or " ")
+        return cls(Path(folder), int(float(number) * 1000**power), kind)
 
     @property
     def top_k(self) -> int:
-        """How many tokens are named for each position, 0 for all through the head."""
-        word, _, rest = self.kind.partition(":")
-        return int(rest) if word == "topk" else 0
+        """How many tokens are stored for each position; 0 for hidden states."""
+        word, _, option = self.kind.partition(":")
+        return int(option) if word == "topk" else 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is kept as hidden states."""
-        return (
-            PRECISIONS[self.kind.partition(":")[2] or "float32"]
-            if not self.top_k
-            else torch.float32
-        )
+        """In which hidden states, and inputs and outputs of layers, are stored."""
+        if self.top_k:
+            return torch.float32
+        return PRECISIONS[self.kind.partition(":")[2] or "float32"]
 
 
 class CachedTeacher:
-    """A teacher behind a cache. `model` is loaded when a row is first missing.
+    """A teacher behind a cache, loaded when a row is first missing.
 
-    Rows are known by their token ids and positions, the teacher by the hash of its files, so that neither is mistaken
-    for another. Under torchrun all processes run the teacher on a step's rows when one of them misses any: it may be
-    sharded over them. RegraftError when the teacher is no decoder.
+    A row's key is made of its token ids and positions, and a store's name of the hash of the
+    teacher's files, so that outputs are never taken for those of another row or teacher.
+
+    RegraftError when the teacher is no decoder.
+
+    Attributes:
+        checkpoint: the teacher's checkpoint.
+        keeping: how its outputs are cached.
+        load: loads the teacher.
+        name: path of the teacher.
+        config: its transformers config.
+        loaded: the model, None until it is needed.
+        projection: its head alone, None until it is needed.
+        stores: the stores of rows by what they hold.
+        read: how many rows were found in the cache.
+        computed: how many rows the teacher computed.
     """
 
     def __init__(
@@ -102,7 +133,7 @@ class CachedTeacher:
         self.name, self.config = teacher, modeling.build_meta_model(self.checkpoint).config
         self.loaded: PreTrainedModel | None = None
         self.projection: nn.Linear | None = None
-        self.shelves: dict[str, RowStore] = {}
+        self.stores: dict[str, RowStore] = {}
         self.read = self.computed = 0
 
     @property
@@ -119,160 +150,195 @@ class CachedTeacher:
 
     @property
     def head(self) -> nn.Linear:
-        """The teacher's head, with nothing else of it in memory unless it runs."""
+        """The teacher's head. While the teacher is not loaded, only the head is in memory."""
         if self.loaded is not None:
             return self.loaded.get_output_embeddings()
         if self.projection is None:
-            tensors = self.checkpoint.tensors
-            weight = (
-                tensors.get(("head.weight", None), tensors["embed.weight", None]).read().float()
-            )
-            bias = tensors.get(("head.bias", None))
-            self.projection = nn.Linear(
-                weight.shape[1], weight.shape[0], bias is not None, device="meta"
-            )
-            self.projection.weight = nn.Parameter(weight, requires_grad=False)
-            if bias is not None:
-                self.projection.bias = nn.Parameter(bias.read().float(), requires_grad=False)
+            self.projection = load_head(self.checkpoint)
         return self.projection
 
     def compute_kl(self, h: Tensor, head: nn.Linear, rows: Packed, fast: bool) -> Tensor:
-        """KL(teacher || student) per token of the student's last hidden states h (batch, time, hidden) float32."""
+        """KL(teacher || student) per token, a scalar.
+
+        Args:
+            h: the student's last hidden states (batch, time, hidden), float32.
+            head: the student's head.
+            rows: the rows that the student has read.
+            fast: compute in bfloat16.
+        """
         found = self.fetch_rows(rows, fast, self.keeping.kind, self.compute_outputs)
         if not self.keeping.top_k:
-            return head_kl(
-                h, head, stack_rows(found, "hidden", h.device), self.head.to(h.device), fast
-            )
+            target = stack_rows(found, "hidden", h.device)
+            return head_kl(h, head, target, self.head.to(h.device), fast)
         names, logs = (stack_rows(found, name, h.device) for name in ("names", "logs"))
         return top_k_kl(h, head, names.long(), logs.float(), fast)
 
     def compute_outputs(self, rows: Packed, fast: bool) -> Row:
-        """The teacher's outputs on some rows, as they are kept."""
+        """Run the teacher on some rows; its outputs as they are stored."""
         with torch.no_grad():
             hidden = run_in_forward(self.model, lambda: last_hidden(self.model, rows, fast))
             if not self.keeping.top_k:
-                return {"hidden": hidden.to(self.keeping.dtype)}
-            names, logs = top_k_log_probs(
-                hidden.flatten(0, 1), self.model.get_output_embeddings(), self.keeping.top_k
-            )
-            batch = hidden.shape[:2]
+                return {"hidden": hidden.to(self.keeping.dtype)}  # (rows, time, hidden)
+
+            head, batch = self.model.get_output_embeddings(), hidden.shape[:2]
+            names, logs = top_k_log_probs(hidden.flatten(0, 1), head, self.keeping.top_k)
+            # names: (rows, time, K) token ids
+            # logs: (rows, time, K + 1) log-probabilities, the last of all other tokens together
             return {"names": names.unflatten(0, batch), "logs": logs.unflatten(0, batch)}
 
     def read_layer_records(
         self, rows: Packed, layers: Sequence[int], fast: bool
     ) -> Iterator[tuple[int, LayerRecord]]:
-        """(layer, what its attention saw and gave) of these layers."""
-        found = self.fetch_rows(
-            rows,
-            fast,
-            self.layerwise_kind(layers),
-            lambda some, fast: self.compute_layer_outputs(some, layers, fast),
-        )
-        device = rows.device
+        """(layer, inputs and outputs of its attention) of these layers."""
+
+        def compute(some: Packed, fast: bool) -> Row:
+            return self.compute_layer_outputs(some, layers, fast)
+
+        found = self.fetch_rows(rows, fast, self.layerwise_kind(layers), compute)
         for layer in layers:
-            given, made = (
-                stack_rows(found, f"{layer}.{name}", device).float()
-                for name in ("inputs", "outputs")
-            )
-            turned = f"{layer}.cos" in found[0]
-            tables = (
-                tuple(stack_rows(found, f"{layer}.{name}", device) for name in ("cos", "sin"))
-                if turned
-                else None
-            )
-            yield layer, LayerRecord(given, made, tables)  # type: ignore[arg-type]  # two of them
+
+            def stack(name: str, layer: int = layer) -> Tensor:
+                return stack_rows(found, f"{layer}.{name}", rows.device)
+
+            # Only models with rotary positions have the tables.
+            rotary = (stack("cos"), stack("sin")) if f"{layer}.cos" in found[0] else None
+            yield layer, LayerRecord(stack("inputs").float(), stack("outputs").float(), rotary)
 
     def layerwise_kind(self, layers: Sequence[int]) -> str:
-        """The name under which these layers' inputs and outputs are kept."""
-        return (
-            f"layers {','.join(map(str, layers))}:{str(self.keeping.dtype).removeprefix('torch.')}"
-        )
+        """The kind under which the inputs and outputs of these layers are stored."""
+        precision = str(self.keeping.dtype).removeprefix("torch.")
+        return f"layers {','.join(map(str, layers))}:{precision}"
 
     def compute_layer_outputs(self, rows: Packed, layers: Sequence[int], fast: bool) -> Row:
-        """The teacher's layers on some rows, as they are kept."""
-        kept: Row = {}
+        """Run the teacher on some rows; its layers' inputs and outputs as they are stored."""
+        outputs: Row = {}
 
         def keep_record(layer: int, record: LayerRecord) -> None:
-            kept[f"{layer}.inputs"], kept[f"{layer}.outputs"] = (
-                value.to(self.keeping.dtype) for value in (record.inputs, record.outputs)
-            )
+            outputs[f"{layer}.inputs"] = record.inputs.to(self.keeping.dtype)
+            outputs[f"{layer}.outputs"] = record.outputs.to(self.keeping.dtype)
             for name, table in zip(("cos", "sin"), record.rotary or (), strict=False):
-                kept[f"{layer}.{name}"] = table.expand(len(rows), *table.shape[1:])
+                # A table may be shared by all rows, (1, time, dim): every row gets its own.
+                outputs[f"{layer}.{name}"] = table.expand(len(rows), *table.shape[1:])
+
+        def run() -> None:
+            run_decoder(self.model, rows.input_ids, rows.position_ids)
 
         with (
             record_layers(self.slots, list(layers), keep_record),
             torch.autocast(rows.device.type, torch.bfloat16, enabled=fast),
         ):
-            run_in_forward(
-                self.model, lambda: run_decoder(self.model, rows.input_ids, rows.position_ids)
-            )
-        return kept
+            run_in_forward(self.model, run)
+        return outputs
 
     def fetch_rows(
-        self, rows: Packed, fast: bool, kind: str, say: Callable[[Packed, bool], Row]
+        self, rows: Packed, fast: bool, kind: str, compute: Callable[[Packed, bool], Row]
     ) -> list[Row]:
-        """What is kept of every row; what is missing is computed and kept."""
-        shelf, keys = self.row_store(kind, fast), row_keys(rows)
-        found = [shelf.get(key) for key in keys]
+        """The stored outputs of every row; missing ones are computed and stored.
+
+        Args:
+            rows: the rows of text.
+            fast: compute in bfloat16.
+            kind: what is stored, which selects the store.
+            compute: (some rows, fast) -> outputs of these rows, stacked.
+        """
+        store, keys = self.row_store(kind, fast), row_keys(rows)
+        found = [store.get(key) for key in keys]
         missing = self.find_rows_to_compute([row is None for row in found])
+
         for key, row in zip(keys, found, strict=True):
-            if row is not None and key not in shelf:  # its file was damaged elsewhere
-                shelf.add(key, row)
+            # A damaged file is removed with all its rows. Those read before that are stored again.
+            if row is not None and key not in store:
+                store.add(key, row)
+
         self.read += len(keys) - len(missing)
         self.computed += len(missing)
         if missing:
-            made = say(rows[missing], fast)
-            for at, number in enumerate(missing):
-                found[number] = {name: value[at] for name, value in made.items()}
-                shelf.add(keys[number], found[number] or {})
+            outputs = compute(rows[missing], fast)
+            for position, number in enumerate(missing):
+                row = {name: value[position] for name, value in outputs.items()}
+                found[number] = row
+                store.add(keys[number], row)
         return [row for row in found if row is not None]
 
-    def find_rows_to_compute(self, lost: list[bool]) -> list[int]:
-        """Which rows the teacher is run on: those that are lost; under torchrun all when any process lost one."""
+    def find_rows_to_compute(self, missing: list[bool]) -> list[int]:
+        """Numbers of the rows that the teacher runs on, given which of them are missing.
+
+        Under torchrun all processes run the teacher on all their rows when any of them misses one:
+        the teacher may be sharded over them, and then each of them takes part in a forward pass.
+        """
         if distributed.world_size() > 1:
-            return list(range(len(lost))) if any(distributed.all_gather(any(lost))) else []
-        return [number for number, gone in enumerate(lost) if gone]
+            return list(range(len(missing))) if any(distributed.all_gather(any(missing))) else []
+        return [number for number, absent in enumerate(missing) if absent]
 
     def cost_key(self, rows: Packed, fast: bool, layers: Sequence[int] | None) -> str:
-        """What the teacher's share of a step's FLOPs depends on: on how many rows it runs."""
-        shelf = self.row_store(
-            self.keeping.kind if layers is None else self.layerwise_kind(layers), fast
-        )
-        return f"teacher on {len(self.find_rows_to_compute([key not in shelf for key in row_keys(rows)]))}"
+        """What the teacher's share of a step's FLOPs depends on: how many rows it runs on.
+
+        Args:
+            rows: the rows of the step.
+            fast: compute in bfloat16.
+            layers: the layers whose inputs and outputs are needed; None for the last outputs.
+        """
+        kind = self.keeping.kind if layers is None else self.layerwise_kind(layers)
+        store = self.row_store(kind, fast)
+        missing = self.find_rows_to_compute([key not in store for key in row_keys(rows)])
+        return f"teacher on {len(missing)}"
 
     def row_store(self, kind: str, fast: bool) -> RowStore:
-        """Where outputs of one kind are."""
+        """The store for outputs of one kind, computed in bfloat16 if `fast`, else float32."""
         name = f"{kind} {'bfloat16' if fast else 'float32'}"
-        if name not in self.shelves:
-            facts = {"teacher": str(self.checkpoint.origin.resolve()), "kept": kind, "fast": fast}
-            facts |= {"fingerprint": lineage.fingerprint(self.checkpoint, 0)}
-            digest = hashlib.sha256(f"{facts['fingerprint']} {name}".encode()).hexdigest()[:24]
-            self.shelves[name] = RowStore(self.keeping.folder, digest, self.keeping.size, facts)
-        return self.shelves[name]
+        if name not in self.stores:
+            fingerprint = lineage.fingerprint(self.checkpoint, 0)
+            facts = {
+                "teacher": str(self.checkpoint.origin.resolve()),
+                "kept": kind,
+                "fast": fast,
+                "fingerprint": fingerprint,
+            }
+            digest = hashlib.sha256(f"{fingerprint} {name}".encode()).hexdigest()[:24]
+            self.stores[name] = RowStore(self.keeping.folder, digest, self.keeping.size, facts)
+        return self.stores[name]
 
-    def flush(self) -> dict[str, Any]:
-        """Write what waits and say what came of it: rows read and computed, and, of the rows that were new, how many
-        were kept and how many found no room; files that were damaged.
-        """
-        for shelf in self.shelves.values():
-            shelf.flush()
-        told = {
-            key: sum(getattr(shelf, key) for shelf in self.shelves.values())
-            for key in ("kept", "refused", "damaged")
+    def flush(self) -> TeacherCacheUse:
+        """Write the rows that are still in memory and report what the cache did."""
+        stores = self.stores.values()
+        for store in stores:
+            store.flush()
+        return {
+            "read": self.read,
+            "computed": self.computed,
+            "kept": sum(store.kept for store in stores),
+            "refused": sum(store.refused for store in stores),
+            "damaged": sum(store.damaged for store in stores),
+            "bytes": self.keeping.size,
         }
-        return {"read": self.read, "computed": self.computed, **told, "bytes": self.keeping.size}
 
 
-Teacher = PreTrainedModel | CachedTeacher
+Teacher: TypeAlias = PreTrainedModel | CachedTeacher
+
+
+def load_head(checkpoint: Checkpoint) -> nn.Linear:
+    """A decoder's head in float32, read from its checkpoint without the rest of the model."""
+    tensors = checkpoint.tensors
+    # A model with tied embeddings stores no head of its own.
+    weight = tensors.get(("head.weight", None), tensors["embed.weight", None]).read().float()
+    bias = tensors.get(("head.bias", None))
+
+    # On the meta device first: no memory is filled with an initialization that is not used.
+    vocabulary, hidden = weight.shape
+    head = nn.Linear(hidden, vocabulary, bias is not None, device="meta")
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias.read().float(), requires_grad=False)
+    return head
 
 
 def row_keys(rows: Packed) -> list[str]:
-    """A name for every row, from its token ids and positions."""
+    """A key for every row: a hash of its token ids and positions."""
     both = torch.stack((rows.input_ids, rows.position_ids), 1).to("cpu", torch.int64).contiguous()
     return [hashlib.blake2b(row.numpy().tobytes(), digest_size=16).hexdigest() for row in both]
 
 
 def stack_rows(rows: list[Row], name: str, device: torch.device) -> Tensor:
-    """One tensor of all rows, (rows, ...); hidden states in float32."""
+    """One tensor of all rows, (rows, ...); floating-point values in float32."""
     value = torch.stack([row[name] for row in rows]).to(device)
     return value.float() if value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices, and how much of that a training step makes use of."""
+"""How fast this machine multiplies matrices, and how much of that a training step uses."""
 
 from __future__ import annotations
 
@@ -8,26 +8,38 @@ from functools import cache
 import torch
 
 from .. import distributed
+from .records import Throughput
 
-MEASURE_SECONDS = 0.2  # seconds of measuring
-MATRIX_SIDE = {"cpu": 1024}  # of the square matrices; what is not a processor has 8192
+MEASURE_SECONDS = 0.2
+# Side of the square matrices that are multiplied. Accelerators need larger ones to reach their
+# best speed.
+CPU_SIDE, ACCELERATOR_SIDE = 1024, 8192
 
 
 def measure_peak_flops(device: torch.device, fast: bool) -> float:
-    """FLOP/s of the best matrix product, bfloat16 if `fast`, else float32, summed over the processes of a torchrun.
+    """Measure the FLOP/s of the best matrix product, summed over all processes.
 
-    Measured once in a process for each number of threads; every process must call it.
+    It is measured once in a process for each number of threads. Every process must call it.
+
+    Args:
+        device: where this process computes.
+        fast: multiply bfloat16 matrices instead of float32.
     """
     return sum(distributed.all_gather(measure_matmul_flops(device, fast, torch.get_num_threads())))
 
 
 @cache
 def measure_matmul_flops(device: torch.device, fast: bool, threads: int) -> float:
-    """FLOP/s of this process' fastest square matrix product within a fraction of a second."""
-    side = MATRIX_SIDE.get(device.type, 8192)
+    """FLOP/s of this process's fastest square matrix product in `MEASURE_SECONDS`.
+
+    `threads` only distinguishes the remembered results.
+    """
+    side = CPU_SIDE if device.type == "cpu" else ACCELERATOR_SIDE
     one = torch.ones(side, side, dtype=torch.bfloat16 if fast else torch.float32, device=device)
-    out, best, begun = one @ one, float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < MEASURE_SECONDS:
+    # The first product also warms up the libraries, so it is not measured.
+    out, best, begin = one @ one, float("inf"), time.perf_counter()
+
+    while time.perf_counter() - begin < MEASURE_SECONDS:
         synchronize(device)
         tick = time.perf_counter()
         torch.mm(one, one, out=out)
@@ -37,14 +49,28 @@ def measure_matmul_flops(device: torch.device, fast: bool, threads: int) -> floa
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
+    """Wait until an accelerator has finished all work it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def compute_throughput(tokens: int, flops: int, seconds: float, best: float) -> dict[str, float]:
-    """Speed of a step: tokens (or images) and FLOPs a second, and their share of the measured peak `best`."""
+def compute_throughput(tokens: int, flops: int, seconds: float, best: float) -> Throughput:
+    """Compute the speed of a step, rounded to four digits.
+
+    Args:
+        tokens: tokens of the step, or images.
+        flops: FLOPs of the step over all processes.
+        seconds: what the step took.
+        best: the measured peak in FLOP/s, see `measure_peak_flops`.
+    """
     seconds = max(seconds, 1e-9)
-    found = {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
-    found["peak_share"] = flops / seconds / best
-    return {name: float(f"{value:.4g}") for name, value in found.items()}
+    return {
+        "tokens_per_second": round_to_four_digits(tokens / seconds),
+        "flops_per_second": round_to_four_digits(flops / seconds),
+        "peak_share": round_to_four_digits(flops / seconds / best),
+    }
+
+
+def round_to_four_digits(value: float) -> float:
+    """A number with four significant digits."""
+    return float(f"{value:.4g}")

@@ -1,4 +1,6 @@
-"""Liveness: growth leaves nothing dead or locked unless exactness forces it, and what is dead or locked is found."""
+"""Liveness: growth leaves nothing dead or locked unless exactness forces it, and what is dead or
+locked is found.
+"""
 
 from __future__ import annotations
 

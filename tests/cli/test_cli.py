@@ -1,9 +1,13 @@
-"""The command line's contract: exit codes, one line on wrong use, JSON alone on standard output, resuming."""
+"""The command line's contract: exit codes, one line on wrong use, JSON alone on standard output,
+resuming.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from helpers.cli import as_json, refused, run_main
 from helpers.tiny import save_model, write_text
 
 from regraft.cli import main as cli
+from regraft.cli import parser as cli_parser
 from regraft.errors import RegraftError
 from regraft.recipes import schema
 
@@ -66,7 +71,9 @@ def recipe(folder, tmp_path):
 
 
 def start(*words: object) -> subprocess.Popen:
-    """The command as a process of its own, which hears Ctrl-C even where this one was started to ignore it."""
+    """The command as a process of its own, which hears Ctrl-C even where this one was started to
+    ignore it.
+    """
     command = [sys.executable, "-m", "regraft", *map(str, words)]
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -270,7 +277,8 @@ def test_a_number_where_a_recipe_wants_text_is_text(recipe):
 def test_recipe_from_python(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from regraft.recipes.schema import Recipe, Text\ndef small():\n    return Recipe('m', [Text('t')], seed=3)\n"
+        "from regraft.recipes.schema import Recipe, Text\ndef small():\n    return Recipe('m',"
+        " [Text('t')], seed=3)\n"
     )
     assert schema.load(f"{file}:small", {"seed": "4"}).seed == 4
     with pytest.raises(RegraftError, match="must be a function that returns a Recipe"):
@@ -353,3 +361,42 @@ def test_interrupted_runs_go_on(recipe, tmp_path, capsys, blow, code):
     assert numbers["time"]["seconds"] > spent
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["stage"] == 1] == list(range(1, 301))
+
+
+def test_help_lists_every_mixer_and_method():
+    from regraft.linearize.method import list_methods
+    from regraft.mixers.registry import mixers
+
+    words = " ".join(cli_parser.VERBS["linearize"].function.__doc__.split())
+    by_argument = {name: words.partition(f" {name}: ")[2] for name in ("mixer", "method")}
+    for name, known in {"mixer": set(mixers()) - {"gated"}, "method": set(list_methods())}.items():
+        listed = set(
+            re.findall(r"\w+", by_argument[name].partition(f"{sorted(known)[0]}")[2][:150])
+        )
+        assert known - {sorted(known)[0]} <= listed, name
+
+
+@pytest.mark.parametrize("verb", list(cli_parser.VERBS))
+def test_help_has_sections_examples_and_no_file_of_the_repository(verb, capsys):
+    one = cli_parser.VERBS[verb]
+    with pytest.raises(SystemExit):
+        cli_parser.parse([verb, "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n{title}:\n" in text for title in one.sections)
+    assert all(example in text for example in one.examples) and len(one.examples) == 2
+    assert not re.search(r"README|docs/|\.md\b", text)
+    for example in one.examples:
+        cli_parser.parse(shlex.split(example)[1:])
+    listed = [name for names in one.sections.values() for name in names]
+    assert not one.sections or set(one.optional) - {"overrides"} == set(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_names_of_flags_are_names_of_parameters():
+    """`--kv-heads` is kv_heads: the parser is made from the signature, so a flag cannot differ from
+    its parameter.
+    """
+    for verb in cli_parser.VERBS.values():
+        known = {action.dest for action in cli_parser.build_verb_parser(verb)._actions}
+        wanted = set(verb.positional) | set(verb.optional) - {"overrides"}
+        assert wanted <= known

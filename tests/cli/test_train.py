@@ -1,4 +1,6 @@
-"""`regraft train` on stock models: what it writes loads with the stock class, a killed command goes on, bad input."""
+"""`regraft train` on stock models: what it writes loads with the stock class, a killed command goes
+on, bad input.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`regraft compare`: savings from known curves, recipes, a tiny comparison end to end, killed and gone on with."""
+"""`regraft compare`: savings from known curves, recipes, a tiny comparison end to end, killed and
+gone on with.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from regraft.cli import main as cli
 from regraft.compare import arm as arms
 from regraft.compare import data, report, savings, scheduler
 from regraft.compare import recipe as schema
-from regraft.compare.arm import NO_COST
+from regraft.compare.numbers import NO_COST
 from regraft.compare.savings import Curve, compute_savings, find_crossing, mean_and_std, mean_curve
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import read_images
@@ -337,15 +339,21 @@ def test_transplant_keeps_the_old_corner(tmp_path):
     [
         ("regraft: no text\nTraceback\nRuntimeError: later", "no text"),
         (
-            "[rank1]: RuntimeError: closed by peer\nraise ChildFailedError(\nx.errors.ChildFailedError: \n=====",
+            (
+                "[rank1]: RuntimeError: closed by peer\nraise"
+                " ChildFailedError(\nx.errors.ChildFailedError: \n====="
+            ),
             "closed by",
         ),
         (
-            "x.errors.ChildFailedError:\n  traceback : Signal 11 (SIGSEGV) received by PID 7\n=====",
+            (
+                "x.errors.ChildFailedError:\n  traceback : Signal 11 (SIGSEGV) received by PID"
+                " 7\n====="
+            ),
             "Signal 11",
         ),
         ("what else", "what else"),
-        ("", "without a word"),
+        ("", "without a message"),
     ],
 )
 def test_a_run_that_failed_is_told_by_what_ended_it(log: str, said: str, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""`regraft compare` of linearizations: arms in the words of Remix and of stages, each beside its own scratch."""
+"""`regraft compare` of linearizations: arms in the words of Remix and of stages, each beside its
+own scratch.
+"""
 
 from __future__ import annotations
 

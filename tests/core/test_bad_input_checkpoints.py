@@ -1,4 +1,6 @@
-"""Bad sources and bad outputs: one line with the value and what to do, and nothing left behind that looks finished."""
+"""Bad sources and bad outputs: one line with the value and what to do, and nothing left behind that
+looks finished.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,10 @@ DAMAGE = {
         lambda f: edited(
             f, lambda v: v.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(72)})
         ),
-        "llama anatomy has no part for parameter 'model.layers.0.self_attn.q_proj.bias'.*families/llama.py",
+        (
+            "llama anatomy has no part for parameter"
+            " 'model.layers.0.self_attn.q_proj.bias'.*families/llama.py"
+        ),
     ),
     "integers": (
         lambda f: edited(f, lambda v: v.update({NORM: torch.ones(36, dtype=torch.int8)})),

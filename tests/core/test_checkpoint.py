@@ -1,4 +1,6 @@
-"""Checkpoints: opened lazily, taken apart, saved whole, read back by stock transformers; GGUF; lineage."""
+"""Checkpoints: opened lazily, taken apart, saved whole, read back by stock transformers; GGUF;
+lineage.
+"""
 
 from __future__ import annotations
 

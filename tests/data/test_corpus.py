@@ -402,7 +402,7 @@ def test_paths(tmp_path):
             TextMixture([Text(str(tmp_path / path))], TOKENIZER)(10)
     with pytest.raises(RegraftError, match="4 tokens, less than one row of 10"):
         TextMixture([Text(str(tmp_path / "odd,name.txt"))], TOKENIZER)(10)
-    with pytest.raises(RegraftError, match="read is -1"):
+    with pytest.raises(RegraftError, match="max_tokens is -1"):
         TextMixture([Text(str(tmp_path), max_tokens=-1)], TOKENIZER)
 
 

@@ -48,7 +48,11 @@ def test_the_page_is_what_the_operators_say(page: Any) -> None:
 def test_every_operator_has_its_section_and_picture(gallery: ModuleType, page: Any) -> None:
     for name, one in [*WIDTH.items(), *DEPTH.items()]:
         section = page.text.split(f"\n### {name}\n")[1].split("\n### ")[0]
-        assert gallery.link_concepts(one.when) in section and one.papers_text in section and f"](gallery/{name}" in section
+        assert (
+            gallery.link_concepts(one.when) in section
+            and one.papers_text in section
+            and f"](gallery/{name}" in section
+        )
     assert "docs/gallery.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

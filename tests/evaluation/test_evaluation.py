@@ -152,7 +152,9 @@ def test_a_filled_cache_is_as_large_as_a_read_one(source, linearized):
 
 
 def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
-    """The state is forecast as it is measured, nothing is started, and tables and plots leave the cells open."""
+    """The state is forecast as it is measured, nothing is started, and tables and plots leave the
+    cells open.
+    """
     models = {"teacher": str(source), "student": str(linearized)}
     measured = {name: bench.measure(path, 100, 1, 3) for name, path in models.items()}
     monkeypatch.setattr(bench, "free_bytes", lambda: 1000)

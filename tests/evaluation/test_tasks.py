@@ -1,4 +1,6 @@
-"""Laws of benchmarks, recall and perplexity by position: against independent sums, on stubs that recall or cannot."""
+"""Laws of benchmarks, recall and perplexity by position: against independent sums, on stubs that
+recall or cannot.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def data(tmp_path_factory):
 
 @torch.no_grad()
 def likelihood(model, tokenizer, context: str, words: str) -> tuple[float, bool]:
-    """Independent of the harness: log p(words | context) and whether greedy text says them, one row at a time."""
+    """Independent of the harness: log p(words | context) and whether greedy text says them, one row
+    at a time.
+    """
     first = tokenizer(context).input_ids if context else [tokenizer.bos_token_id]
     both = torch.tensor([first + tokenizer(words).input_ids])
     log_p = model(both, use_cache=False).logits[0].log_softmax(-1)[len(first) - 1 : -1]
@@ -276,7 +280,9 @@ def test_wrong_requests_are_named(tmp_path, source, data):
 
 
 class Copying(nn.Module):
-    """Says what followed the longest earlier repeat of its last tokens, seen through a window of `size` tokens."""
+    """Says what followed the longest earlier repeat of its last tokens, seen through a window of
+    `size` tokens.
+    """
 
     def __init__(self, vocab: int, size: int | None = None):
         super().__init__()
@@ -334,7 +340,9 @@ def test_ties_count_against_the_model():
 
 @pytest.mark.parametrize("kind", sorted(recall.KINDS))
 def test_recall_through_the_cache_is_recall_without_it(kind, linearized):
-    """Rank and greedy answers from one pass over the whole text, no cache, against the batched steps."""
+    """Rank and greedy answers from one pass over the whole text, no cache, against the batched
+    steps.
+    """
     model, tokenizer = modeling.load(linearized), modeling.load_tokenizer(linearized)
     probe = recall.build_probe(kind, tokenizer, FILLER, 450, 2)
     probe = recall.RecallProbe(probe.context, probe.rounds[:2])

@@ -314,7 +314,9 @@ def test_what_a_class_does_not_read_is_dropped_with_a_reason(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", NEW)
 def test_streams_are_joined(family: str) -> None:
-    """Whatever is read is written, every scale is used, and every branch ends in a norm or in the stream."""
+    """Whatever is read is written, every scale is used, and every branch ends in a norm or in the
+    stream.
+    """
     anatomy: Anatomy = find_anatomy(tiny(family)[0].to_dict())
     parts: list[Part] = list(anatomy.parts.values())
     hidden = [part for part in parts if "hidden" in (*part.axes.inputs, *part.axes.outputs[0])]

@@ -268,7 +268,9 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
 def test_keys_that_a_config_leaves_out_mean_what_its_class_takes(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    """GPT-NeoX' defaults are not those of Phi and StarCoder2: activation, positions, epsilon, tying, special tokens."""
+    """GPT-NeoX' defaults are not those of Phi and StarCoder2: activation, positions, epsilon,
+    tying, special tokens.
+    """
     to = "phi" if keys["use_parallel_residual"] else "starcoder2"
     model, _, _ = crossed(tmp_path, to, keys)
     full = files.read_json(tmp_path / "source" / "config.json")

@@ -1,4 +1,6 @@
-"""The law of growth: a grown model, written and read back by its stock class, gives the source's logits."""
+"""The law of growth: a grown model, written and read back by its stock class, gives the source's
+logits.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +68,13 @@ def difference(
 
 
 def expected_refusal(family: str, heads: int, kv: int) -> str | None:
-    """What a refusal must say for 9 query heads over 3 key/value heads at hidden 36; None: it must not be refused.
+    """What a refusal must say for 9 query heads over 3 key/value heads at hidden 36; None: it must
+    not be refused.
 
-    Groups grow by whole groups or by more queries in each (three or more to a key/value head), or every key/value head
-    is split into the three of its group (9 of them). Two classes of rules beyond that: some want hidden to be a multiple
-    of the heads; olmo2 norms all heads together, so that only whole multiples keep the mean square.
+    Groups grow by whole groups or by more queries in each (three or more to a key/value head), or
+    every key/value head is split into the three of its group (9 of them). Two classes of rules
+    beyond that: some want hidden to be a multiple of the heads; olmo2 norms all heads together, so
+    that only whole multiples keep the mean square.
     """
     if heads % kv:
         return "evenly: use --heads"

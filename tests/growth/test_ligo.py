@@ -1,4 +1,6 @@
-"""LiGO: with maps set by hand it is every operator it generalises; what it keeps exact; fitting, and folding."""
+"""LiGO: with maps set by hand it is every operator it generalises; what it keeps exact; fitting,
+and folding.
+"""
 
 from __future__ import annotations
 
@@ -209,7 +211,9 @@ def rms(x: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 3.0), st.integers(9, 30))
 def test_the_inverse_keeps_directions_and_bounds_lengths(seed: int, size: float, new: int) -> None:
-    """Whatever C is, a norm's output read through A is the source's, times a number within B's singular values."""
+    """Whatever C is, a norm's output read through A is the source's, times a number within B's
+    singular values.
+    """
     generator = torch.Generator().manual_seed(seed)
     space = AxisMap(
         axes.pad(8, new, "reads"), Ligo(reads="inverse", **STILL), generator, linear=True

@@ -1,4 +1,6 @@
-"""The tables of operators: what they promise is what happens, and everything that lists operators lists these."""
+"""The tables of operators: what they promise is what happens, and everything that lists operators
+lists these.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def difference(family: str, step: Any, folder: Path) -> float:
 
 
 def holds(promise: str, found: float) -> bool:
-    """Whether a difference is what an operator promises; one that preserves nothing must be seen to."""
+    """Whether a difference is what an operator promises; one that preserves nothing must be seen
+    to.
+    """
     return {"exactly": found == 0.0, "up to rounding": found < BOUND, "not": found > 100 * BOUND}[
         promise
     ]

@@ -27,7 +27,9 @@ def gradients(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> dict[st
 
 
 def law(family: str, folder: Path, *steps: Any, **keys: Any) -> dict[str, float]:
-    """Per tensor: worst relative difference between the grown gradient and the grown model's, on old entries."""
+    """Per tensor: worst relative difference between the grown gradient and the grown model's, on
+    old entries.
+    """
     config, model = tiny(family, **keys)
     model.save_pretrained(folder / "source")
     source = Checkpoint.open(folder / "source")

@@ -1,4 +1,5 @@
-"""Saves that are killed with SIGKILL at random moments, again and again; what is left is checked after every kill.
+"""Saves that are killed with SIGKILL at random moments, again and again; what is left is checked
+after every kill.
 
 Run: python tests/killing.py FOLDER [--times 50] [--seed 0]
 """
@@ -64,7 +65,9 @@ def start_save(source: Path, out: Path, overwrite: bool, log: Path) -> int:
 
 
 def kill_saves(folder: Path, times: int, seed: int) -> dict[str, int]:
-    """Kill saves; AssertionError when a kill leaves anything but no output, the output before, or the whole output."""
+    """Kill saves; AssertionError when a kill leaves anything but no output, the output before, or
+    the whole output.
+    """
     chance = random.Random(seed)
     source, whole, before, log = (
         folder / "source",

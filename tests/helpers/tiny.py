@@ -1,4 +1,6 @@
-"""Tiny random models of every family, with nothing hidden by ones and zeros; one that can read and write on disk."""
+"""Tiny random models of every family, with nothing hidden by ones and zeros; one that can read and
+write on disk.
+"""
 
 from __future__ import annotations
 
@@ -117,12 +119,14 @@ def tiny(
     architecture: str | None = None,
     **keys: Any,
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """(config, model in eval mode, float32) of `family`: odd sizes by default, biases, gains and maps all perturbed.
+    """(config, model in eval mode, float32) of `family`: odd sizes by default, biases, gains and
+    maps all perturbed.
 
-    9 query heads over 3 key/value heads and heads * dim != hidden where the family allows it; gpt_neox, gpt2, bert and
-    roberta get hidden = heads * dim, mixtral the next multiples of 8, dinov2 the next multiple of hidden as ffn.
-    `architecture` is the class of an encoder, one of ARCHITECTURES. `keys` are further config keys, such as
-    `tie_word_embeddings=True` or `attention_bias=True`.
+    9 query heads over 3 key/value heads and heads * dim != hidden where the family allows it;
+    gpt_neox, gpt2, bert and roberta get hidden = heads * dim, mixtral the next multiples of 8,
+    dinov2 the next multiple of hidden as ffn. `architecture` is the class of an encoder, one of
+    ARCHITECTURES. `keys` are further config keys, such as `tie_word_embeddings=True` or
+    `attention_bias=True`.
     """
     torch.manual_seed(seed)
     sizes = sizes_of(family, hidden, heads, kv, dim, ffn, layers, vocab)
@@ -180,8 +184,9 @@ def outputs(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> dict[str,
 
 
 def max_relative_difference(before: torch.Tensor, after: torch.Tensor, axis: int = -1) -> float:
-    """max |difference| / max |before|. Where the hidden width itself comes out, wider than it was, every block of its
-    old size holds the old values or, with new coordinates that are silent, zeros.
+    """max |difference| / max |before|. Where the hidden width itself comes out, wider than it was,
+    every block of its old size holds the old values or, with new coordinates that are silent,
+    zeros.
     """
     if before.shape != after.shape:
         width = before.shape[axis]

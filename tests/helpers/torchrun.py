@@ -1,4 +1,6 @@
-"""Run under torchrun: trains what is asked for, as one process or as many, into a folder of its own each."""
+"""Run under torchrun: trains what is asked for, as one process or as many, into a folder of its own
+each.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def train_interrupted(name: str, models: Path, out: Path, at: int = STEPS // 2) 
 
 
 def train_ligo_maps(models: Path, out: Path) -> dict[str, Any]:
-    """LiGO's maps of a wider and deeper model, learned in fifty steps; losses and the grown model are written."""
+    """LiGO's maps of a wider and deeper model, learned in fifty steps; losses and the grown model
+    are written.
+    """
     source = Checkpoint.open(models / "source")
     rows = pack(
         read_documents(models / "text.txt"), modeling.load_tokenizer(models / "source"), LENGTH

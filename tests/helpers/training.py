@@ -55,7 +55,9 @@ def rows_of(kind: str, model: Any) -> Callable[[int], Rows]:
 def go(
     out: Path, stages: list[Stage], stop_after: int | None = None, **options: Any
 ) -> tuple[list[dict], Any, dict]:
-    """(rows of metrics.jsonl, the model, the ledger) of a run on a fresh copy; Killed after so many steps."""
+    """(rows of metrics.jsonl, the model, the ledger) of a run on a fresh copy; Killed after so many
+    steps.
+    """
     kind, done = stages[0].kind, 0
     family = options.pop("family", FAMILY[kind])
     keys = options.pop("keys", {})

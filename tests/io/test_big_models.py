@@ -1,4 +1,6 @@
-"""Big models: files written tensor by tensor, saves that go on after a kill, bounded memory, disks that fill up."""
+"""Big models: files written tensor by tensor, saves that go on after a kill, bounded memory, disks
+that fill up.
+"""
 
 from __future__ import annotations
 

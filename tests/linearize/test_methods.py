@@ -1,4 +1,6 @@
-"""Ways to linearize: each builds, divides its budget, trains and goes on after a kill; what they will not do."""
+"""Ways to linearize: each builds, divides its budget, trains and goes on after a kill; what they
+will not do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Layers chosen by measurement: each rule's numbers against models built one by one, and what the lineage then says."""
+"""Layers chosen by measurement: each rule's numbers against models built one by one, and what the
+lineage then says.
+"""
 
 from __future__ import annotations
 

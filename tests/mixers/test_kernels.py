@@ -1,4 +1,6 @@
-"""flash-linear-attention's kernels, played by a stand-in with their signatures; the real ones where there is a GPU."""
+"""flash-linear-attention's kernels, played by a stand-in with their signatures; the real ones where
+there is a GPU.
+"""
 
 from __future__ import annotations
 

@@ -102,7 +102,9 @@ def test_lightning_is_a_loop_with_fixed_decays() -> None:
 
 
 def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Linear attention over features with its denominator, by the causal matrix; zero for a zero row."""
+    """Linear attention over features with its denominator, by the causal matrix; zero for a zero
+    row.
+    """
     weight = (q @ k.mT).tril()
     return (weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)) @ v
 

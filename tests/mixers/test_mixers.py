@@ -1,4 +1,6 @@
-"""Laws of every mixer: parallel == chunked == recurrent, forward and gradient, under any split, padding and packing."""
+"""Laws of every mixer: parallel == chunked == recurrent, forward and gradient, under any split,
+padding and packing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
 from regraft.mixers import registry
-from regraft.mixers.base import Mixer, MixerContext, create_initial_tensor
+from regraft.mixers.base import Mixer, MixerContext
+from regraft.mixers.initialize import create_initial_tensor
 from regraft.mixers.recurrence import chunked_recurrence, naive_recurrence
 from regraft.mixers.vector import chunked_vector, naive_vector
 from regraft.mixers.window import naive_window
@@ -58,7 +61,9 @@ TOLERANCE = 1e-5
 
 
 def bound(spec: dict) -> float:
-    """Relative error that counts as rounding; a norm behind a sum that may cancel magnifies it (by 1 / sqrt(eps))."""
+    """Relative error that counts as rounding; a norm behind a sum that may cancel magnifies it (by
+    1 / sqrt(eps)).
+    """
     linear = spec.get("linear", spec)
     normed = vars(registry.mixer_class(linear["name"]).parse(linear)).get("norm") in (
         "rms",
@@ -198,7 +203,9 @@ def test_chunked_equals_naive_with_gradients(kind: str, packed: bool, time: int)
 @settings(max_examples=20, deadline=None)
 @given(strengths=st.lists(st.floats(-9, 9), min_size=2, max_size=40))
 def test_vector_decays_of_any_strength_are_safe(bonus: bool, strengths: list[float]) -> None:
-    """From e^-e^-9, nearly one, to e^-e^9, nothing: neither overflow nor loss of what weak decays keep."""
+    """From e^-e^-9, nearly one, to e^-e^9, nothing: neither overflow nor loss of what weak decays
+    keep.
+    """
     torch.manual_seed(len(strengths))
     time = len(strengths)
     q, k, v = (torch.randn(1, 2, time, 4).requires_grad_() for _ in range(3))

@@ -1,4 +1,6 @@
-"""Remix: what moves moves bit for bit, grouped heads are broadcast per head, fresh weights are as stated."""
+"""Remix: what moves moves bit for bit, grouped heads are broadcast per head, fresh weights are as
+stated.
+"""
 
 from __future__ import annotations
 

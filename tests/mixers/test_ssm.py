@@ -1,4 +1,6 @@
-"""State-space mixers: transformers' own Mamba and Mamba-2 with the same weights, the scan, starts, both layouts."""
+"""State-space mixers: transformers' own Mamba and Mamba-2 with the same weights, the scan, starts,
+both layouts.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
-from regraft.mixers.base import Attention, MixerContext, create_initial_tensor
+from regraft.mixers.base import Attention, MixerContext
+from regraft.mixers.initialize import create_initial_tensor
 from regraft.mixers.remix import Remix
 from regraft.mixers.ssm import naive_scan, scan
 from regraft.train.calibrate import calibrate
-from regraft.train.stage import parameter_origins
+from regraft.train.optimizer import parameter_origins
 
 HIDDEN = 24
 ATTENTION = Attention(hidden=HIDDEN, kv=2, group=1, dim=12, scale=1.0)
@@ -170,7 +173,10 @@ def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
     [
         (
             Remix("mamba"),
-            r"'mamba' with layout 'own' has an output projection of its own.*\"attention\".*--window 0",
+            (
+                r"'mamba' with layout 'own' has an output projection of its"
+                r" own.*\"attention\".*--window 0"
+            ),
         ),
         (Remix("mamba2", options={"head_dim": 9}), "'mamba2' with layout 'own'"),
         (

@@ -1,4 +1,6 @@
-"""FLOPs from the anatomy equal PyTorch's own count on real models: every family and class, growth, mixers, the loop."""
+"""FLOPs from the anatomy equal PyTorch's own count on real models: every family and class, growth,
+mixers, the loop.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def outputs(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> torch.Ten
 def counted(
     model: PreTrainedModel, given: dict[str, torch.Tensor], ours: bool = False
 ) -> tuple[int, int]:
-    """(forward, forward and backward) FLOPs as PyTorch counts them; `ours`: with `flops.counter`'s further kernels."""
+    """(forward, forward and backward) FLOPs as PyTorch counts them; `ours`: with `flops.counter`'s
+    further kernels.
+    """
     found = []
     for back in (False, True):
         with flops.build_flop_counter() if ours else FlopCounterMode(display=False) as counter:

@@ -1,4 +1,6 @@
-"""One class for all hosts: cached equals uncached, generation in every mode, save and load, loading without regraft."""
+"""One class for all hosts: cached equals uncached, generation in every mode, save and load, loading
+without regraft.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +195,7 @@ REMOTE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert "regraft" not in sys.modules and type(model).__name__ == "RegraftForCausalLM"
+assert not {"regraft", "jaxtyping"} & set(sys.modules) and type(model).__name__ == "RegraftForCausalLM"
 ids = torch.arange(3, 33).unsqueeze(0)
 print(float(model(ids).logits.double().sum()), model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
 """

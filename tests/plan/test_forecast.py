@@ -1,4 +1,6 @@
-"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and what to change."""
+"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and
+what to change.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,10 @@ from regraft.plan.forecast import (
     peak_memory,
     plan_step_memory,
 )
-from regraft.train import objectives, stage
+from regraft.train import distill, objectives, optimizer
 from regraft.train.align import align_step
 from regraft.train.gradient_checkpointing import set_gradient_checkpointing
+from regraft.train.stage import Stage
 
 LENGTH = 96
 LINEAR = Remix("gated_deltanet", "0", window=16, sinks=2)
@@ -64,7 +67,7 @@ def taken(
     fast, given = asked.precision == "bfloat16", text(rows)
     model, teacher = modeling.materialize(target), modeling.materialize(source)
     teacher.requires_grad_(False)
-    stage.parameter_groups(model, stage.Stage(asked.stage, LENGTH, LENGTH))
+    optimizer.parameter_groups(model, Stage(asked.stage, LENGTH, LENGTH))
     set_gradient_checkpointing(model, asked.checkpointing)
     known = [tensor for one in (model, teacher) for tensor in (*one.parameters(), *one.buffers())]
     with LiveMemoryCounter(known) as alive:
@@ -72,7 +75,7 @@ def taken(
             seen, labels = objectives.build_targets(model, "next", given)
             objectives.compute_loss_on_targets(model, "next", seen, labels, fast).backward()
         elif asked.stage == "distil":
-            stage.distil_step(model, teacher, given, fast)
+            distill.distil_step(model, teacher, given, fast)
         else:
             align_step(model, teacher, modeling.slots(teacher, source), given, fast)
     return alive.peak

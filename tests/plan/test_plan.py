@@ -1,4 +1,6 @@
-"""The plan: shares add up, counts equal the real model's, state bytes equal the real cache's; it reads no weights."""
+"""The plan: shares add up, counts equal the real model's, state bytes equal the real cache's; it
+reads no weights.
+"""
 
 from __future__ import annotations
 

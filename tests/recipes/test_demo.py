@@ -73,8 +73,14 @@ def test_demo_on_a_tiny_model(tmp_path, monkeypatch):
         "remix.keep": "0",
         "remix.window": "16",
         "calibration": "256",
-        "stages": "[{kind: align, tokens: 512, length: 128}, {kind: distil, tokens: 64000000, length: 128}]",
-        "measure": "{windows: 2, length: 64, bench: [64], bench_steps: 2, prompts: [A thing], sample_tokens: 4}",
+        "stages": (
+            "[{kind: align, tokens: 512, length: 128}, {kind: distil, tokens: 64000000, length:"
+            " 128}]"
+        ),
+        "measure": (
+            "{windows: 2, length: 64, bench: [64], bench_steps: 2, prompts: [A thing],"
+            " sample_tokens: 4}"
+        ),
         "minutes": "0.6",
     }
     numbers = demo.run("demo-out", overrides)

@@ -1,4 +1,6 @@
-"""Mixers matched to their teacher's layers: the matrices are what mixes values, the loss is the paper's."""
+"""Mixers matched to their teacher's layers: the matrices are what mixes values, the loss is the
+paper's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Sub-models, frozen layers, layers and tokens left out: against models built that way, and resumed exactly."""
+"""Sub-models, frozen layers, layers and tokens left out: against models built that way, and resumed
+exactly.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def test_drops_repeat_on_resume(kind: str, tmp_path: Path) -> None:
 
 
 def test_every_step_counts_what_it_ran(tmp_path: Path) -> None:
-    """The ledger's FLOPs are the sum of each step's own, measured one by one; a plain step costs more."""
+    """The ledger's FLOPs are the sum of each step's own, measured one by one; a plain step costs
+    more.
+    """
     plan = stage("next", 12, layer_drop=0.7, token_drop=0.3)
     rows, _, ledger = go(tmp_path / "a", [plan], keys={"layers": 5})
     model, order = tiny("qwen2", layers=5)[1], loop.shuffled_indices(7, 24, 0)
@@ -154,7 +158,9 @@ def test_every_step_counts_what_it_ran(tmp_path: Path) -> None:
 
 
 def test_the_schedule_of_layer_dropping() -> None:
-    """Zhang & He: the first layer always stays, chances fall with depth and time, down to 1 - drop beyond the last."""
+    """Zhang & He: the first layer always stays, chances fall with depth and time, down to 1 - drop
+    beyond the last.
+    """
     late = [keep_probability(0.5, layer, 4, 999, 1000) for layer in range(4)]
     assert late == pytest.approx([1.0, 0.875, 0.75, 0.625])
     early = [keep_probability(0.5, 3, 4, step, 1000) for step in range(0, 100, 10)]
@@ -197,8 +203,8 @@ def test_layers_that_stay_weigh_more(family: str) -> None:
     "family", [family for family in GROWABLE if family not in ("vit", "dinov2")]
 )
 def test_tokens_aside_leave_the_others_as_in_a_row_without_them(family: str) -> None:
-    """In the middle layers the tokens that stay are as in a run on them alone, at their own positions; those aside are
-    as they were before the middle.
+    """In the middle layers the tokens that stay are as in a run on them alone, at their own
+    positions; those aside are as they were before the middle.
     """
     _, model = tiny(family, layers=5)
     rows = text(2, 20)

@@ -1,4 +1,6 @@
-"""Frozen training and the loss-improvement threshold: published curves, the loop that obeys it, resumption."""
+"""Frozen training and the loss-improvement threshold: published curves, the loop that obeys it,
+resumption.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.lit import Lit, LitState
-from regraft.train.stage import Stage, parameter_origins
+from regraft.train.optimizer import parameter_origins
+from regraft.train.stage import Stage
 
-# r_k of XATL's 410M RetNet runs at 10k, 15k, ... steps, read off the authors' plots, and where they unfroze.
+# r_k of XATL's 410M RetNet runs at 10k, 15k, ... steps, read off the authors' plots, and where they
+# unfroze.
 PUBLISHED = {
     "skip_reten": ([0.22, 0.026, 0.0077, 0.0056, 0.0009, 0.0046, 0.0063, -0.0025, 0.0036], 20),
     "skip_oproj": ([0.172, 0.025, 0.0087, 0.0066, 0.0019, 0.0053, 0.0066, -0.0026, 0.0037], 20),

@@ -1,4 +1,6 @@
-"""Low-rank additions: the same losses as with layers that hold them, nothing else moves, a resumed run is the same."""
+"""Low-rank additions: the same losses as with layers that hold them, nothing else moves, a resumed
+run is the same.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop
-from regraft.train.stage import Stage, projection_names
+from regraft.train.optimizer import parameter_groups, projection_names
+from regraft.train.stage import Stage
 
 STAGE = Stage(
     "next",
@@ -79,7 +82,7 @@ def test_losses_are_those_of_layers_that_hold_the_additions(
 
     new = [
         p
-        for g in loop.parameter_groups(twin, dataclasses.replace(STAGE, rank=0, learn="new"))
+        for g in parameter_groups(twin, dataclasses.replace(STAGE, rank=0, learn="new"))
         for p in g["params"]
     ]
     low = loop.attach_lora(twin, names, 3, 0, {})

@@ -1,4 +1,6 @@
-"""Watching a run: speed and its share of the peak, losses per stage, trackers, and stopping one that goes astray."""
+"""Watching a run: speed and its share of the peak, losses per stage, trackers, and stopping one
+that goes astray.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_every_row_tells_its_speed_and_the_summary_its_stages(tmp_path: Path) ->
 def test_the_peak_is_that_of_the_fastest_product_and_measured_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a clock of the test's own: products take 4, 2 and 3 ms, then the time for measuring is over."""
+    """On a clock of the test's own: products take 4, 2 and 3 ms, then the time for measuring is
+    over.
+    """
     begin, products, readings = 100.0, (0.004, 0.002, 0.003), [0.0]
     now = begin
     for seconds in products:

@@ -1,4 +1,6 @@
-"""Objectives: losses equal transformers' own, corruption is BERT's, wrong data is refused in one line."""
+"""Objectives: losses equal transformers' own, corruption is BERT's, wrong data is refused in one
+line.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Training stock models: every objective, resumed losses, held-out rows, Adam's state, layers, drops."""
+"""Training stock models: every objective, resumed losses, held-out rows, Adam's state, layers,
+drops.
+"""
 
 from __future__ import annotations
 

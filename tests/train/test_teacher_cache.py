@@ -1,4 +1,6 @@
-"""A teacher behind a cache: the losses of one that runs, no second forward, a size that holds, damage that heals."""
+"""A teacher behind a cache: the losses of one that runs, no second forward, a size that holds,
+damage that heals.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ from regraft.data.packing import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop, row_store, step, teacher_cache
+from regraft.train.distill import evaluate_kl
 from regraft.train.hooks import run_decoder
 from regraft.train.kl import head_kl, top_k_kl, top_k_log_probs
 from regraft.train.row_store import RowStore
-from regraft.train.stage import Stage, evaluate_kl
+from regraft.train.stage import Stage
 from regraft.train.teacher_cache import CachedTeacher, TeacherCacheConfig
 
 REMIX = Remix("gated_deltanet", "0", window=8)
@@ -99,7 +102,7 @@ def test_later_passes_run_no_teacher_and_cost_less(source, tmp_path) -> None:
     _, plain = trained(source, modeling.load(source.origin), stage, tmp_path / "plain")
     assert lessons.computed == 8 and lessons.read == 16
     model = modeling.load(source.origin)
-    with step.counted() as counter, torch.no_grad():
+    with step.build_flop_counter() as counter, torch.no_grad():
         run_decoder(model, rows().input_ids, rows().position_ids)
     assert plain["flops"] - ledger["flops"] == pytest.approx(
         2 * counter.get_total_flops(), rel=1e-3

@@ -1,4 +1,6 @@
-"""Several processes train what one does: losses, weights, FLOPs; checkpoints go on in any number of them."""
+"""Several processes train what one does: losses, weights, FLOPs; checkpoints go on in any number of
+them.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def same(one: Path, other: Path, tolerance: float) -> None:
     [(2, [*STAGES, "broken rank"]), (3, ["rank"]), (4, ["next", "distil", "align"])],
 )
 def test_processes_train_as_one(count: int, names: list[str], models: Path, tmp_path: Path) -> None:
-    """Also a run of low-rank additions that was given up half-way, and sharded rows of unlike numbers."""
+    """Also a run of low-rank additions that was given up half-way, and sharded rows of unlike
+    numbers.
+    """
     launched(count, TESTS / "helpers" / "torchrun.py", models, tmp_path / "many", *names)
     for name in names:
         alone = tmp_path / "one" / name.removeprefix("broken ")
@@ -361,7 +365,10 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
 
 
 def test_a_process_without_its_launcher_does_not_wait_for_ever() -> None:
-    code = "from datetime import timedelta; from regraft import distributed; distributed.MEETING = timedelta(seconds=1)\n"
+    code = (
+        "from datetime import timedelta; from regraft import distributed; distributed.MEETING ="
+        " timedelta(seconds=1)\n"
+    )
     code += "with ranks.joined(): pass"
     place = {
         "MASTER_ADDR": "localhost",
@@ -373,7 +380,10 @@ def test_a_process_without_its_launcher_does_not_wait_for_ever() -> None:
     alone = (
         environment()
         | place
-        | {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        | {
+            "TORCHELASTIC_RUN_ID": "none",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=300

@@ -1,4 +1,6 @@
-"""Uptraining: packing, losses, groups, the closed-form start, and a resumed run that equals the uninterrupted one."""
+"""Uptraining: packing, losses, groups, the closed-form start, and a resumed run that equals the
+uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,11 @@ from regraft.train.calibrate import (
     gate_candidates,
     output_error,
 )
+from regraft.train.distill import distil_step
 from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 from regraft.train.kl import head_kl
-from regraft.train.stage import Stage, distil_step, parameter_groups
+from regraft.train.optimizer import parameter_groups
+from regraft.train.stage import Stage
 
 REMIX = Remix("gated_deltanet", "0", window=8, sinks=2)
 
@@ -236,7 +240,9 @@ def fitted_gate(
 @pytest.mark.parametrize("grouped", [False, True])
 @torch.no_grad()
 def test_calibration_finds_the_half_lives_that_made_the_teacher(window: int, grouped: bool) -> None:
-    """Where the teacher is the mixer itself with half-lives that calibration tries, it finds them, state by state."""
+    """Where the teacher is the mixer itself with half-lives that calibration tries, it finds them,
+    state by state.
+    """
     torch.manual_seed(0)
     attention = Attention(hidden=24, kv=2, group=2, dim=8, scale=8**-0.5, rotary=False)
     spec = {"name": "lightning", "norm": "none", "grouped": grouped, "decays": "learned"}

@@ -1,1 +1,1 @@
-"""Alignment of one layer at a time, from disk to disk, for models that do not fit in memory."""
+"""Alignment one layer at a time, from disk to disk, for models that do not fit in memory."""

@@ -1,4 +1,4 @@
-"""Hidden states between two layers, kept in a file row by row: memory holds only the rows that are asked for."""
+"""Hidden states between two layers, in a file: memory holds only the rows that are read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ActivationStore:
-    """What goes into every layer for some rows of text, each (length, width): the file `hidden-RANK.LAYER` in `folder`.
+    """The input of every layer for some rows of text, as a file `hidden-RANK.LAYER` each.
 
-    A file has its name once it is whole, so that a killed run finds its last whole layer. `rows`: the numbers of the
-    rows that are kept, ascending. A folder in memory (/dev/shm) keeps them there.
+    A file takes its name when it is complete, so that a killed run finds the last complete layer.
+
+    RegraftError for a precision that is not known.
+
+    Attributes:
+        folder: where the files are; one in /dev/shm keeps them in memory.
+        rank: the process they belong to.
+        rows: numbers in the text of the rows that are stored, ascending.
+        shape: (time, hidden) of a row.
+        dtype: in which it is stored.
+        stride: bytes of a row.
     """
 
     def __init__(self, folder: Path, rank: int, rows: Tensor, length: int, width: int, kind: str):
@@ -33,49 +42,62 @@ class ActivationStore:
         return len(self.rows)
 
     def layer_path(self, layer: int) -> Path:
-        """Where the input of a layer is."""
+        """The file with the input of a layer."""
         return self.folder / f"hidden-{self.rank}.{layer}"
 
     def has_layer(self, layer: int) -> bool:
-        """Whether the whole input of a layer is there."""
-        return (
-            self.layer_path(layer).is_file()
-            and self.layer_path(layer).stat().st_size == len(self) * self.stride
-        )
+        """Whether the complete input of a layer is there."""
+        file = self.layer_path(layer)
+        return file.is_file() and file.stat().st_size == len(self) * self.stride
 
     def check_disk_space(self) -> None:
-        """RegraftError when the disk has no room for the inputs of two layers, which is what is kept at a time."""
+        """RegraftError when the disk has no room for two layers' inputs, which is what is needed.
+
+        Files that an earlier run has left count as free: they will be overwritten.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = sum(file.stat().st_size for file in self.folder.glob(f"hidden-{self.rank}.*"))
-        free, needed = shutil.disk_usage(self.folder).free + held, 2 * len(self) * self.stride
+        own = sum(file.stat().st_size for file in self.folder.glob(f"hidden-{self.rank}.*"))
+        free, needed = shutil.disk_usage(self.folder).free + own, 2 * len(self) * self.stride
         if free < needed:
             raise RegraftError(
-                f"'{self.folder}' has {free:,} bytes free, the hidden states of {len(self)} rows take {needed:,}: give "
-                "another folder, fewer tokens, or keep them as bfloat16"
+                f"'{self.folder}' has {free:,} bytes free, the hidden states of {len(self)} rows "
+                f"take {needed:,}: give another folder, fewer tokens, or keep them as bfloat16"
             )
 
     def read_rows(self, layer: int, numbers: Tensor) -> Tensor:
-        """Rows by their number in the text, (rows, length, width) in float32."""
+        """Read rows of a layer's input.
+
+        Args:
+            layer: number of the layer.
+            numbers: the rows' numbers in the text, (rows,).
+
+        Returns:
+            (rows, time, hidden) in float32.
+        """
         found = torch.empty(len(numbers), *self.shape, dtype=self.dtype)
+
+        # Unbuffered, straight into the tensor: no second copy of the rows is in memory.
         with open(self.layer_path(layer), "rb", buffering=0) as file:
-            for at, place in enumerate(torch.searchsorted(self.rows, numbers).tolist()):
-                file.seek(place * self.stride)
-                view = found[at].view(torch.uint8).numpy().reshape(-1).data
-                while view:
+            for number, position in enumerate(torch.searchsorted(self.rows, numbers).tolist()):
+                file.seek(position * self.stride)
+                view = found[number].view(torch.uint8).numpy().reshape(-1).data
+                while view:  # one read may give fewer bytes than it was asked for
                     count = file.readinto(view)
                     if not count:
                         raise RegraftError(
-                            f"'{self.layer_path(layer)}' ends too early: delete the folder and run again"
+                            f"'{self.layer_path(layer)}' ends too early: "
+                            "delete the folder and run again"
                         )
                     view = view[count:]
+
         return found.float()
 
     def open_writer(self, layer: int) -> ActivationWriter:
-        """A file to be filled in order."""
+        """A writer for the input of a layer."""
         return ActivationWriter(self, layer)
 
     def delete_before(self, before: int) -> None:
-        """Delete the inputs of earlier layers, and what was left half-written."""
+        """Delete the inputs of earlier layers and incomplete files."""
         for file in self.folder.glob(f"hidden-{self.rank}.*"):
             number = file.name.split(".")[1]
             if file.suffix == ".part" or int(number) < before:
@@ -83,10 +105,13 @@ class ActivationStore:
 
 
 class ActivationWriter:
-    """The input of one layer while it is written, rows in order; it gets its name when the block ends well."""
+    """Writes the input of one layer, rows in order; use it as a context.
 
-    def __init__(self, hidden: ActivationStore, layer: int):
-        self.hidden, self.target = hidden, hidden.layer_path(layer)
+    The file takes its name when the block ends without an error.
+    """
+
+    def __init__(self, store: ActivationStore, layer: int):
+        self.store, self.target = store, store.layer_path(layer)
         self.part = self.target.with_name(f"{self.target.name}.part")
 
     def __enter__(self) -> ActivationWriter:
@@ -94,21 +119,16 @@ class ActivationWriter:
         return self
 
     def append(self, values: Tensor) -> None:
-        """The next rows, (rows, length, width)."""
-        view = (
-            values.to("cpu", self.hidden.dtype)
-            .contiguous()
-            .view(torch.uint8)
-            .numpy()
-            .reshape(-1)
-            .data
-        )
+        """Write the next rows, (rows, time, hidden); RegraftError on a full disk."""
+        stored = values.to("cpu", self.store.dtype).contiguous()
+        view = stored.view(torch.uint8).numpy().reshape(-1).data
         try:
-            while view:
+            while view:  # one write may take fewer bytes than it was given
                 view = view[self.stream.write(view) :]
         except OSError as error:
             raise RegraftError(
-                f"cannot write '{self.part}' ({error}): free some space and run the same command again"
+                f"cannot write '{self.part}' ({error}): "
+                "free some space and run the same command again"
             ) from error
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

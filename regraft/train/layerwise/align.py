@@ -1,4 +1,4 @@
-"""Alignment layer by layer: one layer of the teacher and one mixer in memory, whatever the depth of the model."""
+"""Alignment layer by layer: one teacher layer and one mixer in memory, however deep the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from ...errors import RegraftError
 from ...io.linux import return_freed_memory
 from ...mixers.base import Attention, Mixer
 from ...mixers.registry import build
-from ...modeling.flops import build_flop_counter as counted
-from .. import loop, throughput
+from ...modeling.flops import build_flop_counter
+from .. import throughput
 from ..align import as_single_documents, matrix_loss, output_attention_weights, output_loss
 from ..calibrate import calibrate_layer
 from ..divergence import LossTrend, check_divergence
 from ..hooks import LayerRecord
-from ..stage import build_groups, mixer_parameter_origins
+from ..ledger import sum_costs
+from ..optimizer import build_groups, build_optimizer, mixer_parameter_origins
+from ..records import StepRow
 from .activations import ActivationStore
 from .one_layer_model import OneLayerModel
 from .state import (
@@ -38,38 +40,56 @@ from .state import (
 
 
 def align(run: LayerwiseRun) -> tuple[Checkpoint, dict[str, Any]]:
-    """(the target with trained mixers, to be saved; the ledger, as `loop.train` gives it). Rows of metrics.jsonl go to
-    `out`.
+    """Train the mixers of a model layer by layer. Rows of metrics.jsonl go to `run.out`.
 
-    Called again after a kill, it goes on with the layer that was not finished and ends with the same weights. Errors:
-    RegraftError for a stage that does not train mixers one by one, other settings than the run in `out` had, a model
-    that does not fit, a full disk, or a loss that is not finite.
+    Called again after a kill, it resumes at the layer that was not finished and ends with the
+    same weights.
+
+    RegraftError for a stage that does not train mixers one by one, settings other than those of
+    the run in `run.out`, models that do not fit, a full disk, and a loss that is not finite.
+
+    Returns:
+        (the target with trained mixers, which are read when it is saved; the ledger as
+        `loop.train` gives it, with `start` for the closed form).
     """
     check_layerwise_run(run)
     state = LayerwiseState.load(run)
     LayerwiseAligner(run, state).align_layers()
+
     ledger = {
         "stages": [state.entry],
-        "start": [state.start] * bool(state.start),
-        **loop.totals([state.entry]),
+        "start": [state.start] if state.start else [],
+        **sum_costs([state.entry]),
     }
     return build_trained_checkpoint(run, ledger), ledger
 
 
 class LayerwiseAligner:
-    """A run on its way through the layers."""
+    """A run on its way through the layers.
+
+    Attributes:
+        run: what the run needs.
+        state: how far it has come.
+        fast: whether it computes in bfloat16.
+        share: rows of a batch that this process takes.
+        mine: numbers of its rows, (steps, share).
+        calibrating: numbers of the rows for the closed-form start, the same in every process.
+        hidden: the input of the current layer, for all these rows.
+        converted: numbers of the layers that have a mixer.
+    """
 
     def __init__(self, run: LayerwiseRun, state: LayerwiseState):
         self.run, self.state, stage = run, state, run.stage
         self.fast = state.entry["precision"] == "bfloat16"
-        self.order = shuffled_indices(len(run.rows), stage.steps * stage.batch, run.seed).view(
-            stage.steps, stage.batch
-        )
+
+        # The same order as in the training loop, of which each process takes its columns.
+        order = shuffled_indices(len(run.rows), stage.steps * stage.batch, run.seed)
         self.share = stage.batch // distributed.world_size()
-        self.mine = self.order[:, distributed.rank() * self.share :][:, : self.share]
-        self.calibrating = shuffled_indices(len(run.rows), len(run.rows), run.seed)[
-            : run.calibration
-        ]
+        begin = distributed.rank() * self.share
+        self.mine = order.view(stage.steps, stage.batch)[:, begin : begin + self.share]
+        everything = shuffled_indices(len(run.rows), len(run.rows), run.seed)
+        self.calibrating = everything[: run.calibration]
+
         used = torch.cat((self.mine.flatten(), self.calibrating)).unique()
         folder, width = run.scratch or run.folder, run.source.sizes["hidden"]
         self.hidden = ActivationStore(
@@ -78,22 +98,27 @@ class LayerwiseAligner:
         self.converted = [layer for layer, spec in enumerate(run.target.config["mixers"]) if spec]
 
     def read_rows(self, numbers: Tensor) -> Packed:
-        """Rows of the text, as the stage reads them."""
-        found = self.run.rows[numbers]
-        return as_single_documents(found) if self.run.stage.kind == "matrix" else found
+        """Rows of the text by number, as the stage reads them."""
+        rows = self.run.rows[numbers]
+        return as_single_documents(rows) if self.run.stage.kind == "matrix" else rows
 
     def align_layers(self) -> None:
-        """Through all layers up to the last that is converted."""
+        """Go through all layers up to the last one that has a mixer."""
         run, state = self.run, self.state
         run.folder.mkdir(parents=True, exist_ok=True)
         self.hidden.check_disk_space()
         state.trim_metrics(run.out / "metrics.jsonl")
         return_freed_memory()
+
+        # Resume where the inputs of a layer are complete in every process. Inputs in memory
+        # (/dev/shm) may be lost: then the pass starts again, but trained mixers stay.
         teacher = OneLayerModel(run.source, run.device)
-        whole = all(distributed.all_gather(self.hidden.has_layer(state.passed)))
-        layer = state.passed if whole else 0
-        if not whole:
+        if all(distributed.all_gather(self.hidden.has_layer(state.passed))):
+            layer = state.passed
+        else:
+            layer = 0
             self.write_first_inputs(teacher)
+
         while True:
             self.hidden.delete_before(before=layer)
             if layer in self.converted and layer not in state.trained:
@@ -104,19 +129,20 @@ class LayerwiseAligner:
             self.write_next_inputs(teacher, layer)
             return_freed_memory()
             layer += 1
+
         self.hidden.delete_before(before=layer + 1)
         state.entry["tokens"] = run.stage.steps * run.stage.batch * run.stage.length
         state.entry["flops_per_step"] = state.entry["flops"] // run.stage.steps
 
     def write_first_inputs(self, teacher: OneLayerModel) -> None:
-        """Write what the first layer gets."""
+        """Write the input of the first layer."""
         rows = self.read_rows(self.hidden.rows)
         with self.hidden.open_writer(0) as out, self.autocast():
             for _, values in teacher.embed_batches(rows.input_ids, rows.position_ids, self.share):
                 out.append(values)
 
     def write_next_inputs(self, teacher: OneLayerModel, layer: int) -> None:
-        """Write what the next layer gets."""
+        """Run the teacher's layer on its inputs and write the input of the next layer."""
         begin, flops = time.monotonic(), 0
         costs: dict[int, int] = {}
         with (
@@ -125,87 +151,123 @@ class LayerwiseAligner:
             teacher.load_layer(layer),
         ):
             for numbers in self.hidden.rows.split(self.share):
-                given, positions = self.read_inputs(layer, numbers)
+                hidden, positions = self.read_inputs(layer, numbers)
                 with CachedFlopCounter(costs, len(numbers)) as count, self.autocast():
-                    out.append(teacher.run_layer(given, positions))
+                    out.append(teacher.run_layer(hidden, positions))
                 flops += count.flops
         distributed.barrier()
+
+        # A layer that runs again because its inputs were lost is not counted twice.
         if layer + 1 > self.state.passed:
             self.state.add_cost(self.state.entry, flops, time.monotonic() - begin)
             self.state.passed = layer + 1
             self.state.save(self.run)
 
     def train_layer(self, teacher: OneLayerModel, layer: int) -> None:
-        """Fit one mixer and write it to disk."""
-        run, stage, begin, flops = self.run, self.run.stage, time.monotonic(), 0
-        spec, attention = (
-            run.target.config["mixers"][layer],
-            Attention(**run.target.config["attention"][layer]),
-        )
+        """Train one mixer and write it to disk."""
+        run, state, begin = self.run, self.state, time.monotonic()
         mixer = load_target_mixer(run, layer).to(run.device)
         with self.output_attention_weights(teacher), teacher.load_layer(layer, mlp=False):
-            with counted() as closed:
+            with build_flop_counter() as closed_form:
                 if run.calibration:
                     calibrate_layer(mixer, *self.calibration_records(teacher, layer))
-            closing, begin = time.monotonic() - begin, time.monotonic()
-            groups = build_groups(
-                mixer.parameters(), mixer_parameter_origins(mixer, spec, attention), stage, True
-            )
-            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-            learning = [p for group in optimizer.param_groups for p in group["params"]]
-            costs: dict[int, int] = {}
-            trend, best, tick = (
-                LossTrend(),
-                throughput.measure_peak_flops(run.device, self.fast),
-                time.monotonic(),
-            )
-            for step, numbers in enumerate(self.mine):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * stage.lr_factor(step)
-                with CachedFlopCounter(costs, len(numbers)) as count:
-                    value = self.backward_loss(teacher, mixer, layer, numbers)
-                flops += count.flops
-                value = all_reduce_step(
-                    value * self.share / stage.batch, learning, self.share / stage.batch
-                )
-                norm = float(nn.utils.clip_grad_norm_(learning, stage.clip))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                self.check_loss(trend, layer, step + 1, value, norm)
-                tick, spent = time.monotonic(), time.monotonic() - tick
-                size, done = (
-                    stage.batch * stage.length,
-                    self.converted.index(layer) * stage.steps + step + 1,
-                )
-                row: dict[str, Any] = {
-                    "stage": 0, "kind": stage.kind, "layer": layer, "step": done, "tokens": done * size,
-                    "loss": value, "grad_norm": norm, "lr": max(group["lr"] for group in optimizer.param_groups),
-                    "seconds": round(self.state.entry["seconds"] + time.monotonic() - begin, 3),
-                    "flops": self.state.entry["flops"] + flops * distributed.world_size(),
-                    **throughput.compute_throughput(size, count.flops * distributed.world_size(), spent, best),
-                }  # fmt: skip
-                write_metrics_row(run, row)
-                run.progress(stage, done, stage.steps * len(self.converted), row)
-        if distributed.is_rank0():
-            place = f"host.{run.target.config['slot'].format(layer)}.mixer"
-            values = {
-                f"{place}.{name}": parameter.detach().cpu().contiguous()
-                for name, parameter in mixer.named_parameters()
-            }
-            write_layer(layer_path(run, layer), values)
-        distributed.barrier()
-        self.state.add_cost(self.state.entry, flops, time.monotonic() - begin)
-        if run.calibration:
-            self.state.add_cost(self.state.start, closed.get_total_flops(), closing)
-        self.state.trained.append(layer)
-        self.state.save(run)
+            start_seconds, begin = time.monotonic() - begin, time.monotonic()
+            flops = self.run_steps(teacher, mixer, layer, begin)
 
-    def check_loss(
-        self, trend: LossTrend, layer: int, step: int, value: float, norm: float
-    ) -> None:
-        """RegraftError when a layer's loss is no number or has jumped; layers before it are on disk."""
+        self.write_mixer(mixer, layer)
+        distributed.barrier()
+        state.add_cost(state.entry, flops, time.monotonic() - begin)
+        if state.start:
+            state.add_cost(state.start, closed_form.get_total_flops(), start_seconds)
+        # The mixer is on disk before the state says so: a kill in between trains it again.
+        state.trained.append(layer)
+        state.save(run)
+
+    def run_steps(self, teacher: OneLayerModel, mixer: Mixer, layer: int, begin: float) -> int:
+        """Run the stage's steps on one mixer.
+
+        RegraftError when the loss is not finite or has jumped.
+
+        Args:
+            teacher: has the weights of the layer's attention.
+            mixer: the mixer, whose weights change.
+            layer: number of the layer.
+            begin: when work on the layer began, by `time.monotonic()`.
+
+        Returns:
+            FLOPs of this process.
+        """
+        run, stage, entry, processes = (
+            self.run, self.run.stage, self.state.entry, distributed.world_size()
+        )  # fmt: skip
+        optimizer = self.build_optimizer(mixer, layer)
+        learning = [p for group in optimizer.param_groups for p in group["params"]]
+        peak_flops = throughput.measure_peak_flops(run.device, self.fast)
+        tokens = stage.batch * stage.length  # of a step
+        earlier = self.converted.index(layer) * stage.steps  # steps on the layers before
+        costs: dict[int, int] = {}
+        trend, flops, tick = LossTrend(), 0, time.monotonic()
+
+        for step, numbers in enumerate(self.mine):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * stage.lr_factor(step)
+            with CachedFlopCounter(costs, len(numbers)) as count:
+                loss = self.backward_loss(teacher, mixer, layer, numbers)
+            flops += count.flops
+            # Gradients and losses here are means over this process's rows.
+            loss = all_reduce_step(
+                loss * self.share / stage.batch, learning, self.share / stage.batch
+            )
+            norm = float(nn.utils.clip_grad_norm_(learning, stage.clip))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.check_loss(trend, layer, step + 1, loss, norm)
+
+            tick, spent = time.monotonic(), time.monotonic() - tick
+            done = earlier + step + 1
+            row: StepRow = {
+                "stage": 0,
+                "kind": stage.kind,
+                "layer": layer,
+                "step": done,
+                "tokens": done * tokens,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": max(group["lr"] for group in optimizer.param_groups),
+                "seconds": round(entry["seconds"] + time.monotonic() - begin, 3),
+                "flops": entry["flops"] + flops * processes,
+                **throughput.compute_throughput(tokens, count.flops * processes, spent, peak_flops),
+            }
+            write_metrics_row(run, row)
+            run.progress(stage, done, stage.steps * len(self.converted), row)
+        return flops
+
+    def build_optimizer(self, mixer: Mixer, layer: int) -> torch.optim.AdamW:
+        """AdamW over one mixer, with the learning rates it would have in the whole model."""
+        config = self.run.target.config
+        spec, attention = config["mixers"][layer], Attention(**config["attention"][layer])
+        origins = mixer_parameter_origins(mixer, spec, attention)
+        groups = build_groups(mixer.parameters(), origins, self.run.stage, True)
+        return build_optimizer(groups)
+
+    def write_mixer(self, mixer: Mixer, layer: int) -> None:
+        """Write a trained mixer under its checkpoint names; the first process does."""
+        if not distributed.is_rank0():
+            return
+        prefix = f"host.{self.run.target.config['slot'].format(layer)}.mixer"
+        values = {
+            f"{prefix}.{name}": parameter.detach().cpu().contiguous()
+            for name, parameter in mixer.named_parameters()
+        }
+        write_layer(layer_path(self.run, layer), values)
+
+    def check_loss(self, trend: LossTrend, layer: int, step: int, loss: float, norm: float) -> None:
+        """RegraftError when a layer's loss is not finite or has jumped.
+
+        The layers before it stay on disk, which the message says.
+        """
         try:
-            check_divergence(trend, self.run.jump, self.run.stage, (0, step), value, norm, list)
+            check_divergence(trend, self.run.jump, self.run.stage, (0, step), loss, norm, list)
         except RegraftError as error:
             done = f"finished layers {self.state.trained} are in '{self.run.folder}'"
             raise RegraftError(f"layer {layer}: {error} ({done})") from None
@@ -213,59 +275,64 @@ class LayerwiseAligner:
     def backward_loss(
         self, teacher: OneLayerModel, mixer: Mixer, layer: int, numbers: Tensor
     ) -> float:
-        """The mean loss of these rows, backpropagated."""
+        """Backpropagate the mean loss of some rows; returns it."""
         rows = self.read_rows(numbers)
         measure = output_loss if self.run.stage.kind == "align" else matrix_loss
         with self.autocast():
-            record, segments = (
-                teacher.record_attention(*self.read_inputs(layer, numbers)),
-                rows.segments(),
-            )
-            segments = None if segments is None else segments.to(self.run.device)
-            value = measure(mixer, record, segments)
-        value.backward()
-        return float(value.detach())
+            record = teacher.record_attention(*self.read_inputs(layer, numbers))
+            loss = measure(mixer, record, self.segments(rows))
+        loss.backward()
+        return float(loss.detach())
+
+    def segments(self, rows: Packed) -> Tensor | None:
+        """Document numbers of the tokens on the device, (rows, time); None for one document."""
+        segments = rows.segments()
+        return None if segments is None else segments.to(self.run.device)
 
     def calibration_records(
         self, teacher: OneLayerModel, layer: int
     ) -> tuple[list[LayerRecord], list[Tensor | None]]:
-        """What the layer sees and gives on the rows for calibration, one row at a time, and their documents."""
-        found: list[LayerRecord] = []
+        """The layer's inputs and outputs on each row for calibration, and the row's documents."""
+        records: list[LayerRecord] = []
         documents: list[Tensor | None] = []
         for numbers in self.calibrating.split(1):
             with self.autocast():
-                found.append(teacher.record_attention(*self.read_inputs(layer, numbers)))
-            segments = self.read_rows(numbers).segments()
-            documents.append(None if segments is None else segments.to(self.run.device))
-        return found, documents
+                records.append(teacher.record_attention(*self.read_inputs(layer, numbers)))
+            documents.append(self.segments(self.read_rows(numbers)))
+        return records, documents
 
     def read_inputs(self, layer: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden states, positions) of some rows, on the device."""
-        given, positions = (
-            self.hidden.read_rows(layer, numbers),
-            self.read_rows(numbers).position_ids,
-        )
-        return given.to(self.run.device), positions.to(self.run.device)
+        """(hidden states (rows, time, hidden), positions (rows, time)) on the device."""
+        hidden = self.hidden.read_rows(layer, numbers)
+        positions = self.read_rows(numbers).position_ids
+        return hidden.to(self.run.device), positions.to(self.run.device)
 
     def autocast(self) -> torch.autocast:
-        """The stage's precision."""
+        """Inside, the stage's precision."""
         return torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.fast)
 
     def output_attention_weights(self, teacher: OneLayerModel) -> AbstractContextManager[None]:
-        """For matrices: attention layers that give theirs."""
-        return (
-            output_attention_weights(teacher.model)
-            if self.run.stage.kind == "matrix"
-            else nullcontext()
-        )
+        """Inside, attention layers also give their softmax matrices if the stage needs them."""
+        if self.run.stage.kind == "matrix":
+            return output_attention_weights(teacher.model)
+        return nullcontext()
 
 
 class CachedFlopCounter:
-    """Inside, work runs; afterwards `flops` is what it took: counted once for each number of rows, then looked up."""
+    """Inside, work runs; afterwards `flops` is what it took.
+
+    It is counted once for each number of rows and then looked up, as the counter is slow.
+    """
 
     def __init__(self, costs: dict[int, int], rows: int):
+        """Prepare to count.
+
+        Args:
+            costs: FLOPs by number of rows; a new count is added.
+            rows: how many rows the work is on.
+        """
         self.costs, self.rows, self.flops = costs, rows, costs.get(rows, 0)
-        self.counter = None if rows in costs else counted()
+        self.counter = None if rows in costs else build_flop_counter()
 
     def __enter__(self) -> CachedFlopCounter:
         if self.counter is not None:
@@ -279,28 +346,38 @@ class CachedFlopCounter:
 
 
 def load_target_mixer(run: LayerwiseRun, layer: int) -> Mixer:
-    """A converted layer's mixer with the target's weights, float32."""
+    """A layer's mixer with the target's weights, float32, the same in every process."""
     target = run.target
+    attention = Attention(**target.config["attention"][layer])
     with torch.device("meta"):
-        mixer = build(
-            target.config["mixers"][layer], Attention(**target.config["attention"][layer])
-        )
+        mixer = build(target.config["mixers"][layer], attention)
     values = {
         role.removeprefix("mixer."): lazy.read().to(run.device, torch.float32, copy=True)
         for (role, at), lazy in target.tensors.items()
         if at == layer and role.startswith("mixer.")
     }
     mixer.load_state_dict(values, assign=True)
+    # All processes must start from the same weights.
     for tensor in mixer.parameters() if distributed.world_size() > 1 else ():
         dist.broadcast(tensor.data, 0)
     return mixer
 
 
-def all_reduce_step(value: float, parameters: list[nn.Parameter], share: float) -> float:
-    """The loss over all processes; gradients become those of the whole batch, of which each has had its share."""
+def all_reduce_step(loss: float, parameters: list[nn.Parameter], share: float) -> float:
+    """Add up a step over all processes.
+
+    Args:
+        loss: this process's part of the batch's mean loss.
+        parameters: have the gradients of the mean over this process's rows; afterwards, of the
+            mean over the whole batch.
+        share: this process's share of the batch.
+
+    Returns:
+        The batch's mean loss.
+    """
     if distributed.world_size() == 1:
-        return value
+        return loss
     for parameter in parameters:
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad.mul_(share))
-    return sum(distributed.all_gather(value))
+    return sum(distributed.all_gather(loss))

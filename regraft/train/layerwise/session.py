@@ -1,11 +1,10 @@
-"""Alignment from the disk to the disk, layer by layer: no model is ever whole in memory."""
+"""Alignment layer by layer from a saved model to a saved model; neither is whole in memory."""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ... import distributed, modeling
 from ...core.checkpoint import Checkpoint
@@ -13,14 +12,13 @@ from ...data.corpus import Text
 from ...errors import RegraftError
 from ...io.files import read_json_lines
 from ...progress import Ticker
-from .. import trackers
-from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stage
-from ..session import TEXT, move_model_files, training_rows
+from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
+from ..output import RUN_FILES, TEXT, check_output
+from ..records import StageSummary, StepRow
+from ..session import describe_run, move_model_files, training_rows
 from ..stage import Stage
 from . import align
 from .state import FOLDER, LayerwiseRun
-
-RUN_FILES = {"metrics.jsonl", "metrics.tmp", FOLDER, TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
 
 
 def align_saved_model(
@@ -36,68 +34,82 @@ def align_saved_model(
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """A stage `align` or `matrix` on a linearized model, written to `out`; called again it goes on where it was.
+    """Align a linearized model layer by layer with its source and write it to `out`.
 
-    `scratch`: folder for the hidden states of two layers; `calibration`: tokens for the closed-form start of a model as
-    linearize wrote it, 0 for none. Returns the ledger with a summary of every layer. RegraftError when `out` holds
-    anything but such a run, or the models and the stage do not fit.
+    Called again with the same arguments after a kill, it resumes.
+
+    RegraftError when `out` holds a finished model or anything that is not such a run, without a
+    teacher, and when the models and the stage do not fit.
+
+    Args:
+        model: the linearized model's folder or name.
+        out: the output folder.
+        data: the text.
+        stage: of kind `align` or `matrix`.
+        teacher: the source model's folder or name.
+        seed: of the rows' order.
+        ticker: shows the progress.
+        scratch: folder for the hidden states of two layers; None for one in `out`.
+        calibration: tokens for the closed-form start of a model as linearize wrote it, 0 for none.
+        watching: trackers and the limit for loss spikes.
+        cache: where tokens are stored for later runs; None for `out`, until the run ends.
+
+    Returns:
+        The ledger with `text` (what was read), `summary` (a `StageSummary` of each layer) and
+        `out`.
     """
     target = Path(out)
-    names = {file.name for file in target.iterdir()} if target.exists() else set()
-    if "config.json" in names:
-        raise RegraftError(
-            f"{out} holds a finished model: choose another folder, or delete it to train again"
-        )
-    if FOLDER not in names and names - RUN_FILES:
-        raise RegraftError(
-            f"{out} holds '{min(names - RUN_FILES)}' and no streamed run: choose another folder or delete it"
-        )
+    check_output(target, FOLDER, RUN_FILES | {"metrics.tmp"}, "streamed run")
     if not teacher:
         raise RegraftError(
             f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}"
         )
+
     ticker.start(f"reading {model}")
     source, student = Checkpoint.open(teacher), Checkpoint.open(model)
     for checkpoint in (source, student):
         checkpoint.verify()
+
     ticker.start("reading data")
-    texts = training_rows(
-        [data], modeling.load_tokenizer(model), stage.tokens, target / TEXT, cache, ticker.update
-    )
-    rows = texts(stage.length)
-    held = -(-calibration // stage.length)
-    facts = {
-        "model": model,
-        "data": data.path,
-        "teacher": teacher,
-        "seed": seed,
-        "stages": [dataclasses.asdict(stage)],
-    }
+    tokenizer, text = modeling.load_tokenizer(model), target / TEXT
+    rows_of = training_rows([data], tokenizer, stage.tokens, text, cache, ticker.update)
+    rows = rows_of(stage.length)
+    calibration_rows = -(-calibration // stage.length)  # rounded up
+
     ticker.start(f"{stage.kind}, layer by layer")
-    with watching.monitor(target, ticker, facts) as watched:
-        run = LayerwiseRun(source, student, stage, rows, target, seed, held, scratch, **watched)
+    facts = describe_run(model, data, teacher, seed, stage)
+    with watching.monitor(target, ticker, facts) as watchers:
+        run = LayerwiseRun(
+            source, student, stage, rows, target, seed, calibration_rows, scratch, **watchers
+        )
         trained, ledger = align.align(run)
+
     ticker.start(f"writing {out}")
     if distributed.is_rank0():
         trained.save(run.folder / "trained", overwrite=True)
         move_model_files(run.folder / "trained", target)
+        # Only now: the trained mixers are read from this folder while the model is written.
         shutil.rmtree(run.folder)
-        shutil.rmtree(target / TEXT, ignore_errors=True)
+        shutil.rmtree(text, ignore_errors=True)
     distributed.barrier()
-    return ledger | {"text": texts.facts(), "summary": summarize_layers(target), "out": out}
+    return ledger | {"text": rows_of.facts(), "summary": summarize_layers(target), "out": out}
 
 
-def summarize_layers(out: Path) -> list[dict[str, Any]]:
-    """A row for every layer that was trained, as `watching.summary` has one for every stage."""
-    layers: dict[int, list[dict[str, Any]]] = {}
+def summarize_layers(out: Path) -> list[StageSummary]:
+    """Summarize every layer that was trained, as `monitor.summarize_stages` does stages."""
+    layers: dict[int, list[StepRow]] = {}
     for row in read_json_lines(out / "metrics.jsonl"):
-        layers.setdefault(row["layer"], []).append(row)
+        layers.setdefault(row["layer"], []).append(cast(StepRow, row))
+
+    # Tokens, seconds and steps in the rows count over all layers; here from the layer's start.
     found, tokens, seconds = [], 0, 0.0
     for layer, rows in layers.items():
         own = [
             row | {"tokens": row["tokens"] - tokens, "seconds": row["seconds"] - seconds}
             for row in rows
         ]
-        found.append({"stage": layer, **summarize_stage(own)} | {"steps": len(rows)})
+        summary = summarize_steps(layer, own)
+        summary["steps"] = len(rows)
+        found.append(summary)
         tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
     return found

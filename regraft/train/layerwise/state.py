@@ -1,10 +1,10 @@
-"""Alignment that streams layer by layer: what a run is asked for, how far it has come, what it leaves on disk."""
+"""Alignment layer by layer: what a run needs, how far it has come, what it keeps on disk."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,40 @@ from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
 from ...io.files import append_json_line, read_json, replace_file, write_json, write_text
-from .. import loop
 from ..divergence import LossSpikeConfig
+from ..output import check_settings
+from ..precision import bfloat16_is_faster
+from ..records import Cost, LedgerEntry, StartCost, StepRow
+from ..run import StepCallback
 from ..stage import LAYERWISE, Stage
 
-FOLDER = "stream"
+FOLDER = "stream"  # in the output folder: what a run needs to be resumed
 
 
 @dataclass(frozen=True)
 class LayerwiseRun:
-    """One stage `align` or `matrix` that walks over the layers of `source`, the teacher, and trains the mixers of
-    `target`, what `Remix` makes of it or a linearized model; neither is ever whole in memory.
+    """One stage `align` or `matrix` that goes through the model layer by layer.
 
-    Rows, their order, loss, groups and schedule are those of `loop.train`; gradients are clipped layer by layer.
-    `rows` are all on the processor. `calibration`: rows for a closed-form start, 0 for none. `scratch`: where the
-    hidden states of two layers are kept, `out/stream` by default, a folder in /dev/shm for memory; `keep`: float32 or
-    bfloat16. Under torchrun every process takes its part of each batch. `progress`, `jump`, `track` as in `loop.Run`;
-    steps and tokens in rows of metrics count every layer's.
+    Neither model is ever whole in memory. Rows, their order, loss, parameter groups and schedule
+    are those of `loop.train`; only gradients are clipped layer by layer. Under torchrun each
+    process takes its part of each batch.
+
+    Attributes:
+        source: the teacher.
+        target: the linearized model whose mixers are trained, as `Remix` makes it of `source` or
+            read from disk.
+        stage: what to train, and how long.
+        rows: the text.
+        out: the output folder.
+        seed: of the rows' order.
+        calibration: rows for the closed-form start, 0 for none.
+        scratch: folder for the hidden states of two layers; None for `out/stream`. One in
+            /dev/shm keeps them in memory.
+        keep: precision of these, float32 or bfloat16.
+        progress: as in `loop.Run`; steps and tokens of its rows count over all layers.
+        jump: as in `loop.Run`.
+        track: as in `loop.Run`.
+        device: where the layer computes.
     """
 
     source: Checkpoint
@@ -47,32 +64,49 @@ class LayerwiseRun:
     calibration: int = 0
     scratch: Path | None = None
     keep: str = "float32"
-    progress: loop.Progress = lambda stage, step, steps, row: None
+    progress: StepCallback = lambda stage, step, steps, row: None
     jump: LossSpikeConfig = LossSpikeConfig()
-    track: Callable[[dict[str, Any]], None] = lambda row: None
+    track: Callable[[Any], None] = lambda row: None
     device: torch.device = field(default_factory=distributed.device)
 
     @property
     def folder(self) -> Path:
-        """What the run keeps for a restart."""
+        """The folder for what the run needs to be resumed."""
         return self.out / FOLDER
 
     @property
     def settings(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        own = {
+        return {
             "seed": self.seed,
             "calibration": self.calibration,
             "keep": self.keep,
             "rows": len(self.rows),
+            "source": str(self.source.origin),
+            "mixers": self.target.config["mixers"],
+            "stage": dataclasses.asdict(self.stage),
         }
-        models = {"source": str(self.source.origin), "mixers": self.target.config["mixers"]}
-        return json.loads(json.dumps(own | models | {"stage": dataclasses.asdict(self.stage)}))
 
 
 def check_layerwise_run(run: LayerwiseRun) -> None:
-    """RegraftError when a run cannot be streamed."""
-    stage = run.stage
+    """RegraftError when a run cannot go layer by layer."""
+    check_layerwise_stage(run.stage)
+    check_layerwise_models(run.source, run.target)
+
+    if run.stage.batch % distributed.world_size():
+        raise RegraftError(
+            f"{run.stage.batch} rows a step cannot be shared by {distributed.world_size()} "
+            "processes: give a multiple"
+        )
+    positions = run.source.sizes.get("pos", run.stage.length)
+    if run.rows.length > positions:
+        raise RegraftError(
+            f"rows of {run.rows.length} tokens are longer than the model's {positions} positions"
+        )
+
+
+def check_layerwise_stage(stage: Stage) -> None:
+    """RegraftError when a stage needs more than one layer at a time."""
     if stage.kind not in LAYERWISE:
         raise RegraftError(
             f"stage '{stage.kind}' needs the whole model: stream one of {', '.join(LAYERWISE)}"
@@ -83,81 +117,102 @@ def check_layerwise_run(run: LayerwiseRun) -> None:
         )
     if stage.learn == "lit" or stage.window_drop:
         raise RegraftError(
-            f"learn '{stage.learn}' and window_drop {stage.window_drop} look at all layers of a step: stream without"
-        )
-    if run.target.config["model_type"] != "regraft" or run.source.config["model_type"] == "regraft":
-        kinds = run.source.config["model_type"], run.target.config["model_type"]
-        raise RegraftError(
-            f"streaming from a {kinds[0]} to a {kinds[1]}: give a stock teacher and a linearized model"
-        )
-    if run.target.config["host"]["model_type"] != run.source.config["model_type"] or not any(
-        run.target.config["mixers"]
-    ):
-        raise RegraftError(
-            f"'{run.target.origin}' is no linearization of '{run.source.origin}' with a mixer: give its own source"
-        )
-    if stage.batch % distributed.world_size():
-        raise RegraftError(
-            f"{stage.batch} rows a step cannot be shared by {distributed.world_size()} processes: give a multiple"
-        )
-    held = run.source.sizes.get("pos", stage.length)
-    if run.rows.length > held:
-        raise RegraftError(
-            f"rows of {run.rows.length} tokens are longer than the model's {held} positions"
+            f"learn '{stage.learn}' and window_drop {stage.window_drop} look at all layers "
+            "of a step: stream without"
         )
 
 
-@dataclass
+def check_layerwise_models(source: Checkpoint, target: Checkpoint) -> None:
+    """RegraftError when the target is no linearization, with a mixer, of the source."""
+    kinds = source.config["model_type"], target.config["model_type"]
+    if kinds[1] != "regraft" or kinds[0] == "regraft":
+        raise RegraftError(
+            f"streaming from a {kinds[0]} to a {kinds[1]}: "
+            "give a stock teacher and a linearized model"
+        )
+    if target.config["host"]["model_type"] != kinds[0] or not any(target.config["mixers"]):
+        raise RegraftError(
+            f"'{target.origin}' is no linearization of '{source.origin}' with a mixer: "
+            "give its own source"
+        )
+
+
+@dataclass(kw_only=True)
 class LayerwiseState:
-    """How far a run has come. `passed`: the layer whose input was counted last; `trained`: layers on disk; `entry`: the
-    ledger's; `start`: what the closed form took, in a row like it."""
+    """How far a run has come; written to `stream/state.json`.
+
+    Attributes:
+        passed: the last layer whose input is paid for in `entry`.
+        trained: layers whose mixer is on disk.
+        entry: the ledger's entry.
+        start: what the closed-form start took; None without one.
+    """
 
     passed: int = 0
     trained: list[int] = field(default_factory=list)
-    entry: dict[str, Any] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
+    entry: LedgerEntry
+    start: StartCost | None = None
 
     @classmethod
     def load(cls, run: LayerwiseRun) -> LayerwiseState:
-        """The state in `out`, the same for all processes; RegraftError when it is of another run."""
+        """The state in `out`, or a new one; the same for all processes.
+
+        RegraftError when it is of a run with other settings.
+        """
         file, facts = run.folder / "state.json", None
         if distributed.is_rank0() and file.exists():
             facts = read_json(file)
         facts = distributed.broadcast(facts)
         if facts is None:
-            fast = run.stage.precision == "bfloat16"
-            if run.stage.precision == "auto":
-                fast = distributed.broadcast(loop.bfloat16_is_faster(run.device.type))
-            precision = "bfloat16" if fast else "float32"
-            head = {"stage": 0, "kind": run.stage.kind, "precision": precision, "streamed": True}
-            begun = {
-                "kind": "closed form",
-                "tokens": run.calibration * run.rows.length,
-                "flops": 0,
-                "seconds": 0.0,
-            }
-            entry = head | {"tokens": 0, "flops": 0, "seconds": 0.0, "flops_per_step": 0}
-            return cls(entry=entry, start=begun if run.calibration else {})
-        if facts.pop("settings") != run.settings:
-            raise RegraftError(
-                f"'{run.out}' holds a run with other settings: give another output, or remove it"
-            )
-        return cls(**facts)
+            return cls.create(run)
+        check_settings(run.out, facts.pop("settings"), run.settings, remove="it")
+        return cls(**facts | {"start": facts["start"] or None})
+
+    @classmethod
+    def create(cls, run: LayerwiseRun) -> LayerwiseState:
+        """The state of a run that starts."""
+        fast = run.stage.precision == "bfloat16"
+        if run.stage.precision == "auto":
+            fast = distributed.broadcast(bfloat16_is_faster(run.device.type))
+        entry: LedgerEntry = {
+            "stage": 0,
+            "kind": run.stage.kind,
+            "precision": "bfloat16" if fast else "float32",
+            "streamed": True,
+            "tokens": 0,
+            "flops": 0,
+            "seconds": 0.0,
+            "flops_per_step": 0,
+        }
+
+        if not run.calibration:
+            return cls(entry=entry)
+        tokens = run.calibration * run.rows.length
+        start: StartCost = {"kind": "closed form", "tokens": tokens, "flops": 0, "seconds": 0.0}
+        return cls(entry=entry, start=start)
 
     def save(self, run: LayerwiseRun) -> None:
         """Write the state; the first process does."""
         if distributed.is_rank0():
-            write_json(
-                run.folder / "state.json", dataclasses.asdict(self) | {"settings": run.settings}
-            )
+            facts = dataclasses.asdict(self) | {"start": self.start or {}}
+            write_json(run.folder / "state.json", facts | {"settings": run.settings})
 
-    def add_cost(self, row: dict[str, Any], flops: int, seconds: float) -> None:
-        """Count work in `entry` or `start`, on every process the same."""
-        row["flops"] += sum(distributed.all_gather(flops))
-        row["seconds"] += distributed.broadcast(seconds)
+    def add_cost(self, cost: Cost, flops: int, seconds: float) -> None:
+        """Add to `entry` or `start`, the same in every process.
+
+        Args:
+            cost: what to add to.
+            flops: this process's FLOPs.
+            seconds: what this process took; those of the first count.
+        """
+        cost["flops"] += sum(distributed.all_gather(flops))
+        cost["seconds"] += distributed.broadcast(seconds)
 
     def trim_metrics(self, file: Path) -> None:
-        """Take rows of layers that are not on disk out of metrics.jsonl; the first process does."""
+        """Drop the rows of layers that are not on disk, which will be trained again.
+
+        A last line cut short by a kill is dropped too. The first process does it.
+        """
         if distributed.is_rank0() and file.exists():
             rows = [
                 line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")
@@ -168,7 +223,7 @@ class LayerwiseState:
 
 
 def layer_path(run: LayerwiseRun, layer: int) -> Path:
-    """Where a trained mixer is."""
+    """The file with a trained mixer."""
     return run.folder / f"layer-{layer}.safetensors"
 
 
@@ -183,25 +238,24 @@ def write_layer(file: Path, values: dict[str, Tensor]) -> None:
         ) from error
 
 
-def write_metrics_row(run: LayerwiseRun, row: dict[str, Any]) -> None:
-    """One more row of metrics.jsonl; the first process writes it."""
+def write_metrics_row(run: LayerwiseRun, row: StepRow) -> None:
+    """Append a row to metrics.jsonl; the first process does."""
     if distributed.is_rank0():
         append_json_line(run.out / "metrics.jsonl", row)
         run.track(row)
 
 
-def build_trained_checkpoint(run: LayerwiseRun, ledger: dict[str, Any]) -> Checkpoint:
-    """The target whose mixers are those on disk, each tensor read when it is saved."""
-    values: dict[str, safetensors.TensorEntry] = {}
+def build_trained_checkpoint(run: LayerwiseRun, ledger: Mapping[str, Any]) -> Checkpoint:
+    """The target with the trained mixers on disk. Each tensor is read when it is saved."""
+    entries: dict[str, safetensors.TensorEntry] = {}
     for layer, spec in enumerate(run.target.config["mixers"]):
         if spec:
-            values |= {
-                entry.name: entry for entry in safetensors.read_header(layer_path(run, layer))
-            }
+            file = layer_path(run, layer)
+            entries |= {entry.name: entry for entry in safetensors.read_header(file)}
+
     step = {
         "step": "Train",
         "arguments": {"stages": [dataclasses.asdict(run.stage)], "streamed": True},
+        "ledger": ledger,
     }
-    return run.target.with_readers(
-        {name: entry.read for name, entry in values.items()}, step | {"ledger": ledger}
-    )
+    return run.target.with_readers({name: entry.read for name, entry in entries.items()}, step)

@@ -1,4 +1,6 @@
-"""Alignment that streams: the mixers of the run that holds the whole model, after a kill and in parts too."""
+"""Alignment that streams: the mixers of the run that holds the whole model, after a kill and in
+parts too.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import streamed_memory
 
-KEPT = 8_000_000  # bytes the allocator may hold beyond what is in use; nothing beside the layers of a real model
+# bytes the allocator may hold beyond what is in use; nothing beside the layers of a real model
+KEPT = 8_000_000
 
 
 @pytest.mark.slow

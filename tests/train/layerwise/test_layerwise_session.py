@@ -1,4 +1,6 @@
-"""`regraft train --stream`: what it writes, a command that goes on after a kill, bad input in one line."""
+"""`regraft train --stream`: what it writes, a command that goes on after a kill, bad input in one
+line.
+"""
 
 from __future__ import annotations
 

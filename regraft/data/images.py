@@ -1,0 +1,103 @@
+"""Labelled images in memory, and how they are read from a .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..errors import RegraftError
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images, normalised as the model takes them.
+
+    Attributes:
+        pixel_values: (images, channels, height, width), float32.
+        labels: (images,), int64.
+    """
+
+    pixel_values: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def __getitem__(self, rows: Any) -> Images:
+        return Images(self.pixel_values[rows], self.labels[rows])
+
+    @property
+    def tokens(self) -> int:
+        """How many images there are: what a stage's budget counts."""
+        return len(self)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds them."""
+        return self.pixel_values.device
+
+    def to(self, device: torch.device) -> Images:
+        """The same images on a device."""
+        return Images(self.pixel_values.to(device), self.labels.to(device))
+
+
+def read_images(path: str | Path) -> Images:
+    """Read a .npz file with two arrays, `pixel_values` and `labels`.
+
+    Args:
+        path: the file. `pixel_values` are floats of shape (images, channels, height, width),
+            normalised as the model's image processor does it; `labels` are whole numbers of
+            shape (images,).
+
+    RegraftError for a missing file, one that is not .npz, a missing array, a wrong shape or dtype.
+    """
+    arrays = _load_arrays(path)
+    pixels, labels = arrays["pixel_values"], arrays["labels"]
+
+    # kind "f": floats; "iu": signed and unsigned whole numbers
+    if pixels.ndim != 4 or pixels.dtype.kind != "f":
+        raise RegraftError(
+            f"pixel_values in '{path}' are {pixels.dtype} {list(pixels.shape)}: they must be "
+            "floats (n, channels, height, width), normalised as the model's image processor does it"
+        )
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+        raise RegraftError(
+            f"labels in '{path}' are {labels.dtype} {list(labels.shape)}: they must be one whole "
+            f"number for each of the {len(pixels)} images"
+        )
+
+    return Images(
+        torch.from_numpy(pixels.astype("float32")), torch.from_numpy(labels.astype("int64"))
+    )
+
+
+def _load_arrays(path: str | Path) -> dict[str, numpy.ndarray]:
+    """The two arrays of a .npz file; RegraftError where one is missing or the file is damaged."""
+    if Path(path).suffix != ".npz":
+        raise RegraftError(
+            f"cannot read '{path}' as images: give a .npz file with pixel_values and labels"
+        )
+    if not Path(path).is_file():
+        raise RegraftError(f"no images at '{path}': give a .npz file with pixel_values and labels")
+
+    names = ("pixel_values", "labels")
+    try:
+        # without pickle: a pickled array could run code
+        with numpy.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in names if name in file.files}
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise RegraftError(
+            f"'{path}' is no readable .npz file ({error}): save it again with numpy.savez"
+        ) from error
+
+    if missing := [name for name in names if name not in arrays]:
+        raise RegraftError(
+            f"'{path}' has no array '{missing[0]}': it needs pixel_values and labels"
+        )
+    return arrays
