@@ -28,6 +28,7 @@ demo: .venv/.ready
 	$(BIN)/regraft demo demo-out
 
 # The site, in site/: fails on a broken link or a name that is missing. Read it with: $(BIN)/mkdocs serve
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: .venv/.ready
 	$(BIN)/python -m mkdocs build --strict
 

@@ -92,14 +92,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])
 
 
+SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Examples?|Note):\s*$", re.M)
+
+
 def prose(text: str | None) -> str:
-    """A docstring as markdown: what it says before its sections, its line breaks free.
+    """A docstring as markdown: what it says before its sections.
 
     Underscores and stars outside code are escaped, so that formulas such as `k_t` stay as they are.
     """
-    description = docstring_parser.parse(text or "")
-    parts = [description.short_description or "", description.long_description or ""]
-    return escape("\n\n".join(part for part in parts if part))
+    return escape(SECTION.split(inspect.cleandoc(text or ""))[0].strip())
 
 
 def escape(text: str) -> str:
@@ -208,14 +209,18 @@ def python_page() -> str:
     """The public names of the package by mkdocstrings, and the modules below them."""
     blocks = [
         "# Python",
-        "`import regraft` has the names of the first section; they load when first used. It also makes "
+        "`import regraft` has the names of the first section; they load when first used. `import regraft.modeling` makes "
         "`AutoModelForCausalLM.from_pretrained` load linearized models (without regraft: `trust_remote_code=True`). "
-        "The modules below may change between versions.",
+        "The modules below the public names may change between versions.",
         "## regraft",
+        "::: regraft.open",
     ]
     for name in regraft.__all__:
         value = getattr(regraft, name)
-        blocks.append(f"::: {value.__module__}.{value.__qualname__}")
+        if inspect.ismodule(value):
+            blocks.append(f"::: {value.__name__}")
+        else:
+            blocks.append(f"::: {value.__module__}.{value.__qualname__}")
     for folder, modules in MODULES.items():
         blocks.append(f"## {folder}")
         blocks += [f"::: regraft.{module}" + SHOW_MODULE for module in modules]
