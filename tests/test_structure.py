@@ -97,7 +97,7 @@ def imports(file: Path) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_are_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 450
 
 
 def test_the_package_stays_small():

@@ -1,7 +1,9 @@
-"""The pages of the site that no file holds: the reference, the tree of the package, its figures, the changes.
+"""The pages of the site that no file holds: the reference, the tree of the package, its figures,
+the changes.
 
-A hook of mkdocs, named in mkdocs.yml: the pages are made while the site is built and are in no commit, so that they
-cannot be out of date, and no test has to compare them. `generate_pages()` gives the same pages to a test.
+A hook of mkdocs, named in mkdocs.yml: the pages are made while the site is built and are in no
+commit, so that they cannot be out of date, and no test has to compare them. `generate_pages()`
+gives the same pages to a test.
 
 Run it alone to read one page: python docs/tools/generate_reference.py reference/cli.md
 """
@@ -142,7 +144,9 @@ def format_default(field: dataclasses.Field[Any]) -> str:
 
 
 def fields_table(schema: Any) -> str:
-    """The fields of a dataclass: type, default, and what its docstring says of each under `Attributes:`."""
+    """The fields of a dataclass: type, default, and what its docstring says of each under
+    `Attributes:`.
+    """
     hints = typing.get_type_hints(schema)
     parsed = docstring_parser.parse(inspect.getdoc(schema) or "")
     said = {one.arg_name: " ".join((one.description or "").split()) for one in parsed.params}
@@ -175,15 +179,20 @@ def cli_page() -> str:
     ]
     blocks = [
         "# Command line",
-        "Made from the parser: this is what `regraft VERB --help` prints. Flags may be written with dashes or "
-        "underscores. `--json` prints one JSON object on standard output and nothing else. Exit codes: 0 done, 1 a "
-        "check does not hold, 2 wrong use or input (one line says what, the value and what to do), 130 interrupted.",
+        (
+            "Made from the parser: this is what `regraft VERB --help` prints. Flags may be written"
+            " with dashes or underscores. `--json` prints one JSON object on standard output and"
+            " nothing else. Exit codes: 0 done, 1 a check does not hold, 2 wrong use or input (one"
+            " line says what, the value and what to do), 130 interrupted."
+        ),
         table(
             ["verb", "what it does", "resumes when run again", "runs under torchrun"],
             rows,
         ),
-        "Counts of tokens take k, M and B for 10^3, 10^6 and 10^9. Context lengths (`--lengths 1k,4k`) take k for "
-        "1,024.",
+        (
+            "Counts of tokens take k, M and B for 10^3, 10^6 and 10^9. Context lengths (`--lengths"
+            " 1k,4k`) take k for 1,024."
+        ),
     ]
     for name in VERBS:
         blocks += [f"## {name}", f"```text\n{read_help(name)}\n```"]
@@ -209,9 +218,12 @@ def python_page() -> str:
     """The public names of the package by mkdocstrings, and the modules below them."""
     blocks = [
         "# Python",
-        "`import regraft` has the names of the first section; they load when first used. `import regraft.modeling` makes "
-        "`AutoModelForCausalLM.from_pretrained` load linearized models (without regraft: `trust_remote_code=True`). "
-        "The modules below the public names may change between versions.",
+        (
+            "`import regraft` has the names of the first section; they load when first used."
+            " `import regraft.modeling` makes `AutoModelForCausalLM.from_pretrained` load"
+            " linearized models (without regraft: `trust_remote_code=True`). The modules below the"
+            " public names may change between versions."
+        ),
         "## regraft",
         "::: regraft.open",
     ]
@@ -235,16 +247,22 @@ def families_page() -> str:
     head, rows = family_rows()
     blocks = [
         "# Families",
-        "Each family is a table in `regraft/families/`: the name, the signature and the place of every parameter. What "
-        "a family can do follows from its table; this page asks the steps for it, on a tiny model of each "
-        "(`docs/tools/family_table.py`). Layers can be added in every family.",
+        (
+            "Each family is a table in `regraft/families/`: the name, the signature and the place"
+            " of every parameter. What a family can do follows from its table; this page asks the"
+            " steps for it, on a tiny model of each (`docs/tools/family_table.py`). Layers can be"
+            " added in every family."
+        ),
         table(head, rows),
-        "- *any*: any larger size. *multiples*: of the number or size that is named. *with hidden*: only together with "
-        "`--hidden`. *follows*: another size moves, too.\n"
-        "- *trains*: objectives of `regraft train --stage` beside `align` and `matrix`, which linearized models have.\n"
-        "- *as another class*: the family that `--bridge` (`regraft.Bridge`) writes the model as, when its own class "
-        "cannot hold the sizes.\n"
-        "- Linearized models (`model_type: regraft`) grow like their host, and train with the objectives of decoders.",
+        (
+            "- *any*: any larger size. *multiples*: of the number or size that is named. *with"
+            " hidden*: only together with `--hidden`. *follows*: another size moves, too.\n-"
+            " *trains*: objectives of `regraft train --stage` beside `align` and `matrix`, which"
+            " linearized models have.\n- *as another class*: the family that `--bridge`"
+            " (`regraft.Bridge`) writes the model as, when its own class cannot hold the sizes.\n-"
+            " Linearized models (`model_type: regraft`) grow like their host, and train with the"
+            " objectives of decoders."
+        ),
         "## What is refused",
         "A refusal says the value and the nearest that works. For the tiny models here:",
         "\n".join(f"- {escape(line)}" for line in refusals()),
@@ -257,11 +275,14 @@ def mixers_page() -> str:
     known = dict(sorted(mixers().items()))
     blocks = [
         "# Mixers",
-        "What `--mixer` takes, and the `mixer` of `regraft.Remix`. Options are given as JSON "
-        '(`--mixer gla --options \'{"gate": "none"}\'`). With `--window` above 0 a linear mixer stands beside a '
-        "branch of windowed softmax attention; both are joined by `gated`, which is not named by itself. On a GPU the "
-        "recurrences run in flash-linear-attention's kernels where the extra `fast` is installed, elsewhere in plain "
-        "PyTorch.",
+        (
+            "What `--mixer` takes, and the `mixer` of `regraft.Remix`. Options are given as JSON"
+            ' (`--mixer gla --options \'{"gate": "none"}\'`). With `--window` above 0 a linear'
+            " mixer stands beside a branch of windowed softmax attention; both are joined by"
+            " `gated`, which is not named by itself. On a GPU the recurrences run in"
+            " flash-linear-attention's kernels where the extra `fast` is installed, elsewhere in"
+            " plain PyTorch."
+        ),
         table(
             ["mixer", "is"],
             [
@@ -296,9 +317,12 @@ def methods_page() -> str:
     """Methods by name: docstring, remix and stages."""
     blocks = [
         "# Methods",
-        "What `--method` takes: mixer, kept layers, closed-form start and stages of training. Other flags change what "
-        "the method says. Each file `regraft/linearize/methods/NAME.py` states what differs from its paper and what is "
-        "known of patents and licences.",
+        (
+            "What `--method` takes: mixer, kept layers, closed-form start and stages of training."
+            " Other flags change what the method says. Each file"
+            " `regraft/linearize/methods/NAME.py` states what differs from its paper and what is"
+            " known of patents and licences."
+        ),
     ]
     overview, details = [], []
     for name in list_methods():
@@ -342,9 +366,12 @@ def recipes_page() -> str:
     seen: set[Any] = set()
     blocks = [
         "# Recipes",
-        "Keys of the YAML files that `regraft run` and `regraft compare` read. Unknown keys are errors. Any key can be "
-        "overridden on the command line (`--stages.1.tokens 500000`). How to write one: "
-        "[Recipes](../guides/recipes.md), [Comparing](../guides/comparing.md).",
+        (
+            "Keys of the YAML files that `regraft run` and `regraft compare` read. Unknown keys are"
+            " errors. Any key can be overridden on the command line (`--stages.1.tokens 500000`)."
+            " How to write one: [Recipes](../guides/recipes.md),"
+            " [Comparing](../guides/comparing.md)."
+        ),
     ]
     for title, root in (("regraft run", Recipe), ("regraft compare", Comparison)):
         blocks.append(f"## {title}")

@@ -29,7 +29,7 @@ from ..train import fit_ligo, fsdp, loop, objectives
 from ..train.calibrate import calibrate
 from ..train.stage import LAYERWISE, Stage
 from . import data
-from .numbers import NO_COST, HeldOut, Ledger, RunFacts, StartCost
+from .numbers import NO_COST, ArmStartCost, DoneFacts, HeldOut, Ledger
 from .recipe import MAIN, Arm, Comparison, LinearizeOptions
 
 DONE, FITTING = "done.json", "fitting"
@@ -216,7 +216,7 @@ class ArmStart:
     """
 
     model: PreTrainedModel
-    cost: StartCost
+    cost: ArmStartCost
     moments: Path | None = None
 
 
@@ -294,7 +294,7 @@ def linearize_source(
             for _ in calibrate(modeling.slots(model), teacher.model, teacher.slots, batches):
                 pass
 
-    cost: StartCost = {
+    cost: ArmStartCost = {
         "flops": counter.get_total_flops(),
         "tokens": len(batches) * length,
         "keep": remix.keep,
@@ -409,7 +409,7 @@ def verify(recipe: Comparison, out: Path) -> None:
                 )
 
 
-def finish_run(folder: Path, facts: RunFacts) -> None:
+def finish_run(folder: Path, facts: DoneFacts) -> None:
     """Write done.json and delete what only a restart needs; the first process does."""
     if not distributed.is_rank0():
         return

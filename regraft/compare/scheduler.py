@@ -20,7 +20,7 @@ from ..progress import Ticker
 from ..recipes import schema
 from . import arm as arms
 from . import data, report, savings
-from .numbers import ComparisonNumbers, FailedRun, RunFacts
+from .numbers import ComparisonNumbers, DoneFacts, FailedRun
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
@@ -252,7 +252,7 @@ def usable_cores() -> int:
 
 def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts: RunFacts | None = read_json_if_exists(job.folder(out) / arms.DONE)
+    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / arms.DONE)
     if facts is None:
         return False
 

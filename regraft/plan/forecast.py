@@ -22,7 +22,7 @@ RESERVE = 0.1
 MAX_GPUS_TRIED = 4096
 
 
-class Throughput(TypedDict):
+class ThroughputForecast(TypedDict):
     """Speed of training, over all GPUs."""
 
     # Forward and backward of the student.
@@ -48,7 +48,7 @@ class BudgetForecast(TypedDict, total=False):
     cost: float
 
 
-class TrainingForecast(Throughput):
+class TrainingForecast(ThroughputForecast):
     """`train` in `regraft plan --train --json`."""
 
     stage: str
@@ -162,7 +162,7 @@ def estimate_throughput(
     teacher: Checkpoint | None,
     step: StepMemory,
     request: TrainingForecastRequest,
-) -> Throughput:
+) -> ThroughputForecast:
     """FLOPs of a token, and tokens a second over all GPUs.
 
     A token takes the student's forward and backward, the teacher's forward, and what checkpointing

@@ -1,4 +1,6 @@
-"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and what to change."""
+"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and
+what to change.
+"""
 
 from __future__ import annotations
 
