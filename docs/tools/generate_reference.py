@@ -8,13 +8,16 @@ Run it alone to read one page: python docs/tools/generate_reference.py reference
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import io
 import os
 import re
 import sys
+import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +34,7 @@ for folder in (TOOLS, ROOT):
 
 import code_figures  # noqa: E402
 import package_tree  # noqa: E402
-from family_table import family_rows, refusals  # noqa: E402
+from family_table import family_rows, list_stock_families, refusals  # noqa: E402
 
 import regraft  # noqa: E402
 from regraft.cli.main import main as command_line  # noqa: E402
@@ -142,16 +145,42 @@ def format_default(field: dataclasses.Field[Any]) -> str:
 
 
 def fields_table(schema: Any) -> str:
-    """The fields of a dataclass: type, default, and what its docstring says of each under `Attributes:`."""
+    """The fields of a dataclass: type, default, meaning."""
     hints = typing.get_type_hints(schema)
-    parsed = docstring_parser.parse(inspect.getdoc(schema) or "")
-    said = {one.arg_name: " ".join((one.description or "").split()) for one in parsed.params}
+    said = read_field_meanings(schema)
     rows = [
         [f"`{field.name}`", format_type(hints[field.name]), format_default(field)]
         + ([escape(said.get(field.name, ""))] if said else [])
         for field in dataclasses.fields(schema)
     ]
     return table(["key", "type", "default", *(["meaning"] if said else [])], rows)
+
+
+def read_field_meanings(schema: Any) -> dict[str, str]:
+    """What a dataclass says of its fields: under `Attributes:` of its docstring, or in comments above them."""
+    said: dict[str, str] = {}
+    for kind in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(kind):
+            continue
+        lines = inspect.getsource(kind).splitlines()
+        tree = ast.parse(textwrap.dedent("\n".join(lines))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                if comment := read_comment_above(lines, node.lineno - 1):
+                    said[node.target.id] = comment
+        for one in docstring_parser.parse(vars(kind).get("__doc__") or "").params:
+            said[one.arg_name] = " ".join((one.description or "").split())
+    return said
+
+
+def read_comment_above(lines: list[str], index: int) -> str:
+    """The comment that ends on the line above `index`, on one line."""
+    found: list[str] = []
+    while index and lines[index - 1].strip().startswith("#"):
+        index -= 1
+        found.insert(0, lines[index].strip().lstrip("#").strip())
+    return " ".join(found)
 
 
 def first_line(text: str | None) -> str:
@@ -240,16 +269,24 @@ def families_page() -> str:
         "(`docs/tools/family_table.py`). Layers can be added in every family.",
         table(head, rows),
         "- *any*: any larger size. *multiples*: of the number or size that is named. *with hidden*: only together with "
-        "`--hidden`. *follows*: another size moves, too.\n"
+        "`--hidden`. *may follow*: the step moves another size as well, where the class ties it to the first.\n"
         "- *trains*: objectives of `regraft train --stage` beside `align` and `matrix`, which linearized models have.\n"
         "- *as another class*: the family that `--bridge` (`regraft.Bridge`) writes the model as, when its own class "
         "cannot hold the sizes.\n"
         "- Linearized models (`model_type: regraft`) grow like their host, and train with the objectives of decoders.",
+        "## What each is",
+        "\n".join(f"- {escape(describe_family(name))}" for name in list_stock_families()),
         "## What is refused",
         "A refusal says the value and the nearest that works. For the tiny models here:",
         "\n".join(f"- {escape(line)}" for line in refusals()),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def describe_family(name: str) -> str:
+    """A family's name and the docstring of its table, on one line."""
+    module = importlib.import_module(f"regraft.families.{name}")
+    return f"`{name}`: {first_line(module.__doc__)}"
 
 
 def mixers_page() -> str:
@@ -313,7 +350,7 @@ def methods_page() -> str:
             [f"[`{name}`](#{name})", mixer, keep, str(method.remix.window or "none"), stages]
         )
         details += [f"## {name}", prose(module.__doc__), f"```yaml\n{describe_method(method)}\n```"]
-    blocks.append(table(["method", "mixer", "kept layers", "window", "stages"], overview))
+    blocks.append(table(["method", "mixer", "kept layers", "window beside", "stages"], overview))
     return "\n\n".join([*blocks, *details]) + "\n"
 
 
