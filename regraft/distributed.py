@@ -1,4 +1,6 @@
-"""The processes that torchrun started, and what they tell each other; one process is rank 0 of 1 and tells nobody."""
+"""The processes that torchrun started, and what they tell each other; one process is rank 0 of 1
+and tells nobody.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def all_gather(value: T) -> list[T]:
 
 
 def on_rank0(act: Callable[[], T]) -> T:
-    """What the first process gets from `act` while the others wait, in all of them; or what it raises, in all."""
+    """What the first process gets from `act` while the others wait, in all of them; or what it
+    raises, in all.
+    """
     if world_size() == 1:
         return act()
     found: list[Any] = [None, None]
@@ -92,10 +96,11 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def init_distributed() -> Iterator[None]:
-    """Inside, the processes of a torchrun know each other: gloo on processors, NCCL beside it on accelerators.
+    """Inside, the processes of a torchrun know each other: gloo on processors, NCCL beside it on
+    accelerators.
 
-    Without torchrun nothing happens. A process whose launcher dies gets SIGTERM (on Linux). RegraftError when the
-    processes cannot meet.
+    Without torchrun nothing happens. A process whose launcher dies gets SIGTERM (on Linux).
+    RegraftError when the processes cannot meet.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
@@ -104,8 +109,8 @@ def init_distributed() -> Iterator[None]:
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise RegraftError(
-                f"process {local} of this machine has no accelerator, there are {torch.cuda.device_count()}: start at "
-                "most that many with --nproc-per-node"
+                f"process {local} of this machine has no accelerator, there are"
+                f" {torch.cuda.device_count()}: start at most that many with --nproc-per-node"
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -114,8 +119,8 @@ def init_distributed() -> Iterator[None]:
         store, mine, count = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except dist.DistError as error:
         raise RegraftError(
-            f"process {os.environ.get('RANK')} found no launcher within {RENDEZVOUS_TIMEOUT} ({str(error).splitlines()[0]}): "
-            "start all processes again"
+            f"process {os.environ.get('RANK')} found no launcher within {RENDEZVOUS_TIMEOUT}"
+            f" ({str(error).splitlines()[0]}): start all processes again"
         ) from error
     store.set_timeout(COLLECTIVE_TIMEOUT)
     dist.init_process_group(

@@ -1,4 +1,6 @@
-"""What a long run is doing, on standard error: a live bar on a terminal, else a line at least every few seconds."""
+"""What a long run is doing, on standard error: a live bar on a terminal, else a line at least every
+few seconds.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,11 @@ def format_seconds(seconds: float) -> str:
 
 
 class Ticker:
-    """Says the current phase, how far it is, and the time used and left; never silent for longer than `BEAT` seconds.
+    """Says the current phase, how far it is, and the time used and left; never silent for longer
+    than `BEAT` seconds.
 
-    `budget`: seconds for everything, or None; `spent`: seconds used by earlier, interrupted runs; `each_beat` is
-    called twice a second from a thread of its own. Use as a context.
+    `budget`: seconds for everything, or None; `spent`: seconds used by earlier, interrupted runs;
+    `each_beat` is called twice a second from a thread of its own. Use as a context.
     """
 
     def __init__(
@@ -101,7 +104,9 @@ class Ticker:
     def update(
         self, fraction: float | None = None, note: str = "", coming: float | None = None
     ) -> None:
-        """How far the phase is, 0 to 1, a few words, and the seconds it still takes where they are known."""
+        """How far the phase is, 0 to 1, a few words, and the seconds it still takes where they are
+        known.
+        """
         self.fraction, self.note, self.coming = fraction, note, coming
         self.show()
 
@@ -155,7 +160,9 @@ def build_bar(stream: TextIO) -> Progress:
 
 
 def quiet() -> None:
-    """Libraries log errors only; downloads and tokenizers print no bars. What the user has set stays."""
+    """Libraries log errors only; downloads and tokenizers print no bars. What the user has set
+    stays.
+    """
     settings = {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

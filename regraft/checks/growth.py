@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,152 +16,198 @@ from ..growth import build, depth
 if TYPE_CHECKING:
     from pathlib import Path
 
-STEPS = {
-    "Widen": lambda arguments: "aki" not in arguments["how"],
-    "Deepen": lambda arguments: arguments["how"] in depth.EXACT,
-    "Bridge": lambda arguments: True,
-    "Store": lambda arguments: True,
-    "Learned": lambda arguments: False,
-    "Transplant": lambda arguments: False,
-}
-BOUNDS = {
-    torch.bfloat16: 3e-2,
-    torch.float16: 4e-3,
-}  # what rounding the stored weights may move logits by
+GROWTH_STEPS = ("Widen", "Deepen", "Bridge", "Learned", "Transplant")
+# Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5
+BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 POST_NORM_TOLERANCE = 1e-3  # layers behind post-norms are idle up to the norms' epsilon
 GREEDY_TOKENS = 24
+
+
+class ModelDifferences(TypedDict):
+    """A model against its source, on the same random input."""
+
+    # Largest difference of any output, relative to that output's largest value.
+    rel_logit_diff: float
+    max_abs_logit_diff: float
+    # Decoding through the cache against all tokens at once, relative; None for encoders.
+    parallel_vs_recurrent: float | None
+    # Greedy tokens, of GREEDY_TOKENS, that agree from the start; None for encoders.
+    greedy: int | None
+
+
+class Step0(TypedDict):
+    """What growth that does not keep the function costs before training."""
+
+    rel_logit_diff: float
+    # Next-token losses in nats, of models that predict the next token.
+    loss_source: NotRequired[float]
+    loss_grown: NotRequired[float]
 
 
 def growth_steps(after: Checkpoint, before: Checkpoint) -> list[dict[str, Any]]:
     """The growth steps that lie between two checkpoints; empty when nothing grew."""
     steps = list(after.history)[len(before.history) :]
-    return [
-        step
-        for step in steps
-        if step.get("step") in ("Widen", "Deepen", "Bridge", "Learned", "Transplant")
-    ]
+    return [step for step in steps if step.get("step") in GROWTH_STEPS]
 
 
 def is_exact(steps: list[dict[str, Any]]) -> bool:
     """Whether every step between source and output keeps the function."""
-    return all(
-        step.get("step") in STEPS and STEPS[step["step"]](step["arguments"]) for step in steps
-    )
+    return all(keeps_function(step) for step in steps)
+
+
+def keeps_function(step: dict[str, Any]) -> bool:
+    """Whether a step of lineage.json keeps the function; steps that are no growth do not."""
+    name = step.get("step")
+    if name == "Widen":
+        return "aki" not in step["arguments"]["how"]
+    if name == "Deepen":
+        return step["arguments"]["how"] in depth.EXACT
+    return name in ("Bridge", "Store")
 
 
 def difference_bound(before: Checkpoint, after: Checkpoint) -> float:
-    """Largest relative difference that counts as equal: by storage dtype, and by the norms of post-norm families."""
-    dtype = {lazy.dtype for lazy in (*before.tensors.values(), *after.tensors.values())}
-    rounded = max([EXACT, *[BOUNDS.get(one, EXACT) for one in dtype]])
-    parts = [spot.part for spot in after.anatomy.place(after.config).values()]
-    post = any(part.norm and part.writes == "stream" and part.axes.kind == "bias" for part in parts)
-    deeper = any(step.get("step") == "Deepen" for step in after.history)
-    return max(rounded, POST_NORM_TOLERANCE) if post and deeper else rounded
+    """Largest relative difference of outputs that counts as equal.
+
+    By storage dtype, and wider for families whose new layers stand behind post-norms.
+    """
+    dtypes = {lazy.dtype for lazy in (*before.tensors.values(), *after.tensors.values())}
+    rounding = max([EXACT, *(BOUNDS.get(dtype, EXACT) for dtype in dtypes)])
+
+    # A post-norm normalises the stream once more: where a new layer adds nothing, what is
+    # normalised already comes out the same up to the norm's epsilon.
+    parts = [placed.part for placed in after.anatomy.place(after.config).values()]
+    has_post_norm = any(
+        part.norm and part.writes == "stream" and part.axes.kind == "bias" for part in parts
+    )
+    is_deeper = any(step.get("step") == "Deepen" for step in after.history)
+    return max(rounding, POST_NORM_TOLERANCE) if has_post_norm and is_deeper else rounding
 
 
 @torch.no_grad()
-def compute_outputs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor a model gives, by name, in float32."""
-    found: dict[str, Tensor] = {}
-    for name, value in model(**given).items():
+def compute_outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that a model gives, by name, in float32.
+
+    Args:
+        model: a transformers model.
+        inputs: its arguments.
+    """
+    outputs: dict[str, Tensor] = {}
+    for name, value in model(**inputs).items():
         if torch.is_tensor(value) and value.ndim:
-            found[name] = value.float()
+            outputs[name] = value.float()
         elif name == "feature_maps":
-            found |= {f"{name}.{index}": item.float() for index, item in enumerate(value)}
-    return found
+            outputs |= {f"{name}.{index}": item.float() for index, item in enumerate(value)}
+    return outputs
 
 
 def stream_index(before: Checkpoint, after: Checkpoint) -> Tensor:
-    """For every coordinate of the grown stream the old one that it copies, if it copies any, (new,)."""
+    """For every coordinate of the grown stream the old one that it copies, if any, (new,).
+
+    Only operators that draw their copies need it: the draw is repeated with the step's seed. For
+    the others the old coordinates are taken in turn, which is where their copies are.
+    """
     index = torch.arange(before.sizes["hidden"])
     for step in list(after.history)[len(before.history) :]:
         arguments, old = step.get("arguments", {}), len(index)
         new = arguments.get("hidden") or old
-        if new > old:
-            drawn = build.parse_width_operators(arguments.get("how", "pad"))["hidden"] in (
-                "duplicate",
-                "aki",
-            )
-            index = index[
-                axes.duplicate(old, new, arguments["seed"]).index
-                if drawn
-                else torch.arange(new) % old
-            ]
+        if new <= old:
+            continue
+        operator = build.parse_width_operators(arguments.get("how", "pad"))["hidden"]
+        if operator in ("duplicate", "aki"):
+            index = index[axes.duplicate(old, new, arguments["seed"]).index]
+        else:
+            index = index[torch.arange(new) % old]
     return index
 
 
 def max_difference(before: Tensor, after: Tensor, index: Tensor) -> tuple[float, float]:
-    """(relative, absolute) largest difference. Where the stream itself comes out, wider than it was, its first
-    coordinates must hold the old values and every other one those that it copies (`index`) or, being silent, zeros.
+    """(relative, absolute) largest difference of an output.
+
+    Where the stream itself comes out, wider than it was, its first coordinates must hold the old
+    values and every other one those that it copies or, being silent, zeros.
+
+    Args:
+        before: output of the source.
+        after: the same output of the grown model.
+        index: the old coordinate that each new one copies, (new,).
     """
-    axis = next(
-        (axis for axis in range(before.ndim) if before.shape[axis] != after.shape[axis]), None
-    )
-    if axis is None:
+    wider = [axis for axis in range(before.ndim) if before.shape[axis] != after.shape[axis]]
+    if not wider:
         worst = float((after - before).abs().max())
-    else:
-        width = before.shape[axis]
-        first, new = after.transpose(0, axis).split([width, after.shape[axis] - width])
-        old = before.transpose(0, axis)
-        copied, silent = (
-            (new - value).flatten(1).abs().amax(1)
-            for value in (old[index[width:]], torch.zeros(()))
-        )
-        worst = max(float((first - old).abs().max()), float(torch.minimum(copied, silent).max()))
+        return worst / float(before.abs().max()), worst
+
+    # The stream first: (hidden, ...).
+    axis = wider[0]
+    width = before.shape[axis]
+    old = before.transpose(0, axis)
+    first, new = after.transpose(0, axis).split([width, after.shape[axis] - width])
+
+    from_copy = (new - old[index[width:]]).flatten(1).abs().amax(1)
+    from_zero = new.flatten(1).abs().amax(1)
+    worst = max(float((first - old).abs().max()), float(torch.minimum(from_copy, from_zero).max()))
     return worst / float(before.abs().max()), worst
 
 
-def compare_models(before: Checkpoint, after: Checkpoint, seed: int) -> dict[str, Any]:
-    """Run both on the same random input, one model in memory at a time; causal ones also write `NEW` tokens each.
+def compare_models(before: Checkpoint, after: Checkpoint, seed: int) -> ModelDifferences:
+    """Run both on the same random input; causal ones also write GREEDY_TOKENS tokens each.
 
-    Returns rel_logit_diff, max_abs_logit_diff, parallel_vs_recurrent, greedy (how many of NEW greedy tokens agree from
-    the start, None for encoders).
+    RegraftError when the grown model lacks an output of its source.
+
+    Args:
+        before: the source.
+        after: the grown model.
+        seed: of the input.
     """
-    given = modeling.random_inputs(before, seed=seed)
+    inputs = modeling.random_inputs(before, seed=seed)
     causal = before.anatomy.causal
+
+    # One model is in memory at a time.
     model = modeling.materialize(before)
-    reference, text = (
-        compute_outputs(model, given),
-        generate_greedy(model, given) if causal else None,
-    )
+    reference = compute_outputs(model, inputs)
+    text = generate_greedy(model, inputs) if causal else None
     del model
     model = modeling.materialize(after)
-    ours = compute_outputs(model, given)
-    if missing := sorted(set(reference) - set(ours)):
+    outputs = compute_outputs(model, inputs)
+    if missing := sorted(set(reference) - set(outputs)):
         raise RegraftError(
-            f"'{after.origin}' gives no '{missing[0]}' as its source does: name the source it came from"
+            f"'{after.origin}' gives no '{missing[0]}' as its source does: "
+            "name the source it came from"
         )
+
+    # The cache is wider with the model; decoding through it is compared instead.
     index = stream_index(before, after)
     pairs = [
-        max_difference(value, ours[name], index)
+        max_difference(value, outputs[name], index)
         for name, value in reference.items()
         if name != modeling.CACHE
     ]
-    found: dict[str, Any] = {
+    differences: ModelDifferences = {
         "rel_logit_diff": max(relative for relative, _ in pairs),
         "max_abs_logit_diff": max(absolute for _, absolute in pairs),
         "parallel_vs_recurrent": None,
         "greedy": None,
     }
     if text is not None:
-        found["parallel_vs_recurrent"] = cached_decoding_difference(model, given, ours["logits"])
-        found["greedy"] = count_agreeing(text, generate_greedy(model, given))
-    return found
+        differences["parallel_vs_recurrent"] = cached_decoding_difference(
+            model, inputs, outputs["logits"]
+        )
+        differences["greedy"] = count_agreeing(text, generate_greedy(model, inputs))
+    return differences
 
 
 @torch.no_grad()
-def generate_greedy(model: Any, given: dict[str, Tensor]) -> Tensor:
-    """NEW greedy tokens after the given ones."""
-    ids = given["input_ids"][:1]
-    made: Tensor = model.generate(
+def generate_greedy(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """GREEDY_TOKENS greedy tokens after the first row of the input, (tokens,)."""
+    ids = inputs["input_ids"][:1]
+    sequence: Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=GREEDY_TOKENS,
         min_new_tokens=GREEDY_TOKENS,
         do_sample=False,
     )
-    return made[0, ids.shape[1] :]
+    return sequence[0, ids.shape[1] :]
 
 
 def count_agreeing(left: Tensor, right: Tensor) -> int:
@@ -171,9 +217,15 @@ def count_agreeing(left: Tensor, right: Tensor) -> int:
 
 
 @torch.no_grad()
-def cached_decoding_difference(model: Any, given: dict[str, Tensor], logits: Tensor) -> float:
-    """Half of the tokens at once, the rest one by one through the cache: relative difference to all at once."""
-    ids = given["input_ids"]
+def cached_decoding_difference(model: Any, inputs: dict[str, Tensor], logits: Tensor) -> float:
+    """Half of the tokens at once, the rest one by one through the cache, against all at once.
+
+    Args:
+        model: what is run.
+        inputs: with `input_ids`.
+        logits: of all tokens at once, (batch, time, vocab).
+    """
+    ids = inputs["input_ids"]
     half = ids.shape[1] // 2
     cache, pieces = None, []
     for piece in [ids[:, :half], *ids[:, half:].split(1, dim=1)]:
@@ -183,38 +235,44 @@ def cached_decoding_difference(model: Any, given: dict[str, Tensor], logits: Ten
     return float((torch.cat(pieces, 1) - logits).abs().max() / logits.abs().max())
 
 
-def measure_step0(source: str | Path, out: str | Path, length: int = 256) -> dict[str, float]:
-    """Next-token loss of source and output on held-out text (random tokens without a tokenizer), and the relative
-    difference of their outputs: what an operator that does not keep the function costs before training.
+def measure_step0(source: str | Path, out: str | Path, length: int = 256) -> Step0:
+    """What an operator that does not keep the function costs before training.
+
+    Args:
+        source: the model that grew.
+        out: the grown model.
+        length: tokens of held-out text, or random ones without a tokenizer.
     """
     before, after = Checkpoint.open(source), Checkpoint.open(out)
-    length = min(
-        length, before.sizes.get("pos", length + 2) - 2
-    )  # an encoder may count positions from two
-    given = load_held_out_tokens(before, length) or modeling.random_inputs(before, length=length)
-    first, second = (compute_outputs(modeling.materialize(each), given) for each in (before, after))
+    # An encoder may count positions from two.
+    length = min(length, before.sizes.get("pos", length + 2) - 2)
+    inputs = load_held_out_tokens(before, length) or modeling.random_inputs(before, length=length)
+
+    first, second = (
+        compute_outputs(modeling.materialize(each), inputs) for each in (before, after)
+    )
     name = next(iter(first))
-    found = {
-        "rel_logit_diff": max_difference(first[name], second[name], stream_index(before, after))[0]
-    }
+    relative, _ = max_difference(first[name], second[name], stream_index(before, after))
+    step0: Step0 = {"rel_logit_diff": relative}
     if before.anatomy.causal:
-        found |= {
-            "loss_source": next_token_loss(first, given),
-            "loss_grown": next_token_loss(second, given),
-        }
-    return found
+        step0["loss_source"] = next_token_loss(first, inputs)
+        step0["loss_grown"] = next_token_loss(second, inputs)
+    return step0
 
 
-def format_step0(found: dict[str, float]) -> str:
-    """`step0` in words."""
-    words = f"Not exact: outputs move by {found['rel_logit_diff']:.2g} of their largest"
-    if "loss_source" in found:
-        words += f"; next-token loss {found['loss_source']:.3f} before, {found['loss_grown']:.3f} after growth"
+def format_step0(step0: Step0) -> str:
+    """What growth cost, in words."""
+    words = f"Not exact: outputs move by {step0['rel_logit_diff']:.2g} of their largest"
+    if "loss_source" in step0:
+        words += (
+            f"; next-token loss {step0['loss_source']:.3f} before, "
+            f"{step0['loss_grown']:.3f} after growth"
+        )
     return words
 
 
 def load_held_out_tokens(checkpoint: Checkpoint, length: int) -> dict[str, Tensor] | None:
-    """The beginning of the held-out documentation as token ids, None without a tokenizer."""
+    """The beginning of the held-out documentation as token ids; None without a tokenizer."""
     from ..data.default_text import heldout_topics
 
     if checkpoint.anatomy.inputs != "tokens":
@@ -227,14 +285,14 @@ def load_held_out_tokens(checkpoint: Checkpoint, length: int) -> dict[str, Tenso
     return {"input_ids": ids}
 
 
-def next_token_loss(found: dict[str, Tensor], given: dict[str, Tensor]) -> float:
+def next_token_loss(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> float:
     """Mean next-token cross-entropy in nats."""
-    logits, ids = found["logits"][:, :-1], given["input_ids"][:, 1:]
+    logits, ids = outputs["logits"][:, :-1], inputs["input_ids"][:, 1:]
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
 
 
 def find_unaccounted(before: Checkpoint, after: Checkpoint) -> list[str]:
-    """Source tensors that no tensor of the output comes from and that were not dropped with a reason."""
+    """Source tensors that no tensor of the output comes from, nor were dropped with a reason."""
     had, has = (
         {name for lazy in each.tensors.values() for name in lazy.story.sources}
         for each in (before, after)

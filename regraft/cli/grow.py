@@ -106,7 +106,7 @@ def grow(
             grown = growth(before, fitted)
         ticker.start(f"writing {out}")
 
-        def write() -> dict[str, Any] | None:
+        def write() -> parity.Step0 | None:
             grown.save(out, overwrite=overwrite)
             shutil.rmtree(maps, ignore_errors=True)
             if optimizer_state:

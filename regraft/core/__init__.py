@@ -1,1 +1,3 @@
-"""A model as named axes: signatures, parts of a family, lazy tensors with provenance, checkpoints, steps."""
+"""A model as named axes: signatures, parts of a family, lazy tensors with provenance, checkpoints,
+steps.
+"""

@@ -58,19 +58,22 @@ def older_rope_keys(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A family: every tensor of its checkpoints is claimed by exactly one part, ignored with a reason, or refused.
+    """A family: every tensor of its checkpoints is claimed by exactly one part, ignored with a
+    reason, or refused.
 
-    `sizes` pairs a config key with a product of axes and is solved in both directions; `fixed` sets axes the family
-    does not have. `defaults` fills missing config keys (a value, or a function of the config). `slot` is the attention
-    module's name. `aliases` maps name prefixes found in files to those of the model, `filed` the model's to those that
-    its class writes. `ignored`: pattern -> reason. `older(config)`: keys for readers that do not know newer ones.
-    Config keys that begin with "_" are computed (by `defaults`) and never written; `finish` turns them back into keys
-    that are. `layer_lists`: keys with one entry per layer. `divides`: (key, key) of which the class wants the first to
-    be a multiple of the second; `multiples`: axis -> number its size must be a multiple of. `embed_scale`: embeddings
-    are multiplied by sqrt(hidden). `scale(config, dim, layer)`: the softmax scale. `rotary`: queries and keys turn, in
-    halves. `bridge`: the family that can hold what this class cannot, if there is one. `causal`: reads text from left
-    to right; `inputs`: tokens or pixels. `activation`: key of the MLP's. `routed`: key of how many experts a position
-    is sent to.
+    `sizes` pairs a config key with a product of axes and is solved in both directions; `fixed` sets
+    axes the family does not have. `defaults` fills missing config keys (a value, or a function of
+    the config). `slot` is the attention module's name. `aliases` maps name prefixes found in files
+    to those of the model, `filed` the model's to those that its class writes. `ignored`: pattern ->
+    reason. `older(config)`: keys for readers that do not know newer ones. Config keys that begin
+    with "_" are computed (by `defaults`) and never written; `finish` turns them back into keys that
+    are. `layer_lists`: keys with one entry per layer. `divides`: (key, key) of which the class
+    wants the first to be a multiple of the second; `multiples`: axis -> number its size must be a
+    multiple of. `embed_scale`: embeddings are multiplied by sqrt(hidden). `scale(config, dim,
+    layer)`: the softmax scale. `rotary`: queries and keys turn, in halves. `bridge`: the family
+    that can hold what this class cannot, if there is one. `causal`: reads text from left to right;
+    `inputs`: tokens or pixels. `activation`: key of the MLP's. `routed`: key of how many experts a
+    position is sent to.
     """
 
     family: str
@@ -107,7 +110,9 @@ class Anatomy:
         return full
 
     def solve(self, config: Config) -> dict[str, int]:
-        """Axis sizes of a config. RegraftError when a key is missing, or the equations have no whole solution."""
+        """Axis sizes of a config. RegraftError when a key is missing, or the equations have no
+        whole solution.
+        """
         config = self.fill_defaults(config)
         sizes = dict(self.fixed)
         waiting = list(self.sizes)
@@ -115,7 +120,8 @@ class Anatomy:
             left = [pair for pair in waiting if not self._solve_one(config, *pair, sizes)]
             if len(left) == len(waiting):
                 raise RegraftError(
-                    f"{self.family} table leaves axes of '{left[0][1]}' open: add a config key to `sizes`"
+                    f"{self.family} table leaves axes of '{left[0][1]}' open: add a config key to"
+                    " `sizes`"
                 )
             waiting = left
         return sizes
@@ -136,27 +142,33 @@ class Anatomy:
             )
         if unknown and value % known:
             raise RegraftError(
-                f"{self.family} config has {key} = {value}, not a multiple of {known} (of {text}): fix it"
+                f"{self.family} config has {key} = {value}, not a multiple of {known} (of {text}):"
+                " fix it"
             )
         if unknown:
             sizes[unknown[0]] = value // known
         return True
 
     def config_keys(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """The inverse of `solve`: config keys of axis sizes. RegraftError when two equations disagree."""
+        """The inverse of `solve`: config keys of axis sizes. RegraftError when two equations
+        disagree.
+        """
         keys: dict[str, tuple[int, str]] = {}
         for key, text in self.sizes:
             value = product(tuple(text.split()), sizes)
             if key in keys and keys[key][0] != value:
                 other, axes = keys[key]
                 raise RegraftError(
-                    f"{self.family} has one key {key} for {axes} ({other}) and {text} ({value}): grow them together"
+                    f"{self.family} has one key {key} for {axes} ({other}) and {text} ({value}):"
+                    " grow them together"
                 )
             keys[key] = (value, text)
         return {key: value for key, (value, _) in keys.items()}
 
     def place(self, config: Config) -> dict[Key, PlacedPart]:
-        """Every parameter of a model of this config by (role, layer); layer is None outside the stack."""
+        """Every parameter of a model of this config by (role, layer); layer is None outside the
+        stack.
+        """
         full, sizes = self.fill_defaults(config), self.solve(config)
         placed: dict[Key, PlacedPart] = {}
         prefix = self.prefix(full)
@@ -189,10 +201,11 @@ class Anatomy:
         order: Sequence[int] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The config of a model with other axis sizes, whose layer i takes per-layer settings from layer `order[i]`;
-        `extra` keys are set as well.
+        """The config of a model with other axis sizes, whose layer i takes per-layer settings from
+        layer `order[i]`; `extra` keys are set as well.
 
-        Keys that equal the family's default and were not there stay away. RegraftError when the family cannot hold it.
+        Keys that equal the family's default and were not there stay away. RegraftError when the
+        family cannot hold it.
         """
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
         for key in self.layer_lists:
@@ -202,16 +215,16 @@ class Anatomy:
         for whole, part in self.divides:
             if keys[whole] % keys[part]:
                 raise RegraftError(
-                    f"{self.family} wants {whole} to be a multiple of {part}, got {keys[whole]} and {keys[part]}: "
-                    f"choose {keys[whole] // keys[part] * keys[part]} or {-(-keys[whole] // keys[part]) * keys[part]}"
-                    + self.bridge_hint(config)
+                    f"{self.family} wants {whole} to be a multiple of {part}, got {keys[whole]} and"
+                    f" {keys[part]}: choose {keys[whole] // keys[part] * keys[part]} or"
+                    f" {-(-keys[whole] // keys[part]) * keys[part]}" + self.bridge_hint(config)
                 )
         for axis, step in self.multiples.items():
             if sizes[axis] % step:
                 near = sizes[axis] // step * step
                 raise RegraftError(
-                    f"{self.family} needs {axis} to be a multiple of {step}, got {sizes[axis]}: use {near or step} or "
-                    f"{near + step}"
+                    f"{self.family} needs {axis} to be a multiple of {step}, got {sizes[axis]}: use"
+                    f" {near or step} or {near + step}"
                 )
         written = {key: value for key, value in keys.items() if not key.startswith("_")}
         bare = self.fill_defaults(
@@ -278,7 +291,9 @@ class Anatomy:
         }
 
     def write_extras(self, directory: str, config: Config) -> None:
-        """Write what a saved model of this family needs beside config and weights: nothing for stock families."""
+        """Write what a saved model of this family needs beside config and weights: nothing for
+        stock families.
+        """
 
 
 def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
@@ -295,7 +310,9 @@ def list_families() -> list[str]:
 
 
 def find_anatomy(config: Config) -> Anatomy:
-    """The anatomy of a config's `model_type`; RegraftError names the file to write when there is none."""
+    """The anatomy of a config's `model_type`; RegraftError names the file to write when there is
+    none.
+    """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in list_families():
         known = ", ".join(name for name in list_families() if name != "regraft")

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import RegraftError
 
 AXES = frozenset(
-    "vocab hidden ffn kv group dim depth pos one two three expert kernel type label pool channel patch".split()
+    "vocab hidden ffn kv group dim depth pos one two three expert kernel type label pool channel"
+    " patch".split()
 )
 TABLES = frozenset(("vocab", "pos", "type"))  # a map that reads one of them is looked up
 UNITS = {"one": 1, "two": 2, "three": 3}
@@ -26,10 +27,10 @@ Sizes = Mapping[str, int]
 class Signature:
     """What a parameter is, over named axes.
 
-    `kind` is map ("a b -> c d", stacked outputs "a -> b + c"), bias ("-> c"), gain of a norm ("gain hidden", or
-    "1+gain hidden" stored minus one, `unit`), scale ("scale hidden": a factor per coordinate) or plain ("kv group dim
-    dim": one dimension per axis, heads `kv group` being one). `inputs` is empty except for maps. A number is an axis
-    of that size, which never grows.
+    `kind` is map ("a b -> c d", stacked outputs "a -> b + c"), bias ("-> c"), gain of a norm ("gain
+    hidden", or "1+gain hidden" stored minus one, `unit`), scale ("scale hidden": a factor per
+    coordinate) or plain ("kv group dim dim": one dimension per axis, heads `kv group` being one).
+    `inputs` is empty except for maps. A number is an axis of that size, which never grows.
     """
 
     text: str
@@ -53,7 +54,9 @@ class Signature:
         return tuple(sum(product(axes, sizes) for axes in stack) for stack in self.dims(stored))
 
     def piece(self, index: int) -> Signature:
-        """Signature of the index-th of several fused maps: its own outputs, without the axis `three`."""
+        """Signature of the index-th of several fused maps: its own outputs, without the axis
+        `three`.
+        """
         outputs = self.outputs[index] if len(self.outputs) > 1 else self.outputs[0]
         return Signature(
             self.text, self.kind, self.inputs, (tuple(axis for axis in outputs if axis != "three"),)
@@ -108,11 +111,12 @@ def parse_signature(text: str) -> Signature:
 class Expansion:
     """(E, R) on one axis: E puts old coordinates into the new space, R reads them back, R @ E == I.
 
-    `index`: for every new coordinate the old one it copies, -1 when it copies none. `share`: how much readers take of
-    it, summing to one over the copies of an old coordinate. Of a coordinate that copies none, one side is `free` (its
-    numbers do not matter: "writes" or "reads") and the other holds zeros, so that it does nothing and still learns.
-    `pairs`: such coordinates come in twos that are written alike and read with opposite signs. `following`: values of
-    further copies come from the next layer (AKI), which gives up exactness.
+    `index`: for every new coordinate the old one it copies, -1 when it copies none. `share`: how
+    much readers take of it, summing to one over the copies of an old coordinate. Of a coordinate
+    that copies none, one side is `free` (its numbers do not matter: "writes" or "reads") and the
+    other holds zeros, so that it does nothing and still learns. `pairs`: such coordinates come in
+    twos that are written alike and read with opposite signs. `following`: values of further copies
+    come from the next layer (AKI), which gives up exactness.
     """
 
     name: str
@@ -189,7 +193,9 @@ def identity(size: int) -> Expansion:
 def pad(
     old: int, new: int, free: Literal["writes", "reads"] = "writes", pairs: bool = False
 ) -> Expansion:
-    """New coordinates behind the old ones that do nothing yet (composable expansions, arXiv 2308.06103)."""
+    """New coordinates behind the old ones that do nothing yet (composable expansions, arXiv
+    2308.06103).
+    """
     _check_grows("pad", old, new)
     index = torch.cat([torch.arange(old), torch.full((new - old,), -1)])
     return build_expansion("pad", old, index, free=free, pairs=pairs)
@@ -204,7 +210,9 @@ def place(old: int, new: int, index: Tensor) -> Expansion:
 
 
 def repeat(old: int, times: int) -> Expansion:
-    """Each coordinate `times` times in a row: how grouped key/value heads serve their queries (arXiv 2305.13245)."""
+    """Each coordinate `times` times in a row: how grouped key/value heads serve their queries
+    (arXiv 2305.13245).
+    """
     return build_expansion(
         "repeat", old, torch.arange(old).repeat_interleave(_check_times("repeat", times))
     )
@@ -215,14 +223,16 @@ def tile(old: int, new: int) -> Expansion:
     if new < old or new % old:
         near = sorted({max(new // old, 1) * old, -(-max(new, 1) // old) * old})
         raise RegraftError(
-            f"tile makes whole copies: {new} is no multiple of {old}; use {' or '.join(map(str, near))}, or --width-init lemon"
+            f"tile makes whole copies: {new} is no multiple of {old}; use"
+            f" {' or '.join(map(str, near))}, or --width-init lemon"
         )
     return build_expansion("tile", old, torch.arange(old).repeat(new // old))
 
 
 def duplicate(old: int, new: int, seed: int = 0, following: bool = False) -> Expansion:
-    """All old coordinates once, then copies drawn at random, shared evenly (Net2Net, arXiv 1511.05641; bert2BERT's
-    function-preserving initialisation, arXiv 2110.07143; with `following` its advanced knowledge initialisation).
+    """All old coordinates once, then copies drawn at random, shared evenly (Net2Net, arXiv
+    1511.05641; bert2BERT's function-preserving initialisation, arXiv 2110.07143; with `following`
+    its advanced knowledge initialisation).
     """
     _check_grows("duplicate", old, new)
     generator = torch.Generator().manual_seed(seed)
@@ -232,8 +242,8 @@ def duplicate(old: int, new: int, seed: int = 0, following: bool = False) -> Exp
 
 
 def split(old: int, new: int, seed: int = 0) -> Expansion:
-    """Old coordinates copied in turn, shared unevenly so that copies separate (LEMON, arXiv 2310.07999: circular copies
-    with unequal fan-out).
+    """Old coordinates copied in turn, shared unevenly so that copies separate (LEMON, arXiv
+    2310.07999: circular copies with unequal fan-out).
     """
     _check_grows("split", old, new)
     index = torch.arange(new) % old
@@ -245,7 +255,9 @@ def split(old: int, new: int, seed: int = 0) -> Expansion:
 
 
 def rounds(old: int, new: int, free: Literal["writes", "reads"] = "reads") -> Expansion:
-    """As many whole copies as fit, then new coordinates that hold nothing (LEMON on the residual stream)."""
+    """As many whole copies as fit, then new coordinates that hold nothing (LEMON on the residual
+    stream).
+    """
     _check_grows("rounds", old, new)
     index = torch.cat([torch.arange(old).repeat(new // old), torch.full((new % old,), -1)])
     return build_expansion("rounds", old, index, free=free)
@@ -267,14 +279,15 @@ def _check_times(name: str, times: int) -> int:
 def broadcast_axes(value: Tensor, source: Axes, target: Axes, sizes: Sizes) -> Tensor:
     """Broadcast the leading dimension of `value` over the axes of `target` that `source` lacks.
 
-    value: (product of source, ...) -> (product of target, ...). For 'kv dim' -> 'kv group dim' every key/value head is
-    repeated for its queries, head by head: `repeat` on the missing axis of size one. RegraftError when axes of `source`
-    have nowhere to go or change order.
+    value: (product of source, ...) -> (product of target, ...). For 'kv dim' -> 'kv group dim'
+    every key/value head is repeated for its queries, head by head: `repeat` on the missing axis of
+    size one. RegraftError when axes of `source` have nowhere to go or change order.
     """
     if tuple(axis for axis in target if axis in source) != source:
         missing = [axis for axis in source if axis not in target] or list(source)
         raise RegraftError(
-            f"cannot inherit '{' '.join(target)}' from '{' '.join(source)}': axes {missing} have nowhere to go"
+            f"cannot inherit '{' '.join(target)}' from '{' '.join(source)}': axes {missing} have"
+            " nowhere to go"
         )
     rest = value.shape[1:]
     value = value.reshape(*[sizes[axis] if axis in source else 1 for axis in target], *rest)

@@ -1,4 +1,6 @@
-"""A model as config plus promises of tensors: opened from headers, changed without computing, saved shard by shard."""
+"""A model as config plus promises of tensors: opened from headers, changed without computing, saved
+shard by shard.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ SHARD = 500_000_000
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where numbers come from: `kind` is copied, grown, broadcast, zero or fresh; `sources` are tensor names."""
+    """Where numbers come from: `kind` is copied, grown, broadcast, zero or fresh; `sources` are
+    tensor names.
+    """
 
     kind: str
     sources: tuple[str, ...] = ()
@@ -70,9 +74,10 @@ class LazyTensor:
 class Checkpoint:
     """A config and `{(role, layer): Lazy}`, immutable; layer is None outside the stack.
 
-    `tensors` hold values as stored, `names` their state-dict names; `checkpoint[role, layer]` is in output-first order
-    and takes fused parts apart. `holds`: weights, or Adam's moments of them under the same names. `origin` is what was
-    opened, `path` the directory with its tokenizer and other files.
+    `tensors` hold values as stored, `names` their state-dict names; `checkpoint[role, layer]` is in
+    output-first order and takes fused parts apart. `holds`: weights, or Adam's moments of them
+    under the same names. `origin` is what was opened, `path` the directory with its tokenizer and
+    other files.
     """
 
     origin: Path
@@ -89,7 +94,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a model directory or a GGUF file, reading headers only. RegraftError when something does not fit."""
+        """Open a model directory or a GGUF file, reading headers only. RegraftError when something
+        does not fit.
+        """
         origin = Path(path)
         if not origin.exists():
             raise RegraftError(
@@ -113,7 +120,9 @@ class Checkpoint:
         return self.sizes["depth"]
 
     def __getitem__(self, key: tuple[str, int | None]) -> LazyTensor:
-        """A tensor in output-first order; a fused part gives its piece. RegraftError lists the roles there are."""
+        """A tensor in output-first order; a fused part gives its piece. RegraftError lists the
+        roles there are.
+        """
         role, layer = key
         placed = self.anatomy.place(self.config)
         if key in self.tensors:
@@ -145,19 +154,23 @@ class Checkpoint:
         part = self.part(role)
         if part is None:
             raise RegraftError(
-                f"{self.anatomy.family} has no part '{role}': use one of {', '.join(self.anatomy.parts)}"
+                f"{self.anatomy.family} has no part '{role}': use one of"
+                f" {', '.join(self.anatomy.parts)}"
             )
         base = role.rpartition(".")[0]
         return part.axes.piece(part.fused.index(base)) if base in part.fused else part.axes
 
     def with_values(self, values: Mapping[str, Tensor], step: dict[str, Any]) -> Checkpoint:
-        """The same model with other values by tensor name (a trained state dict) and one more step in its history."""
+        """The same model with other values by tensor name (a trained state dict) and one more step
+        in its history.
+        """
         tensors = dict(self.tensors)
         for key, name in self.names.items():
             if name not in values or tuple(values[name].shape) != tensors[key].shape:
                 got = tuple(values[name].shape) if name in values else "nothing"
                 raise RegraftError(
-                    f"new value of '{name}' is {got}, expected {tensors[key].shape}: pass the model's state dict"
+                    f"new value of '{name}' is {got}, expected {tensors[key].shape}: pass the"
+                    " model's state dict"
                 )
             tensors[key] = replace(
                 tensors[key], read=_constant_reader(values[name], tensors[key].dtype)
@@ -167,7 +180,9 @@ class Checkpoint:
     def with_readers(
         self, reads: Mapping[str, Callable[[], Tensor]], step: dict[str, Any]
     ) -> Checkpoint:
-        """Like `replaced`, but only the named tensors have other values, which are read when they are saved."""
+        """Like `replaced`, but only the named tensors have other values, which are read when they
+        are saved.
+        """
         places = {name: key for key, name in self.names.items()}
         if strange := sorted(set(reads) - set(places)):
             raise RegraftError(
@@ -181,15 +196,19 @@ class Checkpoint:
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
     def verify(self) -> None:
-        """Compare files with the hashes that lineage.json records, if it does; RegraftError names a damaged file."""
+        """Compare files with the hashes that lineage.json records, if it does; RegraftError names a
+        damaged file.
+        """
         if self.folder is not None:
             lineage.verify(self.folder)
 
     def save(self, path: str | Path, overwrite: bool = False, shard_bytes: int = SHARD) -> None:
-        """Write a loadable directory with lineage.json, model card and tokenizer; whole or not at all.
+        """Write a loadable directory with lineage.json, model card and tokenizer; whole or not at
+        all.
 
-        Tensors are computed and written one after the other. After Ctrl-C or a kill the same call goes on from the
-        shards that were finished. RegraftError when `path` exists and not `overwrite`, or on a full disk.
+        Tensors are computed and written one after the other. After Ctrl-C or a kill the same call
+        goes on from the shards that were finished. RegraftError when `path` exists and not
+        `overwrite`, or on a full disk.
         """
         sidecars = sorted(
             {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
@@ -245,7 +264,8 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     for name, entry in safetensors.read_entries(folder).items():
         if found.setdefault(anatomy.canonical_name(name), entry) is not entry:
             raise RegraftError(
-                f"'{folder}' holds '{anatomy.canonical_name(name)}' under two names, '{name}' too: remove one"
+                f"'{folder}' holds '{anatomy.canonical_name(name)}' under two names, '{name}' too:"
+                " remove one"
             )
     placed = anatomy.place(config)
     known = lineage.read_lineage(folder)
@@ -263,7 +283,9 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
 
 
 def _open_gguf(file: Path) -> Checkpoint:
-    """From the header alone: shapes come from the config, values from the conversion when first read."""
+    """From the header alone: shapes come from the config, values from the conversion when first
+    read.
+    """
     config = gguf.read_config(file)
     anatomy = find_anatomy(config)
     placed = anatomy.place(config)
@@ -295,8 +317,9 @@ def _find_unclaimed(
         reason = anatomy.reason_to_drop(name, config)
         if reason is None:
             raise RegraftError(
-                f"{anatomy.family} anatomy has no part for parameter '{name}' {list(found[name].shape)}: add it to "
-                f"regraft/families/{anatomy.family}.py, or check that config.json belongs to these weights"
+                f"{anatomy.family} anatomy has no part for parameter '{name}'"
+                f" {list(found[name].shape)}: add it to regraft/families/{anatomy.family}.py, or"
+                " check that config.json belongs to these weights"
             )
         dropped[name] = reason
     return dropped
@@ -311,12 +334,14 @@ def _open_tensor(
     entry = found.get(spot.name)
     if entry is None:
         raise RegraftError(
-            f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model again"
+            f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model"
+            " again"
         )
     if entry.shape != spot.shape:
         raise RegraftError(
-            f"tensor '{spot.name}' in '{entry.file}' has shape {list(entry.shape)}, expected {list(spot.shape)} "
-            f"({spot.part.signature}): config.json and weights do not belong together"
+            f"tensor '{spot.name}' in '{entry.file}' has shape {list(entry.shape)}, expected"
+            f" {list(spot.shape)} ({spot.part.signature}): config.json and weights do not belong"
+            " together"
         )
     story = stories.get(spot.name, Provenance("copied", (spot.name,)))
     return LazyTensor(spot.shape, entry.torch_dtype(), story, entry.read)

@@ -26,7 +26,9 @@ PAPERS = {
     "lightning": "Lightning Attention-2, arXiv 2401.04658",
     "lolcats": "LoLCATs: On Low-Rank Linearizing of Large Language Models, arXiv 2410.10254",
     "retnet": "Retentive Network, arXiv 2307.08621",
-    "rwkv6": "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, arXiv 2404.05892",
+    "rwkv6": (
+        "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, arXiv 2404.05892"
+    ),
     "supra": "Linearizing Large Language Models, arXiv 2405.06640",
     "t2r": "Finetuning Pretrained Transformers into RNNs, arXiv 2103.13076",
     "window": "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
@@ -44,7 +46,9 @@ def is_trained(lineage: dict[str, Any]) -> bool:
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The pretrained model at the root of a checkpoint: path, family, hash of every weight file, hash over all."""
+    """The pretrained model at the root of a checkpoint: path, family, hash of every weight file,
+    hash over all.
+    """
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return dict(known)
     files = [checkpoint.origin] if checkpoint.origin.is_file() else weight_files(checkpoint.origin)
@@ -92,7 +96,9 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, An
 
 
 def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
-    """A hash over all that decides what a checkpoint's files hold when saved: source files, steps, sizes, versions."""
+    """A hash over all that decides what a checkpoint's files hold when saved: source files, steps,
+    sizes, versions.
+    """
     folder = checkpoint.path
     stories = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
     facts = {
@@ -119,7 +125,9 @@ def versions() -> dict[str, str]:
 
 
 def verify(folder: Path) -> None:
-    """Compare a directory's files with the hashes its lineage records; RegraftError names the first that differs."""
+    """Compare a directory's files with the hashes its lineage records; RegraftError names the first
+    that differs.
+    """
     for name, recorded in read_lineage(folder).get("files", {}).items():
         file = folder / name
         if not file.is_file():
@@ -128,7 +136,8 @@ def verify(folder: Path) -> None:
             )
         if (found := sha256(file)) != recorded:
             raise RegraftError(
-                f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]}; make the model again"
+                f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]};"
+                " make the model again"
             )
 
 
@@ -149,7 +158,10 @@ def format_model_card(checkpoint: Checkpoint) -> str:
         or "1. saved unchanged"
     )
     library = "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
-    load = "Load it with `import regraft` (or `trust_remote_code=True`) and `AutoModelForCausalLM.from_pretrained`.\n\n"
+    load = (
+        "Load it with `import regraft` (or `trust_remote_code=True`) and"
+        " `AutoModelForCausalLM.from_pretrained`.\n\n"
+    )
     return (
         f"{library}# {source['family']}, regrafted\n\n"
         f"Source: `{Path(source['path']).name}`, sha256 `{source['sha256']}`.\n\n"

@@ -14,15 +14,17 @@ Key = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter: its name in the model's state dict ("{}" is the layer, "{e}" the expert, "{p}" the family's
-    prefix), signature and storage order.
+    """One parameter: its name in the model's state dict ("{}" is the layer, "{e}" the expert, "{p}"
+    the family's prefix), signature and storage order.
 
-    `fused` names the roles that are packed into it, in order. It exists only `when` / `unless` a config key is true.
-    `reads`, `writes`: between which streams of hidden size it stands. "stream" runs through the whole stack, "normed"
-    is a norm's output, "branch" ends in a norm before it is added, "head" feeds the output embedding, "own" belongs to
-    this part alone. Maps read "normed" and write "stream" unless they say otherwise, norms write "normed". `norm`: a
-    gain or bias of a norm. `scaled`: the role of the factors that its output is multiplied by. `at`: the positions of a
-    row that it is applied to: each, the first (heads over a whole row), every patch, or those routed to the expert.
+    `fused` names the roles that are packed into it, in order. It exists only `when` / `unless` a
+    config key is true. `reads`, `writes`: between which streams of hidden size it stands. "stream"
+    runs through the whole stack, "normed" is a norm's output, "branch" ends in a norm before it is
+    added, "head" feeds the output embedding, "own" belongs to this part alone. Maps read "normed"
+    and write "stream" unless they say otherwise, norms write "normed". `norm`: a gain or bias of a
+    norm. `scaled`: the role of the factors that its output is multiplied by. `at`: the positions of
+    a row that it is applied to: each, the first (heads over a whole row), every patch, or those
+    routed to the expert.
     """
 
     name: str
@@ -44,7 +46,9 @@ class Part:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether positions are multiplied by it as a matrix: maps that are no tables, and patch convolutions."""
+        """Whether positions are multiplied by it as a matrix: maps that are no tables, and patch
+        convolutions.
+        """
         axes = self.axes
         return self.at == "patch" or (axes.kind == "map" and not TABLES.issuperset(axes.inputs))
 
@@ -74,7 +78,8 @@ def linear(
     fused: tuple[str, ...] = (),
     **streams: Any,
 ) -> dict[str, Part]:
-    """A weight and, if `bias` (a config key: only when it is true), a bias; `role` and `name` without their ending.
+    """A weight and, if `bias` (a config key: only when it is true), a bias; `role` and `name`
+    without their ending.
 
     `streams`: further fields of both parts.
     """

@@ -10,7 +10,9 @@ from .checkpoint import Checkpoint
 
 @runtime_checkable
 class Step(Protocol):
-    """A frozen dataclass that turns a checkpoint into another; its docstring says `Preserves:` and `Refuses:`."""
+    """A frozen dataclass that turns a checkpoint into another; its docstring says `Preserves:` and
+    `Refuses:`.
+    """
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The changed checkpoint; nothing is computed before its tensors are read."""

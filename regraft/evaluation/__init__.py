@@ -1,1 +1,1 @@
-"""Measuring a model: perplexity, KL to its teacher, benchmarks, recall, speed and memory, baselines."""
+"""Measuring a model: perplexity, KL to its teacher, benchmarks, recall, speed and memory."""

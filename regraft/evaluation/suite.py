@@ -18,6 +18,8 @@ from .rows import Averages, Difference, RecallScore, SuiteRow, TaskScore
 LENGTHS = (512, 1024, 2048)  # context lengths of recall, in tokens
 ITEMS = 32  # contexts of each kind and length of recall
 Report = Callable[[float, str], None]  # (share done, what is being measured)
+Row = TypeVar("Row", bound=SuiteRow)
+Cell = TypeVar("Cell", TaskScore, RecallScore)
 
 
 class Suite:
@@ -128,7 +130,7 @@ def averages(rows: dict[str, TaskScore]) -> Averages:
     }
 
 
-def add_share_of_teacher(row: SuiteRow, teacher: SuiteRow) -> SuiteRow:
+def add_share_of_teacher(row: Row, teacher: SuiteRow) -> Row:
     """The row with `of_teacher` in every task and for the average.
 
     That is the model's score above chance as a share of the teacher's; None where the teacher is
@@ -146,11 +148,10 @@ def add_share_of_teacher(row: SuiteRow, teacher: SuiteRow) -> SuiteRow:
         of_teacher = share(task["above_chance"], other["above_chance"])
         scored[name] = {**task, "of_teacher": of_teacher}
 
-    of_teacher = share(row["average_above_chance"], teacher["average_above_chance"])
-    return {**row, "tasks": scored, "of_teacher": of_teacher}
-
-
-Cell = TypeVar("Cell", TaskScore, RecallScore)
+    row = row.copy()
+    row["tasks"] = scored
+    row["of_teacher"] = share(row["average_above_chance"], teacher["average_above_chance"])
+    return row
 
 
 def add_difference(cell: Cell, own: Cell) -> Cell:

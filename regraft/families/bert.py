@@ -1,4 +1,6 @@
-"""BERT (arXiv 1810.04805): an encoder whose norms come after each sum, with the head that its class says."""
+"""BERT (arXiv 1810.04805): an encoder whose norms come after each sum, with the head that its class
+says.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,11 +35,14 @@ POST_NORM: dict[str, Any] = {"bias": True, "reads": "branch", "writes": "stream"
 
 
 def architecture(config: Any, table: Mapping[str, str]) -> str:
-    """The class that a config names, the first of the table when it names none. RegraftError when it is not there."""
+    """The class that a config names, the first of the table when it names none. RegraftError when
+    it is not there.
+    """
     name = (config.get("architectures") or list(table))[0]
     if name not in table:
         raise RegraftError(
-            f"no table for the class '{name}' of config.json's architectures: use {', '.join(table)}"
+            f"no table for the class '{name}' of config.json's architectures: use"
+            f" {', '.join(table)}"
         )
     return str(name)
 
@@ -48,7 +53,9 @@ def has_head(config: Any, table: Mapping[str, str], head: str) -> bool:
 
 
 def head_defaults(table: Mapping[str, str]) -> dict[str, Any]:
-    """Defaults that say by a key "_<head>" which heads the class of a config has, and by "_labels" how many labels."""
+    """Defaults that say by a key "_<head>" which heads the class of a config has, and by "_labels"
+    how many labels.
+    """
     heads = sorted({head for row in table.values() for head in row.split()})
     return {f"_{head}": partial(has_head, table=table, head=head) for head in heads} | {
         "_labels": label_count
@@ -111,7 +118,9 @@ def encoder_parts() -> dict[str, Part]:
 
 
 def mlm_head(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
-    """The head of a masked language model; untied, the class reads the decoder's own bias instead of the shared one."""
+    """The head of a masked language model; untied, the class reads the decoder's own bias instead
+    of the shared one.
+    """
     own: dict[str, Any] = {"bias": True, "when": "_mlm"}
     untied: dict[str, Any] = {"when": "_mlm", "unless": "tie_word_embeddings"}
     return {

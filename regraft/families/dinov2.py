@@ -1,4 +1,6 @@
-"""DINOv2 (arXiv 2304.07193): ViT with a factor per coordinate behind each branch; the class holds a whole MLP ratio."""
+"""DINOv2 (arXiv 2304.07193): ViT with a factor per coordinate behind each branch; the class holds a
+whole MLP ratio.
+"""
 
 from typing import Any
 
@@ -27,7 +29,9 @@ def mlp_width(config: Any) -> int:
 
 
 def derived_config_keys(config: Any) -> dict[str, Any]:
-    """The MLP ratio of a width, and the stages of a depth. RegraftError when no whole ratio gives the width."""
+    """The MLP ratio of a width, and the stages of a depth. RegraftError when no whole ratio gives
+    the width.
+    """
     hidden, ffn, gated = config["hidden_size"], config["_ffn"], config["use_swiglu_ffn"]
     widths = {
         compute_mlp_width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)
@@ -35,8 +39,8 @@ def derived_config_keys(config: Any) -> dict[str, Any]:
     if mlp_width(config) != ffn and ffn not in widths:
         near = min(size for size in widths if size > ffn)  # smaller ones may be below the source's
         raise RegraftError(
-            f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have ffn {ffn}, use --ffn "
-            f"{near}"
+            f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have ffn"
+            f" {ffn}, use --ffn {near}"
         )
     return {
         "mlp_ratio": config["mlp_ratio"] if mlp_width(config) == ffn else widths[ffn]

@@ -1,4 +1,6 @@
-"""Gemma (arXiv 2403.08295): Llama with norm gains stored minus one and embeddings multiplied by sqrt(hidden)."""
+"""Gemma (arXiv 2403.08295): Llama with norm gains stored minus one and embeddings multiplied by
+sqrt(hidden).
+"""
 
 from typing import Any
 

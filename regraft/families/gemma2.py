@@ -1,4 +1,6 @@
-"""Gemma 2 (arXiv 2408.00118): Gemma whose branches end in a norm too; every second layer sees a window."""
+"""Gemma 2 (arXiv 2408.00118): Gemma whose branches end in a norm too; every second layer sees a
+window.
+"""
 
 from typing import Any
 

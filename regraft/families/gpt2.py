@@ -1,4 +1,6 @@
-"""GPT-2 (Radford et al., 2019): learned positions, Conv1D storage (input first), queries, keys and values stacked."""
+"""GPT-2 (Radford et al., 2019): learned positions, Conv1D storage (input first), queries, keys and
+values stacked.
+"""
 
 from typing import Any
 

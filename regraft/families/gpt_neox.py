@@ -1,4 +1,6 @@
-"""GPT-NeoX (arXiv 2204.06745): interleaved queries, keys and values, layer norms, partial rotary, parallel residual."""
+"""GPT-NeoX (arXiv 2204.06745): interleaved queries, keys and values, layer norms, partial rotary,
+parallel residual.
+"""
 
 from typing import Any
 
@@ -59,7 +61,9 @@ anatomy = Anatomy(
     filed={"lm_head.": "embed_out."},
     older=older_config_keys,
     ignored={
-        r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": "buffer: recomputed"
+        r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": (
+            "buffer: recomputed"
+        )
     },
     eps="layer_norm_eps",
     bridge=lambda config: "phi" if config["use_parallel_residual"] else "starcoder2",

@@ -1,4 +1,5 @@
-"""Mixtral (arXiv 2401.04088): Mistral whose MLPs are experts behind a router, each with tensors of its own in files.
+"""Mixtral (arXiv 2401.04088): Mistral whose MLPs are experts behind a router, each with tensors of
+its own in files.
 
 The experts' grouped products want rows of 16 bytes: in bfloat16, hidden and ffn in multiples of 8.
 """
@@ -14,7 +15,9 @@ EXPERT = f"{MOE}.experts.{{e}}"
 
 
 def kv_heads(config: Any) -> int:
-    """The class's default: 8 when the key is missing, a key/value head per query head when it is null."""
+    """The class's default: 8 when the key is missing, a key/value head per query head when it is
+    null.
+    """
     return int(config["num_attention_heads"]) if "num_key_value_heads" in config else 8
 
 

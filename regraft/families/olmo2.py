@@ -1,4 +1,6 @@
-"""OLMo 2 (arXiv 2501.00656): norms only after the branches, and on all heads' queries and keys together."""
+"""OLMo 2 (arXiv 2501.00656): norms only after the branches, and on all heads' queries and keys
+together.
+"""
 
 from ..core.anatomy import Anatomy, Part, linear, norm
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES

@@ -1,4 +1,6 @@
-"""Phi (arXiv 2306.11644): one layer norm feeds attention and MLP side by side; partial rotary, biases everywhere."""
+"""Phi (arXiv 2306.11644): one layer norm feeds attention and MLP side by side; partial rotary,
+biases everywhere.
+"""
 
 from typing import Any
 
@@ -11,12 +13,14 @@ QK: dict[str, Any] = {"bias": True, "when": "qk_layernorm"}
 
 
 def check_head_dim(config: Any) -> dict[str, Any]:
-    """Refuses query and key norms where hidden // heads is not head_dim: the class sizes them by the first."""
+    """Refuses query and key norms where hidden // heads is not head_dim: the class sizes them by
+    the first.
+    """
     hidden, heads, dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     if config["qk_layernorm"] and hidden // heads != dim:
         raise RegraftError(
-            f"phi with qk_layernorm wants hidden // heads to be head_dim {dim}, got {hidden} // {heads}: use --hidden "
-            f"{heads * dim}"
+            f"phi with qk_layernorm wants hidden // heads to be head_dim {dim}, got {hidden} //"
+            f" {heads}: use --hidden {heads * dim}"
         )
     return {}
 

@@ -13,13 +13,15 @@ SPLIT = ("attn.q.", "attn.k.", "attn.v.", "mlp.gate.", "mlp.up.")
 
 
 def check_head_dim(config: Any) -> dict[str, Any]:
-    """Refuses long-rope factors where hidden // heads is not head_dim: the class counts factors by the first."""
+    """Refuses long-rope factors where hidden // heads is not head_dim: the class counts factors by
+    the first.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads, dim = config["num_attention_heads"], config["head_dim"]
     if rope.get("short_factor") and config["hidden_size"] // heads != dim:
         raise RegraftError(
-            f"phi3 with long-rope factors wants hidden // heads to be head_dim {dim}, got {config['hidden_size']} // "
-            f"{heads}: use --hidden {heads * dim}"
+            f"phi3 with long-rope factors wants hidden // heads to be head_dim {dim}, got"
+            f" {config['hidden_size']} // {heads}: use --hidden {heads * dim}"
         )
     return {}
 

@@ -21,7 +21,9 @@ AUTO_MAP = {
 
 @dataclass(frozen=True)
 class RegraftAnatomy(Anatomy):
-    """The anatomy of `model_type: "regraft"`: derived from the config's host, mixers and attentions."""
+    """The anatomy of `model_type: "regraft"`: derived from the config's host, mixers and
+    attentions.
+    """
 
     def fill_defaults(self, config: Config) -> dict[str, Any]:
         """The host's config with the host family's defaults."""
@@ -32,7 +34,9 @@ class RegraftAnatomy(Anatomy):
         return find_anatomy(config["host"]).solve(config["host"])
 
     def place(self, config: Config) -> dict[Key, PlacedPart]:
-        """Host parts outside converted attentions by their role, mixer weights as ("mixer.<local name>", layer)."""
+        """Host parts outside converted attentions by their role, mixer weights as ("mixer.<local
+        name>", layer).
+        """
         host, sizes = find_anatomy(config["host"]), self.solve(config)
         placed: dict[Key, PlacedPart] = {}
         for (role, layer), spot in host.place(config["host"]).items():
@@ -69,12 +73,14 @@ class RegraftAnatomy(Anatomy):
         order: Sequence[int] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The host resized; mixers follow their layers. RegraftError for other heads than the mixers were made for."""
+        """The host resized; mixers follow their layers. RegraftError for other heads than the
+        mixers were made for.
+        """
         old = self.solve(config)
         if changed := [axis for axis in ("kv", "group", "dim") if old[axis] != sizes[axis]]:
             raise RegraftError(
-                f"mixers were made for {changed[0]} {old[changed[0]]}, not {sizes[changed[0]]}: grow heads first, then "
-                "linearize"
+                f"mixers were made for {changed[0]} {old[changed[0]]}, not {sizes[changed[0]]}:"
+                " grow heads first, then linearize"
             )
         family = find_anatomy(config["host"])
         host = family.resize_config(config["host"], sizes, order, extra)

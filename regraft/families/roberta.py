@@ -1,4 +1,6 @@
-"""RoBERTa (arXiv 1907.11692): BERT with other heads; its table of positions begins behind the padding token's."""
+"""RoBERTa (arXiv 1907.11692): BERT with other heads; its table of positions begins behind the
+padding token's.
+"""
 
 from dataclasses import replace
 

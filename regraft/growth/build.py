@@ -26,13 +26,16 @@ PLACES = ("hidden", "ffn", "heads", "head_dim")
 
 
 def parse_width_operators(text: str) -> dict[str, str]:
-    """`tile`, or `hidden=tile,ffn=pad`, as an operator for each of PLACES; RegraftError names what is unknown."""
+    """`tile`, or `hidden=tile,ffn=pad`, as an operator for each of PLACES; RegraftError names what
+    is unknown.
+    """
     table = dict.fromkeys(PLACES, "pad")
     for item in text.split(","):
         place, equals, how = item.strip().rpartition("=")
         if how not in WIDTH_OPERATORS:
             raise RegraftError(
-                f"unknown operator '{how}' in --width-init '{text}': use one of {', '.join(WIDTH_OPERATORS)}"
+                f"unknown operator '{how}' in --width-init '{text}': use one of"
+                f" {', '.join(WIDTH_OPERATORS)}"
             )
         if equals and place not in PLACES:
             raise RegraftError(
@@ -50,7 +53,9 @@ def build_widening(
     noise: float | None = None,
     seed: int = 0,
 ) -> Widening:
-    """The widening of a checkpoint to the asked sizes; RegraftError says what cannot be and the nearest that can."""
+    """The widening of a checkpoint to the asked sizes; RegraftError says what cannot be and the
+    nearest that can.
+    """
     anatomy, old = source.anatomy, source.sizes
     host = anatomy.host_config(source.config)
     sizes, split = solve_sizes(source, asked)
@@ -87,7 +92,8 @@ def build_widening(
 def build_inexact_widening(
     source: Checkpoint, asked: WidthSizes, seed: int = 0, folds: bool = True
 ) -> Widening:
-    """A padded widening to sizes that need not be exact, for operators that do not keep the function anyway.
+    """A padded widening to sizes that need not be exact, for operators that do not keep the
+    function anyway.
 
     `folds`: whether the config's epsilon makes up for another mean square of the stream.
     """
@@ -103,19 +109,22 @@ def build_inexact_widening(
 
 
 def widening_notes(made: Widening, asked: WidthSizes) -> list[str]:
-    """What a user should know of a widening beyond its sizes: sizes that followed, entries that cannot learn."""
+    """What a user should know of a widening beyond its sizes: sizes that followed, entries that
+    cannot learn.
+    """
     old, new = made.source.sizes, made.sizes
     found = []
     before, after = old["kv"] * old["group"], new["kv"] * new["group"]
     if asked.heads is None and asked.kv_heads is None and after != before:
         found.append(
-            f"{before} heads became {after}: {made.family.family} wants hidden and heads to fit each other"
+            f"{before} heads became {after}: {made.family.family} wants hidden and heads to fit"
+            " each other"
         )
     if made.qk_norm == DEAD:
         times = -(-new["dim"] // old["dim"]) * old["dim"]
         found.append(
-            f"query and key norms keep the {new['dim'] - old['dim']} new coordinates of every query and key at zero "
-            f"for ever: --head-dim {times} keeps all of them alive"
+            f"query and key norms keep the {new['dim'] - old['dim']} new coordinates of every query"
+            f" and key at zero for ever: --head-dim {times} keeps all of them alive"
         )
     return found
 
@@ -129,7 +138,9 @@ def has_grown(place: str, old: Mapping[str, int], sizes: Mapping[str, int]) -> b
 def unit_axes(
     old: Mapping[str, int], sizes: Mapping[str, int], split: int, ways: Mapping[str, str], seed: int
 ) -> dict[str, Expansion]:
-    """Expansions of the axes whose coordinates are units of their own: neurons, heads, value coordinates."""
+    """Expansions of the axes whose coordinates are units of their own: neurons, heads, value
+    coordinates.
+    """
     inner = ways["head_dim"] if ways["head_dim"] in ("zero_in", "pair") else "pad"
     queries = (
         "pad" if ways["heads"] == "zero_in" else ways["heads"]
@@ -143,7 +154,9 @@ def unit_axes(
 
 
 def unit_axis(how: str, old: int, new: int, seed: int, place: str = "") -> Expansion:
-    """The expansion of an axis of units by an operator's name; RegraftError names its one of PLACES."""
+    """The expansion of an axis of units by an operator's name; RegraftError names its one of
+    PLACES.
+    """
     if new == old:
         return axes.identity(old)
     if how in ("pad", "zero_in", "pair"):
@@ -151,8 +164,8 @@ def unit_axis(how: str, old: int, new: int, seed: int, place: str = "") -> Expan
     if how == "tile":
         if new % old:
             raise RegraftError(
-                f"tile makes whole copies: {place} {new} is no multiple of {old}; use {new // old * old} or "
-                f"{-(-new // old) * old}, or --width-init lemon"
+                f"tile makes whole copies: {place} {new} is no multiple of {old}; use"
+                f" {new // old * old} or {-(-new // old) * old}, or --width-init lemon"
             )
         return axes.tile(old, new)
     if how in ("split", "lemon"):
@@ -167,6 +180,9 @@ def stream_axis(made: Widening, old: int, new: int, how: str, seed: int) -> Expa
     post = any(p.norm and p.axes.kind == "bias" and p.writes == "stream" for p in made.parts)
     if how == "aki":
         return axes.duplicate(old, new, seed, following=True)
+
+    # Behind a norm that follows the sum, the stream itself is a norm's output: only whole copies
+    # keep its mean and variance (docs/concepts/expansions.md, L9).
     exact = how in ("tile", "duplicate") or post
     if exact and new % old:
         near = sorted({max(1, new // old) * old, -(-new // old) * old})
@@ -176,7 +192,8 @@ def stream_axis(made: Widening, old: int, new: int, how: str, seed: int) -> Expa
             else f"--width-init {how} copies the stream evenly or not at all"
         )
         raise RegraftError(
-            f"{made.anatomy.family} cannot have hidden {new} exactly, {why}: use --hidden {' or '.join(map(str, near))}"
+            f"{made.anatomy.family} cannot have hidden {new} exactly, {why}: use --hidden"
+            f" {' or '.join(map(str, near))}"
             + ("" if post else ", or --width-init hidden=pad or hidden=lemon for any width")
         )
     if how == "duplicate":
@@ -187,7 +204,9 @@ def stream_axis(made: Widening, old: int, new: int, how: str, seed: int) -> Expa
 
 
 def choose_fold(made: Widening, fold: str) -> Literal["stream", "eps"]:
-    """How the mean square of a padded stream is kept; RegraftError when `eps` is asked for and cannot be."""
+    """How the mean square of a padded stream is kept; RegraftError when `eps` is asked for and
+    cannot be.
+    """
     others = [
         p.axes.text
         for p in made.parts
@@ -195,29 +214,33 @@ def choose_fold(made: Widening, fold: str) -> Literal["stream", "eps"]:
     ]
     if fold == "eps" and others:
         raise RegraftError(
-            f"{made.anatomy.family} has one epsilon for norms over hidden and for '{others[0]}', which grow apart: "
-            "use --fold stream"
+            f"{made.anatomy.family} has one epsilon for norms over hidden and for '{others[0]}',"
+            " which grow apart: use --fold stream"
         )
     return "stream" if others or fold == "stream" else "eps"
 
 
 def qk_norm_mode(made: Widening, table: Mapping[str, Expansion]) -> str | None:
-    """How normed queries and keys take wider heads: LIVE for multiples, DEAD (new coordinates stay zero) otherwise."""
+    """How normed queries and keys take wider heads: LIVE for multiples, DEAD (new coordinates stay
+    zero) otherwise.
+    """
     norms = [p for p in made.parts if p.norm and "dim" in p.axes.outputs[0]]
     if not norms:
         return None
     old, new = table["qk"].old, table["qk"].new
     if new != old and any(p.axes.kind == "bias" for p in norms):
         raise RegraftError(
-            f"{made.anatomy.family}'s query and key norms subtract the mean of a head, so --head-dim {new} cannot keep "
-            f"what they give: leave it at {old} and grow --heads, --hidden, --ffn or --layers"
+            f"{made.anatomy.family}'s query and key norms subtract the mean of a head, so"
+            f" --head-dim {new} cannot keep what they give: leave it at {old} and grow --heads,"
+            " --hidden, --ffn or --layers"
         )
     for axis in ("kv", "group") if made.has_full_qk_norm else ():
         if table[axis].new % table[axis].old or table[axis].copies != 1:
             times = -(-table[axis].new // table[axis].old)
             raise RegraftError(
-                f"{made.anatomy.family} norms all heads together, so heads come in whole multiples by --width-init heads=pad, "
-                f"not {table[axis].old} to {table[axis].new}: use {times} times as many"
+                f"{made.anatomy.family} norms all heads together, so heads come in whole multiples"
+                f" by --width-init heads=pad, not {table[axis].old} to {table[axis].new}: use"
+                f" {times} times as many"
             )
     return DEAD if new % old else LIVE
 
@@ -230,5 +253,6 @@ def check_activation(source: Checkpoint, ways: Mapping[str, str], sizes: Mapping
         name = str(source.anatomy.fill_defaults(source.config).get(anatomy.activation, ""))
         if name.startswith("relu") and not gated:
             raise RegraftError(
-                f"units whose inputs are zero never wake up under {name}: use --width-init ffn=pad, pair or split"
+                f"units whose inputs are zero never wake up under {name}: use --width-init ffn=pad,"
+                " pair or split"
             )

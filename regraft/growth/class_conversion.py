@@ -1,4 +1,6 @@
-"""Class bridges: a checkpoint as one of another family that computes the same and ties fewer sizes together."""
+"""Class bridges: a checkpoint as one of another family that computes the same and ties fewer sizes
+together.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ RotaryConversion = tuple[dict[str, Any], Tensor | None]
 
 @dataclass(frozen=True)
 class ClassConversion:
-    """How checkpoints of one family are written as another, which has its parts under the same roles.
+    """How checkpoints of one family are written as another, which has its parts under the same
+    roles.
 
-    `when`: what the source's config must say, in words. `keys`: target key -> (source key, what the source's class
-    takes when it is missing). `sets`: target keys with one value. `leaves`: source keys that the target does not have.
-    `folds`: map -> norm whose gain and bias it takes over, because the target has one norm for several maps.
-    `rotary(config, dim)`: the target's rotary keys, and per coordinate of its heads the source's (None: the same).
+    `when`: what the source's config must say, in words. `keys`: target key -> (source key, what the
+    source's class takes when it is missing). `sets`: target keys with one value. `leaves`: source
+    keys that the target does not have. `folds`: map -> norm whose gain and bias it takes over,
+    because the target has one norm for several maps. `rotary(config, dim)`: the target's rotary
+    keys, and per coordinate of its heads the source's (None: the same).
     """
 
     when: str
@@ -39,7 +43,8 @@ class ClassConversion:
 
 
 def parse_partial_rotary(config: Config, dim: int) -> tuple[dict[str, Any], int]:
-    """(rotary parameters, coordinates of a head that turn) of a GPT-NeoX config, missing keys filled as its class does.
+    """(rotary parameters, coordinates of a head that turn) of a GPT-NeoX config, missing keys
+    filled as its class does.
 
     An odd number of coordinates is turned with one more, at the odd number's frequencies.
     """
@@ -52,7 +57,9 @@ def parse_partial_rotary(config: Config, dim: int) -> tuple[dict[str, Any], int]
 
 
 def convert_partial_rotary(config: Config, dim: int) -> RotaryConversion:
-    """GPT-NeoX's rotary positions for a class that turns the first coordinates too, but only an even number."""
+    """GPT-NeoX's rotary positions for a class that turns the first coordinates too, but only an
+    even number.
+    """
     rope, count = parse_partial_rotary(config, dim)
     if count % 2:
         _check_rotary_type(rope, f"{count} of {dim} coordinates, an odd number,")
@@ -62,18 +69,25 @@ def convert_partial_rotary(config: Config, dim: int) -> RotaryConversion:
 
 
 def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
-    """GPT-NeoX's rotary positions for a class that turns coordinate i with i + dim / 2: pairs that do not turn get
-    frequency zero, and coordinates move to where their partner is expected.
+    """GPT-NeoX's rotary positions for a class that turns coordinate i with i + dim / 2: pairs that
+    do not turn get frequency zero, and coordinates move to where their partner is expected.
     """
     rope, count = parse_partial_rotary(config, dim)
+
+    # Every pair turns already: the rotary settings carry over as they are.
     if count == dim and dim % 2 == 0:
         del rope["partial_rotary_factor"]
         return {"rope_parameters": rope}, None
     _check_rotary_type(rope, f"{count} of {dim} coordinates")
     if dim % 2:
         raise RegraftError(
-            f"starcoder2 turns all coordinates of a head in pairs, and head_dim {dim} is odd: {WIDEN_HINT}"
+            f"starcoder2 turns all coordinates of a head in pairs, and head_dim {dim} is odd:"
+            f" {WIDEN_HINT}"
         )
+
+    # Type "proportional" turns the first pairs of a head and leaves the others still. Theta is
+    # raised so that their frequencies, theta ** (-2i / dim) of the whole head, stay those of the
+    # turning part.
     half, pairs = dim // 2, -(-count // 2)
     made = {
         "rope_type": "proportional",
@@ -84,6 +98,9 @@ def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
     }
     if rope["rope_type"] == "linear":
         made["factor"] = rope["factor"]
+
+    # The source pairs coordinate i with i + pairs, the target i with i + half: second halves of the
+    # turning pairs move behind the first half of the head.
     old = torch.arange(dim)
     order = torch.cat(
         [old[:pairs], old[2 * pairs : half + pairs], old[pairs : 2 * pairs], old[half + pairs :]]
@@ -94,8 +111,8 @@ def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
 def _check_rotary_type(rope: Mapping[str, Any], what: str) -> None:
     if rope["rope_type"] not in ("default", "linear"):
         raise RegraftError(
-            f"rotary type '{rope['rope_type']}' over {what} has no counterpart in the target, only default and linear "
-            f"have: {WIDEN_HINT}"
+            f"rotary type '{rope['rope_type']}' over {what} has no counterpart in the target, only"
+            f" default and linear have: {WIDEN_HINT}"
         )
 
 
@@ -150,7 +167,11 @@ CONVERSIONS: dict[tuple[str, str], ClassConversion] = {
     ("gpt_neox", "starcoder2"): ClassConversion(
         when="use_parallel_residual false",
         keys=NEOX_KEYS
-        | {"norm_epsilon": EPSILON, "residual_dropout": DROPOUT, "embedding_dropout": DROPOUT},
+        | {
+            "norm_epsilon": EPSILON,
+            "residual_dropout": DROPOUT,
+            "embedding_dropout": DROPOUT,
+        },
         sets={"use_bias": True, "sliding_window": None},
         leaves=(*NEOX_LEAVES, "layer_norm_eps"),
         rotary=convert_full_rotary,
@@ -164,7 +185,9 @@ CLASSES = {
 
 
 def find_target_family(source: Checkpoint, to: str | None) -> str:
-    """The family to write a checkpoint as; RegraftError when its config has no bridge, or none to `to`."""
+    """The family to write a checkpoint as; RegraftError when its config has no bridge, or none to
+    `to`.
+    """
     anatomy = source.anatomy
     name = anatomy.bridge(anatomy.fill_defaults(source.config))
     if name is not None and (anatomy.family, name) in CONVERSIONS and to in (None, name):
@@ -186,6 +209,8 @@ def convert_to_family(source: Checkpoint, to: str) -> Checkpoint:
     placed = anatomy.place(config)
     if (sizes := anatomy.solve(config)) != source.sizes:
         raise RegraftError(f"{to} config gives axes {sizes}, not {source.sizes}: mend its table")
+
+    # Each tensor is computed when it is read. What no target tensor takes from would be lost.
     tensors = {
         key: _convert_tensor(source, crossing, key, spot, order) for key, spot in placed.items()
     }
@@ -201,12 +226,15 @@ def convert_to_family(source: Checkpoint, to: str) -> Checkpoint:
 
 
 def _build_config(source: Checkpoint, to: str, crossing: ClassConversion) -> dict[str, Any]:
-    """The target's config, rotary keys aside: nothing that the two classes fill in differently is left out."""
+    """The target's config, rotary keys aside: nothing that the two classes fill in differently is
+    left out.
+    """
     config, vocab = source.config, source.sizes["vocab"]
     pad = config.get("pad_token_id")
     if pad is not None and not -vocab <= pad < vocab:
         raise RegraftError(
-            f"{to} wants pad_token_id below vocab_size {vocab}, got {pad}: set it to null in config.json"
+            f"{to} wants pad_token_id below vocab_size {vocab}, got {pad}: set it to null in"
+            " config.json"
         )
     kept = {key: value for key, value in config.items() if key not in crossing.leaves}
     known = {key: config.get(old, default) for key, (old, default) in crossing.keys.items()}
@@ -224,6 +252,8 @@ def _convert_tensor(
 ) -> LazyTensor:
     """One tensor of the target."""
     role, layer = key
+
+    # A norm whose gain and bias go into the maps behind it keeps nothing of its own.
     base, _, ending = role.rpartition(".")
     if base in crossing.folds.values():
         return _constant_tensor(
@@ -282,7 +312,11 @@ def _copy_tensor(source: Checkpoint, key: Key, spot: PlacedPart) -> LazyTensor |
 def _fold_norm(
     source: Checkpoint, base: str, norm: str, ending: str, layer: int | None
 ) -> LazyTensor:
-    """A map behind the affine map of a norm, as one: W diag(g) and b + W n, computed in float32 at least."""
+    """A map behind the affine map of a norm, as one: W diag(g) and b + W n, computed in float32 at
+    least.
+    """
+    # W (g x + n) + b = (W diag(g)) x + (W n + b): the norm's gain goes into the weight, its bias
+    # through the weight into the bias.
     weight, gain, shift = (
         source[role, layer] for role in (f"{base}.weight", f"{norm}.weight", f"{norm}.bias")
     )

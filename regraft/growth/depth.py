@@ -24,21 +24,28 @@ EXACT = operators_preserving(DEPTH, "exactly", "up to rounding")
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """One layer of the target: which source layer it comes from, and whether it is `new` and starts idle."""
+    """One layer of the target: which source layer it comes from, and whether it is `new` and starts
+    idle.
+    """
 
     source: int
     new: bool = False
 
 
 def build_layer_order(how: str, old: int, new: int) -> list[LayerOrigin]:
-    """The layers of the target, bottom first. RegraftError for a number that the operator cannot reach."""
+    """The layers of the target, bottom first. RegraftError for a number that the operator cannot
+    reach.
+    """
     if how not in ORDERS:
         raise RegraftError(f"unknown --depth-init '{how}': use one of {', '.join(ORDERS)}")
     more = new - old
     if more < 0:
         raise RegraftError(
-            f"--layers {new} is less than the source's {old}: growth never shrinks, give {old} or more"
+            f"--layers {new} is less than the source's {old}: growth never shrinks, give {old} or"
+            " more"
         )
+
+    # Layers that change nothing, spread evenly: behind which source layer each new one stands.
     if how in EXACT:
         ends = [
             (k + 1) * old // more - 1 if more <= old else (k * old) // more for k in range(more)
@@ -48,24 +55,34 @@ def build_layer_order(how: str, old: int, new: int) -> list[LayerOrigin]:
             for i in range(old)
             for item in [LayerOrigin(i), *[LayerOrigin(i, True)] * ends.count(i)]
         ]
+
+    # Repetition of the whole model, bottom first (StackBERT; G_stack repeats it whole times).
     if how in ("stack", "gstack"):
         if how == "gstack" and new % old:
             raise RegraftError(
-                f"gstack repeats the whole model: {new} is no multiple of {old} layers, use {format_near_multiples(old, new)}"
+                f"gstack repeats the whole model: {new} is no multiple of {old} layers, use"
+                f" {format_near_multiples(old, new)}"
             )
         return [LayerOrigin(i % old) for i in range(new)]
+
+    # Every layer as often as the next, copies beside their original.
     if how == "interpolate":
         return [LayerOrigin(i * old // new) for i in range(new)]
+
+    # The model without its last layers, then the model without its first ones (SOLAR).
     if how == "upscale":
         if new > 2 * old:
             raise RegraftError(
-                f"upscale joins two overlapping copies: at most {2 * old} layers, not {new}; use stack"
+                f"upscale joins two overlapping copies: at most {2 * old} layers, not {new}; use"
+                " stack"
             )
         return [LayerOrigin(i) for i in [*range(-(-new // 2)), *range(old - new // 2, old)]]
     if more > old:
         raise RegraftError(
             f"{how} repeats layers once: at most {2 * old} layers, not {new}; grow in two stages"
         )
+
+    # Only the middle is repeated (MIDAS); else the top is (MSLT).
     if how == "midas":
         start = (old - more) // 2
         return [LayerOrigin(i) for i in [*range(start + more), *range(start, old)]]
@@ -91,6 +108,9 @@ def deepen_tensors(
             continue
         place, home = order[layer], (role, order[layer].source)
         lazy = source.tensors[home]
+
+        # Some classes scale scores by the layer's number. Keys make up for it; Adam's first moment
+        # is a gradient and scales by the inverse, its second by the square of that.
         change = softmax_scale_ratio(source, config, place.source, layer)
         if source.holds != "weights":
             change **= -1 if source.holds == "exp_avg" else -2
@@ -98,6 +118,9 @@ def deepen_tensors(
             kind_of(base) == "k" for base, _, _ in fused_maps(spots[home].part, role)
         ):
             lazy = rescale_keys(source, spots[home].part, role, lazy, change)
+
+        # Post-norm models: the layer before a new one hands on its last norm, which the new layer
+        # then applies (docs/concepts/expansions.md, L9).
         followed = layer + 1 < len(order) and order[layer + 1].new
         if quiet.hands_on and role.startswith(quiet.last) and followed:
             lazy = quiet.neutral_norm(home, lazy)
@@ -110,7 +133,9 @@ def deepen_tensors(
 def softmax_scale_ratio(
     source: Checkpoint, config: dict[str, Any], before: int, after: int
 ) -> float:
-    """What keys of a layer that moves are multiplied by when the softmax scale depends on the layer."""
+    """What keys of a layer that moves are multiplied by when the softmax scale depends on the
+    layer.
+    """
     anatomy, family, dim = source.anatomy, source.anatomy.host(source.config), source.sizes["dim"]
     return family.scale(anatomy.fill_defaults(source.config), dim, before) / family.scale(
         anatomy.fill_defaults(config), dim, after
@@ -148,8 +173,9 @@ def repack_maps(values: list[Tensor], part: Part, source: Checkpoint) -> Tensor:
 
 
 class IdentityLayer:
-    """How a layer of a family does nothing: by zero outputs, by zero gains of the norms behind them, or, where the
-    norm comes after the sum, by taking over the affine map of the norm before it.
+    """How a layer of a family does nothing: by zero outputs, by zero gains of the norms behind
+    them, or, where the norm comes after the sum, by taking over the affine map of the norm before
+    it.
     """
 
     def __init__(self, source: Checkpoint, spots: Mapping[Key, PlacedPart]):
@@ -171,14 +197,21 @@ class IdentityLayer:
         }
 
     def idle_tensor(self, key: Key, lazy: LazyTensor, how: str, draw: SeededRandom) -> LazyTensor:
-        """A tensor of a layer that starts by doing nothing; `how` says whether the rest is random or copied."""
+        """A tensor of a layer that starts by doing nothing; `how` says whether the rest is random
+        or copied.
+        """
         role = key[0]
         part = self.spots[key].part
+
+        # Moments of a layer that did not exist are zero; second moments keep the copied layer's
+        # size, so that the first steps are not too long.
         if self.source.holds != "weights":
             moved = role in self.norms and role.startswith(self.last)
             return (
                 lazy if moved or self.source.holds == "exp_avg_sq" else constant_tensor(lazy, 0.0)
             )
+
+        # An output norm of gain zero silences the branch and lets its maps learn at once (L10).
         if role in self.gains:
             return constant_tensor(lazy, -1.0 if part.axes.unit else 0.0)
         if role in self.norms and not role.startswith(self.last):
@@ -188,6 +221,8 @@ class IdentityLayer:
                 lazy,
                 story=Provenance("copied", lazy.story.sources, "taken over from the norm before"),
             )
+
+        # Without such a norm the output projection is zero; the maps before it keep live entries.
         if role in self.outputs and not self.gains:
             return constant_tensor(lazy, 0.0)
         if how == "llama_pro":

@@ -38,8 +38,9 @@ class AxisSpan:
 class Grower(nn.Module):
     """Every tensor of the grown model from the source's, the maps of axes and the mixing of layers.
 
-    `order`: what each target layer is at first. W'_i = B (sum_j w_ij W_j) A^T per map and layer i, all layers sharing
-    their maps: one tensor is mixed small; a whole model of more layers than the source is widened first, then mixed.
+    `order`: what each target layer is at first. W'_i = B (sum_j w_ij W_j) A^T per map and layer i,
+    all layers sharing their maps: one tensor is mixed small; a whole model of more layers than the
+    source is widened first, then mixed.
     """
 
     def __init__(
@@ -51,18 +52,24 @@ class Grower(nn.Module):
         self.before = self.source.anatomy.place(self.source.config)
         self.stacks: dict[str, list[Tensor]] = {}
         self.free: dict[str, Tensor] = {}
+
+        # One generator for all draws, in this order: a seed gives the same maps whatever was read.
         draw = torch.Generator().manual_seed(seed)
         self.spaces = nn.ModuleDict(self._build_axis_maps(draw))
         self.folds = method.reads != "tied" and self._can_fold_norms()
         if method.reads == "orthogonal" and not self.folds:
             raise RegraftError(
-                f"orthogonal maps need root-mean-square norms before their readers and an output embedding of its own, "
-                f"which this {widening.family.family} has not: use reads inverse or tied"
+                "orthogonal maps need root-mean-square norms before their readers and an output"
+                f" embedding of its own, which this {widening.family.family} has not: use reads"
+                " inverse or tied"
             )
         for name, space in self.spaces.items():
             if isinstance(space, AxisMap):
                 space.levels = self.folds and name == "hidden"
         self.mixing = nn.ParameterDict(self._build_mixing(draw))
+
+        # The maps at the start: free entries are measured against them, and `reads="inverse"`
+        # follows them.
         self.begun = {
             name: (one[0].detach(), one[1].detach()) for name, one in self._compute_maps().items()
         }
@@ -123,7 +130,8 @@ class Grower(nn.Module):
                 else "grouped queries"
             )
             raise RegraftError(
-                f"dense maps would mix what the {why} of {anatomy.family} keep apart: use heads blocks"
+                f"dense maps would mix what the {why} of {anatomy.family} keep apart: use heads"
+                " blocks"
             )
 
     def _can_fold_norms(self) -> bool:
@@ -163,14 +171,20 @@ class Grower(nn.Module):
     def _build_mixing(self, draw: torch.Generator) -> dict[str, nn.Parameter]:
         """w, (target layers, source layers), of every kind of module; none without more layers."""
         count = self.source.layers
+
+        # Without new layers there is nothing to mix.
         if [layer.source for layer in self.order] == list(range(count)):
             return {}
         quiet = IdentityLayer(self.source, self.before)
         if quiet.hands_on and any(layer.new for layer in self.order):
             raise RegraftError(
-                f"idle layers of {self.widening.family.family} hand on the norm before them, which is no mixture of "
-                "layers: use depth stack or interpolate"
+                f"idle layers of {self.widening.family.family} hand on the norm before them, which"
+                " is no mixture of layers: use depth stack or interpolate"
             )
+
+        # One matrix w a kind of module (attention, MLP, norms), as the paper has it: rows are
+        # layers of the target, columns layers of the source. A new layer of an exact start is
+        # silent: row 0.
         table: dict[str, nn.Parameter] = {}
         for role in dict.fromkeys(role for role, layer in self.before if layer is not None):
             silent = role in quiet.gains or (role in quiet.outputs and not quiet.gains)
@@ -230,6 +244,8 @@ class Grower(nn.Module):
                 if role in self.stacks
                 else self._read_maps(role, layer)
             )
+
+        # All source layers in one product where they fit in memory, else one after another.
         rows = [self.mixing[name][layer] for name in names]
         if (
             role in self.stacks
@@ -293,8 +309,9 @@ class Grower(nn.Module):
     def _widen_then_mix(
         self, role: str, layers: Sequence[int | None], work: Sequence[MapWidener], maps: Maps
     ) -> list[Tensor] | None:
-        """The maps of a role in these layers, (layers, ...) each: made large, then mixed. None where a tensor does not
-        grow linearly, or none is held in memory."""
+        """The maps of a role in these layers, (layers, ...) each: made large, then mixed. None
+        where a tensor does not grow linearly, or none is held in memory.
+        """
         linear = not any(
             piece.part.norm or piece.signature.kind in ("gain", "scale") for piece in work
         )
@@ -330,7 +347,9 @@ class Grower(nn.Module):
 
     @torch.no_grad()
     def _compute_free_entries(self, role: str, index: int, layer: int | None) -> Tensor:
-        """What the operator that the maps begin with writes where no old value goes, for one map of a part."""
+        """What the operator that the maps begin with writes where no old value goes, for one map of
+        a part.
+        """
         name = f"{role}.{index}.{layer}"
         if name not in self.free:
             piece, part = self._build_wideners(role, layer)[index], self.before[role, layer].part

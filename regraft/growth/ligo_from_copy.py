@@ -1,4 +1,6 @@
-"""Learned maps beside random weights: a direct copy in which old weights reach the new ones by maps that learn."""
+"""Learned maps beside random weights: a direct copy in which old weights reach the new ones by maps
+that learn.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from .widening import Widening
 
 
 class GrowerFromCopy(Grower):
-    """What the maps give, and what `start` has beyond the maps as they begin: before any step it is `start`.
+    """What the maps give, and what `start` has beyond the maps as they begin: before any step it is
+    `start`.
 
     Layers beyond the source's begin without a share of old ones: they are the start's alone.
     """

@@ -27,22 +27,26 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Ligo:
-    """LiGO (arXiv 2303.00980) and its options: W' = B (sum_j w_j W_j) A^T, with B and w learned in a few steps.
+    """LiGO (arXiv 2303.00980) and its options: W' = B (sum_j w_j W_j) A^T, with B and w learned in
+    a few steps.
 
-    `start`: what rows of B for new coordinates begin as: `average` (random convex combinations of all old ones, as the
-    authors' code), `random` ones, or an operator of --width-init, whose copies and shares B and A then begin with; `copy` lets
-    the maps change a direct copy (`Transplant`: random numbers wherever no old one is, in new layers too), which 0
-    steps are, whatever `depth` says. `live`: the operator's free entries, random numbers that do not change the
-    function, are added to what the maps give, so that 0 steps are the operator itself. `depth`: the order of
-    layers that w begins with, an operator of --depth-init; `blur`: how much of the other layers is mixed in (the
-    authors' code: 0.03). `reads`: A, by which a weight reads what B wrote: `tied` is B itself, as the paper has it
-    (copies read with their shares); `inverse` is pinv(B)^T on the residual stream, with gains of norms moved into their
-    readers, so that what is linear stays exact for every B, and what reads neurons and heads learns shares of its own;
-    `orthogonal` also makes the columns of B orthogonal, which a root-mean-square norm does not notice, so that the
-    stream stays exact. `free`: `new` learns the rows of new coordinates (B = [I; C]), `all` the whole of B. `heads`:
-    `blocks` maps whole heads, alike for queries, keys and values; `dense` mixes all coordinates of all heads, queries,
-    keys and values each their own way, as the paper does (no rotary positions, no grouped queries). `steps`, `lr`,
-    `lr_depth`, `warmup`, `decay`: AdamW on the maps; 0 steps keep the start.
+    `start`: what rows of B for new coordinates begin as: `average` (random convex combinations of
+    all old ones, as the authors' code), `random` ones, or an operator of --width-init, whose copies
+    and shares B and A then begin with; `copy` lets the maps change a direct copy (`Transplant`:
+    random numbers wherever no old one is, in new layers too), which 0 steps are, whatever `depth`
+    says. `live`: the operator's free entries, random numbers that do not change the function, are
+    added to what the maps give, so that 0 steps are the operator itself. `depth`: the order of
+    layers that w begins with, an operator of --depth-init; `blur`: how much of the other layers is
+    mixed in (the authors' code: 0.03). `reads`: A, by which a weight reads what B wrote: `tied` is
+    B itself, as the paper has it (copies read with their shares); `inverse` is pinv(B)^T on the
+    residual stream, with gains of norms moved into their readers, so that what is linear stays
+    exact for every B, and what reads neurons and heads learns shares of its own; `orthogonal` also
+    makes the columns of B orthogonal, which a root-mean-square norm does not notice, so that the
+    stream stays exact. `free`: `new` learns the rows of new coordinates (B = [I; C]), `all` the
+    whole of B. `heads`: `blocks` maps whole heads, alike for queries, keys and values; `dense`
+    mixes all coordinates of all heads, queries, keys and values each their own way, as the paper
+    does (no rotary positions, no grouped queries). `steps`, `lr`, `lr_depth`, `warmup`, `decay`:
+    AdamW on the maps; 0 steps keep the start.
     """
 
     start: str = "average"
@@ -68,6 +72,8 @@ class Ligo:
             raise RegraftError(
                 f"LiGO's start '{self.start}' has no free entries to keep live: use start pad"
             )
+
+        # YAML and JSON give `true` for a number without complaint: a bool is an int in Python.
         for name in ("steps", "warmup", "blur", "lr", "lr_depth", "decay"):
             value = getattr(self, name)
             whole = name in ("steps", "warmup")
@@ -77,15 +83,17 @@ class Ligo:
                 or value < 0
             ):
                 raise RegraftError(
-                    f"LiGO's {name} is {value!r}: give a {'whole ' if whole else ''}number, at least 0"
+                    f"LiGO's {name} is {value!r}: give a {'whole ' if whole else ''}number, at"
+                    " least 0"
                 )
 
 
 class AxisMap(nn.Module):
-    """The map of one axis: B (new, old) says how its coordinates are written, A (new, old) how they are read.
+    """The map of one axis: B (new, old) says how its coordinates are written, A (new, old) how they
+    are read.
 
-    `linear`: nothing but maps and norms stand between writers and readers, so that A may undo any B. `learns`: whether
-    anything here does.
+    `linear`: nothing but maps and norms stand between writers and readers, so that A may undo any
+    B. `learns`: whether anything here does.
     """
 
     def __init__(
@@ -128,10 +136,13 @@ class AxisMap(nn.Module):
             axis.old if kept >= axis.old and axis.starts_with_old else 0
         )  # rows of B that are the identity's
         self.unshared = bool((shares[: axis.old].sum(1) == 1).all())
-        self.levels = False  # whether B is kept as large, on average, as the start's: where norms read what it writes
+        # whether B is kept as large, on average, as the start's: where norms read what it writes
+        self.levels = False
 
     def identity_count(self, read: bool) -> int:
-        """How many coordinates, from the first, a map leaves as they are: [I; C] need not multiply by I."""
+        """How many coordinates, from the first, a map leaves as they are: [I; C] need not multiply
+        by I.
+        """
         if read:
             return self.first if self.reads == "tied" and self.unshared else 0
         return 0 if self.linear and (self.reads == "orthogonal" or self.levels) else self.first

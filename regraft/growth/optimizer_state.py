@@ -1,4 +1,6 @@
-"""Adam's state grows with the weights: moments and step counts of every parameter, under the grown model's names."""
+"""Adam's state grows with the weights: moments and step counts of every parameter, under the grown
+model's names.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,19 @@ Steps = Sequence[Callable[[Checkpoint], Checkpoint]]
 def grow_optimizer_state(
     source: Checkpoint, steps: Steps, file: str | Path, out: str | Path
 ) -> int:
-    """Write `out/optimizer.safetensors` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of the grown model.
+    """Write `out/optimizer.safetensors` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of
+    the grown model.
 
-    `file` holds the same keys for `source`, as a run of `regraft train` keeps them in run/state.safetensors. Moments of
-    weights stored c-fold are divided by c and c squared; new entries start at zero and at the tensor's mean square. The
-    tensors of one moment are in memory at a time. Returns the number of parameters. RegraftError when the file lacks a
-    parameter or has one too many.
+    `file` holds the same keys for `source`, as a run of `regraft train` keeps them in
+    run/state.safetensors. Moments of weights stored c-fold are divided by c and c squared; new
+    entries start at zero and at the tensor's mean square. The tensors of one moment are in memory
+    at a time. Returns the number of parameters. RegraftError when the file lacks a parameter or has
+    one too many.
     """
     entries = read_moments(source, Path(file))
+
+    # A step grows a checkpoint of moments by the gradient law: what is multiplied by c has its
+    # gradient divided by c. One moment at a time is in memory.
     table: dict[str, torch.Tensor] = {}
     for holds in MOMENTS:
         grown = build_moment_checkpoint(source, entries, holds)
@@ -39,6 +46,8 @@ def grow_optimizer_state(
             f"{holds}/{grown.names[key]}": lazy.read().contiguous()
             for key, lazy in grown.tensors.items()
         }
+
+    # New parameters take the step count of the old ones, so that bias correction is the same.
     counts = [entry.read() for key, entry in entries.items() if key.startswith("step/")]
     steps_done = max((count.reshape(()) for count in counts), default=torch.tensor(0.0))
     table |= {f"step/{name}": steps_done.clone() for name in grown.names.values()}
@@ -50,23 +59,28 @@ def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
     """The entries of a file of moments by key, checked against the source's parameters."""
     if not file.is_file():
         raise RegraftError(
-            f"no optimiser state at '{file}': give safetensors with exp_avg/NAME and exp_avg_sq/NAME"
+            f"no optimiser state at '{file}': give safetensors with exp_avg/NAME and"
+            " exp_avg_sq/NAME"
         )
     if file.suffix in (".pt", ".bin", ".pth"):
         raise RegraftError(
-            f"'{file}' is a pickle, which is never loaded: save its moments with safetensors as exp_avg/NAME, "
-            "exp_avg_sq/NAME and step/NAME"
+            f"'{file}' is a pickle, which is never loaded: save its moments with safetensors as"
+            " exp_avg/NAME, exp_avg_sq/NAME and step/NAME"
         )
     entries = {entry.name: entry for entry in read_header(file)}
+
+    # Every parameter has both moments, and nothing else is in the file.
     wanted = {f"{moment}/{name}" for moment in MOMENTS for name in source.names.values()}
     if missing := sorted(wanted - set(entries)):
         raise RegraftError(
-            f"'{file}' lacks '{missing[0]}': it belongs to another model or to a stage that froze it"
+            f"'{file}' lacks '{missing[0]}': it belongs to another model or to a stage that"
+            " froze it"
         )
     known = ("step/", "model/")
     if extra := sorted(key for key in set(entries) - wanted if not key.startswith(known)):
         raise RegraftError(
-            f"'{file}' has '{extra[0]}', which '{source.origin}' has not: give the state of this model"
+            f"'{file}' has '{extra[0]}', which '{source.origin}' has not: give the state of this"
+            " model"
         )
     return entries
 
@@ -80,8 +94,8 @@ def build_moment_checkpoint(
         entry, shape = entries[f"{holds}/{source.names[key]}"], source.tensors[key].shape
         if entry.shape != shape:
             raise RegraftError(
-                f"'{entry.name}' in '{entry.file}' has shape {list(entry.shape)}, its weight {list(shape)}: give the "
-                "state of this model"
+                f"'{entry.name}' in '{entry.file}' has shape {list(entry.shape)}, its weight"
+                f" {list(shape)}: give the state of this model"
             )
         return LazyTensor(
             shape, entry.torch_dtype(), Provenance("copied", (entry.name,)), entry.read

@@ -1,4 +1,6 @@
-"""Rotary positions under wider heads: where old coordinates go, and the config that keeps their frequencies."""
+"""Rotary positions under wider heads: where old coordinates go, and the config that keeps their
+frequencies.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ MULTIPLE = (
     "proportional",
 )  # types whose frequencies at old pairs return when every m-th pair is used
 LOWERED = (*MULTIPLE, "yarn", "longrope", "su")  # types that allow theta ** (new / old)
-SHARE = "_rotary_share"  # table key of classes that can turn a part of a head: {config key: what a missing one means}
+# table key of classes that can turn a part of a head: {config key: what a missing one means}
+SHARE = "_rotary_share"
 LARGEST = 3e38  # theta is a float32 number where frequencies are computed
 
 
@@ -28,12 +31,16 @@ def widen_rotary(
 ) -> tuple[dict[str, Any], Expansion]:
     """(config keys, expansion) for queries and keys whose heads grow from `old` to `new`.
 
-    Classes that can turn a part of a head keep the turning coordinates and append to the others. Otherwise `new` = m *
-    old keeps theta and uses every m-th pair, which leaves the frequencies bit for bit; other sizes take theta ** (new /
-    old), exact in real numbers. RegraftError for odd sizes and for types whose frequencies depend on the length seen.
+    Classes that can turn a part of a head keep the turning coordinates and append to the others.
+    Otherwise `new` = m * old keeps theta and uses every m-th pair, which leaves the frequencies bit
+    for bit; other sizes take theta ** (new / old), exact in real numbers. RegraftError for odd
+    sizes and for types whose frequencies depend on the length seen.
     """
     if not anatomy.rotary or new == old:
         return {}, pad(old, new)
+
+    # Models with local and global layers have several sets of rotary parameters, each its own
+    # theta.
     full = anatomy.fill_defaults(config)
     scopes = [scope for scope in _rope_parameter_sets(full) if scope]
     spread = any(rotary_type(scope) == "proportional" for scope in scopes)
@@ -46,12 +53,17 @@ def widen_rotary(
         raise RegraftError(
             f"layers turn different parts of a head ({sorted(turning)}): keep --head-dim {old}"
         )
+
+    # Partial rotary: the turning coordinates stay, new ones join those that stand still (L6).
     if turning != {old} or (full.get(SHARE) and not spread):
         return _keep_rotary_dim(full, turning.pop(), new), pad(old, new)
     if new % 2:
         raise RegraftError(
             f"rotary positions need an even --head-dim, got {new}: use {new - 1} or {new + 1}"
         )
+
+    # m * old coordinates hold the old frequencies bit for bit at every m-th pair; other sizes need
+    # another theta, exact in real numbers only (L6, R1 and R2).
     whole = new % old == 0 and all(rotary_type(scope) in MULTIPLE for scope in scopes)
     changed = (
         {} if whole and not spread else _scale_thetas(config, old, new, 1.0 if whole else new / old)
@@ -97,6 +109,8 @@ def _keep_rotary_dim(config: Mapping[str, Any], turning: int, new: int) -> dict[
     share = compute_partial_factor(turning, new)
     names = [key for key in ("partial_rotary_factor", "rotary_pct") if config.get(key) is not None]
     keys: dict[str, Any] = dict.fromkeys([*names, *config.get(SHARE, {})], share)
+
+    # Both spellings of transformers, either of which may hold one set or one a kind of layer.
     for key in ("rope_parameters", "rope_scaling"):
         if config.get(key):
             keys[key] = {**config[key], "partial_rotary_factor": share}
@@ -106,11 +120,13 @@ def _keep_rotary_dim(config: Mapping[str, Any], turning: int, new: int) -> dict[
 def compute_theta_power(
     theta: float, power: float, instead: str = "use a smaller --head-dim, or a whole multiple"
 ) -> float:
-    """theta ** power; RegraftError when that is too large for the precision that frequencies are computed in."""
+    """theta ** power; RegraftError when that is too large for the precision that frequencies are
+    computed in.
+    """
     if power * math.log(theta) > math.log(LARGEST):
         raise RegraftError(
-            f"rotary theta {theta:g} would have to be {theta:g} ** {power:g}, beyond float32, to keep its frequencies: "
-            f"{instead}"
+            f"rotary theta {theta:g} would have to be {theta:g} ** {power:g}, beyond float32, to"
+            f" keep its frequencies: {instead}"
         )
     return float(theta) ** power
 
@@ -142,8 +158,8 @@ def _scale_parameter_set(
 ) -> dict[str, Any]:
     if rotary_type(scope) not in LOWERED:
         raise RegraftError(
-            f"rotary type '{rotary_type(scope)}' sets frequencies by the length it sees, so wider heads cannot keep them: "
-            "grow heads, hidden, ffn or layers instead"
+            f"rotary type '{rotary_type(scope)}' sets frequencies by the length it sees, so wider"
+            " heads cannot keep them: grow heads, hidden, ffn or layers instead"
         )
     changed = dict(scope)
     if "rope_theta" in scope:
@@ -153,6 +169,8 @@ def _scale_parameter_set(
         changed["partial_rotary_factor"] = compute_partial_factor(
             2 * pairs * (new // old if power == 1 else 1), new
         )
+
+    # Longrope divides every frequency by a number of its own: new pairs get 1.
     for key in ("short_factor", "long_factor"):
         if key in scope:
             changed[key] = [*scope[key], *[1.0] * (new // 2 - len(scope[key]))]

@@ -46,9 +46,12 @@ def solve_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[dict[str, int], 
         wanted = getattr(asked, name)
         if wanted is not None and wanted < size:
             raise RegraftError(
-                f"--{name.replace('_', '-')} {wanted} is smaller than the source's {size}: growth never shrinks, "
-                f"give {size} or more"
+                f"--{name.replace('_', '-')} {wanted} is smaller than the source's {size}: growth"
+                f" never shrinks, give {size} or more"
             )
+
+    # Classes without head_dim couple three sizes; classes that want hidden % heads == 0 get more
+    # heads where the user left them open; else every size is free.
     hidden, heads, dim = asked.hidden or old["hidden"], asked.heads, asked.head_dim
     if has_coupled_heads(source):
         hidden, heads, dim = solve_coupled_sizes(source, asked)
@@ -63,6 +66,8 @@ def solve_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[dict[str, int], 
         "group": group,
         "dim": dim or old["dim"],
     }
+
+    # Raises for sizes that no config of the class can say.
     anatomy.config_keys(sizes)
     return sizes, split
 
@@ -75,7 +80,8 @@ def has_coupled_heads(source: Checkpoint) -> bool:
 
 
 def find_head_count(source: Checkpoint, hidden: int, kv: int | None) -> int | None:
-    """Heads, at most twice as many, that a class which wants whole heads per hidden size takes; None without any.
+    """Heads, at most twice as many, that a class which wants whole heads per hidden size takes;
+    None without any.
 
     As many as keep hidden = heads x head_dim come first, then the fewest.
     """
@@ -95,15 +101,17 @@ def find_head_count(source: Checkpoint, hidden: int, kv: int | None) -> int | No
 
 
 def solve_coupled_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[int, int, int]:
-    """(hidden, heads, head_dim) with hidden = heads * head_dim; one left open follows from the others."""
+    """(hidden, heads, head_dim) with hidden = heads * head_dim; one left open follows from the
+    others.
+    """
     old, family = source.sizes, source.anatomy.family
     heads, dim = old["kv"] * old["group"], old["dim"]
     if asked.hidden is None:
         heads, dim = asked.heads or heads, asked.head_dim or dim
         if heads * dim != old["hidden"]:
             raise RegraftError(
-                f"{family} wants hidden = heads x head_dim, so {heads} heads of {dim} cannot come alone: add --hidden "
-                f"{heads * dim}{source.anatomy.bridge_hint(source.config)}"
+                f"{family} wants hidden = heads x head_dim, so {heads} heads of {dim} cannot come"
+                f" alone: add --hidden {heads * dim}{source.anatomy.bridge_hint(source.config)}"
             )
         return old["hidden"], heads, dim
     hidden = asked.hidden
@@ -139,20 +147,26 @@ def solve_coupled_sizes(source: Checkpoint, asked: WidthSizes) -> tuple[int, int
     near = [least] if step == least else near
     size = asked.head_dim or (f"{dim} or more" if asked.heads else dim)
     raise RegraftError(
-        f"{family} wants hidden = heads x head_dim, which {hidden} is not for {asked.heads or 'any number of'} heads "
-        f"of {size}: use --hidden {' or '.join(map(str, near))}{source.anatomy.bridge_hint(source.config)}"
+        f"{family} wants hidden = heads x head_dim, which {hidden} is not for"
+        f" {asked.heads or 'any number of'} heads of {size}: use --hidden"
+        f" {' or '.join(map(str, near))}{source.anatomy.bridge_hint(source.config)}"
     )
 
 
 def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[int, int, int]:
-    """(key/value heads, queries each, split) for the asked numbers; more queries, whole groups, or split kv heads."""
+    """(key/value heads, queries each, split) for the asked numbers; more queries, whole groups, or
+    split kv heads.
+    """
     old_kv, old_group = source.sizes["kv"], source.sizes["group"]
     if "group" in source.anatomy.host(source.config).fixed:
         if kv is not None and kv != (heads or old_kv):
             raise RegraftError(
-                f"{source.anatomy.family} has a key/value head per query head: leave out --kv-heads {kv}"
+                f"{source.anatomy.family} has a key/value head per query head: leave out --kv-heads"
+                f" {kv}"
             )
         return heads or old_kv, 1, 1
+
+    # How many key/value heads: as many groups as the queries fill, where that comes out even.
     wanted = heads or old_kv * old_group
     if kv is None:
         whole = wanted // old_group if wanted % old_group == 0 else old_kv
@@ -168,19 +182,24 @@ def head_layout(source: Checkpoint, heads: int | None, kv: int | None) -> tuple[
             f"{wanted} query heads cannot share {kv} key/value heads evenly: use --heads "
             f"{' or '.join(map(str, near)) or f'{every} --kv-heads {old_kv}'}"
         )
+
+    # Old heads must stand at whole places of the new layout (docs/concepts/expansions.md, L8).
     group, parts = wanted // kv, possible_splits(source, wanted, kv)
     if not parts:
         every = old_kv * old_group
         raise RegraftError(
-            f"{old_kv} key/value heads of {old_group} queries do not become {kv} of {group}: whole groups, more "
-            f"queries a group and split heads reach --kv-heads {old_kv} --heads {-(-wanted // old_kv) * old_kv} or "
-            f"--kv-heads {every} --heads {-(-wanted // every) * every}"
+            f"{old_kv} key/value heads of {old_group} queries do not become {kv} of {group}: whole"
+            f" groups, more queries a group and split heads reach --kv-heads {old_kv} --heads"
+            f" {-(-wanted // old_kv) * old_kv} or --kv-heads {every} --heads"
+            f" {-(-wanted // every) * every}"
         )
     return kv, group, parts[0]
 
 
 def possible_splits(source: Checkpoint, heads: int, kv: int) -> list[int]:
-    """Numbers of parts into which key/value heads can be split to get `kv` of them, shared evenly by `heads`."""
+    """Numbers of parts into which key/value heads can be split to get `kv` of them, shared evenly
+    by `heads`.
+    """
     old_kv, old_group, group = source.sizes["kv"], source.sizes["group"], heads // kv
     return [
         m

@@ -1,4 +1,6 @@
-"""Sizes as a user asks for them turned into growth steps, and how far an inexact one moves the function."""
+"""Sizes as a user asks for them turned into growth steps, and how far an inexact one moves the
+function.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Growth(TargetSizes):
-    """What `regraft grow` and `regraft plan` are asked: sizes or a target config `to`, operators, storage dtype."""
+    """What `regraft grow` and `regraft plan` are asked: sizes or a target config `to`, operators,
+    storage dtype.
+    """
 
     to: str | None = None
     width_init: str = "pad"
@@ -47,7 +51,9 @@ class Growth(TargetSizes):
     seed: int = 0
 
     def resolve_auto(self, source: Checkpoint) -> Growth:
-        """With `auto` replaced by what trained best for such a model; a depth operator that was asked for stays."""
+        """With `auto` replaced by what trained best for such a model; a depth operator that was
+        asked for stays.
+        """
         if self.width_init != AUTOMATIC:
             return self
         if self.depth_init != "identity":
@@ -73,16 +79,16 @@ class Growth(TargetSizes):
         )
 
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
-        """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when nothing grows, or
-        says what the class cannot hold.
+        """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when
+        nothing grows, or says what the class cannot hold.
         """
         steps = self.steps(source)
         if fitted:
             steps[-1] = fitted
         if not steps:
             raise RegraftError(
-                f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads, --head-dim, "
-                "--layers or --to CONFIG_DIR"
+                f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads,"
+                " --head-dim, --layers or --to CONFIG_DIR"
             )
         for step in steps:
             source = step(source)
@@ -92,6 +98,7 @@ class Growth(TargetSizes):
         """The growth steps in order."""
         if self.width_init == AUTOMATIC:
             return self.resolve_auto(source).steps(source)
+        # The bridge comes first: the sizes are then those of the class that the result has.
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
         asked = self.with_target_sizes(steps[0](source) if steps else source)
         if self.width_init == LEARNED and any(size is not None for size in asked.sizes.values()):
@@ -99,9 +106,12 @@ class Growth(TargetSizes):
         if self.width_init == COPY and any(size is not None for size in asked.sizes.values()):
             if self.depth_init != "identity":
                 raise RegraftError(
-                    f"--width-init copy begins new layers at random: leave out --depth-init {self.depth_init}"
+                    "--width-init copy begins new layers at random: leave out --depth-init"
+                    f" {self.depth_init}"
                 )
             return [*steps, Transplant(**asked.sizes, seed=self.seed)]
+
+        # Width before depth: new layers then have the new width from the start.
         widths = {name: size for name, size in asked.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
             steps.append(
@@ -114,7 +124,9 @@ class Growth(TargetSizes):
         return steps
 
     def ligo_options(self, **options: Any) -> Ligo:
-        """LiGO's options; `depth_init` other than its default is the order of layers that it begins with."""
+        """LiGO's options; `depth_init` other than its default is the order of layers that it begins
+        with.
+        """
         order = {} if self.depth_init == "identity" else {"depth": self.depth_init}
         return Ligo(**order | options)
 
@@ -126,6 +138,7 @@ class Growth(TargetSizes):
             raise RegraftError(
                 f"--to '{self.to}' gives all sizes: leave out --{given[0].replace('_', '-')}"
             )
+        # Attention without groups (GPT-2, BERT) has no key/value heads of its own to ask for.
         sizes = read_target_sizes(source, self.to)
         heads = sizes["kv"] * sizes["group"]
         kv = None if "group" in source.anatomy.fixed else sizes["kv"]
@@ -142,7 +155,9 @@ class Growth(TargetSizes):
 
 
 def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
-    """Axis sizes of the config in a directory (or of a config.json). RegraftError when it is another kind of model."""
+    """Axis sizes of the config in a directory (or of a config.json). RegraftError when it is
+    another kind of model.
+    """
     file = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
     if not file.is_file():
         raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
@@ -150,10 +165,12 @@ def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
     anatomy = find_anatomy(config)
     if anatomy.family != source.anatomy.family:
         raise RegraftError(
-            f"'{to}' is a {anatomy.family}, the source a {source.anatomy.family}: growth stays in a family, give a "
-            f"{source.anatomy.family} config"
+            f"'{to}' is a {anatomy.family}, the source a {source.anatomy.family}: growth stays in a"
+            f" family, give a {source.anatomy.family} config"
         )
+
     sizes = anatomy.solve(config)
+    # Axes that growth never changes must agree.
     fixed = {
         axis: size
         for axis, size in sizes.items()
@@ -162,7 +179,8 @@ def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
     for axis, size in fixed.items():
         if source.sizes[axis] != size:
             raise RegraftError(
-                f"'{to}' has {axis} {size}, the source {source.sizes[axis]}: growth does not change {axis}"
+                f"'{to}' has {axis} {size}, the source {source.sizes[axis]}: growth does not change"
+                f" {axis}"
             )
     return sizes
 

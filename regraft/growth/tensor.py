@@ -1,4 +1,6 @@
-"""One tensor under expansions of its axes: copies placed, new entries zero, free, averaged or turned."""
+"""One tensor under expansions of its axes: copies placed, new entries zero, free, averaged or
+turned.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ BLOCK = 1 << 18  # entries of noise that are drawn at a time
 class AxisGrowth:
     """How one axis of a tensor grows.
 
-    `axis`: position in the tensor seen axis by axis. `reads`: the tensor reads this axis, so copies share. `fresh`:
-    what coordinates that copy none hold: `zero`, `free` (random, as spread out as the tensor), `one`, `mean` (of the
-    old coordinates, with `weights` when given) or `turn` (old ones turned by a random rotation of axis `turned`).
+    `axis`: position in the tensor seen axis by axis. `reads`: the tensor reads this axis, so copies
+    share. `fresh`: what coordinates that copy none hold: `zero`, `free` (random, as spread out as
+    the tensor), `one`, `mean` (of the old coordinates, with `weights` when given) or `turn` (old
+    ones turned by a random rotation of axis `turned`).
     """
 
     axis: int
@@ -45,7 +48,9 @@ class SeededRandom:
         self.turns = np.random.Generator(np.random.SFC64([seed, key, 1]))
 
     def uniform(self, shape: Sequence[int], std: float, dtype: torch.dtype) -> Tensor:
-        """Uniform, mean zero, standard deviation `std`: as good a start as a normal one and many times quicker."""
+        """Uniform, mean zero, standard deviation `std`: as good a start as a normal one and many
+        times quicker.
+        """
         count = math.prod(shape)
         words = self.bits.integers(0, 2**64 - 1, -(-count // 4), np.uint64, endpoint=True)
         raw = torch.from_numpy(words.view(np.int16)[:count])
@@ -58,7 +63,9 @@ class SeededRandom:
                 block.copy_(self.uniform(block.shape, std, out.dtype))
 
     def rotation(self, size: int) -> Tensor:
-        """A random orthogonal matrix (size, size), float64; their sequence does not depend on other draws."""
+        """A random orthogonal matrix (size, size), float64; their sequence does not depend on other
+        draws.
+        """
         q, r = np.linalg.qr(self.turns.standard_normal((size, size)))
         return torch.from_numpy(q * np.sign(np.diag(r)))
 
@@ -86,9 +93,12 @@ def grow_tensor(
 ) -> Tensor:
     """`value` seen axis by axis -> its grown form, stored in the same dtype.
 
-    Copies are multiplied by `factor` and, on axes that are read, by their share. `noise`: standard deviation, relative
-    to the tensor's own, of noise that readers of copies add; it sums to zero over the copies, so nothing changes.
+    Copies are multiplied by `factor` and, on axes that are read, by their share. `noise`: standard
+    deviation, relative to the tensor's own, of noise that readers of copies add; it sums to zero
+    over the copies, so nothing changes.
     """
+    # Whether anything is computed at all: a tensor that is only padded stays in its own dtype, bit
+    # for bit, and needs no float32 copy.
     noisy = [side for side in sides if noise and side.reads and side.expansion.copies != 1]
     shared = any(side.reads and not side.expansion.in_place for side in sides)
     computes = (
@@ -99,6 +109,8 @@ def grow_tensor(
     )
     std = estimate_std(value) * abs(factor)
     out = value.to(compute_dtype(value.dtype)) * factor if computes else value
+
+    # Axis after axis. Where old entries stay in front, all axes are extended in one allocation.
     if all(side.expansion.in_place and side.fresh != "turn" for side in sides):
         out = _place_old_first(out, sides)
         for side in sides:
@@ -107,6 +119,8 @@ def grow_tensor(
         for side in sides:
             out = _extend_axis(out, side, draw)
             _fill_new_coordinates(out, side, std, draw)
+
+    # Noise that sums to zero over the copies: readers tell them apart, the sum stays (L4).
     for side in noisy:
         flat = out.view(-1, *out.shape[side.axis :])
         for rows in flat.split(_rows_per_chunk(flat)):
@@ -118,12 +132,14 @@ def grow_tensor(
 
 
 def grow_moment(value: Tensor, sides: Sequence[AxisGrowth], factor: float, power: int) -> Tensor:
-    """Adam's mean of gradients (`power` 1) or of their squares (2) of a tensor under the same growth.
+    """Adam's mean of gradients (`power` 1) or of their squares (2) of a tensor under the same
+    growth.
 
-    An old entry stored as c times itself has 1/c of its gradient; a copy that is written has its readers' share of it,
-    a copy that is read has all of it. Where a query or key norm also runs over turned copies this holds approximately.
-    New entries start with a mean of zero and the tensor's average square: an optimiser in its stride divides by it at
-    once, and zero would make the first steps too long.
+    An old entry stored as c times itself has 1/c of its gradient; a copy that is written has its
+    readers' share of it, a copy that is read has all of it. Where a query or key norm also runs
+    over turned copies this holds approximately. New entries start with a mean of zero and the
+    tensor's average square: an optimiser in its stride divides by it at once, and zero would make
+    the first steps too long.
     """
     table = []
     for side in sides:
@@ -185,6 +201,9 @@ def _fill_new_coordinates(out: Tensor, side: AxisGrowth, std: float, draw: Seede
         else:
             shape = [flat.shape[0], len(fresh), *flat.shape[2:]]
             flat.index_copy_(1, fresh, draw.uniform(shape, std, out.dtype))
+
+    # Pairs: the second unit equals the first where it reads and is its negative where it writes, so
+    # that the two cancel (L1).
     if side.expansion.pairs:
         first, second = side.expansion.paired_coordinates()
         sign = -1 if side.reads else 1
@@ -194,7 +213,9 @@ def _fill_new_coordinates(out: Tensor, side: AxisGrowth, std: float, draw: Seede
 
 
 def _cancel_noise(noise: Tensor, side: AxisGrowth) -> Tensor:
-    """N - N E R along an axis that is read: what copies hear of it sums to zero; new coordinates hear none."""
+    """N - N E R along an axis that is read: what copies hear of it sums to zero; new coordinates
+    hear none.
+    """
     expansion = side.expansion
     index = expansion.index.clamp(min=0)
     shape = [-1 if axis == side.axis else 1 for axis in range(noise.ndim)]

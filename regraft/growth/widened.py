@@ -49,6 +49,7 @@ def _build_reader(
     widening: Widening, key: Key, before: PlacedPart, spot: PlacedPart, work: list[MapWidener]
 ) -> Callable[[], Tensor]:
     def compute() -> Tensor:
+        # Fused tensors are grown map by map and fused again.
         values = split_fused(
             widening.source.tensors[key].read(), before.part, widening.source.sizes
         )
@@ -60,7 +61,8 @@ def _build_reader(
         value = join_fused(grown, before.part)
         if tuple(value.shape) != spot.shape:
             raise RegraftError(
-                f"'{spot.name}' grew to {list(value.shape)}, not {list(spot.shape)}: report this table"
+                f"'{spot.name}' grew to {list(value.shape)}, not {list(spot.shape)}: report this"
+                " table"
             )
         return value
 
@@ -151,7 +153,9 @@ class MapWidener:
         return value
 
     def _grow_moment(self, value: Tensor) -> Tensor:
-        """Adam's moments follow their weights; copies of a gain that a tied head reads are each read in full."""
+        """Adam's moments follow their weights; copies of a gain that a tied head reads are each
+        read in full.
+        """
         whole = [
             replace(side.expansion, share=torch.ones(side.expansion.new)) for side in self.sides
         ]
@@ -165,7 +169,9 @@ class MapWidener:
         return grow_moment(value, sides, self.factor * parts, power)
 
     def shape(self) -> list[int]:
-        """Sizes of the axes before growth; heads that are split are seen as more key/value heads already."""
+        """Sizes of the axes before growth; heads that are split are seen as more key/value heads
+        already.
+        """
         sizes = dict(self.widening.source.sizes)
         if self.splits and self.has_group:
             sizes["kv"], sizes["group"] = (

@@ -1,4 +1,6 @@
-"""Widening: which sides and which factor every tensor gets, from its signature, its role and its streams."""
+"""Widening: which sides and which factor every tensor gets, from its signature, its role and its
+streams.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ LIVE, DEAD = "live", "dead"
 class Widening:
     """Everything that decides what a wider model's tensors hold.
 
-    `axes`: the expansion of each axis (missing: unchanged); "qk" is that of `dim` for queries and keys, whose
-    coordinates may carry rotary frequencies. `split`: parts that every key/value head is first split into. `fold`: how
-    the norms' mean square is kept over a padded stream: `stream` multiplies everything written, `eps` the gains and the
-    config's epsilon. `noise`: of readers of copies, relative to the tensor.
+    `axes`: the expansion of each axis (missing: unchanged); "qk" is that of `dim` for queries and
+    keys, whose coordinates may carry rotary frequencies. `split`: parts that every key/value head
+    is first split into. `fold`: how the norms' mean square is kept over a padded stream: `stream`
+    multiplies everything written, `eps` the gains and the config's epsilon. `noise`: of readers of
+    copies, relative to the tensor.
     """
 
     source: Checkpoint
@@ -88,7 +91,9 @@ class Widening:
 
     @property
     def rms_ratio(self) -> float:
-        """What the root mean square of the stream is divided by when old values are kept: sqrt(h' / (copies h))."""
+        """What the root mean square of the stream is divided by when old values are kept: sqrt(h' /
+        (copies h)).
+        """
         return math.sqrt(
             self.hidden_expansion.new
             / ((self.hidden_expansion.copies or 1) * self.hidden_expansion.old)
@@ -147,6 +152,9 @@ def weight_factor(
     """What the old entries of a tensor are multiplied by, shares of copies aside."""
     if role == "embed.weight":
         return widening.embed_factor
+
+    # Writers of the stream are multiplied by its scale, readers divided by it; a norm in between
+    # makes up for the changed mean square (L2, L3).
     hidden_out = any("hidden" in output for output in signature.outputs)
     if signature.kind == "scale":
         return 1.0
@@ -165,7 +173,9 @@ def weight_factor(
 
 
 def attention_factor(widening: Widening, kind: str, layer: int) -> float:
-    """What queries and keys are multiplied by so that their products, divided by the new softmax scale, stay."""
+    """What queries and keys are multiplied by so that their products, divided by the new softmax
+    scale, stay.
+    """
     growth = math.sqrt(widening.sizes["dim"] / widening.source.sizes["dim"])
     if widening.qk_norm == DEAD or (widening.qk_norm == LIVE and kind == "k"):
         return growth
@@ -173,8 +183,8 @@ def attention_factor(widening: Widening, kind: str, layer: int) -> float:
 
 
 def qk_gain(widening: Widening, kind: str, layer: int) -> float:
-    """What the gains of query and key norms are multiplied by: the norm undoes a factor on its input, so the softmax
-    scale has to be made up for here, and the mean square of padded heads.
+    """What the gains of query and key norms are multiplied by: the norm undoes a factor on its
+    input, so the softmax scale has to be made up for here, and the mean square of padded heads.
     """
     growth = math.sqrt(widening.sizes["dim"] / widening.source.sizes["dim"])
     wanted = widening.softmax_scale_ratio(layer)
@@ -229,8 +239,11 @@ def _choose_written_init(
             return side
         return replace(side, fresh="zero" if signature.kind == "bias" else "one")
     if axis == "hidden":
+        # Zero, or the mean of the old coordinates where the norms subtract a mean (L2, L3).
         average = widening.has_layer_norm and part.writes in ("stream", "branch")
         return replace(side, fresh="mean" if average else "zero")
+
+    # Norms over a head: rotated copies keep its mean square, else new coordinates stay zero (L7).
     if widening.qk_norm and kind in ("q", "k") and axis == "dim":
         return (
             replace(side, fresh="turn", turned=output.index("dim"))
@@ -241,6 +254,8 @@ def _choose_written_init(
         return replace(side, fresh="turn", turned=output.index("dim"))
     if signature.kind == "bias" or (axis == "dim" and kind == "k"):
         return side
+
+    # Free entries are allowed where what reads them begins at zero.
     strict = side.expansion.free == "reads" and kind in ("v", "up")
     return side if strict else replace(side, fresh="free")
 

@@ -1,4 +1,6 @@
-"""A file written past the page cache, for a tenth of the processor time; through it where the system cannot."""
+"""A file written past the page cache, for a tenth of the processor time; through it where the
+system cannot.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ BUFFER_BYTES = 4 << 20  # bytes staged at a time; a multiple of every block size
 
 
 class DirectWriter:
-    """Write-only binary file. Whole blocks of ROOM go straight to the disk, the rest when it is closed."""
+    """Write-only binary file. Whole blocks of ROOM go straight to the disk, the rest when it is
+    closed.
+    """
 
     def __init__(self, path: Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -68,7 +72,9 @@ class DirectWriter:
         self.filled = 0
 
     def _switch_to_buffered(self) -> bool:
-        """Go on through the page cache, where any length may be written; whether that changed anything."""
+        """Go on through the page cache, where any length may be written; whether that changed
+        anything.
+        """
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         direct = flags & getattr(os, "O_DIRECT", 0)
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~direct)

@@ -18,8 +18,9 @@ from ..errors import RegraftError
 def replace_file(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which takes the name `path` when the block ends well.
 
-    It is flushed to disk first, so that a kill or a power cut leaves the old file or the new one. When the block
-    raises, it is removed. The name holds the process id: two processes may write the same file.
+    It is flushed to disk first, so that a kill or a power cut leaves the old file or the new one.
+    When the block raises, it is removed. The name holds the process id: two processes may write the
+    same file.
 
     Args:
         path: the file that shall appear or be replaced; its folder exists.
@@ -80,7 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_exists(path: Path) -> Any:
-    """The JSON value that a run wrote, None where it has not; RegraftError when the file is damaged."""
+    """The JSON value that a run wrote, None where it has not; RegraftError when the file is
+    damaged.
+    """
     if not path.exists():
         return None
     try:

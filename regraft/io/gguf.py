@@ -18,13 +18,16 @@ log = logging.getLogger("regraft")
 
 
 def find_gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` means: itself, or the only one of a directory; None for one with config.json."""
+    """The GGUF file that `path` means: itself, or the only one of a directory; None for one with
+    config.json.
+    """
     if path.is_file():
         with open(path, "rb") as stream:
             magic = stream.read(4)
         if magic != b"GGUF":
             raise RegraftError(
-                f"'{path}' is not a GGUF file (starts with {magic!r}): give one, or a model directory"
+                f"'{path}' is not a GGUF file (starts with {magic!r}): give one, or a model"
+                " directory"
             )
         return path
     if (path / "config.json").exists():
@@ -69,7 +72,9 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def check_size(file: Path, parameters: int) -> None:
-    """RegraftError when a GGUF file is cut short or does not hold as many numbers as the model has parameters."""
+    """RegraftError when a GGUF file is cut short or does not hold as many numbers as the model has
+    parameters.
+    """
     reader = _open_reader(file)
     held = sum(int(tensor.n_elements) for tensor in reader.tensors)
     spare = sum(
@@ -79,7 +84,8 @@ def check_size(file: Path, parameters: int) -> None:
     )
     if not held - spare <= parameters <= held:
         raise RegraftError(
-            f"'{file}' holds {held} numbers where its config needs {parameters}: the family is not supported"
+            f"'{file}' holds {held} numbers where its config needs {parameters}: the family is not"
+            " supported"
         )
 
 
@@ -101,7 +107,8 @@ def _open_reader(file: Path) -> Any:
 
 
 def convert_once(file: Path) -> Path:
-    """Convert a GGUF file once to float32 safetensors in the cache (about 20 s for 135 M parameters); the directory.
+    """Convert a GGUF file once to float32 safetensors in the cache (about 20 s for 135 M
+    parameters); the directory.
 
     Another process that converts the same file is waited for.
     """
@@ -124,7 +131,8 @@ def _write_converted(file: Path, folder: Path) -> Path:
             raise
         except Exception as error:  # whatever the loader raises on weights it cannot dequantise
             raise RegraftError(
-                f"cannot convert '{file}' ({_format_error(error)}): fetch it again or convert it elsewhere"
+                f"cannot convert '{file}' ({_format_error(error)}): fetch it again or convert it"
+                " elsewhere"
             ) from error
         _write_lineage(file, partial.path)
     return folder

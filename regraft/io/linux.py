@@ -1,4 +1,6 @@
-"""What Linux and its C library offer beyond Python's own: each does nothing, or says so, where it is missing."""
+"""What Linux and its C library offer beyond Python's own: each does nothing, or says so, where it
+is missing.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,11 @@ def terminate_with_parent() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system, and let blocks of a megabyte and more return at once from here on.
+    """Return freed memory to the system, and let blocks of a megabyte and more return at once from
+    here on.
 
-    glibc would keep up to 32 MB of each kind in pieces, half a layer more with every few dozen layers.
+    glibc would keep up to 32 MB of each kind in pieces, half a layer more with every few dozen
+    layers.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):

@@ -34,7 +34,8 @@ class TensorEntry:
         """The floating-point dtype; RegraftError for integers, which means a quantised model."""
         if self.dtype not in DTYPES:
             raise RegraftError(
-                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, not floating point: dequantise the model first"
+                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, not floating point:"
+                " dequantise the model first"
             )
         return DTYPES[self.dtype]
 
@@ -71,7 +72,8 @@ def weight_files(folder: Path) -> list[Path]:
             "`python -m safetensors.torch_convert` or transformers' save_pretrained"
         )
     raise RegraftError(
-        f"no model.safetensors or {INDEX} in '{folder}': give a Hugging Face model directory or a GGUF file"
+        f"no model.safetensors or {INDEX} in '{folder}': give a Hugging Face model directory or a"
+        " GGUF file"
     )
 
 
@@ -92,13 +94,15 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
         for entry in read_header(file):
             if entry.name in found:
                 raise RegraftError(
-                    f"tensor '{entry.name}' is in '{found[entry.name].file}' and in '{file}': remove one"
+                    f"tensor '{entry.name}' is in '{found[entry.name].file}' and in '{file}':"
+                    " remove one"
                 )
             found[entry.name] = entry
     listed = _read_index(folder) if files[0].name != "model.safetensors" else {}
     if missing := sorted(set(listed) - set(found)):
         raise RegraftError(
-            f"'{folder / listed[missing[0]]}' lacks tensor '{missing[0]}' that {INDEX} lists: fetch it again"
+            f"'{folder / listed[missing[0]]}' lacks tensor '{missing[0]}' that {INDEX} lists: fetch"
+            " it again"
         )
     return found
 
@@ -138,7 +142,8 @@ def read_header(file: Path) -> list[TensorEntry]:
     if not fits or not gapless or 8 + length + end != size:
         expected = 8 + length + end
         raise RegraftError(
-            f"'{file}' has {size} bytes where its header says {expected}: cut short or damaged, fetch it again"
+            f"'{file}' has {size} bytes where its header says {expected}: cut short or damaged,"
+            " fetch it again"
         )
     return found
 

@@ -1,8 +1,10 @@
-"""Writing: shards tensor by tensor, hashed on the way; directories that appear whole or not at all and survive a kill.
+"""Writing: shards tensor by tensor, hashed on the way; directories that appear whole or not at all
+and survive a kill.
 
-What is being written lies in a hidden sibling, `.NAME.partial`. A file in it is finished when it has its own name: it
-was written as `FILE.part`, flushed to disk, put down in the state file with its hash, and renamed. A run of the same
-fingerprint keeps finished files and computes the others; a partial directory of anything else is emptied first.
+What is being written lies in a hidden sibling, `.NAME.partial`. A file in it is finished when it
+has its own name: it was written as `FILE.part`, flushed to disk, put down in the state file with
+its hash, and renamed. A run of the same fingerprint keeps finished files and computes the others; a
+partial directory of anything else is emptied first.
 """
 
 from __future__ import annotations
@@ -42,14 +44,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PartialDirectory:
-    """A directory that is being filled. `done`: the sha256 of every finished file, those of an earlier run included."""
+    """A directory that is being filled. `done`: the sha256 of every finished file, those of an
+    earlier run included.
+    """
 
     path: Path
     fingerprint: Callable[[], str] | None = None
     done: dict[str, str] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Keep the files that an earlier run of the same fingerprint finished; remove everything else."""
+        """Keep the files that an earlier run of the same fingerprint finished; remove everything
+        else.
+        """
         known = self._read_finished(self.fingerprint) if self.fingerprint else {}
         self.done = {name: digest for name, digest in known.items() if (self.path / name).is_file()}
         for path in self.path.iterdir():
@@ -84,9 +90,10 @@ def new_directory(
 ) -> Iterator[PartialDirectory]:
     """A hidden sibling to fill, which becomes `target` when the block ends well.
 
-    When it does not, everything written is removed and its space given back, except after Ctrl-C (or a kill) of a run
-    with a fingerprint: the same call goes on from the files that were finished. RegraftError when `target` exists (with
-    `overwrite`: exists and is not a model directory), when another run is writing it, or on a full disk.
+    When it does not, everything written is removed and its space given back, except after Ctrl-C
+    (or a kill) of a run with a fingerprint: the same call goes on from the files that were
+    finished. RegraftError when `target` exists (with `overwrite`: exists and is not a model
+    directory), when another run is writing it, or on a full disk.
     """
     target = target.resolve()
     if target.exists() and not overwrite:
@@ -97,7 +104,8 @@ def new_directory(
         and (target.is_file() or any(target.iterdir()))
     ):
         raise RegraftError(
-            f"'{target}' exists and is not a model directory, so it is not overwritten: choose another output"
+            f"'{target}' exists and is not a model directory, so it is not overwritten: choose"
+            " another output"
         )
     try:
         with _claim_directory(target.parent / f".{target.name}.partial") as path:
@@ -153,10 +161,11 @@ def _publish(path: Path, target: Path) -> None:
 
 
 def write_weights(partial: PartialDirectory, tensors: Mapping[str, LazyTensor], limit: int) -> None:
-    """Write safetensors shards of at most `limit` bytes, or of one tensor; finished ones are left as they are.
+    """Write safetensors shards of at most `limit` bytes, or of one tensor; finished ones are left
+    as they are.
 
-    Two tensors are in memory at a time: while one is computed, the one before is hashed and written past the page
-    cache, and the shard before is flushed to disk.
+    Two tensors are in memory at a time: while one is computed, the one before is hashed and written
+    past the page cache, and the shard before is flushed to disk.
     """
     groups = safetensors.group_shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
@@ -186,7 +195,9 @@ def write_weights(partial: PartialDirectory, tensors: Mapping[str, LazyTensor], 
 
 @contextmanager
 def _fewer_threads() -> Iterator[None]:
-    """Leave a core to hashing and writing: threads that compute in step wait for the slowest of them."""
+    """Leave a core to hashing and writing: threads that compute in step wait for the slowest of
+    them.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))
     try:
@@ -210,7 +221,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def file_head(tensors: Mapping[str, LazyTensor]) -> tuple[bytes, list[str]]:
-    """The first bytes of a safetensors file, as safetensors itself writes them, and the order of the tensors in it."""
+    """The first bytes of a safetensors file, as safetensors itself writes them, and the order of
+    the tensors in it.
+    """
     order = sorted(tensors, key=lambda name: (ORDER.index(tensors[name].dtype), name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -249,8 +262,8 @@ def _read_bytes(name: str, lazy: LazyTensor) -> memoryview:
     value: Tensor = lazy.read()
     if tuple(value.shape) != tuple(lazy.shape) or value.dtype != lazy.dtype:
         raise RegraftError(
-            f"'{name}' came out as {value.dtype} {list(value.shape)}, promised {lazy.dtype} {list(lazy.shape)}: "
-            "report the step that made it"
+            f"'{name}' came out as {value.dtype} {list(value.shape)}, promised {lazy.dtype}"
+            f" {list(lazy.shape)}: report the step that made it"
         )
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 

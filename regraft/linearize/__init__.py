@@ -1,1 +1,1 @@
-"""Softmax attention replaced by linear-cost mixers: the steps, published methods, which layers keep it."""
+"""Linearization: softmax attention replaced by mixers of linear cost, methods, layers to keep."""

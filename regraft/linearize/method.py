@@ -1,4 +1,4 @@
-"""What a way to linearize consists of, and the registry of them by file name."""
+"""What a method of linearization consists of, and how one is found by the name of its file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from ..train.stage import Stage
 
 @dataclass(frozen=True)
 class StageShare:
-    """One stage: its kind, its share of all tokens, rows `longer` than the first length by this factor, and further
-    fields of a Stage."""
+    """One training stage of a method.
+
+    Attributes:
+        kind: of the stage, see `Stage.kind`.
+        share: of all tokens that are trained on.
+        fields: further fields of the `Stage`.
+        longer: rows are longer than those of the first stage by this factor.
+    """
 
     kind: str
     share: float
@@ -27,9 +33,17 @@ class StageShare:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to linearize. `calibration`: tokens of the closed-form start, 0 for none. `legs`: training stages in order,
-    their shares adding up to 1. `unmeasured`: what `keep` is instead where there is no text to measure layers on. The
-    docstring of the method's file has the paper, what differs from it here, and what is known of patents and licences.
+    """A method of linearization.
+
+    The docstring of its file names the paper, what differs from it here, and what is known of
+    patents and licences.
+
+    Attributes:
+        remix: what is replaced by what.
+        legs: training stages in order; their shares add up to 1.
+        calibration: tokens of the closed-form start, 0 for none.
+        unmeasured: what `keep` is where there is no text to measure layers on; None when `keep`
+            needs none.
     """
 
     remix: Remix
@@ -41,76 +55,88 @@ class Method:
         assert abs(sum(leg.share for leg in self.legs) - 1) < 1e-9
 
     def stages(self, tokens: int, length: int = 1024, batch: int = 1) -> list[Stage]:
-        """The stages on a budget, in whole steps; RegraftError when a stage has not one step."""
-        return [Stage(**words) for words in self.stage_fields(tokens, length, batch)]
+        """The stages of a budget; the arguments are those of `stage_fields`."""
+        return [Stage(**fields) for fields in self.stage_fields(tokens, length, batch)]
 
     def stage_fields(self, tokens: int, length: int = 1024, batch: int = 1) -> list[dict[str, Any]]:
-        """What `stages` says of each stage, the rest being a Stage's defaults."""
-        made = []
+        """The fields of each `Stage` that are not its defaults.
+
+        Args:
+            tokens: of all stages together; each gets its share, in whole steps.
+            length: tokens of a row in the first stage.
+            batch: rows of a step.
+
+        RegraftError when a stage has not one step.
+        """
+        fields = []
         for leg in self.legs:
-            size = leg.longer * length
-            step = size * batch
+            row = leg.longer * length
+            step = row * batch
             steps = round(leg.share * tokens / step)
             if steps < 1:
                 raise RegraftError(
-                    f"{tokens} tokens leave stage '{leg.kind}' with its share of {leg.share:g} less than a step of "
-                    f"{batch} x {size}: give {round(step / leg.share)} or more, or shorter rows"
+                    f"{tokens} tokens leave stage '{leg.kind}' with its share of {leg.share:g} "
+                    f"less than a step of {batch} x {row}: give {round(step / leg.share)} or more, "
+                    "or shorter rows"
                 )
-            made.append(
-                {
-                    "kind": leg.kind,
-                    "tokens": steps * step,
-                    "length": size,
-                    "batch": batch,
-                    **leg.fields,
-                }
-            )
-        return made
+            sizes = {"kind": leg.kind, "tokens": steps * step, "length": row, "batch": batch}
+            fields.append({**sizes, **leg.fields})
+        return fields
 
     def with_remix(self, **given: Any) -> Method:
-        """With these fields of its Remix instead; None leaves one as it is. A mixer's options go with the mixer."""
+        """The method with other fields of its Remix; None leaves a field as it is.
+
+        Another mixer begins without the options of the method's own, which it would not know.
+        """
         given = {key: value for key, value in given.items() if value is not None}
         if given.get("mixer", self.remix.mixer) != self.remix.mixer:
             given = {"options": {}, "inherit": "all"} | given
+        remix = dataclasses.replace(self.remix, **given)
         unmeasured = None if "keep" in given else self.unmeasured
-        return dataclasses.replace(
-            self, remix=dataclasses.replace(self.remix, **given), unmeasured=unmeasured
-        )
+        return dataclasses.replace(self, remix=remix, unmeasured=unmeasured)
 
     def without_text(self) -> tuple[Method, list[str]]:
-        """(the method without text to measure layers on, what to tell about that)."""
+        """(the method where there is no text to measure layers on, notes for the user)."""
         if self.unmeasured is None:
             return self, []
-        note = f"--keep {self.unmeasured} here; linearize with --data measures which layers to keep ({self.remix.keep})"
+        note = (
+            f"--keep {self.unmeasured} here; linearize with --data measures which layers to keep "
+            f"({self.remix.keep})"
+        )
         return self.with_remix(keep=self.unmeasured), [note]
 
 
 def list_methods() -> list[str]:
-    """Every method's name: the files of this folder."""
+    """Every method's name: the files of `linearize/methods`."""
     package = importlib.import_module("regraft.linearize.methods")
     return [module.name for module in pkgutil.iter_modules(package.__path__)]
 
 
 def find_method(name: str) -> Method:
-    """The method called `name`; RegraftError names the known ones."""
+    """The method with a name; RegraftError naming the known ones when there is none."""
     if name not in list_methods():
         close = difflib.get_close_matches(name, list_methods(), n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise RegraftError(f"unknown method '{name}': {hint}use one of {', '.join(list_methods())}")
-    made: Method = importlib.import_module(f"regraft.linearize.methods.{name}").method
-    return made
+    method: Method = importlib.import_module(f"regraft.linearize.methods.{name}").method
+    return method
 
 
 def expand_method(fields: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's mapping with `method`, `tokens`, `length` and `batch` spelt out as remix, calibration and stages; what
-    the recipe says itself stays."""
+    """A recipe with `method` written out as remix, calibration and stages.
+
+    What the recipe says itself wins.
+
+    Args:
+        fields: the recipe. With `method` it has `tokens`, unless it has stages, and may have
+            `length` and `batch`. One without `method` is returned as it is.
+
+    RegraftError for an unknown method, a remix without keys, or tokens that are no whole number.
+    """
     if "method" not in fields:
         return fields
-    rest = {
-        key: value
-        for key, value in fields.items()
-        if key not in ("method", "tokens", "length", "batch")
-    }
+    own_keys = ("method", "tokens", "length", "batch")
+    rest = {key: value for key, value in fields.items() if key not in own_keys}
     remix = rest.pop("remix", None) or {}
     if not isinstance(remix, dict):
         raise RegraftError(f"remix is {remix!r}: give keys with values, such as keep: none")
@@ -118,22 +144,33 @@ def expand_method(fields: dict[str, Any]) -> dict[str, Any]:
         raise RegraftError(
             f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}"
         )
+
     method = find_method(fields["method"]).with_remix(**remix)
-    sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
-    made = {"remix": dataclasses.asdict(method.remix), "calibration": method.calibration}
-    stages = {} if "stages" in rest else {"stages": method.stage_fields(fields["tokens"], **sizes)}
-    return made | stages | rest
+    expanded = {"remix": dataclasses.asdict(method.remix), "calibration": method.calibration}
+    if "stages" not in rest:
+        sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
+        expanded["stages"] = method.stage_fields(fields["tokens"], **sizes)
+    return expanded | rest
 
 
 def expand_method_block(
-    words: dict[str, Any], tokens: int, length: int, batch: int
+    fields: dict[str, Any], tokens: int, length: int, batch: int
 ) -> dict[str, Any]:
-    """The same for a block that has a Remix's fields, `calibration` and `stages` side by side, as an arm's `linear`."""
-    if "method" not in words:
-        return words
-    rest = {key: value for key, value in words.items() if key in ("calibration", "stages")}
-    method = find_method(words["method"]).with_remix(
-        **{k: v for k, v in words.items() if k not in rest and k != "method"}
-    )
-    stages = {} if "stages" in rest else {"stages": method.stage_fields(tokens, length, batch)}
-    return dataclasses.asdict(method.remix) | {"calibration": method.calibration} | stages | rest
+    """The same for `linear` of an arm, where a Remix's fields, calibration and stages are mixed.
+
+    Args:
+        fields: the block. One without `method` is returned as it is.
+        tokens: budget of the arm.
+        length: tokens of a row.
+        batch: rows of a step.
+    """
+    if "method" not in fields:
+        return fields
+    rest = {key: value for key, value in fields.items() if key in ("calibration", "stages")}
+    remix = {k: v for k, v in fields.items() if k not in rest and k != "method"}
+
+    method = find_method(fields["method"]).with_remix(**remix)
+    expanded = dataclasses.asdict(method.remix) | {"calibration": method.calibration}
+    if "stages" not in rest:
+        expanded["stages"] = method.stage_fields(tokens, length, batch)
+    return expanded | rest

@@ -1,4 +1,4 @@
-"""From a source to a linearized model: layers chosen, mixers put in, started in closed form and trained."""
+"""From a source to a linearized model: choose layers, put mixers in, start them, train."""
 
 from __future__ import annotations
 
@@ -7,46 +7,65 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
-from ..data.corpus import Text, TextMixture
+from ..data.corpus import TextMixture
 from ..data.packing import pack
 from ..data.rows import Table
+from ..data.text import Text
 from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
 from ..io.files import read_json_if_exists, write_json
 from ..mixers.remix import Remix
 from ..progress import Ticker
 from ..train import fsdp, loop
-from ..train.ledger import COSTS
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
+from ..train.records import StartCost
 from ..train.session import calibrate_once, save_trained, training_rows
 from ..train.stage import LAYERWISE, Stage
 from . import select_layers
 from .methods import Method
 
-WINDOWS, LENGTH = 4, 1024  # text on which layers are chosen
+WINDOWS, LENGTH = 4, 1024  # rows, and tokens of a row, on which layers are chosen
 REQUEST_FILE = "asked.json"
-Limit = Callable[[int], float | None]
+Limit = Callable[[int], float | None]  # number of a stage -> seconds it may take
+
+
+class ConversionRequest(TypedDict):
+    """What a folder's conversion was started with; `asked.json` until it is finished."""
+
+    source: str  # path
+    data: str  # the Text
+    seed: int
+    method: str
+    stages: str
 
 
 def choose_layers(
     source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | None, ticker: Ticker
 ) -> Remix:
-    """`remix` with its layers chosen, by measurement where it names a rule; see `choosing`.
+    """A Remix with its layers chosen by measurement, where `keep` names a rule.
 
-    `rows`: packed text by length (None: Python's own documentation, without what is held out of it).
+    Args:
+        source: the model to linearize.
+        remix: what is replaced by what; returned as it is when `keep` names no rule.
+        rows: gives packed text for a row length. None: Python's own documentation, without what is
+            held out of it.
+        ticker: shows the progress.
+
+    RegraftError when the text has too few tokens.
     """
     if select_layers.parse_keep(remix.keep) is None:
         return remix
     if rows is None:
         tokenizer = modeling.load_tokenizer(source.path)
         rows = cache(lambda length: pack(default_text.documentation(), tokenizer, length))
+
     ticker.start(f"measuring layers ({remix.keep})")
     try:
         table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))
@@ -54,10 +73,10 @@ def choose_layers(
         raise RegraftError(
             f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)"
         ) from None
-    picked = table[loop.shuffled_indices(len(table), min(WINDOWS, len(table)), remix.seed)]
+    windows = table[loop.shuffled_indices(len(table), min(WINDOWS, len(table)), remix.seed)]
     batches = loop.calibration_batches(table, WINDOWS, remix.seed + 1)
     return select_layers.resolve_keep(
-        source, remix, select_layers.SelectionData(picked, batches, ticker.update)
+        source, remix, select_layers.SelectionData(windows, batches, ticker.update)
     )
 
 
@@ -74,39 +93,53 @@ def train_linearized(
     limit: Limit = lambda stage: None,
     watching: MonitorConfig = DEFAULT_MONITORING,
 ) -> dict[str, Any]:
-    """Calibrate the linearized model in `folder` on so many tokens, train it and put it into `out`; the ledger, whose
-    `start` is what came before the stages: choosing layers and the closed form, each with tokens, FLOPs and seconds.
+    """Give a linearized model its closed-form start, train it and put it into `out`.
 
-    `teacher` gives the whole source, which under torchrun the first process needs for calibration. Called again it
-    goes on where it was.
+    Called again after a kill, it continues where it was. Under torchrun every process calls it.
+
+    Args:
+        source: the model that was linearized.
+        folder: the linearized model.
+        teacher: loads the whole source. Under torchrun only the first process calls it, for the
+            closed-form start.
+        rows: gives packed text for a row length.
+        stages: of the training, in order.
+        calibration: tokens for the closed-form start, 0 to leave it out.
+        out: output folder.
+        ticker: shows the progress.
+        seed: of the order of rows.
+        limit: seconds that a stage may take, None for as long as its tokens need.
+        watching: trackers, and when a loss counts as too high.
+
+    Returns:
+        The ledger. Its `start` is what was spent before the stages: choosing layers and the closed
+        form.
     """
     checkpoint, work = Checkpoint.open(folder), out / "work"
     length = stages[0].length if stages else LENGTH
-    batches = (
-        loop.calibration_batches(rows(length), calibration // length, seed) if calibration else []
-    )
+    batches = []
+    if calibration:
+        batches = loop.calibration_batches(rows(length), calibration // length, seed)
+
     layerwise = any(stage.kind in LAYERWISE for stage in stages)
-    over = fsdp.build_mesh() if distributed.world_size() > 1 else None
-    if over is not None:  # the closed-form start is made by the first process, of whole models
-
-        def begin() -> None:
+    mesh = fsdp.build_mesh() if distributed.world_size() > 1 else None
+    if mesh is not None:
+        # The closed form needs whole models. The first process stores its start in `work`, and
+        # calibrate_once below reads it into the shards.
+        def calibrate_whole() -> None:
             whole = teacher()
-            calibrate_once(
-                modeling.materialize(checkpoint),
-                whole,
-                modeling.slots(whole, source),
-                batches,
-                work,
-                ticker,
-            )
+            slots = modeling.slots(whole, source)
+            calibrate_once(modeling.materialize(checkpoint), whole, slots, batches, work, ticker)
 
-        distributed.on_rank0(begin)
-    student = fsdp.load_sharded(checkpoint, over, layerwise)
-    guide = fsdp.load_sharded(source, over) if over is not None else teacher()
-    slots = modeling.slots(guide, source)
-    spent = calibrate_once(student, guide, slots, batches, work, ticker)
-    if over is None:
-        student, guide = student.to(distributed.device()), guide.to(distributed.device())
+        distributed.on_rank0(calibrate_whole)
+
+    student = fsdp.load_sharded(checkpoint, mesh, layerwise)
+    teacher_model = fsdp.load_sharded(source, mesh) if mesh is not None else teacher()
+    slots = modeling.slots(teacher_model, source)
+    spent = calibrate_once(student, teacher_model, slots, batches, work, ticker)
+    if mesh is None:  # shards are on their devices already
+        student = student.to(distributed.device())
+        teacher_model = teacher_model.to(distributed.device())
 
     facts = {
         "source": str(source.path),
@@ -115,27 +148,41 @@ def train_linearized(
     }
     with watching.monitor(out, ticker, facts) as watched:
         ledger = loop.train(
-            loop.Run(student, stages, rows, out, guide, slots, seed=seed, limit=limit, **watched)
+            loop.Run(
+                student, stages, rows, out, teacher_model, slots, seed=seed, limit=limit, **watched
+            )
         )
     ledger["start"] = start_costs(checkpoint, spent)
     save_trained(checkpoint, student, stages, ledger, out)
-    if over is None:
-        guide.to("cpu")  # it may be measured beside others, which is done there
+
+    if mesh is None:
+        teacher_model.to("cpu")  # the caller may measure it with other models, which is done there
     return ledger
 
 
-def start_costs(
-    linearized: Checkpoint, calibration: Mapping[str, Any] | None
-) -> list[dict[str, Any]]:
-    """What was spent before training, in rows like those of a ledger's stages."""
+def start_costs(linearized: Checkpoint, calibration: Mapping[str, Any] | None) -> list[StartCost]:
+    """What was spent before training: on choosing layers and on the closed-form start.
+
+    Args:
+        linearized: its lineage says how layers were chosen.
+        calibration: cost of the closed form, None where there was none.
+    """
+    rows = []
     remix = remix_of(linearized)
-    chosen = remix.scores if remix else {}
-    rows = (
-        [{"kind": f"layers: {chosen['rule']}", **{key: chosen[key] for key in COSTS}}]
-        if chosen
-        else []
-    )
-    return rows + ([{"kind": "closed form", **calibration}] if calibration else [])
+    if remix and remix.scores:
+        rows.append(_start_cost(f"layers: {remix.scores['rule']}", remix.scores))
+    if calibration:
+        rows.append(_start_cost("closed form", calibration))
+    return rows
+
+
+def _start_cost(kind: str, costs: Mapping[str, Any]) -> StartCost:
+    return {
+        "kind": kind,
+        "tokens": costs["tokens"],
+        "flops": costs["flops"],
+        "seconds": costs["seconds"],
+    }
 
 
 def run_method(
@@ -150,34 +197,44 @@ def run_method(
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
 ) -> tuple[Remix, dict[str, Any]]:
-    """A method from end to end: (what was replaced, the ledger); called again it goes on where it was.
+    """A method from the source to the trained model; (what was replaced, the ledger).
 
-    RegraftError when `out` holds a finished model, which `overwrite` deletes, or another conversion.
+    Called again after a kill, it continues where it was.
+
+    Args:
+        source: the model to linearize.
+        method: what is replaced by what, and how it is started.
+        out: output folder.
+        data: text to choose layers on and to train on.
+        stages: of the training, usually `method.stages`.
+        seed: of the order of rows.
+        ticker: shows the progress.
+        overwrite: delete a finished model in `out`.
+        watching: trackers, and when a loss counts as too high.
+        cache: folder that keeps the text's tokens for later runs.
+
+    RegraftError when `out` holds a finished model (without `overwrite`), another conversion,
+    anything else, or the source.
     """
     distributed.on_rank0(lambda: str(source.path))  # a GGUF file is converted by one process
     work = out / "work"
-    facts: dict[str, Any] = {
+    request: ConversionRequest = {
         "source": str(source.path),
-        "data": repr(
-            dataclasses.replace(data, skip_bad=False)
-        ),  # asked for after a bad line stopped the first attempt
+        # --skip-bad may be added after a bad line stopped the first attempt
+        "data": repr(dataclasses.replace(data, skip_bad=False)),
         "seed": seed,
         "method": repr(method),
         "stages": repr(stages),
     }
     if source.path.resolve().is_relative_to(out.resolve()):
         raise RegraftError(
-            f"'{out}' holds the source, which is read while the result is made: choose another output"
+            f"'{out}' holds the source, which is read while the result is made: choose another "
+            "output"
         )
-    distributed.on_rank0(lambda: claim(out, facts, overwrite))
-    rows = text_rows(
-        source,
-        data,
-        ticker,
-        max((stage.tokens for stage in stages), default=0),
-        work / "text",
-        cache,
-    )
+    distributed.on_rank0(lambda: claim(out, request, overwrite))
+    need = max((stage.tokens for stage in stages), default=0)
+    rows = text_rows(source, data, ticker, need, work / "text", cache)
+
     linear = work / "linearized"
 
     def convert() -> None:
@@ -187,12 +244,12 @@ def run_method(
     distributed.on_rank0(convert)
     remix = remix_of(Checkpoint.open(linear))
     assert remix is not None
+
     ticker.start("training")
-    whole = partial(modeling.materialize, source)
     ledger = train_linearized(
         source,
         linear,
-        whole,
+        partial(modeling.materialize, source),
         rows,
         stages,
         method.calibration,
@@ -220,31 +277,49 @@ def text_rows(
     own: Path | None = None,
     cache: Path | None = None,
 ) -> TextMixture:
-    """Rows of a text by length, in the source's tokens."""
-    return training_rows(
-        [data], modeling.load_tokenizer(source.path), need, own, cache, ticker.update
-    )
+    """Rows of a text by their length, in the source's tokens.
+
+    Args:
+        source: has the tokenizer.
+        data: the text.
+        ticker: shows the progress of reading.
+        need: tokens of the largest stage.
+        own: the run's folder for text, see `TextMixture`.
+        cache: folder that keeps tokens for later runs.
+    """
+    tokenizer = modeling.load_tokenizer(source.path)
+    return training_rows([data], tokenizer, need, own, cache, ticker.update)
 
 
-def claim(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
-    """Note in `out` what is being made there; RegraftError when something else is there already."""
+def claim(out: Path, request: ConversionRequest, overwrite: bool) -> None:
+    """Write down in `out` what is being made there.
+
+    Args:
+        out: the output folder; it may hold an interrupted conversion with the same request.
+        request: what the conversion was started with.
+        overwrite: delete a finished model.
+
+    RegraftError when something else is there already.
+    """
     if overwrite and (out / "config.json").exists():
         shutil.rmtree(out)
     if (out / "config.json").exists():
         raise RegraftError(
             f"{out} holds a finished model: choose another folder, or delete it to begin again"
         )
-    theirs = read_json_if_exists(out / REQUEST_FILE)
-    if theirs is None and out.exists() and any(out.iterdir()):
+
+    before = read_json_if_exists(out / REQUEST_FILE)
+    if before is None and out.exists() and any(out.iterdir()):
         raise RegraftError(
             f"{out} exists and holds no conversion: choose another folder or delete it"
         )
-    other = next(
-        (key for key in facts if theirs is not None and theirs.get(key) != facts[key]), None
-    )
-    if theirs is not None and other:
-        raise RegraftError(
-            f"{out} holds a conversion with another {other}: choose another folder or delete it"
-        )
+    if before is not None:
+        for key, value in request.items():
+            if before.get(key) != value:
+                raise RegraftError(
+                    f"{out} holds a conversion with another {key}: choose another folder or delete "
+                    "it"
+                )
+
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / REQUEST_FILE, facts)
+    write_json(out / REQUEST_FILE, request)

@@ -1,4 +1,7 @@
-"""Which layers keep softmax attention, chosen by measurement: seconds a layer, no training."""
+"""Which layers keep softmax attention, chosen by measurement: seconds a layer, no training.
+
+Each rule gives every layer a score; the layers with the highest scores keep softmax attention.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
-from ..data.packing import Packed
+from ..data.rows import Packed
 from ..errors import RegraftError
 from ..evaluation.baselines import TEACHER
 from ..evaluation.chunked import log_likelihoods
@@ -28,26 +31,65 @@ from ..train.calibrate import calibrate
 from ..train.layer_subset import SkippedLayer, layer_stack
 from ..train.layerwise.one_layer_model import replace_layer_input
 
-EPSILON = 1e-6
-Progress = Callable[[float], None]
+EPSILON = 1e-6  # of HALO's score
+Progress = Callable[[float], None]  # share done, 0 to 1
+
+
+class LayerNumbers(TypedDict):
+    """What a score was computed from: mean log-likelihoods or divergences per token, in nats."""
+
+    nll: NotRequired[float]  # `bypass`: negative log-likelihood without the layer's attention
+    kl: NotRequired[float]  # `restore`: KL(teacher || student) with this layer at softmax
+    recall: NotRequired[float]  # `halo`, `recall`: log-likelihood of tokens that can be copied
+    common: NotRequired[float]  # `halo`, `recall`: log-likelihood of all other tokens
+
+
+class LayerRow(LayerNumbers):
+    """A layer in the table of scores."""
+
+    layer: int
+    score: float
+
+
+class SelectionScores(TypedDict):
+    """How layers were chosen; kept as the `scores` of a Remix."""
+
+    rule: str
+    tokens: int  # of the windows that layers were measured on
+    flops: int
+    seconds: float
+    layers: list[LayerRow]
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What a layer showed: its score (the highest are kept) and the numbers that it comes from."""
+    """What a layer showed.
+
+    Attributes:
+        layer: its number.
+        score: layers with the highest scores are kept.
+        numbers: what the score was computed from.
+    """
 
     layer: int
     score: float
-    numbers: dict[str, float]
+    numbers: LayerNumbers
 
-    def json(self) -> dict[str, float]:
+    def json(self) -> LayerRow:
         """One row of the table."""
         return {"layer": self.layer, "score": self.score, **self.numbers}
 
 
 @dataclass(frozen=True)
 class SelectionData:
-    """What layers are measured on: `windows` of text; `calibration` batches for the mixers' closed-form start."""
+    """What layers are measured on.
+
+    Attributes:
+        windows: rows of text.
+        calibration: batches for the mixers' closed-form start: token ids, positions, and document
+            numbers or None, (rows, length) each.
+        progress: called with the share done.
+    """
 
     windows: Packed
     calibration: Sequence[tuple[Tensor, Tensor, Tensor | None]] = ()
@@ -55,49 +97,53 @@ class SelectionData:
 
 
 def bypass(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
-    """log perplexity of the source when one layer's attention gives nothing ("AR" of Taylor-Calibrate, arXiv
-    2606.16429): what a layer's attention is worth, whatever replaces it."""
+    """Log perplexity of the source when one layer's attention gives nothing.
+
+    "AR" of Taylor-Calibrate (arXiv 2606.16429): what a layer's attention is worth, whatever
+    replaces it.
+    """
     model = modeling.materialize(source)
     slots = modeling.slots(model, source)
-    scores = score_candidates(
-        {i: Candidate(model, partial(zero_attention, slot)) for i, slot in enumerate(slots)}, bench
-    )
-    return [
-        LayerScore(i, one.nll / one.tokens, {"nll": one.nll / one.tokens})
-        for i, one in scores.items()
-    ]
+    candidates = {
+        i: Candidate(model, partial(zero_attention, slot)) for i, slot in enumerate(slots)
+    }
+    nlls = {i: one.nll / one.tokens for i, one in score_candidates(candidates, bench).items()}
+    return [LayerScore(i, nll, {"nll": nll}) for i, nll in nlls.items()]
 
 
 def restore(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
-    """-KL(teacher || student with this one layer back at softmax), all others converted (KL-guided selection, arXiv
-    2512.20569, here after the closed-form start instead of a training run per layer)."""
+    """-KL(teacher || student) with this one layer back at softmax and all others converted.
+
+    KL-guided selection (arXiv 2512.20569), here after the closed-form start instead of a training
+    run per layer.
+    """
     teacher, student = build_teacher_and_student(source, remix, bench)
-    swapped = {i: partial(softmax_in, student, source, teacher, [i]) for i in range(source.layers)}
-    scores = score_candidates(
-        {i: Candidate(student, swap) for i, swap in swapped.items()}, bench, Candidate(teacher)
-    )
+    candidates = {
+        i: Candidate(student, partial(softmax_in, student, source, teacher, [i]))
+        for i in range(source.layers)
+    }
+    scores = score_candidates(candidates, bench, Candidate(teacher))
     kls = {i: (one.kl or 0.0) / one.tokens for i, one in scores.items()}
     return [LayerScore(i, -kl, {"kl": kl}) for i, kl in kls.items()]
 
 
 def halo(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
-    """HALO's score (arXiv 2601.22156): s_i = (max R - R_i) / (max C - C_i + 1e-6), R recall and C commonsense of the
-    source with layer i alone converted. A layer is kept when losing it costs recall and little else.
+    """HALO's score (arXiv 2601.22156): s_i = (max R - R_i) / (max C - C_i + 1e-6).
 
-    R and C as `copying` measures them.
+    R is recall and C commonsense of the source with layer i alone converted, both as
+    `score_copying` measures them. A layer is kept when losing it costs recall and little else.
     """
     rows = score_copying(source, remix, bench)
-    top = [max(column) for column in zip(*rows, strict=True)]
-    return [
-        LayerScore(
-            i, (top[0] - recall) / (top[1] - common + EPSILON), {"recall": recall, "common": common}
-        )
-        for i, (recall, common) in enumerate(rows)
-    ]
+    best_recall, best_common = (max(column) for column in zip(*rows, strict=True))
+    scores = []
+    for i, (found, common) in enumerate(rows):
+        score = (best_recall - found) / (best_common - common + EPSILON)
+        scores.append(LayerScore(i, score, {"recall": found, "common": common}))
+    return scores
 
 
 def recall(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[LayerScore]:
-    """-R_i of `copying`: a layer is kept when losing it costs recall, whatever else it costs.
+    """-R_i of `score_copying`: a layer is kept when losing it costs recall, whatever else it costs.
 
     HALO's ratio favours layers that cost nothing at all, where it divides by almost zero.
     """
@@ -111,23 +157,29 @@ def recall(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[Layer
 def score_copying(
     source: Checkpoint, remix: Remix, bench: SelectionData
 ) -> list[tuple[float, float]]:
-    """(R_i, C_i) with layer i alone converted, by layer: mean log likelihoods on the windows.
+    """(R_i, C_i) with layer i alone converted, by layer: mean log-likelihoods on the windows.
 
-    R is of tokens whose last two tokens stood together before in the window, further back than the sliding window sees
-    (they can be copied), C of all other tokens. The mixers have their closed-form start.
+    R is of tokens that can be copied from beyond the sliding window: their pair with the token
+    before stood in the window of text before, further back than the mixer's window sees. C is of
+    all other tokens. The mixers have their closed-form start.
+
+    RegraftError when no token can be copied.
     """
     teacher, student = build_teacher_and_student(source, remix, bench)
-    far = torch.stack(
-        [find_repeated_pairs(row, remix.window or 64) for row in bench.windows.input_ids]
-    )
+    window = remix.window or 64
+    rows = bench.windows.input_ids
+    far = torch.stack([find_repeated_pairs(row, window) for row in rows])  # (windows, length - 1)
     if not bool(far.any()):
         raise RegraftError(
-            f"no token of {len(far)} windows of {far.shape[1] + 1} can be copied from beyond {remix.window or 64} "
-            "tokens: give longer windows or another text"
+            f"no token of {len(far)} windows of {far.shape[1] + 1} can be copied from beyond "
+            f"{window} tokens: give longer windows or another text"
         )
+
     layers, everyone = layer_stack(student), range(source.layers)
-    found: list[list[Tensor]] = [[] for _ in everyone]
-    for done, row in enumerate(bench.windows.input_ids):
+    found: list[list[Tensor]] = [[] for _ in everyone]  # of each layer, by window
+    for done, row in enumerate(rows):
+        # Below layer i all is as in the source. So the source's hidden states are recorded once,
+        # and each pass begins at its layer: half the layers are computed on average.
         with (
             softmax_in(student, source, teacher, everyone),
             record_hidden_states(layers) as inputs,
@@ -142,8 +194,9 @@ def score_copying(
             ):
                 found[layer].append(token_log_likelihoods(student, row))
             bench.progress((done + (layer + 1) / source.layers) / len(far))
-    stacked = [torch.stack(rows) for rows in found]
-    return [(float(rows[far].mean()), float(rows[~far].mean())) for rows in stacked]
+
+    stacked = [torch.stack(values) for values in found]  # (windows, length - 1) of each layer
+    return [(float(values[far].mean()), float(values[~far].mean())) for values in stacked]
 
 
 SELECTORS: dict[str, Callable[[Checkpoint, Remix, SelectionData], list[LayerScore]]] = dict(
@@ -152,47 +205,60 @@ SELECTORS: dict[str, Callable[[Checkpoint, Remix, SelectionData], list[LayerScor
 
 
 def parse_keep(keep: str) -> tuple[str, str] | None:
-    """(rule, how many layers) of "RULE:N" or "RULE:P%"; None for a `keep` that needs no measurement."""
+    """(rule, how many layers) of "RULE:N" or "RULE:P%"; None for a `keep` that measures nothing.
+
+    RegraftError for a rule without a number of layers.
+    """
     word, _, number = keep.partition(":")
     if word not in RULES:
         return None
     if not re.fullmatch(r"[1-9]\d*%?", number):
         raise RegraftError(
-            f"--keep '{keep}' does not say how many layers: give {word}:N or {word}:P%, such as {word}:25%"
+            f"--keep '{keep}' does not say how many layers: give {word}:N or {word}:P%, such as "
+            f"{word}:25%"
         )
     return word, number
 
 
 def count_layers(number: str, layers: int) -> int:
-    """How many of `layers` "8" or "25%" are, a share rounded up: 25% keeps as many as every:4."""
+    """How many of `layers` "8" or "25%" are; a share is rounded up, as `every:4` does it."""
     return -(-layers * int(number[:-1]) // 100) if number.endswith("%") else int(number)
 
 
 def resolve_keep(source: Checkpoint, remix: Remix, bench: SelectionData) -> Remix:
-    """`remix` with the layers that its rule chose, the table of scores and what it cost to make; unchanged when it
-    names no rule."""
-    wanted = parse_keep(remix.keep)
-    if wanted is None:
+    """A Remix with the layers that its rule chose, and how they were chosen as `scores`.
+
+    Args:
+        source: the model to linearize.
+        remix: with a rule in `keep`; any other is returned as it is.
+        bench: what layers are measured on.
+
+    RegraftError when more layers are asked for than the model has.
+    """
+    parsed = parse_keep(remix.keep)
+    if parsed is None:
         return remix
-    rule, count = wanted[0], count_layers(wanted[1], source.layers)
+    rule, count = parsed[0], count_layers(parsed[1], source.layers)
     if count > source.layers:
         raise RegraftError(
-            f"--keep '{remix.keep}' asks for more layers than the model's {source.layers}: ask for less"
+            f"--keep '{remix.keep}' asks for more layers than the model's {source.layers}: ask for "
+            "less"
         )
+
     begin = time.monotonic()
     with flops.build_flop_counter() as counter:
-        found = SELECTORS[rule](source, remix, bench)
-    kept = sorted(
-        sorted(found, key=lambda one: (-one.score, one.layer))[:count], key=lambda one: one.layer
-    )
-    table = {
+        scores = SELECTORS[rule](source, remix, bench)
+    best = sorted(scores, key=lambda one: (-one.score, one.layer))[:count]  # ties: the lower layer
+    keep = sorted(one.layer for one in best)
+
+    table: SelectionScores = {
         "rule": rule,
         "tokens": bench.windows.input_ids.numel(),
         "flops": counter.get_total_flops(),
         "seconds": round(time.monotonic() - begin, 3),
-        "layers": [one.json() for one in found],
+        "layers": [one.json() for one in scores],
     }
-    return dataclasses.replace(remix, keep=",".join(str(one.layer) for one in kept), scores=table)
+    return dataclasses.replace(remix, keep=",".join(map(str, keep)), scores=dict(table))
 
 
 def build_teacher_and_student(
@@ -202,10 +268,9 @@ def build_teacher_and_student(
     teacher = modeling.materialize(source)
     student = modeling.materialize(dataclasses.replace(remix, keep="none", scores={})(source))
     if bench.calibration:
-        for _ in calibrate(
-            student.slots(), teacher, modeling.slots(teacher, source), list(bench.calibration)
-        ):
-            pass
+        slots = modeling.slots(teacher, source)
+        for _ in calibrate(student.slots(), teacher, slots, list(bench.calibration)):
+            pass  # it works layer by layer as it is iterated
     return teacher, student
 
 
@@ -226,28 +291,31 @@ def softmax_in(
     student: PreTrainedModel, source: Checkpoint, teacher: PreTrainedModel, layers: Sequence[int]
 ) -> Iterator[None]:
     """Inside, these layers of a wholly converted student have the teacher's attention."""
-    mine, theirs = student.slots(), modeling.slots(teacher, source)
-    name = student.config.slot
+    mixers, attentions = student.slots(), modeling.slots(teacher, source)
+    name = student.config.slot  # path of the attention module, `{}` for the layer
     for layer in layers:
-        student.host.set_submodule(name.format(layer), theirs[layer])
+        student.host.set_submodule(name.format(layer), attentions[layer])
     try:
         yield
     finally:
         for layer in layers:
-            student.host.set_submodule(name.format(layer), mine[layer])
+            student.host.set_submodule(name.format(layer), mixers[layer])
 
 
 @contextmanager
 def record_hidden_states(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Inside, the hidden states that come to each decoder layer, in order, as one forward pass adds them."""
-    found: list[Tensor] = []
+    """Inside, a forward pass appends the hidden states that each decoder layer gets to the list.
+
+    They are in the order of the layers, (rows, time, hidden) each.
+    """
+    states: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+        states.append(args[0] if args else kwargs["hidden_states"])
 
     hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
-        yield found
+        yield states
     finally:
         for hook in hooks:
             hook.remove()
@@ -255,40 +323,67 @@ def record_hidden_states(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def start_at_layer(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
-    """Inside, a pass begins at decoder layer `first`, with what came to it before; earlier ones cost nothing."""
-    away = list(layers)[:first]
+    """Inside, a forward pass begins at a decoder layer; earlier layers cost nothing.
+
+    Args:
+        layers: the model's decoder layers.
+        first: number of the layer.
+        hidden: what it gets, (rows, time, hidden).
+    """
+    skipped = list(layers)[:first]
     with replace_layer_input(layers[first], hidden):
         try:
             for i in range(first):
                 layers[i] = SkippedLayer()
             yield
         finally:
-            for i, layer in enumerate(away):
+            for i, layer in enumerate(skipped):
                 layers[i] = layer
 
 
 def score_candidates(
     layers: Mapping[int, Candidate], bench: SelectionData, teacher: Candidate | None = None
 ) -> dict[int, Score]:
-    """The windows' likelihood, and KL to a teacher, with each layer changed in turn."""
-    everyone = {str(layer): candidate for layer, candidate in layers.items()}
-    everyone |= {TEACHER: teacher} if teacher else {}
-    ids, sizes = bench.windows.input_ids, bench.windows.bytes
+    """The windows' likelihood, and KL to a teacher, with each layer changed in turn.
+
+    Args:
+        layers: the model as it is measured for each layer.
+        bench: the windows.
+        teacher: what KL is measured to; None leaves it out.
+    """
+    candidates = {str(layer): candidate for layer, candidate in layers.items()}
+    if teacher:
+        candidates[TEACHER] = teacher
     scores = measure(
-        everyone, ids, sizes, TEACHER if teacher else None, lambda done, n: bench.progress(done / n)
+        candidates,
+        bench.windows.input_ids,
+        bench.windows.bytes,
+        TEACHER if teacher else None,
+        lambda done, total: bench.progress(done / total),
     )
     return {layer: scores[str(layer)] for layer in layers}
 
 
 def token_log_likelihoods(model: PreTrainedModel, row: Tensor) -> Tensor:
-    """Log likelihood of every token but the first, (length - 1,)."""
+    """row: (length,) -> log-likelihoods of every token but the first, (length - 1,)."""
     return log_likelihoods(window_logits(Candidate(model), row), row[1:])
 
 
 def find_repeated_pairs(row: Tensor, window: int) -> Tensor:
-    """Which of row[1:] complete a pair of tokens that stood together last more than `window` tokens before."""
-    pairs = torch.stack((row[:-1], row[1:]), 1)
-    same = (pairs.unsqueeze(0) == pairs.unsqueeze(1)).all(-1)
+    """Which tokens can be copied, but only from beyond a sliding window.
+
+    Args:
+        row: token ids, (length,).
+        window: tokens that the sliding window sees.
+
+    Returns (length - 1,), true where row[i + 1] completes a pair of tokens that stood together
+    before, last more than `window` tokens ago.
+    """
+    pairs = torch.stack((row[:-1], row[1:]), 1)  # (length - 1, 2)
+    same = (pairs.unsqueeze(0) == pairs.unsqueeze(1)).all(-1)  # (length - 1, length - 1)
     index = torch.arange(len(pairs))
-    back = index.unsqueeze(1) - index.unsqueeze(0)
-    return (same & (back > window)).any(1) & ~(same & (back > 0) & (back <= window)).any(1)
+    back = index.unsqueeze(1) - index.unsqueeze(0)  # how far back; negative: ahead
+
+    seen_far = (same & (back > window)).any(1)
+    seen_near = (same & (back > 0) & (back <= window)).any(1)
+    return seen_far & ~seen_near

@@ -180,9 +180,9 @@ class LinearAttention(Mixer):
         states = cls.state_heads(attention, options)
         widths = cls.key_dim(attention, options), cls.value_dim(attention)
         group = attention.heads // states
-        once, back = chunked_flops(states, group, *widths, length, cls.delta, cls.pairs)
+        forward, backward = chunked_flops(states, group, *widths, length, cls.delta, cls.pairs)
         tokens = length * cls.token_flops(attention, options)
-        return once + tokens, back + 2 * tokens
+        return forward + tokens, backward + 2 * tokens
 
     def inputs(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext

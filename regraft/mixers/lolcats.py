@@ -30,7 +30,7 @@ class WindowedTokens:
     q: Float[Tensor, "batch heads total dim"]  # zeros in the window, whose outputs are out already
     k: Float[Tensor, "batch states total dim"]
     v: Float[Tensor, "batch states total dim"]
-    held: Bool[Tensor, "batch total"]  # False on padding and on slots that no token fills
+    filled: Bool[Tensor, "batch total"]  # False on padding and on slots that no token fills
     ids: Int[Tensor, "batch total"]  # document number
     order: (
         Int[Tensor, "batch total"] | None
@@ -43,7 +43,7 @@ class Lolcats(Hedgehog):
     Hedgehog features outside a sliding window, softmax terms inside it: o_n = (gamma sum_{n-w<i<=n}
     e^(q_n k_i / sqrt(dim) - c_n) v_i + phi(q_n)^T sum_{i<=n-w} phi(k_i) v_i^T) / (the same sums
     without v), where c_n is the largest exponent in the window and gamma = sigmoid of a number per
-    head. The state is the window (`k`, `v`, `held`) and `matrix`, the sums over what left it.
+    head. The state is the window (`k`, `v`, `filled`) and `matrix`, the sums over what left it.
     """
 
     name = "lolcats"
@@ -79,20 +79,20 @@ class Lolcats(Hedgehog):
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
         """Hedgehog's; blocks of queries against the keys that one of them sees."""
-        once, back = super().row_flops(attention, spec, length)
+        forward, backward = super().row_flops(attention, spec, length)
         window = cls.parse(spec).window
         size = min(window, length)
         pairs = attention.heads * -(-length // size) * size * (window + size)
         softmax = 2 * pairs * (attention.dim + cls.value_dim(attention))
-        return once + softmax, back + 2 * softmax
+        return forward + softmax, backward + 2 * softmax
 
     def initial_state(self, like: Float[Tensor, "batch states time dim"]) -> State:
         """The state before the first token, with the type and place of the keys `like`."""
         b, heads, _, dim = like.shape
         window = like.new_zeros(b, heads, self.options.window, dim)
         matrix = like.new_zeros(b, heads, self.key_dim(self.attention, self.options), dim + 1)
-        held = torch.zeros(b, self.options.window, dtype=torch.bool, device=like.device)
-        return {"k": window, "v": window, "held": held, "matrix": matrix}
+        filled = torch.zeros(b, self.options.window, dtype=torch.bool, device=like.device)
+        return {"k": window, "v": window, "filled": filled, "matrix": matrix}
 
     def mix(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
@@ -101,25 +101,31 @@ class Lolcats(Hedgehog):
         q, k, v = (t.float() for t in self.rotated_qkv(x, mixing))
         state, window, time = state or self.initial_state(k), self.options.window, x.shape[1]
         tokens = self.join_window(q, k, v, mixing, state)
-        q, k, v, held, ids = tokens.q[:, :, window:], tokens.k, tokens.v, tokens.held, tokens.ids
+        q, k, v = tokens.q[:, :, window:], tokens.k, tokens.v
+        filled, ids = tokens.filled, tokens.ids
 
         # Linear attention over what leaves the window. At each step one token does, the one that
         # stands `window` places earlier; one of another document counts as padding.
-        own = ids[:, window:]
-        left = held[:, :time] & (ids[:, :time] == own)
-        past = MixerContext(None, left, None if mixing.segments is None else own)
+        query_ids = ids[:, window:]
+        left = filled[:, :time] & (ids[:, :time] == query_ids)
+        past = MixerContext(None, left, None if mixing.segments is None else query_ids)
         features = self.featurize(q, k[:, :, :time], v[:, :, :time])
         before, matrix = self.run_recurrence(features, past, state["matrix"])
 
         # Numerators and denominators of both kinds are added; the division comes last.
         gamma = self.factor.float().sigmoid().view(-1, 1)
-        inside = self.window_softmax_sums(q, k, v, held, ids)
+        inside = self.window_softmax_sums(q, k, v, filled, ids)
         out = gamma * inside + (1 - gamma if self.options.affine else 1.0) * before
 
         if tokens.order is not None:
-            back = (tokens.order.argsort(1)[:, window:] - window).clamp(min=0)  # below 0: padding
-            out = out.gather(1, back[:, :, None, None].expand_as(out))
-        last = {"k": k[:, :, time:], "v": v[:, :, time:], "held": held[:, time:], "matrix": matrix}
+            place = (tokens.order.argsort(1)[:, window:] - window).clamp(min=0)  # below 0: padding
+            out = out.gather(1, place[:, :, None, None].expand_as(out))
+        last = {
+            "k": k[:, :, time:],
+            "v": v[:, :, time:],
+            "filled": filled[:, time:],
+            "matrix": matrix,
+        }
         return self.normalize_and_gate(out, x).to(x.dtype), last
 
     def join_window(
@@ -135,40 +141,40 @@ class Lolcats(Hedgehog):
         valid = mixing.valid
         if valid is None:
             valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool)
-        held = torch.cat((state["held"], valid), 1)
+        filled = torch.cat((state["filled"], valid), 1)
 
         # Without packed documents all tokens are of document 0, the window included.
-        ids = torch.zeros_like(held, dtype=torch.long)
+        ids = torch.zeros_like(filled, dtype=torch.long)
         if mixing.segments is not None:
             ids = F.pad(mixing.segments, (window, 0), value=-1)
 
         q = F.pad(q, (0, 0, window, 0))
         k, v = torch.cat((state["k"], k), 2), torch.cat((state["v"], v), 2)
         if mixing.valid is None:
-            return WindowedTokens(q, k, v, held, ids, None)
+            return WindowedTokens(q, k, v, filled, ids, None)
 
         # Padding goes to the front, so that `window` places are `window` tokens.
-        order = held.long().argsort(dim=1, stable=True)
-        held, ids = held.gather(1, order), ids.gather(1, order)
+        order = filled.long().argsort(dim=1, stable=True)
+        filled, ids = filled.gather(1, order), ids.gather(1, order)
         q, k, v = (
             t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
             for t in (q, k, v)
         )
-        return WindowedTokens(q, k, v, held, ids, order)
+        return WindowedTokens(q, k, v, filled, ids, order)
 
     def window_softmax_sums(
         self,
         q: Float[Tensor, "batch heads time dim"],
         k: Float[Tensor, "batch states total dim"],
         v: Float[Tensor, "batch states total dim"],
-        held: Bool[Tensor, "batch total"],
+        filled: Bool[Tensor, "batch total"],
         ids: Int[Tensor, "batch total"],
     ) -> Float[Tensor, "batch time heads dim+1"]:
         """Sums of the window's softmax terms times values, and in the last column times one.
 
         Args:
             q: queries of the new tokens.
-            k, v, held, ids: the window before them and the new tokens, as in `WindowedTokens`;
+            k, v, filled, ids: the window before them and the new tokens, as in `WindowedTokens`;
                 `total` is window + time.
         """
         # Blocks of `size` queries; each sees the window before it and itself.
@@ -181,7 +187,7 @@ class Lolcats(Hedgehog):
         # keys and values of a block: (batch, states, n, dim, window + size)
         keys, values = (t.unfold(2, window + size, size) for t in (k, v))
 
-        seen = self.window_mask(held, ids, size, n)
+        seen = self.window_mask(filled, ids, size, n)
         group = pad_time(q, size).unflatten(1, (states, -1)).unflatten(3, (n, size)).transpose(2, 3)
         seen = seen[:, None, :, None].expand(-1, states, -1, group.shape[3], -1, -1).flatten(3, 4)
 
@@ -192,17 +198,23 @@ class Lolcats(Hedgehog):
         return out.flatten(1, 2)[:, :, :time].transpose(1, 2)
 
     def window_mask(
-        self, held: Bool[Tensor, "batch total"], ids: Int[Tensor, "batch total"], size: int, n: int
+        self,
+        filled: Bool[Tensor, "batch total"],
+        ids: Int[Tensor, "batch total"],
+        size: int,
+        n: int,
     ) -> Bool[Tensor, "batch {n} {size} keys"]:
         """Whether each query of a block sees each of its `window + size` keys."""
         window = self.options.window
         missing = n * size - (ids.shape[1] - window)
         query_ids = F.pad(ids[:, window:], (0, missing)).unflatten(1, (n, size))
-        held, key_ids = (F.pad(t, (0, missing)).unfold(1, window + size, size) for t in (held, ids))
+        filled, key_ids = (
+            F.pad(t, (0, missing)).unfold(1, window + size, size) for t in (filled, ids)
+        )
 
         # The query in row i stands at key column window + i and sees `window` keys up to itself.
         row = torch.arange(size, device=ids.device).view(-1, 1)
         column = torch.arange(window + size, device=ids.device)
         in_window = (column > row) & (column <= row + window)
         same = query_ids.unsqueeze(3) == key_ids.unsqueeze(2)
-        return in_window & held.unsqueeze(2) & same
+        return in_window & filled.unsqueeze(2) & same

@@ -88,8 +88,8 @@ class Mamba(StateSpace):
     ) -> tuple[int, int]:
         """Reading the states; decays and writes are no matrix products."""
         widths = cls.widths_of(attention, cls.parse(spec))
-        once = 2 * length * widths.inner * widths.state
-        return once, 2 * once
+        forward = 2 * length * widths.inner * widths.state
+        return forward, 2 * forward
 
     def mix(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None

@@ -160,15 +160,15 @@ def chunked_flops(
 
     # With one chunk the state is a constant, and what goes into the next one is not used.
     carried = 2 if n > 1 else 1
-    once, back = n * (inner + reads), n * (2 * inner + carried * reads)
+    forward, backward = n * (inner + reads), n * (2 * inner + carried * reads)
     if not delta:
-        return states * (once + n * outer), states * (back + (2 * n * outer if n > 1 else 0))
+        return states * (forward + n * outer), states * (backward + (2 * n * outer if n > 1 else 0))
 
-    once += n * (scores + 2 * outer + square + carry)
+    forward += n * (scores + 2 * outer + square + carry)
     # Twice for k k^T, and the product in the backward pass of the solve.
-    back += n * (2 * scores + scores + mixed + carried * outer)
-    back += n * 2 * (outer + square) + (2 * n - 3) * carry if n > 1 else 0
-    return states * once, states * back
+    backward += n * (2 * scores + scores + mixed + carried * outer)
+    backward += n * 2 * (outer + square) + (2 * n - 3) * carry if n > 1 else 0
+    return states * forward, states * backward
 
 
 def chunk_ids(

@@ -202,12 +202,12 @@ class ShortConv(nn.Module):
 
         # One tap at a time: an input of another document counts as zero.
         out = self.bias + x * weight[:, -1]
-        for back in range(1, before + 1):
-            earlier = joined[:, before - back : before - back + time]
-            if mixing.segments is not None and back < time:
-                same = mixing.segments[:, back:] == mixing.segments[:, :-back]
-                earlier = earlier * F.pad(same, (back, 0), value=True).unsqueeze(-1)
-            out = out + earlier * weight[:, -1 - back]
+        for distance in range(1, before + 1):
+            earlier = joined[:, before - distance : before - distance + time]
+            if mixing.segments is not None and distance < time:
+                same = mixing.segments[:, distance:] == mixing.segments[:, :-distance]
+                earlier = earlier * F.pad(same, (distance, 0), value=True).unsqueeze(-1)
+            out = out + earlier * weight[:, -1 - distance]
 
         # A stable sort moves padding to the front, whatever side it was on.
         if mixing.valid is not None:
@@ -260,12 +260,12 @@ class _Scan(torch.autograd.Function):
         a, h, start = ctx.saved_tensors
 
         # dL/dh_t gathers what reaches it through h_{t+1} = a_{t+1} h_t + u_{t+1}.
-        back = grads[0].clone()
+        grad = grads[0].clone()
         for t in range(a.shape[1] - 2, -1, -1):
-            back[:, t].addcmul_(a[:, t + 1], back[:, t + 1])
+            grad[:, t].addcmul_(a[:, t + 1], grad[:, t + 1])
 
         # dL/da_t = dL/dh_t h_{t-1}, dL/du_t = dL/dh_t, dL/dh_0 = a_1 dL/dh_1.
         decays = torch.empty_like(a)
-        torch.mul(back[:, 0], start, out=decays[:, 0])
-        torch.mul(back[:, 1:], h[:, :-1], out=decays[:, 1:])
-        return decays, back, a[:, 0] * back[:, 0]
+        torch.mul(grad[:, 0], start, out=decays[:, 0])
+        torch.mul(grad[:, 1:], h[:, :-1], out=decays[:, 1:])
+        return decays, grad, a[:, 0] * grad[:, 0]

@@ -91,8 +91,8 @@ class Window(Mixer):
         options = cls.parse(spec)
         sinks = min(options.sinks, max(0, length - options.window))
         queries = -(-length // options.window) * options.window
-        once = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
-        return once, 2 * once
+        forward = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
+        return forward, 2 * forward
 
     def initial_state(self, like: Float[Tensor, "batch kv time dim"]) -> State:
         """The state before the first token, with the type and place of the keys `like`."""

@@ -82,14 +82,14 @@ def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
     applications = {"each": length, "first": 1, "patch": length - 1, "routed": routed}
 
-    once, back = Fraction(0), Fraction(0)
+    forward, backward = Fraction(0), Fraction(0)
     for placed in anatomy.place(anatomy.untie_embeddings(config)).values():
         part = placed.part
         if part.is_matrix:
             cost = 2 * math.prod(placed.shape) * applications[part.at]
             # Backward: a product for the weight and one for its input; pixels need no gradient.
-            once, back = once + cost, back + cost * (1 if part.at == "patch" else 2)
-    return int(once), int(back)
+            forward, backward = forward + cost, backward + cost * (1 if part.at == "patch" else 2)
+    return int(forward), int(backward)
 
 
 def count_positions(model: Checkpoint | Config, length: int) -> int:

@@ -1,4 +1,4 @@
-"""Tensors without numbers: models and operations of which only shapes exist, and a count of the bytes alive."""
+"""Tensors without numbers: models of which only shapes exist, and a count of the bytes alive."""
 
 from __future__ import annotations
 
@@ -19,75 +19,99 @@ from ..core.checkpoint import Checkpoint
 from ..modeling.meta import build_from_config
 from ..train.layer_subset import SkippedLayer, layer_stack
 
-FAKE_NONZERO_ROWS = 16  # places of a search, such as sinks of all documents in a row
+FAKE_NONZERO_ROWS = 16  # results of a search, such as the first tokens of all documents in a row
 
 
 class LiveMemoryCounter(TorchDispatchMode):
-    """Adds up the storages that are alive of those made inside; `peak` is the most there ever was."""
+    """Adds up the storages that are alive of those made inside.
+
+    It sees every operation, those of autograd included. A storage that several tensors share
+    counts once, and until the last of them is freed.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most there ever were.
+    """
 
     def __init__(self, known: Collection[Tensor]):
+        """Begin at zero.
+
+        Args:
+            known: tensors made before, which do not count.
+        """
         super().__init__()
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        stand_in = STAND_INS.get(func) if args and isinstance(args[0], FakeTensor) else None
-        out = (stand_in or func)(*args, **(kwargs or {}))
+        """Run one operation and count what it made."""
+        is_fake = args and isinstance(args[0], FakeTensor)
+        run = STAND_INS.get(func, func) if is_fake else func
+        out = run(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if (
-                isinstance(value, Tensor)
-                and (key := value.untyped_storage()._cdata) not in self.known
-            ):
-                storage = value.untyped_storage()
-                self.known.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.on_free, key, storage.nbytes())
+            if isinstance(value, Tensor):
+                self.count_storage(value.untyped_storage())
         return out
 
+    def count_storage(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, unless it is known, until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.on_free, key, size)
+
     def on_free(self, key: int, size: int) -> None:
-        """A storage was freed."""
+        """A storage was freed; its address may be given to another one."""
         self.known.discard(key)
         self.now -= size
 
 
-def fake_nonzero(found: Tensor) -> Tensor:
-    """Places of what is not zero: how many there are is known from numbers alone."""
-    return torch.zeros(min(FAKE_NONZERO_ROWS, found.shape[0]), found.ndim, dtype=torch.long)
+def fake_nonzero(mask: Tensor) -> Tensor:
+    """Indices of what is not zero, as many as there may be: only numbers would tell how many."""
+    return torch.zeros(min(FAKE_NONZERO_ROWS, mask.shape[0]), mask.ndim, dtype=torch.long)
 
 
 def fake_grouped_mm(left: Tensor, right: Tensor, ends: Tensor, *rest: Any, **named: Any) -> Tensor:
-    """Experts' products, which fake tensors have in bfloat16 alone: rows by their group's matrix, or one per group."""
-    shape = (
-        (len(left), right.shape[-1])
-        if right.ndim == 3
-        else (len(ends), left.shape[0], right.shape[-1])
-    )
-    return left.new_empty(shape)
+    """The products of a mixture's experts, which fake tensors have in bfloat16 alone.
+
+    Args:
+        left: rows of all groups one after the other, (rows, in); or (in, rows) with a 2-D `right`.
+        right: one matrix per group, (groups, in, out); or (rows, out): then one product per group.
+        ends: where each group ends, (groups,).
+        rest: not needed for the shape, as `named`.
+        named: see `rest`.
+    """
+    if right.ndim == 3:
+        return left.new_empty((len(left), right.shape[-1]))
+    return left.new_empty((len(ends), left.shape[0], right.shape[-1]))
 
 
 STAND_INS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.nonzero.default: fake_nonzero,
     torch.ops.aten._grouped_mm.default: fake_grouped_mm,
 }
+"""What is run instead of operations that fake tensors cannot do."""
 
 
 @contextmanager
 def keep_only_layers(model: PreTrainedModel, layers: Collection[int]) -> Iterator[None]:
-    """Inside, all other layers of the stack pass on what they get."""
+    """While inside, all other layers of the stack pass on what they get."""
     modules = layer_stack(model)
-    away = {at: module for at, module in enumerate(modules) if at not in layers}
+    removed = {index: module for index, module in enumerate(modules) if index not in layers}
     try:
-        for at in away:
-            modules[at] = SkippedLayer()
+        for index in removed:
+            modules[index] = SkippedLayer()
         yield
     finally:
-        for at, module in away.items():
-            modules[at] = module
+        for index, module in removed.items():
+            modules[index] = module
 
 
 def build_fake_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The float32 model of a checkpoint on fake tensors, in eval mode; inside a FakeTensorMode."""
+    """The float32 model of a checkpoint in eval mode; call it inside a FakeTensorMode."""
     with no_init_weights():
         model: PreTrainedModel = build_from_config(checkpoint)
     return model

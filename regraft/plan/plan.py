@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..core import lineage
-from ..core.checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint, LazyTensor
 from ..io.safetensors import TensorEntry
 from ..mixers.registry import mixer_class
 from ..modeling import flops as ledger
@@ -15,26 +15,64 @@ from ..modeling.layer_kinds import attention_of, kept_tokens, layer_kinds, mixer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
-OVERHEAD = 96_000_000  # hashing, blocks of random numbers, what the allocator keeps
+# Bytes for hashing, blocks of random numbers, and what the allocator keeps.
+OVERHEAD = 96_000_000
+
+
+class TensorCount(TypedDict):
+    """Tensors of one kind, such as `copied` or `fresh`."""
+
+    count: int
+    # Numbers in them.
+    parameters: int
+    # Of all parameters: the target's, or for `dropped` the source's.
+    share: float
+
+
+class RowFlops(TypedDict):
+    """FLOPs per position of a row; a multiply-add is 2."""
+
+    forward: int
+    # Forward and backward.
+    training: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What changes from `source` to `target`; `tensors` shares add up to one, `dropped` ones are of the source.
+    """What changes from a source to a target; `regraft plan --json` prints its fields.
 
-    `flops_per_token`: forward, decoding after `context` tokens (a multiply-add is 2). `state_bytes`: decoding state of
-    one sequence after `context` tokens by kind of layer, float32. `row_flops_per_token`: of a whole row of `row_tokens`
-    positions, forward and training (forward and backward). `peak_bytes`: what writing the target takes at most, in
-    anonymous memory above that of the opened source.
+    Attributes:
+        source: the source's sizes by axis.
+        target: the target's.
+        parameters: of the target.
+        source_parameters: of the source.
+        tensors: counts by kind. Shares of the target's kinds add up to one; `dropped` tensors are
+            the source's, and `unclaimed` ones would be a bug: a checkpoint refuses them.
+        dropped: reasons by name of the source's tensor.
+        layers: numbers of the target's layers by kind, such as `softmax` or a mixer's name.
+        bytes: of the target on disk.
+        peak_bytes: what writing the target takes at most, in anonymous memory above that of the
+            opened source.
+        context: tokens after which decoding is counted.
+        flops_per_token: of `source` and `target`: forward FLOPs of decoding one token after
+            `context` others.
+        row_tokens: positions of a row.
+        row_flops_per_token: of `source` and `target`, on whole rows of `row_tokens`.
+        state_bytes: the target's decoding state of one sequence after `context` tokens, float32,
+            by kind of layer.
+        source_state_bytes: the source's, over all layers; 0 for encoders.
+        steps: the target's history, as lineage.json has it.
+        notes: what the steps want a person to know.
     """
 
     source: dict[str, int]
     target: dict[str, int]
     parameters: int
     source_parameters: int
-    tensors: dict[str, Any]
+    tensors: dict[str, TensorCount]
     dropped: dict[str, str]
     layers: dict[str, list[int]]
     bytes: int
@@ -42,7 +80,7 @@ class Plan:
     context: int
     flops_per_token: dict[str, int]
     row_tokens: int
-    row_flops_per_token: dict[str, dict[str, int]]
+    row_flops_per_token: dict[str, RowFlops]
     state_bytes: dict[str, int]
     source_state_bytes: int
     steps: list[dict[str, Any]]
@@ -57,41 +95,37 @@ class Plan:
         length: int = 1024,
         notes: Sequence[str] = (),
     ) -> Plan:
-        """Compare two open checkpoints; reads no weights. Rows have `length` tokens, or all positions if less; `notes`
-        are said after those of the steps."""
+        """Compare two open checkpoints; reads no weights.
+
+        Args:
+            source: before the change.
+            target: after it, not yet computed.
+            context: tokens after which decoding is counted; all positions for an encoder.
+            length: tokens of a row; all positions where a model has fewer.
+            notes: to add to those of the steps.
+        """
         length = min(length, source.sizes.get("pos", length))
-        sizes = [lazy.bytes for lazy in target.tensors.values()]
-        before = sum(lazy.size for lazy in source.tensors.values())
-        dropped = sum(
-            lazy.size for key, lazy in source.tensors.items() if source.names[key] in target.dropped
-        )
-        counts: dict[str, Any] = dict(lineage.count_by_kind(target))
-        counts["dropped"] = {
-            "count": len(target.dropped),
-            "parameters": dropped,
-            "share": dropped / before,
-        }
-        counts["unclaimed"] = {"count": 0, "parameters": 0, "share": 0.0}
-        kinds = layer_kinds(target)
         context = context if source.anatomy.causal else source.sizes["pos"]
+        kinds = layer_kinds(target)
         return cls(
             source=source.sizes,
             target=target.sizes,
             parameters=sum(lazy.size for lazy in target.tensors.values()),
-            source_parameters=before,
-            tensors=counts,
+            source_parameters=sum(lazy.size for lazy in source.tensors.values()),
+            tensors=count_tensors(source, target),
             dropped=target.dropped,
             layers={
                 kind: [layer for layer, name in enumerate(kinds) if name == kind]
                 for kind in sorted(set(kinds))
             },
-            bytes=sum(sizes),
+            bytes=sum(lazy.bytes for lazy in target.tensors.values()),
             peak_bytes=writing_bytes(source, target),
             context=context,
             flops_per_token={
                 "source": token_flops(source, context),
                 "target": token_flops(target, context),
             },
+            # Patches of an image model are its positions, whatever the length.
             row_tokens=ledger.count_positions(source.config, length),
             row_flops_per_token={
                 "source": row_flops(source, length),
@@ -105,108 +139,163 @@ class Plan:
 
     def format_cost(self) -> str:
         """What writing the target takes, in a line."""
-        return f"{_format_millions(self.bytes)} MB to write, {_format_millions(self.peak_bytes)} MB of memory needed"
+        disk, memory = format_megabytes(self.bytes), format_megabytes(self.peak_bytes)
+        return f"{disk} MB to write, {memory} MB of memory needed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as plain values."""
+        """The fields as plain values."""
         return asdict(self)
 
 
-def writing_bytes(source: Checkpoint, target: Checkpoint) -> int:
-    """Upper bound of the memory that saving takes: one tensor being made, another being written, and OVERHEAD.
+def count_tensors(source: Checkpoint, target: Checkpoint) -> dict[str, TensorCount]:
+    """Tensors of the target by what becomes of them, and those of the source that are dropped."""
+    counts = cast(dict[str, TensorCount], dict(lineage.count_by_kind(target)))
+    total = sum(lazy.size for lazy in source.tensors.values())
+    dropped = sum(
+        lazy.size for key, lazy in source.tensors.items() if source.names[key] in target.dropped
+    )
+    counts["dropped"] = {
+        "count": len(target.dropped),
+        "parameters": dropped,
+        "share": dropped / total,
+    }
+    # Always zero: opening a checkpoint refuses a tensor that its anatomy does not claim.
+    counts["unclaimed"] = {"count": 0, "parameters": 0, "share": 0.0}
+    return counts
 
-    A tensor that comes straight from a file is mapped and takes none. Any other takes, while it is made, two of it in
-    the dtype that is computed in and two in its own at most; many operators take half of that.
+
+def writing_bytes(source: Checkpoint, target: Checkpoint) -> int:
+    """Upper bound of the memory that saving takes.
+
+    At the worst moment one tensor is computed while another is written, beside OVERHEAD. While a
+    tensor is computed it takes at most twice its size in the dtype that is computed in, and twice
+    its size in its own; many operators take half of that.
     """
-    wide = max(
-        4, *(lazy.dtype.itemsize for lazy in (*source.tensors.values(), *target.tensors.values()))
-    )
-    made = [
-        lazy
-        for lazy in target.tensors.values()
-        if not isinstance(getattr(lazy.read, "__self__", None), TensorEntry)
-    ]
-    held = sorted((lazy.bytes for lazy in made), reverse=True) + [0, 0]
-    making = [2 * wide * lazy.size + 2 * lazy.bytes for lazy in made]
-    beside = [held[lazy.bytes == held[0]] for lazy in made]
-    return OVERHEAD + max(
-        (work + other for work, other in zip(making, beside, strict=True)), default=0
-    )
+    lazies = (*source.tensors.values(), *target.tensors.values())
+    widest = max(4, *(lazy.dtype.itemsize for lazy in lazies))
+
+    # A tensor that comes straight from a file is mapped and takes no memory.
+    computed = [lazy for lazy in target.tensors.values() if not is_mapped(lazy)]
+    by_size = sorted((lazy.bytes for lazy in computed), reverse=True)
+    largest, second = (*by_size, 0, 0)[:2]
+
+    peak = 0
+    for lazy in computed:
+        computing = 2 * widest * lazy.size + 2 * lazy.bytes
+        writing = second if lazy.bytes == largest else largest
+        peak = max(peak, computing + writing)
+    return OVERHEAD + peak
+
+
+def is_mapped(lazy: LazyTensor) -> bool:
+    """Whether a tensor's bytes are those of a file."""
+    return isinstance(getattr(lazy.read, "__self__", None), TensorEntry)
 
 
 def token_flops(checkpoint: Checkpoint, context: int) -> int:
-    """Forward FLOPs of one token after `context` others: matrix products, attention and state updates."""
-    if not checkpoint.anatomy.host(
-        checkpoint.config
-    ).causal:  # it does not decode: one token of a row of all positions
+    """Forward FLOPs of decoding one token: matrix products, attention and state updates.
+
+    Args:
+        checkpoint: the model; of an encoder, one token of a row of all positions is counted.
+        context: tokens before it.
+    """
+    if not checkpoint.anatomy.host(checkpoint.config).causal:
         return row_flops(checkpoint, checkpoint.sizes["pos"])["forward"]
+
     total = ledger.weight_flops(checkpoint.config, 1)[0]
     for layer, spec in enumerate(mixers_of(checkpoint)):
         attention = attention_of(checkpoint, layer)
         if spec is None:
+            # Scores and weighted values: a multiply-add each, per head, channel and kept token.
             total += 4 * attention.heads * attention.dim * kept_tokens(checkpoint, layer, context)
         else:
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total
 
 
-def row_flops(checkpoint: Checkpoint, length: int) -> dict[str, int]:
-    """FLOPs per position of a row of `length` tokens: `forward`, and `training` (forward and backward)."""
-    held = ledger.count_positions(checkpoint, length)
-    passes = {
-        "forward": ledger.forward_flops(checkpoint, length),
-        "training": ledger.training_flops(checkpoint, length),
+def row_flops(checkpoint: Checkpoint, length: int) -> RowFlops:
+    """FLOPs per position of a row of `length` tokens."""
+    positions = ledger.count_positions(checkpoint, length)
+    return {
+        "forward": ledger.forward_flops(checkpoint, length) // positions,
+        "training": ledger.training_flops(checkpoint, length) // positions,
     }
-    return {name: value // held for name, value in passes.items()}
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Show a plan to a person."""
+    console.print(weight_map_table(plan))
+    for name, reason in plan.dropped.items():
+        console.print(f"dropped {name}: {reason}", soft_wrap=True, highlight=False)
+    console.print(sizes_table(plan))
+    console.print(cost_table(plan))
+
+    for kind, layers in plan.layers.items():
+        numbers = ", ".join(map(str, layers))
+        state = format_megabytes(plan.state_bytes[kind])
+        suffix = f"; state {state} MB" if keeps_state(plan) else ""
+        console.print(f"{kind}: layers {numbers}{suffix}", soft_wrap=True, highlight=False)
+    for note in plan.notes:
+        console.print(f"Note: {note}", soft_wrap=True, highlight=False)
+
+
+def weight_map_table(plan: Plan) -> Table:
+    """Tensors and parameters by kind."""
     from rich.table import Table
 
     table = Table("tensors", "count", "parameters", "share", title="Weight map")
     for kind, row in plan.tensors.items():
         if row["count"]:
-            base = " of the source" if kind == "dropped" else ""
-            table.add_row(
-                kind, str(row["count"]), f"{row['parameters']:,}", f"{row['share']:.2%}{base}"
-            )
-    console.print(table)
-    for name, reason in plan.dropped.items():
-        console.print(f"dropped {name}: {reason}", soft_wrap=True, highlight=False)
-    sizes = Table("axis", "source", "target", title="Sizes")
+            share = f"{row['share']:.2%}" + (" of the source" if kind == "dropped" else "")
+            table.add_row(kind, str(row["count"]), f"{row['parameters']:,}", share)
+    return table
+
+
+def sizes_table(plan: Plan) -> Table:
+    """Sizes by axis, changed ones in bold."""
+    from rich.table import Table
+
+    table = Table("axis", "source", "target", title="Sizes")
     for axis, size in plan.source.items():
         changed = plan.target[axis] != size
-        sizes.add_row(axis, f"{size:,}", f"{plan.target[axis]:,}", style="bold" if changed else "")
-    console.print(sizes)
-    facts = Table("", "source", "target", title=f"After {plan.context:,} tokens")
-    facts.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
-    if keeps := plan.source_state_bytes > 0:  # encoders keep none
-        facts.add_row(
-            "state, MB",
-            _format_millions(plan.source_state_bytes),
-            _format_millions(sum(plan.state_bytes.values())),
-        )
-    facts.add_row(
-        "GFLOP per token", *(f"{value / 1e9:.3f}" for value in plan.flops_per_token.values())
+        table.add_row(axis, f"{size:,}", f"{plan.target[axis]:,}", style="bold" if changed else "")
+    return table
+
+
+def cost_table(plan: Plan) -> Table:
+    """Parameters, decoding state, FLOPs and bytes of source and target."""
+    from rich.table import Table
+
+    table = Table("", "source", "target", title=f"After {plan.context:,} tokens")
+    table.add_row("parameters", f"{plan.source_parameters:,}", f"{plan.parameters:,}")
+    if keeps_state(plan):
+        source = format_megabytes(plan.source_state_bytes)
+        table.add_row("state, MB", source, format_megabytes(sum(plan.state_bytes.values())))
+
+    table.add_row("GFLOP per token", *map(format_gflop, plan.flops_per_token.values()))
+    rows = plan.row_flops_per_token.values()
+    table.add_row(
+        f"GFLOP per token of a row of {plan.row_tokens:,}",
+        *(format_gflop(row["forward"]) for row in rows),
     )
-    for name, what in (
-        ("forward", "GFLOP per token of a row"),
-        ("training", "GFLOP per token trained"),
-    ):
-        values = (f"{row[name] / 1e9:.3f}" for row in plan.row_flops_per_token.values())
-        facts.add_row(f"{what} of {plan.row_tokens:,}" if name == "forward" else what, *values)
-    facts.add_row("on disk, MB", "", _format_millions(plan.bytes))
-    facts.add_row("memory to write it, MB", "", _format_millions(plan.peak_bytes))
-    console.print(facts)
-    for kind, layers in plan.layers.items():
-        held = f"; state {_format_millions(plan.state_bytes[kind])} MB" if keeps else ""
-        console.print(
-            f"{kind}: layers {', '.join(map(str, layers))}{held}", soft_wrap=True, highlight=False
-        )
-    for note in plan.notes:
-        console.print(f"Note: {note}", soft_wrap=True, highlight=False)
+    table.add_row("GFLOP per token trained", *(format_gflop(row["training"]) for row in rows))
+
+    # The source is there already: only the target is written.
+    table.add_row("on disk, MB", "", format_megabytes(plan.bytes))
+    table.add_row("memory to write it, MB", "", format_megabytes(plan.peak_bytes))
+    return table
 
 
-def _format_millions(count: int) -> str:
+def keeps_state(plan: Plan) -> bool:
+    """Whether the model keeps anything from token to token; encoders do not."""
+    return plan.source_state_bytes > 0
+
+
+def format_megabytes(count: int) -> str:
+    """Bytes as megabytes (10^6)."""
     return f"{count / 1e6:,.1f}"
+
+
+def format_gflop(count: int) -> str:
+    """FLOPs in billions."""
+    return f"{count / 1e9:.3f}"

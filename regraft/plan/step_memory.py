@@ -1,8 +1,8 @@
-"""Memory that a training step takes, from a model's config alone: its own code run on tensors that have no numbers.
+"""Memory that a training step takes, from a model's config alone: its code run on fake tensors.
 
-PyTorch's fake tensors run every operation of the loop's losses, forward and backward, on shapes only; what would be
-alive is added up. A layer of every kind is run alone, so that depth costs nothing, and a batch of one and of two rows
-tell what grows with the rows.
+PyTorch's fake tensors run every operation of the loop's losses, forward and backward, on shapes
+only; what would be alive is added up. One layer of every kind is measured, so that depth costs
+nothing, and a batch of one and of two rows tells what grows with the rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..mixers.base import MixerContext
+from ..modeling.layer_kinds import layer_kinds
 from ..modeling.modeling_regraft import RegraftForCausalLM
 from ..train.calibrate import output_error
 from ..train.gradient_checkpointing import set_gradient_checkpointing
@@ -28,13 +29,10 @@ from ..train.layer_subset import layer_stack
 from ..train.optimizer import parameter_groups
 from ..train.stage import Stage
 from .fake_tensors import LiveMemoryCounter, build_fake_model, keep_only_layers
-from .plan import layer_kinds
 
 Kind = Literal["align", "distil", "next"]
-FLOAT32_BYTES = 4  # bytes of a weight, a gradient and each of Adam's moments
-SHORT_LENGTH = (
-    512  # tokens; what linear mixers take grows evenly with the tokens, so that short rows tell
-)
+FLOAT32_BYTES = 4  # of a weight, a gradient and each of Adam's moments
+SHORT_LENGTH = 512  # tokens; linear mixers are measured on rows of this length at most
 
 
 @dataclass(frozen=True)
@@ -45,41 +43,54 @@ class BatchBytes:
     each: float = 0.0
 
     def __call__(self, rows: int) -> float:
-        """For so many rows."""
+        """Bytes for so many rows."""
         return self.fixed + self.each * rows
 
     @classmethod
     def from_measurements(cls, one: float, two: float) -> BatchBytes:
-        """From what one and what two rows take."""
+        """From the bytes that one row and two rows take."""
         each = max(0.0, two - one)
         return cls(one - each, each)
 
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """A layer's weights, all and those that learn, and the bytes of its step: `kept` from forward to backward, `held`
-    more while the forward pass goes on, `working` beside what is kept at the worst moment of its backward pass.
+    """One layer's part of a step.
+
+    Attributes:
+        weights: numbers that it holds.
+        trainable: those of them that learn.
+        kept: bytes that it keeps from the forward pass to its backward pass.
+        forward: bytes beside `kept` at the worst moment of its forward pass.
+        working: bytes beside what is kept at the worst moment of its backward pass.
     """
 
     weights: int
-    learning: int
+    trainable: int
     kept: BatchBytes
-    held: BatchBytes
+    forward: BatchBytes
     working: BatchBytes
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """A model's step: its layers in order, the weights of the rest, all and learning, and the bytes of the rest.
+    """A model's step, by layers.
 
-    `around`: kept by what is not a layer, `ends`: the worst moment of embedding, norm, head and loss, `head`: the
-    head's gradient, `tied`: the embedding's, where it adds to that. `teacher`, `teacher_rest`: the teacher's weights in
-    layers and outside, 0 without one.
+    Attributes:
+        layers: in order.
+        rest: weights outside the layers.
+        rest_trainable: those of them that learn.
+        around: bytes kept by what is not a layer, such as the embedding's output.
+        ends: bytes at the worst moment of embedding, norm, head and loss.
+        head: bytes of the head's gradient.
+        tied: bytes of the embedding's gradient, where it comes beside the head's: tied weights.
+        teacher: weights of the teacher's layers; 0 without one.
+        teacher_rest: its weights outside the layers.
     """
 
     layers: tuple[LayerMemory, ...]
     rest: int
-    rest_learning: int
+    rest_trainable: int
     around: BatchBytes
     ends: BatchBytes
     head: int
@@ -89,22 +100,37 @@ class StepMemory:
 
     @property
     def weight_count(self) -> int:
-        """All of the student's."""
+        """All weights of the student."""
         return self.rest + sum(layer.weights for layer in self.layers)
 
     @property
     def trainable_count(self) -> int:
-        """Those of the student's that learn."""
-        return self.rest_learning + sum(layer.learning for layer in self.layers)
+        """Those of the student's weights that learn."""
+        return self.rest_trainable + sum(layer.trainable for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class MemoryPeaks:
-    """Bytes alive after the forward pass, at its worst moment, and at the worst moment of all."""
+    """Bytes alive in a forward and a backward pass.
+
+    Attributes:
+        kept: after the forward pass.
+        forward: at its worst moment.
+        peak: at the worst moment of both.
+    """
 
     kept: float
     forward: float
     peak: float
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of a layer for one batch; fields as of `LayerMemory`."""
+
+    kept: float
+    forward: float
+    working: float
 
 
 def measure_step_memory(
@@ -112,165 +138,222 @@ def measure_step_memory(
     teacher: Checkpoint | None,
     kind: Kind,
     length: int,
-    fast: bool,
-    recompute: bool,
+    bf16_autocast: bool,
+    gradient_checkpointing: bool,
     ce: float = 0.0,
 ) -> StepMemory:
-    """What a step of a stage takes; `fast`: bfloat16 autocast, `recompute`: gradient checkpointing."""
+    """Memory of one step of a stage.
+
+    Args:
+        student: the model that is trained.
+        teacher: the model that `align` and `distil` imitate.
+        kind: of the stage.
+        length: tokens of a row.
+        bf16_autocast: whether products are in bfloat16.
+        gradient_checkpointing: whether layers are computed again in the backward pass.
+        ce: weight of next-token cross-entropy in `distil`.
+    """
     with FakeTensorMode():
-        return Simulation(student, teacher, kind, length, fast, recompute, ce).measure()
+        simulation = StepSimulation(
+            student, teacher, kind, length, bf16_autocast, gradient_checkpointing, ce
+        )
+        return simulation.measure()
 
 
-class Simulation:
-    """The step on fake tensors; inside a FakeTensorMode."""
+class StepSimulation:
+    """A training step on fake tensors; it lives inside a FakeTensorMode."""
 
     def __init__(
-        self, student: Checkpoint, teacher: Checkpoint | None, kind: Kind, length: int, fast: bool, recompute: bool,
+        self,
+        student: Checkpoint,
+        teacher: Checkpoint | None,
+        kind: Kind,
+        length: int,
+        bf16_autocast: bool,
+        gradient_checkpointing: bool,
         ce: float,
-    ):  # fmt: skip
-        self.kind, self.length, self.fast, self.ce = kind, length, fast, ce
-        self.model, self.kinds = build_fake_model(student), layer_kinds(student)
+    ):
+        """Build student and teacher; arguments as of `measure_step_memory`."""
+        self.kind, self.length, self.bf16_autocast, self.ce = kind, length, bf16_autocast, ce
+        self.model = build_fake_model(student)
+        self.layer_kinds = layer_kinds(student)
+        # The stage says which weights learn: the others get no gradient.
         parameter_groups(self.model, Stage(kind, length, length, ce=ce))
-        self.teacher = (
-            build_fake_model(teacher).requires_grad_(False) if teacher is not None else None
-        )
-        self.slots = (
-            modeling.slots(self.teacher, teacher) if teacher is not None and kind == "align" else []
-        )
-        set_gradient_checkpointing(self.model, recompute)
+        set_gradient_checkpointing(self.model, gradient_checkpointing)
+
+        self.teacher: PreTrainedModel | None = None
+        self.slots: list[nn.Module] = []
+        if teacher is not None:
+            self.teacher = build_fake_model(teacher).requires_grad_(False)
+            if kind == "align":
+                self.slots = modeling.slots(self.teacher, teacher)
 
     def measure(self) -> StepMemory:
-        """Everything measured."""
-        modules = list(layer_stack(self.model))
-        inside = {id(p) for module in modules for p in module.parameters()}
-        rest = [p for p in self.model.parameters() if id(p) not in inside]
-        head = self.model.get_output_embeddings().weight
-        taught = list(self.teacher.parameters()) if self.teacher is not None else []
-        deep = (
-            {id(p) for module in layer_stack(self.teacher) for p in module.parameters()}
-            if self.teacher is not None
-            else ()
-        )
-        known = {kind: self.measure_layer(kind) for kind in dict.fromkeys(self.kinds)}
-        placed = zip(modules, self.kinds, strict=True)
+        """Measure a layer of every kind and what is outside the layers."""
+        inside, rest = split_parameters(self.model)
+        by_kind = {kind: self.measure_layer(kind) for kind in dict.fromkeys(self.layer_kinds)}
         layers = [
-            LayerMemory(*count_weights(list(module.parameters())), *known[kind])
-            for module, kind in placed
+            LayerMemory(*count_weights(parameters), *by_kind[kind])
+            for parameters, kind in zip(inside, self.layer_kinds, strict=True)
         ]
-        around = self.measure_batch_bytes(
-            lambda rows: self.measure_layers([], rows, self.compute_hidden).kept
+
+        around = measure_batch_bytes(
+            lambda rows: self.measure_layers([], lambda: self.compute_hidden(rows)).kept
         )
-        ends = (
-            self.measure_batch_bytes(
-                lambda rows: self.measure_layers([], rows, self.compute_loss).peak
+        ends = BatchBytes()
+        if self.kind != "align":
+            ends = measure_batch_bytes(
+                lambda rows: self.measure_layers([], lambda: self.compute_loss(rows)).peak
             )
-            if self.kind != "align"
-            else BatchBytes()
-        )
-        grad = FLOAT32_BYTES * head.numel() * head.requires_grad
-        tied = grad * (head is self.model.get_input_embeddings().weight)
+
+        # Autograd adds a tied weight's two gradients: for a moment both are there.
+        head = self.model.get_output_embeddings().weight
+        is_tied = head is self.model.get_input_embeddings().weight
+        head_gradient = FLOAT32_BYTES * head.numel() * head.requires_grad
+
+        teacher = teacher_rest = 0
+        if self.teacher is not None:
+            teacher_rest = count_weights(split_parameters(self.teacher)[1])[0]
+            teacher = count_weights(list(self.teacher.parameters()))[0] - teacher_rest
         return StepMemory(
-            tuple(layers), *count_weights(rest), around, ends, grad, tied,
-            sum(p.numel() for p in taught if id(p) in deep), sum(p.numel() for p in taught if id(p) not in deep),
-        )  # fmt: skip
+            tuple(layers),
+            *count_weights(rest),
+            around,
+            ends,
+            head=head_gradient,
+            tied=head_gradient * is_tied,
+            teacher=teacher,
+            teacher_rest=teacher_rest,
+        )
 
     def measure_layer(self, kind: str) -> tuple[BatchBytes, BatchBytes, BatchBytes]:
-        """(kept, held, working) of a layer of this kind."""
-        some = [at for at, name in enumerate(self.kinds) if name == kind][:2]
-        if self.kind == "align":
-            worst = (
-                self.measure_batch_bytes(lambda rows: self.measure_alignment(some[0], rows))
-                if kind != "softmax"
-                else BatchBytes()
-            )
-            return BatchBytes(), BatchBytes(), worst
-        length = self.length
-        if kind == "softmax" or length <= SHORT_LENGTH:
-            seen = [self.measure_last_layer(some, rows) for rows in (1, 2)]
-            return tuple(BatchBytes.from_measurements(*pair) for pair in zip(*seen, strict=True))  # type: ignore[return-value]
-        seen = []
-        for self.length in (SHORT_LENGTH // 2, SHORT_LENGTH):
-            seen.append(self.measure_last_layer(some, 1))
-        self.length = length
-        halves = [BatchBytes.from_measurements(*pair) for pair in zip(*seen, strict=True)]
-        return tuple(
-            BatchBytes(half.fixed, half.each * 2 * length / SHORT_LENGTH) for half in halves
-        )  # type: ignore[return-value]
+        """(kept, forward, working) of a layer of this kind; see `LayerMemory`."""
+        layers = [index for index, name in enumerate(self.layer_kinds) if name == kind][:2]
 
-    def measure_last_layer(self, some: list[int], rows: int) -> tuple[float, float, float]:
-        """(kept, held, working) of the last of one or two layers of one kind."""
+        # `align` trains each mixer by itself on the teacher's input: nothing is kept for later.
+        if self.kind == "align":
+            if kind == "softmax":
+                return BatchBytes(), BatchBytes(), BatchBytes()
+            working = measure_batch_bytes(lambda rows: self.measure_alignment(layers[0], rows))
+            return BatchBytes(), BatchBytes(), working
+
+        from_rows = BatchBytes.from_measurements
+        if kind == "softmax" or self.length <= SHORT_LENGTH:
+            one, two = (self.measure_last_layer(layers, rows, self.length) for rows in (1, 2))
+            return (
+                from_rows(one.kept, two.kept),
+                from_rows(one.forward, two.forward),
+                from_rows(one.working, two.working),
+            )
+
+        # What linear mixers take grows evenly with the tokens, so that two short rows tell what a
+        # long one takes; to simulate all its chunks would be slow.
+        half, whole = (
+            self.measure_last_layer(layers, 1, length)
+            for length in (SHORT_LENGTH // 2, SHORT_LENGTH)
+        )
+
+        def extend(at_half: float, at_whole: float) -> BatchBytes:
+            growth = from_rows(at_half, at_whole)
+            return BatchBytes(growth.fixed, growth.each * 2 * self.length / SHORT_LENGTH)
+
+        return (
+            extend(half.kept, whole.kept),
+            extend(half.forward, whole.forward),
+            extend(half.working, whole.working),
+        )
+
+    def measure_last_layer(self, layers: list[int], rows: int, length: int) -> LayerBytes:
+        """Bytes of the last of one or two layers of one kind.
+
+        The difference that the last one makes leaves out what all of them share, such as a mask
+        that each keeps for its backward pass.
+        """
         seen = [
-            self.measure_layers(some[:number], rows, self.compute_hidden)
-            for number in range(len(some) + 1)
+            self.measure_layers(layers[:count], lambda: self.compute_hidden(rows, length))
+            for count in range(len(layers) + 1)
         ]
         kept = seen[-1].kept - seen[-2].kept
-        return (
-            kept,
-            max(0.0, seen[-1].forward - seen[-2].forward - kept),
-            seen[1].peak - seen[1].kept,
-        )
+        forward = max(0.0, seen[-1].forward - seen[-2].forward - kept)
+        return LayerBytes(kept, forward, seen[1].peak - seen[1].kept)
 
-    def measure_batch_bytes(self, measure: Callable[[int], float]) -> BatchBytes:
-        """A measure for one and for two rows."""
-        return BatchBytes.from_measurements(measure(1), measure(2))
+    def measure_layers(self, layers: Collection[int], compute: Callable[[], Tensor]) -> MemoryPeaks:
+        """Memory of forward and backward with only some layers in place.
 
-    def measure_layers(
-        self, layers: Collection[int], rows: int, act: Callable[[int], Tensor]
-    ) -> MemoryPeaks:
-        """Forward and backward of `act` with only these layers in their places, the embedding's gradient left out."""
+        The embedding's gradient is left out: the forecast counts it apart (`StepMemory.tied`).
+
+        Args:
+            layers: those that are in place.
+            compute: the forward pass.
+        """
         cut = self.model.get_input_embeddings().register_forward_hook(
-            lambda *given: given[-1].detach().requires_grad_()
+            lambda module, inputs, output: output.detach().requires_grad_()
         )
+
         with (
             keep_only_layers(self.model, layers),
             LiveMemoryCounter(self.resident_tensors()) as alive,
         ):
-            value = act(rows)
+            # Between the two passes alive is just what backward needs.
+            value = compute()
             kept, forward = alive.now, alive.peak
             value.backward(torch.ones_like(value))
-        cut.remove()
-        seen = MemoryPeaks(kept, forward, alive.peak)
-        self.model.zero_grad(set_to_none=True)
-        return seen
 
-    def compute_hidden(self, rows: int, model: PreTrainedModel | None = None) -> Tensor:
-        """The decoder's output, (rows, length, hidden), of rows that hold several documents; see `last_hidden`."""
-        one = model or self.model
-        ids, places, segments = (torch.zeros(rows, self.length, dtype=torch.long) for _ in range(3))
-        linear = isinstance(one, RegraftForCausalLM)
-        given = {"mixing": MixerContext(None, None, segments)} if linear else {}
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
-            found: Tensor = one.get_decoder()(
-                input_ids=ids, position_ids=places, use_cache=False, **given
+        cut.remove()
+        self.model.zero_grad(set_to_none=True)
+        return MemoryPeaks(kept, forward, alive.peak)
+
+    def compute_hidden(
+        self, rows: int, length: int | None = None, model: PreTrainedModel | None = None
+    ) -> Tensor:
+        """The decoder's output, (rows, length, hidden); see `train.objectives.last_hidden`.
+
+        Args:
+            rows: of the batch, which hold several documents each.
+            length: tokens of a row; the stage's if None.
+            model: whose decoder runs; the student if None.
+        """
+        model, length = model or self.model, length or self.length
+        ids, positions, segments = (torch.zeros(rows, length, dtype=torch.long) for _ in range(3))
+        linear = isinstance(model, RegraftForCausalLM)
+        kwargs = {"mixing": MixerContext(None, None, segments)} if linear else {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_autocast):
+            hidden: Tensor = model.get_decoder()(
+                input_ids=ids, position_ids=positions, use_cache=False, **kwargs
             )[0]
-        return found.float()
+        return hidden.float()
 
     def compute_loss(self, rows: int) -> Tensor:
-        """The loss as the loop has it, without the teacher's layers."""
+        """The loss as the training loop computes it, without the teacher's layers."""
         head = self.model.get_output_embeddings()
         labels = torch.zeros(rows, self.length - 1, dtype=torch.long)
         if self.kind == "next":
-            return mean_cross_entropy(
-                softcap_logits(self.model, head(self.compute_hidden(rows)[:, :-1])), labels
-            )
+            logits = softcap_logits(self.model, head(self.compute_hidden(rows)[:, :-1]))
+            return mean_cross_entropy(logits, labels)
+
         assert self.teacher is not None
-        target = torch.zeros(rows, self.length, self.teacher.get_input_embeddings().weight.shape[1])
+        teacher_hidden = self.teacher.get_input_embeddings().weight.shape[1]
+        target = torch.zeros(rows, self.length, teacher_hidden)
         student = self.compute_hidden(rows)
-        loss = head_kl(student, head, target, self.teacher.get_output_embeddings(), self.fast)
-        return (
-            loss + self.ce * mean_cross_entropy(head(student[:, :-1]), labels) if self.ce else loss
-        )
+        teacher_head = self.teacher.get_output_embeddings()
+        loss = head_kl(student, head, target, teacher_head, self.bf16_autocast)
+        if self.ce:
+            loss = loss + self.ce * mean_cross_entropy(head(student[:, :-1]), labels)
+        return loss
 
     def measure_alignment(self, layer: int, rows: int) -> float:
-        """The worst moment of aligning one mixer, the teacher's forward pass up to it included."""
-        assert self.teacher is not None
-        mixer, segments = (
-            self.model.slots()[layer].mixer,
-            torch.zeros(rows, self.length, dtype=torch.long),
-        )
+        """Bytes at the worst moment of aligning one mixer.
 
-        def backpropagate(at: int, record: LayerRecord) -> None:
-            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
+        The teacher's forward pass up to it is included: the loop trains the mixer from a hook in
+        that pass, so both are alive.
+        """
+        assert self.teacher is not None
+        mixer = self.model.slots()[layer].mixer
+        segments = torch.zeros(rows, self.length, dtype=torch.long)
+
+        def backpropagate(index: int, record: LayerRecord) -> None:
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_autocast)
+            with torch.enable_grad(), autocast:
                 value = output_error(mixer, record, record.mixer_context(segments))
             value.backward()
 
@@ -278,16 +361,30 @@ class Simulation:
             record_layers(self.slots, [layer], backpropagate),
             LiveMemoryCounter(self.resident_tensors()) as alive,
             keep_only_layers(self.teacher, [layer]),
+            torch.no_grad(),
         ):
-            with torch.no_grad():
-                self.compute_hidden(rows, self.teacher)
+            self.compute_hidden(rows, model=self.teacher)
         self.model.zero_grad(set_to_none=True)
         return alive.peak
 
     def resident_tensors(self) -> list[Tensor]:
-        """What is there before the step."""
+        """Parameters and buffers of both models, which are there before the step."""
         models = [model for model in (self.model, self.teacher) if model is not None]
         return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+
+
+def measure_batch_bytes(measure: Callable[[int], float]) -> BatchBytes:
+    """Bytes by rows, from a measure that is called for one and for two rows."""
+    return BatchBytes.from_measurements(measure(1), measure(2))
+
+
+def split_parameters(
+    model: PreTrainedModel,
+) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+    """(parameters of every layer, parameters outside the layers)."""
+    layers = [list(module.parameters()) for module in layer_stack(model)]
+    inside = {id(parameter) for parameters in layers for parameter in parameters}
+    return layers, [parameter for parameter in model.parameters() if id(parameter) not in inside]
 
 
 def count_weights(parameters: list[nn.Parameter]) -> tuple[int, int]:
@@ -296,11 +393,11 @@ def count_weights(parameters: list[nn.Parameter]) -> tuple[int, int]:
 
 
 def softcap_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """Logits as a family caps them."""
+    """Logits as Gemma 2 caps them; others' stay as they are."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over tokens."""
+    """Mean over tokens; logits: (rows, length, vocab), labels: (rows, length)."""
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

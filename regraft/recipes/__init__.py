@@ -1,1 +1,1 @@
-"""Whole experiments: the schema of a recipe, its phases carried out resumably, the demo."""
+"""Whole experiments: the schema of a recipe, its phases run resumably, the demo."""

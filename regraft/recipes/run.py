@@ -1,4 +1,4 @@
-"""A recipe carried out in phases, each leaving its file: linearize, measure, train, measure again, report."""
+"""Run a recipe in phases: linearize, measure, train, measure again, report. Each leaves a file."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.corpus import TextMixture
-from ..data.packing import Packed
+from ..data.rows import Packed
 from ..evaluation import baselines
 from ..evaluation.bench import bench
 from ..evaluation.evaluate import assemble_rows, build_suite, evaluation_windows
 from ..evaluation.perplexity import Candidate, measure
+from ..evaluation.rows import EvalRow
 from ..evaluation.suite import Suite, add_share_of_teacher
 from ..io.files import read_json_if_exists, write_json
 from ..linearize.pipeline import choose_layers, train_linearized
@@ -30,42 +31,70 @@ from . import schema
 from .journal import Journal
 from .schema import Recipe
 
-MARGIN = 30.0  # seconds kept back for saving, loading and the page
+MARGIN = 30.0  # seconds kept back for saving, loading and the report
+
+
+class Sample(TypedDict):
+    """How teacher and student continue a prompt; `samples.json` has one for each prompt."""
+
+    prompt: str
+    teacher: str
+    student: str
 
 
 def run_recipe(
     recipe: Recipe, out: str, watching: MonitorConfig = DEFAULT_MONITORING
 ) -> dict[str, Any]:
-    """Carry out a recipe in directory `out`, going on where an earlier call stopped; returns the report's numbers.
+    """Run a recipe, continuing where an earlier call stopped.
 
-    `out` ends up holding the trained model, `report.html`, `report.json`, `metrics.jsonl`, `lineage.json` and the
-    phases' JSON files. RegraftError when `out` holds another run or anything else.
+    `out` gets the trained model, `report.html`, `report.json`, `metrics.jsonl`, `lineage.json` and
+    the phases' JSON files.
+
+    Args:
+        recipe: the experiment.
+        out: output folder.
+        watching: trackers, and when a loss counts as too high.
+
+    Returns:
+        The report's numbers; in the other processes of a torchrun, nothing.
+
+    RegraftError when `out` holds another run or anything else.
     """
     if not distributed.is_rank0():
         return follow(recipe, Path(out), watching)
+
     experiment = Experiment(recipe, Path(out), watching)
     with experiment.journal.ticker:
         for name, phase in experiment.phases().items():
             if not experiment.journal.is_done(name):
-                distributed.broadcast(name)
+                distributed.broadcast(name)  # to `follow`
                 experiment.journal.ticker.start(name)
                 phase()
                 experiment.journal.finish(name)
     html.write(experiment.out)
-    distributed.broadcast("")
+    distributed.broadcast("")  # the end
     return html.collect(experiment.out)
 
 
 def follow(recipe: Recipe, out: Path, watching: MonitorConfig) -> dict[str, Any]:
-    """What the other processes of a torchrun do: their part of the training, and wait for the rest."""
-    while name := distributed.broadcast(""):
+    """What the other processes of a torchrun do: their part of the training, and wait.
+
+    The arguments are those of `run_recipe`. Returns nothing.
+    """
+    while name := distributed.broadcast(""):  # the first process's value, whatever is given here
         if name == "train":
             Experiment(recipe, out, watching).train()
     return {}
 
 
 class Experiment:
-    """What the phases share: the journal, the source, the models that are in memory now."""
+    """A recipe's phases, and what they share: journal, source, and the models in memory.
+
+    Args:
+        recipe: the experiment.
+        out: output folder.
+        watching: trackers, and when a loss counts as too high.
+    """
 
     def __init__(self, recipe: Recipe, out: Path, watching: MonitorConfig = DEFAULT_MONITORING):
         self.recipe, self.out, self.watching = recipe, out, watching
@@ -74,8 +103,11 @@ class Experiment:
         self.linear = self.work / "linearized"
 
     def phases(self) -> dict[str, Callable[[], None]]:
-        """Phases in order. The student's speed does not depend on training, so it is measured before: training then
-        knows how much time the rest needs."""
+        """The phases in order, by name.
+
+        The student's speed does not depend on training. It is measured before, so that training
+        knows how much time the rest needs.
+        """
         return {
             "linearize": self.linearize,
             "baselines": self.measure_baselines,
@@ -86,9 +118,12 @@ class Experiment:
             "clean up": self.clean_up,
         }
 
+    # Each of these is made when it is first needed: a resumed run loads only what its remaining
+    # phases use.
+
     @cached_property
     def source(self) -> Checkpoint:
-        """The source, opened."""
+        """The model to linearize."""
         return Checkpoint.open(self.recipe.source)
 
     @cached_property
@@ -98,7 +133,7 @@ class Experiment:
 
     @cached_property
     def rows(self) -> TextMixture:
-        """Training text, read when it is asked for."""
+        """Training text; it is read when rows are asked for."""
         need = max((stage.tokens for stage in self.recipe.stages), default=0)
         return training_rows(
             self.recipe.train,
@@ -115,37 +150,43 @@ class Experiment:
 
     @cached_property
     def windows(self) -> Packed:
-        """Held-out windows."""
-        wanted = self.recipe.measure
+        """Held-out windows of text."""
+        settings = self.recipe.measure
         return evaluation_windows(
-            self.recipe.heldout, self.tokenizer, wanted.windows, wanted.length
+            self.recipe.heldout, self.tokenizer, settings.windows, settings.length
         )
 
     @cached_property
     def suite(self) -> Suite:
         """Benchmarks and recall, when the recipe has them."""
-        wanted = self.recipe.measure
+        settings = self.recipe.measure
         return build_suite(
             str(self.source.path),
-            wanted.tasks,
+            settings.tasks,
             self.recipe.heldout,
-            lengths=wanted.recall,
-            folder=wanted.task_data,
-            limit=wanted.limit,
+            lengths=settings.recall,
+            folder=settings.task_data,
+            limit=settings.limit,
         )
 
     def report_progress(self, done: int, total: int) -> None:
-        """Tell the ticker."""
+        """Show how much of a phase is done."""
         self.journal.ticker.update(done / total)
 
     def report_measurement(self, name: str, share: float, words: str) -> None:
-        """Tell the ticker what is measured of which model."""
+        """Show what is measured, and of which model."""
         self.journal.ticker.update(share, f"{name}: {words}")
 
     def score(
-        self, candidates: Mapping[str, Candidate], known: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Rows of the table by name, KL to the teacher, in addition to the known ones; benchmarks of the new ones."""
+        self, candidates: Mapping[str, Candidate], known: Mapping[str, EvalRow]
+    ) -> dict[str, EvalRow]:
+        """Rows of the quality table by name, the teacher's among them.
+
+        Args:
+            candidates: models to measure, beside the teacher.
+            known: rows that were measured before; they come first. A teacher among them runs
+                again, but only for the KL of the others.
+        """
         everyone = {baselines.TEACHER: Candidate(self.teacher), **candidates}
         scores = measure(
             everyone,
@@ -154,22 +195,20 @@ class Experiment:
             baselines.TEACHER,
             self.report_progress,
         )
+
         rows = dict(known)
         for name, candidate in everyone.items():
             if name not in known:
-                rows[name] = scores[name].json() | self.suite(
-                    candidate, partial(self.report_measurement, name)
-                )
-        return {
-            name: add_share_of_teacher(row, rows[baselines.TEACHER]) for name, row in rows.items()
-        }
+                suite_row = self.suite(candidate, partial(self.report_measurement, name))
+                rows[name] = {**scores[name].json(), **suite_row}
+        teacher = rows[baselines.TEACHER]
+        return {name: add_share_of_teacher(row, teacher) for name, row in rows.items()}
 
     def linearize(self) -> None:
-        """Save the linearized model in the work folder, and the plan; missing benchmarks show now, not at the end."""
-        assert self.suite
-        after = choose_layers(self.source, self.recipe.remix, self.rows, self.journal.ticker)(
-            self.source
-        )
+        """Save the linearized model in the work folder, and the plan."""
+        assert self.suite  # made now: missing benchmarks show before hours of training
+        remix = choose_layers(self.source, self.recipe.remix, self.rows, self.journal.ticker)
+        after = remix(self.source)
         write_json(self.out / "plan.json", Plan.of(self.source, after).to_dict())
         after.save(self.linear, overwrite=True)
 
@@ -183,73 +222,85 @@ class Experiment:
 
     def measure_speed(self) -> None:
         """Speed and memory of teacher and student by context length."""
-        wanted = self.recipe.measure
+        settings = self.recipe.measure
         models = {"teacher": str(self.source.path), "student": str(self.linear)}
-        note = self.journal.ticker.update
-        rows = bench(
-            models,
-            wanted.bench,
-            wanted.bench_steps,
-            lambda done, total, words: note(done / total, words),
-        )
+
+        def report_progress(done: int, total: int, words: str) -> None:
+            self.journal.ticker.update(done / total, words)
+
+        rows = bench(models, settings.bench, settings.bench_steps, report_progress)
         write_json(self.out / "bench.json", rows)
 
     def seconds_after_training(self) -> float:
-        """Seconds that the phases after training will take, from what the earlier ones took."""
+        """Seconds that the phases after training will take, from what earlier phases took."""
+        # The quality table takes as long as that of the baselines. Samples are decoded at the
+        # speed at the shortest context.
         quality = self.journal.phases["baselines"]
-        speed = [
-            rows[0]["decode_tok_s"]
-            for rows in read_json_if_exists(self.out / "bench.json").values()
-            if rows
-        ]
-        wanted = self.recipe.measure
-        return (
-            MARGIN
-            + quality
-            + sum(len(wanted.prompts) * wanted.sample_tokens / rate for rate in speed if rate)
-        )
+        benched = read_json_if_exists(self.out / "bench.json").values()
+        speeds = [rows[0]["decode_tok_s"] for rows in benched if rows]
+        settings = self.recipe.measure
+        tokens = len(settings.prompts) * settings.sample_tokens
+        return MARGIN + quality + sum(tokens / speed for speed in speeds if speed)
 
     def stage_seconds(self, stage: int) -> float | None:
-        """Seconds for a stage: what is left for the last one, at most half of that for an earlier one."""
+        """Seconds that a stage may take, None without a budget.
+
+        What is left for the last stage, at most half of that for an earlier one.
+        """
         left = self.journal.ticker.seconds_left()
-        if left is None or not distributed.is_rank0():  # the others are told
+        # The first process decides for all; what the others return is not used.
+        if left is None or not distributed.is_rank0():
             return left
         left -= self.seconds_after_training()
         return left if stage == len(self.recipe.stages) - 1 else left / 2
 
     def train(self) -> None:
-        """Calibrate and train; the trained model is put into the output directory."""
+        """Calibrate and train; puts the trained model into the output folder."""
         recipe = self.recipe
         ledger = train_linearized(
-            self.source, self.linear, lambda: self.teacher, self.rows, recipe.stages, recipe.calibration, self.out,
-            self.journal.ticker, recipe.seed, self.stage_seconds, self.watching,
-        )  # fmt: skip
+            self.source,
+            self.linear,
+            lambda: self.teacher,
+            self.rows,
+            recipe.stages,
+            recipe.calibration,
+            self.out,
+            self.journal.ticker,
+            recipe.seed,
+            self.stage_seconds,
+            self.watching,
+        )
         if distributed.is_rank0():
             write_json(self.out / "ledger.json", ledger | {"text": self.rows.facts()})
 
     def evaluate(self) -> None:
-        """The quality table."""
-        rows = self.score(
-            baselines.model_candidates(modeling.load(self.out)),
-            read_json_if_exists(self.out / "baselines.json"),
-        )
+        """The quality table of the trained model and its baselines."""
+        candidates = baselines.model_candidates(modeling.load(self.out))
+        rows = self.score(candidates, read_json_if_exists(self.out / "baselines.json"))
         write_json(self.out / "eval.json", assemble_rows(rows, str(self.out)))
 
     def sample(self) -> None:
         """Teacher and student continue the same prompts, greedily."""
-        wanted, models = (
-            self.recipe.measure,
-            {"teacher": self.teacher, "student": modeling.load(self.out)},
+        settings = self.recipe.measure
+        student = modeling.load(self.out)
+        samples: list[Sample] = []
+        for number, prompt in enumerate(settings.prompts):
+            self.report_progress(number, len(settings.prompts))
+            samples.append(
+                {
+                    "prompt": prompt,
+                    "teacher": self._continue(self.teacher, prompt),
+                    "student": self._continue(student, prompt),
+                }
+            )
+        write_json(self.out / "samples.json", samples)
+
+    def _continue(self, model: nn.Module, prompt: str) -> str:
+        settings = self.recipe.measure
+        generated = generate.generate(
+            model, self.tokenizer, prompt, settings.sample_tokens, chat=settings.chat
         )
-        pairs: list[dict[str, str]] = [{"prompt": prompt} for prompt in wanted.prompts]
-        for number, pair in enumerate(pairs):
-            self.report_progress(number, len(pairs))
-            for name, model in models.items():
-                made = generate.generate(
-                    model, self.tokenizer, pair["prompt"], wanted.sample_tokens, chat=wanted.chat
-                )
-                pair[name] = made.text
-        write_json(self.out / "samples.json", pairs)
+        return generated.text
 
     def clean_up(self) -> None:
         """Remove what only an interrupted run needs."""

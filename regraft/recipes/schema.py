@@ -1,15 +1,16 @@
-"""The recipe of an experiment: one strict schema for Python, YAML and flags."""
+"""The recipe of an experiment: one strict schema for Python, YAML and flags.
+
+Importing it imports no PyTorch, so that a wrong recipe is reported at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
-import re
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,30 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from ..data.corpus import Text
+from ..data.text import Text
 from ..errors import RegraftError
 from ..linearize.method import expand_method
 from ..mixers.remix import Remix
 from ..train.stage import Stage
+from .explain import explain_error
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured: evaluation windows and their length, context lengths of the bench, prompts of the samples.
+    """What is measured of teacher, baselines and model.
 
-    `tasks`: benchmarks, whose files lie in `task_data`, and kinds of recall, at the context lengths `recall`; `limit`:
-    questions of each and contexts of each recall (None: all, and 32).
+    Attributes:
+        windows: of held-out text, for perplexity and KL.
+        length: tokens of a window.
+        tasks: benchmark tasks and kinds of recall.
+        task_data: folder with the tasks' files.
+        limit: questions of each task and contexts of each recall; None: all, and 32.
+        recall: context lengths of recall, in tokens.
+        bench: context lengths at which speed and memory are measured, in tokens.
+        bench_steps: decoding steps behind each speed.
+        prompts: teacher and student continue each of them in the report.
+        chat: put the prompts into the tokenizer's chat template.
+        sample_tokens: tokens of a continuation.
     """
 
     windows: int = 16
@@ -47,12 +59,22 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole experiment: linearize `source`, calibrate, train in `stages`, measure, report.
+    """A whole experiment: linearize a source, calibrate, train, measure, report.
 
-    `train`: texts to train on; `heldout`: text to measure on (None: the held-out topics of Python's documentation).
-    `calibration`: tokens for the closed-form start, 0 to leave it out. `minutes`: budget of the whole run, restarts
-    included; the last stage then gets the tokens that fit, at most its own number. `seed`: of the data's order.
-    A file may say `method` and `tokens` (with `length` and `batch` of a step) instead of remix, calibration and stages.
+    A file may have `method` and `tokens` (with `length` and `batch` of a step) in place of remix,
+    calibration and stages.
+
+    Attributes:
+        source: model directory or GGUF file.
+        train: texts to train on.
+        heldout: text to measure on. None: the held-out topics of Python's documentation.
+        remix: what is replaced by what.
+        calibration: tokens for the closed-form start, 0 to leave it out.
+        stages: of the training, in order.
+        measure: what is measured.
+        minutes: time for the whole run, restarts included. The last stage then gets the tokens that
+            fit, at most its own number. None: no limit.
+        seed: of the order of the data.
     """
 
     source: str
@@ -67,21 +89,28 @@ class Recipe:
 
 
 def load(recipe: str, overrides: Mapping[str, str]) -> Recipe:
-    """A recipe from a YAML file or `file.py:function`, with dotted overrides such as `stages.0.tokens` -> `4096`.
+    """Read a recipe.
 
-    RegraftError on a missing file, an unknown key (near matches are named) or a value of the wrong type.
+    Args:
+        recipe: a YAML file, or `file.py:function` with a function that returns a Recipe.
+        overrides: values by dotted key, such as `stages.0.tokens` -> `4096`, in YAML.
+
+    RegraftError for a missing file, an unknown key (near matches are named) or a value of the wrong
+    type.
     """
     fields = from_python(recipe) if ".py:" in recipe else from_yaml(Path(recipe))
-    for key in sorted(
-        overrides, key=lambda key: "." in key
-    ):  # a method and its tokens before parts of what they mean
-        fields = expand_method(fields) if "." in key else fields
+
+    # Keys without a dot first: `method` and `tokens` make the stages that a later
+    # `stages.0.tokens` changes.
+    for key in sorted(overrides, key=lambda key: "." in key):
+        if "." in key:
+            fields = expand_method(fields)
         override(fields, key, yaml.safe_load(overrides[key]))
     return build(expand_method(fields), recipe)
 
 
 def from_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file; RegraftError when there is none."""
     if not path.is_file():
         raise RegraftError(f"no recipe at '{path}': give a YAML file or file.py:function")
     try:
@@ -90,117 +119,128 @@ def from_yaml(path: Path) -> dict[str, Any]:
         raise RegraftError(f"recipe '{path}' is not YAML: {error}") from error
     if not isinstance(fields, dict):
         raise RegraftError(
-            f"recipe '{path}' holds {type(fields).__name__}, not keys with values: see README, Recipes"
+            f"recipe '{path}' holds {type(fields).__name__}, not keys with values: see README, "
+            "Recipes"
         )
     return fields
 
 
-def from_python(place: str) -> dict[str, Any]:
-    """The Recipe that a function returns, as a mapping."""
-    file, _, name = place.rpartition(":")
-    spec = (
-        importlib.util.spec_from_file_location("regraft_recipe", file)
-        if Path(file).is_file()
-        else None
-    )
+def from_python(reference: str) -> dict[str, Any]:
+    """The Recipe that a function returns, as a mapping.
+
+    Args:
+        reference: `file.py:function`. The file is run.
+
+    RegraftError when the file or function is missing, or returns something else.
+    """
+    file, _, name = reference.rpartition(":")
+    spec = None
+    if Path(file).is_file():
+        spec = importlib.util.spec_from_file_location("regraft_recipe", file)
     if spec is None or spec.loader is None:
-        raise RegraftError(f"no recipe file '{file}' (from '{place}'): give file.py:function")
+        raise RegraftError(f"no recipe file '{file}' (from '{reference}'): give file.py:function")
+
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = getattr(module, name)() if hasattr(module, name) else None
-    if not isinstance(made, Recipe):
+    recipe = getattr(module, name)() if hasattr(module, name) else None
+    if not isinstance(recipe, Recipe):
         raise RegraftError(
-            f"'{name}' of '{file}' gave {type(made).__name__}: it must be a function that returns a Recipe"
+            f"'{name}' of '{file}' gave {type(recipe).__name__}: it must be a function that "
+            "returns a Recipe"
         )
-    return dataclasses.asdict(made)
+    return dataclasses.asdict(recipe)
 
 
 def override(fields: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; numbers index lists."""
+    """Set one value of a recipe in place.
+
+    Args:
+        fields: the recipe.
+        key: dotted; numbers index lists. Blocks that are missing are made.
+        value: what is set.
+
+    RegraftError for a position that a list does not have, or a key below a plain value.
+    """
     *path, last = key.split(".")
-    place: Any = fields
+    target: Any = fields
     for word in path:
-        if isinstance(place, list):
-            place = place[parse_index(word, place, key)]
-        elif isinstance(place, dict):
-            place = place.setdefault(word, {})
-    if isinstance(place, list):
-        place[parse_index(last, place, key)] = value
-    elif isinstance(place, dict):
-        place[last] = value
+        if isinstance(target, list):
+            target = target[parse_index(word, target, key)]
+        elif isinstance(target, dict):
+            target = target.setdefault(word, {})
+
+    if isinstance(target, list):
+        target[parse_index(last, target, key)] = value
+    elif isinstance(target, dict):
+        target[last] = value
     else:
         raise RegraftError(
-            f"override '{key}' goes into {place!r}, which has no parts: override the whole value"
+            f"override '{key}' goes into {target!r}, which has no parts: override the whole value"
         )
 
 
-def parse_index(word: str, place: list[Any], key: str) -> int:
-    """A list position."""
-    if not word.isdigit() or int(word) >= len(place):
+def parse_index(word: str, target: list[Any], key: str) -> int:
+    """A position in a list; RegraftError when `word` is none.
+
+    Args:
+        word: the part of the key.
+        target: the list.
+        key: the whole key, for the error.
+    """
+    if not word.isdigit() or int(word) >= len(target):
         raise RegraftError(
-            f"override '{key}': '{word}' is no position in a list of {len(place)}: count from 0"
+            f"override '{key}': '{word}' is no position in a list of {len(target)}: count from 0"
         )
     return int(word)
 
 
-def build(fields: Mapping[str, Any], place: str = "recipe", schema: type = Recipe) -> Any:
-    """Check a mapping against the schema and make the recipe."""
+def build(fields: Mapping[str, Any], origin: str = "recipe", schema: type = Recipe) -> Any:
+    """Build a recipe from a mapping.
+
+    Args:
+        fields: the mapping.
+        origin: where it is from, for the error.
+        schema: the dataclass to build.
+
+    RegraftError when the mapping does not fit the schema.
+    """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(schema)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            made = parser.instantiate(parser.parse_object(stringify_numbers(fields, schema)))
+            built = parser.instantiate(parser.parse_object(stringify_numbers(fields, schema)))
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise RegraftError(f"recipe '{place}': {explain_error(str(error), schema)}") from error
-    return schema(**made.as_dict() if hasattr(made, "as_dict") else dict(made))
+        raise RegraftError(f"recipe '{origin}': {explain_error(str(error), schema)}") from error
+    return schema(**built.as_dict() if hasattr(built, "as_dict") else dict(built))
 
 
 def stringify_numbers(value: Any, kind: Any) -> Any:
-    """The value with whole numbers as text where `kind` wants text: YAML reads `keep: 0` as a number."""
-    parts = typing.get_args(kind)
+    """The value with whole numbers as text where the schema has text.
+
+    YAML reads `keep: 0` as a number, which means layer 0 here.
+
+    Args:
+        value: of a recipe, or a part of one.
+        kind: its type in the schema.
+    """
     if kind is str and type(value) is int:
         return str(value)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         hints = typing.get_type_hints(kind)
         return {key: stringify_numbers(part, hints.get(key)) for key, part in value.items()}
+
+    parts = typing.get_args(kind)
     if typing.get_origin(kind) is list and isinstance(value, list):
         return [stringify_numbers(part, parts[0]) for part in value]
-    wanted = next((part for part in parts if dataclasses.is_dataclass(part)), None)
-    return (
-        stringify_numbers(value, wanted)
-        if wanted and typing.get_origin(kind) is not dict
-        else value
-    )
-
-
-def explain_error(message: str, schema: type = Recipe) -> str:
-    """The schema's complaint in one line, with near matches for an unknown key."""
-    message = re.sub(r"\s+", " ", message.replace("Parser key ", "")).strip()
-    message = re.sub(r"Problem with given class_path '[\w.]*\.(\w+)':", r"in \1:", message)
-    unknown = re.search(r"[Oo]ption '([\w.]+)'(?: is not accepted)?", message)
-    if unknown and "accept" in message:
-        word = unknown[1]
-        close = difflib.get_close_matches(word.split(".")[-1], list(schema_keys(schema)), n=2)
-        head = difflib.get_close_matches(word.split(".")[0], list(schema_keys(schema)), n=2)
-        found = [name for name in dict.fromkeys(head + close) if name not in word.split(".")]
-        where = re.search(r"Group '([\w.]+)'|\"(\w+)\":", message)
-        inside = f" in '{where[1] or where[2]}'" if where else ""
-        return f"unknown key '{word}'{inside}; " + (
-            f"did you mean {' or '.join(found)}?" if found else "remove it"
-        )
-    return message
-
-
-def schema_keys(schema: type) -> Iterator[str]:
-    """Every key of the schema, nested ones too."""
-    for name, hint in typing.get_type_hints(schema).items():
-        yield name
-        for part in (hint, *typing.get_args(hint)):
-            if isinstance(part, type) and dataclasses.is_dataclass(part):
-                yield from schema_keys(part)
+    # `Lit | None`; not dict[str, Text], whose value is no Text
+    if typing.get_origin(kind) is not dict:
+        for part in parts:
+            if dataclasses.is_dataclass(part):
+                return stringify_numbers(value, part)
+    return value
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load` reads back."""
+    """The recipe as YAML that `load` reads back, with every default written out."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)

@@ -31,13 +31,15 @@ MetricsRow = StepRow | EvalRow
 
 
 class MetricsOutput(Protocol):
-    """Where rows go: the folder of metrics.jsonl, and a callback that gets each row."""
+    """Where rows go: a `Run`, or a `LayerwiseRun`."""
 
     @property
-    def out(self) -> Path: ...
+    def out(self) -> Path:
+        """The folder of metrics.jsonl."""
 
     @property
-    def track(self) -> Callable[[Any], None]: ...
+    def track(self) -> Callable[[Any], None]:
+        """Gets every row once it is written."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and
-what to change.
-"""
+"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and what to change."""
 
 from __future__ import annotations
 
@@ -24,14 +22,9 @@ from regraft.modeling import flops
 from regraft.plan import forecast
 from regraft.plan import step_memory as simulation
 from regraft.plan.fake_tensors import LiveMemoryCounter
-from regraft.plan.forecast import (
-    TrainingForecastRequest,
-    largest_micro_batch,
-    memory_by_moment,
-    parse_number,
-    peak_memory,
-    plan_step_memory,
-)
+from regraft.plan.forecast import plan_step_memory
+from regraft.plan.gpu_memory import largest_micro_batch, memory_by_moment, peak_memory
+from regraft.plan.training_request import TrainingForecastRequest, parse_number
 from regraft.train import distill, objectives, optimizer
 from regraft.train.align import align_step
 from regraft.train.gradient_checkpointing import set_gradient_checkpointing

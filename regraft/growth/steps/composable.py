@@ -1,4 +1,6 @@
-"""The six composable expansions by name, each one axis of Widen or a Deepen (Gesmundo & Maile, arXiv 2308.06103)."""
+"""The six composable expansions by name, each one axis of Widen or a Deepen (Gesmundo & Maile,
+arXiv 2308.06103).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class GrowMLP:
 
 @dataclass(frozen=True)
 class AddHeads:
-    """Section 3.2: more heads (whole groups, more queries a group, or split key/value heads); new outputs are zero.
+    """Section 3.2: more heads (whole groups, more queries a group, or split key/value heads); new
+    outputs are zero.
 
     Preserves: the logits. Refuses: numbers of heads the class cannot hold.
     """
@@ -45,7 +48,8 @@ class AddHeads:
 class GrowHeadValues:
     """Section 3.3: more value coordinates a head.
 
-    Preserves: the logits. Refuses: every family whose config has one width for queries, keys and values.
+    Preserves: the logits. Refuses: every family whose config has one width for queries, keys and
+    values.
     """
 
     value_dim: int
@@ -61,7 +65,8 @@ class GrowHeadValues:
 class GrowQueryKeys:
     """Section 3.4: more query and key coordinates a head.
 
-    Preserves: the logits. Refuses: every family whose config has one width for queries, keys and values.
+    Preserves: the logits. Refuses: every family whose config has one width for queries, keys and
+    values.
     """
 
     key_dim: int
@@ -77,7 +82,8 @@ class GrowQueryKeys:
 
 @dataclass(frozen=True)
 class GrowHeadDim:
-    """Sections 3.3 and 3.4 together: wider heads, which is what classes with one head width can hold.
+    """Sections 3.3 and 3.4 together: wider heads, which is what classes with one head width can
+    hold.
 
     Preserves: the logits. Refuses: rotary types and head widths that cannot keep their frequencies.
     """
@@ -94,7 +100,8 @@ class GrowHeadDim:
 class GrowHidden:
     """Section 3.5: a wider residual stream.
 
-    Preserves: the logits, with the norms' epsilon accounted for. Refuses: widths the class cannot hold exactly.
+    Preserves: the logits, with the norms' epsilon accounted for. Refuses: widths the class cannot
+    hold exactly.
     """
 
     hidden: int
@@ -122,6 +129,7 @@ class AddLayers:
 
 def _format_one_width_error(source: Checkpoint, what: str, size: int) -> str:
     return (
-        f"{source.anatomy.family} has one head width for queries, keys and values, so {what} cannot stand alone: use "
-        f"--head-dim {size} (the new query and key coordinates start without effect)"
+        f"{source.anatomy.family} has one head width for queries, keys and values, so {what} cannot"
+        f" stand alone: use --head-dim {size} (the new query and key coordinates start without"
+        " effect)"
     )

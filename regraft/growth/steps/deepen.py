@@ -19,8 +19,8 @@ class Deepen:
 
     From {papers}.
 
-    Preserves: with {exact} the logits, bit for bit (post-norm families: up to the norms' epsilon); nothing exactly with
-    {inexact}.
+    Preserves: with {exact} the logits, bit for bit (post-norm families: up to the norms' epsilon);
+    nothing exactly with {inexact}.
     Refuses: fewer layers, and numbers that an operator cannot reach.
     """
 

@@ -29,11 +29,12 @@ PAPERS = ["LiGO, arXiv 2303.00980"]
 class Learned(TargetSizes):
     """Grow by learned maps of axes and layers (LiGO, arXiv 2303.00980).
 
-    Sizes as in Widen and Deepen; `method` says how the maps are made, `maps` what they are once `regraft.train.fit_ligo.fit`
-    has learned them (empty: their start), `cost` what that took.
+    Sizes as in Widen and Deepen; `method` says how the maps are made, `maps` what they are once
+    `regraft.train.fit_ligo.fit` has learned them (empty: their start), `cost` what that took.
 
-    Preserves: nothing exactly, except by reads `inverse` what is linear, and by reads `orthogonal` with start `pad`,
-    blur 0 and depth `llama_pro` the logits of families with root-mean-square norms and an output embedding of its own.
+    Preserves: nothing exactly, except by reads `inverse` what is linear, and by reads `orthogonal`
+    with start `pad`, blur 0 and depth `llama_pro` the logits of families with root-mean-square
+    norms and an output embedding of its own.
     Refuses: smaller sizes, dense maps of heads that turn or are grouped, moments of an optimiser.
     """
 
@@ -48,6 +49,9 @@ class Learned(TargetSizes):
             raise RegraftError(
                 f"learned maps grow weights, not {source.holds}: train with fresh moments"
             )
+
+        # Random maps and the copy keep nothing exactly, so they may take sizes that an exact start
+        # cannot.
         copies, old, new = self.method.start == COPY, source.layers, self.layers or source.layers
         if self.method.start in RANDOM_STARTS:
             made = build.build_inexact_widening(source, self, self.seed, folds=not copies)
@@ -73,6 +77,8 @@ class Learned(TargetSizes):
         config = source.anatomy.resize_config(dict(grower.widening.config), sizes, order)
         placed = source.anatomy.place(config)
         tensors: dict[Any, LazyTensor] = {}
+        # A tensor of the target may take from every layer of the source: all of them are its
+        # origins.
         for key, spot in placed.items():
             role, layer = key
             homes = [layer] if layer is None else list(range(source.layers))

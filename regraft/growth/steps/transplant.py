@@ -1,4 +1,6 @@
-"""Transplant: a larger model begun at random, with the source's weights in its old coordinates and first layers."""
+"""Transplant: a larger model begun at random, with the source's weights in its old coordinates and
+first layers.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ SPREAD = 0.02  # of fresh matrices where the config does not say it
 
 @dataclass(frozen=True)
 class Transplant(TargetSizes):
-    """Direct copy: every tensor starts as from scratch (uniform with the config's `initializer_range`, gains one,
-    biases zero), then the source's values go into its first coordinates along every axis, and its layers into the first
-    layers. The baseline of the growth papers (as in LiGO, arXiv 2303.00980) that shows what weights alone give.
+    """Direct copy: every tensor starts as from scratch (uniform with the config's
+    `initializer_range`, gains one, biases zero), then the source's values go into its first
+    coordinates along every axis, and its layers into the first layers. The baseline of the growth
+    papers (as in LiGO, arXiv 2303.00980) that shows what weights alone give.
 
     Preserves: nothing; the new random coordinates are read and written from the start.
     Refuses: smaller sizes, sizes the class cannot hold, and moments of an optimiser.
@@ -43,6 +46,8 @@ class Transplant(TargetSizes):
             raise RegraftError(
                 f"--layers {layers} is less than the source's {source.layers}: growth never shrinks"
             )
+
+        # Layers beyond the source's take the settings of its last one (kinds of attention, say).
         sizes, _ = solve_sizes(source, self)
         sizes = {**sizes, "depth": layers}
         config = source.anatomy.resize_config(
@@ -68,11 +73,14 @@ class Transplant(TargetSizes):
 def transplant_tensor(
     source: Checkpoint, larger: Checkpoint, key: Key, spot: PlacedPart, spread: float, seed: int
 ) -> LazyTensor:
-    """One tensor of the larger model: fresh, and the source's tensor of the same key, if any, in its first corner."""
+    """One tensor of the larger model: fresh, and the source's tensor of the same key, if any, in
+    its first corner.
+    """
     role, layer = key
     old = source.tensors.get(key)
     dtype = (old or source.tensors[role, 0]).dtype
 
+    # Fused tensors are filled map by map: the old block of each goes into its own corner.
     def compute() -> Tensor:
         before = split_fused(old.read(), spot.part, source.sizes) if old else []
         values = []

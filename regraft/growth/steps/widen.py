@@ -19,17 +19,19 @@ from ..widened import widen_tensors
 class Widen(WidthSizes):
     """Grow axes together, every size given or derived from the others.
 
-    `heads` are query heads. Heads' own coordinates are always padded. `fold`: how norms over a padded stream keep their
-    mean square, `eps` (gains and epsilon), `stream` (everything written) or `auto` (`eps` where the class allows it).
-    `noise` breaks the symmetry of copies without changing the function; None turns it on where copies would stay
-    identical. `how` is one operator for all axes or one each ("hidden=tile,ffn=pad"):
+    `heads` are query heads. Heads' own coordinates are always padded. `fold`: how norms over a
+    padded stream keep their mean square, `eps` (gains and epsilon), `stream` (everything written)
+    or `auto` (`eps` where the class allows it). `noise` breaks the symmetry of copies without
+    changing the function; None turns it on where copies would stay identical. `how` is one operator
+    for all axes or one each ("hidden=tile,ffn=pad"):
 
     {operators}
 
     From {papers}; made exact on real classes.
 
     Preserves: the logits, up to rounding, except with {inexact}.
-    Refuses: smaller sizes, and sizes the class cannot hold exactly; the message names the nearest that work.
+    Refuses: smaller sizes, and sizes the class cannot hold exactly; the message names the nearest
+    that work.
     """
 
     how: str = "pad"
@@ -44,8 +46,11 @@ class Widen(WidthSizes):
         sizes = source.anatomy.solve(config)
         if sizes != dict(made.sizes):
             raise RegraftError(
-                f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend its table"
+                f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend"
+                " its table"
             )
+
+        # The lineage names the papers behind the operators that were used.
         said = {"notes": told} if (told := build.widening_notes(made, self)) else {}
         step = (
             step_entry(self)

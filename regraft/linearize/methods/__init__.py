@@ -1,4 +1,7 @@
-"""Published ways to linearize, and ours: what is replaced by what, and which stages train it; one file each."""
+"""Published methods of linearization, and ours, one file each.
+
+A file says what is replaced by what, which stages train it, and what differs from the paper.
+"""
 
 from ..method import Method, StageShare, find_method, list_methods
 

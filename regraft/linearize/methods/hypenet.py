@@ -1,8 +1,10 @@
-"""HALO's recipe for HypeNet (arXiv 2601.22156): fixed-decay linear attention with norm and output gate, a quarter of
-the layers kept where recall depends on them; outputs aligned, then the distribution matched, then longer rows.
+"""HALO's recipe for HypeNet (arXiv 2601.22156): fixed-decay linear attention, aligned, distilled.
 
-Shares of its 2.3 billion tokens: about 0.3, 1 and 1. Layers are scored on the closed-form start and on repeated pairs
-of tokens, not after a first stage and on benchmarks; kept layers keep their rotary embedding, which the paper removes.
+The mixer has a norm and an output gate. A quarter of the layers is kept, where recall depends on
+them. Outputs are aligned, then the distribution is matched, then rows get longer: shares of the
+paper's 2.3 billion tokens are about 0.3, 1 and 1. Differs from the paper: layers are scored on the
+closed-form start and on repeated pairs of tokens, not after a first stage and on benchmarks; kept
+layers keep their rotary embedding, which the paper removes.
 """
 
 from ...mixers.remix import Remix

@@ -1,9 +1,9 @@
-"""Liger (Lan et al., arXiv 2503.01496): gated linear attention whose gates come from the keys, with no new weights,
-half and half with a softmax window; low-rank additions learn the next token.
+"""Liger (Lan et al., arXiv 2503.01496): gated linear attention with gates made from the keys.
 
-The mix stays at one half (the gate starts there and does not learn); rank 8 as in the paper, on the attention's
-projections. The released pooling of the keys is the identity, and so it is here. The released code is Apache-2.0; none
-of it is used here.
+There are no new weights. Linear attention and a softmax window are mixed half and half; low-rank
+additions learn the next token. The mix stays at one half (the gate starts there and does not
+learn); rank 8 as in the paper, on the attention's projections. The released pooling of the keys is
+the identity, and so it is here. The released code is Apache-2.0; none of it is used here.
 """
 
 from ...mixers.remix import Remix

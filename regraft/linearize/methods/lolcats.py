@@ -1,8 +1,9 @@
-"""LoLCATs (Zhang et al., arXiv 2410.10254): Hedgehog features and a softmax window under one denominator; first the
-feature maps alone match the attention's outputs, then the model learns the next token.
+"""LoLCATs (Zhang et al., arXiv 2410.10254): Hedgehog features and a window, one denominator.
 
-Half the tokens each, as in the paper (20 M and 20 M). The second stage trains low-rank additions of rank 8 to the
-attention's projections and nothing else that was there. The released code is Apache-2.0; none of it is used here.
+First the feature maps alone match the attention's outputs, then the model learns the next token.
+Half the tokens each, as in the paper (20 M and 20 M). The second stage trains low-rank additions of
+rank 8 to the attention's projections and nothing else that was there. The released code is
+Apache-2.0; none of it is used here.
 """
 
 from ...mixers.remix import Remix

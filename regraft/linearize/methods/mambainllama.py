@@ -1,8 +1,9 @@
-"""Mamba in the Llama (Wang et al., arXiv 2408.15237): Mamba blocks whose C, B, x and output come from the attention's
-queries, keys, values and output; every other layer kept; all weights distilled at once.
+"""Mamba in the Llama (Wang et al., arXiv 2408.15237): Mamba blocks made from attention.
 
-Only the paper's later form, distillation end to end: no replacement in steps, no supervised tuning or preferences
-after it. The released code is Apache-2.0; none of it is used here.
+Their C, B, x and output come from the attention's queries, keys, values and output. Every other
+layer is kept; all weights are distilled at once. Only the paper's later form, distillation end to
+end: no replacement in steps, no supervised tuning or preferences after it. The released code is
+Apache-2.0; none of it is used here.
 """
 
 from ...mixers.remix import Remix

@@ -1,9 +1,9 @@
-"""MOHAWK (Bick et al., arXiv 2408.10189): mixing matrices, then layer outputs, then the distribution are matched.
+"""MOHAWK (Bick et al., arXiv 2408.10189): match mixing matrices, layer outputs, the distribution.
 
-Shares of its 3 billion tokens for Phi-Mamba: 80 M, 160 M, the rest; here at least a twentieth for each of the first
-two, so that small budgets have steps for them. The first two stages train mixers only. The mixer is Mamba-2 in the
-attention's layout; the paper's has no norm and no convolution's activation. Its repository has no licence file; none
-of it is used here.
+Shares of its 3 billion tokens for Phi-Mamba: 80 M, 160 M, the rest; here at least a twentieth for
+each of the first two, so that small budgets have steps for them. The first two stages train mixers
+only. The mixer is Mamba-2 in the attention's layout; the paper's has no norm and no activation
+behind its convolution. Its repository has no licence file; none of it is used here.
 """
 
 from ...mixers.remix import Remix

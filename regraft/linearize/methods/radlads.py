@@ -1,8 +1,8 @@
-"""RADLADS (Goldstein et al., arXiv 2505.03005): RWKV-6 without what the teacher lacks; outputs aligned, then the
-distribution matched with all weights, then the next token on longer rows.
+"""RADLADS (Goldstein et al., arXiv 2505.03005): RWKV-6 without what the teacher lacks.
 
-Shares of its 100 + 500 + 100 million tokens for a 7B. Its RWKV-7 variant, the better one, is not here. Official code is
-Apache-2.0; none of it is used here.
+Outputs are aligned, then the distribution is matched with all weights, then the next token is
+learned on longer rows: shares of its 100 + 500 + 100 million tokens for a 7B. Its RWKV-7 variant,
+the better one, is not here. Official code is Apache-2.0; none of it is used here.
 """
 
 from ...mixers.remix import Remix

@@ -1,9 +1,10 @@
-"""Ours for SUPRA (Mercat et al., arXiv 2405.06640) where no window may stand beside it: fitted, then aligned hard.
+"""Ours for SUPRA (Mercat et al., arXiv 2405.06640) without a window: fitted, then aligned.
 
-Decays begin, head by head, at the half-lives that fit the teacher best, and learn. An output gate lets a head be
-silent, which SUPRA's norm alone forbids: there every token's output is as long, while softmax heads rest on a sink.
-Five elevenths of the budget align layers, a third of the work a token, at twelve times the rates of what follows; the
-rest matches the teacher's distribution with all weights. A patent application claims the norm, see `methods.supra`.
+Decays start, head by head, at the half-lives that fit the teacher best, and learn. An output gate
+lets a head be silent, which SUPRA's norm alone forbids: there every token's output has the same
+length, while softmax heads rest on a sink. Five elevenths of the budget align layers, which costs a
+third of the work per token, at twelve times the rates of what follows; the rest matches the
+teacher's distribution with all weights. A patent application claims the norm, see `methods/supra`.
 """
 
 from ...mixers.remix import Remix

@@ -1,8 +1,9 @@
-"""T2R (Kasai et al., arXiv 2103.13076): a learned ReLU feature map with its denominator instead of softmax, then all
-weights fine-tuned on the next token in one stage, without a teacher.
+"""T2R (Kasai et al., arXiv 2103.13076): a learned ReLU feature map with its denominator.
 
-The map begins as PyTorch begins a linear layer, one per head for queries and keys (shared by the heads of a group's
-keys where there are groups). It can be merged into the projections afterwards (`steps.merge`).
+All weights are fine-tuned on the next token in one stage, without a teacher. The map starts as
+PyTorch initialises a linear layer, one per head for queries and keys (shared by the heads of a
+group's keys where there are groups). It can be merged into the projections afterwards
+(`linearize/merge.py`).
 """
 
 from ...mixers.remix import Remix

@@ -1,10 +1,10 @@
-"""Taylor-Calibrate (arXiv 2606.16429): gated delta rule without a window, every fourth layer kept, gates from the
-teacher's attention statistics, alignment, then distillation.
+"""Taylor-Calibrate (arXiv 2606.16429): gated delta rule with gates from attention statistics.
 
-Differs from the paper, on purpose: grouped heads are broadcast per head with their biases and rotary embedding (its
-converter repeats rows, drops biases and rotary embedding and adds SiLU), and each head's output is fitted by a ridge
-map instead of one scale. Its 300 steps of alignment per layer are the first stage here. Its code has no licence file;
-none of it is used here.
+No window; every fourth layer is kept. Alignment, then distillation. Differs from the paper, on
+purpose: grouped heads are broadcast per head with their biases and rotary embedding (its converter
+repeats rows, drops biases and rotary embedding and adds SiLU), and each head's output is fitted by
+a ridge map instead of one scale. Its 300 steps of alignment per layer are the first stage here. Its
+code has no licence file; none of it is used here.
 """
 
 from ...mixers.remix import Remix
