@@ -57,20 +57,9 @@ MODULES = {  # below the public names of the package: what one calls from Python
 
 def generate_pages() -> dict[str, str]:
     """Every generated page by its path below docs/."""
-    makers: dict[str, Callable[[], str]] = {
-        "reference/cli.md": cli_page,
-        "reference/python.md": python_page,
-        "reference/families.md": families_page,
-        "reference/mixers.md": mixers_page,
-        "reference/methods.md": methods_page,
-        "reference/recipes.md": recipes_page,
-        "contributing/tree.md": package_tree.tree_page,
-        "contributing/figures.md": code_figures.figures_page,
-        "changelog.md": changelog_page,
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {path: make() for path, make in makers.items()}
+        return {path: make() for path, make in PAGES.items()}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -316,7 +305,7 @@ def mixers_page() -> str:
         ]
         own = [prose(inspect.getdoc(one)) for one in options.__mro__ if documented_here(one)]
         blocks += (
-            ["Options:", *own[:2], fields_table(options)] if dataclasses.fields(options) else []
+            ["Options:", *own[:1], fields_table(options)] if dataclasses.fields(options) else []
         )
     return "\n\n".join(blocks) + "\n"
 
@@ -412,10 +401,22 @@ def changelog_page() -> str:
     return text.replace("](docs/", "](")
 
 
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/cli.md": cli_page,
+    "reference/python.md": python_page,
+    "reference/families.md": families_page,
+    "reference/mixers.md": mixers_page,
+    "reference/methods.md": methods_page,
+    "reference/recipes.md": recipes_page,
+    "contributing/tree.md": package_tree.tree_page,
+    "contributing/figures.md": code_figures.figures_page,
+    "changelog.md": changelog_page,
+}
+
+
 def read_pages(names: Iterable[str]) -> Mapping[str, str]:
     """Some of the pages."""
-    pages = generate_pages()
-    return {name: pages[name] for name in names}
+    return {name: PAGES[name]() for name in names}
 
 
 if __name__ == "__main__":
