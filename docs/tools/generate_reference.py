@@ -1,22 +1,23 @@
-"""The pages of the site that no file holds: the reference, the tree of the package, its figures,
-the changes.
+"""The pages of the site that no file holds: the reference, the tree of the package, its figures, the changes.
 
-A hook of mkdocs, named in mkdocs.yml: the pages are made while the site is built and are in no
-commit, so that they cannot be out of date, and no test has to compare them. `generate_pages()`
-gives the same pages to a test.
+A hook of mkdocs, named in mkdocs.yml: the pages are made while the site is built and are in no commit, so that they
+cannot be out of date, and no test has to compare them. `generate_pages()` gives the same pages to a test.
 
 Run it alone to read one page: python docs/tools/generate_reference.py reference/cli.md
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import io
 import os
 import re
 import sys
+import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +34,7 @@ for folder in (TOOLS, ROOT):
 
 import code_figures  # noqa: E402
 import package_tree  # noqa: E402
-from family_table import family_rows, refusals  # noqa: E402
+from family_table import family_rows, list_stock_families, refusals  # noqa: E402
 
 import regraft  # noqa: E402
 from regraft.cli.main import main as command_line  # noqa: E402
@@ -56,20 +57,9 @@ MODULES = {  # below the public names of the package: what one calls from Python
 
 def generate_pages() -> dict[str, str]:
     """Every generated page by its path below docs/."""
-    makers: dict[str, Callable[[], str]] = {
-        "reference/cli.md": cli_page,
-        "reference/python.md": python_page,
-        "reference/families.md": families_page,
-        "reference/mixers.md": mixers_page,
-        "reference/methods.md": methods_page,
-        "reference/recipes.md": recipes_page,
-        "contributing/tree.md": package_tree.tree_page,
-        "contributing/figures.md": code_figures.figures_page,
-        "changelog.md": changelog_page,
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {path: make() for path, make in makers.items()}
+        return {path: make() for path, make in PAGES.items()}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -144,18 +134,42 @@ def format_default(field: dataclasses.Field[Any]) -> str:
 
 
 def fields_table(schema: Any) -> str:
-    """The fields of a dataclass: type, default, and what its docstring says of each under
-    `Attributes:`.
-    """
+    """The fields of a dataclass: type, default, meaning."""
     hints = typing.get_type_hints(schema)
-    parsed = docstring_parser.parse(inspect.getdoc(schema) or "")
-    said = {one.arg_name: " ".join((one.description or "").split()) for one in parsed.params}
+    said = read_field_meanings(schema)
     rows = [
         [f"`{field.name}`", format_type(hints[field.name]), format_default(field)]
         + ([escape(said.get(field.name, ""))] if said else [])
         for field in dataclasses.fields(schema)
     ]
     return table(["key", "type", "default", *(["meaning"] if said else [])], rows)
+
+
+def read_field_meanings(schema: Any) -> dict[str, str]:
+    """What a dataclass says of its fields: under `Attributes:` of its docstring, or in comments above them."""
+    said: dict[str, str] = {}
+    for kind in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(kind):
+            continue
+        lines = inspect.getsource(kind).splitlines()
+        tree = ast.parse(textwrap.dedent("\n".join(lines))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                if comment := read_comment_above(lines, node.lineno - 1):
+                    said[node.target.id] = comment
+        for one in docstring_parser.parse(vars(kind).get("__doc__") or "").params:
+            said[one.arg_name] = " ".join((one.description or "").split())
+    return said
+
+
+def read_comment_above(lines: list[str], index: int) -> str:
+    """The comment that ends on the line above `index`, on one line."""
+    found: list[str] = []
+    while index and lines[index - 1].strip().startswith("#"):
+        index -= 1
+        found.insert(0, lines[index].strip().lstrip("#").strip())
+    return " ".join(found)
 
 
 def first_line(text: str | None) -> str:
@@ -179,20 +193,15 @@ def cli_page() -> str:
     ]
     blocks = [
         "# Command line",
-        (
-            "Made from the parser: this is what `regraft VERB --help` prints. Flags may be written"
-            " with dashes or underscores. `--json` prints one JSON object on standard output and"
-            " nothing else. Exit codes: 0 done, 1 a check does not hold, 2 wrong use or input (one"
-            " line says what, the value and what to do), 130 interrupted."
-        ),
+        "Made from the parser: this is what `regraft VERB --help` prints. Flags may be written with dashes or "
+        "underscores. `--json` prints one JSON object on standard output and nothing else. Exit codes: 0 done, 1 a "
+        "check does not hold, 2 wrong use or input (one line says what, the value and what to do), 130 interrupted.",
         table(
             ["verb", "what it does", "resumes when run again", "runs under torchrun"],
             rows,
         ),
-        (
-            "Counts of tokens take k, M and B for 10^3, 10^6 and 10^9. Context lengths (`--lengths"
-            " 1k,4k`) take k for 1,024."
-        ),
+        "Counts of tokens take k, M and B for 10^3, 10^6 and 10^9. Context lengths (`--lengths 1k,4k`) take k for "
+        "1,024.",
     ]
     for name in VERBS:
         blocks += [f"## {name}", f"```text\n{read_help(name)}\n```"]
@@ -218,12 +227,9 @@ def python_page() -> str:
     """The public names of the package by mkdocstrings, and the modules below them."""
     blocks = [
         "# Python",
-        (
-            "`import regraft` has the names of the first section; they load when first used."
-            " `import regraft.modeling` makes `AutoModelForCausalLM.from_pretrained` load"
-            " linearized models (without regraft: `trust_remote_code=True`). The modules below the"
-            " public names may change between versions."
-        ),
+        "`import regraft` has the names of the first section; they load when first used. `import regraft.modeling` makes "
+        "`AutoModelForCausalLM.from_pretrained` load linearized models (without regraft: `trust_remote_code=True`). "
+        "The modules below the public names may change between versions.",
         "## regraft",
         "::: regraft.open",
     ]
@@ -247,22 +253,18 @@ def families_page() -> str:
     head, rows = family_rows()
     blocks = [
         "# Families",
-        (
-            "Each family is a table in `regraft/families/`: the name, the signature and the place"
-            " of every parameter. What a family can do follows from its table; this page asks the"
-            " steps for it, on a tiny model of each (`docs/tools/family_table.py`). Layers can be"
-            " added in every family."
-        ),
+        "Each family is a table in `regraft/families/`: the name, the signature and the place of every parameter. What "
+        "a family can do follows from its table; this page asks the steps for it, on a tiny model of each "
+        "(`docs/tools/family_table.py`). Layers can be added in every family.",
         table(head, rows),
-        (
-            "- *any*: any larger size. *multiples*: of the number or size that is named. *with"
-            " hidden*: only together with `--hidden`. *follows*: another size moves, too.\n-"
-            " *trains*: objectives of `regraft train --stage` beside `align` and `matrix`, which"
-            " linearized models have.\n- *as another class*: the family that `--bridge`"
-            " (`regraft.Bridge`) writes the model as, when its own class cannot hold the sizes.\n-"
-            " Linearized models (`model_type: regraft`) grow like their host, and train with the"
-            " objectives of decoders."
-        ),
+        "- *any*: any larger size. *multiples*: of the number or size that is named. *with hidden*: only together with "
+        "`--hidden`. *may follow*: the step moves another size as well, where the class ties it to the first.\n"
+        "- *trains*: objectives of `regraft train --stage` beside `align` and `matrix`, which linearized models have.\n"
+        "- *as another class*: the family that `--bridge` (`regraft.Bridge`) writes the model as, when its own class "
+        "cannot hold the sizes.\n"
+        "- Linearized models (`model_type: regraft`) grow like their host, and train with the objectives of decoders.",
+        "## What each is",
+        "\n".join(f"- {escape(describe_family(name))}" for name in list_stock_families()),
         "## What is refused",
         "A refusal says the value and the nearest that works. For the tiny models here:",
         "\n".join(f"- {escape(line)}" for line in refusals()),
@@ -270,19 +272,22 @@ def families_page() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def describe_family(name: str) -> str:
+    """A family's name and the docstring of its table, on one line."""
+    module = importlib.import_module(f"regraft.families.{name}")
+    return f"`{name}`: {first_line(module.__doc__)}"
+
+
 def mixers_page() -> str:
     """Mixers by name: docstring and options."""
     known = dict(sorted(mixers().items()))
     blocks = [
         "# Mixers",
-        (
-            "What `--mixer` takes, and the `mixer` of `regraft.Remix`. Options are given as JSON"
-            ' (`--mixer gla --options \'{"gate": "none"}\'`). With `--window` above 0 a linear'
-            " mixer stands beside a branch of windowed softmax attention; both are joined by"
-            " `gated`, which is not named by itself. On a GPU the recurrences run in"
-            " flash-linear-attention's kernels where the extra `fast` is installed, elsewhere in"
-            " plain PyTorch."
-        ),
+        "What `--mixer` takes, and the `mixer` of `regraft.Remix`. Options are given as JSON "
+        '(`--mixer gla --options \'{"gate": "none"}\'`). With `--window` above 0 a linear mixer stands beside a '
+        "branch of windowed softmax attention; both are joined by `gated`, which is not named by itself. On a GPU the "
+        "recurrences run in flash-linear-attention's kernels where the extra `fast` is installed, elsewhere in plain "
+        "PyTorch.",
         table(
             ["mixer", "is"],
             [
@@ -300,7 +305,7 @@ def mixers_page() -> str:
         ]
         own = [prose(inspect.getdoc(one)) for one in options.__mro__ if documented_here(one)]
         blocks += (
-            ["Options:", *own[:2], fields_table(options)] if dataclasses.fields(options) else []
+            ["Options:", *own[:1], fields_table(options)] if dataclasses.fields(options) else []
         )
     return "\n\n".join(blocks) + "\n"
 
@@ -317,12 +322,9 @@ def methods_page() -> str:
     """Methods by name: docstring, remix and stages."""
     blocks = [
         "# Methods",
-        (
-            "What `--method` takes: mixer, kept layers, closed-form start and stages of training."
-            " Other flags change what the method says. Each file"
-            " `regraft/linearize/methods/NAME.py` states what differs from its paper and what is"
-            " known of patents and licences."
-        ),
+        "What `--method` takes: mixer, kept layers, closed-form start and stages of training. Other flags change what "
+        "the method says. Each file `regraft/linearize/methods/NAME.py` states what differs from its paper and what is "
+        "known of patents and licences.",
     ]
     overview, details = [], []
     for name in list_methods():
@@ -337,7 +339,7 @@ def methods_page() -> str:
             [f"[`{name}`](#{name})", mixer, keep, str(method.remix.window or "none"), stages]
         )
         details += [f"## {name}", prose(module.__doc__), f"```yaml\n{describe_method(method)}\n```"]
-    blocks.append(table(["method", "mixer", "kept layers", "window", "stages"], overview))
+    blocks.append(table(["method", "mixer", "kept layers", "window beside", "stages"], overview))
     return "\n\n".join([*blocks, *details]) + "\n"
 
 
@@ -366,12 +368,9 @@ def recipes_page() -> str:
     seen: set[Any] = set()
     blocks = [
         "# Recipes",
-        (
-            "Keys of the YAML files that `regraft run` and `regraft compare` read. Unknown keys are"
-            " errors. Any key can be overridden on the command line (`--stages.1.tokens 500000`)."
-            " How to write one: [Recipes](../guides/recipes.md),"
-            " [Comparing](../guides/comparing.md)."
-        ),
+        "Keys of the YAML files that `regraft run` and `regraft compare` read. Unknown keys are errors. Any key can be "
+        "overridden on the command line (`--stages.1.tokens 500000`). How to write one: "
+        "[Recipes](../guides/recipes.md), [Comparing](../guides/comparing.md).",
     ]
     for title, root in (("regraft run", Recipe), ("regraft compare", Comparison)):
         blocks.append(f"## {title}")
@@ -402,10 +401,22 @@ def changelog_page() -> str:
     return text.replace("](docs/", "](")
 
 
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/cli.md": cli_page,
+    "reference/python.md": python_page,
+    "reference/families.md": families_page,
+    "reference/mixers.md": mixers_page,
+    "reference/methods.md": methods_page,
+    "reference/recipes.md": recipes_page,
+    "contributing/tree.md": package_tree.tree_page,
+    "contributing/figures.md": code_figures.figures_page,
+    "changelog.md": changelog_page,
+}
+
+
 def read_pages(names: Iterable[str]) -> Mapping[str, str]:
     """Some of the pages."""
-    pages = generate_pages()
-    return {name: pages[name] for name in names}
+    return {name: PAGES[name]() for name in names}
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def render_page(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
         numbers: what `collect` gives; parts that a run has not reached are missing or None.
         metrics: rows of metrics.jsonl, for the curve of training.
     """
-    source = (numbers.get("recipe") or {}).get("source", "a run")
+    source = (numbers.get("recipe") or {}).get("source", "a model")
     details = [
         {"name": name, "heading": heading, "text": json.dumps(numbers[name], indent=1)}
         for name, heading in (("plan", "Weight map"), ("recipe", "Recipe"), ("lineage", "Lineage"))
