@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, read_json_lines
-from . import arm as arms
+from .folders import DONE, arm_folder, source_folder
 from .numbers import (
     AXES,
     MEASURES,
@@ -159,6 +159,7 @@ def compute_savings(curve: Curve, scratch: Curve, source: AverageCost) -> Saving
         scratch: what it is measured against.
         source: what pretraining the arm's source took.
     """
+    # Where a source was given, or for scratch, nothing was pretrained and `source` is zero.
     savings: Savings = {}
     for axis in AXES:
         scratch_total = scratch.totals(axis)[-1]
@@ -206,6 +207,8 @@ def summarise(recipe: Comparison, out: Path, failed: Sequence[FailedRun] = ()) -
         "sources": {name: source_numbers(recipe, out, name) for name in recipe.sources()},
         "failed": list(failed),
     }
+
+    # All runs first: an arm is measured against the runs of another one.
     runs = {arm.name: load_finished_runs(out, arm.name, recipe.seeds) for arm in recipe.arms}
     for arm in recipe.arms:
         if not runs[arm.name]:
@@ -225,8 +228,8 @@ def load_finished_runs(out: Path, name: str, seeds: Sequence[int]) -> dict[int, 
     """The finished runs of an arm by seed."""
     runs = {}
     for seed in seeds:
-        folder = arms.arm_folder(out, name, seed)
-        facts: DoneFacts | None = read_json_if_exists(folder / arms.DONE)
+        folder = arm_folder(out, name, seed)
+        facts: DoneFacts | None = read_json_if_exists(folder / DONE)
         if facts is not None:
             runs[seed] = FinishedRun(facts, read_curve(folder, facts))
     return runs
@@ -242,8 +245,8 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> SourceNumbers:
 
     seeds: dict[int, SourceSeed] = {}
     for seed in recipe.seeds:
-        folder = arms.source_folder(recipe, out, name, seed)
-        facts: DoneFacts | None = read_json_if_exists(folder / arms.DONE)
+        folder = source_folder(recipe, out, name, seed)
+        facts: DoneFacts | None = read_json_if_exists(folder / DONE)
         if facts is not None:
             ledger = facts["ledger"]
             seeds[seed] = {

@@ -10,12 +10,11 @@ from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..modeling import flops
 from .gpu_memory import largest_micro_batch, peak_memory
+from .memory_model import StepMemory
 from .training_request import GPUS, TrainingForecastRequest, parse_number
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .step_memory import StepMemory
 
 # Share of a GPU's memory for libraries, collectives, and what the allocator cannot use.
 RESERVE = 0.1
