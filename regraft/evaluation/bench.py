@@ -87,9 +87,11 @@ def bench(
         raise RegraftError(
             f"cannot bench a batch of {batch} for {steps} steps: ask for one of each at least"
         )
+
     rows: dict[str, list[BenchRow]] = {name: [] for name in models}
     opened = {name: Checkpoint.open(path) for name, path in models.items()}
     jobs = [(name, length) for length in lengths for name in models]
+
     for done, (name, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")
