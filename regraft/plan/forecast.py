@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
+from ..io.units import parse_number
 from ..modeling import flops
 from .gpu_memory import largest_micro_batch, peak_memory
 from .memory_model import StepMemory
-from .training_request import GPUS, TrainingForecastRequest, parse_number
+from .training_request import GPUS, TrainingForecastRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
