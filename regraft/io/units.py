@@ -1,4 +1,4 @@
-"""Numbers as people write them: counts and sizes such as 500M or 80GB, context lengths such as 4k."""
+"""Numbers as people write them: counts and sizes such as 500M, context lengths such as 4k."""
 
 from __future__ import annotations
 
