@@ -21,6 +21,7 @@ from ..modeling import flops
 from . import fsdp
 from .fsdp_forward import run_in_forward
 from .objectives import IGNORED, Kind, Rows, build_targets, compute_loss_on_targets
+from .optimizer import apply_gradients
 from .records import LedgerEntry
 from .resume import RunState
 from .stage import Stage
@@ -139,10 +140,7 @@ class LigoTrainer:
                 f"lower its lr ({self.method.lr:g}) and run again"
             )
 
-        torch.nn.utils.clip_grad_norm_(self.grower.parameters(), CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
+        apply_gradients(self.optimizer, CLIP)
         self.cost["steps"] += 1
         self.cost["tokens"] += rows.tokens
         self.cost["flops"] += sum(self.counts)

@@ -139,7 +139,6 @@ def calibrate_mixers(
     ticker: Ticker,
 ) -> None:
     """Run the closed-form start over all layers; see `calibrate_once`."""
-
     slots = modeling.slots(student)
     # `calibrate` is a generator that fits a layer each time it is asked for the next one.
     for _ in calibrate(slots, teacher, list(teacher_slots), batches, ticker.update):

@@ -24,8 +24,15 @@ from ..calibrate import calibrate_layer
 from ..divergence import LossTrend, check_divergence
 from ..hooks import LayerRecord
 from ..ledger import sum_costs
-from ..optimizer import build_groups, build_optimizer, mixer_parameter_origins
-from ..records import StepRow
+from ..metrics import StepResult, build_step_row, write_metrics_row
+from ..optimizer import (
+    apply_gradients,
+    build_groups,
+    build_optimizer,
+    mixer_parameter_origins,
+    set_learning_rates,
+)
+from ..records import Cost
 from .activations import ActivationStore
 from .one_layer_model import OneLayerModel
 from .state import (
@@ -35,7 +42,6 @@ from .state import (
     check_layerwise_run,
     layer_path,
     write_layer,
-    write_metrics_row,
 )
 
 
@@ -209,8 +215,7 @@ class LayerwiseAligner:
         trend, flops, tick = LossTrend(), 0, time.monotonic()
 
         for step, numbers in enumerate(self.mine):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * stage.lr_factor(step)
+            set_learning_rates(optimizer, stage, step)
             with CachedFlopCounter(costs, len(numbers)) as count:
                 loss = self.backward_loss(teacher, mixer, layer, numbers)
             flops += count.flops
@@ -218,26 +223,18 @@ class LayerwiseAligner:
             loss = all_reduce_step(
                 loss * self.share / stage.batch, learning, self.share / stage.batch
             )
-            norm = float(nn.utils.clip_grad_norm_(learning, stage.clip))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = apply_gradients(optimizer, stage.clip)
             self.check_loss(trend, layer, step + 1, loss, norm)
 
             tick, spent = time.monotonic(), time.monotonic() - tick
             done = earlier + step + 1
-            row: StepRow = {
-                "stage": 0,
-                "kind": stage.kind,
-                "layer": layer,
-                "step": done,
+            result = StepResult(loss, norm, tokens, count.flops * processes, spent)
+            totals: Cost = {
                 "tokens": done * tokens,
-                "loss": loss,
-                "grad_norm": norm,
-                "lr": max(group["lr"] for group in optimizer.param_groups),
-                "seconds": round(entry["seconds"] + time.monotonic() - begin, 3),
                 "flops": entry["flops"] + flops * processes,
-                **throughput.compute_throughput(tokens, count.flops * processes, spent, peak_flops),
+                "seconds": entry["seconds"] + time.monotonic() - begin,
             }
+            row = build_step_row(0, stage.kind, done, result, totals, optimizer, peak_flops, layer)
             write_metrics_row(run, row)
             run.progress(stage, done, stage.steps * len(self.converted), row)
         return flops

@@ -18,11 +18,11 @@ from ...core.checkpoint import Checkpoint
 from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
-from ...io.files import append_json_line, read_json, replace_file, write_json, write_text
+from ...io.files import read_json, replace_file, write_json, write_text
 from ..divergence import LossSpikeConfig
 from ..output import check_settings
-from ..precision import bfloat16_is_faster
-from ..records import Cost, LedgerEntry, StartCost, StepRow
+from ..precision import use_bfloat16
+from ..records import Cost, LedgerEntry, StartCost
 from ..run import StepCallback
 from ..stage import LAYERWISE, Stage
 
@@ -171,9 +171,7 @@ class LayerwiseState:
     @classmethod
     def create(cls, run: LayerwiseRun) -> LayerwiseState:
         """The state of a run that starts."""
-        fast = run.stage.precision == "bfloat16"
-        if run.stage.precision == "auto":
-            fast = distributed.broadcast(bfloat16_is_faster(run.device.type))
+        fast = use_bfloat16(run.stage, run.device)
         entry: LedgerEntry = {
             "stage": 0,
             "kind": run.stage.kind,
@@ -236,13 +234,6 @@ def write_layer(file: Path, values: dict[str, Tensor]) -> None:
         raise RegraftError(
             f"cannot write '{file}' ({error}): free some space and run the same command again"
         ) from error
-
-
-def write_metrics_row(run: LayerwiseRun, row: StepRow) -> None:
-    """Append a row to metrics.jsonl; the first process does."""
-    if distributed.is_rank0():
-        append_json_line(run.out / "metrics.jsonl", row)
-        run.track(row)
 
 
 def build_trained_checkpoint(run: LayerwiseRun, ledger: Mapping[str, Any]) -> Checkpoint:
