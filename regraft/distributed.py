@@ -8,14 +8,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import RegraftError
 from .io.linux import terminate_with_parent
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # processes of one launcher start together
@@ -26,11 +26,15 @@ COLLECTIVE_TIMEOUT = timedelta(
 
 def rank() -> int:
     """Number of this process among all, from 0."""
+    import torch.distributed as dist
+
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """How many processes there are."""
+    import torch.distributed as dist
+
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -41,6 +45,8 @@ def is_rank0() -> bool:
 
 def device() -> torch.device:
     """Where this process trains: its own accelerator, or the processor."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -48,12 +54,16 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait until every process is here."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.barrier()
 
 
 def broadcast(value: T) -> T:
     """The first process's value, in all of them."""
+    import torch.distributed as dist
+
     if world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -63,6 +73,8 @@ def broadcast(value: T) -> T:
 
 def all_gather(value: T) -> list[T]:
     """Everybody's value, by rank."""
+    import torch.distributed as dist
+
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -90,6 +102,8 @@ def on_rank0(act: Callable[[], T]) -> T:
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its sum over all processes."""
+    import torch.distributed as dist
+
     for tensor in tensors if world_size() > 1 else ():
         dist.all_reduce(tensor)
 
@@ -102,6 +116,9 @@ def init_distributed() -> Iterator[None]:
     Without torchrun nothing happens. A process whose launcher dies gets SIGTERM (on Linux).
     RegraftError when the processes cannot meet.
     """
+    import torch
+    import torch.distributed as dist
+
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
         return

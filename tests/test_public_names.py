@@ -1,4 +1,6 @@
-"""The names of `import regraft`: listed, lazy, true to the stub, no builtin among them; registration with transformers."""
+"""The names of `import regraft`: listed, lazy, true to the stub, no builtin among them;
+registration with transformers.
+"""
 
 from __future__ import annotations
 

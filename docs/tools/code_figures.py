@@ -1,22 +1,24 @@
-"""Figures of a Python package: how its code is laid out, named and commented. Run: code_figures.py FOLDER [README]
+"""Figures of a Python package: how its code is laid out, named and commented. Run: code_figures.py
+FOLDER [README]
 
 Definitions, for the .py files below the package's folder:
 
-- top-level modules + folders: .py files in the folder itself without `__init__.py` and `__main__.py`, and its subfolders
-  that hold Python files.
-- functions of 20 lines or more without a comment, without a blank line (%): of all functions and methods whose `def`
-  to last line is at least 20 lines; a comment is a `#` token, a blank line may be one of the docstring; both inside
-  the function.
+- top-level modules + folders: .py files in the folder itself without `__init__.py` and
+  `__main__.py`, and its subfolders that hold Python files.
+- functions of 20 lines or more without a comment, without a blank line (%): of all functions and
+  methods whose `def` to last line is at least 20 lines; a comment is a `#` token, a blank line may
+  be one of the docstring; both inside the function.
 - lines over 100 characters (%): of all lines.
 - comment lines (%): lines that hold a `#` token, of all lines.
-- functions named by a bare participle (%): names of one word (underscores around it do not count) that end in -ed or
-  -ing, or are one of a list of irregular participles such as `made` and `kept`; of all functions and methods.
-- class names used more than once: names that two or more `class` statements of the package have, names with a leading
-  underscore left out.
+- functions named by a bare participle (%): names of one word (underscores around it do not count)
+  that end in -ed or -ing, or are one of a list of irregular participles such as `made` and `kept`;
+  of all functions and methods.
+- class names used more than once: names that two or more `class` statements of the package have,
+  names with a leading underscore left out.
 - README: words between white space, and fences that begin with ```python.
-- complexity: 1 + one for each if, elif, for, while, except, comprehension, conditional expression, `case`, and each
-  further operand of `and` / `or` (McCabe's count with the decisions inside expressions); of a function nested functions
-  count towards both.
+- complexity: 1 + one for each if, elif, for, while, except, comprehension, conditional expression,
+  `case`, and each further operand of `and` / `or` (McCabe's count with the decisions inside
+  expressions); of a function nested functions count towards both.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LONG_FUNCTION, LONG_LINE, COMPLEX = 20, 100, 15
 IRREGULAR = frozenset(
-    "made told kept drawn written spread given taken held read shown found built run cut put set grown laid left lost "
-    "met paid sent said seen sold spoken split stood thought understood worn won known chosen begun bound brought "
-    "driven frozen hidden torn thrown gone sought bent".split()
+    "made told kept drawn written spread given taken held read shown found built run cut put set"
+    " grown laid left lost met paid sent said seen sold spoken split stood thought understood worn"
+    " won known chosen begun bound brought driven frozen hidden torn thrown gone sought bent".split()
 )
 DECISIONS = (
     ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension, ast.IfExp, ast.match_case,
@@ -46,7 +48,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # This script on commit 3bd0684, the last one before the new layout.
 BEFORE = ("40 + 11", "73 / 46", "10.5", "1.0", "18.5", "11", "4,317 / 1", "19")
-# Measured once when the layout was planned, by an earlier script with the same aims; nobody measured them again.
+# Measured once when the layout was planned, by an earlier script with the same aims; nobody
+# measured them again.
 OTHERS = {
     "equinox": ("22 + 4", "45 / 16", "0.1", "7.5", "0.6", "0", "605 / 2", ""),
     "einops": ("6 + 2", "", "", "5.3", "0", "3", "2,019 / 16", ""),
@@ -184,12 +187,17 @@ def figures_page() -> str:
         "\n\n".join(
             [
                 "# Figures of the code",
-                "How the code of regraft is laid out, named and commented, beside other Python packages. The column "
-                "*regraft* is measured while this page is built (`python docs/tools/code_figures.py regraft README.md`); "
-                "*before* is the same script on commit 3bd0684, the last one before the new layout. The other columns are "
-                "quoted: they were measured once, when the layout was planned, by an earlier script that was not kept. For "
-                "regraft that script said 70 / 42 where this one says 73 / 46, 1.2 where it says 1.0 and 17.1 where it says "
-                "18.5 (of a slightly older commit), so small differences between columns mean nothing. A dash: not measured.",
+                (
+                    "How the code of regraft is laid out, named and commented, beside other Python"
+                    " packages. The column *regraft* is measured while this page is built (`python"
+                    " docs/tools/code_figures.py regraft README.md`); *before* is the same script"
+                    " on commit 3bd0684, the last one before the new layout. The other columns are"
+                    " quoted: they were measured once, when the layout was planned, by an earlier"
+                    " script that was not kept. For regraft that script said 70 / 42 where this one"
+                    " says 73 / 46, 1.2 where it says 1.0 and 17.1 where it says 18.5 (of a"
+                    " slightly older commit), so small differences between columns mean nothing. A"
+                    " dash: not measured."
+                ),
                 "\n".join(lines),
                 "## Definitions",
                 definitions,

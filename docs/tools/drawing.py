@@ -33,7 +33,10 @@ WIDE, MARGIN, ARROW, GAP, HEAD, BAND = 600, 30, 50, 24, 25, 62  # pixels
 FONTS = ["DejaVu Sans", "Verdana", "Arial"]
 LEANER = (  # what matplotlib writes and nobody needs, and what stands instead
     (
-        r"<metadata>.*?</metadata>| clip-path=\"[^\"]*\"|<defs>\s*<clipPath.*?</defs>| transform=\"rotate\(-0 [^\"]*\"",
+        (
+            r"<metadata>.*?</metadata>| clip-path=\"[^\"]*\"|<defs>\s*<clipPath.*?</defs>|"
+            r" transform=\"rotate\(-0 [^\"]*\""
+        ),
         "",
     ),
     (r"font-family: [^;]*; ", ""),

@@ -1,6 +1,7 @@
 """What each family can do: every size and every change is asked for on a tiny model of the family.
 
-Nothing is written down here but the sizes to try. A refusal is the message of the step that refuses.
+Nothing is written down here but the sizes to try. A refusal is the message of the step that
+refuses.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from regraft.errors import RegraftError
 from regraft.growth.steps.widen import Widen
 from regraft.mixers.remix import Remix
 
-# A model of 2 layers; `hidden` is 48 where the family leaves it free of the heads, 2 heads of 8 where it does not.
+# A model of 2 layers; `hidden` is 48 where the family leaves it free of the heads, 2 heads of 8
+# where it does not.
 AXES = {
     "vocab": 11, "hidden": 48, "pool": 48, "ffn": 96, "kv": 2, "group": 2, "dim": 8, "depth": 2, "pos": 7, "type": 2,
     "expert": 2, "label": 3, "channel": 3, "patch": 2, "kernel": 4,

@@ -1,9 +1,11 @@
-"""Writes docs/gallery.md and its pictures: what every operator of growth does to a small matrix, and when to use it.
+"""Writes docs/gallery.md and its pictures: what every operator of growth does to a small matrix,
+and when to use it.
 
-Nothing is drawn by hand. Tiny models are grown by the steps themselves. Where a number of a grown matrix comes from is
-found out by changing the source's numbers one by one and looking at what moves: nothing (a constant), one entry (a
-copy), some (an average) or all (random numbers, whose spread is the tensor's). Words come from the tables in
-regraft/growth/operators.py and from docstrings.
+Nothing is drawn by hand. Tiny models are grown by the steps themselves. Where a number of a grown
+matrix comes from is found out by changing the source's numbers one by one and looking at what
+moves: nothing (a constant), one entry (a copy), some (an average) or all (random numbers, whose
+spread is the tensor's). Words come from the tables in regraft/growth/operators.py and from
+docstrings.
 
 Run: python docs/tools/gallery.py [--out FOLDER]
 """
@@ -74,7 +76,8 @@ def describe_sizes(sizes: Sequence[int], old: int, make: Callable[[int], Any]) -
     if taken == [size for size in sizes if size <= 2 * old]:
         return "at most twice as many"
     raise RegraftError(
-        f"no words for an operator that takes {taken} of {list(sizes)}: add them to docs/tools/gallery.py"
+        f"no words for an operator that takes {taken} of {list(sizes)}: add them to"
+        " docs/tools/gallery.py"
     )
 
 
@@ -119,7 +122,9 @@ def maps(how: str) -> str:
 
 
 def link_concepts(words: str) -> str:
-    """Mentions of the concept pages as links: `docs/concepts/expansions.md, section 6`, or `.., L3`, or a short [E]."""
+    """Mentions of the concept pages as links: `docs/concepts/expansions.md, section 6`, or `..,
+    L3`, or a short [E].
+    """
     pattern = r"docs/concepts/(\w+)\.md(?:, (?:section (\d+)|(L\d+)))?"
 
     def link(found: re.Match[str]) -> str:
@@ -294,8 +299,11 @@ def overview_section() -> list[str]:
     ]
     return [
         "# Gallery: the operators of growth",
-        "What each operator does to a small matrix, what it preserves, where it comes from and when to use it. Every\n"
-        "picture shows a tiny model that the operator itself has grown: [how](#how-this-page-is-made).",
+        (
+            "What each operator does to a small matrix, what it preserves, where it comes from and"
+            " when to use it. Every\npicture shows a tiny model that the operator itself has grown:"
+            " [how](#how-this-page-is-made)."
+        ),
         "\n".join(
             ["| operator | what it does | keeps the logits | paper |", "|---|---|---|---|", *rows]
         ),
@@ -308,10 +316,14 @@ def sources_section() -> list[str]:
     return [
         "## How this page is made",
         " ".join(how.split()),
-        "The algebra is in [Expansions](concepts/expansions.md) and [LiGO](concepts/ligo.md). Figures are those that the "
-        "named papers report; none was measured for this page.",
-        "After a change of an operator or of its words, write the page and its pictures again "
-        "(`tests/docs/test_gallery.py` fails until then):",
+        (
+            "The algebra is in [Expansions](concepts/expansions.md) and [LiGO](concepts/ligo.md)."
+            " Figures are those that the named papers report; none was measured for this page."
+        ),
+        (
+            "After a change of an operator or of its words, write the page and its pictures again "
+            "(`tests/docs/test_gallery.py` fails until then):"
+        ),
         "```\npython docs/tools/gallery.py\n```",
     ]
 

@@ -1,4 +1,6 @@
-"""The annotated tree of the repository: every folder and file with the first sentence of its docstring."""
+"""The annotated tree of the repository: every folder and file with the first sentence of its
+docstring.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,10 @@ def tree_page() -> str:
     """The page of the site."""
     blocks = [
         "# The tree",
-        "Every folder and file with the first sentence of its docstring, read while this page is built. A folder's line "
-        "is that of its `__init__.py`.",
+        (
+            "Every folder and file with the first sentence of its docstring, read while this page"
+            " is built. A folder's line is that of its `__init__.py`."
+        ),
     ]
     for name in SHOWN:
         blocks += [f"## {name}", "\n".join(list_tree(ROOT / name))]

@@ -1,7 +1,8 @@
 """A griffe extension: docstrings that the package fills in when it is imported.
 
-The steps of growth have `{operators}` and the like in their docstrings, which a decorator fills from the tables of
-operators. mkdocstrings reads source files without running them, so such docstrings are taken from the imported object.
+The steps of growth have `{operators}` and the like in their docstrings, which a decorator fills
+from the tables of operators. mkdocstrings reads source files without running them, so such
+docstrings are taken from the imported object.
 """
 
 from __future__ import annotations

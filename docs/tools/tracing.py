@@ -1,4 +1,6 @@
-"""Where the numbers of grown matrices come from, found out by growing tiny models and changing their numbers."""
+"""Where the numbers of grown matrices come from, found out by growing tiny models and changing
+their numbers.
+"""
 
 from __future__ import annotations
 
@@ -93,9 +95,10 @@ def random_signed(shape: Sequence[int], generator: torch.Generator) -> torch.Ten
 class Matrix:
     """A matrix and where each of its entries comes from.
 
-    `kinds`: one of KINDS; `following` is a copy from the next layer. `origins`: the place of the copied entry along the
-    axis that grows, from one; 0 for none. `times`: what a copy is multiplied by. `noisy`: entries that noise reaches by
-    default. `axis`: the one that grows. `shades`: size of the entries, 1 for the source's largest.
+    `kinds`: one of KINDS; `following` is a copy from the next layer. `origins`: the place of the
+    copied entry along the axis that grows, from one; 0 for none. `times`: what a copy is multiplied
+    by. `noisy`: entries that noise reaches by default. `axis`: the one that grows. `shades`: size
+    of the entries, 1 for the source's largest.
     """
 
     title: str
@@ -108,8 +111,8 @@ class Matrix:
     shades: np.ndarray
 
     def lines(self, table: np.ndarray) -> list[Any]:
-        """What a table says of the copies in every row or column along the axis that grows, None where there are none;
-        RegraftError when they differ, which a picture could not show.
+        """What a table says of the copies in every row or column along the axis that grows, None
+        where there are none; RegraftError when they differ, which a picture could not show.
         """
         found = []
         for place in range(self.kinds.shape[self.axis]):
@@ -201,7 +204,9 @@ def scene(
 def trace_entries(
     source: Source, grown: Checkpoint, role: str, axis: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(kinds, origins, times) of a grown tensor, from what moves when one number of the source is another."""
+    """(kinds, origins, times) of a grown tensor, from what moves when one number of the source is
+    another.
+    """
     value, layers = flat(grown[role, 0].read()), range(source.checkpoint.layers)
     places = list(np.ndindex(*source.checkpoint[role, 0].shape))
     moved = np.zeros((len(layers), len(places), *value.shape), bool)
@@ -273,7 +278,9 @@ def same(one: Sequence[Scene], other: Sequence[Scene]) -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """A layer of a deeper model: the source layer whose maps it holds (None: random ones), and whether it is idle."""
+    """A layer of a deeper model: the source layer whose maps it holds (None: random ones), and
+    whether it is idle.
+    """
 
     source: int | None
     idle: bool
@@ -281,7 +288,9 @@ class Slot:
 
 @cache
 def trace_layers(how: str) -> tuple[Slot, ...]:
-    """The layers of six, grown to nine (twelve where the operator wants multiples), as their tensors tell it."""
+    """The layers of six, grown to nine (twelve where the operator wants multiples), as their
+    tensors tell it.
+    """
     source = Source(RMS | {"num_hidden_layers": 6}).checkpoint
     number = 12 if how == "gstack" else 9
     grown = Deepen(number, how)(source)

@@ -217,6 +217,7 @@ def compare_tensors(
         Source tensors that are nowhere in the output nor dropped with a reason; output tensors
         whose values are not the source's, none without `values`.
     """
+    # `values=False` still goes through all tensors: a trained model must not lose any either.
     seen: set[str] = set()
     unequal = []
     for tensor in iter_inherited_tensors(before, after):

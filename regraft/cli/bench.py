@@ -34,10 +34,11 @@ def bench(
     from ..core.checkpoint import Checkpoint
     from ..evaluation import bench as benching
     from ..evaluation import evaluate as evaluation
+    from ..io.units import parse_lengths
     from ..progress import Ticker
     from ..report import plots, tables
 
-    counts = benching.parse_lengths(lengths)
+    counts = parse_lengths(lengths)
     modeling.check_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
     for path in models.values():

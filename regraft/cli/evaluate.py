@@ -61,7 +61,7 @@ def evaluate(
         )
     from .. import modeling
     from ..evaluation import evaluate as evaluation
-    from ..evaluation.bench import parse_lengths
+    from ..io.units import parse_lengths
     from ..progress import Ticker
     from ..report import html, plots
     from ..report import tables as printing

@@ -92,12 +92,14 @@ def grow(
             before, Path(optimizer_state)
         )  # a wrong file is an error before any work
 
-    # What the growth will cost, before it begins. For LiGO this is the start that its maps are fitted from.
+    # What the growth will cost, before it begins. For LiGO this is the start that its maps are
+    # fitted from.
     grown = growth(before)
     plan = Plan.of(before, grown)
     print(f"regraft: {plan.format_cost()}", file=sys.stderr)
 
-    # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from them.
+    # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from
+    # them.
     maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
     with Ticker() as ticker:
         if width_init == LEARNED:
@@ -142,7 +144,8 @@ def check_flags(given: Mapping[str, Any]) -> None:
         )
     if given["optimizer_state"] and given["bridge"]:
         raise RegraftError(
-            f"--optimizer-state '{given['optimizer_state']}' has no law across --bridge: leave one out"
+            f"--optimizer-state '{given['optimizer_state']}' has no law across --bridge: leave"
+            " one out"
         )
 
 

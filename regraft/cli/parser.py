@@ -1,4 +1,4 @@
-"""The command line as a parser, made from the verbs' signatures and docstrings; imports no torch."""
+"""The command line as a parser, made from the verbs' signatures and docstrings, without torch."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ For AXIS in `AXES`:
 """
 
 
-class Cost(TypedDict):
-    """What training, or making a start, took."""
+class AverageCost(TypedDict):
+    """What training, or making a start, took: of one run, or the mean over the seeds."""
 
     # Floating-point operations; a multiply-add is 2.
     flops: float
@@ -35,10 +35,10 @@ class Cost(TypedDict):
     tokens: float
 
 
-NO_COST: Cost = {"flops": 0, "seconds": 0.0, "tokens": 0}
+NO_COST: AverageCost = {"flops": 0, "seconds": 0.0, "tokens": 0}
 
 
-class StartCost(Cost):
+class ArmStartCost(AverageCost):
     """What it took to make an arm's model before it is trained."""
 
     # Layers that keep softmax attention, of a linearized arm.
@@ -48,17 +48,17 @@ class StartCost(Cost):
     overhead: NotRequired[float]
 
 
-class LedgerEntry(Cost):
+class StageCost(AverageCost):
     """What one stage of training took."""
 
     # Step after which everything learned, where a stage of `lit` got that far.
     unfrozen: NotRequired[int]
 
 
-class Ledger(Cost):
+class Ledger(AverageCost):
     """The ledger of a training run: its totals and its stages."""
 
-    stages: list[LedgerEntry]
+    stages: list[StageCost]
 
 
 class HeldOut(TypedDict):
@@ -69,7 +69,7 @@ class HeldOut(TypedDict):
     accuracy: float
 
 
-class RunFacts(TypedDict, total=False):
+class DoneFacts(TypedDict, total=False):
     """done.json: the last thing that a run of a source or an arm writes."""
 
     seed: Required[int]
@@ -79,7 +79,7 @@ class RunFacts(TypedDict, total=False):
     # Of an arm: the recipe's `Arm`, its parameters, what its start took.
     arm: dict[str, Any]
     parameters: int
-    start: StartCost
+    start: ArmStartCost
     # Of an arm with legs: the whole model before training.
     whole: HeldOut | None
 
@@ -111,7 +111,7 @@ class SeedNumbers(TypedDict):
     start_loss: float
     loss: float
     accuracy: float
-    fitting: StartCost
+    fitting: ArmStartCost
     flops: float
     seconds: float
     tokens: float
@@ -153,7 +153,7 @@ class ArmNumbers(ArmMeasures):
     against: str | None
 
 
-class SourceSeed(Cost):
+class SourceSeed(AverageCost):
     """What pretraining a source took, and its last held-out loss."""
 
     loss: float

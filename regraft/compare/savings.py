@@ -10,19 +10,19 @@ from typing import NamedTuple, cast
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, read_json_lines
-from . import arm as arms
+from .folders import DONE, arm_folder, source_folder
 from .numbers import (
     AXES,
     MEASURES,
     NO_COST,
     ArmMeasures,
+    AverageCost,
     AxisName,
     ComparisonNumbers,
-    Cost,
     CurveNumbers,
+    DoneFacts,
     FailedRun,
     MeanStd,
-    RunFacts,
     Savings,
     SeedNumbers,
     SourceNumbers,
@@ -70,11 +70,11 @@ class Curve:
 class FinishedRun(NamedTuple):
     """A finished run of an arm: what it left in done.json, and its curve."""
 
-    facts: RunFacts
+    facts: DoneFacts
     curve: Curve
 
 
-def read_curve(folder: Path, facts: RunFacts) -> Curve:
+def read_curve(folder: Path, facts: DoneFacts) -> Curve:
     """The curve of a finished run; what its start and earlier stages took is counted in.
 
     Only evaluations of the whole model are points: while a sub-model is trained, that is what
@@ -118,7 +118,7 @@ def read_curve(folder: Path, facts: RunFacts) -> Curve:
     return Curve(*(list(column) for column in zip(*points, strict=True)))
 
 
-def find_submodel_stages(facts: RunFacts) -> set[int]:
+def find_submodel_stages(facts: DoneFacts) -> set[int]:
     """Numbers of the stages that train a sub-model, the bottom layers alone."""
     legs = facts["arm"]["legs"] if "arm" in facts else []
     return {index for index, leg in enumerate(legs) if leg["layers"].startswith("bottom")}
@@ -151,7 +151,7 @@ def find_crossing(totals: Sequence[float], losses: Sequence[float], target: floa
     return None
 
 
-def compute_savings(curve: Curve, scratch: Curve, source: Cost) -> Savings:
+def compute_savings(curve: Curve, scratch: Curve, source: AverageCost) -> Savings:
     """What a curve saves against scratch until it has scratch's last loss.
 
     Args:
@@ -159,6 +159,7 @@ def compute_savings(curve: Curve, scratch: Curve, source: Cost) -> Savings:
         scratch: what it is measured against.
         source: what pretraining the arm's source took.
     """
+    # Where a source was given, or for scratch, nothing was pretrained and `source` is zero.
     savings: Savings = {}
     for axis in AXES:
         scratch_total = scratch.totals(axis)[-1]
@@ -206,6 +207,8 @@ def summarise(recipe: Comparison, out: Path, failed: Sequence[FailedRun] = ()) -
         "sources": {name: source_numbers(recipe, out, name) for name in recipe.sources()},
         "failed": list(failed),
     }
+
+    # All runs first: an arm is measured against the runs of another one.
     runs = {arm.name: load_finished_runs(out, arm.name, recipe.seeds) for arm in recipe.arms}
     for arm in recipe.arms:
         if not runs[arm.name]:
@@ -225,8 +228,8 @@ def load_finished_runs(out: Path, name: str, seeds: Sequence[int]) -> dict[int, 
     """The finished runs of an arm by seed."""
     runs = {}
     for seed in seeds:
-        folder = arms.arm_folder(out, name, seed)
-        facts: RunFacts | None = read_json_if_exists(folder / arms.DONE)
+        folder = arm_folder(out, name, seed)
+        facts: DoneFacts | None = read_json_if_exists(folder / DONE)
         if facts is not None:
             runs[seed] = FinishedRun(facts, read_curve(folder, facts))
     return runs
@@ -242,8 +245,8 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> SourceNumbers:
 
     seeds: dict[int, SourceSeed] = {}
     for seed in recipe.seeds:
-        folder = arms.source_folder(recipe, out, name, seed)
-        facts: RunFacts | None = read_json_if_exists(folder / arms.DONE)
+        folder = source_folder(recipe, out, name, seed)
+        facts: DoneFacts | None = read_json_if_exists(folder / DONE)
         if facts is not None:
             ledger = facts["ledger"]
             seeds[seed] = {
@@ -258,7 +261,7 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> SourceNumbers:
 def arm_numbers(
     runs: Mapping[int, FinishedRun],
     scratch: Mapping[int, FinishedRun],
-    sources: Mapping[int, Cost],
+    sources: Mapping[int, AverageCost],
     is_scratch: bool,
 ) -> ArmMeasures:
     """One arm's row: means and spreads over seeds, the mean curve's savings, and every seed.
@@ -317,7 +320,7 @@ def seed_numbers(run: FinishedRun) -> SeedNumbers:
     }
 
 
-def mean_cost(sources: Mapping[int, Cost], seeds: Sequence[int]) -> Cost:
+def mean_cost(sources: Mapping[int, AverageCost], seeds: Sequence[int]) -> AverageCost:
     """What pretraining a source took, the mean over seeds."""
     costs = [sources.get(seed, NO_COST) for seed in seeds]
     return {

@@ -18,9 +18,9 @@ from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
 from ..progress import Ticker
 from ..recipes import schema
-from . import arm as arms
-from . import data, report, savings
-from .numbers import ComparisonNumbers, FailedRun, RunFacts
+from . import data, report, savings, start
+from .folders import DONE
+from .numbers import ComparisonNumbers, DoneFacts, FailedRun
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
@@ -104,7 +104,7 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
     with Ticker() as ticker:
         ticker.start("making data, tokenizer and configs")
         data.prepare_data(recipe, out)
-        arms.verify(recipe, out)
+        start.verify(recipe, out)
 
         errors = run_jobs(pretraining_jobs(recipe), recipe, out, jobs, launch, ticker)
         # An arm whose source failed has nothing to grow.
@@ -151,6 +151,7 @@ def claim(recipe: Comparison, out: Path) -> None:
         raise RegraftError(
             f"{out} exists and holds no comparison: choose another folder or delete it"
         )
+
     new = dump(recipe)
     if file.exists():
         old = read_json_if_exists(file)
@@ -160,6 +161,7 @@ def claim(recipe: Comparison, out: Path) -> None:
                     f"{out} holds a comparison with another {key} ({old.get(key)} there, "
                     f"{new[key]} here): choose another folder or delete it"
                 )
+
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, new)
 
@@ -237,8 +239,8 @@ def start_process(
         threads = str(max(1, usable_cores() // at_once))
         environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
-    start = shlex.split(launch) or [sys.executable]
-    words = [*start, "-m", "regraft.compare", str(out), job.kind, job.name, str(job.seed)]
+    launcher = shlex.split(launch) or [sys.executable]
+    words = [*launcher, "-m", "regraft.compare", str(out), job.kind, job.name, str(job.seed)]
     with job.log_path(out).open("wb") as log:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
@@ -252,7 +254,7 @@ def usable_cores() -> int:
 
 def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts: RunFacts | None = read_json_if_exists(job.folder(out) / arms.DONE)
+    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE)
     if facts is None:
         return False
 

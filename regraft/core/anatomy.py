@@ -272,7 +272,7 @@ class Anatomy:
         )
 
     def attention(self, config: Config, layer: int) -> dict[str, Any]:
-        """Shape and conventions of a layer's attention, the arguments of `mixers.base.Attention`."""
+        """A layer's attention: the arguments of `mixers.base.Attention`."""
         full, sizes = self.fill_defaults(config), self.solve(config)
         roles = {role for role, part in self.parts.items() if part.is_present(full)}
         roles |= {

@@ -159,7 +159,7 @@ def format_model_card(checkpoint: Checkpoint) -> str:
     )
     library = "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
     load = (
-        "Load it with `import regraft` (or `trust_remote_code=True`) and"
+        "Load it with `import regraft.modeling` (or `trust_remote_code=True`) and"
         " `AutoModelForCausalLM.from_pretrained`.\n\n"
     )
     return (

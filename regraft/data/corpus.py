@@ -88,18 +88,18 @@ class Corpus:
         self.table: CachedRows | None = None
         self.reported_bad_lines = 0
 
-    def fill_caches(self, wanted: int | None) -> int:
-        """Read until the caches hold the first `wanted` tokens (None: all); how many they hold.
+    def fill_caches(self, needed: int | None) -> int:
+        """Read until the caches hold the first `needed` tokens (None: all); how many they hold.
 
         Called by every process of a run. Each starts with a different file and skips files that
         another one is reading. RegraftError for a bad line unless the text says to skip them.
         """
-        while window := self.find_unread_files(wanted):
+        while window := self.find_unread_files(needed):
             # The window has one file a process: rank r begins with the r-th and tries the others
             # after it. Where all of them are locked by others, there is nothing to do but wait.
             turn = distributed.rank() % len(window)
             if not any(
-                part.fill(enough, self.text.skip_bad, self.progress_callback(wanted))
+                part.fill(enough, self.text.skip_bad, self.progress_callback(needed))
                 for part, enough in window[turn:] + window[:turn]
             ):
                 time.sleep(WAIT)
@@ -107,22 +107,22 @@ class Corpus:
         self.used = []
         available = 0
         for part in self.parts:
-            if wanted is None or available < wanted:
+            if needed is None or available < needed:
                 self.used.append(part)
                 available += part.journal.tokens
         self.report_bad_lines()
         return available
 
-    def find_unread_files(self, wanted: int | None) -> list[tuple[TokenCache, int | None]]:
+    def find_unread_files(self, needed: int | None) -> list[tuple[TokenCache, int | None]]:
         """The next files to read, at most one a process, each with how many tokens are enough.
 
         Args:
-            wanted: tokens needed of the whole text, None for all of it.
+            needed: tokens of the whole text that are needed, None for all of it.
         """
         available = 0
         window: list[tuple[TokenCache, int | None]] = []
         for part in self.parts:
-            missing = None if wanted is None else wanted - available
+            missing = None if needed is None else needed - available
             if (missing is not None and missing <= 0) or len(window) == distributed.world_size():
                 break
 
@@ -132,10 +132,10 @@ class Corpus:
             available += known.tokens
         return window
 
-    def progress_callback(self, wanted: int | None) -> Callable[[TokenCache], None]:
+    def progress_callback(self, needed: int | None) -> Callable[[TokenCache], None]:
         """A callback for `TokenCache.fill` that reports how much of the text is read.
 
-        The share is of bytes of files or, where `wanted` is given, of tokens if that is more.
+        The share is of bytes of files or, where `needed` is given, of tokens if that is more.
         """
         total = sum(part.size for part in self.parts)
 
@@ -143,8 +143,8 @@ class Corpus:
             tokens = sum(part.journal.tokens for part in self.parts)
             size = sum(part.size * (part.journal.done or part is now) for part in self.parts)
             share = size / max(total, 1)
-            if wanted is not None:
-                share = max(share, tokens / wanted)
+            if needed is not None:
+                share = max(share, tokens / needed)
             self.report_progress(min(share, 1.0), f"reading {now.file.name}: {tokens:,} tokens")
 
         return report
@@ -187,20 +187,20 @@ class Corpus:
         if budget is None:
             budget = max(need, MIN_READ_TOKENS)
         max_rows = -(-budget // length) if budget else None  # 0: all there is
-        wanted = None if max_rows is None else max_rows * length
+        needed = None if max_rows is None else max_rows * length
 
         while True:
-            available = self.fill_caches(wanted)
+            available = self.fill_caches(needed)
             self.table = CachedRows(
                 self.used, self.tokenizer, length, max_rows, self.text.overflow == "cut"
             )
-            if wanted is None or max_rows is None:
+            if needed is None or max_rows is None:
                 break
-            if available < wanted or len(self.table) >= max_rows:
+            if available < needed or len(self.table) >= max_rows:
                 break
             # overflow "cut" dropped tokens: read on for the rows that are missing, twice as much
             # since more will be dropped of that
-            wanted += 2 * (max_rows - len(self.table)) * length
+            needed += 2 * (max_rows - len(self.table)) * length
 
         if not available:
             raise RegraftError(
@@ -213,7 +213,9 @@ class Corpus:
         journals = [part.journal for part in self.used]
         named = [line for journal in journals for line in journal.named]
         table = self.table
+
         complete = len(journals) == len(self.parts) and all(journal.done for journal in journals)
+
         return {
             "path": self.text.path,
             "files": len(self.parts),

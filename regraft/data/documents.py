@@ -113,7 +113,7 @@ def read_pieces(
         file: in one of the formats of `files`. In .txt, two blank lines separate documents.
         name: the key or column that holds the text, in the other formats.
         start: where to begin; `ReadPosition()` is the start of the file.
-        bad: told of each line that cannot be read.
+        bad: gets each line that cannot be read.
 
     RegraftError for a file that cannot be opened or has no such column, and from `bad`.
     """

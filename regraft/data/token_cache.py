@@ -144,6 +144,7 @@ class TokenCache:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # the system drops the lock of a process that is killed
             with FileLock(self.folder / "lock", timeout=0):
                 self._fill(self.read_journal(), enough, BadLines(skip_bad), report_progress)
         except Timeout:
@@ -194,7 +195,7 @@ class TokenCache:
     def _cut_to_journal(self, known: CacheJournal, ids: BinaryIO, ends: BinaryIO) -> CacheJournal:
         """Cut off what a killed build wrote after its last journal; the journal to continue from.
 
-        Files that are shorter than the journal says are begun again: the disk lost something.
+        Files that are shorter than the journal says are started again: the disk lost something.
         """
         width = numpy.dtype(self.tokenizer.dtype).itemsize
         if ids.tell() < known.tokens * width or ends.tell() < known.documents * DOCUMENT_BYTES:

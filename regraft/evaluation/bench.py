@@ -44,20 +44,6 @@ class BenchRow(TypedDict):
     load_bytes: int | None  # the same before the first token
 
 
-def parse_lengths(text: str) -> list[int]:
-    """`1k,4k,16k` or `512,2048` -> token counts; RegraftError on anything else."""
-    lengths = []
-    for word in text.lower().split(","):
-        # 1,024 and not 1,000: models' context lengths are counted so
-        digits, factor = (word[:-1], 1024) if word.endswith("k") else (word, 1)
-        if not digits.strip().isdigit() or int(digits) == 0:
-            raise RegraftError(
-                f"'{word}' in --lengths '{text}' is no length: write counts such as 512 or 16k"
-            )
-        lengths.append(int(digits) * factor)
-    return lengths
-
-
 def bench(
     models: dict[str, str],
     lengths: Sequence[int],
@@ -87,9 +73,11 @@ def bench(
         raise RegraftError(
             f"cannot bench a batch of {batch} for {steps} steps: ask for one of each at least"
         )
+
     rows: dict[str, list[BenchRow]] = {name: [] for name in models}
     opened = {name: Checkpoint.open(path) for name, path in models.items()}
     jobs = [(name, length) for length in lengths for name in models]
+
     for done, (name, length) in enumerate(jobs):
         if progress:
             progress(done, len(jobs), f"{name} at {length}")

@@ -18,7 +18,7 @@ from ..mixers.remix import Remix
 from . import baselines
 from .perplexity import Candidate, Progress, measure
 from .recall import KINDS
-from .rows import EvalRow, Evaluation, RecallScore, SuiteRow
+from .rows import Evaluation, QualityRow, RecallScore, SuiteRow
 from .suite import LENGTHS, Report, Suite, add_differences, add_share_of_teacher
 
 
@@ -87,7 +87,7 @@ def evaluate(
 
     teacher = baselines.TEACHER if baseline else None
     scores = measure(candidates, rows.input_ids, rows.bytes, teacher, progress)
-    table: dict[str, EvalRow] = {name: {**score.json()} for name, score in scores.items()}
+    table: dict[str, QualityRow] = {name: {**score.json()} for name, score in scores.items()}
     return assemble_rows(table, model)
 
 
@@ -115,6 +115,7 @@ def build_suite(
     checkpoint, tokenizer = Checkpoint.open(model), modeling.load_tokenizer(model)
     recall_lengths = [*lengths] if set(names) & set(KINDS) else []
     check_context_lengths(checkpoint, recall_lengths + ([windows[1]] if windows else []))
+
     return Suite(
         tokenizer,
         names,

@@ -29,10 +29,11 @@ def perplexity_by_position(model: nn.Module, rows: Tensor) -> list[PositionBucke
         rows: token ids, (documents, length).
     """
     nll = torch.stack([row_nll(model, row) for row in rows]).double()  # (documents, length - 1)
+
     table: list[PositionBucket] = []
     for start, end in buckets(rows.shape[1]):
         # Column i is of token i + 1, which has i + 1 tokens of context. Token 0 has none.
-        means = nll[:, max(start, 1) - 1 : end - 1].mean(1)
+        means = nll[:, max(start, 1) - 1 : end - 1].mean(1)  # (documents,)
         error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
         table.append(
             {

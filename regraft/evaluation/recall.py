@@ -184,6 +184,7 @@ def needle(pieces: ProbeBuilder, length: int, depth: float) -> Item:
 
     room = pieces.filler_length(length, *facts, end)
     text = pieces.sample_filler(room)
+    # positions in the text at which the sentences are put in, the first of which is asked for
     places = [round(depth * room), *(pieces.random.randrange(room + 1) for _ in facts[1:])]
     context, done = pieces.bos_ids(), 0
     for place, fact in sorted(zip(places, facts, strict=True)):

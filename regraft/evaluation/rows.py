@@ -97,7 +97,7 @@ class SuiteRow(TypedDict, total=False):
     positions: list[PositionBucket]
 
 
-class EvalRow(PerplexityRow, SuiteRow):
+class QualityRow(PerplexityRow, SuiteRow):
     """Everything measured of one model, in the table of a run."""
 
 

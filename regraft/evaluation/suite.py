@@ -160,8 +160,8 @@ def add_difference(cell: Cell, own: Cell) -> Cell:
     Questions that both answer alike say nothing of a difference. So its standard error, which is
     that of paired differences, is smaller than that of either score.
     """
-    mine = torch.tensor(own["each"], dtype=torch.double)
-    more = mine - torch.tensor(cell["each"], dtype=torch.double)
+    own_each = torch.tensor(own["each"], dtype=torch.double)
+    more = own_each - torch.tensor(cell["each"], dtype=torch.double)
     cell = cell.copy()
     cell["difference"] = {"mean": more.mean().item(), "stderr": recall.standard_error(more)}
     return cell
@@ -174,7 +174,8 @@ def add_differences(row: SuiteRow, own: SuiteRow) -> SuiteRow:
         row: of the baseline.
         own: the model's row, which has the same tasks and cells.
     """
-    row = row.copy()
+    row = row.copy()  # equal baselines share one row
+
     if "tasks" in row:
         row["tasks"] = {
             name: add_difference(task, own["tasks"][name]) for name, task in row["tasks"].items()
@@ -182,6 +183,7 @@ def add_differences(row: SuiteRow, own: SuiteRow) -> SuiteRow:
         row["difference"] = _average_difference(
             [task["difference"] for task in row["tasks"].values()]
         )
+
     if "recall" in row:
         row["recall"] = {
             kind: {

@@ -1,4 +1,4 @@
-"""Gemma 3, its text model (arXiv 2503.19786): Gemma 2 plus a norm on each head's queries and keys."""
+"""Gemma 3's text model (arXiv 2503.19786): Gemma 2 plus a norm on queries and keys of each head."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""A linearized model: its host's parts under "host.", and a mixer's own in every slot that has one."""
+"""A linearized model: its host's parts under "host.", a mixer's own in every slot with one."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ def _constant_tensor(source: Checkpoint, spot: PlacedPart, value: float, note: s
 
 
 def _find_tensor_name(source: Checkpoint, key: Key) -> str | None:
-    """Name of the tensor that holds a role, alone or among others; None when this model has none."""
+    """Name of the tensor that holds a role, alone or with others; None when this model has none."""
     role, layer = key
     base, _, ending = role.rpartition(".")
     for name, part in source.anatomy.parts.items():

@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint, Holds, LazyTensor, Provenance
+from ..core.moments import FILE, MOMENTS
 from ..errors import RegraftError
 from ..io.safetensors import TensorEntry, read_header
 
-MOMENTS: tuple[Holds, ...] = ("exp_avg", "exp_avg_sq")
-FILE = "optimizer.safetensors"
 Steps = Sequence[Callable[[Checkpoint], Checkpoint]]
 
 

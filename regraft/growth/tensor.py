@@ -155,7 +155,7 @@ def grow_moment(value: Tensor, sides: Sequence[AxisGrowth], factor: float, power
 
 
 def _place_old_first(value: Tensor, sides: Sequence[AxisGrowth]) -> Tensor:
-    """Old values in front, on all axes at once; zeros behind where nothing else will be filled in."""
+    """Old values in front, on all axes at once; zeros behind where nothing else is filled in."""
     shape = list(value.shape)
     for side in sides:
         shape[side.axis] = side.expansion.new

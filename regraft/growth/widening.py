@@ -266,7 +266,7 @@ def has_rotated_copies(widening: Widening, kind: str) -> bool:
 
 
 def tied_head_gain(widening: Widening, count: int) -> Tensor:
-    """Uneven shares of copies that a tied head reads through the final norm's gain, (new,) float64."""
+    """Uneven shares of copies that a tied head reads through the final norm: (new,) float64."""
     hidden = widening.hidden_expansion
     order = torch.zeros(hidden.new, dtype=torch.float64)
     seen: dict[int, int] = {}

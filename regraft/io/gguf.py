@@ -1,4 +1,4 @@
-"""GGUF files: the header for planning, and one conversion to a Hugging Face directory in a cache."""
+"""GGUF files: the header for planning, one conversion to a Hugging Face directory in a cache."""
 
 from __future__ import annotations
 
@@ -167,6 +167,5 @@ def _write_lineage(file: Path, folder: Path) -> None:
 
 
 def _format_error(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[
-        :200
-    ]
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"[:200]

@@ -71,14 +71,16 @@ class Method:
         fields = []
         for leg in self.legs:
             row = leg.longer * length
-            step = row * batch
+            step = row * batch  # tokens of a step
             steps = round(leg.share * tokens / step)
+
             if steps < 1:
                 raise RegraftError(
                     f"{tokens} tokens leave stage '{leg.kind}' with its share of {leg.share:g} "
                     f"less than a step of {batch} x {row}: give {round(step / leg.share)} or more, "
                     "or shorter rows"
                 )
+
             sizes = {"kind": leg.kind, "tokens": steps * step, "length": row, "batch": batch}
             fields.append({**sizes, **leg.fields})
         return fields

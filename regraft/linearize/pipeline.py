@@ -73,6 +73,8 @@ def choose_layers(
         raise RegraftError(
             f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)"
         ) from None
+
+    # Rows to score layers on and rows to calibrate on are drawn independently.
     windows = table[loop.shuffled_indices(len(table), min(WINDOWS, len(table)), remix.seed)]
     batches = loop.calibration_batches(table, WINDOWS, remix.seed + 1)
     return select_layers.resolve_keep(
@@ -308,6 +310,7 @@ def claim(out: Path, request: ConversionRequest, overwrite: bool) -> None:
             f"{out} holds a finished model: choose another folder, or delete it to begin again"
         )
 
+    # An interrupted conversion is continued, but only with the request that it was started with.
     before = read_json_if_exists(out / REQUEST_FILE)
     if before is None and out.exists() and any(out.iterdir()):
         raise RegraftError(

@@ -175,19 +175,19 @@ def score_copying(
             f"{window} tokens: give longer windows or another text"
         )
 
-    layers, everyone = layer_stack(student), range(source.layers)
-    found: list[list[Tensor]] = [[] for _ in everyone]  # of each layer, by window
+    layers, every_layer = layer_stack(student), range(source.layers)
+    found: list[list[Tensor]] = [[] for _ in every_layer]  # of each layer, by window
     for done, row in enumerate(rows):
         # Below layer i all is as in the source. So the source's hidden states are recorded once,
         # and each pass begins at its layer: half the layers are computed on average.
         with (
-            softmax_in(student, source, teacher, everyone),
+            softmax_in(student, source, teacher, every_layer),
             record_hidden_states(layers) as inputs,
             torch.no_grad(),
         ):
             student.forward_decoder(row[None])
-        for layer in everyone:
-            others = [other for other in everyone if other != layer]
+        for layer in every_layer:
+            others = [other for other in every_layer if other != layer]
             with (
                 softmax_in(student, source, teacher, others),
                 start_at_layer(layers, layer, inputs[layer]),

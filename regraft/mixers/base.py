@@ -34,9 +34,7 @@ class Attention:
     scale: float  # multiplies the logits, usually dim ** -0.5
     qkv_bias: bool = False  # whether the projections of queries, keys and values have biases
     o_bias: bool = False  # whether the output projection has a bias
-    qk_norm: float | None = (
-        None  # epsilon of an RMS norm per head on queries and keys; None: no norm
-    )
+    qk_norm: float | None = None  # epsilon of an RMS norm per head on queries and keys, or no norm
     rotary: bool = True  # whether the source rotates queries and keys
 
     @property

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from ..core.shapes import Float, Int
 from ..errors import RegraftError
@@ -142,8 +142,8 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (batch, time, vocab), as any causal language model of transformers gives them.
+    ) -> ModelOutput:
+        """The host's output, with logits (batch, time, vocab).
 
         Args:
             input_ids: tokens; or `inputs_embeds` in their place.

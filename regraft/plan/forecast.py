@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
+from ..io.units import parse_number
 from ..modeling import flops
 from .gpu_memory import largest_micro_batch, peak_memory
-from .training_request import GPUS, TrainingForecastRequest, parse_number
+from .memory_model import StepMemory
+from .training_request import GPUS, TrainingForecastRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .step_memory import StepMemory
 
 # Share of a GPU's memory for libraries, collectives, and what the allocator cannot use.
 RESERVE = 0.1
 MAX_GPUS_TRIED = 4096
 
 
-class Throughput(TypedDict):
+class ThroughputForecast(TypedDict):
     """Speed of training, over all GPUs."""
 
     # Forward and backward of the student.
@@ -48,7 +48,7 @@ class BudgetForecast(TypedDict, total=False):
     cost: float
 
 
-class TrainingForecast(Throughput):
+class TrainingForecast(ThroughputForecast):
     """`train` in `regraft plan --train --json`."""
 
     stage: str
@@ -162,7 +162,7 @@ def estimate_throughput(
     teacher: Checkpoint | None,
     step: StepMemory,
     request: TrainingForecastRequest,
-) -> Throughput:
+) -> ThroughputForecast:
     """FLOPs of a token, and tokens a second over all GPUs.
 
     A token takes the student's forward and backward, the teacher's forward, and what checkpointing

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from .memory_model import StepMemory
 from .training_request import TrainingForecastRequest
-
-if TYPE_CHECKING:
-    from .step_memory import StepMemory
 
 MAX_ROWS_TRIED = 2**16
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import RegraftError
+from ..io.units import parse_number
 
 DEFAULT_PEAK_SHARE = 0.35
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,3 @@ class TrainingForecastRequest:
     def rows_per_gpu(self) -> int | None:
         """A GPU's rows of a step; None when they are what fits."""
         return self.batch // self.gpus if self.batch else None
-
-
-def parse_number(text: str, name: str) -> int:
-    """A number such as `80GB`, `1.5B` or `200000`; RegraftError when it is none.
-
-    Args:
-        text: digits and perhaps K, M, G, B or T (powers of 1,000).
-        name: of the value, for the error.
-    """
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?) ?([KMGBT]?)B?", text.strip(), re.I)
-    if not found:
-        raise RegraftError(f"{name} is '{text}': give a number such as 200000, 500M, 1B or 80GB")
-    return int(float(found[1]) * UNITS[found[2].upper()])

@@ -18,7 +18,7 @@ from ..evaluation import baselines
 from ..evaluation.bench import bench
 from ..evaluation.evaluate import assemble_rows, build_suite, evaluation_windows
 from ..evaluation.perplexity import Candidate, measure
-from ..evaluation.rows import EvalRow
+from ..evaluation.rows import QualityRow
 from ..evaluation.suite import Suite, add_share_of_teacher
 from ..io.files import read_json_if_exists, write_json
 from ..linearize.pipeline import choose_layers, train_linearized
@@ -178,8 +178,8 @@ class Experiment:
         self.journal.ticker.update(share, f"{name}: {words}")
 
     def score(
-        self, candidates: Mapping[str, Candidate], known: Mapping[str, EvalRow]
-    ) -> dict[str, EvalRow]:
+        self, candidates: Mapping[str, Candidate], known: Mapping[str, QualityRow]
+    ) -> dict[str, QualityRow]:
         """Rows of the quality table by name, the teacher's among them.
 
         Args:
@@ -187,9 +187,9 @@ class Experiment:
             known: rows that were measured before; they come first. A teacher among them runs
                 again, but only for the KL of the others.
         """
-        everyone = {baselines.TEACHER: Candidate(self.teacher), **candidates}
+        models = {baselines.TEACHER: Candidate(self.teacher), **candidates}
         scores = measure(
-            everyone,
+            models,
             self.windows.input_ids,
             self.windows.bytes,
             baselines.TEACHER,
@@ -197,7 +197,7 @@ class Experiment:
         )
 
         rows = dict(known)
-        for name, candidate in everyone.items():
+        for name, candidate in models.items():
             if name not in known:
                 suite_row = self.suite(candidate, partial(self.report_measurement, name))
                 rows[name] = {**scores[name].json(), **suite_row}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,9 @@ import yaml
 from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
 from ..train.ledger import build_ledger
 from . import plots
+from .templates import render
 
 LEADS = "The model's lead on the same questions, percent ± error"
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#22272c;background:#fff}
-h1{font-size:1.6rem}h3{font-size:1rem;margin-bottom:0}
-h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d5dade}
-table{border-collapse:collapse;font-size:.9rem;margin:.8rem 0}td,th{padding:.25rem .7rem;text-align:right}
-td:first-child,th:first-child{text-align:left}
-tr+tr{border-top:1px solid #e4e8eb}tr.own{font-weight:600;background:#eef4f8}
-img{max-width:100%;height:auto}p.note{color:#5b6770;font-size:.9rem}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
-.pair div,pre{background:#f5f7f8;padding:.7rem;border-radius:4px}
-.pair div,pre{font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
-"""
 
 
 def collect(directory: Path) -> dict[str, Any]:
@@ -54,69 +42,90 @@ def write(directory: Path) -> Path:
     return directory / "report.html"
 
 
+@dataclass(frozen=True)
+class ReportTable:
+    """A table of the page: text cells, the rows whose first cell is `own` marked."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    own: str = ""
+    name: str = ""  # shown above it, where a section has several
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with a picture, tables, or both; without a heading it continues the one before."""
+
+    heading: str = ""
+    svg: bytes | None = None
+    alt: str = ""  # what the picture shows, in words
+    tables: Sequence[ReportTable] = ()
+
+
 def render_page(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The page."""
+    """The page of a run.
+
+    Args:
+        numbers: what `collect` gives; parts that a run has not reached are missing or None.
+        metrics: rows of metrics.jsonl, for the curve of training.
+    """
     source = (numbers.get("recipe") or {}).get("source", "a model")
-    title = f"regraft: {Path(str(source)).name}"
-    parts = [f"<h1>{html.escape(title)}</h1>", format_summary(numbers)]
-    if numbers.get("eval"):
-        rows = eval_rows(numbers["eval"])
-        parts += [
-            "<h2>Quality on held-out text</h2>",
-            picture(plots.plot_quality(rows), "perplexity and KL of every row"),
-            quality_table(rows),
-        ]
-        if "tasks" in rows["model"]:
-            parts += ["<h2>Benchmarks, percent</h2>", table(*benchmark_rows(rows), own="model")]
-        if "recall" in rows["model"]:
-            parts += [
-                "<h2>Recall, percent of right answers ranked first</h2>",
-                table(*recall_rows(rows), own="model"),
-            ]
-        heads, body = lead_rows(rows)
-        if body:
-            parts += [f"<h2>{LEADS}</h2>", table(heads, body)]
+    details = [
+        {"name": name, "heading": heading, "text": json.dumps(numbers[name], indent=1)}
+        for name, heading in (("plan", "Weight map"), ("recipe", "Recipe"), ("lineage", "Lineage"))
+        if numbers.get(name)
+    ]
+    return render(
+        "run.html.j2",
+        title=f"regraft: {Path(str(source)).name}",
+        summary=format_summary(numbers),
+        sections=[*quality_sections(numbers), *cost_sections(numbers, metrics)],
+        samples=numbers.get("samples") or [],
+        details=details,
+    )
+
+
+def quality_sections(numbers: Mapping[str, Any]) -> Iterator[Section]:
+    """Perplexity and KL, benchmarks, recall, and the model's lead over every baseline."""
+    if not numbers.get("eval"):
+        return
+    rows = eval_rows(numbers["eval"])
+    yield Section(
+        "Quality on held-out text",
+        plots.plot_quality(rows),
+        "perplexity and KL of every row",
+        [quality_table(rows)],
+    )
+    if "tasks" in rows["model"]:
+        heads, body = benchmark_rows(rows)
+        yield Section("Benchmarks, percent", tables=[text_table(heads, body, own="model")])
+    if "recall" in rows["model"]:
+        heads, body = recall_rows(rows)
+        heading = "Recall, percent of right answers ranked first"
+        yield Section(heading, tables=[text_table(heads, body, own="model")])
+    heads, body = lead_rows(rows)
+    if body:
+        yield Section(LEADS, tables=[text_table(heads, body)])
+
+
+def cost_sections(
+    numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+) -> Iterator[Section]:
+    """The curve of training with the ledger, and speed and memory by context length."""
+    ledger = numbers.get("ledger")
+    heads = ("stage", "tokens", "FLOPs", "seconds")
+    tables = [text_table(heads, [[*row.values()] for row in ledger])] if ledger else []
     if curve := plots.plot_losses(metrics):
-        parts += ["<h2>Training</h2>", picture(curve, "loss of each stage against tokens")]
-    if numbers.get("ledger"):
-        parts.append(
-            table(
-                ("stage", "tokens", "FLOPs", "seconds"),
-                ([*row.values()] for row in numbers["ledger"]),
-            )
-        )
+        yield Section("Training", curve, "loss of each stage against tokens", tables)
+    elif tables:
+        yield Section(tables=tables)
     if numbers.get("bench"):
-        drawn = picture(
-            plots.plot_speed(numbers["bench"]), "speed and memory against context length"
+        yield Section(
+            "Speed and memory by context length",
+            plots.plot_speed(numbers["bench"]),
+            "speed and memory against context length",
+            speed_tables(numbers["bench"]),
         )
-        parts += [
-            "<h2>Speed and memory by context length</h2>",
-            drawn,
-            *speed_tables(numbers["bench"]),
-        ]
-    if numbers.get("samples"):
-        parts += ["<h2>Text</h2>", *(format_sample(pair) for pair in numbers["samples"])]
-    for name, heading in (("plan", "Weight map"), ("recipe", "Recipe"), ("lineage", "Lineage")):
-        if numbers.get(name):
-            shown = html.escape(json.dumps(numbers[name], indent=1))
-            parts += [
-                f"<h2>{heading}</h2>",
-                f"<details><summary>{name}</summary><pre>{shown}</pre></details>",
-            ]
-    return page(title, parts)
-
-
-def page(title: str, parts: Iterable[str]) -> str:
-    """A self-contained page of HTML pieces."""
-    body = "\n".join(parts)
-    head = (
-        '<meta charset="utf-8"><meta name="viewport"'
-        f' content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    return (
-        "<!doctype html>\n<html"
-        f' lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-    )
 
 
 def eval_rows(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -138,14 +147,14 @@ def format_summary(numbers: Mapping[str, Any]) -> str:
         )
     if spent := numbers.get("time"):
         sentences.append(f"The whole run took {spent['seconds'] / 60:.1f} minutes.")
-    return f"<p>{html.escape(' '.join(sentences))}</p>"
+    return " ".join(sentences)
 
 
-def quality_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def quality_table(rows: Mapping[str, Mapping[str, Any]]) -> ReportTable:
     """The table of baselines, the model's row marked."""
     keys = ("perplexity", "byte_perplexity", "bits_per_byte", "kl", "tokens")
     cells = ([name, *(row.get(key) for key in keys)] for name, row in rows.items())
-    return table(
+    return text_table(
         ("", "perplexity", "per byte", "bits per byte", "KL to teacher", "tokens"),
         cells,
         own="model",
@@ -215,7 +224,7 @@ def percent(value: float | None) -> float | None:
     return None if value is None else round(100 * value, 1)
 
 
-def speed_tables(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def speed_tables(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[ReportTable]:
     """One table per model."""
     keys = (
         "length",
@@ -238,34 +247,16 @@ def speed_tables(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]
         "peak bytes",
     )
     return [
-        f"<h3>{html.escape(name)}</h3>"
-        + table(heads, ([row.get(key) for key in keys] for row in rows))
+        text_table(heads, ([row.get(key) for key in keys] for row in rows), name=name)
         for name, rows in models.items()
     ]
 
 
-def format_sample(pair: Mapping[str, str]) -> str:
-    """Teacher and student side by side under their prompt."""
-    sides = "".join(
-        f"<div><strong>{side}</strong>\n{html.escape(pair[side])}</div>"
-        for side in ("teacher", "student")
-        if side in pair
-    )
-    return f'<p class="note">{html.escape(pair["prompt"])}</p><div class="pair">{sides}</div>'
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], own: str = "") -> str:
-    """An HTML table; numbers right-aligned and shortened."""
-    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    lines = []
-    for row in rows:
-        mark = ' class="own"' if own and row[0] == own else ""
-        lines.append(
-            f"<tr{mark}>"
-            + "".join(f"<td>{html.escape(format_number(cell))}</td>" for cell in row)
-            + "</tr>"
-        )
-    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+def text_table(
+    heads: Sequence[str], rows: Iterable[Sequence[Any]], own: str = "", name: str = ""
+) -> ReportTable:
+    """A table whose numbers are shortened."""
+    return ReportTable(heads, [[format_number(cell) for cell in row] for row in rows], own, name)
 
 
 def format_number(value: Any) -> str:
@@ -275,11 +266,3 @@ def format_number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def picture(data: bytes, words: str) -> str:
-    """An SVG inside the page."""
-    return (
-        f'<img alt="{html.escape(words)}"'
-        f' src="data:image/svg+xml;base64,{base64.b64encode(data).decode()}">'
-    )

@@ -20,7 +20,7 @@ from .gradient_checkpointing import set_gradient_checkpointing
 from .layer_subset import apply_stage_layers, frozen_parameter_ids
 from .ledger import sum_costs
 from .lora import LoraWeights, attach_lora, detach_lora
-from .metrics import EvalRow, StepResult, build_step_row, write_metrics_row
+from .metrics import HeldoutRow, StepResult, build_step_row, write_metrics_row
 from .objectives import Data, Rows, check_rows, evaluate_objective
 from .optimizer import (
     apply_gradients,
@@ -306,7 +306,7 @@ def evaluate_heldout(run: Run, stage: Stage, index: int, step: int, spent: Cost)
             kl = run_in_forward(model, lambda: evaluate_kl(model, teacher, heldout))
     reshard_model(model)  # no backward pass has done it
 
-    row: EvalRow = {
+    row: HeldoutRow = {
         "stage": index,
         "step": step,
         "tokens": spent["tokens"],

@@ -17,7 +17,7 @@ from .throughput import compute_throughput
 FILE = "metrics.jsonl"
 
 
-class EvalRow(Cost):
+class HeldoutRow(Cost):
     """A row of metrics.jsonl for held-out rows. Costs are totals of the stage up to here."""
 
     stage: int  # from 0
@@ -27,7 +27,7 @@ class EvalRow(Cost):
     eval_kl: NotRequired[float]  # KL(teacher || model) per token, with a teacher
 
 
-MetricsRow = StepRow | EvalRow
+MetricsRow = StepRow | HeldoutRow
 
 
 class MetricsOutput(Protocol):

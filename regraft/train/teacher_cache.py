@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..data.packing import Packed
 from ..errors import RegraftError
+from ..io.units import parse_number
 from .fsdp_forward import run_in_forward
 from .hooks import LayerRecord, record_layers, run_decoder
 from .kl import head_kl, top_k_kl, top_k_log_probs
@@ -78,14 +78,7 @@ class TeacherCacheConfig:
             size: a number of bytes with a unit, such as 500MB or 4GB (powers of 1000).
             kind: see `TeacherCacheConfig`.
         """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", size.strip().upper())
-        if not found:
-            raise RegraftError(
-                f"teacher outputs may take '{size}': give a size such as 500MB or 4GB"
-            )
-        number, unit = found.groups()
-        power = " KMGT".index(unit or " ")
-        return cls(Path(folder), int(float(number) * 1000**power), kind)
+        return cls(Path(folder), parse_number(size, "the size of teacher outputs"), kind)
 
     @property
     def top_k(self) -> int:

@@ -13,9 +13,8 @@ from helpers.html import Balanced
 
 from regraft import modeling
 from regraft.cli import main as cli
-from regraft.compare import arm as arms
 from regraft.compare import recipe as schema
-from regraft.compare import report, scheduler
+from regraft.compare import report, scheduler, start
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
@@ -118,7 +117,7 @@ def test_a_scratch_arm_has_the_architecture_and_nothing_of_the_source(tmp_path: 
         "vocab_size": 270,
         "architectures": ["LlamaForCausalLM"],
     }
-    model = arms.init_from_scratch(config, made.arm("scratch"), seed=1)
+    model = start.init_from_scratch(config, made.arm("scratch"), seed=1)
     modeling.build_random_model(config, 2).save_pretrained(tmp_path / "source")
     moved = modeling.materialize(Remix(**RETNET, inherit="o")(Checkpoint.open(tmp_path / "source")))
     mine, theirs = dict(model.named_parameters()), dict(moved.named_parameters())
@@ -126,7 +125,7 @@ def test_a_scratch_arm_has_the_architecture_and_nothing_of_the_source(tmp_path: 
         name: p.shape for name, p in theirs.items()
     }
     assert all((mine[name] != theirs[name]).any() for name in mine if mine[name].std() > 0)
-    again = dict(arms.init_from_scratch(config, made.arm("scratch"), seed=1).named_parameters())
+    again = dict(start.init_from_scratch(config, made.arm("scratch"), seed=1).named_parameters())
     assert all((mine[name] == again[name]).all() for name in mine)
 
 

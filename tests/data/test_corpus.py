@@ -1,4 +1,6 @@
-"""Text on disk as rows of tokens: every format, any interruption, any number of processes give the same rows."""
+"""Text on disk as rows of tokens: every format, any interruption, any number of processes give the
+same rows.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def same(rows: Any, expected: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files of all caches, locks apart; the name without the hash, which differs between copies of a file."""
+    """Files of all caches, locks apart; the name without the hash, which differs between copies of
+    a file.
+    """
     return {
         f"{file.parent.name.rpartition('-')[0]}/{file.name}": file.read_bytes()
         for file in sorted(folder.rglob("*"))
@@ -158,7 +162,9 @@ KINDS = (
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_interrupted_after_any_block(kind, tmp_path, monkeypatch, small):
-    """The same rows as .jsonl, the same bytes in the cache wherever the build was cut, torn files included."""
+    """The same rows as .jsonl, the same bytes in the cache wherever the build was cut, torn files
+    included.
+    """
     texts = [re.sub("\n+", "\n", text).strip() for text in documents()]
     expected = TextMixture([Text(str(write(tmp_path, ".jsonl", texts)))], TOKENIZER)(50)
     text = Text(str(write(tmp_path, kind, texts)))
@@ -506,7 +512,9 @@ def read_documents_or_none(file: Path) -> list[str]:
     kind=st.sampled_from([".txt", ".jsonl"]),
 )
 def test_long_documents_come_in_pieces(text, chunk, kind, tmp_path_factory):
-    """Together they are the document; a stop between two of them loses nothing, and chunks do not matter."""
+    """Together they are the document; a stop between two of them loses nothing, and chunks do not
+    matter.
+    """
     file = tmp_path_factory.mktemp("split") / f"a{kind}"
     file.write_bytes(jsonl([text]) if kind == ".jsonl" else text.encode())
     with pytest.MonkeyPatch.context() as patched:
@@ -619,7 +627,8 @@ from regraft.data.corpus import Text, TextMixture
 fill = token_cache.TokenCache.fill
 def noted(part, *rest):
     if filled := fill(part, *rest):
-        sys.stdout.write(f"took {{part.file.name}} {{distributed.rank()}}\\n")  # at once: two processes share the output
+        # at once: two processes share the output
+        sys.stdout.write(f"took {{part.file.name}} {{distributed.rank()}}\\n")
         sys.stdout.flush()
     time.sleep(0.2)  # so that the other one comes to its turn
     return filled
@@ -662,7 +671,9 @@ def test_two_processes_take_different_files(tmp_path):
 
 @pytest.mark.parametrize("long", ["carry", "cut"])
 def test_a_run_keeps_the_text_it_began_with(long, tmp_path, monkeypatch, small):
-    """Also when other runs have filled the cache further, and when some of the text that it does not read is new."""
+    """Also when other runs have filled the cache further, and when some of the text that it does
+    not read is new.
+    """
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))
     text, own, kept = (

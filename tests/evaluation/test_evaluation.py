@@ -12,6 +12,7 @@ from regraft import modeling
 from regraft.errors import RegraftError
 from regraft.evaluation import baselines, bench, evaluate
 from regraft.evaluation.perplexity import SLICE, Candidate, measure
+from regraft.io.units import parse_lengths
 from regraft.report import html, plots, tables
 
 
@@ -112,13 +113,13 @@ def test_default_text_is_the_held_out_documentation(source):
     ("text", "counts"), [("1k,4k", [1024, 4096]), ("512", [512]), ("16K,7", [16384, 7])]
 )
 def test_lengths_are_read(text, counts):
-    assert bench.parse_lengths(text) == counts
+    assert parse_lengths(text) == counts
 
 
 @pytest.mark.parametrize("text", ["", "1q", "0", "-1k", "1k,,2k", "k"])
 def test_wrong_lengths_are_named(text):
     with pytest.raises(RegraftError, match="is no length"):
-        bench.parse_lengths(text)
+        parse_lengths(text)
 
 
 @pytest.mark.slow

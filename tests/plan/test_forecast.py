@@ -1,4 +1,6 @@
-"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and what to change."""
+"""Forecasts of training: the memory model against what real tensors take, sharding, what fits, and
+what to change.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import Packed
 from regraft.errors import RegraftError
+from regraft.io.units import parse_number
 from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 from regraft.plan import forecast
@@ -24,7 +27,7 @@ from regraft.plan import step_memory as simulation
 from regraft.plan.fake_tensors import LiveMemoryCounter
 from regraft.plan.forecast import plan_step_memory
 from regraft.plan.gpu_memory import largest_micro_batch, memory_by_moment, peak_memory
-from regraft.plan.training_request import TrainingForecastRequest, parse_number
+from regraft.plan.training_request import TrainingForecastRequest
 from regraft.train import distill, objectives, optimizer
 from regraft.train.align import align_step
 from regraft.train.gradient_checkpointing import set_gradient_checkpointing

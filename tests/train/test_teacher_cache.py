@@ -296,7 +296,7 @@ def test_bad_settings_are_refused(tmp_path) -> None:
         TeacherCacheConfig.parse("a", "1.5 MB", "topk:64").size == 1_500_000
         and TeacherCacheConfig.parse("a", "4G", "hidden").size == 4 * 10**9
     )
-    with pytest.raises(RegraftError, match="may take 'much': give a size"):
+    with pytest.raises(RegraftError, match="teacher outputs is 'much': give a number"):
         TeacherCacheConfig.parse("a", "much", "hidden")
     for kind in ("logits", "topk", "topk:0", "hidden:float8"):
         with pytest.raises(RegraftError, match=f"kept as '{kind}': give hidden"):
