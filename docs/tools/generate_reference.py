@@ -200,8 +200,8 @@ def cli_page() -> str:
             ["verb", "what it does", "resumes when run again", "runs under torchrun"],
             rows,
         ),
-        "Counts of tokens take k, M and B for 10^3, 10^6 and 10^9. Context lengths (`--lengths 1k,4k`) take k for "
-        "1,024.",
+        "Flags that take a number with a unit (`--tokens 1B` of plan, `--memory 80GB`) count K, M, G or B, and T in powers "
+        "of 1,000. Context lengths (`--lengths 1k,4k`) take k for 1,024.",
     ]
     for name in VERBS:
         blocks += [f"## {name}", f"```text\n{read_help(name)}\n```"]
