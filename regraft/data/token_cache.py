@@ -173,16 +173,20 @@ class TokenCache:
 
             block: list[DocumentPiece] = []
             size = 0  # characters in the block
+            # Whether the journal has all that was appended. It has not inside a long document that
+            # cannot be read on from its middle: stopping there would read it again for ever.
+            in_journal = True
             for piece in read_pieces(self.file, self.name, ReadPosition(**known.place), bad):
                 # Tokens are counted when a block is appended: this stops between two blocks only.
-                if enough is not None and known.tokens >= enough and not block:
+                if enough is not None and known.tokens >= enough and not block and in_journal:
                     return
 
                 block.append(piece)
                 size += len(piece.text)
                 if size >= BLOCK or len(block) >= BLOCK_DOCUMENTS:
                     self._append(block, known, ids, ends)
-                    if piece.after is not None:  # else reading cannot begin again behind this piece
+                    in_journal = piece.after is not None
+                    if piece.after is not None:
                         self._write_journal(known, piece.after, bad, ids, ends)
                         report_progress(self)
                     block, size = [], 0

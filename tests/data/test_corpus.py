@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from regraft import distributed
 from regraft.data import corpus as building
 from regraft.data import documents as reading
-from regraft.data import files, token_cache
+from regraft.data import files, token_cache, tokenizer
 from regraft.data.corpus import Corpus, Text, TextMixture
 from regraft.data.documents import BadLines, ReadPosition, read_pieces
 from regraft.data.packing import pack, read_documents
@@ -711,3 +711,18 @@ def test_a_tokenizer_has_the_name_of_what_it_does():
     assert BatchTokenizer(other).name != name
     other.eos_token = "<bos>"
     assert BatchTokenizer(other).end == [1] and BatchTokenizer(one).end == [2]
+
+
+@pytest.mark.parametrize("tail", [0, 3])
+def test_a_limit_inside_a_long_document_ends_the_reading(tail, tmp_path, monkeypatch):
+    """A document of several blocks, of which reading cannot go on from the middle, is read whole."""
+    monkeypatch.setattr(token_cache, "BLOCK", 64)
+    monkeypatch.setattr(reading, "PIECE", 16)
+    monkeypatch.setattr(reading, "NEAR", 8)
+    (tmp_path / "long.jsonl").write_bytes(jsonl(["word " * 200, *["short one"] * tail]))
+    cache = token_cache.TokenCache(
+        tmp_path / "cache", tmp_path / "long.jsonl", "text", tokenizer.BatchTokenizer(TOKENIZER)
+    )
+    for _ in range(3):  # each call resumes from the journal; none may read the same again for ever
+        assert cache.fill(100, False)
+    assert cache.read_journal().tokens >= 1000
