@@ -1,5 +1,6 @@
-"""What a long run is doing, on standard error: a live bar on a terminal, else a line at least every
-few seconds.
+"""What a long run is doing, on standard error.
+
+On a terminal a live bar, elsewhere a line at least every few seconds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 ProgressCallback = Callable[[float, str], None]
 
 BEAT = 8.0  # seconds between lines when there is no terminal
-QUIET = (
-    2.0  # nothing is said in the first seconds: wrong input then gives its one line and no other
-)
+QUIET = 2.0  # seconds without a line at the start, so that an input error stands alone
 
 
 def started_by_torchrun() -> bool:
@@ -30,12 +29,12 @@ def started_by_torchrun() -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all: the first of a torchrun, or the only one."""
+    """Whether this process prints for all: rank 0 of a torchrun, or the only one."""
     return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as m:ss, from two hours on as `h hours`, from two days on as `d days`."""
+    """Seconds as "3:07", from two hours on as "2.5 hours", from two days on as "2.5 days"."""
     for size, unit in ((86400, "days"), (3600, "hours")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -43,12 +42,21 @@ def format_seconds(seconds: float) -> str:
 
 
 class Ticker:
-    """Says the current phase, how far it is, and the time used and left; never silent for longer
-    than `BEAT` seconds.
+    """Shows the current phase, how far it is, and the time used and left. Used as a context.
 
-    `budget`: seconds for everything, or None; `spent`: seconds used by earlier, interrupted runs;
-    `each_beat` is called twice a second from a thread of its own. Use as a context.
+    A thread shows it again every `BEAT` seconds while an operation takes long.
+
+    Args:
+        budget: seconds for everything; None: there is no limit.
+        spent: seconds used by earlier, interrupted runs.
+        stream: where to write; None: standard error, for rank 0 alone.
+        each_beat: called twice a second from the thread.
     """
+
+    # Share of the phase that is done, 0 to 1; None: not known.
+    fraction: float | None
+    # Seconds that the phase still takes; None: estimated from `fraction`.
+    coming: float | None
 
     def __init__(
         self,
@@ -59,20 +67,17 @@ class Ticker:
     ):
         self.stream = stream or (sys.stderr if is_main_process() else io.StringIO())
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
-        self.phase, self.note, self.fraction, self.phase_begin = (
-            "starting",
-            "",
-            None,
-            time.monotonic(),
-        )
-        self.last, self.coming = self.begin - BEAT, None
+
+        # What is shown: set by `start` and `update`.
+        self.phase, self.note, self.phase_begin = "starting", "", time.monotonic()
+        self.fraction, self.coming = None, None
+
+        self.last = self.begin - BEAT  # time of the last line: the first one is due at once
         self.each_beat = each_beat
         self.stop = threading.Event()
         self.bar = build_bar(self.stream) if self.stream.isatty() else None
+        # A daemon, so that it never keeps a process alive whose main thread died.
         self.thread = threading.Thread(target=self.run_heartbeat, daemon=True)
-
-    fraction: float | None
-    coming: float | None
 
     def __enter__(self) -> Ticker:
         if self.bar is not None:
@@ -96,7 +101,7 @@ class Ticker:
         return None if self.budget is None else self.budget - self.seconds_used()
 
     def start(self, phase: str) -> None:
-        """Begin a phase and say so at once."""
+        """Begin a phase and show it at once."""
         self.phase, self.note, self.fraction, self.phase_begin = phase, "", None, time.monotonic()
         self.coming = None
         self.show(force=True)
@@ -104,22 +109,29 @@ class Ticker:
     def update(
         self, fraction: float | None = None, note: str = "", coming: float | None = None
     ) -> None:
-        """How far the phase is, 0 to 1, a few words, and the seconds it still takes where they are
-        known.
+        """Show how far the phase is.
+
+        Args:
+            fraction: share of the phase that is done, 0 to 1.
+            note: a few words, such as the loss.
+            coming: seconds that the phase still takes; None: estimated from `fraction`.
         """
         self.fraction, self.note, self.coming = fraction, note, coming
         self.show()
 
     def format_line(self) -> str:
-        """The line: share done, note, time used, time left of the phase or of the budget."""
-        here = time.monotonic() - self.phase_begin
+        """The line: share done, note, time that the phase still takes, time used and left."""
+        elapsed = time.monotonic() - self.phase_begin
         parts = [f"{self.fraction:.0%}"] if self.fraction is not None else []
         parts += [self.note] if self.note else []
+
+        # Below 2 % the pace of the phase is still a guess.
         coming = self.coming
         if coming is None and self.fraction and self.fraction > 0.02:
-            coming = here / self.fraction - here
+            coming = elapsed / self.fraction - elapsed
         if coming is not None:
             parts.append(f"about {format_seconds(coming)} to go here")
+
         left = self.seconds_left()
         parts.append(f"{format_seconds(self.seconds_used())} used")
         if left is not None:
@@ -127,7 +139,7 @@ class Ticker:
         return " · ".join(parts)
 
     def show(self, force: bool = False) -> None:
-        """Draw the bar, or print a line if one is due."""
+        """Draw the bar, or print a line if one is due or `force` is set."""
         if self.bar is not None:
             self.bar.update(
                 self.task,
@@ -142,14 +154,14 @@ class Ticker:
             print(f"regraft: {self.phase} · {self.format_line()}", file=self.stream, flush=True)
 
     def run_heartbeat(self) -> None:
-        """Keep talking while one operation takes long."""
+        """Show progress again and again, until the context ends."""
         while not self.stop.wait(0.5):
             self.each_beat()
             self.show()
 
 
 def build_bar(stream: TextIO) -> Progress:
-    """The live display."""
+    """The live bar of a terminal."""
     columns = (
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
@@ -160,8 +172,9 @@ def build_bar(stream: TextIO) -> Progress:
 
 
 def quiet() -> None:
-    """Libraries log errors only; downloads and tokenizers print no bars. What the user has set
-    stays.
+    """Make libraries log errors only, and downloads and tokenizers print no bars.
+
+    Environment variables that the user has set stay.
     """
     settings = {
         "TRANSFORMERS_VERBOSITY": "error",

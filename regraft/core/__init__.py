@@ -1,3 +1,1 @@
-"""A model as named axes: signatures, parts of a family, lazy tensors with provenance, checkpoints,
-steps.
-"""
+"""A model as named axes: signatures, tables of families, lazy tensors, checkpoints, steps."""

@@ -1,4 +1,8 @@
-"""What each parameter of a model family is: parts by role, and config keys as products of axes."""
+"""Tables of model families: what each parameter computes, and how config keys give axis sizes.
+
+A family's file in `regraft/families` holds one `Anatomy`. Everything that depends on the
+architecture (widening, FLOPs, which attention a mixer replaces) is read from it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,16 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from ..errors import RegraftError
+from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, softmax_scale
 from .axes import product
 from .part import Config, Key, Part, PlacedPart, linear, norm
 
 __all__ = [
     "Anatomy",
+    "AttentionFields",
     "Config",
     "Key",
     "Part",
@@ -27,78 +33,80 @@ __all__ = [
 ]
 
 
-def _default_softmax_scale(config: Config, dim: int, layer: int) -> float:
-    return dim**-0.5
+class AttentionFields(TypedDict):
+    """The attention of one layer, as `mixers.base.Attention` takes it and config.json keeps it."""
 
-
-def _no_prefix(config: Config) -> str:
-    return ""
-
-
-def _no_bridge(config: Config) -> str | None:
-    return None
-
-
-def _no_keys(config: Config) -> dict[str, Any]:
-    return {}
-
-
-def older_rope_keys(config: Config) -> dict[str, Any]:
-    """`rope_parameters` in the keys that readers look for which do not know it."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    keys: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = rope
-    if "partial_rotary_factor" in rope:
-        keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return keys
+    hidden: int  # size of the residual stream
+    kv: int  # number of key/value heads
+    group: int  # query heads per key/value head
+    dim: int  # size of a head
+    scale: float  # factor on the logits
+    qkv_bias: bool  # whether queries, keys and values have a bias
+    o_bias: bool  # whether the output projection has a bias
+    qk_norm: float | None  # epsilon of the norm on queries and keys; None: there is none
+    rotary: bool  # whether queries and keys are rotated by position
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A family: every tensor of its checkpoints is claimed by exactly one part, ignored with a
-    reason, or refused.
+    """The table of one model family.
 
-    `sizes` pairs a config key with a product of axes and is solved in both directions; `fixed` sets
-    axes the family does not have. `defaults` fills missing config keys (a value, or a function of
-    the config). `slot` is the attention module's name. `aliases` maps name prefixes found in files
-    to those of the model, `filed` the model's to those that its class writes. `ignored`: pattern ->
-    reason. `older(config)`: keys for readers that do not know newer ones. Config keys that begin
-    with "_" are computed (by `defaults`) and never written; `finish` turns them back into keys that
-    are. `layer_lists`: keys with one entry per layer. `divides`: (key, key) of which the class
-    wants the first to be a multiple of the second; `multiples`: axis -> number its size must be a
-    multiple of. `embed_scale`: embeddings are multiplied by sqrt(hidden). `scale(config, dim,
-    layer)`: the softmax scale. `rotary`: queries and keys turn, in halves. `bridge`: the family
-    that can hold what this class cannot, if there is one. `causal`: reads text from left to right;
-    `inputs`: tokens or pixels. `activation`: key of the MLP's. `routed`: key of how many experts a
-    position is sent to.
+    Every tensor in a checkpoint must be claimed by exactly one part or be ignored for a stated
+    reason; any other tensor is refused.
+
+    Config keys that begin with "_" are derived: `defaults` computes them from other keys, `finish`
+    turns them back into real ones, and they are never written.
     """
 
+    # The config's `model_type`, which is also the name of the file in regraft/families.
     family: str
+    # Parameters by role, such as "attn.q.weight".
     parts: dict[str, Part]
+    # (config key, product of axes) pairs, such as ("hidden_size", "kv dim"). Read from left to
+    # right they give axis sizes (`solve`), from right to left config keys (`config_keys`).
     sizes: tuple[tuple[str, str], ...]
+    # Name of the attention module that a mixer replaces; "{}" stands for the layer.
     slot: str
+    # Values of config keys that are missing or null; a function gets the config filled so far.
     defaults: dict[str, Any] = field(default_factory=dict)
+    # Sizes of axes that no config key sets, such as {"group": 1} without grouped queries.
     fixed: dict[str, int] = field(default_factory=dict)
+    # Name prefix found in files -> prefix in the model's state dict.
     aliases: dict[str, str] = field(default_factory=dict)
+    # Name prefix in the state dict -> prefix under which the family's class writes it.
     filed: dict[str, str] = field(default_factory=dict)
+    # Regular expression over a tensor's whole name -> why such tensors are dropped.
     ignored: dict[str, str] = field(default_factory=dict)
+    # Config key of the norms' epsilon.
     eps: str = "rms_norm_eps"
+    # Whether queries and keys are rotated by position (in the half-split layout).
     rotary: bool = True
-    scale: Callable[[Config, int, int], float] = _default_softmax_scale
-    prefix: Callable[[Config], str] = _no_prefix
-    finish: Callable[[Config], dict[str, Any]] = _no_keys
+    # (config, head dim, layer) -> factor on the attention logits.
+    scale: Callable[[Config, int, int], float] = softmax_scale
+    # Config -> name prefix that fills "{p}" in the names of parts.
+    prefix: Callable[[Config], str] = no_prefix
+    # Config with new sizes -> further keys that must change with them. It may refuse the sizes
+    # with a RegraftError.
+    finish: Callable[[Config], dict[str, Any]] = no_keys
+    # Config -> the same settings under keys that older releases of transformers read.
     older: Callable[[Config], dict[str, Any]] = older_rope_keys
-    bridge: Callable[[Config], str | None] = _no_bridge
+    # Config -> family that can hold shapes this class cannot (used by --bridge); None: none can.
+    bridge: Callable[[Config], str | None] = no_bridge
+    # Config keys whose value is a list with one entry per layer.
     layer_lists: tuple[str, ...] = ()
+    # (key, divisor key): the class requires the first to be a multiple of the second.
     divides: tuple[tuple[str, str], ...] = ()
+    # Axis -> number that its size must be a multiple of.
     multiples: dict[str, int] = field(default_factory=dict)
+    # Whether embeddings are multiplied by sqrt(hidden).
     embed_scale: bool = False
+    # Whether it is a decoder, in which a token attends only to earlier ones.
     causal: bool = True
+    # What the model reads: "tokens" or "pixels".
     inputs: str = "tokens"
+    # Config key that names the MLP's activation function.
     activation: str = "hidden_act"
+    # Config key of the number of experts a token is sent to; empty without experts.
     routed: str = ""
 
     def fill_defaults(self, config: Config) -> dict[str, Any]:
@@ -110,31 +118,43 @@ class Anatomy:
         return full
 
     def solve(self, config: Config) -> dict[str, int]:
-        """Axis sizes of a config. RegraftError when a key is missing, or the equations have no
-        whole solution.
+        """Axis sizes of a config.
+
+        RegraftError when a key is missing or no positive whole number, when the equations
+        contradict each other, or when they leave an axis open.
         """
         config = self.fill_defaults(config)
         sizes = dict(self.fixed)
+
+        # An equation with one unknown axis gives that axis. One with several waits for a later
+        # round, when the others have filled some in.
         waiting = list(self.sizes)
         while waiting:
-            left = [pair for pair in waiting if not self._solve_one(config, *pair, sizes)]
-            if len(left) == len(waiting):
+            unsolved = [pair for pair in waiting if not self._solve_one(config, *pair, sizes)]
+            if len(unsolved) == len(waiting):
                 raise RegraftError(
-                    f"{self.family} table leaves axes of '{left[0][1]}' open: add a config key to"
-                    " `sizes`"
+                    f"{self.family} table leaves axes of '{unsolved[0][1]}' open: "
+                    "add a config key to `sizes`"
                 )
-            waiting = left
+            waiting = unsolved
+
         return sizes
 
     def _solve_one(self, config: Config, key: str, text: str, sizes: dict[str, int]) -> bool:
+        """Solve config[key] == product of the axes in `text`, adding to `sizes`.
+
+        Returns whether it could be solved: False while two or more axes are unknown.
+        """
         value, axes = config.get(key), text.split()
         if not isinstance(value, int) or value < 1:
             raise RegraftError(
                 f"{self.family} config has {key} = {value!r}: it must be a positive whole number"
             )
+
         unknown = [axis for axis in axes if axis not in sizes]
         if len(unknown) > 1:
             return False
+
         known = product(tuple(axis for axis in axes if axis in sizes), sizes)
         if not unknown and known != value:
             raise RegraftError(
@@ -142,16 +162,18 @@ class Anatomy:
             )
         if unknown and value % known:
             raise RegraftError(
-                f"{self.family} config has {key} = {value}, not a multiple of {known} (of {text}):"
-                " fix it"
+                f"{self.family} config has {key} = {value}, not a multiple of {known} "
+                f"(of {text}): fix it"
             )
         if unknown:
             sizes[unknown[0]] = value // known
         return True
 
     def config_keys(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """The inverse of `solve`: config keys of axis sizes. RegraftError when two equations
-        disagree.
+        """Config keys for axis sizes, the inverse of `solve`.
+
+        RegraftError when two products share a key and differ, such as `hidden` and `kv dim` in
+        GPT-2's `n_embd`.
         """
         keys: dict[str, tuple[int, str]] = {}
         for key, text in self.sizes:
@@ -159,39 +181,45 @@ class Anatomy:
             if key in keys and keys[key][0] != value:
                 other, axes = keys[key]
                 raise RegraftError(
-                    f"{self.family} has one key {key} for {axes} ({other}) and {text} ({value}):"
-                    " grow them together"
+                    f"{self.family} has one key {key} for {axes} ({other}) and {text} ({value}): "
+                    "grow them together"
                 )
             keys[key] = (value, text)
         return {key: value for key, (value, _) in keys.items()}
 
     def place(self, config: Config) -> dict[Key, PlacedPart]:
-        """Every parameter of a model of this config by (role, layer); layer is None outside the
-        stack.
+        """Every parameter of a model with this config, by (role, layer).
+
+        The layer is None outside the stack. Experts have a role each: "mlp.{e}.up.weight" becomes
+        "mlp.0.up.weight" and so on.
         """
         full, sizes = self.fill_defaults(config), self.solve(config)
         placed: dict[Key, PlacedPart] = {}
         prefix = self.prefix(full)
+
         for role, part in self.parts.items():
-            if part.is_present(full):
-                shape = part.axes.shape(sizes, part.stored)
-                layers = range(sizes["depth"]) if "{}" in part.name else (None,)
-                for layer in layers:
-                    for e in range(sizes["expert"]) if "{e}" in part.name else (0,):
-                        name = part.name.format(layer, e=e, p=prefix)
-                        placed[role.format(e=e), layer] = PlacedPart(name, part, shape)
+            if not part.is_present(full):
+                continue
+            shape = part.axes.shape(sizes, part.stored)
+            layers = range(sizes["depth"]) if "{}" in part.name else (None,)
+            experts = range(sizes["expert"]) if "{e}" in part.name else (0,)
+            for layer in layers:
+                for expert in experts:
+                    name = part.name.format(layer, e=expert, p=prefix)
+                    placed[role.format(e=expert), layer] = PlacedPart(name, part, shape)
+
         return placed
 
     def untie_embeddings(self, config: Config) -> Config:
-        """The config of the same model with a head of its own."""
+        """The config of the same model with an output embedding of its own."""
         return dict(config) | {"tie_word_embeddings": False}
 
     def host(self, config: Config) -> Anatomy:
-        """The family whose norms, positions and constraints count: this one, for stock families."""
+        """The stock family that the model is built from: this one, unless it is linearized."""
         return self
 
     def host_config(self, config: Config) -> Config:
-        """The config of that family."""
+        """The config of the stock family `host`."""
         return config
 
     def resize_config(
@@ -201,48 +229,71 @@ class Anatomy:
         order: Sequence[int] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The config of a model with other axis sizes, whose layer i takes per-layer settings from
-        layer `order[i]`; `extra` keys are set as well.
+        """The config of a model with other axis sizes, or other layers.
 
-        Keys that equal the family's default and were not there stay away. RegraftError when the
-        family cannot hold it.
+        Args:
+            config: the config as it is.
+            sizes: all axis sizes of the new model.
+            order: for each new layer, the old layer whose per-layer settings it takes; None when
+                the layers stay.
+            extra: keys that are set as well.
+
+        RegraftError when the family cannot hold the sizes.
         """
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
         for key in self.layer_lists:
             if order is not None and isinstance(full.get(key), list):
                 keys[key] = [full[key][layer] for layer in order]
+
+        # `finish` sees the derived keys ("_..."); only after it may they go.
         keys |= self.finish(full | keys)
-        for whole, part in self.divides:
-            if keys[whole] % keys[part]:
+        self._check_divisors(config, keys)
+        self._check_multiples(sizes)
+        written = {key: value for key, value in keys.items() if not key.startswith("_")}
+
+        return dict(config) | self._drop_defaults(config, written) | dict(extra or {})
+
+    def _check_divisors(self, config: Config, keys: Mapping[str, Any]) -> None:
+        """RegraftError when the class requires a multiple and does not get one."""
+        for key, divisor_key in self.divides:
+            value, divisor = keys[key], keys[divisor_key]
+            if value % divisor:
+                below, above = value // divisor * divisor, -(-value // divisor) * divisor
                 raise RegraftError(
-                    f"{self.family} wants {whole} to be a multiple of {part}, got {keys[whole]} and"
-                    f" {keys[part]}: choose {keys[whole] // keys[part] * keys[part]} or"
-                    f" {-(-keys[whole] // keys[part]) * keys[part]}" + self.bridge_hint(config)
+                    f"{self.family} wants {key} to be a multiple of {divisor_key}, "
+                    f"got {value} and {divisor}: choose {below} or {above}"
+                    + self.bridge_hint(config)
                 )
+
+    def _check_multiples(self, sizes: Mapping[str, int]) -> None:
+        """RegraftError when an axis is not a multiple of what the class needs."""
         for axis, step in self.multiples.items():
             if sizes[axis] % step:
-                near = sizes[axis] // step * step
+                below = sizes[axis] // step * step
                 raise RegraftError(
-                    f"{self.family} needs {axis} to be a multiple of {step}, got {sizes[axis]}: use"
-                    f" {near or step} or {near + step}"
+                    f"{self.family} needs {axis} to be a multiple of {step}, got {sizes[axis]}: "
+                    f"use {below or step} or {below + step}"
                 )
-        written = {key: value for key, value in keys.items() if not key.startswith("_")}
-        bare = self.fill_defaults(
-            {
-                k: v
-                for k, v in (dict(config) | written).items()
-                if k in config or k in self.required_keys()
-            }
-        )
-        kept = {
-            key: v
-            for key, v in written.items()
-            if config.get(key) is not None or bare.get(key) != v
+
+    def _drop_defaults(self, config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
+        """`written` without keys that `config` lacks and whose value the defaults give anyway."""
+        # What a reader would get from the required keys and the keys that the config has.
+        required = self.required_keys()
+        stated = {
+            key: value
+            for key, value in (dict(config) | dict(written)).items()
+            if key in config or key in required
         }
-        return dict(config) | kept | dict(extra or {})
+        implied = self.fill_defaults(stated)
+
+        return {
+            key: value
+            for key, value in written.items()
+            if config.get(key) is not None or implied.get(key) != value
+        }
 
     def bridge_hint(self, config: Config) -> str:
-        """How to get around a constraint of the class, for the end of an error message."""
+        """The end of an error message: --bridge, if another family can hold the shape."""
         name = self.bridge(self.fill_defaults(config))
         return f", or --bridge to write it as {name}" if name else ""
 
@@ -251,7 +302,7 @@ class Anatomy:
         return {key for key, _ in self.sizes if key not in self.defaults}
 
     def canonical_name(self, name: str) -> str:
-        """The model's name of a tensor found in a file."""
+        """The state-dict name of a tensor found in a file."""
         return _replace_prefix(name, self.aliases)
 
     def name_in_file(self, name: str) -> str:
@@ -259,22 +310,27 @@ class Anatomy:
         return _replace_prefix(name, self.filed)
 
     def reason_to_drop(self, name: str, config: Config) -> str | None:
-        """Why a tensor of a file is not a parameter of the model, or None."""
+        """Why a tensor of a file is dropped; None when it is not known to be superfluous.
+
+        Args:
+            name: the tensor's name in the state dict.
+            config: the model's config, which says whether the head is tied.
+        """
         for pattern, reason in self.ignored.items():
             if re.fullmatch(pattern, name):
                 return reason
+
         head = self.parts.get("head.weight")
         tied = self.fill_defaults(config).get("tie_word_embeddings")
-        return (
-            "tied: the config shares it with the embedding"
-            if head and tied and name == head.name
-            else None
-        )
+        if head and tied and name == head.name:
+            return "tied: the config shares it with the embedding"
+        return None
 
-    def attention(self, config: Config, layer: int) -> dict[str, Any]:
-        """A layer's attention: the arguments of `mixers.base.Attention`."""
+    def attention(self, config: Config, layer: int) -> AttentionFields:
+        """The attention of a layer, as arguments of `mixers.base.Attention`."""
         full, sizes = self.fill_defaults(config), self.solve(config)
         roles = {role for role, part in self.parts.items() if part.is_present(full)}
+        # Fused parts stand for the roles packed into them: "attn.qkv.bias" for "attn.q.bias".
         roles |= {
             f"{name}.{role.rpartition('.')[2]}" for role in roles for name in self.parts[role].fused
         }
@@ -291,9 +347,7 @@ class Anatomy:
         }
 
     def write_extras(self, directory: str, config: Config) -> None:
-        """Write what a saved model of this family needs beside config and weights: nothing for
-        stock families.
-        """
+        """Write further files that a saved model needs: none, unless it is linearized."""
 
 
 def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
@@ -304,14 +358,15 @@ def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def list_families() -> list[str]:
-    """The model types that have a file in regraft/families."""
+    """The model types that have a table, which are the files in regraft/families."""
     package = importlib.import_module("regraft.families")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 def find_anatomy(config: Config) -> Anatomy:
-    """The anatomy of a config's `model_type`; RegraftError names the file to write when there is
-    none.
+    """The table for a config's `model_type`.
+
+    RegraftError when there is none, naming the file to write.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in list_families():

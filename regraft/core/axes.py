@@ -14,56 +14,73 @@ from torch import Tensor
 from ..errors import RegraftError
 
 AXES = frozenset(
-    "vocab hidden ffn kv group dim depth pos one two three expert kernel type label pool channel"
-    " patch".split()
+    (
+        "vocab hidden ffn kv group dim depth pos one two three "
+        "expert kernel type label pool channel patch"
+    ).split()
 )
-TABLES = frozenset(("vocab", "pos", "type"))  # a map that reads one of them is looked up
-UNITS = {"one": 1, "two": 2, "three": 3}
-Axes = tuple[str, ...]
-Sizes = Mapping[str, int]
+TABLES = frozenset(("vocab", "pos", "type"))  # a map from one of these is a table of embeddings
+UNITS = {"one": 1, "two": 2, "three": 3}  # axes whose size is their name
+Axes = tuple[str, ...]  # a product of axes: ("kv", "dim") has kv * dim coordinates
+Sizes = Mapping[str, int]  # axis -> number of coordinates
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a parameter is, over named axes.
+    """What a parameter computes, over named axes.
 
-    `kind` is map ("a b -> c d", stacked outputs "a -> b + c"), bias ("-> c"), gain of a norm ("gain
-    hidden", or "1+gain hidden" stored minus one, `unit`), scale ("scale hidden": a factor per
-    coordinate) or plain ("kv group dim dim": one dimension per axis, heads `kv group` being one).
-    `inputs` is empty except for maps. A number is an axis of that size, which never grows.
+    | text                     | kind  | meaning                                              |
+    |--------------------------|-------|------------------------------------------------------|
+    | "hidden -> kv group dim" | map   | a matrix or table; its outputs are heads times dim   |
+    | "hidden -> ffn + ffn"    | map   | several maps of the same input, stacked              |
+    | "-> kv dim"              | bias  | added to the output of a map                         |
+    | "gain hidden"            | gain  | a norm's factors                                     |
+    | "1+gain hidden"          | gain  | the same, stored minus one (`unit`)                  |
+    | "scale hidden"           | scale | a factor per coordinate                              |
+    | "kv group dim dim"       | plain | a tensor with a dimension per axis; heads are one    |
+
+    A number in a signature is an axis of that size, which never grows.
     """
 
+    # The signature as written.
     text: str
+    # See the table above.
     kind: Literal["map", "bias", "gain", "scale", "plain"]
+    # Axes before the arrow; empty except for maps.
     inputs: Axes
+    # Products of axes after the arrow, one per stacked map.
     outputs: tuple[Axes, ...]
+    # Whether a gain is stored minus one.
     unit: bool = False
 
     def dims(self, stored: str = "out in") -> tuple[tuple[Axes, ...], ...]:
-        """Per stored dimension, the axis products that are stacked along it."""
+        """For each stored dimension, the axis products that are stacked along it.
+
+        Args:
+            stored: order of a map's dimensions, "out in" or "in out".
+        """
         if self.kind == "plain":
             return tuple((axes,) for axes in _join_head_axes(self.outputs[0]))
         if self.kind != "map":
             return (self.outputs,)
-        return (
-            (self.outputs, (self.inputs,)) if stored == "out in" else ((self.inputs,), self.outputs)
-        )
+        if stored == "out in":
+            return (self.outputs, (self.inputs,))
+        return ((self.inputs,), self.outputs)
 
     def shape(self, sizes: Sizes, stored: str = "out in") -> tuple[int, ...]:
-        """The tensor's shape under axis sizes."""
+        """The stored tensor's shape for these axis sizes."""
         return tuple(sum(product(axes, sizes) for axes in stack) for stack in self.dims(stored))
 
     def piece(self, index: int) -> Signature:
-        """Signature of the index-th of several fused maps: its own outputs, without the axis
-        `three`.
-        """
+        """Signature of the index-th of several fused maps (see `fused`)."""
+        # Stacked maps have an output each; interleaved ones share theirs, with an axis `three`.
         outputs = self.outputs[index] if len(self.outputs) > 1 else self.outputs[0]
-        return Signature(
-            self.text, self.kind, self.inputs, (tuple(axis for axis in outputs if axis != "three"),)
-        )
+        own = tuple(axis for axis in outputs if axis != "three")
+        return Signature(self.text, self.kind, self.inputs, (own,))
 
 
 def _join_head_axes(axes: Axes) -> list[Axes]:
+    """One product per axis, except that "kv group" is one dimension: the query heads."""
     dims: list[Axes] = []
     for axis in axes:
         if axis == "group" and dims[-1:] == [("kv",)]:
@@ -82,49 +99,60 @@ def product(axes: Axes, sizes: Sizes) -> int:
 
 @lru_cache
 def parse_signature(text: str) -> Signature:
-    """Parse a signature; RegraftError quotes it when an axis is unknown or nothing is left."""
+    """Parse a signature.
+
+    RegraftError, quoting it, when an axis is unknown or it names no output.
+    """
     body, arrow, right = text.partition("->")
-    head = body.split()
-    unit = head[:1] == ["1+gain"]
-    gain = unit or head[:1] in (["gain"], ["scale"])
-    inputs = tuple(head[1:] if gain else head)
+    left = body.split()
+    unit = left[:1] == ["1+gain"]
+    per_coordinate = unit or left[:1] in (["gain"], ["scale"])  # a word, then the axes
+
+    inputs = tuple(left[1:] if per_coordinate else left)
     outputs = tuple(tuple(part.split()) for part in right.split("+")) if arrow else (inputs,)
-    if unknown := [
-        axis for axes in (inputs, *outputs) for axis in axes if not (axis in AXES or axis.isdigit())
-    ]:
+
+    named = [axis for axes in (inputs, *outputs) for axis in axes]
+    if unknown := [axis for axis in named if not (axis in AXES or axis.isdigit())]:
         raise RegraftError(
             f"unknown axis '{unknown[0]}' in signature '{text}': use {', '.join(sorted(AXES))}"
         )
-    if not all(outputs) or (gain and arrow):
+    if not all(outputs) or (per_coordinate and arrow):
         raise RegraftError(
             f"signature '{text}' names no output: write 'a b -> c d', '-> c', 'gain c' or 'a b c'"
         )
+
     if arrow:
         return Signature(text, "map" if inputs else "bias", inputs, outputs)
-    kind: Literal["gain", "scale", "plain"] = (
-        "plain" if not gain else "scale" if head[0] == "scale" else "gain"
-    )
-    return Signature(text, kind, (), outputs, unit)
+    if not per_coordinate:
+        return Signature(text, "plain", (), outputs)
+    return Signature(text, "scale" if left[0] == "scale" else "gain", (), outputs, unit)
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """(E, R) on one axis: E puts old coordinates into the new space, R reads them back, R @ E == I.
+    """How one axis grows: the pair (E, R) of docs/concepts/expansions.md.
 
-    `index`: for every new coordinate the old one it copies, -1 when it copies none. `share`: how
-    much readers take of it, summing to one over the copies of an old coordinate. Of a coordinate
-    that copies none, one side is `free` (its numbers do not matter: "writes" or "reads") and the
-    other holds zeros, so that it does nothing and still learns. `pairs`: such coordinates come in
-    twos that are written alike and read with opposite signs. `following`: values of further copies
-    come from the next layer (AKI), which gives up exactness.
+    E (new, old) writes old coordinates into the larger space, R (old, new) reads them back, and
+    R E = I, so that a reader behind the larger space gets what it got before. Each new coordinate
+    copies one old coordinate, or none. Of a coordinate that copies none, one side is free to hold
+    any numbers and the other holds zeros: it changes nothing, and it can still learn.
     """
 
+    # Name of the operator that built it, such as "tile".
     name: str
+    # Size of the axis before growth.
     old: int
+    # For each new coordinate the old one that it copies, or -1: (new,), integers.
     index: Tensor
+    # How much of each new coordinate readers take: (new,). Sums to one over the copies of an old
+    # coordinate.
     share: Tensor
+    # Which side of coordinates that copy none is free: what "writes" them or what "reads" them.
     free: Literal["writes", "reads"] = "writes"
+    # Coordinates that copy none come in twos, written alike and read with opposite signs, so that
+    # the two cancel.
     pairs: bool = False
+    # Further copies take their values from the next layer (bert2BERT's AKI); this is not exact.
     following: bool = False
 
     @property
@@ -134,22 +162,25 @@ class Expansion:
 
     @property
     def new_coordinates(self) -> Tensor:
-        """Coordinates that copy none, (count,)."""
+        """Coordinates that copy none: (count,), integers."""
         return (self.index < 0).nonzero()[:, 0]
 
     @property
     def write_matrix(self) -> Tensor:
-        """E as a matrix (new, old)."""
+        """E: (new, old), ones and zeros."""
         return (self.index[:, None] == torch.arange(self.old)).double()
 
     @property
     def read_matrix(self) -> Tensor:
-        """R as a matrix (old, new)."""
+        """R: (old, new), the shares in place of E's ones."""
         return (self.write_matrix * self.share[:, None]).T
 
     @property
     def copies(self) -> int | None:
-        """How many copies every old coordinate has, c in E^T E = c I; None when they differ."""
+        """How many copies each old coordinate has; None when the counts differ.
+
+        It is c in E^T E = c I. Only when it is the same for all does a norm stay exact.
+        """
         counts = torch.bincount(self.index[self.index >= 0], minlength=self.old)
         return int(counts[0]) if bool((counts == counts[0]).all()) else None
 
@@ -165,20 +196,28 @@ class Expansion:
 
     @property
     def in_place(self) -> bool:
-        """Whether old coordinates keep their places and each has one copy."""
+        """Whether old coordinates keep their positions and have no further copies."""
         return self.copies == 1 and self.starts_with_old
 
     def paired_coordinates(self) -> tuple[Tensor, Tensor]:
-        """First and second members of the pairs; both empty without `pairs`."""
-        fresh = self.new_coordinates if self.pairs else self.new_coordinates[:0]
-        half = len(fresh) // 2
-        return fresh[:half], fresh[half : 2 * half]
+        """First and second members of the pairs: (pairs,) each, empty without `pairs`."""
+        added = self.new_coordinates if self.pairs else self.new_coordinates[:0]
+        half = len(added) // 2
+        return added[:half], added[half : 2 * half]  # an odd one out has no partner
 
 
 def build_expansion(
     name: str, old: int, index: Tensor, share: Tensor | None = None, **fields: Any
 ) -> Expansion:
-    """The expansion of an index map; without `share` every copy is read as much as the others."""
+    """An expansion from the old coordinate of each new one.
+
+    Args:
+        name: name of the operator.
+        old: size of the axis before growth.
+        index: for each new coordinate the old one that it copies, or -1: (new,).
+        share: how much of each is read: (new,). None: copies of a coordinate share evenly.
+        fields: further fields of `Expansion`.
+    """
     if share is None:
         counts = torch.bincount(index[index >= 0], minlength=old).double()
         share = torch.where(index < 0, 0.0, 1 / counts[index.clamp(min=0)])
@@ -193,8 +232,9 @@ def identity(size: int) -> Expansion:
 def pad(
     old: int, new: int, free: Literal["writes", "reads"] = "writes", pairs: bool = False
 ) -> Expansion:
-    """New coordinates behind the old ones that do nothing yet (composable expansions, arXiv
-    2308.06103).
+    """New coordinates behind the old ones that do nothing yet.
+
+    This is what composable expansions (arXiv 2308.06103) do.
     """
     _check_grows("pad", old, new)
     index = torch.cat([torch.arange(old), torch.full((new - old,), -1)])
@@ -202,51 +242,60 @@ def pad(
 
 
 def place(old: int, new: int, index: Tensor) -> Expansion:
-    """Old coordinate i goes to `index[i]`; the others are new."""
+    """Old coordinate i moves to `index[i]`; the other coordinates are new and copy none."""
     _check_grows("place", old, new)
-    back = torch.full((new,), -1)
-    back[index] = torch.arange(old)
-    return build_expansion("place", old, back)
+    copied = torch.full((new,), -1)
+    copied[index] = torch.arange(old)
+    return build_expansion("place", old, copied)
 
 
 def repeat(old: int, times: int) -> Expansion:
-    """Each coordinate `times` times in a row: how grouped key/value heads serve their queries
-    (arXiv 2305.13245).
+    """Each coordinate `times` times in a row.
+
+    Grouped key/value heads serve their queries this way (arXiv 2305.13245).
     """
-    return build_expansion(
-        "repeat", old, torch.arange(old).repeat_interleave(_check_times("repeat", times))
-    )
+    if times < 1:
+        raise RegraftError(f"repeat needs at least one copy, got {times}: give times >= 1")
+    return build_expansion("repeat", old, torch.arange(old).repeat_interleave(times))
 
 
 def tile(old: int, new: int) -> Expansion:
-    """The whole axis several times, one copy after the other (HyperCloning, arXiv 2409.12903)."""
+    """The whole axis several times, one copy after the other (HyperCloning, arXiv 2409.12903).
+
+    RegraftError when `new` is not a multiple of `old`.
+    """
     if new < old or new % old:
         near = sorted({max(new // old, 1) * old, -(-max(new, 1) // old) * old})
         raise RegraftError(
-            f"tile makes whole copies: {new} is no multiple of {old}; use"
-            f" {' or '.join(map(str, near))}, or --width-init lemon"
+            f"tile makes whole copies: {new} is no multiple of {old}; "
+            f"use {' or '.join(map(str, near))}, or --width-init lemon"
         )
     return build_expansion("tile", old, torch.arange(old).repeat(new // old))
 
 
 def duplicate(old: int, new: int, seed: int = 0, following: bool = False) -> Expansion:
-    """All old coordinates once, then copies drawn at random, shared evenly (Net2Net, arXiv
-    1511.05641; bert2BERT's function-preserving initialisation, arXiv 2110.07143; with `following`
-    its advanced knowledge initialisation).
+    """All old coordinates once, then copies of random ones; copies share evenly.
+
+    Net2Net (arXiv 1511.05641) and bert2BERT's function-preserving initialisation (FPI, arXiv
+    2110.07143); with `following` bert2BERT's advanced knowledge initialisation (AKI).
     """
     _check_grows("duplicate", old, new)
     generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(old, generator=generator) for _ in range(-(-(new - old) // old))]
-    index = torch.cat([torch.arange(old), *rounds])[:new]
+    # Whole permutations, cut at the end, so that no coordinate gets two more copies than another.
+    shuffles = [torch.randperm(old, generator=generator) for _ in range(-(-(new - old) // old))]
+    index = torch.cat([torch.arange(old), *shuffles])[:new]
     return build_expansion("duplicate", old, index, following=following)
 
 
 def split(old: int, new: int, seed: int = 0) -> Expansion:
-    """Old coordinates copied in turn, shared unevenly so that copies separate (LEMON, arXiv
-    2310.07999: circular copies with unequal fan-out).
+    """Old coordinates copied in turn, with uneven shares (LEMON, arXiv 2310.07999).
+
+    Copies that are read unevenly get different gradients, so that training separates them.
     """
     _check_grows("split", old, new)
     index = torch.arange(new) % old
+
+    # Weights in (0.5, 1.5) before normalization: no copy is read with a share near zero.
     weight = 0.5 + torch.rand(
         new, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -255,8 +304,9 @@ def split(old: int, new: int, seed: int = 0) -> Expansion:
 
 
 def rounds(old: int, new: int, free: Literal["writes", "reads"] = "reads") -> Expansion:
-    """As many whole copies as fit, then new coordinates that hold nothing (LEMON on the residual
-    stream).
+    """As many whole copies as fit, then coordinates that copy none.
+
+    LEMON (arXiv 2310.07999) grows the residual stream this way.
     """
     _check_grows("rounds", old, new)
     index = torch.cat([torch.arange(old).repeat(new // old), torch.full((new % old,), -1)])
@@ -270,25 +320,29 @@ def _check_grows(name: str, old: int, new: int) -> None:
         )
 
 
-def _check_times(name: str, times: int) -> int:
-    if times < 1:
-        raise RegraftError(f"{name} needs at least one copy, got {times}: give times >= 1")
-    return times
-
-
 def broadcast_axes(value: Tensor, source: Axes, target: Axes, sizes: Sizes) -> Tensor:
-    """Broadcast the leading dimension of `value` over the axes of `target` that `source` lacks.
+    """Broadcast the first dimension of `value` over axes of `target` that `source` lacks.
 
-    value: (product of source, ...) -> (product of target, ...). For 'kv dim' -> 'kv group dim'
-    every key/value head is repeated for its queries, head by head: `repeat` on the missing axis of
-    size one. RegraftError when axes of `source` have nowhere to go or change order.
+    Args:
+        value: (product of `source`, ...).
+        source: axes of the first dimension.
+        target: the same axes in the same order, with others between. From "kv dim" to
+            "kv group dim" each key/value head is repeated for its queries, as `repeat` does.
+        sizes: axis sizes.
+
+    Returns:
+        (product of `target`, ...).
+
+    RegraftError when `target` lacks axes of `source` or has them in another order.
     """
     if tuple(axis for axis in target if axis in source) != source:
         missing = [axis for axis in source if axis not in target] or list(source)
         raise RegraftError(
-            f"cannot inherit '{' '.join(target)}' from '{' '.join(source)}': axes {missing} have"
-            " nowhere to go"
+            f"cannot inherit '{' '.join(target)}' from '{' '.join(source)}': "
+            f"axes {missing} have nowhere to go"
         )
+
+    # A dimension per axis of `target`, of size one where `source` lacks it. Repeat along those.
     rest = value.shape[1:]
     value = value.reshape(*[sizes[axis] if axis in source else 1 for axis in target], *rest)
     for index, axis in enumerate(target):

@@ -1,5 +1,6 @@
-"""A model as config plus promises of tensors: opened from headers, changed without computing, saved
-shard by shard.
+"""A model as a config and lazy tensors.
+
+Opening reads headers only, steps compute nothing, and saving computes one tensor after another.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ from torch import Tensor
 
 from ..errors import RegraftError
 from ..io import gguf, safetensors, shard_writer
-from ..io.files import read_json, sha256, write_json
+from ..io.files import sha256, write_json
 from . import lineage
-from .anatomy import Anatomy, Config, Key, Part, PlacedPart, find_anatomy
-from .axes import Signature, product
+from .anatomy import Anatomy, Config, Key, Part, find_anatomy
+from .axes import Signature
+from .fused import fused_index, output_first, read_fused
+from .lazy import LazyTensor, Provenance
+from .model_files import find_unclaimed, open_tensor, read_model_config, read_model_entries
 
+__all__ = ["Checkpoint", "Holds", "LazyTensor", "Provenance", "with_older_keys"]
+
+# Files of a model directory that are copied to the output as they are.
 SIDECARS = (
     "tokenizer*",
     "vocab.*",
@@ -36,72 +43,54 @@ SIDECARS = (
     "LICENSE*",
 )
 Holds = Literal["weights", "exp_avg", "exp_avg_sq"]
-SHARD = 500_000_000
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where numbers come from: `kind` is copied, grown, broadcast, zero or fresh; `sources` are
-    tensor names.
-    """
-
-    kind: str
-    sources: tuple[str, ...] = ()
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A promise of a tensor: nothing is computed before `read()`."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    story: Provenance
-    read: Callable[[], Tensor] = field(repr=False)
-
-    @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size when saved."""
-        return self.size * self.dtype.itemsize
+SHARD = 500_000_000  # bytes in a file of weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A config and `{(role, layer): Lazy}`, immutable; layer is None outside the stack.
+    """A config and its tensors by (role, layer), immutable.
 
-    `tensors` hold values as stored, `names` their state-dict names; `checkpoint[role, layer]` is in
-    output-first order and takes fused parts apart. `holds`: weights, or Adam's moments of them
-    under the same names. `origin` is what was opened, `path` the directory with its tokenizer and
-    other files.
+    The layer is None outside the stack. `tensors[key]` is a tensor as stored;
+    `checkpoint[role, layer]` has its outputs first and also finds maps inside fused tensors.
     """
 
+    # What was opened: a model directory or a GGUF file.
     origin: Path
+    # The content of config.json.
     config: dict[str, Any]
+    # The table of its family.
     anatomy: Anatomy
+    # Axis sizes of the config.
     sizes: dict[str, int]
+    # Tensors as stored.
     tensors: dict[Key, LazyTensor]
+    # Their names in the model's state dict.
     names: dict[Key, str]
+    # The directory that was opened; None for a GGUF file that is not converted yet (see `path`).
     folder: Path | None
+    # Tensors of the files that are no parameters: name -> why they are dropped.
     dropped: dict[str, str] = field(default_factory=dict)
+    # Steps that led here from the pretrained model, as in lineage.json (see `lineage.StepEntry`).
     history: tuple[dict[str, Any], ...] = ()
+    # Whether values come from this process (training), so that no fingerprint of files and steps
+    # identifies them.
     in_memory: bool = False
+    # What the tensors are: the weights, or one of Adam's moments under the weights' names.
     holds: Holds = "weights"
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a model directory or a GGUF file, reading headers only. RegraftError when something
-        does not fit.
+        """Open a model directory or a GGUF file, reading headers only.
+
+        RegraftError when a file is missing or damaged, when the family is unknown, or when config
+        and tensors do not belong together.
         """
         origin = Path(path)
         if not origin.exists():
             raise RegraftError(
                 f"no model at '{path}': give a Hugging Face model directory or a GGUF file"
             )
+
         file = gguf.find_gguf_file(origin)
         folder = gguf.find_converted(file) if file else origin
         if folder is not None:
@@ -120,99 +109,122 @@ class Checkpoint:
         return self.sizes["depth"]
 
     def __getitem__(self, key: tuple[str, int | None]) -> LazyTensor:
-        """A tensor in output-first order; a fused part gives its piece. RegraftError lists the
-        roles there are.
+        """A tensor with its outputs first; of a fused tensor the map that the role names.
+
+        RegraftError, listing the roles, when there is none.
         """
         role, layer = key
         placed = self.anatomy.place(self.config)
+
         if key in self.tensors:
             lazy, part = self.tensors[key], placed[key].part
             if part.stored == "out in" or part.axes.kind != "map":
                 return lazy
-            return replace(lazy, shape=lazy.shape[::-1], read=lambda: lazy.read().T)
-        for (fused, at), spot in placed.items():
-            base, _, ending = role.rpartition(".")
-            if at == layer and fused.endswith(f".{ending}") and base in spot.part.fused:
-                return _split_fused(
-                    self.tensors[fused, at], spot.part, spot.part.fused.index(base), self.sizes
-                )
+            return replace(
+                lazy, shape=lazy.shape[::-1], read=lambda: output_first(lazy.read(), part)
+            )
+
+        for (fused_role, at), fused in placed.items():
+            index = fused_index(role, fused.part, fused_role)
+            if at == layer and index is not None:
+                return _open_fused(self.tensors[fused_role, at], fused.part, index, self.sizes)
+
         roles = ", ".join(sorted({role for role, _ in self.tensors}))
         raise RegraftError(
             f"{self.anatomy.family} has no '{role}' in layer {layer}: use one of {roles}"
         )
 
     def part(self, role: str) -> Part | None:
-        """The table's part for a role, fused ones included; None when the family has none."""
-        base, _, ending = role.rpartition(".")
+        """The part that holds a role, alone or fused with others; None when there is none."""
         for name, part in self.anatomy.parts.items():
-            if name == role or (base in part.fused and name.endswith(f".{ending}")):
+            if name == role or fused_index(role, part, name) is not None:
                 return part
         return None
 
     def signature(self, role: str) -> Signature:
-        """The signature of a role as `checkpoint[role, layer]` gives it."""
+        """The signature of `checkpoint[role, layer]`; RegraftError when there is no such role."""
         part = self.part(role)
         if part is None:
             raise RegraftError(
-                f"{self.anatomy.family} has no part '{role}': use one of"
-                f" {', '.join(self.anatomy.parts)}"
+                f"{self.anatomy.family} has no part '{role}': "
+                f"use one of {', '.join(self.anatomy.parts)}"
             )
         base = role.rpartition(".")[0]
         return part.axes.piece(part.fused.index(base)) if base in part.fused else part.axes
 
     def with_values(self, values: Mapping[str, Tensor], step: dict[str, Any]) -> Checkpoint:
-        """The same model with other values by tensor name (a trained state dict) and one more step
-        in its history.
+        """The same model with other values and one more step in its history.
+
+        Args:
+            values: a state dict with every tensor, such as that of the trained model.
+            step: the step that made the values (see `lineage.StepEntry`).
+
+        RegraftError when a tensor is missing or has another shape.
         """
         tensors = dict(self.tensors)
         for key, name in self.names.items():
             if name not in values or tuple(values[name].shape) != tensors[key].shape:
                 got = tuple(values[name].shape) if name in values else "nothing"
                 raise RegraftError(
-                    f"new value of '{name}' is {got}, expected {tensors[key].shape}: pass the"
-                    " model's state dict"
+                    f"new value of '{name}' is {got}, expected {tensors[key].shape}: "
+                    "pass the model's state dict"
                 )
-            tensors[key] = replace(
-                tensors[key], read=_constant_reader(values[name], tensors[key].dtype)
-            )
+            # A function makes the reader: a lambda here would see the last name of the loop.
+            read = _constant_reader(values[name], tensors[key].dtype)
+            tensors[key] = replace(tensors[key], read=read)
+
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
     def with_readers(
         self, reads: Mapping[str, Callable[[], Tensor]], step: dict[str, Any]
     ) -> Checkpoint:
-        """Like `replaced`, but only the named tensors have other values, which are read when they
-        are saved.
+        """Like `with_values` for some tensors, whose values are read when they are saved.
+
+        Args:
+            reads: functions that return the new value, by the tensor's name.
+            step: the step that made the values (see `lineage.StepEntry`).
+
+        RegraftError when the model has no tensor of such a name.
         """
-        places = {name: key for key, name in self.names.items()}
-        if strange := sorted(set(reads) - set(places)):
+        keys = {name: key for key, name in self.names.items()}
+        if unknown := sorted(set(reads) - set(keys)):
             raise RegraftError(
-                f"'{self.origin}' has no tensor '{strange[0]}': pass names that it has"
+                f"'{self.origin}' has no tensor '{unknown[0]}': pass names that it has"
             )
+
         tensors = dict(self.tensors)
         for name, read in reads.items():
-            tensors[places[name]] = replace(
-                tensors[places[name]], read=_cast_reader(read, tensors[places[name]].dtype)
-            )
+            lazy = tensors[keys[name]]
+            tensors[keys[name]] = replace(lazy, read=_cast_reader(read, lazy.dtype))
+
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
     def verify(self) -> None:
-        """Compare files with the hashes that lineage.json records, if it does; RegraftError names a
-        damaged file.
+        """Compare files with the hashes in lineage.json, where it has any.
+
+        RegraftError names the first file that is missing or damaged.
         """
         if self.folder is not None:
             lineage.verify(self.folder)
 
     def save(self, path: str | Path, overwrite: bool = False, shard_bytes: int = SHARD) -> None:
-        """Write a loadable directory with lineage.json, model card and tokenizer; whole or not at
-        all.
+        """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
 
         Tensors are computed and written one after the other. After Ctrl-C or a kill the same call
-        goes on from the shards that were finished. RegraftError when `path` exists and not
-        `overwrite`, or on a full disk.
+        resumes after the last file that was finished.
+
+        Args:
+            path: the directory to write.
+            overwrite: whether it may replace a model directory.
+            shard_bytes: size limit of a file of weights; one tensor may exceed it.
+
+        RegraftError when `path` exists and not `overwrite`, or when the disk is full.
         """
+        # Listed before anything is written: the output may replace the source's directory.
         sidecars = sorted(
             {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
         )
+
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
             shard_writer.new_directory(
@@ -220,16 +232,19 @@ class Checkpoint:
             ) as partial,
         ):
             folder = partial.path
-            filed = {
+            tensors = {
                 self.anatomy.name_in_file(self.names[key]): lazy
                 for key, lazy in self.tensors.items()
             }
-            shard_writer.write_weights(partial, filed, shard_bytes)
+            shard_writer.write_weights(partial, tensors, shard_bytes)
+
             for file in sidecars:
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.write_extras(str(folder), self.config)
             (folder / "README.md").write_text(lineage.format_model_card(self), encoding="utf-8")
+
+            # Last, since it records the other files. Shards were hashed while they were written.
             index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
             small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
             write_json(folder / lineage.FILE, lineage.build_lineage(self, partial.done | small))
@@ -237,138 +252,92 @@ class Checkpoint:
     def _start_fingerprint(
         self, shard_bytes: int, background: ThreadPoolExecutor
     ) -> Callable[[], str] | None:
-        return (
-            None
-            if self.in_memory
-            else background.submit(lineage.fingerprint, self, shard_bytes).result
-        )
+        """A function that waits for the fingerprint; None for values that have none."""
+        if self.in_memory:
+            return None
+        return background.submit(lineage.fingerprint, self, shard_bytes).result
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:
-    """The config plus the keys that older readers look for; what it says itself stays."""
+    """The config with the keys that older readers look for; keys it has itself stay."""
     return find_anatomy(config).older(config) | dict(config)
 
 
 def _open_folder(origin: Path, folder: Path) -> Checkpoint:
-    if not (folder / "config.json").is_file():
-        raise RegraftError(
-            f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
-        )
-    config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise RegraftError(
-            f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first"
-        )
+    """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
+    config = read_model_config(folder)
     anatomy = find_anatomy(config)
-    found: dict[str, safetensors.TensorEntry] = {}
-    for name, entry in safetensors.read_entries(folder).items():
-        if found.setdefault(anatomy.canonical_name(name), entry) is not entry:
-            raise RegraftError(
-                f"'{folder}' holds '{anatomy.canonical_name(name)}' under two names, '{name}' too:"
-                " remove one"
-            )
+    entries = read_model_entries(folder, anatomy)
     placed = anatomy.place(config)
+
     known = lineage.read_lineage(folder)
-    dropped = known.get("dropped", {}) | _find_unclaimed(found, placed, anatomy, config)
-    stories = {
+    dropped = known.get("dropped", {}) | find_unclaimed(entries, placed, anatomy, config)
+    provenances = {
         name: Provenance(kind, tuple(sources), note)
         for name, (kind, sources, note) in known.get("tensors", {}).items()
     }
-    tensors = {key: _open_tensor(found, spot, folder, stories) for key, spot in placed.items()}
-    names = {key: spot.name for key, spot in placed.items()}
-    history = tuple(known.get("steps", ()))
+
     return Checkpoint(
-        origin, config, anatomy, anatomy.solve(config), tensors, names, folder, dropped, history
+        origin,
+        config,
+        anatomy,
+        anatomy.solve(config),
+        {
+            key: open_tensor(entries, parameter, folder, provenances)
+            for key, parameter in placed.items()
+        },
+        {key: parameter.name for key, parameter in placed.items()},
+        folder,
+        dropped,
+        tuple(known.get("steps", ())),
     )
 
 
 def _open_gguf(file: Path) -> Checkpoint:
-    """From the header alone: shapes come from the config, values from the conversion when first
-    read.
+    """A GGUF file from its header alone.
+
+    Shapes come from the config. Values come from a conversion of the whole file, which runs when
+    the first of them is read.
     """
     config = gguf.read_config(file)
     anatomy = find_anatomy(config)
     placed = anatomy.place(config)
-    gguf.check_size(file, sum(math.prod(spot.shape) for spot in placed.values()))
+    gguf.check_size(file, sum(math.prod(parameter.shape) for parameter in placed.values()))
 
     def build_reader(key: Key) -> Callable[[], Tensor]:
         return lambda: _open_folder(file, gguf.convert_once(file)).tensors[key].read()
 
+    # The conversion writes float32, whatever the file's quantisation.
     tensors = {
-        k: LazyTensor(
-            spot.shape, torch.float32, Provenance("copied", (spot.name,)), build_reader(k)
+        key: LazyTensor(
+            parameter.shape,
+            torch.float32,
+            Provenance("copied", (parameter.name,)),
+            build_reader(key),
         )
-        for k, spot in placed.items()
+        for key, parameter in placed.items()
     }
-    names = {key: spot.name for key, spot in placed.items()}
+    names = {key: parameter.name for key, parameter in placed.items()}
     return Checkpoint(
         file, config, anatomy, anatomy.solve(config), tensors, names, None, history=(gguf.STEP,)
     )
 
 
-def _find_unclaimed(
-    found: Mapping[str, safetensors.TensorEntry],
-    placed: Mapping[Key, PlacedPart],
-    anatomy: Anatomy,
-    config: Config,
-) -> dict[str, str]:
-    dropped: dict[str, str] = {}
-    for name in sorted(set(found) - {spot.name for spot in placed.values()}):
-        reason = anatomy.reason_to_drop(name, config)
-        if reason is None:
-            raise RegraftError(
-                f"{anatomy.family} anatomy has no part for parameter '{name}'"
-                f" {list(found[name].shape)}: add it to regraft/families/{anatomy.family}.py, or"
-                " check that config.json belongs to these weights"
-            )
-        dropped[name] = reason
-    return dropped
-
-
-def _open_tensor(
-    found: Mapping[str, safetensors.TensorEntry],
-    spot: PlacedPart,
-    folder: Path,
-    stories: Mapping[str, Provenance],
-) -> LazyTensor:
-    entry = found.get(spot.name)
-    if entry is None:
-        raise RegraftError(
-            f"'{folder}' lacks tensor '{spot.name}' of shape {list(spot.shape)}: fetch the model"
-            " again"
-        )
-    if entry.shape != spot.shape:
-        raise RegraftError(
-            f"tensor '{spot.name}' in '{entry.file}' has shape {list(entry.shape)}, expected"
-            f" {list(spot.shape)} ({spot.part.signature}): config.json and weights do not belong"
-            " together"
-        )
-    story = stories.get(spot.name, Provenance("copied", (spot.name,)))
-    return LazyTensor(spot.shape, entry.torch_dtype(), story, entry.read)
-
-
-def _split_fused(lazy: LazyTensor, part: Part, index: int, sizes: Mapping[str, int]) -> LazyTensor:
-    """One of several fused maps or biases, output-first."""
-    whole, mine = part.axes, part.axes.piece(index)
-    shape = mine.shape(sizes)
-
-    def compute() -> Tensor:
-        value = lazy.read()
-        value = value.T if part.stored == "in out" and whole.kind == "map" else value
-        if len(whole.outputs) > 1:
-            return value.split([product(axes, sizes) for axes in whole.outputs])[index]
-        axes = whole.outputs[0]
-        value = value.unflatten(0, [product((axis,), sizes) for axis in axes])
-        return value.select(axes.index("three"), index).reshape(shape)
-
+def _open_fused(lazy: LazyTensor, part: Part, index: int, sizes: Mapping[str, int]) -> LazyTensor:
+    """One of the maps in a fused tensor, output first."""
     return LazyTensor(
-        shape, lazy.dtype, replace(lazy.story, note=f"piece {index} of {len(part.fused)}"), compute
+        part.axes.piece(index).shape(sizes),
+        lazy.dtype,
+        replace(lazy.story, note=f"piece {index} of {len(part.fused)}"),
+        lambda: read_fused(lazy.read(), part, index, sizes),
     )
 
 
 def _constant_reader(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A reader that returns a value it was given."""
     return lambda: value.detach().to("cpu", dtype)
 
 
 def _cast_reader(read: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A reader that returns the value of another in a given dtype."""
     return lambda: read().to(dtype)

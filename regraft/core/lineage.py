@@ -1,4 +1,4 @@
-"""Where a model comes from: lineage.json and the model card beside every output."""
+"""Where a model comes from: lineage.json and the model card, written beside every output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..errors import RegraftError
 from ..io.files import read_json, sha256
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 FILE = "lineage.json"
-KINDS = ("copied", "grown", "broadcast", "zero", "fresh")
+KINDS = ("copied", "grown", "broadcast", "zero", "fresh")  # of `Provenance.kind`
 PAPERS = {
     "gated_deltanet": "Gated Delta Networks, arXiv 2412.06464",
     "gla": "Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635",
@@ -35,49 +35,104 @@ PAPERS = {
 }
 
 
+class Source(TypedDict):
+    """The pretrained model that everything began with."""
+
+    path: str  # absolute path of its directory or GGUF file
+    family: str  # its model_type
+    files: dict[str, str]  # file of weights -> sha256
+    sha256: str  # of the one file; of the joined hashes when there are several
+
+
+class _RequiredStepFields(TypedDict):
+    step: str  # class name of the step, such as "Widen"
+    arguments: dict[str, Any]  # its fields
+
+
+class StepEntry(_RequiredStepFields, total=False):
+    """One step of a model's history; the keys below are there for some steps only."""
+
+    papers: list[str]  # citations for the model card
+    notes: list[str]  # what `plan` prints about the step
+    ledger: dict[str, Any]  # Train: tokens, FLOPs and seconds per stage
+    cost: dict[str, Any]  # Learned: what fitting the maps took
+    maps: str  # Learned: sha256 of the maps
+
+
+class KindTotals(TypedDict):
+    """Tensors whose numbers are of one kind."""
+
+    count: int  # tensors
+    parameters: int  # numbers in them
+    share: float  # of all parameters, 0 to 1
+
+
+class Lineage(TypedDict):
+    """The content of lineage.json."""
+
+    source: Source
+    steps: list[StepEntry]  # from the source to this model, in order
+    seed: int | None  # of the last step that has one
+    versions: dict[str, str]  # of Python and packages (see `versions`)
+    totals: dict[str, KindTotals]  # by kind
+    dropped: dict[str, str]  # tensor of the source that is not used -> why
+    # Tensor -> kind, names of the source's tensors it is computed from, note (see `Provenance`).
+    tensors: dict[str, tuple[str, list[str], str]]
+    files: dict[str, str]  # file beside lineage.json -> sha256
+
+
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """lineage.json of a directory, or an empty dict."""
+    """lineage.json of a directory as a dict with the keys of `Lineage`; empty when there is none.
+
+    Keys may be missing: the conversion of a GGUF file writes only `source`, `steps` and `files`.
+    """
     return read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
 def is_trained(lineage: dict[str, Any]) -> bool:
-    """Whether a step changed weights by training."""
+    """Whether a step in a lineage changed weights by training."""
     return any(step.get("step") == "Train" for step in lineage.get("steps", []))
 
 
-def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The pretrained model at the root of a checkpoint: path, family, hash of every weight file,
-    hash over all.
-    """
+def origin(checkpoint: Checkpoint) -> Source:
+    """The pretrained model that a checkpoint was made from, with hashes of its files."""
+    # A model that regraft made names its source in lineage.json.
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
-        return dict(known)
+        return cast(Source, dict(known))
+
     files = [checkpoint.origin] if checkpoint.origin.is_file() else weight_files(checkpoint.origin)
     hashes = {file.name: sha256(file) for file in files}
-    whole = "".join(hashes.values())
-    one = len(hashes) == 1
+    joined = "".join(hashes.values())
     return {
         "path": str(checkpoint.origin.resolve()),
         "family": checkpoint.config.get("host", checkpoint.config)["model_type"],
         "files": hashes,
-        "sha256": whole if one else hashlib.sha256(whole.encode()).hexdigest(),
+        "sha256": joined if len(hashes) == 1 else hashlib.sha256(joined.encode()).hexdigest(),
     }
 
 
-def count_by_kind(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
-    """Per kind of story: number of tensors, parameters, and their share of all parameters."""
-    table = {kind: {"count": 0, "parameters": 0, "share": 0.0} for kind in KINDS}
-    whole = sum(lazy.size for lazy in checkpoint.tensors.values())
+def count_by_kind(checkpoint: Checkpoint) -> dict[str, KindTotals]:
+    """For each kind of provenance: tensors, parameters, and their share of all parameters."""
+    totals: dict[str, KindTotals] = {
+        kind: {"count": 0, "parameters": 0, "share": 0.0} for kind in KINDS
+    }
+    parameters = sum(lazy.size for lazy in checkpoint.tensors.values())
     for lazy in checkpoint.tensors.values():
-        row = table[lazy.story.kind]
+        row = totals[lazy.story.kind]
         row["count"] += 1
         row["parameters"] += lazy.size
-        row["share"] = row["parameters"] / whole
-    return table
+        row["share"] = row["parameters"] / parameters
+    return totals
 
 
-def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
-    """The content of lineage.json for a checkpoint saved as `files` (name -> sha256)."""
-    stories = {checkpoint.names[key]: lazy.story for key, lazy in checkpoint.tensors.items()}
+def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
+    """The content of lineage.json for a checkpoint.
+
+    Args:
+        checkpoint: the model that was saved.
+        files: the files it was saved as, with their sha256.
+    """
+    provenances = {checkpoint.names[key]: lazy.story for key, lazy in checkpoint.tensors.items()}
     seeds = [
         step["arguments"]["seed"]
         for step in checkpoint.history
@@ -85,22 +140,27 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, An
     ]
     return {
         "source": origin(checkpoint),
-        "steps": list(checkpoint.history),
+        "steps": cast(list[StepEntry], list(checkpoint.history)),
         "seed": seeds[-1] if seeds else None,
         "versions": versions(),
         "totals": count_by_kind(checkpoint),
         "dropped": checkpoint.dropped,
-        "tensors": {name: [s.kind, list(s.sources), s.note] for name, s in stories.items()},
+        "tensors": {name: (p.kind, list(p.sources), p.note) for name, p in provenances.items()},
         "files": files,
     }
 
 
 def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
-    """A hash over all that decides what a checkpoint's files hold when saved: source files, steps,
-    sizes, versions.
+    """A hash over everything that decides what the saved files of a checkpoint hold.
+
+    Two runs with the same fingerprint write the same bytes, so that one may resume the other.
+
+    Args:
+        checkpoint: the model to be saved.
+        shard_bytes: size limit of a file of weights.
     """
     folder = checkpoint.path
-    stories = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
+    named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
     facts = {
         "source": {
             file.name: sha256(file) for file in [*weight_files(folder), folder / "config.json"]
@@ -108,25 +168,26 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
         "config": checkpoint.config,
         "steps": list(checkpoint.history),
         "tensors": [
-            [name, lazy.shape, str(lazy.dtype), asdict(lazy.story)]
-            for name, lazy in stories.items()
+            [name, lazy.shape, str(lazy.dtype), asdict(lazy.story)] for name, lazy in named.items()
         ],
         "shard_bytes": shard_bytes,
+        # Another release of torch may round differently.
         "versions": [version("regraft"), *versions().values()],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """What computes: Python and the packages."""
+    """Versions of Python and of the packages that compute and write tensors."""
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("torch", "transformers", "safetensors")
     }
 
 
 def verify(folder: Path) -> None:
-    """Compare a directory's files with the hashes its lineage records; RegraftError names the first
-    that differs.
+    """Compare the files of a directory with the hashes in its lineage.json.
+
+    RegraftError names the first file that is missing or differs.
     """
     for name, recorded in read_lineage(folder).get("files", {}).items():
         file = folder / name
@@ -136,47 +197,47 @@ def verify(folder: Path) -> None:
             )
         if (found := sha256(file)) != recorded:
             raise RegraftError(
-                f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]};"
-                " make the model again"
+                f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]}; "
+                "make the model again"
             )
 
 
 def format_model_card(checkpoint: Checkpoint) -> str:
-    """The model card: what was done to which model, and the papers."""
+    """The model card: the source, what was done to it, and the papers to cite."""
     source = origin(checkpoint)
     mixers = {
         name for spec in checkpoint.config.get("mixers", []) if spec for name in _mixer_names(spec)
     }
+
     cited = [PAPERS[name] for name in sorted(mixers & set(PAPERS))]
     cited += [paper for step in checkpoint.history for paper in step.get("papers", ())]
-    papers = (
-        "\n".join(f"- {paper}" for paper in dict.fromkeys(cited))
-        or "- none beyond the source's own"
-    )
-    steps = (
-        "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
-        or "1. saved unchanged"
-    )
-    library = "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
+    papers = "\n".join(f"- {paper}" for paper in dict.fromkeys(cited))  # each once, in order
+    steps = "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
+
+    no_papers = "- none beyond the source's own"
+    # Models that transformers knows need no word on loading.
     load = (
-        "Load it with `import regraft.modeling` (or `trust_remote_code=True`) and"
-        " `AutoModelForCausalLM.from_pretrained`.\n\n"
+        "Load it with `import regraft` (or `trust_remote_code=True`) and "
+        "`AutoModelForCausalLM.from_pretrained`.\n\n"
     )
     return (
-        f"{library}# {source['family']}, regrafted\n\n"
+        "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
+        f"# {source['family']}, regrafted\n\n"
         f"Source: `{Path(source['path']).name}`, sha256 `{source['sha256']}`.\n\n"
-        f"## What was done\n\n{steps}\n\n{load if mixers else ''}## Papers\n\n{papers}\n\n"
+        f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
+        f"{load if mixers else ''}## Papers\n\n{papers or no_papers}\n\n"
         f"`{FILE}` says where every number comes from.\n"
     )
 
 
 def format_step(step: dict[str, Any]) -> str:
-    """One step as `Name(argument=value, ...)`."""
+    """A step (see `StepEntry`) as `Name(argument=value, ...)`."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in step.get("arguments", {}).items())
     return f"{step.get('step', '?')}({arguments})"
 
 
 def _mixer_names(spec: dict[str, Any]) -> list[str]:
+    """Names of a mixer and of those inside it, such as the window in `lolcats`."""
     nested = [
         name for value in spec.values() if isinstance(value, dict) for name in _mixer_names(value)
     ]

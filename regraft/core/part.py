@@ -1,4 +1,4 @@
-"""One parameter of a family: its name, its signature, and the streams it stands between."""
+"""One row of a family's table: a parameter, its signature, the activations it connects."""
 
 from __future__ import annotations
 
@@ -8,35 +8,48 @@ from typing import Any, Literal
 
 from .axes import TABLES, Signature, parse_signature
 
-Config = Mapping[str, Any]
-Key = tuple[str, int | None]
+Config = Mapping[str, Any]  # a transformers config as read from config.json
+Key = tuple[str, int | None]  # role and layer of a parameter; the layer is None outside the stack
 
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter: its name in the model's state dict ("{}" is the layer, "{e}" the expert, "{p}"
-    the family's prefix), signature and storage order.
+    """One row of a family's table: a parameter, what it computes, what it connects.
 
-    `fused` names the roles that are packed into it, in order. It exists only `when` / `unless` a
-    config key is true. `reads`, `writes`: between which streams of hidden size it stands. "stream"
-    runs through the whole stack, "normed" is a norm's output, "branch" ends in a norm before it is
-    added, "head" feeds the output embedding, "own" belongs to this part alone. Maps read "normed"
-    and write "stream" unless they say otherwise, norms write "normed". `norm`: a gain or bias of a
-    norm. `scaled`: the role of the factors that its output is multiplied by. `at`: the positions of
-    a row that it is applied to: each, the first (heads over a whole row), every patch, or those
-    routed to the expert.
+    `reads` and `writes` name activations of hidden size. They decide how a part grows when the
+    model gets wider:
+
+    - "stream": the residual stream, which runs through the whole stack;
+    - "normed": the output of a norm;
+    - "branch": the output of attention or MLP that passes a norm before it is added to the stream;
+    - "head": the input of the output embedding;
+    - "own": used by this part alone.
     """
 
+    # Name in the model's state dict. "{}" stands for the layer, "{e}" for the expert, "{p}" for the
+    # family's prefix (`Anatomy.prefix`).
     name: str
+    # What it computes over named axes, such as "hidden -> kv group dim" (see `axes.Signature`).
     signature: str
+    # Order of a matrix's dimensions in the file: "out in" (nn.Linear), or "in out" (embeddings and
+    # GPT-2's Conv1D).
     stored: str = "out in"
+    # Roles without ".weight" or ".bias" that are packed into this tensor, in order.
     fused: tuple[str, ...] = ()
+    # The parameter exists only if this config key is true; None: always.
     when: str | None = None
+    # The parameter exists only if this config key is false; None: always.
     unless: str | None = None
+    # Activations that a map or norm takes. Norms (see `norm`) take "stream" by default.
     reads: str = "normed"
+    # Activations that a map or norm gives. Norms give "normed" by default.
     writes: str = "stream"
+    # Whether it is the gain or the bias of a norm.
     norm: bool = False
+    # Role of the factors (LayerScale) that its output is multiplied by; None: there are none.
     scaled: str | None = None
+    # Positions of a row that it is applied to, for counting FLOPs: "each", the "first" only (heads
+    # over a whole row), every image "patch", or those that the router sends to this expert.
     at: Literal["each", "first", "patch", "routed"] = "each"
 
     @property
@@ -46,9 +59,7 @@ class Part:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether positions are multiplied by it as a matrix: maps that are no tables, and patch
-        convolutions.
-        """
+        """Whether activations are multiplied by it: maps except tables, and the patch filter."""
         axes = self.axes
         return self.at == "patch" or (axes.kind == "map" and not TABLES.issuperset(axes.inputs))
 
@@ -61,10 +72,13 @@ class Part:
 
 @dataclass(frozen=True)
 class PlacedPart:
-    """A part of one model: its layer is filled in and its shape is known."""
+    """A part in one model: one parameter of one layer, with its shape."""
 
+    # Name in the model's state dict, layer, expert and prefix filled in.
     name: str
+    # The row of the family's table.
     part: Part
+    # Shape as stored.
     shape: tuple[int, ...]
 
 
@@ -78,17 +92,26 @@ def linear(
     fused: tuple[str, ...] = (),
     **streams: Any,
 ) -> dict[str, Part]:
-    """A weight and, if `bias` (a config key: only when it is true), a bias; `role` and `name`
-    without their ending.
+    """The parts of a linear layer: a weight and, if it has one, a bias.
 
-    `streams`: further fields of both parts.
+    Args:
+        role: the role without its ending, such as "attn.q".
+        name: the name in the state dict without its ending.
+        axes: the weight's signature, such as "hidden -> kv dim".
+        bias: whether it has a bias, or the config key that decides it.
+        stored: order of the weight's dimensions, "out in" or "in out".
+        fused: roles that are packed into it, without ending.
+        streams: further fields of both parts, such as `reads`.
     """
     table = {f"{role}.weight": Part(f"{name}.weight", axes, stored, fused, **streams)}
+
     if bias:
+        # A config key decides about the bias alone; a `when` in `streams` decides about both.
         fields = streams | ({"when": bias} if isinstance(bias, str) else {})
         table[f"{role}.bias"] = Part(
             f"{name}.bias", f"->{axes.partition('->')[2]}", stored, fused, **fields
         )
+
     return table
 
 
@@ -101,7 +124,16 @@ def norm(
     unit: bool = False,
     **streams: Any,
 ) -> dict[str, Part]:
-    """A norm's gain over `axis` (`unit`: stored minus one) and, for a layer norm, its bias."""
+    """The parts of a norm: its gain and, for a layer norm, its bias.
+
+    Args:
+        role: the role without its ending, such as "norm.attn".
+        name: the name in the state dict without its ending.
+        axis: the axis (or product of axes) that is normalized.
+        bias: whether it has a bias.
+        unit: whether the gain is stored minus one, as Gemma does.
+        streams: further fields of both parts, such as `reads`.
+    """
     fields: dict[str, Any] = {"reads": "stream", "writes": "normed", "norm": True} | streams
     table = {
         f"{role}.weight": Part(f"{name}.weight", f"{'1+gain' if unit else 'gain'} {axis}", **fields)

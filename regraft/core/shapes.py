@@ -1,5 +1,6 @@
-"""Tensor types with named axes, such as `Float[Tensor, "batch time hidden"]`; checked while the
-tests run.
+"""Tensor types with named axes, such as `Float[Tensor, "batch time hidden"]`.
+
+The tests check them at every call.
 """
 
 from jaxtyping import Bool, Float, Int

@@ -1,4 +1,4 @@
-"""What a step is."""
+"""What a step is: something that turns a checkpoint into another."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from .checkpoint import Checkpoint
 
 @runtime_checkable
 class Step(Protocol):
-    """A frozen dataclass that turns a checkpoint into another; its docstring says `Preserves:` and
-    `Refuses:`.
+    """A frozen dataclass whose call turns a checkpoint into another.
+
+    Its docstring says what stays the same (`Preserves:`) and what it refuses (`Refuses:`).
     """
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
@@ -19,5 +20,9 @@ class Step(Protocol):
 
 
 def step_entry(step: Any) -> dict[str, Any]:
-    """A step as lineage.json keeps it: its name and all arguments."""
+    """A step as lineage.json keeps it (see `lineage.StepEntry`).
+
+    Args:
+        step: a dataclass, whose class name and fields are recorded.
+    """
     return {"step": type(step).__name__, "arguments": dataclasses.asdict(step)}

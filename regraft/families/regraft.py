@@ -1,4 +1,8 @@
-"""A linearized model: its host's parts under "host.", a mixer's own in every slot with one."""
+"""A linearized model: a stock model, the host, with mixers in place of some attentions.
+
+The host's parts have their names under "host."; each mixer adds its own weights in the slot of the
+attention that it replaces.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.anatomy import Anatomy, Config, Key, Part, PlacedPart, find_anatomy
+from ..core.anatomy import Anatomy, AttentionFields, Config, Key, Part, PlacedPart, find_anatomy
 from ..core.axes import parse_signature
 from ..errors import RegraftError
 from ..mixers.base import Attention
@@ -21,8 +25,10 @@ AUTO_MAP = {
 
 @dataclass(frozen=True)
 class RegraftAnatomy(Anatomy):
-    """The anatomy of `model_type: "regraft"`: derived from the config's host, mixers and
-    attentions.
+    """The table of `model_type: "regraft"`, derived from keys of the config.
+
+    `host` is the stock config, `mixers` has a mixer's options per layer (None: the attention
+    stays), `attention` the fields of each replaced attention.
     """
 
     def fill_defaults(self, config: Config) -> dict[str, Any]:
@@ -34,31 +40,40 @@ class RegraftAnatomy(Anatomy):
         return find_anatomy(config["host"]).solve(config["host"])
 
     def place(self, config: Config) -> dict[Key, PlacedPart]:
-        """Host parts outside converted attentions by their role, mixer weights as ("mixer.<local
-        name>", layer).
+        """The host's parts without the replaced attentions, and the mixers' weights.
+
+        A mixer's weights have the key ("mixer.<name in the mixer>", layer).
         """
         host, sizes = find_anatomy(config["host"]), self.solve(config)
         placed: dict[Key, PlacedPart] = {}
-        for (role, layer), spot in host.place(config["host"]).items():
-            if layer is None or config["mixers"][layer] is None or not role.startswith("attn."):
-                name = f"host.{spot.name}"
-                placed[role, layer] = PlacedPart(name, replace(spot.part, name=name), spot.shape)
-        for layer, spec in enumerate(config["mixers"]):
-            for local, weight in (
-                weights(spec, Attention(**config["attention"][layer])).items() if spec else ()
-            ):
-                part = Part(f"host.{host.slot.format(layer)}.mixer.{local}", weight.signature)
-                placed[f"mixer.{local}", layer] = PlacedPart(
-                    part.name, part, parse_signature(weight.signature).shape(sizes)
+
+        for (role, layer), before in host.place(config["host"]).items():
+            replaced = layer is not None and config["mixers"][layer] is not None
+            if not (replaced and role.startswith("attn.")):
+                name = f"host.{before.name}"
+                placed[role, layer] = PlacedPart(
+                    name, replace(before.part, name=name), before.shape
                 )
+
+        for layer, spec in enumerate(config["mixers"]):
+            if not spec:
+                continue
+            attention = Attention(**config["attention"][layer])
+            for local, weight in weights(spec, attention).items():
+                name = f"host.{host.slot.format(layer)}.mixer.{local}"
+                shape = parse_signature(weight.signature).shape(sizes)
+                placed[f"mixer.{local}", layer] = PlacedPart(
+                    name, Part(name, weight.signature), shape
+                )
+
         return placed
 
     def untie_embeddings(self, config: Config) -> Config:
-        """With the host's head of its own."""
+        """The config with an output embedding of the host's own."""
         return {**config, "host": find_anatomy(config["host"]).untie_embeddings(config["host"])}
 
     def host(self, config: Config) -> Anatomy:
-        """The stock family that the mixers were put into."""
+        """The family of the stock model whose attentions the mixers replace."""
         return find_anatomy(config["host"])
 
     def host_config(self, config: Config) -> Config:
@@ -73,15 +88,18 @@ class RegraftAnatomy(Anatomy):
         order: Sequence[int] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The host resized; mixers follow their layers. RegraftError for other heads than the
-        mixers were made for.
+        """The config with the host resized, in which mixers follow their layers.
+
+        RegraftError when a mixer's weights would need other shapes.
         """
-        old = self.solve(config)
-        if changed := [axis for axis in ("kv", "group", "dim") if old[axis] != sizes[axis]]:
+        before = self.solve(config)
+        if changed := [axis for axis in ("kv", "group", "dim") if before[axis] != sizes[axis]]:
+            axis = changed[0]
             raise RegraftError(
-                f"mixers were made for {changed[0]} {old[changed[0]]}, not {sizes[changed[0]]}:"
-                " grow heads first, then linearize"
+                f"mixers were made for {axis} {before[axis]}, not {sizes[axis]}: "
+                "grow heads first, then linearize"
             )
+
         family = find_anatomy(config["host"])
         host = family.resize_config(config["host"], sizes, order, extra)
         order = order or range(len(config["mixers"]))
@@ -90,20 +108,22 @@ class RegraftAnatomy(Anatomy):
             None if spec is None else family.attention(host, layer)
             for layer, spec in enumerate(specs)
         ]
-        for layer, spec, shape in zip(order, specs, attention, strict=True):
-            if (
-                spec
-                and shape
-                and weight_signatures(spec, shape)
-                != weight_signatures(spec, config["attention"][layer])
-            ):
+
+        # Numbers in the signatures are widths that a mixer derived from the old attention (a
+        # feature map as wide as the hidden size, say). Nothing grows them.
+        for old_layer, spec, fields in zip(order, specs, attention, strict=True):
+            if not (spec and fields):
+                continue
+            old_fields = config["attention"][old_layer]
+            if weight_signatures(spec, fields) != weight_signatures(spec, old_fields):
                 raise RegraftError(
                     f"mixer '{spec['name']}' has widths of its own: grow first, then linearize"
                 )
+
         return {**config, "host": host, "mixers": specs, "attention": attention}
 
-    def attention(self, config: Config, layer: int) -> dict[str, Any]:
-        """The host's attention of a layer."""
+    def attention(self, config: Config, layer: int) -> AttentionFields:
+        """Shape and conventions of the attention in a layer of the host."""
         return find_anatomy(config["host"]).attention(config["host"], layer)
 
     def write_extras(self, directory: str, config: Config) -> None:
@@ -111,11 +131,11 @@ class RegraftAnatomy(Anatomy):
         importlib.import_module("regraft.modeling.remote_code").write_remote_code(directory, config)
 
 
-def weight_signatures(spec: dict[str, Any], attention: dict[str, Any]) -> list[str]:
-    """Signatures of a mixer's weights, which hold numbers where it has widths of its own."""
+def weight_signatures(spec: dict[str, Any], attention: AttentionFields) -> list[str]:
+    """Signatures of a mixer's weights; a width of the mixer's own stands in them as a number."""
     return [weight.signature for weight in weights(spec, Attention(**attention)).values()]
 
 
-# As a part of another model, transformers writes GPT-NeoX's head as its own files have it.
+# Inside another model too, transformers writes GPT-NeoX's head under its file name.
 aliases = {"host.embed_out.": "host.lm_head."}
 anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="", aliases=aliases)

@@ -1,1 +1,1 @@
-"""Files on disk: safetensors, GGUF, JSON, and outputs that appear whole or not at all."""
+"""Files on disk: safetensors, GGUF, JSON, outputs that appear whole or not at all; units."""

@@ -16,14 +16,14 @@ from ..errors import RegraftError
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes the name `path` when the block ends well.
+    """A file to write beside `path`, which is renamed to `path` when the block ends.
 
     It is flushed to disk first, so that a kill or a power cut leaves the old file or the new one.
-    When the block raises, it is removed. The name holds the process id: two processes may write the
-    same file.
+    When the block raises, it is removed. Its name holds the process id, so that two processes may
+    write the same file.
 
     Args:
-        path: the file that shall appear or be replaced; its folder exists.
+        path: the file that is to appear or be replaced, in a folder that exists.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -68,7 +68,7 @@ def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; RegraftError when there is none."""
+    """The JSON object in a file; RegraftError when it cannot be read or holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -81,9 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_exists(path: Path) -> Any:
-    """The JSON value that a run wrote, None where it has not; RegraftError when the file is
-    damaged.
-    """
+    """The JSON value in a file of a run, None without the file; RegraftError when it is damaged."""
     if not path.exists():
         return None
     try:
@@ -93,11 +91,12 @@ def read_json_if_exists(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file such as metrics.jsonl, none where there is no file.
+    """The rows of a file such as metrics.jsonl; none when there is no file.
 
-    A last line cut short by a kill is left out; RegraftError for any other line that is not JSON.
+    A last line cut short by a kill is left out. RegraftError for any other line that is not JSON.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -111,7 +110,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file; remembered while size and time of the file stay."""
+    """Hex digest of a file, cached until its size or modification time changes."""
     stat = path.stat()
     return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""GGUF files: the header for planning, one conversion to a Hugging Face directory in a cache."""
+"""GGUF files: headers for planning, and a conversion to a Hugging Face directory in a cache."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from ..errors import RegraftError
 from . import shard_writer
 from .files import read_json, sha256, write_json
 
-STEP = {"step": "FromGGUF", "arguments": {}}
+STEP: dict[str, Any] = {"step": "FromGGUF", "arguments": {}}  # in the history of a model
 log = logging.getLogger("regraft")
 
 
 def find_gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` means: itself, or the only one of a directory; None for one with
-    config.json.
+    """The GGUF file that a path means: itself, or the only one in a directory.
+
+    None for a directory with config.json, or without GGUF files. RegraftError for a file of another
+    format, or a directory with several.
     """
     if path.is_file():
         with open(path, "rb") as stream:
             magic = stream.read(4)
         if magic != b"GGUF":
             raise RegraftError(
-                f"'{path}' is not a GGUF file (starts with {magic!r}): give one, or a model"
-                " directory"
+                f"'{path}' is not a GGUF file (starts with {magic!r}): "
+                "give one, or a model directory"
             )
         return path
+
     if (path / "config.json").exists():
         return None
+
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         raise RegraftError(
@@ -41,18 +45,21 @@ def find_gguf_file(path: Path) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """The cache folder: REGRAFT_CACHE, or ~/.cache/regraft."""
+    """The cache folder: $REGRAFT_CACHE, or ~/.cache/regraft."""
     return Path(os.environ.get("REGRAFT_CACHE") or Path.home() / ".cache" / "regraft")
 
 
 def find_converted(file: Path) -> Path | None:
-    """The converted directory of a GGUF file when there is one already."""
+    """The directory that a GGUF file was converted to; None when it was not yet."""
     folder = cache_folder() / "gguf" / sha256(file)
     return folder if (folder / "config.json").is_file() else None
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The Hugging Face config of a GGUF file, from its header."""
+    """The Hugging Face config of a GGUF file, from its header.
+
+    RegraftError when transformers cannot read the header.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -61,35 +68,44 @@ def read_config(file: Path) -> dict[str, Any]:
         raise RegraftError(
             f"cannot read the header of '{file}' ({_format_error(error)}): fetch the file again"
         ) from error
-    found: dict[str, Any] = {
+
+    # Without quantisation: the conversion writes plain float32.
+    config: dict[str, Any] = {
         key: value for key, value in header.to_dict().items() if key != "quantization_config"
     }
-    if not found.get("architectures") and type(header) in AutoModelForCausalLM._model_mapping:
-        found["architectures"] = [
-            AutoModelForCausalLM._model_mapping[type(header)].__name__
-        ]  # what it is loaded as
-    return found
+    if not config.get("architectures") and type(header) in AutoModelForCausalLM._model_mapping:
+        # The class that loads it, which the converted directory will name too.
+        config["architectures"] = [AutoModelForCausalLM._model_mapping[type(header)].__name__]
+    return config
 
 
 def check_size(file: Path, parameters: int) -> None:
-    """RegraftError when a GGUF file is cut short or does not hold as many numbers as the model has
-    parameters.
+    """Check that a GGUF file holds as many numbers as its config needs.
+
+    Args:
+        file: the GGUF file.
+        parameters: the number of parameters of the model that its config describes.
+
+    RegraftError when it does not, or when it is cut short.
     """
     reader = _open_reader(file)
-    held = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+    # Tensors that the model need not have: a head that is tied, and tables of rotary factors.
     spare = sum(
         int(tensor.n_elements)
         for tensor in reader.tensors
         if tensor.name in ("output.weight", "rope_freqs.weight")
     )
-    if not held - spare <= parameters <= held:
+    if not stored - spare <= parameters <= stored:
         raise RegraftError(
-            f"'{file}' holds {held} numbers where its config needs {parameters}: the family is not"
-            " supported"
+            f"'{file}' holds {stored} numbers where its config needs {parameters}: "
+            "the family is not supported"
         )
 
 
 def _open_reader(file: Path) -> Any:
+    """A `gguf.GGUFReader`; RegraftError when the file is damaged or the package is missing."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -98,23 +114,22 @@ def _open_reader(file: Path) -> Any:
         ) from error
     try:
         return GGUFReader(file)
-    except (
-        Exception
-    ) as error:  # the reader raises ValueError, KeyError, IndexError, ... on a damaged file
+    except Exception as error:  # ValueError, KeyError, IndexError, ... on a damaged file
         raise RegraftError(
             f"'{file}' is cut short or damaged ({_format_error(error)}): fetch the file again"
         ) from error
 
 
 def convert_once(file: Path) -> Path:
-    """Convert a GGUF file once to float32 safetensors in the cache (about 20 s for 135 M
-    parameters); the directory.
+    """The directory of a GGUF file in the cache, converted to float32 at the first call.
 
-    Another process that converts the same file is waited for.
+    The conversion takes about 20 s for 135 M parameters. When another process converts the same
+    file, this waits for it. RegraftError when the file is damaged or cannot be dequantised.
     """
     if folder := find_converted(file):
         return folder
-    _open_reader(file)
+
+    _open_reader(file)  # a damaged file is refused before anything is written
     folder = cache_folder() / "gguf" / sha256(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -122,37 +137,39 @@ def convert_once(file: Path) -> Path:
 
 
 def _write_converted(file: Path, folder: Path) -> Path:
-    """The converted directory, made anew."""
+    """Convert a GGUF file into `folder`, whole or not at all; returns `folder`."""
     log.info("converting %s once, into %s", file, folder)
     with shard_writer.new_directory(folder, overwrite=True) as partial:
         try:
             _convert(file, partial.path)
         except OSError:
-            raise
+            raise  # `new_directory` explains a full disk
         except Exception as error:  # whatever the loader raises on weights it cannot dequantise
             raise RegraftError(
-                f"cannot convert '{file}' ({_format_error(error)}): fetch it again or convert it"
-                " elsewhere"
+                f"cannot convert '{file}' ({_format_error(error)}): "
+                "fetch it again or convert it elsewhere"
             ) from error
         _write_lineage(file, partial.path)
     return folder
 
 
 def _convert(file: Path, target: Path) -> None:
+    """Load a GGUF file with transformers, dequantised, and save model and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     dequantise = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        **place, dtype=torch.float32, quantization_config=dequantise
+        **source, dtype=torch.float32, quantization_config=dequantise
     )
-    model.config.__dict__.pop("quantization_config", None)
+    model.config.__dict__.pop("quantization_config", None)  # else it is saved as quantised
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
 
 
 def _write_lineage(file: Path, folder: Path) -> None:
+    """Write lineage.json, which names the GGUF file as the source."""
     family = read_json(folder / "config.json")["model_type"]
     digest = sha256(file)
     source = {
@@ -167,5 +184,6 @@ def _write_lineage(file: Path, folder: Path) -> None:
 
 
 def _format_error(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
+    """The type and the first line of an exception, at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]

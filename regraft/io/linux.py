@@ -1,5 +1,6 @@
-"""What Linux and its C library offer beyond Python's own: each does nothing, or says so, where it
-is missing.
+"""Calls of Linux and its C library that Python lacks.
+
+Where the system does not offer one, it does nothing, or returns that it could not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 def exchange_paths(left: Path, right: Path) -> bool:
-    """Exchange two files or folders in one step (renameat2); whether the system could."""
+    """Exchange two files or folders in one step (renameat2); returns whether the system could."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
@@ -33,11 +34,10 @@ def terminate_with_parent() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system, and let blocks of a megabyte and more return at once from
-    here on.
+    """Give freed memory back to the system, and from now on blocks of 1 MiB and more at once.
 
-    glibc would keep up to 32 MB of each kind in pieces, half a layer more with every few dozen
-    layers.
+    glibc raises that threshold up to 32 MB by itself. Freed tensors below it stay with the process
+    as fragments, which adds up to half a layer of memory for every few dozen layers.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):

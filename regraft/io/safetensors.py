@@ -1,4 +1,4 @@
-"""Safetensors files: checked headers, one tensor at a time, what goes into which shard."""
+"""Safetensors files: checked headers, tensors read one at a time, sizes of shards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,27 +16,32 @@ from ..errors import RegraftError
 from .files import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bytes per number.
 WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 WIDTHS |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library too
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in a file: `dtype` as safetensors spells it."""
+    """A tensor in a file, known from the file's header."""
 
+    # The safetensors file.
     file: Path
+    # The tensor's name in it.
     name: str
+    # Dtype as safetensors writes it, such as "BF16".
     dtype: str
+    # Shape as stored.
     shape: tuple[int, ...]
 
     def torch_dtype(self) -> torch.dtype:
-        """The floating-point dtype; RegraftError for integers, which means a quantised model."""
+        """The floating-point dtype; RegraftError for any other, which means a quantised model."""
         if self.dtype not in DTYPES:
             raise RegraftError(
-                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, not floating point:"
-                " dequantise the model first"
+                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, not floating point: "
+                "dequantise the model first"
             )
         return DTYPES[self.dtype]
 
@@ -48,6 +54,8 @@ class TensorEntry:
             raise RegraftError(
                 f"cannot read '{self.name}' from '{self.file}' ({error}): fetch the file again"
             ) from error
+
+        # NaN comes out of `aminmax` too, so two numbers tell about all.
         if value.numel() and not all(bound.isfinite() for bound in value.aminmax()):
             raise RegraftError(
                 f"tensor '{self.name}' in '{self.file}' holds NaN or infinity: fetch the file again"
@@ -56,9 +64,10 @@ class TensorEntry:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory; RegraftError says what is missing."""
+    """The files of weights in a model directory; RegraftError when there are none, or not all."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
+
     if (folder / INDEX).exists():
         names = sorted(set(_read_index(folder).values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
@@ -66,18 +75,21 @@ def weight_files(folder: Path) -> list[Path]:
                 f"'{folder}' lacks shard '{missing[0]}' that {INDEX} lists: fetch it"
             )
         return [folder / name for name in names]
+
+    # Unpickling may run any code, so these are refused rather than converted.
     if pickles := sorted(folder.glob("*.bin")):
         raise RegraftError(
             f"'{pickles[0]}' is a pickle, which is never loaded: convert it with "
             "`python -m safetensors.torch_convert` or transformers' save_pretrained"
         )
     raise RegraftError(
-        f"no model.safetensors or {INDEX} in '{folder}': give a Hugging Face model directory or a"
-        " GGUF file"
+        f"no model.safetensors or {INDEX} in '{folder}': "
+        "give a Hugging Face model directory or a GGUF file"
     )
 
 
 def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> file, as the index of a sharded model lists them."""
     table = read_json(folder / INDEX).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise RegraftError(
@@ -87,28 +99,35 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a model directory by name, from the headers alone."""
+    """Every tensor of a model directory by name, from the headers alone.
+
+    RegraftError when a tensor is in two files, or the index lists one that is in none.
+    """
     found: dict[str, TensorEntry] = {}
     files = weight_files(folder)
     for file in files:
         for entry in read_header(file):
             if entry.name in found:
                 raise RegraftError(
-                    f"tensor '{entry.name}' is in '{found[entry.name].file}' and in '{file}':"
-                    " remove one"
+                    f"tensor '{entry.name}' is in '{found[entry.name].file}' and in '{file}': "
+                    "remove one"
                 )
             found[entry.name] = entry
+
     listed = _read_index(folder) if files[0].name != "model.safetensors" else {}
     if missing := sorted(set(listed) - set(found)):
         raise RegraftError(
-            f"'{folder / listed[missing[0]]}' lacks tensor '{missing[0]}' that {INDEX} lists: fetch"
-            " it again"
+            f"'{folder / listed[missing[0]]}' lacks tensor '{missing[0]}' that {INDEX} lists: "
+            "fetch it again"
         )
     return found
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """The header of a safetensors file, checked against the file's size."""
+    """The tensors that the header of a safetensors file lists, in its order.
+
+    RegraftError when the header is garbled or does not fit the file's size.
+    """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -117,39 +136,47 @@ def read_header(file: Path) -> list[TensorEntry]:
                 f"'{file}' is cut short or not safetensors ({size} bytes): fetch it again"
             )
         raw = stream.read(length)
+
+    # A header may be any JSON, so every look-up can fail; one handler covers them all.
     try:
         table = json.loads(raw)
         rows = {name: row for name, row in table.items() if name != "__metadata__"}
-        found = [
+        entries = [
             TensorEntry(file, name, row["dtype"], tuple(row["shape"])) for name, row in rows.items()
         ]
         spans = sorted(tuple(row["data_offsets"]) for row in rows.values())
-        bytes_of = {
-            name: math.prod(row["shape"]) * WIDTHS.get(row["dtype"], 0)
-            for name, row in rows.items()
-        }
-        fits = all(
-            row["data_offsets"][1] - row["data_offsets"][0]
-            == (bytes_of[name] or row["data_offsets"][1] - row["data_offsets"][0])
-            for name, row in rows.items()
-        )
+        shapes_fit = all([_fits_span(row) for row in rows.values()])  # every row is looked at
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RegraftError(
             f"'{file}' has a garbled safetensors header ({error}): fetch it again"
         ) from error
+
+    # Tensors lie one behind the other without gaps, and the last one ends the file.
     gapless = all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
     end = spans[-1][1] if spans else 0
-    if not fits or not gapless or 8 + length + end != size:
-        expected = 8 + length + end
+    expected = 8 + length + end
+    if not shapes_fit or not gapless or expected != size:
         raise RegraftError(
-            f"'{file}' has {size} bytes where its header says {expected}: cut short or damaged,"
-            " fetch it again"
+            f"'{file}' has {size} bytes where its header says {expected}: "
+            "cut short or damaged, fetch it again"
         )
-    return found
+    return entries
+
+
+def _fits_span(row: dict[str, Any]) -> bool:
+    """Whether a tensor's bytes are as many as shape and dtype need; True for unknown dtypes."""
+    span = row["data_offsets"][1] - row["data_offsets"][0]
+    needed = math.prod(row["shape"]) * WIDTHS.get(row["dtype"], 0)
+    return bool(needed in (0, span))
 
 
 def group_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, grouped so that a group holds at most `limit` bytes or one tensor."""
+    """Names in order, in groups of at most `limit` bytes; a larger tensor has a group of its own.
+
+    Args:
+        sizes: tensor -> bytes.
+        limit: bytes in a group.
+    """
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

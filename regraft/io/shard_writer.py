@@ -1,10 +1,9 @@
-"""Writing: shards tensor by tensor, hashed on the way; directories that appear whole or not at all
-and survive a kill.
+"""Model directories written whole or not at all: shards tensor by tensor, resumed after a kill.
 
-What is being written lies in a hidden sibling, `.NAME.partial`. A file in it is finished when it
-has its own name: it was written as `FILE.part`, flushed to disk, put down in the state file with
-its hash, and renamed. A run of the same fingerprint keeps finished files and computes the others; a
-partial directory of anything else is emptied first.
+A directory NAME is filled as its hidden sibling `.NAME.partial`. A file in it is written as
+`FILE.part`, flushed to disk, recorded in the state file with its hash, and only then renamed to
+`FILE`. A run with the same fingerprint keeps the files that are finished and computes the others.
+The partial directory of any other run is emptied first.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -32,41 +31,69 @@ from .direct_io import DirectWriter
 from .files import sync, write_json
 from .linux import exchange_paths
 
-if TYPE_CHECKING:
-    from ..core.checkpoint import LazyTensor
-
-STATE = ".regraft.json"
+STATE = ".regraft.json"  # the state file: fingerprint, and hashes of finished files
 NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 # safetensors' own order in a file: wide types first, then by name; tensors stay aligned.
 ORDER = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 log = logging.getLogger(__name__)
 
 
+class WritableTensor(Protocol):
+    """A tensor that is computed when it is written, such as `core.lazy.LazyTensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the value."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the value in bytes."""
+
+    @property
+    def read(self) -> Callable[[], Tensor]:
+        """Computes the value."""
+
+
+class TensorRow(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str  # such as "BF16"
+    shape: list[int]
+    data_offsets: list[int]  # first byte, and the one behind the last, counted behind the header
+
+
 @dataclass
 class PartialDirectory:
-    """A directory that is being filled. `done`: the sha256 of every finished file, those of an
-    earlier run included.
-    """
+    """A directory that is being filled."""
 
+    # The hidden directory.
     path: Path
+    # Identifies what is written; None when no later run could resume it.
     fingerprint: Callable[[], str] | None = None
+    # Finished file -> sha256, those of an earlier run included.
     done: dict[str, str] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Keep the files that an earlier run of the same fingerprint finished; remove everything
-        else.
-        """
+        """Keep what an earlier run with the same fingerprint finished, and remove the rest."""
         known = self._read_finished(self.fingerprint) if self.fingerprint else {}
+        # A kill between recording and renaming leaves a recorded file without its name.
         self.done = {name: digest for name, digest in known.items() if (self.path / name).is_file()}
+
         for path in self.path.iterdir():
             if path.name not in self.done:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+        # The state file went with the rest.
         if self.done and self.fingerprint:
             log.info("going on in %s: %d files are finished", self.path, len(self.done))
             self._write_state(self.fingerprint())
 
     def finish_file(self, name: str, digest: str) -> None:
-        """Flush `name`.part to disk, note its hash, and give it its name."""
+        """Flush `name`.part to disk, record its hash, then rename it to `name`."""
         sync(self.path / f"{name}.part")
         self.done[name] = digest
         if self.fingerprint:
@@ -74,6 +101,7 @@ class PartialDirectory:
         (self.path / f"{name}.part").rename(self.path / name)
 
     def _read_finished(self, fingerprint: Callable[[], str]) -> dict[str, str]:
+        """File -> sha256 from the state file; empty when it is damaged or of something else."""
         try:
             state = json.loads((self.path / STATE).read_bytes())
             return dict(state["files"]) if state["fingerprint"] == fingerprint() else {}
@@ -88,25 +116,22 @@ class PartialDirectory:
 def new_directory(
     target: Path, overwrite: bool = False, fingerprint: Callable[[], str] | None = None
 ) -> Iterator[PartialDirectory]:
-    """A hidden sibling to fill, which becomes `target` when the block ends well.
+    """A hidden directory to fill beside `target`, which becomes `target` when the block ends.
 
-    When it does not, everything written is removed and its space given back, except after Ctrl-C
-    (or a kill) of a run with a fingerprint: the same call goes on from the files that were
-    finished. RegraftError when `target` exists (with `overwrite`: exists and is not a model
-    directory), when another run is writing it, or on a full disk.
+    When the block raises, everything written is removed. After Ctrl-C or a kill of a run with a
+    fingerprint it stays instead, and the same call resumes from the files that were finished.
+
+    Args:
+        target: the directory to write.
+        overwrite: whether it may replace a model directory.
+        fingerprint: returns a hash of everything that decides what is written.
+
+    RegraftError when `target` exists (with `overwrite`: and is no model directory), when another
+    run is writing it, or when the disk is full.
     """
     target = target.resolve()
-    if target.exists() and not overwrite:
-        raise RegraftError(f"'{target}' exists: choose another output or pass --overwrite")
-    if (
-        target.exists()
-        and not (target / "config.json").exists()
-        and (target.is_file() or any(target.iterdir()))
-    ):
-        raise RegraftError(
-            f"'{target}' exists and is not a model directory, so it is not overwritten: choose"
-            " another output"
-        )
+    _check_target(target, overwrite)
+
     try:
         with _claim_directory(target.parent / f".{target.name}.partial") as path:
             partial = PartialDirectory(path, fingerprint)
@@ -115,7 +140,10 @@ def new_directory(
                 yield partial
                 _publish(path, target)
             except BaseException as error:
-                if isinstance(error, Exception) or not (partial.fingerprint and partial.done):
+                # Ctrl-C is no `Exception`. After an error the space is given back, since a full
+                # disk is the likeliest.
+                resumable = not isinstance(error, Exception) and partial.fingerprint
+                if not (resumable and partial.done):
                     shutil.rmtree(path, ignore_errors=True)
                 raise
     except OSError as error:
@@ -124,9 +152,27 @@ def new_directory(
         ) from error
 
 
+def _check_target(target: Path, overwrite: bool) -> None:
+    """RegraftError when writing `target` would destroy something it may not."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise RegraftError(f"'{target}' exists: choose another output or pass --overwrite")
+
+    is_model = (target / "config.json").exists()
+    if not is_model and (target.is_file() or any(target.iterdir())):
+        raise RegraftError(
+            f"'{target}' exists and is not a model directory, so it is not overwritten: "
+            "choose another output"
+        )
+
+
 @contextmanager
 def _claim_directory(path: Path) -> Iterator[Path]:
-    """A directory of this name that no other run writes into."""
+    """A directory of this name, locked, so that no other run writes into it.
+
+    The lock ends with the process, so that a kill leaves none behind.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink()
     path.mkdir(parents=True, exist_ok=True)
@@ -144,59 +190,73 @@ def _claim_directory(path: Path) -> Iterator[Path]:
 
 
 def _publish(path: Path, target: Path) -> None:
-    """Flush a directory to disk and give it its name; what had the name before goes."""
+    """Flush a directory to disk and rename it to `target`; what was there is removed."""
     for file in [*path.rglob("*"), path]:
         sync(file)
     (path / STATE).unlink(missing_ok=True)
+
     if not target.exists():
         path.rename(target)
     elif not exchange_paths(path, target):
-        aside = path.with_suffix(".old")
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
+        # Without an exchange in one step there is a moment without `target`.
+        old = path.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
         path.rename(target)
-        path = aside
+        path = old
+
+    # After an exchange, `path` is what `target` was.
     sync(target.parent)
     shutil.rmtree(path, ignore_errors=True)
 
 
-def write_weights(partial: PartialDirectory, tensors: Mapping[str, LazyTensor], limit: int) -> None:
-    """Write safetensors shards of at most `limit` bytes, or of one tensor; finished ones are left
-    as they are.
+def write_weights(
+    partial: PartialDirectory, tensors: Mapping[str, WritableTensor], limit: int
+) -> None:
+    """Write safetensors shards and, for several, their index; finished shards stay.
 
-    Two tensors are in memory at a time: while one is computed, the one before is hashed and written
-    past the page cache, and the shard before is flushed to disk.
+    Two tensors are in memory at a time: while one is computed, the one before it is hashed and
+    written past the page cache, and the shard before is flushed to disk.
+
+    Args:
+        partial: the directory to write into.
+        tensors: tensors by their names in the files.
+        limit: bytes in a shard; a larger tensor has a shard of its own.
+
+    OSError when they do not fit on the disk.
     """
     groups = safetensors.group_shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
-    left = [
-        (file, names) for file, names in zip(files, groups, strict=True) if file not in partial.done
-    ]
-    check_space(partial.path, sum(tensors[name].bytes for _, names in left for name in names))
+    shards = list(zip(files, groups, strict=True))
+    missing = [(file, names) for file, names in shards if file not in partial.done]
+    check_space(partial.path, sum(tensors[name].bytes for _, names in missing for name in names))
+
     with ThreadPoolExecutor(2) as workers, ThreadPoolExecutor(1) as finisher, _fewer_threads():
         last: Future[None] | None = None
-        for file, names in left:
-            digest = _write_shard(
-                partial.path / f"{file}.part", {name: tensors[name] for name in names}, workers
-            )
+        for file, names in missing:
+            part = partial.path / f"{file}.part"
+            digest = _write_shard(part, {name: tensors[name] for name in names}, workers)
+            # One shard is flushed at a time; an error in flushing ends the run here.
             if last:
                 last.result()
             last = finisher.submit(partial.finish_file, file, digest)
         if last:
             last.result()
+
     if len(groups) > 1:
         total = sum(lazy.bytes for lazy in tensors.values())
-        places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+        file_of = {name: file for file, names in shards for name in names}
         write_json(
             partial.path / safetensors.INDEX,
-            {"metadata": {"total_size": total}, "weight_map": places},
+            {"metadata": {"total_size": total}, "weight_map": file_of},
         )
 
 
 @contextmanager
 def _fewer_threads() -> Iterator[None]:
-    """Leave a core to hashing and writing: threads that compute in step wait for the slowest of
-    them.
+    """Compute with one thread less, which leaves a core to hashing and writing.
+
+    Threads of one operation wait for the slowest of them, so sharing a core slows all of them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))
@@ -207,12 +267,12 @@ def _fewer_threads() -> Iterator[None]:
 
 
 def shard_name(number: int, count: int) -> str:
-    """The file name of a shard, counted from one, as transformers expects it."""
+    """The file name that transformers expects of a shard; `number` counts from one."""
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """OSError when a disk has less than `needed` bytes free."""
+    """OSError when the disk of a folder has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -220,50 +280,59 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def file_head(tensors: Mapping[str, LazyTensor]) -> tuple[bytes, list[str]]:
-    """The first bytes of a safetensors file, as safetensors itself writes them, and the order of
-    the tensors in it.
+def file_head(tensors: Mapping[str, WritableTensor]) -> tuple[bytes, list[str]]:
+    """The header of a safetensors file, byte for byte as the safetensors library writes it.
+
+    Returns:
+        The first bytes of the file, and the names in the order in which the tensors follow.
     """
     order = sorted(tensors, key=lambda name: (ORDER.index(tensors[name].dtype), name))
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+
+    rows: dict[str, TensorRow] = {}
     end = 0
     for name in order:
         lazy = tensors[name]
-        begin, end = end, end + lazy.bytes
-        table[name] = {
+        start, end = end, end + lazy.bytes
+        rows[name] = {
             "dtype": NAMES[lazy.dtype],
             "shape": list(lazy.shape),
-            "data_offsets": [begin, end],
+            "data_offsets": [start, end],
         }
+
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}, **rows}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text, order
 
 
-def _write_shard(file: Path, tensors: Mapping[str, LazyTensor], workers: ThreadPoolExecutor) -> str:
-    """Write one file; its sha256."""
+def _write_shard(
+    file: Path, tensors: Mapping[str, WritableTensor], workers: ThreadPoolExecutor
+) -> str:
+    """Write one file; returns its sha256."""
     head, order = file_head(tensors)
     digest = hashlib.sha256()
     with DirectWriter(file) as stream:
         last = _submit_write(memoryview(head), stream, digest, workers)
         try:
             for name in order:
+                # Computed while the workers still write the tensor before.
                 data = _read_bytes(name, tensors[name])
                 _raise_errors(last)
                 last = _submit_write(data, stream, digest, workers)
-                del data
+                del data  # else a third tensor would be in memory while the next is computed
         finally:
-            wait(last)
+            wait(last)  # the workers must not write into a closed file
         _raise_errors(last)
     return digest.hexdigest()
 
 
-def _read_bytes(name: str, lazy: LazyTensor) -> memoryview:
+def _read_bytes(name: str, lazy: WritableTensor) -> memoryview:
+    """The bytes of a tensor; RegraftError when it is not what its header says."""
     value: Tensor = lazy.read()
     if tuple(value.shape) != tuple(lazy.shape) or value.dtype != lazy.dtype:
         raise RegraftError(
-            f"'{name}' came out as {value.dtype} {list(value.shape)}, promised {lazy.dtype}"
-            f" {list(lazy.shape)}: report the step that made it"
+            f"'{name}' came out as {value.dtype} {list(value.shape)}, "
+            f"promised {lazy.dtype} {list(lazy.shape)}: report the step that made it"
         )
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
@@ -271,9 +340,11 @@ def _read_bytes(name: str, lazy: LazyTensor) -> memoryview:
 def _submit_write(
     data: memoryview, stream: DirectWriter, digest: hashlib._Hash, workers: ThreadPoolExecutor
 ) -> list[Future[None]]:
+    """Write and hash bytes, side by side."""
     return [workers.submit(stream.write, data), workers.submit(digest.update, data)]
 
 
 def _raise_errors(futures: list[Future[None]]) -> None:
+    """Wait for futures; an exception in one of them is raised here."""
     for future in futures:
         future.result()

@@ -1,0 +1,45 @@
+"""Defaults of `Anatomy`'s functions: what holds unless a family's table says otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .part import Config
+
+
+def softmax_scale(config: Config, dim: int, layer: int) -> float:
+    """One over the root of the head size (arXiv 1706.03762, section 3.2.1)."""
+    return dim**-0.5
+
+
+def no_prefix(config: Config) -> str:
+    """Names have no prefix that depends on the config."""
+    return ""
+
+
+def no_bridge(config: Config) -> str | None:
+    """No other family holds shapes that this one cannot."""
+    return None
+
+
+def no_keys(config: Config) -> dict[str, Any]:
+    """No further config keys change with the sizes."""
+    return {}
+
+
+def older_rope_keys(config: Config) -> dict[str, Any]:
+    """`rope_parameters` under the keys that transformers used before version 5.
+
+    They are written beside `rope_parameters`, so that readers that do not know it load the config
+    too.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+
+    keys: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = rope
+    if "partial_rotary_factor" in rope:
+        keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return keys

@@ -1,0 +1,129 @@
+"""Fused tensors: several maps or biases packed into one stored tensor, split and joined again.
+
+Two layouts exist. GPT-2 and Phi-3 stack whole maps ("hidden -> kv dim + kv dim + kv dim"). GPT-NeoX
+interleaves queries, keys and values head by head ("hidden -> kv three dim").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .axes import Axes, Signature, product
+from .part import Part
+
+
+class FusedMap(NamedTuple):
+    """One of the maps or biases that a stored tensor holds."""
+
+    # Its own role, such as "attn.q.weight" inside "attn.qkv.weight".
+    role: str
+    # Its signature without the others.
+    signature: Signature
+    # Axes of its output.
+    output: Axes
+
+
+def fused_maps(part: Part, role: str) -> list[FusedMap]:
+    """The maps that are packed into a part, in order; the part itself when it is not fused.
+
+    Args:
+        part: a row of the family's table.
+        role: the part's role, such as "attn.qkv.weight".
+    """
+    if not part.fused:
+        return [FusedMap(role, part.axes, part.axes.outputs[0])]
+
+    ending = role.rpartition(".")[2]  # "weight" or "bias"
+    signatures = [part.axes.piece(index) for index in range(len(part.fused))]
+    return [
+        FusedMap(f"{base}.{ending}", signature, signature.outputs[0])
+        for base, signature in zip(part.fused, signatures, strict=True)
+    ]
+
+
+def fused_index(role: str, part: Part, part_role: str) -> int | None:
+    """The position of the map `role` inside the fused part `part_role`; None when it is not there.
+
+    "attn.k.weight" is at 1 in "attn.qkv.weight", and "attn.k.bias" is not in it.
+    """
+    base, _, ending = role.rpartition(".")
+    if base not in part.fused or not part_role.endswith(f".{ending}"):
+        return None
+    return part.fused.index(base)
+
+
+def output_first(value: Tensor, part: Part) -> Tensor:
+    """A stored tensor with its output dimension first; the same call turns it back."""
+    return value.T if part.stored == "in out" and part.axes.kind == "map" else value
+
+
+def read_fused(value: Tensor, part: Part, index: int, sizes: Mapping[str, int]) -> Tensor:
+    """One of the maps in a fused tensor.
+
+    Args:
+        value: the tensor as stored.
+        part: the fused part.
+        index: position of the map in `part.fused`.
+        sizes: axis sizes of the model that `value` belongs to.
+
+    Returns:
+        (outputs, inputs), or (outputs,) for a bias.
+    """
+    value = output_first(value, part)
+    outputs = part.axes.outputs
+    if len(outputs) > 1:
+        return value.split([product(axes, sizes) for axes in outputs])[index]
+
+    # (kv * 3 * dim, ...) -> (kv, 3, dim, ...) -> (kv, dim, ...) -> (kv * dim, ...)
+    axes = outputs[0]
+    value = value.unflatten(0, [product((axis,), sizes) for axis in axes])
+    return value.select(axes.index("three"), index).flatten(0, len(axes) - 2)
+
+
+def split_fused(value: Tensor, part: Part, sizes: Mapping[str, int]) -> list[Tensor]:
+    """All maps in a stored tensor, output first; a part that is not fused gives one.
+
+    Args:
+        value: the tensor as stored.
+        part: its part.
+        sizes: axis sizes of the model that `value` belongs to.
+    """
+    if not part.fused:
+        return [output_first(value, part)]
+    return [read_fused(value, part, index, sizes) for index in range(len(part.fused))]
+
+
+def join_fused(values: Sequence[Tensor], part: Part) -> Tensor:
+    """The stored tensor of maps that have a dimension per axis; `split_fused` undoes it.
+
+    Args:
+        values: the maps in order, each with the axes of its output, then those of its input.
+        part: the part that holds them.
+    """
+    signature = part.axes
+    if signature.kind == "plain":
+        return _flatten_axes(values[0], [len(stack[0]) for stack in signature.dims()])
+
+    # Interleaved maps get their axis `three` back, which makes them one.
+    if len(signature.outputs) == 1 and part.fused:
+        values = [torch.stack(list(values), signature.outputs[0].index("three"))]
+
+    inputs = len(signature.inputs)
+    flat = [
+        _flatten_axes(value, [value.ndim - inputs, inputs] if inputs else [value.ndim])
+        for value in values
+    ]
+    return output_first(torch.cat(flat) if len(flat) > 1 else flat[0], part)
+
+
+def _flatten_axes(value: Tensor, counts: Sequence[int]) -> Tensor:
+    """Flatten the first counts[0] dimensions into one, the next counts[1] into one, and so on."""
+    sizes, start = [], 0
+    for count in counts:
+        sizes.append(value.shape[start : start + count].numel())
+        start += count
+    return value.reshape(sizes)
