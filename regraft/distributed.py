@@ -1,6 +1,5 @@
-"""The processes that torchrun started, and how they exchange values.
-
-Without torchrun every function works too: the one process is rank 0 of 1.
+"""The processes that torchrun started, and what they tell each other; one process is rank 0 of 1
+and tells nobody.
 """
 
 from __future__ import annotations
@@ -20,11 +19,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # processes of one launcher start together
-COLLECTIVE_TIMEOUT = timedelta(days=1)  # rank 0 may evaluate or write for hours, the others wait
+COLLECTIVE_TIMEOUT = timedelta(
+    days=1
+)  # the first process may measure or write for hours while the others wait
 
 
 def rank() -> int:
-    """Number of this process among all, counted from 0."""
+    """Number of this process among all, from 0."""
+    import torch.distributed as dist
+
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -36,12 +39,14 @@ def world_size() -> int:
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that prints and writes files for all."""
+    """Whether this is the process that speaks and writes for all."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Where this process trains: its own GPU, or the CPU."""
+    """Where this process trains: its own accelerator, or the processor."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -56,57 +61,60 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value, in all processes; anything that can be pickled."""
+    """The first process's value, in all of them."""
+    import torch.distributed as dist
+
     if world_size() == 1:
         return value
-    values: list[Any] = [value]  # overwritten in place
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def all_gather(value: T) -> list[T]:
-    """The values of all processes in order of rank, in all of them."""
+    """Everybody's value, by rank."""
+    import torch.distributed as dist
+
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def on_rank0(act: Callable[[], T]) -> T:
-    """Run a function on rank 0 alone and return its value in all processes.
-
-    The others wait. When it raises an exception, it is raised in all of them, since they would
-    otherwise wait for each other for ever.
+    """What the first process gets from `act` while the others wait, in all of them; or what it
+    raises, in all.
     """
     if world_size() == 1:
         return act()
-
-    result: list[Any] = [None, None]  # value, exception
+    found: list[Any] = [None, None]
     if is_rank0():
         try:
-            result[0] = act()
+            found[0] = act()
         except Exception as error:
-            result[1] = error
-    value, failure = broadcast(result)
+            found[1] = error
+    value, failure = broadcast(found)
     if failure is not None:
         raise failure
     return value
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor, in place, by its sum over all processes."""
+    """Each tensor becomes its sum over all processes."""
+    import torch.distributed as dist
+
     for tensor in tensors if world_size() > 1 else ():
         dist.all_reduce(tensor)
 
 
 @contextmanager
 def init_distributed() -> Iterator[None]:
-    """Connects the processes that torchrun started, while the block runs.
+    """Inside, the processes of a torchrun know each other: gloo on processors, NCCL beside it on
+    accelerators.
 
-    They talk over gloo, and between GPUs over NCCL. Without torchrun nothing happens. A process
-    whose launcher dies gets SIGTERM (on Linux). RegraftError when the processes do not find each
-    other, or when there are more of them than GPUs.
+    Without torchrun nothing happens. A process whose launcher dies gets SIGTERM (on Linux).
+    RegraftError when the processes cannot meet.
     """
     import torch
     import torch.distributed as dist
@@ -114,41 +122,28 @@ def init_distributed() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
         return
-
-    # The device comes first: NCCL binds a process to the GPU that is current when it starts.
-    _select_gpu()
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise RegraftError(
+                f"process {local} of this machine has no accelerator, there are"
+                f" {torch.cuda.device_count()}: start at most that many with --nproc-per-node"
+            )
+        torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     terminate_with_parent()
-
-    # Two timeouts: processes that start together meet within minutes, while later ones may wait for
-    # hours. `init_process_group` has only one, so the rendezvous is done by hand.
     try:
-        store, rank_here, count = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store, mine, count = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except dist.DistError as error:
         raise RegraftError(
-            f"process {os.environ.get('RANK')} found no launcher within {RENDEZVOUS_TIMEOUT} "
-            f"({str(error).splitlines()[0]}): start all processes again"
+            f"process {os.environ.get('RANK')} found no launcher within {RENDEZVOUS_TIMEOUT}"
+            f" ({str(error).splitlines()[0]}): start all processes again"
         ) from error
     store.set_timeout(COLLECTIVE_TIMEOUT)
-
     dist.init_process_group(
-        backend, store=store, rank=rank_here, world_size=count, timeout=COLLECTIVE_TIMEOUT
+        backend, store=store, rank=mine, world_size=count, timeout=COLLECTIVE_TIMEOUT
     )
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _select_gpu() -> None:
-    """Make this process's GPU the current one; RegraftError when the machine has too few."""
-    if not torch.cuda.is_available():
-        return
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
-        raise RegraftError(
-            f"process {local} of this machine has no accelerator, "
-            f"there are {torch.cuda.device_count()}: "
-            "start at most that many with --nproc-per-node"
-        )
-    torch.cuda.set_device(local)

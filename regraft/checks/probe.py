@@ -13,8 +13,8 @@ from .. import modeling
 from ..core.anatomy import Part
 from ..core.axes import product
 from ..core.checkpoint import Checkpoint
+from ..core.fused import fused_maps, split_fused
 from ..errors import RegraftError
-from ..growth.widened import fused_maps, split_fused
 from ..growth.widening import kind_of, tensor_axes
 
 ROWS, LENGTH = 2, 64

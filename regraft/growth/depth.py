@@ -12,10 +12,10 @@ from torch import Tensor
 from ..core.anatomy import Key, Part, PlacedPart
 from ..core.axes import product
 from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
+from ..core.fused import fused_maps, join_fused, split_fused
 from ..errors import RegraftError
 from .operators import DEPTH, operators_preserving
 from .tensor import SeededRandom, compute_dtype, estimate_std
-from .widened import fused_maps, join_fused, split_fused
 from .widening import kind_of
 
 ORDERS = tuple(DEPTH)

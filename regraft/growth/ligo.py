@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..core.anatomy import Key, Part
 from ..core.axes import product
+from ..core.fused import fused_maps, join_fused, split_fused
 from ..errors import RegraftError
 from .depth import IdentityLayer, LayerOrigin
 from .ligo_maps import AxisMap, Ligo, flatten_head_axes
-from .widened import MapWidener, fused_maps, join_fused, split_fused
+from .widened import MapWidener
 from .widening import GROWABLE_AXES, Widening, kind_of, tied_head_gain
 
 HEADS = ("kv", "group", "dim")

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.anatomy import Part, PlacedPart
 from ..core.axes import Axes, Signature, product
 from ..core.checkpoint import LazyTensor, Provenance
+from ..core.fused import fused_maps, join_fused, split_fused
 from ..errors import RegraftError
 from .tensor import AxisGrowth, SeededRandom, compute_dtype, grow_moment, grow_tensor
 from .widening import Widening, axis_growths, tensor_axes, tied_head_gain, weight_factor
@@ -179,59 +180,3 @@ class MapWidener:
                 sizes["group"] // self.widening.split,
             )
         return [product((axis,), sizes) for axis in self.axes]
-
-
-def fused_maps(part: Part, role: str) -> list[tuple[str, Signature, Axes]]:
-    """(role, signature, output axes) of every map that is packed into a part."""
-    whole = part.axes
-    if not part.fused:
-        return [(role, whole, whole.outputs[0])]
-    ending = role.rpartition(".")[2]
-    found = []
-    for index, base in enumerate(part.fused):
-        mine = whole.piece(index)
-        found.append((f"{base}.{ending}", mine, mine.outputs[0]))
-    return found
-
-
-def split_fused(value: Tensor, part: Part, sizes: dict[str, int]) -> list[Tensor]:
-    """A stored tensor as its maps, output first."""
-    whole = part.axes
-    value = value.T if part.stored == "in out" and whole.kind == "map" else value
-    if not part.fused:
-        return [value]
-    if len(whole.outputs) > 1:
-        return list(value.split([product(axes, sizes) for axes in whole.outputs]))
-    axes = whole.outputs[0]
-    split = value.unflatten(0, [product((axis,), sizes) for axis in axes])
-    return [
-        split.select(axes.index("three"), index).flatten(0, len(axes) - 2)
-        for index in range(len(part.fused))
-    ]
-
-
-def join_fused(values: list[Tensor], part: Part) -> Tensor:
-    """The inverse of `apart`: maps seen axis by axis, packed and stored as the part wants."""
-    whole = part.axes
-    inputs = len(whole.inputs)
-    if whole.kind == "plain":
-        dims = [len(stack[0]) for stack in whole.dims()]
-        return _flatten_axis_groups(values[0], dims)
-    if len(whole.outputs) == 1 and part.fused:
-        at = whole.outputs[0].index("three")
-        values = [torch.stack(values, at)]
-    flat = [
-        _flatten_axis_groups(value, [value.ndim - inputs] + ([inputs] if inputs else []))
-        for value in values
-    ]
-    value = torch.cat(flat) if len(flat) > 1 else flat[0]
-    return value.T if part.stored == "in out" and whole.kind == "map" else value
-
-
-def _flatten_axis_groups(value: Tensor, counts: list[int]) -> Tensor:
-    """Groups of axes flattened into one each, `counts` axes a group."""
-    sizes, begin = [], 0
-    for count in counts:
-        sizes.append(value.shape[begin : begin + count].numel())
-        begin += count
-    return value.reshape(sizes)

@@ -17,10 +17,10 @@ from torch import Tensor
 from regraft.checks.liveness import check_liveness, format_ranges
 from regraft.core.anatomy import Key
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.fused import fused_maps, split_fused
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
-from regraft.growth.widened import fused_maps, split_fused
 from regraft.io import files
 from regraft.mixers.remix import Remix
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from ...core.anatomy import Key, PlacedPart
 from ...core.axes import Axes, Signature, product
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
+from ...core.fused import fused_maps, join_fused, split_fused
 from ...core.step import step_entry
 from ...errors import RegraftError
 from ..sizes import TargetSizes, solve_sizes
 from ..tensor import SeededRandom
-from ..widened import fused_maps, join_fused, split_fused
 from ..widening import tensor_axes
 
 SPREAD = 0.02  # of fresh matrices where the config does not say it
