@@ -369,7 +369,7 @@ def test_a_process_without_its_launcher_does_not_wait_for_ever() -> None:
         "from datetime import timedelta; from regraft import distributed; distributed.MEETING ="
         " timedelta(seconds=1)\n"
     )
-    code += "with ranks.joined(): pass"
+    code += "with distributed.init_distributed(): pass"
     place = {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "1",

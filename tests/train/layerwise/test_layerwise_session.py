@@ -91,7 +91,7 @@ CASES = [
     ({"heldout": "text.txt"}, "holds no whole model: leave out --heldout"),
     ({"teacher": "nowhere"}, "no model at 'nowhere'"),
     ({"batch": 0}, "0 rows of 64"),
-    ({"layer-drop": 0.5}, "drops are for models without mixers"),
+    ({"stage-options": '{"layer_drop": 0.5}'}, "drops are for models without mixers"),
 ]
 
 
@@ -104,7 +104,7 @@ def test_bad_input_is_one_line(flags, says, source, linearized, text, tmp_path, 
 
 def test_its_flags_stand_alone_only_with_it(source, linearized, text, tmp_path, capsys) -> None:
     words = command(source, linearized, text, tmp_path / "out", calibration=64)
-    assert "are for --stream" in refused(capsys, *words[:-1])
+    assert "give --stream as well" in refused(capsys, *words[:-1])
     words[1] = source
     assert "from a llama to a llama" in refused(capsys, *words)
     (tmp_path / "out" / "notes.txt").parent.mkdir(exist_ok=True)
