@@ -8,7 +8,7 @@ from dataclasses import asdict
 from .verb import Outcome, Verb
 
 
-def generate(
+def generate_text(
     model: str,
     prompt: str,
     tokens: int = 128,
@@ -47,7 +47,7 @@ def generate(
 
 
 VERB = Verb(
-    generate,
+    generate_text,
     examples=(
         'regraft generate MODEL "The capital of France is" --tokens 64',
         'regraft generate MODEL "Name three rivers." --chat --temperature 0.7',
