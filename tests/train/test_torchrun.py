@@ -366,7 +366,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
 
 def test_a_process_without_its_launcher_does_not_wait_for_ever() -> None:
     code = (
-        "from datetime import timedelta; from regraft import distributed; distributed.MEETING ="
+        "from datetime import timedelta; from regraft import distributed; distributed.RENDEZVOUS_TIMEOUT ="
         " timedelta(seconds=1)\n"
     )
     code += "with distributed.init_distributed(): pass"
