@@ -1,5 +1,7 @@
-"""The processes that torchrun started, and what they tell each other; one process is rank 0 of 1
-and tells nobody.
+"""The processes that torchrun started, and how they exchange values.
+
+Without torchrun every function works too: the one process is rank 0 of 1. torch is imported by the
+functions that need it, so that `regraft --help` loads none.
 """
 
 from __future__ import annotations
@@ -19,13 +21,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # processes of one launcher start together
-COLLECTIVE_TIMEOUT = timedelta(
-    days=1
-)  # the first process may measure or write for hours while the others wait
+COLLECTIVE_TIMEOUT = timedelta(days=1)  # rank 0 may evaluate or write for hours, the others wait
 
 
 def rank() -> int:
-    """Number of this process among all, from 0."""
+    """Number of this process among all, counted from 0."""
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_initialized() else 0
@@ -39,12 +39,12 @@ def world_size() -> int:
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that speaks and writes for all."""
+    """Whether this is the process that prints and writes files for all."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Where this process trains: its own accelerator, or the processor."""
+    """Where this process trains: its own GPU, or the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -61,47 +61,50 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """The first process's value, in all of them."""
+    """Rank 0's value, in all processes; anything that can be pickled."""
     import torch.distributed as dist
 
     if world_size() == 1:
         return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values: list[Any] = [value]  # overwritten in place
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def all_gather(value: T) -> list[T]:
-    """Everybody's value, by rank."""
+    """The values of all processes in order of rank, in all of them."""
     import torch.distributed as dist
 
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_rank0(act: Callable[[], T]) -> T:
-    """What the first process gets from `act` while the others wait, in all of them; or what it
-    raises, in all.
+    """Run a function on rank 0 alone and return its value in all processes.
+
+    The others wait. When it raises an exception, it is raised in all of them, since they would
+    otherwise wait for each other for ever.
     """
     if world_size() == 1:
         return act()
-    found: list[Any] = [None, None]
+
+    result: list[Any] = [None, None]  # value, exception
     if is_rank0():
         try:
-            found[0] = act()
+            result[0] = act()
         except Exception as error:
-            found[1] = error
-    value, failure = broadcast(found)
+            result[1] = error
+    value, failure = broadcast(result)
     if failure is not None:
         raise failure
     return value
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Each tensor becomes its sum over all processes."""
+    """Replace each tensor, in place, by its sum over all processes."""
     import torch.distributed as dist
 
     for tensor in tensors if world_size() > 1 else ():
@@ -110,11 +113,11 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def init_distributed() -> Iterator[None]:
-    """Inside, the processes of a torchrun know each other: gloo on processors, NCCL beside it on
-    accelerators.
+    """Connects the processes that torchrun started, while the block runs.
 
-    Without torchrun nothing happens. A process whose launcher dies gets SIGTERM (on Linux).
-    RegraftError when the processes cannot meet.
+    They talk over gloo, and between GPUs over NCCL. Without torchrun nothing happens. A process
+    whose launcher dies gets SIGTERM (on Linux). RegraftError when the processes do not find each
+    other, or when there are more of them than GPUs.
     """
     import torch
     import torch.distributed as dist
@@ -122,28 +125,43 @@ def init_distributed() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
         return
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise RegraftError(
-                f"process {local} of this machine has no accelerator, there are"
-                f" {torch.cuda.device_count()}: start at most that many with --nproc-per-node"
-            )
-        torch.cuda.set_device(local)
+
+    # The device comes first: NCCL binds a process to the GPU that is current when it starts.
+    _select_gpu()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     terminate_with_parent()
+
+    # Two timeouts: processes that start together meet within minutes, while later ones may wait for
+    # hours. `init_process_group` has only one, so the rendezvous is done by hand.
     try:
-        store, mine, count = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store, rank_here, count = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except dist.DistError as error:
         raise RegraftError(
-            f"process {os.environ.get('RANK')} found no launcher within {RENDEZVOUS_TIMEOUT}"
-            f" ({str(error).splitlines()[0]}): start all processes again"
+            f"process {os.environ.get('RANK')} found no launcher within {RENDEZVOUS_TIMEOUT} "
+            f"({str(error).splitlines()[0]}): start all processes again"
         ) from error
     store.set_timeout(COLLECTIVE_TIMEOUT)
+
     dist.init_process_group(
-        backend, store=store, rank=mine, world_size=count, timeout=COLLECTIVE_TIMEOUT
+        backend, store=store, rank=rank_here, world_size=count, timeout=COLLECTIVE_TIMEOUT
     )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _select_gpu() -> None:
+    """Make this process's GPU the current one; RegraftError when the machine has too few."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise RegraftError(
+            f"process {local} of this machine has no accelerator, "
+            f"there are {torch.cuda.device_count()}: "
+            "start at most that many with --nproc-per-node"
+        )
+    torch.cuda.set_device(local)

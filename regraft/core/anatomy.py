@@ -156,6 +156,7 @@ class Anatomy:
             return False
 
         known = product(tuple(axis for axis in axes if axis in sizes), sizes)
+        # Nothing unknown: the key repeats what others said, such as GPT-2's n_embd for "kv dim".
         if not unknown and known != value:
             raise RegraftError(
                 f"{self.family} config has {key} = {value}, but {text} is {known}: make them equal"

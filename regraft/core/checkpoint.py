@@ -124,10 +124,12 @@ class Checkpoint:
                 lazy, shape=lazy.shape[::-1], read=lambda: output_first(lazy.read(), part)
             )
 
-        for (fused_role, at), fused in placed.items():
+        # Not stored under its own role: look inside the fused tensors of the layer.
+        for (fused_role, fused_layer), fused in placed.items():
             index = fused_index(role, fused.part, fused_role)
-            if at == layer and index is not None:
-                return _open_fused(self.tensors[fused_role, at], fused.part, index, self.sizes)
+            if fused_layer == layer and index is not None:
+                whole = self.tensors[fused_role, fused_layer]
+                return _open_fused(whole, fused.part, index, self.sizes)
 
         roles = ", ".join(sorted({role for role, _ in self.tensors}))
         raise RegraftError(
@@ -272,6 +274,7 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
 
     known = lineage.read_lineage(folder)
     dropped = known.get("dropped", {}) | find_unclaimed(entries, placed, anatomy, config)
+    # A pretrained model has no lineage.json: all of its tensors are copied from itself.
     provenances = {
         name: Provenance(kind, tuple(sources), note)
         for name, (kind, sources, note) in known.get("tensors", {}).items()

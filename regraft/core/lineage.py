@@ -138,6 +138,7 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
         for step in checkpoint.history
         if "seed" in step.get("arguments", {})
     ]
+
     return {
         "source": origin(checkpoint),
         "steps": cast(list[StepEntry], list(checkpoint.history)),
@@ -159,7 +160,7 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
         checkpoint: the model to be saved.
         shard_bytes: size limit of a file of weights.
     """
-    folder = checkpoint.path
+    folder = checkpoint.path  # of a GGUF file the conversion
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
     facts = {
         "source": {
@@ -174,6 +175,7 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
         # Another release of torch may round differently.
         "versions": [version("regraft"), *versions().values()],
     }
+
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -217,7 +219,7 @@ def format_model_card(checkpoint: Checkpoint) -> str:
     no_papers = "- none beyond the source's own"
     # Models that transformers knows need no word on loading.
     load = (
-        "Load it with `import regraft` (or `trust_remote_code=True`) and "
+        "Load it with `import regraft.modeling` (or `trust_remote_code=True`) and "
         "`AutoModelForCausalLM.from_pretrained`.\n\n"
     )
     return (

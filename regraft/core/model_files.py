@@ -50,6 +50,7 @@ def find_unclaimed(
 
     RegraftError for a tensor without such a reason.
     """
+    # What a wrong table or a foreign file leaves over must not get lost silently.
     dropped: dict[str, str] = {}
     for name in sorted(set(entries) - {parameter.name for parameter in placed.values()}):
         reason = anatomy.reason_to_drop(name, config)
@@ -60,6 +61,7 @@ def find_unclaimed(
                 "or check that config.json belongs to these weights"
             )
         dropped[name] = reason
+
     return dropped
 
 
@@ -83,6 +85,5 @@ def open_tensor(
             "config.json and weights do not belong together"
         )
 
-    # Without lineage.json the model is a pretrained one, all copied from itself.
     provenance = provenances.get(parameter.name, Provenance("copied", (parameter.name,)))
     return LazyTensor(parameter.shape, entry.torch_dtype(), provenance, entry.read)

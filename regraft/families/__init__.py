@@ -1,1 +1,1 @@
-"""One table per model family, found by its file name: the `model_type` of the config."""
+"""One table per model family; the file is named after the `model_type` of the config."""

@@ -1,14 +1,16 @@
-"""BERT (arXiv 1810.04805): an encoder whose norms come after each sum, with the head that its class
-says.
+"""BERT (arXiv 1810.04805): an encoder with a norm after each sum.
+
+The class named in the config decides which head a checkpoint has.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
 
+# Class -> heads that it has; a head is a key "_<head>" of the config with defaults filled in.
 HEADS = {
     "BertModel": "pooler",
     "BertForMaskedLM": "mlm",
@@ -31,30 +33,33 @@ SIZES = (
 )
 LAYER = "{p}encoder.layer.{}"
 WRITES_BRANCH: dict[str, Any] = {"writes": "branch"}
+# Embeddings and branches are added up first, then normalized: the norm's output is the stream.
 POST_NORM: dict[str, Any] = {"bias": True, "reads": "branch", "writes": "stream"}
 
 
-def architecture(config: Any, table: Mapping[str, str]) -> str:
-    """The class that a config names, the first of the table when it names none. RegraftError when
-    it is not there.
+def architecture(config: Config, table: Mapping[str, str]) -> str:
+    """The class that a config names, or the first of the table when it names none.
+
+    RegraftError when the table does not have it.
     """
     name = (config.get("architectures") or list(table))[0]
     if name not in table:
         raise RegraftError(
-            f"no table for the class '{name}' of config.json's architectures: use"
-            f" {', '.join(table)}"
+            f"no table for the class '{name}' of config.json's architectures: "
+            f"use {', '.join(table)}"
         )
     return str(name)
 
 
-def has_head(config: Any, table: Mapping[str, str], head: str) -> bool:
-    """Whether the class of a config has a head."""
+def has_head(config: Config, table: Mapping[str, str], head: str) -> bool:
+    """Whether the class of a config has a head, one of the words in `table`."""
     return head in table[architecture(config, table)].split()
 
 
 def head_defaults(table: Mapping[str, str]) -> dict[str, Any]:
-    """Defaults that say by a key "_<head>" which heads the class of a config has, and by "_labels"
-    how many labels.
+    """Defaults for the derived keys of a family's heads.
+
+    "_<head>" says whether the class of the config has the head, "_labels" how many labels it has.
     """
     heads = sorted({head for row in table.values() for head in row.split()})
     return {f"_{head}": partial(has_head, table=table, head=head) for head in heads} | {
@@ -62,67 +67,55 @@ def head_defaults(table: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def label_count(config: Any) -> int:
-    """How many labels a classifier tells apart."""
+def label_count(config: Config) -> int:
+    """Number of labels of a classifier; 2 when the config does not say."""
     return len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
 
 
-def base_prefix(table: Mapping[str, str], base: str) -> Callable[[Any], str]:
-    """The name prefix of the base model, which it has inside every class but itself."""
+def base_prefix(table: Mapping[str, str], base: str) -> Callable[[Config], str]:
+    """A function for `Anatomy.prefix`: the base model's prefix in every class with a head.
+
+    The base model's own checkpoints have names without it.
+    """
     return lambda config: base if "For" in architecture(config, table) else ""
 
 
 def encoder_parts() -> dict[str, Part]:
     """Embeddings and layers."""
-    attention = f"{LAYER}.attention"
+    embeddings, attention = "{p}embeddings", f"{LAYER}.attention"
+    table: dict[str, Any] = {"stored": "in out", **WRITES_BRANCH}
+    # No norm comes before attention and MLP: they read the residual stream itself.
+    from_stream: dict[str, Any] = {"bias": True, "reads": "stream"}
+    to_branch: dict[str, Any] = {"bias": True, **WRITES_BRANCH}
+
     return {
-        **linear(
-            "embed",
-            "{p}embeddings.word_embeddings",
-            "vocab -> hidden",
-            stored="in out",
-            **WRITES_BRANCH,
-        ),
-        **linear(
-            "pos",
-            "{p}embeddings.position_embeddings",
-            "pos -> hidden",
-            stored="in out",
-            **WRITES_BRANCH,
-        ),
-        **linear(
-            "type",
-            "{p}embeddings.token_type_embeddings",
-            "type -> hidden",
-            stored="in out",
-            **WRITES_BRANCH,
-        ),
-        **norm("norm.embed", "{p}embeddings.LayerNorm", **POST_NORM),
-        **linear(
-            "attn.q", f"{attention}.self.query", "hidden -> kv dim", bias=True, reads="stream"
-        ),
-        **linear("attn.k", f"{attention}.self.key", "hidden -> kv dim", bias=True, reads="stream"),
-        **linear(
-            "attn.v", f"{attention}.self.value", "hidden -> kv dim", bias=True, reads="stream"
-        ),
-        **linear(
-            "attn.o", f"{attention}.output.dense", "kv dim -> hidden", bias=True, **WRITES_BRANCH
-        ),
+        **linear("embed", f"{embeddings}.word_embeddings", "vocab -> hidden", **table),
+        **linear("pos", f"{embeddings}.position_embeddings", "pos -> hidden", **table),
+        **linear("type", f"{embeddings}.token_type_embeddings", "type -> hidden", **table),
+        **norm("norm.embed", f"{embeddings}.LayerNorm", **POST_NORM),
+        **linear("attn.q", f"{attention}.self.query", "hidden -> kv dim", **from_stream),
+        **linear("attn.k", f"{attention}.self.key", "hidden -> kv dim", **from_stream),
+        **linear("attn.v", f"{attention}.self.value", "hidden -> kv dim", **from_stream),
+        **linear("attn.o", f"{attention}.output.dense", "kv dim -> hidden", **to_branch),
         **norm("norm.attn_post", f"{attention}.output.LayerNorm", **POST_NORM),
-        **linear(
-            "mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", bias=True, reads="stream"
-        ),
-        **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", bias=True, **WRITES_BRANCH),
+        **linear("mlp.up", f"{LAYER}.intermediate.dense", "hidden -> ffn", **from_stream),
+        **linear("mlp.down", f"{LAYER}.output.dense", "ffn -> hidden", **to_branch),
         **norm("norm.mlp_post", f"{LAYER}.output.LayerNorm", **POST_NORM),
     }
 
 
 def mlm_head(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
-    """The head of a masked language model; untied, the class reads the decoder's own bias instead
-    of the shared one.
+    """The head of a masked language model.
+
+    Args:
+        dense: name of the map in front of the output embedding.
+        layer_norm: name of its norm.
+        head: name of the module with the output embedding.
     """
     own: dict[str, Any] = {"bias": True, "when": "_mlm"}
     untied: dict[str, Any] = {"when": "_mlm", "unless": "tie_word_embeddings"}
+
+    # An untied class has two biases and reads the decoder's own; a tied one shares the head's.
     return {
         **linear("transform", dense, "hidden -> hidden", reads="stream", writes="own", **own),
         **norm("norm.head", layer_norm, reads="own", writes="head", **own),
@@ -135,7 +128,16 @@ def mlm_head(dense: str, layer_norm: str, head: str) -> dict[str, Part]:
 def head_linear(
     role: str, name: str, axes: str, when: str, reads: str = "stream", at: str = "first"
 ) -> dict[str, Part]:
-    """A map with a bias outside the stack that a class may have."""
+    """A linear layer outside the stack that only some classes have.
+
+    Args:
+        role: the role without its ending.
+        name: the name in the state dict without its ending.
+        axes: the weight's signature.
+        when: the config key that says whether the class has it.
+        reads: activations that it takes.
+        at: positions that it is applied to.
+    """
     return linear(role, name, axes, bias=True, when=when, reads=reads, writes="own", at=at)
 
 

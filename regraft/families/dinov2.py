@@ -1,16 +1,18 @@
-"""DINOv2 (arXiv 2304.07193): ViT with a factor per coordinate behind each branch; the class holds a
-whole MLP ratio.
+"""DINOv2 (arXiv 2304.07193): ViT with a factor per coordinate behind each branch.
+
+Its class stores the width of the MLP as a ratio to the hidden size.
 """
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
 from . import vit
 from .bert import base_prefix, head_defaults, head_linear
 from .vit import LAYER
 
 HEADS = {"Dinov2Model": "", "Dinov2Backbone": "", "Dinov2ForImageClassification": "classifier"}
+# LayerScale: the output of each branch is multiplied by learned factors.
 ATTN: dict[str, Any] = {"bias": True, "scaled": "scale.attn.weight"}
 MLP: dict[str, Any] = {"bias": True, "scaled": "scale.mlp.weight"}
 PLAIN: dict[str, Any] = {"unless": "use_swiglu_ffn"}
@@ -18,37 +20,47 @@ GATED: dict[str, Any] = {"when": "use_swiglu_ffn"}
 
 
 def compute_mlp_width(hidden: int, ratio: float, gated: bool) -> int:
-    """The MLP's width: a gated one takes two thirds, rounded up to a multiple of 8."""
+    """The MLP's width, as the class computes it from `mlp_ratio`.
+
+    A gated MLP has a third matrix, so it takes two thirds of the width, rounded up to a multiple
+    of 8.
+    """
     units = int(hidden * ratio)
     return (int(units * 2 / 3) + 7) // 8 * 8 if gated else units
 
 
-def mlp_width(config: Any) -> int:
+def mlp_width(config: Config) -> int:
     """The MLP's width of a config."""
     return compute_mlp_width(config["hidden_size"], config["mlp_ratio"], config["use_swiglu_ffn"])
 
 
-def derived_config_keys(config: Any) -> dict[str, Any]:
-    """The MLP ratio of a width, and the stages of a depth. RegraftError when no whole ratio gives
-    the width.
+def derived_config_keys(config: Config) -> dict[str, Any]:
+    """The `mlp_ratio` that gives the new width, and the stage names of the new depth.
+
+    RegraftError when no whole ratio gives the width.
     """
     hidden, ffn, gated = config["hidden_size"], config["_ffn"], config["use_swiglu_ffn"]
+    # Width -> ratio, for whole ratios until well above the width wanted.
     widths = {
         compute_mlp_width(hidden, ratio, gated): ratio for ratio in range(1, 2 * ffn // hidden + 3)
     }
     if mlp_width(config) != ffn and ffn not in widths:
         near = min(size for size in widths if size > ffn)  # smaller ones may be below the source's
         raise RegraftError(
-            f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have ffn"
-            f" {ffn}, use --ffn {near}"
+            f"dinov2 keeps its MLP's width as a whole mlp_ratio: hidden {hidden} cannot have "
+            f"ffn {ffn}, use --ffn {near}"
         )
-    return {
-        "mlp_ratio": config["mlp_ratio"] if mlp_width(config) == ffn else widths[ffn]
-    } | backbone_stage_keys(config)
+
+    # A ratio that fits stays, even one that is no whole number.
+    ratio = config["mlp_ratio"] if mlp_width(config) == ffn else widths[ffn]
+    return {"mlp_ratio": ratio} | backbone_stage_keys(config)
 
 
-def backbone_stage_keys(config: Any) -> dict[str, Any]:
-    """A backbone that gives its last layer's features gives the new last layer's."""
+def backbone_stage_keys(config: Config) -> dict[str, Any]:
+    """Stage names of a backbone, which gives the features of some layers; else no keys.
+
+    One that gave those of its last layer gives those of the new last layer.
+    """
     if config.get("stage_names") is None:
         return {}
     names = ["stem", *(f"stage{layer + 1}" for layer in range(config["num_hidden_layers"]))]

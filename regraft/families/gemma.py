@@ -1,5 +1,6 @@
-"""Gemma (arXiv 2403.08295): Llama with norm gains stored minus one and embeddings multiplied by
-sqrt(hidden).
+"""Gemma (arXiv 2403.08295): Llama with two changes.
+
+Gains of norms are stored minus one, and embeddings are multiplied by sqrt(hidden).
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from ..core.anatomy import Anatomy, Part, norm
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama
 
+# Defaults that Gemma 2 and 3 share.
 TIED: dict[str, Any] = {
     **DEFAULTS,
     "head_dim": 256,
@@ -17,7 +19,7 @@ TIED: dict[str, Any] = {
 
 
 def parts() -> dict[str, Part]:
-    """Llama's parts with Gemma's gains."""
+    """Llama's parts with gains stored minus one."""
     return {
         **llama("attention_bias", "attention_bias", mlp_bias=False),
         **norm("norm.attn", f"{LAYER}.input_layernorm", unit=True),

@@ -1,10 +1,11 @@
-"""Gemma 2 (arXiv 2408.00118): Gemma whose branches end in a norm too; every second layer sees a
-window.
+"""Gemma 2 (arXiv 2408.00118): Gemma with a second norm at the end of each branch.
+
+Every second layer attends to a sliding window only.
 """
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from . import gemma
 from .llama import IGNORED, LAYER, SIZES
 
@@ -12,6 +13,7 @@ from .llama import IGNORED, LAYER, SIZES
 def parts() -> dict[str, Part]:
     """Gemma's parts with norms before and after both branches."""
     after: dict[str, Any] = {"unit": True, "reads": "branch", "writes": "stream"}
+    # A branch ends in a norm, so its last map writes "branch" and the norm writes the stream.
     o, down = f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.down_proj"
     return {
         **gemma.parts(),
@@ -23,13 +25,13 @@ def parts() -> dict[str, Part]:
     }
 
 
-def softmax_scale(config: Any, dim: int, layer: int) -> float:
-    """A number of the config, whatever the width of a head."""
+def softmax_scale(config: Config, dim: int, layer: int) -> float:
+    """Set by a config key, independent of the head dim."""
     return float(config["query_pre_attn_scalar"]) ** -0.5
 
 
-def alternating_layer_types(config: Any) -> list[str]:
-    """Windows on layers 0, 2, 4, ..."""
+def alternating_layer_types(config: Config) -> list[str]:
+    """A sliding window on layers 0, 2, 4, ..."""
     return [
         ("sliding_attention", "full_attention")[layer % 2]
         for layer in range(config["num_hidden_layers"])

@@ -1,15 +1,15 @@
-"""Gemma 3's text model (arXiv 2503.19786): Gemma 2 plus a norm on queries and keys of each head."""
+"""The text model of Gemma 3 (arXiv 2503.19786): Gemma 2 with query and key norms."""
 
 from dataclasses import replace
 from typing import Any
 
-from ..core.anatomy import norm, older_rope_keys
+from ..core.anatomy import Config, norm, older_rope_keys
 from . import gemma2
 from .llama import LAYER
 
 
-def periodic_layer_types(config: Any) -> list[str]:
-    """Windows on all layers but every sixth (or whatever an old config says)."""
+def periodic_layer_types(config: Config) -> list[str]:
+    """A sliding window on all layers but every sixth, or as often as an older config says."""
     period = config.get("sliding_window_pattern", 6)
     return [
         "sliding_attention" if (i + 1) % period else "full_attention"
@@ -17,8 +17,8 @@ def periodic_layer_types(config: Any) -> list[str]:
     ]
 
 
-def older_config_keys(config: Any) -> dict[str, Any]:
-    """Rotary parameters of both kinds of layers in the keys from before they were nested."""
+def older_config_keys(config: Config) -> dict[str, Any]:
+    """Rotary parameters of both kinds of layers under the keys used before they were nested."""
     rope = config.get("rope_parameters") or {}
     both = [rope.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
     keys = older_rope_keys({"rope_parameters": both[0]})

@@ -1,17 +1,16 @@
-"""GPT-2 (Radford et al., 2019): learned positions, Conv1D storage (input first), queries, keys and
-values stacked.
+"""GPT-2 (Radford et al., 2019): learned positions; queries, keys and values are stacked.
+
+Matrices are stored input first (Conv1D).
 """
 
-from typing import Any
-
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 
 LAYER = "transformer.h.{}"
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
-def softmax_scale(config: Any, dim: int, layer: int) -> float:
-    """Optional scaling by head width and by depth."""
+def softmax_scale(config: Config, dim: int, layer: int) -> float:
+    """One over the root of the head dim and over the layer, each if the config says so."""
     plain = dim**-0.5 if config["scale_attn_weights"] else 1.0
     return plain / (layer + 1) if config["scale_attn_by_inverse_layer_idx"] else plain
 

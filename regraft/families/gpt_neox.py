@@ -1,17 +1,18 @@
-"""GPT-NeoX (arXiv 2204.06745): interleaved queries, keys and values, layer norms, partial rotary,
-parallel residual.
+"""GPT-NeoX (arXiv 2204.06745): attention and MLP in parallel, partial rotary positions.
+
+Queries, keys and values are interleaved head by head in one matrix.
 """
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm, older_rope_keys
+from ..core.anatomy import Anatomy, Config, Part, linear, norm, older_rope_keys
 
 LAYER = "gpt_neox.layers.{}"
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
-def older_config_keys(config: Any) -> dict[str, Any]:
-    """Older classes have names of their own for theta and for the part of a head that turns."""
+def older_config_keys(config: Config) -> dict[str, Any]:
+    """Older classes have other keys for theta and for the share of a head that is rotated."""
     keys = older_rope_keys(config)
     if "rope_theta" in keys:
         keys |= {

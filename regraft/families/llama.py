@@ -26,8 +26,15 @@ IGNORED = {
 
 
 def parts(qkv_bias: bool | str, o_bias: bool | str, mlp_bias: bool | str) -> dict[str, Part]:
-    """Llama's parts, with biases where the family has them."""
+    """Llama's parts.
+
+    Args:
+        qkv_bias: whether queries, keys and values have biases, or the config key that decides it.
+        o_bias: the same for the attention's output.
+        mlp_bias: the same for the MLP.
+    """
     attention, mlp = f"{LAYER}.self_attn", f"{LAYER}.mlp"
+
     return {
         **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
         **norm("norm.attn", f"{LAYER}.input_layernorm"),

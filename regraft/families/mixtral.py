@@ -1,12 +1,10 @@
-"""Mixtral (arXiv 2401.04088): Mistral whose MLPs are experts behind a router, each with tensors of
-its own in files.
+"""Mixtral (arXiv 2401.04088): Mistral with experts behind a router in place of the MLP.
 
-The experts' grouped products want rows of 16 bytes: in bfloat16, hidden and ffn in multiples of 8.
+Files hold the tensors of each expert apart. The grouped products over experts need rows of 16
+bytes: in bfloat16, hidden and ffn in multiples of 8.
 """
 
-from typing import Any
-
-from ..core.anatomy import Anatomy, linear
+from ..core.anatomy import Anatomy, Config, linear
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 from .llama import parts as llama
 
@@ -14,10 +12,8 @@ MOE = f"{LAYER}.block_sparse_moe"
 EXPERT = f"{MOE}.experts.{{e}}"
 
 
-def kv_heads(config: Any) -> int:
-    """The class's default: 8 when the key is missing, a key/value head per query head when it is
-    null.
-    """
+def kv_heads(config: Config) -> int:
+    """The class's defaults: 8 when the key is missing, one per query head when it is null."""
     return int(config["num_attention_heads"]) if "num_key_value_heads" in config else 8
 
 

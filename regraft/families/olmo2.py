@@ -1,5 +1,6 @@
-"""OLMo 2 (arXiv 2501.00656): norms only after the branches, and on all heads' queries and keys
-together.
+"""OLMo 2 (arXiv 2501.00656): Llama with norms behind the branches instead of before them.
+
+Query and key norms span all heads together.
 """
 
 from ..core.anatomy import Anatomy, Part, linear, norm

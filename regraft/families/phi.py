@@ -1,10 +1,11 @@
-"""Phi (arXiv 2306.11644): one layer norm feeds attention and MLP side by side; partial rotary,
-biases everywhere.
+"""Phi (arXiv 2306.11644): one layer norm feeds attention and MLP in parallel.
+
+Rotary positions are partial, and every map has a bias.
 """
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES
 
@@ -12,15 +13,16 @@ ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 QK: dict[str, Any] = {"bias": True, "when": "qk_layernorm"}
 
 
-def check_head_dim(config: Any) -> dict[str, Any]:
-    """Refuses query and key norms where hidden // heads is not head_dim: the class sizes them by
-    the first.
+def check_head_dim(config: Config) -> dict[str, Any]:
+    """Refuse query and key norms when hidden // heads is not head_dim; gives no config keys.
+
+    The class sizes these norms by hidden // heads.
     """
     hidden, heads, dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     if config["qk_layernorm"] and hidden // heads != dim:
         raise RegraftError(
-            f"phi with qk_layernorm wants hidden // heads to be head_dim {dim}, got {hidden} //"
-            f" {heads}: use --hidden {heads * dim}"
+            f"phi with qk_layernorm wants hidden // heads to be head_dim {dim}, "
+            f"got {hidden} // {heads}: use --hidden {heads * dim}"
         )
     return {}
 

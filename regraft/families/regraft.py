@@ -55,6 +55,7 @@ class RegraftAnatomy(Anatomy):
                     name, replace(before.part, name=name), before.shape
                 )
 
+        # The mixer keeps the place of the attention module: "host.<slot>.mixer.<name>".
         for layer, spec in enumerate(config["mixers"]):
             if not spec:
                 continue

@@ -1,5 +1,6 @@
-"""RoBERTa (arXiv 1907.11692): BERT with other heads; its table of positions begins behind the
-padding token's.
+"""RoBERTa (arXiv 1907.11692): BERT with other heads.
+
+Its table of positions starts after the index of the padding token.
 """
 
 from dataclasses import replace

@@ -1,5 +1,6 @@
-"""StarCoder2 (arXiv 2402.19173): Llama's attention with layer norms, a plain MLP and biases
-everywhere.
+"""StarCoder2 (arXiv 2402.19173): Llama's attention with layer norms and a plain MLP.
+
+Every map may have a bias.
 """
 
 from ..core.anatomy import Anatomy, Part, linear, norm

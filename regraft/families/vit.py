@@ -1,8 +1,8 @@
-"""ViT (arXiv 2010.11929): a pre-norm encoder of image patches behind a class token."""
+"""ViT (arXiv 2010.11929): a pre-norm encoder of image patches after a class token."""
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
 from .bert import base_prefix, head_defaults, head_linear
 
@@ -21,29 +21,25 @@ SIZES = (
 
 
 def height_and_width(value: Any) -> tuple[int, int]:
-    """Height and width of a size that is one number or two."""
-    return (
-        (int(value[0]), int(value[1]))
-        if isinstance(value, (list, tuple))
-        else (int(value), int(value))
-    )
+    """Height and width of a size given as one number or two."""
+    if isinstance(value, (list, tuple)):
+        return int(value[0]), int(value[1])
+    return int(value), int(value)
 
 
-def patch_side(config: Any) -> int:
-    """The side of a patch. RegraftError when patches are no squares."""
+def patch_side(config: Config) -> int:
+    """The side of a patch in pixels. RegraftError when patches are not square."""
     height, width = height_and_width(config["patch_size"])
     if height != width:
         raise RegraftError(f"patches of {height} x {width}: only square ones have a table")
     return height
 
 
-def position_count(config: Any) -> int:
-    """One for the class token and one for every patch."""
-    (height, width), (high, wide) = (
-        height_and_width(config["image_size"]),
-        height_and_width(config["patch_size"]),
-    )
-    return 1 + (height // high) * (width // wide)
+def position_count(config: Config) -> int:
+    """Number of positions: one for the class token and one for every patch."""
+    height, width = height_and_width(config["image_size"])
+    patch_height, patch_width = height_and_width(config["patch_size"])
+    return 1 + (height // patch_height) * (width // patch_width)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -70,7 +66,7 @@ def embedding_parts() -> dict[str, Part]:
 
 
 def qkv_parts() -> dict[str, Part]:
-    """Queries, keys and values under the names that files have."""
+    """Queries, keys and values."""
     name = f"{LAYER}.attention.attention"
     return {
         **linear("attn.q", f"{name}.query", "hidden -> kv dim", bias="qkv_bias"),

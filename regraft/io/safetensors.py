@@ -114,6 +114,7 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
                 )
             found[entry.name] = entry
 
+    # A download may have fetched an index of one revision and shards of another.
     listed = _read_index(folder) if files[0].name != "model.safetensors" else {}
     if missing := sorted(set(listed) - set(found)):
         raise RegraftError(
