@@ -1,5 +1,5 @@
-"""Class bridges: a checkpoint as one of another family that computes the same and ties fewer sizes
-together.
+"""Class bridges: a checkpoint written as another family, which computes the same and ties fewer
+sizes together.
 """
 
 from __future__ import annotations
@@ -14,39 +14,46 @@ from torch import Tensor
 from ..core.anatomy import Config, Key, PlacedPart, find_anatomy
 from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.lineage import versions
+from ..core.shapes import Float, Int
 from ..errors import RegraftError
 from . import rotary
 from .tensor import compute_dtype
 
 WIDEN_HINT = "widen it as it is, hidden together with the heads"
-RotaryConversion = tuple[dict[str, Any], Tensor | None]
+RotaryConversion = tuple[dict[str, Any], Int[Tensor, " dim"] | None]
 
 
 @dataclass(frozen=True)
 class ClassConversion:
     """How checkpoints of one family are written as another, which has its parts under the same
     roles.
-
-    `when`: what the source's config must say, in words. `keys`: target key -> (source key, what the
-    source's class takes when it is missing). `sets`: target keys with one value. `leaves`: source
-    keys that the target does not have. `folds`: map -> norm whose gain and bias it takes over,
-    because the target has one norm for several maps. `rotary(config, dim)`: the target's rotary
-    keys, and per coordinate of its heads the source's (None: the same).
     """
 
+    # What the source's config must say, in words.
     when: str
+    # Target key -> (source key, what the source's class takes when it is missing).
     keys: Mapping[str, tuple[str, Any]]
+    # Target keys that have one value.
     sets: Mapping[str, Any]
-    leaves: tuple[str, ...]
+    # Source keys that the target does not have.
+    drops: tuple[str, ...]
+    # Map -> norm whose gain and bias it takes over, because the target has one norm for several
+    # maps.
     folds: Mapping[str, str] = field(default_factory=dict)
+    # From the source's config and head_dim: the target's rotary keys, and for each coordinate of a
+    # head which one of the source it is (None: the same).
     rotary: Callable[[Config, int], RotaryConversion] = lambda config, dim: ({}, None)
 
 
 def parse_partial_rotary(config: Config, dim: int) -> tuple[dict[str, Any], int]:
-    """(rotary parameters, coordinates of a head that turn) of a GPT-NeoX config, missing keys
-    filled as its class does.
+    """(rotary parameters, coordinates of a head that turn) of a GPT-NeoX config.
 
-    An odd number of coordinates is turned with one more, at the odd number's frequencies.
+    Missing keys are filled as its class does. An odd number of coordinates turns together with one
+    more, at the odd number's frequencies.
+
+    Args:
+        config: the source's config.
+        dim: coordinates of a head.
     """
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope["rope_type"] = rotary.rotary_type(rope)
@@ -58,10 +65,11 @@ def parse_partial_rotary(config: Config, dim: int) -> tuple[dict[str, Any], int]
 
 def convert_partial_rotary(config: Config, dim: int) -> RotaryConversion:
     """GPT-NeoX's rotary positions for a class that turns the first coordinates too, but only an
-    even number.
+    even number (Phi).
     """
     rope, count = parse_partial_rotary(config, dim)
     if count % 2:
+        # Frequencies are theta ** (-2i / count): with one more coordinate theta makes up for it.
         _check_rotary_type(rope, f"{count} of {dim} coordinates, an odd number,")
         rope["rope_theta"] = rotary.compute_theta_power(rope["rope_theta"], (count + 1) / count)
         rope["partial_rotary_factor"] = rotary.compute_partial_factor(count + 1, dim)
@@ -70,7 +78,10 @@ def convert_partial_rotary(config: Config, dim: int) -> RotaryConversion:
 
 def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
     """GPT-NeoX's rotary positions for a class that turns coordinate i with i + dim / 2: pairs that
-    do not turn get frequency zero, and coordinates move to where their partner is expected.
+    do not turn get frequency zero, and coordinates move to where their partner is expected
+    (StarCoder2).
+
+    RegraftError for odd heads and for rotary types that cannot turn a part of a head.
     """
     rope, count = parse_partial_rotary(config, dim)
 
@@ -89,15 +100,15 @@ def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
     # raised so that their frequencies, theta ** (-2i / dim) of the whole head, stay those of the
     # turning part.
     half, pairs = dim // 2, -(-count // 2)
-    made = {
+    theta = rotary.compute_theta_power(rope["rope_theta"], dim / max(count, 1), WIDEN_HINT)
+    factor = rotary.compute_partial_factor(2 * pairs, dim)
+    parameters = {
         "rope_type": "proportional",
-        "rope_theta": rotary.compute_theta_power(
-            rope["rope_theta"], dim / max(count, 1), WIDEN_HINT
-        ),
-        "partial_rotary_factor": rotary.compute_partial_factor(2 * pairs, dim),
+        "rope_theta": theta,
+        "partial_rotary_factor": factor,
     }
     if rope["rope_type"] == "linear":
-        made["factor"] = rope["factor"]
+        parameters["factor"] = rope["factor"]
 
     # The source pairs coordinate i with i + pairs, the target i with i + half: second halves of the
     # turning pairs move behind the first half of the head.
@@ -105,7 +116,7 @@ def convert_full_rotary(config: Config, dim: int) -> RotaryConversion:
     order = torch.cat(
         [old[:pairs], old[2 * pairs : half + pairs], old[pairs : 2 * pairs], old[half + pairs :]]
     )
-    return {"rope_parameters": made, "partial_rotary_factor": made["partial_rotary_factor"]}, order
+    return {"rope_parameters": parameters, "partial_rotary_factor": factor}, order
 
 
 def _check_rotary_type(rope: Mapping[str, Any], what: str) -> None:
@@ -116,6 +127,8 @@ def _check_rotary_type(rope: Mapping[str, Any], what: str) -> None:
         )
 
 
+# What the classes take for keys that a config lacks. The target's class may take something else, so
+# every key is written.
 SHARED_DEFAULTS = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
@@ -132,15 +145,18 @@ NEOX_DEFAULTS = {key: value for key, value in SHARED_DEFAULTS.items() if key != 
     "bos_token_id": 0,
 }
 NEOX_KEYS = {key: (key, value) for key, value in NEOX_DEFAULTS.items()}
-NEOX_LEAVES = (
-    *(
-        "use_parallel_residual",
-        "attention_bias",
-        "classifier_dropout",
-        "hidden_dropout",
-        "is_decoder",
-    ),
-    *("rotary_emb_base", "rotary_pct", "rope_theta", "rope_scaling", "rope_parameters"),
+NEOX_DROPS = (
+    "use_parallel_residual",
+    "attention_bias",
+    "classifier_dropout",
+    "hidden_dropout",
+    "is_decoder",
+    # What `ClassConversion.rotary` says in other words.
+    "rotary_emb_base",
+    "rotary_pct",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
 )
 DROPOUT, EPSILON = ("hidden_dropout", 0.0), ("layer_norm_eps", 1e-5)
 
@@ -149,13 +165,13 @@ CONVERSIONS: dict[tuple[str, str], ClassConversion] = {
         when="no attention_bias and no mlp_bias",
         keys={key: (key, value) for key, value in SHARED_DEFAULTS.items()},
         sets={"sliding_window": None},
-        leaves=("attention_bias", "mlp_bias", "pretraining_tp"),
+        drops=("attention_bias", "mlp_bias", "pretraining_tp"),
     ),
     ("gpt_neox", "phi"): ClassConversion(
         when="use_parallel_residual true",
         keys=NEOX_KEYS | {"layer_norm_eps": EPSILON, "resid_pdrop": DROPOUT, "embd_pdrop": DROPOUT},
         sets={"qk_layernorm": False},
-        leaves=NEOX_LEAVES,
+        drops=NEOX_DROPS,
         folds={
             "attn.q": "norm.attn",
             "attn.k": "norm.attn",
@@ -173,7 +189,7 @@ CONVERSIONS: dict[tuple[str, str], ClassConversion] = {
             "embedding_dropout": DROPOUT,
         },
         sets={"use_bias": True, "sliding_window": None},
-        leaves=(*NEOX_LEAVES, "layer_norm_eps"),
+        drops=(*NEOX_DROPS, "layer_norm_eps"),
         rotary=convert_full_rotary,
     ),
 }
@@ -185,15 +201,20 @@ CLASSES = {
 
 
 def find_target_family(source: Checkpoint, to: str | None) -> str:
-    """The family to write a checkpoint as; RegraftError when its config has no bridge, or none to
-    `to`.
+    """The family to write a checkpoint as.
+
+    RegraftError when its config has no bridge, or none to `to`; the message lists all bridges.
+
+    Args:
+        source: the checkpoint.
+        to: a family; None: the one that the source's table names.
     """
     anatomy = source.anatomy
     name = anatomy.bridge(anatomy.fill_defaults(source.config))
     if name is not None and (anatomy.family, name) in CONVERSIONS and to in (None, name):
         return name
     known = "; ".join(
-        f"{old} to {new} ({crossing.when})" for (old, new), crossing in CONVERSIONS.items()
+        f"{old} to {new} ({conversion.when})" for (old, new), conversion in CONVERSIONS.items()
     )
     wanted = f" to {to}" if to else ""
     hint = f"use --bridge {name}" if name else WIDEN_HINT
@@ -201,34 +222,39 @@ def find_target_family(source: Checkpoint, to: str | None) -> str:
 
 
 def convert_to_family(source: Checkpoint, to: str) -> Checkpoint:
-    """The checkpoint as one of family `to`, computed tensor by tensor when read."""
-    crossing = CONVERSIONS[source.anatomy.family, to]
-    turning, order = crossing.rotary(source.config, source.sizes["dim"])
-    config = _build_config(source, to, crossing) | turning
+    """The checkpoint as one of family `to`, which `find_target_family` allows.
+
+    RegraftError when the tables of the two families do not fit each other.
+    """
+    conversion = CONVERSIONS[source.anatomy.family, to]
+    rotary_keys, order = conversion.rotary(source.config, source.sizes["dim"])
+    config = _build_config(source, to, conversion) | rotary_keys
     anatomy = find_anatomy(config)
-    placed = anatomy.place(config)
+    targets = anatomy.place(config)
     if (sizes := anatomy.solve(config)) != source.sizes:
         raise RegraftError(f"{to} config gives axes {sizes}, not {source.sizes}: mend its table")
 
     # Each tensor is computed when it is read. What no target tensor takes from would be lost.
     tensors = {
-        key: _convert_tensor(source, crossing, key, spot, order) for key, spot in placed.items()
+        key: _convert_tensor(source, conversion, key, target, order)
+        for key, target in targets.items()
     }
     used = {name for lazy in tensors.values() for name in lazy.story.sources}
     if lost := sorted(set(source.names.values()) - used):
         raise RegraftError(
-            f"'{lost[0]}' has no place in {to}: add its role to regraft/growth/bridges.py"
+            f"'{lost[0]}' has no place in {to}: add its role to regraft/growth/class_conversion.py"
         )
-    names = {key: spot.name for key, spot in placed.items()}
+    names = {key: target.name for key, target in targets.items()}
     return replace(
         source, config=config, anatomy=anatomy, sizes=sizes, tensors=tensors, names=names
     )
 
 
-def _build_config(source: Checkpoint, to: str, crossing: ClassConversion) -> dict[str, Any]:
+def _build_config(source: Checkpoint, to: str, conversion: ClassConversion) -> dict[str, Any]:
     """The target's config, rotary keys aside: nothing that the two classes fill in differently is
     left out.
     """
+    # The target's embedding takes the padding token as a row, the source's may be given any number.
     config, vocab = source.config, source.sizes["vocab"]
     pad = config.get("pad_token_id")
     if pad is not None and not -vocab <= pad < vocab:
@@ -236,53 +262,55 @@ def _build_config(source: Checkpoint, to: str, crossing: ClassConversion) -> dic
             f"{to} wants pad_token_id below vocab_size {vocab}, got {pad}: set it to null in"
             " config.json"
         )
-    kept = {key: value for key, value in config.items() if key not in crossing.leaves}
-    known = {key: config.get(old, default) for key, (old, default) in crossing.keys.items()}
+
+    # Later tables win: what the classes say differently, then what only the target's class needs.
+    shared = {key: value for key, value in config.items() if key not in conversion.drops}
     sizes = find_anatomy({"model_type": to}).config_keys(source.sizes)
-    made = {
+    renamed = {key: config.get(old, default) for key, (old, default) in conversion.keys.items()}
+    target_class = {
         "model_type": to,
         "architectures": [CLASSES[to]],
         "transformers_version": versions()["transformers"],
     }
-    return kept | sizes | known | dict(crossing.sets) | made
+    return shared | sizes | renamed | dict(conversion.sets) | target_class
 
 
 def _convert_tensor(
-    source: Checkpoint, crossing: ClassConversion, key: Key, spot: PlacedPart, order: Tensor | None
+    source: Checkpoint,
+    conversion: ClassConversion,
+    key: Key,
+    target: PlacedPart,
+    order: Int[Tensor, " dim"] | None,
 ) -> LazyTensor:
     """One tensor of the target."""
     role, layer = key
+    base, _, ending = role.rpartition(".")
 
     # A norm whose gain and bias go into the maps behind it keeps nothing of its own.
-    base, _, ending = role.rpartition(".")
-    if base in crossing.folds.values():
-        return _constant_tensor(
-            source,
-            spot,
-            float(ending == "weight"),
-            "its gain and bias are in the maps that read it",
-        )
-    if base in crossing.folds:
-        lazy = _fold_norm(source, base, crossing.folds[base], ending, layer)
-    elif (found := _copy_tensor(source, key, spot)) is not None:
-        lazy = found
+    if base in conversion.folds.values():
+        value, note = float(ending == "weight"), "its gain and bias are in the maps that read it"
+        return _constant_tensor(source, target, value, note)
+    if base in conversion.folds:
+        lazy = _fold_norm(source, base, conversion.folds[base], ending, layer)
     else:
-        return _constant_tensor(source, spot, 0.0, f"{source.anatomy.family} has none here")
-    return (
-        lazy
-        if order is None or base not in ("attn.q", "attn.k")
-        else _reorder_head_coordinates(lazy, order)
-    )
+        copied = _copy_tensor(source, key, target)
+        # The target's class has biases that the source's has not.
+        if copied is None:
+            note = f"{source.anatomy.family} has none here"
+            return _constant_tensor(source, target, 0.0, note)
+        lazy = copied
+
+    if order is None or base not in ("attn.q", "attn.k"):
+        return lazy
+    return _reorder_head_coordinates(lazy, order)
 
 
-def _constant_tensor(source: Checkpoint, spot: PlacedPart, value: float, note: str) -> LazyTensor:
+def _constant_tensor(source: Checkpoint, target: PlacedPart, value: float, note: str) -> LazyTensor:
+    """A tensor of one number, in the dtype of the source's embedding."""
     dtype = source.tensors["embed.weight", None].dtype
-    kind = "fresh" if value else "zero"
+    story = Provenance("fresh" if value else "zero", (), note)
     return LazyTensor(
-        spot.shape,
-        dtype,
-        Provenance(kind, (), note),
-        lambda: torch.full(spot.shape, value, dtype=dtype),
+        target.shape, dtype, story, lambda: torch.full(target.shape, value, dtype=dtype)
     )
 
 
@@ -297,16 +325,17 @@ def _find_tensor_name(source: Checkpoint, key: Key) -> str | None:
     return None
 
 
-def _copy_tensor(source: Checkpoint, key: Key, spot: PlacedPart) -> LazyTensor | None:
-    """A role's tensor as the target stores it, taken out of a fused one."""
+def _copy_tensor(source: Checkpoint, key: Key, target: PlacedPart) -> LazyTensor | None:
+    """A role's tensor as the target stores it, taken out of a fused one; None when it has none."""
     name = _find_tensor_name(source, key)
     if name is None:
         return None
     lazy = source[key]
-    flips = spot.part.stored == "in out" and spot.part.axes.kind == "map"
     note = "" if key in source.tensors else lazy.story.note
+    # `source[key]` gives maps output first.
+    flips = target.part.stored == "in out" and target.part.axes.kind == "map"
     read: Callable[[], Tensor] = (lambda: lazy.read().T) if flips else lazy.read
-    return LazyTensor(spot.shape, lazy.dtype, Provenance("copied", (name,), note), read)
+    return LazyTensor(target.shape, lazy.dtype, Provenance("copied", (name,), note), read)
 
 
 def _fold_norm(
@@ -317,41 +346,36 @@ def _fold_norm(
     """
     # W (g x + n) + b = (W diag(g)) x + (W n + b): the norm's gain goes into the weight, its bias
     # through the weight into the bias.
-    weight, gain, shift = (
-        source[role, layer] for role in (f"{base}.weight", f"{norm}.weight", f"{norm}.bias")
-    )
-    bias = (
-        source[f"{base}.bias", layer]
-        if _find_tensor_name(source, (f"{base}.bias", layer))
-        else None
-    )
+    weight, gain = source[f"{base}.weight", layer], source[f"{norm}.weight", layer]
+    shift, bias_key = source[f"{norm}.bias", layer], (f"{base}.bias", layer)
+    bias = source[bias_key] if _find_tensor_name(source, bias_key) else None
 
-    def scale_weight() -> Tensor:
+    def scale_weight() -> Float[Tensor, "outputs inputs"]:
         value = weight.read()
         return (value.to(compute_dtype(value.dtype)) * gain.read()).to(value.dtype)
 
-    def shift_bias() -> Tensor:
+    def shift_bias() -> Float[Tensor, " outputs"]:
         value = weight.read()
         value = value.to(compute_dtype(value.dtype)) @ shift.read().to(compute_dtype(value.dtype))
         return (value if bias is None else value + bias.read()).to(weight.dtype)
 
-    roles = (f"{base}.weight", f"{norm}.{ending}", *([f"{base}.bias"] if ending == "bias" else []))
-    names = tuple(name for role in roles if (name := _find_tensor_name(source, (role, layer))))
-    story = Provenance(
-        "grown",
-        names,
-        f"times the gain of {norm}" if ending == "weight" else f"plus the bias of {norm}",
-    )
-    shape = weight.shape if ending == "weight" else weight.shape[:1]
-    return LazyTensor(
-        shape, weight.dtype, story, scale_weight if ending == "weight" else shift_bias
-    )
+    def story(note: str, *roles: str) -> Provenance:
+        names = [_find_tensor_name(source, (role, layer)) for role in roles]
+        return Provenance("grown", tuple(name for name in names if name), note)
+
+    if ending == "weight":
+        origin = story(f"times the gain of {norm}", f"{base}.weight", f"{norm}.weight")
+        return LazyTensor(weight.shape, weight.dtype, origin, scale_weight)
+    roles = (f"{base}.weight", f"{norm}.{ending}", f"{base}.bias")
+    origin = story(f"plus the bias of {norm}", *roles)
+    return LazyTensor(weight.shape[:1], weight.dtype, origin, shift_bias)
 
 
-def _reorder_head_coordinates(lazy: LazyTensor, order: Tensor) -> LazyTensor:
+def _reorder_head_coordinates(lazy: LazyTensor, order: Int[Tensor, " dim"]) -> LazyTensor:
     """Queries or keys with the coordinates of every head in another order."""
 
-    def compute() -> Tensor:
+    def compute() -> Float[Tensor, "outputs ..."]:
+        # (heads, dim, ..)
         heads = lazy.read().unflatten(0, (-1, len(order)))
         return heads.index_select(1, order).flatten(0, 1)
 

@@ -1,21 +1,22 @@
-"""Deeper models: the order of source layers, and layers that start by doing nothing."""
+"""Deeper models: which layer of the source each layer comes from, and the tensors that follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.anatomy import Key, Part, PlacedPart
+from ..core.anatomy import Key, Part
 from ..core.axes import product
 from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.fused import fused_maps, join_fused, split_fused
+from ..core.shapes import Float
 from ..errors import RegraftError
+from .identity_layer import IdentityLayer
 from .operators import DEPTH, operators_preserving
-from .tensor import SeededRandom, compute_dtype, estimate_std
+from .tensor import SeededRandom, compute_dtype
 from .widening import kind_of
 
 ORDERS = tuple(DEPTH)
@@ -24,110 +25,172 @@ EXACT = operators_preserving(DEPTH, "exactly", "up to rounding")
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """One layer of the target: which source layer it comes from, and whether it is `new` and starts
-    idle.
+    """Where one layer of the target comes from."""
+
+    source: int  # the layer of the source, counted from the bottom
+    new: bool = False  # it starts as the identity instead of a copy
+
+
+def build_layer_order(operator: str, old: int, new: int) -> list[LayerOrigin]:
+    """The layers of the target, bottom first.
+
+    RegraftError for an unknown operator and for a number of layers that it cannot reach.
+
+    Args:
+        operator: a name of `--depth-init`.
+        old: layers of the source.
+        new: layers of the target.
     """
-
-    source: int
-    new: bool = False
-
-
-def build_layer_order(how: str, old: int, new: int) -> list[LayerOrigin]:
-    """The layers of the target, bottom first. RegraftError for a number that the operator cannot
-    reach.
-    """
-    if how not in ORDERS:
-        raise RegraftError(f"unknown --depth-init '{how}': use one of {', '.join(ORDERS)}")
-    more = new - old
-    if more < 0:
+    if operator not in ORDERS:
+        raise RegraftError(f"unknown --depth-init '{operator}': use one of {', '.join(ORDERS)}")
+    if new < old:
         raise RegraftError(
             f"--layers {new} is less than the source's {old}: growth never shrinks, give {old} or"
             " more"
         )
+    return LAYER_ORDERS[operator](old, new)
 
-    # Layers that change nothing, spread evenly: behind which source layer each new one stands.
-    if how in EXACT:
-        ends = [
-            (k + 1) * old // more - 1 if more <= old else (k * old) // more for k in range(more)
-        ]
-        return [
-            item
-            for i in range(old)
-            for item in [LayerOrigin(i), *[LayerOrigin(i, True)] * ends.count(i)]
-        ]
 
-    # Repetition of the whole model, bottom first (StackBERT; G_stack repeats it whole times).
-    if how in ("stack", "gstack"):
-        if how == "gstack" and new % old:
-            raise RegraftError(
-                f"gstack repeats the whole model: {new} is no multiple of {old} layers, use"
-                f" {format_near_multiples(old, new)}"
-            )
-        return [LayerOrigin(i % old) for i in range(new)]
+def _insert_identity(old: int, new: int) -> list[LayerOrigin]:
+    """New layers spread evenly, each behind the source layer that it is shaped like."""
+    # The layer behind which each new one stands. Up to twice the layers, the last new layer stands
+    # on top of the model; beyond that every layer gets its share.
+    more = new - old
+    if more <= old:
+        behind = [(k + 1) * old // more - 1 for k in range(more)]
+    else:
+        behind = [k * old // more for k in range(more)]
 
-    # Every layer as often as the next, copies beside their original.
-    if how == "interpolate":
-        return [LayerOrigin(i * old // new) for i in range(new)]
+    order: list[LayerOrigin] = []
+    for layer in range(old):
+        order += [LayerOrigin(layer), *[LayerOrigin(layer, new=True)] * behind.count(layer)]
+    return order
 
-    # The model without its last layers, then the model without its first ones (SOLAR).
-    if how == "upscale":
-        if new > 2 * old:
-            raise RegraftError(
-                f"upscale joins two overlapping copies: at most {2 * old} layers, not {new}; use"
-                " stack"
-            )
-        return [LayerOrigin(i) for i in [*range(-(-new // 2)), *range(old - new // 2, old)]]
-    if more > old:
+
+def _stack(old: int, new: int) -> list[LayerOrigin]:
+    """The whole model again from the bottom (StackBERT)."""
+    return _copies(layer % old for layer in range(new))
+
+
+def _stack_whole(old: int, new: int) -> list[LayerOrigin]:
+    """The whole model a whole number of times (G_stack)."""
+    if new % old:
         raise RegraftError(
-            f"{how} repeats layers once: at most {2 * old} layers, not {new}; grow in two stages"
+            f"gstack repeats the whole model: {new} is no multiple of {old} layers, use"
+            f" {format_near_multiples(old, new)}"
         )
+    return _stack(old, new)
 
-    # Only the middle is repeated (MIDAS); else the top is (MSLT).
-    if how == "midas":
-        start = (old - more) // 2
-        return [LayerOrigin(i) for i in [*range(start + more), *range(start, old)]]
-    return [LayerOrigin(i) for i in [*range(old), *range(old - more, old)]]
+
+def _interpolate(old: int, new: int) -> list[LayerOrigin]:
+    """Every layer as often as the next, copies beside their original."""
+    return _copies(layer * old // new for layer in range(new))
+
+
+def _upscale(old: int, new: int) -> list[LayerOrigin]:
+    """The model without its last layers, then the model without its first ones (SOLAR)."""
+    if new > 2 * old:
+        raise RegraftError(
+            f"upscale joins two overlapping copies: at most {2 * old} layers, not {new}; use stack"
+        )
+    upper = new // 2
+    return _copies([*range(new - upper), *range(old - upper, old)])
+
+
+def _repeat_middle(old: int, new: int) -> list[LayerOrigin]:
+    """The block of layers in the middle twice (MIDAS)."""
+    more = _check_repeated_once("midas", old, new)
+    start = (old - more) // 2
+    return _copies([*range(start + more), *range(start, old)])
+
+
+def _repeat_top(old: int, new: int) -> list[LayerOrigin]:
+    """The top layers once more on top (MSLT)."""
+    more = _check_repeated_once("mslt", old, new)
+    return _copies([*range(old), *range(old - more, old)])
+
+
+def _check_repeated_once(operator: str, old: int, new: int) -> int:
+    """The number of new layers; RegraftError when it is more than there are to repeat."""
+    if new - old > old:
+        raise RegraftError(
+            f"{operator} repeats layers once: at most {2 * old} layers, not {new}; grow in two"
+            " stages"
+        )
+    return new - old
+
+
+def _copies(layers: Iterable[int]) -> list[LayerOrigin]:
+    return [LayerOrigin(layer) for layer in layers]
+
+
+# The layers of the target, from the numbers of layers before and after.
+LAYER_ORDERS: dict[str, Callable[[int, int], list[LayerOrigin]]] = {
+    "identity": _insert_identity,
+    "llama_pro": _insert_identity,
+    "stack": _stack,
+    "gstack": _stack_whole,
+    "interpolate": _interpolate,
+    "midas": _repeat_middle,
+    "upscale": _upscale,
+    "mslt": _repeat_top,
+}
 
 
 def format_near_multiples(old: int, new: int) -> str:
-    """The multiples of `old` around `new`."""
+    """The multiples of `old` around `new`, for messages."""
     return " or ".join(map(str, sorted({max(1, new // old) * old, -(-new // old) * old})))
 
 
 def deepen_tensors(
     source: Checkpoint, config: dict[str, Any], order: list[LayerOrigin], how: str, seed: int
 ) -> dict[Key, LazyTensor]:
-    """Every tensor of the deeper model by key."""
-    spots = source.anatomy.place(source.config)
-    quiet = IdentityLayer(source, spots)
-    table: dict[Key, LazyTensor] = {}
+    """Every tensor of the deeper model by key.
+
+    Args:
+        source: the checkpoint to deepen.
+        config: the target's config.
+        order: where each layer of the target comes from.
+        how: the depth operator.
+        seed: of random entries in new layers.
+    """
+    placed = source.anatomy.place(source.config)
+    identity_layer = IdentityLayer(source, placed)
+    tensors: dict[Key, LazyTensor] = {}
     for key in source.anatomy.place(config):
         role, layer = key
         if layer is None:
-            table[key] = source.tensors[key]
+            tensors[key] = source.tensors[key]
             continue
-        place, home = order[layer], (role, order[layer].source)
-        lazy = source.tensors[home]
-
-        # Some classes scale scores by the layer's number. Keys make up for it; Adam's first moment
-        # is a gradient and scales by the inverse, its second by the square of that.
-        change = softmax_scale_ratio(source, config, place.source, layer)
-        if source.holds != "weights":
-            change **= -1 if source.holds == "exp_avg" else -2
-        if change != 1.0 and any(
-            kind_of(base) == "k" for base, _, _ in fused_maps(spots[home].part, role)
-        ):
-            lazy = rescale_keys(source, spots[home].part, role, lazy, change)
+        origin = order[layer]
+        old_key = (role, origin.source)
+        lazy = _move_layer(source, config, placed[old_key].part, role, origin.source, layer)
 
         # Post-norm models: the layer before a new one hands on its last norm, which the new layer
         # then applies (docs/concepts/expansions.md, L9).
-        followed = layer + 1 < len(order) and order[layer + 1].new
-        if quiet.hands_on and role.startswith(quiet.last) and followed:
-            lazy = quiet.neutral_norm(home, lazy)
-        elif place.new:
-            lazy = quiet.idle_tensor(home, lazy, how, SeededRandom(seed, f"{role}.{layer}"))
-        table[key] = lazy
-    return table
+        before_new = layer + 1 < len(order) and order[layer + 1].new
+        if before_new and identity_layer.is_last_norm(role):
+            lazy = identity_layer.neutral_norm(old_key, lazy)
+        elif origin.new:
+            random = SeededRandom(seed, f"{role}.{layer}")
+            lazy = identity_layer.build_tensor(old_key, lazy, how, random)
+        tensors[key] = lazy
+    return tensors
+
+
+def _move_layer(
+    source: Checkpoint, config: dict[str, Any], part: Part, role: str, before: int, after: int
+) -> LazyTensor:
+    """A tensor of the source's layer `before` that acts the same in layer `after` of the target."""
+    # Some classes scale scores by the layer's number. Keys make up for it; Adam's first moment is a
+    # gradient and scales by the inverse, its second by the square of that.
+    change = softmax_scale_ratio(source, config, before, after)
+    if source.holds != "weights":
+        change **= -1 if source.holds == "exp_avg" else -2
+
+    lazy = source.tensors[role, before]
+    has_keys = any(kind_of(one.role) == "k" for one in fused_maps(part, role))
+    return rescale_keys(source, part, role, lazy, change) if has_keys and change != 1.0 else lazy
 
 
 def softmax_scale_ratio(
@@ -135,144 +198,46 @@ def softmax_scale_ratio(
 ) -> float:
     """What keys of a layer that moves are multiplied by when the softmax scale depends on the
     layer.
+
+    Args:
+        source: the model that the layer comes from.
+        config: the target's config.
+        before: the layer's number in the source.
+        after: its number in the target.
     """
-    anatomy, family, dim = source.anatomy, source.anatomy.host(source.config), source.sizes["dim"]
-    return family.scale(anatomy.fill_defaults(source.config), dim, before) / family.scale(
-        anatomy.fill_defaults(config), dim, after
-    )
+    anatomy, dim = source.anatomy, source.sizes["dim"]
+    scale = anatomy.host(source.config).scale
+    old = scale(anatomy.fill_defaults(source.config), dim, before)
+    return old / scale(anatomy.fill_defaults(config), dim, after)
 
 
 def rescale_keys(
     source: Checkpoint, part: Part, role: str, lazy: LazyTensor, change: float
 ) -> LazyTensor:
-    """A tensor with its keys multiplied."""
-    roles = [kind_of(base) for base, _, _ in fused_maps(part, role)]
+    """A tensor with its keys multiplied by `change`; queries and values packed with them stay."""
+    kinds = [kind_of(one.role) for one in fused_maps(part, role)]
 
-    def compute() -> Tensor:
+    def rescale(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return (value.to(compute_dtype(value.dtype)) * change).to(value.dtype)
+
+    def compute() -> Float[Tensor, "*stored"]:
         values = split_fused(lazy.read(), part, source.sizes)
-        grown = [
-            (v.to(compute_dtype(v.dtype)) * change).to(v.dtype) if kind == "k" else v
-            for kind, v in zip(roles, values, strict=True)
+        changed = [
+            rescale(value) if kind == "k" else value
+            for kind, value in zip(kinds, values, strict=True)
         ]
-        return repack_maps(grown, part, source)
+        return repack_maps(changed, part, source)
 
-    return replace(
-        lazy,
-        read=compute,
-        story=Provenance("grown", lazy.story.sources, f"keys times {change:.6g}"),
-    )
+    story = Provenance("grown", lazy.story.sources, f"keys times {change:.6g}")
+    return replace(lazy, read=compute, story=story)
 
 
-def repack_maps(values: list[Tensor], part: Part, source: Checkpoint) -> Tensor:
-    """Maps of source sizes (outputs, inputs) packed and stored as the part wants."""
+def repack_maps(
+    values: list[Float[Tensor, "*axes"]], part: Part, source: Checkpoint
+) -> Float[Tensor, "*stored"]:
+    """Maps of the source's sizes, (outputs, inputs), packed and stored as the part wants."""
     views = []
     for value, (_, signature, output) in zip(values, fused_maps(part, "x.weight"), strict=True):
         axes = (*output, *signature.inputs)
         views.append(value.reshape([product((axis,), source.sizes) for axis in axes]))
     return join_fused(views, part)
-
-
-class IdentityLayer:
-    """How a layer of a family does nothing: by zero outputs, by zero gains of the norms behind
-    them, or, where the norm comes after the sum, by taking over the affine map of the norm before
-    it.
-    """
-
-    def __init__(self, source: Checkpoint, spots: Mapping[Key, PlacedPart]):
-        self.source, self.spots = source, spots
-        layered = {role: spot.part for (role, layer), spot in spots.items() if layer is not None}
-        after = {role for role, part in layered.items() if part.norm and part.writes == "stream"}
-        biased = {role for role in after if layered[role].axes.kind == "bias"}
-        self.hands_on = bool(biased)
-        self.gains = after if not biased else set()
-        self.norms = after if biased else set()
-        order = [role.rpartition(".")[0] for role in layered if role in self.norms]
-        self.last = f"{order[-1]}." if order else ""
-        self.outputs = {
-            role
-            for role, part in layered.items()
-            if not part.norm
-            and part.axes.kind in ("map", "bias")
-            and any("hidden" in o for o in part.axes.outputs)
-        }
-
-    def idle_tensor(self, key: Key, lazy: LazyTensor, how: str, draw: SeededRandom) -> LazyTensor:
-        """A tensor of a layer that starts by doing nothing; `how` says whether the rest is random
-        or copied.
-        """
-        role = key[0]
-        part = self.spots[key].part
-
-        # Moments of a layer that did not exist are zero; second moments keep the copied layer's
-        # size, so that the first steps are not too long.
-        if self.source.holds != "weights":
-            moved = role in self.norms and role.startswith(self.last)
-            return (
-                lazy if moved or self.source.holds == "exp_avg_sq" else constant_tensor(lazy, 0.0)
-            )
-
-        # An output norm of gain zero silences the branch and lets its maps learn at once (L10).
-        if role in self.gains:
-            return constant_tensor(lazy, -1.0 if part.axes.unit else 0.0)
-        if role in self.norms and not role.startswith(self.last):
-            return self.neutral_norm(key, lazy)
-        if role in self.norms:
-            return replace(
-                lazy,
-                story=Provenance("copied", lazy.story.sources, "taken over from the norm before"),
-            )
-
-        # Without such a norm the output projection is zero; the maps before it keep live entries.
-        if role in self.outputs and not self.gains:
-            return constant_tensor(lazy, 0.0)
-        if how == "llama_pro":
-            return randomize_zero_rows(lazy, draw)
-        return random_tensor(lazy, part, draw)
-
-    def neutral_norm(self, key: Key, lazy: LazyTensor) -> LazyTensor:
-        """A norm without an affine map of its own: gain one, bias zero; its moments start anew."""
-        axes = self.spots[key].part.axes
-        one = axes.kind == "gain" and not axes.unit and self.source.holds == "weights"
-        return constant_tensor(lazy, 1.0 if one else 0.0)
-
-
-def constant_tensor(lazy: LazyTensor, value: float) -> LazyTensor:
-    """A tensor of one number."""
-    story = Provenance("zero" if value in (0.0, -1.0) else "fresh", (), f"all {value:g}")
-    return replace(lazy, story=story, read=lambda: torch.full(lazy.shape, value, dtype=lazy.dtype))
-
-
-def random_tensor(lazy: LazyTensor, part: Part, draw: SeededRandom) -> LazyTensor:
-    """Fresh numbers: as spread out as the layer below's for maps, neutral for gains and biases."""
-    kind = part.axes.kind
-    if kind in ("gain", "bias"):
-        return constant_tensor(lazy, 1.0 if kind == "gain" and not part.axes.unit else 0.0)
-    if kind == "scale":
-        return lazy
-    read: Callable[[], Tensor] = lambda: draw_like(lazy, draw)  # noqa: E731
-    return replace(
-        lazy, story=Provenance("fresh", (), "uniform, as spread out as the layer below"), read=read
-    )
-
-
-def draw_like(lazy: LazyTensor, draw: SeededRandom) -> Tensor:
-    """Random numbers of a tensor's shape, dtype and spread."""
-    return draw.uniform(lazy.shape, estimate_std(lazy.read()), lazy.dtype)
-
-
-def randomize_zero_rows(lazy: LazyTensor, draw: SeededRandom) -> LazyTensor:
-    """A copy whose all-zero rows hold random numbers: behind a zero gain they would never learn."""
-    if len(lazy.shape) != 2:
-        return lazy
-
-    def compute() -> Tensor:
-        value = lazy.read()
-        silent = (value == 0).all(1)
-        if bool(silent.any()):
-            value = value.clone()
-            value[silent] = draw.uniform(
-                (int(silent.sum()), value.shape[1]), estimate_std(value), value.dtype
-            )
-        return value
-
-    return replace(lazy, read=compute)

@@ -1,5 +1,5 @@
-"""Learned maps beside random weights: a direct copy in which old weights reach the new ones by maps
-that learn.
+"""LiGO that begins as a direct copy: random weights everywhere, and old weights that also reach new
+coordinates by maps that learn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint
+from ..core.shapes import Float
 from .depth import LayerOrigin
 from .ligo import Grower, Maps
 from .ligo_maps import Ligo
@@ -18,10 +19,17 @@ from .widening import Widening
 
 
 class GrowerFromCopy(Grower):
-    """What the maps give, and what `start` has beyond the maps as they begin: before any step it is
-    `start`.
+    """What the maps give, plus what a direct copy has beyond the maps as they begin.
 
-    Layers beyond the source's begin without a share of old ones: they are the start's alone.
+    Before any step it is the direct copy. Layers beyond the source's begin without a share of old
+    ones: they are the copy's alone.
+
+    Args:
+        widening: the target's widths.
+        order: what each layer of the target is at first.
+        method: LiGO's options.
+        seed: of random rows and shares of layers.
+        start: the direct copy.
     """
 
     def __init__(
@@ -33,26 +41,33 @@ class GrowerFromCopy(Grower):
         start: Checkpoint,
     ):
         super().__init__(widening, order, method, seed)
-        begun = Grower(widening, order, method, seed)
-        for grower in (self, begun):
+        start_grower = Grower(widening, order, method, seed)
+        for grower in (self, start_grower):
             for mixing in grower.mixing.values():
                 mixing.data[self.source.layers :] = 0.0
-        self.start = start
-        self.first = (begun,)  # in a tuple: its maps are no parameters of this one
-        self.rest: dict[Key, Tensor] = {}
 
-    def _compute_role(self, role: str, layers: Sequence[int | None], maps: Maps) -> list[Tensor]:
-        made = super()._compute_role(role, layers, maps)
+        self.start = start
+        # In a tuple, which torch does not search: its maps are no parameters of this module.
+        self.start_grower = (start_grower,)
+        self.residuals: dict[Key, Tensor] = {}
+
+    def _compute_role(
+        self, role: str, layers: Sequence[int | None], maps: Maps
+    ) -> list[Float[Tensor, "*axes"]]:
+        by_maps = super()._compute_role(role, layers, maps)
         return [
             value + self._compute_residual((role, layer))
-            for value, layer in zip(made, layers, strict=True)
+            for value, layer in zip(by_maps, layers, strict=True)
         ]
 
     @torch.no_grad()
-    def _compute_residual(self, key: Key) -> Tensor:
-        if key in self.rest:
-            return self.rest[key]
-        value = self.start.tensors[key].read().float() - self.first[0].compute_tensor(key)
-        if self.stacks:  # held in memory while the maps are fitted
-            self.rest[key] = value
-        return value
+    def _compute_residual(self, key: Key) -> Float[Tensor, "*new"]:
+        """What the direct copy has beyond the maps as they begin, in one tensor."""
+        if key in self.residuals:
+            return self.residuals[key]
+        copy = self.start.tensors[key].read().float()
+        residual = copy - self.start_grower[0].compute_tensor(key)
+        # Fitting needs it at every step; for one pass over the model it would only fill memory.
+        if self.layers.stacks:
+            self.residuals[key] = residual
+        return residual

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, no_type_check
 
 import torch
 from torch import Tensor, nn
 
 from ..core.axes import Expansion, build_expansion
+from ..core.shapes import Float
 from ..errors import RegraftError
 from .operators import DEPTH, WIDTH
 
-# AKI takes rows of the next layer, which no map of an axis does.
 COPY = "copy"
 RANDOM_STARTS = ("average", "random", COPY)
+# AKI takes rows of the next layer, which no map of an axis does.
 STARTS: tuple[str, ...] = (*RANDOM_STARTS, *(name for name in WIDTH if name != "aki"))
 CHOICES: dict[str, tuple[str, ...]] = {
     "start": STARTS,
@@ -23,43 +24,55 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "free": ("new", "all"),
     "heads": ("blocks", "dense"),
 }
+COUNTS = ("steps", "warmup")
+NUMBERS = ("blur", "lr", "lr_depth", "decay")
 
 
+# Options come from JSON: `__post_init__` checks them, with messages for users, in place of types.
+@no_type_check
 @dataclass(frozen=True)
 class Ligo:
-    """LiGO (arXiv 2303.00980) and its options: W' = B (sum_j w_j W_j) A^T, with B and w learned in
-    a few steps.
+    """Options of LiGO (arXiv 2303.00980; docs/concepts/ligo.md): W' = B (sum_j w_j W_j) A^T, with B
+    and w learned in a few steps.
 
-    `start`: what rows of B for new coordinates begin as: `average` (random convex combinations of
-    all old ones, as the authors' code), `random` ones, or an operator of --width-init, whose copies
-    and shares B and A then begin with; `copy` lets the maps change a direct copy (`Transplant`:
-    random numbers wherever no old one is, in new layers too), which 0 steps are, whatever `depth`
-    says. `live`: the operator's free entries, random numbers that do not change the function, are
-    added to what the maps give, so that 0 steps are the operator itself. `depth`: the order of
-    layers that w begins with, an operator of --depth-init; `blur`: how much of the other layers is
-    mixed in (the authors' code: 0.03). `reads`: A, by which a weight reads what B wrote: `tied` is
-    B itself, as the paper has it (copies read with their shares); `inverse` is pinv(B)^T on the
-    residual stream, with gains of norms moved into their readers, so that what is linear stays
-    exact for every B, and what reads neurons and heads learns shares of its own; `orthogonal` also
-    makes the columns of B orthogonal, which a root-mean-square norm does not notice, so that the
-    stream stays exact. `free`: `new` learns the rows of new coordinates (B = [I; C]), `all` the
-    whole of B. `heads`: `blocks` maps whole heads, alike for queries, keys and values; `dense`
-    mixes all coordinates of all heads, queries, keys and values each their own way, as the paper
-    does (no rotary positions, no grouped queries). `steps`, `lr`, `lr_depth`, `warmup`, `decay`:
-    AdamW on the maps; 0 steps keep the start.
+    B (new, old) maps an axis that a weight writes, A one that it reads, w mixes layers.
+    RegraftError for values that an option does not have.
     """
 
+    # What rows of B for new coordinates begin as: `average` (random convex combinations of all old
+    # ones, as in the authors' code), `random` numbers, or an operator of --width-init, whose copies
+    # and shares B and A then begin with. `copy` lets the maps change a direct copy (`Transplant`:
+    # random numbers wherever no old one is, in new layers too); 0 steps are that copy, whatever
+    # `depth` is.
     start: str = "average"
+    # Add the operator's free entries (random numbers that do not change the function) to what the
+    # maps give, so that 0 steps are the operator itself.
     live: bool = False
+    # The order of layers that w begins with: an operator of --depth-init.
     depth: str = "stack"
+    # How much of the other layers w mixes in at the start (the authors' code: 0.03).
     blur: float = 0.03
+    # A, by which a weight reads what B wrote. `tied`: B itself, as the paper has it (copies read
+    # with their shares). `inverse`: pinv(B)^T on the residual stream, with gains of norms moved
+    # into their readers, so that what is linear stays exact for every B; readers of neurons and
+    # heads learn shares of their own. `orthogonal`: as `inverse`, and the columns of B are
+    # orthogonal, which a root-mean-square norm does not notice, so that the stream stays exact.
     reads: Literal["tied", "inverse", "orthogonal"] = "tied"
+    # What of B learns: the rows of `new` coordinates (B = [I; C]), or `all` of it.
     free: Literal["new", "all"] = "new"
+    # `blocks` maps whole heads, alike for queries, keys and values. `dense` mixes all coordinates
+    # of all heads, differently for the three, as the paper does (no rotary positions, no grouped
+    # queries).
     heads: Literal["blocks", "dense"] = "blocks"
+    # Steps of AdamW on the maps; 0 keeps the start.
     steps: int = 100
+    # Learning rate of B and A.
     lr: float = 1e-2
+    # Learning rate of w.
     lr_depth: float = 3e-2
+    # Steps until the learning rates are reached.
     warmup: int = 5
+    # AdamW's weight decay.
     decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,100 +87,115 @@ class Ligo:
             )
 
         # YAML and JSON give `true` for a number without complaint: a bool is an int in Python.
-        for name in ("steps", "warmup", "blur", "lr", "lr_depth", "decay"):
-            value = getattr(self, name)
-            whole = name in ("steps", "warmup")
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int if whole else (int, float))
-                or value < 0
-            ):
-                raise RegraftError(
-                    f"LiGO's {name} is {value!r}: give a {'whole ' if whole else ''}number, at"
-                    " least 0"
-                )
+        for name in (*COUNTS, *NUMBERS):
+            value, kind = getattr(self, name), int if name in COUNTS else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or value < 0:
+                word = "whole number" if name in COUNTS else "number"
+                raise RegraftError(f"LiGO's {name} is {value!r}: give a {word}, at least 0")
 
 
 class AxisMap(nn.Module):
-    """The map of one axis: B (new, old) says how its coordinates are written, A (new, old) how they
-    are read.
+    """The maps of one axis: B (new, old) says how its coordinates are written, A (new, old) how
+    they are read.
 
-    `linear`: nothing but maps and norms stand between writers and readers, so that A may undo any
-    B. `learns`: whether anything here does.
+    Args:
+        axis: the expansion that the maps begin as.
+        method: LiGO's options.
+        generator: of random rows.
+        linear: nothing but maps and norms stand between writers and readers, so that A may undo any
+            B.
+        learns: whether the maps may change; rotary positions fix those of queries and keys.
     """
+
+    # Rows of B that do not learn: (rows, old), the first ones.
+    fixed_rows: Tensor
+    # Coordinates that nothing old is written to at first, so that their gains begin at one.
+    silent: Tensor
+    # The start of A: (new, old).
+    shares: Tensor
 
     def __init__(
         self,
         axis: Expansion,
         method: Ligo,
-        draw: torch.Generator,
+        generator: torch.Generator,
         linear: bool,
         learns: bool = True,
     ):
         super().__init__()
-        self.reads = method.reads
+        self.reads, self.linear = method.reads, linear
         written, shares = axis.write_matrix.float(), axis.read_matrix.T.float()
-        fresh, averaged = axis.new_coordinates, method.start == "average" and learns
+
+        # Rows of new coordinates. For the random ones see section 1.4 of docs/concepts/ligo.md.
+        new, averaged = axis.new_coordinates, method.start == "average" and learns
         if averaged:
-            rows = torch.rand(len(fresh), axis.old, generator=draw)
-            written[fresh] = rows / rows.sum(1, keepdim=True)
+            rows = torch.rand(len(new), axis.old, generator=generator)
+            written[new] = rows / rows.sum(1, keepdim=True)
         elif method.start == "random" and learns:
-            written[fresh] = torch.randn(len(fresh), axis.old, generator=draw) / axis.old**0.5
-        self.silent: (
-            Tensor  # coordinates that nothing old is written to at first: their gains begin at one
-        )
-        self.register_buffer("silent", fresh[:0] if averaged else fresh, persistent=False)
-        kept = (
-            len(written)
-            if not learns
-            else axis.old
-            if method.free == "new" and axis.starts_with_old
-            else 0
-        )
-        self.kept: Tensor
-        self.register_buffer("kept", written[:kept].clone(), persistent=False)
-        self.rows = nn.Parameter(written[kept:].clone())
-        self.shares: Tensor
+            written[new] = torch.randn(len(new), axis.old, generator=generator) / axis.old**0.5
+
+        # B = [fixed rows; rows]. Only `rows` and `readers` are in the state that is saved.
+        fixed = _count_fixed_rows(axis, method, learns)
+        self.register_buffer("silent", new[:0] if averaged else new, persistent=False)
+        self.register_buffer("fixed_rows", written[:fixed].clone(), persistent=False)
+        self.rows = nn.Parameter(written[fixed:].clone())
         self.register_buffer("shares", shares.clone(), persistent=False)
-        apart = method.reads != "tied" and not linear and learns
-        self.readers = nn.Parameter(torch.zeros_like(shares)) if apart else None
-        self.linear = linear
-        self.first = (
-            axis.old if kept >= axis.old and axis.starts_with_old else 0
-        )  # rows of B that are the identity's
-        self.unshared = bool((shares[: axis.old].sum(1) == 1).all())
-        # whether B is kept as large, on average, as the start's: where norms read what it writes
-        self.levels = False
+        learns_to_read = method.reads != "tied" and not linear and learns
+        self.readers = nn.Parameter(torch.zeros_like(shares)) if learns_to_read else None
+
+        # How many rows of B are those of the identity, and whether A has them too.
+        self.identity_rows = axis.old if fixed >= axis.old and axis.starts_with_old else 0
+        self.reads_old_in_full = bool((shares[: axis.old].sum(1) == 1).all())
+        # Whether B is scaled to the size of an orthogonal matrix: the stream is read by norms,
+        # which do not see its scale.
+        self.keeps_scale = False
 
     def identity_count(self, read: bool) -> int:
         """How many coordinates, from the first, a map leaves as they are: [I; C] need not multiply
         by I.
+
+        Args:
+            read: ask for A, else for B.
         """
         if read:
-            return self.first if self.reads == "tied" and self.unshared else 0
-        return 0 if self.linear and (self.reads == "orthogonal" or self.levels) else self.first
+            return self.identity_rows if self.reads == "tied" and self.reads_old_in_full else 0
+        rescaled = self.linear and (self.reads == "orthogonal" or self.keeps_scale)
+        return 0 if rescaled else self.identity_rows
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Float[Tensor, "new old"], Float[Tensor, "new old"]]:
         """(B, A)."""
-        written = torch.cat([self.kept, self.rows])
+        written = torch.cat([self.fixed_rows, self.rows])
         if self.reads == "tied":
             share = self.shares.sum(1, keepdim=True)
             return written, written * torch.where(share == 0, 1.0, share)
         if not self.linear:
             return written, self.shares if self.readers is None else self.shares + self.readers
+
+        # A^T B = I (docs/concepts/ligo.md, section 1.5): A = B (B^T B)^-1, that is pinv(B)^T.
         gram = written.T @ written
         if self.reads == "inverse":
-            size = (gram.trace() / len(gram)).sqrt() if self.levels else 1.0
-            return written / size, torch.linalg.solve(gram, written.T).T * size
+            scale = (gram.trace() / len(gram)).sqrt() if self.keeps_scale else 1.0
+            return written / scale, torch.linalg.solve(gram, written.T).T * scale
+
+        # With B^T B = L L^T the columns of B L^-T are orthonormal, and A is the same matrix.
         factor = torch.linalg.cholesky(gram)
         written = torch.linalg.solve_triangular(factor, written.T, upper=False).T
         return written, written
 
 
+def _count_fixed_rows(axis: Expansion, method: Ligo, learns: bool) -> int:
+    """How many rows of B, from the first, do not learn."""
+    if not learns:
+        return axis.new
+    return axis.old if method.free == "new" and axis.starts_with_old else 0
+
+
 def flatten_head_axes(kv: Expansion, dim: Expansion) -> Expansion:
-    """The coordinates of all heads as one axis."""
-    index = kv.index[:, None] * dim.old + dim.index
-    index = torch.where((kv.index[:, None] < 0) | (dim.index < 0), -1, index).flatten()
-    return build_expansion(
-        f"{kv.name} {dim.name}", kv.old * dim.old, index, (kv.share[:, None] * dim.share).flatten()
-    )
+    """The coordinates of all heads as one axis, head by head."""
+    # A coordinate copies one exactly if its head and its place in the head both do.
+    index = kv.index[:, None] * dim.old + dim.index  # (heads, dim)
+    copies_none = (kv.index[:, None] < 0) | (dim.index < 0)
+    index = torch.where(copies_none, -1, index)
+    share = kv.share[:, None] * dim.share
+    name = f"{kv.name} {dim.name}"
+    return build_expansion(name, kv.old * dim.old, index.flatten(), share.flatten())

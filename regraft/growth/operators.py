@@ -2,8 +2,7 @@
 to use it.
 
 The choices of `--width-init` and `--depth-init`, the steps' docstrings and the gallery
-(docs/gallery.md) are made from these tables. NOTES are the project's reading notes; what papers
-report is theirs, not measured here.
+(docs/gallery.md) are made from these tables. What papers report is theirs, not measured here.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ PRESERVES = {
     "up to rounding": "the logits, up to rounding",
     "not": "nothing exactly",
 }
-NOTES = {"E": "`expansions.md`, section 6", "L": "`ligo.md`, section 4"}
+# What [E] and [L] in the tables cite.
+NOTES = {"E": "docs/concepts/expansions.md, section 6", "L": "docs/concepts/ligo.md, section 4"}
 PAPERS = {
     "composable": ("composable expansions", "arXiv 2308.06103"),
     "net2net": ("Net2Net", "arXiv 1511.05641"),
@@ -43,13 +43,15 @@ PAPERS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: `does` in a line, `preserves` (a key of PRESERVES), `papers` (keys of PAPERS),
-    `when` to use it.
-    """
+    """What is known of one operator."""
 
+    # What it does, in a line.
     does: str
+    # How well it keeps the function, a key of PRESERVES.
     preserves: Literal["exactly", "up to rounding", "not"]
+    # Where it comes from, keys of PAPERS.
     papers: tuple[str, ...]
+    # When to use it; [E] and [L] cite NOTES.
     when: str
 
     @property
@@ -59,7 +61,12 @@ class Operator:
 
 
 def list_papers(table: Mapping[str, Operator], names: Iterable[str]) -> list[str]:
-    """The papers of some operators of a table, each once, with where it is."""
+    """The papers of some operators of a table, each once, with where it is.
+
+    Args:
+        table: WIDTH or DEPTH.
+        names: operators of it.
+    """
     keys = dict.fromkeys(key for name in names for key in table[name].papers)
     return [", ".join(PAPERS[key]) for key in keys]
 
@@ -202,11 +209,16 @@ DEPTH = {
 
 
 def describe_operators(table: Mapping[str, Operator]) -> Callable[[type[Step]], type[Step]]:
-    """Fill `{operators}`, `{papers}`, `{exact}` and `{inexact}` of a step's docstring with what a
-    table says.
+    """A decorator that fills `{operators}`, `{papers}`, `{exact}` and `{inexact}` of a step's
+    docstring.
+
+    The tables are the one source: docstrings, command line and gallery say the same.
+
+    Args:
+        table: WIDTH or DEPTH.
     """
     papers = dict.fromkeys(key for one in table.values() for key in one.papers)
-    said = {
+    texts = {
         "{operators}": "\n".join(
             textwrap.fill(f"- `{name}`: {one.does}", 110, subsequent_indent="  ")
             for name, one in table.items()
@@ -218,10 +230,9 @@ def describe_operators(table: Mapping[str, Operator]) -> Callable[[type[Step]], 
         "{inexact}": ", ".join(f"`{name}`" for name in operators_preserving(table, "not")),
     }
 
-    # The tables are the one source: docstrings, command line and gallery say the same.
     def fill_docstring(step: type[Step]) -> type[Step]:
         text = inspect.cleandoc(step.__doc__ or "")
-        for field, value in said.items():
+        for field, value in texts.items():
             text = text.replace(field, value)
         step.__doc__ = text
         return step

@@ -1,5 +1,5 @@
 """Adam's state grows with the weights: moments and step counts of every parameter, under the grown
-model's names.
+model's names (docs/concepts/expansions.md, section 7).
 """
 
 from __future__ import annotations
@@ -26,16 +26,23 @@ def grow_optimizer_state(
     """Write `out/optimizer.safetensors` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of
     the grown model.
 
-    `file` holds the same keys for `source`, as a run of `regraft train` keeps them in
-    run/state.safetensors. Moments of weights stored c-fold are divided by c and c squared; new
-    entries start at zero and at the tensor's mean square. The tensors of one moment are in memory
-    at a time. Returns the number of parameters. RegraftError when the file lacks a parameter or has
-    one too many.
+    Moments of weights stored c-fold are divided by c and c squared; new entries start at zero and
+    at the tensor's mean square. RegraftError when the file lacks a parameter or has one too many.
+
+    Args:
+        source: the checkpoint before growth.
+        steps: the steps that grow it.
+        file: the same keys for `source`, as a run of `regraft train` keeps them in
+            run/state.safetensors.
+        out: the grown model's folder.
+
+    Returns:
+        The number of parameters.
     """
     entries = read_moments(source, Path(file))
 
     # A step grows a checkpoint of moments by the gradient law: what is multiplied by c has its
-    # gradient divided by c. One moment at a time is in memory.
+    # gradient divided by c.
     table: dict[str, torch.Tensor] = {}
     for holds in MOMENTS:
         grown = build_moment_checkpoint(source, entries, holds)
@@ -55,7 +62,11 @@ def grow_optimizer_state(
 
 
 def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
-    """The entries of a file of moments by key, checked against the source's parameters."""
+    """The entries of a file of moments by key.
+
+    RegraftError when there is no such file, or it does not have the moments of exactly the source's
+    parameters.
+    """
     if not file.is_file():
         raise RegraftError(
             f"no optimiser state at '{file}': give safetensors with exp_avg/NAME and"
@@ -87,7 +98,13 @@ def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
 def build_moment_checkpoint(
     source: Checkpoint, entries: dict[str, TensorEntry], holds: Holds
 ) -> Checkpoint:
-    """The source with a moment in place of every weight."""
+    """The source with a moment in place of every weight; RegraftError when shapes differ.
+
+    Args:
+        source: the checkpoint whose weights the moments are of.
+        entries: the moments by key.
+        holds: which moment.
+    """
 
     def open_moment(key: Key) -> LazyTensor:
         entry, shape = entries[f"{holds}/{source.names[key]}"], source.tensors[key].shape

@@ -14,14 +14,12 @@ from ..core.anatomy import Anatomy
 from ..core.axes import Expansion, pad, place
 from ..errors import RegraftError
 
-MULTIPLE = (
-    "default",
-    "linear",
-    "llama3",
-    "proportional",
-)  # types whose frequencies at old pairs return when every m-th pair is used
-LOWERED = (*MULTIPLE, "yarn", "longrope", "su")  # types that allow theta ** (new / old)
-# table key of classes that can turn a part of a head: {config key: what a missing one means}
+# Rotary types whose old frequencies return when every m-th pair of a head m times as wide is used.
+EVERY_MTH_PAIR = ("default", "linear", "llama3", "proportional")
+# Types whose old frequencies return under theta ** (new / old).
+THETA_POWER = (*EVERY_MTH_PAIR, "yarn", "longrope", "su")
+# Key in the defaults of families that can turn a part of a head only: {config key: the part that is
+# meant when the key is missing}.
 SHARE = "_rotary_share"
 LARGEST = 3e38  # theta is a float32 number where frequencies are computed
 
@@ -39,23 +37,19 @@ def widen_rotary(
     if not anatomy.rotary or new == old:
         return {}, pad(old, new)
 
-    # Models with local and global layers have several sets of rotary parameters, each its own
-    # theta.
+    # Models with local and global layers have several sets of rotary parameters, each with a theta
+    # of its own.
     full = anatomy.fill_defaults(config)
-    scopes = [scope for scope in _rope_parameter_sets(full) if scope]
-    spread = any(rotary_type(scope) == "proportional" for scope in scopes)
-    turning = (
-        {old}
-        if spread
-        else {_rotary_dim(scope, full, old) for scope in scopes} or {_rotary_dim({}, full, old)}
-    )
+    ropes = [rope for rope in _rope_parameter_sets(full) if rope]
+    proportional = any(rotary_type(rope) == "proportional" for rope in ropes)
+    turning = _turning_coordinates(full, ropes, old)
     if len(turning) > 1:
         raise RegraftError(
             f"layers turn different parts of a head ({sorted(turning)}): keep --head-dim {old}"
         )
 
     # Partial rotary: the turning coordinates stay, new ones join those that stand still (L6).
-    if turning != {old} or (full.get(SHARE) and not spread):
+    if turning != {old} or (full.get(SHARE) and not proportional):
         return _keep_rotary_dim(full, turning.pop(), new), pad(old, new)
     if new % 2:
         raise RegraftError(
@@ -63,41 +57,58 @@ def widen_rotary(
         )
 
     # m * old coordinates hold the old frequencies bit for bit at every m-th pair; other sizes need
-    # another theta, exact in real numbers only (L6, R1 and R2).
-    whole = new % old == 0 and all(rotary_type(scope) in MULTIPLE for scope in scopes)
-    changed = (
-        {} if whole and not spread else _scale_thetas(config, old, new, 1.0 if whole else new / old)
-    )
-    half, step = old // 2, new // old if whole else 1
-    pairs = torch.arange(half) * step
-    return changed, place(old, new, torch.cat([pairs, pairs + new // 2]))
+    # another theta, exact in real numbers only (L6).
+    by_pairs = new % old == 0 and all(rotary_type(rope) in EVERY_MTH_PAIR for rope in ropes)
+    keys: dict[str, Any] = {}
+    if proportional or not by_pairs:
+        keys = _scale_thetas(config, old, new, 1.0 if by_pairs else new / old)
+
+    # Coordinate i turns with coordinate i + half of its head.
+    pairs = torch.arange(old // 2) * (new // old if by_pairs else 1)
+    return keys, place(old, new, torch.cat([pairs, pairs + new // 2]))
 
 
-def rotary_type(scope: Mapping[str, Any]) -> str:
+def _turning_coordinates(
+    config: Mapping[str, Any], ropes: list[dict[str, Any]], dim: int
+) -> set[int]:
+    """How many coordinates of a head turn; several numbers when kinds of layers differ."""
+    # Type "proportional" counts as all of them: it stands pairs still by giving them frequency 0.
+    if any(rotary_type(rope) == "proportional" for rope in ropes):
+        return {dim}
+    return {_rotary_dim(rope, config, dim) for rope in ropes} or {_rotary_dim({}, config, dim)}
+
+
+def rotary_type(rope: Mapping[str, Any]) -> str:
     """The rotary type of one set of parameters."""
-    return str(scope.get("rope_type") or scope.get("type") or "default")
+    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def _rope_parameter_sets(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The sets of rotary parameters: one, or one per kind of layer."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope and all(isinstance(value, dict) for value in rope.values()):
-        return list(rope.values())
-    return [dict(rope)]
+    return list(rope.values()) if _is_nested(rope) else [dict(rope)]
 
 
-def _rotary_dim(scope: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> int:
-    said = [
-        scope.get("partial_rotary_factor"),
+def _is_nested(rope: Mapping[str, Any]) -> bool:
+    """Whether rotary parameters hold a set for each kind of layer."""
+    return bool(rope) and all(isinstance(value, dict) for value in rope.values())
+
+
+def _rotary_dim(rope: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> int:
+    """How many of a head's `dim` coordinates turn under one set of rotary parameters."""
+    given = [
+        rope.get("partial_rotary_factor"),
         config.get("partial_rotary_factor"),
         config.get("rotary_pct"),
+        *config.get(SHARE, {}).values(),
     ]
-    shares = [share for share in (*said, *config.get(SHARE, {}).values()) if share is not None]
+    shares = [share for share in given if share is not None]
     return int(dim * shares[0]) if shares else dim
 
 
 def compute_partial_factor(turning: int, dim: int) -> float:
     """The share of `dim` coordinates that a class rounds down to `turning` ones."""
+    # turning / dim times dim may round to less than `turning`.
     share = turning / dim
     while int(dim * share) < turning:
         share = math.nextafter(share, 1)
@@ -118,10 +129,14 @@ def _keep_rotary_dim(config: Mapping[str, Any], turning: int, new: int) -> dict[
 
 
 def compute_theta_power(
-    theta: float, power: float, instead: str = "use a smaller --head-dim, or a whole multiple"
+    theta: int | float, power: float, instead: str = "use a smaller --head-dim, or a whole multiple"
 ) -> float:
-    """theta ** power; RegraftError when that is too large for the precision that frequencies are
-    computed in.
+    """theta ** power; RegraftError when float32, which frequencies are computed in, cannot hold it.
+
+    Args:
+        theta: the base of the frequencies, theta ** (-2i / dim).
+        power: the exponent.
+        instead: what to do instead, for the message.
     """
     if power * math.log(theta) > math.log(LARGEST):
         raise RegraftError(
@@ -132,46 +147,52 @@ def compute_theta_power(
 
 
 def _scale_thetas(config: Mapping[str, Any], old: int, new: int, power: float) -> dict[str, Any]:
-    """theta ** power wherever theta is said."""
+    """theta ** power wherever the config has a theta."""
     keys: dict[str, Any] = {}
     for key in ("rope_theta", "rope_local_base_freq", "rotary_emb_base"):
         if config.get(key) is not None:
             keys[key] = compute_theta_power(config[key], power)
+
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
-        if isinstance(rope, dict):
-            nested = bool(rope) and all(isinstance(value, dict) for value in rope.values())
-            keys[key] = (
-                {name: _scale_parameter_set(scope, old, new, power) for name, scope in rope.items()}
-                if nested
-                else _scale_parameter_set(rope, old, new, power)
-            )
-            if rotary_type(keys[key]) == "proportional":
-                keys["partial_rotary_factor"] = keys[key]["partial_rotary_factor"]
+        if not isinstance(rope, dict):
+            continue
+        if _is_nested(rope):
+            keys[key] = {
+                kind: _scale_parameter_set(one, old, new, power) for kind, one in rope.items()
+            }
+        else:
+            keys[key] = _scale_parameter_set(rope, old, new, power)
+        if rotary_type(keys[key]) == "proportional":
+            keys["partial_rotary_factor"] = keys[key]["partial_rotary_factor"]
+
+    # A config without any theta means the classes' default.
     if not any(key in keys for key in ("rope_theta", "rope_parameters")):
         keys["rope_theta"] = compute_theta_power(10000.0, power)
     return keys
 
 
 def _scale_parameter_set(
-    scope: Mapping[str, Any], old: int, new: int, power: float
+    rope: Mapping[str, Any], old: int, new: int, power: float
 ) -> dict[str, Any]:
-    if rotary_type(scope) not in LOWERED:
+    """One set of rotary parameters with theta ** power."""
+    if rotary_type(rope) not in THETA_POWER:
         raise RegraftError(
-            f"rotary type '{rotary_type(scope)}' sets frequencies by the length it sees, so wider"
+            f"rotary type '{rotary_type(rope)}' sets frequencies by the length it sees, so wider"
             " heads cannot keep them: grow heads, hidden, ffn or layers instead"
         )
-    changed = dict(scope)
-    if "rope_theta" in scope:
-        changed["rope_theta"] = compute_theta_power(scope["rope_theta"], power)
-    if rotary_type(scope) == "proportional":
-        pairs = int(scope.get("partial_rotary_factor", 1.0) * old // 2)
-        changed["partial_rotary_factor"] = compute_partial_factor(
-            2 * pairs * (new // old if power == 1 else 1), new
-        )
+
+    changed = dict(rope)
+    if "rope_theta" in rope:
+        changed["rope_theta"] = compute_theta_power(rope["rope_theta"], power)
+    if rotary_type(rope) == "proportional":
+        # As many pairs turn as before; with every m-th pair in use, the ones between turn as well.
+        pairs = int(rope.get("partial_rotary_factor", 1.0) * old // 2)
+        pairs *= new // old if power == 1 else 1
+        changed["partial_rotary_factor"] = compute_partial_factor(2 * pairs, new)
 
     # Longrope divides every frequency by a number of its own: new pairs get 1.
     for key in ("short_factor", "long_factor"):
-        if key in scope:
-            changed[key] = [*scope[key], *[1.0] * (new // 2 - len(scope[key]))]
+        if key in rope:
+            changed[key] = [*rope[key], *[1.0] * (new // 2 - len(rope[key]))]
     return changed

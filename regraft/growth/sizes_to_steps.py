@@ -1,12 +1,10 @@
-"""Sizes as a user asks for them turned into growth steps, and how far an inexact one moves the
-function.
-"""
+"""From a request of `regraft grow` or `regraft plan` to growth steps."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..io.files import read_json
 from . import depth
+from .identity_layer import IdentityLayer
 from .ligo_maps import COPY, Ligo
 from .operators import AUTO, AUTO_POST_NORM
 from .sizes import TargetSizes
@@ -27,6 +26,7 @@ from .steps.transplant import Transplant
 from .steps.widen import Widen
 
 LEARNED, AUTOMATIC = "ligo", "auto"
+FIXED_AXES = ("vocab", "pos", "expert", "label", "type")  # growth never changes them
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -37,50 +37,59 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Growth(TargetSizes):
-    """What `regraft grow` and `regraft plan` are asked: sizes or a target config `to`, operators,
-    storage dtype.
-    """
+    """A request for growth: sizes or a target config, operators, storage dtype."""
 
+    # A target's config.json, or its directory, instead of sizes.
     to: str | None = None
+    # The width operators as `build.parse_width_operators` reads them, or `auto`, `ligo`, `copy`.
     width_init: str = "pad"
+    # The depth operator.
     depth_init: str = "identity"
+    # How norms over a padded stream keep their mean square (`Widen`).
     fold: Literal["auto", "stream", "eps"] = "auto"
+    # Relative standard deviation of the noise of readers of copies; None: what operators need.
     noise: float | None = None
+    # Whether the checkpoint is first written as another family (`Bridge`).
     bridge: bool = False
+    # Name of the dtype that the result is stored in; None: as the source.
     dtype: str | None = None
+    # Of everything random.
     seed: int = 0
 
     def resolve_auto(self, source: Checkpoint) -> Growth:
-        """With `auto` replaced by what trained best for such a model; a depth operator that was
-        asked for stays.
+        """The same request with `auto` replaced by what trained best for such a model; a depth
+        operator that is given stays.
         """
         if self.width_init != AUTOMATIC:
             return self
         if self.depth_init != "identity":
             return replace(self, width_init=AUTO[0])
-        quiet = depth.IdentityLayer(source, source.anatomy.place(source.config))
-        width, deep = AUTO_POST_NORM if quiet.hands_on else AUTO
-        return replace(self, width_init=width, depth_init=deep)
+        identity_layer = IdentityLayer(source, source.anatomy.place(source.config))
+        width_init, depth_init = AUTO_POST_NORM if identity_layer.post_norm else AUTO
+        return replace(self, width_init=width_init, depth_init=depth_init)
 
     @property
     def has_requests(self) -> bool:
-        """Whether anything but defaults is asked."""
+        """Whether the request asks for anything."""
         return self != Growth(seed=self.seed)
 
     def is_exact(self, source: Checkpoint) -> bool:
         """Whether every operator keeps the function."""
-        chosen = self.resolve_auto(source)
-        ways, deeper = (
-            set(re.split("[,=]", chosen.width_init)),
-            self.layers is not None or self.to is not None,
-        )
-        return not {"aki", LEARNED, COPY} & ways and (
-            not deeper or chosen.depth_init in depth.EXACT
-        )
+        resolved = self.resolve_auto(source)
+        names = set(re.split("[,=]", resolved.width_init))
+        exact_width = not {"aki", LEARNED, COPY} & names
+        # A target config may have more layers; it is not read here.
+        may_deepen = self.layers is not None or self.to is not None
+        return exact_width and (not may_deepen or resolved.depth_init in depth.EXACT)
 
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
-        """The grown checkpoint; `fitted` stands in for the start of learned maps. RegraftError when
-        nothing grows, or says what the class cannot hold.
+        """The grown checkpoint.
+
+        RegraftError when the request asks for nothing or the class cannot hold it.
+
+        Args:
+            source: the checkpoint to grow.
+            fitted: a step with learned maps, in place of the one with the maps' start.
         """
         steps = self.steps(source)
         if fitted:
@@ -90,6 +99,7 @@ class Growth(TargetSizes):
                 f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads,"
                 " --head-dim, --layers or --to CONFIG_DIR"
             )
+
         for step in steps:
             source = step(source)
         return cast_checkpoint(source, self.dtype) if self.dtype else source
@@ -98,70 +108,82 @@ class Growth(TargetSizes):
         """The growth steps in order."""
         if self.width_init == AUTOMATIC:
             return self.resolve_auto(source).steps(source)
+
         # The bridge comes first: the sizes are then those of the class that the result has.
         steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
-        asked = self.with_target_sizes(steps[0](source) if steps else source)
-        if self.width_init == LEARNED and any(size is not None for size in asked.sizes.values()):
-            return [*steps, Learned(**asked.sizes, method=self.ligo_options(), seed=self.seed)]
-        if self.width_init == COPY and any(size is not None for size in asked.sizes.values()):
+        request = self.with_target_sizes(steps[0](source) if steps else source)
+        has_sizes = any(size is not None for size in request.sizes.values())
+        if self.width_init == LEARNED and has_sizes:
+            return [*steps, Learned(**request.sizes, method=self.ligo_options(), seed=self.seed)]
+        if self.width_init == COPY and has_sizes:
             if self.depth_init != "identity":
                 raise RegraftError(
                     "--width-init copy begins new layers at random: leave out --depth-init"
                     f" {self.depth_init}"
                 )
-            return [*steps, Transplant(**asked.sizes, seed=self.seed)]
+            return [*steps, Transplant(**request.sizes, seed=self.seed)]
 
         # Width before depth: new layers then have the new width from the start.
-        widths = {name: size for name, size in asked.sizes.items() if name != "layers"}
+        widths = {name: size for name, size in request.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
-            steps.append(
-                Widen(
-                    **widths, how=self.width_init, fold=self.fold, noise=self.noise, seed=self.seed
-                )
-            )
-        if asked.layers is not None:
-            steps.append(Deepen(asked.layers, self.depth_init, self.seed))
+            how, fold, noise = self.width_init, self.fold, self.noise
+            steps.append(Widen(**widths, how=how, fold=fold, noise=noise, seed=self.seed))
+        if request.layers is not None:
+            steps.append(Deepen(request.layers, self.depth_init, self.seed))
         return steps
 
     def ligo_options(self, **options: Any) -> Ligo:
-        """LiGO's options; `depth_init` other than its default is the order of layers that it begins
-        with.
+        """LiGO's options; w begins with the order of layers of a `depth_init` that is not the
+        default.
+
+        Args:
+            options: fields of `Ligo`, which win.
         """
         order = {} if self.depth_init == "identity" else {"depth": self.depth_init}
         return Ligo(**order | options)
 
     def with_target_sizes(self, source: Checkpoint) -> Growth:
-        """With the sizes of the target config, if there is one."""
+        """The same request with the sizes of the target config, if there is one.
+
+        RegraftError when sizes are given as well, or the config is of another kind of model.
+        """
         if self.to is None:
             return self
-        if given := [f.name for f in fields(self)[:6] if getattr(self, f.name) is not None]:
+        if given := [name for name, size in self.sizes.items() if size is not None]:
             raise RegraftError(
                 f"--to '{self.to}' gives all sizes: leave out --{given[0].replace('_', '-')}"
             )
+
         # Attention without groups (GPT-2, BERT) has no key/value heads of its own to ask for.
         sizes = read_target_sizes(source, self.to)
         heads = sizes["kv"] * sizes["group"]
         kv = None if "group" in source.anatomy.fixed else sizes["kv"]
-        wide, deep = sizes["hidden"], sizes["depth"]
         return replace(
             self,
-            hidden=wide,
+            hidden=sizes["hidden"],
             ffn=sizes["ffn"],
             heads=heads,
             kv_heads=kv,
             head_dim=sizes["dim"],
-            layers=deep,
+            layers=sizes["depth"],
         )
 
 
 def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
-    """Axis sizes of the config in a directory (or of a config.json). RegraftError when it is
-    another kind of model.
+    """Axis sizes of a target's config.
+
+    RegraftError when it is another kind of model, or differs in sizes that growth never changes.
+
+    Args:
+        source: the checkpoint to grow.
+        to: a config.json, or the directory that has it.
     """
     file = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
     if not file.is_file():
         raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
     config = read_json(file)
+
+    # Axis sizes of two families do not compare: the same name may be another thing.
     anatomy = find_anatomy(config)
     if anatomy.family != source.anatomy.family:
         raise RegraftError(
@@ -170,14 +192,8 @@ def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
         )
 
     sizes = anatomy.solve(config)
-    # Axes that growth never changes must agree.
-    fixed = {
-        axis: size
-        for axis, size in sizes.items()
-        if axis in ("vocab", "pos", "expert", "label", "type")
-    }
-    for axis, size in fixed.items():
-        if source.sizes[axis] != size:
+    for axis, size in sizes.items():
+        if axis in FIXED_AXES and source.sizes[axis] != size:
             raise RegraftError(
                 f"'{to}' has {axis} {size}, the source {source.sizes[axis]}: growth does not change"
                 f" {axis}"
@@ -186,7 +202,7 @@ def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
 
 
 def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The same numbers stored in another dtype."""
+    """The same numbers stored in another dtype, a key of DTYPES; RegraftError for other names."""
     if name not in DTYPES:
         raise RegraftError(f"unknown --dtype '{name}': use one of {', '.join(DTYPES)}")
     dtype = DTYPES[name]
@@ -194,9 +210,9 @@ def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
         key: replace(lazy, dtype=dtype, read=lambda lazy=lazy: lazy.read().to(dtype))  # type: ignore[misc]
         for key, lazy in checkpoint.tensors.items()
     }
-    step: dict[str, Any] = {"step": "Store", "arguments": {"dtype": name}}
-    keys = {key: name for key in ("dtype", "torch_dtype") if key in checkpoint.config} or {
-        "dtype": name
-    }
-    config = checkpoint.config | keys
+
+    # transformers 4 calls the key torch_dtype.
+    keys = [key for key in ("dtype", "torch_dtype") if key in checkpoint.config] or ["dtype"]
+    config = checkpoint.config | dict.fromkeys(keys, name)
+    step = {"step": "Store", "arguments": {"dtype": name}}
     return replace(checkpoint, tensors=tensors, config=config, history=(*checkpoint.history, step))

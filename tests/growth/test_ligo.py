@@ -218,7 +218,7 @@ def test_the_inverse_keeps_directions_and_bounds_lengths(seed: int, size: float,
     space = AxisMap(
         axes.pad(8, new, "reads"), Ligo(reads="inverse", **STILL), generator, linear=True
     )
-    space.levels = True
+    space.keeps_scale = True
     space.rows.data = size * torch.randn(space.rows.shape, generator=generator)
     b, a = (one.detach().double() for one in space())
     x = torch.randn(50, 8, generator=generator, dtype=torch.float64)
@@ -452,7 +452,7 @@ def test_large_maps_are_mixed_a_layer_at_a_time(
     source = saved(tmp_path, "gpt_neox")
     learned = Learned(hidden=144, layers=5, method=Ligo(blur=0.5))
     whole = {key: lazy.read() for key, lazy in learned(source).tensors.items()}
-    monkeypatch.setattr("regraft.growth.ligo.MAX_STACKED_ENTRIES", 0)
+    monkeypatch.setattr("regraft.growth.layer_mixing.MAX_STACKED_ENTRIES", 0)
     for key, lazy in learned(source).tensors.items():
         assert torch.allclose(lazy.read(), whole[key], rtol=1e-5, atol=1e-6), key
 

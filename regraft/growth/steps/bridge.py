@@ -32,5 +32,5 @@ class Bridge:
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The checkpoint of the other family."""
         to = class_conversion.find_target_family(source, self.to)
-        made = class_conversion.convert_to_family(source, to)
-        return replace(made, history=(*source.history, step_entry(Bridge(to))))
+        converted = class_conversion.convert_to_family(source, to)
+        return replace(converted, history=(*source.history, step_entry(Bridge(to))))

@@ -36,8 +36,10 @@ class Deepen:
             source.config, sizes, [layer.source for layer in order]
         )
         tensors = depth.deepen_tensors(source, config, order, self.how, self.seed)
+
+        # The lineage names the papers behind the operator.
         step = step_entry(self) | {"papers": list_papers(DEPTH, [self.how])}
-        names = {key: spot.name for key, spot in source.anatomy.place(config).items()}
+        names = {key: placed.name for key, placed in source.anatomy.place(config).items()}
         return replace(
             source,
             config=config,

@@ -1,5 +1,5 @@
-"""Transplant: a larger model begun at random, with the source's weights in its old coordinates and
-first layers.
+"""Transplant: a larger random model with the source's weights in its old coordinates and first
+layers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from ...core.anatomy import Key, PlacedPart
 from ...core.axes import Axes, Signature, product
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ...core.fused import fused_maps, join_fused, split_fused
+from ...core.shapes import Float
 from ...core.step import step_entry
 from ...errors import RegraftError
 from ..sizes import TargetSizes, solve_sizes
 from ..tensor import SeededRandom
 from ..widening import tensor_axes
 
-SPREAD = 0.02  # of fresh matrices where the config does not say it
+DEFAULT_STD = 0.02  # of fresh matrices where the config has no initializer_range
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Transplant(TargetSizes):
     Refuses: smaller sizes, sizes the class cannot hold, and moments of an optimiser.
     """
 
+    # Of the random numbers.
     seed: int = 0
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
@@ -50,65 +52,61 @@ class Transplant(TargetSizes):
         # Layers beyond the source's take the settings of its last one (kinds of attention, say).
         sizes, _ = solve_sizes(source, self)
         sizes = {**sizes, "depth": layers}
-        config = source.anatomy.resize_config(
-            source.config, sizes, [min(i, source.layers - 1) for i in range(layers)]
-        )
-        placed = source.anatomy.place(config)
-        larger = replace(
-            source,
-            config=config,
-            sizes=sizes,
-            names={key: spot.name for key, spot in placed.items()},
-        )
-        spread = float(
-            source.anatomy.host(config).fill_defaults(config).get("initializer_range") or SPREAD
-        )
+        order = [min(i, source.layers - 1) for i in range(layers)]
+        config = source.anatomy.resize_config(source.config, sizes, order)
+
+        targets = source.anatomy.place(config)
+        names = {key: target.name for key, target in targets.items()}
+        larger = replace(source, config=config, sizes=sizes, names=names)
+        full = source.anatomy.host(config).fill_defaults(config)
+        std = float(full.get("initializer_range") or DEFAULT_STD)
         tensors = {
-            key: transplant_tensor(source, larger, key, spot, spread, self.seed)
-            for key, spot in placed.items()
+            key: transplant_tensor(source, larger, key, target, std, self.seed)
+            for key, target in targets.items()
         }
         return replace(larger, tensors=tensors, history=(*source.history, step_entry(self)))
 
 
 def transplant_tensor(
-    source: Checkpoint, larger: Checkpoint, key: Key, spot: PlacedPart, spread: float, seed: int
+    source: Checkpoint, larger: Checkpoint, key: Key, target: PlacedPart, std: float, seed: int
 ) -> LazyTensor:
-    """One tensor of the larger model: fresh, and the source's tensor of the same key, if any, in
-    its first corner.
+    """One tensor of the larger model: fresh, with the source's tensor of the same key, if there is
+    one, in its first corner.
+
+    Args:
+        source: the checkpoint to copy from.
+        larger: the target's config and sizes.
+        key: role and layer of the tensor.
+        target: the tensor.
+        std: standard deviation of random numbers.
+        seed: of random numbers.
     """
     role, layer = key
-    old = source.tensors.get(key)
+    part, old = target.part, source.tensors.get(key)
     dtype = (old or source.tensors[role, 0]).dtype
+    if old is not None and old.shape == target.shape:
+        return old
 
-    # Fused tensors are filled map by map: the old block of each goes into its own corner.
-    def compute() -> Tensor:
-        before = split_fused(old.read(), spot.part, source.sizes) if old else []
+    def compute() -> Float[Tensor, "*stored"]:
+        # Fused tensors are filled map by map: the old block of each goes into its own corner.
+        blocks = split_fused(old.read(), part, source.sizes) if old else None
         values = []
-        for index, (name, signature, output) in enumerate(fused_maps(spot.part, role)):
-            value = init_tensor(
-                signature,
-                map_shape(signature, output, larger),
-                spread,
-                SeededRandom(seed, f"{name}.{layer}"),
-                dtype,
-            )
-            if before:
-                block = before[index].reshape(map_shape(signature, output, source))
-                corner = tuple(
-                    slice(0, min(a, b)) for a, b in zip(block.shape, value.shape, strict=True)
-                )
+        for index, (name, signature, output) in enumerate(fused_maps(part, role)):
+            shape = map_shape(signature, output, larger)
+            random = SeededRandom(seed, f"{name}.{layer}")
+            value = init_tensor(signature, shape, std, random, dtype)
+            if blocks:
+                block = blocks[index].reshape(map_shape(signature, output, source))
+                both = zip(block.shape, value.shape, strict=True)
+                corner = tuple(slice(0, min(before, after)) for before, after in both)
                 value[corner] = block[corner]
             values.append(value)
-        return join_fused(values, spot.part)
+        return join_fused(values, part)
 
-    if old is not None and old.shape == spot.shape:
-        return old
-    story = (
-        Provenance("grown", old.story.sources, "random around the old block")
-        if old
-        else Provenance("fresh", (), "random")
-    )
-    return LazyTensor(spot.shape, dtype, story, compute)
+    story = Provenance("fresh", (), "random")
+    if old:
+        story = Provenance("grown", old.story.sources, "random around the old block")
+    return LazyTensor(target.shape, dtype, story, compute)
 
 
 def map_shape(signature: Signature, output: Axes, checkpoint: Checkpoint) -> list[int]:
@@ -117,10 +115,10 @@ def map_shape(signature: Signature, output: Axes, checkpoint: Checkpoint) -> lis
 
 
 def init_tensor(
-    signature: Signature, shape: list[int], spread: float, draw: SeededRandom, dtype: torch.dtype
-) -> Tensor:
+    signature: Signature, shape: list[int], std: float, random: SeededRandom, dtype: torch.dtype
+) -> Float[Tensor, "*axes"]:
     """What training from scratch begins with: random maps, gains and scales one, biases zero."""
     if signature.kind in ("map", "plain"):
-        return draw.uniform(shape, spread, dtype)
+        return random.uniform(shape, std, dtype)
     one = signature.kind in ("gain", "scale") and not signature.unit
     return torch.full(shape, 1.0 if one else 0.0, dtype=dtype)

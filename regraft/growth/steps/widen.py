@@ -41,30 +41,25 @@ class Widen(WidthSizes):
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The wider checkpoint."""
-        made = build.build_widening(source, self, self.how, self.fold, self.noise, self.seed)
-        config = dict(made.config)
+        widening = build.build_widening(source, self, self.how, self.fold, self.noise, self.seed)
+        config = dict(widening.config)
         sizes = source.anatomy.solve(config)
-        if sizes != dict(made.sizes):
+        if sizes != dict(widening.sizes):
             raise RegraftError(
-                f"{source.anatomy.family} config gives axes {sizes}, not {dict(made.sizes)}: mend"
-                " its table"
+                f"{source.anatomy.family} config gives axes {sizes}, not {dict(widening.sizes)}:"
+                " mend its table"
             )
 
-        # The lineage names the papers behind the operators that were used.
-        said = {"notes": told} if (told := build.widening_notes(made, self)) else {}
-        step = (
-            step_entry(self)
-            | said
-            | {
-                "papers": list_papers(
-                    WIDTH, dict.fromkeys(build.parse_width_operators(self.how).values())
-                )
-            }
-        )
+        # The lineage names what users should know, and the papers behind the operators.
+        step = step_entry(self)
+        if notes := build.widening_notes(widening, self):
+            step["notes"] = notes
+        operators = dict.fromkeys(build.parse_width_operators(self.how).values())
+        step["papers"] = list_papers(WIDTH, operators)
         return replace(
             source,
             config=config,
             sizes=sizes,
-            tensors=widen_tensors(made),
+            tensors=widen_tensors(widening),
             history=(*source.history, step),
         )
