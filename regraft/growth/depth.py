@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -172,7 +173,7 @@ def deepen_tensors(
         if before_new and identity_layer.is_last_norm(role):
             lazy = identity_layer.neutral_norm(old_key, lazy)
         elif origin.new:
-            random = SeededRandom(seed, f"{role}.{layer}")
+            random = partial(SeededRandom, seed, f"{role}.{layer}")
             lazy = identity_layer.build_tensor(old_key, lazy, how, random)
         tensors[key] = lazy
     return tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -61,7 +61,7 @@ class IdentityLayer:
         return role in self.post_norms and role.startswith(self.last_norm)
 
     def build_tensor(
-        self, key: Key, lazy: LazyTensor, how: str, random: SeededRandom
+        self, key: Key, lazy: LazyTensor, how: str, random: Callable[[], SeededRandom]
     ) -> LazyTensor:
         """A tensor of a layer that starts as the identity.
 
@@ -114,13 +114,13 @@ def constant_tensor(lazy: LazyTensor, value: float) -> LazyTensor:
     return replace(lazy, story=story, read=lambda: torch.full(lazy.shape, value, dtype=lazy.dtype))
 
 
-def random_tensor(lazy: LazyTensor, part: Part, random: SeededRandom) -> LazyTensor:
+def random_tensor(lazy: LazyTensor, part: Part, random: Callable[[], SeededRandom]) -> LazyTensor:
     """Random numbers for maps, neutral ones for gains and biases; scales stay.
 
     Args:
         lazy: the same tensor of the layer below, whose standard deviation the numbers have.
         part: what it is.
-        random: of the numbers.
+        random: makes their source anew, so that every reading gives the same.
     """
     kind = part.axes.kind
     if kind in ("gain", "bias"):
@@ -129,13 +129,13 @@ def random_tensor(lazy: LazyTensor, part: Part, random: SeededRandom) -> LazyTen
         return lazy
 
     def draw() -> Float[Tensor, "*shape"]:
-        return random.uniform(lazy.shape, estimate_std(lazy.read()), lazy.dtype)
+        return random().uniform(lazy.shape, estimate_std(lazy.read()), lazy.dtype)
 
     story = Provenance("fresh", (), "uniform, as spread out as the layer below")
     return replace(lazy, story=story, read=draw)
 
 
-def randomize_zero_rows(lazy: LazyTensor, random: SeededRandom) -> LazyTensor:
+def randomize_zero_rows(lazy: LazyTensor, random: Callable[[], SeededRandom]) -> LazyTensor:
     """A copy of a matrix whose all-zero rows hold random numbers: behind a zero gain they would
     never learn.
     """
@@ -148,7 +148,7 @@ def randomize_zero_rows(lazy: LazyTensor, random: SeededRandom) -> LazyTensor:
         if bool(silent.any()):
             value = value.clone()
             shape = (int(silent.sum()), value.shape[1])
-            value[silent] = random.uniform(shape, estimate_std(value), value.dtype)
+            value[silent] = random().uniform(shape, estimate_std(value), value.dtype)
         return value
 
     return replace(lazy, read=compute)
