@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, no_type_check
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ COUNTS = ("steps", "warmup")
 NUMBERS = ("blur", "lr", "lr_depth", "decay")
 
 
-# Options come from JSON: `__post_init__` checks them, with messages for users, in place of types.
-@no_type_check
 @dataclass(frozen=True)
 class Ligo:
     """Options of LiGO (arXiv 2303.00980; docs/concepts/ligo.md): W' = B (sum_j w_j W_j) A^T, with B

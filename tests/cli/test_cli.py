@@ -355,7 +355,10 @@ def test_interrupted_runs_go_on(recipe, tmp_path, capsys, blow, code):
     assert process.returncode == code, err
     assert not (out / "config.json").exists(), "nothing that looks finished"
     if blow == signal.SIGINT:
-        assert "the same command goes on" in err.splitlines()[-1] and "Traceback" not in err
+        assert (
+            "run the same command again to resume" in err.splitlines()[-1]
+            and "Traceback" not in err
+        )
     spent = json.loads((out / "time.json").read_text())["seconds"]
     numbers = as_json(capsys, "run", recipe, out, "--stages.1.tokens", 64 * 300)
     assert numbers["time"]["seconds"] > spent
