@@ -35,9 +35,9 @@ import torch, sys
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.train.fit_ligo import LigoTrainer
-from regraft.growth.ligo_maps import Ligo
+from regraft.growth.ligo_options import Ligo
 from regraft.growth.steps.ligo import Learned
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.train.stage import Stage
 source, rows, length, sizes = Checkpoint.open(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
 learned = Learned(**sizes, method=Ligo(steps=100))

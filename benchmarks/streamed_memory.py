@@ -38,7 +38,7 @@ import torch
 from regraft.core.checkpoint import Checkpoint
 from regraft.mixers.remix import Remix
 from regraft.train.layerwise import align
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.train.stage import Stage
 from regraft.train.layerwise.state import LayerwiseRun
 import transformers.models.llama.modeling_llama

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from regraft import modeling
 from regraft.train import loop
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.train.stage import Stage
 from regraft.train.teacher_cache import CachedTeacher, TeacherCacheConfig
 

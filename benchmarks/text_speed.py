@@ -27,9 +27,10 @@ import torch
 
 from regraft import modeling
 from regraft.data import default_text
-from regraft.data.corpus import Text, TextMixture
+from regraft.data.corpus import TextMixture
 from regraft.data.files import import_zstd, open_decompressed
 from regraft.data.packing import pack, read_documents
+from regraft.data.text import Text
 from regraft.data.tokenizer import BatchTokenizer
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {

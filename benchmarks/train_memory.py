@@ -103,7 +103,7 @@ def measure_bytes(name: str, folder: Path) -> int:
     import torch
 
     from regraft import modeling
-    from regraft.data.packing import Packed
+    from regraft.data.rows import Packed
     from regraft.train import loop, throughput
     from regraft.train.stage import Stage
 

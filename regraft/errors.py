@@ -22,8 +22,8 @@ def suggest(word: str, known: Iterable[str], count: int = 1) -> str:
         count: how many near matches to name at most.
 
     Returns:
-        "did you mean plan?", with several matches "did you mean piqa or hellaswag?", and an empty
-        string when nothing comes close.
+        "did you mean plan? ", with several matches "did you mean piqa or hellaswag? ", and an empty
+        string when nothing comes close. The space is there because what to do follows.
     """
     close = difflib.get_close_matches(word, list(known), n=count)
-    return f"did you mean {' or '.join(close)}?" if close else ""
+    return f"did you mean {' or '.join(close)}? " if close else ""

@@ -50,7 +50,7 @@ MODULES = {  # below the public names of the package: what one calls from Python
     "regraft.modeling": ("modeling.flops", "modeling.layer_kinds"),
     "regraft.evaluation": ("evaluation.perplexity", "evaluation.tasks", "evaluation.recall"),
     "regraft.train": ("train.stage",),
-    "regraft.growth": ("growth.ligo_maps", "growth.optimizer_state"),
+    "regraft.growth": ("growth.ligo_options", "growth.optimizer_state"),
     "regraft.linearize": ("linearize.method", "linearize.select_layers"),
 }
 

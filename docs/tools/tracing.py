@@ -298,7 +298,7 @@ def trace_layers(how: str) -> tuple[Slot, ...]:
     slots = []
     for layer in range(number):
         maps, outputs = (
-            grown.tensors[role, layer].story for role in ("mlp.up.weight", "mlp.down.weight")
+            grown.tensors[role, layer].provenance for role in ("mlp.up.weight", "mlp.down.weight")
         )
         slots.append(
             Slot(homes[maps.sources[0]] if maps.kind == "copied" else None, outputs.kind == "zero")

@@ -238,7 +238,9 @@ def iter_inherited_tensors(before: Checkpoint, after: Checkpoint) -> Iterator[In
             yield InheritedTensor(sources, after.names[key], read, lazy.read)
         elif layer is not None and (inherited := mixer_weight(after, role, layer).source):
             source = before[inherited, layer]
-            yield InheritedTensor(source.story.sources, after.names[key], source.read, lazy.read)
+            yield InheritedTensor(
+                source.provenance.sources, after.names[key], source.read, lazy.read
+            )
 
 
 def mixer_weight(checkpoint: Checkpoint, role: str, layer: int) -> WeightSpec:

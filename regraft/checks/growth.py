@@ -294,7 +294,7 @@ def next_token_loss(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> fl
 def find_unaccounted(before: Checkpoint, after: Checkpoint) -> list[str]:
     """Source tensors that no tensor of the output comes from, nor were dropped with a reason."""
     had, has = (
-        {name for lazy in each.tensors.values() for name in lazy.story.sources}
+        {name for lazy in each.tensors.values() for name in lazy.provenance.sources}
         for each in (before, after)
     )
     return sorted(had - has - set(after.dropped))

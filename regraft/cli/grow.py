@@ -76,7 +76,7 @@ def grow(
     from .. import distributed
     from ..checks import growth as parity
     from ..core.checkpoint import Checkpoint
-    from ..data.corpus import Text
+    from ..data.text import Text
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..plan.plan import Plan, print_plan

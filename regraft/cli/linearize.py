@@ -79,7 +79,7 @@ def linearize(
     """
     from .. import distributed
     from ..core.checkpoint import Checkpoint
-    from ..data.corpus import Text
+    from ..data.text import Text
     from ..linearize import methods, pipeline
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker

@@ -6,10 +6,10 @@ what it rewrites; what no rule knows is passed on in one line.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 
+from ..errors import suggest
 from .verb import Verb
 
 KINDS = {"int": "a whole number", "float": "a number"}
@@ -34,7 +34,7 @@ def explain_parser_error(message: str, words: Sequence[str], verbs: Mapping[str,
 
 
 def explain_unknown_flag(message: str, words: Sequence[str], verb: Verb | None) -> str | None:
-    """`unrecognized arguments: --kv_head 3` -> `unknown flag --kv-head (in '--kv-head 3'), did you
+    """`unrecognized arguments: --kv_head 3` -> `unknown flag --kv-head (in '--kv-head 3'): did you
     mean ...`.
     """
     match = re.match(r"unrecognized arguments: (--?[\w.-]+)(.*)", message)
@@ -49,19 +49,18 @@ def explain_unknown_flag(message: str, words: Sequence[str], verb: Verb | None) 
         order = " ".join(name.upper() for name in places)
         return f"unknown flag {flag}: it is given by its place, regraft {words[0]} {order}"
     known = [f"--{name.replace('_', '-')}" for name in verb.optional] if verb else []
-    return f"unknown flag {flag} (in '{as_typed}'){suggest(flag, known)}"
+    remedy = suggest(flag, known) or f"regraft {words[0] if verb else ''} --help lists all"
+    return re.sub(" +", " ", f"unknown flag {flag} (in '{as_typed}'): {remedy}").strip()
 
 
 def explain_unknown_verb(message: str, verbs: Mapping[str, Verb]) -> str | None:
-    """`... invalid choice: 'growe' (choose from ...)` -> `unknown verb 'growe', did you mean grow?:
+    """`... invalid choice: 'growe' (choose from ...)` -> `unknown verb 'growe': did you mean grow?
     use one of ...`.
     """
     match = re.search(r"invalid choice: '([^']+)'", message)
     if not match:
         return None
-    return (
-        f"unknown verb '{match[1]}'{suggest(match[1], list(verbs))}: use one of {', '.join(verbs)}"
-    )
+    return f"unknown verb '{match[1]}': {suggest(match[1], verbs)}use one of {', '.join(verbs)}"
 
 
 def explain_wrong_type(message: str) -> str | None:
@@ -82,9 +81,3 @@ def explain_wrong_type(message: str) -> str | None:
     if not choices and not kinds:
         return None
     return f"--{name.replace('_', '-')} takes {' or '.join(choices or kinds[:1])}, got '{value}'"
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    """`, did you mean X?` for a close match, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {close[0]}?" if close else ""

@@ -108,6 +108,7 @@ def plan(
     from ..core.checkpoint import Checkpoint
     from ..growth.sizes_to_steps import Growth
     from ..linearize import methods
+    from ..mixers.remix import Remix
     from ..plan import forecast
     from ..plan import plan as planning
 
@@ -134,7 +135,7 @@ def plan(
         }
         recipe = methods.find_method(method or "auto").with_remix(**changes)
         recipe, notes = recipe.without_text()
-        after = recipe.remix(after)
+        after = Remix.from_options(recipe.remix)(after)
     result = planning.Plan.of(before, after, context, length, notes)
     if not train:
         return Outcome(result.to_dict(), lambda console: planning.print_plan(result, console))

@@ -113,7 +113,7 @@ def train(
     """
     from pathlib import Path
 
-    from ..data.corpus import Text
+    from ..data.text import Text
     from ..progress import Ticker
     from ..train import session, trackers
     from ..train.layerwise import session as layerwise

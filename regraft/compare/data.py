@@ -21,8 +21,9 @@ from .. import modeling
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
-from ..data.corpus import Text
-from ..data.packing import Images, pack, read_documents, read_images
+from ..data.images import Images, read_images
+from ..data.packing import pack, read_documents
+from ..data.text import Text
 from ..errors import RegraftError
 from ..growth.sizes import solve_sizes
 from ..train.objectives import HEADS, Data, Rows

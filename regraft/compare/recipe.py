@@ -12,11 +12,10 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import RegraftError
-from ..growth.ligo_maps import Ligo
-from ..growth.sizes import TargetSizes
-from ..growth.sizes_to_steps import Growth
+from ..growth.ligo_options import Ligo
+from ..growth.target_sizes import TargetSizes
 from ..linearize.method import expand_method_block
-from ..mixers.remix import Remix
+from ..mixers.remix_options import RemixOptions
 from ..recipes import schema
 from ..train.stage import Stage
 
@@ -86,8 +85,8 @@ class PartialStage:
 
 
 @dataclass(frozen=True)
-class LinearizeOptions(Remix):
-    """How an arm is linearized and trained; fields of `Remix`, whose `seed` is the run's.
+class LinearizeOptions(RemixOptions):
+    """How an arm is linearized and trained; fields of `RemixOptions`, whose `seed` is the run's.
 
     A file may name a `method` (`regraft.linearize.methods`) and what differs from it; `keep` may be
     a rule that chooses layers by measuring.
@@ -100,11 +99,6 @@ class LinearizeOptions(Remix):
 
     calibration: int = 0
     stages: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-
-    def remix(self, **changes: Any) -> Remix:
-        """The step alone, with changed fields."""
-        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(Remix)}
-        return Remix(**fields | changes)
 
 
 @dataclass(frozen=True)
@@ -145,11 +139,6 @@ class Arm:
     layer_drop: float | None = None
     token_drop: float | None = None
     legs: list[PartialStage] = field(default_factory=list)
-
-    def growth(self, target: TargetSizes, seed: int) -> Growth:
-        """The growth of a `grow` arm."""
-        sizes, operators = dataclasses.asdict(target), dataclasses.asdict(self.grow or Operators())
-        return Growth(**sizes, **operators, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -336,16 +325,22 @@ def check_against(arms: Sequence[Arm]) -> None:
             )
 
 
-def check_arm(arm: Arm, sources: Sequence[str]) -> None:
-    """RegraftError for an arm of no kind or of two, or whose options do not go together."""
+def check_kind(arm: Arm) -> list[str]:
+    """The kinds an arm has; RegraftError unless it is one, or scratch and linear."""
     kinds = [kind for kind in ARM_KINDS if getattr(arm, kind) not in (False, None)]
-    if not re.fullmatch(r"[\w.+-]+", arm.name):
-        raise RegraftError(
-            f"arm name '{arm.name}' becomes a folder: use letters, digits and . _ + - only"
-        )
     if len(kinds) != 1 and kinds != ["scratch", "linear"]:
         raise RegraftError(
             f"arm '{arm.name}' has {kinds or 'no kind'}: give one of {', '.join(ARM_KINDS)}"
+        )
+    return kinds
+
+
+def check_arm(arm: Arm, sources: Sequence[str]) -> None:
+    """RegraftError for an arm of no kind or of two, or whose options do not go together."""
+    kinds = check_kind(arm)
+    if not re.fullmatch(r"[\w.+-]+", arm.name):
+        raise RegraftError(
+            f"arm name '{arm.name}' becomes a folder: use letters, digits and . _ + - only"
         )
 
     # A linearized arm's stages are its own, where drops and layers can be given one by one.

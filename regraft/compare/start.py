@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
-from ..data.packing import Images, shuffled_indices
+from ..data.images import Images
+from ..data.packing import shuffled_indices
 from ..errors import RegraftError
 from ..growth import optimizer_state
 from ..growth.sizes_to_steps import Growth
@@ -23,13 +24,14 @@ from ..growth.steps.ligo import Learned
 from ..growth.steps.transplant import Transplant
 from ..io.files import read_json_if_exists, write_json
 from ..linearize import select_layers
+from ..mixers.remix import Remix
 from ..modeling import flops
 from ..train import fit_ligo, loop
 from ..train.calibrate import calibrate
 from . import data
 from .folders import FITTING, arm_folder, source_folder
 from .numbers import NO_COST, ArmStartCost
-from .recipe import MAIN, Arm, Comparison, LinearizeOptions
+from .recipe import MAIN, Arm, Comparison, LinearizeOptions, Operators
 
 GROWTH_AXES = ("hidden", "ffn", "kv", "group", "dim", "depth")
 SELECTION_TOKENS = 4096  # tokens on which a measured `keep` is chosen
@@ -119,7 +121,7 @@ def init_from_scratch(config: dict[str, Any], arm: Arm, seed: int) -> PreTrained
         return model
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        remix = arm.linear.remix(inherit="none", seed=seed)
+        remix = Remix.from_options(arm.linear, inherit="none", seed=seed)
         return modeling.materialize(remix(Checkpoint.open(folder)))
 
 
@@ -129,7 +131,7 @@ def linearize_source(
     """The linearized source with its closed-form start, and what that took."""
     begin, length = time.monotonic(), recipe.train.length
     if not linear.calibration and select_layers.parse_keep(linear.keep) is None:
-        model = modeling.materialize(linear.remix(seed=seed)(teacher.checkpoint))
+        model = modeling.materialize(Remix.from_options(linear, seed=seed)(teacher.checkpoint))
         seconds = time.monotonic() - begin
         return ArmStart(model, {**NO_COST, "seconds": seconds, "keep": linear.keep})
 
@@ -145,7 +147,7 @@ def linearize_source(
         windows = rows[shuffled_indices(len(rows), count, seed)]
         remix = select_layers.resolve_keep(
             teacher.checkpoint,
-            linear.remix(seed=seed),
+            Remix.from_options(linear, seed=seed),
             select_layers.SelectionData(windows, batches),
         )
         model = modeling.materialize(remix(teacher.checkpoint))
@@ -196,8 +198,10 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
     if arm.linear is not None:
         measured = select_layers.parse_keep(arm.linear.keep) is not None and not arm.scratch
         changes = {"keep": "none"} if measured else {}
-        return [arm.linear.remix(seed=seed, **changes)]
-    return list(arm.growth(recipe.target, seed).steps(source))
+        return [Remix.from_options(arm.linear, seed=seed, **changes)]
+    sizes = dataclasses.asdict(recipe.target)
+    operators = dataclasses.asdict(arm.grow or Operators())
+    return list(Growth(**sizes, **operators, seed=seed).steps(source))
 
 
 def grow_with_ligo(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -111,11 +112,7 @@ def parse_signature(text: str) -> Signature:
     inputs = tuple(left[1:] if per_coordinate else left)
     outputs = tuple(tuple(part.split()) for part in right.split("+")) if arrow else (inputs,)
 
-    named = [axis for axes in (inputs, *outputs) for axis in axes]
-    if unknown := [axis for axis in named if not (axis in AXES or axis.isdigit())]:
-        raise RegraftError(
-            f"unknown axis '{unknown[0]}' in signature '{text}': use {', '.join(sorted(AXES))}"
-        )
+    _check_axes(text, (inputs, *outputs))
     if not all(outputs) or (per_coordinate and arrow):
         raise RegraftError(
             f"signature '{text}' names no output: write 'a b -> c d', '-> c', 'gain c' or 'a b c'"
@@ -126,6 +123,15 @@ def parse_signature(text: str) -> Signature:
     if not per_coordinate:
         return Signature(text, "plain", (), outputs)
     return Signature(text, "scale" if left[0] == "scale" else "gain", (), outputs, unit)
+
+
+def _check_axes(text: str, groups: Iterable[Sequence[str]]) -> None:
+    """RegraftError, quoting the signature `text`, when a name in `groups` is no axis."""
+    for axis in itertools.chain(*groups):
+        if not (axis in AXES or axis.isdigit()):
+            raise RegraftError(
+                f"unknown axis '{axis}' in signature '{text}': use {', '.join(sorted(AXES))}"
+            )
 
 
 @dataclass(frozen=True)

@@ -331,7 +331,7 @@ def _open_fused(lazy: LazyTensor, part: Part, index: int, sizes: Mapping[str, in
     return LazyTensor(
         part.axes.piece(index).shape(sizes),
         lazy.dtype,
-        replace(lazy.story, note=f"piece {index} of {len(part.fused)}"),
+        replace(lazy.provenance, note=f"piece {index} of {len(part.fused)}"),
         lambda: read_fused(lazy.read(), part, index, sizes),
     )
 

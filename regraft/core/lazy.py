@@ -32,7 +32,7 @@ class LazyTensor:
     # Dtype that `read` will return.
     dtype: torch.dtype
     # Where the numbers come from.
-    story: Provenance
+    provenance: Provenance
     # Computes the values, on the CPU.
     read: Callable[[], Tensor] = field(repr=False)
 

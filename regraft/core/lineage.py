@@ -118,7 +118,7 @@ def count_by_kind(checkpoint: Checkpoint) -> dict[str, KindTotals]:
     }
     parameters = sum(lazy.size for lazy in checkpoint.tensors.values())
     for lazy in checkpoint.tensors.values():
-        row = totals[lazy.story.kind]
+        row = totals[lazy.provenance.kind]
         row["count"] += 1
         row["parameters"] += lazy.size
         row["share"] = row["parameters"] / parameters
@@ -132,7 +132,9 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
         checkpoint: the model that was saved.
         files: the files it was saved as, with their sha256.
     """
-    provenances = {checkpoint.names[key]: lazy.story for key, lazy in checkpoint.tensors.items()}
+    provenances = {
+        checkpoint.names[key]: lazy.provenance for key, lazy in checkpoint.tensors.items()
+    }
     seeds = [
         step["arguments"]["seed"]
         for step in checkpoint.history
@@ -169,7 +171,8 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
         "config": checkpoint.config,
         "steps": list(checkpoint.history),
         "tensors": [
-            [name, lazy.shape, str(lazy.dtype), asdict(lazy.story)] for name, lazy in named.items()
+            [name, lazy.shape, str(lazy.dtype), asdict(lazy.provenance)]
+            for name, lazy in named.items()
         ],
         "shard_bytes": shard_bytes,
         # Another release of torch may round differently.

@@ -11,8 +11,6 @@ from torch import Tensor
 from ..errors import RegraftError
 from .documents import BadLines, ReadPosition, read_pieces
 from .files import find_files
-from .images import Images as Images
-from .images import read_images as read_images
 from .rows import Packed
 from .tokenizer import count_bytes, end_token_ids
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RegraftError
+from ..errors import RegraftError, suggest
 from .rows import Metric
 
 Row = Mapping[str, Any]  # a line of a task's file; the task says which fields it has
@@ -143,8 +142,7 @@ def check_task_name(name: str, others: Sequence[str] = ()) -> str:
     names = [*TASKS, *others]
     if name in names:
         return name
-    close = difflib.get_close_matches(name, names, n=2)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    hint = suggest(name, names, 2)
     raise RegraftError(f"unknown task '{name}': {hint}there are {', '.join(names)}")
 
 

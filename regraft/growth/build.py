@@ -14,7 +14,8 @@ from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from . import rotary
 from .operators import WIDTH
-from .sizes import WidthSizes, solve_sizes
+from .sizes import solve_sizes
+from .target_sizes import WidthSizes
 from .widening import DEAD, LIVE, QkNorm, Widening
 
 WIDTH_OPERATORS = tuple(WIDTH)

@@ -239,7 +239,7 @@ def convert_to_family(source: Checkpoint, to: str) -> Checkpoint:
         key: _convert_tensor(source, conversion, key, target, order)
         for key, target in targets.items()
     }
-    used = {name for lazy in tensors.values() for name in lazy.story.sources}
+    used = {name for lazy in tensors.values() for name in lazy.provenance.sources}
     if lost := sorted(set(source.names.values()) - used):
         raise RegraftError(
             f"'{lost[0]}' has no place in {to}: add its role to regraft/growth/class_conversion.py"
@@ -308,9 +308,9 @@ def _convert_tensor(
 def _constant_tensor(source: Checkpoint, target: PlacedPart, value: float, note: str) -> LazyTensor:
     """A tensor of one number, in the dtype of the source's embedding."""
     dtype = source.tensors["embed.weight", None].dtype
-    story = Provenance("fresh" if value else "zero", (), note)
+    provenance = Provenance("fresh" if value else "zero", (), note)
     return LazyTensor(
-        target.shape, dtype, story, lambda: torch.full(target.shape, value, dtype=dtype)
+        target.shape, dtype, provenance, lambda: torch.full(target.shape, value, dtype=dtype)
     )
 
 
@@ -331,7 +331,7 @@ def _copy_tensor(source: Checkpoint, key: Key, target: PlacedPart) -> LazyTensor
     if name is None:
         return None
     lazy = source[key]
-    note = "" if key in source.tensors else lazy.story.note
+    note = "" if key in source.tensors else lazy.provenance.note
     # `source[key]` gives maps output first.
     flips = target.part.stored == "in out" and target.part.axes.kind == "map"
     read: Callable[[], Tensor] = (lambda: lazy.read().T) if flips else lazy.read
@@ -359,15 +359,15 @@ def _fold_norm(
         value = value.to(compute_dtype(value.dtype)) @ shift.read().to(compute_dtype(value.dtype))
         return (value if bias is None else value + bias.read()).to(weight.dtype)
 
-    def story(note: str, *roles: str) -> Provenance:
+    def provenance(note: str, *roles: str) -> Provenance:
         names = [_find_tensor_name(source, (role, layer)) for role in roles]
         return Provenance("grown", tuple(name for name in names if name), note)
 
     if ending == "weight":
-        origin = story(f"times the gain of {norm}", f"{base}.weight", f"{norm}.weight")
+        origin = provenance(f"times the gain of {norm}", f"{base}.weight", f"{norm}.weight")
         return LazyTensor(weight.shape, weight.dtype, origin, scale_weight)
     roles = (f"{base}.weight", f"{norm}.{ending}", f"{base}.bias")
-    origin = story(f"plus the bias of {norm}", *roles)
+    origin = provenance(f"plus the bias of {norm}", *roles)
     return LazyTensor(weight.shape[:1], weight.dtype, origin, shift_bias)
 
 
@@ -379,5 +379,7 @@ def _reorder_head_coordinates(lazy: LazyTensor, order: Int[Tensor, " dim"]) -> L
         heads = lazy.read().unflatten(0, (-1, len(order)))
         return heads.index_select(1, order).flatten(0, 1)
 
-    story = Provenance("grown", lazy.story.sources, "coordinates of every head in rotary order")
-    return replace(lazy, story=story, read=compute)
+    provenance = Provenance(
+        "grown", lazy.provenance.sources, "coordinates of every head in rotary order"
+    )
+    return replace(lazy, provenance=provenance, read=compute)

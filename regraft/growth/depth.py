@@ -229,8 +229,8 @@ def rescale_keys(
         ]
         return repack_maps(changed, part, source)
 
-    story = Provenance("grown", lazy.story.sources, f"keys times {change:.6g}")
-    return replace(lazy, read=compute, story=story)
+    provenance = Provenance("grown", lazy.provenance.sources, f"keys times {change:.6g}")
+    return replace(lazy, read=compute, provenance=provenance)
 
 
 def repack_maps(

@@ -83,8 +83,10 @@ class IdentityLayer:
         if role in self.zero_gains:
             return constant_tensor(lazy, -1.0 if part.axes.unit else 0.0)
         if self.is_last_norm(role):
-            story = Provenance("copied", lazy.story.sources, "taken over from the norm before")
-            return replace(lazy, story=story)
+            provenance = Provenance(
+                "copied", lazy.provenance.sources, "taken over from the norm before"
+            )
+            return replace(lazy, provenance=provenance)
         if role in self.post_norms:
             return self.neutral_norm(key, lazy)
 
@@ -110,8 +112,10 @@ def _writes_hidden(part: Part) -> bool:
 def constant_tensor(lazy: LazyTensor, value: float) -> LazyTensor:
     """A tensor of one number."""
     # A gain of zero may be stored as minus one.
-    story = Provenance("zero" if value in (0.0, -1.0) else "fresh", (), f"all {value:g}")
-    return replace(lazy, story=story, read=lambda: torch.full(lazy.shape, value, dtype=lazy.dtype))
+    provenance = Provenance("zero" if value in (0.0, -1.0) else "fresh", (), f"all {value:g}")
+    return replace(
+        lazy, provenance=provenance, read=lambda: torch.full(lazy.shape, value, dtype=lazy.dtype)
+    )
 
 
 def random_tensor(lazy: LazyTensor, part: Part, random: Callable[[], SeededRandom]) -> LazyTensor:
@@ -131,8 +135,8 @@ def random_tensor(lazy: LazyTensor, part: Part, random: Callable[[], SeededRando
     def draw() -> Float[Tensor, "*shape"]:
         return random().uniform(lazy.shape, estimate_std(lazy.read()), lazy.dtype)
 
-    story = Provenance("fresh", (), "uniform, as spread out as the layer below")
-    return replace(lazy, story=story, read=draw)
+    provenance = Provenance("fresh", (), "uniform, as spread out as the layer below")
+    return replace(lazy, provenance=provenance, read=draw)
 
 
 def randomize_zero_rows(lazy: LazyTensor, random: Callable[[], SeededRandom]) -> LazyTensor:

@@ -18,7 +18,8 @@ from ..core.shapes import Float
 from ..errors import RegraftError
 from .depth import LayerOrigin
 from .layer_mixing import SourceLayers, build_mixing, module_names
-from .ligo_maps import AxisMap, Ligo, flatten_head_axes
+from .ligo_maps import AxisMap, flatten_head_axes
+from .ligo_options import Ligo
 from .norm_folding import can_fold_norms
 from .widened import MapWidener
 from .widening import GROWABLE_AXES, QUERY_KEY_KINDS, MapSpec, Widening, tied_head_gain

@@ -14,7 +14,7 @@ from ..core.checkpoint import Checkpoint
 from ..core.shapes import Float
 from .depth import LayerOrigin
 from .ligo import Grower, Maps
-from .ligo_maps import Ligo
+from .ligo_options import Ligo
 from .widening import Widening
 
 

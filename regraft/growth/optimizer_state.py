@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint, Holds, LazyTensor, Provenance
-from ..core.moments import FILE, MOMENTS
+from ..core.moments import FILE, MOMENTS, STEP
 from ..errors import RegraftError
 from ..io.safetensors import TensorEntry, read_header
 
@@ -54,9 +54,9 @@ def grow_optimizer_state(
         }
 
     # New parameters take the step count of the old ones, so that bias correction is the same.
-    counts = [entry.read() for key, entry in entries.items() if key.startswith("step/")]
+    counts = [entry.read() for key, entry in entries.items() if key.startswith(f"{STEP}/")]
     steps_done = max((count.reshape(()) for count in counts), default=torch.tensor(0.0))
-    table |= {f"step/{name}": steps_done.clone() for name in grown.names.values()}
+    table |= {f"{STEP}/{name}": steps_done.clone() for name in grown.names.values()}
     save_file(table, Path(out) / FILE)
     return len(grown.names)
 
@@ -86,7 +86,7 @@ def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
             f"'{file}' lacks '{missing[0]}': it belongs to another model or to a stage that"
             " froze it"
         )
-    known = ("step/", "model/")
+    known = (f"{STEP}/", "model/")
     if extra := sorted(key for key in set(entries) - wanted if not key.startswith(known)):
         raise RegraftError(
             f"'{file}' has '{extra[0]}', which '{source.origin}' has not: give the state of this"

@@ -51,6 +51,13 @@ def widen_rotary(
     # Partial rotary: the turning coordinates stay, new ones join those that stand still (L6).
     if turning != {old} or (full.get(SHARE) and not proportional):
         return _keep_rotary_dim(full, turning.pop(), new), pad(old, new)
+    return _widen_turning(config, ropes, old, new)
+
+
+def _widen_turning(
+    config: Mapping[str, Any], ropes: list[dict[str, Any]], old: int, new: int
+) -> tuple[dict[str, Any], Expansion]:
+    """(config keys, expansion) where all coordinates of a head turn."""
     if new % 2:
         raise RegraftError(
             f"rotary positions need an even --head-dim, got {new}: use {new - 1} or {new + 1}"
@@ -60,6 +67,7 @@ def widen_rotary(
     # another theta, exact in real numbers only (L6).
     by_pairs = new % old == 0 and all(rotary_type(rope) in EVERY_MTH_PAIR for rope in ropes)
     keys: dict[str, Any] = {}
+    proportional = any(rotary_type(rope) == "proportional" for rope in ropes)
     if proportional or not by_pairs:
         keys = _scale_thetas(config, old, new, 1.0 if by_pairs else new / old)
 

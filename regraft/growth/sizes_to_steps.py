@@ -16,14 +16,14 @@ from ..errors import RegraftError
 from ..io.files import read_json
 from . import depth
 from .identity_layer import IdentityLayer
-from .ligo_maps import COPY, Ligo
+from .ligo_options import COPY, Ligo
 from .operators import AUTO, AUTO_POST_NORM
-from .sizes import TargetSizes
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
 from .steps.transplant import Transplant
 from .steps.widen import Widen
+from .target_sizes import TargetSizes
 
 LEARNED, AUTOMATIC = "ligo", "auto"
 FIXED_AXES = ("vocab", "pos", "expert", "label", "type")  # growth never changes them

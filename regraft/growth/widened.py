@@ -40,10 +40,10 @@ def _widen_tensor(
     else:
         note = f"'{source.part.signature}' {list(lazy.shape)} to {list(target.shape)}"
     # A tensor that comes from no file (a new layer's) stays what it was: zero or fresh.
-    kind = "grown" if lazy.story.sources else lazy.story.kind
-    story = Provenance(kind, lazy.story.sources, note)
+    kind = "grown" if lazy.provenance.sources else lazy.provenance.kind
+    provenance = Provenance(kind, lazy.provenance.sources, note)
     reader = _build_reader(widening, key, source, target, wideners)
-    return LazyTensor(target.shape, lazy.dtype, story, reader)
+    return LazyTensor(target.shape, lazy.dtype, provenance, reader)
 
 
 def _build_reader(

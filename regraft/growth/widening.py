@@ -279,13 +279,8 @@ def _choose_written_init(
         meets_layer_norm = widening.has_layer_norm and spec.part.writes in ("stream", "branch")
         return "mean" if meets_layer_norm else "zero"
 
-    # Norms on queries and keys: rotated copies keep the mean square of a head, and zeros the values
-    # that the norm sees (L7).
-    if spec.kind in ("q", "k"):
-        if widening.qk_norm and axis == "dim":
-            return "rotate" if widening.qk_norm == LIVE and spec.kind == "q" else "zero"
-        if widening.has_full_qk_norm and axis in ("kv", "group"):
-            return "rotate"
+    if spec.kind in ("q", "k") and (init := _choose_normed_init(widening, spec.kind, axis)):
+        return init
 
     # New query coordinates meet new key coordinates: one of the two must be zero (L5).
     if spec.signature.kind == "bias" or (axis == "dim" and spec.kind == "k"):
@@ -295,6 +290,16 @@ def _choose_written_init(
     # values, a neuron by `up`. Queries, keys and gates may still be random.
     silenced = expansion.free == "reads" and spec.kind in ("v", "up")
     return "zero" if silenced else "random"
+
+
+def _choose_normed_init(widening: Widening, kind: str, axis: str) -> Init | None:
+    """What queries or keys (`kind` "q" or "k") hold for new coordinates under a norm of their own;
+    None where no norm sees the axis.
+    """
+    # Rotated copies keep the mean square of a head, and zeros the values that the norm sees (L7).
+    if widening.qk_norm and axis == "dim":
+        return "rotate" if widening.qk_norm == LIVE and kind == "q" else "zero"
+    return "rotate" if widening.has_full_qk_norm and axis in ("kv", "group") else None
 
 
 def tied_head_gain(widening: Widening, count: int) -> Float[Tensor, " hidden"]:

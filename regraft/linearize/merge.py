@@ -122,7 +122,7 @@ def _compose_with_map(
             value = value + per_state.expand(-1, len(value) // offset.size, -1).flatten()
         return value.to(maps.dtype)
 
-    names = tuple(name for lazy in used for name in lazy.story.sources)
+    names = tuple(name for lazy in used for name in lazy.provenance.sources)
     return LazyTensor(
         shape,
         maps.dtype,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import RegraftError
-from ..mixers.remix import Remix
+from ..errors import RegraftError, suggest
+from ..mixers.remix_options import RemixOptions
 from ..train.stage import Stage
 
 
@@ -46,7 +45,7 @@ class Method:
             needs none.
     """
 
-    remix: Remix
+    remix: RemixOptions
     legs: tuple[StageShare, ...]
     calibration: int = 0
     unmeasured: str | None = None
@@ -117,8 +116,7 @@ def list_methods() -> list[str]:
 def find_method(name: str) -> Method:
     """The method with a name; RegraftError naming the known ones when there is none."""
     if name not in list_methods():
-        close = difflib.get_close_matches(name, list_methods(), n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
+        hint = suggest(name, list_methods())
         raise RegraftError(f"unknown method '{name}': {hint}use one of {', '.join(list_methods())}")
     method: Method = importlib.import_module(f"regraft.linearize.methods.{name}").method
     return method

@@ -22,6 +22,7 @@ from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
 from ..io.files import read_json_if_exists, write_json
 from ..mixers.remix import Remix
+from ..mixers.remix_options import RemixOptions
 from ..progress import Ticker
 from ..train import fsdp, loop
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
@@ -47,19 +48,20 @@ class ConversionRequest(TypedDict):
 
 
 def choose_layers(
-    source: Checkpoint, remix: Remix, rows: Callable[[int], Table] | None, ticker: Ticker
+    source: Checkpoint, options: RemixOptions, rows: Callable[[int], Table] | None, ticker: Ticker
 ) -> Remix:
     """A Remix with its layers chosen by measurement, where `keep` names a rule.
 
     Args:
         source: the model to linearize.
-        remix: what is replaced by what; returned as it is when `keep` names no rule.
+        options: what is replaced by what; taken as it is when `keep` names no rule.
         rows: gives packed text for a row length. None: Python's own documentation, without what is
             held out of it.
         ticker: shows the progress.
 
     RegraftError when the text has too few tokens.
     """
+    remix = Remix.from_options(options)
     if select_layers.parse_keep(remix.keep) is None:
         return remix
     if rows is None:

@@ -25,7 +25,8 @@ from ..errors import RegraftError
 from ..evaluation.baselines import TEACHER
 from ..evaluation.chunked import log_likelihoods
 from ..evaluation.perplexity import Candidate, Score, measure, window_logits
-from ..mixers.remix import RULES, Remix
+from ..mixers.remix import Remix
+from ..mixers.remix_options import RULES
 from ..modeling import flops
 from ..train.calibrate import calibrate
 from ..train.layer_subset import SkippedLayer, layer_stack

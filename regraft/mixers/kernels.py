@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.shapes import Float, Int
+from ..core.shapes import Bool, Float, Int
 
 DEVICE = "cuda"
 MAX_KEY_DIM = 256  # width of keys up to which the delta rule's kernel runs
@@ -46,12 +46,9 @@ def try_fused_kernel(
     None is the answer without the package, on another device, for wider keys than the delta rule's
     kernel takes, and for packed rows that go on from a state. Arguments as in `dispatch.recur`.
     """
-    operation = _operation(g, beta, bonus)
-    if q.device.type != DEVICE or (segments is not None and state is not None):
+    if not _is_supported(q, beta, segments, state):
         return None
-    if beta is not None and q.shape[-1] > MAX_KEY_DIM:
-        return None
-    kernel = find_kernel(operation)
+    kernel = find_kernel(_operation(g, beta, bonus))
     if kernel is None:
         return None
 
@@ -74,8 +71,7 @@ def try_fused_kernel(
         # Documents of all rows stand in one row of the kernel's, told apart by `cu_seqlens`. Only
         # the bonus, (heads, dim), has no rows to join.
         inputs = [x.flatten(0, 1).unsqueeze(0) if x.ndim > 2 else x for x in inputs]
-        first = torch.ones_like(segments, dtype=torch.bool)
-        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        first = _first_tokens(segments)
         starts = first.flatten().nonzero().squeeze(1)
         options["cu_seqlens"] = torch.cat((starts, starts.new_tensor([first.numel()])))
     elif state is not None:
@@ -86,6 +82,22 @@ def try_fused_kernel(
         out = out.squeeze(0).unflatten(0, segments.shape)
         last = last[first.sum(1).cumsum(0) - 1]  # each row's last document
     return out.transpose(1, 2).float(), last.float()[:, ::group]
+
+
+def _is_supported(
+    q: Tensor, beta: Tensor | None, segments: Tensor | None, state: Tensor | None
+) -> bool:
+    """Whether the package's kernels can do a call with these arguments."""
+    too_wide = beta is not None and q.shape[-1] > MAX_KEY_DIM
+    goes_on_packed = segments is not None and state is not None
+    return q.device.type == DEVICE and not too_wide and not goes_on_packed
+
+
+def _first_tokens(segments: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
+    """Which tokens are the first ones of their documents."""
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return first
 
 
 def _operation(g: Tensor, beta: Tensor | None, bonus: Tensor | None) -> str:

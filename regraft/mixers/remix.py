@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from .base import Attention, WeightSpec
 from .inherit import parse_inherit
 from .initialize import create_initial_tensor
 from .registry import validate, weights
+from .remix_options import RemixOptions
 
-RULES = ("bypass", "halo", "recall", "restore")  # of `linearize.select_layers`, by measurement
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Remix:
+class Remix(RemixOptions):
     """Replace softmax attention by a mixer in all layers but some (XATL, arXiv 2404.02684).
 
     Preserves: embeddings, norms, MLPs, head and kept layers bit for bit; with keep="all" the
@@ -35,28 +36,11 @@ class Remix:
     Refuses: unknown mixers, layers beyond the last, a model that is already linearized.
     """
 
-    # Name of the linear mixer.
-    mixer: str = "gated_deltanet"
-    # Layers that keep softmax attention: "every:4" for 0, 4, 8, ...; "0,7,14" for these; "all";
-    # "none".
-    keep: str = "every:4"
-    # With more than 0 tokens, a linear mixer gets a gated branch of sliding-window attention beside
-    # it; 0: no window. The window branch is the source's own attention.
-    window: int = 64
-    # First tokens that the window branch always sees.
-    sinks: int = 4
-    # Of new weights; each tensor has its own random numbers, by this seed and its name.
-    seed: int = 0
-    # The mixer's own options (see its class), such as {"grouped": False}.
-    options: dict[str, Any] = field(default_factory=dict)
-    # Projections of the source's attention that the linear mixer copies: "all", "none", or a list
-    # such as "v,o" (XATL copies "o"). The others begin as in `mixers.inherit`.
-    inherit: str = "all"
-    # Initial logit of the linear branch's share beside a window (0: half).
-    gate: float = -4.0
-    # How the layers of `keep` were chosen, when they were measured (`linearize.select_layers`).
-    # Changes nothing here.
-    scores: dict[str, Any] = field(default_factory=dict)
+    @classmethod
+    def from_options(cls, options: RemixOptions, **changes: Any) -> Remix:
+        """The step with the fields of `options`, apart from `changes`."""
+        names = [one.name for one in dataclasses.fields(RemixOptions)]
+        return cls(**{name: getattr(options, name) for name in names} | changes)
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
@@ -68,7 +52,7 @@ class Remix:
         for key, placed in anatomy.place(config).items():
             names[key] = placed.name
             tensors[key] = self.build_tensor(source, config, key, placed)
-            used.update(tensors[key].story.sources)
+            used.update(tensors[key].provenance.sources)
 
         # What no tensor was made from is listed with the reason, so that nothing is lost unseen.
         reason = f"mixer '{self.mixer}' does not use it"
@@ -162,36 +146,6 @@ class Remix:
         start = {} if self.gate == Remix.gate else {"start": self.gate}
         return {"name": "gated", "linear": plain, "window": window} | start
 
-    def kept_layers(self, layers: int) -> frozenset[int]:
-        """The layers that keep softmax attention, out of `layers`.
-
-        Raises RegraftError for layers beyond the last, and for a rule that measures the weights.
-        """
-        word, _, number = self.keep.partition(":")
-        if self.keep in ("all", "none"):
-            return frozenset(range(layers) if self.keep == "all" else ())
-        if word in RULES:
-            raise RegraftError(
-                f"--keep '{self.keep}' is measured on the weights: regraft linearize does that, "
-                "and its lineage then says which layers; a plan needs every:N, a list, all or none"
-            )
-
-        try:
-            if word == "every" and (every := int(number)) > 0:
-                return frozenset(range(0, layers, every))
-            chosen = [int(item) for item in self.keep.split(",")]
-        except ValueError:
-            raise RegraftError(
-                f"--keep '{self.keep}' is not every:N, a list such as 0,7,14, all, none, or a rule "
-                f"to measure by ({', '.join(RULES)}) and how many layers, such as {RULES[0]}:8"
-            ) from None
-
-        if beyond := [layer for layer in chosen if not 0 <= layer < layers]:
-            raise RegraftError(
-                f"--keep '{self.keep}' names layer {beyond[0]}: the last layer is {layers - 1}"
-            )
-        return frozenset(chosen)
-
     def build_weight(
         self, source: Checkpoint, weight: WeightSpec, layer: int, name: str, shape: tuple[int, ...]
     ) -> LazyTensor:
@@ -247,9 +201,9 @@ def inherit_weight(
             "differ"
         )
 
-    names = lazy.story.sources
+    names = lazy.provenance.sources
     if lazy.shape == shape:
-        provenance = Provenance("copied", names, lazy.story.note)
+        provenance = Provenance("copied", names, lazy.provenance.note)
         return LazyTensor(shape, lazy.dtype, provenance, lazy.read)
 
     (have_outputs,), (want_outputs,) = have.outputs, want.outputs

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser
 from ..data.text import Text
 from ..errors import RegraftError
 from ..linearize.method import expand_method
-from ..mixers.remix import Remix
+from ..mixers.remix_options import RemixOptions
 from ..train.stage import Stage
 from .explain import explain_error
 
@@ -80,7 +80,7 @@ class Recipe:
     source: str
     train: list[Text]
     heldout: str | None = None
-    remix: Remix = field(default_factory=Remix)
+    remix: RemixOptions = field(default_factory=RemixOptions)
     calibration: int = 8192
     stages: list[Stage] = field(default_factory=list)
     measure: Measurements = field(default_factory=Measurements)

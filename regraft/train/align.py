@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.packing import Packed
+from ..data.rows import Packed
 from ..errors import RegraftError
 from ..mixers.base import Mixer
 from .calibrate import output_error, relative_squared_error

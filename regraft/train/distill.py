@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.packing import Packed
+from ..data.rows import Packed
 from .fsdp_forward import run_in_forward
 from .kl import head_kl
 from .objectives import IGNORED, last_hidden

@@ -66,26 +66,26 @@ class LossTrend:
         """Whether the last loss was too high: such weights are not worth a checkpoint."""
         return self.high > 0
 
-    def observe(self, loss: float, step: int, jump: LossSpikeConfig) -> bool:
+    def observe(self, loss: float, step: int, spike: LossSpikeConfig) -> bool:
         """Take in the loss of one more step, counted from 1; whether the run must stop."""
-        if jump.factor == 0:
+        if spike.factor == 0:
             return False
-        if len(self.recent) >= MIN_LOSSES and loss > self.spike_threshold(jump):
+        if len(self.recent) >= MIN_LOSSES and loss > self.spike_threshold(spike):
             self.since = self.since if self.high else step
             self.high += 1
-            return self.high >= jump.patience
-        self.high, self.recent = 0, [*self.recent, loss][-jump.window :]
+            return self.high >= spike.patience
+        self.high, self.recent = 0, [*self.recent, loss][-spike.window :]
         return False
 
-    def spike_threshold(self, jump: LossSpikeConfig) -> float:
+    def spike_threshold(self, spike: LossSpikeConfig) -> float:
         """The loss above which one is too high."""
         median = statistics.median(self.recent)
-        return max(jump.factor * median, median + jump.margin, max(self.recent))
+        return max(spike.factor * median, median + spike.margin, max(self.recent))
 
 
 def check_divergence(
     trend: LossTrend,
-    jump: LossSpikeConfig,
+    spike: LossSpikeConfig,
     stage: Stage,
     place: tuple[int, int],
     loss: float,
@@ -98,7 +98,7 @@ def check_divergence(
 
     Args:
         trend: the stage's losses so far; takes in this one.
-        jump: when a loss is too high.
+        spike: when a loss is too high.
         stage: named in the error.
         place: (number of the stage, number of the step from 1).
         loss: mean loss of the step.
@@ -107,7 +107,7 @@ def check_divergence(
     """
     index, step = place
     if math.isfinite(loss) and math.isfinite(norm):
-        if not trend.observe(loss, step, jump):
+        if not trend.observe(loss, step, spike):
             return
         median, first = statistics.median(trend.recent), trend.since
         problem = (

@@ -6,8 +6,8 @@ The maps are in `growth/ligo_maps.py`; docs/concepts/ligo.md explains them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,10 +17,10 @@ import torch
 from .. import distributed, modeling
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
-from ..data.corpus import Text
 from ..data.packing import shuffled_indices
+from ..data.text import Text
 from ..errors import RegraftError
-from ..growth.ligo_maps import Ligo
+from ..growth.ligo_options import Ligo
 from ..growth.sizes_to_steps import Growth
 from ..growth.steps.bridge import Bridge
 from ..growth.steps.ligo import Learned
@@ -39,7 +39,7 @@ NO_STEPS = '{"steps": 0}'  # the options that leave the maps at their start
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of `--fit` that are not the maps' own (`growth.ligo_maps.Ligo`)."""
+    """Options of `--fit` that are not the maps' own (`growth.ligo_options.Ligo`)."""
 
     batch: int = 16  # rows a step, over all processes
     length: int = 256  # tokens a row
@@ -92,7 +92,6 @@ def fit_maps(
         source = Bridge()(source)
     sizes = growth.with_target_sizes(source).sizes
     check_fit(source, sizes, stage)
-
     learned = Learned(**sizes, method=method, seed=seed)
     grower = learned.build_grower(source)
     trainer = LigoTrainer(learned(source), grower.cache_source(), method)
@@ -104,10 +103,7 @@ def fit_maps(
     if out:
         settings["source"] = distributed.on_rank0(lambda: lineage.fingerprint(source, 0))
 
-    with (
-        SigtermHandler() if out else nullcontext() as stopping,
-        lock_run(out) if out else nullcontext(),
-    ):
+    with _own_folder(out) as stopping:
         state = load_state(out, grower, settings) if out else RunState()
         trainer.restore(state)
         saved = time.monotonic()
@@ -116,21 +112,32 @@ def fit_maps(
             row = trainer.step(stage, batch, state.step, seed, micro or 0)
             state.step += 1
             progress(state.step, method.steps, row)
-            if out is None or stopping is None:
+            if not (out and stopping):
                 continue
 
             # All processes must decide alike whether to save and whether to stop.
+            last = state.step == method.steps
             due = time.monotonic() - saved > save_seconds
-            _, stop, due = reduce_step_status(0.0, stopping.asked, due)
-            if due or stop or state.step == method.steps:
+            _, stop, due = reduce_step_status(0.0, stopping.requested, due)
+            if due or stop or last:
                 trainer.record(state)
                 save_state(out, grower, trainer.optimizer, state, settings)
                 saved = time.monotonic()
-            if stop and state.step < method.steps:
+            if stop and not last:
                 stopping.exit_process(list_checkpoints(out))
 
     maps = {name: value.detach().clone() for name, value in grower.state_dict().items()}
     return replace(learned, maps=maps, cost=cast(Mapping[str, float], trainer.cost))
+
+
+@contextmanager
+def _own_folder(out: Path | None) -> Iterator[SigtermHandler | None]:
+    """Inside, this process alone writes in `out`, and SIGTERM is handled by what is returned."""
+    if out is None:
+        yield None
+        return
+    with SigtermHandler() as stopping, lock_run(out):
+        yield stopping
 
 
 def check_fit(source: Checkpoint, sizes: Mapping[str, int | None], stage: Stage) -> None:

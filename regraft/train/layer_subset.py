@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..core.anatomy import find_anatomy
-from ..data.packing import Images, Packed
+from ..data.images import Images
+from ..data.rows import Packed
 from ..errors import RegraftError
 from ..mixers.gated import GatedMixer
 from .stage import Stage

@@ -16,7 +16,7 @@ from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth.ligo import Grower
-from ..growth.ligo_maps import Ligo
+from ..growth.ligo_options import Ligo
 from ..modeling import flops
 from . import fsdp
 from .fsdp_forward import run_in_forward

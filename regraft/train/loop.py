@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..data.packing import Packed, shuffled_indices
-from ..data.rows import Table
+from ..data.packing import shuffled_indices
+from ..data.rows import Packed, Table
 from . import optimizer_state, throughput
 from .distill import evaluate_kl
 from .divergence import check_divergence
@@ -196,7 +196,7 @@ class StageTrainer:
 
         state.step += 1
         save_due = time.monotonic() - self.saved > run.save_seconds
-        status = reduce_step_status(loss, self.stopping.asked, save_due)
+        status = reduce_step_status(loss, self.stopping.requested, save_due)
         seconds = time.monotonic() - begin
         return StepResult(status.loss, norm, batch.tokens, flops, seconds), status
 
@@ -211,7 +211,7 @@ class StageTrainer:
         # A run that stops here leaves no row, and no checkpoint, of this step.
         check_divergence(
             state.trend,
-            run.jump,
+            run.spike,
             stage,
             (self.index, state.step),
             result.loss,

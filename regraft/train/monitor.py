@@ -26,7 +26,7 @@ class RunWatchers(TypedDict):
 
     progress: Callable[[Stage, int, int, Any], None]  # called with the row of each step
     track: Callable[[Any], None]  # called with each row of metrics.jsonl
-    jump: LossSpikeConfig  # when to stop because of the loss
+    spike: LossSpikeConfig  # when to stop because of the loss
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class MonitorConfig:
         from . import trackers
         from .divergence import LossSpikeConfig
 
-        meter, jump = Meter(ticker), LossSpikeConfig(self.spike_factor)
+        meter, spike = Meter(ticker), LossSpikeConfig(self.spike_factor)
         with trackers.open_trackers(self.track, out, dict(facts)) as track:
-            yield {"progress": meter, "track": track, "jump": jump}
+            yield {"progress": meter, "track": track, "spike": spike}
 
 
 DEFAULT_MONITORING = MonitorConfig()

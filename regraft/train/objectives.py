@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..data.packing import Images, Packed
-from ..data.rows import Table
+from ..data.images import Images
+from ..data.rows import Packed, Table
 from ..errors import RegraftError
 from ..modeling.modeling_regraft import RegraftForCausalLM
 from .stage import Kind

@@ -55,7 +55,7 @@ class Run:
         moments: file with Adam's state to begin with, as `regraft grow --optimizer-state`
             writes it.
         keep_moments: leave the last stage's state as `out/optimizer.safetensors`.
-        jump: when a loss counts as too high.
+        spike: when a loss counts as too high.
         track: gets every row of metrics.jsonl once it is written.
         micro: rows that a process runs at a time, 0 for all; this changes no result.
         checkpointing: compute layers again in the backward pass instead of keeping activations.
@@ -75,7 +75,7 @@ class Run:
     every: int = 0
     moments: Path | None = None
     keep_moments: bool = False
-    jump: LossSpikeConfig = LossSpikeConfig()
+    spike: LossSpikeConfig = LossSpikeConfig()
     track: Callable[[MetricsRow], None] = lambda row: None
     micro: int = 0
     checkpointing: bool = False

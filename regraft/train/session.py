@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
-from ..data.corpus import Text, TextMixture
-from ..data.packing import read_images
+from ..data.corpus import TextMixture
+from ..data.images import read_images
+from ..data.text import Text
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
 from ..modeling import flops

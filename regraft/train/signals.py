@@ -25,13 +25,13 @@ class SigtermHandler:
     threads (`distributed.init_distributed`).
 
     Attributes:
-        asked: whether a SIGTERM has come.
+        requested: whether a SIGTERM has come.
         since: when it came, by `time.monotonic()`.
         before: the handler that was there before, None until the context is entered.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.since = 0.0
         self.before: Any = None
 
@@ -47,11 +47,11 @@ class SigtermHandler:
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Handle the signal: note the first, let the second end the process."""
-        if self.asked and time.monotonic() - self.since > AGAIN:
+        if self.requested and time.monotonic() - self.since > AGAIN:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        elif not self.asked:
-            self.asked, self.since = True, time.monotonic()
+        elif not self.requested:
+            self.requested, self.since = True, time.monotonic()
 
     def exit_process(self, checkpoints: Sequence[Place]) -> None:
         """End the process with the exit status of SIGTERM; say which checkpoint there is.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..data.packing import Packed
+from ..data.rows import Packed
 from ..modeling.flops import build_flop_counter
 from .align import align_step, matrix_step, teacher_cost_key
 from .distill import distil_step

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .. import distributed, modeling
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
-from ..data.packing import Packed
+from ..data.rows import Packed
 from ..errors import RegraftError
 from ..io.units import parse_number
 from .fsdp_forward import run_in_forward

@@ -117,7 +117,7 @@ def test_every_verb_explains_itself(verb, capsys):
         (["generate", "x", "--prompt", "a"], "given by its place, regraft generate MODEL PROMPT"),
         (
             ["generate", "x", "a", "--max-new-tokens", "5"],
-            "in '--max-new-tokens 5'), did you mean --tokens?",
+            "in '--max-new-tokens 5'): did you mean --tokens?",
         ),
         (["plan", "x", "--window", "wide"], "wide"),
         (["plan", "/no/such/model"], "no model at '/no/such/model'"),

@@ -25,7 +25,7 @@ from regraft.compare import recipe as schema
 from regraft.compare.numbers import NO_COST
 from regraft.compare.savings import Curve, compute_savings, find_crossing, mean_and_std, mean_curve
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import read_images
+from regraft.data.images import read_images
 from regraft.errors import RegraftError
 from regraft.growth.steps.transplant import Transplant
 from regraft.train import fit_ligo

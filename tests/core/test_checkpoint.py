@@ -36,7 +36,7 @@ def test_opening_reads_no_weights(saved, monkeypatch: pytest.MonkeyPatch) -> Non
     model, path = saved
     checkpoint = Checkpoint.open(path)
     assert set(checkpoint.names.values()) == {name for name, _ in model.named_parameters()}
-    assert all(lazy.story.kind == "copied" for lazy in checkpoint.tensors.values())
+    assert all(lazy.provenance.kind == "copied" for lazy in checkpoint.tensors.values())
 
 
 def test_save_is_read_back_by_stock_transformers(saved, tmp_path: Path) -> None:

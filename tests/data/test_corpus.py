@@ -34,9 +34,10 @@ from regraft import distributed
 from regraft.data import corpus as building
 from regraft.data import documents as reading
 from regraft.data import files, token_cache, tokenizer
-from regraft.data.corpus import Corpus, Text, TextMixture
+from regraft.data.corpus import Corpus, TextMixture
 from regraft.data.documents import BadLines, ReadPosition, read_pieces
 from regraft.data.packing import pack, read_documents
+from regraft.data.text import Text
 from regraft.data.tokenizer import BatchTokenizer
 from regraft.errors import RegraftError
 
@@ -623,7 +624,8 @@ sys.path.insert(0, {tests!r})
 from helpers.tiny import byte_tokenizer, save_model, write_text
 from regraft import distributed
 from regraft.data import token_cache
-from regraft.data.corpus import Text, TextMixture
+from regraft.data.corpus import TextMixture
+from regraft.data.text import Text
 fill = token_cache.TokenCache.fill
 def noted(part, *rest):
     if filled := fill(part, *rest):

@@ -239,13 +239,13 @@ def test_every_source_tensor_is_accounted_for(
     tiny(FAMILY[to], **keys)[1].save_pretrained(tmp_path)
     source = Checkpoint.open(tmp_path)
     made = Bridge()(source)
-    used = {name for lazy in made.tensors.values() for name in lazy.story.sources}
+    used = {name for lazy in made.tensors.values() for name in lazy.provenance.sources}
     assert used | set(made.dropped) == set(source.names.values()) | set(source.dropped)
     for lazy in made.tensors.values():
         value = lazy.read()
         assert (tuple(value.shape), value.dtype) == (lazy.shape, lazy.dtype)
-        assert lazy.story.kind in ("zero", "fresh") or lazy.story.sources
-        assert lazy.story.kind != "zero" or not value.any()
+        assert lazy.provenance.kind in ("zero", "fresh") or lazy.provenance.sources
+        assert lazy.provenance.kind != "zero" or not value.any()
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_the_history_names_the_family_and_survives_the_files(tmp_path: Path) -> 
     crossed(tmp_path, "phi", PARALLEL)
     made = Checkpoint.open(tmp_path / "out")
     assert made.history == ({"step": "Bridge", "arguments": {"to": "phi"}},)
-    assert made.tensors["attn.q.weight", 0].story.sources == (
+    assert made.tensors["attn.q.weight", 0].provenance.sources == (
         "gpt_neox.layers.0.attention.query_key_value.weight",
         "gpt_neox.layers.0.input_layernorm.weight",
     )

@@ -25,9 +25,11 @@ from regraft.checks import growth as parity
 from regraft.cli.main import main as cli
 from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import Images, Packed
+from regraft.data.images import Images
+from regraft.data.rows import Packed
 from regraft.errors import RegraftError
-from regraft.growth.ligo_maps import AxisMap, Ligo
+from regraft.growth.ligo_maps import AxisMap
+from regraft.growth.ligo_options import Ligo
 from regraft.growth.sizes_to_steps import Growth
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.ligo import Learned

@@ -7,7 +7,7 @@ import math
 import torch
 
 from helpers.tiny import tokens
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.train.stage import Stage
 
 STAGE = Stage(

@@ -15,7 +15,7 @@ import torch
 from regraft import distributed, modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import pack, read_documents
-from regraft.growth.ligo_maps import Ligo
+from regraft.growth.ligo_options import Ligo
 from regraft.growth.sizes_to_steps import Growth
 from regraft.train import fit_ligo, fsdp, loop, session
 from regraft.train.stage import LAYERWISE, Stage

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from helpers.tiny import inputs, tiny, tokens
-from regraft.data.packing import Images, Packed
+from regraft.data.images import Images
+from regraft.data.rows import Packed
 from regraft.train import loop
 from regraft.train.objectives import Rows
 from regraft.train.stage import Stage

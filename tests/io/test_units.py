@@ -41,6 +41,6 @@ def test_1k_is_1024_for_context_lengths_only() -> None:
 
 def test_near_matches() -> None:
     known = ["plan", "train", "grow"]
-    assert suggest("plann", known) == "did you mean plan?"
-    assert suggest("piqb", ["piqa", "piqo", "arc"], 2) == "did you mean piqo or piqa?"
+    assert suggest("plann", known) == "did you mean plan? "
+    assert suggest("piqb", ["piqa", "piqo", "arc"], 2) == "did you mean piqo or piqa? "
     assert suggest("zzz", known) == ""

@@ -14,7 +14,7 @@ from helpers.tiny import save_model, tiny, tokens, write_text
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.errors import RegraftError
 from regraft.evaluation.baselines import remix_of
 from regraft.linearize import select_layers

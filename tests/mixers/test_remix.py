@@ -79,7 +79,7 @@ def test_keys_are_broadcast_per_head(tmp_path: Path) -> None:
     )
     wide = made.tensors["mixer.qkv.k.weight", 0]
     heads = model.model.layers[0].self_attn.k_proj.weight.view(3, 8, 36)
-    assert wide.story.kind == "broadcast" and wide.story.sources == (
+    assert wide.provenance.kind == "broadcast" and wide.provenance.sources == (
         "model.layers.0.self_attn.k_proj.weight",
     )
     assert torch.equal(wide.read(), heads.repeat_interleave(3, 0).reshape(72, 36))
@@ -88,12 +88,12 @@ def test_keys_are_broadcast_per_head(tmp_path: Path) -> None:
 def test_fresh_weights_are_stated_and_seeded(source: Checkpoint) -> None:
     made = Remix(mixer="supra", window=0, keep="0")(source)
     feature = made.tensors["mixer.feature", 1]
-    assert feature.story.kind == "fresh" and torch.equal(
+    assert feature.provenance.kind == "fresh" and torch.equal(
         feature.read(), torch.eye(8).expand(9, 8, 8)
     )
     gated = Remix(keep="none")(source)
     assert gated.tensors["mixer.gate.bias", 2].read().unique().item() == -4.0
-    assert gated.tensors["mixer.gate.weight", 2].story.kind == "zero"
+    assert gated.tensors["mixer.gate.weight", 2].provenance.kind == "zero"
 
 
 @pytest.mark.parametrize(("inherit", "kept"), [("o", "o"), ("none", ""), ("k,v", "kv")])
@@ -107,10 +107,10 @@ def test_projections_that_are_not_inherited_begin_anew(
     for (role, layer), lazy in made.tensors.items():
         before = whole.tensors[role, layer]
         letter = role.split(".")[-2].removesuffix("_norm")
-        if not role.startswith("mixer.") or before.story.kind != "copied" or letter in kept:
-            assert lazy.story == before.story and torch.equal(lazy.read(), before.read())
+        if not role.startswith("mixer.") or before.provenance.kind != "copied" or letter in kept:
+            assert lazy.provenance == before.provenance and torch.equal(lazy.read(), before.read())
         elif lazy.read().ndim == 2:
-            assert lazy.story.kind == "fresh" and lazy.story.note.startswith("normal")
+            assert lazy.provenance.kind == "fresh" and lazy.provenance.note.startswith("normal")
             assert lazy.read().std().item() == pytest.approx(std, rel=0.1)
         else:
             assert lazy.read().unique().tolist() == [1.0 if "norm" in role else 0.0]
@@ -137,8 +137,8 @@ def test_another_seed_gives_other_fresh_weights(source: Checkpoint) -> None:
 
 def test_the_window_branch_stays_the_sources(source: Checkpoint) -> None:
     made = Remix("gated_deltanet", "none", inherit="o")(source)
-    assert made.tensors["mixer.window.qkv.k.weight", 1].story.kind == "copied"
-    assert made.tensors["mixer.linear.qkv.k.weight", 1].story.kind == "fresh"
+    assert made.tensors["mixer.window.qkv.k.weight", 1].provenance.kind == "copied"
+    assert made.tensors["mixer.linear.qkv.k.weight", 1].provenance.kind == "fresh"
 
 
 def test_config_says_what_is_where(source: Checkpoint) -> None:

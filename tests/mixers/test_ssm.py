@@ -132,7 +132,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
     attention = Remix(mixer, "0", window=0, options={"layout": "attention"})(source)
     kinds = {
-        role[6:]: lazy.story.kind
+        role[6:]: lazy.provenance.kind
         for (role, layer), lazy in attention.tensors.items()
         if role.startswith("mixer")
     }
@@ -145,7 +145,7 @@ def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
         "mixer.x.weight", 1
     ].shape == (72, 36)
     assert all(
-        lazy.story.kind in ("fresh", "zero")
+        lazy.provenance.kind in ("fresh", "zero")
         for (role, _), lazy in own.tensors.items()
         if role[:5] == "mixer"
     )

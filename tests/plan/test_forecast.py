@@ -17,7 +17,7 @@ from helpers.tiny import tiny
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.errors import RegraftError
 from regraft.io.units import parse_number
 from regraft.mixers.remix import Remix

@@ -13,7 +13,7 @@ from helpers.tiny import tiny, tokens
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.base import MixerContext
 from regraft.mixers.remix import Remix

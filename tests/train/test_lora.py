@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop

@@ -331,7 +331,7 @@ def test_a_signal_that_is_repeated_at_once_is_one(monkeypatch):
     with signals.SigtermHandler() as stopping:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping.asked and not raised
+        assert stopping.requested and not raised
         monkeypatch.setattr(signals, "AGAIN", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -16,7 +16,7 @@ from helpers.training import CLASSIFIERS, MASK, images, text
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import read_images
+from regraft.data.images import read_images
 from regraft.errors import RegraftError
 from regraft.train.objectives import Packed, build_targets, compute_loss, evaluate_objective
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.data.packing import Packed
+from regraft.data.rows import Packed
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.train import loop, row_store, step, teacher_cache

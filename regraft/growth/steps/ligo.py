@@ -19,8 +19,8 @@ from ...errors import RegraftError
 from .. import build, depth
 from ..ligo import Grower
 from ..ligo_from_copy import GrowerFromCopy
-from ..ligo_maps import COPY, RANDOM_STARTS, Ligo
-from ..sizes import TargetSizes
+from ..ligo_options import COPY, RANDOM_STARTS, Ligo
+from ..target_sizes import TargetSizes
 from .transplant import Transplant
 
 PAPERS = ["LiGO, arXiv 2303.00980"]
@@ -88,11 +88,11 @@ class Learned(TargetSizes):
             role, layer = key
             layers = [None] if layer is None else list(range(source.layers))
             lazies = [source.tensors[role, one] for one in layers]
-            origins = tuple(name for lazy in lazies for name in lazy.story.sources)
-            story = Provenance("grown", origins, f"learned, '{target.part.signature}'")
+            origins = tuple(name for lazy in lazies for name in lazy.provenance.sources)
+            provenance = Provenance("grown", origins, f"learned, '{target.part.signature}'")
             dtype = lazies[0].dtype
             read = partial(_read_tensor, grower, key, dtype)
-            tensors[key] = LazyTensor(target.shape, dtype, story, read)
+            tensors[key] = LazyTensor(target.shape, dtype, provenance, read)
         names = {key: target.name for key, target in targets.items()}
         history = (*source.history, self.lineage_entry())
         return dataclasses.replace(

@@ -16,7 +16,8 @@ from ...core.fused import fused_maps, join_fused, split_fused
 from ...core.shapes import Float
 from ...core.step import step_entry
 from ...errors import RegraftError
-from ..sizes import TargetSizes, solve_sizes
+from ..sizes import solve_sizes
+from ..target_sizes import TargetSizes
 from ..tensor import SeededRandom
 from ..widening import tensor_axes
 
@@ -103,10 +104,10 @@ def transplant_tensor(
             values.append(value)
         return join_fused(values, part)
 
-    story = Provenance("fresh", (), "random")
+    provenance = Provenance("fresh", (), "random")
     if old:
-        story = Provenance("grown", old.story.sources, "random around the old block")
-    return LazyTensor(target.shape, dtype, story, compute)
+        provenance = Provenance("grown", old.provenance.sources, "random around the old block")
+    return LazyTensor(target.shape, dtype, provenance, compute)
 
 
 def map_shape(signature: Signature, output: Axes, checkpoint: Checkpoint) -> list[int]:

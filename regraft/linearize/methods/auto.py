@@ -9,13 +9,13 @@ A quarter of the layers keeps softmax: those whose loss costs most recall, measu
 (`select_layers.recall`).
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 RATES = {"lr_new": 5e-4, "lr_mixer": 1.25e-4}
 
 method = Method(
-    Remix(keep="recall:25%"),
+    RemixOptions(keep="recall:25%"),
     (StageShare("align", 0.25, RATES), StageShare("distil", 0.75, RATES | {"lr_body": 1.25e-5})),
     calibration=8192,
     unmeasured="every:4",

@@ -7,11 +7,13 @@ closed-form start and on repeated pairs of tokens, not after a first stage and o
 layers keep their rotary embedding, which the paper removes.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(mixer="lightning", keep="halo:25%", window=0, options={"norm": "rms", "gate": "sigmoid"}),
+    RemixOptions(
+        mixer="lightning", keep="halo:25%", window=0, options={"norm": "rms", "gate": "sigmoid"}
+    ),
     (
         StageShare("align", 0.14),
         StageShare("distil", 0.43),

@@ -6,7 +6,7 @@ learn); rank 8 as in the paper, on the attention's projections. The released poo
 the identity, and so it is here. The released code is Apache-2.0; none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 GLA = {
@@ -18,6 +18,6 @@ GLA = {
 }
 
 method = Method(
-    Remix(mixer="gla", keep="none", options=GLA, gate=0.0, sinks=0),
+    RemixOptions(mixer="gla", keep="none", options=GLA, gate=0.0, sinks=0),
     (StageShare("next", 1.0, {"rank": 8, "lr_new": 0.0, "lr_mixer": 1e-4}),),
 )

@@ -6,11 +6,11 @@ rank 8 to the attention's projections and nothing else that was there. The relea
 Apache-2.0; none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(mixer="lolcats", keep="none", window=0, options={"window": 64}),
+    RemixOptions(mixer="lolcats", keep="none", window=0, options={"window": 64}),
     (
         StageShare("align", 0.5, {"learn": "new", "lr_new": 1e-2}),
         StageShare("next", 0.5, {"rank": 8, "lr_new": 1e-4, "lr_mixer": 1e-4}),

@@ -6,10 +6,10 @@ end: no replacement in steps, no supervised tuning or preferences after it. The 
 Apache-2.0; none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(mixer="mamba", keep="every:2", window=0, options={"layout": "attention"}),
+    RemixOptions(mixer="mamba", keep="every:2", window=0, options={"layout": "attention"}),
     (StageShare("distil", 1.0, {"lr_new": 1e-3, "lr_mixer": 1e-4, "lr_body": 2e-5}),),
 )

@@ -6,11 +6,11 @@ only. The mixer is Mamba-2 in the attention's layout; the paper's has no norm an
 behind its convolution. Its repository has no licence file; none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(mixer="mamba2", keep="none", window=0, options={"layout": "attention"}),
+    RemixOptions(mixer="mamba2", keep="none", window=0, options={"layout": "attention"}),
     (
         StageShare("matrix", 0.05, {"lr_mixer": 5e-4}),
         StageShare("align", 0.1, {"lr_mixer": 5e-4}),

@@ -5,7 +5,7 @@ learned on longer rows: shares of its 100 + 500 + 100 million tokens for a 7B. I
 the better one, is not here. Official code is Apache-2.0; none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 RWKV = {
@@ -18,7 +18,7 @@ RWKV = {
 }
 
 method = Method(
-    Remix(mixer="rwkv6", keep="none", window=0, options=RWKV | {"rotary": True}),
+    RemixOptions(mixer="rwkv6", keep="none", window=0, options=RWKV | {"rotary": True}),
     (
         StageShare("align", 0.15, {"lr_mixer": 1e-3}),
         StageShare("distil", 0.7, {"lr_new": 1e-4, "lr_mixer": 1e-4, "lr_body": 1e-5}),

@@ -8,10 +8,12 @@ to 1e-5; here the rate is constant and then falls linearly. A published patent a
 none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(mixer="supra", keep="none", window=0, options={"feature": "dense", "start": "uniform"}),
+    RemixOptions(
+        mixer="supra", keep="none", window=0, options={"feature": "dense", "start": "uniform"}
+    ),
     (StageShare("next", 1.0, {"lr_new": 3e-5, "lr_mixer": 3e-5, "lr_body": 3e-5, "warmup": 0.1}),),
 )

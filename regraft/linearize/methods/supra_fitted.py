@@ -7,14 +7,14 @@ third of the work per token, at twelve times the rates of what follows; the rest
 teacher's distribution with all weights. A patent application claims the norm, see `methods/supra`.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 from .auto import RATES
 
 ALIGN = {"lr_new": 6e-3, "lr_mixer": 1.5e-3}
 
 method = Method(
-    Remix("supra", "every:4", window=0, options={"decays": "learned", "gate": "sigmoid"}),
+    RemixOptions("supra", "every:4", window=0, options={"decays": "learned", "gate": "sigmoid"}),
     (
         StageShare("align", 5 / 11, ALIGN),
         StageShare("distil", 6 / 11, RATES | {"lr_body": 1.25e-5}),

@@ -6,10 +6,10 @@ group's keys where there are groups). It can be merged into the projections afte
 (`linearize/merge.py`).
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(mixer="t2r", keep="none", window=0, options={"start": "uniform"}),
+    RemixOptions(mixer="t2r", keep="none", window=0, options={"start": "uniform"}),
     (StageShare("next", 1.0, {"lr_new": 3e-5, "lr_mixer": 3e-5, "lr_body": 3e-5, "warmup": 0.1}),),
 )

@@ -7,11 +7,11 @@ a ridge map instead of one scale. Its 300 steps of alignment per layer are the f
 code has no licence file; none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(window=0, options={"grouped": False}),
+    RemixOptions(window=0, options={"grouped": False}),
     (
         StageShare("align", 0.25, {"lr_mixer": 1e-4}),
         StageShare("distil", 0.75, {"lr_mixer": 1e-4, "lr_body": 1e-5}),

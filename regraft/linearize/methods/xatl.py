@@ -7,10 +7,10 @@ layers less one. Steps of the threshold are scaled to small budgets: a window of
 paper has 5,000. No licence is stated for the released code; none of it is used here.
 """
 
-from ...mixers.remix import Remix
+from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
 method = Method(
-    Remix(mixer="retnet", keep="none", window=0, inherit="o"),
+    RemixOptions(mixer="retnet", keep="none", window=0, inherit="o"),
     (StageShare("next", 1.0, {"learn": "lit", "lr_new": 3e-4, "lr_mixer": 3e-4, "lr_body": 3e-4}),),
 )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ... import distributed
 from ...core.checkpoint import Checkpoint
-from ...data.packing import Packed, shuffled_indices
+from ...data.packing import shuffled_indices
+from ...data.rows import Packed
 from ...errors import RegraftError
 from ...io.linux import return_freed_memory
 from ...mixers.base import Attention, Mixer
@@ -264,7 +265,7 @@ class LayerwiseAligner:
         The layers before it stay on disk, which the message says.
         """
         try:
-            check_divergence(trend, self.run.jump, self.run.stage, (0, step), loss, norm, list)
+            check_divergence(trend, self.run.spike, self.run.stage, (0, step), loss, norm, list)
         except RegraftError as error:
             done = f"finished layers {self.state.trained} are in '{self.run.folder}'"
             raise RegraftError(f"layer {layer}: {error} ({done})") from None

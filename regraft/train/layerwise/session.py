@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ... import distributed, modeling
 from ...core.checkpoint import Checkpoint
-from ...data.corpus import Text
+from ...data.text import Text
 from ...errors import RegraftError
 from ...io.files import read_json_lines
 from ...progress import Ticker

@@ -50,7 +50,7 @@ class LayerwiseRun:
             /dev/shm keeps them in memory.
         keep: precision of these, float32 or bfloat16.
         progress: as in `loop.Run`; steps and tokens of its rows count over all layers.
-        jump: as in `loop.Run`.
+        spike: as in `loop.Run`.
         track: as in `loop.Run`.
         device: where the layer computes.
     """
@@ -65,7 +65,7 @@ class LayerwiseRun:
     scratch: Path | None = None
     keep: str = "float32"
     progress: StepCallback = lambda stage, step, steps, row: None
-    jump: LossSpikeConfig = LossSpikeConfig()
+    spike: LossSpikeConfig = LossSpikeConfig()
     track: Callable[[Any], None] = lambda row: None
     device: torch.device = field(default_factory=distributed.device)
 
