@@ -199,7 +199,6 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
         measured = select_layers.parse_keep(arm.linear.keep) is not None and not arm.scratch
         changes = {"keep": "none"} if measured else {}
         return [Remix.from_options(arm.linear, seed=seed, **changes)]
-    sizes = dataclasses.asdict(recipe.target)
     operators = dataclasses.asdict(arm.grow or Operators())
     return list(Growth(**sizes, **operators, seed=seed).steps(source))
 
