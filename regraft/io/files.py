@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -33,6 +34,38 @@ def replace_file(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+FILE_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular_file(path: Path, what: str | None = None) -> None:
+    """RegraftError unless a path is a regular file, or a link to one.
+
+    Called before a file is opened: opening a named pipe waits for ever, and a device has no end.
+
+    Args:
+        path: of the file.
+        what: what it is, for the message; None for its path.
+    """
+    what = what or f"'{path}'"
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RegraftError(f"{what} is not there: check its path") from None
+    except OSError as error:
+        raise RegraftError(f"{what} cannot be opened ({error.strerror}): check its path") from error
+    except ValueError:
+        raise RegraftError(f"{what} has a name with a null character: check its path") from None
+    if kind != stat.S_IFREG:
+        name = FILE_KINDS.get(kind, "no file")
+        raise RegraftError(f"{what} is {name}: give a regular file")
 
 
 def sync(path: Path) -> None:
