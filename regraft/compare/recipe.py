@@ -251,7 +251,9 @@ class Comparison:
         """The stages of a linearized arm; RegraftError for keys that a stage does not have."""
         requests = linear.stages
         where = f"stage tokens of arm '{arm.name}'"
-        given = [convert(request["tokens"], int, where) for request in requests if "tokens" in request]
+        given = [
+            convert(request["tokens"], int, where) for request in requests if "tokens" in request
+        ]
         left = budget.tokens - sum(given)
         without_tokens = sum("tokens" not in request for request in requests)
         share = left // max(1, without_tokens)

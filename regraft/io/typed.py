@@ -137,9 +137,7 @@ def _convert_dataclass(value: Any, kind: Any, place: str, root: type) -> Any:
     return kind(**values)
 
 
-def _convert_fields(
-    given: Mapping[str, Any], kind: Any, place: str, root: type
-) -> dict[str, Any]:
+def _convert_fields(given: Mapping[str, Any], kind: Any, place: str, root: type) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     for key in given:
@@ -160,7 +158,9 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], place: str, root: type) -
     if value is None and type(None) in kinds:
         return None
     # Text is text wherever it may be; a number written as text comes next.
-    kinds = tuple(sorted((one for one in kinds if one is not type(None)), key=lambda k: k is not str))
+    kinds = tuple(
+        sorted((one for one in kinds if one is not type(None)), key=lambda k: k is not str)
+    )
     refusals = []
     for kind in kinds:
         try:

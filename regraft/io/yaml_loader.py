@@ -74,9 +74,7 @@ def read_yaml(path: Path, what: str) -> Any:
     except UnicodeDecodeError as error:
         # A cut in the middle of a character is the bound's doing, which `parse_yaml` reports.
         if len(raw) <= MAX_BYTES:
-            raise RegraftError(
-                f"{what} is not YAML ({error}): write it as UTF-8 text"
-            ) from error
+            raise RegraftError(f"{what} is not YAML ({error}): write it as UTF-8 text") from error
         text = raw.decode("utf-8", "replace")
     return parse_yaml(text, what)
 
