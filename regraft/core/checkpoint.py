@@ -24,24 +24,17 @@ from .anatomy import Anatomy, Config, Key, Part, find_anatomy
 from .axes import Signature
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
-from .model_files import find_unclaimed, open_tensor, read_model_config, read_model_entries
+from .model_files import (
+    check_model_files,
+    find_unclaimed,
+    list_side_files,
+    open_tensor,
+    read_model_config,
+    read_model_entries,
+)
 
 __all__ = ["Checkpoint", "Holds", "LazyTensor", "Provenance", "with_older_keys"]
 
-# Files of a model directory that are copied to the output as they are.
-SIDECARS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.model",
-    "LICENSE*",
-)
 Holds = Literal["weights", "exp_avg", "exp_avg_sq"]
 SHARD = 500_000_000  # bytes in a file of weights
 
@@ -223,9 +216,7 @@ class Checkpoint:
         RegraftError when `path` exists and not `overwrite`, or when the disk is full.
         """
         # Listed before anything is written: the output may replace the source's directory.
-        sidecars = sorted(
-            {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
-        )
+        side_files = list_side_files(self.path)
 
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
@@ -240,7 +231,7 @@ class Checkpoint:
             }
             shard_writer.write_weights(partial, tensors, shard_bytes)
 
-            for file in sidecars:
+            for file in side_files:
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.write_extras(str(folder), self.config)
@@ -267,6 +258,7 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 
 def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
+    check_model_files(folder)
     config = read_model_config(folder)
     anatomy = find_anatomy(config)
     entries = read_model_entries(folder, anatomy)

@@ -68,6 +68,29 @@ def check_regular_file(path: Path, what: str | None = None) -> None:
         raise RegraftError(f"{what} is {name}: give a regular file")
 
 
+def check_inside(folder: Path, file: Path) -> None:
+    """RegraftError unless a file that a folder names is a regular file inside it.
+
+    Links inside the folder are followed. So are those of the Hugging Face cache, which lead from
+    `models--X/snapshots/Y` to `models--X/blobs`. Everything else that leads out would read, or
+    copy into an output, what the folder's author does not own.
+
+    Args:
+        folder: the folder, which may be a link itself.
+        file: a path in it as its author wrote it.
+    """
+    check_regular_file(file)
+    root, real = folder.resolve(), file.resolve()
+    allowed = [root]
+    for place in root.parents:
+        if place.name == "snapshots" and place.parent.name.startswith("models--"):
+            allowed.append(place.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise RegraftError(
+            f"'{file}' leads to '{real}', outside of the folder '{folder}': copy the file into it"
+        )
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

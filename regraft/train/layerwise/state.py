@@ -211,10 +211,7 @@ class LayerwiseState:
             return self
         if distributed.is_rank0():
             file = layer_path(run, self.trained[whole])
-            print(
-                f"regraft: '{file}' is damaged: layers from it on are trained again",
-                file=sys.stderr,
-            )
+            print(f"regraft: '{file}' is damaged: training again from its layer", file=sys.stderr)
         if whole == 0:
             return LayerwiseState.create(run)
         before = {key: value for key, value in self.snapshots[whole - 1].items() if key != "sha256"}
