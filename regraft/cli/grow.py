@@ -81,7 +81,7 @@ def grow(
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..io import output, shard_writer
-    from ..io.shard_writer import SideFile
+    from ..io.shard_writer import ExtraFile
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
     from ..train import fit_ligo
@@ -107,9 +107,9 @@ def grow(
     # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from
     # them.
     maps = target.with_name(f".{target.name}.regraft-fitting")
-    side_files = {}
+    extra_files = {}
     if optimizer_state:
-        side_files[MOMENTS_FILE] = SideFile(
+        extra_files[MOMENTS_FILE] = ExtraFile(
             optimizer_state,
             lambda file: moments.grow_optimizer_state(
                 before, growth.steps(before), optimizer_state, file
@@ -128,7 +128,7 @@ def grow(
 
         def write() -> parity.Step0 | None:
             if not done:
-                grown.save(out, overwrite, side_files=side_files, request=request)
+                grown.save(out, overwrite, extra_files=extra_files, request=request)
             output.remove_output(maps)
             return None if growth.is_exact(before) else parity.measure_step0(source, out)
 

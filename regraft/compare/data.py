@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .. import modeling
 from ..core.anatomy import find_anatomy
@@ -223,7 +218,7 @@ def make_source(
         )
 
     if recipe.task != "image":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
+        tokenizer = modeling.read_tokenizer(out / "tokenizer")
         config |= {
             "vocab_size": len(tokenizer),
             "eos_token_id": tokenizer.eos_token_id,
@@ -232,8 +227,7 @@ def make_source(
         }
 
     # transformers' own table says whether the model type has a class with the task's head.
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    config_class = type(AutoConfig.for_model(config["model_type"], **fields))
+    config_class = type(modeling.build_stock_config(config))
     model_classes = AUTO[recipe.task]._model_mapping
     if config_class not in model_classes:
         raise RegraftError(
@@ -299,4 +293,5 @@ def load_tokenizer(recipe: Comparison, out: Path) -> PreTrainedTokenizerBase:
     """The source's tokenizer, or the one learned on the training text."""
     if isinstance(recipe.source, str):
         return modeling.load_tokenizer(recipe.source)
-    return transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = modeling.read_tokenizer(out / "tokenizer")
+    return tokenizer

@@ -19,30 +19,23 @@ from torch import Tensor
 from ..errors import RegraftError
 from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
-from ..io.shard_writer import SideFile
+from ..io.shard_writer import ExtraFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy
 from .axes import Signature
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
-from .model_files import find_unclaimed, open_tensor, read_model_config, read_model_entries
+from .model_files import (
+    check_model_files,
+    find_unclaimed,
+    list_side_files,
+    open_tensor,
+    read_model_config,
+    read_model_entries,
+)
 
 __all__ = ["Checkpoint", "Holds", "LazyTensor", "Provenance", "with_older_keys"]
 
-# Files of a model directory that are copied to the output as they are.
-SIDECARS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.model",
-    "LICENSE*",
-)
 Holds = Literal["weights", "exp_avg", "exp_avg_sq"]
 SHARD = 500_000_000  # bytes in a file of weights
 
@@ -215,7 +208,7 @@ class Checkpoint:
         path: str | Path,
         overwrite: bool = False,
         shard_bytes: int = SHARD,
-        side_files: Mapping[str, SideFile] | None = None,
+        extra_files: Mapping[str, ExtraFile] | None = None,
         request: Any = None,
     ) -> None:
         """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
@@ -227,23 +220,21 @@ class Checkpoint:
             path: the directory to write.
             overwrite: whether it may replace an output of regraft that holds no other files.
             shard_bytes: size limit of a file of weights; one tensor may exceed it.
-            side_files: further files of the directory, by name.
+            extra_files: further files of the directory, by name.
             request: what the command was asked for, so that a later call can see that it is done.
 
         RegraftError when `path` exists and not `overwrite`, or when the disk is full.
         """
-        side_files = side_files or {}
+        extra_files = extra_files or {}
         output.check_apart(path, [("source", self.origin)])
-        sidecars = sorted(
-            {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
-        )
+        side_files = list_side_files(self.path)
 
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
             shard_writer.new_directory(
                 Path(path),
                 overwrite,
-                self._start_fingerprint(shard_bytes, side_files, background),
+                self._start_fingerprint(shard_bytes, extra_files, background),
                 request,
             ) as partial,
         ):
@@ -254,9 +245,9 @@ class Checkpoint:
             }
             shard_writer.write_weights(partial, tensors, shard_bytes)
 
-            for name, side_file in side_files.items():
-                side_file.write(folder / name)
-            for file in sidecars:
+            for name, extra_file in extra_files.items():
+                extra_file.write(folder / name)
+            for file in side_files:
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.write_extras(str(folder), self.config)
@@ -270,14 +261,14 @@ class Checkpoint:
     def _start_fingerprint(
         self,
         shard_bytes: int,
-        side_files: Mapping[str, SideFile],
+        extra_files: Mapping[str, ExtraFile],
         background: ThreadPoolExecutor,
     ) -> Callable[[], str] | None:
         """A function that waits for the fingerprint; None for values that have none."""
         if self.in_memory:
             return None
-        sides = {name: side_file.identity for name, side_file in side_files.items()}
-        return background.submit(lineage.fingerprint, self, shard_bytes, sides).result
+        extra = {name: extra_file.identity for name, extra_file in extra_files.items()}
+        return background.submit(lineage.fingerprint, self, shard_bytes, extra).result
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:
@@ -287,6 +278,7 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 
 def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
+    check_model_files(folder)
     config = read_model_config(folder)
     anatomy = find_anatomy(config)
     entries = read_model_entries(folder, anatomy)

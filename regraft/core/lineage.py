@@ -155,7 +155,7 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
 
 
 def fingerprint(
-    checkpoint: Checkpoint, shard_bytes: int, side_files: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint, shard_bytes: int, extra_files: Mapping[str, Any] | None = None
 ) -> str:
     """A hash over everything that decides what the saved files of a checkpoint hold.
 
@@ -164,7 +164,7 @@ def fingerprint(
     Args:
         checkpoint: the model to be saved.
         shard_bytes: size limit of a file of weights.
-        side_files: identities of files that are saved beside the model, by their names.
+        extra_files: identities of files that are saved beside the model, by their names.
     """
     folder = checkpoint.path  # of a GGUF file the conversion
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
@@ -179,7 +179,7 @@ def fingerprint(
             for name, lazy in named.items()
         ],
         "shard_bytes": shard_bytes,
-        "side_files": dict(side_files or {}),
+        "extra_files": dict(extra_files or {}),
         # Another release of torch may round differently.
         "versions": [version("regraft"), *versions().values()],
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import RegraftError
+from ..io.files import check_regular_file
 
 PACKED = {".gz": gzip, ".xz": lzma, ".zst": None, ".bz2": bz2}
 LINES = (".jsonl", ".json")
@@ -81,6 +82,7 @@ def find_files(path: str | Path) -> list[Path]:
         )
 
     for file in files:
+        check_regular_file(file)
         if not file_format(file):
             raise RegraftError(f"cannot read '{file}' as text: its name must end in {KNOWN}")
     return list(dict.fromkeys(files))

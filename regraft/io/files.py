@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -43,6 +44,61 @@ def remove_parts(folder: Path) -> None:
     """
     for part in folder.rglob(f"{PART}*"):
         part.unlink(missing_ok=True)
+
+
+FILE_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular_file(path: Path, what: str | None = None) -> None:
+    """RegraftError unless a path is a regular file, or a link to one.
+
+    Called before a file is opened: opening a named pipe waits for ever, and a device has no end.
+
+    Args:
+        path: of the file.
+        what: what it is, for the message; None for its path.
+    """
+    what = what or f"'{path}'"
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RegraftError(f"{what} is not there: check its path") from None
+    except OSError as error:
+        raise RegraftError(f"{what} cannot be opened ({error.strerror}): check its path") from error
+    except ValueError:
+        raise RegraftError(f"{what} has a name with a null character: check its path") from None
+    if kind != stat.S_IFREG:
+        name = FILE_KINDS.get(kind, "no file")
+        raise RegraftError(f"{what} is {name}: give a regular file")
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """RegraftError unless a file that a folder names is a regular file inside it.
+
+    Links inside the folder are followed. So are those of the Hugging Face cache, which lead from
+    `models--X/snapshots/Y` to `models--X/blobs`. Everything else that leads out would read, or
+    copy into an output, what the folder's author does not own.
+
+    Args:
+        folder: the folder, which may be a link itself.
+        file: a path in it as its author wrote it.
+    """
+    check_regular_file(file)
+    root, real = folder.resolve(), file.resolve()
+    allowed = [root]
+    for place in root.parents:
+        if place.name == "snapshots" and place.parent.name.startswith("models--"):
+            allowed.append(place.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise RegraftError(
+            f"'{file}' leads to '{real}', outside of the folder '{folder}': copy the file into it"
+        )
 
 
 def sync(path: Path) -> None:

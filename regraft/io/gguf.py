@@ -63,7 +63,9 @@ def read_config(file: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        header = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        header = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
     except Exception as error:  # the readers raise anything on a damaged header
         raise RegraftError(
             f"cannot read the header of '{file}' ({_format_error(error)}): fetch the file again"
@@ -161,11 +163,12 @@ def _convert(file: Path, target: Path) -> None:
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     dequantise = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=dequantise
+        **source, dtype=torch.float32, quantization_config=dequantise, trust_remote_code=False
     )
     model.config.__dict__.pop("quantization_config", None)  # else it is saved as quantised
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    tokenizer.save_pretrained(target)
 
 
 def _write_lineage(file: Path, folder: Path) -> None:

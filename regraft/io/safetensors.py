@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import RegraftError
-from .files import read_json
+from .files import check_inside, check_regular_file, read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes per number.
@@ -64,7 +64,17 @@ class TensorEntry:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in a model directory; RegraftError when there are none, or not all."""
+    """The files of weights in a model directory.
+
+    RegraftError when there are none, or not all, and when one lies outside of the directory.
+    """
+    files = _find_weight_files(folder)
+    for file in files:
+        check_inside(folder, file)
+    return files
+
+
+def _find_weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
 
@@ -129,6 +139,7 @@ def read_header(file: Path) -> list[TensorEntry]:
 
     RegraftError when the header is garbled or does not fit the file's size.
     """
+    check_regular_file(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -57,7 +57,7 @@ class WritableTensor(Protocol):
 
 
 @dataclass(frozen=True)
-class SideFile:
+class ExtraFile:
     """A file that is written with a model, such as the grown state of its optimiser.
 
     Attributes:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
+from ..core.model_files import check_model_files, check_tokenizer_config, find_tokenizer_code
 from ..errors import RegraftError
+from ..io.files import read_json
 from ..mixers.gated import GatedMixer
 from .meta import build_meta_model, stock_class
 from .modeling_regraft import RegraftForCausalLM
@@ -86,7 +88,11 @@ def build_with_weights(
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with silence_transformers():
         model, info = kind.from_pretrained(
-            None, state_dict=dict(values), ignore_mismatched_sizes=True, **options
+            None,
+            state_dict=dict(values),
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | mismatched
@@ -186,8 +192,20 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     model = materialize(checkpoint, dtype)
     generation = Path(checkpoint.path) / "generation_config.json"
     if generation.exists():
-        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
+        model.generation_config = read_generation_config(generation)
     return model
+
+
+def read_generation_config(file: Path) -> GenerationConfig:
+    """A generation_config.json; RegraftError when transformers cannot use it."""
+    read_json(file)
+    try:
+        return GenerationConfig.from_pretrained(file.parent)
+    except Exception as error:  # whatever its checks raise
+        raise RegraftError(
+            f"'{file}' is no generation config ({format_first_line(error)}): fetch it again or "
+            "remove it"
+        ) from error
 
 
 def check_decoder(*paths: str | Path | None) -> None:
@@ -206,14 +224,35 @@ def check_decoder(*paths: str | Path | None) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a model's directory; RegraftError when there is none."""
-    folder = Checkpoint.open(path).path
+    """The tokenizer in a model's directory; RegraftError as of `read_tokenizer`."""
+    return read_tokenizer(Checkpoint.open(path).path)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a directory. No code from there is run.
+
+    RegraftError when there is none, it is damaged, reads files elsewhere, or needs code of its own.
+    """
+    check_model_files(folder)
+    check_tokenizer_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        # Without this, transformers asks on standard input whether it may run code.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever its readers raise on damaged files
+        code = find_tokenizer_code(folder)
+        if code and "trust_remote_code" in str(error):
+            raise RegraftError(
+                f"the tokenizer in '{folder}' needs code of its own ({code:.80}), which regraft "
+                "never runs: save it as tokenizer.json with a stock class first"
+            ) from error
         raise RegraftError(
-            f"no tokenizer in '{folder}': put tokenizer.json there ({str(error).splitlines()[0]})"
+            f"no tokenizer in '{folder}': put tokenizer.json there ({format_first_line(error)})"
         ) from error
+
+
+def format_first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from transformers import (
 
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
+from ..core.model_files import refuse_fetched_code
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 
@@ -66,12 +67,25 @@ def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
 
     The class is the one that the config's `architectures` names, or its family's default.
     """
+    config = build_stock_config(fields)
+    auto = AutoModelForCausalLM if find_anatomy(fields).causal else AutoModel
+    named: Any = getattr(transformers, (fields.get("architectures") or [""])[0], None)
+    # Only a model of this config: the package has functions and trainers under other names.
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    if is_model and isinstance(config, named.config_class or ()):
+        return named, config
+    return auto._model_mapping[type(config)], config
+
+
+def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' config of a supported family from the mapping in a config.json.
+
+    RegraftError for an unknown family and for kernels that would be fetched and run.
+    """
+    family = find_anatomy(fields).family
+    refuse_fetched_code(fields, family)
     plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-    causal = find_anatomy(fields).causal
-    config = AutoConfig.for_model(fields["model_type"], **plain)
-    auto = AutoModelForCausalLM if causal else AutoModel
-    name = (fields.get("architectures") or [""])[0]
-    return getattr(transformers, name, None) or auto._model_mapping[type(config)], config
+    return AutoConfig.for_model(fields["model_type"], **plain)
 
 
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

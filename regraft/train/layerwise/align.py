@@ -187,7 +187,7 @@ class LayerwiseAligner:
         if state.start:
             state.add_cost(state.start, closed_form.get_total_flops(), start_seconds)
         # The mixer is on disk before the state says so: a kill in between trains it again.
-        state.trained.append(layer)
+        state.add_layer(run, layer)
         state.save(run)
 
     def run_steps(self, teacher: OneLayerModel, mixer: Mixer, layer: int, begin: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
 from ...io.files import read_json, replace_file, write_json, write_text
+from ..checkpoint_files import hash_file
 from ..divergence import LossSpikeConfig
 from ..output import WORK, check_settings
 from ..precision import use_bfloat16
@@ -146,12 +148,14 @@ class LayerwiseState:
         trained: layers whose mixer is on disk.
         entry: the ledger's entry.
         start: what the closed-form start took; None without one.
+        snapshots: what the fields above were after each trained layer, with its file's sha256.
     """
 
     passed: int = 0
     trained: list[int] = field(default_factory=list)
     entry: LedgerEntry
     start: StartCost | None = None
+    snapshots: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, run: LayerwiseRun) -> LayerwiseState:
@@ -166,7 +170,7 @@ class LayerwiseState:
         if facts is None:
             return cls.create(run)
         check_settings(run.out, facts.pop("settings"), run.settings, remove="it")
-        return cls(**facts | {"start": facts["start"] or None})
+        return cls(**facts | {"start": facts["start"] or None}).drop_damaged(run)
 
     @classmethod
     def create(cls, run: LayerwiseRun) -> LayerwiseState:
@@ -188,6 +192,39 @@ class LayerwiseState:
         tokens = run.calibration * run.rows.length
         start: StartCost = {"kind": "closed form", "tokens": tokens, "flops": 0, "seconds": 0.0}
         return cls(entry=entry, start=start)
+
+    def add_layer(self, run: LayerwiseRun, layer: int) -> None:
+        """Record that a layer's mixer is on disk; all processes call it together."""
+        self.trained.append(layer)
+        digest = distributed.on_rank0(lambda: hash_file(layer_path(run, layer)))
+        now = dataclasses.asdict(self)
+        del now["snapshots"]
+        self.snapshots.append(now | {"sha256": digest})
+
+    def drop_damaged(self, run: LayerwiseRun) -> LayerwiseState:
+        """The state before the first trained layer whose file is not as it was written.
+
+        The first process says so on standard error. All layers from there on are trained again.
+        """
+        whole = distributed.on_rank0(lambda: self.count_whole(run))
+        if whole == len(self.trained):
+            return self
+        if distributed.is_rank0():
+            file = layer_path(run, self.trained[whole])
+            print(f"regraft: '{file}' is damaged: training again from its layer", file=sys.stderr)
+        if whole == 0:
+            return LayerwiseState.create(run)
+        before = {key: value for key, value in self.snapshots[whole - 1].items() if key != "sha256"}
+        return LayerwiseState(**before, snapshots=self.snapshots[:whole])
+
+    def count_whole(self, run: LayerwiseRun) -> int:
+        """How many trained layers, from the first on, have the files that were written."""
+        pairs = list(zip(self.trained, self.snapshots, strict=False))
+        for index, (layer, snapshot) in enumerate(pairs):
+            file = layer_path(run, layer)
+            if not file.is_file() or hash_file(file) != snapshot["sha256"]:
+                return index
+        return len(pairs)
 
     def save(self, run: LayerwiseRun) -> None:
         """Write the state; the first process does."""
