@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import RegraftError
-from ..io.files import read_json_if_exists, write_json
+from ..io.files import read_json_if_exists, read_own_json, write_json
 from ..progress import Ticker
 from ..recipes import schema
 from . import data, report, savings, start
@@ -154,7 +155,7 @@ def claim(recipe: Comparison, out: Path) -> None:
 
     new = dump(recipe)
     if file.exists():
-        old = read_json_if_exists(file)
+        old = read_json_if_exists(file, dict[str, Any])
         for key in new:
             if key not in FREE_KEYS and new[key] != old.get(key):
                 raise RegraftError(
@@ -169,7 +170,7 @@ def claim(recipe: Comparison, out: Path) -> None:
 def load_recipe(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
     file = out / RECIPE
-    recipe: Comparison = schema.build(read_json_if_exists(file), str(file), Comparison)
+    recipe: Comparison = schema.build(read_own_json(file, dict[str, Any]), str(file), Comparison)
     return recipe
 
 
@@ -254,7 +255,7 @@ def usable_cores() -> int:
 
 def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE)
+    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE, DoneFacts)
     if facts is None:
         return False
 

@@ -22,6 +22,7 @@ from ..io.files import sha256, write_json
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy
 from .axes import Signature
+from .config_checks import check_counts, explain_config_errors
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
 from .model_files import find_unclaimed, open_tensor, read_model_config, read_model_entries
@@ -268,9 +269,13 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
     config = read_model_config(folder)
-    anatomy = find_anatomy(config)
+    with explain_config_errors(folder / "config.json"):
+        anatomy = find_anatomy(config)
+        sizes = anatomy.solve(config)
     entries = read_model_entries(folder, anatomy)
-    placed = anatomy.place(config)
+    with explain_config_errors(folder / "config.json"):
+        check_counts(anatomy.family, sizes, entries)
+        placed = anatomy.place(config)
 
     known = lineage.read_lineage(folder)
     dropped = known.get("dropped", {}) | find_unclaimed(entries, placed, anatomy, config)
@@ -284,7 +289,7 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
         origin,
         config,
         anatomy,
-        anatomy.solve(config),
+        sizes,
         {
             key: open_tensor(entries, parameter, folder, provenances)
             for key, parameter in placed.items()
@@ -303,8 +308,9 @@ def _open_gguf(file: Path) -> Checkpoint:
     the first of them is read.
     """
     config = gguf.read_config(file)
-    anatomy = find_anatomy(config)
-    placed = anatomy.place(config)
+    with explain_config_errors(file):
+        anatomy = find_anatomy(config)
+        placed = anatomy.place(config)
     gguf.check_size(file, sum(math.prod(parameter.shape) for parameter in placed.values()))
 
     def build_reader(key: Key) -> Callable[[], Tensor]:

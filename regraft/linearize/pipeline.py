@@ -313,7 +313,7 @@ def claim(out: Path, request: ConversionRequest, overwrite: bool) -> None:
         )
 
     # An interrupted conversion is continued, but only with the request that it was started with.
-    before = read_json_if_exists(out / REQUEST_FILE)
+    before = read_json_if_exists(out / REQUEST_FILE, dict[str, Any])
     if before is None and out.exists() and any(out.iterdir()):
         raise RegraftError(
             f"{out} exists and holds no conversion: choose another folder or delete it"

@@ -36,7 +36,7 @@ class Journal:
     def __init__(self, directory: Path, recipe: str, minutes: float | None):
         self.directory = directory
         self.claim(recipe)
-        past: RunTime | None = read_json_if_exists(directory / "time.json")
+        past: RunTime | None = read_json_if_exists(directory / "time.json", RunTime)
         past = past or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
         self.ticker = Ticker(

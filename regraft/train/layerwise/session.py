@@ -12,6 +12,7 @@ from ...data.text import Text
 from ...errors import RegraftError
 from ...io.files import read_json_lines
 from ...progress import Ticker
+from ..metrics import FILE
 from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
 from ..output import RUN_FILES, TEXT, check_output
 from ..records import StageSummary, StepRow
@@ -98,7 +99,7 @@ def align_saved_model(
 def summarize_layers(out: Path) -> list[StageSummary]:
     """Summarize every layer that was trained, as `monitor.summarize_stages` does stages."""
     layers: dict[int, list[StepRow]] = {}
-    for row in read_json_lines(out / "metrics.jsonl"):
+    for row in read_json_lines(out / FILE, StepRow):
         layers.setdefault(row["layer"], []).append(cast(StepRow, row))
 
     # Tokens, seconds and steps in the rows count over all layers; here from the layer's start.
