@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+NO_MEMORY = re.compile("not enough memory|[Cc]annot allocate memory|out of memory|unable to mmap")
 
 
 class RegraftError(Exception):
@@ -42,12 +45,10 @@ def explain_errors(what: str, remedy: str) -> Iterator[None]:
         yield
     except RegraftError:
         raise
-    except MemoryError as error:
-        raise RegraftError(
-            f"{what}: it needs more memory than there is ({first_line(error)}): free some memory, "
-            "or use a machine with more"
-        ) from error
     except Exception as error:  # libraries raise anything on a damaged file
+        # PyTorch and safetensors report a lack of memory as errors of other types.
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            remedy = "there is not enough memory, free some or use a machine with more"
         raise RegraftError(f"{what} ({first_line(error)}): {remedy}") from error
 
 

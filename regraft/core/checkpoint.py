@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io import gguf, safetensors, shard_writer
 from ..io.files import sha256, write_json
 from . import lineage
@@ -263,7 +263,8 @@ class Checkpoint:
 
 def with_older_keys(config: Config) -> dict[str, Any]:
     """The config with the keys that older readers look for; keys it has itself stay."""
-    return find_anatomy(config).older(config) | dict(config)
+    with explain_errors("cannot write the config for older readers", "fix config.json"):
+        return find_anatomy(config).older(config) | dict(config)
 
 
 def _open_folder(origin: Path, folder: Path) -> Checkpoint:

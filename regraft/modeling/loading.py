@@ -16,9 +16,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
+from ..io.files import read_json
 from ..mixers.gated import GatedMixer
-from .meta import build_meta_model, stock_class
+from .meta import build_meta_model, explain_model_errors, stock_class
 from .modeling_regraft import RegraftForCausalLM
 
 
@@ -40,7 +41,8 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     }
     if checkpoint.config["model_type"] == "regraft":
         model: Any = build_meta_model(checkpoint)
-        missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
+        with explain_model_errors(checkpoint.origin):
+            missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
         # A tied head is in no file: `tie_weights` makes it from the embedding.
         lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
         model.tie_weights()
@@ -66,7 +68,8 @@ def build_stock_model(
         dtype: of the weights.
     """
     kind, config = stock_class(checkpoint.config)
-    return build_with_weights(kind, config, values, dtype)
+    with explain_model_errors(checkpoint.origin):
+        return build_with_weights(kind, config, values, dtype)
 
 
 def build_with_weights(
@@ -186,7 +189,9 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     model = materialize(checkpoint, dtype)
     generation = Path(checkpoint.path) / "generation_config.json"
     if generation.exists():
-        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
+        read_json(generation)
+        with explain_errors(f"'{generation}' is no generation config", "fetch it again"):
+            model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
     return model
 
 
@@ -208,12 +213,8 @@ def check_decoder(*paths: str | Path | None) -> None:
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a model's directory; RegraftError when there is none."""
     folder = Checkpoint.open(path).path
-    try:
+    with explain_errors(f"no tokenizer in '{folder}'", "put tokenizer.json there"):
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise RegraftError(
-            f"no tokenizer in '{folder}': put tokenizer.json there ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
+from ..errors import explain_errors
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 
@@ -31,6 +33,13 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     with torch.device("meta"):
         model = build_from_config(checkpoint)
 
+    with explain_model_errors(checkpoint.origin):
+        fill_buffers(model)
+    return model
+
+
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Make buffers that are on the meta device real."""
     stock = model.host if isinstance(model, RegraftForCausalLM) else model
     for module in stock.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -39,7 +48,6 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         # Fills the buffers; on parameters, which are meta tensors, it has no effect.
         if names:
             stock._init_weights(module)
-    return model
 
 
 def build_from_config(checkpoint: Checkpoint) -> Any:
@@ -53,10 +61,12 @@ def build_from_config(checkpoint: Checkpoint) -> Any:
         arguments = {
             key: value for key, value in fields.items() if key not in ("model_type", "auto_map")
         }
-        model: Any = RegraftForCausalLM(RegraftConfig(**arguments))
+        with explain_model_errors(checkpoint.origin):
+            model: Any = RegraftForCausalLM(RegraftConfig(**arguments))
     else:
         kind, config = stock_class(fields)
-        model = kind(config)
+        with explain_model_errors(checkpoint.origin):
+            model = kind(config)
     model.tie_weights()
     return model.eval()
 
@@ -68,10 +78,22 @@ def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
     """
     plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
     causal = find_anatomy(fields).causal
-    config = AutoConfig.for_model(fields["model_type"], **plain)
-    auto = AutoModelForCausalLM if causal else AutoModel
-    name = (fields.get("architectures") or [""])[0]
-    return getattr(transformers, name, None) or auto._model_mapping[type(config)], config
+    with explain_model_errors(fields["model_type"]):
+        config = AutoConfig.for_model(fields["model_type"], **plain)
+        auto = AutoModelForCausalLM if causal else AutoModel
+        named = getattr(transformers, (fields.get("architectures") or [""])[0], None)
+        is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+        return named if is_model else auto._model_mapping[type(config)], config
+
+
+def explain_model_errors(name: object) -> AbstractContextManager[None]:
+    """Inside, what transformers raises about a config or a model becomes a RegraftError.
+
+    Args:
+        name: the model's path or type.
+    """
+    what = f"transformers cannot make a model of '{name}' from its config.json"
+    return explain_errors(what, "fix it, or fetch it again")
 
 
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

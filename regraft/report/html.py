@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
 import yaml
 
 from ..core.lineage import Lineage
-from ..evaluation.bench import BenchRow
 from ..evaluation.rows import SuiteRow
 from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
 from ..io.schema import Measured
@@ -51,12 +50,33 @@ class ReportedEvaluation(ReportedRow, total=False):
     baselines: dict[str, ReportedRow]
 
 
+class ReportedSpeed(TypedDict, total=False):
+    """A row of bench.json; older ones have fewer keys."""
+
+    length: Required[int]
+    batch: int
+    decode_tok_s: float | None
+    prefill_tok_s: float | None
+    state_bytes: int
+    converted_bytes: int
+    kept_bytes: int
+    peak_bytes: int | None
+
+
+class ReportedSample(TypedDict):
+    """An entry of samples.json."""
+
+    prompt: str
+    teacher: str
+    student: str
+
+
 # What a run writes, NAME.json, and what is read of it.
 FILES: dict[str, Any] = {
     "plan": PlanFacts,
     "eval": ReportedEvaluation,
-    "bench": dict[str, list[BenchRow]],
-    "samples": list[dict[str, str]],
+    "bench": dict[str, list[ReportedSpeed]],
+    "samples": list[ReportedSample],
     "time": SpentTime,
     "lineage": Lineage,
 }
