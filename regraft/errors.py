@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+NO_MEMORY = re.compile("not enough memory|[Cc]annot allocate memory|out of memory|unable to mmap")
 
 
 class RegraftError(Exception):
@@ -27,3 +31,28 @@ def suggest(word: str, known: Iterable[str], count: int = 1) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=count)
     return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+@contextmanager
+def explain_errors(what: str, remedy: str) -> Iterator[None]:
+    """Inside, any exception becomes a RegraftError: the boundary around a reader of foreign files.
+
+    Args:
+        what: what could not be done, with the file's name; the exception's first line follows.
+        remedy: what the user can do.
+    """
+    try:
+        yield
+    except RegraftError:
+        raise
+    except Exception as error:  # libraries raise anything on a damaged file
+        # PyTorch and safetensors report a lack of memory as errors of other types.
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            remedy = "there is not enough memory, free some or use a machine with more"
+        raise RegraftError(f"{what} ({first_line(error)}): {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception, at most 200 characters, its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__

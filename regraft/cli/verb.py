@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
 from ..io import output
-from ..io.files import read_json_if_exists, replace_file
+from ..io.files import replace_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,11 +137,11 @@ def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
         from pathlib import Path
 
         from ..report import tables
-        from ..train import monitor
+        from ..train import ledger, monitor
 
-        spent = read_json_if_exists(Path(out) / "ledger.json") or {}
+        start = ledger.read_start_costs(Path(out))
         tables.print_evaluation(numbers["eval"], console)
-        console.print(tables.training_table(monitor.summarize_stages(out), spent.get("start", ())))
+        console.print(tables.training_table(monitor.summarize_stages(out), start))
         console.print(tables.speed_table(numbers["bench"]))
         console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
 

@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import RegraftError
 from ..io import output
-from ..io.files import read_json_if_exists, write_json
+from ..io.files import read_json_if_exists, read_own_json, write_json
 from ..progress import Ticker
 from ..recipes import schema
 from ..train.output import open_run
@@ -175,7 +176,7 @@ def source_name(recipe: Comparison, job: TrainingJob) -> str:
 def load_recipe(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
     file = out / RECIPE
-    recipe: Comparison = schema.build(read_json_if_exists(file), str(file), Comparison)
+    recipe: Comparison = schema.build(read_own_json(file, dict[str, Any]), str(file), Comparison)
     return recipe
 
 
@@ -260,7 +261,7 @@ def usable_cores() -> int:
 
 def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE)
+    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE, DoneFacts)
     if facts is None:
         return False
 

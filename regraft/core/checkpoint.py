@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
 from ..io.shard_writer import ExtraFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy
 from .axes import Signature
+from .config_checks import check_counts, explain_config_errors
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
 from .model_files import (
@@ -273,16 +274,21 @@ class Checkpoint:
 
 def with_older_keys(config: Config) -> dict[str, Any]:
     """The config with the keys that older readers look for; keys it has itself stay."""
-    return find_anatomy(config).older(config) | dict(config)
+    with explain_errors("cannot write the config for older readers", "fix config.json"):
+        return find_anatomy(config).older(config) | dict(config)
 
 
 def _open_folder(origin: Path, folder: Path) -> Checkpoint:
     """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
     check_model_files(folder)
     config = read_model_config(folder)
-    anatomy = find_anatomy(config)
+    with explain_config_errors(folder / "config.json"):
+        anatomy = find_anatomy(config)
+        sizes = anatomy.solve(config)
     entries = read_model_entries(folder, anatomy)
-    placed = anatomy.place(config)
+    with explain_config_errors(folder / "config.json"):
+        check_counts(anatomy.family, sizes, entries)
+        placed = anatomy.place(config)
 
     known = lineage.read_lineage(folder)
     dropped = known.get("dropped", {}) | find_unclaimed(entries, placed, anatomy, config)
@@ -296,7 +302,7 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
         origin,
         config,
         anatomy,
-        anatomy.solve(config),
+        sizes,
         {
             key: open_tensor(entries, parameter, folder, provenances)
             for key, parameter in placed.items()
@@ -315,8 +321,9 @@ def _open_gguf(file: Path) -> Checkpoint:
     the first of them is read.
     """
     config = gguf.read_config(file)
-    anatomy = find_anatomy(config)
-    placed = anatomy.place(config)
+    with explain_config_errors(file):
+        anatomy = find_anatomy(config)
+        placed = anatomy.place(config)
     gguf.check_size(file, sum(math.prod(parameter.shape) for parameter in placed.values()))
 
     def build_reader(key: Key) -> Callable[[], Tensor]:

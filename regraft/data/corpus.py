@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any, TypedDict
 
 from .. import distributed
 from ..errors import RegraftError
-from ..io.files import write_json
+from ..io.files import read_json_if_exists, write_json
 from .files import find_files
 from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
 from .text import Text
@@ -302,14 +301,13 @@ class TextMixture:
             "rows": [len(table) for table in tables],
         }
 
-        try:
-            before: PinnedRows = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        before: PinnedRows | None = read_json_if_exists(file, PinnedRows)
+        if before is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, now)
             return
 
-        if before != now:
+        if before | now != before:  # a newer version may have added keys
             raise RegraftError(
                 f"the text is not the one that this run began with ({_describe_change(before, now)}"
                 "): give the same text, or start a new run"

@@ -190,6 +190,7 @@ class CachedRows:
             start = begin + filled - self.bounds[number]  # in this part
             stop = min(start + self.length - filled, len(tokens))
             ids[filled : filled + stop - start] = tokens[start:stop]
+            self._check_ids(number, ids[filled : filled + stop - start])
 
             # Documents that end after the row's start and before its end: the next one begins
             # where they end. One that ends just at `start` or `stop` changes nothing here.
@@ -203,6 +204,15 @@ class CachedRows:
             first[filled : filled + 1] = filled  # the next file begins a document
             number += 1
         numpy.subtract(numpy.arange(self.length), numpy.maximum.accumulate(first), out=positions)
+
+    def _check_ids(self, number: int, ids: numpy.ndarray) -> None:
+        """RegraftError when a cache holds an id that is larger than any it was built with."""
+        part = self.parts[number]
+        if len(ids) and int(ids.max()) > part.journal.largest:
+            raise RegraftError(
+                f"the token cache '{part.folder}' holds token {int(ids.max())}, its journal says"
+                f" {part.journal.largest} at most: delete it"
+            )
 
     def _find_row_starts(self, most: int | None) -> list[int]:
         """With `cut`: the first token of each row, and of the row that would follow the last."""

@@ -27,8 +27,9 @@ from typing import BinaryIO
 import numpy
 from filelock import FileLock, Timeout
 
-from ..errors import RegraftError
-from ..io.files import write_json
+from ..errors import RegraftError, explain_errors
+from ..io.files import read_own_json, write_json
+from ..io.schema import build, shorten
 from .documents import BadLines, DocumentPiece, PositionFields, ReadPosition, read_pieces
 from .tokenizer import BatchTokenizer
 
@@ -61,6 +62,15 @@ class CacheJournal:
     bad: int = 0
     named: list[str] = field(default_factory=list)
     done: bool = False
+
+    def check(self, file: Path, remedy: str) -> None:
+        """RegraftError when a number is none that a build can have written."""
+        counts = (self.tokens, self.documents, self.bytes, self.largest, self.bad)
+        place = (self.place["offset"], self.place["line"], self.place["begin"])
+        if min(*counts, *place) < 0 or self.largest >= 1 << 32:
+            raise RegraftError(
+                f"'{file}' has counts that cannot be, {shorten(asdict(self))}: {remedy}"
+            )
 
 
 class TokenCache:
@@ -95,15 +105,11 @@ class TokenCache:
     def read_journal(self) -> CacheJournal:
         """How far the file is read now, as the disk has it: another process may be reading it."""
         if not self.journal.done:
-            try:
-                text = (self.folder / "journal.json").read_text(encoding="utf-8")
-                self.journal = CacheJournal(**json.loads(text))
-            except FileNotFoundError:
-                self.journal = CacheJournal()
-            except (OSError, ValueError, TypeError) as error:
-                raise RegraftError(
-                    f"cannot read the token cache '{self.folder}' ({error}): delete it"
-                ) from error
+            file, remedy = self.folder / "journal.json", f"delete the token cache '{self.folder}'"
+            self.journal = CacheJournal()
+            if file.exists():
+                self.journal = build(CacheJournal, read_own_json(file, CacheJournal, remedy))
+                self.journal.check(file, remedy)
         return self.journal
 
     def array(self, what: str) -> numpy.ndarray:
@@ -120,12 +126,16 @@ class TokenCache:
 
         if not shape[0]:  # an empty file cannot be mapped
             return numpy.zeros(shape, "<i8")
-        try:
-            return numpy.memmap(self.folder / what, dtype, "r", shape=shape)
-        except (OSError, ValueError) as error:
-            raise RegraftError(
-                f"cannot read the token cache '{self.folder}' ({error}): delete it"
-            ) from error
+        with explain_errors(f"cannot read the token cache '{self.folder}'", "delete it"):
+            table = numpy.memmap(self.folder / what, dtype, "r", shape=shape)
+        if what == "documents":
+            ends, tokens = table[:, 0], self.journal.tokens
+            if ends[0] < 0 or ends[-1] > tokens or (ends[1:] < ends[:-1]).any():
+                raise RegraftError(
+                    f"the token cache '{self.folder}' has documents that end before they begin, or "
+                    f"behind its {tokens} tokens: delete it"
+                )
+        return table
 
     def fill(
         self,

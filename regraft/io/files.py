@@ -12,7 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import RegraftError
+from ..errors import RegraftError, first_line
+from .schema import check_json, check_version, shorten
+
+# Limits of JSON files. The largest that models have are indices of sharded weights: some 15 MB for
+# 140,000 tensors. Memory for a file at the limits stays below 1 GB.
+JSON_BYTES = 64_000_000
+JSON_PARTS = 4_000_000  # lists and objects
+JSON_DEPTH = 100  # of nesting
+LINE_BYTES = 1_000_000  # of a row of metrics.jsonl, which has some 300
 
 PART = ".regraft-part-"  # how the names of unfinished files begin
 
@@ -133,46 +141,126 @@ def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; RegraftError when it cannot be read or holds anything else."""
+def read_json(path: Path, kind: Any = dict[str, Any], remedy: str = "fetch it again") -> Any:
+    """The JSON value in a file of somebody else's.
+
+    Args:
+        path: a plain file.
+        kind: what the value must be, see `schema.check_json`.
+        remedy: what the user can do when it is anything else, for the error.
+
+    RegraftError when it cannot be read or holds anything else.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RegraftError(f"cannot read '{path}' as JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
+        if not path.is_file():
+            raise RegraftError(f"'{path}' is no plain file: {remedy}")
+        with path.open("rb") as stream:
+            data = stream.read(JSON_BYTES + 1)
+    except OSError as error:
+        raise RegraftError(f"cannot read '{path}' ({error.strerror or error}): {remedy}") from error
+    if len(data) > JSON_BYTES:
+        raise RegraftError(f"'{path}' has more than {JSON_BYTES:,} bytes of JSON: {remedy}")
+    return check_json(parse_json(data, f"'{path}'", remedy), kind, f"'{path}'", remedy)
+
+
+def read_own_json(path: Path, kind: Any, remedy: str = "delete it and run again") -> Any:
+    """The JSON value in a file that regraft wrote; RegraftError as in `read_json`.
+
+    Args:
+        path: the file.
+        kind: the format's class, see `schema.check_json`.
+        remedy: what the user can do when the file is damaged.
+    """
+    value = read_json(path, Any, remedy)
+    check_version(value, f"'{path}'")
+    return check_json(value, kind, f"'{path}'", remedy)
+
+
+def read_json_if_exists(path: Path, kind: Any) -> Any:
+    """The JSON value in a file of a run, None without the file; RegraftError when it is damaged."""
+    return read_own_json(path, kind) if path.exists() else None
+
+
+def read_json_lines(path: Path, kind: Any) -> list[Any]:
+    """The rows of a file such as metrics.jsonl; none when there is no file.
+
+    A last line cut short by a kill is left out. RegraftError for any other line that is not JSON
+    or of another kind.
+
+    Args:
+        path: the file.
+        kind: what each row must be, see `schema.check_json`.
+    """
+    rows: list[Any] = []
+    if not path.exists():
+        return rows
+    with path.open("rb") as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(LINE_BYTES + 1), b""), 1):
+            where, remedy = f"'{path}' line {number}", "delete the line"
+            if len(line) > LINE_BYTES:
+                raise RegraftError(f"{where} has more than {LINE_BYTES:,} bytes: {remedy}")
+            try:
+                row = parse_json(line, where, remedy)
+            except RegraftError:
+                if stream.read(1):
+                    raise
+                break
+            check_version(row, where)
+            rows.append(check_json(row, kind, where, remedy))
+    return rows
+
+
+def parse_json(data: bytes, where: str, remedy: str) -> Any:
+    """The JSON value in some bytes of UTF-8.
+
+    Args:
+        data: of a size that the caller has limited.
+        where: the file, and perhaps the line, for the error.
+        remedy: what the user can do, for the error.
+
+    RegraftError when it is not JSON, is nested deeper than `JSON_DEPTH`, has more than `JSON_PARTS`
+    lists and objects, a key twice with different values, or a number of too many digits.
+    """
+    # An empty list takes three bytes here and sixty in memory.
+    parts = data.count(b"{") + data.count(b"[")
+    if parts > JSON_PARTS:
         raise RegraftError(
-            f"'{path}' holds a JSON {type(value).__name__}, not an object: fetch it again"
+            f"{where} has {parts:,} brackets, more than the limit of {JSON_PARTS:,}: {remedy}"
         )
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_join_pairs)
+    except RecursionError as error:
+        raise RegraftError(f"{where} is nested deeper than {JSON_DEPTH}: {remedy}") from error
+    except ValueError as error:
+        raise RegraftError(f"{where} is not JSON ({first_line(error)}): {remedy}") from error
+    if is_deeper(value, JSON_DEPTH):
+        raise RegraftError(f"{where} is nested deeper than {JSON_DEPTH}: {remedy}")
     return value
 
 
-def read_json_if_exists(path: Path) -> Any:
-    """The JSON value in a file of a run, None without the file; RegraftError when it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RegraftError(f"{path} is not JSON ({error}): delete it and run again") from error
+def _join_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its keys and values; ValueError when a key has two of them."""
+    joined = dict(pairs)
+    if len(joined) < len(pairs):
+        for key, value in pairs:
+            if joined[key] != value:
+                raise ValueError(f"key {shorten(key)} has two values")
+    return joined
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file such as metrics.jsonl; none when there is no file.
-
-    A last line cut short by a kill is left out. RegraftError for any other line that is not JSON.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise RegraftError(
-                    f"{path} line {number} is not JSON ({line[:40]!r}): delete the line"
-                ) from error
-    return rows
+def is_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and objects are nested deeper than a limit."""
+    level = [value]
+    for _ in range(limit + 1):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        level = [
+            inner
+            for item in containers
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def sha256(path: Path) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors, first_line
 from . import shard_writer
 from .files import read_json, sha256, write_json
+from .gguf_header import check_header
 
 STEP: dict[str, Any] = {"step": "FromGGUF", "arguments": {}}  # in the history of a model
 log = logging.getLogger("regraft")
@@ -62,14 +63,11 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    check_header(file)
+    with explain_errors(f"cannot read the header of '{file}'", "fetch the file again"):
         header = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False
         )
-    except Exception as error:  # the readers raise anything on a damaged header
-        raise RegraftError(
-            f"cannot read the header of '{file}' ({_format_error(error)}): fetch the file again"
-        ) from error
 
     # Without quantisation: the conversion writes plain float32.
     config: dict[str, Any] = {
@@ -114,12 +112,9 @@ def _open_reader(file: Path) -> Any:
         raise RegraftError(
             f"reading '{file}' needs the package gguf: pip install 'regraft[gguf]'"
         ) from error
-    try:
+    check_header(file)
+    with explain_errors(f"'{file}' is cut short or damaged", "fetch the file again"):
         return GGUFReader(file)
-    except Exception as error:  # ValueError, KeyError, IndexError, ... on a damaged file
-        raise RegraftError(
-            f"'{file}' is cut short or damaged ({_format_error(error)}): fetch the file again"
-        ) from error
 
 
 def convert_once(file: Path) -> Path:
@@ -148,7 +143,7 @@ def _write_converted(file: Path, folder: Path) -> Path:
             raise  # `new_directory` explains a full disk
         except Exception as error:  # whatever the loader raises on weights it cannot dequantise
             raise RegraftError(
-                f"cannot convert '{file}' ({_format_error(error)}): "
+                f"cannot convert '{file}' ({first_line(error)}): "
                 "fetch it again or convert it elsewhere"
             ) from error
         _write_lineage(file, partial.path)
@@ -184,9 +179,3 @@ def _write_lineage(file: Path, folder: Path) -> None:
     written = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
     hashes = {path.name: sha256(path) for path in written}
     write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
-
-
-def _format_error(error: Exception) -> str:
-    """The type and the first line of an exception, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -43,3 +44,22 @@ def return_freed_memory() -> None:
     if hasattr(library, "malloc_trim"):
         library.mallopt(M_MMAP_THRESHOLD, 1 << 20)
         library.malloc_trim(0)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take: what the system has free, within its own limit.
+
+    None where the system does not tell.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except OSError:
+        return None
+    available = next((line for line in lines if line.startswith("MemAvailable")), "")
+    sizes = [int(available.split()[1]) * 1024] if available else []
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        sizes.append(max(0, limit - pages * resource.getpagesize()))
+    return min(sizes, default=None)

@@ -20,7 +20,7 @@ from ..core.model_files import check_model_files, check_tokenizer_config, find_t
 from ..errors import RegraftError
 from ..io.files import read_json
 from ..mixers.gated import GatedMixer
-from .meta import build_meta_model, stock_class
+from .meta import build_meta_model, explain_model_errors, stock_class
 from .modeling_regraft import RegraftForCausalLM
 
 
@@ -42,7 +42,8 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     }
     if checkpoint.config["model_type"] == "regraft":
         model: Any = build_meta_model(checkpoint)
-        missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
+        with explain_model_errors(checkpoint.origin):
+            missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
         # A tied head is in no file: `tie_weights` makes it from the embedding.
         lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
         model.tie_weights()
@@ -68,7 +69,8 @@ def build_stock_model(
         dtype: of the weights.
     """
     kind, config = stock_class(checkpoint.config)
-    return build_with_weights(kind, config, values, dtype)
+    with explain_model_errors(checkpoint.origin):
+        return build_with_weights(kind, config, values, dtype)
 
 
 def build_with_weights(

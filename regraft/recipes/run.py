@@ -14,7 +14,7 @@ from ..core.checkpoint import Checkpoint
 from ..data.corpus import TextMixture
 from ..data.rows import Packed
 from ..evaluation import baselines
-from ..evaluation.bench import bench
+from ..evaluation.bench import BenchRow, bench
 from ..evaluation.evaluate import assemble_rows, build_suite, evaluation_windows
 from ..evaluation.perplexity import Candidate, measure
 from ..evaluation.rows import QualityRow
@@ -268,7 +268,9 @@ class Experiment:
         # The quality table takes as long as that of the baselines. Samples are decoded at the
         # speed at the shortest context.
         quality = self.journal.phases["baselines"]
-        benched = read_json_if_exists(self.out / "bench.json").values()
+        benched = (
+            read_json_if_exists(self.out / "bench.json", dict[str, list[BenchRow]]) or {}
+        ).values()
         speeds = [rows[0]["decode_tok_s"] for rows in benched if rows]
         settings = self.recipe.measure
         tokens = len(settings.prompts) * settings.sample_tokens
@@ -308,7 +310,9 @@ class Experiment:
     def evaluate(self) -> None:
         """The quality table of the trained model and its baselines."""
         candidates = baselines.model_candidates(modeling.load(self.out))
-        rows = self.score(candidates, read_json_if_exists(self.out / "baselines.json"))
+        rows = self.score(
+            candidates, read_json_if_exists(self.out / "baselines.json", dict[str, QualityRow])
+        )
         write_json(self.out / "eval.json", assemble_rows(rows, str(self.out)))
 
     def sample(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..io.files import read_json_lines
 from ..progress import Ticker
+from .metrics import FILE, MetricsRow
 from .records import StageSummary, StepRow, Throughput
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def summarize_stages(out: str | Path) -> list[StageSummary]:
     in the summaries.
     """
     stages: dict[int, list[StepRow]] = {}
-    for row in read_json_lines(Path(out) / "metrics.jsonl"):
+    for row in read_json_lines(Path(out) / FILE, MetricsRow):
         # Rows on held-out data have `eval_loss` instead.
         if "loss" in row:
             stages.setdefault(row["stage"], []).append(cast(StepRow, row))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,6 +14,7 @@ from .. import distributed, modeling
 from ..core.moments import FILE, MOMENTS, STEP
 from ..errors import RegraftError
 from ..io.files import replace_file
+from ..io.safetensors import read_tensors
 from .fsdp import distribute_like, gather_tensor
 
 __all__ = ["FILE", "load_optimizer_state", "save_optimizer_state"]
@@ -37,7 +38,7 @@ def load_optimizer_state(
             f"no optimiser state at '{file}': "
             "give the .safetensors that regraft grow or train wrote"
         )
-    stored = load_file(file)
+    stored = read_tensors(file)
     steps = read_step_count(stored, file)
     moments = {moment: moments_by_parameter(model, stored, moment) for moment in MOMENTS}
 

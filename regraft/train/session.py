@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from ..data.text import Text
 from ..errors import RegraftError
 from ..io import output
 from ..io.files import read_json_if_exists, write_json
+from ..io.safetensors import read_tensors
 from ..modeling import flops
 from ..progress import Ticker
 from . import fsdp, loop
@@ -145,11 +146,11 @@ def calibrate_once(
         part.replace(file)
 
     # Read back also what was just written, so that a resumed run has the same weights.
-    values = load_file(file)
+    values = read_tensors(file)
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
             fsdp.local_part(parameter).copy_(fsdp.shard_like(values[name], parameter))
-    stored: Cost | None = read_json_if_exists(costs)
+    stored: Cost | None = read_json_if_exists(costs, Cost)
     return stored
 
 

@@ -104,11 +104,14 @@ DAMAGE = {
         "is I8, not floating point: dequantise",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json in"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json' as JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list, not an object"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json' is not JSON"),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "config.json' is \\[\\], not an object",
+    ),
     "config not text": (
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
-        "config.json' as JSON",
+        "config.json' is not JSON",
     ),
     "unknown family": (lambda f: config(f, model_type="zebra"), "write regraft/families/zebra.py"),
     "another size": (lambda f: config(f, intermediate_size=99), r"expected \[.*99.*\]"),
@@ -170,7 +173,7 @@ def test_shard_that_lacks_a_listed_tensor(source: Path) -> None:
 
 def test_index_without_map(source: Path) -> None:
     (source / safetensors.INDEX).write_text("{}")
-    with pytest.raises(RegraftError, match="has no weight_map"):
+    with pytest.raises(RegraftError, match="lacks the key 'weight_map'"):
         Checkpoint.open(source)
 
 

@@ -12,6 +12,7 @@ from ...errors import RegraftError
 from ...io import output
 from ...io.files import read_json_lines
 from ...progress import Ticker
+from ..metrics import FILE
 from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
 from ..output import TEXT, TRAINED, finish_run, open_run, publish_model
 from ..records import StageSummary, StepRow
@@ -125,7 +126,7 @@ def align_in_folder(
 def summarize_layers(out: Path) -> list[StageSummary]:
     """Summarize every layer that was trained, as `monitor.summarize_stages` does stages."""
     layers: dict[int, list[StepRow]] = {}
-    for row in read_json_lines(out / "metrics.jsonl"):
+    for row in read_json_lines(out / FILE, StepRow):
         layers.setdefault(row["layer"], []).append(cast(StepRow, row))
 
     # Tokens, seconds and steps in the rows count over all layers; here from the layer's start.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Never, TypedDict
 
 import torch
 from safetensors.torch import save_file
@@ -19,12 +18,19 @@ from ...core.checkpoint import Checkpoint
 from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
-from ...io.files import read_json, replace_file, write_json, write_text
+from ...io.files import (
+    read_json_lines,
+    read_own_json,
+    replace_file,
+    write_json,
+    write_json_lines,
+)
+from ...io.schema import build
 from ..checkpoint_files import hash_file
 from ..divergence import LossSpikeConfig
 from ..output import WORK, check_settings
 from ..precision import use_bfloat16
-from ..records import Cost, LedgerEntry, StartCost
+from ..records import Cost, LedgerEntry, StartCost, StepRow
 from ..run import StepCallback
 from ..stage import LAYERWISE, Stage
 
@@ -139,6 +145,16 @@ def check_layerwise_models(source: Checkpoint, target: Checkpoint) -> None:
         )
 
 
+class LayerwiseFile(TypedDict):
+    """The contents of `stream/state.json`: a `LayerwiseState` and the run's settings."""
+
+    passed: int
+    trained: list[int]
+    entry: LedgerEntry
+    start: StartCost | dict[str, Never]  # empty without one
+    settings: dict[str, Any]
+
+
 @dataclass(kw_only=True)
 class LayerwiseState:
     """How far a run has come; written to `stream/state.json`.
@@ -165,12 +181,13 @@ class LayerwiseState:
         """
         file, facts = run.folder / "state.json", None
         if distributed.is_rank0() and file.exists():
-            facts = read_json(file)
+            facts = read_own_json(file, LayerwiseFile, f"remove '{run.folder}' to begin again")
         facts = distributed.broadcast(facts)
         if facts is None:
             return cls.create(run)
-        check_settings(run.out, facts.pop("settings"), run.settings, remove="it")
-        return cls(**facts | {"start": facts["start"] or None}).drop_damaged(run)
+        check_settings(run.out, facts["settings"], run.settings, remove="it")
+        state: LayerwiseState = build(cls, facts | {"start": facts["start"] or None})
+        return state.drop_damaged(run)
 
     @classmethod
     def create(cls, run: LayerwiseRun) -> LayerwiseState:
@@ -249,12 +266,8 @@ class LayerwiseState:
         A last line cut short by a kill is dropped too. The first process does it.
         """
         if distributed.is_rank0() and file.exists():
-            rows = [
-                line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")
-            ]
-            write_text(
-                file, "".join(line for line in rows if json.loads(line)["layer"] in self.trained)
-            )
+            rows = read_json_lines(file, StepRow)
+            write_json_lines(file, [row for row in rows if row.get("layer") in self.trained])
 
 
 def layer_path(run: LayerwiseRun, layer: int) -> Path:
