@@ -1,9 +1,17 @@
-"""The one exception a user sees, and help with misspelt names."""
+"""The one exception a user sees, help with misspelt names, and foreign text made safe to print."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What a terminal acts on instead of showing it: control characters (C0, DEL, C1), line and
+# paragraph separators, and the marks that reverse the direction of text. Surrogates stand for
+# bytes of a file name that are not UTF-8, and cannot be written.
+NOT_PRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class RegraftError(Exception):
@@ -27,3 +35,18 @@ def suggest(word: str, known: Iterable[str], count: int = 1) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=count)
     return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text without what a terminal would act on: such characters become escapes like \\x1b.
+
+    For names, prompts, texts of models and messages that hold them.
+
+    Args:
+        text: what is to be printed.
+        keep: characters that stay, such as the newlines of a whole page.
+    """
+    return NOT_PRINTABLE.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
+        str(text),
+    )

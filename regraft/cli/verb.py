@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists
+from ..progress import print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,4 +110,4 @@ def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
 def write_plot(name: str, picture: bytes) -> None:
     """Write a picture into the current folder and say so."""
     Path(name).write_bytes(picture)
-    print(f"regraft: wrote {name}", file=sys.stderr)
+    print_line(f"wrote {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
-from ..progress import Ticker
+from ..progress import Ticker, print_line
 from ..recipes import schema
 from . import data, report, savings, start
 from .folders import DONE
@@ -26,6 +27,7 @@ from .recipe import Comparison, dump
 RECIPE = "recipe.json"
 FREE_KEYS = ("arms", "seeds", "others")  # of a recipe: may change between calls on one folder
 POLL_SECONDS = 0.1
+SECONDS_TO_STOP = 60.0  # for all that a run needs to end in order
 OWN_ERROR_LINE = re.compile("^regraft: ")
 # torchrun ends with ChildFailedError whatever went wrong: that line explains nothing.
 LIBRARY_ERROR_LINE = re.compile(r"(?<!ChildFailed)(Error|Exception|Interrupt)\b|\bSignal \d+")
@@ -211,10 +213,7 @@ def run_jobs(
                 del running[job]
                 if process.returncode or not is_done(recipe, out, job):
                     errors[job] = job.read_error(out)
-                    print(
-                        f"regraft: {job.kind} {job.name}, seed {job.seed}: {errors[job]}",
-                        file=sys.stderr,
-                    )
+                    print_line(f"{job.kind} {job.name}, seed {job.seed}: {errors[job]}")
 
             finished = count - len(waiting) - sum(1 - job.read_progress(out) for job in running)
             ticker.update(finished / count, ", ".join(f"{job.name} {job.seed}" for job in running))
@@ -223,6 +222,10 @@ def run_jobs(
         # When this process is interrupted, no run is left behind.
         for process in running.values():
             process.terminate()
+        # Those that train keep a checkpoint first, and hold their folders' locks until then.
+        for process in running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_STOP)
     return errors
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import RegraftError
-from .files import read_json
+from .files import read_json, replace_file
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes per number.
@@ -187,3 +189,14 @@ def group_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         filled += size
     return groups
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all; RegraftError when the disk is full."""
+    try:
+        with replace_file(file) as part:
+            save_file(dict(tensors), part)
+    except (OSError, SafetensorError) as error:  # the library wraps a full disk in its own
+        raise RegraftError(
+            f"cannot write '{file}' ({error}): free some space and run the same command again"
+        ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from ..data.images import read_images
 from ..data.text import Text
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
+from ..io.safetensors import save_tensors
 from ..modeling import flops
 from ..progress import Ticker
 from . import fsdp, loop
@@ -118,10 +119,8 @@ def calibrate_once(
         # The weights come last: where they exist, the start is complete.
         work.mkdir(parents=True, exist_ok=True)
         write_json(costs, cost)
-        part = file.with_suffix(".part")
         weights = {name: value.contiguous() for name, value in mixer_weights(student).items()}
-        save_file(weights, part)
-        part.replace(file)
+        save_tensors(file, weights)
 
     # Read back also what was just written, so that a resumed run has the same weights.
     values = load_file(file)

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ... import distributed
 from ...core.checkpoint import Checkpoint
 from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
-from ...io.files import read_json, replace_file, write_json, write_text
+from ...io.files import read_json, write_json, write_text
 from ..divergence import LossSpikeConfig
 from ..output import check_settings
 from ..precision import use_bfloat16
@@ -223,17 +221,6 @@ class LayerwiseState:
 def layer_path(run: LayerwiseRun, layer: int) -> Path:
     """The file with a trained mixer."""
     return run.folder / f"layer-{layer}.safetensors"
-
-
-def write_layer(file: Path, values: dict[str, Tensor]) -> None:
-    """Write a trained mixer, whole or not at all; RegraftError on a full disk."""
-    try:
-        with replace_file(file) as part:
-            save_file(values, part)
-    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
-        raise RegraftError(
-            f"cannot write '{file}' ({error}): free some space and run the same command again"
-        ) from error
 
 
 def build_trained_checkpoint(run: LayerwiseRun, ledger: Mapping[str, Any]) -> Checkpoint:
