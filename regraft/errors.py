@@ -1,4 +1,4 @@
-"""The one exception a user sees, and help with misspelt names."""
+"""The one exception a user sees, help with misspelt names, and foreign text made safe to print."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 NO_MEMORY = re.compile("not enough memory|[Cc]annot allocate memory|out of memory|unable to mmap")
+
+# What a terminal acts on instead of showing it: control characters (C0, DEL, C1), line and
+# paragraph separators, and the marks that reverse the direction of text. Surrogates stand for
+# bytes of a file name that are not UTF-8, and cannot be written.
+NOT_PRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class RegraftError(Exception):
@@ -56,3 +63,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception, at most 200 characters, its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text without what a terminal would act on: such characters become escapes like \\x1b.
+
+    For names, prompts, texts of models and messages that hold them.
+
+    Args:
+        text: what is to be printed.
+        keep: characters that stay, such as the newlines of a whole page.
+    """
+    return NOT_PRINTABLE.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
+        str(text),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,7 +82,7 @@ def grow(
     from ..io import output, shard_writer
     from ..io.shard_writer import ExtraFile
     from ..plan.plan import Plan, print_plan
-    from ..progress import Ticker
+    from ..progress import Ticker, print_line
     from ..train import fit_ligo
 
     given = locals()
@@ -102,7 +101,7 @@ def grow(
     # fitted from.
     grown = growth(before)
     plan = Plan.of(before, grown)
-    print(f"regraft: {plan.format_cost()}", file=sys.stderr)
+    print_line(plan.format_cost())
 
     # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from
     # them.

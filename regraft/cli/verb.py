@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RegraftError
 from ..io import output
 from ..io.files import replace_file
+from ..progress import print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,4 +165,4 @@ def write_plot(name: str, picture: bytes) -> None:
     check_plot(name)
     with replace_file(Path(name)) as part:
         part.write_bytes(picture + PLOT_MARK)
-    print(f"regraft: wrote {name}", file=sys.stderr)
+    print_line(f"wrote {name}")

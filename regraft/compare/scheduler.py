@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 from ..errors import RegraftError
 from ..io import output
 from ..io.files import read_json_if_exists, read_own_json, write_json
-from ..progress import Ticker
+from ..progress import Ticker, print_line
 from ..recipes import schema
 from ..train.output import open_run
 from . import data, report, savings, start
@@ -42,6 +43,7 @@ NAMES = (
     "compare.html",
 )
 POLL_SECONDS = 0.1
+SECONDS_TO_STOP = 60.0  # for all that a run needs to end in order
 OWN_ERROR_LINE = re.compile("^regraft: ")
 # torchrun ends with ChildFailedError whatever went wrong: that line explains nothing.
 LIBRARY_ERROR_LINE = re.compile(r"(?<!ChildFailed)(Error|Exception|Interrupt)\b|\bSignal \d+")
@@ -218,10 +220,7 @@ def run_jobs(
                 del running[job]
                 if process.returncode or not is_done(recipe, out, job):
                     errors[job] = job.read_error(out)
-                    print(
-                        f"regraft: {job.kind} {job.name}, seed {job.seed}: {errors[job]}",
-                        file=sys.stderr,
-                    )
+                    print_line(f"{job.kind} {job.name}, seed {job.seed}: {errors[job]}")
 
             finished = count - len(waiting) - sum(1 - job.read_progress(out) for job in running)
             ticker.update(finished / count, ", ".join(f"{job.name} {job.seed}" for job in running))
@@ -230,6 +229,10 @@ def run_jobs(
         # When this process is interrupted, no run is left behind.
         for process in running.values():
             process.terminate()
+        # Those that train keep a checkpoint first, and hold their folders' locks until then.
+        for process in running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_STOP)
     return errors
 
 

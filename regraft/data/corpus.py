@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import time
 import weakref
@@ -15,6 +14,7 @@ from typing import Any, TypedDict
 from .. import distributed
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
+from ..progress import print_line
 from .files import find_files
 from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
 from .text import Text
@@ -163,10 +163,7 @@ class Corpus:
         if count > self.reported_bad_lines and distributed.is_rank0():
             named = [line for part in bad for line in part.journal.named]
             more = f"; and {count - 3:,} more" if count > 3 else ""
-            print(
-                f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}",
-                file=sys.stderr,
-            )
+            print_line(f"left out {count:,} bad lines: {'; '.join(named[:3])}{more}")
         self.reported_bad_lines = count
 
     def rows(self, length: int, need: int = 0) -> CachedRows:

@@ -31,14 +31,20 @@ def replace_file(path: Path) -> Iterator[Path]:
 
     It is flushed to disk first, so that a kill or a power cut leaves the old file or the new one.
     When the block raises, it is removed. Its name holds the process id, so that two processes may
-    write the same file. What a kill leaves is removed by `remove_parts`.
+    write the same file. What a kill leaves is removed by `remove_parts`. Its mode follows the
+    umask, whatever library writes it.
 
     Args:
         path: the file that is to appear or be replaced, in a folder that exists.
     """
     part = path.with_name(f"{PART}{os.getpid()}-{path.name}")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        # Some libraries write a temporary file of their own, which only its owner can read.
+        if part.stat().st_mode != mode:
+            part.chmod(mode)
         sync(part)
         os.replace(part, path)
     except BaseException:
@@ -121,7 +127,8 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, whole or not at all."""
     with replace_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        # A file name that is not UTF-8 has surrogates: JSON reads their escapes back.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -34,6 +34,32 @@ def terminate_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def available_memory() -> tuple[int, str] | None:
+    """Bytes that this process may still have and what limits them; None where nothing says."""
+    found = []
+    meminfo, own = Path("/proc/meminfo"), Path("/proc/self/statm")
+    if meminfo.exists():
+        lines = meminfo.read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable"))
+        found.append((int(line.split()[1]) * 1024, "free on this machine"))
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and own.exists():
+        used = int(own.read_text().split()[0]) * resource.getpagesize()
+        found.append((max(limit - used, 0), f"left of this process's limit, {limit / 1e6:,.0f} MB"))
+
+    # A container's limit: of cgroup v2, seen from inside.
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (most := _first_word(group / "memory.max")) != "max":
+        used = int(_first_word(group / "memory.current"))
+        found.append((max(int(most) - used, 0), "left of this container's limit"))
+    return min(found, default=None)
+
+
+def _first_word(file: Path) -> str:
+    return file.read_text().split()[0]
+
+
 def return_freed_memory() -> None:
     """Give freed memory back to the system, and from now on blocks of 1 MiB and more at once.
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import RegraftError, explain_errors
-from .files import check_inside, check_regular_file, parse_json, read_json
+from .files import check_inside, check_regular_file, parse_json, read_json, replace_file
 from .linux import free_memory
 from .schema import check_json
 
@@ -253,3 +253,14 @@ def group_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         filled += size
     return groups
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all; RegraftError when the disk is full."""
+    try:
+        with replace_file(file) as part:
+            save_file(dict(tensors), part)
+    except (OSError, SafetensorError) as error:  # the library wraps a full disk in its own
+        raise RegraftError(
+            f"cannot write '{file}' ({error}): free some space and run the same command again"
+        ) from error

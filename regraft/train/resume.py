@@ -158,6 +158,11 @@ def list_checkpoints(out: Path) -> list[Place]:
     return sorted(numbered)
 
 
+def describe_newest(out: Path) -> str:
+    """What `StopSignals.exit_process` says is kept: the newest checkpoint, empty without one."""
+    return f"'{found[-1][2]}' is" if (found := list_checkpoints(out)) else ""
+
+
 def save_state(
     out: Path,
     model: nn.Module,

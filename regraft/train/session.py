@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,7 +20,7 @@ from ..data.text import Text
 from ..errors import RegraftError
 from ..io import output
 from ..io.files import read_json_if_exists, write_json
-from ..io.safetensors import read_tensors
+from ..io.safetensors import read_tensors, save_tensors
 from ..modeling import flops
 from ..progress import Ticker
 from . import fsdp, loop
@@ -140,10 +139,8 @@ def calibrate_once(
         # The weights come last: where they exist, the start is complete.
         work.mkdir(parents=True, exist_ok=True)
         write_json(costs, cost)
-        part = file.with_suffix(".part")
         weights = {name: value.contiguous() for name, value in mixer_weights(student).items()}
-        save_file(weights, part)
-        part.replace(file)
+        save_tensors(file, weights)
 
     # Read back also what was just written, so that a resumed run has the same weights.
     values = read_tensors(file)

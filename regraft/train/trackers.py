@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol, TypedDict
 from .. import distributed
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, read_json_lines, write_json
+from ..progress import print_line
 from .metrics import FILE as METRICS
 from .metrics import MetricsRow
 
@@ -210,7 +210,4 @@ class Sender:
         except Exception as error:  # libraries with networks behind them may raise anything
             self.trackers.pop(name, None)
             message = " ".join(str(error).split())
-            print(
-                f"regraft: {name} failed ({message}) and gets no more rows; metrics.jsonl has all",
-                file=sys.stderr,
-            )
+            print_line(f"{name} failed ({message}) and gets no more rows; metrics.jsonl has all")

@@ -10,21 +10,13 @@ from pathlib import Path
 from typing import Any, Never, TypedDict
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ... import distributed
 from ...core.checkpoint import Checkpoint
 from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
-from ...io.files import (
-    read_json_lines,
-    read_own_json,
-    replace_file,
-    write_json,
-    write_json_lines,
-)
+from ...io.files import read_json_lines, read_own_json, write_json, write_json_lines
 from ...io.schema import build
 from ..checkpoint_files import hash_file
 from ..divergence import LossSpikeConfig
@@ -273,17 +265,6 @@ class LayerwiseState:
 def layer_path(run: LayerwiseRun, layer: int) -> Path:
     """The file with a trained mixer."""
     return run.folder / f"layer-{layer}.safetensors"
-
-
-def write_layer(file: Path, values: dict[str, Tensor]) -> None:
-    """Write a trained mixer, whole or not at all; RegraftError on a full disk."""
-    try:
-        with replace_file(file) as part:
-            save_file(values, part)
-    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
-        raise RegraftError(
-            f"cannot write '{file}' ({error}): free some space and run the same command again"
-        ) from error
 
 
 def build_trained_checkpoint(run: LayerwiseRun, ledger: Mapping[str, Any]) -> Checkpoint:
