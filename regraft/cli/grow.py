@@ -37,6 +37,7 @@ def grow(
     skip_bad: bool = False,
     bridge: bool = False,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
@@ -69,6 +70,7 @@ def grow(
         skip_bad: leave out lines of text that cannot be read, and count them
         bridge: write the model as another class where its own cannot hold the sizes
         overwrite: replace the output if it exists
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     import shutil
@@ -84,7 +86,7 @@ def grow(
     from ..train import fit_ligo
 
     check_flags(locals())
-    before = Checkpoint.open(source)
+    before = Checkpoint.open(source, allow_nonfinite)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed)
     if optimizer_state:
@@ -113,7 +115,9 @@ def grow(
             shutil.rmtree(maps, ignore_errors=True)
             if optimizer_state:
                 moments.grow_optimizer_state(before, growth.steps(before), optimizer_state, out)
-            return None if growth.is_exact(before) else parity.measure_step0(source, out)
+            if growth.is_exact(before) or allow_nonfinite:  # NaN has no difference to measure
+                return None
+            return parity.measure_step0(source, out)
 
         step0 = distributed.on_rank0(write)
 
@@ -183,6 +187,7 @@ VERB = Verb(
             "dtype",
             "optimizer_state",
             "overwrite",
+            "allow_nonfinite",
             "json",
         ),
     },

@@ -37,6 +37,7 @@ def linearize(
     max_tokens: int | None = None,
     cache: str | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens
@@ -75,6 +76,7 @@ def linearize(
         cache: folder that keeps the text's tokens for other runs
         skip_bad: leave out lines of text that cannot be read, and count them
         overwrite: replace the output if it exists
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
@@ -95,7 +97,7 @@ def linearize(
         )
 
     # The method as published or as ours, then what the flags change of it.
-    before = Checkpoint.open(source)
+    before = Checkpoint.open(source, allow_nonfinite)
     changes = {
         "mixer": mixer,
         "keep": keep,
@@ -184,6 +186,7 @@ VERB = Verb(
         ),
         "output": (
             "overwrite",
+            "allow_nonfinite",
             "json",
         ),
     },

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
+from ..io.identity import keep_inputs
 from ..progress import Ticker
 from ..recipes import schema
 from . import data, report, savings, start
@@ -24,7 +25,9 @@ from .numbers import ComparisonNumbers, DoneFacts, FailedRun
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
+INPUTS = "inputs.json"
 FREE_KEYS = ("arms", "seeds", "others")  # of a recipe: may change between calls on one folder
+PATH_KEYS = ("source", "data", "heldout")  # as paths they may change: their content is compared
 POLL_SECONDS = 0.1
 OWN_ERROR_LINE = re.compile("^regraft: ")
 # torchrun ends with ChildFailedError whatever went wrong: that line explains nothing.
@@ -144,7 +147,8 @@ def claim(recipe: Comparison, out: Path) -> None:
     """Keep the recipe in `out`; RegraftError when another comparison is there.
 
     Arms, seeds and sources may come and go between calls: finished runs stay comparable. Anything
-    else that differs would mix two experiments in one table.
+    else that differs would mix two experiments in one table, as would sources or data that are not
+    the same any more.
     """
     file = out / RECIPE
     if not file.exists() and out.is_dir() and any(out.iterdir()):
@@ -156,13 +160,15 @@ def claim(recipe: Comparison, out: Path) -> None:
     if file.exists():
         old = read_json_if_exists(file)
         for key in new:
-            if key not in FREE_KEYS and new[key] != old.get(key):
+            moved = key in PATH_KEYS and isinstance(new[key], str) and isinstance(old.get(key), str)
+            if key not in FREE_KEYS and not moved and new[key] != old.get(key):
                 raise RegraftError(
                     f"{out} holds a comparison with another {key} ({old.get(key)} there, "
                     f"{new[key]} here): choose another folder or delete it"
                 )
 
     out.mkdir(parents=True, exist_ok=True)
+    keep_inputs(out / INPUTS, data.identify_inputs(recipe), f"the comparison in '{out}'")
     write_json(file, new)
 
 

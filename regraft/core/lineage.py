@@ -8,7 +8,7 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from ..errors import RegraftError
 from ..io.files import read_json, sha256
@@ -79,6 +79,7 @@ class Lineage(TypedDict):
     # Tensor -> kind, names of the source's tensors it is computed from, note (see `Provenance`).
     tensors: dict[str, tuple[str, list[str], str]]
     files: dict[str, str]  # file beside lineage.json -> sha256
+    allow_nonfinite: NotRequired[bool]  # where NaN and infinity were not refused
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
         if "seed" in step.get("arguments", {})
     ]
 
-    return {
+    lineage: Lineage = {
         "source": origin(checkpoint),
         "steps": cast(list[StepEntry], list(checkpoint.history)),
         "seed": seeds[-1] if seeds else None,
@@ -151,6 +152,9 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
         "tensors": {name: (p.kind, list(p.sources), p.note) for name, p in provenances.items()},
         "files": files,
     }
+    if checkpoint.allow_nonfinite:
+        lineage["allow_nonfinite"] = True
+    return lineage
 
 
 def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
@@ -178,6 +182,8 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
         # Another release of torch may round differently.
         "versions": [version("regraft"), *versions().values()],
     }
+    if checkpoint.allow_nonfinite:  # its files may hold what others must not
+        facts["allow_nonfinite"] = True
 
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import RegraftError
 from .files import read_json
+from .finite import check_finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes per number.
@@ -35,6 +36,8 @@ class TensorEntry:
     dtype: str
     # Shape as stored.
     shape: tuple[int, ...]
+    # Whether `read` takes NaN and infinity.
+    allow_nonfinite: bool = False
 
     def torch_dtype(self) -> torch.dtype:
         """The floating-point dtype; RegraftError for any other, which means a quantised model."""
@@ -46,7 +49,9 @@ class TensorEntry:
         return DTYPES[self.dtype]
 
     def read(self) -> Tensor:
-        """The tensor's values; RegraftError when they cannot be read or are not finite."""
+        """The tensor's values; RegraftError when they cannot be read, or are not finite and that is
+        not allowed.
+        """
         try:
             with safe_open(self.file, framework="pt") as file:
                 value: Tensor = file.get_tensor(self.name)
@@ -55,11 +60,9 @@ class TensorEntry:
                 f"cannot read '{self.name}' from '{self.file}' ({error}): fetch the file again"
             ) from error
 
-        # NaN comes out of `aminmax` too, so two numbers tell about all.
-        if value.numel() and not all(bound.isfinite() for bound in value.aminmax()):
-            raise RegraftError(
-                f"tensor '{self.name}' in '{self.file}' holds NaN or infinity: fetch the file again"
-            )
+        if not self.allow_nonfinite:
+            advice = "fetch the file again; grow, linearize and train take --allow-nonfinite"
+            check_finite(value, f"tensor '{self.name}' in '{self.file}'", advice)
         return value
 
 

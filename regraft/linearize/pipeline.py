@@ -21,6 +21,7 @@ from ..data.text import Text
 from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
 from ..io.files import read_json_if_exists, write_json
+from ..io.identity import Identity, find_change, identify_model
 from ..mixers.remix import Remix
 from ..mixers.remix_options import RemixOptions
 from ..progress import Ticker
@@ -40,8 +41,8 @@ Limit = Callable[[int], float | None]  # number of a stage -> seconds it may tak
 class ConversionRequest(TypedDict):
     """What a folder's conversion was started with; `asked.json` until it is finished."""
 
-    source: str  # path
-    data: str  # the Text
+    source: Identity
+    data: str  # how the Text is read; its content is pinned by `data.corpus`
     seed: int
     method: str
     stages: str
@@ -119,7 +120,7 @@ def train_linearized(
         The ledger. Its `start` is what was spent before the stages: choosing layers and the closed
         form.
     """
-    checkpoint, work = Checkpoint.open(folder), out / "work"
+    checkpoint, work = Checkpoint.open(folder, source.allow_nonfinite), out / "work"
     length = stages[0].length if stages else LENGTH
     batches = []
     if calibration:
@@ -223,9 +224,9 @@ def run_method(
     distributed.on_rank0(lambda: str(source.path))  # a GGUF file is converted by one process
     work = out / "work"
     request: ConversionRequest = {
-        "source": str(source.path),
+        "source": distributed.on_rank0(lambda: identify_model(source.origin)),
         # --skip-bad may be added after a bad line stopped the first attempt
-        "data": repr(dataclasses.replace(data, skip_bad=False)),
+        "data": repr(dataclasses.replace(data, path="", skip_bad=False)),
         "seed": seed,
         "method": repr(method),
         "stages": repr(stages),
@@ -319,8 +320,13 @@ def claim(out: Path, request: ConversionRequest, overwrite: bool) -> None:
             f"{out} exists and holds no conversion: choose another folder or delete it"
         )
     if before is not None:
+        if change := find_change(before.get("source"), request["source"]):
+            raise RegraftError(
+                f"{out} holds a conversion with another source ({change}): give the same source, "
+                "choose another folder or delete it"
+            )
         for key, value in request.items():
-            if before.get(key) != value:
+            if key != "source" and before.get(key) != value:
                 raise RegraftError(
                     f"{out} holds a conversion with another {key}: choose another folder or delete "
                     "it"

@@ -6,7 +6,9 @@ import contextlib
 import threading
 import time
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
+
+import yaml
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json, write_text
@@ -52,11 +54,13 @@ class Journal:
         """
         file = self.directory / "recipe.yaml"
         if file.exists():
-            before = file.read_text(encoding="utf-8")
-            if before != recipe:
+            before, now = (
+                _without_paths(text) for text in (file.read_text(encoding="utf-8"), recipe)
+            )
+            if before != now:
                 raise RegraftError(
                     f"{self.directory} holds a run of another recipe "
-                    f"({_describe_difference(before, recipe)}): choose another folder or delete it"
+                    f"({_describe_difference(before, now)}): choose another folder or delete it"
                 )
         if not file.exists() and self.directory.is_dir() and any(self.directory.iterdir()):
             raise RegraftError(
@@ -92,6 +96,21 @@ class Journal:
                 "phases": self.phases,
             }
             write_json(self.directory / "time.json", spent)
+
+
+def _without_paths(recipe: str) -> str:
+    """A recipe without the paths of its inputs, which may be moved: their content is compared."""
+    try:
+        fields: dict[str, Any] = yaml.safe_load(recipe)
+        measure = fields["measure"]
+        del fields["source"]
+        for text in fields["train"]:
+            del text["path"]
+        for part, key in ((fields, "heldout"), (measure, "task_data")):
+            part[key] = part[key] is not None
+        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    except (yaml.YAMLError, KeyError, TypeError):
+        return recipe  # damaged, or of another version: other words are another recipe
 
 
 def _describe_difference(before: str, now: str) -> str:

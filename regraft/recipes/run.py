@@ -13,14 +13,16 @@ from torch import nn
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.corpus import TextMixture
+from ..data.files import find_files
 from ..data.rows import Packed
-from ..evaluation import baselines
+from ..evaluation import baselines, tasks
 from ..evaluation.bench import bench
 from ..evaluation.evaluate import assemble_rows, build_suite, evaluation_windows
 from ..evaluation.perplexity import Candidate, measure
 from ..evaluation.rows import QualityRow
 from ..evaluation.suite import Suite, add_share_of_teacher
 from ..io.files import read_json_if_exists, write_json
+from ..io.identity import Identity, identify_files, identify_model, keep_inputs
 from ..linearize.pipeline import choose_layers, train_linearized
 from ..modeling import generate
 from ..plan.plan import Plan
@@ -64,6 +66,9 @@ def run_recipe(
         return follow(recipe, Path(out), watching)
 
     experiment = Experiment(recipe, Path(out), watching)
+    # A finished run needs its inputs no more.
+    if not all(experiment.journal.is_done(name) for name in experiment.phases()):
+        keep_inputs(experiment.work / "inputs.json", identify_inputs(recipe), f"the run in '{out}'")
     with experiment.journal.ticker:
         for name, phase in experiment.phases().items():
             if not experiment.journal.is_done(name):
@@ -74,6 +79,21 @@ def run_recipe(
     html.write(experiment.out)
     distributed.broadcast("")  # the end
     return html.collect(experiment.out)
+
+
+def identify_inputs(recipe: Recipe) -> dict[str, Identity]:
+    """The identities of what a recipe names, but for its training text: that is pinned by
+    `data.corpus` as it is tokenized.
+    """
+    inputs = {"source": identify_model(recipe.source)}
+    if recipe.heldout:
+        inputs["heldout"] = identify_files(find_files(recipe.heldout))
+    if folder := recipe.measure.task_data:
+        names = [name for name in recipe.measure.tasks if name in tasks.TASKS]
+        inputs["task data"] = identify_files(
+            tasks.find_file(name, tasks.TASKS[name].files, Path(folder)) for name in names
+        )
+    return inputs
 
 
 def follow(recipe: Recipe, out: Path, watching: MonitorConfig) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from .optimizer import (
 from .precision import use_bfloat16
 from .records import Cost, StepRow
 from .resume import RunState, list_checkpoints, load_state, lock_run, save_state
-from .run import Run, check_run, resume_settings
+from .run import Run, check_run
 from .signals import SigtermHandler
 from .stage import Stage
 from .step import step_generator, train_step
@@ -63,7 +63,7 @@ def train(run: Run) -> dict[str, Any]:
     set_gradient_checkpointing(run.model, run.checkpointing)
 
     with SigtermHandler() as stopping, lock_run(run.out):
-        state = load_state(run.out, run.model, resume_settings(run))
+        state = load_state(run.out, run.model, run.settings)
         if distributed.is_rank0():
             # Rows of steps after the checkpoint will be written again.
             state.trim_metrics(run.out / "metrics.jsonl")
@@ -252,7 +252,7 @@ class StageTrainer:
         run, state = self.run, self.state
         # While the loss is too high, the last checkpoint is the better place to resume from.
         if not state.trend.is_suspect:
-            save_state(run.out, run.model, self.optimizer, state, resume_settings(run))
+            save_state(run.out, run.model, self.optimizer, state, run.settings)
         if stop:
             self.stopping.exit_process(list_checkpoints(run.out))
         self.saved = time.monotonic()
@@ -265,7 +265,7 @@ class StageTrainer:
         if self.lora is not None:
             state.changed -= detach_lora(run.model)
         state.advance_stage()
-        save_state(run.out, run.model, None, state, resume_settings(run))
+        save_state(run.out, run.model, None, state, run.settings)
 
 
 def trainable_names(model: nn.Module) -> set[str]:

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from .. import distributed
 from ..errors import RegraftError
+from ..io.identity import find_changed_input
 from . import trackers
 
 RUN = "run"  # folder for what a run needs to be resumed
@@ -48,7 +49,7 @@ def check_output(out: Path, folder: str, own: Collection[str], kind: str = "run"
 def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remove: str) -> None:
     """Check that a run in `out` that is about to be resumed has the same settings.
 
-    RegraftError when they differ.
+    RegraftError when they differ, or when an input of `settings["inputs"]` is not the same.
 
     Args:
         out: the output folder.
@@ -57,9 +58,25 @@ def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remov
         remove: what the message says can be removed to start again.
     """
     # `stored` has been through JSON, which turns tuples into lists.
-    if stored != json.loads(json.dumps(settings)):
+    before = dict(stored) if isinstance(stored, Mapping) else {}
+    now = json.loads(json.dumps(settings))
+    inputs, inputs_now = before.pop("inputs", {}), now.pop("inputs", {})
+
+    changed = next((key for key in {**before, **now} if before.get(key) != now.get(key)), None)
+    if changed is not None:
         raise RegraftError(
-            f"'{out}' holds a run with other settings: give another output, or remove {remove}"
+            f"'{out}' holds a run with other settings ({changed}): give another output, or remove "
+            f"{remove}"
+        )
+    if set(inputs) != set(inputs_now):
+        raise RegraftError(
+            f"'{out}' holds a run with other inputs ({', '.join(inputs) or 'none recorded'}, now "
+            f"{', '.join(inputs_now)}): give the same ones or another output, or remove {remove}"
+        )
+    if change := find_changed_input(inputs, inputs_now):
+        raise RegraftError(
+            f"'{out}' holds a run that began with another input ({change}): give the same input or "
+            f"another output, or remove {remove}"
         )
 
 

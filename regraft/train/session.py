@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from ..data.images import read_images
 from ..data.text import Text
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
+from ..io.identity import Identity, identify_model
 from ..modeling import flops
 from ..progress import Ticker
 from . import fsdp, loop
@@ -212,7 +214,10 @@ def move_model_files(folder: Path, out: Path) -> None:
 
 
 def load_for_training(
-    path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False
+    path: str,
+    over: fsdp.DeviceMesh | None,
+    layerwise: bool = False,
+    allow_nonfinite: bool = False,
 ) -> PreTrainedModel:
     """The model at `path` on the device it is trained on.
 
@@ -220,10 +225,11 @@ def load_for_training(
         path: a model's folder or name.
         over: load this process's shards over a mesh; None for the whole model.
         layerwise: see `fsdp.shard_model`.
+        allow_nonfinite: take NaN and infinity.
     """
     if over is None:
-        return modeling.load(path).to(distributed.device())
-    checkpoint = Checkpoint.open(path)
+        return modeling.load(path, allow_nonfinite=allow_nonfinite).to(distributed.device())
+    checkpoint = Checkpoint.open(path, allow_nonfinite)
     # Asking for the path converts a GGUF file: one process does it while the others wait.
     distributed.on_rank0(lambda: str(checkpoint.path))
     distributed.on_rank0(checkpoint.verify)
@@ -265,12 +271,24 @@ def load_heldout_rows(
 
 
 def load_teacher(
-    teacher: str, keeping: TeacherCacheConfig | None, over: fsdp.DeviceMesh | None
+    teacher: str,
+    keeping: TeacherCacheConfig | None,
+    over: fsdp.DeviceMesh | None,
+    allow_nonfinite: bool = False,
 ) -> Teacher:
     """The teacher; behind a cache it is loaded when a row is first missing."""
-    if keeping:
-        return CachedTeacher(teacher, keeping, lambda path: load_for_training(path, over))
-    return load_for_training(teacher, over)
+    load = functools.partial(
+        load_for_training, over=over, layerwise=False, allow_nonfinite=allow_nonfinite
+    )
+    return CachedTeacher(teacher, keeping, load) if keeping else load(teacher)
+
+
+def identify_models(model: str | Path, teacher: str | Path | None) -> dict[str, Identity]:
+    """The identities of a run's models; the first process reads them for all."""
+    paths = {"model": model, "teacher": teacher}
+    return distributed.on_rank0(
+        lambda: {name: identify_model(path) for name, path in paths.items() if path}
+    )
 
 
 def check_stage(
@@ -307,6 +325,7 @@ def train_saved_model(
     cache: Path | None = None,
     keeping: TeacherCacheConfig | None = None,
     hybrid: bool = False,
+    allow_nonfinite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a saved model for one stage and write it to `out`.
@@ -329,6 +348,7 @@ def train_saved_model(
         cache: where tokens are stored for later runs; None for `out`, until the run ends.
         keeping: where the teacher's outputs are cached; None for no cache.
         hybrid: see `fsdp.build_mesh`.
+        allow_nonfinite: take and write NaN and infinity.
         options: more fields of `loop.Run`.
 
     Returns:
@@ -339,12 +359,13 @@ def train_saved_model(
     check_output(target, RUN, RUN_FILES)
 
     ticker.start(f"reading {model}")
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, allow_nonfinite)
     check_stage(checkpoint, model, stage, teacher, keeping)
+    inputs = identify_models(model, teacher)
     over = fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
-    student = load_for_training(model, over, stage.kind in LAYERWISE)
+    student = load_for_training(model, over, stage.kind in LAYERWISE, allow_nonfinite)
     tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
-    guide = load_teacher(teacher, keeping, over) if teacher else None
+    guide = load_teacher(teacher, keeping, over, allow_nonfinite) if teacher else None
     # A cached teacher finds its own attention modules, when it has to run at all.
     slots = []
     if teacher and stage.kind in LAYERWISE and not keeping:
@@ -365,7 +386,7 @@ def train_saved_model(
         with watching.monitor(target, ticker, facts) as watchers:
             run = loop.Run(
                 student, [stage], rows, target, guide, slots, seed=seed, heldout=held,
-                **watchers, **options,
+                inputs=inputs, **watchers, **options,
             )  # fmt: skip
             ledger = loop.train(run)
     finally:

@@ -33,6 +33,7 @@ def align_saved_model(
     calibration: int = 0,
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Align a linearized model layer by layer with its source and write it to `out`.
 
@@ -53,6 +54,7 @@ def align_saved_model(
         calibration: tokens for the closed-form start of a model as linearize wrote it, 0 for none.
         watching: trackers and the limit for loss spikes.
         cache: where tokens are stored for later runs; None for `out`, until the run ends.
+        allow_nonfinite: take and write NaN and infinity.
 
     Returns:
         The ledger with `text` (what was read), `summary` (a `StageSummary` of each layer) and
@@ -66,7 +68,7 @@ def align_saved_model(
         )
 
     ticker.start(f"reading {model}")
-    source, student = Checkpoint.open(teacher), Checkpoint.open(model)
+    source, student = (Checkpoint.open(path, allow_nonfinite) for path in (teacher, model))
     for checkpoint in (source, student):
         checkpoint.verify()
 
