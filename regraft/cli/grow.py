@@ -38,6 +38,7 @@ def grow(
     skip_bad: bool = False,
     bridge: bool = False,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
@@ -70,6 +71,7 @@ def grow(
         skip_bad: leave out lines of text that cannot be read, and count them
         bridge: write the model as another class where its own cannot hold the sizes
         overwrite: replace the output if it exists
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
@@ -87,9 +89,10 @@ def grow(
 
     given = locals()
     check_flags(given)
-    target, request = check_apart(given, INPUTS), describe_request("grow", given, INPUTS)
+    target = check_apart(given, INPUTS)
+    request = distributed.on_rank0(lambda: describe_request("grow", given, INPUTS))
     done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
-    before = Checkpoint.open(source)
+    before = Checkpoint.open(source, allow_nonfinite)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed)
     if optimizer_state:
@@ -129,7 +132,9 @@ def grow(
             if not done:
                 grown.save(out, overwrite, extra_files=extra_files, request=request)
             output.remove_output(maps)
-            return None if growth.is_exact(before) else parity.measure_step0(source, out)
+            if growth.is_exact(before) or allow_nonfinite:  # NaN has no difference to measure
+                return None
+            return parity.measure_step0(source, out)
 
         step0 = distributed.on_rank0(write)
 
@@ -196,6 +201,7 @@ VERB = Verb(
             "dtype",
             "optimizer_state",
             "overwrite",
+            "allow_nonfinite",
             "json",
         ),
     },

@@ -39,6 +39,7 @@ def linearize(
     max_tokens: int | None = None,
     cache: str | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens
@@ -77,6 +78,7 @@ def linearize(
         cache: folder that keeps the text's tokens for other runs
         skip_bad: leave out lines of text that cannot be read, and count them
         overwrite: replace the output if it exists
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
@@ -100,12 +102,16 @@ def linearize(
         )
 
     target, done = check_apart(given, (*INPUTS, "cache")), False
-    request = describe_request("linearize", given, INPUTS, ("track", "cache"))
+    request = None
     if not tokens:  # a run that trains looks after its output itself
+        ignored = ("track", "cache")
+        request = distributed.on_rank0(
+            lambda: describe_request("linearize", given, INPUTS, ignored)
+        )
         done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
 
     # The method as published or as ours, then what the flags change of it.
-    before = Checkpoint.open(source)
+    before = Checkpoint.open(source, allow_nonfinite)
     changes = {
         "mixer": mixer,
         "keep": keep,
@@ -199,6 +205,7 @@ VERB = Verb(
         ),
         "output": (
             "overwrite",
+            "allow_nonfinite",
             "json",
         ),
     },

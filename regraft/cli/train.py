@@ -55,6 +55,7 @@ def train(
     skip_bad: bool = False,
     max_tokens: int | None = None,
     cache: str | None = None,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Train a linearized or a stock model, under torchrun on all its processes; the same command
@@ -112,6 +113,7 @@ def train(
         keep_moments: write Adam's state as OUT/optimizer.safetensors
         stream: matrix and align layer by layer: two layers in memory, whatever the depth
         skip_bad: leave out lines of text that cannot be read, and count them
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     from pathlib import Path
@@ -149,6 +151,7 @@ def train(
                 calibration,
                 monitor,
                 cache_folder,
+                allow_nonfinite,
             )
         else:
             result = session.train_saved_model(
@@ -169,6 +172,7 @@ def train(
                 micro=micro,
                 checkpointing=checkpointing,
                 hybrid=hybrid,
+                allow_nonfinite=allow_nonfinite,
                 keeping=build_teacher_cache(given),
             )
     return Outcome(result, lambda console: print_result(result, request, out, console))
@@ -323,6 +327,7 @@ VERB = Verb(
             "keep_moments",
             "save_seconds",
             "track",
+            "allow_nonfinite",
             "json",
         ),
     },

@@ -121,13 +121,25 @@ def describe_request(
         ignored: further arguments that decide nothing, beside the output and how it is shown.
     """
     left_out = {"out", "overwrite", "json", *ignored}
-    asked = {name: value for name, value in given.items() if name not in left_out}
-    return {"verb": verb, **asked} | {name: identify_input(given[name]) for name in inputs}
+    asked = {name: value for name, value in given.items() if name not in {*left_out, *inputs}}
+    found = {name: identify_input(given[name]) for name in inputs if given[name]}
+    return {"verb": verb, **asked, "inputs": found}
 
 
-def identify_input(path: str | None) -> str | None:
-    """What an input is recognised by."""
-    return path and str(Path(path).resolve())
+def identify_input(given: str) -> dict[str, str]:
+    """The identity of an input: a model, a folder with a config.json, a file, or a text."""
+    from ..data.files import find_files
+    from ..io import gguf
+    from ..io.files import sha256
+    from ..io.identity import identify_file, identify_files, identify_model
+
+    path = Path(given)
+    if path.is_dir() and (path / "config.json").is_file():
+        is_model = any(path.glob("*.safetensors"))
+        return identify_model(path) if is_model else {"config.json": sha256(path / "config.json")}
+    if path.exists() and gguf.find_gguf_file(path):
+        return identify_model(path)
+    return {"file": identify_file(path)} if path.is_file() else identify_files(find_files(given))
 
 
 def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:

@@ -15,11 +15,14 @@ from .. import modeling
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
+from ..data.files import find_files
 from ..data.images import Images, read_images
 from ..data.packing import pack, read_documents
 from ..data.text import Text
 from ..errors import RegraftError
 from ..growth.sizes import solve_sizes
+from ..io.identity import identify_files, identify_model
+from ..io.request import Identity
 from ..train.objectives import HEADS, Data, Rows
 from ..train.output import WORK
 from ..train.session import training_rows
@@ -60,6 +63,20 @@ def prepare_data(recipe: Comparison, out: Path) -> None:
     for name, source in recipe.sources().items():
         if isinstance(source, dict):
             make_source(recipe, source, out, 0).save_pretrained(out / "blank" / name)
+
+
+def identify_inputs(recipe: Comparison) -> dict[str, Identity]:
+    """The identities of sources that are directories, and of the data."""
+    inputs = {
+        f"source '{name}'": identify_model(source)
+        for name, source in recipe.sources().items()
+        if isinstance(source, str)
+    }
+    for name, path in (("data", recipe.data), ("heldout", recipe.heldout)):
+        if path:
+            files = [Path(path)] if recipe.task == "image" else find_files(path)
+            inputs[name] = identify_files(files)
+    return inputs
 
 
 def write_text(recipe: Comparison, folder: Path) -> None:

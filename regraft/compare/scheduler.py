@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import RegraftError
 from ..io import output
 from ..io.files import read_json_if_exists, read_own_json, write_json
+from ..io.identity import keep_inputs
 from ..progress import Ticker, print_line
 from ..recipes import schema
 from ..train.output import open_run
@@ -28,10 +29,12 @@ from .numbers import ComparisonNumbers, DoneFacts, FailedRun
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
+INPUTS = "inputs.json"
 FREE_KEYS = ("arms", "seeds", "others")  # of a recipe: may change between calls on one folder
 # What a comparison writes into its folder.
 NAMES = (
     RECIPE,
+    INPUTS,
     "data",
     "tokenizer",
     "blank",
@@ -42,6 +45,7 @@ NAMES = (
     "table.md",
     "compare.html",
 )
+PATH_KEYS = ("source", "data", "heldout")  # as paths they may change: their content is compared
 POLL_SECONDS = 0.1
 SECONDS_TO_STOP = 60.0  # for all that a run needs to end in order
 OWN_ERROR_LINE = re.compile("^regraft: ")
@@ -120,9 +124,12 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
 
     target = output.check_apart(out, comparison_inputs(recipe))
     # Arms, seeds and sources may come and go between calls: finished runs stay comparable. Anything
-    # else that differs would mix two experiments in one table.
+    # else that differs would mix two experiments in one table, as would sources or data that are
+    # not the same any more.
     fixed = {key: value for key, value in dump(recipe).items() if key not in FREE_KEYS}
-    with open_run(target, "comparison", fixed, NAMES):
+    fixed |= {key: "a path" for key in PATH_KEYS if isinstance(fixed[key], str)}
+    with open_run(target, "comparison", lambda: fixed, NAMES):
+        keep_inputs(target / INPUTS, data.identify_inputs(recipe), f"the comparison in '{out}'")
         write_json(target / RECIPE, dump(recipe))
         return carry_out(recipe, target, jobs, launch)
 

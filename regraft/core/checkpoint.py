@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import RegraftError, explain_errors
 from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
+from ..io.finite import cast_finite
 from ..io.shard_writer import ExtraFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy
@@ -72,10 +73,16 @@ class Checkpoint:
     in_memory: bool = False
     # What the tensors are: the weights, or one of Adam's moments under the weights' names.
     holds: Holds = "weights"
+    # Whether NaN and infinity are read and written; else they are refused.
+    allow_nonfinite: bool = False
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, allow_nonfinite: bool = False) -> Checkpoint:
         """Open a model directory or a GGUF file, reading headers only.
+
+        Args:
+            path: the directory or file.
+            allow_nonfinite: whether values that are NaN or infinite are read and written.
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
@@ -89,9 +96,9 @@ class Checkpoint:
         file = gguf.find_gguf_file(origin)
         folder = gguf.find_converted(file) if file else origin
         if folder is not None:
-            return _open_folder(file or origin, folder)
+            return _open_folder(file or origin, folder, allow_nonfinite)
         assert file is not None
-        return _open_gguf(file)
+        return _open_gguf(file, allow_nonfinite)
 
     @property
     def path(self) -> Path:
@@ -167,7 +174,7 @@ class Checkpoint:
                     "pass the model's state dict"
                 )
             # A function makes the reader: a lambda here would see the last name of the loop.
-            read = _constant_reader(values[name], tensors[key].dtype)
+            read = _constant_reader(values[name], tensors[key].dtype, name)
             tensors[key] = replace(tensors[key], read=read)
 
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
@@ -192,7 +199,7 @@ class Checkpoint:
         tensors = dict(self.tensors)
         for name, read in reads.items():
             lazy = tensors[keys[name]]
-            tensors[keys[name]] = replace(lazy, read=_cast_reader(read, lazy.dtype))
+            tensors[keys[name]] = replace(lazy, read=_cast_reader(read, lazy.dtype, name))
 
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
@@ -244,7 +251,7 @@ class Checkpoint:
                 self.anatomy.name_in_file(self.names[key]): lazy
                 for key, lazy in self.tensors.items()
             }
-            shard_writer.write_weights(partial, tensors, shard_bytes)
+            shard_writer.write_weights(partial, tensors, shard_bytes, self.allow_nonfinite)
 
             for name, extra_file in extra_files.items():
                 extra_file.write(folder / name)
@@ -278,14 +285,14 @@ def with_older_keys(config: Config) -> dict[str, Any]:
         return find_anatomy(config).older(config) | dict(config)
 
 
-def _open_folder(origin: Path, folder: Path) -> Checkpoint:
+def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoint:
     """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
     check_model_files(folder)
     config = read_model_config(folder)
     with explain_config_errors(folder / "config.json"):
         anatomy = find_anatomy(config)
         sizes = anatomy.solve(config)
-    entries = read_model_entries(folder, anatomy)
+    entries = read_model_entries(folder, anatomy, allow_nonfinite)
     with explain_config_errors(folder / "config.json"):
         check_counts(anatomy.family, sizes, entries)
         placed = anatomy.place(config)
@@ -311,10 +318,11 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
         folder,
         dropped,
         tuple(known.get("steps", ())),
+        allow_nonfinite=allow_nonfinite,
     )
 
 
-def _open_gguf(file: Path) -> Checkpoint:
+def _open_gguf(file: Path, allow_nonfinite: bool) -> Checkpoint:
     """A GGUF file from its header alone.
 
     Shapes come from the config. Values come from a conversion of the whole file, which runs when
@@ -327,7 +335,10 @@ def _open_gguf(file: Path) -> Checkpoint:
     gguf.check_size(file, sum(math.prod(parameter.shape) for parameter in placed.values()))
 
     def build_reader(key: Key) -> Callable[[], Tensor]:
-        return lambda: _open_folder(file, gguf.convert_once(file)).tensors[key].read()
+        def read() -> Tensor:
+            return _open_folder(file, gguf.convert_once(file), allow_nonfinite).tensors[key].read()
+
+        return read
 
     # The conversion writes float32, whatever the file's quantisation.
     tensors = {
@@ -341,7 +352,15 @@ def _open_gguf(file: Path) -> Checkpoint:
     }
     names = {key: parameter.name for key, parameter in placed.items()}
     return Checkpoint(
-        file, config, anatomy, anatomy.solve(config), tensors, names, None, history=(gguf.STEP,)
+        file,
+        config,
+        anatomy,
+        anatomy.solve(config),
+        tensors,
+        names,
+        None,
+        history=(gguf.STEP,),
+        allow_nonfinite=allow_nonfinite,
     )
 
 
@@ -355,11 +374,11 @@ def _open_fused(lazy: LazyTensor, part: Part, index: int, sizes: Mapping[str, in
     )
 
 
-def _constant_reader(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _constant_reader(value: Tensor, dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
     """A reader that returns a value it was given."""
-    return lambda: value.detach().to("cpu", dtype)
+    return lambda: cast_finite(value.detach().to("cpu"), dtype, name)
 
 
-def _cast_reader(read: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+def _cast_reader(read: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
     """A reader that returns the value of another in a given dtype."""
-    return lambda: read().to(dtype)
+    return lambda: cast_finite(read(), dtype, name)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, get_args
 
 from ..errors import RegraftError
 from ..io.files import read_own_json, sha256
@@ -84,6 +84,7 @@ class Lineage(TypedDict, total=False):
     # Tensor -> kind, names of the source's tensors it is computed from, note (see `Provenance`).
     tensors: dict[str, tuple[Kind, list[str], str]]
     files: dict[str, str]  # file beside lineage.json -> sha256
+    allow_nonfinite: NotRequired[bool]  # where NaN and infinity were not refused
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
         if "seed" in step.get("arguments", {})
     ]
 
-    return {
+    lineage: Lineage = {
         "source": origin(checkpoint),
         "steps": cast(list[StepEntry], list(checkpoint.history)),
         "seed": seeds[-1] if seeds else None,
@@ -162,6 +163,9 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
         },
         "files": files,
     }
+    if checkpoint.allow_nonfinite:
+        lineage["allow_nonfinite"] = True
+    return lineage
 
 
 def fingerprint(
@@ -193,6 +197,8 @@ def fingerprint(
         # Another release of torch may round differently.
         "versions": [version("regraft"), *versions().values()],
     }
+    if checkpoint.allow_nonfinite:  # its files may hold what others must not
+        facts["allow_nonfinite"] = True
 
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

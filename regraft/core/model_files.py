@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_model_entries(folder: Path, anatomy: Anatomy) -> dict[str, safetensors.TensorEntry]:
-    """Tensors of a directory by their names in the state dict."""
+def read_model_entries(
+    folder: Path, anatomy: Anatomy, allow_nonfinite: bool = False
+) -> dict[str, safetensors.TensorEntry]:
+    """Tensors of a directory by their names in the state dict; see `Checkpoint.open`."""
     entries: dict[str, safetensors.TensorEntry] = {}
     for name, entry in safetensors.read_entries(folder).items():
         canonical = anatomy.canonical_name(name)
@@ -145,7 +148,7 @@ def read_model_entries(folder: Path, anatomy: Anatomy) -> dict[str, safetensors.
             raise RegraftError(
                 f"'{folder}' holds '{canonical}' under two names, '{name}' too: remove one"
             )
-        entries[canonical] = entry
+        entries[canonical] = replace(entry, allow_nonfinite=allow_nonfinite)
     return entries
 
 

@@ -49,7 +49,8 @@ class CorpusFacts(TypedDict):
 class PinnedRows(TypedDict):
     """Which rows a run was started with; kept in `rows-LENGTH.json` of its folder for text."""
 
-    files: list[str]  # name and size of each file that the rows come from
+    files: list[str]  # names of the files that the rows come from
+    tokens: list[str]  # of each file a hash of the tokens that the rows take from it
     options: list[list[Any]]  # of each text: share, field, overflow
     rows: list[int]  # how many rows each text gives
 
@@ -285,15 +286,12 @@ class TextMixture:
     def pin_rows(self, file: Path) -> None:
         """Write down which rows these are; RegraftError when the file names other ones."""
         tables = [corpus.table for corpus in self.corpora if corpus.table is not None]
-        # Only files that rows come from: others may grow or change while the run is stopped.
-        files = [
-            f"{part.file.name}, {part.size:,} bytes"
-            for table in tables
-            for part in table.used_caches
-        ]
+        # Only what rows come from: the rest may grow or change while the run is stopped.
+        files = [part.file.name for table in tables for part in table.used_caches]
         options = [[text.share, text.field, text.overflow] for text in self.texts]
         now: PinnedRows = {
             "files": files,
+            "tokens": [digest for table in tables for digest in table.part_digests],
             "options": options,
             "rows": [len(table) for table in tables],
         }
@@ -304,7 +302,8 @@ class TextMixture:
             write_json(file, now)
             return
 
-        if before | now != before:  # a newer version may have added keys
+        # The same text under another name is the same; a newer version may have added keys.
+        if before | now | {"files": before.get("files")} != before:
             raise RegraftError(
                 f"the text is not the one that this run began with ({_describe_change(before, now)}"
                 "): give the same text, or start a new run"
@@ -316,8 +315,17 @@ class TextMixture:
 
 
 def _describe_change(before: PinnedRows, now: PinnedRows) -> str:
-    """The first file that differs between two pins, or both pins where no file does."""
-    for old, new in zip(before["files"], now["files"], strict=False):
+    """The first file that differs between two pins, or what differs beside files."""
+    tokens = zip(before.get("tokens", []), now["tokens"], strict=False)
+    for number, (old, new) in enumerate(tokens):
         if old != new:
-            return f"'{old}' then, '{new}' now"
-    return f"{before} then, {now} now"
+            name, earlier = now["files"][number], before["files"][number]
+            return f"tokens of '{earlier}' were {old[:12]}, those of '{name}' are {new[:12]}"
+    changed = {
+        key: [before.get(key), value]
+        for key, value in now.items()
+        if key in ("options", "rows") and before.get(key) != value
+    }
+    return ", ".join(f"{key} were {old}, are {new}" for key, (old, new) in changed.items()) or (
+        f"{len(before['files'])} files then, {len(now['files'])} now"
+    )

@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,8 @@ from filelock import FileLock, Timeout
 
 from ..errors import RegraftError, explain_errors
 from ..io.files import read_own_json, write_json
+from ..io.identity import identify_file
+from ..io.request import SAMPLED
 from ..io.schema import build, shorten
 from .documents import BadLines, DocumentPiece, PositionFields, ReadPosition, read_pieces
 from .tokenizer import BatchTokenizer
@@ -36,6 +39,7 @@ from .tokenizer import BatchTokenizer
 BLOCK = 1 << 20  # characters that are tokenised at once
 BLOCK_DOCUMENTS = 1 << 13  # documents that are tokenised at once, where they are short
 DOCUMENT_BYTES = 16  # size of an entry of `documents`
+LARGE = 1 << 26  # bytes of a file; the content of larger ones is sampled
 Progress = Callable[["TokenCache"], None]
 
 
@@ -77,8 +81,8 @@ class TokenCache:
     """The token cache of one file.
 
     Args:
-        root: folder in which this cache has a folder of its own. Its name follows from path, size
-            and time of the file, the field and the tokenizer: what changes any of them gets a new
+        root: folder in which this cache has a folder of its own. Its name follows from name and
+            content of the file, the field and the tokenizer: what changes any of them gets a new
             cache.
         file: the text.
         name: the key or column that holds the text.
@@ -96,11 +100,19 @@ class TokenCache:
                 f"cannot read '{file}' ({error.strerror}): check the file and its rights"
             ) from error
 
-        self.size = facts.st_size  # bytes on disk
-        key = json.dumps([str(file.resolve()), self.size, facts.st_mtime_ns, name, tokenizer.name])
-        word = re.sub(r"[^\w.-]", "_", file.name)[:60]
-        self.folder = root / f"{word}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.root, self.size = root, facts.st_size  # bytes on disk
+        self.time = facts.st_mtime_ns
         self.journal = CacheJournal()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of this cache. The file is hashed for it, so only where it is needed."""
+        content = identify_file(self.file, LARGE - self.size)
+        # Sampling may miss an edit; the time of the last one decides then.
+        time = self.time if content.startswith(SAMPLED) else None
+        key = json.dumps([self.file.name, content, time, self.name, self.tokenizer.name])
+        word = re.sub(r"[^\w.-]", "_", self.file.name)[:60]
+        return self.root / f"{word}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def read_journal(self) -> CacheJournal:
         """How far the file is read now, as the disk has it: another process may be reading it."""

@@ -106,6 +106,7 @@ def build_moment_checkpoint(
 
     def open_moment(key: Key) -> LazyTensor:
         entry, shape = entries[f"{holds}/{source.names[key]}"], source.tensors[key].shape
+        entry = replace(entry, allow_nonfinite=source.allow_nonfinite)
         if entry.shape != shape:
             raise RegraftError(
                 f"'{entry.name}' in '{entry.file}' has shape {list(entry.shape)}, its weight"

@@ -271,12 +271,13 @@ def is_deeper(value: Any, limit: int) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, cached until its size or modification time changes."""
+    """Hex digest of a file, cached until its size, times or inode change."""
     stat = path.stat()
-    return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    times = (stat.st_mtime_ns, stat.st_ctime_ns)  # nobody can set the second back
+    return _sha256(path.resolve(), stat.st_size, times, stat.st_ino)
 
 
-@lru_cache(maxsize=256)
-def _sha256(path: Path, size: int, time: int) -> str:
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, times: tuple[int, int], inode: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

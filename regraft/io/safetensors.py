@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import RegraftError, explain_errors
 from .files import check_inside, check_regular_file, parse_json, read_json, replace_file
+from .finite import check_finite
 from .linux import free_memory
 from .schema import check_json
 
@@ -56,6 +57,8 @@ class TensorEntry:
     dtype: str
     # Shape as stored.
     shape: tuple[int, ...]
+    # Whether `read` takes NaN and infinity.
+    allow_nonfinite: bool = False
 
     def torch_dtype(self) -> torch.dtype:
         """The floating-point dtype; RegraftError for any other, which means a quantised model."""
@@ -67,16 +70,16 @@ class TensorEntry:
         return DTYPES[self.dtype]
 
     def read(self) -> Tensor:
-        """The tensor's values; RegraftError when they cannot be read or are not finite."""
+        """The tensor's values; RegraftError when they cannot be read, or are not finite and that is
+        not allowed.
+        """
         with explain_tensor_errors(self.file, self.name, self.bytes):
             with safe_open(self.file, framework="pt") as file:
                 value: Tensor = file.get_tensor(self.name)
 
-        # NaN comes out of `aminmax` too, so two numbers tell about all.
-        if value.numel() and not all(bound.isfinite() for bound in value.aminmax()):
-            raise RegraftError(
-                f"tensor '{self.name}' in '{self.file}' holds NaN or infinity: fetch the file again"
-            )
+        if not self.allow_nonfinite:
+            advice = "fetch the file again; grow, linearize and train take --allow-nonfinite"
+            check_finite(value, f"tensor '{self.name}' in '{self.file}'", advice)
         return value
 
     @property

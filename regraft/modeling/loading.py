@@ -19,6 +19,7 @@ from ..core.checkpoint import Checkpoint
 from ..core.model_files import check_model_files, check_tokenizer_config, find_tokenizer_code
 from ..errors import RegraftError
 from ..io.files import read_json
+from ..io.finite import cast_finite
 from ..mixers.gated import GatedMixer
 from .meta import build_meta_model, explain_model_errors, stock_class
 from .modeling_regraft import RegraftForCausalLM
@@ -37,7 +38,7 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     other way round.
     """
     values = {
-        checkpoint.names[key]: lazy.read().to(dtype).contiguous()
+        checkpoint.names[key]: cast_finite(lazy.read(), dtype, checkpoint.names[key]).contiguous()
         for key, lazy in checkpoint.tensors.items()
     }
     if checkpoint.config["model_type"] == "regraft":
@@ -180,16 +181,19 @@ def random_inputs(
     return {"input_ids": torch.randint(0, vocab, (rows, length), generator=generator)}
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    path: str | Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False
+) -> PreTrainedModel:
     """The model at a path, in eval mode.
 
     Args:
         path: a directory of a supported family or of a linearized model, or a GGUF file.
         dtype: of the weights.
+        allow_nonfinite: take NaN and infinity.
 
     Raises RegraftError when the path is no model, or its files do not fit its config.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, allow_nonfinite)
     checkpoint.verify()
     model = materialize(checkpoint, dtype)
     generation = Path(checkpoint.path) / "generation_config.json"

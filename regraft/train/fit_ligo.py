@@ -99,9 +99,14 @@ def fit_maps(
     order = shuffled_indices(len(rows), count, seed) if count else torch.empty(0, dtype=torch.long)
 
     settings: dict[str, Any] = {"sizes": sizes, "method": asdict(method), "stage": asdict(stage)}
-    settings |= {"seed": seed, "micro": micro, "rows": len(rows)}
+    settings |= {"seed": seed, "micro": micro}
     if out:
-        settings["source"] = distributed.on_rank0(lambda: lineage.fingerprint(source, 0))
+        settings["inputs"] = distributed.on_rank0(
+            lambda: {
+                "source": {"model": lineage.fingerprint(source, 0)},
+                "data": {"rows": rows.digest},
+            }
+        )
 
     with _own_folder(out) as stopping:
         state = load_state(out, grower, settings) if out else RunState()

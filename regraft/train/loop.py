@@ -40,7 +40,7 @@ from .resume import (
     lock_run,
     save_state,
 )
-from .run import Run, check_run, resume_settings
+from .run import Run, check_run
 from .signals import StopSignals
 from .stage import Stage
 from .step import step_generator, train_step
@@ -71,7 +71,7 @@ def train(run: Run) -> dict[str, Any]:
     set_gradient_checkpointing(run.model, run.checkpointing)
 
     with StopSignals() as stopping, lock_run(run.out):
-        state = load_state(run.out, run.model, resume_settings(run))
+        state = load_state(run.out, run.model, run.settings)
         if distributed.is_rank0():
             # Rows of steps after the checkpoint will be written again.
             state.trim_metrics(run.out / "metrics.jsonl")
@@ -260,7 +260,7 @@ class StageTrainer:
         run, state = self.run, self.state
         # While the loss is too high, the last checkpoint is the better place to resume from.
         if not state.trend.is_suspect:
-            save_state(run.out, run.model, self.optimizer, state, resume_settings(run))
+            save_state(run.out, run.model, self.optimizer, state, run.settings)
         if stop:
             self.stopping.exit_process(describe_newest(run.out))
         self.saved = time.monotonic()
@@ -273,7 +273,7 @@ class StageTrainer:
         if self.lora is not None:
             state.changed -= detach_lora(run.model)
         state.advance_stage()
-        save_state(run.out, run.model, None, state, resume_settings(run))
+        save_state(run.out, run.model, None, state, run.settings)
 
 
 def trainable_names(model: nn.Module) -> set[str]:

@@ -108,7 +108,7 @@ def recent_speed(rows: Sequence[StepRow], unit: str) -> tuple[float, str]:
     return seconds / max(steps, 1), format_speed(speed, unit)
 
 
-def format_speed(speed: Throughput, unit: str) -> str:
+def format_speed(speed: Throughput | StepRow, unit: str) -> str:
     """Such as `850 tokens/s, 41.2 GFLOP/s, 63% of the measured peak`."""
     rate, prefix = speed["flops_per_second"] / 1e9, "G"
     if rate >= 1e3:

@@ -34,6 +34,7 @@ def align_saved_model(
     calibration: int = 0,
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Align a linearized model layer by layer with its source and write it to `out`.
 
@@ -54,6 +55,7 @@ def align_saved_model(
         calibration: tokens for the closed-form start of a model as linearize wrote it, 0 for none.
         watching: trackers and the limit for loss spikes.
         cache: where tokens are stored for later runs; None for `out`, until the run ends.
+        allow_nonfinite: take and write NaN and infinity.
 
     Returns:
         The ledger with `text` (what was read), `summary` (a `StageSummary` of each layer) and
@@ -64,7 +66,9 @@ def align_saved_model(
             f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}"
         )
     target = output.check_apart(out, [("model", model), ("teacher", teacher), ("cache", cache)])
-    request = describe_request(model, data, teacher, seed, stage, calibration=calibration)
+
+    def request() -> dict[str, Any]:
+        return describe_request(model, data, teacher, seed, stage, calibration=calibration)
 
     with open_run(target, "layer-wise training", request) as marker:
         if marker.complete:
@@ -72,7 +76,7 @@ def align_saved_model(
         else:
             result = align_in_folder(
                 model, target, data, stage, teacher, seed, ticker, scratch, calibration, watching,
-                cache,
+                cache, allow_nonfinite,
             )  # fmt: skip
     return {**result, "out": out}
 
@@ -89,10 +93,11 @@ def align_in_folder(
     calibration: int,
     watching: MonitorConfig,
     cache: Path | None,
+    allow_nonfinite: bool,
 ) -> dict[str, Any]:
     """Align in a claimed folder and say that it is complete; see `align_saved_model`."""
     ticker.start(f"reading {model}")
-    source, student = Checkpoint.open(teacher), Checkpoint.open(model)
+    source, student = (Checkpoint.open(path, allow_nonfinite) for path in (teacher, model))
     for checkpoint in (source, student):
         checkpoint.verify()
 

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Never, TypedDict
 
@@ -17,6 +18,7 @@ from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
 from ...io.files import read_json_lines, read_own_json, write_json, write_json_lines
+from ...io.identity import identify_model
 from ...io.schema import build
 from ..checkpoint_files import hash_file
 from ..divergence import LossSpikeConfig
@@ -74,17 +76,20 @@ class LayerwiseRun:
         """The folder for what the run needs to be resumed."""
         return self.out / FOLDER
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
         return {
             "seed": self.seed,
             "calibration": self.calibration,
             "keep": self.keep,
-            "rows": len(self.rows),
-            "source": str(self.source.origin),
             "mixers": self.target.config["mixers"],
             "stage": dataclasses.asdict(self.stage),
+            "inputs": {
+                "model": identify_model(self.target.origin),
+                "teacher": identify_model(self.source.origin),
+                "data": {"rows": self.rows.digest},
+            },
         }
 
 
@@ -171,13 +176,18 @@ class LayerwiseState:
 
         RegraftError when it is of a run with other settings.
         """
-        file, facts = run.folder / "state.json", None
-        if distributed.is_rank0() and file.exists():
+
+        def read_facts() -> Any:
+            file = run.folder / "state.json"
+            if not file.exists():
+                return None
             facts = read_own_json(file, LayerwiseFile, f"remove '{run.folder}' to begin again")
-        facts = distributed.broadcast(facts)
+            check_settings(run.out, facts["settings"], run.settings, remove="it")
+            return facts
+
+        facts = distributed.on_rank0(read_facts)
         if facts is None:
             return cls.create(run)
-        check_settings(run.out, facts["settings"], run.settings, remove="it")
         state: LayerwiseState = build(cls, facts | {"start": facts["start"] or None})
         return state.drop_damaged(run)
 
