@@ -56,7 +56,7 @@ def main() -> None:
 
     names = [name.strip() for name in given.only.split(",") if name.strip() in COMMANDS]
     with fork_server(folder) as server, file.open("a") as stream:
-        if server is None:
+        if server.library is None:
             sys.exit("no C compiler: install cc")
         for name in names:
             begin = time.monotonic()

@@ -85,6 +85,9 @@ class Fault:
     until: int = 0
 
 
+UNDISTURBED = Fault()
+
+
 @dataclass
 class Finished:
     """How a command ended."""
@@ -121,17 +124,23 @@ def build_library() -> Path | None:
 class ForkServer:
     """An interpreter with regraft in memory. Used as a context.
 
-    Args:
-        library: the compiled fs_faults.c.
-        folder: for its socket and the files that it shares with its commands.
+    Attributes:
+        library: the compiled fs_faults.c; None where it cannot be made: commands run, but nothing
+            is counted and no fault happens.
     """
 
-    def __init__(self, library: Path, folder: Path):
+    def __init__(self, folder: Path):
+        """Start it; `folder` is for the files that it shares with its commands."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.library = build_library()
         # A socket's path may have some 100 characters.
         self.sockets = tempfile.mkdtemp(prefix="regraft-tests-")
         self.address = f"{self.sockets}/socket"
         self.folder = folder
+        # What commands start as their own interpreter: `-m MODULE ..` in another fork.
+        python = Path(self.sockets) / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {CLIENT} {self.address} "$@"\n')
+        python.chmod(0o755)
         state = folder / "state"
         size = HEAD.size + ENTRY.size * ENTRIES
         state.write_bytes(bytes(size))
@@ -140,7 +149,7 @@ class ForkServer:
 
         self.environment = {
             **os.environ,
-            "LD_PRELOAD": str(library),
+            **({"LD_PRELOAD": str(self.library)} if self.library else {}),
             "FS_FAULTS": str(state),
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
@@ -167,16 +176,11 @@ class ForkServer:
         self.process.wait()
         shutil.rmtree(self.sockets, ignore_errors=True)
 
-    @property
-    def launcher(self) -> str:
-        """What starts `-m regraft.compare ..` in a fork, for `regraft compare --launch`."""
-        return f"{sys.executable} -I -S {CLIENT} {self.address}"
-
     def run(
         self,
         words: Sequence[str],
         root: Path,
-        fault: Fault = Fault(),
+        fault: Fault = UNDISTURBED,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         seconds: float = 120.0,

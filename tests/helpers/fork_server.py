@@ -93,6 +93,7 @@ def run_request(request: dict[str, Any], files: list[int]) -> int:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     tempfile.tempdir = None  # TMPDIR may be another one
+    sys.executable = request["python"]
 
     try:
         if module := request.get("module"):
@@ -140,11 +141,14 @@ def serve(address: str) -> None:
                 text, files, *_ = socket.recv_fds(line, 1 << 20, 2)
                 while not text.endswith(b"\n"):
                     text += line.recv(1 << 20)
+                request = json.loads(text) | {
+                    "python": os.path.join(os.path.dirname(address), "python")
+                }
                 child = os.fork()
                 if not child:
                     server.close()
                     line.close()
-                    be_child(json.loads(text), files)
+                    be_child(request, files)
                 for file in files:
                     os.close(file)
                 with contextlib.suppress(OSError):

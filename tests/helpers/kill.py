@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers.comparison import TINY
-from helpers.faults import FAIL, KILL, Change, Fault, Finished, ForkServer, build_library
+from helpers.faults import FAIL, KILL, UNDISTURBED, Change, Fault, Finished, ForkServer
 from helpers.tiny import save_model, write_text
 
 # Keys of JSON objects that hold a time, a speed or a memory.
@@ -83,7 +83,7 @@ COMMANDS: dict[str, Command] = {
     "linearize over a model": Command(
         f"linearize {{in}}/source {{out}} {LINEARIZE} --overwrite", (OLD,)
     ),
-    "linearize, layers measured": Command(
+    "linearize with measured layers": Command(
         "linearize {in}/source {out} --keep restore:1 --data {in}/text.txt"
     ),
     "linearize and train": Command(METHOD),
@@ -107,9 +107,7 @@ COMMANDS: dict[str, Command] = {
         " --tokens 128 --length 32 --batch 2 --calibration 64"
     ),
     "run": Command("run {in}/recipe.yaml {out}"),
-    "compare": Command(
-        "compare {in}/comparison.yaml {out} --launch {launcher}", shared=("place/out/data/tokens",)
-    ),
+    "compare": Command("compare {in}/comparison.yaml {out}", shared=("place/out/data/tokens",)),
 }
 
 
@@ -191,14 +189,13 @@ class Trial:
             "{in}": str(self.root / "in"),
             "{out}": str(self.out),
             "{place}": str(self.root / "place"),
-            "{launcher}": self.server.launcher,
         }
         words = line.split()
         for key, value in values.items():
             words = [word.replace(key, value) for word in words]
         return words
 
-    def run(self, fault: Fault = Fault(), line: str = "") -> Finished:
+    def run(self, fault: Fault = UNDISTURBED, line: str = "") -> Finished:
         """Run the command, or another one."""
         return self.server.run(
             self.words(line or self.command.words),
@@ -331,10 +328,14 @@ def without_clocks(text: str) -> bytes:
             return {key: strip(part) for key, part in value.items() if not CLOCK.search(key)}
         return [strip(part) for part in value] if isinstance(value, list) else value
 
-    try:
-        rows = [json.loads(text)]
-    except ValueError:
-        rows = [json.loads(line) for line in text.splitlines()]
+    def parse(part: str) -> Any:
+        try:
+            return json.loads(part)
+        except ValueError:  # cut off by a kill
+            return part
+
+    whole = parse(text)
+    rows = [whole] if isinstance(whole, dict) else [parse(line) for line in text.splitlines()]
     return json.dumps(strip(rows)).encode()
 
 
@@ -351,13 +352,9 @@ def difference(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> str
 
 
 @contextmanager
-def fork_server(folder: Path) -> Iterator[ForkServer | None]:
-    """A fork server with its inputs in `folder/in`; None where there is no C compiler."""
-    library = build_library()
-    if library is None:
-        yield None
-        return
-    with ForkServer(library, folder / "server") as server:
+def fork_server(folder: Path) -> Iterator[ForkServer]:
+    """A fork server with its inputs in `folder/in`."""
+    with ForkServer(folder / "server") as server:
         make_inputs(folder / "in", server)
         yield server
 
@@ -381,9 +378,3 @@ def sample_points(count: int, first: int, last: int, spread: int) -> list[int]:
     points = {*range(1, first + 1), *range(max(1, count - last + 1), count + 1)}
     points |= {1 + round(step * (count - 1) / max(1, spread)) for step in range(spread + 1)}
     return sorted(point for point in points if point <= count)
-
-
-def summarize(problems: Sequence[str]) -> str:
-    """Problems on one line each, process ids and the like left out."""
-    clean: Callable[[str], str] = lambda text: re.sub(r"\d{3,}", "N", text)
-    return "\n".join(sorted({clean(problem) for problem in problems}))
