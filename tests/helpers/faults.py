@@ -174,6 +174,9 @@ class ForkServer:
     def __exit__(self, *failure: object) -> None:
         self.process.terminate()
         self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.state.close()
         shutil.rmtree(self.sockets, ignore_errors=True)
 
     def run(

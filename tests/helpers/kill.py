@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,15 +278,33 @@ class Trial:
         found = self.read()
         return [] if found == self.expected else [difference(found, self.expected)]
 
-    def kill_at(self, at: int, torn: bool = False) -> list[str]:
-        """Kill the command before its change `at`, run it again; what is wrong then."""
+    def kill_at(self, *points: int, torn: bool = False) -> list[str]:
+        """Kill the command before a change, run it again, kill that before the next of the changes
+        and so on, then run it to its end; what is wrong.
+        """
         self.reset()
-        killed = self.run(Fault(KILL, at, torn))
-        if killed.code == 0:  # it had fewer changes this time
-            return self.check_end(killed)
-        if killed.code != -9:
-            return [f"killed at {at}, it ended with {killed.code}: {killed.said}"]
-        return self.check_output() + self.check_end(self.run())
+        problems = []
+        for at in points:
+            killed = self.run(Fault(KILL, at, torn))
+            if killed.code == 0:  # it had fewer changes this time
+                return problems + self.check_end(killed)
+            if killed.code != -9:
+                said = f"to be killed at {at}, it ended with {killed.code}: {killed.said}"
+                return [*problems, said]
+            problems += self.check_output()
+        return problems + self.check_end(self.run())
+
+    def repeat(self) -> list[str]:
+        """Run the command again after its end; what is wrong. It has nothing to do, unless it is
+        told to overwrite.
+        """
+        self.reset()
+        self.run()
+        before = modification_times(self.out)
+        problems = self.check_end(self.run())
+        if not self.command.overwrites and modification_times(self.out) != before:
+            problems.append("the command that has nothing to do writes the model again")
+        return problems
 
     def fail_at(self, at: int, kinds: int, **options: Any) -> list[str]:
         """Let changes fail from `at` on, run the command again without; what is wrong then."""
@@ -318,6 +336,12 @@ def read_tree(folder: Path) -> dict[str, bytes]:
         else:
             tree[name] = b"file"
     return tree
+
+
+def modification_times(folder: Path) -> dict[str, int]:
+    """When each file of weights was written, by relative path."""
+    files = folder.rglob("*.safetensors")
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
 
 
 def without_clocks(text: str) -> bytes:
@@ -373,8 +397,9 @@ def begin_trial(name: str, folder: Path, server: ForkServer) -> Trial:
     return trial
 
 
-def sample_points(count: int, first: int, last: int, spread: int) -> list[int]:
-    """Numbers from 1 to `count`: the first, the last, and some evenly between them."""
-    points = {*range(1, first + 1), *range(max(1, count - last + 1), count + 1)}
-    points |= {1 + round(step * (count - 1) / max(1, spread)) for step in range(spread + 1)}
-    return sorted(point for point in points if point <= count)
+def sample_points(changes: Sequence[Change], kinds: int, last: int, spread: int) -> list[int]:
+    """Numbers of changes of some kinds, from 1: the first, the last ones, some between them."""
+    points = [number for number, change in enumerate(changes, 1) if change.kind & kinds]
+    early = points[:-last] if last else points
+    between = [early[step * len(early) // spread] for step in range(min(spread, len(early)))]
+    return sorted({*between, *points[len(points) - last :]})
