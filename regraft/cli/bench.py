@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .verb import Outcome, Verb, write_plot
+from .verb import Outcome, Verb, check_plot, write_plot
 
 
 def bench(
@@ -46,6 +46,7 @@ def bench(
             Checkpoint.open(path), [count + steps + 1 for count in counts]
         )
     if plot:
+        check_plot("bench.svg")
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
         ticker.start("bench")

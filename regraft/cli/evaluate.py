@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_unused_flags, write_plot
+from .verb import Outcome, Verb, check_plot, check_unused_flags, write_plot
 
 
 def evaluate(
@@ -68,6 +68,7 @@ def evaluate(
 
     modeling.check_decoder(model, baseline, scratch)
     if plot:
+        check_plot("positions.svg")
         plots.figure(1, 1, 1)  # a missing matplotlib shows now, not at the end
     with Ticker() as ticker:
         ticker.start(f"evaluating {model}")

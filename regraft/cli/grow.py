@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb
+from .verb import Outcome, Verb, check_apart, describe_request
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+INPUTS = ("source", "to", "data", "optimizer_state")  # arguments that are paths of what is read
 
 
 def grow(
@@ -71,19 +73,23 @@ def grow(
         overwrite: replace the output if it exists
         json: print one JSON object on standard output and nothing else
     """
-    import shutil
-
     from .. import distributed
     from ..checks import growth as parity
     from ..core.checkpoint import Checkpoint
+    from ..core.moments import FILE as MOMENTS_FILE
     from ..data.text import Text
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
+    from ..io import output, shard_writer
+    from ..io.shard_writer import SideFile
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
     from ..train import fit_ligo
 
-    check_flags(locals())
+    given = locals()
+    check_flags(given)
+    target, request = check_apart(given, INPUTS), describe_request("grow", given, INPUTS)
+    done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
     before = Checkpoint.open(source)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed)
@@ -100,19 +106,30 @@ def grow(
 
     # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from
     # them.
-    maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
+    maps = target.with_name(f".{target.name}.regraft-fitting")
+    side_files = {}
+    if optimizer_state:
+        side_files[MOMENTS_FILE] = SideFile(
+            optimizer_state,
+            lambda file: moments.grow_optimizer_state(
+                before, growth.steps(before), optimizer_state, file
+            ),
+        )
+
     with Ticker() as ticker:
-        if width_init == LEARNED:
+        if width_init == LEARNED and not done:
+            distributed.on_rank0(
+                lambda: output.claim_folder(maps, output.Marker("LiGO fitting", request))
+            )
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
             fitted = fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
             grown = growth(before, fitted)
         ticker.start(f"writing {out}")
 
         def write() -> parity.Step0 | None:
-            grown.save(out, overwrite=overwrite)
-            shutil.rmtree(maps, ignore_errors=True)
-            if optimizer_state:
-                moments.grow_optimizer_state(before, growth.steps(before), optimizer_state, out)
+            if not done:
+                grown.save(out, overwrite, side_files=side_files, request=request)
+            output.remove_output(maps)
             return None if growth.is_exact(before) else parity.measure_step0(source, out)
 
         step0 = distributed.on_rank0(write)
@@ -121,7 +138,8 @@ def grow(
         print_plan(plan, console)
         if step0:
             console.print(parity.format_step0(step0), soft_wrap=True, highlight=False)
-        following = f"Wrote {out}. Next: regraft check {source} {out}"
+        wrote = f"{out} is there already" if done else f"Wrote {out}"
+        following = f"{wrote}. Next: regraft check {source} {out}"
         console.print(following, soft_wrap=True, highlight=False)
 
     return Outcome(plan.to_dict() | {"out": out, "step0": step0}, show)
@@ -133,11 +151,7 @@ def check_flags(given: Mapping[str, Any]) -> None:
     Args:
         given: the verb's arguments by name.
     """
-    out, width_init = given["out"], given["width_init"]
-    if Path(out).resolve() == Path(given["source"]).resolve():
-        raise RegraftError(
-            f"'{out}' is the source, which the result is checked against: choose another output"
-        )
+    width_init = given["width_init"]
     if width_init != "ligo" and (given["data"] or given["fit"]):
         raise RegraftError(
             f"--data and --fit are for --width-init ligo, not {width_init}: leave them out"

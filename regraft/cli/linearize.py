@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb
+from .verb import Outcome, Verb, check_apart, describe_request
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+INPUTS = ("source", "data")  # arguments that are paths of what is read
 
 
 def linearize(
@@ -80,12 +82,15 @@ def linearize(
     from .. import distributed
     from ..core.checkpoint import Checkpoint
     from ..data.text import Text
+    from ..evaluation import baselines
+    from ..io import shard_writer
     from ..linearize import methods, pipeline
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
     from ..report import tables
     from ..train import monitor, trackers
 
+    given = locals()
     trackers.import_trackers(
         track
     )  # a tracker that is not installed is an error now, not after hours
@@ -93,6 +98,11 @@ def linearize(
         raise RegraftError(
             f"--tokens {tokens} are trained on text: give --data PATH and 0 or more tokens"
         )
+
+    target, done = check_apart(given, (*INPUTS, "cache")), False
+    request = describe_request("linearize", given, INPUTS, ("track", "cache"))
+    if not tokens:  # a run that trains looks after its output itself
+        done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
 
     # The method as published or as ours, then what the flags change of it.
     before = Checkpoint.open(source)
@@ -118,7 +128,7 @@ def linearize(
             remix, ledger = pipeline.run_method(
                 before,
                 recipe,
-                Path(out),
+                target,
                 text,
                 recipe.stages(tokens, length, batch),
                 seed,
@@ -129,13 +139,17 @@ def linearize(
             )
             ledger |= {"summary": monitor.summarize_stages(out)}
             after = remix(before)
+        elif done:
+            made = baselines.remix_of(Checkpoint.open(out))
+            assert made is not None
+            after = made(before)
         else:
             rows = pipeline.text_rows(before, text, ticker, cache=cache_folder) if text else None
             remix = distributed.on_rank0(
                 lambda: pipeline.choose_layers(before, recipe.remix, rows, ticker)
             )
             after = remix(before)
-            distributed.on_rank0(lambda: after.save(out, overwrite=overwrite))
+            distributed.on_rank0(lambda: after.save(out, overwrite, request=request))
     plan = Plan.of(before, after, notes=notes)
 
     def show(console: Console) -> None:
@@ -145,7 +159,8 @@ def linearize(
         following = (
             f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
         )
-        console.print(f"Wrote {out}. Next: {following}", soft_wrap=True, highlight=False)
+        wrote = f"{out} is there already" if done else f"Wrote {out}"
+        console.print(f"{wrote}. Next: {following}", soft_wrap=True, highlight=False)
 
     return Outcome(plan.to_dict() | {"out": out, "method": method, "ledger": ledger}, show)
 

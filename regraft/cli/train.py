@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_unused_flags
+from .verb import Outcome, Verb, check_apart, check_unused_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..train.stage import Stage
+
+# Arguments that are paths of what is read, or of what other runs may write to as well.
+INPUTS = ("model", "teacher", "data", "heldout", "moments", "cache", "teacher_cache", "scratch")
 
 
 def train(
@@ -124,6 +127,7 @@ def train(
         track
     )  # a tracker that is not installed is an error now, not after hours
     check_flags(given)
+    check_apart(given, INPUTS)
     request = build_stage(given)
     text = Text(
         data or "", field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
-from ..io.files import read_json_if_exists
+from ..io import output
+from ..io.files import read_json_if_exists, replace_file
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+PLOT_MARK = b"<!-- drawn by regraft -->\n"  # the last line of a picture
 
 
 @dataclass
@@ -89,6 +93,43 @@ def check_unused_flags(
         raise RegraftError(f"{', '.join(said)} would change nothing: {say}")
 
 
+def check_apart(given: Mapping[str, Any], inputs: Sequence[str]) -> Path:
+    """The real path of a verb's output; RegraftError when it is not apart from what is read.
+
+    Args:
+        given: the verb's arguments by name.
+        inputs: names of arguments that are paths, or texts: several paths with commas between,
+            or patterns.
+    """
+    pairs = []
+    for name in inputs:
+        for piece in str(given[name] or "").split(","):
+            found = glob.glob(piece) if glob.has_magic(piece) else [piece]
+            pairs += [(f"{name.replace('_', ' ')}", path) for path in found if path]
+    return output.check_apart(given["out"], pairs)
+
+
+def describe_request(
+    verb: str, given: Mapping[str, Any], inputs: Sequence[str], ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything that a command was asked for and that decides its result, by argument.
+
+    Args:
+        verb: of the command.
+        given: its arguments by name.
+        inputs: names of arguments that are paths of what is read.
+        ignored: further arguments that decide nothing, beside the output and how it is shown.
+    """
+    left_out = {"out", "overwrite", "json", *ignored}
+    asked = {name: value for name, value in given.items() if name not in left_out}
+    return {"verb": verb, **asked} | {name: identify_input(given[name]) for name in inputs}
+
+
+def identify_input(path: str | None) -> str | None:
+    """What an input is recognised by."""
+    return path and str(Path(path).resolve())
+
+
 def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
     """The end of an experiment: its table and where the page is."""
 
@@ -107,7 +148,21 @@ def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
     return Outcome(numbers, show)
 
 
+def check_plot(name: str) -> None:
+    """RegraftError when a file of this name is in the current folder that `write_plot` did not
+    write.
+    """
+    file = Path(name)
+    if file.is_symlink() or (file.exists() and PLOT_MARK not in file.read_bytes()[-100:]):
+        raise RegraftError(
+            f"'{file.absolute()}' is there and not of regraft: move it, or run this in another "
+            "folder"
+        )
+
+
 def write_plot(name: str, picture: bytes) -> None:
     """Write a picture into the current folder and say so."""
-    Path(name).write_bytes(picture)
+    check_plot(name)
+    with replace_file(Path(name)) as part:
+        part.write_bytes(picture + PLOT_MARK)
     print(f"regraft: wrote {name}", file=sys.stderr)

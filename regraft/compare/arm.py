@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import distributed
-from ..growth import optimizer_state
+from ..core.moments import FILE as MOMENTS_FILE
 from ..io.files import write_json
 from ..train import fsdp, loop, objectives
+from ..train.output import WORK
 from ..train.stage import LAYERWISE, Stage
 from . import data
-from .folders import DONE, FITTING, arm_folder, source_folder
+from .folders import DONE, arm_folder, source_folder
 from .numbers import DoneFacts, HeldOut, Ledger
 from .recipe import Comparison
 from .start import ReportProgress, Teacher, initialize_arm
@@ -158,8 +159,7 @@ def finish_run(folder: Path, facts: DoneFacts) -> None:
     if not distributed.is_rank0():
         return
     write_json(folder / DONE, facts)
-    for name in ("run", "grown", FITTING):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     # A source keeps Adam's state: arms with `moments` begin with it.
     if "arm" in facts:
-        (folder / optimizer_state.FILE).unlink(missing_ok=True)
+        (folder / MOMENTS_FILE).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from ..data.text import Text
 from ..errors import RegraftError
 from ..growth.sizes import solve_sizes
 from ..train.objectives import HEADS, Data, Rows
+from ..train.output import WORK
 from ..train.session import training_rows
 from .recipe import Comparison, TargetSizes
 
@@ -57,10 +57,10 @@ def prepare_data(recipe: Comparison, out: Path) -> None:
     if needs_tokenizer and not (out / "tokenizer").is_dir():
         documents = read_documents(out / "data" / "train.jsonl")
         tokenizer = train_tokenizer(documents, recipe.vocabulary, recipe.task == "mask")
-        part = out / "tokenizer.part"
-        shutil.rmtree(part, ignore_errors=True)
+        part = out / WORK / "tokenizer"
         tokenizer.save_pretrained(part)
         part.rename(out / "tokenizer")
+        part.parent.rmdir()
 
     for name, source in recipe.sources().items():
         if isinstance(source, dict):

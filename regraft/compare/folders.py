@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..train.output import WORK
 from .recipe import Comparison
 
 DONE = "done.json"  # of a finished run
-FITTING = "fitting"  # folder of a fitted map on its way
+FITTING = WORK / "fitting"  # folder of a fitted map on its way
+GROWN = WORK / "grown"  # what a fitted map gives, until it is trained
 
 
 def source_folder(recipe: Comparison, out: Path, name: str, seed: int) -> Path:

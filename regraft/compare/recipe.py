@@ -304,6 +304,8 @@ def check(recipe: Comparison) -> None:
         raise RegraftError(f"arms {names} repeat a name: every arm needs its own")
     if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
         raise RegraftError(f"seeds {recipe.seeds} must be at least one, none twice")
+    for name in recipe.others:
+        check_name("source", name)
     for arm in recipe.arms:
         check_arm(arm, [MAIN, *recipe.others])
 
@@ -325,6 +327,15 @@ def check_against(arms: Sequence[Arm]) -> None:
             )
 
 
+def check_name(what: str, name: str) -> None:
+    """RegraftError for a name that is no plain name of a folder."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise RegraftError(
+            f"{what} name '{name}' becomes a folder: begin with a letter or digit, and use "
+            "letters, digits and . _ + - only"
+        )
+
+
 def check_kind(arm: Arm) -> list[str]:
     """The kinds an arm has; RegraftError unless it is one, or scratch and linear."""
     kinds = [kind for kind in ARM_KINDS if getattr(arm, kind) not in (False, None)]
@@ -338,10 +349,7 @@ def check_kind(arm: Arm) -> list[str]:
 def check_arm(arm: Arm, sources: Sequence[str]) -> None:
     """RegraftError for an arm of no kind or of two, or whose options do not go together."""
     kinds = check_kind(arm)
-    if not re.fullmatch(r"[\w.+-]+", arm.name):
-        raise RegraftError(
-            f"arm name '{arm.name}' becomes a folder: use letters, digits and . _ + - only"
-        )
+    check_name("arm", arm.name)
 
     # A linearized arm's stages are its own, where drops and layers can be given one by one.
     if arm.linear is not None and (arm.legs or arm.layer_drop or arm.token_drop):

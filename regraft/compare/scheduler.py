@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RegraftError
+from ..io import output
 from ..io.files import read_json_if_exists, write_json
 from ..progress import Ticker
 from ..recipes import schema
+from ..train.output import open_run
 from . import data, report, savings, start
 from .folders import DONE
 from .numbers import ComparisonNumbers, DoneFacts, FailedRun
@@ -25,6 +27,19 @@ from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
 FREE_KEYS = ("arms", "seeds", "others")  # of a recipe: may change between calls on one folder
+# What a comparison writes into its folder.
+NAMES = (
+    RECIPE,
+    "data",
+    "tokenizer",
+    "blank",
+    "sources",
+    "arms",
+    "logs",
+    "compare.json",
+    "table.md",
+    "compare.html",
+)
 POLL_SECONDS = 0.1
 OWN_ERROR_LINE = re.compile("^regraft: ")
 # torchrun ends with ChildFailedError whatever went wrong: that line explains nothing.
@@ -100,7 +115,24 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
             f"--launch '{launch}' begins with no program that is here: give torchrun and its flags"
         )
 
-    claim(recipe, out)
+    target = output.check_apart(out, comparison_inputs(recipe))
+    # Arms, seeds and sources may come and go between calls: finished runs stay comparable. Anything
+    # else that differs would mix two experiments in one table.
+    fixed = {key: value for key, value in dump(recipe).items() if key not in FREE_KEYS}
+    with open_run(target, "comparison", fixed, NAMES):
+        write_json(target / RECIPE, dump(recipe))
+        return carry_out(recipe, target, jobs, launch)
+
+
+def comparison_inputs(recipe: Comparison) -> list[tuple[str, str | None]]:
+    """What a comparison reads: (what it is, path)."""
+    folders = [source for source in recipe.sources().values() if isinstance(source, str)]
+    texts = [("data", recipe.data), ("held-out data", recipe.heldout)]
+    return [*(("source", folder) for folder in folders), *texts]
+
+
+def carry_out(recipe: Comparison, out: Path, jobs: int, launch: str) -> ComparisonNumbers:
+    """Do all runs in a claimed folder and report them; see `run`."""
     with Ticker() as ticker:
         ticker.start("making data, tokenizer and configs")
         data.prepare_data(recipe, out)
@@ -138,32 +170,6 @@ def source_name(recipe: Comparison, job: TrainingJob) -> str:
     """The source that an arm's run needs; empty for scratch."""
     arm = recipe.arm(job.name)
     return "" if arm.scratch else arm.source
-
-
-def claim(recipe: Comparison, out: Path) -> None:
-    """Keep the recipe in `out`; RegraftError when another comparison is there.
-
-    Arms, seeds and sources may come and go between calls: finished runs stay comparable. Anything
-    else that differs would mix two experiments in one table.
-    """
-    file = out / RECIPE
-    if not file.exists() and out.is_dir() and any(out.iterdir()):
-        raise RegraftError(
-            f"{out} exists and holds no comparison: choose another folder or delete it"
-        )
-
-    new = dump(recipe)
-    if file.exists():
-        old = read_json_if_exists(file)
-        for key in new:
-            if key not in FREE_KEYS and new[key] != old.get(key):
-                raise RegraftError(
-                    f"{out} holds a comparison with another {key} ({old.get(key)} there, "
-                    f"{new[key]} here): choose another folder or delete it"
-                )
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, new)
 
 
 def load_recipe(out: Path) -> Comparison:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
+from ..core.moments import FILE as MOMENTS_FILE
 from ..data.images import Images
 from ..data.packing import shuffled_indices
 from ..errors import RegraftError
@@ -29,7 +30,7 @@ from ..modeling import flops
 from ..train import fit_ligo, loop
 from ..train.calibrate import calibrate
 from . import data
-from .folders import FITTING, arm_folder, source_folder
+from .folders import FITTING, GROWN, arm_folder, source_folder
 from .numbers import NO_COST, ArmStartCost
 from .recipe import MAIN, Arm, Comparison, LinearizeOptions, Operators
 
@@ -176,11 +177,11 @@ def grow_source(recipe: Comparison, out: Path, arm: Arm, source: Checkpoint, see
     moments = None
     if arm.moments:
         folder = arm_folder(out, arm.name, seed)
-        old = source_folder(recipe, out, arm.source, seed) / optimizer_state.FILE
+        old = source_folder(recipe, out, arm.source, seed) / MOMENTS_FILE
         distributed.on_rank0(
-            lambda: optimizer_state.grow_optimizer_state(source, steps, old, folder)
+            lambda: optimizer_state.grow_optimizer_state(source, steps, old, folder / MOMENTS_FILE)
         )
-        moments = folder / optimizer_state.FILE
+        moments = folder / MOMENTS_FILE
     return ArmStart(model, {**NO_COST, "seconds": time.monotonic() - begin}, moments)
 
 
@@ -199,7 +200,6 @@ def growth_steps(recipe: Comparison, arm: Arm, source: Checkpoint, seed: int) ->
         measured = select_layers.parse_keep(arm.linear.keep) is not None and not arm.scratch
         changes = {"keep": "none"} if measured else {}
         return [Remix.from_options(arm.linear, seed=seed, **changes)]
-    sizes = dataclasses.asdict(recipe.target)
     operators = dataclasses.asdict(arm.grow or Operators())
     return list(Growth(**sizes, **operators, seed=seed).steps(source))
 
@@ -235,11 +235,11 @@ def grow_with_ligo(
         )
 
         def save() -> None:
-            learned(source).save(folder / "grown", overwrite=True)
+            learned(source).save(folder / GROWN, overwrite=True)
             write_json(folder / "start.json", NO_COST | dict(learned.cost))
 
         distributed.on_rank0(save)
-    grown = Checkpoint.open(folder / "grown")
+    grown = Checkpoint.open(folder / GROWN)
     return ArmStart(modeling.materialize(grown), read_json_if_exists(folder / "start.json"))
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
-from ..io import gguf, safetensors, shard_writer
+from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
+from ..io.shard_writer import SideFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy
 from .axes import Signature
@@ -209,7 +210,14 @@ class Checkpoint:
         if self.folder is not None:
             lineage.verify(self.folder)
 
-    def save(self, path: str | Path, overwrite: bool = False, shard_bytes: int = SHARD) -> None:
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD,
+        side_files: Mapping[str, SideFile] | None = None,
+        request: Any = None,
+    ) -> None:
         """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
 
         Tensors are computed and written one after the other. After Ctrl-C or a kill the same call
@@ -217,12 +225,15 @@ class Checkpoint:
 
         Args:
             path: the directory to write.
-            overwrite: whether it may replace a model directory.
+            overwrite: whether it may replace an output of regraft that holds no other files.
             shard_bytes: size limit of a file of weights; one tensor may exceed it.
+            side_files: further files of the directory, by name.
+            request: what the command was asked for, so that a later call can see that it is done.
 
         RegraftError when `path` exists and not `overwrite`, or when the disk is full.
         """
-        # Listed before anything is written: the output may replace the source's directory.
+        side_files = side_files or {}
+        output.check_apart(path, [("source", self.origin)])
         sidecars = sorted(
             {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
         )
@@ -230,7 +241,10 @@ class Checkpoint:
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
             shard_writer.new_directory(
-                Path(path), overwrite, self._start_fingerprint(shard_bytes, background)
+                Path(path),
+                overwrite,
+                self._start_fingerprint(shard_bytes, side_files, background),
+                request,
             ) as partial,
         ):
             folder = partial.path
@@ -240,6 +254,8 @@ class Checkpoint:
             }
             shard_writer.write_weights(partial, tensors, shard_bytes)
 
+            for name, side_file in side_files.items():
+                side_file.write(folder / name)
             for file in sidecars:
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / "config.json", with_older_keys(self.config))
@@ -252,12 +268,16 @@ class Checkpoint:
             write_json(folder / lineage.FILE, lineage.build_lineage(self, partial.done | small))
 
     def _start_fingerprint(
-        self, shard_bytes: int, background: ThreadPoolExecutor
+        self,
+        shard_bytes: int,
+        side_files: Mapping[str, SideFile],
+        background: ThreadPoolExecutor,
     ) -> Callable[[], str] | None:
         """A function that waits for the fingerprint; None for values that have none."""
         if self.in_memory:
             return None
-        return background.submit(lineage.fingerprint, self, shard_bytes).result
+        sides = {name: side_file.identity for name, side_file in side_files.items()}
+        return background.submit(lineage.fingerprint, self, shard_bytes, sides).result
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -153,7 +154,9 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
     }
 
 
-def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
+def fingerprint(
+    checkpoint: Checkpoint, shard_bytes: int, side_files: Mapping[str, Any] | None = None
+) -> str:
     """A hash over everything that decides what the saved files of a checkpoint hold.
 
     Two runs with the same fingerprint write the same bytes, so that one may resume the other.
@@ -161,6 +164,7 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
     Args:
         checkpoint: the model to be saved.
         shard_bytes: size limit of a file of weights.
+        side_files: identities of files that are saved beside the model, by their names.
     """
     folder = checkpoint.path  # of a GGUF file the conversion
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
@@ -175,6 +179,7 @@ def fingerprint(checkpoint: Checkpoint, shard_bytes: int) -> str:
             for name, lazy in named.items()
         ],
         "shard_bytes": shard_bytes,
+        "side_files": dict(side_files or {}),
         # Another release of torch may round differently.
         "versions": [version("regraft"), *versions().values()],
     }

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint, Holds, LazyTensor, Provenance
-from ..core.moments import FILE, MOMENTS, STEP
+from ..core.moments import MOMENTS, STEP
 from ..errors import RegraftError
 from ..io.safetensors import TensorEntry, read_header
 
@@ -23,8 +23,8 @@ Steps = Sequence[Callable[[Checkpoint], Checkpoint]]
 def grow_optimizer_state(
     source: Checkpoint, steps: Steps, file: str | Path, out: str | Path
 ) -> int:
-    """Write `out/optimizer.safetensors` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of
-    the grown model.
+    """Write the file `out` with `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of the grown
+    model.
 
     Moments of weights stored c-fold are divided by c and c squared; new entries start at zero and
     at the tensor's mean square. RegraftError when the file lacks a parameter or has one too many.
@@ -32,9 +32,8 @@ def grow_optimizer_state(
     Args:
         source: the checkpoint before growth.
         steps: the steps that grow it.
-        file: the same keys for `source`, as a run of `regraft train` keeps them in
-            run/state.safetensors.
-        out: the grown model's folder.
+        file: the same keys for `source`, as `regraft train --keep-moments` writes them.
+        out: the file to write; `optimizer.safetensors` in the grown model's folder.
 
     Returns:
         The number of parameters.
@@ -57,7 +56,7 @@ def grow_optimizer_state(
     counts = [entry.read() for key, entry in entries.items() if key.startswith(f"{STEP}/")]
     steps_done = max((count.reshape(()) for count in counts), default=torch.tensor(0.0))
     table |= {f"{STEP}/{name}": steps_done.clone() for name in grown.names.values()}
-    save_file(table, Path(out) / FILE)
+    save_file(table, out)
     return len(grown.names)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from ..errors import RegraftError
 
+PART = ".regraft-part-"  # how the names of unfinished files begin
+
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
@@ -20,12 +22,12 @@ def replace_file(path: Path) -> Iterator[Path]:
 
     It is flushed to disk first, so that a kill or a power cut leaves the old file or the new one.
     When the block raises, it is removed. Its name holds the process id, so that two processes may
-    write the same file.
+    write the same file. What a kill leaves is removed by `remove_parts`.
 
     Args:
         path: the file that is to appear or be replaced, in a folder that exists.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{PART}{os.getpid()}-{path.name}")
     try:
         yield part
         sync(part)
@@ -33,6 +35,14 @@ def replace_file(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed calls of `replace_file` left in a folder that nobody else writes in, and
+    in its subfolders.
+    """
+    for part in folder.rglob(f"{PART}*"):
+        part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Model directories written whole or not at all: shards tensor by tensor, resumed after a kill.
 
-A directory NAME is filled as its hidden sibling `.NAME.partial`. A file in it is written as
-`FILE.part`, flushed to disk, recorded in the state file with its hash, and only then renamed to
+A directory NAME is filled as its hidden sibling `.NAME.regraft`. A file in it is written as
+`FILE.part`, flushed to disk, recorded in the marker with its hash, and only then renamed to
 `FILE`. A run with the same fingerprint keeps the files that are finished and computes the others.
 The partial directory of any other run is emptied first.
 """
@@ -9,7 +9,6 @@ The partial directory of any other run is emptied first.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
-from . import safetensors
+from . import output, safetensors
 from .direct_io import DirectWriter
 from .files import sync, write_json
-from .linux import exchange_paths
 
-STATE = ".regraft.json"  # the state file: fingerprint, and hashes of finished files
+KIND = "model"  # of the marker of a directory that is written at once
 NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 # safetensors' own order in a file: wide types first, then by name; tensors stay aligned.
 ORDER = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -58,6 +56,19 @@ class WritableTensor(Protocol):
         """Computes the value."""
 
 
+@dataclass(frozen=True)
+class SideFile:
+    """A file that is written with a model, such as the grown state of its optimiser.
+
+    Attributes:
+        identity: of what it is made from; values that JSON holds.
+        write: writes it to a path.
+    """
+
+    identity: Any
+    write: Callable[[Path], object]
+
+
 class TensorRow(TypedDict):
     """A tensor in the header of a safetensors file."""
 
@@ -74,47 +85,92 @@ class PartialDirectory:
     path: Path
     # Identifies what is written; None when no later run could resume it.
     fingerprint: Callable[[], str] | None = None
+    # What the command was asked for, for the marker.
+    request: Any = None
     # Finished file -> sha256, those of an earlier run included.
     done: dict[str, str] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Keep what an earlier run with the same fingerprint finished, and remove the rest."""
-        known = self._read_finished(self.fingerprint) if self.fingerprint else {}
-        # A kill between recording and renaming leaves a recorded file without its name.
-        self.done = {name: digest for name, digest in known.items() if (self.path / name).is_file()}
+        marker = output.read_marker(self.path)
+        if marker and self.fingerprint and marker.fingerprint == self.fingerprint():
+            # A kill between recording and renaming leaves a recorded file without its name.
+            self.done = {
+                name: marker.files[name].sha256
+                for name in marker.names
+                if (self.path / name).is_file()
+            }
 
         for path in self.path.iterdir():
-            if path.name not in self.done:
+            if path.name not in self.done and path.name != output.MARKER:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-        # The state file went with the rest.
-        if self.done and self.fingerprint:
+        if self.done:
             log.info("going on in %s: %d files are finished", self.path, len(self.done))
-            self._write_state(self.fingerprint())
+            self._write_marker()
+        else:
+            # What it is for is known once the source is hashed, which goes on meanwhile.
+            output.Marker(KIND, self.request).write(self.path)
 
     def finish_file(self, name: str, digest: str) -> None:
         """Flush `name`.part to disk, record its hash, then rename it to `name`."""
-        sync(self.path / f"{name}.part")
+        part = self.path / f"{name}.part"
+        sync(part)
         self.done[name] = digest
         if self.fingerprint:
-            self._write_state(self.fingerprint())
-        (self.path / f"{name}.part").rename(self.path / name)
+            self._write_marker({name: output.WrittenFile.of(part, digest)})
+        part.rename(self.path / name)
 
-    def _read_finished(self, fingerprint: Callable[[], str]) -> dict[str, str]:
-        """File -> sha256 from the state file; empty when it is damaged or of something else."""
-        try:
-            state = json.loads((self.path / STATE).read_bytes())
-            return dict(state["files"]) if state["fingerprint"] == fingerprint() else {}
-        except (OSError, ValueError, TypeError, KeyError):
-            return {}
+    def finish(self) -> None:
+        """Write the marker that says that everything is there."""
+        names = [path.name for path in self.path.iterdir() if path.name != output.MARKER]
+        self._write_marker(output.describe_files(self.path, names, self.done), complete=True)
 
-    def _write_state(self, fingerprint: str) -> None:
-        write_json(self.path / STATE, {"fingerprint": fingerprint, "files": self.done})
+    def _write_marker(
+        self, files: Mapping[str, output.WrittenFile] | None = None, complete: bool = False
+    ) -> None:
+        known = output.describe_files(self.path, self.done, self.done)
+        marker = output.Marker(
+            KIND,
+            self.request,
+            self.fingerprint() if self.fingerprint else None,
+            complete,
+            tuple(self.done),
+            known | dict(files or {}),
+        )
+        marker.write(self.path)
+
+
+def partial_path(target: Path) -> Path:
+    """The hidden directory in which the directory `target`, a real path, is made."""
+    return target.with_name(f".{target.name}.regraft")
+
+
+def check_target(out: str | Path, overwrite: bool, request: Any) -> bool:
+    """Whether an output is there already as asked for, so that nothing is left to do.
+
+    What a call that was killed at its very end left beside it is removed.
+
+    Args:
+        out: the directory that is to be written.
+        overwrite: as in `new_directory`.
+        request: everything that was asked for, see `output.is_written`.
+
+    RegraftError when `out` may not be written.
+    """
+    target = Path(out).resolve()
+    if not overwrite and output.is_written(target, request):
+        _clear_replaced(partial_path(target), target, None)
+        return True
+    output.check_replaceable(target, overwrite)
+    return False
 
 
 @contextmanager
 def new_directory(
-    target: Path, overwrite: bool = False, fingerprint: Callable[[], str] | None = None
+    target: Path,
+    overwrite: bool = False,
+    fingerprint: Callable[[], str] | None = None,
+    request: Any = None,
 ) -> Iterator[PartialDirectory]:
     """A hidden directory to fill beside `target`, which becomes `target` when the block ends.
 
@@ -123,27 +179,31 @@ def new_directory(
 
     Args:
         target: the directory to write.
-        overwrite: whether it may replace a model directory.
+        overwrite: whether it may replace an output of regraft that holds nothing else.
         fingerprint: returns a hash of everything that decides what is written.
+        request: what the command was asked for, for the marker.
 
-    RegraftError when `target` exists (with `overwrite`: and is no model directory), when another
-    run is writing it, or when the disk is full.
+    RegraftError when `target` exists (with `overwrite`: and holds what regraft did not write),
+    when another run is writing it, or when the disk is full.
     """
     target = target.resolve()
-    _check_target(target, overwrite)
+    output.check_replaceable(target, overwrite)
 
     try:
-        with _claim_directory(target.parent / f".{target.name}.partial") as path:
-            partial = PartialDirectory(path, fingerprint)
+        path = partial_path(target)
+        _clear_replaced(path, target, fingerprint)
+        with _claim_directory(path):
+            partial = PartialDirectory(path, fingerprint, output.plain(request))
             try:
                 partial.begin()
                 yield partial
-                _publish(path, target)
+                partial.finish()
+                output.publish(path, target, overwrite)
             except BaseException as error:
                 # Ctrl-C is no `Exception`. After an error the space is given back, since a full
                 # disk is the likeliest.
                 resumable = not isinstance(error, Exception) and partial.fingerprint
-                if not (resumable and partial.done):
+                if not (resumable and partial.done) and path.exists():
                     shutil.rmtree(path, ignore_errors=True)
                 raise
     except OSError as error:
@@ -152,62 +212,40 @@ def new_directory(
         ) from error
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """RegraftError when writing `target` would destroy something it may not."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise RegraftError(f"'{target}' exists: choose another output or pass --overwrite")
-
-    is_model = (target / "config.json").exists()
-    if not is_model and (target.is_file() or any(target.iterdir())):
-        raise RegraftError(
-            f"'{target}' exists and is not a model directory, so it is not overwritten: "
-            "choose another output"
-        )
-
-
 @contextmanager
-def _claim_directory(path: Path) -> Iterator[Path]:
-    """A directory of this name, locked, so that no other run writes into it.
+def _claim_directory(path: Path) -> Iterator[None]:
+    """Inside, there is a directory of this name that no other run writes into.
 
-    The lock ends with the process, so that a kill leaves none behind.
+    RegraftError when something else has that name.
     """
-    if path.is_symlink() or path.is_file():
-        path.unlink()
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise RegraftError(f"'{path}' is in the way: move it, or choose another output")
     path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with output.lock_folder(path):
+        if output.read_marker(path) is None and (foreign := output.find_foreign(path, None)):
             raise RegraftError(
-                f"another run is writing '{path}': wait until it ends or choose another output"
-            ) from error
-        yield path
-    finally:
-        os.close(descriptor)
+                f"'{path}' holds '{foreign}', which is not of regraft: move it, or choose another "
+                "output"
+            )
+        yield
 
 
-def _publish(path: Path, target: Path) -> None:
-    """Flush a directory to disk and rename it to `target`; what was there is removed."""
-    for file in [*path.rglob("*"), path]:
-        sync(file)
-    (path / STATE).unlink(missing_ok=True)
+def _clear_replaced(path: Path, target: Path, fingerprint: Callable[[], str] | None) -> None:
+    """Remove a complete hidden directory that a killed call left: what `target` was before, or
+    what another call made but did not put in place.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return
+    marker = output.read_marker(path)
+    if marker is None or not marker.complete:
+        return
 
-    if not target.exists():
-        path.rename(target)
-    elif not exchange_paths(path, target):
-        # Without an exchange in one step there is a moment without `target`.
-        old = path.with_suffix(".old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        path.rename(target)
-        path = old
-
-    # After an exchange, `path` is what `target` was.
-    sync(target.parent)
-    shutil.rmtree(path, ignore_errors=True)
+    # What this call made before it was killed is kept, unless it was put in place already.
+    there = output.read_marker(target)
+    own = fingerprint is not None and marker.fingerprint == fingerprint()
+    if not own or (there is not None and there.fingerprint == marker.fingerprint):
+        with output.lock_folder(path):
+            output.remove_output(path)
 
 
 def write_weights(

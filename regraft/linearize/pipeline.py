@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -20,12 +19,13 @@ from ..data.rows import Table
 from ..data.text import Text
 from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
-from ..io.files import read_json_if_exists, write_json
+from ..io import output
 from ..mixers.remix import Remix
 from ..mixers.remix_options import RemixOptions
 from ..progress import Ticker
 from ..train import fsdp, loop
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
+from ..train.output import TEXT, WORK, choose_folder, finish_run, open_run
 from ..train.records import StartCost
 from ..train.session import calibrate_once, save_trained, training_rows
 from ..train.stage import LAYERWISE, Stage
@@ -33,12 +33,12 @@ from . import select_layers
 from .methods import Method
 
 WINDOWS, LENGTH = 4, 1024  # rows, and tokens of a row, on which layers are chosen
-REQUEST_FILE = "asked.json"
+KIND = "linearized training"  # of the output folder while it is made
 Limit = Callable[[int], float | None]  # number of a stage -> seconds it may take
 
 
 class ConversionRequest(TypedDict):
-    """What a folder's conversion was started with; `asked.json` until it is finished."""
+    """What a folder's conversion was started with."""
 
     source: str  # path
     data: str  # the Text
@@ -119,7 +119,7 @@ def train_linearized(
         The ledger. Its `start` is what was spent before the stages: choosing layers and the closed
         form.
     """
-    checkpoint, work = Checkpoint.open(folder), out / "work"
+    checkpoint, work = Checkpoint.open(folder), out / WORK
     length = stages[0].length if stages else LENGTH
     batches = []
     if calibration:
@@ -213,7 +213,7 @@ def run_method(
         stages: of the training, usually `method.stages`.
         seed: of the order of rows.
         ticker: shows the progress.
-        overwrite: delete a finished model in `out`.
+        overwrite: replace a finished output of regraft in `out`, once the new one is complete.
         watching: trackers, and when a loss counts as too high.
         cache: folder that keeps the text's tokens for later runs.
 
@@ -221,7 +221,7 @@ def run_method(
     anything else, or the source.
     """
     distributed.on_rank0(lambda: str(source.path))  # a GGUF file is converted by one process
-    work = out / "work"
+    target = output.check_apart(out, [("source", source.origin), ("source", source.path)])
     request: ConversionRequest = {
         "source": str(source.path),
         # --skip-bad may be added after a bad line stopped the first attempt
@@ -230,47 +230,59 @@ def run_method(
         "method": repr(method),
         "stages": repr(stages),
     }
-    if source.path.resolve().is_relative_to(out.resolve()):
-        raise RegraftError(
-            f"'{out}' holds the source, which is read while the result is made: choose another "
-            "output"
-        )
-    distributed.on_rank0(lambda: claim(out, request, overwrite))
-    need = max((stage.tokens for stage in stages), default=0)
-    rows = text_rows(source, data, ticker, need, work / "text", cache)
 
-    linear = work / "linearized"
+    folder = distributed.on_rank0(lambda: choose_folder(target, overwrite, KIND, request))
+    with open_run(folder, KIND, request) as marker:
+        if marker.complete:
+            ledger = marker.result
+        else:
+            arguments = (method, folder, data, stages, seed, ticker, watching, cache)
+            ledger = convert_and_train(source, *arguments)
+        if folder != target:
+            distributed.on_rank0(lambda: output.publish(folder, target, overwrite))
+
+    remix = remix_of(Checkpoint.open(target))
+    assert remix is not None
+    return remix, ledger
+
+
+def convert_and_train(
+    source: Checkpoint,
+    method: Method,
+    folder: Path,
+    data: Text,
+    stages: Sequence[Stage],
+    seed: int,
+    ticker: Ticker,
+    watching: MonitorConfig,
+    cache: Path | None,
+) -> dict[str, Any]:
+    """Linearize and train in a claimed folder; the ledger. Arguments as of `run_method`."""
+    linear, need = folder / WORK / "linearized", max((stage.tokens for stage in stages), default=0)
+    rows = text_rows(source, data, ticker, need, folder / TEXT, cache)
 
     def convert() -> None:
         if not (linear / "config.json").exists():
             choose_layers(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
 
     distributed.on_rank0(convert)
-    remix = remix_of(Checkpoint.open(linear))
-    assert remix is not None
-
     ticker.start("training")
+    teacher = partial(modeling.materialize, source)
     ledger = train_linearized(
         source,
         linear,
-        partial(modeling.materialize, source),
+        teacher,
         rows,
         stages,
         method.calibration,
-        out,
+        folder,
         ticker,
         seed,
         watching=watching,
     )
     ledger["text"] = rows.facts()
-
-    def clean_up() -> None:
-        for folder in (work, out / "run"):
-            shutil.rmtree(folder, ignore_errors=True)
-        (out / REQUEST_FILE).unlink(missing_ok=True)
-
-    distributed.on_rank0(clean_up)
-    return remix, ledger
+    distributed.on_rank0(lambda: finish_run(folder, ledger))
+    return ledger
 
 
 def text_rows(
@@ -293,38 +305,3 @@ def text_rows(
     """
     tokenizer = modeling.load_tokenizer(source.path)
     return training_rows([data], tokenizer, need, own, cache, ticker.update)
-
-
-def claim(out: Path, request: ConversionRequest, overwrite: bool) -> None:
-    """Write down in `out` what is being made there.
-
-    Args:
-        out: the output folder; it may hold an interrupted conversion with the same request.
-        request: what the conversion was started with.
-        overwrite: delete a finished model.
-
-    RegraftError when something else is there already.
-    """
-    if overwrite and (out / "config.json").exists():
-        shutil.rmtree(out)
-    if (out / "config.json").exists():
-        raise RegraftError(
-            f"{out} holds a finished model: choose another folder, or delete it to begin again"
-        )
-
-    # An interrupted conversion is continued, but only with the request that it was started with.
-    before = read_json_if_exists(out / REQUEST_FILE)
-    if before is None and out.exists() and any(out.iterdir()):
-        raise RegraftError(
-            f"{out} exists and holds no conversion: choose another folder or delete it"
-        )
-    if before is not None:
-        for key, value in request.items():
-            if before.get(key) != value:
-                raise RegraftError(
-                    f"{out} holds a conversion with another {key}: choose another folder or delete "
-                    "it"
-                )
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / REQUEST_FILE, request)

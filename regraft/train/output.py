@@ -1,48 +1,129 @@
-"""The output folder of a training run: whether a run may use it, and that only one does."""
+"""The output folder of a training run: what may be in it, and that only one run uses it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .. import distributed
+from ..core.moments import FILE as MOMENTS_FILE
 from ..errors import RegraftError
+from ..io import output, shard_writer
 from . import trackers
 
-RUN = "run"  # folder for what a run needs to be resumed
-TEXT = "run.text"  # folder for the tokens of its text, until the run ends
-# What a run may have left in its output folder before it has written a checkpoint.
-RUN_FILES = {"metrics.jsonl", TEXT, trackers.FILE, trackers.FOLDER, "wandb"}
+WORK = Path(output.WORK)  # in the output folder: what only an unfinished run needs
+RUN = WORK / "run"  # checkpoints of a training run
+TEXT = WORK / "text"  # tokens of its text
+TRAINED = WORK / "trained"  # the trained model, until its files are moved into place
+# What a training run writes into its output folder beside the model's files.
+RUN_NAMES = ("metrics.jsonl", MOMENTS_FILE, trackers.FILE, trackers.FOLDER, "wandb")
 
 
-def check_output(out: Path, folder: str, own: Collection[str], kind: str = "run") -> None:
-    """Check that `out` is new, empty, or the folder of a run that can be resumed.
-
-    RegraftError when it holds a finished model or files of something else.
+@contextmanager
+def open_run(
+    out: Path, kind: str, request: Mapping[str, Any], names: tuple[str, ...] = RUN_NAMES
+) -> Iterator[output.Marker]:
+    """Inside, the output folder belongs to this run, begun or resumed. Every process calls it.
 
     Args:
         out: the output folder.
-        folder: name of the folder inside it that every started run of this kind has.
-        own: names of what a run may leave in `out` before it has made that folder.
-        kind: what to call such a run in the error message.
-    """
-    names = {file.name for file in out.iterdir()} if out.exists() else set()
-    if "config.json" in names:
-        raise RegraftError(
-            f"{out} holds a finished model: choose another folder, or delete it to train again"
-        )
+        kind: what to call such a run, for its marker and for messages.
+        request: everything that decides the result; values that JSON holds.
+        names: files and folders that the run writes, beside a model's.
 
-    # A run that was killed before its first checkpoint has left some of its files, but no folder.
-    foreign = names - set(own)
-    if foreign and folder not in names:
-        raise RegraftError(
-            f"{out} holds '{min(foreign)}' and no {kind}: choose another folder or delete it"
-        )
+    Returns:
+        The folder's marker. Where it is complete, the same run has been here before, and what it
+        reported is `result`; its work folder is gone.
+
+    RegraftError when the folder holds other files or another run, or a run is going on there.
+    """
+    with ExitStack() as stack:
+        is_new = not out.exists()
+
+        def claim() -> output.Marker:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(output.lock_folder(out))
+            # What is compared with the stored request has been through JSON, too: no tuples.
+            plain = json.loads(json.dumps(request))
+            marker = output.claim_folder(out, output.Marker(kind, plain, names=names))
+            if marker.complete:
+                shutil.rmtree(out / WORK, ignore_errors=True)
+            return marker
+
+        marker = distributed.on_rank0(claim)
+        try:
+            yield marker
+        except RegraftError:
+            # A wrong input leaves no folder behind that holds nothing.
+            if distributed.is_rank0():
+                output.release_folder(out, is_new)
+            raise
+
+
+def choose_folder(out: Path, overwrite: bool, kind: str, request: Mapping[str, Any]) -> Path:
+    """The folder in which a run is made: `out`, or one beside a finished output it replaces.
+
+    Args:
+        out: the real path of the output.
+        overwrite: whether a finished output of regraft may be replaced.
+        kind: as in `open_run`.
+        request: as in `open_run`.
+
+    RegraftError when what is in `out` may not be replaced.
+    """
+    marker = output.read_marker(out) if out.exists() else None
+    resumes = marker is not None and not marker.complete and marker.kind == kind
+    if not overwrite or resumes or not out.exists() or not any(out.iterdir()):
+        return out
+
+    # A call that was killed after the exchange has left the old output beside the new one.
+    beside = shard_writer.partial_path(out)
+    replaced = output.read_marker(beside) if beside.is_dir() else None
+    if replaced and replaced.complete and output.is_written(out, request):
+        output.remove_output(beside)
+        return out
+    output.check_replaceable(out, overwrite)
+    return beside
+
+
+def publish_model(folder: Path, out: Path) -> None:
+    """Move a model's files from a folder that `Checkpoint.save` wrote into the run's own.
+
+    config.json comes last, so a folder with a config.json is a complete model. RegraftError when
+    a file of that name is there that the run did not write.
+    """
+    written = output.read_marker(folder)
+    assert written is not None
+    marker = output.read_marker(out) or output.Marker("training", names=RUN_NAMES)
+    for name in written.files:
+        if (out / name).exists() and name not in {*marker.files, *marker.names}:
+            raise RegraftError(
+                f"'{out}' holds '{name}', which this run did not write: move it and run the same "
+                "command again"
+            )
+
+    # Said before it is done: a run that is killed in between finds its own files.
+    replace(marker, files={**marker.files, **written.files}).write(out)
+    for name in sorted(written.files, key=lambda name: name == "config.json"):
+        if (folder / name).exists():
+            os.replace(folder / name, out / name)
+    shutil.rmtree(folder)
+
+
+def finish_run(out: Path, result: Any) -> None:
+    """Say that a run is complete and what it reports, and remove its work folder."""
+    marker = output.read_marker(out)
+    assert marker is not None
+    hashes = {name: file.sha256 for name, file in marker.files.items()}
+    output.complete_marker(out, marker.files, result, hashes)
 
 
 def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remove: str) -> None:
@@ -65,7 +146,7 @@ def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remov
 
 @contextmanager
 def lock_run(out: Path) -> Iterator[None]:
-    """Inside, only this run writes in `out`; RegraftError when another run does.
+    """Inside, only this run writes checkpoints in `out`; RegraftError when another run does.
 
     The operating system releases the lock when the process dies, so a killed run leaves none.
     """

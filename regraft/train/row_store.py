@@ -18,9 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import RegraftError
-from ..io import safetensors
+from ..io import output, safetensors
 from ..io.files import replace_file, write_json
 
+KIND = "teacher cache"  # of the root
 FILE_BYTES = 16_000_000  # rows are gathered until they fill a file of this size
 BLOCK = 4096  # bytes: a file takes whole blocks of the disk
 Row = dict[str, Tensor]  # one row of a batch, by the names of its tensors
@@ -63,11 +64,12 @@ class RowStore:
         self.size = self.kept = self.refused = self.damaged = 0
         self.seen = -1
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             with self.lock():
-                # Nobody writes while this process has the lock: these files are of killed writers.
-                for partial in self.root.glob("*/*.part"):
-                    partial.unlink()
+                # Nobody writes while this process has the lock: what unfinished files there are,
+                # killed writers left them.
+                output.claim_folder(self.root, output.Marker(KIND))
+                self.folder.mkdir(exist_ok=True)
                 if not (self.folder / "facts.json").exists():
                     write_json(self.folder / "facts.json", dict(facts))
         except OSError as error:
@@ -78,7 +80,7 @@ class RowStore:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Inside, no other process writes into the root."""
-        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from ..data.corpus import TextMixture
 from ..data.images import read_images
 from ..data.text import Text
 from ..errors import RegraftError
+from ..io import output
 from ..io.files import read_json_if_exists, write_json
 from ..modeling import flops
 from ..progress import Ticker
@@ -28,12 +27,10 @@ from . import fsdp, loop
 from .calibrate import calibrate
 from .monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stages
 from .objectives import Data, Rows
-from .output import RUN, RUN_FILES, TEXT, check_output
+from .output import TEXT, TRAINED, finish_run, open_run, publish_model
 from .records import Cost
 from .stage import LAYERWISE, Stage
 from .teacher_cache import CachedTeacher, Teacher, TeacherCacheConfig
-
-WORK = "work"  # folder for files that are moved into place when they are whole
 
 
 class RunFacts(TypedDict):
@@ -54,6 +51,30 @@ def describe_run(model: str, data: Text, teacher: str | None, seed: int, stage: 
         "teacher": teacher,
         "seed": seed,
         "stages": [dataclasses.asdict(stage)],
+    }
+
+
+def describe_request(
+    model: str,
+    data: Text,
+    teacher: str | None,
+    seed: int,
+    stage: Stage,
+    heldout: str | None = None,
+    moments: Path | None = None,
+    calibration: int = 0,
+) -> dict[str, Any]:
+    """Everything that decides what a run of one stage writes."""
+    return {
+        "model": str(Path(model).resolve()),
+        # --skip-bad may be added after a bad line stopped the first attempt
+        "data": dataclasses.asdict(dataclasses.replace(data, skip_bad=False)),
+        "teacher": teacher and str(Path(teacher).resolve()),
+        "seed": seed,
+        "stage": dataclasses.asdict(stage),
+        "heldout": heldout,
+        "moments": moments and str(moments),
+        "calibration": calibration,
     }
 
 
@@ -196,19 +217,8 @@ def write_trained(
         "arguments": {"stages": [dataclasses.asdict(stage) for stage in stages]},
         "ledger": ledger,
     }
-    folder = out / WORK / "trained"
-    checkpoint.with_values(values, step).save(folder, overwrite=True)
-    move_model_files(folder, out)
-
-
-def move_model_files(folder: Path, out: Path) -> None:
-    """Move a model's files from `folder` into `out`.
-
-    config.json comes last, so a folder with a config.json is a complete model.
-    """
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, out / file.name)
-    shutil.rmtree(folder)
+    checkpoint.with_values(values, step).save(out / TRAINED, overwrite=True)
+    publish_model(out / TRAINED, out)
 
 
 def load_for_training(
@@ -335,9 +345,36 @@ def train_saved_model(
         The ledger of `loop.train` with `text` (what was read), `summary` (of the stage, see
         `StageSummary`), `out` and, with a cache, `teacher_cache` (see `TeacherCacheUse`).
     """
-    target = Path(out)
-    check_output(target, RUN, RUN_FILES)
+    target = output.check_apart(out, [("model", model), ("teacher", teacher), ("cache", cache)])
+    request = describe_request(model, data, teacher, seed, stage, heldout, options.get("moments"))
 
+    with open_run(target, "training", request) as marker:
+        if marker.complete:
+            result = marker.result
+        else:
+            result = train_in_folder(
+                model, target, data, stage, teacher, seed, ticker, heldout, watching, cache,
+                keeping, hybrid, **options,
+            )  # fmt: skip
+    return {**result, "out": out}
+
+
+def train_in_folder(
+    model: str,
+    target: Path,
+    data: Text,
+    stage: Stage,
+    teacher: str | None,
+    seed: int,
+    ticker: Ticker,
+    heldout: str | None,
+    watching: MonitorConfig,
+    cache: Path | None,
+    keeping: TeacherCacheConfig | None,
+    hybrid: bool,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train in a claimed folder and say that it is complete; see `train_saved_model`."""
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model)
     check_stage(checkpoint, model, stage, teacher, keeping)
@@ -376,7 +413,6 @@ def train_saved_model(
     if isinstance(rows, TextMixture):
         ledger["text"] = rows.facts()
     save_trained(checkpoint, student, [stage], ledger, target)
-    if distributed.is_rank0():
-        for folder in (RUN, WORK, TEXT):
-            shutil.rmtree(target / folder, ignore_errors=True)
-    return ledger | {"summary": summarize_stages(out), "out": out} | cache_use
+    ledger |= {"summary": summarize_stages(target)} | cache_use
+    distributed.on_rank0(lambda: finish_run(target, ledger))
+    return ledger

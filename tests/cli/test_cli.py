@@ -17,11 +17,13 @@ import pytest
 import yaml
 from helpers import ROOT
 from helpers.cli import as_json, refused, run_main
+from helpers.kill import contents
 from helpers.tiny import save_model, write_text
 
 from regraft.cli import main as cli
 from regraft.cli import parser as cli_parser
 from regraft.errors import RegraftError
+from regraft.io.output import WORK
 from regraft.recipes import schema
 
 
@@ -245,7 +247,13 @@ def test_train_writes_a_model_and_will_not_write_it_twice(folder, tmp_path, caps
     table = as_json(capsys, *words)
     assert table["tokens"] == 256 and table["flops"] > 0
     assert as_json(capsys, "plan", tmp_path / "trained")["steps"][-1]["step"] == "Train"
-    assert "finished model" in refused(capsys, *words)
+
+    # The same command again finds its work done; another one does not touch it.
+    before = contents(tmp_path / "trained")
+    assert as_json(capsys, *words) == table
+    words[words.index("--tokens") + 1] = 512
+    assert "finished training with another stage" in refused(capsys, *words)
+    assert contents(tmp_path / "trained") == before
 
 
 def test_train_needs_its_teacher_and_mixers(folder, tmp_path, capsys):
@@ -330,12 +338,12 @@ def test_run_ends_with_the_report_and_repeats_for_free(recipe, tmp_path, capsys)
         "config.json",
         "recipe.yaml",
     } <= names
-    assert not names & {"work", "run"}
+    assert WORK not in names
     again = as_json(capsys, "run", recipe, out)
     assert again["eval"] == numbers["eval"]
     code, shown, _ = run_main(capsys, "run", recipe, out)
     assert code == 0 and "closed form" in shown and "Report: " in shown
-    assert "another recipe" in refused(capsys, "run", recipe, out, "--seed", 5)
+    assert "'seed: 0' there, 'seed: 5' here" in refused(capsys, "run", recipe, out, "--seed", 5)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from helpers.cli import as_json, refused, run_main
 from helpers.tiny import SPECIAL, byte_tokenizer, inputs, tiny, write_text
 
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.moments import FILE as MOMENTS_FILE
 from regraft.growth import optimizer_state
 from regraft.train import loop
 
@@ -96,7 +97,7 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
     assert [row["step"] for row in seen] == [0, 2, 4, 5]
     assert kind == "distil" or seen[-1]["eval_loss"] < seen[0]["eval_loss"]
     assert optimizer_state.read_moments(
-        Checkpoint.open(tmp_path / "out"), tmp_path / "out" / optimizer_state.FILE
+        Checkpoint.open(tmp_path / "out"), tmp_path / "out" / MOMENTS_FILE
     )
 
     kind_of_model, original = (
@@ -127,7 +128,7 @@ def test_a_stock_model_is_trained_and_stays_stock(kind, folder, tmp_path, capsys
 
 def test_training_goes_on_from_kept_moments(folder, tmp_path, capsys):
     as_json(capsys, *words(folder, "next", tmp_path / "a"), "--keep-moments")
-    command = words(folder, "next", tmp_path / "b", moments=tmp_path / "a" / optimizer_state.FILE)
+    command = words(folder, "next", tmp_path / "b", moments=tmp_path / "a" / MOMENTS_FILE)
     command[1] = tmp_path / "a"
     assert as_json(capsys, *command)["tokens"] == 640
 

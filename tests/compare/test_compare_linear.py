@@ -135,7 +135,7 @@ def test_shipped_comparisons_are_valid(name: str) -> None:
     for arm in made.arms:
         assert arm.linear is not None and made.arm(made.scratch_name(arm)).scratch
         assert sum(stage.tokens for stage in made.stages(arm)) == made.train.tokens
-        assert arm.linear.remix().build_spec()
+        assert Remix.from_options(arm.linear).build_spec()
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kill import contents
 from helpers.tiny import tiny
 from safetensors.torch import load_file, save_file
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
-from regraft.io import safetensors, shard_writer
+from regraft.io import output, safetensors, shard_writer
 from regraft.mixers.remix import Remix
 
 
@@ -191,15 +192,17 @@ def test_output_that_exists(single: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "out", overwrite=True)
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RegraftError, match="is not a model directory, so it is not overwritten"):
+    with pytest.raises(RegraftError, match="is not overwritten: 'thesis.txt'"):
         checkpoint.save(tmp_path / "papers", overwrite=True)
 
 
 def test_overwriting_the_source_itself(single: Path) -> None:
-    before = load_file(single / "model.safetensors")
-    Remix(keep="all")(Checkpoint.open(single)).save(single, overwrite=True)
-    after = load_file(single / "model.safetensors")
-    assert all(torch.equal(after[f"host.{name}"], value) for name, value in before.items())
+    before = contents(single)
+    linearized = Remix(keep="all")(Checkpoint.open(single))
+    for out in (single, single / ".." / single.name, single / "inside", single.parent):
+        with pytest.raises(RegraftError, match="is the source|lies in the source|holds the source"):
+            linearized.save(out, overwrite=True)
+    assert contents(single) == before
 
 
 def test_full_disk_leaves_nothing(
@@ -217,8 +220,10 @@ def test_full_disk_leaves_nothing(
 
 
 def test_leftovers_of_a_killed_run_are_not_in_the_way(single: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "config.json").write_text("{}")
+    hidden = shard_writer.partial_path(tmp_path / "out")
+    hidden.mkdir()
+    output.Marker("model").write(hidden)
+    (hidden / "config.json").write_text("{}")
     Checkpoint.open(single).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "single"]
 

@@ -40,6 +40,7 @@ from regraft.data.packing import pack, read_documents
 from regraft.data.text import Text
 from regraft.data.tokenizer import BatchTokenizer
 from regraft.errors import RegraftError
+from regraft.train.output import TEXT
 
 TOKENIZER = byte_tokenizer()
 PACKERS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
@@ -610,7 +611,7 @@ def test_train_goes_on_after_a_bad_line_and_tells_of_it(tmp_path, capsys):
     assert text["bad_lines"] == 1 and "line 61" in text["bad"][0] and text["documents"] == 120
     lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
     assert lineage["steps"][-1]["ledger"]["text"][0] == text
-    assert not (tmp_path / "out" / "run.text").exists()
+    assert not (tmp_path / "out" / TEXT).exists()
     kept = ["--cache", tmp_path / "cache", "--overflow", "cut", "--max-tokens", 320, "--skip-bad"]
     text = as_json(capsys, verb, model, tmp_path / "cut", *flags, *kept)["text"][0]
     assert text["rows"] == 10 and text["cut_off_tokens"] > 0 and not text["complete"]

@@ -37,6 +37,7 @@ from regraft.growth.steps.transplant import Transplant
 from regraft.growth.steps.widen import Widen
 from regraft.train.fit_ligo import LigoTrainer, fit_maps
 from regraft.train.objectives import compute_loss
+from regraft.train.output import RUN
 from regraft.train.stage import Stage
 
 RMS = ("mistral", "qwen2", "qwen3", "gemma", "phi3", "mixtral")
@@ -390,8 +391,8 @@ def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    maps, deadline = tmp_path / ".broken.fitting", time.monotonic() + 300
-    while not (maps / "run").is_dir():
+    maps, deadline = tmp_path / ".broken.regraft-fitting", time.monotonic() + 300
+    while not (maps / RUN).is_dir():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -502,7 +503,9 @@ def test_the_command_line_fits_behind_a_bridge(
     ]
     fitting = '{"steps": 2, "batch": 4, "length": 16}'
     code, said, _ = run(capsys, "grow", str(given), str(out), *words, "--fit", fitting, "--json")
-    assert code == 0 and json.loads(said)["step0"] and not (tmp_path / ".out.fitting").exists()
+    assert (
+        code == 0 and json.loads(said)["step0"] and not (tmp_path / ".out.regraft-fitting").exists()
+    )
     code, said, _ = run(capsys, "check", str(given), str(out), "--json")
     assert code == 0 and json.loads(said)["exact"] is False
     assert [step["step"] for step in lineage.read_lineage(out)["steps"]] == ["Bridge", "Learned"]

@@ -11,6 +11,7 @@ from helpers.tiny import GROWABLE, inputs, tiny
 from safetensors.torch import load_file, save_file
 
 from regraft.core.checkpoint import Checkpoint, LazyTensor, Provenance
+from regraft.core.moments import FILE as MOMENTS_FILE
 from regraft.errors import RegraftError
 from regraft.growth import optimizer_state
 from regraft.growth.steps.deepen import Deepen
@@ -149,7 +150,7 @@ def test_a_state_is_grown_into_a_file_that_an_optimiser_takes(tmp_path: Path) ->
     count = optimizer_state.grow_optimizer_state(
         source, steps, tmp_path / "state.safetensors", tmp_path / "out"
     )
-    state = load_file(tmp_path / "out" / optimizer_state.FILE)
+    state = load_file(tmp_path / "out" / MOMENTS_FILE)
     stock = type(model).from_pretrained(tmp_path / "out")
     assert count == len(list(stock.named_parameters())) and len(state) == 3 * count
     for name, parameter in stock.named_parameters():

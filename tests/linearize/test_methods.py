@@ -22,6 +22,7 @@ from regraft.linearize import methods
 from regraft.linearize.method import expand_method
 from regraft.recipes import schema
 from regraft.train import loop
+from regraft.train.output import WORK
 
 NAMES = methods.list_methods()
 
@@ -71,8 +72,10 @@ def test_every_method_goes_from_end_to_end(name: str, folder: Path, tmp_path: Pa
         "lineage.json",
         "tokenizer.json",
     }
-    assert not (out / "work").exists() and not (out / "run").exists()
-    assert "holds a finished model" in refused(capsys, *words(folder, name, out))
+    assert not (out / WORK).exists()
+    assert as_json(capsys, *words(folder, name, out))["ledger"] == told["ledger"]
+    again = words(folder, name, out, "--seed", 7)
+    assert "finished linearized training with another" in refused(capsys, *again)
 
 
 def test_a_killed_conversion_goes_on_to_the_same_weights(
@@ -96,7 +99,7 @@ def test_a_killed_conversion_goes_on_to_the_same_weights(
         as_json(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "restore:1"))
     monkeypatch.undo()
     said = refused(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "none"))
-    assert "holds a conversion with another method" in said
+    assert "linearized training with another method" in said
     as_json(capsys, *words(folder, "auto", tmp_path / "cut", "--keep", "restore:1"))
     one, two = (Checkpoint.open(tmp_path / name) for name in ("whole", "cut"))
     assert all(
@@ -158,13 +161,13 @@ def test_wrong_use(folder: Path, tmp_path: Path, capsys) -> None:
     assert "give --data" in refused(
         capsys, "linearize", folder / "model", tmp_path / "o", "--tokens", 100
     )
-    assert "holds the source" in refused(
+    assert "is the source" in refused(
         capsys, *words(folder, "auto", folder / "model", "--overwrite")
     )
     assert (folder / "model" / "model.safetensors").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("mine")
-    assert "holds no conversion" in refused(capsys, *words(folder, "auto", tmp_path / "full"))
+    assert "is not of regraft" in refused(capsys, *words(folder, "auto", tmp_path / "full"))
     assert json.loads((folder / "model" / "config.json").read_text())["model_type"] == "llama"
 
 

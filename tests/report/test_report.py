@@ -16,6 +16,7 @@ from regraft.io.files import read_json_lines
 from regraft.progress import BEAT, Ticker, format_seconds
 from regraft.recipes.journal import Journal
 from regraft.report import html, plots
+from regraft.train.output import open_run
 
 
 def row(perplexity: float, kl: float | None) -> dict:
@@ -164,11 +165,18 @@ def test_journal_remembers_time_and_phases(tmp_path):
     assert second.ticker.budget == 900
 
 
-def test_journal_refuses_foreign_folders(tmp_path):
-    Journal(tmp_path / "run", "seed: 0\n", None)
-    with pytest.raises(RegraftError, match="'seed: 0' there, 'seed: 1' here"):
-        Journal(tmp_path / "run", "seed: 1\n", None)
+def test_a_run_refuses_foreign_folders(tmp_path):
+    with open_run(tmp_path / "run", "run", {"recipe": "a: 1\nseed: 0\n"}):
+        pass
+    with (
+        pytest.raises(RegraftError, match="'seed: 0' there, 'seed: 1' here"),
+        open_run(tmp_path / "run", "run", {"recipe": "a: 1\nseed: 1\n"}),
+    ):
+        pass
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(RegraftError, match="holds no run"):
-        Journal(tmp_path / "other", "seed: 0\n", None)
+    with (
+        pytest.raises(RegraftError, match="'thesis.tex', which is not of regraft"),
+        open_run(tmp_path / "other", "run", {"recipe": "seed: 0\n"}),
+    ):
+        pass

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.mixers.remix import Remix
+from regraft.train.output import RUN, WORK
 from regraft.train.resume import list_checkpoints, lock_run
 
 pytestmark = pytest.mark.slow
@@ -89,8 +90,8 @@ def same(one: Path, other: Path, tolerance: float) -> None:
     for key in ("loss", "eval_loss", "eval_kl"):
         mine, theirs = ([row[key] for row in table if key in row] for table in (first, second))
         assert mine == pytest.approx(theirs, rel=tolerance), key
-    kept = {file.name for file in one.iterdir()} - {"run"}
-    assert kept == {file.name for file in other.iterdir()} - {"run"}
+    kept = {file.name for file in one.iterdir()} - {WORK.name}
+    assert kept == {file.name for file in other.iterdir()} - {WORK.name}
     assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
     left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert left.keys() == right.keys()
@@ -208,7 +209,7 @@ class TestCommand:
         self.until(2, tmp_path / "many", signal.SIGKILL, 10, words)
         self.until(1, tmp_path / "many", signal.SIGTERM, 30, words)
         kept = max(
-            tmp_path.glob("many/run/stage-0-step-*"),
+            tmp_path.glob(f"many/{RUN}/stage-0-step-*"),
             key=lambda folder: int(folder.name.rpartition("-")[2]),
         )
         assert len(losses(tmp_path / "many")) == int(
@@ -352,7 +353,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
         and "free some space" in told[0]
     ), done.stderr
     kept = list_checkpoints(small_disk / "out")
-    assert kept and not (small_disk / "out" / "run" / "new").exists()
+    assert kept and not (small_disk / "out" / RUN / "new").exists()
     (small_disk / "filler").unlink()
     if count > 1:
         launched(count, *words)

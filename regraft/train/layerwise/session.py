@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,15 +9,16 @@ from ... import distributed, modeling
 from ...core.checkpoint import Checkpoint
 from ...data.text import Text
 from ...errors import RegraftError
+from ...io import output
 from ...io.files import read_json_lines
 from ...progress import Ticker
 from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
-from ..output import RUN_FILES, TEXT, check_output
+from ..output import TEXT, TRAINED, finish_run, open_run, publish_model
 from ..records import StageSummary, StepRow
-from ..session import describe_run, move_model_files, training_rows
+from ..session import describe_request, describe_run, training_rows
 from ..stage import Stage
 from . import align
-from .state import FOLDER, LayerwiseRun
+from .state import LayerwiseRun
 
 
 def align_saved_model(
@@ -58,13 +58,38 @@ def align_saved_model(
         The ledger with `text` (what was read), `summary` (a `StageSummary` of each layer) and
         `out`.
     """
-    target = Path(out)
-    check_output(target, FOLDER, RUN_FILES | {"metrics.tmp"}, "streamed run")
     if not teacher:
         raise RegraftError(
             f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}"
         )
+    target = output.check_apart(out, [("model", model), ("teacher", teacher), ("cache", cache)])
+    request = describe_request(model, data, teacher, seed, stage, calibration=calibration)
 
+    with open_run(target, "layer-wise training", request) as marker:
+        if marker.complete:
+            result = marker.result
+        else:
+            result = align_in_folder(
+                model, target, data, stage, teacher, seed, ticker, scratch, calibration, watching,
+                cache,
+            )  # fmt: skip
+    return {**result, "out": out}
+
+
+def align_in_folder(
+    model: str,
+    target: Path,
+    data: Text,
+    stage: Stage,
+    teacher: str,
+    seed: int,
+    ticker: Ticker,
+    scratch: Path | None,
+    calibration: int,
+    watching: MonitorConfig,
+    cache: Path | None,
+) -> dict[str, Any]:
+    """Align in a claimed folder and say that it is complete; see `align_saved_model`."""
     ticker.start(f"reading {model}")
     source, student = Checkpoint.open(teacher), Checkpoint.open(model)
     for checkpoint in (source, student):
@@ -84,15 +109,17 @@ def align_saved_model(
         )
         trained, ledger = align.align(run)
 
-    ticker.start(f"writing {out}")
-    if distributed.is_rank0():
-        trained.save(run.folder / "trained", overwrite=True)
-        move_model_files(run.folder / "trained", target)
-        # Only now: the trained mixers are read from this folder while the model is written.
-        shutil.rmtree(run.folder)
-        shutil.rmtree(text, ignore_errors=True)
-    distributed.barrier()
-    return ledger | {"text": rows_of.facts(), "summary": summarize_layers(target), "out": out}
+    ticker.start(f"writing {target}")
+    result = ledger | {"text": rows_of.facts(), "summary": summarize_layers(target)}
+
+    def publish() -> None:
+        trained.save(target / TRAINED, overwrite=True)
+        publish_model(target / TRAINED, target)
+        # Only now: the trained mixers are read from the work folder while the model is written.
+        finish_run(target, result)
+
+    distributed.on_rank0(publish)
+    return result
 
 
 def summarize_layers(out: Path) -> list[StageSummary]:

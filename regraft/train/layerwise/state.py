@@ -20,13 +20,13 @@ from ...errors import RegraftError
 from ...io import safetensors
 from ...io.files import read_json, replace_file, write_json, write_text
 from ..divergence import LossSpikeConfig
-from ..output import check_settings
+from ..output import WORK, check_settings
 from ..precision import use_bfloat16
 from ..records import Cost, LedgerEntry, StartCost
 from ..run import StepCallback
 from ..stage import LAYERWISE, Stage
 
-FOLDER = "stream"  # in the output folder: what a run needs to be resumed
+FOLDER = WORK / "stream"  # in the output folder: what a run needs to be resumed
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 from regraft.train.layer_subset import layer_stack
 from regraft.train.layerwise import align
 from regraft.train.layerwise.one_layer_model import OneLayerModel
-from regraft.train.layerwise.state import LayerwiseRun
+from regraft.train.layerwise.state import FOLDER, LayerwiseRun
 from regraft.train.stage import Stage
 
 LINEAR = (
@@ -257,7 +257,7 @@ def test_a_layer_that_diverges_stops_the_run_and_earlier_ones_stay(tmp_path: Pat
 
     def spoil(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
         if step == STAGE.steps:  # what the third layer gets is no number
-            hidden = tmp_path / "out" / "stream" / "hidden-0.0"
+            hidden = tmp_path / "out" / FOLDER / "hidden-0.0"
             hidden.write_bytes(b"\xff" * hidden.stat().st_size)
 
     with pytest.raises(
@@ -339,7 +339,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         and closed["tokens"] == 2 * rows().length
         and closed["flops"] > 0
     )
-    assert json.loads((tmp_path / "alone" / "stream" / "state.json").read_text())["start"] == closed
+    assert json.loads((tmp_path / "alone" / FOLDER / "state.json").read_text())["start"] == closed
     assert ledger["flops"] == ledger["stages"][0]["flops"], "the closed form is no part of training"
     (tmp_path / "part.py").write_text(PART)
     torchrun = [

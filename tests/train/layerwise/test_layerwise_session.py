@@ -15,6 +15,7 @@ from helpers.tiny import write_text
 
 from regraft import modeling
 from regraft.train.layerwise import align
+from regraft.train.output import WORK
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_streamed_model_is_that_of_the_plain_command(
     assert sorted(file.name for file in (tmp_path / "streamed").glob("*.safetensors")) == [
         "model.safetensors"
     ]
-    assert not (tmp_path / "streamed" / "stream").exists()
+    assert not (tmp_path / "streamed" / WORK).exists()
     words[2] = tmp_path / "plain"
     as_json(capsys, *words[:-1])
     models = [modeling.load(tmp_path / name).state_dict() for name in ("streamed", "plain")]
@@ -83,7 +84,9 @@ def test_the_same_command_goes_on(source, linearized, text, tmp_path, capsys, mo
     assert weights[0] == weights[1] and not list((tmp_path / "scratch").iterdir())
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
-    assert "finished model" in refused(capsys, *words)
+    as_json(capsys, *words)
+    words[words.index("--calibration") + 1] = "64"
+    assert "another calibration (128 there, 64 here)" in refused(capsys, *words)
 
 
 CASES = [

@@ -1,0 +1,426 @@
+"""Who owns an output folder: what regraft wrote in it, who writes there now, what may be removed.
+
+Every folder that regraft makes holds a marker, which lists the files that regraft wrote. Only
+these are ever replaced or removed, and only while they are as they were written. What only an
+unfinished run needs lies in one work folder inside the marked folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegraftError
+from .files import PART, read_json, remove_parts, sha256, sync, write_json
+from .linux import exchange_paths
+
+MARKER = ".regraft.json"  # in every folder that regraft makes
+WORK = ".regraft-work"  # in such a folder: what only an unfinished run needs
+VERSION = 1  # of the marker
+KEEP = "choose another output"
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file as regraft wrote it.
+
+    Attributes:
+        bytes: its size.
+        sha256: hex digest.
+    """
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, known: str | None = None) -> WrittenFile:
+        """Describe a file; `known` is its sha256 where somebody has it already."""
+        return cls(path.stat().st_size, known or sha256(path))
+
+    def matches(self, path: Path, since: int) -> bool:
+        """Whether a file is still what was written.
+
+        Args:
+            path: the file.
+            since: nanoseconds at which its folder was complete; a file that nobody wrote to after
+                that is not read again.
+        """
+        found = path.lstat()
+        if found.st_size != self.bytes or not stat.S_ISREG(found.st_mode):
+            return False
+        return found.st_mtime_ns <= since or self.sha256 == sha256(path)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a folder that regraft made says about itself.
+
+    Attributes:
+        kind: what is in the folder, such as "model" or "training".
+        request: everything that was asked for, as values that JSON holds; None when nobody said.
+        fingerprint: hash of everything that decides the files' bytes, where that is known.
+        complete: whether everything that was asked for is there.
+        names: files and folders that a run may write before it is complete.
+        files: what was written, by path in the folder.
+        result: what the command reports, once it is complete.
+    """
+
+    kind: str
+    request: Any = None
+    fingerprint: str | None = None
+    complete: bool = False
+    names: tuple[str, ...] = ()
+    files: Mapping[str, WrittenFile] = field(default_factory=dict)
+    result: Any = None
+
+    def write(self, folder: Path) -> None:
+        """Write the marker of a folder, whole or not at all."""
+        write_json(folder / MARKER, {"version": VERSION, **asdict(self)})
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """The marker of a folder, None without one; RegraftError when it is not regraft's."""
+    file = folder / MARKER
+    if not file.is_file() or file.is_symlink():
+        return None
+    found = read_json(file)
+    try:
+        if found.pop("version") != VERSION:
+            raise ValueError
+        files = {str(name): WrittenFile(**facts) for name, facts in found.pop("files").items()}
+        marker = Marker(**found | {"files": files, "names": tuple(found["names"])})
+        if not isinstance(marker.kind, str) or not isinstance(marker.complete, bool):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RegraftError(
+            f"'{file}' is no marker that this version of regraft writes: {KEEP}"
+        ) from error
+    return marker
+
+
+def find_foreign(folder: Path, marker: Marker | None) -> str | None:
+    """The first path in a folder, by name, that regraft did not write or that has changed since.
+
+    Args:
+        folder: the folder, which exists.
+        marker: its marker; without one every path is foreign.
+    """
+    since = (folder / MARKER).stat().st_mtime_ns if marker else 0
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        top = name.partition("/")[0]
+        if marker is None and re.fullmatch(rf"{PART}\d+-{re.escape(MARKER)}", name):
+            continue  # of a call that was killed before the marker was there
+        if marker is None:
+            return name
+        if name == MARKER or top == WORK or path.name.startswith(PART):
+            continue
+
+        written = marker.files.get(name)
+        unfinished = not marker.complete and (top in marker.names or name in marker.files)
+        if not unfinished and not (written and written.matches(path, since)):
+            return name
+    return None
+
+
+def find_changed(folder: Path, marker: Marker) -> str | None:
+    """The first file that a marker lists and that is missing, or is not as it was written."""
+    since = (folder / MARKER).stat().st_mtime_ns
+    for name, written in marker.files.items():
+        path = folder / name
+        if not path.exists() or not written.matches(path, since):
+            return name
+    return None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything in a folder but its subfolders, which are entered; links are not followed.
+
+    An empty subfolder comes itself: somebody made it.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                yield path
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def describe_files(
+    folder: Path, names: Iterable[str], hashes: Mapping[str, str] | None = None
+) -> dict[str, WrittenFile]:
+    """The files of a folder under these names, and those in subfolders of these names.
+
+    Args:
+        folder: the folder.
+        names: of files and folders in it; those that do not exist are left out.
+        hashes: sha256 of files that somebody has hashed already.
+    """
+    found = {}
+    for name in sorted(set(names)):
+        path = folder / name
+        inside = _walk(path) if path.is_dir() and not path.is_symlink() else [path]
+        for file in inside:
+            if file.is_file() and not file.is_symlink():
+                relative = file.relative_to(folder).as_posix()
+                found[relative] = WrittenFile.of(file, (hashes or {}).get(relative))
+    return found
+
+
+def check_apart(out: str | Path, inputs: Iterable[tuple[str, str | Path | None]]) -> Path:
+    """The real path of an output, which must lie apart from everything that is read.
+
+    RegraftError when it is empty, is a file, or lies in an input or around it.
+
+    Args:
+        out: the output as it was given.
+        inputs: paths that are read, or that other runs write to: (what it is, path). None and
+            paths that do not exist are left out.
+    """
+    if not str(out):
+        raise RegraftError("the output is empty: give the name of a new folder")
+    target = Path(out).resolve()
+    if target.exists() and not target.is_dir():
+        raise RegraftError(f"the output '{out}' is a file: {KEEP}")
+
+    for what, given in inputs:
+        path = Path(given).resolve() if given else None
+        if path is None or not path.exists():
+            continue
+        if path == target:
+            raise RegraftError(f"the output '{out}' is the {what} '{given}': {KEEP}")
+        if path.is_relative_to(target):
+            raise RegraftError(f"the output '{out}' holds the {what} '{given}': {KEEP}")
+        if target.is_relative_to(path):
+            raise RegraftError(f"the output '{out}' lies in the {what} '{given}': {KEEP}")
+    return target
+
+
+def check_replaceable(out: Path, overwrite: bool) -> None:
+    """RegraftError when a whole output may not be put at `out`.
+
+    Args:
+        out: the real path of the output.
+        overwrite: whether a finished output of regraft may be replaced, if it has no other files.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise RegraftError(f"'{out}' exists: {KEEP} or pass --overwrite")
+
+    marker = read_marker(out)
+    if foreign := find_foreign(out, marker):
+        wrote = (
+            "has changed since regraft wrote it"
+            if _is_listed(marker, foreign)
+            else ("is not of regraft")
+        )
+        raise RegraftError(f"'{out}' is not overwritten: '{foreign}' in it {wrote}: {KEEP}")
+    if marker and not marker.complete:
+        raise RegraftError(
+            f"'{out}' is not overwritten: it holds an unfinished {marker.kind}: {KEEP}, or delete "
+            "it"
+        )
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a finished output of regraft."""
+    marker = read_marker(folder) if folder.is_dir() else None
+    return marker is not None and marker.complete
+
+
+def is_written(out: Path, request: Any) -> bool:
+    """Whether an output is there, whole and unchanged, as this request asks for it.
+
+    Args:
+        out: the real path of the output.
+        request: as in its marker; None for a request that is never taken for another one.
+    """
+    marker = read_marker(out)
+    if request is None or marker is None or not marker.complete:
+        return False
+    return plain(request) == marker.request and find_changed(out, marker) is None
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back, which has no tuples and no paths."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _is_listed(marker: Marker | None, name: str) -> bool:
+    return marker is not None and name in marker.files
+
+
+def publish(built: Path, out: Path, overwrite: bool) -> None:
+    """Put a complete folder at `out` in one rename; what regraft wrote there before is removed.
+
+    Args:
+        built: the folder, on the same disk, with its marker.
+        out: the real path of the output.
+        overwrite: see `check_replaceable`.
+
+    RegraftError when something that regraft did not write has come to `out` meanwhile.
+    """
+    for path in [*built.rglob("*"), built]:
+        sync(path)
+    check_replaceable(out, overwrite)
+
+    if not out.exists():
+        os.rename(built, out)
+        sync(out.parent)
+        return
+
+    old = built
+    if not exchange_paths(built, out):
+        # Without an exchange in one step there is a moment without `out`.
+        old = built.with_name(f"{built.name}-old")
+        os.rename(out, old)
+        os.rename(built, out)
+    sync(out.parent)
+    remove_output(old)
+
+
+def remove_output(folder: Path) -> None:
+    """Remove what regraft wrote in a folder, and the folder when nothing else is in it.
+
+    The marker goes last, so that a removal that was cut short can go on.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        return
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    named = [] if marker.complete else list(describe_files(folder, marker.names))
+    for name in (*marker.files, *named):
+        path = folder / name
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
+        # The subfolders that held it, from the inside out.
+        for parent in path.relative_to(folder).parents[:-1]:
+            _remove_if_empty(folder / parent)
+
+    if _names(folder) <= {MARKER}:
+        (folder / MARKER).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Inside, only this process writes in a folder, which exists.
+
+    The system gives the lock back when the process dies, so a killed run leaves none.
+    RegraftError when another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RegraftError(
+                f"another run is writing '{folder}': wait for it, or stop all of its processes"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def claim_folder(folder: Path, marker: Marker) -> Marker:
+    """The marker of a folder in which a run is begun or resumed; made where it is missing.
+
+    RegraftError when the folder holds other files, another kind of output, or one that was asked
+    for with other values.
+
+    Args:
+        folder: of the run.
+        marker: what the folder is to hold.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = read_marker(folder)
+    if there is None:
+        if foreign := find_foreign(folder, None):
+            raise RegraftError(
+                f"'{folder}' holds '{foreign}', which is not of regraft: {KEEP}, or a folder that "
+                "does not exist yet"
+            )
+        marker.write(folder)
+        remove_parts(folder)
+        return marker
+
+    remove_parts(folder)
+    if there.kind != marker.kind:
+        raise RegraftError(
+            f"'{folder}' holds a {there.kind}, not a {marker.kind}: {KEEP}, or delete it"
+        )
+    if difference := find_difference(there.request, marker.request):
+        finished = "finished" if there.complete else "unfinished"
+        raise RegraftError(
+            f"'{folder}' holds a {finished} {marker.kind} with {difference}: {KEEP}, or delete it"
+        )
+    return there
+
+
+def release_folder(folder: Path, is_new: bool) -> None:
+    """Give up a claimed folder in which nothing has been written yet; one that is new goes too."""
+    if _names(folder / WORK) or _names(folder) - {MARKER, WORK}:
+        return
+    _remove_if_empty(folder / WORK)
+    (folder / MARKER).unlink(missing_ok=True)
+    if is_new:
+        folder.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def find_difference(before: Any, now: Any) -> str | None:
+    """What differs between two requests, in words; None when they are the same."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return None if before == now else "another request"
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            return f"another {key.replace('_', ' ')} ({_first_difference(old, new)})"
+    return None
+
+
+def _first_difference(before: Any, now: Any) -> str:
+    """Two values, or the first line of two texts that differs."""
+    if isinstance(before, str) and isinstance(now, str):
+        lines = itertools.zip_longest(before.splitlines(), now.splitlines(), fillvalue="nothing")
+        before, now = next((pair for pair in lines if pair[0] != pair[1]), (before, now))
+        before, now = f"'{before.strip()}'", f"'{now.strip()}'"
+    return f"{before} there, {now} here"
+
+
+def complete_marker(
+    folder: Path, names: Iterable[str], result: Any, hashes: Mapping[str, str] | None = None
+) -> None:
+    """Say in a folder's marker that all is there, then remove the work folder.
+
+    Args:
+        folder: a claimed folder.
+        names: further files that were written, beside those of the marker's own names.
+        result: what the command reports.
+        hashes: sha256 of files that somebody has hashed already.
+    """
+    marker = read_marker(folder)
+    assert marker is not None
+    files = describe_files(folder, (*marker.names, *names), hashes)
+    replace(marker, complete=True, files=files, result=result).write(folder)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
