@@ -1,0 +1,178 @@
+"""An interpreter that has imported regraft and forks itself for each command; see `faults.py`.
+
+Run: python -m helpers.fork_server SOCKET
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import selectors
+import socket
+import sys
+import tempfile
+import threading
+from typing import Any
+
+# What regraft imports when a verb runs, and what transformers imports when a model is loaded.
+LIBRARIES = (
+    "jsonargparse",
+    "matplotlib.pyplot",
+    "safetensors.torch",
+    "tokenizers",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.utils.flop_counter",
+    "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "yaml",
+)
+
+
+def import_everything() -> None:
+    """Import what commands need, so that forks need not."""
+    import torch
+
+    torch.set_num_threads(1)
+    import regraft
+
+    names = [module.name for module in pkgutil.walk_packages(regraft.__path__, "regraft.")]
+    for name in [*names, *LIBRARIES]:
+        if not name.endswith("__main__"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
+def import_what_a_child_imports(words: list[str]) -> None:
+    """Run a command in a fork and import here what it has imported there."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        run_main(words)
+        os.write(writer, json.dumps(sorted(sys.modules)).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as stream:
+        names = json.load(stream)
+    os.waitpid(child, 0)
+    for name in names:
+        if name not in sys.modules and not name.startswith("__"):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def run_main(words: list[str]) -> int:
+    """`regraft WORDS`."""
+    from regraft.cli.main import main
+
+    sys.argv = ["regraft", *words]
+    return main(words)
+
+
+def run_request(request: dict[str, Any], files: list[int]) -> int:
+    """Become the command of a request; its exit code."""
+    os.setpgid(0, request["group"])
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate((nothing, *files)):
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    tempfile.tempdir = None  # TMPDIR may be another one
+    sys.executable = request["python"]
+
+    try:
+        if module := request.get("module"):
+            sys.argv = [module, *request["words"]]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            return 0
+        return run_main(request["words"])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else bool(end.code)
+    except BaseException:  # as the interpreter's own last resort
+        import traceback
+
+        traceback.print_exc()
+        return 1
+
+
+def be_child(request: dict[str, Any], files: list[int]) -> None:
+    """Run a request and end as an interpreter does."""
+    code = 1
+    try:
+        code = run_request(request, files)
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def serve(address: str) -> None:
+    """Answer requests for ever: a line with the process, and when it has ended one with its wait
+    status.
+    """
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.bind(address)
+    server.listen()
+    selector = selectors.DefaultSelector()
+    selector.register(server, selectors.EVENT_READ, None)
+    print("ready", flush=True)
+
+    while True:
+        for key, _ in selector.select():
+            if key.data is None:
+                line, _ = server.accept()
+                text, files, *_ = socket.recv_fds(line, 1 << 20, 2)
+                while not text.endswith(b"\n"):
+                    text += line.recv(1 << 20)
+                request = json.loads(text) | {
+                    "python": os.path.join(os.path.dirname(address), "python")
+                }
+                child = os.fork()
+                if not child:
+                    server.close()
+                    line.close()
+                    be_child(request, files)
+                for file in files:
+                    os.close(file)
+                with contextlib.suppress(OSError):
+                    line.sendall(json.dumps({"pid": child}).encode() + b"\n")
+                selector.register(os.pidfd_open(child), selectors.EVENT_READ, (child, line))
+            else:
+                child, line = key.data
+                _, status = os.waitpid(child, 0)
+                selector.unregister(key.fileobj)
+                os.close(key.fd)
+                with contextlib.suppress(OSError), line:
+                    line.sendall(json.dumps({"status": status}).encode() + b"\n")
+
+
+def main() -> None:
+    """Import, then serve."""
+    import_everything()
+    with tempfile.TemporaryDirectory() as folder:
+        import_what_a_child_imports(["plan", folder])
+    assert threading.active_count() == 1, threading.enumerate()
+    gc.collect()
+    gc.freeze()
+    serve(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
