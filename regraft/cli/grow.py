@@ -120,9 +120,6 @@ def grow(
 
     with Ticker() as ticker:
         if width_init == LEARNED and not done:
-            distributed.on_rank0(
-                lambda: output.claim_folder(maps, output.Marker("LiGO fitting", request))
-            )
             text = Text(data, field=field, skip_bad=skip_bad) if data else None
             fitted = fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
             grown = growth(before, fitted)

@@ -137,7 +137,7 @@ def identify_input(given: str) -> dict[str, str]:
     if path.is_dir() and (path / "config.json").is_file():
         is_model = any(path.glob("*.safetensors"))
         return identify_model(path) if is_model else {"config.json": sha256(path / "config.json")}
-    if path.exists() and gguf.find_gguf_file(path):
+    if path.suffix == ".gguf" or (path.is_dir() and gguf.find_gguf_file(path)):
         return identify_model(path)
     return {"file": identify_file(path)} if path.is_file() else identify_files(find_files(given))
 

@@ -28,7 +28,7 @@ from ..progress import Ticker
 from .ligo_trainer import FitRow, LigoTrainer
 from .loop import reduce_step_status
 from .objectives import Data, Kind
-from .output import lock_run
+from .output import lock_run, open_run
 from .resume import RunState, describe_newest, load_state, save_state
 from .session import load_stage_rows
 from .signals import StopSignals
@@ -141,7 +141,11 @@ def _own_folder(out: Path | None) -> Iterator[StopSignals | None]:
     if out is None:
         yield None
         return
-    with StopSignals() as stopping, lock_run(out):
+    with (
+        StopSignals() as stopping,
+        open_run(out, "LiGO fitting", lambda: {"verb": "fit"}, ()),
+        lock_run(out),
+    ):
         yield stopping
 
 
