@@ -35,6 +35,7 @@ def grow(
     seed: int = 0,
     field: str = "text",
     skip_bad: bool = False,
+    max_line_bytes: int = 128_000_000,
     bridge: bool = False,
     overwrite: bool = False,
     json: bool = False,
@@ -67,6 +68,7 @@ def grow(
         seed: of fresh weights
         field: for --width-init ligo: key or column that holds the text
         skip_bad: leave out lines of text that cannot be read, and count them
+        max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         bridge: write the model as another class where its own cannot hold the sizes
         overwrite: replace the output if it exists
         json: print one JSON object on standard output and nothing else
@@ -103,7 +105,9 @@ def grow(
     maps = Path(out).resolve().parent / f".{Path(out).resolve().name}.fitting"
     with Ticker() as ticker:
         if width_init == LEARNED:
-            text = Text(data, field=field, skip_bad=skip_bad) if data else None
+            text = None
+            if data:
+                text = Text(data, field=field, skip_bad=skip_bad, max_line_bytes=max_line_bytes)
             fitted = fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
             grown = growth(before, fitted)
         ticker.start(f"writing {out}")
@@ -178,6 +182,7 @@ VERB = Verb(
             "fit",
             "field",
             "skip_bad",
+            "max_line_bytes",
         ),
         "output": (
             "dtype",
