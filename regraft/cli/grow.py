@@ -36,6 +36,7 @@ def grow(
     seed: int = 0,
     field: str = "text",
     skip_bad: bool = False,
+    max_line_bytes: int = 128_000_000,
     bridge: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -69,6 +70,7 @@ def grow(
         seed: of fresh weights
         field: for --width-init ligo: key or column that holds the text
         skip_bad: leave out lines of text that cannot be read, and count them
+        max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         bridge: write the model as another class where its own cannot hold the sizes
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
@@ -120,7 +122,9 @@ def grow(
 
     with Ticker() as ticker:
         if width_init == LEARNED and not done:
-            text = Text(data, field=field, skip_bad=skip_bad) if data else None
+            text = None
+            if data:
+                text = Text(data, field=field, skip_bad=skip_bad, max_line_bytes=max_line_bytes)
             fitted = fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
             grown = growth(before, fitted)
         ticker.start(f"writing {out}")
@@ -193,6 +197,7 @@ VERB = Verb(
             "fit",
             "field",
             "skip_bad",
+            "max_line_bytes",
         ),
         "output": (
             "dtype",

@@ -37,6 +37,7 @@ def linearize(
     overflow: Literal["carry", "cut"] = "carry",
     skip_bad: bool = False,
     max_tokens: int | None = None,
+    max_line_bytes: int = 128_000_000,
     cache: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -75,6 +76,7 @@ def linearize(
         overflow: a document longer than its row is carried on in the next row, or cut
         max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and
             at least 16.8 million)
+        max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         cache: folder that keeps the text's tokens for other runs
         skip_bad: leave out lines of text that cannot be read, and count them
         overwrite: replace the output if it exists
@@ -123,7 +125,14 @@ def linearize(
     recipe, notes = methods.find_method(method).with_remix(seed=seed, **changes), list[str]()
     text = None
     if data:
-        text = Text(data, field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens)
+        text = Text(
+            data,
+            field=field,
+            overflow=overflow,
+            skip_bad=skip_bad,
+            max_tokens=max_tokens,
+            max_line_bytes=max_line_bytes,
+        )
     else:
         recipe, notes = recipe.without_text()  # layers cannot be measured without text
 
@@ -194,6 +203,7 @@ VERB = Verb(
             "overflow",
             "skip_bad",
             "max_tokens",
+            "max_line_bytes",
             "cache",
         ),
         "training": (

@@ -54,6 +54,7 @@ def train(
     overflow: Literal["carry", "cut"] = "carry",
     skip_bad: bool = False,
     max_tokens: int | None = None,
+    max_line_bytes: int = 128_000_000,
     cache: str | None = None,
     allow_nonfinite: bool = False,
     json: bool = False,
@@ -107,6 +108,7 @@ def train(
         overflow: a document longer than its row is carried on in the next row, or cut
         max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and
             at least 16.8 million)
+        max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         cache: folder that keeps the text's tokens for other runs
         checkpointing: recompute activations in the backward pass instead of keeping them
         hybrid: under torchrun on several machines: shard inside a machine, the same model on each
@@ -132,7 +134,12 @@ def train(
     check_apart(given, INPUTS)
     request = build_stage(given)
     text = Text(
-        data or "", field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens
+        data or "",
+        field=field,
+        overflow=overflow,
+        skip_bad=skip_bad,
+        max_tokens=max_tokens,
+        max_line_bytes=max_line_bytes,
     )
     monitor = MonitorConfig(track, spike_factor)
     cache_folder = Path(cache) if cache else None
@@ -287,6 +294,7 @@ VERB = Verb(
             "overflow",
             "skip_bad",
             "max_tokens",
+            "max_line_bytes",
             "cache",
         ),
         "stage": (

@@ -82,7 +82,8 @@ class Corpus:
 
         root = cache / self.tokenizer.name
         self.parts = [
-            TokenCache(root, file, text.field, self.tokenizer) for file in find_files(text.path)
+            TokenCache(root, file, text.field, self.tokenizer, text.max_line_bytes)
+            for file in find_files(text.path)
         ]
         self.used: list[TokenCache] = []  # the files that the last table was made of
         self.table: CachedRows | None = None
@@ -264,6 +265,10 @@ class TextMixture:
             if text.max_tokens is not None and text.max_tokens < 0:
                 raise RegraftError(
                     f"max_tokens is {text.max_tokens} for '{text.path}': give 0 for all or more"
+                )
+            if text.max_line_bytes < 1:
+                raise RegraftError(
+                    f"max_line_bytes is {text.max_line_bytes} for '{text.path}': give 1 or more"
                 )
 
         self.texts, self.need, self.own = texts, need, own

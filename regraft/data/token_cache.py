@@ -34,6 +34,7 @@ from ..io.identity import identify_file
 from ..io.request import SAMPLED
 from ..io.schema import build, shorten
 from .documents import BadLines, DocumentPiece, PositionFields, ReadPosition, read_pieces
+from .text import MAX_LINE_BYTES
 from .tokenizer import BatchTokenizer
 
 BLOCK = 1 << 20  # characters that are tokenised at once
@@ -87,12 +88,20 @@ class TokenCache:
         file: the text.
         name: the key or column that holds the text.
         tokenizer: what makes the tokens.
+        most: bytes that a line may have.
 
     RegraftError when the file cannot be read.
     """
 
-    def __init__(self, root: Path, file: Path, name: str, tokenizer: BatchTokenizer):
-        self.file, self.name, self.tokenizer = file, name, tokenizer
+    def __init__(
+        self,
+        root: Path,
+        file: Path,
+        name: str,
+        tokenizer: BatchTokenizer,
+        most: int = MAX_LINE_BYTES,
+    ):
+        self.file, self.name, self.tokenizer, self.most = file, name, tokenizer, most
         try:
             facts = file.stat()
         except OSError as error:
@@ -110,7 +119,9 @@ class TokenCache:
         content = identify_file(self.file, LARGE - self.size)
         # Sampling may miss an edit; the time of the last one decides then.
         time = self.time if content.startswith(SAMPLED) else None
-        key = json.dumps([self.file.name, content, time, self.name, self.tokenizer.name])
+        identity = [self.file.name, content, time, self.name, self.tokenizer.name]
+        # Another limit may leave out other lines.
+        key = json.dumps(identity + ([] if self.most == MAX_LINE_BYTES else [self.most]))
         word = re.sub(r"[^\w.-]", "_", self.file.name)[:60]
         return self.root / f"{word}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -193,12 +204,13 @@ class TokenCache:
             known = self._cut_to_journal(known, ids, ends)
             bad.count, bad.named = known.bad, list(known.named)
 
+            place = build(ReadPosition, dict(known.place))
             block: list[DocumentPiece] = []
             size = 0  # characters in the block
             # Whether the journal has all that was appended. It has not inside a long document that
             # cannot be read on from its middle: stopping there would read it again for ever.
             in_journal = True
-            for piece in read_pieces(self.file, self.name, ReadPosition(**known.place), bad):
+            for piece in read_pieces(self.file, self.name, place, bad, self.most):
                 # Tokens are counted when a block is appended: this stops between two blocks only.
                 if enough is not None and known.tokens >= enough and not block and in_journal:
                     return

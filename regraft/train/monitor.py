@@ -93,7 +93,7 @@ def recent_speed(rows: Sequence[StepRow], unit: str) -> tuple[float, str]:
     # The first step of a stage has none before it to measure from: its own FLOPs and FLOP/s.
     if last["seconds"] <= first["seconds"]:
         seconds = last["flops"] / last["step"] / max(last["flops_per_second"], 1e-9)
-        return seconds, format_speed(last, unit)
+        return seconds, format_speed(cast(Throughput, last), unit)
 
     steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
     flops_per_second = (last["flops"] - first["flops"]) / seconds

@@ -219,7 +219,9 @@ def test_moments_of_another_model_are_refused(damage: str, tmp_path: Path) -> No
         "lost": f"holds nothing as exp_avg_sq of '{name}'",
         "shape": f"holds nothing as exp_avg of '{name}'",
     }
-    with pytest.raises(RegraftError, match=expected.get(damage, "no optimiser state|check the file")):
+    with pytest.raises(
+        RegraftError, match=expected.get(damage, "no optimiser state|check the file")
+    ):
         go(tmp_path / "next", [stage("next", 1)], moments=file)
 
 
