@@ -52,6 +52,9 @@ class TensorEntry:
         try:
             with safe_open(self.file, framework="pt") as file:
                 value: Tensor = file.get_tensor(self.name)
+        except MemoryError as error:  # the library does not say what for
+            size = self.file.stat().st_size
+            raise MemoryError(f"unable to mmap {size} bytes from '{self.file}'") from error
         except (OSError, SafetensorError) as error:
             raise RegraftError(
                 f"cannot read '{self.name}' from '{self.file}' ({error}): fetch the file again"
