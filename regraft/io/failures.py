@@ -89,7 +89,8 @@ def explain_memory(text: str) -> str:
     needed = re.search(r"(?:allocate|mmap) (\d+) bytes", text)
     size = f"{int(needed[1]) / 1e6:,.1f} MB more are needed at once" if needed else text
     found = available_memory()
-    there = f", {found[0] / 1e6:,.1f} MB are {found[1]}" if found else ""
+    # What had been taken is free again by now.
+    there = f"; once it had failed, {found[0] / 1e6:,.1f} MB were {found[1]}" if found else ""
     return (
         f"not enough memory: {size}{there}; raise the limit, take a larger machine, "
         "or ask for less at a time"

@@ -31,8 +31,12 @@ class GuardedStream:
     def __init__(self, stream: TextIO | None, raises: bool):
         self.stream, self.raises = stream, raises
         self.lost: OSError | None = None
-        if stream is None:
+        # Asked once: a terminal that has gone says that it is none, and would never be written.
+        self.is_terminal = False
+        if stream is None or stream.closed:
             self.lost = OSError(errno.EBADF, "it is closed")
+        else:
+            self.is_terminal = stream.isatty()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -50,7 +54,7 @@ class GuardedStream:
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""
-        return self.lost is None and self.stream is not None and self.stream.isatty()
+        return self.is_terminal and self.lost is None
 
     def _attempt(self, act: Callable[[TextIO], object]) -> None:
         if self.lost is None and self.stream is not None:

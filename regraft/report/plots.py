@@ -30,8 +30,9 @@ def figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
 
 
 def label(name: str) -> str:
-    """A name as matplotlib shows it: dollars begin no formula, no control characters."""
-    return printable(name).replace("$", r"\$")
+    """A name as matplotlib shows it: dollars begin no formula, an underscore hides no line."""
+    shown = printable(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def svg(drawing: Any) -> bytes:
