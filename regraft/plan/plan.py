@@ -265,8 +265,8 @@ def format_scan(plan: Plan) -> list[str]:
     if plan.nonfinite is None:
         return []
     return [
-        f"{name} holds {count['nan']} NaN and {count['infinite']} infinite numbers: writing refuses "
-        "them without --allow-nonfinite"
+        f"{name} holds {count['nan']} NaN and {count['infinite']} infinite numbers, which writing "
+        "refuses without --allow-nonfinite"
         for name, count in plan.nonfinite.items()
     ] or ["all values of the source are finite"]
 
