@@ -106,7 +106,7 @@ class Run:
             found = {**self.inputs, "data": data}
             if self.heldout is not None:
                 found["held-out data"] = {"rows": self.heldout.digest}
-            if self.moments:
+            if self.moments and self.moments.is_file():  # reading it refuses a missing file
                 found["moments"] = {"file": identify_file(self.moments)}
             return found
 

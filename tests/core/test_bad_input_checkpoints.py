@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.kill import read_tree
-from helpers.tiny import tiny
+from helpers.tiny import read_files, tiny
 from safetensors.torch import load_file, save_file
 
 from regraft.core.checkpoint import Checkpoint
@@ -200,12 +199,12 @@ def test_output_that_exists(single: Path, tmp_path: Path) -> None:
 
 
 def test_overwriting_the_source_itself(single: Path) -> None:
-    before = read_tree(single)
+    before = read_files(single)
     linearized = Remix(keep="all")(Checkpoint.open(single))
     for out in (single, single / ".." / single.name, single / "inside", single.parent):
         with pytest.raises(RegraftError, match="is the source|lies in the source|holds the source"):
             linearized.save(out, overwrite=True)
-    assert read_tree(single) == before
+    assert read_files(single) == before
 
 
 def test_full_disk_leaves_nothing(
