@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TESTS
+from helpers import ROOT
 from helpers.tiny import read_files, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -285,31 +285,6 @@ def test_a_failing_flush_gives_the_space_back(
     with pytest.raises(RegraftError, match="Input/output error"):
         grown(source).save(tmp_path / "out", shard_bytes=60_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-
-
-@pytest.mark.parametrize("times", [8, pytest.param(50, marks=pytest.mark.slow)])
-def test_kills_leave_no_output_or_a_whole_one(times: int, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(TESTS / "helpers" / "kill.py"),
-        str(tmp_path / "kills"),
-        f"--times={times}",
-        f"--seed={times}",
-    ]
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS}"},
-    )
-    assert run.returncode == 0, run.stderr
-    counts = json.loads(run.stdout)
-    assert (
-        counts["kills"] >= times
-        and counts["complete"] + counts["absent"] + counts["older"] == counts["kills"]
-    )
-    assert times < 50 or min(counts.values()) > 0, counts
 
 
 MEMORY = """
