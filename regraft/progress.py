@@ -174,7 +174,13 @@ class Ticker:
         left = self.seconds_left()
         parts.append(f"{format_seconds(self.seconds_used())} used")
         if left is not None:
-            parts.append(f"{format_seconds(left)} of {format_seconds(self.budget or 0)} left")
+            of = f"{format_seconds(self.budget or 0)}"
+            over = self.seconds_used() - (self.budget or 0)
+            parts.append(
+                f"{format_seconds(over)} over {of}"
+                if over > 0
+                else f"{format_seconds(left)} of {of} left"
+            )
         return " · ".join(parts)
 
     def show(self, force: bool = False) -> None:
