@@ -196,7 +196,7 @@ def verify(folder: Path) -> None:
     """
     for name, recorded in read_lineage(folder).get("files", {}).items():
         file = folder / name
-        if not file.is_file():
+        if name != Path(name).name or not file.is_file():
             raise RegraftError(
                 f"'{folder}' lacks '{name}' that its {FILE} records: make the model again"
             )

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
+from ..io.yaml_loader import read_yaml
 from ..train.ledger import build_ledger
 from . import plots
 from .templates import render
@@ -23,9 +22,7 @@ def collect(directory: Path) -> dict[str, Any]:
     names = ("plan", "eval", "bench", "samples", "time", "lineage")
     numbers = {name: read_json_if_exists(directory / f"{name}.json") for name in names}
     recipe = directory / "recipe.yaml"
-    numbers["recipe"] = (
-        yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
-    )
+    numbers["recipe"] = read_yaml(recipe, f"'{recipe}'") if recipe.exists() else None
     metrics, spent = (
         read_json_lines(directory / "metrics.jsonl"),
         read_json_if_exists(directory / "ledger.json") or {},
