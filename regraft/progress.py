@@ -1,6 +1,7 @@
-"""What a long run is doing, on standard error.
+"""What a person is told: lines on standard error, how far a long run is, tables.
 
-On a terminal a live bar, elsewhere a line at least every few seconds.
+A long run shows a live bar on a terminal, elsewhere a line at least every few seconds. Names and
+texts come from outside: nothing here reads them as markup, and control characters are escaped.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from .errors import printable
 
 # Called with the share of a piece of work that is done, 0 to 1, and a message.
 ProgressCallback = Callable[[float, str], None]
@@ -31,6 +35,41 @@ def started_by_torchrun() -> bool:
 def is_main_process() -> bool:
     """Whether this process prints for all: rank 0 of a torchrun, or the only one."""
     return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
+def print_line(message: object) -> None:
+    """One line on standard error, whatever names are in it."""
+    print(f"regraft: {printable(message)}", file=sys.stderr, flush=True)
+
+
+class PlainConsole(Console):
+    """A rich console that shows text as it is: no markup, no emoji codes, no control characters.
+
+    Styles come from arguments (`style=`), never from the text.
+    """
+
+    def __init__(self, stream: TextIO):
+        """Print on a stream; where it escapes control characters, on the terminal behind it."""
+        terminal = getattr(stream, "terminal", stream)
+        super().__init__(file=terminal, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string, or a cell or title of a table, as rich shows it."""
+        return super().render_str(printable(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; a `Text` comes from what others print while a live bar is shown."""
+        super().print(
+            *(
+                Text(printable(item.plain, "\n\t"), item.style) if isinstance(item, Text) else item
+                for item in objects
+            ),
+            **options,
+        )
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller what a lost reader means; rich would end the process."""
+        raise
 
 
 def format_seconds(seconds: float) -> str:
@@ -65,7 +104,7 @@ class Ticker:
         stream: TextIO | None = None,
         each_beat: Callable[[], None] = lambda: None,
     ):
-        self.stream = stream or (sys.stderr if is_main_process() else io.StringIO())
+        self.stream = stream or (sys.stderr if is_main_process() else None) or io.StringIO()
         self.budget, self.spent, self.begin = budget, spent, time.monotonic()
 
         # What is shown: set by `start` and `update`.
@@ -102,8 +141,8 @@ class Ticker:
 
     def start(self, phase: str) -> None:
         """Begin a phase and show it at once."""
-        self.phase, self.note, self.fraction, self.phase_begin = phase, "", None, time.monotonic()
-        self.coming = None
+        self.phase, self.note = printable(phase), ""
+        self.fraction, self.coming, self.phase_begin = None, None, time.monotonic()
         self.show(force=True)
 
     def update(
@@ -116,7 +155,7 @@ class Ticker:
             note: a few words, such as the loss.
             coming: seconds that the phase still takes; None: estimated from `fraction`.
         """
-        self.fraction, self.note, self.coming = fraction, note, coming
+        self.fraction, self.note, self.coming = fraction, printable(note), coming
         self.show()
 
     def format_line(self) -> str:
@@ -164,11 +203,11 @@ def build_bar(stream: TextIO) -> Progress:
     """The live bar of a terminal."""
     columns = (
         SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[words]}"),
+        TextColumn("{task.fields[words]}", markup=False),
     )
-    return Progress(*columns, console=Console(file=stream), transient=True)
+    return Progress(*columns, console=PlainConsole(stream), transient=True)
 
 
 def quiet() -> None:

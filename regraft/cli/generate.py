@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
+from ..progress import print_line
 from .verb import Outcome, Verb
 
 
@@ -42,7 +42,7 @@ def generate_text(
     )
     if not json:
         print()
-    print(f"regraft: {result.format_state_size()}", file=sys.stderr)
+    print_line(result.format_state_size())
     return Outcome(asdict(result))
 
 

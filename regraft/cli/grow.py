@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,8 +36,10 @@ def grow(
     seed: int = 0,
     field: str = "text",
     skip_bad: bool = False,
+    max_line_bytes: int = 128_000_000,
     bridge: bool = False,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
@@ -69,8 +70,10 @@ def grow(
         seed: of fresh weights
         field: for --width-init ligo: key or column that holds the text
         skip_bad: leave out lines of text that cannot be read, and count them
+        max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         bridge: write the model as another class where its own cannot hold the sizes
         overwrite: replace the output if it exists
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
@@ -81,16 +84,17 @@ def grow(
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..io import output, shard_writer
-    from ..io.shard_writer import SideFile
+    from ..io.shard_writer import ExtraFile
     from ..plan.plan import Plan, print_plan
-    from ..progress import Ticker
+    from ..progress import Ticker, print_line
     from ..train import fit_ligo
 
     given = locals()
     check_flags(given)
-    target, request = check_apart(given, INPUTS), describe_request("grow", given, INPUTS)
+    target = check_apart(given, INPUTS)
+    request = distributed.on_rank0(lambda: describe_request("grow", given, INPUTS))
     done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
-    before = Checkpoint.open(source)
+    before = Checkpoint.open(source, allow_nonfinite)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed)
     if optimizer_state:
@@ -102,14 +106,14 @@ def grow(
     # fitted from.
     grown = growth(before)
     plan = Plan.of(before, grown)
-    print(f"regraft: {plan.format_cost()}", file=sys.stderr)
+    print_line(plan.format_cost())
 
     # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from
     # them.
     maps = target.with_name(f".{target.name}.regraft-fitting")
-    side_files = {}
+    extra_files = {}
     if optimizer_state:
-        side_files[MOMENTS_FILE] = SideFile(
+        extra_files[MOMENTS_FILE] = ExtraFile(
             optimizer_state,
             lambda file: moments.grow_optimizer_state(
                 before, growth.steps(before), optimizer_state, file
@@ -118,19 +122,20 @@ def grow(
 
     with Ticker() as ticker:
         if width_init == LEARNED and not done:
-            distributed.on_rank0(
-                lambda: output.claim_folder(maps, output.Marker("LiGO fitting", request))
-            )
-            text = Text(data, field=field, skip_bad=skip_bad) if data else None
+            text = None
+            if data:
+                text = Text(data, field=field, skip_bad=skip_bad, max_line_bytes=max_line_bytes)
             fitted = fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
             grown = growth(before, fitted)
         ticker.start(f"writing {out}")
 
         def write() -> parity.Step0 | None:
             if not done:
-                grown.save(out, overwrite, side_files=side_files, request=request)
+                grown.save(out, overwrite, extra_files=extra_files, request=request)
             output.remove_output(maps)
-            return None if growth.is_exact(before) else parity.measure_step0(source, out)
+            if growth.is_exact(before) or allow_nonfinite:  # NaN has no difference to measure
+                return None
+            return parity.measure_step0(source, out)
 
         step0 = distributed.on_rank0(write)
 
@@ -192,11 +197,13 @@ VERB = Verb(
             "fit",
             "field",
             "skip_bad",
+            "max_line_bytes",
         ),
         "output": (
             "dtype",
             "optimizer_state",
             "overwrite",
+            "allow_nonfinite",
             "json",
         ),
     },

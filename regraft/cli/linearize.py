@@ -37,8 +37,10 @@ def linearize(
     overflow: Literal["carry", "cut"] = "carry",
     skip_bad: bool = False,
     max_tokens: int | None = None,
+    max_line_bytes: int = 128_000_000,
     cache: str | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens
@@ -74,9 +76,11 @@ def linearize(
         overflow: a document longer than its row is carried on in the next row, or cut
         max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and
             at least 16.8 million)
+        max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         cache: folder that keeps the text's tokens for other runs
         skip_bad: leave out lines of text that cannot be read, and count them
         overwrite: replace the output if it exists
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
@@ -100,12 +104,16 @@ def linearize(
         )
 
     target, done = check_apart(given, (*INPUTS, "cache")), False
-    request = describe_request("linearize", given, INPUTS, ("track", "cache"))
+    request = None
     if not tokens:  # a run that trains looks after its output itself
+        ignored = ("track", "cache")
+        request = distributed.on_rank0(
+            lambda: describe_request("linearize", given, INPUTS, ignored)
+        )
         done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
 
     # The method as published or as ours, then what the flags change of it.
-    before = Checkpoint.open(source)
+    before = Checkpoint.open(source, allow_nonfinite)
     changes = {
         "mixer": mixer,
         "keep": keep,
@@ -117,7 +125,14 @@ def linearize(
     recipe, notes = methods.find_method(method).with_remix(seed=seed, **changes), list[str]()
     text = None
     if data:
-        text = Text(data, field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens)
+        text = Text(
+            data,
+            field=field,
+            overflow=overflow,
+            skip_bad=skip_bad,
+            max_tokens=max_tokens,
+            max_line_bytes=max_line_bytes,
+        )
     else:
         recipe, notes = recipe.without_text()  # layers cannot be measured without text
 
@@ -188,6 +203,7 @@ VERB = Verb(
             "overflow",
             "skip_bad",
             "max_tokens",
+            "max_line_bytes",
             "cache",
         ),
         "training": (
@@ -199,6 +215,7 @@ VERB = Verb(
         ),
         "output": (
             "overwrite",
+            "allow_nonfinite",
             "json",
         ),
     },

@@ -5,44 +5,70 @@ until a verb runs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-import os
-import re
+import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 from ..errors import RegraftError
-from ..progress import is_main_process, quiet, started_by_torchrun
+from ..io.failures import WRONG, report_error, report_failure
+from ..io.signals import StopAtOnce, Terminated
+from ..io.streams import guard_streams
+from ..progress import PlainConsole, is_main_process, print_line, quiet, started_by_torchrun
 from .parser import VERBS, parse
 from .verb import Outcome
 
-OTHERS_WAIT = 5.0  # seconds
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line.
 
-def print_outcome(outcome: Outcome, as_json: bool) -> None:
-    """JSON or the human form on standard output."""
-    if as_json:
-        print(json.dumps(outcome.data))
-    elif outcome.show is not None:
-        from rich.console import Console
-
-        outcome.show(Console())
-
-
-def report_error(message: object) -> int:
-    """One line on standard error; 2. What went wrong in all processes of a torchrun, the first one
-    says for all.
+    Returns:
+        The exit code: 0 the result is there, 1 a check does not hold, 2 wrong use or input, 70 a
+        bug, 128 + N ended by signal N (130 Ctrl-C, 141 nobody reads the output).
     """
-    who = ""
-    if not is_main_process():
-        time.sleep(
-            OTHERS_WAIT
-        )  # torchrun ends this process meanwhile if the first one has failed too
-        who = f"process {os.environ['RANK']}: "
-    print(f"regraft: {who}" + re.sub(r"\s*\n\s*", " ", str(message)).strip(), file=sys.stderr)
-    return 2
+    quiet()
+    verb, options = "", dict[str, Any]()
+    with guard_streams() as stdout, StopAtOnce():
+        try:
+            verb, options = parse(sys.argv[1:] if arguments is None else arguments)
+            as_json = options.pop("json", False)
+            outcome = run_verb(verb, options, as_json)
+            if is_main_process():
+                print_outcome(outcome, as_json, verb in VERBS and VERBS[verb].resumes)
+            return outcome.code
+        except KeyboardInterrupt as stop:
+            return report_stop(signal.SIGINT, verb, options, str(stop))
+        except Terminated as stop:
+            return report_stop(stop.number, verb, options)
+        except SystemExit as stop:  # help, or training that was stopped and has said so
+            with contextlib.suppress(OSError):
+                stdout.flush()
+            if stop.code or stdout.lost is None:
+                raise
+            return report_lost_output(stdout.lost)
+        except Exception as error:
+            lost = stdout.lost
+            return report_failure(error) if error is not lost else report_lost_output(lost)
+
+
+def run_verb(verb: str, options: Mapping[str, Any], as_json: bool) -> Outcome:
+    """Run a verb; what it prints goes to standard error, except for text that it streams."""
+    if verb == "version":
+        from importlib.metadata import version
+
+        text = f"regraft {version('regraft')}"
+        return Outcome({}, lambda console: console.print(text))
+
+    streams = verb == "generate" and not as_json
+    with (
+        distributed_context(verb),
+        contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr),
+    ):
+        return VERBS[verb].function(**options)
 
 
 def distributed_context(verb: str) -> AbstractContextManager[None]:
@@ -56,53 +82,47 @@ def distributed_context(verb: str) -> AbstractContextManager[None]:
     return distributed.init_distributed()
 
 
-def report_interrupt(verb: str) -> int:
-    """One line on how to go on; 130."""
-    how = (
-        "run the same command again to resume"
-        if verb in VERBS and VERBS[verb].resumes
-        else "nothing was finished; run the command again"
-    )
-    if is_main_process():
-        print(f"regraft: interrupted: {how}", file=sys.stderr)
-    return 130
+def print_outcome(outcome: Outcome, as_json: bool, written: bool) -> None:
+    """JSON or the human form on standard output; OSError when it cannot be written.
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code: 0 done, 1 a check does not hold, 2 wrong use or input,
-    130 Ctrl-C.
+    Args:
+        outcome: what the verb gave back.
+        as_json: whether JSON was asked for, which is then a part of the result.
+        written: whether the result is on disk: a table of it that cannot be printed is no error.
     """
-    quiet()
-    verb = ""
     try:
-        verb, options = parse(sys.argv[1:] if arguments is None else arguments)
-        if verb == "version":
-            from importlib.metadata import version
-
-            print(f"regraft {version('regraft')}")
-            return 0
-        as_json = options.pop("json", False)
-        streams = verb == "generate" and not as_json
-        with (
-            distributed_context(verb),
-            contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr),
-        ):
-            outcome = VERBS[verb].function(**options)
-        if is_main_process():
-            print_outcome(outcome, as_json)
-        return outcome.code
-    except RegraftError as error:
-        return report_error(error)
-    except KeyboardInterrupt:
-        return report_interrupt(verb)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit, so that flushing it cannot fail again
-        return 0
+        if as_json:
+            print(json.dumps(outcome.data))
+        elif outcome.show is not None:
+            outcome.show(PlainConsole(sys.stdout))
+        sys.stdout.flush()
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if as_json or not written or error is not getattr(sys.stdout, "lost", None):
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        return report_error(
-            f"{error.strerror or error}{where}: free space or check the path, then run the command"
-            " again"
-        )
+        print_line(f"the result is written; its summary cannot be printed ({error.strerror})")
+
+
+def report_lost_output(error: OSError) -> int:
+    """The exit code of a command whose standard output cannot be written."""
+    if error.errno == errno.EPIPE:
+        return 128 + signal.SIGPIPE  # as of any program whose reader has gone, without a word
+    report_error(f"cannot write standard output ({error.strerror}): send it elsewhere")
+    return WRONG
+
+
+def report_stop(number: int, verb: str, options: Mapping[str, Any], said: str = "") -> int:
+    """One line on what is kept after a signal; the exit code.
+
+    Args:
+        number: of the signal.
+        verb: what it ended, empty before a verb was known.
+        options: the verb's arguments.
+        said: the line of a training run that has kept a checkpoint, empty elsewhere.
+    """
+    out = Path(str(options.get("out", "")))
+    kept = "nothing was finished; run the command again"
+    if verb in VERBS and VERBS[verb].resumes and out.is_dir() and any(out.iterdir()):
+        kept = f"what '{out}' holds is kept; run the same command again"
+    if is_main_process():
+        print_line(said or f"stopped by {signal.Signals(number).name}; {kept}")
+    return 128 + number

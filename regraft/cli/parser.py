@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
 from collections.abc import Sequence
@@ -10,8 +11,11 @@ from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
+from yaml import YAMLError
 
 from ..errors import RegraftError
+from ..io.typed import parse_mapping
+from ..io.yaml_loader import check_bounds
 from . import bench, check, compare, demo, evaluate, generate, grow, linearize, plan, run, train
 from .messages import explain_parser_error
 from .verb import Verb
@@ -99,7 +103,7 @@ def build_verb_parser(verb: Verb) -> Parser:
     """The parser of one verb.
 
     jsonargparse would want a value behind a flag of a bool, and every parameter with a default as a
-    flag: these two kinds are added here, with the help of the verb's docstring.
+    flag: these two kinds are added here, and mappings, with the help of the verb's docstring.
     """
     parser = Parser(exit_on_error=False, description=verb.summary)
     parser.verb = verb
@@ -117,11 +121,21 @@ def build_verb_parser(verb: Verb) -> Parser:
         parser.add_argument(
             parameter.name, nargs="?", default=parameter.default, help=helps[parameter.name]
         )
-    skip = {*switches, *(parameter.name for parameter in optional_places), "overrides"}
+    # Read here, not by jsonargparse: it would import and call what a `class_path` in them names.
+    mappings = list_mappings(verb)
+    skip = {*switches, *(parameter.name for parameter in optional_places), *mappings, "overrides"}
     parser.add_function_arguments(verb.function, as_positional=True, skip=skip)
+    for name in mappings:
+        parser.add_argument(f"--{name}", type=str, default=None, help=helps[name])
     for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true", help=helps[switch])
     return parser
+
+
+def list_mappings(verb: Verb) -> list[str]:
+    """The parameters of a verb that are mappings, such as `--options`."""
+    parameters = inspect.signature(verb.function).parameters.values()
+    return [one.name for one in parameters if one.annotation == "dict[str, Any] | None"]
 
 
 def split_overrides(verb: Verb, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -159,6 +173,12 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     wrong use.
     """
     words = list(words)
+    for word in words:
+        # jsonargparse reads any word as YAML and would write nested aliases out, without end.
+        if "&" in word and "*" in word:
+            with contextlib.suppress(YAMLError):
+                check_bounds(word, f"argument '{word[:40]}..'")
+
     overrides: dict[str, str] = {}
     verb = VERBS.get(words[0]) if words else None
     if verb and verb.takes_overrides:
@@ -178,6 +198,9 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
             f"no verb given (got {words}): use one of {', '.join(VERBS)}; see: regraft --help"
         )
     arguments = namespace[namespace.verb].as_dict()
+    for name in list_mappings(VERBS[namespace.verb]):
+        if arguments[name] is not None:
+            arguments[name] = parse_mapping(arguments[name], f"--{name.replace('_', '-')}")
     if verb and verb.takes_overrides:
         arguments["overrides"] = overrides
     return namespace.verb, arguments

@@ -59,9 +59,10 @@ def plan(
     tokens: str | None = None,
     share: float = 0.35,
     price: float | None = None,
+    scan: bool = False,
     json: bool = False,
 ) -> Outcome:
-    """Show the weight map, totals and memory of a change; reads no weights.
+    """Show the weight map, totals and memory of a change; reads no weights unless --scan says so.
 
     Args:
         source: model directory or GGUF file
@@ -103,8 +104,11 @@ def plan(
         train: also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s,
             days, cost
         checkpointing: recompute activations in the backward pass instead of keeping them
+        scan: read all weights of the source and report NaN and infinity, which writing refuses
         json: print one JSON object on standard output and nothing else
     """
+    import dataclasses
+
     from ..core.checkpoint import Checkpoint
     from ..growth.sizes_to_steps import Growth
     from ..linearize import methods
@@ -120,7 +124,7 @@ def plan(
         check_unused_flags(plan, given, FORECAST, "give --train as well")
 
     # Growth first, then linearization: both may be planned at once.
-    before = Checkpoint.open(source)
+    before = Checkpoint.open(source, allow_nonfinite=scan)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype)
     after, notes = growth(before) if growth.has_requests else before, list[str]()
@@ -137,8 +141,10 @@ def plan(
         recipe, notes = recipe.without_text()
         after = Remix.from_options(recipe.remix)(after)
     result = planning.Plan.of(before, after, context, length, notes)
+    if scan:
+        result = dataclasses.replace(result, nonfinite=planning.scan_values(before))
     if not train:
-        return Outcome(result.to_dict(), lambda console: planning.print_plan(result, console))
+        return Outcome(result.to_dict(), lambda console: print_result(result, console))
 
     request = forecast.TrainingForecastRequest(
         gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share
@@ -146,10 +152,21 @@ def plan(
     facts = forecast.forecast(before, after, request)
 
     def show(console: Console) -> None:
-        planning.print_plan(result, console)
+        print_result(result, console)
         forecast.print_forecast(facts, console)
 
     return Outcome(result.to_dict() | {"train": facts}, show)
+
+
+def print_result(result: Any, console: Console) -> None:
+    """A Plan, and whether values were looked at."""
+    # No annotation: jsonargparse imports what this module imports for type checking.
+    from ..plan.plan import print_plan
+
+    print_plan(result, console)
+    if result.nonfinite is None:
+        line = "No values were read: --scan looks for NaN and infinity"
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 VERB = Verb(
@@ -189,6 +206,7 @@ VERB = Verb(
         "FLOPs and state": (
             "context",
             "length",
+            "scan",
         ),
         "training forecast": (
             "train",

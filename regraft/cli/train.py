@@ -54,7 +54,9 @@ def train(
     overflow: Literal["carry", "cut"] = "carry",
     skip_bad: bool = False,
     max_tokens: int | None = None,
+    max_line_bytes: int = 128_000_000,
     cache: str | None = None,
+    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Train a linearized or a stock model, under torchrun on all its processes; the same command
@@ -106,12 +108,14 @@ def train(
         overflow: a document longer than its row is carried on in the next row, or cut
         max_tokens: tokens of the text to read at most, 0 for all (default: what is trained on, and
             at least 16.8 million)
+        max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         cache: folder that keeps the text's tokens for other runs
         checkpointing: recompute activations in the backward pass instead of keeping them
         hybrid: under torchrun on several machines: shard inside a machine, the same model on each
         keep_moments: write Adam's state as OUT/optimizer.safetensors
         stream: matrix and align layer by layer: two layers in memory, whatever the depth
         skip_bad: leave out lines of text that cannot be read, and count them
+        allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
     """
     from pathlib import Path
@@ -130,7 +134,12 @@ def train(
     check_apart(given, INPUTS)
     request = build_stage(given)
     text = Text(
-        data or "", field=field, overflow=overflow, skip_bad=skip_bad, max_tokens=max_tokens
+        data or "",
+        field=field,
+        overflow=overflow,
+        skip_bad=skip_bad,
+        max_tokens=max_tokens,
+        max_line_bytes=max_line_bytes,
     )
     monitor = MonitorConfig(track, spike_factor)
     cache_folder = Path(cache) if cache else None
@@ -149,6 +158,7 @@ def train(
                 calibration,
                 monitor,
                 cache_folder,
+                allow_nonfinite,
             )
         else:
             result = session.train_saved_model(
@@ -169,6 +179,7 @@ def train(
                 micro=micro,
                 checkpointing=checkpointing,
                 hybrid=hybrid,
+                allow_nonfinite=allow_nonfinite,
                 keeping=build_teacher_cache(given),
             )
     return Outcome(result, lambda console: print_result(result, request, out, console))
@@ -283,6 +294,7 @@ VERB = Verb(
             "overflow",
             "skip_bad",
             "max_tokens",
+            "max_line_bytes",
             "cache",
         ),
         "stage": (
@@ -323,6 +335,7 @@ VERB = Verb(
             "keep_moments",
             "save_seconds",
             "track",
+            "allow_nonfinite",
             "json",
         ),
     },

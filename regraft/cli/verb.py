@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
 from ..io import output
-from ..io.files import read_json_if_exists, replace_file
+from ..io.files import replace_file
+from ..progress import print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,13 +121,25 @@ def describe_request(
         ignored: further arguments that decide nothing, beside the output and how it is shown.
     """
     left_out = {"out", "overwrite", "json", *ignored}
-    asked = {name: value for name, value in given.items() if name not in left_out}
-    return {"verb": verb, **asked} | {name: identify_input(given[name]) for name in inputs}
+    asked = {name: value for name, value in given.items() if name not in {*left_out, *inputs}}
+    found = {name: identify_input(given[name]) for name in inputs if given[name]}
+    return {"verb": verb, **asked, "inputs": found}
 
 
-def identify_input(path: str | None) -> str | None:
-    """What an input is recognised by."""
-    return path and str(Path(path).resolve())
+def identify_input(given: str) -> dict[str, str]:
+    """The identity of an input: a model, a folder with a config.json, a file, or a text."""
+    from ..data.files import find_files
+    from ..io import gguf
+    from ..io.files import sha256
+    from ..io.identity import identify_file, identify_files, identify_model
+
+    path = Path(given)
+    if path.is_dir() and (path / "config.json").is_file():
+        is_model = any(path.glob("*.safetensors"))
+        return identify_model(path) if is_model else {"config.json": sha256(path / "config.json")}
+    if path.suffix == ".gguf" or (path.is_dir() and gguf.find_gguf_file(path)):
+        return identify_model(path)
+    return {"file": identify_file(path)} if path.is_file() else identify_files(find_files(given))
 
 
 def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
@@ -137,11 +149,11 @@ def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
         from pathlib import Path
 
         from ..report import tables
-        from ..train import monitor
+        from ..train import ledger, monitor
 
-        spent = read_json_if_exists(Path(out) / "ledger.json") or {}
+        start = ledger.read_start_costs(Path(out))
         tables.print_evaluation(numbers["eval"], console)
-        console.print(tables.training_table(monitor.summarize_stages(out), spent.get("start", ())))
+        console.print(tables.training_table(monitor.summarize_stages(out), start))
         console.print(tables.speed_table(numbers["bench"]))
         console.print(f"Report: {out}/report.html", soft_wrap=True, highlight=False)
 
@@ -165,4 +177,4 @@ def write_plot(name: str, picture: bytes) -> None:
     check_plot(name)
     with replace_file(Path(name)) as part:
         part.write_bytes(picture + PLOT_MARK)
-    print(f"regraft: wrote {name}", file=sys.stderr)
+    print_line(f"wrote {name}")

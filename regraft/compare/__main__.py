@@ -13,7 +13,7 @@ SECONDS_BETWEEN_NOTES = 1.0
 
 
 def main(arguments: list[str]) -> int:
-    """Train the run; 0 when done, 2 after an error with one line on standard error.
+    """Train the run; 0 when done, else the exit code of the command line.
 
     Args:
         arguments: the comparison's folder, `source` or `arm`, its name, the seed.
@@ -23,8 +23,9 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from .. import distributed
-    from ..errors import RegraftError
+    from ..io.failures import report_failure
     from ..io.files import write_text
+    from ..io.signals import StopAtOnce
     from . import arm, scheduler
 
     out, kind, name, seed = Path(arguments[0]), arguments[1], arguments[2], int(arguments[3])
@@ -44,11 +45,12 @@ def main(arguments: list[str]) -> int:
 
     train = arm.pretrain if kind == "source" else arm.train_arm
     try:
-        with distributed.init_distributed():
+        with StopAtOnce(), distributed.init_distributed():
             train(scheduler.load_recipe(out), out, name, seed, report_progress)
-    except (RegraftError, OSError) as error:
-        print(f"regraft: {error}".replace("\n", " "), file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report_failure(error)
     return 0
 
 

@@ -9,22 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .. import modeling
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
+from ..data.files import find_files
 from ..data.images import Images, read_images
 from ..data.packing import pack, read_documents
 from ..data.text import Text
 from ..errors import RegraftError
 from ..growth.sizes import solve_sizes
+from ..io.identity import identify_files, identify_model
+from ..io.request import Identity
 from ..train.objectives import HEADS, Data, Rows
 from ..train.output import WORK
 from ..train.session import training_rows
@@ -65,6 +63,20 @@ def prepare_data(recipe: Comparison, out: Path) -> None:
     for name, source in recipe.sources().items():
         if isinstance(source, dict):
             make_source(recipe, source, out, 0).save_pretrained(out / "blank" / name)
+
+
+def identify_inputs(recipe: Comparison) -> dict[str, Identity]:
+    """The identities of sources that are directories, and of the data."""
+    inputs = {
+        f"source '{name}'": identify_model(source)
+        for name, source in recipe.sources().items()
+        if isinstance(source, str)
+    }
+    for name, path in (("data", recipe.data), ("heldout", recipe.heldout)):
+        if path:
+            files = [Path(path)] if recipe.task == "image" else find_files(path)
+            inputs[name] = identify_files(files)
+    return inputs
 
 
 def write_text(recipe: Comparison, folder: Path) -> None:
@@ -223,7 +235,7 @@ def make_source(
         )
 
     if recipe.task != "image":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
+        tokenizer = modeling.read_tokenizer(out / "tokenizer")
         config |= {
             "vocab_size": len(tokenizer),
             "eos_token_id": tokenizer.eos_token_id,
@@ -232,8 +244,7 @@ def make_source(
         }
 
     # transformers' own table says whether the model type has a class with the task's head.
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    config_class = type(AutoConfig.for_model(config["model_type"], **fields))
+    config_class = type(modeling.build_stock_config(config))
     model_classes = AUTO[recipe.task]._model_mapping
     if config_class not in model_classes:
         raise RegraftError(
@@ -299,4 +310,5 @@ def load_tokenizer(recipe: Comparison, out: Path) -> PreTrainedTokenizerBase:
     """The source's tokenizer, or the one learned on the training text."""
     if isinstance(recipe.source, str):
         return modeling.load_tokenizer(recipe.source)
-    return transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = modeling.read_tokenizer(out / "tokenizer")
+    return tokenizer

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ..errors import RegraftError
 from ..growth.ligo_options import Ligo
 from ..growth.target_sizes import TargetSizes
+from ..io.typed import convert
+from ..io.yaml_loader import parse_yaml
 from ..linearize.method import expand_method_block
 from ..mixers.remix_options import RemixOptions
 from ..recipes import schema
@@ -250,7 +250,11 @@ class Comparison:
     def linear_stages(self, arm: Arm, linear: LinearizeOptions, budget: Budget) -> list[Stage]:
         """The stages of a linearized arm; RegraftError for keys that a stage does not have."""
         requests = linear.stages
-        left = budget.tokens - sum(request.get("tokens", 0) for request in requests)
+        where = f"stage tokens of arm '{arm.name}'"
+        given = [
+            convert(request["tokens"], int, where) for request in requests if "tokens" in request
+        ]
+        left = budget.tokens - sum(given)
         without_tokens = sum("tokens" not in request for request in requests)
         share = left // max(1, without_tokens)
 
@@ -273,7 +277,7 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Comparison:
     """
     fields = schema.from_yaml(Path(recipe))
     for key, value in overrides.items():
-        schema.override(fields, key, yaml.safe_load(value))
+        schema.override(fields, key, parse_yaml(value, f"override '{key}'"))
     expand_methods(fields)
     comparison: Comparison = schema.build(fields, recipe, Comparison)
     check(comparison)
@@ -286,11 +290,13 @@ def expand_methods(fields: dict[str, Any]) -> None:
     `fields` are as the file has them, not yet checked: what has the wrong type is left for the
     schema to refuse.
     """
-    budget = fields.get("train")
-    if not isinstance(budget, dict) or "tokens" not in budget:
+    budget, arms = fields.get("train"), fields.get("arms")
+    if not isinstance(budget, dict) or not isinstance(arms, list):
         return
     sizes = {key: budget.get(key, getattr(Budget, key)) for key in ("length", "batch")}
-    for arm in fields.get("arms") or []:
+    if any(type(size) is not int for size in (budget.get("tokens"), *sizes.values())):
+        return
+    for arm in arms:
         linear = arm.get("linear") if isinstance(arm, dict) else None
         if isinstance(linear, dict):
             arm["linear"] = expand_method_block(linear, budget["tokens"], **sizes)

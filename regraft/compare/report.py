@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import printable
 from ..io.files import write_json, write_text
 from ..report import plots, templates
 from .numbers import ArmNumbers, ComparisonNumbers, MeanStd, SourceNumbers
@@ -83,11 +84,16 @@ def format_markdown(numbers: ComparisonNumbers) -> str:
     """The table and its notes as Markdown."""
     heads = column_heads(numbers)
     table = [heads, ["---"] * len(heads), *format_rows(numbers)]
-    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in table]
 
-    lines += ["", format_note(numbers)]
-    lines += [f"\n{line}" for line in format_failures(numbers)]
+    lines += ["", escape_markdown(format_note(numbers))]
+    lines += [f"\n{escape_markdown(line)}" for line in format_failures(numbers)]
     return "\n".join(lines) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Text that begins no other cell, line or HTML tag."""
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def format_rows(numbers: ComparisonNumbers) -> Iterator[list[str]]:

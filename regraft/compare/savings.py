@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, read_json_lines
+from ..train.metrics import FILE, MetricsRow
 from .folders import DONE, arm_folder, source_folder
 from .numbers import (
     AXES,
@@ -96,7 +97,7 @@ def read_curve(folder: Path, facts: DoneFacts) -> Curve:
     if 0 in submodel_stages and whole is not None:
         points.append([*(start[axis] for axis in AXES), whole["loss"], whole["accuracy"]])
 
-    for row in read_json_lines(folder / "metrics.jsonl"):
+    for row in read_json_lines(folder / FILE, MetricsRow):
         stage = row["stage"]
         if "eval_loss" not in row or stage in submodel_stages:
             continue
@@ -229,7 +230,7 @@ def load_finished_runs(out: Path, name: str, seeds: Sequence[int]) -> dict[int, 
     runs = {}
     for seed in seeds:
         folder = arm_folder(out, name, seed)
-        facts: DoneFacts | None = read_json_if_exists(folder / DONE)
+        facts: DoneFacts | None = read_json_if_exists(folder / DONE, DoneFacts)
         if facts is not None:
             runs[seed] = FinishedRun(facts, read_curve(folder, facts))
     return runs
@@ -246,7 +247,7 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> SourceNumbers:
     seeds: dict[int, SourceSeed] = {}
     for seed in recipe.seeds:
         folder = source_folder(recipe, out, name, seed)
-        facts: DoneFacts | None = read_json_if_exists(folder / DONE)
+        facts: DoneFacts | None = read_json_if_exists(folder / DONE, DoneFacts)
         if facts is not None:
             ledger = facts["ledger"]
             seeds[seed] = {

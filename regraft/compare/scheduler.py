@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -13,11 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import RegraftError
 from ..io import output
-from ..io.files import read_json_if_exists, write_json
-from ..progress import Ticker
+from ..io.files import read_json_if_exists, read_own_json, write_json
+from ..io.identity import keep_inputs
+from ..progress import Ticker, print_line
 from ..recipes import schema
 from ..train.output import open_run
 from . import data, report, savings, start
@@ -26,10 +29,12 @@ from .numbers import ComparisonNumbers, DoneFacts, FailedRun
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
+INPUTS = "inputs.json"
 FREE_KEYS = ("arms", "seeds", "others")  # of a recipe: may change between calls on one folder
 # What a comparison writes into its folder.
 NAMES = (
     RECIPE,
+    INPUTS,
     "data",
     "tokenizer",
     "blank",
@@ -40,7 +45,9 @@ NAMES = (
     "table.md",
     "compare.html",
 )
+PATH_KEYS = ("source", "data", "heldout")  # as paths they may change: their content is compared
 POLL_SECONDS = 0.1
+SECONDS_TO_STOP = 60.0  # for all that a run needs to end in order
 OWN_ERROR_LINE = re.compile("^regraft: ")
 # torchrun ends with ChildFailedError whatever went wrong: that line explains nothing.
 LIBRARY_ERROR_LINE = re.compile(r"(?<!ChildFailed)(Error|Exception|Interrupt)\b|\bSignal \d+")
@@ -117,9 +124,12 @@ def run(recipe: Comparison, out: str | Path, jobs: int = 1, launch: str = "") ->
 
     target = output.check_apart(out, comparison_inputs(recipe))
     # Arms, seeds and sources may come and go between calls: finished runs stay comparable. Anything
-    # else that differs would mix two experiments in one table.
+    # else that differs would mix two experiments in one table, as would sources or data that are
+    # not the same any more.
     fixed = {key: value for key, value in dump(recipe).items() if key not in FREE_KEYS}
-    with open_run(target, "comparison", fixed, NAMES):
+    fixed |= {key: "a path" for key in PATH_KEYS if isinstance(fixed[key], str)}
+    with open_run(target, "comparison", lambda: fixed, NAMES):
+        keep_inputs(target / INPUTS, data.identify_inputs(recipe), f"the comparison in '{out}'")
         write_json(target / RECIPE, dump(recipe))
         return carry_out(recipe, target, jobs, launch)
 
@@ -175,7 +185,7 @@ def source_name(recipe: Comparison, job: TrainingJob) -> str:
 def load_recipe(out: Path) -> Comparison:
     """The recipe of a comparison's folder."""
     file = out / RECIPE
-    recipe: Comparison = schema.build(read_json_if_exists(file), str(file), Comparison)
+    recipe: Comparison = schema.build(read_own_json(file, dict[str, Any]), str(file), Comparison)
     return recipe
 
 
@@ -217,10 +227,7 @@ def run_jobs(
                 del running[job]
                 if process.returncode or not is_done(recipe, out, job):
                     errors[job] = job.read_error(out)
-                    print(
-                        f"regraft: {job.kind} {job.name}, seed {job.seed}: {errors[job]}",
-                        file=sys.stderr,
-                    )
+                    print_line(f"{job.kind} {job.name}, seed {job.seed}: {errors[job]}")
 
             finished = count - len(waiting) - sum(1 - job.read_progress(out) for job in running)
             ticker.update(finished / count, ", ".join(f"{job.name} {job.seed}" for job in running))
@@ -229,6 +236,10 @@ def run_jobs(
         # When this process is interrupted, no run is left behind.
         for process in running.values():
             process.terminate()
+        # Those that train keep a checkpoint first, and hold their folders' locks until then.
+        for process in running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_STOP)
     return errors
 
 
@@ -260,7 +271,7 @@ def usable_cores() -> int:
 
 def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE)
+    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE, DoneFacts)
     if facts is None:
         return False
 

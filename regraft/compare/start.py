@@ -240,7 +240,8 @@ def grow_with_ligo(
 
         distributed.on_rank0(save)
     grown = Checkpoint.open(folder / GROWN)
-    return ArmStart(modeling.materialize(grown), read_json_if_exists(folder / "start.json"))
+    cost = read_json_if_exists(folder / "start.json", ArmStartCost)
+    return ArmStart(modeling.materialize(grown), cost)
 
 
 def verify(recipe: Comparison, out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from ..errors import RegraftError
 from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, softmax_scale
 from .axes import product
+from .config_checks import check_config, check_sizes
 from .part import Config, Key, Part, PlacedPart, linear, norm
 
 __all__ = [
@@ -109,6 +110,10 @@ class Anatomy:
     # Config key of the number of experts a token is sent to; empty without experts.
     routed: str = ""
 
+    def check(self, config: Config) -> None:
+        """RegraftError when a key of a config is of a wrong type, or a count out of bounds."""
+        check_config(config, self)
+
     def fill_defaults(self, config: Config) -> dict[str, Any]:
         """The config with the family's defaults for keys that are missing or null."""
         full = dict(config)
@@ -138,6 +143,7 @@ class Anatomy:
                 )
             waiting = unsolved
 
+        check_sizes(self.family, sizes)
         return sizes
 
     def _solve_one(self, config: Config, key: str, text: str, sizes: dict[str, int]) -> bool:
@@ -146,7 +152,7 @@ class Anatomy:
         Returns whether it could be solved: False while two or more axes are unknown.
         """
         value, axes = config.get(key), text.split()
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise RegraftError(
                 f"{self.family} config has {key} = {value!r}: it must be a positive whole number"
             )
@@ -241,6 +247,7 @@ class Anatomy:
 
         RegraftError when the family cannot hold the sizes.
         """
+        check_sizes(self.family, sizes)
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
         for key in self.layer_lists:
             if order is not None and isinstance(full.get(key), list):
@@ -367,7 +374,8 @@ def list_families() -> list[str]:
 def find_anatomy(config: Config) -> Anatomy:
     """The table for a config's `model_type`.
 
-    RegraftError when there is none, naming the file to write.
+    RegraftError when there is none, naming the file to write, and when a key of the config is of a
+    wrong type.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in list_families():
@@ -376,4 +384,5 @@ def find_anatomy(config: Config) -> Anatomy:
             f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})"
         )
     anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
+    anatomy.check(config)
     return anatomy

@@ -16,33 +16,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
-from ..io.shard_writer import SideFile
+from ..io.finite import cast_finite
+from ..io.shard_writer import ExtraFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy
 from .axes import Signature
+from .config_checks import check_counts, explain_config_errors
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
-from .model_files import find_unclaimed, open_tensor, read_model_config, read_model_entries
+from .model_files import (
+    check_model_files,
+    find_unclaimed,
+    list_side_files,
+    open_tensor,
+    read_model_config,
+    read_model_entries,
+)
 
 __all__ = ["Checkpoint", "Holds", "LazyTensor", "Provenance", "with_older_keys"]
 
-# Files of a model directory that are copied to the output as they are.
-SIDECARS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.model",
-    "LICENSE*",
-)
 Holds = Literal["weights", "exp_avg", "exp_avg_sq"]
 SHARD = 500_000_000  # bytes in a file of weights
 
@@ -78,10 +73,16 @@ class Checkpoint:
     in_memory: bool = False
     # What the tensors are: the weights, or one of Adam's moments under the weights' names.
     holds: Holds = "weights"
+    # Whether NaN and infinity are read and written; else they are refused.
+    allow_nonfinite: bool = False
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, allow_nonfinite: bool = False) -> Checkpoint:
         """Open a model directory or a GGUF file, reading headers only.
+
+        Args:
+            path: the directory or file.
+            allow_nonfinite: whether values that are NaN or infinite are read and written.
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
@@ -95,9 +96,9 @@ class Checkpoint:
         file = gguf.find_gguf_file(origin)
         folder = gguf.find_converted(file) if file else origin
         if folder is not None:
-            return _open_folder(file or origin, folder)
+            return _open_folder(file or origin, folder, allow_nonfinite)
         assert file is not None
-        return _open_gguf(file)
+        return _open_gguf(file, allow_nonfinite)
 
     @property
     def path(self) -> Path:
@@ -173,7 +174,7 @@ class Checkpoint:
                     "pass the model's state dict"
                 )
             # A function makes the reader: a lambda here would see the last name of the loop.
-            read = _constant_reader(values[name], tensors[key].dtype)
+            read = _constant_reader(values[name], tensors[key].dtype, name)
             tensors[key] = replace(tensors[key], read=read)
 
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
@@ -198,7 +199,7 @@ class Checkpoint:
         tensors = dict(self.tensors)
         for name, read in reads.items():
             lazy = tensors[keys[name]]
-            tensors[keys[name]] = replace(lazy, read=_cast_reader(read, lazy.dtype))
+            tensors[keys[name]] = replace(lazy, read=_cast_reader(read, lazy.dtype, name))
 
         return replace(self, tensors=tensors, history=(*self.history, step), in_memory=True)
 
@@ -215,7 +216,7 @@ class Checkpoint:
         path: str | Path,
         overwrite: bool = False,
         shard_bytes: int = SHARD,
-        side_files: Mapping[str, SideFile] | None = None,
+        extra_files: Mapping[str, ExtraFile] | None = None,
         request: Any = None,
     ) -> None:
         """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
@@ -227,23 +228,21 @@ class Checkpoint:
             path: the directory to write.
             overwrite: whether it may replace an output of regraft that holds no other files.
             shard_bytes: size limit of a file of weights; one tensor may exceed it.
-            side_files: further files of the directory, by name.
+            extra_files: further files of the directory, by name.
             request: what the command was asked for, so that a later call can see that it is done.
 
         RegraftError when `path` exists and not `overwrite`, or when the disk is full.
         """
-        side_files = side_files or {}
+        extra_files = extra_files or {}
         output.check_apart(path, [("source", self.origin)])
-        sidecars = sorted(
-            {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
-        )
+        side_files = list_side_files(self.path)
 
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
             shard_writer.new_directory(
                 Path(path),
                 overwrite,
-                self._start_fingerprint(shard_bytes, side_files, background),
+                self._start_fingerprint(shard_bytes, extra_files, background),
                 request,
             ) as partial,
         ):
@@ -252,11 +251,11 @@ class Checkpoint:
                 self.anatomy.name_in_file(self.names[key]): lazy
                 for key, lazy in self.tensors.items()
             }
-            shard_writer.write_weights(partial, tensors, shard_bytes)
+            shard_writer.write_weights(partial, tensors, shard_bytes, self.allow_nonfinite)
 
-            for name, side_file in side_files.items():
-                side_file.write(folder / name)
-            for file in sidecars:
+            for name, extra_file in extra_files.items():
+                extra_file.write(folder / name)
+            for file in side_files:
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.write_extras(str(folder), self.config)
@@ -270,27 +269,33 @@ class Checkpoint:
     def _start_fingerprint(
         self,
         shard_bytes: int,
-        side_files: Mapping[str, SideFile],
+        extra_files: Mapping[str, ExtraFile],
         background: ThreadPoolExecutor,
     ) -> Callable[[], str] | None:
         """A function that waits for the fingerprint; None for values that have none."""
         if self.in_memory:
             return None
-        sides = {name: side_file.identity for name, side_file in side_files.items()}
-        return background.submit(lineage.fingerprint, self, shard_bytes, sides).result
+        extra = {name: extra_file.identity for name, extra_file in extra_files.items()}
+        return background.submit(lineage.fingerprint, self, shard_bytes, extra).result
 
 
 def with_older_keys(config: Config) -> dict[str, Any]:
     """The config with the keys that older readers look for; keys it has itself stay."""
-    return find_anatomy(config).older(config) | dict(config)
+    with explain_errors("cannot write the config for older readers", "fix config.json"):
+        return find_anatomy(config).older(config) | dict(config)
 
 
-def _open_folder(origin: Path, folder: Path) -> Checkpoint:
+def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoint:
     """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
+    check_model_files(folder)
     config = read_model_config(folder)
-    anatomy = find_anatomy(config)
-    entries = read_model_entries(folder, anatomy)
-    placed = anatomy.place(config)
+    with explain_config_errors(folder / "config.json"):
+        anatomy = find_anatomy(config)
+        sizes = anatomy.solve(config)
+    entries = read_model_entries(folder, anatomy, allow_nonfinite)
+    with explain_config_errors(folder / "config.json"):
+        check_counts(anatomy.family, sizes, entries)
+        placed = anatomy.place(config)
 
     known = lineage.read_lineage(folder)
     dropped = known.get("dropped", {}) | find_unclaimed(entries, placed, anatomy, config)
@@ -304,7 +309,7 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
         origin,
         config,
         anatomy,
-        anatomy.solve(config),
+        sizes,
         {
             key: open_tensor(entries, parameter, folder, provenances)
             for key, parameter in placed.items()
@@ -313,22 +318,27 @@ def _open_folder(origin: Path, folder: Path) -> Checkpoint:
         folder,
         dropped,
         tuple(known.get("steps", ())),
+        allow_nonfinite=allow_nonfinite,
     )
 
 
-def _open_gguf(file: Path) -> Checkpoint:
+def _open_gguf(file: Path, allow_nonfinite: bool) -> Checkpoint:
     """A GGUF file from its header alone.
 
     Shapes come from the config. Values come from a conversion of the whole file, which runs when
     the first of them is read.
     """
     config = gguf.read_config(file)
-    anatomy = find_anatomy(config)
-    placed = anatomy.place(config)
+    with explain_config_errors(file):
+        anatomy = find_anatomy(config)
+        placed = anatomy.place(config)
     gguf.check_size(file, sum(math.prod(parameter.shape) for parameter in placed.values()))
 
     def build_reader(key: Key) -> Callable[[], Tensor]:
-        return lambda: _open_folder(file, gguf.convert_once(file)).tensors[key].read()
+        def read() -> Tensor:
+            return _open_folder(file, gguf.convert_once(file), allow_nonfinite).tensors[key].read()
+
+        return read
 
     # The conversion writes float32, whatever the file's quantisation.
     tensors = {
@@ -342,7 +352,15 @@ def _open_gguf(file: Path) -> Checkpoint:
     }
     names = {key: parameter.name for key, parameter in placed.items()}
     return Checkpoint(
-        file, config, anatomy, anatomy.solve(config), tensors, names, None, history=(gguf.STEP,)
+        file,
+        config,
+        anatomy,
+        anatomy.solve(config),
+        tensors,
+        names,
+        None,
+        history=(gguf.STEP,),
+        allow_nonfinite=allow_nonfinite,
     )
 
 
@@ -356,11 +374,11 @@ def _open_fused(lazy: LazyTensor, part: Part, index: int, sizes: Mapping[str, in
     )
 
 
-def _constant_reader(value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _constant_reader(value: Tensor, dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
     """A reader that returns a value it was given."""
-    return lambda: value.detach().to("cpu", dtype)
+    return lambda: cast_finite(value.detach().to("cpu"), dtype, name)
 
 
-def _cast_reader(read: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+def _cast_reader(read: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
     """A reader that returns the value of another in a given dtype."""
-    return lambda: read().to(dtype)
+    return lambda: cast_finite(read(), dtype, name)

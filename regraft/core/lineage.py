@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, get_args
 
 from ..errors import RegraftError
-from ..io.files import read_json, sha256
+from ..io.files import read_own_json, sha256
 from ..io.safetensors import weight_files
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 FILE = "lineage.json"
-KINDS = ("copied", "grown", "broadcast", "zero", "fresh")  # of `Provenance.kind`
+Kind = Literal["copied", "grown", "broadcast", "zero", "fresh"]  # of `Provenance.kind`
+KINDS: tuple[Kind, ...] = get_args(Kind)
 PAPERS = {
     "gated_deltanet": "Gated Delta Networks, arXiv 2412.06464",
     "gla": "Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635",
@@ -68,8 +69,11 @@ class KindTotals(TypedDict):
     share: float  # of all parameters, 0 to 1
 
 
-class Lineage(TypedDict):
-    """The content of lineage.json."""
+class Lineage(TypedDict, total=False):
+    """The content of lineage.json.
+
+    The conversion of a GGUF file writes only `source`, `steps` and `files`.
+    """
 
     source: Source
     steps: list[StepEntry]  # from the source to this model, in order
@@ -78,16 +82,21 @@ class Lineage(TypedDict):
     totals: dict[str, KindTotals]  # by kind
     dropped: dict[str, str]  # tensor of the source that is not used -> why
     # Tensor -> kind, names of the source's tensors it is computed from, note (see `Provenance`).
-    tensors: dict[str, tuple[str, list[str], str]]
+    tensors: dict[str, tuple[Kind, list[str], str]]
     files: dict[str, str]  # file beside lineage.json -> sha256
+    allow_nonfinite: NotRequired[bool]  # where NaN and infinity were not refused
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """lineage.json of a directory as a dict with the keys of `Lineage`; empty when there is none.
+    """lineage.json of a directory as a dict with keys of `Lineage`; empty when there is none.
 
-    Keys may be missing: the conversion of a GGUF file writes only `source`, `steps` and `files`.
+    RegraftError when it is damaged.
     """
-    return read_json(folder / FILE) if (folder / FILE).is_file() else {}
+    if not (folder / FILE).is_file():
+        return {}
+    remedy = "make the model again, or delete the file to open it as a pretrained model"
+    known: dict[str, Any] = read_own_json(folder / FILE, Lineage, remedy)
+    return known
 
 
 def is_trained(lineage: dict[str, Any]) -> bool:
@@ -142,20 +151,25 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
         if "seed" in step.get("arguments", {})
     ]
 
-    return {
+    lineage: Lineage = {
         "source": origin(checkpoint),
         "steps": cast(list[StepEntry], list(checkpoint.history)),
         "seed": seeds[-1] if seeds else None,
         "versions": versions(),
         "totals": count_by_kind(checkpoint),
         "dropped": checkpoint.dropped,
-        "tensors": {name: (p.kind, list(p.sources), p.note) for name, p in provenances.items()},
+        "tensors": {
+            name: (cast(Kind, p.kind), list(p.sources), p.note) for name, p in provenances.items()
+        },
         "files": files,
     }
+    if checkpoint.allow_nonfinite:
+        lineage["allow_nonfinite"] = True
+    return lineage
 
 
 def fingerprint(
-    checkpoint: Checkpoint, shard_bytes: int, side_files: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint, shard_bytes: int, extra_files: Mapping[str, Any] | None = None
 ) -> str:
     """A hash over everything that decides what the saved files of a checkpoint hold.
 
@@ -164,7 +178,7 @@ def fingerprint(
     Args:
         checkpoint: the model to be saved.
         shard_bytes: size limit of a file of weights.
-        side_files: identities of files that are saved beside the model, by their names.
+        extra_files: identities of files that are saved beside the model, by their names.
     """
     folder = checkpoint.path  # of a GGUF file the conversion
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
@@ -179,10 +193,12 @@ def fingerprint(
             for name, lazy in named.items()
         ],
         "shard_bytes": shard_bytes,
-        "side_files": dict(side_files or {}),
+        "extra_files": dict(extra_files or {}),
         # Another release of torch may round differently.
         "versions": [version("regraft"), *versions().values()],
     }
+    if checkpoint.allow_nonfinite:  # its files may hold what others must not
+        facts["allow_nonfinite"] = True
 
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -201,7 +217,7 @@ def verify(folder: Path) -> None:
     """
     for name, recorded in read_lineage(folder).get("files", {}).items():
         file = folder / name
-        if not file.is_file():
+        if Path(name).name != name or not file.is_file():
             raise RegraftError(
                 f"'{folder}' lacks '{name}' that its {FILE} records: make the model again"
             )

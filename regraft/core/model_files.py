@@ -2,19 +2,128 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
 from ..io import safetensors
-from ..io.files import read_json
+from ..io.files import check_inside, read_json
 from .anatomy import Anatomy, Config, Key, PlacedPart
 from .lazy import LazyTensor, Provenance
 
+# Files of a model directory that are copied to the output as they are.
+SIDE_FILES = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.model",
+    "LICENSE*",
+)
+# How names of data and text end. Whatever ends in another way may be code or a pickle and is left
+# out. The numbers are versions: tokenizer.model.v3, LICENSE-2.0.
+DATA_NAME = re.compile(
+    r"LICENSE[^.]*|.*\.(json|jsonl|txt|model|jinja|jinja2|tiktoken|vocab|md|rst|pdf|apache|mit|bsd)"
+    r"|.*\.v?\d+",
+    re.IGNORECASE,
+)
+FILE_ARGUMENTS = ("vocab", "merges")  # of tokenizers' classes; a text there is a file's path
+JSON_FILES = ("config.json", "lineage.json", safetensors.INDEX)
+IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+log = logging.getLogger("regraft")
+
+
+def list_side_files(folder: Path) -> list[Path]:
+    """Tokenizer, templates and licences of a model directory, which its outputs get too.
+
+    Code is left out with a warning. RegraftError for one that is no regular file, or that leads out
+    of the directory.
+    """
+    files = sorted({file for pattern in SIDE_FILES for file in folder.glob(pattern)})
+    data = []
+    for file in files:
+        if file.is_dir():
+            continue
+        if DATA_NAME.fullmatch(file.name):
+            check_inside(folder, file)
+            data.append(file)
+        else:
+            log.warning("'%s' may be code: it is not copied to the output", file)
+    return data
+
+
+def check_model_files(folder: Path) -> None:
+    """RegraftError when a file beside the weights is no regular file or lies elsewhere.
+
+    Called before anything is opened: to open a named pipe takes for ever.
+    """
+    patterns = (*SIDE_FILES, *JSON_FILES)
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        if not file.is_dir():
+            check_inside(folder, file)
+
+
+def refuse_fetched_code(config: Any, origin: object) -> None:
+    """RegraftError when a config asks for kernels from a repository, which would be run.
+
+    Args:
+        config: the content of a config.json, or a part of it.
+        origin: where it is from, for the error.
+    """
+    if isinstance(config, list):
+        for part in config:
+            refuse_fetched_code(part, origin)
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if IMPLEMENTATION.fullmatch(str(key)) and "/" in str(value):
+            raise RegraftError(
+                f"config of '{origin}' has {key} {value!r:.60}, code that would be fetched and "
+                "run: remove the key"
+            )
+        refuse_fetched_code(value, origin)
+
+
+def check_tokenizer_config(folder: Path) -> None:
+    """RegraftError when tokenizer_config.json names files outside of its directory."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    named = {key: config[key] for key in config if key.endswith("_file") or key in FILE_ARGUMENTS}
+    inputs = config.get("init_inputs")
+    if isinstance(inputs, list):
+        named |= {f"init_inputs.{number}": value for number, value in enumerate(inputs)}
+    for key, value in named.items():
+        # Paths of the machine where it was saved are common and lead nowhere here.
+        if isinstance(value, str) and len(value) < 4096 and Path(value).is_file():
+            try:
+                check_inside(folder, Path(value))
+            except RegraftError as error:
+                raise RegraftError(f"'{file}' has {key} {value!r}: {error}") from error
+
+
+def find_tokenizer_code(folder: Path) -> str:
+    """The class of its own that a tokenizer would be loaded with, empty when it names none."""
+    file = folder / "tokenizer_config.json"
+    classes = read_json(file).get("auto_map") if file.is_file() else None
+    if isinstance(classes, dict):
+        classes = classes.get("AutoTokenizer")
+    if isinstance(classes, list):
+        classes = next((name for name in reversed(classes) if name), None)
+    return classes if isinstance(classes, str) else ""
+
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a directory; RegraftError when there is none, or the model is quantised."""
+    """config.json of a directory.
+
+    RegraftError when there is none, the model is quantised, or the config asks for code.
+    """
     if not (folder / "config.json").is_file():
         raise RegraftError(
             f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
@@ -24,11 +133,14 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise RegraftError(
             f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first"
         )
+    refuse_fetched_code(config, folder)
     return config
 
 
-def read_model_entries(folder: Path, anatomy: Anatomy) -> dict[str, safetensors.TensorEntry]:
-    """Tensors of a directory by their names in the state dict."""
+def read_model_entries(
+    folder: Path, anatomy: Anatomy, allow_nonfinite: bool = False
+) -> dict[str, safetensors.TensorEntry]:
+    """Tensors of a directory by their names in the state dict; see `Checkpoint.open`."""
     entries: dict[str, safetensors.TensorEntry] = {}
     for name, entry in safetensors.read_entries(folder).items():
         canonical = anatomy.canonical_name(name)
@@ -36,7 +148,7 @@ def read_model_entries(folder: Path, anatomy: Anatomy) -> dict[str, safetensors.
             raise RegraftError(
                 f"'{folder}' holds '{canonical}' under two names, '{name}' too: remove one"
             )
-        entries[canonical] = entry
+        entries[canonical] = replace(entry, allow_nonfinite=allow_nonfinite)
     return entries
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 import tempfile
 import time
 import weakref
@@ -15,7 +13,8 @@ from typing import Any, TypedDict
 
 from .. import distributed
 from ..errors import RegraftError
-from ..io.files import write_json
+from ..io.files import read_json_if_exists, write_json
+from ..progress import print_line
 from .files import find_files
 from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
 from .text import Text
@@ -50,7 +49,8 @@ class CorpusFacts(TypedDict):
 class PinnedRows(TypedDict):
     """Which rows a run was started with; kept in `rows-LENGTH.json` of its folder for text."""
 
-    files: list[str]  # name and size of each file that the rows come from
+    files: list[str]  # names of the files that the rows come from
+    tokens: list[str]  # of each file a hash of the tokens that the rows take from it
     options: list[list[Any]]  # of each text: share, field, overflow
     rows: list[int]  # how many rows each text gives
 
@@ -82,7 +82,8 @@ class Corpus:
 
         root = cache / self.tokenizer.name
         self.parts = [
-            TokenCache(root, file, text.field, self.tokenizer) for file in find_files(text.path)
+            TokenCache(root, file, text.field, self.tokenizer, text.max_line_bytes)
+            for file in find_files(text.path)
         ]
         self.used: list[TokenCache] = []  # the files that the last table was made of
         self.table: CachedRows | None = None
@@ -164,10 +165,7 @@ class Corpus:
         if count > self.reported_bad_lines and distributed.is_rank0():
             named = [line for part in bad for line in part.journal.named]
             more = f"; and {count - 3:,} more" if count > 3 else ""
-            print(
-                f"regraft: left out {count:,} bad lines: {'; '.join(named[:3])}{more}",
-                file=sys.stderr,
-            )
+            print_line(f"left out {count:,} bad lines: {'; '.join(named[:3])}{more}")
         self.reported_bad_lines = count
 
     def rows(self, length: int, need: int = 0) -> CachedRows:
@@ -268,6 +266,10 @@ class TextMixture:
                 raise RegraftError(
                     f"max_tokens is {text.max_tokens} for '{text.path}': give 0 for all or more"
                 )
+            if text.max_line_bytes < 1:
+                raise RegraftError(
+                    f"max_line_bytes is {text.max_line_bytes} for '{text.path}': give 1 or more"
+                )
 
         self.texts, self.need, self.own = texts, need, own
         self.corpora = [Corpus(text, tokenizer, cache or own, report_progress) for text in texts]
@@ -289,27 +291,24 @@ class TextMixture:
     def pin_rows(self, file: Path) -> None:
         """Write down which rows these are; RegraftError when the file names other ones."""
         tables = [corpus.table for corpus in self.corpora if corpus.table is not None]
-        # Only files that rows come from: others may grow or change while the run is stopped.
-        files = [
-            f"{part.file.name}, {part.size:,} bytes"
-            for table in tables
-            for part in table.used_caches
-        ]
+        # Only what rows come from: the rest may grow or change while the run is stopped.
+        files = [part.file.name for table in tables for part in table.used_caches]
         options = [[text.share, text.field, text.overflow] for text in self.texts]
         now: PinnedRows = {
             "files": files,
+            "tokens": [digest for table in tables for digest in table.part_digests],
             "options": options,
             "rows": [len(table) for table in tables],
         }
 
-        try:
-            before: PinnedRows = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        before: PinnedRows | None = read_json_if_exists(file, PinnedRows)
+        if before is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, now)
             return
 
-        if before != now:
+        # The same text under another name is the same; a newer version may have added keys.
+        if before | now | {"files": before.get("files")} != before:
             raise RegraftError(
                 f"the text is not the one that this run began with ({_describe_change(before, now)}"
                 "): give the same text, or start a new run"
@@ -321,8 +320,17 @@ class TextMixture:
 
 
 def _describe_change(before: PinnedRows, now: PinnedRows) -> str:
-    """The first file that differs between two pins, or both pins where no file does."""
-    for old, new in zip(before["files"], now["files"], strict=False):
+    """The first file that differs between two pins, or what differs beside files."""
+    tokens = zip(before.get("tokens", []), now["tokens"], strict=False)
+    for number, (old, new) in enumerate(tokens):
         if old != new:
-            return f"'{old}' then, '{new}' now"
-    return f"{before} then, {now} now"
+            name, earlier = now["files"][number], before["files"][number]
+            return f"tokens of '{earlier}' were {old[:12]}, those of '{name}' are {new[:12]}"
+    changed = {
+        key: [before.get(key), value]
+        for key, value in now.items()
+        if key in ("options", "rows") and before.get(key) != value
+    }
+    return ", ".join(f"{key} were {old}, are {new}" for key, (old, new) in changed.items()) or (
+        f"{len(before['files'])} files then, {len(now['files'])} now"
+    )

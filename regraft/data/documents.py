@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
+from ..io.files import JSON_PARTS
 from .files import CHUNK, LINES, TABLES, Stream, file_format
+from .text import MAX_LINE_BYTES
 
 PIECE = 1 << 20  # characters: longer documents come in pieces
 NEAR = 4096  # characters before the end of a piece in which a good place to cut is looked for
 NAMED = 5  # bad lines that are named; the others are only counted
+MAX_RATIO = 200  # of the bytes of a column to those on disk; text has 3 to 20
+LINE_REMEDY = "split it, or raise the limit with --max-line-bytes"
 SEPARATOR = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")  # two blank lines
+# Blanks are held back until it is known what follows. Of more than so many, the rest is dropped.
+LONG_BLANK = re.compile(rf"(\s{{{PIECE}}})\s+")
 # Where a document may be cut, the best first: before a space that follows a word, which leaves the
 # tokens of most tokenizers as they are; between any two characters that are no blanks.
 BETWEEN = (re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\S)"))
@@ -35,6 +41,7 @@ class PositionFields(TypedDict):
     held: str
     begin: int
     inside: bool
+    past: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class ReadPosition:
         held: text that is read and not yet handed on.
         begin: where in `held` the rest begins. Positions within one chunk share its text.
         inside: whether that rest continues a document.
+        past: bytes before `offset` of the line that it is in.
     """
 
     offset: int = 0
@@ -55,10 +63,14 @@ class ReadPosition:
     held: str = ""
     begin: int = 0
     inside: bool = False
+    past: int = 0
 
     def json(self) -> PositionFields:
         """The fields, `held` without what lies before `begin`."""
-        return cast(PositionFields, asdict(replace(self, held=self.held[self.begin :], begin=0)))
+        fields = asdict(replace(self, held=self.held[self.begin :], begin=0))
+        if not self.past:  # which is so but in lines of some MB
+            del fields["past"]
+        return cast(PositionFields, fields)
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class BadLines:
 
 
 def read_pieces(
-    file: Path, name: str, start: ReadPosition, bad: BadLines
+    file: Path, name: str, start: ReadPosition, bad: BadLines, most: int = MAX_LINE_BYTES
 ) -> Iterator[DocumentPiece]:
     """Documents of a file from a position on, without blank ones.
 
@@ -114,40 +126,39 @@ def read_pieces(
         name: the key or column that holds the text, in the other formats.
         start: where to begin; `ReadPosition()` is the start of the file.
         bad: gets each line that cannot be read.
+        most: bytes that a line, or a cell of a table, may have.
 
     RegraftError for a file that cannot be opened or has no such column, and from `bad`.
     """
     if file_format(file) in TABLES:
-        yield from _read_table(file, name, start, bad)
+        yield from _read_table(file, name, start, bad, most)
         return
 
-    try:
+    with explain_errors(f"cannot read '{file}'", "check the file and its rights"):
         source = Stream(file, start.offset)
-    except OSError as error:
-        raise RegraftError(
-            f"cannot read '{file}' ({error.strerror or error}): check the file and its rights"
-        ) from error
     with closing(source):
         if file_format(file) in LINES:
-            yield from _read_json_lines(source, file, name, start, bad)
+            yield from _read_json_lines(source, file, name, start, bad, most)
         else:
-            yield from _read_plain_text(source, file, start, bad)
+            yield from _read_plain_text(source, file, start, bad, most)
 
 
 def _read_json_lines(
-    source: Stream, file: Path, name: str, start: ReadPosition, bad: BadLines
+    source: Stream, file: Path, name: str, start: ReadPosition, bad: BadLines, most: int
 ) -> Iterator[DocumentPiece]:
     offset, line = start.offset, start.line
-    for raw, complete in source.lines():
-        offset, line = offset + len(raw), line + 1
+    for raw, complete, over in source.lines(most):
+        first, where = line == 0, f"'{file}' line {line + 1}"
+        ends = raw.count(b"\n")
+        offset, line = offset + len(raw), line + (ends if over else max(1, ends))
+        if over == 1:
+            bad.add(f"{where} {_too_long(most)}", LINE_REMEDY)
         # A line that a damaged file cut off is reported once, by _check_complete.
-        if not complete or not raw.strip():
+        if over or not complete or not raw.strip():
             continue
 
-        where = f"'{file}' line {line}"
         try:
-            # "utf-8-sig" drops the byte order mark that some editors put before the first line
-            row = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+            row = _parse_row(raw, first)
         except UnicodeDecodeError as error:
             bad.add(
                 f"{where} is not UTF-8 (byte {error.start})", "convert it first, e.g. with iconv"
@@ -159,6 +170,20 @@ def _read_json_lines(
             yield from _check_row(value, where, name, ReadPosition(offset, line), bad)
 
     _check_complete(source, file, line, bad)
+
+
+def _parse_row(raw: bytes, first: bool) -> Any:
+    """The JSON value of a line; ValueError where it is none, or takes far more memory than text."""
+    parts = raw.count(b"[") + raw.count(b"{")
+    if parts > JSON_PARTS:
+        raise ValueError(f"it has {parts:,} brackets, the limit is {JSON_PARTS:,}")
+    # "utf-8-sig" drops the byte order mark that some editors put before the first line
+    return json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
+
+
+def _too_long(most: int) -> str:
+    """What is wrong with a line over the limit."""
+    return f"has more than {most:,} bytes"
 
 
 def _check_row(
@@ -202,31 +227,38 @@ def _split_text(text: str) -> list[str]:
     The start of a text is cut as the whole text is, so that pieces do not depend on how much of it
     was read at a time.
     """
-    parts = []
-    while len(text.rstrip()) > PIECE:
-        cut = PIECE
+    parts, begin, end = [], 0, len(text.rstrip())
+    while end - begin > PIECE:
+        cut = begin + PIECE
         for between in BETWEEN:
-            if places := list(between.finditer(text, PIECE - NEAR, PIECE)):
+            if places := list(between.finditer(text, cut - NEAR, cut)):
                 cut = places[-1].start()
                 break
-        parts.append(text[:cut])
-        text = text[cut:]
-    return [*parts, text]
+        parts.append(text[begin:cut])
+        begin = cut
+    return [*parts, text[begin:]]
 
 
 def _decode_chunks(
-    source: Stream, file: Path, start: ReadPosition, bad: BadLines
-) -> Iterator[tuple[str, int, int]]:
+    source: Stream, file: Path, start: ReadPosition, bad: BadLines, most: int
+) -> Iterator[tuple[str, ReadPosition]]:
     """Text of whole lines in chunks, line ends as `\\n`; bad lines are left out.
 
-    Returns (text, offset, line) with the bytes and lines of the file up to the end of the text.
+    Returns (text, the position behind it).
     """
     offset, line = start.offset, start.line
     number = line + 1  # of the line that is being read, which may come in parts
     held: list[str] = []
     size = 0  # bytes in the chunk
-    for raw, complete in source.lines(CHUNK):
-        offset, size = offset + len(raw), size + len(raw)
+    past = start.past
+    for raw, complete, over in source.lines(most, CHUNK, past):
+        offset, past = offset + len(raw), 0 if raw.endswith(b"\n") else past + len(raw)
+        if over:
+            if over == 1:
+                bad.add(f"'{file}' line {number} {_too_long(most)}", LINE_REMEDY)
+            line, number = number, number + raw.count(b"\n")
+            continue
+        size += len(raw)
         try:
             held.append(raw.decode())
         except UnicodeDecodeError as error:
@@ -239,14 +271,14 @@ def _decode_chunks(
             else:  # a damaged file ends within a character, which _check_complete reports
                 held.append(raw[: error.start].decode())
         line = number
-        number += raw.endswith(b"\n")
+        number += raw.count(b"\n")
 
         if size >= CHUNK:
-            yield _with_plain_line_ends(held), offset, number - 1
+            yield _with_plain_line_ends(held), ReadPosition(offset, number - 1, past=past)
             held, size = [], 0
 
     _check_complete(source, file, line, bad)
-    yield _with_plain_line_ends(held), offset, number - 1
+    yield _with_plain_line_ends(held), ReadPosition(offset, number - 1, past=past)
 
 
 def _with_plain_line_ends(parts: list[str]) -> str:
@@ -254,7 +286,7 @@ def _with_plain_line_ends(parts: list[str]) -> str:
 
 
 def _read_plain_text(
-    source: Stream, file: Path, start: ReadPosition, bad: BadLines
+    source: Stream, file: Path, start: ReadPosition, bad: BadLines, most: int
 ) -> Iterator[DocumentPiece]:
     """Documents between two blank lines; the text of a chunk that ends none is held for the next.
 
@@ -262,15 +294,15 @@ def _read_plain_text(
     may change how it is split.
     """
     held, inside, position = start.held, start.inside, start
-    for text, offset, line in _decode_chunks(source, file, start, bad):
-        held, begin = held + text, 0
+    for text, place in _decode_chunks(source, file, start, bad, most):
+        held, begin = LONG_BLANK.sub(r"\1", held + text), 0
         while match := SEPARATOR.search(held, begin):
             if match.end() == len(held):
                 # All blank so far: the separator may go on in the next chunk. A short one in its
                 # place keeps the held text from growing with the blanks of a file.
                 held = held[: match.start()] + "\n\n\n"
                 break
-            after = ReadPosition(offset, line, held, match.end())
+            after = replace(place, held=held, begin=match.end())
             yield from _split_document(held[begin : match.start()], inside, after)
             begin, inside = match.end(), False
         held = held[begin:]
@@ -282,8 +314,8 @@ def _read_plain_text(
         *parts, _ = _split_text(held)
         for part in parts:
             held, inside = held[len(part) :], True
-            yield DocumentPiece(part, False, ReadPosition(offset, line, held, 0, True))
-        position = ReadPosition(offset, line)
+            yield DocumentPiece(part, False, replace(place, held=held, inside=True))
+        position = place
 
     yield from _split_document(held, inside, position)
 
@@ -304,7 +336,7 @@ def _split_document(text: str, inside: bool, after: ReadPosition) -> Iterator[Do
 
 
 def _read_table(
-    file: Path, name: str, start: ReadPosition, bad: BadLines
+    file: Path, name: str, start: ReadPosition, bad: BadLines, most: int
 ) -> Iterator[DocumentPiece]:
     """Documents of a .parquet or .arrow file; positions count rows."""
     try:
@@ -314,13 +346,18 @@ def _read_table(
         raise RegraftError(
             f"'{file}' needs {error.name}, which is not installed: pip install 'regraft[data]'"
         ) from error
-    failures = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
+    # Libraries behind pyarrow raise more than its own exceptions on a damaged file.
+    failures = (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError, TypeError)
     is_parquet = file_format(file) == ".parquet"
 
     table: Any
     try:
         if is_parquet:
             table = parquet.ParquetFile(file)
+            leaves = [table.schema.column(n).path for n in range(len(table.schema))]
+            # As a dictionary, a cell that is repeated is in memory once.
+            if name in leaves:
+                table = parquet.ParquetFile(file, metadata=table.metadata, read_dictionary=[name])
         else:
             table = ipc.open_stream(pyarrow.memory_map(str(file)))
     except failures as error:
@@ -334,17 +371,24 @@ def _read_table(
             raise RegraftError(f"'{file}' has no column '{name}': choose --field of {names}")
 
         # Row groups of .parquet are read apart: where one is damaged, the next can still be read.
-        groups = _row_groups(table, name, start.offset) if is_parquet else [(0, "the end", table)]
+        groups: Iterable[tuple[int, Any, Any]] = [(0, "the end", table)]
+        if is_parquet:
+            groups = _row_groups(table, name, start.offset, 2 * most)
         for number, last, batches in groups:
             try:
                 for batch in batches:
                     column = batch.column(batch.schema.get_field_index(name))
+                    # Offsets beyond the file would be read as they are, and end the process.
+                    column.validate(full=True)
                     past = min(max(0, start.offset - number), len(column))  # read before
                     number += past
-                    for value in column[past:].to_pylist():
+                    for cell in column[past:]:
                         number += 1
-                        position = ReadPosition(number, number)
-                        yield from _check_row(value, f"'{file}' row {number}", name, position, bad)
+                        where, position = f"'{file}' row {number}", ReadPosition(number, number)
+                        if _cell_bytes(cell) > most:
+                            bad.add(f"{where} {_too_long(most)}", LINE_REMEDY)
+                            continue
+                        yield from _check_row(cell.as_py(), where, name, position, bad)
             except failures as error:
                 bad.add(
                     f"'{file}' rows {number + 1} to {last} cannot be read ({_format_error(error)})",
@@ -352,13 +396,39 @@ def _read_table(
                 )
 
 
-def _row_groups(table: Any, name: str, offset: int) -> Iterator[tuple[int, int, Any]]:
-    """(rows before, rows up to its end, batches) of each row group that goes beyond `offset`."""
+def _cell_bytes(cell: Any) -> int:
+    """Bytes of a cell of text; 0 for other types."""
+    text = cell if hasattr(cell, "as_buffer") else getattr(cell, "value", None)  # of a dictionary
+    buffer = text.as_buffer() if text is not None and hasattr(text, "as_buffer") else None
+    return 0 if buffer is None else int(buffer.size)
+
+
+def _row_groups(
+    table: Any, name: str, offset: int, room: int
+) -> Iterator[tuple[int, int, Iterator[Any]]]:
+    """(rows before, rows up to its end, batches) of each row group that goes beyond `offset`.
+
+    Args:
+        table: a file of pyarrow.
+        name: the column.
+        offset: rows that are read.
+        room: bytes that a column of a row group may always have.
+    """
+
+    def read_batches(group: int, columns: list[Any]) -> Iterator[Any]:
+        size = sum(column.total_uncompressed_size for column in columns)
+        if size > max(room, MAX_RATIO * sum(column.total_compressed_size for column in columns)):
+            raise ValueError(f"{size:,} bytes that are compressed more than {MAX_RATIO} to 1")
+        yield from table.iter_batches(batch_size=64, row_groups=[group], columns=[name])
+
     row = 0
     for group in range(table.num_row_groups):
-        first, row = row, row + table.metadata.row_group(group).num_rows
+        facts = table.metadata.row_group(group)
+        first, row = row, row + facts.num_rows
+        columns = [facts.column(n) for n in range(facts.num_columns)]
+        own = [column for column in columns if column.path_in_schema.split(".")[0] == name]
         if row > offset:
-            yield first, row, table.iter_batches(batch_size=64, row_groups=[group], columns=[name])
+            yield first, row, read_batches(group, own)
 
 
 def _format_error(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
+from .rows import hash_tensors
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Images:
     def device(self) -> torch.device:
         """The device that holds them."""
         return self.pixel_values.device
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all images and labels."""
+        return hash_tensors(self.pixel_values, self.labels)
 
     def to(self, device: torch.device) -> Images:
         """The same images on a device."""

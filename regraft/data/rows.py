@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -72,6 +73,11 @@ class Packed:
     def device(self) -> torch.device:
         """The device that holds them."""
         return self.input_ids.device
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all rows: tokens and positions."""
+        return hash_tensors(self.input_ids, self.position_ids)
 
     def to(self, device: torch.device) -> Packed:
         """The same rows on a device."""
@@ -141,9 +147,39 @@ class CachedRows:
     @property
     def used_caches(self) -> list[TokenCache]:
         """The caches that rows come from. How far the caches are filled does not change these."""
+        return [
+            part for part, begin in zip(self.parts, self.bounds, strict=False) if begin < self.end
+        ]
+
+    @property
+    def end(self) -> int:
+        """The token behind the last row, counted over all parts."""
         last = self.count - 1
-        end = self.length + (last * self.length if self.begins is None else int(self.begins[last]))
-        return [part for part, begin in zip(self.parts, self.bounds, strict=False) if begin < end]
+        return self.length + (last * self.length if self.begins is None else int(self.begins[last]))
+
+    @cached_property
+    def part_digests(self) -> list[str]:
+        """A hash of what the rows take from each of `used_caches`: tokens, and where documents end.
+
+        It is that of the text as it was tokenized, whatever its files are called, and of nothing
+        that was read beyond the last row.
+        """
+        digests = []
+        for number in range(len(self.used_caches)):
+            tokens, ends = self._array(number)
+            count = min(len(tokens), self.end - self.bounds[number])
+            inside = ends[: numpy.searchsorted(ends, count, "left")]
+            digest = hashlib.sha256(numpy.ascontiguousarray(tokens[:count]).data)
+            digest.update(numpy.ascontiguousarray(inside).data)
+            digests.append(digest.hexdigest())
+        return digests
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all rows: those of the parts, and how rows are cut from them."""
+        begins = None if self.begins is None else self.begins[: self.count].tolist()
+        facts = [self.length, self.count, begins, self.part_digests]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.count
@@ -190,6 +226,7 @@ class CachedRows:
             start = begin + filled - self.bounds[number]  # in this part
             stop = min(start + self.length - filled, len(tokens))
             ids[filled : filled + stop - start] = tokens[start:stop]
+            self._check_ids(number, ids[filled : filled + stop - start])
 
             # Documents that end after the row's start and before its end: the next one begins
             # where they end. One that ends just at `start` or `stop` changes nothing here.
@@ -203,6 +240,15 @@ class CachedRows:
             first[filled : filled + 1] = filled  # the next file begins a document
             number += 1
         numpy.subtract(numpy.arange(self.length), numpy.maximum.accumulate(first), out=positions)
+
+    def _check_ids(self, number: int, ids: numpy.ndarray) -> None:
+        """RegraftError when a cache holds an id that is larger than any it was built with."""
+        part = self.parts[number]
+        if len(ids) and int(ids.max()) > part.journal.largest:
+            raise RegraftError(
+                f"the token cache '{part.folder}' holds token {int(ids.max())}, its journal says"
+                f" {part.journal.largest} at most: delete it"
+            )
 
     def _find_row_starts(self, most: int | None) -> list[int]:
         """With `cut`: the first token of each row, and of the row that would follow the last."""
@@ -219,6 +265,15 @@ class CachedRows:
             # The document may go on beyond what was read so far: then nothing follows.
             starts.append(self.bounds[number] + int(ends[at]) if at < len(ends) else total)
         return starts
+
+
+def hash_tensors(*tensors: Tensor) -> str:
+    """A hash of tensors' shapes and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def row_numbers(rows: Any, count: int) -> list[int]:
@@ -260,6 +315,12 @@ class MixedRows:
     def tokens(self) -> int:
         """How many tokens all rows have."""
         return len(self) * self.length
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all rows: those of the tables, and which rows are taken."""
+        facts = [[table.digest for table in self.tables], hash_tensors(*self.picks)]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.bounds[-1]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
+
+# Corpora have documents of some MB a line, the longest books some 10 MB; text8 is 100 MB without a
+# line end.
+MAX_LINE_BYTES = 128_000_000
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class Text:
         skip_bad: leave out lines that cannot be read, and count them, instead of stopping.
         max_tokens: tokens to read at most, 0 for all. None: as many as the stages train on, and
             at least `corpus.MIN_READ_TOKENS`.
+        max_line_bytes: bytes that a line of .txt or .jsonl, or a cell of a table, may have. One is
+            in memory as a whole; a longer one is a line that cannot be read.
     """
 
     path: str
@@ -27,3 +34,5 @@ class Text:
     overflow: Literal["carry", "cut"] = "carry"
     skip_bad: bool = False
     max_tokens: int | None = None
+    # Not in the representation: a run that a long line stopped may go on with a higher limit.
+    max_line_bytes: int = dataclasses.field(default=MAX_LINE_BYTES, repr=False)

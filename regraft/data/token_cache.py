@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -27,14 +28,19 @@ from typing import BinaryIO
 import numpy
 from filelock import FileLock, Timeout
 
-from ..errors import RegraftError
-from ..io.files import write_json
+from ..errors import RegraftError, explain_errors
+from ..io.files import read_own_json, write_json
+from ..io.identity import identify_file
+from ..io.request import SAMPLED
+from ..io.schema import build, shorten
 from .documents import BadLines, DocumentPiece, PositionFields, ReadPosition, read_pieces
+from .text import MAX_LINE_BYTES
 from .tokenizer import BatchTokenizer
 
 BLOCK = 1 << 20  # characters that are tokenised at once
 BLOCK_DOCUMENTS = 1 << 13  # documents that are tokenised at once, where they are short
 DOCUMENT_BYTES = 16  # size of an entry of `documents`
+LARGE = 1 << 26  # bytes of a file; the content of larger ones is sampled
 Progress = Callable[["TokenCache"], None]
 
 
@@ -62,23 +68,40 @@ class CacheJournal:
     named: list[str] = field(default_factory=list)
     done: bool = False
 
+    def check(self, file: Path, remedy: str) -> None:
+        """RegraftError when a number is none that a build can have written."""
+        counts = (self.tokens, self.documents, self.bytes, self.largest, self.bad)
+        place = (self.place["offset"], self.place["line"], self.place["begin"])
+        if min(*counts, *place) < 0 or self.largest >= 1 << 32:
+            raise RegraftError(
+                f"'{file}' has counts that cannot be, {shorten(asdict(self))}: {remedy}"
+            )
+
 
 class TokenCache:
     """The token cache of one file.
 
     Args:
-        root: folder in which this cache has a folder of its own. Its name follows from path, size
-            and time of the file, the field and the tokenizer: what changes any of them gets a new
+        root: folder in which this cache has a folder of its own. Its name follows from name and
+            content of the file, the field and the tokenizer: what changes any of them gets a new
             cache.
         file: the text.
         name: the key or column that holds the text.
         tokenizer: what makes the tokens.
+        most: bytes that a line may have.
 
     RegraftError when the file cannot be read.
     """
 
-    def __init__(self, root: Path, file: Path, name: str, tokenizer: BatchTokenizer):
-        self.file, self.name, self.tokenizer = file, name, tokenizer
+    def __init__(
+        self,
+        root: Path,
+        file: Path,
+        name: str,
+        tokenizer: BatchTokenizer,
+        most: int = MAX_LINE_BYTES,
+    ):
+        self.file, self.name, self.tokenizer, self.most = file, name, tokenizer, most
         try:
             facts = file.stat()
         except OSError as error:
@@ -86,24 +109,30 @@ class TokenCache:
                 f"cannot read '{file}' ({error.strerror}): check the file and its rights"
             ) from error
 
-        self.size = facts.st_size  # bytes on disk
-        key = json.dumps([str(file.resolve()), self.size, facts.st_mtime_ns, name, tokenizer.name])
-        word = re.sub(r"[^\w.-]", "_", file.name)[:60]
-        self.folder = root / f"{word}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.root, self.size = root, facts.st_size  # bytes on disk
+        self.time = facts.st_mtime_ns
         self.journal = CacheJournal()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of this cache. The file is hashed for it, so only where it is needed."""
+        content = identify_file(self.file, LARGE - self.size)
+        # Sampling may miss an edit; the time of the last one decides then.
+        time = self.time if content.startswith(SAMPLED) else None
+        identity = [self.file.name, content, time, self.name, self.tokenizer.name]
+        # Another limit may leave out other lines.
+        key = json.dumps(identity + ([] if self.most == MAX_LINE_BYTES else [self.most]))
+        word = re.sub(r"[^\w.-]", "_", self.file.name)[:60]
+        return self.root / f"{word}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def read_journal(self) -> CacheJournal:
         """How far the file is read now, as the disk has it: another process may be reading it."""
         if not self.journal.done:
-            try:
-                text = (self.folder / "journal.json").read_text(encoding="utf-8")
-                self.journal = CacheJournal(**json.loads(text))
-            except FileNotFoundError:
-                self.journal = CacheJournal()
-            except (OSError, ValueError, TypeError) as error:
-                raise RegraftError(
-                    f"cannot read the token cache '{self.folder}' ({error}): delete it"
-                ) from error
+            file, remedy = self.folder / "journal.json", f"delete the token cache '{self.folder}'"
+            self.journal = CacheJournal()
+            if file.exists():
+                self.journal = build(CacheJournal, read_own_json(file, CacheJournal, remedy))
+                self.journal.check(file, remedy)
         return self.journal
 
     def array(self, what: str) -> numpy.ndarray:
@@ -120,12 +149,16 @@ class TokenCache:
 
         if not shape[0]:  # an empty file cannot be mapped
             return numpy.zeros(shape, "<i8")
-        try:
-            return numpy.memmap(self.folder / what, dtype, "r", shape=shape)
-        except (OSError, ValueError) as error:
-            raise RegraftError(
-                f"cannot read the token cache '{self.folder}' ({error}): delete it"
-            ) from error
+        with explain_errors(f"cannot read the token cache '{self.folder}'", "delete it"):
+            table = numpy.memmap(self.folder / what, dtype, "r", shape=shape)
+        if what == "documents":
+            ends, tokens = table[:, 0], self.journal.tokens
+            if ends[0] < 0 or ends[-1] > tokens or (ends[1:] < ends[:-1]).any():
+                raise RegraftError(
+                    f"the token cache '{self.folder}' has documents that end before they begin, or "
+                    f"behind its {tokens} tokens: delete it"
+                )
+        return table
 
     def fill(
         self,
@@ -171,12 +204,13 @@ class TokenCache:
             known = self._cut_to_journal(known, ids, ends)
             bad.count, bad.named = known.bad, list(known.named)
 
+            place = build(ReadPosition, dict(known.place))
             block: list[DocumentPiece] = []
             size = 0  # characters in the block
             # Whether the journal has all that was appended. It has not inside a long document that
             # cannot be read on from its middle: stopping there would read it again for ever.
             in_journal = True
-            for piece in read_pieces(self.file, self.name, ReadPosition(**known.place), bad):
+            for piece in read_pieces(self.file, self.name, place, bad, self.most):
                 # Tokens are counted when a block is appended: this stops between two blocks only.
                 if enough is not None and known.tokens >= enough and not block and in_journal:
                     return

@@ -23,6 +23,7 @@ import torch
 
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
+from ..io.linux import available_memory
 
 STEPS = 32
 
@@ -93,12 +94,12 @@ def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> BenchRo
     """
     from ..modeling.layer_kinds import layer_kinds, mixers_of, state_bytes
 
-    free = free_bytes()
+    free = available_memory()
     if free is None or torch.cuda.is_available():
         return None
     state = {kind: batch * size for kind, size in state_bytes(checkpoint, length).items()}
     weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())  # float32
-    if weights + sum(state.values()) <= free:
+    if weights + sum(state.values()) <= free[0]:
         return None
 
     softmax_kinds = {
@@ -118,15 +119,6 @@ def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> BenchRo
         "converted_bytes": sum(state.values()) - kept,
         "kept_bytes": kept,
     }
-
-
-def free_bytes() -> int | None:
-    """Memory that a new process may have; None where the system does not tell (it is not Linux)."""
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        return None
-    line = next(line for line in file.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
 
 
 def run_worker(

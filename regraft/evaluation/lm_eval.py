@@ -72,7 +72,11 @@ def language_model(candidate: Candidate, tokenizer: Any, batch: int) -> Any:
             return answer_log_likelihoods(self.model, pairs, batch)
 
     return Model(
-        pretrained=candidate.model, tokenizer=tokenizer, backend="causal", batch_size=batch
+        pretrained=candidate.model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch,
+        trust_remote_code=False,
     )
 
 

@@ -9,18 +9,27 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from ..core.anatomy import Anatomy, AttentionFields, Config, Key, Part, PlacedPart, find_anatomy
 from ..core.axes import parse_signature
 from ..errors import RegraftError
+from ..io.schema import check_json, check_version, shorten
 from ..mixers.base import Attention
-from ..mixers.registry import weights
+from ..mixers.registry import validate, weights
 
 AUTO_MAP = {
     "AutoConfig": "configuration_regraft.RegraftConfig",
     "AutoModelForCausalLM": "modeling_regraft.RegraftForCausalLM",
 }
+
+
+class RegraftFields(TypedDict):
+    """The keys of config.json that make a linearized model; others are transformers' own."""
+
+    host: dict[str, Any]  # the config of the stock model
+    mixers: list[dict[str, Any] | None]  # by layer, the mixer's name and options
+    attention: list[AttentionFields | None]  # by layer, the attention that the mixer replaced
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,34 @@ class RegraftAnatomy(Anatomy):
     `host` is the stock config, `mixers` has a mixer's options per layer (None: the attention
     stays), `attention` the fields of each replaced attention.
     """
+
+    def check(self, config: Config) -> None:
+        """RegraftError when a key is of a wrong type, or hosts and mixers do not go together."""
+        check_version(config, "regraft config")
+        check_json(config, RegraftFields, "regraft config", "make the model again")
+        host = config["host"]
+        if host.get("model_type") == self.family:
+            raise RegraftError(
+                f"regraft config has host.model_type = '{self.family}': the host is a stock model,"
+                " make the model again"
+            )
+
+        sizes, mixers, fields = self.solve(config), config["mixers"], config["attention"]
+        if not len(mixers) == len(fields) == sizes["depth"]:
+            raise RegraftError(
+                f"regraft config has {len(mixers)} mixers and {len(fields)} fields of attention for"
+                f" {sizes['depth']} layers: make the model again"
+            )
+        for layer, (spec, attention) in enumerate(zip(mixers, fields, strict=True)):
+            if spec is None:
+                continue
+            validate(spec)
+            axes = ("hidden", "kv", "group", "dim")
+            if attention is None or any(attention[axis] != sizes[axis] for axis in axes):
+                raise RegraftError(
+                    f"regraft config has attention[{layer}] = {shorten(attention)}, the host"
+                    f" { {axis: sizes[axis] for axis in axes} }: make the model again"
+                )
 
     def fill_defaults(self, config: Config) -> dict[str, Any]:
         """The host's config with the host family's defaults."""

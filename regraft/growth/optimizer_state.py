@@ -9,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint, Holds, LazyTensor, Provenance
 from ..core.moments import MOMENTS, STEP
 from ..errors import RegraftError
-from ..io.safetensors import TensorEntry, read_header
+from ..io.safetensors import TensorEntry, read_header, save_tensors
 
 Steps = Sequence[Callable[[Checkpoint], Checkpoint]]
 
@@ -56,7 +55,7 @@ def grow_optimizer_state(
     counts = [entry.read() for key, entry in entries.items() if key.startswith(f"{STEP}/")]
     steps_done = max((count.reshape(()) for count in counts), default=torch.tensor(0.0))
     table |= {f"{STEP}/{name}": steps_done.clone() for name in grown.names.values()}
-    save_file(table, out)
+    save_tensors(Path(out), table)
     return len(grown.names)
 
 
@@ -107,6 +106,7 @@ def build_moment_checkpoint(
 
     def open_moment(key: Key) -> LazyTensor:
         entry, shape = entries[f"{holds}/{source.names[key]}"], source.tensors[key].shape
+        entry = replace(entry, allow_nonfinite=source.allow_nonfinite)
         if entry.shape != shape:
             raise RegraftError(
                 f"'{entry.name}' in '{entry.file}' has shape {list(entry.shape)}, its weight"

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from ..core.anatomy import find_anatomy
+from ..core.anatomy import Key, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..io.files import read_json
+from ..io.finite import cast_finite
 from . import depth
 from .identity_layer import IdentityLayer
 from .ligo_options import COPY, Ligo
@@ -206,8 +208,13 @@ def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
     if name not in DTYPES:
         raise RegraftError(f"unknown --dtype '{name}': use one of {', '.join(DTYPES)}")
     dtype = DTYPES[name]
+
+    def build_reader(key: Key) -> Callable[[], Tensor]:
+        read, tensor = checkpoint.tensors[key].read, checkpoint.names[key]
+        return lambda: cast_finite(read(), dtype, tensor)
+
     tensors = {
-        key: replace(lazy, dtype=dtype, read=lambda lazy=lazy: lazy.read().to(dtype))  # type: ignore[misc]
+        key: replace(lazy, dtype=dtype, read=build_reader(key))
         for key, lazy in checkpoint.tensors.items()
     }
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors, first_line
 from . import shard_writer
 from .files import read_json, sha256, write_json
+from .gguf_header import check_header
 
 STEP: dict[str, Any] = {"step": "FromGGUF", "arguments": {}}  # in the history of a model
 log = logging.getLogger("regraft")
@@ -62,12 +63,11 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        header = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # the readers raise anything on a damaged header
-        raise RegraftError(
-            f"cannot read the header of '{file}' ({_format_error(error)}): fetch the file again"
-        ) from error
+    check_header(file)
+    with explain_errors(f"cannot read the header of '{file}'", "fetch the file again"):
+        header = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
 
     # Without quantisation: the conversion writes plain float32.
     config: dict[str, Any] = {
@@ -112,12 +112,9 @@ def _open_reader(file: Path) -> Any:
         raise RegraftError(
             f"reading '{file}' needs the package gguf: pip install 'regraft[gguf]'"
         ) from error
-    try:
+    check_header(file)
+    with explain_errors(f"'{file}' is cut short or damaged", "fetch the file again"):
         return GGUFReader(file)
-    except Exception as error:  # ValueError, KeyError, IndexError, ... on a damaged file
-        raise RegraftError(
-            f"'{file}' is cut short or damaged ({_format_error(error)}): fetch the file again"
-        ) from error
 
 
 def convert_once(file: Path) -> Path:
@@ -146,7 +143,7 @@ def _write_converted(file: Path, folder: Path) -> Path:
             raise  # `new_directory` explains a full disk
         except Exception as error:  # whatever the loader raises on weights it cannot dequantise
             raise RegraftError(
-                f"cannot convert '{file}' ({_format_error(error)}): "
+                f"cannot convert '{file}' ({first_line(error)}): "
                 "fetch it again or convert it elsewhere"
             ) from error
         _write_lineage(file, partial.path)
@@ -161,11 +158,12 @@ def _convert(file: Path, target: Path) -> None:
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     dequantise = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=dequantise
+        **source, dtype=torch.float32, quantization_config=dequantise, trust_remote_code=False
     )
     model.config.__dict__.pop("quantization_config", None)  # else it is saved as quantised
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    tokenizer.save_pretrained(target)
 
 
 def _write_lineage(file: Path, folder: Path) -> None:
@@ -181,9 +179,3 @@ def _write_lineage(file: Path, folder: Path) -> None:
     written = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
     hashes = {path.name: sha256(path) for path in written}
     write_json(folder / "lineage.json", {"source": source, "steps": [STEP], "files": hashes})
-
-
-def _format_error(error: Exception) -> str:
-    """The type and the first line of an exception, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]

@@ -8,8 +8,6 @@ unfinished run needs lies in one work folder inside the marked folder.
 from __future__ import annotations
 
 import fcntl
-import itertools
-import json
 import os
 import re
 import shutil
@@ -23,6 +21,7 @@ from typing import Any
 from ..errors import RegraftError
 from .files import PART, read_json, remove_parts, sha256, sync, write_json
 from .linux import exchange_paths
+from .request import find_difference, plain
 
 MARKER = ".regraft.json"  # in every folder that regraft makes
 WORK = ".regraft-work"  # in such a folder: what only an unfinished run needs
@@ -189,7 +188,7 @@ def check_apart(out: str | Path, inputs: Iterable[tuple[str, str | Path | None]]
             paths that do not exist are left out.
     """
     if not str(out):
-        raise RegraftError("the output is empty: give the name of a new folder")
+        raise RegraftError(f"the output is '{out}', an empty name: give that of a new folder")
     target = Path(out).resolve()
     if target.exists() and not target.is_dir():
         raise RegraftError(f"the output '{out}' is a file: {KEEP}")
@@ -251,11 +250,6 @@ def is_written(out: Path, request: Any) -> bool:
     if request is None or marker is None or not marker.complete:
         return False
     return plain(request) == marker.request and find_changed(out, marker) is None
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON gives it back, which has no tuples and no paths."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def _is_listed(marker: Marker | None, name: str) -> bool:
@@ -339,6 +333,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_claimable(folder: Path) -> None:
+    """RegraftError when a folder is not regraft's and holds files."""
+    if read_marker(folder) is None and (foreign := find_foreign(folder, None)):
+        raise RegraftError(
+            f"'{folder}' holds '{foreign}', which is not of regraft: {KEEP}, or a folder that does "
+            "not exist yet"
+        )
+
+
 def claim_folder(folder: Path, marker: Marker) -> Marker:
     """The marker of a folder in which a run is begun or resumed; made where it is missing.
 
@@ -350,13 +353,9 @@ def claim_folder(folder: Path, marker: Marker) -> Marker:
         marker: what the folder is to hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_claimable(folder)
     there = read_marker(folder)
     if there is None:
-        if foreign := find_foreign(folder, None):
-            raise RegraftError(
-                f"'{folder}' holds '{foreign}', which is not of regraft: {KEEP}, or a folder that "
-                "does not exist yet"
-            )
         marker.write(folder)
         remove_parts(folder)
         return marker
@@ -386,26 +385,6 @@ def release_folder(folder: Path, is_new: bool) -> None:
 
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
-def find_difference(before: Any, now: Any) -> str | None:
-    """What differs between two requests, in words; None when they are the same."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return None if before == now else "another request"
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if old != new:
-            return f"another {key.replace('_', ' ')} ({_first_difference(old, new)})"
-    return None
-
-
-def _first_difference(before: Any, now: Any) -> str:
-    """Two values, or the first line of two texts that differs."""
-    if isinstance(before, str) and isinstance(now, str):
-        lines = itertools.zip_longest(before.splitlines(), now.splitlines(), fillvalue="nothing")
-        before, now = next((pair for pair in lines if pair[0] != pair[1]), (before, now))
-        before, now = f"'{before.strip()}'", f"'{now.strip()}'"
-    return f"{before} there, {now} here"
 
 
 def complete_marker(

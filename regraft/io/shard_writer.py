@@ -28,6 +28,8 @@ from ..errors import RegraftError
 from . import output, safetensors
 from .direct_io import DirectWriter
 from .files import sync, write_json
+from .finite import check_finite
+from .request import plain
 
 KIND = "model"  # of the marker of a directory that is written at once
 NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
@@ -57,7 +59,7 @@ class WritableTensor(Protocol):
 
 
 @dataclass(frozen=True)
-class SideFile:
+class ExtraFile:
     """A file that is written with a model, such as the grown state of its optimiser.
 
     Attributes:
@@ -193,7 +195,7 @@ def new_directory(
         path = partial_path(target)
         _clear_replaced(path, target, fingerprint)
         with _claim_directory(path):
-            partial = PartialDirectory(path, fingerprint, output.plain(request))
+            partial = PartialDirectory(path, fingerprint, plain(request))
             try:
                 partial.begin()
                 yield partial
@@ -249,7 +251,10 @@ def _clear_replaced(path: Path, target: Path, fingerprint: Callable[[], str] | N
 
 
 def write_weights(
-    partial: PartialDirectory, tensors: Mapping[str, WritableTensor], limit: int
+    partial: PartialDirectory,
+    tensors: Mapping[str, WritableTensor],
+    limit: int,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write safetensors shards and, for several, their index; finished shards stay.
 
@@ -260,8 +265,9 @@ def write_weights(
         partial: the directory to write into.
         tensors: tensors by their names in the files.
         limit: bytes in a shard; a larger tensor has a shard of its own.
+        allow_nonfinite: write NaN and infinity.
 
-    OSError when they do not fit on the disk.
+    OSError when they do not fit on the disk, RegraftError for a tensor that is not finite.
     """
     groups = safetensors.group_shards({name: lazy.bytes for name, lazy in tensors.items()}, limit)
     files = [shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
@@ -273,7 +279,8 @@ def write_weights(
         last: Future[None] | None = None
         for file, names in missing:
             part = partial.path / f"{file}.part"
-            digest = _write_shard(part, {name: tensors[name] for name in names}, workers)
+            lazies = {name: tensors[name] for name in names}
+            digest = _write_shard(part, lazies, workers, allow_nonfinite)
             # One shard is flushed at a time; an error in flushing ends the run here.
             if last:
                 last.result()
@@ -344,7 +351,10 @@ def file_head(tensors: Mapping[str, WritableTensor]) -> tuple[bytes, list[str]]:
 
 
 def _write_shard(
-    file: Path, tensors: Mapping[str, WritableTensor], workers: ThreadPoolExecutor
+    file: Path,
+    tensors: Mapping[str, WritableTensor],
+    workers: ThreadPoolExecutor,
+    allow_nonfinite: bool,
 ) -> str:
     """Write one file; returns its sha256."""
     head, order = file_head(tensors)
@@ -354,7 +364,7 @@ def _write_shard(
         try:
             for name in order:
                 # Computed while the workers still write the tensor before.
-                data = _read_bytes(name, tensors[name])
+                data = _read_bytes(name, tensors[name], allow_nonfinite)
                 _raise_errors(last)
                 last = _submit_write(data, stream, digest, workers)
                 del data  # else a third tensor would be in memory while the next is computed
@@ -364,14 +374,18 @@ def _write_shard(
     return digest.hexdigest()
 
 
-def _read_bytes(name: str, lazy: WritableTensor) -> memoryview:
-    """The bytes of a tensor; RegraftError when it is not what its header says."""
+def _read_bytes(name: str, lazy: WritableTensor, allow_nonfinite: bool) -> memoryview:
+    """The bytes of a tensor; RegraftError when it is not what its header says, or not finite."""
     value: Tensor = lazy.read()
     if tuple(value.shape) != tuple(lazy.shape) or value.dtype != lazy.dtype:
         raise RegraftError(
             f"'{name}' came out as {value.dtype} {list(value.shape)}, "
             f"promised {lazy.dtype} {list(lazy.shape)}: report the step that made it"
         )
+    # A tensor that comes straight from a file was looked at when it was read.
+    is_copy = isinstance(getattr(lazy.read, "__self__", None), safetensors.TensorEntry)
+    if not (allow_nonfinite or is_copy):
+        check_finite(value, f"new tensor '{name}'", "write it all the same with --allow-nonfinite")
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RegraftError, suggest
+from ..io.typed import convert, convert_fields
 from ..mixers.remix_options import RemixOptions
 from ..train.stage import Stage
 
@@ -67,6 +68,9 @@ class Method:
 
         RegraftError when a stage has not one step.
         """
+        if min(length, batch) < 1:
+            raise RegraftError(f"rows of {length} tokens, {batch} a step: give 1 or more of each")
+
         fields = []
         for leg in self.legs:
             row = leg.longer * length
@@ -116,6 +120,7 @@ def list_methods() -> list[str]:
 def find_method(name: str) -> Method:
     """The method with a name; RegraftError naming the known ones when there is none."""
     if name not in list_methods():
+        name = f"{name:.60}" if isinstance(name, str) else repr(name)[:60]
         hint = suggest(name, list_methods())
         raise RegraftError(f"unknown method '{name}': {hint}use one of {', '.join(list_methods())}")
     method: Method = importlib.import_module(f"regraft.linearize.methods.{name}").method
@@ -137,18 +142,19 @@ def expand_method(fields: dict[str, Any]) -> dict[str, Any]:
         return fields
     own_keys = ("method", "tokens", "length", "batch")
     rest = {key: value for key, value in fields.items() if key not in own_keys}
-    remix = rest.pop("remix", None) or {}
-    if not isinstance(remix, dict):
-        raise RegraftError(f"remix is {remix!r}: give keys with values, such as keep: none")
-    if "stages" not in rest and not isinstance(fields.get("tokens"), int):
+    remix = convert_fields(RemixOptions, rest.pop("remix", None) or {}, "remix")
+    if "stages" not in rest and type(fields.get("tokens")) is not int:
         raise RegraftError(
-            f"method {fields['method']} needs tokens, a whole number: got {fields.get('tokens')!r}"
+            f"method {fields['method']!r:.60} needs tokens, a whole number: "
+            f"got {fields.get('tokens')!r:.60}"
         )
 
     method = find_method(fields["method"]).with_remix(**remix)
     expanded = {"remix": dataclasses.asdict(method.remix), "calibration": method.calibration}
     if "stages" not in rest:
-        sizes = {key: fields[key] for key in ("length", "batch") if key in fields}
+        sizes = {
+            key: convert(fields[key], int, key) for key in ("length", "batch") if key in fields
+        }
         expanded["stages"] = method.stage_fields(fields["tokens"], **sizes)
     return expanded | rest
 
@@ -167,7 +173,9 @@ def expand_method_block(
     if "method" not in fields:
         return fields
     rest = {key: value for key, value in fields.items() if key in ("calibration", "stages")}
-    remix = {k: v for k, v in fields.items() if k not in rest and k != "method"}
+    remix = convert_fields(
+        RemixOptions, {k: v for k, v in fields.items() if k not in rest and k != "method"}, "linear"
+    )
 
     method = find_method(fields["method"]).with_remix(**remix)
     expanded = dataclasses.asdict(method.remix) | {"calibration": method.calibration}

@@ -14,12 +14,15 @@ from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data import default_text
 from ..data.corpus import TextMixture
+from ..data.files import find_files
 from ..data.packing import pack
 from ..data.rows import Table
 from ..data.text import Text
 from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
 from ..io import output
+from ..io.identity import identify_files, identify_model
+from ..io.request import Identity
 from ..mixers.remix import Remix
 from ..mixers.remix_options import RemixOptions
 from ..progress import Ticker
@@ -40,11 +43,11 @@ Limit = Callable[[int], float | None]  # number of a stage -> seconds it may tak
 class ConversionRequest(TypedDict):
     """What a folder's conversion was started with."""
 
-    source: str  # path
-    data: str  # the Text
+    data: str  # how the Text is read
     seed: int
     method: str
     stages: str
+    inputs: dict[str, Identity]
 
 
 def choose_layers(
@@ -119,7 +122,7 @@ def train_linearized(
         The ledger. Its `start` is what was spent before the stages: choosing layers and the closed
         form.
     """
-    checkpoint, work = Checkpoint.open(folder), out / WORK
+    checkpoint, work = Checkpoint.open(folder, source.allow_nonfinite), out / WORK
     length = stages[0].length if stages else LENGTH
     batches = []
     if calibration:
@@ -222,17 +225,22 @@ def run_method(
     """
     distributed.on_rank0(lambda: str(source.path))  # a GGUF file is converted by one process
     target = output.check_apart(out, [("source", source.origin), ("source", source.path)])
+    if not overwrite and target.exists():
+        output.check_claimable(target)  # before anything is read
+    texts = find_files(data.path)
     request: ConversionRequest = {
-        "source": str(source.path),
         # --skip-bad may be added after a bad line stopped the first attempt
-        "data": repr(dataclasses.replace(data, skip_bad=False)),
+        "data": repr(dataclasses.replace(data, path="", skip_bad=False)),
         "seed": seed,
         "method": repr(method),
         "stages": repr(stages),
+        "inputs": distributed.on_rank0(
+            lambda: {"source": identify_model(source.origin), "data": identify_files(texts)}
+        ),
     }
 
     folder = distributed.on_rank0(lambda: choose_folder(target, overwrite, KIND, request))
-    with open_run(folder, KIND, request) as marker:
+    with open_run(folder, KIND, lambda: request) as marker:
         if marker.complete:
             ledger = marker.result
         else:

@@ -6,11 +6,22 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 from ..errors import RegraftError
+from ..io.schema import check_json
 from .base import Attention, Mixer, WeightSpec
 from .inherit import apply_inherit, parse_inherit
+
+
+class _RequiredSpecFields(TypedDict):
+    name: str
+
+
+class MixerSpec(_RequiredSpecFields, total=False):
+    """What every mixer's spec has; its other keys are the mixer's options."""
+
+    inherit: str  # see `inherit.parse_inherit`
 
 
 @cache
@@ -38,6 +49,7 @@ def mixer_class(name: str) -> type[Mixer]:
 
 def validate(spec: dict[str, Any]) -> None:
     """Raise RegraftError unless `spec` names a mixer and options it has."""
+    check_json(spec, MixerSpec, "a mixer's spec", f"the mixers are {', '.join(sorted(mixers()))}")
     options = mixer_class(spec["name"]).parse(spec)
     parse_inherit(spec.get("inherit", "all"))
     for nested in vars(options).values():

@@ -69,6 +69,7 @@ class Remix(RemixOptions):
             source.folder,
             source.dropped | unused,
             (*source.history, step_entry(self)),
+            allow_nonfinite=source.allow_nonfinite,
         )
 
     def build_tensor(

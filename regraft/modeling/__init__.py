@@ -18,10 +18,11 @@ from .loading import (
     load_tokenizer,
     materialize,
     random_inputs,
+    read_tokenizer,
     slots,
     to_checkpoint_names,
 )
-from .meta import build_meta_model
+from .meta import build_meta_model, build_stock_config
 from .modeling_regraft import RegraftForCausalLM
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RegraftForCausalLM",
     "build_meta_model",
     "build_random_model",
+    "build_stock_config",
     "cache_kwargs",
     "cache_of",
     "check_decoder",
@@ -42,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "materialize",
     "random_inputs",
+    "read_tokenizer",
     "slots",
     "state_bytes",
     "to_checkpoint_names",

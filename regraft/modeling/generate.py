@@ -12,7 +12,7 @@ from transformers.generation.streamers import TextStreamer
 
 from .. import modeling
 from ..core.shapes import Int
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,17 @@ def generate(
 
     # Without a padding token transformers warns and takes this one.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=tokens,
-        streamer=streamer,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-        **sampling,
-    )
+    what = f"'{tokenizer.name_or_path}' cannot generate"
+    with explain_errors(what, "check its generation_config.json"):
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=tokens,
+            streamer=streamer,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            **sampling,
+        )
 
     # A stock model has no mixers: all its layers keep keys and values.
     sizes = modeling.state_bytes(modeling.cache_of(out))
@@ -121,6 +123,8 @@ def encode_prompt(
     if tokenizer.chat_template is None:
         raise RegraftError(f"{tokenizer.name_or_path} has no chat template: leave out --chat")
     turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).input_ids
+    what = f"the chat template of '{tokenizer.name_or_path}' cannot be used"
+    with explain_errors(what, "leave out --chat"):
+        return tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids

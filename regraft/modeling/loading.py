@@ -11,14 +11,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
+from ..core.model_files import check_model_files, check_tokenizer_config, find_tokenizer_code
 from ..errors import RegraftError
+from ..io.files import read_json
+from ..io.finite import cast_finite
 from ..mixers.gated import GatedMixer
-from .meta import build_meta_model, stock_class
+from .meta import build_meta_model, explain_model_errors, stock_class
 from .modeling_regraft import RegraftForCausalLM
 
 
@@ -35,12 +38,13 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     other way round.
     """
     values = {
-        checkpoint.names[key]: lazy.read().to(dtype).contiguous()
+        checkpoint.names[key]: cast_finite(lazy.read(), dtype, checkpoint.names[key]).contiguous()
         for key, lazy in checkpoint.tensors.items()
     }
     if checkpoint.config["model_type"] == "regraft":
         model: Any = build_meta_model(checkpoint)
-        missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
+        with explain_model_errors(checkpoint.origin):
+            missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
         # A tied head is in no file: `tie_weights` makes it from the embedding.
         lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
         model.tie_weights()
@@ -66,7 +70,8 @@ def build_stock_model(
         dtype: of the weights.
     """
     kind, config = stock_class(checkpoint.config)
-    return build_with_weights(kind, config, values, dtype)
+    with explain_model_errors(checkpoint.origin):
+        return build_with_weights(kind, config, values, dtype)
 
 
 def build_with_weights(
@@ -86,7 +91,11 @@ def build_with_weights(
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with silence_transformers():
         model, info = kind.from_pretrained(
-            None, state_dict=dict(values), ignore_mismatched_sizes=True, **options
+            None,
+            state_dict=dict(values),
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | set(info["unexpected_keys"]) | mismatched
@@ -172,22 +181,37 @@ def random_inputs(
     return {"input_ids": torch.randint(0, vocab, (rows, length), generator=generator)}
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    path: str | Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False
+) -> PreTrainedModel:
     """The model at a path, in eval mode.
 
     Args:
         path: a directory of a supported family or of a linearized model, or a GGUF file.
         dtype: of the weights.
+        allow_nonfinite: take NaN and infinity.
 
     Raises RegraftError when the path is no model, or its files do not fit its config.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, allow_nonfinite)
     checkpoint.verify()
     model = materialize(checkpoint, dtype)
     generation = Path(checkpoint.path) / "generation_config.json"
     if generation.exists():
-        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
+        model.generation_config = read_generation_config(generation)
     return model
+
+
+def read_generation_config(file: Path) -> GenerationConfig:
+    """A generation_config.json; RegraftError when transformers cannot use it."""
+    read_json(file)
+    try:
+        return GenerationConfig.from_pretrained(file.parent)
+    except Exception as error:  # whatever its checks raise
+        raise RegraftError(
+            f"'{file}' is no generation config ({format_first_line(error)}): fetch it again or "
+            "remove it"
+        ) from error
 
 
 def check_decoder(*paths: str | Path | None) -> None:
@@ -206,14 +230,35 @@ def check_decoder(*paths: str | Path | None) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a model's directory; RegraftError when there is none."""
-    folder = Checkpoint.open(path).path
+    """The tokenizer in a model's directory; RegraftError as of `read_tokenizer`."""
+    return read_tokenizer(Checkpoint.open(path).path)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a directory. No code from there is run.
+
+    RegraftError when there is none, it is damaged, reads files elsewhere, or needs code of its own.
+    """
+    check_model_files(folder)
+    check_tokenizer_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        # Without this, transformers asks on standard input whether it may run code.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever its readers raise on damaged files
+        code = find_tokenizer_code(folder)
+        if code and "trust_remote_code" in str(error):
+            raise RegraftError(
+                f"the tokenizer in '{folder}' needs code of its own ({code:.80}), which regraft "
+                "never runs: save it as tokenizer.json with a stock class first"
+            ) from error
         raise RegraftError(
-            f"no tokenizer in '{folder}': put tokenizer.json there ({str(error).splitlines()[0]})"
+            f"no tokenizer in '{folder}': put tokenizer.json there ({format_first_line(error)})"
         ) from error
+
+
+def format_first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers import (
 
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
+from ..core.model_files import refuse_fetched_code
+from ..errors import explain_errors
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 
@@ -31,6 +34,13 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     with torch.device("meta"):
         model = build_from_config(checkpoint)
 
+    with explain_model_errors(checkpoint.origin):
+        fill_buffers(model)
+    return model
+
+
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Make buffers that are on the meta device real."""
     stock = model.host if isinstance(model, RegraftForCausalLM) else model
     for module in stock.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -39,7 +49,6 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         # Fills the buffers; on parameters, which are meta tensors, it has no effect.
         if names:
             stock._init_weights(module)
-    return model
 
 
 def build_from_config(checkpoint: Checkpoint) -> Any:
@@ -53,10 +62,12 @@ def build_from_config(checkpoint: Checkpoint) -> Any:
         arguments = {
             key: value for key, value in fields.items() if key not in ("model_type", "auto_map")
         }
-        model: Any = RegraftForCausalLM(RegraftConfig(**arguments))
+        with explain_model_errors(checkpoint.origin):
+            model: Any = RegraftForCausalLM(RegraftConfig(**arguments))
     else:
         kind, config = stock_class(fields)
-        model = kind(config)
+        with explain_model_errors(checkpoint.origin):
+            model = kind(config)
     model.tie_weights()
     return model.eval()
 
@@ -66,12 +77,37 @@ def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
 
     The class is the one that the config's `architectures` names, or its family's default.
     """
+    config = build_stock_config(fields)
+    auto = AutoModelForCausalLM if find_anatomy(fields).causal else AutoModel
+    named: Any = getattr(transformers, (fields.get("architectures") or [""])[0], None)
+    # Only a model of this config: the package has functions and trainers under other names.
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    if is_model and isinstance(config, named.config_class or ()):
+        return named, config
+    return auto._model_mapping[type(config)], config
+
+
+def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' config of a supported family from the mapping in a config.json.
+
+    RegraftError for an unknown family and for kernels that would be fetched and run.
+    """
+    family = find_anatomy(fields).family
+    refuse_fetched_code(fields, family)
     plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-    causal = find_anatomy(fields).causal
-    config = AutoConfig.for_model(fields["model_type"], **plain)
-    auto = AutoModelForCausalLM if causal else AutoModel
-    name = (fields.get("architectures") or [""])[0]
-    return getattr(transformers, name, None) or auto._model_mapping[type(config)], config
+    with explain_model_errors(fields["model_type"]):
+        config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **plain)
+        return config
+
+
+def explain_model_errors(name: object) -> AbstractContextManager[None]:
+    """Inside, what transformers raises about a config or a model becomes a RegraftError.
+
+    Args:
+        name: the model's path or type.
+    """
+    what = f"transformers cannot make a model of '{name}' from its config.json"
+    return explain_errors(what, "fix it, or fetch it again")
 
 
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

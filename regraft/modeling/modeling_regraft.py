@@ -85,7 +85,9 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         host_config = config.host_config()
         host_config.use_cache = config.use_cache
         self.host = AutoModelForCausalLM.from_config(
-            host_config, attn_implementation=config._attn_implementation
+            host_config,
+            attn_implementation=config._attn_implementation,
+            trust_remote_code=False,
         )
 
         layers = zip(config.mixers or [], config.attention or [], strict=True)

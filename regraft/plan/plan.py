@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..core import lineage
 from ..core.checkpoint import Checkpoint, LazyTensor
+from ..io.finite import count_nonfinite
 from ..io.safetensors import TensorEntry
 from ..mixers.registry import mixer_class
 from ..modeling import flops as ledger
@@ -40,6 +41,13 @@ class RowFlops(TypedDict):
     training: int
 
 
+class NonfiniteCount(TypedDict):
+    """Numbers of a tensor that are not finite."""
+
+    nan: int
+    infinite: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """What changes from a source to a target; `regraft plan --json` prints its fields.
@@ -66,6 +74,8 @@ class Plan:
         source_state_bytes: the source's, over all layers; 0 for encoders.
         steps: the target's history, as lineage.json has it.
         notes: what the steps want a person to know.
+        nonfinite: what a scan of the source's values found, by tensor: how many are NaN, and how
+            many infinite. None where no values were read.
     """
 
     source: dict[str, int]
@@ -85,6 +95,7 @@ class Plan:
     source_state_bytes: int
     steps: list[dict[str, Any]]
     notes: list[str]
+    nonfinite: dict[str, NonfiniteCount] | None = None
 
     @classmethod
     def of(
@@ -145,6 +156,16 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return asdict(self)
+
+
+def scan_values(source: Checkpoint) -> dict[str, NonfiniteCount]:
+    """Tensors with NaN or infinity; reads every value of a checkpoint that allows them."""
+    found: dict[str, NonfiniteCount] = {}
+    for key, lazy in source.tensors.items():
+        nan, infinite = count_nonfinite(lazy.read())
+        if nan or infinite:
+            found[source.names[key]] = {"nan": nan, "infinite": infinite}
+    return found
 
 
 def count_tensors(source: Checkpoint, target: Checkpoint) -> dict[str, TensorCount]:
@@ -235,8 +256,19 @@ def print_plan(plan: Plan, console: Console) -> None:
         state = format_megabytes(plan.state_bytes[kind])
         suffix = f"; state {state} MB" if keeps_state(plan) else ""
         console.print(f"{kind}: layers {numbers}{suffix}", soft_wrap=True, highlight=False)
-    for note in plan.notes:
+    for note in [*plan.notes, *format_scan(plan)]:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)
+
+
+def format_scan(plan: Plan) -> list[str]:
+    """What a scan of the source's values found; nothing where there was none."""
+    if plan.nonfinite is None:
+        return []
+    return [
+        f"{name} holds {count['nan']} NaN and {count['infinite']} infinite numbers: writing "
+        "refuses them without --allow-nonfinite"
+        for name, count in plan.nonfinite.items()
+    ] or ["all values of the source are finite"]
 
 
 def weight_map_table(plan: Plan) -> Table:

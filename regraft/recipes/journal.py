@@ -34,7 +34,7 @@ class Journal:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "recipe.yaml", recipe)
-        past: RunTime | None = read_json_if_exists(directory / "time.json")
+        past: RunTime | None = read_json_if_exists(directory / "time.json", RunTime)
         past = past or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
         self.ticker = Ticker(

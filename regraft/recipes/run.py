@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,15 +13,18 @@ from torch import nn
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.corpus import TextMixture
+from ..data.files import find_files
 from ..data.rows import Packed
-from ..evaluation import baselines
-from ..evaluation.bench import bench
+from ..evaluation import baselines, tasks
+from ..evaluation.bench import BenchRow, bench
 from ..evaluation.evaluate import assemble_rows, build_suite, evaluation_windows
 from ..evaluation.perplexity import Candidate, measure
 from ..evaluation.rows import QualityRow
 from ..evaluation.suite import Suite, add_share_of_teacher
 from ..io import output
 from ..io.files import read_json_if_exists, write_json
+from ..io.identity import identify_files, identify_model
+from ..io.request import Identity
 from ..linearize.pipeline import choose_layers, train_linearized
 from ..modeling import generate
 from ..plan.plan import Plan
@@ -75,13 +79,23 @@ def run_recipe(
     RegraftError when `out` holds another run or anything else.
     """
     target = output.check_apart(out, recipe_inputs(recipe))
-    request = {"recipe": schema.dump(recipe)}
+
+    def request() -> dict[str, Any]:
+        return {"recipe": dump_without_paths(recipe), "inputs": identify_inputs(recipe)}
+
     with open_run(target, "run", request, (*RUN_NAMES, *NAMES)) as marker:
         if not distributed.is_rank0():
             return {} if marker.complete else follow(recipe, target, watching)
         if not marker.complete:
             lead(recipe, target, watching)
         return html.collect(target)
+
+
+def dump_without_paths(recipe: Recipe) -> str:
+    """A recipe without the paths of its inputs, which may be moved: their content is compared."""
+    measure = replace(recipe.measure, task_data=None)
+    train = [replace(text, path="") for text in recipe.train]
+    return schema.dump(replace(recipe, source="", train=train, heldout=None, measure=measure))
 
 
 def recipe_inputs(recipe: Recipe) -> list[tuple[str, str | None]]:
@@ -107,6 +121,22 @@ def lead(recipe: Recipe, out: Path, watching: MonitorConfig) -> None:
     html.write(experiment.out)
     finish_run(out, None)
     distributed.broadcast("")  # the end
+
+
+def identify_inputs(recipe: Recipe) -> dict[str, Identity]:
+    """The identities of what a recipe names."""
+    inputs = {"source": identify_model(recipe.source)}
+    inputs["train"] = identify_files(
+        file for text in recipe.train for file in find_files(text.path)
+    )
+    if recipe.heldout:
+        inputs["heldout"] = identify_files(find_files(recipe.heldout))
+    if folder := recipe.measure.task_data:
+        names = [name for name in recipe.measure.tasks if name in tasks.TASKS]
+        inputs["task data"] = identify_files(
+            tasks.find_file(name, tasks.TASKS[name].files, Path(folder)) for name in names
+        )
+    return inputs
 
 
 def follow(recipe: Recipe, out: Path, watching: MonitorConfig) -> dict[str, Any]:
@@ -268,7 +298,9 @@ class Experiment:
         # The quality table takes as long as that of the baselines. Samples are decoded at the
         # speed at the shortest context.
         quality = self.journal.phases["baselines"]
-        benched = read_json_if_exists(self.out / "bench.json").values()
+        benched = (
+            read_json_if_exists(self.out / "bench.json", dict[str, list[BenchRow]]) or {}
+        ).values()
         speeds = [rows[0]["decode_tok_s"] for rows in benched if rows]
         settings = self.recipe.measure
         tokens = len(settings.prompts) * settings.sample_tokens
@@ -308,7 +340,9 @@ class Experiment:
     def evaluate(self) -> None:
         """The quality table of the trained model and its baselines."""
         candidates = baselines.model_candidates(modeling.load(self.out))
-        rows = self.score(candidates, read_json_if_exists(self.out / "baselines.json"))
+        rows = self.score(
+            candidates, read_json_if_exists(self.out / "baselines.json", dict[str, QualityRow])
+        )
         write_json(self.out / "eval.json", assemble_rows(rows, str(self.out)))
 
     def sample(self) -> None:

@@ -5,25 +5,22 @@ Importing it imports no PyTorch, so that a wrong recipe is reported at once.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
-import typing
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from ..data.text import Text
 from ..errors import RegraftError
+from ..io.typed import build_dataclass
+from ..io.yaml_loader import parse_yaml, read_yaml
 from ..linearize.method import expand_method
 from ..mixers.remix_options import RemixOptions
 from ..train.stage import Stage
-from .explain import explain_error
 
 
 @dataclass(frozen=True)
@@ -105,18 +102,15 @@ def load(recipe: str, overrides: Mapping[str, str]) -> Recipe:
     for key in sorted(overrides, key=lambda key: "." in key):
         if "." in key:
             fields = expand_method(fields)
-        override(fields, key, yaml.safe_load(overrides[key]))
+        override(fields, key, parse_yaml(overrides[key], f"override '{key}'"))
     return build(expand_method(fields), recipe)
 
 
 def from_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; RegraftError when there is none."""
-    if not path.is_file():
+    if not path.exists():
         raise RegraftError(f"no recipe at '{path}': give a YAML file or file.py:function")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RegraftError(f"recipe '{path}' is not YAML: {error}") from error
+    fields = read_yaml(path, f"recipe '{path}'")
     if not isinstance(fields, dict):
         raise RegraftError(
             f"recipe '{path}' holds {type(fields).__name__}, not keys with values: see README, "
@@ -187,7 +181,7 @@ def parse_index(word: str, target: list[Any], key: str) -> int:
         target: the list.
         key: the whole key, for the error.
     """
-    if not word.isdigit() or int(word) >= len(target):
+    if not word.isdecimal() or int(word) >= len(target):
         raise RegraftError(
             f"override '{key}': '{word}' is no position in a list of {len(target)}: count from 0"
         )
@@ -204,41 +198,10 @@ def build(fields: Mapping[str, Any], origin: str = "recipe", schema: type = Reci
 
     RegraftError when the mapping does not fit the schema.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(schema)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            built = parser.instantiate(parser.parse_object(stringify_numbers(fields, schema)))
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise RegraftError(f"recipe '{origin}': {explain_error(str(error), schema)}") from error
-    return schema(**built.as_dict() if hasattr(built, "as_dict") else dict(built))
-
-
-def stringify_numbers(value: Any, kind: Any) -> Any:
-    """The value with whole numbers as text where the schema has text.
-
-    YAML reads `keep: 0` as a number, which means layer 0 here.
-
-    Args:
-        value: of a recipe, or a part of one.
-        kind: its type in the schema.
-    """
-    if kind is str and type(value) is int:
-        return str(value)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        hints = typing.get_type_hints(kind)
-        return {key: stringify_numbers(part, hints.get(key)) for key, part in value.items()}
-
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is list and isinstance(value, list):
-        return [stringify_numbers(part, parts[0]) for part in value]
-    # `Lit | None`; not dict[str, Text], whose value is no Text
-    if typing.get_origin(kind) is not dict:
-        for part in parts:
-            if dataclasses.is_dataclass(part):
-                return stringify_numbers(value, part)
-    return value
+        return build_dataclass(schema, fields)
+    except RegraftError as error:
+        raise RegraftError(f"recipe '{origin}': {error}") from error
 
 
 def dump(recipe: Recipe) -> str:

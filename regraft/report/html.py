@@ -6,37 +6,100 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import yaml
 
+from ..core.lineage import Lineage
+from ..evaluation.rows import SuiteRow
 from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
-from ..train.ledger import build_ledger
+from ..io.schema import Measured
+from ..train.ledger import build_ledger, read_start_costs
+from ..train.metrics import FILE as METRICS
+from ..train.metrics import MetricsRow
 from . import plots
 from .templates import render
 
+
+class PlanFacts(TypedDict):
+    """What the page reads of plan.json."""
+
+    parameters: int
+
+
+class SpentTime(TypedDict):
+    """What the page reads of time.json."""
+
+    seconds: float
+
+
+class ReportedRow(SuiteRow, total=False):
+    """A row of eval.json; the other keys are there where perplexity was measured."""
+
+    perplexity: Measured
+    byte_perplexity: Measured
+    kl: Measured | None
+    tokens: int
+    windows: int
+
+
+class ReportedEvaluation(ReportedRow, total=False):
+    """eval.json: the model's own row and its baselines."""
+
+    model: str
+    baselines: dict[str, ReportedRow]
+
+
+class ReportedSpeed(TypedDict, total=False):
+    """A row of bench.json; older ones have fewer keys."""
+
+    length: Required[int]
+    batch: int
+    decode_tok_s: float | None
+    prefill_tok_s: float | None
+    state_bytes: int
+    converted_bytes: int
+    kept_bytes: int
+    peak_bytes: int | None
+
+
+class ReportedSample(TypedDict):
+    """An entry of samples.json."""
+
+    prompt: str
+    teacher: str
+    student: str
+
+
+# What a run writes, NAME.json, and what is read of it.
+FILES: dict[str, Any] = {
+    "plan": PlanFacts,
+    "eval": ReportedEvaluation,
+    "bench": dict[str, list[ReportedSpeed]],
+    "samples": list[ReportedSample],
+    "time": SpentTime,
+    "lineage": Lineage,
+}
 LEADS = "The model's lead on the same questions, percent ± error"
 
 
 def collect(directory: Path) -> dict[str, Any]:
     """The report's numbers from a run directory: whatever its phases have written."""
-    names = ("plan", "eval", "bench", "samples", "time", "lineage")
-    numbers = {name: read_json_if_exists(directory / f"{name}.json") for name in names}
+    numbers: dict[str, Any] = {
+        name: read_json_if_exists(directory / f"{name}.json", kind) for name, kind in FILES.items()
+    }
     recipe = directory / "recipe.yaml"
     numbers["recipe"] = (
         yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
     )
-    metrics, spent = (
-        read_json_lines(directory / "metrics.jsonl"),
-        read_json_if_exists(directory / "ledger.json") or {},
-    )
-    return numbers | {"ledger": build_ledger(metrics, spent.get("start", ()))}
+    metrics = read_json_lines(directory / METRICS, MetricsRow)
+    return numbers | {"ledger": build_ledger(metrics, read_start_costs(directory))}
 
 
 def write(directory: Path) -> Path:
     """Write report.html and report.json into a run directory; returns the page's path."""
     numbers = collect(directory)
-    page = render_page(numbers, read_json_lines(directory / "metrics.jsonl"))
+    page = render_page(numbers, read_json_lines(directory / METRICS, MetricsRow))
     write_json(directory / "report.json", numbers)
     write_text(directory / "report.html", page)
     return directory / "report.html"

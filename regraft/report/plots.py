@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import RegraftError
+from ..errors import RegraftError, printable
 from ..train.ledger import stage_name
 
 COLOURS = ("#2f6f9f", "#c8643c", "#6a8f3c", "#8a5a9e", "#b08a2e", "#5b6770")
@@ -27,6 +27,12 @@ def figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return drawing, list(axes)
+
+
+def label(name: str) -> str:
+    """A name as matplotlib shows it: dollars begin no formula, an underscore hides no line."""
+    shown = printable(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def svg(drawing: Any) -> bytes:
@@ -56,7 +62,7 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
         tokens, values = zip(*points, strict=True)
         axis.plot(tokens, values, color=colour, alpha=0.3, linewidth=0.8)
         axis.plot(tokens, smooth(values), color=colour, linewidth=1.6)
-        axis.set(title=stage, xlabel="tokens", ylabel="loss")
+        axis.set(title=label(stage), xlabel="tokens", ylabel="loss")
         if min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
     return svg(drawing)
@@ -74,7 +80,7 @@ def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
 def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Perplexity and KL to the teacher of every row of the table."""
     drawing, axes = figure(9.0, 0.5 + 0.42 * len(rows), 2)
-    names = list(rows)
+    names, shown = list(rows), [label(name) for name in rows]
     for axis, key, title in zip(
         axes, ("perplexity", "kl"), ("perplexity per token", "KL(teacher‖model), nats"), strict=True
     ):
@@ -87,7 +93,7 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
         axis.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
         axis.set(title=title)
         axis.set_yticks(
-            range(len(names)), names if key == "perplexity" else [""] * len(names), fontsize=8
+            range(len(names)), shown if key == "perplexity" else [""] * len(names), fontsize=8
         )
         axis.invert_yaxis()
         axis.margins(x=0.15)
@@ -109,7 +115,10 @@ def plot_speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         for colour, (name, rows) in zip(COLOURS, models.items(), strict=False):
             told = [(row["length"], row[key] / unit) for row in rows if row[key] is not None]
             axis.plot(
-                *zip(*told, strict=True) if told else ((), ()), marker="o", color=colour, label=name
+                *zip(*told, strict=True) if told else ((), ()),
+                marker="o",
+                color=colour,
+                label=label(name),
             )
         axis.set(title=title, xlabel="context, tokens")
         axis.set_xscale("log", base=2)
@@ -130,7 +139,9 @@ def plot_positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
         errors = [
             value * (cell["stderr"] or 0.0) for value, cell in zip(values, cells, strict=True)
         ]
-        axis.errorbar(middle, values, yerr=errors, marker="o", color=colour, label=name, capsize=2)
+        axis.errorbar(
+            middle, values, yerr=errors, marker="o", color=colour, label=label(name), capsize=2
+        )
     axis.set(xlabel="tokens of context", ylabel="perplexity", xscale="log", yscale="log")
     for place in (
         axis.yaxis.set_major_formatter,
@@ -166,7 +177,7 @@ def plot_curves(
                 curve["loss"],
                 line,
                 color=colour,
-                label=name,
+                label=label(name),
                 linewidth=1.4 + (name == scratch),
             )
             panel.fill_between(curve[axis], low, high, color=colour, alpha=0.06, linewidth=0)
@@ -184,6 +195,7 @@ def plot_savings(arms: Mapping[str, Mapping[str, Any]], scratch: str) -> bytes:
     pretraining.
     """
     names = [name for name in arms if name != scratch and "savings" in arms[name]]
+    shown = [label(name) for name in names]
     drawing, axes = figure(10.0, 1.0 + 0.3 * len(names), 2)
     panels = (("", "FLOPs saved, %"), ("_with_source", "with the source's pretraining, %"))
     for axis, (end, title) in zip(axes, panels, strict=True):
@@ -197,7 +209,7 @@ def plot_savings(arms: Mapping[str, Mapping[str, Any]], scratch: str) -> bytes:
         said = ["not reached" if mean is None else f"{100 * mean:.1f}" for mean in means]
         axis.bar_label(drawn, said, padding=3, fontsize=8)
         axis.set(title=title)
-        axis.set_yticks(range(len(names)), names if not end else [""] * len(names), fontsize=8)
+        axis.set_yticks(range(len(names)), shown if not end else [""] * len(names), fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.2)
     return svg(drawing)

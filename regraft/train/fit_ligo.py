@@ -28,10 +28,10 @@ from ..progress import Ticker
 from .ligo_trainer import FitRow, LigoTrainer
 from .loop import reduce_step_status
 from .objectives import Data, Kind
-from .output import lock_run
-from .resume import RunState, list_checkpoints, load_state, save_state
+from .output import lock_run, open_run
+from .resume import RunState, describe_newest, load_state, save_state
 from .session import load_stage_rows
-from .signals import SigtermHandler
+from .signals import StopSignals
 from .stage import Stage
 
 NO_STEPS = '{"steps": 0}'  # the options that leave the maps at their start
@@ -99,9 +99,14 @@ def fit_maps(
     order = shuffled_indices(len(rows), count, seed) if count else torch.empty(0, dtype=torch.long)
 
     settings: dict[str, Any] = {"sizes": sizes, "method": asdict(method), "stage": asdict(stage)}
-    settings |= {"seed": seed, "micro": micro, "rows": len(rows)}
+    settings |= {"seed": seed, "micro": micro}
     if out:
-        settings["source"] = distributed.on_rank0(lambda: lineage.fingerprint(source, 0))
+        settings["inputs"] = distributed.on_rank0(
+            lambda: {
+                "source": {"model": lineage.fingerprint(source, 0)},
+                "data": {"rows": rows.digest},
+            }
+        )
 
     with _own_folder(out) as stopping:
         state = load_state(out, grower, settings) if out else RunState()
@@ -118,25 +123,29 @@ def fit_maps(
             # All processes must decide alike whether to save and whether to stop.
             last = state.step == method.steps
             due = time.monotonic() - saved > save_seconds
-            _, stop, due = reduce_step_status(0.0, stopping.requested, due)
+            _, stop, due = reduce_step_status(0.0, stopping.is_requested, due)
             if due or stop or last:
                 trainer.record(state)
                 save_state(out, grower, trainer.optimizer, state, settings)
                 saved = time.monotonic()
             if stop and not last:
-                stopping.exit_process(list_checkpoints(out))
+                stopping.exit_process(describe_newest(out))
 
     maps = {name: value.detach().clone() for name, value in grower.state_dict().items()}
     return replace(learned, maps=maps, cost=cast(Mapping[str, float], trainer.cost))
 
 
 @contextmanager
-def _own_folder(out: Path | None) -> Iterator[SigtermHandler | None]:
-    """Inside, this process alone writes in `out`, and SIGTERM is handled by what is returned."""
+def _own_folder(out: Path | None) -> Iterator[StopSignals | None]:
+    """Inside, this process alone writes in `out`, and what is returned notes signals."""
     if out is None:
         yield None
         return
-    with SigtermHandler() as stopping, lock_run(out):
+    with (
+        StopSignals() as stopping,
+        open_run(out, "LiGO fitting", lambda: {"verb": "fit"}, ()),
+        lock_run(out),
+    ):
         yield stopping
 
 

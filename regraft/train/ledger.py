@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
-from .records import Cost
+from ..io.files import read_json_if_exists
+from .records import Cost, StartCost
 
 COSTS = ("tokens", "flops", "seconds")  # what a row of a ledger counts
 
@@ -14,6 +16,18 @@ class LedgerRow(Cost):
     """What one stage of a run cost, or what came before training, or all of it."""
 
     stage: str  # "1 align", the kind of what came before, or "total"
+
+
+class LedgerFile(TypedDict, total=False):
+    """What is read back of `ledger.json`."""
+
+    start: list[StartCost]  # what came before training
+
+
+def read_start_costs(folder: Path) -> list[StartCost]:
+    """What was spent before training, from a run's ledger.json; empty without one."""
+    known: LedgerFile | None = read_json_if_exists(folder / "ledger.json", LedgerFile)
+    return known.get("start", []) if known else []
 
 
 def sum_costs(rows: Iterable[Mapping[str, Any]]) -> Cost:

@@ -32,9 +32,16 @@ from .optimizer import (
 )
 from .precision import use_bfloat16
 from .records import Cost, StepRow
-from .resume import RunState, list_checkpoints, load_state, lock_run, save_state
-from .run import Run, check_run, resume_settings
-from .signals import SigtermHandler
+from .resume import (
+    RunState,
+    describe_newest,
+    list_checkpoints,
+    load_state,
+    lock_run,
+    save_state,
+)
+from .run import Run, check_run
+from .signals import StopSignals
 from .stage import Stage
 from .step import step_generator, train_step
 
@@ -49,7 +56,8 @@ def train(run: Run) -> dict[str, Any]:
     Progress is kept in `out/run`: called again with the same arguments, training resumes at the
     last checkpoint, with the losses that the uninterrupted run would have had. They are the same
     bit for bit with as many processes, and within round-off with another number. Rows go to
-    `out/metrics.jsonl`. SIGTERM ends the run with a checkpoint after the current step.
+    `out/metrics.jsonl`. SIGTERM, SIGHUP, SIGQUIT, Ctrl-C and a lost reader of the progress end the
+    run with a checkpoint after the current step.
 
     RegraftError when `out/run` belongs to other settings, when a stage lacks its teacher, or when
     a loss is not finite or has jumped.
@@ -62,8 +70,8 @@ def train(run: Run) -> dict[str, Any]:
         check_run(run, stage)
     set_gradient_checkpointing(run.model, run.checkpointing)
 
-    with SigtermHandler() as stopping, lock_run(run.out):
-        state = load_state(run.out, run.model, resume_settings(run))
+    with StopSignals() as stopping, lock_run(run.out):
+        state = load_state(run.out, run.model, run.settings)
         if distributed.is_rank0():
             # Rows of steps after the checkpoint will be written again.
             state.trim_metrics(run.out / "metrics.jsonl")
@@ -76,21 +84,21 @@ class StepStatus(NamedTuple):
     """What all processes agree on after a step."""
 
     loss: float  # mean over the batch of all processes
-    stop: bool  # some process has received SIGTERM
+    stop: bool  # some process was asked to stop
     save_due: bool  # the first process's time to the next checkpoint is over
 
 
 class StageTrainer:
     """One stage of a run, from where `state` says to a checkpoint that starts the next stage."""
 
-    def __init__(self, run: Run, state: RunState, index: int, stopping: SigtermHandler):
+    def __init__(self, run: Run, state: RunState, index: int, stopping: StopSignals):
         """Set up the optimiser and everything else that the stage's steps need.
 
         Args:
             run: what the run was given.
             state: how far it has come; kept up to date.
             index: number of the stage, from 0.
-            stopping: tells whether SIGTERM has come.
+            stopping: tells whether the process was asked to stop.
         """
         self.run, self.state, self.index, self.stopping = run, state, index, stopping
         self.stage = run.stages[index]
@@ -196,7 +204,7 @@ class StageTrainer:
 
         state.step += 1
         save_due = time.monotonic() - self.saved > run.save_seconds
-        status = reduce_step_status(loss, self.stopping.requested, save_due)
+        status = reduce_step_status(loss, self.stopping.is_requested, save_due)
         seconds = time.monotonic() - begin
         return StepResult(status.loss, norm, batch.tokens, flops, seconds), status
 
@@ -252,9 +260,9 @@ class StageTrainer:
         run, state = self.run, self.state
         # While the loss is too high, the last checkpoint is the better place to resume from.
         if not state.trend.is_suspect:
-            save_state(run.out, run.model, self.optimizer, state, resume_settings(run))
+            save_state(run.out, run.model, self.optimizer, state, run.settings)
         if stop:
-            self.stopping.exit_process(list_checkpoints(run.out))
+            self.stopping.exit_process(describe_newest(run.out))
         self.saved = time.monotonic()
 
     def _finish(self) -> None:
@@ -265,7 +273,7 @@ class StageTrainer:
         if self.lora is not None:
             state.changed -= detach_lora(run.model)
         state.advance_stage()
-        save_state(run.out, run.model, None, state, resume_settings(run))
+        save_state(run.out, run.model, None, state, run.settings)
 
 
 def trainable_names(model: nn.Module) -> set[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..io.files import read_json_lines
 from ..progress import Ticker
+from .metrics import FILE, MetricsRow
 from .records import StageSummary, StepRow, Throughput
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def recent_speed(rows: Sequence[StepRow], unit: str) -> tuple[float, str]:
     # The first step of a stage has none before it to measure from: its own FLOPs and FLOP/s.
     if last["seconds"] <= first["seconds"]:
         seconds = last["flops"] / last["step"] / max(last["flops_per_second"], 1e-9)
-        return seconds, format_speed(last, unit)
+        return seconds, format_speed(cast(Throughput, last), unit)
 
     steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
     flops_per_second = (last["flops"] - first["flops"]) / seconds
@@ -107,7 +108,7 @@ def recent_speed(rows: Sequence[StepRow], unit: str) -> tuple[float, str]:
     return seconds / max(steps, 1), format_speed(speed, unit)
 
 
-def format_speed(speed: Throughput, unit: str) -> str:
+def format_speed(speed: Throughput | StepRow, unit: str) -> str:
     """Such as `850 tokens/s, 41.2 GFLOP/s, 63% of the measured peak`."""
     rate, prefix = speed["flops_per_second"] / 1e9, "G"
     if rate >= 1e3:
@@ -123,7 +124,7 @@ def summarize_stages(out: str | Path) -> list[StageSummary]:
     in the summaries.
     """
     stages: dict[int, list[StepRow]] = {}
-    for row in read_json_lines(Path(out) / "metrics.jsonl"):
+    for row in read_json_lines(Path(out) / FILE, MetricsRow):
         # Rows on held-out data have `eval_loss` instead.
         if "loss" in row:
             stages.setdefault(row["stage"], []).append(cast(StepRow, row))

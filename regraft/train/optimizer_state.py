@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.moments import FILE, MOMENTS, STEP
 from ..errors import RegraftError
-from ..io.files import replace_file
+from ..io.safetensors import read_tensors, save_tensors
 from .fsdp import distribute_like, gather_tensor
 
 __all__ = ["FILE", "load_optimizer_state", "save_optimizer_state"]
@@ -37,7 +36,7 @@ def load_optimizer_state(
             f"no optimiser state at '{file}': "
             "give the .safetensors that regraft grow or train wrote"
         )
-    stored = load_file(file)
+    stored = read_tensors(file)
     steps = read_step_count(stored, file)
     moments = {moment: moments_by_parameter(model, stored, moment) for moment in MOMENTS}
 
@@ -111,12 +110,5 @@ def save_optimizer_state(
         table |= {f"{moment}/{name}": value.contiguous().clone() for name, value in values.items()}
     table |= {f"{STEP}/{name}": steps.clone() for name in values}
 
-    if not distributed.is_rank0():
-        return
-    try:
-        with replace_file(folder / FILE) as part:
-            save_file(table, part)
-    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
-        raise RegraftError(
-            f"cannot write '{folder / FILE}' ({error}): free some space and run again"
-        ) from error
+    if distributed.is_rank0():
+        save_tensors(folder / FILE, table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from .. import distributed
 from ..core.moments import FILE as MOMENTS_FILE
 from ..errors import RegraftError
 from ..io import output, shard_writer
+from ..io.request import find_changed_input, plain
 from . import trackers
 
 WORK = Path(output.WORK)  # in the output folder: what only an unfinished run needs
@@ -29,14 +30,18 @@ RUN_NAMES = ("metrics.jsonl", MOMENTS_FILE, trackers.FILE, trackers.FOLDER, "wan
 
 @contextmanager
 def open_run(
-    out: Path, kind: str, request: Mapping[str, Any], names: tuple[str, ...] = RUN_NAMES
+    out: Path,
+    kind: str,
+    request: Callable[[], Mapping[str, Any]],
+    names: tuple[str, ...] = RUN_NAMES,
 ) -> Iterator[output.Marker]:
     """Inside, the output folder belongs to this run, begun or resumed. Every process calls it.
 
     Args:
         out: the output folder.
         kind: what to call such a run, for its marker and for messages.
-        request: everything that decides the result; values that JSON holds.
+        request: gives everything that decides the result, as values that JSON holds. It may read
+            inputs, so it is called once the folder is known to be free, and by one process.
         names: files and folders that the run writes, beside a model's.
 
     Returns:
@@ -51,9 +56,9 @@ def open_run(
         def claim() -> output.Marker:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(output.lock_folder(out))
-            # What is compared with the stored request has been through JSON, too: no tuples.
-            plain = json.loads(json.dumps(request))
-            marker = output.claim_folder(out, output.Marker(kind, plain, names=names))
+            output.check_claimable(out)
+            asked = plain(request())
+            marker = output.claim_folder(out, output.Marker(kind, asked, names=names))
             if marker.complete:
                 shutil.rmtree(out / WORK, ignore_errors=True)
             return marker
@@ -75,7 +80,7 @@ def choose_folder(out: Path, overwrite: bool, kind: str, request: Mapping[str, A
         out: the real path of the output.
         overwrite: whether a finished output of regraft may be replaced.
         kind: as in `open_run`.
-        request: as in `open_run`.
+        request: what is asked for, as values that JSON holds.
 
     RegraftError when what is in `out` may not be replaced.
     """
@@ -129,7 +134,7 @@ def finish_run(out: Path, result: Any) -> None:
 def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remove: str) -> None:
     """Check that a run in `out` that is about to be resumed has the same settings.
 
-    RegraftError when they differ.
+    RegraftError when they differ, or when an input of `settings["inputs"]` is not the same.
 
     Args:
         out: the output folder.
@@ -138,9 +143,25 @@ def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remov
         remove: what the message says can be removed to start again.
     """
     # `stored` has been through JSON, which turns tuples into lists.
-    if stored != json.loads(json.dumps(settings)):
+    before = dict(stored) if isinstance(stored, Mapping) else {}
+    now = json.loads(json.dumps(settings))
+    inputs, inputs_now = before.pop("inputs", {}), now.pop("inputs", {})
+
+    changed = next((key for key in {**before, **now} if before.get(key) != now.get(key)), None)
+    if changed is not None:
         raise RegraftError(
-            f"'{out}' holds a run with other settings: give another output, or remove {remove}"
+            f"'{out}' holds a run with other settings ({changed}): give another output, or remove "
+            f"{remove}"
+        )
+    if set(inputs) != set(inputs_now):
+        raise RegraftError(
+            f"'{out}' holds a run with other inputs ({', '.join(inputs) or 'none recorded'}, now "
+            f"{', '.join(inputs_now)}): give the same ones or another output, or remove {remove}"
+        )
+    if change := find_changed_input(inputs, inputs_now):
+        raise RegraftError(
+            f"'{out}' holds a run that began with another input ({change}): give the same input or "
+            f"another output, or remove {remove}"
         )
 
 

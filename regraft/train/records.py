@@ -21,8 +21,11 @@ class Throughput(TypedDict):
     peak_share: float  # FLOP/s as a share of the fastest matrix product measured here, 0 to 1
 
 
-class StepRow(Throughput):
-    """A row of metrics.jsonl for one training step. Costs are totals of the stage up to here."""
+class StepRow(TypedDict):
+    """A row of metrics.jsonl for one training step. Costs are totals of the stage up to here.
+
+    Rows of older runs have no speeds.
+    """
 
     stage: int  # from 0
     kind: str  # the stage's objective
@@ -30,11 +33,14 @@ class StepRow(Throughput):
     step: int  # from 1
     tokens: int
     loss: float  # mean over the batch of all processes
-    grad_norm: float  # before clipping
-    lr: float  # the largest of all parameter groups
+    grad_norm: NotRequired[float]  # before clipping
+    lr: NotRequired[float]  # the largest of all parameter groups
     seconds: float
     flops: int
     unfrozen: NotRequired[int]  # `learn: lit`: the step after which all weights learn
+    tokens_per_second: NotRequired[float]  # see Throughput
+    flops_per_second: NotRequired[float]
+    peak_share: NotRequired[float]
 
 
 class LedgerEntry(Cost):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,23 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from .. import distributed
 from ..core.moments import MOMENTS, STEP
 from ..errors import RegraftError
-from ..io.files import sync, write_json_lines
+from ..io.files import read_json, sync, write_json_lines
 from ..io.shard_writer import check_space
+from ..io.typed import convert
+from .checkpoint_files import (
+    DamagedCheckpointError,
+    TensorReader,
+    TensorWriter,
+    check_files,
+    read_metadata,
+    write_manifest,
+)
 from .divergence import LossTrend, Place
 from .fsdp import distribute_like
 from .lit import LitState
@@ -34,6 +45,7 @@ __all__ = ["RunState", "list_checkpoints", "load_state", "lock_run", "save_state
 
 KEPT_CHECKPOINTS = 2
 ADAM_STATE = (*MOMENTS, STEP)  # Adam's tensors of one parameter
+FOLDER_NAME = re.compile(r"stage-(\d{1,9})-step-(\d{1,9})")
 
 
 @dataclass
@@ -135,14 +147,20 @@ def checkpoint_name(state: RunState) -> str:
 
 
 def list_checkpoints(out: Path) -> list[Place]:
-    """The complete checkpoints of a run, newest last: (stage, its steps that are done, folder)."""
-    # save_state writes state.json last, so a folder that has it is complete.
-    folders = [file.parent for file in (out / RUN).glob("stage-*-step-*/state.json")]
+    """The checkpoints of a run, newest last: (stage, its steps that are done, folder).
+
+    A folder gets its name when it is complete. It may have been damaged since then.
+    """
     numbered = []
-    for folder in folders:
-        _, stage, _, step = folder.name.split("-")
-        numbered.append((int(stage), int(step), folder))
+    for folder in (out / RUN).glob("stage-*-step-*"):
+        if (match := FOLDER_NAME.fullmatch(folder.name)) and folder.is_dir():
+            numbered.append((int(match[1]), int(match[2]), folder))
     return sorted(numbered)
+
+
+def describe_newest(out: Path) -> str:
+    """What `StopSignals.exit_process` says is kept: the newest checkpoint, empty without one."""
+    return f"'{found[-1][2]}' is" if (found := list_checkpoints(out)) else ""
 
 
 def save_state(
@@ -178,12 +196,16 @@ def save_state(
         check_space(temporary, size)
 
     def publish_folder() -> None:
-        (temporary / "state.json").write_text(json.dumps(facts))
-        for file in temporary.iterdir():
+        for file in (*temporary.iterdir(), temporary):
             sync(file)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        for *_, old in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
+        sync(folder.parent)
+
+        # A later one than this is damaged: the run went back to the one before it.
+        places = list_checkpoints(out)
+        now = places.index((state.stage, state.step, folder)) + 1
+        for *_, old in (*places[: max(0, now - KEPT_CHECKPOINTS)], *places[now:]):
             shutil.rmtree(old)
 
     # The folder takes its name only after every process has written its part. A kill at any
@@ -192,7 +214,9 @@ def save_state(
         distributed.on_rank0(create_folder)
         if tensors:
             with silence_dcp_warning():
-                dcp.save(tensors, checkpoint_id=temporary)
+                dcp.save(tensors, storage_writer=TensorWriter(temporary))
+        distributed.on_rank0(lambda: (temporary / "state.json").write_text(json.dumps(facts)))
+        write_manifest(temporary)
         distributed.on_rank0(publish_folder)
     except (OSError, RuntimeError, CheckpointException) as error:
         if distributed.is_rank0():
@@ -244,40 +268,101 @@ def checkpoint_tensors(
 
 
 def load_state(out: Path, model: nn.Module, settings: Mapping[str, Any]) -> RunState:
-    """The newest state in `out/run`, or a new one when there is none.
+    """The newest whole state in `out/run`, or a new one when there is no checkpoint.
 
-    The weights that the run had changed are put back into `model`. RegraftError when the run
-    there has other settings.
+    The weights that the run had changed are put back into `model`. Damaged checkpoints are left out
+    with a line on standard error. RegraftError when none is whole, and when the run there has other
+    settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    checkpoints = list_checkpoints(out)
-    # All processes must resume from the same folder: the newest that the first one sees.
-    newest = distributed.broadcast(checkpoints[-1][2] if checkpoints else None)
-    if newest is None:
-        return RunState()
+    # All processes must resume from the same folder: the newest whole one that the first one sees.
+    places = distributed.broadcast(list_checkpoints(out))
+    problems: list[str] = []
+    for *_, folder in reversed(places):
+        try:
+            check_files(folder)
+            facts, metadata = read_facts(folder)
+            stored = facts.pop("settings")
+            state = parse_state(facts)
+        except DamagedCheckpointError as error:
+            problems.append(f"checkpoint '{folder}' is damaged ({error})")
+            continue
 
-    facts = json.loads((newest / "state.json").read_text())
-    check_settings(out, facts.pop("settings"), settings, remove=f"'{out / RUN}'")
+        # Other settings are no damage: an older checkpoint has the same ones.
+        check_settings(out, stored, settings, remove=f"'{out / RUN}'")
+        if problems and distributed.is_rank0():
+            print(f"regraft: {problems[0]}: resuming from '{folder}'", file=sys.stderr)
+        if metadata is not None:
+            state.moments = read_checkpoint(folder, metadata, dict(model.named_parameters()))
+        return state
 
-    facts["changed"], facts["watch"] = set(facts["changed"]), LitState(**facts["watch"])
-    facts["trend"] = LossTrend(**facts.get("trend", {}))
-    state = RunState(**facts)
-    # A run that has changed nothing yet has a checkpoint without tensors.
-    if (newest / ".metadata").exists():
-        state.moments = read_checkpoint(newest, dict(model.named_parameters()))
-    return state
+    if problems:
+        raise RegraftError(
+            f"{problems[0]} and no older one is whole: delete '{out / RUN}' to begin again"
+        )
+    return RunState()
 
 
-def read_checkpoint(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def read_facts(folder: Path) -> tuple[dict[str, Any], Metadata | None]:
+    """(state.json, metadata of the tensors) of a checkpoint, the same in all processes.
+
+    DamagedCheckpointError when one of them is damaged.
+    """
+    return distributed.on_rank0(lambda: (read_state_file(folder), read_metadata(folder)))
+
+
+def read_state_file(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, its keys checked; DamagedCheckpointError when it is damaged."""
+    try:
+        facts = read_json(folder / "state.json")
+    except RegraftError as error:
+        raise DamagedCheckpointError("'state.json' is not JSON") from error
+    expected = {field.name for field in fields(RunState)} - {"moments"} | {"settings"}
+    if wrong := sorted(expected ^ set(facts)):
+        problem = "lacks" if wrong[0] in expected else "has the unknown key"
+        raise DamagedCheckpointError(f"'state.json' {problem} '{wrong[0]:.60}'")
+    return facts
+
+
+def parse_state(facts: Mapping[str, Any]) -> RunState:
+    """A state from the plain values of state.json; DamagedCheckpointError for a wrong type."""
+    kinds: dict[str, Any] = {"stage": int, "step": int, "tokens": int, "fast": bool | None}
+    kinds |= {"changed": list[str], "costs": dict[str, int], "watch": LitState, "trend": LossTrend}
+    try:
+        values = {name: convert(facts[name], kind, name) for name, kind in kinds.items()}
+    except RegraftError as error:
+        raise DamagedCheckpointError(f"'state.json': {error}") from error
+
+    ledger = facts["ledger"]
+    if not isinstance(ledger, list) or not all(isinstance(entry, dict) for entry in ledger):
+        raise DamagedCheckpointError("'state.json': 'ledger' is no list of entries")
+    return RunState(**values | {"changed": set(values["changed"])}, ledger=ledger)
+
+
+def read_checkpoint(
+    folder: Path, metadata: Metadata, named: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """Read a checkpoint: the values of `named` parameters go into these, the rest is returned.
 
     Each process reads its own shards, however many processes wrote the checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        metadata: of its tensors, as checked.
+        named: the model's parameters by name.
+
+    RegraftError when the model has other shapes, or the files cannot be read.
     """
     wanted: dict[str, Tensor] = {}
-    for key, facts in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+    for key, facts in metadata.state_dict_metadata.items():
         kind, _, name = key.partition("/")
         assert isinstance(facts, TensorStorageMetadata)
         if kind == "model" and name in named:
+            if facts.size != named[name].shape:
+                raise RegraftError(
+                    f"checkpoint '{folder}' has '{name}' of shape {list(facts.size)}, the model "
+                    f"{list(named[name].shape)}: give the model that the run began with"
+                )
             wanted[key] = named[name].detach()
         elif name in named and facts.size == named[name].shape:
             # A moment: sharded like its parameter.
@@ -286,6 +371,13 @@ def read_checkpoint(folder: Path, named: Mapping[str, nn.Parameter]) -> dict[str
             # Step counts, and everything of parameters that do not exist yet (LoRA): read whole.
             wanted[key] = torch.zeros(facts.size, dtype=facts.properties.dtype)
 
-    with silence_dcp_warning():
-        dcp.load(wanted, checkpoint_id=folder)
+    # The files are as they were written, so this does not fail for damage.
+    try:
+        with silence_dcp_warning():
+            dcp.load(wanted, storage_reader=TensorReader(folder, metadata))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise RegraftError(
+            f"cannot read the checkpoint '{folder}' ({format_cause(error)}): run again, or delete "
+            "it to resume from the one before"
+        ) from error
     return {key: value for key, value in wanted.items() if key.removeprefix("model/") not in named}

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io import output, safetensors
-from ..io.files import replace_file, write_json
+from ..io.files import parse_json, replace_file, write_json
+from ..io.schema import check_json
 
 KIND = "teacher cache"  # of the root
 FILE_BYTES = 16_000_000  # rows are gathered until they fill a file of this size
@@ -99,13 +100,10 @@ class RowStore:
                 continue
             self.files.add(file.name)
             try:
-                safetensors.read_header(file)  # also checks that the file is complete
-                with safe_open(file, framework="pt") as opened:
-                    rows = json.loads(opened.metadata()["rows"])
-                self.places |= {key: (file, check) for key, check in rows.items()}
+                self.places |= {key: (file, check) for key, check in read_checks(file).items()}
             except FileNotFoundError:
                 continue  # another process has found it damaged and removed it
-            except (RegraftError, SafetensorError, OSError, ValueError, TypeError, KeyError):
+            except RegraftError:
                 self.discard_file(file)
 
     def __contains__(self, key: str) -> bool:
@@ -175,6 +173,19 @@ class RowStore:
         file.unlink(missing_ok=True)
         self.files.discard(file.name)
         self.places = {key: place for key, place in self.places.items() if place[0] != file}
+
+
+def read_checks(file: Path) -> dict[str, int]:
+    """Row -> its checksum, from the metadata of a file; RegraftError when it is damaged."""
+    safetensors.read_header(file)  # also checks that the file is complete
+    where, remedy = f"'{file}'", "delete it"
+    with explain_errors(f"cannot read {where}", remedy):
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("rows", "")
+    checks: dict[str, int] = check_json(
+        parse_json(text.encode(), where, remedy), dict[str, int], where, remedy
+    )
+    return checks
 
 
 def read_row(file: Path, key: str) -> Row:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from .. import distributed
 from ..errors import RegraftError
+from ..io.identity import identify_file
+from ..io.request import Identity
 from ..mixers.gated import GatedMixer
 from ..modeling.modeling_regraft import RegraftForCausalLM
 from .divergence import LossSpikeConfig
@@ -59,6 +62,7 @@ class Run:
         track: gets every row of metrics.jsonl once it is written.
         micro: rows that a process runs at a time, 0 for all; this changes no result.
         checkpointing: compute layers again in the backward pass instead of keeping activations.
+        inputs: the identities of model and teacher, which a resumed run must meet again.
     """
 
     model: PreTrainedModel
@@ -79,6 +83,34 @@ class Run:
     track: Callable[[MetricsRow], None] = lambda row: None
     micro: int = 0
     checkpointing: bool = False
+    inputs: Mapping[str, Identity] = field(default_factory=dict)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What must not change between this run and its resumption, ready for JSON.
+
+        All processes must ask for it together. The data is known by its content; it is read now.
+        """
+        settings: dict[str, Any] = {
+            "seed": self.seed,
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+        }
+        if isinstance(self.teacher, CachedTeacher):
+            settings["teacher outputs"] = self.teacher.keeping.kind
+
+        # Every process tokenizes its part of the text; one hash of it is enough.
+        tables = {stage.length: self.rows(stage.length) for stage in self.stages}
+
+        def identify_inputs() -> dict[str, Identity]:
+            data = {f"rows of {length}": table.digest for length, table in tables.items()}
+            found = {**self.inputs, "data": data}
+            if self.heldout is not None:
+                found["held-out data"] = {"rows": self.heldout.digest}
+            if self.moments and self.moments.is_file():  # reading it refuses a missing file
+                found["moments"] = {"file": identify_file(self.moments)}
+            return found
+
+        return settings | {"inputs": distributed.on_rank0(identify_inputs)}
 
     @property
     def device(self) -> torch.device:
@@ -160,17 +192,3 @@ def check_teacher(run: Run, stage: Stage) -> None:
             f"the teacher has {theirs} tokens, the model {ours}: "
             "give a teacher with the same tokenizer"
         )
-
-
-def resume_settings(run: Run) -> dict[str, Any]:
-    """What must not change between a run and its resumption, ready for JSON."""
-    settings: dict[str, Any] = {
-        "seed": run.seed,
-        "stages": [dataclasses.asdict(stage) for stage in run.stages],
-    }
-    # Only where they are used, so that other runs resume whatever version wrote them.
-    if run.moments:
-        settings["moments"] = str(run.moments)
-    if isinstance(run.teacher, CachedTeacher):
-        settings["teacher outputs"] = run.teacher.keeping.kind
-    return settings

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.corpus import TextMixture
+from ..data.files import find_files
 from ..data.images import read_images
 from ..data.text import Text
 from ..errors import RegraftError
 from ..io import output
 from ..io.files import read_json_if_exists, write_json
+from ..io.identity import identify_file, identify_files, identify_model
+from ..io.request import Identity
+from ..io.safetensors import read_tensors, save_tensors
 from ..modeling import flops
 from ..progress import Ticker
 from . import fsdp, loop
@@ -64,17 +68,24 @@ def describe_request(
     moments: Path | None = None,
     calibration: int = 0,
 ) -> dict[str, Any]:
-    """Everything that decides what a run of one stage writes."""
+    """Everything that decides what a run of one stage writes; inputs by their content."""
+    inputs = {"model": identify_model(model)}
+    if teacher:
+        inputs["teacher"] = identify_model(teacher)
+    if moments:
+        inputs["moments"] = {"file": identify_file(moments)}
+    for name, path in (("data", data.path), ("held-out data", heldout)):
+        if path:
+            files = [Path(path)] if stage.kind == "image" else find_files(path)
+            inputs[name] = identify_files(files)
+
     return {
-        "model": str(Path(model).resolve()),
         # --skip-bad may be added after a bad line stopped the first attempt
-        "data": dataclasses.asdict(dataclasses.replace(data, skip_bad=False)),
-        "teacher": teacher and str(Path(teacher).resolve()),
+        "data": dataclasses.asdict(dataclasses.replace(data, path="", skip_bad=False)),
         "seed": seed,
         "stage": dataclasses.asdict(stage),
-        "heldout": heldout,
-        "moments": moments and str(moments),
         "calibration": calibration,
+        "inputs": inputs,
     }
 
 
@@ -139,17 +150,15 @@ def calibrate_once(
         # The weights come last: where they exist, the start is complete.
         work.mkdir(parents=True, exist_ok=True)
         write_json(costs, cost)
-        part = file.with_suffix(".part")
         weights = {name: value.contiguous() for name, value in mixer_weights(student).items()}
-        save_file(weights, part)
-        part.replace(file)
+        save_tensors(file, weights)
 
     # Read back also what was just written, so that a resumed run has the same weights.
-    values = load_file(file)
+    values = read_tensors(file)
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
             fsdp.local_part(parameter).copy_(fsdp.shard_like(values[name], parameter))
-    stored: Cost | None = read_json_if_exists(costs)
+    stored: Cost | None = read_json_if_exists(costs, Cost)
     return stored
 
 
@@ -222,7 +231,10 @@ def write_trained(
 
 
 def load_for_training(
-    path: str, over: fsdp.DeviceMesh | None, layerwise: bool = False
+    path: str,
+    over: fsdp.DeviceMesh | None,
+    layerwise: bool = False,
+    allow_nonfinite: bool = False,
 ) -> PreTrainedModel:
     """The model at `path` on the device it is trained on.
 
@@ -230,10 +242,11 @@ def load_for_training(
         path: a model's folder or name.
         over: load this process's shards over a mesh; None for the whole model.
         layerwise: see `fsdp.shard_model`.
+        allow_nonfinite: take NaN and infinity.
     """
     if over is None:
-        return modeling.load(path).to(distributed.device())
-    checkpoint = Checkpoint.open(path)
+        return modeling.load(path, allow_nonfinite=allow_nonfinite).to(distributed.device())
+    checkpoint = Checkpoint.open(path, allow_nonfinite)
     # Asking for the path converts a GGUF file: one process does it while the others wait.
     distributed.on_rank0(lambda: str(checkpoint.path))
     distributed.on_rank0(checkpoint.verify)
@@ -275,12 +288,24 @@ def load_heldout_rows(
 
 
 def load_teacher(
-    teacher: str, keeping: TeacherCacheConfig | None, over: fsdp.DeviceMesh | None
+    teacher: str,
+    keeping: TeacherCacheConfig | None,
+    over: fsdp.DeviceMesh | None,
+    allow_nonfinite: bool = False,
 ) -> Teacher:
     """The teacher; behind a cache it is loaded when a row is first missing."""
-    if keeping:
-        return CachedTeacher(teacher, keeping, lambda path: load_for_training(path, over))
-    return load_for_training(teacher, over)
+    load = functools.partial(
+        load_for_training, over=over, layerwise=False, allow_nonfinite=allow_nonfinite
+    )
+    return CachedTeacher(teacher, keeping, load) if keeping else load(teacher)
+
+
+def identify_models(model: str | Path, teacher: str | Path | None) -> dict[str, Identity]:
+    """The identities of a run's models; the first process reads them for all."""
+    paths = {"model": model, "teacher": teacher}
+    return distributed.on_rank0(
+        lambda: {name: identify_model(path) for name, path in paths.items() if path}
+    )
 
 
 def check_stage(
@@ -317,6 +342,7 @@ def train_saved_model(
     cache: Path | None = None,
     keeping: TeacherCacheConfig | None = None,
     hybrid: bool = False,
+    allow_nonfinite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a saved model for one stage and write it to `out`.
@@ -339,6 +365,7 @@ def train_saved_model(
         cache: where tokens are stored for later runs; None for `out`, until the run ends.
         keeping: where the teacher's outputs are cached; None for no cache.
         hybrid: see `fsdp.build_mesh`.
+        allow_nonfinite: take and write NaN and infinity.
         options: more fields of `loop.Run`.
 
     Returns:
@@ -346,7 +373,10 @@ def train_saved_model(
         `StageSummary`), `out` and, with a cache, `teacher_cache` (see `TeacherCacheUse`).
     """
     target = output.check_apart(out, [("model", model), ("teacher", teacher), ("cache", cache)])
-    request = describe_request(model, data, teacher, seed, stage, heldout, options.get("moments"))
+    moments = options.get("moments")
+
+    def request() -> dict[str, Any]:
+        return describe_request(model, data, teacher, seed, stage, heldout, moments)
 
     with open_run(target, "training", request) as marker:
         if marker.complete:
@@ -354,7 +384,7 @@ def train_saved_model(
         else:
             result = train_in_folder(
                 model, target, data, stage, teacher, seed, ticker, heldout, watching, cache,
-                keeping, hybrid, **options,
+                keeping, hybrid, allow_nonfinite, **options,
             )  # fmt: skip
     return {**result, "out": out}
 
@@ -372,16 +402,18 @@ def train_in_folder(
     cache: Path | None,
     keeping: TeacherCacheConfig | None,
     hybrid: bool,
+    allow_nonfinite: bool,
     **options: Any,
 ) -> dict[str, Any]:
     """Train in a claimed folder and say that it is complete; see `train_saved_model`."""
     ticker.start(f"reading {model}")
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, allow_nonfinite)
     check_stage(checkpoint, model, stage, teacher, keeping)
+    inputs = identify_models(model, teacher)
     over = fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
-    student = load_for_training(model, over, stage.kind in LAYERWISE)
+    student = load_for_training(model, over, stage.kind in LAYERWISE, allow_nonfinite)
     tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
-    guide = load_teacher(teacher, keeping, over) if teacher else None
+    guide = load_teacher(teacher, keeping, over, allow_nonfinite) if teacher else None
     # A cached teacher finds its own attention modules, when it has to run at all.
     slots = []
     if teacher and stage.kind in LAYERWISE and not keeping:
@@ -402,7 +434,7 @@ def train_in_folder(
         with watching.monitor(target, ticker, facts) as watchers:
             run = loop.Run(
                 student, [stage], rows, target, guide, slots, seed=seed, heldout=held,
-                **watchers, **options,
+                inputs=inputs, **watchers, **options,
             )  # fmt: skip
             ledger = loop.train(run)
     finally:

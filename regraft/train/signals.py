@@ -1,68 +1,52 @@
-"""SIGTERM while training: finish the step, write a checkpoint, exit as the signal asks."""
+"""A signal, or a lost reader, while training: finish the step, write a checkpoint, then exit."""
 
 from __future__ import annotations
 
 import signal
-import sys
-import threading
-import time
-from collections.abc import Sequence
-from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 from .. import distributed
-from .divergence import Place
-
-STATUS = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
-AGAIN = 1.0  # seconds after the first SIGTERM from which one more counts as a second
+from ..io.signals import SignalHandler, lost_reader
+from ..progress import print_line
 
 
-class SigtermHandler:
-    """Notes a SIGTERM while it is open; use it as a context in the main thread.
+class StopSignals(SignalHandler):
+    """Notes what asks a training run to stop while it is open; use it as a context."""
 
-    A second SIGTERM, at least a second after the first, ends the process at once. Earlier ones do
-    not count: when the launcher of a torchrun dies, Linux sends SIGTERM once for each of its
-    threads (`distributed.init_distributed`).
-
-    Attributes:
-        requested: whether a SIGTERM has come.
-        since: when it came, by `time.monotonic()`.
-        before: the handler that was there before, None until the context is entered.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.since = 0.0
-        self.before: Any = None
-
-    def __enter__(self) -> SigtermHandler:
-        # Python allows signal handlers in the main thread only. In another one nothing is noted.
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self.handle_signal)
+    def __enter__(self) -> StopSignals:
+        super().__enter__()
         return self
 
     def __exit__(self, *failure: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        super().__exit__(*failure)
+        # It came too late for the run to act on it: it counts for what follows.
+        if self.number is not None and failure[0] is None:
+            signal.raise_signal(self.number)
 
-    def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Handle the signal: note the first, let the second end the process."""
-        if self.requested and time.monotonic() - self.since > AGAIN:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif not self.requested:
-            self.requested, self.since = True, time.monotonic()
+    @property
+    def is_requested(self) -> bool:
+        """Whether the run shall stop: a signal has come, or nobody reads its progress any more."""
+        return (self.number or lost_reader()) is not None
 
-    def exit_process(self, checkpoints: Sequence[Place]) -> None:
-        """End the process with the exit status of SIGTERM; say which checkpoint there is.
+    def exit_process(self, kept: str) -> NoReturn:
+        """End the process with the status of the signal, and say what there is to resume.
+
+        Every process of a torchrun calls it. Ctrl-C is a KeyboardInterrupt with that message.
 
         Args:
-            checkpoints: the run's checkpoints, the newest last.
+            kept: name of what is kept, empty when nothing is.
         """
+        # One process may have been stopped by another one's signal.
+        numbers = distributed.all_gather(self.number or lost_reader())
+        number = signal.Signals(next(one for one in numbers if one))
+        saved = (
+            f"{kept} kept; run the same command again to resume"
+            if kept
+            else "no checkpoint yet: the same command begins anew"
+        )
+        message = f"stopped by {number.name}; {saved}"
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt(message)
         if distributed.is_rank0():
-            saved = f"'{checkpoints[-1][2]}' is kept" if checkpoints else "no checkpoint yet"
-            print(
-                f"regraft: stopped by SIGTERM; {saved}; run the same command to resume",
-                file=sys.stderr,
-            )
-        raise SystemExit(STATUS)
+            print_line(message)
+        raise SystemExit(128 + number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..data.rows import Packed
 from ..errors import RegraftError
+from ..io.identity import identify_model
 from ..io.units import parse_number
 from .fsdp_forward import run_in_forward
 from .hooks import LayerRecord, record_layers, run_decoder
@@ -97,8 +99,8 @@ class TeacherCacheConfig:
 class CachedTeacher:
     """A teacher behind a cache, loaded when a row is first missing.
 
-    A row's key is made of its token ids and positions, and a store's name of the hash of the
-    teacher's files, so that outputs are never taken for those of another row or teacher.
+    A row's key is made of its token ids and positions, and a store's name of the teacher's
+    identity, so that outputs are never taken for those of another row or teacher.
 
     RegraftError when the teacher is no decoder.
 
@@ -106,6 +108,7 @@ class CachedTeacher:
         checkpoint: the teacher's checkpoint.
         keeping: how its outputs are cached.
         load: loads the teacher.
+        identity: of the teacher's files.
         name: path of the teacher.
         config: its transformers config.
         loaded: the model, None until it is needed.
@@ -123,6 +126,7 @@ class CachedTeacher:
     ):
         modeling.check_decoder(teacher)
         self.checkpoint, self.keeping, self.load = Checkpoint.open(teacher), keeping, load
+        self.identity = distributed.on_rank0(lambda: identify_model(teacher))
         self.name, self.config = teacher, modeling.build_meta_model(self.checkpoint).config
         self.loaded: PreTrainedModel | None = None
         self.projection: nn.Linear | None = None
@@ -280,14 +284,15 @@ class CachedTeacher:
         """The store for outputs of one kind, computed in bfloat16 if `fast`, else float32."""
         name = f"{kind} {'bfloat16' if fast else 'float32'}"
         if name not in self.stores:
-            fingerprint = lineage.fingerprint(self.checkpoint, 0)
             facts = {
                 "teacher": str(self.checkpoint.origin.resolve()),
                 "kept": kind,
                 "fast": fast,
-                "fingerprint": fingerprint,
+                "identity": self.identity,
+                "versions": lineage.versions(),  # another release of torch may round differently
             }
-            digest = hashlib.sha256(f"{fingerprint} {name}".encode()).hexdigest()[:24]
+            key = json.dumps([self.identity, facts["versions"], name])
+            digest = hashlib.sha256(key.encode()).hexdigest()[:24]
             self.stores[name] = RowStore(self.keeping.folder, digest, self.keeping.size, facts)
         return self.stores[name]
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from .. import distributed
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, read_json_lines, write_json
+from ..progress import print_line
+from .metrics import FILE as METRICS
+from .metrics import MetricsRow
 
 PROJECT = "regraft"
 FILE, FOLDER = "track.json", "tensorboard"  # what trackers leave in a run's folder
 Row = Mapping[str, Any]  # a row of metrics.jsonl, whatever it has
+
+
+class TrackedRun(TypedDict):
+    """The contents of `track.json`."""
+
+    name: str  # of the run in all trackers
 
 
 class Tracker(Protocol):
@@ -141,12 +149,12 @@ def open_trackers(
 
     out.mkdir(parents=True, exist_ok=True)
     # The random part keeps apart runs whose folders have the same name.
-    known = read_json_if_exists(out / FILE) or {
+    known = read_json_if_exists(out / FILE, TrackedRun) or {
         "name": f"{out.resolve().name}-{secrets.token_hex(4)}"
     }
     write_json(out / FILE, known)
 
-    sender = Sender(read_json_lines(out / "metrics.jsonl"))
+    sender = Sender(read_json_lines(out / METRICS, MetricsRow))
     for name, module in modules.items():
         with sender.isolate_failure(name):
             sender.trackers[name] = TRACKERS[name](module, known["name"], out, facts)
@@ -202,7 +210,4 @@ class Sender:
         except Exception as error:  # libraries with networks behind them may raise anything
             self.trackers.pop(name, None)
             message = " ".join(str(error).split())
-            print(
-                f"regraft: {name} failed ({message}) and gets no more rows; metrics.jsonl has all",
-                file=sys.stderr,
-            )
+            print_line(f"{name} failed ({message}) and gets no more rows; metrics.jsonl has all")

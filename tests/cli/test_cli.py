@@ -17,8 +17,7 @@ import pytest
 import yaml
 from helpers import ROOT
 from helpers.cli import as_json, refused, run_main
-from helpers.kill import contents
-from helpers.tiny import save_model, write_text
+from helpers.tiny import read_files, save_model, write_text
 
 from regraft.cli import main as cli
 from regraft.cli import parser as cli_parser
@@ -249,11 +248,11 @@ def test_train_writes_a_model_and_will_not_write_it_twice(folder, tmp_path, caps
     assert as_json(capsys, "plan", tmp_path / "trained")["steps"][-1]["step"] == "Train"
 
     # The same command again finds its work done; another one does not touch it.
-    before = contents(tmp_path / "trained")
+    before = read_files(tmp_path / "trained")
     assert as_json(capsys, *words) == table
     words[words.index("--tokens") + 1] = 512
     assert "finished training with another stage" in refused(capsys, *words)
-    assert contents(tmp_path / "trained") == before
+    assert read_files(tmp_path / "trained") == before
 
 
 def test_train_needs_its_teacher_and_mixers(folder, tmp_path, capsys):

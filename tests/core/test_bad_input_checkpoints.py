@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.kill import contents
-from helpers.tiny import tiny
+from helpers.tiny import read_files, tiny
 from safetensors.torch import load_file, save_file
 
 from regraft.core.checkpoint import Checkpoint
@@ -104,11 +103,14 @@ DAMAGE = {
         "is I8, not floating point: dequantise",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json in"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json' as JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list, not an object"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json' is not JSON"),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "config.json' is \\[\\], not an object",
+    ),
     "config not text": (
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
-        "config.json' as JSON",
+        "config.json' is not JSON",
     ),
     "unknown family": (lambda f: config(f, model_type="zebra"), "write regraft/families/zebra.py"),
     "another size": (lambda f: config(f, intermediate_size=99), r"expected \[.*99.*\]"),
@@ -170,7 +172,7 @@ def test_shard_that_lacks_a_listed_tensor(source: Path) -> None:
 
 def test_index_without_map(source: Path) -> None:
     (source / safetensors.INDEX).write_text("{}")
-    with pytest.raises(RegraftError, match="has no weight_map"):
+    with pytest.raises(RegraftError, match="lacks the key 'weight_map'"):
         Checkpoint.open(source)
 
 
@@ -197,12 +199,12 @@ def test_output_that_exists(single: Path, tmp_path: Path) -> None:
 
 
 def test_overwriting_the_source_itself(single: Path) -> None:
-    before = contents(single)
+    before = read_files(single)
     linearized = Remix(keep="all")(Checkpoint.open(single))
     for out in (single, single / ".." / single.name, single / "inside", single.parent):
         with pytest.raises(RegraftError, match="is the source|lies in the source|holds the source"):
             linearized.save(out, overwrite=True)
-    assert contents(single) == before
+    assert read_files(single) == before
 
 
 def test_full_disk_leaves_nothing(

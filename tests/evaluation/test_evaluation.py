@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
     """
     models = {"teacher": str(source), "student": str(linearized)}
     measured = {name: bench.measure(path, 100, 1, 3) for name, path in models.items()}
-    monkeypatch.setattr(bench, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(bench, "available_memory", lambda: (1000, "free"))
     monkeypatch.setattr(bench, "run_worker", None)
     rows = bench.bench(models, [100], batch=3)
     for name, (row,) in rows.items():

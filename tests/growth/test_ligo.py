@@ -519,17 +519,24 @@ WRONG = [
         "--data and --fit are for --width-init ligo, not pad",
     ),
     (["--width-init", "ligo", "--data", "nowhere.txt"], "no text at 'nowhere.txt'"),
-    (["--width-init", "ligo", "--data", "x", "--fit", '{"reads": "odd"}'], "odd"),
-    (["--width-init", "ligo", "--data", "x", "--fit", '{"steps": "many"}'], "many"),
+    (["--width-init", "ligo", "--data", "text.txt", "--fit", '{"reads": "odd"}'], "odd"),
+    (["--width-init", "ligo", "--data", "text.txt", "--fit", '{"steps": "many"}'], "many"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "words"), WRONG)
 def test_wrong_use_is_one_line(
-    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = str(save_model(tmp_path / "source"))
+    (tmp_path / "text.txt").write_text("a few words\n" * 20)
+    monkeypatch.chdir(tmp_path)
     code, _, said = run(capsys, "grow", given, str(tmp_path / "out"), "--hidden", "72", *flags)
+    assert {file.name for file in tmp_path.iterdir()} == {"source", "text.txt"}
     last = said.splitlines()[-1]
     assert code == 2 and words in last and last.startswith("regraft: ") and "Traceback" not in said
 

@@ -148,7 +148,7 @@ def test_a_state_is_grown_into_a_file_that_an_optimiser_takes(tmp_path: Path) ->
         grown = step(grown)
     grown.save(tmp_path / "out")
     count = optimizer_state.grow_optimizer_state(
-        source, steps, tmp_path / "state.safetensors", tmp_path / "out"
+        source, steps, tmp_path / "state.safetensors", tmp_path / "out" / MOMENTS_FILE
     )
     state = load_file(tmp_path / "out" / MOMENTS_FILE)
     stock = type(model).from_pretrained(tmp_path / "out")

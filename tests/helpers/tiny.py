@@ -234,3 +234,9 @@ def write_text(path: Path, documents: int = 6, words: int = 120) -> Path:
     parts = [f"Document {number}. " + sentence * (words // 10) for number in range(documents)]
     path.write_text("\n\n\n".join(parts), encoding="utf-8")
     return path
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder, by relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

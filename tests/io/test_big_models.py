@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TESTS, kill
-from helpers.tiny import tiny
+from helpers import ROOT, TESTS
+from helpers.tiny import read_files, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -154,7 +154,7 @@ def test_ctrl_c_keeps_finished_shards_for_the_same_command(source: Path, tmp_pat
     assert finished and not finished & set(reads) and len(reads) == len(set(reads))
     assert finished | set(reads) == set(grown(source).names.values())
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in kept.items())
-    assert kill.contents(tmp_path / "out") == kill.contents(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
     assert not partial.exists()
 
 
@@ -180,7 +180,7 @@ def test_anything_else_starts_anew(change: Callable | str, source: Path, tmp_pat
     reads = resumed(grown(source, seed=seed), tmp_path / "out", size)
     assert sorted(reads) == sorted(grown(source).names.values())
     grown(source, seed=seed).save(tmp_path / "whole", shard_bytes=size)
-    assert kill.contents(tmp_path / "out") == kill.contents(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("marker", [None, "", "{", "[]", '{"version": 1}', '{"version": 99}'])
@@ -191,10 +191,10 @@ def test_a_hidden_folder_without_a_marker_is_not_touched(
     (partial / output.MARKER).unlink()
     if marker is not None:
         (partial / output.MARKER).write_text(marker)
-    before = kill.contents(partial)
+    before = read_files(partial)
     with pytest.raises(RegraftError, match=r"\.out\.regraft"):
         grown(source).save(tmp_path / "out", shard_bytes=60_000)
-    assert kill.contents(partial) == before
+    assert read_files(partial) == before
 
 
 def test_values_in_memory_are_not_gone_on_with(source: Path, tmp_path: Path) -> None:
@@ -232,12 +232,12 @@ def test_what_is_replaced_stays_until_all_is_written(
     if not swaps:
         monkeypatch.setattr(output, "exchange_paths", lambda left, right: False)
     Checkpoint.open(source).save(tmp_path / "out")
-    before = kill.contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         grown(source, 30, KeyboardInterrupt()).save(
             tmp_path / "out", overwrite=True, shard_bytes=60_000
         )
-    assert kill.contents(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
     grown(source).save(tmp_path / "out", overwrite=True, shard_bytes=60_000)
     assert Checkpoint.open(tmp_path / "out").layers == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

@@ -166,17 +166,17 @@ def test_journal_remembers_time_and_phases(tmp_path):
 
 
 def test_a_run_refuses_foreign_folders(tmp_path):
-    with open_run(tmp_path / "run", "run", {"recipe": "a: 1\nseed: 0\n"}):
+    with open_run(tmp_path / "run", "run", lambda: {"recipe": "a: 1\nseed: 0\n"}):
         pass
     with (
         pytest.raises(RegraftError, match="'seed: 0' there, 'seed: 1' here"),
-        open_run(tmp_path / "run", "run", {"recipe": "a: 1\nseed: 1\n"}),
+        open_run(tmp_path / "run", "run", lambda: {"recipe": "a: 1\nseed: 1\n"}),
     ):
         pass
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with (
         pytest.raises(RegraftError, match="'thesis.tex', which is not of regraft"),
-        open_run(tmp_path / "other", "run", {"recipe": "seed: 0\n"}),
+        open_run(tmp_path / "other", "run", lambda: {"recipe": "seed: 0\n"}),
     ):
         pass

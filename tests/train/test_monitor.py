@@ -21,6 +21,7 @@ from helpers.tiny import SPECIAL, byte_tokenizer, tiny, write_text
 from helpers.training import Killed, go, stage, timeless
 
 from regraft.errors import RegraftError
+from regraft.io import signals as stops
 from regraft.progress import Ticker, format_seconds
 from regraft.train import loop, monitor, signals, throughput, trackers
 from regraft.train.divergence import LossSpikeConfig, LossTrend, check_divergence
@@ -328,10 +329,10 @@ def test_the_verb_tracks_stops_and_sums_up(
 def test_a_signal_that_is_repeated_at_once_is_one(monkeypatch):
     raised = []
     monkeypatch.setattr(signals.signal, "raise_signal", raised.append)
-    with signals.SigtermHandler() as stopping:
+    with signals.StopSignals() as stopping:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping.requested and not raised
-        monkeypatch.setattr(signals, "AGAIN", 0.0)
+        assert stopping.is_requested and not raised
+        monkeypatch.setattr(stops, "AGAIN", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

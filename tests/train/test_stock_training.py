@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.core.moments import FILE as MOMENTS_FILE
 from regraft.data.packing import shuffled_indices
 from regraft.errors import RegraftError
 from regraft.growth import optimizer_state
@@ -173,7 +174,7 @@ def test_moments_survive_growth_and_a_restart(tmp_path: Path) -> None:
     grown = Deepen(4)(Widen(hidden=45)(source))
     grown.save(tmp_path / "grown")
     optimizer_state.grow_optimizer_state(
-        source, steps, tmp_path / "small" / "optimizer.safetensors", tmp_path / "grown"
+        source, steps, tmp_path / "small" / MOMENTS_FILE, tmp_path / "grown" / MOMENTS_FILE
     )
 
     def train(out: Path, stop: int = 9) -> list[float]:
@@ -218,7 +219,9 @@ def test_moments_of_another_model_are_refused(damage: str, tmp_path: Path) -> No
         "lost": f"holds nothing as exp_avg_sq of '{name}'",
         "shape": f"holds nothing as exp_avg of '{name}'",
     }
-    with pytest.raises(RegraftError, match=expected.get(damage, "no optimiser state")):
+    with pytest.raises(
+        RegraftError, match=expected.get(damage, "no optimiser state|check the file")
+    ):
         go(tmp_path / "next", [stage("next", 1)], moments=file)
 
 

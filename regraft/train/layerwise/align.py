@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from ...data.packing import shuffled_indices
 from ...data.rows import Packed
 from ...errors import RegraftError
 from ...io.linux import return_freed_memory
+from ...io.safetensors import save_tensors
 from ...mixers.base import Attention, Mixer
 from ...mixers.registry import build
 from ...modeling.flops import build_flop_counter
@@ -34,6 +35,7 @@ from ..optimizer import (
     set_learning_rates,
 )
 from ..records import Cost
+from ..signals import StopSignals
 from .activations import ActivationStore
 from .one_layer_model import OneLayerModel
 from .state import (
@@ -42,7 +44,6 @@ from .state import (
     build_trained_checkpoint,
     check_layerwise_run,
     layer_path,
-    write_layer,
 )
 
 
@@ -61,7 +62,8 @@ def align(run: LayerwiseRun) -> tuple[Checkpoint, dict[str, Any]]:
     """
     check_layerwise_run(run)
     state = LayerwiseState.load(run)
-    LayerwiseAligner(run, state).align_layers()
+    with StopSignals() as stopping:
+        LayerwiseAligner(run, state, stopping).align_layers()
 
     ledger = {
         "stages": [state.entry],
@@ -77,6 +79,7 @@ class LayerwiseAligner:
     Attributes:
         run: what the run needs.
         state: how far it has come.
+        stopping: tells whether the process was asked to stop.
         fast: whether it computes in bfloat16.
         share: rows of a batch that this process takes.
         mine: numbers of its rows, (steps, share).
@@ -85,8 +88,8 @@ class LayerwiseAligner:
         converted: numbers of the layers that have a mixer.
     """
 
-    def __init__(self, run: LayerwiseRun, state: LayerwiseState):
-        self.run, self.state, stage = run, state, run.stage
+    def __init__(self, run: LayerwiseRun, state: LayerwiseState, stopping: StopSignals):
+        self.run, self.state, self.stopping, stage = run, state, stopping, run.stage
         self.fast = state.entry["precision"] == "bfloat16"
 
         # The same order as in the training loop, of which each process takes its columns.
@@ -136,6 +139,8 @@ class LayerwiseAligner:
             self.write_next_inputs(teacher, layer)
             return_freed_memory()
             layer += 1
+            if any(distributed.all_gather(self.stopping.is_requested)):
+                self.exit_process()
 
         self.hidden.delete_before(before=layer + 1)
         state.entry["tokens"] = run.stage.steps * run.stage.batch * run.stage.length
@@ -187,8 +192,13 @@ class LayerwiseAligner:
         if state.start:
             state.add_cost(state.start, closed_form.get_total_flops(), start_seconds)
         # The mixer is on disk before the state says so: a kill in between trains it again.
-        state.trained.append(layer)
+        state.add_layer(run, layer)
         state.save(run)
+
+    def exit_process(self) -> NoReturn:
+        """End the process as its signal asks. What is kept are whole layers."""
+        layers, folder = self.state.trained, self.run.folder
+        self.stopping.exit_process(f"layers {layers} in '{folder}' are" if layers else "")
 
     def run_steps(self, teacher: OneLayerModel, mixer: Mixer, layer: int, begin: float) -> int:
         """Run the stage's steps on one mixer.
@@ -221,9 +231,14 @@ class LayerwiseAligner:
                 loss = self.backward_loss(teacher, mixer, layer, numbers)
             flops += count.flops
             # Gradients and losses here are means over this process's rows.
-            loss = all_reduce_step(
-                loss * self.share / stage.batch, learning, self.share / stage.batch
+            loss, stop = all_reduce_step(
+                loss * self.share / stage.batch,
+                learning,
+                self.share / stage.batch,
+                self.stopping.is_requested,
             )
+            if stop:
+                self.exit_process()
             norm = apply_gradients(optimizer, stage.clip)
             self.check_loss(trend, layer, step + 1, loss, norm)
 
@@ -257,7 +272,7 @@ class LayerwiseAligner:
             f"{prefix}.{name}": parameter.detach().cpu().contiguous()
             for name, parameter in mixer.named_parameters()
         }
-        write_layer(layer_path(self.run, layer), values)
+        save_tensors(layer_path(self.run, layer), values)
 
     def check_loss(self, trend: LossTrend, layer: int, step: int, loss: float, norm: float) -> None:
         """RegraftError when a layer's loss is not finite or has jumped.
@@ -361,7 +376,9 @@ def load_target_mixer(run: LayerwiseRun, layer: int) -> Mixer:
     return mixer
 
 
-def all_reduce_step(loss: float, parameters: list[nn.Parameter], share: float) -> float:
+def all_reduce_step(
+    loss: float, parameters: list[nn.Parameter], share: float, stop: bool
+) -> tuple[float, bool]:
     """Add up a step over all processes.
 
     Args:
@@ -369,13 +386,15 @@ def all_reduce_step(loss: float, parameters: list[nn.Parameter], share: float) -
         parameters: have the gradients of the mean over this process's rows; afterwards, of the
             mean over the whole batch.
         share: this process's share of the batch.
+        stop: whether this process was asked to stop.
 
     Returns:
-        The batch's mean loss.
+        (the batch's mean loss, whether any process was asked to stop).
     """
     if distributed.world_size() == 1:
-        return loss
+        return loss, stop
     for parameter in parameters:
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad.mul_(share))
-    return sum(distributed.all_gather(loss))
+    losses, stops = zip(*distributed.all_gather((loss, stop)), strict=True)
+    return sum(losses), any(stops)

@@ -12,6 +12,7 @@ from ...errors import RegraftError
 from ...io import output
 from ...io.files import read_json_lines
 from ...progress import Ticker
+from ..metrics import FILE
 from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
 from ..output import TEXT, TRAINED, finish_run, open_run, publish_model
 from ..records import StageSummary, StepRow
@@ -33,6 +34,7 @@ def align_saved_model(
     calibration: int = 0,
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Align a linearized model layer by layer with its source and write it to `out`.
 
@@ -53,6 +55,7 @@ def align_saved_model(
         calibration: tokens for the closed-form start of a model as linearize wrote it, 0 for none.
         watching: trackers and the limit for loss spikes.
         cache: where tokens are stored for later runs; None for `out`, until the run ends.
+        allow_nonfinite: take and write NaN and infinity.
 
     Returns:
         The ledger with `text` (what was read), `summary` (a `StageSummary` of each layer) and
@@ -63,7 +66,9 @@ def align_saved_model(
             f"stage '{stage.kind}' needs a teacher: give --teacher, the source of {model}"
         )
     target = output.check_apart(out, [("model", model), ("teacher", teacher), ("cache", cache)])
-    request = describe_request(model, data, teacher, seed, stage, calibration=calibration)
+
+    def request() -> dict[str, Any]:
+        return describe_request(model, data, teacher, seed, stage, calibration=calibration)
 
     with open_run(target, "layer-wise training", request) as marker:
         if marker.complete:
@@ -71,7 +76,7 @@ def align_saved_model(
         else:
             result = align_in_folder(
                 model, target, data, stage, teacher, seed, ticker, scratch, calibration, watching,
-                cache,
+                cache, allow_nonfinite,
             )  # fmt: skip
     return {**result, "out": out}
 
@@ -88,10 +93,11 @@ def align_in_folder(
     calibration: int,
     watching: MonitorConfig,
     cache: Path | None,
+    allow_nonfinite: bool,
 ) -> dict[str, Any]:
     """Align in a claimed folder and say that it is complete; see `align_saved_model`."""
     ticker.start(f"reading {model}")
-    source, student = Checkpoint.open(teacher), Checkpoint.open(model)
+    source, student = (Checkpoint.open(path, allow_nonfinite) for path in (teacher, model))
     for checkpoint in (source, student):
         checkpoint.verify()
 
@@ -125,7 +131,7 @@ def align_in_folder(
 def summarize_layers(out: Path) -> list[StageSummary]:
     """Summarize every layer that was trained, as `monitor.summarize_stages` does stages."""
     layers: dict[int, list[StepRow]] = {}
-    for row in read_json_lines(out / "metrics.jsonl"):
+    for row in read_json_lines(out / FILE, StepRow):
         layers.setdefault(row["layer"], []).append(cast(StepRow, row))
 
     # Tokens, seconds and steps in the rows count over all layers; here from the layer's start.

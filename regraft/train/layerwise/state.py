@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Never, TypedDict
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ... import distributed
 from ...core.checkpoint import Checkpoint
 from ...data.rows import Table
 from ...errors import RegraftError
 from ...io import safetensors
-from ...io.files import read_json, replace_file, write_json, write_text
+from ...io.files import read_json_lines, read_own_json, write_json, write_json_lines
+from ...io.identity import identify_model
+from ...io.schema import build
+from ..checkpoint_files import hash_file
 from ..divergence import LossSpikeConfig
 from ..output import WORK, check_settings
 from ..precision import use_bfloat16
-from ..records import Cost, LedgerEntry, StartCost
+from ..records import Cost, LedgerEntry, StartCost, StepRow
 from ..run import StepCallback
 from ..stage import LAYERWISE, Stage
 
@@ -74,17 +76,20 @@ class LayerwiseRun:
         """The folder for what the run needs to be resumed."""
         return self.out / FOLDER
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
         return {
             "seed": self.seed,
             "calibration": self.calibration,
             "keep": self.keep,
-            "rows": len(self.rows),
-            "source": str(self.source.origin),
             "mixers": self.target.config["mixers"],
             "stage": dataclasses.asdict(self.stage),
+            "inputs": {
+                "model": identify_model(self.target.origin),
+                "teacher": identify_model(self.source.origin),
+                "data": {"rows": self.rows.digest},
+            },
         }
 
 
@@ -137,6 +142,16 @@ def check_layerwise_models(source: Checkpoint, target: Checkpoint) -> None:
         )
 
 
+class LayerwiseFile(TypedDict):
+    """The contents of `stream/state.json`: a `LayerwiseState` and the run's settings."""
+
+    passed: int
+    trained: list[int]
+    entry: LedgerEntry
+    start: StartCost | dict[str, Never]  # empty without one
+    settings: dict[str, Any]
+
+
 @dataclass(kw_only=True)
 class LayerwiseState:
     """How far a run has come; written to `stream/state.json`.
@@ -146,12 +161,14 @@ class LayerwiseState:
         trained: layers whose mixer is on disk.
         entry: the ledger's entry.
         start: what the closed-form start took; None without one.
+        snapshots: what the fields above were after each trained layer, with its file's sha256.
     """
 
     passed: int = 0
     trained: list[int] = field(default_factory=list)
     entry: LedgerEntry
     start: StartCost | None = None
+    snapshots: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, run: LayerwiseRun) -> LayerwiseState:
@@ -159,14 +176,20 @@ class LayerwiseState:
 
         RegraftError when it is of a run with other settings.
         """
-        file, facts = run.folder / "state.json", None
-        if distributed.is_rank0() and file.exists():
-            facts = read_json(file)
-        facts = distributed.broadcast(facts)
+
+        def read_facts() -> Any:
+            file = run.folder / "state.json"
+            if not file.exists():
+                return None
+            facts = read_own_json(file, LayerwiseFile, f"remove '{run.folder}' to begin again")
+            check_settings(run.out, facts["settings"], run.settings, remove="it")
+            return facts
+
+        facts = distributed.on_rank0(read_facts)
         if facts is None:
             return cls.create(run)
-        check_settings(run.out, facts.pop("settings"), run.settings, remove="it")
-        return cls(**facts | {"start": facts["start"] or None})
+        state: LayerwiseState = build(cls, facts | {"start": facts["start"] or None})
+        return state.drop_damaged(run)
 
     @classmethod
     def create(cls, run: LayerwiseRun) -> LayerwiseState:
@@ -188,6 +211,39 @@ class LayerwiseState:
         tokens = run.calibration * run.rows.length
         start: StartCost = {"kind": "closed form", "tokens": tokens, "flops": 0, "seconds": 0.0}
         return cls(entry=entry, start=start)
+
+    def add_layer(self, run: LayerwiseRun, layer: int) -> None:
+        """Record that a layer's mixer is on disk; all processes call it together."""
+        self.trained.append(layer)
+        digest = distributed.on_rank0(lambda: hash_file(layer_path(run, layer)))
+        now = dataclasses.asdict(self)
+        del now["snapshots"]
+        self.snapshots.append(now | {"sha256": digest})
+
+    def drop_damaged(self, run: LayerwiseRun) -> LayerwiseState:
+        """The state before the first trained layer whose file is not as it was written.
+
+        The first process says so on standard error. All layers from there on are trained again.
+        """
+        whole = distributed.on_rank0(lambda: self.count_whole(run))
+        if whole == len(self.trained):
+            return self
+        if distributed.is_rank0():
+            file = layer_path(run, self.trained[whole])
+            print(f"regraft: '{file}' is damaged: training again from its layer", file=sys.stderr)
+        if whole == 0:
+            return LayerwiseState.create(run)
+        before = {key: value for key, value in self.snapshots[whole - 1].items() if key != "sha256"}
+        return LayerwiseState(**before, snapshots=self.snapshots[:whole])
+
+    def count_whole(self, run: LayerwiseRun) -> int:
+        """How many trained layers, from the first on, have the files that were written."""
+        pairs = list(zip(self.trained, self.snapshots, strict=False))
+        for index, (layer, snapshot) in enumerate(pairs):
+            file = layer_path(run, layer)
+            if not file.is_file() or hash_file(file) != snapshot["sha256"]:
+                return index
+        return len(pairs)
 
     def save(self, run: LayerwiseRun) -> None:
         """Write the state; the first process does."""
@@ -212,28 +268,13 @@ class LayerwiseState:
         A last line cut short by a kill is dropped too. The first process does it.
         """
         if distributed.is_rank0() and file.exists():
-            rows = [
-                line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")
-            ]
-            write_text(
-                file, "".join(line for line in rows if json.loads(line)["layer"] in self.trained)
-            )
+            rows = read_json_lines(file, StepRow)
+            write_json_lines(file, [row for row in rows if row.get("layer") in self.trained])
 
 
 def layer_path(run: LayerwiseRun, layer: int) -> Path:
     """The file with a trained mixer."""
     return run.folder / f"layer-{layer}.safetensors"
-
-
-def write_layer(file: Path, values: dict[str, Tensor]) -> None:
-    """Write a trained mixer, whole or not at all; RegraftError on a full disk."""
-    try:
-        with replace_file(file) as part:
-            save_file(values, part)
-    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
-        raise RegraftError(
-            f"cannot write '{file}' ({error}): free some space and run the same command again"
-        ) from error
 
 
 def build_trained_checkpoint(run: LayerwiseRun, ledger: Mapping[str, Any]) -> Checkpoint:

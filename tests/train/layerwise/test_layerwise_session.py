@@ -66,7 +66,7 @@ def test_the_same_command_goes_on(source, linearized, text, tmp_path, capsys, mo
     words = command(
         source, linearized, text, tmp_path / "cut", scratch=tmp_path / "scratch", calibration=128
     )
-    original = align.write_layer
+    original = align.save_tensors
 
     def cutting(file: Path, values: dict) -> None:
         if file.name == "layer-2.safetensors":
@@ -74,7 +74,7 @@ def test_the_same_command_goes_on(source, linearized, text, tmp_path, capsys, mo
         original(file, values)
 
     with monkeypatch.context() as patched:
-        patched.setattr(align, "write_layer", cutting)
+        patched.setattr(align, "save_tensors", cutting)
         assert run_main(capsys, *words)[0] == 130
     assert not (tmp_path / "cut" / "config.json").exists() and list(
         (tmp_path / "scratch").iterdir()

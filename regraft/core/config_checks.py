@@ -1,0 +1,159 @@
+"""Whether a config.json can be what it says: types of its keys, and counts within bounds.
+
+Checked before anything is built from it, since a wrong count costs memory and time without end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ..errors import RegraftError, explain_errors
+from ..io.safetensors import TensorEntry
+from ..io.schema import find_mismatch, join_key, shorten
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+# The deepest models that were published have 1,000 layers (DeepNet, arXiv 2203.00555), those with
+# the most experts 2,048 (Switch, arXiv 2101.03961), in 15 layers.
+MAX_LAYERS, MAX_EXPERTS, MAX_EXPERTS_IN_ALL = 4096, 4096, 1 << 17
+# Of any other axis: more than any vocabulary or context has. And of numbers such as `num_labels`,
+# for which transformers makes a table, whatever the tensors are.
+MAX_SIZE, MAX_COUNT = 1 << 28, 1_000_000
+TokenIds = int | list[int] | None
+Sides = int | tuple[int, int] | None  # one number, or height and width
+
+
+class ConfigFields(TypedDict, total=False):
+    """Keys of config.json that regraft reads, besides those in a family's table."""
+
+    model_type: str
+    architectures: list[str] | None
+    dtype: str | None
+    torch_dtype: str | None
+    rope_parameters: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+    rope_theta: float | None
+    rope_local_base_freq: float | None
+    rotary_emb_base: float | None
+    rotary_pct: float | None
+    partial_rotary_factor: float | None
+    query_pre_attn_scalar: float | None
+    sliding_window: int | None
+    sliding_window_pattern: int | None
+    layer_types: list[str] | None
+    image_size: Sides
+    patch_size: Sides
+    mlp_ratio: float | None
+    initializer_range: float | None
+    id2label: dict[str, Any] | None
+    label2id: dict[str, Any] | None
+    num_labels: int | None
+    stage_names: list[str] | None
+    out_features: list[str] | None
+    bos_token_id: TokenIds
+    eos_token_id: TokenIds
+    pad_token_id: TokenIds
+
+
+POSITIVE = (
+    "query_pre_attn_scalar sliding_window_pattern image_size patch_size mlp_ratio rope_theta"
+    " rope_local_base_freq rotary_emb_base"
+).split()
+SHARES = ("partial_rotary_factor", "rotary_pct")  # of a head's dimensions, at most all of them
+
+
+@contextmanager
+def explain_config_errors(file: Path) -> Iterator[None]:
+    """Inside, whatever a config causes becomes a RegraftError that names the file."""
+    try:
+        with explain_errors("its settings do not go together", "fetch it again"):
+            yield
+    except RegraftError as error:
+        raise RegraftError(f"'{file}': {error}") from error
+
+
+def check_config(config: Mapping[str, Any], anatomy: Anatomy) -> None:
+    """RegraftError when a key that regraft reads is of a wrong type, or a count out of bounds."""
+    family = anatomy.family
+    problem = find_mismatch(config, ConfigFields) or next(_find_wrong_keys(config, anatomy), None)
+    if problem:
+        raise RegraftError(f"{family} config: {problem}: fix it, or fetch it again")
+
+    check_sizes(
+        family, {text: config[key] for key, text in anatomy.sizes if config.get(key) is not None}
+    )
+    for key, value in _iter_numbers(config):
+        name = key.rpartition(".")[2]
+        if name.startswith(("num_", "n_")) and value > MAX_COUNT and not _is_axis(name, anatomy):
+            raise RegraftError(
+                f"{family} config has {key} = {shorten(value)}: the limit is {MAX_COUNT:,}, fix it"
+            )
+        if name in POSITIVE and value <= 0:
+            raise RegraftError(
+                f"{family} config has {key} = {shorten(value)}: it must be positive, fix it"
+            )
+        if name in SHARES and not 0 < value <= 1:
+            raise RegraftError(
+                f"{family} config has {key} = {shorten(value)}: it is a share above 0 and at most"
+                " 1, fix it"
+            )
+
+
+def _is_axis(name: str, anatomy: Anatomy) -> bool:
+    return any(key == name for key, _ in anatomy.sizes)
+
+
+def _find_wrong_keys(config: Mapping[str, Any], anatomy: Anatomy) -> Iterator[Any]:
+    """Mismatches of the keys that a family's table names."""
+    kinds: dict[str, Any] = {anatomy.eps: float, anatomy.activation: str}
+    for part in anatomy.parts.values():
+        kinds |= {key: bool for key in (part.when, part.unless) if key}
+    for key, default in anatomy.defaults.items():
+        if isinstance(default, (bool, str)):
+            kinds[key] = type(default)
+    kinds |= dict.fromkeys(anatomy.layer_lists, list)
+    # Last: sizes that may be left out have a default too.
+    kinds |= {key: int for key, _ in anatomy.sizes}
+    for key, kind in kinds.items():
+        if config.get(key) is not None:
+            yield from filter(None, [find_mismatch(config[key], kind, key)])
+
+
+def _iter_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """(path, number) of every number in a config."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _iter_numbers(item, join_key(key, name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _iter_numbers(item, key)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value
+
+
+def check_sizes(family: str, sizes: Mapping[str, int]) -> None:
+    """RegraftError when a model would be larger than any can be."""
+    experts = sizes.get("depth", 1) * sizes.get("expert", 0)
+    limits = {"depth": MAX_LAYERS, "expert": MAX_EXPERTS, "depth * expert": MAX_EXPERTS_IN_ALL}
+    for axis, size in {**sizes, "depth * expert": experts}.items():
+        limit = limits.get(axis, MAX_SIZE)
+        if size > limit:
+            raise RegraftError(
+                f"{family} with {axis} {shorten(size)}: the limit is {limit:,}, give less"
+            )
+
+
+def check_counts(family: str, sizes: Mapping[str, int], entries: Mapping[str, TensorEntry]) -> None:
+    """RegraftError when files do not have as many tensors as layers and experts need."""
+    needed = sizes.get("depth", 1) * sizes.get("expert", 1)
+    if needed > len(entries):
+        layers, experts = sizes.get("depth", 1), sizes.get("expert")
+        count = f"{layers:,} layers" + (f" of {experts:,} experts" if experts else "")
+        raise RegraftError(
+            f"{family} config says {count}, the files hold {len(entries):,} tensors: "
+            "config.json and weights do not belong together"
+        )
