@@ -112,7 +112,8 @@ COMMANDS: dict[str, Command] = {
 
 
 def make_inputs(folder: Path, server: ForkServer) -> None:
-    """Models, moments, texts and recipes."""
+    """Models, moments, texts and recipes; what is in the folder is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
     save_model(folder / "source", layers=2)
     write_text(folder / "text.txt", documents=3, words=80)
     write_text(folder / "heldout.txt", documents=1, words=60)
