@@ -8,6 +8,7 @@ unfinished run needs lies in one work folder inside the marked folder.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -105,6 +106,27 @@ def read_marker(folder: Path) -> Marker | None:
             f"'{file}' is no marker that this version of regraft writes: {KEEP}"
         ) from error
     return marker
+
+
+def sibling_path(target: Path, suffix: str) -> Path:
+    """A hidden folder beside `target` that is regraft's or does not exist yet.
+
+    Where something else has the usual name, a number is added.
+    """
+    for number in itertools.count(1):
+        path = target.with_name(f".{target.name}.{suffix}" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(path) or _is_own(path):
+            return path
+    raise AssertionError("there is always another number")
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is one that regraft made, or empty."""
+    try:
+        check_claimable(folder)
+    except (RegraftError, OSError):
+        return False
+    return not folder.is_symlink()
 
 
 def find_foreign(folder: Path, marker: Marker | None) -> str | None:
@@ -278,7 +300,7 @@ def publish(built: Path, out: Path, overwrite: bool) -> None:
     old = built
     if not exchange_paths(built, out):
         # Without an exchange in one step there is a moment without `out`.
-        old = built.with_name(f"{built.name}-old")
+        old = sibling_path(out, "regraft-old")
         os.rename(out, old)
         os.rename(built, out)
     sync(out.parent)

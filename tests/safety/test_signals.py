@@ -30,6 +30,7 @@ from regraft.io.files import replace_file
 from regraft.io.safetensors import save_tensors
 from regraft.train import loop
 from regraft.train.layerwise import align
+from regraft.train.output import RUN
 
 NUMBERS = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM]
 STEPS = ["--tokens", 512, "--length", 64]  # 8 steps
@@ -89,7 +90,7 @@ def test_training_keeps_a_checkpoint_whatever_stops_it(
         with monkeypatch.context() as patch:
             patch.setattr(loop, "train_step", step)
             code, line = exit_code(capsys, *stopped)
-        kept = out / "run" / "stage-0-step-3"
+        kept = out / RUN / "stage-0-step-3"
         assert code == 128 + number
         assert f"stopped by {number.name}; '{kept}' is kept; run the same" in line
         assert kept.is_dir() and not (out / "config.json").exists()
@@ -119,7 +120,7 @@ def test_a_lost_reader_is_a_signal_while_training(
             "--stage", "next", *STEPS,
         )  # fmt: skip
     assert stop.value.code == code
-    assert (tmp_path / "out" / "run" / "stage-0-step-2").is_dir()
+    assert (tmp_path / "out" / RUN / "stage-0-step-2").is_dir()
 
 
 def test_layer_by_layer_whole_layers_are_kept(
@@ -197,7 +198,7 @@ def test_a_process_with_a_lost_reader_ends_with_a_checkpoint(files: Path, tmp_pa
         time.sleep(0.05)
     os.close(read)
     assert process.wait(120) == 141
-    assert list((tmp_path / "out" / "run").glob("stage-0-step-*"))
+    assert list((tmp_path / "out" / RUN).glob("stage-0-step-*"))
 
 
 FAILURES = [
