@@ -187,7 +187,7 @@ def check_target(out: str | Path, overwrite: bool, request: Any) -> bool:
 
     RegraftError when `out` may not be written.
     """
-    target = Path(out).resolve()
+    target = output.real_path(out)
     if not overwrite and output.is_written(target, request):
         path = partial_path(target)
         if path.is_dir():
@@ -219,7 +219,7 @@ def new_directory(
     RegraftError when `target` exists (with `overwrite`: and holds what regraft did not write),
     when another run is writing it, or when the disk is full.
     """
-    target = target.resolve()
+    target = output.real_path(target)
     output.check_replaceable(target, overwrite)
 
     try:

@@ -59,8 +59,7 @@ def open_run(
             output.check_claimable(out)
             asked = plain(request())
             marker = output.claim_folder(out, output.Marker(kind, asked, names=names))
-            if marker.complete:
-                shutil.rmtree(out / WORK, ignore_errors=True)
+            output.remove_work(out)
             return marker
 
         marker = distributed.on_rank0(claim)
