@@ -50,7 +50,7 @@ def explain_errors(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except RegraftError:
+    except (RegraftError, BrokenPipeError):  # a lost reader of our own output is no damaged file
         raise
     except Exception as error:  # libraries raise anything on a damaged file
         # PyTorch and safetensors report a lack of memory as errors of other types.

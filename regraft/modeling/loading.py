@@ -249,7 +249,8 @@ def read_tokenizer(folder: Path) -> Any:
         if code and "trust_remote_code" in str(error):
             raise RegraftError(
                 f"the tokenizer in '{folder}' needs code of its own ({code:.80}), which regraft "
-                "never runs: save it as tokenizer.json with a stock class first"
+                "never runs (it has no --trust-remote-code): save it as tokenizer.json with a "
+                "stock class first"
             ) from error
         raise RegraftError(
             f"no tokenizer in '{folder}': put tokenizer.json there ({format_first_line(error)})"

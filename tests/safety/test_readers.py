@@ -45,6 +45,7 @@ from regraft.recipes.journal import Journal
 from regraft.report import html
 from regraft.train import trackers
 from regraft.train.monitor import summarize_stages
+from regraft.train.output import open_run
 from regraft.train.row_store import RowStore
 
 os.environ.setdefault("REGRAFT_CACHE", "")
@@ -210,11 +211,15 @@ def write_track(folder: Path) -> None:
     write_json_lines(folder / "metrics.jsonl", metrics())
 
 
+def claim_comparison(built: comparisons.Comparison, out: Path) -> None:
+    with open_run(out, "comparison", lambda: {"seed": 0}, scheduler.NAMES):
+        write_json(out / scheduler.RECIPE, comparisons.dump(built))
+
+
 def write_comparison(folder: Path) -> None:
     built = comparisons.load(write_recipe(folder), {"seeds": "[0]"})
     out = folder / "out"
-    out.mkdir()
-    scheduler.claim(built, out)
+    claim_comparison(built, out)
     costs = {"tokens": 128, "flops": 10**9, "seconds": 1.0}
     for arm in built.arms:
         at = arm_folder(out, arm.name, 0)
@@ -227,7 +232,7 @@ def write_comparison(folder: Path) -> None:
 
 def read_comparison(folder: Path) -> None:
     built, out = comparisons.load(str(folder / "recipe.yaml"), {"seeds": "[0]"}), folder / "out"
-    scheduler.claim(built, out)
+    claim_comparison(built, out)
     scheduler.load_recipe(out)
     for job in scheduler.arm_jobs(built):
         scheduler.is_done(built, out, job)
