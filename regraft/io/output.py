@@ -268,12 +268,6 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
         )
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder is a finished output of regraft."""
-    marker = read_marker(folder) if folder.is_dir() else None
-    return marker is not None and marker.complete
-
-
 def is_written(out: Path, request: Any) -> bool:
     """Whether an output is there, whole and unchanged, as this request asks for it.
 

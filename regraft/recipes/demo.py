@@ -12,7 +12,6 @@ from typing import Any
 
 from ..data import default_text
 from ..errors import RegraftError
-from ..io import output
 from ..io.shard_writer import new_directory
 from ..progress import Ticker
 from . import run as experiment
@@ -55,7 +54,7 @@ def fetch(target: Path) -> Path:
 
     RegraftError when pip cannot get them.
     """
-    if output.is_complete(target):
+    if target.is_dir():
         return target
 
     # pip writes beside the target, which appears when all of it is there
