@@ -110,7 +110,7 @@ def grow(
 
     # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from
     # them.
-    maps = output.sibling_path(target, "regraft-fitting")
+    maps = output.sibling_path(target, "regraft-fitting", fit_ligo.KIND)
     extra_files = {}
     if optimizer_state:
         extra_files[MOMENTS_FILE] = ExtraFile(

@@ -52,13 +52,13 @@ class WrittenFile:
 
         Args:
             path: the file.
-            since: nanoseconds at which its folder was complete; a file that nobody wrote to after
-                that is not read again.
+            since: nanoseconds at which its folder was complete; a file that nobody wrote, moved
+                or gave another time after that is not read again.
         """
         found = path.lstat()
         if found.st_size != self.bytes or not stat.S_ISREG(found.st_mode):
             return False
-        return found.st_mtime_ns <= since or self.sha256 == sha256(path)
+        return found.st_ctime_ns <= since or self.sha256 == sha256(path)
 
 
 @dataclass(frozen=True)
@@ -114,25 +114,27 @@ def read_marker(folder: Path) -> Marker | None:
     return marker
 
 
-def sibling_path(target: Path, suffix: str) -> Path:
-    """A hidden folder beside `target` that is regraft's or does not exist yet.
+def sibling_path(target: Path, suffix: str, kind: str | None = None) -> Path:
+    """A hidden folder beside `target` that does not exist yet, or is marked as of this kind.
 
     Where something else has the usual name, a number is added.
     """
     for number in itertools.count(1):
         path = target.with_name(f".{target.name}.{suffix}" + (f"-{number}" if number > 1 else ""))
-        if not os.path.lexists(path) or _is_own(path):
+        if not os.path.lexists(path) or _is_own(path, kind):
             return path
     raise AssertionError("there is always another number")
 
 
-def _is_own(folder: Path) -> bool:
-    """Whether a folder is one that regraft made, or empty."""
+def _is_own(folder: Path, kind: str | None) -> bool:
+    """Whether a folder is one that regraft made for this purpose, or empty."""
+    if folder.is_symlink() or not folder.is_dir() or kind is None:
+        return False
     try:
-        check_claimable(folder)
+        marker = read_marker(folder)
+        return find_foreign(folder, None) is None if marker is None else marker.kind == kind
     except (RegraftError, OSError):
         return False
-    return not folder.is_symlink()
 
 
 def find_foreign(folder: Path, marker: Marker | None) -> str | None:
@@ -212,8 +214,8 @@ def check_apart(out: str | Path, inputs: Iterable[tuple[str, str | Path | None]]
 
     Args:
         out: the output as it was given.
-        inputs: paths that are read, or that other runs write to: (what it is, path). None and
-            paths that do not exist are left out.
+        inputs: paths that are read, or that other runs write to: (what it is, path). None is left
+            out.
     """
     if not str(out):
         raise RegraftError(f"the output is '{out}', an empty name: give that of a new folder")
@@ -225,7 +227,7 @@ def check_apart(out: str | Path, inputs: Iterable[tuple[str, str | Path | None]]
 
     for what, given in inputs:
         path = real_path(given) if given else None
-        if path is None or not path.exists():
+        if path is None:
             continue
         if path == target:
             raise RegraftError(f"the output '{out}' is the {what} '{given}': {KEEP}")
@@ -405,9 +407,11 @@ def claim_folder(folder: Path, marker: Marker) -> Marker:
 
 def release_folder(folder: Path, is_new: bool) -> None:
     """Give up a claimed folder in which nothing has been written yet; one that is new goes too."""
-    if _names(folder / WORK) or _names(folder) - {MARKER, WORK}:
+    work = folder / WORK
+    written = [path for path in work.rglob("*") if not path.is_dir() and path.name != "lock"]
+    if written or _names(folder) - {MARKER, WORK}:
         return
-    _remove_if_empty(folder / WORK)
+    shutil.rmtree(work, ignore_errors=True)
     (folder / MARKER).unlink(missing_ok=True)
     if is_new:
         folder.rmdir()

@@ -32,6 +32,7 @@ from .finite import check_finite
 from .request import plain
 
 KIND = "model"  # of the marker of a directory that is written at once
+UNFINISHED = "unfinished output"  # of the marker of the folder that it is made in
 NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 # safetensors' own order in a file: wide types first, then by name; tensors stay aligned.
 ORDER = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -147,7 +148,7 @@ def partial_path(target: Path) -> Path:
 
     It lies in the work folder of a folder that is marked as regraft's, beside `target`.
     """
-    return output.sibling_path(target, "regraft") / output.WORK / target.name
+    return output.sibling_path(target, "regraft", UNFINISHED) / output.WORK / target.name
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def claim_partial(path: Path) -> Iterator[None]:
     try:
         hidden.mkdir(parents=True, exist_ok=True)
         with output.lock_folder(hidden):
-            output.claim_folder(hidden, output.Marker("unfinished output"))
+            output.claim_folder(hidden, output.Marker(UNFINISHED))
             path.mkdir(parents=True, exist_ok=True)
             yield
     finally:

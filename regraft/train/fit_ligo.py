@@ -34,6 +34,7 @@ from .session import load_stage_rows
 from .signals import StopSignals
 from .stage import Stage
 
+KIND = "LiGO fitting"  # of the folder that holds the maps on their way
 NO_STEPS = '{"steps": 0}'  # the options that leave the maps at their start
 
 
@@ -143,7 +144,7 @@ def _own_folder(out: Path | None) -> Iterator[StopSignals | None]:
         return
     with (
         StopSignals() as stopping,
-        open_run(out, "LiGO fitting", lambda: {"verb": "fit"}, ()),
+        open_run(out, KIND, lambda: {"verb": "fit"}, ()),
         lock_run(out),
     ):
         yield stopping
