@@ -49,6 +49,7 @@ NAMES = (
     "report.json",
     "report.html",
 )
+KIND = "run"  # of the folder, in its marker
 MARGIN = 30.0  # seconds kept back for saving, loading and the report
 
 
@@ -79,16 +80,27 @@ def run_recipe(
     RegraftError when `out` holds another run or anything else.
     """
     target = output.check_apart(out, recipe_inputs(recipe))
+    if distributed.on_rank0(lambda: is_reported(recipe, target)):
+        return html.collect(target) if distributed.is_rank0() else {}
 
     def request() -> dict[str, Any]:
         return {"recipe": dump_without_paths(recipe), "inputs": identify_inputs(recipe)}
 
-    with open_run(target, "run", request, (*RUN_NAMES, *NAMES)) as marker:
+    with open_run(target, KIND, request, (*RUN_NAMES, *NAMES)) as marker:
         if not distributed.is_rank0():
             return {} if marker.complete else follow(recipe, target, watching)
         if not marker.complete:
             lead(recipe, target, watching)
         return html.collect(target)
+
+
+def is_reported(recipe: Recipe, out: Path) -> bool:
+    """Whether a run of this very recipe is complete, so that its inputs are needed no more."""
+    file = out / "recipe.yaml"
+    marker = output.read_marker(out) if file.is_file() else None
+    if marker is None or not marker.complete or marker.kind != KIND:
+        return False
+    return file.read_text(encoding="utf-8") == schema.dump(recipe)
 
 
 def dump_without_paths(recipe: Recipe) -> str:

@@ -207,7 +207,7 @@ def test_distil(
     inputs = {
         "teacher": "teacher: model.safetensors was",
         "text.txt": "file 1 was",
-        "linear": "linear/model.safetensors' is damaged",  # its lineage has the hash
+        "linear": "model: model.safetensors was",  # its lineage has the hash
     }
     stop = (loop, "write_metrics_row", 3)
     # Rows that were computed before the stop are read after it: steps are counted, and so rounded,
@@ -244,7 +244,7 @@ def test_layer_by_layer(originals: Path, place: Path, tmp_path: Path, capsys, mo
     inputs = {
         "teacher": "teacher: model.safetensors was",
         "text.txt": "file 1 was",
-        "linear": "is damaged",
+        "linear": "model: model.safetensors was",
     }
     stop = (align, "write_metrics_row", 8)
     check_law(
