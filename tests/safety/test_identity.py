@@ -230,7 +230,7 @@ def test_images(tmp_path: Path, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "rows_of", changed)
-        with pytest.raises(RegraftError, match="another input .data: rows of 24 was"):
+        with pytest.raises(RegraftError, match="another input .data: rows of 1 was"):
             go(tmp_path / "out", [stage("image")])
     go(tmp_path / "out", [stage("image")])
 
