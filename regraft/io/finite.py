@@ -10,8 +10,8 @@ from ..errors import RegraftError
 
 def is_finite(value: Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    # NaN and infinity come out of a sum, which is the fastest pass there is. A sum of finite ones
-    # may overflow as well, so a second pass decides then.
+    # NaN and infinity come out of a sum, which is the fastest pass there is. A sum of finite
+    # numbers may overflow as well, so a second pass decides then.
     if not value.numel() or bool(value.sum().isfinite()):
         return True
     return all(bool(bound.isfinite()) for bound in value.aminmax())

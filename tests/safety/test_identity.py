@@ -1,4 +1,4 @@
-"""A run that is resumed and a cache go on with the input they began with, or not at all.
+"""A resumed run, and a cache, go on with the input they began with or not at all.
 
 The law for each verb: a run is cut off, then each of its inputs in turn is replaced by one of the
 same size, at the same path and with the same times. The command is refused and names the input.
@@ -8,6 +8,7 @@ With the old content, all of it at other paths, the command goes on.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -17,12 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import yaml
+from helpers import training
 from helpers.cli import as_json, refused, run_main
 from helpers.tiny import byte_tokenizer, save_model, tiny, write_text
+from helpers.training import go, images, stage
 from safetensors.torch import load_file, save_file
 
 from regraft.cli import main as cli
@@ -193,7 +195,7 @@ def test_train(originals: Path, place: Path, tmp_path: Path, capsys, monkeypatch
     )
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_distil(
     cached: bool, originals: Path, place: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -216,6 +218,25 @@ def test_distil(
     check_law(capsys, monkeypatch, place, words, stop, inputs, goes_on)
 
 
+def test_images(tmp_path: Path, monkeypatch) -> None:
+    """The pixels of a .npz file, wherever they come from."""
+    with monkeypatch.context() as patch:
+        cut_off(patch, loop, "write_metrics_row", 2)
+        with pytest.raises(Killed):
+            go(tmp_path / "out", [stage("image")])
+
+    def changed(kind: str, model: Any) -> Callable[[int], Any]:
+        pictures = images(model.config, 7)
+        pictures.pixel_values[3, 0, 0, 0] += 1
+        return lambda length: pictures
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "rows_of", changed)
+        with pytest.raises(RegraftError, match="another input .data: rows of 1 was"):
+            go(tmp_path / "out", [stage("image")])
+    go(tmp_path / "out", [stage("image")])
+
+
 def test_another_model_is_refused(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """Of the same shape, at another path: as MODEL, and as --teacher."""
     save_model(place / "other", seed=2)
@@ -234,6 +255,7 @@ def test_another_model_is_refused(place: Path, tmp_path: Path, capsys, monkeypat
     assert "(teacher: model.safetensors was" in refused(capsys, *words("linear", "other"))
 
 
+@pytest.mark.slow
 def test_layer_by_layer(originals: Path, place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     out = tmp_path / "out"
 
@@ -285,6 +307,7 @@ def test_fitting_of_ligo(originals: Path, place: Path, tmp_path: Path, capsys, m
     )
 
 
+@pytest.mark.slow
 def test_recipes(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     def words(of: Path) -> Words:
         fields = {
@@ -487,11 +510,8 @@ def test_a_hash_is_remembered_only_for_the_same_file(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
         file.write_bytes(content)
         os.utime(file, ns=(0, 0))
-        assert identity.identify_file(file) == identity.sha256(file)
-        assert (
-            identity.identify_files([file])["file 1"]
-            == __import__("hashlib").sha256(content).hexdigest()
-        )
+        digest = hashlib.sha256(content).hexdigest()
+        assert identity.identify_files([file]) == {"file 1": digest}
 
 
 # NaN, infinity and overflow.
@@ -582,7 +602,7 @@ def test_trained_values_that_overflow(tmp_path: Path) -> None:
     values[name].view(-1)[0] = 65520.0
     with pytest.raises(RegraftError, match=f"'{name}' holds 65520, beyond"):
         checkpoint.with_values(values, {"step": "Train"}).save(tmp_path / "out")
-    values[name].view(-1)[0] = numpy.nan
+    values[name].view(-1)[0] = float("nan")
     with pytest.raises(RegraftError, match=f"new tensor '{name}' holds NaN or infinity .1 NaN"):
         checkpoint.with_values(values, {"step": "Train"}).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
