@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from helpers.foreign import COMMANDS, FOLDERS, open_world  # noqa: E402
+from helpers.faults import ForkServer  # noqa: E402
+from helpers.foreign import COMMANDS, FOLDERS, make_world  # noqa: E402
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
 
     verbs = [name for name in COMMANDS if re.search(given.verbs, name)]
     folders = [name for name in FOLDERS if re.search(given.only, name)]
-    with open_world(place / "world") as world, file.open("a") as stream:
+    with ForkServer(place / "server") as server, file.open("a") as stream:
+        world = make_world(place / "world", server)
         for verb in verbs:
             for folder in folders:
                 if (folder, verb) in done:

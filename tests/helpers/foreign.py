@@ -4,12 +4,10 @@ the files must be as it was.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -961,16 +959,11 @@ def check_files(case: Case, before: dict[Path, Facts], made: Finished) -> list[s
     return problems
 
 
-@contextmanager
-def open_world(folder: Path) -> Iterator[World]:
+def make_world(folder: Path, server: ForkServer) -> World:
     """The world of the cases, in a folder."""
-    with ForkServer(folder / "server") as server:
-        inputs = folder / "in"
-        make_inputs(inputs, server)
-        made = server.run(
-            ["grow", str(inputs / "source"), str(inputs / "grown"), "--ffn", "60"], inputs
-        )
-        assert made.code == 0, made.err
-        lineage = json.loads((inputs / "grown" / "lineage.json").read_text())
-        assert lineage
-        yield World(folder, server)
+    inputs = folder / "in"
+    make_inputs(inputs, server)
+    grow = ["grow", str(inputs / "source"), str(inputs / "grown"), "--ffn", "60"]
+    made = server.run(grow, inputs)
+    assert made.code == 0, made.err
+    return World(folder, server)
