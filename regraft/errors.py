@@ -61,7 +61,7 @@ def explain_errors(what: str, remedy: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception, at most 200 characters, its type where it says nothing."""
-    lines = str(error).strip().splitlines()
+    lines = printable(error, "\n").strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 
 

@@ -174,7 +174,11 @@ class Ticker:
         left = self.seconds_left()
         parts.append(f"{format_seconds(self.seconds_used())} used")
         if left is not None:
-            parts.append(f"{format_seconds(left)} of {format_seconds(self.budget or 0)} left")
+            budget = self.budget or 0.0
+            over = self.seconds_used() - budget
+            used_up = f"{format_seconds(over)} over {format_seconds(budget)}"
+            still = f"{format_seconds(left)} of {format_seconds(budget)} left"
+            parts.append(used_up if over > 0 else still)
         return " · ".join(parts)
 
     def show(self, force: bool = False) -> None:

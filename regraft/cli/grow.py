@@ -110,7 +110,7 @@ def grow(
 
     # Fitted maps lie beside the output until it is written, so that a run after a kill resumes from
     # them.
-    maps = target.with_name(f".{target.name}.regraft-fitting")
+    maps = output.sibling_path(target, "regraft-fitting")
     extra_files = {}
     if optimizer_state:
         extra_files[MOMENTS_FILE] = ExtraFile(

@@ -277,8 +277,8 @@ VERB = Verb(
     train,
     examples=(
         (
-            "regraft train OUT TRAINED --data text.jsonl --teacher SOURCE --stage distil --tokens"
-            " 200000"
+            "regraft train LINEAR TRAINED --data text.jsonl --teacher SOURCE --stage distil"
+            " --tokens 200000"
         ),
         (
             "regraft train GROWN TRAINED --data text.jsonl --stage next --tokens 200000 --heldout"

@@ -122,23 +122,26 @@ def describe_request(
     """
     left_out = {"out", "overwrite", "json", *ignored}
     asked = {name: value for name, value in given.items() if name not in {*left_out, *inputs}}
-    found = {name: identify_input(given[name]) for name in inputs if given[name]}
+    found = {name: identify_input(name, given[name]) for name in inputs if given[name]}
     return {"verb": verb, **asked, "inputs": found}
 
 
-def identify_input(given: str) -> dict[str, str]:
-    """The identity of an input: a model, a folder with a config.json, a file, or a text."""
+def identify_input(name: str, given: str) -> dict[str, str]:
+    """The identity of an input: a model, a config of one, a file, or a text.
+
+    Args:
+        name: of the argument.
+        given: the path.
+    """
     from ..data.files import find_files
-    from ..io import gguf
     from ..io.files import sha256
     from ..io.identity import identify_file, identify_files, identify_model
 
     path = Path(given)
-    if path.is_dir() and (path / "config.json").is_file():
-        is_model = any(path.glob("*.safetensors"))
-        return identify_model(path) if is_model else {"config.json": sha256(path / "config.json")}
-    if path.suffix == ".gguf" or (path.is_dir() and gguf.find_gguf_file(path)):
+    if name == "source":
         return identify_model(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        return {"config.json": sha256(path / "config.json")}
     return {"file": identify_file(path)} if path.is_file() else identify_files(find_files(given))
 
 

@@ -173,8 +173,8 @@ def widening_notes(widening: Widening, request: WidthSizes) -> list[str]:
     before, after = old["kv"] * old["group"], new["kv"] * new["group"]
     if request.heads is None and request.kv_heads is None and after != before:
         notes.append(
-            f"{before} heads became {after}: {widening.family.family} wants hidden and heads to fit"
-            " each other"
+            f"{before} heads became {after}: in {widening.family.family} the hidden size must be"
+            " the number of heads times the size of a head"
         )
 
     if widening.qk_norm == DEAD:

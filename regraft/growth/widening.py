@@ -1,4 +1,5 @@
-"""Widening: how every axis of every tensor grows, and what its old entries are multiplied by.
+"""Widening: how every axis of every tensor grows, what its old entries are multiplied by, and what
+its new ones begin with (`_choose_written_init`, `_choose_read_init`).
 
 Both follow from a tensor's signature, its role and the streams it stands between. Lemmas L1 to L13
 are in docs/concepts/expansions.md.

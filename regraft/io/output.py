@@ -8,6 +8,7 @@ unfinished run needs lies in one work folder inside the marked folder.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -69,7 +70,8 @@ class Marker:
         request: everything that was asked for, as values that JSON holds; None when nobody said.
         fingerprint: hash of everything that decides the files' bytes, where that is known.
         complete: whether everything that was asked for is there.
-        names: files and folders that a run may write before it is complete.
+        names: files and folders that a run may write before it is complete. Of a complete output,
+            the work folder where it waits to be removed.
         files: what was written, by path in the folder.
         result: what the command reports, once it is complete.
     """
@@ -81,6 +83,11 @@ class Marker:
     names: tuple[str, ...] = ()
     files: Mapping[str, WrittenFile] = field(default_factory=dict)
     result: Any = None
+
+    @property
+    def owns_work(self) -> bool:
+        """Whether the work folder is in use, or waits to be removed."""
+        return not self.complete or WORK in self.names
 
     def write(self, folder: Path) -> None:
         """Write the marker of a folder, whole or not at all."""
@@ -107,6 +114,27 @@ def read_marker(folder: Path) -> Marker | None:
     return marker
 
 
+def sibling_path(target: Path, suffix: str) -> Path:
+    """A hidden folder beside `target` that is regraft's or does not exist yet.
+
+    Where something else has the usual name, a number is added.
+    """
+    for number in itertools.count(1):
+        path = target.with_name(f".{target.name}.{suffix}" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(path) or _is_own(path):
+            return path
+    raise AssertionError("there is always another number")
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is one that regraft made, or empty."""
+    try:
+        check_claimable(folder)
+    except (RegraftError, OSError):
+        return False
+    return not folder.is_symlink()
+
+
 def find_foreign(folder: Path, marker: Marker | None) -> str | None:
     """The first path in a folder, by name, that regraft did not write or that has changed since.
 
@@ -122,7 +150,7 @@ def find_foreign(folder: Path, marker: Marker | None) -> str | None:
             continue  # of a call that was killed before the marker was there
         if marker is None:
             return name
-        if name == MARKER or top == WORK or path.name.startswith(PART):
+        if name == MARKER or path.name.startswith(PART) or (top == WORK and marker.owns_work):
             continue
 
         written = marker.files.get(name)
@@ -189,12 +217,14 @@ def check_apart(out: str | Path, inputs: Iterable[tuple[str, str | Path | None]]
     """
     if not str(out):
         raise RegraftError(f"the output is '{out}', an empty name: give that of a new folder")
-    target = Path(out).resolve()
+    target = real_path(out)
+    if target.is_symlink():
+        raise RegraftError(f"the output '{out}' is a link that leads back to itself: {KEEP}")
     if target.exists() and not target.is_dir():
         raise RegraftError(f"the output '{out}' is a file: {KEEP}")
 
     for what, given in inputs:
-        path = Path(given).resolve() if given else None
+        path = real_path(given) if given else None
         if path is None or not path.exists():
             continue
         if path == target:
@@ -204,6 +234,11 @@ def check_apart(out: str | Path, inputs: Iterable[tuple[str, str | Path | None]]
         if target.is_relative_to(path):
             raise RegraftError(f"the output '{out}' lies in the {what} '{given}': {KEEP}")
     return target
+
+
+def real_path(path: str | Path) -> Path:
+    """A path without links and `..`; links that lead back to themselves stay."""
+    return Path(os.path.realpath(path))
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
@@ -278,7 +313,7 @@ def publish(built: Path, out: Path, overwrite: bool) -> None:
     old = built
     if not exchange_paths(built, out):
         # Without an exchange in one step there is a moment without `out`.
-        old = built.with_name(f"{built.name}-old")
+        old = sibling_path(out, "regraft-old")
         os.rename(out, old)
         os.rename(built, out)
     sync(out.parent)
@@ -293,7 +328,8 @@ def remove_output(folder: Path) -> None:
     marker = read_marker(folder)
     if marker is None:
         return
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    if marker.owns_work:
+        shutil.rmtree(folder / WORK, ignore_errors=True)
     named = [] if marker.complete else list(describe_files(folder, marker.names))
     for name in (*marker.files, *named):
         path = folder / name
@@ -366,9 +402,9 @@ def claim_folder(folder: Path, marker: Marker) -> Marker:
             f"'{folder}' holds a {there.kind}, not a {marker.kind}: {KEEP}, or delete it"
         )
     if difference := find_difference(there.request, marker.request):
-        finished = "finished" if there.complete else "unfinished"
+        finished = "a finished" if there.complete else "an unfinished"
         raise RegraftError(
-            f"'{folder}' holds a {finished} {marker.kind} with {difference}: {KEEP}, or delete it"
+            f"'{folder}' holds {finished} {marker.kind} with {difference}: {KEEP}, or delete it"
         )
     return there
 
@@ -401,5 +437,14 @@ def complete_marker(
     marker = read_marker(folder)
     assert marker is not None
     files = describe_files(folder, (*marker.names, *names), hashes)
-    replace(marker, complete=True, files=files, result=result).write(folder)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    # The names say that the work folder is still there, so that a call after a kill removes it.
+    replace(marker, complete=True, names=(WORK,), files=files, result=result).write(folder)
+    remove_work(folder)
+
+
+def remove_work(folder: Path) -> None:
+    """Remove the work folder of a complete output, where its marker says that one is left."""
+    marker = read_marker(folder)
+    if marker is not None and marker.complete and marker.owns_work:
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+        replace(marker, names=()).write(folder)

@@ -94,7 +94,7 @@ class PartialDirectory:
 
     def begin(self) -> None:
         """Keep what an earlier run with the same fingerprint finished, and remove the rest."""
-        marker = output.read_marker(self.path)
+        marker = _read_own_marker(self.path)
         if marker and self.fingerprint and marker.fingerprint == self.fingerprint():
             # A kill between recording and renaming leaves a recorded file without its name.
             self.done = {
@@ -143,8 +143,36 @@ class PartialDirectory:
 
 
 def partial_path(target: Path) -> Path:
-    """The hidden directory in which the directory `target`, a real path, is made."""
-    return target.with_name(f".{target.name}.regraft")
+    """The hidden directory in which the directory `target`, a real path, is made.
+
+    It lies in the work folder of a folder that is marked as regraft's, beside `target`.
+    """
+    return output.sibling_path(target, "regraft") / output.WORK / target.name
+
+
+@contextmanager
+def claim_partial(path: Path) -> Iterator[None]:
+    """Inside, no other run makes the hidden directory `path`; what it lies in goes with it."""
+    hidden = path.parents[1]
+    try:
+        hidden.mkdir(parents=True, exist_ok=True)
+        with output.lock_folder(hidden):
+            output.claim_folder(hidden, output.Marker("unfinished output"))
+            path.mkdir(parents=True, exist_ok=True)
+            yield
+    finally:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        if hidden.is_dir():
+            output.release_folder(hidden, is_new=True)
+
+
+def _read_own_marker(path: Path) -> output.Marker | None:
+    """The marker of a hidden directory, where nobody else writes: a damaged one is none."""
+    try:
+        return output.read_marker(path) if path.is_dir() else None
+    except RegraftError:
+        return None
 
 
 def check_target(out: str | Path, overwrite: bool, request: Any) -> bool:
@@ -159,9 +187,12 @@ def check_target(out: str | Path, overwrite: bool, request: Any) -> bool:
 
     RegraftError when `out` may not be written.
     """
-    target = Path(out).resolve()
+    target = output.real_path(out)
     if not overwrite and output.is_written(target, request):
-        _clear_replaced(partial_path(target), target, None)
+        path = partial_path(target)
+        if path.is_dir():
+            with claim_partial(path):
+                _clear_replaced(path, target, None)
         return True
     output.check_replaceable(target, overwrite)
     return False
@@ -188,13 +219,14 @@ def new_directory(
     RegraftError when `target` exists (with `overwrite`: and holds what regraft did not write),
     when another run is writing it, or when the disk is full.
     """
-    target = target.resolve()
+    target = output.real_path(target)
     output.check_replaceable(target, overwrite)
 
     try:
         path = partial_path(target)
-        _clear_replaced(path, target, fingerprint)
-        with _claim_directory(path):
+        with claim_partial(path):
+            _clear_replaced(path, target, fingerprint)
+            path.mkdir(exist_ok=True)
             partial = PartialDirectory(path, fingerprint, plain(request))
             try:
                 partial.begin()
@@ -214,31 +246,11 @@ def new_directory(
         ) from error
 
 
-@contextmanager
-def _claim_directory(path: Path) -> Iterator[None]:
-    """Inside, there is a directory of this name that no other run writes into.
-
-    RegraftError when something else has that name.
-    """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise RegraftError(f"'{path}' is in the way: move it, or choose another output")
-    path.mkdir(parents=True, exist_ok=True)
-    with output.lock_folder(path):
-        if output.read_marker(path) is None and (foreign := output.find_foreign(path, None)):
-            raise RegraftError(
-                f"'{path}' holds '{foreign}', which is not of regraft: move it, or choose another "
-                "output"
-            )
-        yield
-
-
 def _clear_replaced(path: Path, target: Path, fingerprint: Callable[[], str] | None) -> None:
     """Remove a complete hidden directory that a killed call left: what `target` was before, or
     what another call made but did not put in place.
     """
-    if path.is_symlink() or not path.is_dir():
-        return
-    marker = output.read_marker(path)
+    marker = _read_own_marker(path)
     if marker is None or not marker.complete:
         return
 
@@ -246,8 +258,7 @@ def _clear_replaced(path: Path, target: Path, fingerprint: Callable[[], str] | N
     there = output.read_marker(target)
     own = fingerprint is not None and marker.fingerprint == fingerprint()
     if not own or (there is not None and there.fingerprint == marker.fingerprint):
-        with output.lock_folder(path):
-            output.remove_output(path)
+        output.remove_output(path)
 
 
 def write_weights(

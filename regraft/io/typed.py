@@ -64,7 +64,7 @@ def convert_fields(schema: type, fields: Any, place: str = "") -> dict[str, Any]
         place: dotted keys that lead to the mapping, for messages.
     """
     refuse_class_keys(fields, place)
-    return _convert_fields(_read_mapping(fields, place), schema, place, schema)
+    return _convert_fields(_parse_block(fields, place), schema, place, schema)
 
 
 def refuse_class_keys(value: Any, place: str = "") -> None:
@@ -116,7 +116,7 @@ def convert(value: Any, kind: Any, place: str = "", root: type | None = None) ->
     if origin is dict:
         return {
             key: convert(part, inner[1], f"{place}.{key}", root)
-            for key, part in _read_mapping(value, place).items()
+            for key, part in _parse_block(value, place).items()
         }
     if kind is Any:
         check_plain(value, f"'{place}'")
@@ -125,7 +125,7 @@ def convert(value: Any, kind: Any, place: str = "", root: type | None = None) ->
 
 
 def _convert_dataclass(value: Any, kind: Any, place: str, root: type) -> Any:
-    values = _convert_fields(_read_mapping(value, place), kind, place, root)
+    values = _convert_fields(_parse_block(value, place), kind, place, root)
     missing = [
         field.name
         for field in dataclasses.fields(kind)
@@ -203,7 +203,7 @@ def _parse_scalar(value: Any, place: str) -> Any:
     return value if isinstance(parsed, (str, list, dict)) else parsed
 
 
-def _read_mapping(value: Any, place: str) -> Mapping[str, Any]:
+def _parse_block(value: Any, place: str) -> Mapping[str, Any]:
     parsed = _parse_text(value, place)
     if not isinstance(parsed, Mapping):
         advice = "give keys with values, such as 'remix: {keep: none}'"

@@ -28,7 +28,7 @@ from ..mixers.remix_options import RemixOptions
 from ..progress import Ticker
 from ..train import fsdp, loop
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
-from ..train.output import TEXT, WORK, choose_folder, finish_run, open_run
+from ..train.output import TEXT, WORK, finish_run, open_replacing_run
 from ..train.records import StartCost
 from ..train.session import calibrate_once, save_trained, training_rows
 from ..train.stage import LAYERWISE, Stage
@@ -239,15 +239,12 @@ def run_method(
         ),
     }
 
-    folder = distributed.on_rank0(lambda: choose_folder(target, overwrite, KIND, request))
-    with open_run(folder, KIND, lambda: request) as marker:
+    with open_replacing_run(target, overwrite, KIND, request) as (folder, marker):
         if marker.complete:
             ledger = marker.result
         else:
             arguments = (method, folder, data, stages, seed, ticker, watching, cache)
             ledger = convert_and_train(source, *arguments)
-        if folder != target:
-            distributed.on_rank0(lambda: output.publish(folder, target, overwrite))
 
     remix = remix_of(Checkpoint.open(target))
     assert remix is not None

@@ -252,12 +252,23 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(cost_table(plan))
 
     for kind, layers in plan.layers.items():
-        numbers = ", ".join(map(str, layers))
+        numbers = format_ranges(layers)
         state = format_megabytes(plan.state_bytes[kind])
         suffix = f"; state {state} MB" if keeps_state(plan) else ""
         console.print(f"{kind}: layers {numbers}{suffix}", soft_wrap=True, highlight=False)
     for note in [*plan.notes, *format_scan(plan)]:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers with runs of neighbours drawn together, such as `0-3, 7, 9-11`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
 
 
 def format_scan(plan: Plan) -> list[str]:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
-import yaml
-
 from ..core.lineage import Lineage
 from ..evaluation.rows import SuiteRow
 from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
 from ..io.schema import Measured
+from ..io.yaml_loader import read_yaml
 from ..train.ledger import build_ledger, read_start_costs
 from ..train.metrics import FILE as METRICS
 from ..train.metrics import MetricsRow
@@ -89,9 +88,7 @@ def collect(directory: Path) -> dict[str, Any]:
         name: read_json_if_exists(directory / f"{name}.json", kind) for name, kind in FILES.items()
     }
     recipe = directory / "recipe.yaml"
-    numbers["recipe"] = (
-        yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
-    )
+    numbers["recipe"] = read_yaml(recipe, f"'{recipe}'") if recipe.exists() else None
     metrics = read_json_lines(directory / METRICS, MetricsRow)
     return numbers | {"ledger": build_ledger(metrics, read_start_costs(directory))}
 

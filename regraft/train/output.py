@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ def open_run(
             output.check_claimable(out)
             asked = plain(request())
             marker = output.claim_folder(out, output.Marker(kind, asked, names=names))
-            if marker.complete:
-                shutil.rmtree(out / WORK, ignore_errors=True)
+            output.remove_work(out)
             return marker
 
         marker = distributed.on_rank0(claim)
@@ -73,8 +72,13 @@ def open_run(
             raise
 
 
-def choose_folder(out: Path, overwrite: bool, kind: str, request: Mapping[str, Any]) -> Path:
-    """The folder in which a run is made: `out`, or one beside a finished output it replaces.
+@contextmanager
+def open_replacing_run(
+    out: Path, overwrite: bool, kind: str, request: Mapping[str, Any]
+) -> Iterator[tuple[Path, output.Marker]]:
+    """As `open_run`, for a run that may replace a finished output when it is complete.
+
+    Such a run is made in a hidden folder beside the output, which stays until then.
 
     Args:
         out: the real path of the output.
@@ -82,21 +86,39 @@ def choose_folder(out: Path, overwrite: bool, kind: str, request: Mapping[str, A
         kind: as in `open_run`.
         request: what is asked for, as values that JSON holds.
 
+    Returns:
+        The folder to make the run in, and its marker.
+
     RegraftError when what is in `out` may not be replaced.
     """
+    if not distributed.on_rank0(lambda: _must_replace(out, overwrite, kind, request)):
+        with open_run(out, kind, lambda: request) as marker:
+            yield out, marker
+        return
+
+    beside = distributed.on_rank0(lambda: shard_writer.partial_path(out))
+    with shard_writer.claim_partial(beside) if distributed.is_rank0() else nullcontext():
+        with open_run(beside, kind, lambda: request) as marker:
+            yield beside, marker
+            distributed.on_rank0(lambda: output.publish(beside, out, overwrite))
+
+
+def _must_replace(out: Path, overwrite: bool, kind: str, request: Mapping[str, Any]) -> bool:
+    """Whether a finished output has to be replaced; see `open_replacing_run`."""
     marker = output.read_marker(out) if out.exists() else None
     resumes = marker is not None and not marker.complete and marker.kind == kind
     if not overwrite or resumes or not out.exists() or not any(out.iterdir()):
-        return out
+        return False
 
     # A call that was killed after the exchange has left the old output beside the new one.
     beside = shard_writer.partial_path(out)
     replaced = output.read_marker(beside) if beside.is_dir() else None
     if replaced and replaced.complete and output.is_written(out, request):
-        output.remove_output(beside)
-        return out
+        with shard_writer.claim_partial(beside):
+            output.remove_output(beside)
+        return False
     output.check_replaceable(out, overwrite)
-    return beside
+    return True
 
 
 def publish_model(folder: Path, out: Path) -> None:

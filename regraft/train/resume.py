@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -189,10 +190,11 @@ def save_state(
     facts |= {"changed": sorted(state.changed), "settings": settings}
     tensors = checkpoint_tensors(model, optimizer, state)
 
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
     def create_folder() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         check_space(temporary, size)
 
     def publish_folder() -> None:
@@ -219,11 +221,14 @@ def save_state(
         write_manifest(temporary)
         distributed.on_rank0(publish_folder)
     except (OSError, RuntimeError, CheckpointException) as error:
+        cause = format_cause(error)
         if distributed.is_rank0():
+            # On a full disk PyTorch only says that a file did not grow as it should have.
+            if shutil.disk_usage(out).free < size:
+                cause = os.strerror(errno.ENOSPC)
             shutil.rmtree(temporary, ignore_errors=True)
         raise RegraftError(
-            f"cannot write the checkpoint '{folder}' ({format_cause(error)}): "
-            "free some space and run again"
+            f"cannot write the checkpoint '{folder}' ({cause}): free some space and run again"
         ) from error
     return folder
 

@@ -223,7 +223,8 @@ def test_full_disk_leaves_nothing(
 
 def test_leftovers_of_a_killed_run_are_not_in_the_way(single: Path, tmp_path: Path) -> None:
     hidden = shard_writer.partial_path(tmp_path / "out")
-    hidden.mkdir()
+    hidden.mkdir(parents=True)
+    output.Marker("unfinished output").write(hidden.parents[1])
     output.Marker("model").write(hidden)
     (hidden / "config.json").write_text("{}")
     Checkpoint.open(single).save(tmp_path / "out")

@@ -23,7 +23,8 @@ from regraft.io.files import write_json
 from regraft.mixers.remix import Remix
 from regraft.train.checkpoint_files import MANIFEST, METADATA, hash_file
 from regraft.train.layerwise import align
-from regraft.train.layerwise.state import LayerwiseRun
+from regraft.train.layerwise.state import FOLDER, LayerwiseRun
+from regraft.train.output import RUN
 from regraft.train.resume import RunState, list_checkpoints, load_state, save_state
 
 SETTINGS = {"seed": 0, "stages": [{"learn": "no", "kind": "1e-3"}]}
@@ -136,7 +137,7 @@ def test_a_damaged_later_checkpoint_does_not_push_out_whole_ones(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(saved[0], out)
-    newest(out).rename(out / "run" / "stage-0-step-30")
+    newest(out).rename(out / RUN / "stage-0-step-30")
     (newest(out) / "state.json").write_text("{")
     model = build_model()
     state = load_state(out, model, SETTINGS)
@@ -266,7 +267,7 @@ def test_a_damaged_layer_is_trained_again(
 
     values, *costs = describe(*align.align(run))
     metrics = (tmp_path / "out" / "metrics.jsonl").read_text()
-    file = tmp_path / "out" / "stream" / f"layer-{layer}.safetensors"
+    file = tmp_path / "out" / FOLDER / f"layer-{layer}.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-5] ^= 1
     file.unlink()

@@ -33,6 +33,8 @@ from regraft.data.corpus import TextMixture
 from regraft.data.text import Text
 from regraft.errors import RegraftError
 from regraft.io import identity
+from regraft.io.output import WORK
+from regraft.io.request import find_change
 from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.layerwise import align
@@ -182,8 +184,8 @@ def test_train(originals: Path, place: Path, tmp_path: Path, capsys, monkeypatch
     inputs = {
         "model": "model: model.safetensors was",
         "moments.safetensors": "moments: file was",
-        "text.txt": "tokens of 'text.txt' were",
-        "heldout.txt": "tokens of 'heldout.txt' were",
+        "text.txt": "file 1 was",
+        "heldout.txt": "held-out data: file 1 was",
     }
     stop = (loop, "write_metrics_row", 4)
     check_law(
@@ -204,7 +206,7 @@ def test_distil(
 
     inputs = {
         "teacher": "teacher: model.safetensors was",
-        "text.txt": "tokens of 'text.txt' were",
+        "text.txt": "file 1 was",
         "linear": "linear/model.safetensors' is damaged",  # its lineage has the hash
     }
     stop = (loop, "write_metrics_row", 3)
@@ -228,7 +230,7 @@ def test_another_model_is_refused(place: Path, tmp_path: Path, capsys, monkeypat
         with pytest.raises(Killed):
             cli.main([str(word) for word in words("linear", "teacher")])
     said = refused(capsys, *words("linear2", "teacher"))
-    assert "began with another input (model: model.safetensors was" in said
+    assert "with another input (model: model.safetensors was" in said
     assert "(teacher: model.safetensors was" in refused(capsys, *words("linear", "other"))
 
 
@@ -241,7 +243,7 @@ def test_layer_by_layer(originals: Path, place: Path, tmp_path: Path, capsys, mo
 
     inputs = {
         "teacher": "teacher: model.safetensors was",
-        "text.txt": "tokens of 'text.txt' were",
+        "text.txt": "file 1 was",
         "linear": "is damaged",
     }
     stop = (align, "write_metrics_row", 8)
@@ -258,8 +260,8 @@ def test_linearize(originals: Path, place: Path, tmp_path: Path, capsys, monkeyp
         return ("linearize", of / "model", out, "--data", of / "text.txt", *flags, *TRAINING)
 
     inputs = {
-        "model": "another source (model.safetensors was",
-        "text.txt": "tokens of 'text.txt' were",
+        "model": "another input (source: model.safetensors was",
+        "text.txt": "file 1 was",
     }
     stop = (loop, "write_metrics_row", 4)
     check_law(
@@ -306,7 +308,7 @@ def test_recipes(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     inputs = {
         "model": "source: model.safetensors was",
         "heldout.txt": "heldout: file 1 was",
-        "text.txt": "tokens of 'text.txt' were",
+        "text.txt": "file 1 was",
     }
     stop = (loop, "write_metrics_row", 2)
     check_law(capsys, monkeypatch, place, words, stop, inputs, goes_on)
@@ -379,7 +381,8 @@ def test_shards_of_another_source_are_not_kept(place: Path, tmp_path: Path, monk
 
     with pytest.raises(Killed):
         save(20, "out")
-    shutil.copytree(tmp_path / ".out.partial", tmp_path / ".same.partial")
+    shutil.copytree(tmp_path / ".out.regraft", tmp_path / ".same.regraft")
+    (tmp_path / ".same.regraft" / WORK / "out").rename(tmp_path / ".same.regraft" / WORK / "same")
     total = save(None, "whole")
     assert save(None, "same") < total
     with replaced(place / "model"):
@@ -440,10 +443,10 @@ def test_every_tensor_is_sampled(place: Path, monkeypatch) -> None:
 
     for name, value in values.items():
         save_file(values | {name: value + 1}, file, {"format": "pt"})
-        change = identity.find_change(before, identity.identify_model(place / "model"))
+        change = find_change(before, identity.identify_model(place / "model"))
         assert change.startswith("model.safetensors was"), name
     save_file(values, file, {"format": "pt"})
-    assert not identity.find_change(before, identity.identify_model(place / "model"))
+    assert not find_change(before, identity.identify_model(place / "model"))
 
 
 def test_large_models_cost_little(tmp_path: Path, monkeypatch) -> None:
@@ -472,9 +475,9 @@ def test_an_identity_has_no_path_and_no_time(place: Path, tmp_path: Path) -> Non
     # Neither a model card nor a lost lineage makes it another model; a tokenizer does.
     (copy / "README.md").write_text("other")
     (copy / "lineage.json").unlink()
-    assert not identity.find_change(before, identity.identify_model(copy))
+    assert not find_change(before, identity.identify_model(copy))
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
-    change = identity.find_change(before, identity.identify_model(copy))
+    change = find_change(before, identity.identify_model(copy))
     assert change.startswith("tokenizer.json was ")
 
 

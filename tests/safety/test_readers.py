@@ -250,7 +250,9 @@ def read_moments_of(folder: Path) -> None:
 
     source = Checkpoint.open(folder / "model")
     read_moments(source, folder / "optimizer.safetensors")
-    grow_optimizer_state(source, [Widen(ffn=60)], folder / "optimizer.safetensors", folder)
+    grow_optimizer_state(
+        source, [Widen(ffn=60)], folder / "optimizer.safetensors", folder / "grown.safetensors"
+    )
 
 
 def write_images(folder: Path) -> None:
