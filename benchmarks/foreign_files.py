@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from helpers.faults import ForkServer  # noqa: E402
-from helpers.foreign import COMMANDS, FOLDERS, make_world  # noqa: E402
+from helpers.foreign import COMMANDS, make_world  # noqa: E402
+from helpers.foreign_folders import FOLDERS  # noqa: E402
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
             for folder in folders:
                 if (folder, verb) in done:
                     continue
-                problems = world.try_command(world.case(folder), COMMANDS[verb])
+                problems = world.try_command(world.case(FOLDERS[folder]), COMMANDS[verb])
                 rows.append({"folder": folder, "verb": verb, "problems": problems})
                 stream.write(json.dumps(rows[-1]) + "\n")
                 stream.flush()
