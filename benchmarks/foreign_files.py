@@ -19,7 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from helpers.foreign import COMMANDS, FOLDERS, open_world  # noqa: E402
+from helpers.faults import ForkServer  # noqa: E402
+from helpers.foreign import COMMANDS, make_world  # noqa: E402
+from helpers.foreign_folders import FOLDERS  # noqa: E402
 
 
 def main() -> None:
@@ -38,12 +40,13 @@ def main() -> None:
 
     verbs = [name for name in COMMANDS if re.search(given.verbs, name)]
     folders = [name for name in FOLDERS if re.search(given.only, name)]
-    with open_world(place / "world") as world, file.open("a") as stream:
+    with ForkServer(place / "server") as server, file.open("a") as stream:
+        world = make_world(place / "world", server)
         for verb in verbs:
             for folder in folders:
                 if (folder, verb) in done:
                     continue
-                problems = world.try_command(world.case(folder), COMMANDS[verb])
+                problems = world.try_command(world.case(FOLDERS[folder]), COMMANDS[verb])
                 rows.append({"folder": folder, "verb": verb, "problems": problems})
                 stream.write(json.dumps(rows[-1]) + "\n")
                 stream.flush()

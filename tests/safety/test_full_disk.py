@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 from helpers.faults import NO_INODES, NO_SPACE, SYNC, WRITE
-from helpers.kill import COMMANDS, begin_trial, fork_server, read_tree, sample_points
+from helpers.kill import COMMANDS, begin_trial, read_tree, sample_points
 
 QUICK = ("grow", "grow with moments", "grow with moments over a model", "linearize over a model")
 LONG = {name: 4 for name in COMMANDS if name.startswith("train")}
@@ -20,22 +20,9 @@ SAMPLES = {name: 8 for name in QUICK} | LONG | LONGEST
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "grow"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("disk")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with fork_server(folder) as server:
-        yield server
-
-
 @pytest.fixture
-def trial(request, folder, server):
-    if server.library is None:
-        pytest.skip("changes of the file system are made to fail by a library, which needs cc")
-    return begin_trial(request.param, folder, server)
+def trial(request, safety_folder, faults):
+    return begin_trial(request.param, safety_folder, faults)
 
 
 def failures(trial, kinds: int, count: int, **options) -> dict[str, list[str]]:
@@ -76,25 +63,25 @@ def test_a_disk_that_breaks_for_a_moment(trial):
 
 
 @pytest.mark.parametrize("limit", ["size=120k", "nr_inodes=6"])
-def test_a_real_disk(limit, folder, server, tmp_path):
+def test_a_real_disk(limit, safety_folder, server, tmp_path):
     """The same on a file system of its own, as the shell's `mount` makes it."""
-    place = tmp_path / "disk"
+    place, inputs = tmp_path / "disk", safety_folder / "in"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(place)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk is not permitted")
     try:
-        words = ["grow", str(folder / "in" / "source"), str(place / "out"), "--layers", "3"]
-        words += ["--optimizer-state", str(folder / "in" / "moments.safetensors")]
-        full = server.run(words, folder)
+        words = ["grow", str(inputs / "source"), str(place / "out"), "--layers", "3"]
+        words += ["--optimizer-state", str(inputs / "moments.safetensors")]
+        full = server.run(words, tmp_path)
         assert full.code == 2 and full.said.startswith("regraft: "), full.err
         assert not (place / "out" / "config.json").exists()
 
         larger = ["mount", "-o", "remount,size=20m,nr_inodes=1000", str(place)]
         subprocess.run(larger, check=True)
-        assert server.run(words, folder).code == 0
+        assert server.run(words, tmp_path).code == 0
         words[2] = str(tmp_path / "out")
-        assert server.run(words, folder).code == 0
+        assert server.run(words, tmp_path).code == 0
         found, whole = read_tree(place / "out"), read_tree(tmp_path / "out")
         assert found == whole
         assert [path.name for path in place.iterdir()] == ["out"]

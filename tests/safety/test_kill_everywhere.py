@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.faults import KINDS, WRITE
-from helpers.kill import COMMANDS, begin_trial, fork_server, sample_points
+from helpers.kill import COMMANDS, begin_trial, sample_points
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,25 +24,12 @@ SAMPLES = {
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "grow"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kill")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with fork_server(folder) as server:
-        if server.library is None:
-            pytest.skip("changes of the file system are counted by a library, which needs cc")
-        yield server
-
-
 @pytest.mark.parametrize("name", ["grow", *SLOW])
-def test_the_same_command_goes_on_after_a_kill(name, folder, server):
+def test_the_same_command_goes_on_after_a_kill(name, safety_folder, faults):
     """In between nothing unfinished looks finished, and what --overwrite replaces is whole until
     the new output is; in the end there is no file that the undisturbed run does not leave.
     """
-    trial = begin_trial(name, folder, server)
+    trial = begin_trial(name, safety_folder, faults)
     last, spread = SAMPLES[name]
     kills = {
         (at, at % 2 == 1 and trial.changes[at - 1].kind == WRITE)
@@ -58,14 +45,14 @@ def test_the_same_command_goes_on_after_a_kill(name, folder, server):
 
 
 @pytest.mark.parametrize("name", ["grow", *SLOW])
-def test_a_finished_command_has_nothing_to_do(name, folder, server):
-    assert not begin_trial(name, folder, server).repeat()
+def test_a_finished_command_has_nothing_to_do(name, safety_folder, faults):
+    assert not begin_trial(name, safety_folder, faults).repeat()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grow with moments over a model", "train next"])
-def test_killed_again_and_again(name, folder, server):
-    trial = begin_trial(name, folder, server)
+def test_killed_again_and_again(name, safety_folder, faults):
+    trial = begin_trial(name, safety_folder, faults)
 
     @settings(
         max_examples=5,
