@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..errors import RegraftError
+from ..errors import RegraftError, first_line
 from .rows import hash_tensors
 
 
@@ -100,7 +100,8 @@ def _load_arrays(path: str | Path) -> dict[str, numpy.ndarray]:
             arrays = {name: file[name] for name in names if name in file.files}
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise RegraftError(
-            f"'{path}' is no readable .npz file ({error}): save it again with numpy.savez"
+            f"'{path}' is no readable .npz file ({first_line(error)}): save it again with "
+            "numpy.savez"
         ) from error
 
     if missing := [name for name in names if name not in arrays]:

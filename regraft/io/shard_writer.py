@@ -191,7 +191,7 @@ def check_target(out: str | Path, overwrite: bool, request: Any) -> bool:
     target = output.real_path(out)
     if not overwrite and output.is_written(target, request):
         path = partial_path(target)
-        if path.is_dir():
+        if path.parents[1].is_dir():
             with claim_partial(path):
                 _clear_replaced(path, target, None)
         return True
