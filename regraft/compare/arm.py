@@ -18,7 +18,7 @@ from ..train import fsdp, loop, objectives
 from ..train.stage import LAYERWISE, Stage
 from . import data
 from .folders import DONE, FITTING, arm_folder, source_folder
-from .numbers import DoneFacts, HeldOut, Ledger
+from .numbers import DoneArm, DoneFacts, HeldOut, Ledger
 from .recipe import Comparison
 from .start import ReportProgress, Teacher, initialize_arm
 
@@ -83,7 +83,7 @@ def train_arm(
     finish_run(
         folder,
         {
-            "arm": dataclasses.asdict(arm),
+            "arm": cast(DoneArm, dataclasses.asdict(arm)),
             "seed": seed,
             "parameters": parameters,
             "ledger": ledger,

@@ -20,8 +20,7 @@ from ..io.files import read_json_if_exists, read_own_json, write_json
 from ..progress import Ticker
 from ..recipes import schema
 from . import data, report, savings, start
-from .folders import DONE
-from .numbers import ComparisonNumbers, DoneFacts, FailedRun
+from .numbers import ComparisonNumbers, FailedRun
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
@@ -255,12 +254,12 @@ def usable_cores() -> int:
 
 def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE, DoneFacts)
+    facts = savings.read_done(job.folder(out), job.kind)
     if facts is None:
         return False
 
     if job.kind == "arm":
-        wanted, finished = dataclasses.asdict(recipe.arm(job.name)), facts["arm"]
+        wanted, finished = dataclasses.asdict(recipe.arm(job.name)), dict(facts["arm"])
     else:
         source = recipe.sources()[job.name]
         assert isinstance(source, dict)  # a source that is a directory has no run

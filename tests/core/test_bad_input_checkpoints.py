@@ -104,7 +104,10 @@ DAMAGE = {
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json in"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json' is not JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json' is \\[\\], not an object"),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "config.json' is \\[\\], not an object",
+    ),
     "config not text": (
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
         "config.json' is not JSON",

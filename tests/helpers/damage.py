@@ -16,7 +16,14 @@ WRONG: list[Any] = [
     "{}", [], [None], [[]], ["x"], [1, 2], [{}], {}, {"a": 1}, {"": None}, {"name": []},
 ]  # fmt: skip
 # Put into the text of a file in place of a value: what json.dumps cannot write.
-RAW = ["9" * 100_000, "1e999", "-" + "9" * 5000, "[" * 100_000, '{"a":' * 100_000, "[" * 500 + "]" * 500]
+RAW = [
+    "9" * 100_000,
+    "1e999",
+    "-" + "9" * 5000,
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "[" * 500 + "]" * 500,
+]
 MARK = "5eef00d5eef00d"
 
 
@@ -57,7 +64,9 @@ def dump(value: Any) -> str:
 def damaged_json(draw: Any, value: Any) -> str:
     """The text of a JSON value with one thing wrong in it."""
     path = draw(st.sampled_from(list(paths(value))))
-    kind = draw(st.sampled_from(["type", "type", "type", "raw", "missing", "extra", "version", "twice"]))
+    kind = draw(
+        st.sampled_from(["type", "type", "type", "raw", "missing", "extra", "version", "twice"])
+    )
     if kind == "type":
         return dump(changed(value, path, draw(st.sampled_from(WRONG))))
     if kind == "raw":
@@ -109,6 +118,8 @@ def damaged(draw: Any, data: bytes, name: str) -> bytes | None:
         return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
     if name.endswith(".safetensors"):
         length = int.from_bytes(data[:8], "little")
-        header = draw(damaged_json(json.loads(data[8 : 8 + length]))).encode("utf-8", "surrogatepass")
+        header = draw(damaged_json(json.loads(data[8 : 8 + length]))).encode(
+            "utf-8", "surrogatepass"
+        )
         return struct.pack("<Q", len(header)) + header + data[8 + length :]
     return draw(damaged_bytes(data))
