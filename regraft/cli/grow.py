@@ -88,6 +88,7 @@ def grow(
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker, print_line
     from ..train import fit_ligo
+    from ..train.output import open_scratch
 
     given = locals()
     check_flags(given)
@@ -125,7 +126,10 @@ def grow(
             text = None
             if data:
                 text = Text(data, field=field, skip_bad=skip_bad, max_line_bytes=max_line_bytes)
-            fitted = fit_ligo.fit_from_options(before, growth, text, fit or {}, ticker, maps)
+            with open_scratch(target) as scratch:
+                fitted = fit_ligo.fit_from_options(
+                    before, growth, text, fit or {}, ticker, maps, scratch
+                )
             grown = growth(before, fitted)
         ticker.start(f"writing {out}")
 
@@ -133,6 +137,8 @@ def grow(
             if not done:
                 grown.save(out, overwrite, extra_files=extra_files, request=request)
             output.remove_output(maps)
+            if maps.is_dir():  # a call that was killed at its very end
+                output.release_folder(maps, is_new=True)
             if growth.is_exact(before) or allow_nonfinite:  # NaN has no difference to measure
                 return None
             return parity.measure_step0(source, out)

@@ -93,6 +93,7 @@ def linearize(
     from ..progress import Ticker
     from ..report import tables
     from ..train import monitor, trackers
+    from ..train.output import open_scratch
 
     given = locals()
     trackers.import_trackers(
@@ -159,10 +160,13 @@ def linearize(
             assert made is not None
             after = made(before)
         else:
-            rows = pipeline.text_rows(before, text, ticker, cache=cache_folder) if text else None
-            remix = distributed.on_rank0(
-                lambda: pipeline.choose_layers(before, recipe.remix, rows, ticker)
-            )
+            with open_scratch(target) as scratch:
+                rows = None
+                if text:
+                    rows = pipeline.text_rows(before, text, ticker, own=scratch, cache=cache_folder)
+                remix = distributed.on_rank0(
+                    lambda: pipeline.choose_layers(before, recipe.remix, rows, ticker)
+                )
             after = remix(before)
             distributed.on_rank0(lambda: after.save(out, overwrite, request=request))
     plan = Plan.of(before, after, notes=notes)

@@ -19,7 +19,7 @@ from ..train.output import WORK
 from ..train.stage import LAYERWISE, Stage
 from . import data
 from .folders import DONE, arm_folder, source_folder
-from .numbers import DoneFacts, HeldOut, Ledger
+from .numbers import DoneArm, DoneFacts, HeldOut, Ledger
 from .recipe import Comparison
 from .start import ReportProgress, Teacher, initialize_arm
 
@@ -84,7 +84,7 @@ def train_arm(
     finish_run(
         folder,
         {
-            "arm": dataclasses.asdict(arm),
+            "arm": cast(DoneArm, dataclasses.asdict(arm)),
             "seed": seed,
             "parameters": parameters,
             "ledger": ledger,

@@ -69,6 +69,18 @@ class HeldOut(TypedDict):
     accuracy: float
 
 
+class DoneLeg(TypedDict):
+    """What is read of a leg of an arm."""
+
+    layers: str
+
+
+class DoneArm(TypedDict):
+    """What is read of the recipe's `Arm`; the rest is compared with the recipe."""
+
+    legs: list[DoneLeg]
+
+
 class DoneFacts(TypedDict, total=False):
     """done.json: the last thing that a run of a source or an arm writes."""
 
@@ -77,7 +89,7 @@ class DoneFacts(TypedDict, total=False):
     # Of a source: its config, as the recipe has it.
     config: dict[str, Any]
     # Of an arm: the recipe's `Arm`, its parameters, what its start took.
-    arm: dict[str, Any]
+    arm: DoneArm
     parameters: int
     start: ArmStartCost
     # Of an arm with legs: the whole model before training.

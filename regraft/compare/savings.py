@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io.files import read_json_if_exists, read_json_lines
 from ..train.metrics import FILE, MetricsRow
 from .folders import DONE, arm_folder, source_folder
@@ -73,6 +73,22 @@ class FinishedRun(NamedTuple):
 
     facts: DoneFacts
     curve: Curve
+
+
+def read_done(folder: Path, kind: str) -> DoneFacts | None:
+    """done.json of a run, None while it is not done; RegraftError when it is damaged.
+
+    Args:
+        folder: of the run.
+        kind: `arm` or `source`.
+    """
+    facts: DoneFacts | None = read_json_if_exists(folder / DONE, DoneFacts)
+    needed = ("arm", "parameters", "start") if kind == "arm" else ("config",)
+    if facts is not None and (missing := [key for key in needed if key not in facts]):
+        raise RegraftError(
+            f"'{folder / DONE}' lacks the key '{missing[0]}': delete '{folder}' and run again"
+        )
+    return facts
 
 
 def read_curve(folder: Path, facts: DoneFacts) -> Curve:
@@ -200,6 +216,15 @@ def summarise(recipe: Comparison, out: Path, failed: Sequence[FailedRun] = ()) -
         out: folder of the comparison.
         failed: runs that ended with an error.
     """
+    # Files of runs that are as they should be one by one may still not belong together.
+    with explain_errors(f"the runs in '{out}' do not add up", "delete the damaged one, run again"):
+        return compute_numbers(recipe, out, failed)
+
+
+def compute_numbers(
+    recipe: Comparison, out: Path, failed: Sequence[FailedRun]
+) -> ComparisonNumbers:
+    """The numbers of `summarise`, from files that belong together."""
     numbers: ComparisonNumbers = {
         "task": recipe.task,
         "seeds": recipe.seeds,
@@ -230,7 +255,7 @@ def load_finished_runs(out: Path, name: str, seeds: Sequence[int]) -> dict[int, 
     runs = {}
     for seed in seeds:
         folder = arm_folder(out, name, seed)
-        facts: DoneFacts | None = read_json_if_exists(folder / DONE, DoneFacts)
+        facts = read_done(folder, "arm")
         if facts is not None:
             runs[seed] = FinishedRun(facts, read_curve(folder, facts))
     return runs
@@ -247,7 +272,7 @@ def source_numbers(recipe: Comparison, out: Path, name: str) -> SourceNumbers:
     seeds: dict[int, SourceSeed] = {}
     for seed in recipe.seeds:
         folder = source_folder(recipe, out, name, seed)
-        facts: DoneFacts | None = read_json_if_exists(folder / DONE, DoneFacts)
+        facts = read_done(folder, "source")
         if facts is not None:
             ledger = facts["ledger"]
             seeds[seed] = {

@@ -18,14 +18,13 @@ from typing import Any
 
 from ..errors import RegraftError
 from ..io import output
-from ..io.files import read_json_if_exists, read_own_json, write_json
+from ..io.files import read_own_json, write_json
 from ..io.identity import keep_inputs
 from ..progress import Ticker, print_line
 from ..recipes import schema
 from ..train.output import open_run
 from . import data, report, savings, start
-from .folders import DONE
-from .numbers import ComparisonNumbers, DoneFacts, FailedRun
+from .numbers import ComparisonNumbers, FailedRun
 from .recipe import Comparison, dump
 
 RECIPE = "recipe.json"
@@ -271,12 +270,12 @@ def usable_cores() -> int:
 
 def is_done(recipe: Comparison, out: Path, job: TrainingJob) -> bool:
     """Whether a run is finished; RegraftError when it was another one under the same name."""
-    facts: DoneFacts | None = read_json_if_exists(job.folder(out) / DONE, DoneFacts)
+    facts = savings.read_done(job.folder(out), job.kind)
     if facts is None:
         return False
 
     if job.kind == "arm":
-        wanted, finished = dataclasses.asdict(recipe.arm(job.name)), facts["arm"]
+        wanted, finished = dataclasses.asdict(recipe.arm(job.name)), dict(facts["arm"])
     else:
         source = recipe.sources()[job.name]
         assert isinstance(source, dict)  # a source that is a directory has no run

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_LAYERS, MAX_EXPERTS, MAX_EXPERTS_IN_ALL = 4096, 4096, 1 << 17
 # Of any other axis: more than any vocabulary or context has. And of numbers such as `num_labels`,
 # for which transformers makes a table, whatever the tensors are.
-MAX_SIZE, MAX_COUNT = 1 << 28, 1_000_000
+MAX_SIZE, MAX_COUNT = 1 << 24, 1_000_000
 TokenIds = int | list[int] | None
 Sides = int | tuple[int, int] | None  # one number, or height and width
 

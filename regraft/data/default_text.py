@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io.files import write_json_lines
 
 # Topics of Python's documentation that no recipe of this project trains on: about a fifth of its
@@ -82,12 +82,13 @@ def encyclopedia(packages: Path) -> list[str]:
             f"no encyclopedia text at {file}: delete {packages} and run the command again to "
             "fetch it"
         )
-    articles = json.loads(file.read_text(encoding="utf-8"))
-    return [
-        f"{name}\n\n{entry['extract'].strip()}"
-        for name, entry in sorted(articles.items())
-        if entry["extract"].strip()
-    ]
+    with explain_errors(f"cannot read '{file}'", f"delete {packages} and run the command again"):
+        articles = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            f"{name}\n\n{entry['extract'].strip()}"
+            for name, entry in sorted(articles.items())
+            if entry["extract"].strip()
+        ]
 
 
 def write_jsonl(documents: Iterable[str], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..errors import RegraftError, first_line
+from ..errors import RegraftError, explain_errors
+from ..io.linux import free_memory
+from ..io.schema import shorten
 from .rows import hash_tensors
+
+# Of images that are compressed: bytes that are always read, and of the bytes in memory to those on
+# disk otherwise. Pictures have 1 to 5.
+MAX_PACKED_BYTES, MAX_RATIO = 256_000_000, 200
 
 
 @dataclass(frozen=True)
@@ -94,18 +101,49 @@ def _load_arrays(path: str | Path) -> dict[str, numpy.ndarray]:
         raise RegraftError(f"no images at '{path}': give a .npz file with pixel_values and labels")
 
     names = ("pixel_values", "labels")
-    try:
+    what, remedy = f"'{path}' is no readable .npz file", "save it again with numpy.savez"
+    with explain_errors(what, remedy):
+        with zipfile.ZipFile(path) as archive:
+            for name in set(archive.namelist()) & {f"{name}.npy" for name in names}:
+                _check_array(archive, name, str(path))
         # without pickle: a pickled array could run code
         with numpy.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names if name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise RegraftError(
-            f"'{path}' is no readable .npz file ({first_line(error)}): save it again with "
-            "numpy.savez"
-        ) from error
 
     if missing := [name for name in names if name not in arrays]:
         raise RegraftError(
             f"'{path}' has no array '{missing[0]}': it needs pixel_values and labels"
         )
     return arrays
+
+
+def _check_array(archive: zipfile.ZipFile, name: str, path: str) -> None:
+    """RegraftError when an array's header does not fit its bytes, or these the memory.
+
+    NumPy takes memory for whatever a header says before it reads any values.
+    """
+    facts = archive.getinfo(name)
+    with archive.open(name) as stream:
+        version = numpy.lib.format.read_magic(stream)
+        kind = "1_0" if version == (1, 0) else "2_0"
+        read_header = getattr(numpy.lib.format, f"read_array_header_{kind}")
+        shape, _, dtype = read_header(stream)
+        held = facts.file_size - stream.tell()
+
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != held:
+        raise RegraftError(
+            f"'{path}' has {held:,} bytes for '{name}' of shape {shorten(list(shape))} and dtype"
+            f" {dtype}, which has {needed:,}: save it again with numpy.savez"
+        )
+    if needed > max(MAX_PACKED_BYTES, MAX_RATIO * facts.compress_size):
+        raise RegraftError(
+            f"'{path}' has {needed:,} bytes for '{name}' that are compressed more than {MAX_RATIO}"
+            " to 1: save it with numpy.savez, which does not compress"
+        )
+    free = free_memory()
+    if free is not None and needed > free:
+        raise RegraftError(
+            f"'{path}' needs {needed:,} bytes of memory for '{name}', there are {free:,}: "
+            "give fewer images, or use a machine with more"
+        )

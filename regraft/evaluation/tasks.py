@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError, suggest
+from ..io.files import parse_json
 from .rows import Metric
 
 Row = Mapping[str, Any]  # a line of a task's file; the task says which fields it has
@@ -257,13 +257,7 @@ def parse_row(line: str, fields: Mapping[str, type], where: str) -> Row:
     RegraftError when it is not JSON, a field is missing or of another type, or `gold` is the number
     of no choice.
     """
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RegraftError(
-            f"{where} is not JSON ({error.msg}): is the file cut short? Get it again"
-        ) from error
-
+    row = parse_json(line.encode(), where, "is the file cut short? Get it again")
     for name, kind in fields.items():
         value: Any = row.get(name) if isinstance(row, dict) else None
         if not _fits(value, kind):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from ..core.checkpoint import Checkpoint
+from ..core.config_checks import check_sizes
 from ..errors import RegraftError
 from .target_sizes import WidthSizes
 
@@ -23,6 +25,8 @@ def solve_sizes(source: Checkpoint, request: WidthSizes) -> tuple[dict[str, int]
         The sizes of the target by axis name, and into how many heads each key/value head of the
         source is split (1: they stay whole).
     """
+    asked = {field.name: getattr(request, field.name) for field in fields(WidthSizes)}
+    check_sizes(source.anatomy.family, {name: size for name, size in asked.items() if size})
     _check_no_size_shrinks(source, request)
     old, anatomy = source.sizes, source.anatomy.host(source.config)
     old_heads = old["kv"] * old["group"]

@@ -151,6 +151,13 @@ def partial_path(target: Path) -> Path:
     return output.sibling_path(target, "regraft", UNFINISHED) / output.WORK / target.name
 
 
+def claim_scratch(target: Path) -> Path:
+    """A folder for what a command needs until the directory `target`, a real path, is written."""
+    hidden = output.sibling_path(target, "regraft", UNFINISHED)
+    output.claim_folder(hidden, output.Marker(UNFINISHED))
+    return hidden / output.WORK / "scratch"
+
+
 @contextmanager
 def claim_partial(path: Path) -> Iterator[None]:
     """Inside, no other run makes the hidden directory `path`; what it lies in goes with it."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from ..errors import RegraftError
+from .schema import shorten
 
+LARGEST = 1e18  # more tokens or bytes than there are
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
@@ -21,7 +23,10 @@ def parse_number(text: str, name: str) -> int:
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?) ?([KMGBT]?)B?", text.strip(), re.I)
     if not found:
         raise RegraftError(f"{name} is '{text}': give a number such as 200000, 500M, 1B or 80GB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    value = float(found[1]) * UNITS[found[2].upper()]
+    if value >= LARGEST:
+        raise RegraftError(f"{name} is '{shorten(text)}': give less than {LARGEST:.0e}")
+    return int(value)
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -32,7 +37,8 @@ def parse_lengths(text: str) -> list[int]:
     lengths = []
     for word in text.lower().split(","):
         digits, factor = (word[:-1], 1024) if word.endswith("k") else (word, 1)
-        if not digits.strip().isdigit() or int(digits) == 0:
+        # Digits of other scripts are digits too, but no numbers; 12 of them are more than enough.
+        if not re.fullmatch("[0-9]{1,12}", digits.strip()) or int(digits) == 0:
             raise RegraftError(
                 f"'{word}' in --lengths '{text}' is no length: write counts such as 512 or 16k"
             )

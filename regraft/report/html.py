@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Required, TypedDict
 
 from ..core.lineage import Lineage
+from ..errors import explain_errors
 from ..evaluation.rows import SuiteRow
 from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
 from ..io.schema import Measured
@@ -96,7 +97,9 @@ def collect(directory: Path) -> dict[str, Any]:
 def write(directory: Path) -> Path:
     """Write report.html and report.json into a run directory; returns the page's path."""
     numbers = collect(directory)
-    page = render_page(numbers, read_json_lines(directory / METRICS, MetricsRow))
+    # Files that are as they should be one by one may still not belong together.
+    with explain_errors(f"no page can be made of '{directory}'", "run it again in another folder"):
+        page = render_page(numbers, read_json_lines(directory / METRICS, MetricsRow))
     write_json(directory / "report.json", numbers)
     write_text(directory / "report.html", page)
     return directory / "report.html"

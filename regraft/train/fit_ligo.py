@@ -170,6 +170,7 @@ def fit_from_options(
     options: Mapping[str, Any],
     ticker: Ticker,
     out: Path | None = None,
+    scratch: Path | None = None,
 ) -> Learned:
     """`fit_maps` for the command line.
 
@@ -182,6 +183,7 @@ def fit_from_options(
         options: fields of `Ligo` and of `FitOptions`.
         ticker: shows the progress.
         out: see `fit_maps`.
+        scratch: folder for the text's tokens, which the caller removes; None for a temporary one.
     """
     own = {field.name for field in fields(FitOptions)}
     known = own | {field.name for field in fields(Ligo)}
@@ -204,7 +206,7 @@ def fit_from_options(
     tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(source.path)
     # `stage` is one step; as many rows are read as all steps need.
     whole = replace(stage, tokens=stage.tokens * max(method.steps, 1))
-    rows = load_stage_rows(data, whole, tokenizer, ticker=ticker)(stage.length)
+    rows = load_stage_rows(data, whole, tokenizer, scratch, ticker=ticker)(stage.length)
 
     def report_progress(step: int, steps: int, row: FitRow) -> None:
         overhead = f"weights cost {100 * row['overhead']:.2f} % of a step"

@@ -121,6 +121,22 @@ def _must_replace(out: Path, overwrite: bool, kind: str, request: Mapping[str, A
     return True
 
 
+@contextmanager
+def open_scratch(target: Path) -> Iterator[Path]:
+    """A folder beside an output, for what is needed until it is written. Every process calls it.
+
+    Args:
+        target: the real path of the output.
+    """
+    scratch = distributed.on_rank0(lambda: shard_writer.claim_scratch(target))
+    try:
+        yield scratch
+    finally:
+        if distributed.is_rank0():
+            shutil.rmtree(scratch, ignore_errors=True)
+            output.release_folder(scratch.parents[1], is_new=True)
+
+
 def publish_model(folder: Path, out: Path) -> None:
     """Move a model's files from a folder that `Checkpoint.save` wrote into the run's own.
 

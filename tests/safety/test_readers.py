@@ -18,7 +18,7 @@ from helpers.comparison import recipe as write_recipe
 from helpers.damage import damaged
 from helpers.gguf_model import write_gguf
 from helpers.tiny import byte_tokenizer, save_model, tiny, write_text
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -42,13 +42,14 @@ from regraft.io.files import write_json, write_json_lines
 from regraft.mixers.remix import Remix
 from regraft.modeling.generate import generate
 from regraft.recipes.journal import Journal
-from regraft.report import html
+from regraft.report import html, plots
 from regraft.train import trackers
 from regraft.train.monitor import summarize_stages
 from regraft.train.output import open_run
 from regraft.train.row_store import RowStore
 
-os.environ.setdefault("REGRAFT_CACHE", "")
+FEW = 12
+EXAMPLES = int(os.environ.get("REGRAFT_FUZZ", FEW))  # a reader; more of them are random
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,6 @@ def read_target(folder: Path) -> None:
 
 def write_target(folder: Path) -> None:
     save_model(folder / "model", layers=1)
-    write_json(folder / "target" / "config.json", {}) if False else None
     (folder / "target").mkdir()
     config = json.loads((folder / "model" / "config.json").read_text())
     write_json(folder / "target" / "config.json", config | {"num_hidden_layers": 2})
@@ -354,23 +354,8 @@ READERS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder with the undamaged files of a reader."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("pristine") / "files"
-            made[name].mkdir()
-            READERS[name].make(made[name])
-        return made[name]
-
-    return make
-
-
-def run_reader(name: str, pristine: Path, work: Path, data: Any) -> None:
-    reader = READERS[name]
+def run_reader(reader: Reader, pristine: Path, work: Path, data: Any) -> None:
+    """Read once with one file damaged; anything but success or a RegraftError of one line fails."""
     files = sorted({file for pattern in reader.files for file in pristine.glob(pattern)})
     assert files
     victim = data.draw(st.sampled_from(files))
@@ -393,50 +378,27 @@ def run_reader(name: str, pristine: Path, work: Path, data: Any) -> None:
             assert len(str(error)) < 1000, error
 
 
-COLLECT: dict[str, list[str]] = {}
-
-
 @pytest.mark.parametrize("name", READERS)
-def test_readers(name: str, pristine: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_damaged_file_is_read_or_refused_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "cache"))
-    at = pristine(name)
-    READERS[name].read(shutil.copytree(at, tmp_path / "whole"))
-    found: dict[str, str] = {}
+    # Pictures take a second each, and no reader looks at them.
+    monkeypatch.setattr(plots, "svg", lambda drawing: b"<svg/>")
+    pristine = tmp_path / "pristine"
+    pristine.mkdir()
+    READERS[name].make(pristine)
+    READERS[name].read(shutil.copytree(pristine, tmp_path / "whole"))
 
     @settings(
-        max_examples=int(os.environ.get("EXAMPLES", 30)),
+        max_examples=EXAMPLES,
         deadline=None,
-        derandomize=not os.environ.get("COLLECT"),
+        derandomize=EXAMPLES == FEW,
         database=None,
-        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(st.data())
     def check(data: Any) -> None:
-        if not os.environ.get("COLLECT"):
-            return run_reader(name, at, tmp_path / "work", data)
-        import time
-        import traceback
-
-        begin = time.time()
-        try:
-            run_reader(name, at, tmp_path / "work", data)
-        except Exception as error:
-            if "hypothesis" in type(error).__module__:
-                raise
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [
-                f
-                for f in frames
-                if "/wt-read/regraft" in f.filename or "wt-read/tests" in f.filename
-            ][-1]
-            key = f"{type(error).__name__} {own.filename[15:]}:{own.lineno} {own.line} {str(error)[:100]!r}"
-            key2 = f"{type(error).__name__} {own.filename[15:]}:{own.lineno}"
-            found.setdefault(key2, key)
-        if time.time() - begin > 3:
-            found[f"slow {time.time() - begin}"] = "slow"
+        run_reader(READERS[name], pristine, tmp_path / "work", data)
 
     check()
-    with open("/tmp/h/found.txt", "a") as stream:
-        for key in found.values():
-            print(name, "|", key, file=stream)
