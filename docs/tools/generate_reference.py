@@ -195,7 +195,8 @@ def cli_page() -> str:
         "# Command line",
         "Made from the parser: this is what `regraft VERB --help` prints. Flags may be written with dashes or "
         "underscores. `--json` prints one JSON object on standard output and nothing else. Exit codes: 0 done, 1 a "
-        "check does not hold, 2 wrong use or input (one line says what, the value and what to do), 130 interrupted.",
+        "check does not hold, 2 wrong use or input (one line says what, the value and what to do), 70 a bug (its traceback "
+        "is in a file that the line names), 128 + N ended by signal N: 130 Ctrl-C, 141 nobody reads the output.",
         table(
             ["verb", "what it does", "resumes when run again", "runs under torchrun"],
             rows,

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, get_args
 
-from ..errors import RegraftError
+from ..errors import RegraftError, printable
 from ..io.files import read_own_json, sha256
 from ..io.safetensors import weight_files
 
@@ -240,6 +240,8 @@ def format_model_card(checkpoint: Checkpoint) -> str:
     papers = "\n".join(f"- {paper}" for paper in dict.fromkeys(cited))  # each once, in order
     steps = "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
 
+    # A name cannot end the code that it stands in.
+    name = printable(Path(source["path"]).name).replace("`", "'")
     no_papers = "- none beyond the source's own"
     # Models that transformers knows need no word on loading.
     load = (
@@ -249,7 +251,7 @@ def format_model_card(checkpoint: Checkpoint) -> str:
     return (
         "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
         f"# {source['family']}, regrafted\n\n"
-        f"Source: `{Path(source['path']).name}`, sha256 `{source['sha256']}`.\n\n"
+        f"Source: `{name}`, sha256 `{source['sha256']}`.\n\n"
         f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
         f"{load if mixers else ''}## Papers\n\n{papers or no_papers}\n\n"
         f"`{FILE}` says where every number comes from.\n"

@@ -88,6 +88,7 @@ def explain_memory(text: str) -> str:
     """
     needed = re.search(r"(?:allocate|mmap) (\d+) bytes", text)
     size = f"{int(needed[1]) / 1e6:,.1f} MB more are needed at once" if needed else text
+    size = size or "Python could not have more"
     found = available_memory()
     # What had been taken is free again by now.
     there = f"; once it had failed, {found[0] / 1e6:,.1f} MB were {found[1]}" if found else ""
