@@ -90,7 +90,7 @@ def test_stages_of_one_run_are_one_curve(tmp_path):
         for stage, step, flops, loss in rows:
             row = {"stage": stage, "step": step, "tokens": step, "flops": flops, "seconds": flops}
             file.write(json.dumps(row | {"eval_loss": loss, "eval_accuracy": 0.1}) + "\n")
-            file.write(json.dumps(row | {"loss": 1.0}) + "\n")
+            file.write(json.dumps(row | {"kind": "next", "loss": 1.0}) + "\n")
     stages = [{"tokens": 5, "flops": 50, "seconds": 50}, {"tokens": 5, "flops": 70, "seconds": 70}]
     start = {"tokens": 0, "flops": 7, "seconds": 1.0}
     curve = savings.read_curve(tmp_path, {"ledger": {"stages": stages}, "start": start})
