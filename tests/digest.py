@@ -139,7 +139,11 @@ def run_commands(tree: Path, folder: Path) -> dict[str, list[Any]]:
         if done.returncode == 2 or not done.stdout:
             raise SystemExit(f"{' '.join(flags)}: {done.stderr[-2000:]}")
         found[f"{name} stdout"] = leaves(json.loads(done.stdout))
-        for file in sorted(path for path in (folder / name).rglob("*") if path.is_file()):
+        for file in sorted(
+            path
+            for path in (folder / name).rglob("*")
+            if path.is_file() and path.name != ".regraft.json"  # has paths and hashes of the rest
+        ):
             values = read_values(file)
             if values:
                 place = re.sub(r"[0-9a-f]{12,}", "HASH", str(file.relative_to(folder / name)))

@@ -127,22 +127,22 @@ def describe_request(
 
 
 def identify_input(name: str, given: str) -> dict[str, str]:
-    """The identity of an input: a model, a config of one, a file, or a text.
+    """The identity of an input: a model, a text, or a file or folder with a config.json.
 
     Args:
         name: of the argument.
-        given: the path.
+        given: the path. What is not there is refused by what reads it.
     """
     from ..data.files import find_files
-    from ..io.files import sha256
     from ..io.identity import identify_file, identify_files, identify_model
 
-    path = Path(given)
     if name == "source":
-        return identify_model(path)
-    if path.is_dir() and (path / "config.json").is_file():
-        return {"config.json": sha256(path / "config.json")}
-    return {"file": identify_file(path)} if path.is_file() else identify_files(find_files(given))
+        return identify_model(given)
+    if name == "data" and Path(given).suffix != ".npz":
+        return identify_files(find_files(given))
+    path = Path(given)
+    file = path / "config.json" if path.is_dir() else path
+    return {"file": identify_file(file)} if file.is_file() else {}
 
 
 def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:

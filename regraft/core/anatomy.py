@@ -95,6 +95,8 @@ class Anatomy:
     bridge: Callable[[Config], str | None] = no_bridge
     # Config keys whose value is a list with one entry per layer.
     layer_lists: tuple[str, ...] = ()
+    # Config keys that may be missing, but not null.
+    not_null: tuple[str, ...] = ()
     # (key, divisor key): the class requires the first to be a multiple of the second.
     divides: tuple[tuple[str, str], ...] = ()
     # Axis -> number that its size must be a multiple of.
@@ -128,6 +130,8 @@ class Anatomy:
         RegraftError when a key is missing or no positive whole number, when the equations
         contradict each other, or when they leave an axis open.
         """
+        for key in sorted(self.required_keys()):
+            self._check_size(config, key)
         config = self.fill_defaults(config)
         sizes = dict(self.fixed)
 
@@ -151,12 +155,7 @@ class Anatomy:
 
         Returns whether it could be solved: False while two or more axes are unknown.
         """
-        value, axes = config.get(key), text.split()
-        if type(value) is not int or value < 1:
-            raise RegraftError(
-                f"{self.family} config has {key} = {value!r}: it must be a positive whole number"
-            )
-
+        value, axes = self._check_size(config, key), text.split()
         unknown = [axis for axis in axes if axis not in sizes]
         if len(unknown) > 1:
             return False
@@ -175,6 +174,15 @@ class Anatomy:
         if unknown:
             sizes[unknown[0]] = value // known
         return True
+
+    def _check_size(self, config: Config, key: str) -> int:
+        """The value of a key; RegraftError when it is no positive whole number."""
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise RegraftError(
+                f"{self.family} config has {key} = {value!r}: it must be a positive whole number"
+            )
+        return value
 
     def config_keys(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Config keys for axis sizes, the inverse of `solve`.

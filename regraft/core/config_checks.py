@@ -89,18 +89,39 @@ def check_config(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     for key, value in _iter_numbers(config):
         name = key.rpartition(".")[2]
         if name.startswith(("num_", "n_")) and value > MAX_COUNT and not _is_axis(name, anatomy):
-            raise RegraftError(
-                f"{family} config has {key} = {shorten(value)}: the limit is {MAX_COUNT:,}, fix it"
-            )
-        if name in POSITIVE and value <= 0:
-            raise RegraftError(
-                f"{family} config has {key} = {shorten(value)}: it must be positive, fix it"
-            )
-        if name in SHARES and not 0 < value <= 1:
-            raise RegraftError(
-                f"{family} config has {key} = {shorten(value)}: it is a share above 0 and at most"
-                " 1, fix it"
-            )
+            problem = f"the limit is {MAX_COUNT:,}"
+        elif name in POSITIVE and value <= 0:
+            problem = "it must be positive"
+        elif name in SHARES and not 0 < value <= 1:
+            problem = "it is a share above 0 and at most 1"
+        elif ("dropout" in name or "pdrop" in name) and not 0 <= value <= 1:
+            problem = "it is a share, 0 to 1"
+        else:
+            continue
+        raise RegraftError(f"{family} config has {key} = {shorten(value)}: {problem}, fix it")
+    _check_attention_keys(config, anatomy)
+
+
+def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
+    """RegraftError when keys are of the right types, but the model could not run with them."""
+    if any(config.get(key) is None for key in anatomy.required_keys()):
+        return  # `Anatomy.solve` says which
+    full = anatomy.fill_defaults(config)
+    window, experts = full.get("sliding_window", 1), full.get(anatomy.routed, 1)
+    sliding = "sliding_attention" in (full.get("layer_types") or ())
+    has_window = full.get("use_sliding_window", True)
+    if (window is None and sliding) or (window is not None and window < 1 and has_window):
+        raise RegraftError(
+            f"{anatomy.family} config has sliding_window = {window!r}: it must be positive, fix it"
+        )
+    count = next((full.get(key) for key, axis in anatomy.sizes if axis == "expert"), 1)
+    if experts is not None and count is not None and not 1 <= experts <= count:
+        raise RegraftError(
+            f"{anatomy.family} config has {anatomy.routed} = {experts}: give 1 to {count}"
+        )
+    for key in anatomy.not_null:
+        if key in config and config[key] is None:
+            raise RegraftError(f"{anatomy.family} config has {key} = None: give a number")
 
 
 def _is_axis(name: str, anatomy: Anatomy) -> bool:
@@ -116,6 +137,7 @@ def _find_wrong_keys(config: Mapping[str, Any], anatomy: Anatomy) -> Iterator[An
         if isinstance(default, (bool, str)):
             kinds[key] = type(default)
     kinds |= dict.fromkeys(anatomy.layer_lists, list)
+    kinds |= {anatomy.routed: int} if anatomy.routed else {}
     # Last: sizes that may be left out have a default too.
     kinds |= {key: int for key, _ in anatomy.sizes}
     for key, kind in kinds.items():

@@ -32,5 +32,7 @@ anatomy = replace(
     },
     defaults={**DEFAULTS, **head_defaults(HEADS)},
     ignored={**IGNORED, r"lm_head\.decoder\.bias": "tied: the config shares it with lm_head.bias"},
+    # The class counts positions from the token after it.
+    not_null=("pad_token_id",),
     prefix=base_prefix(HEADS, "roberta."),
 )

@@ -236,6 +236,9 @@ def parse_json(data: bytes, where: str, remedy: str) -> Any:
         )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_join_pairs)
+        # Half a character, such as \ud800, is JSON, and can be written to no file.
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise RegraftError(f"{where} is nested deeper than {JSON_DEPTH}: {remedy}") from error
     except ValueError as error:

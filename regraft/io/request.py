@@ -70,6 +70,8 @@ def find_changed_input(before: Any, now: Mapping[str, Mapping[str, str]]) -> str
         before: the identity of each input as it was recorded. Inputs without one are new.
         now: the identity of each input.
     """
+    if not isinstance(before, Mapping):
+        return find_change(before, {})
     for name, identity in now.items():
         if name in before and (change := find_change(before[name], identity)):
             return f"{name}: {change}"

@@ -191,7 +191,7 @@ def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remov
             f"'{out}' holds a run with other settings ({changed}): give another output, or remove "
             f"{remove}"
         )
-    if set(inputs) != set(inputs_now):
+    if isinstance(inputs, Mapping) and set(inputs) != set(inputs_now):
         raise RegraftError(
             f"'{out}' holds a run with other inputs ({', '.join(inputs) or 'none recorded'}, now "
             f"{', '.join(inputs_now)}): give the same ones or another output, or remove {remove}"

@@ -145,7 +145,7 @@ CASES = [
     ("mask", {"stage-options": '{"mask_share": 1.5}'}, "mask_share is 1.5"),
     ("next", {"batch": 0}, "0 rows of 64"),
     ("next", {"every": 3}, "--every 3 .* --heldout PATH"),
-    ("next", {"moments": "nowhere.safetensors"}, "no optimiser state at 'nowhere.safetensors'"),
+    ("next", {"moments": "nowhere.safetensors"}, "cannot read 'nowhere.safetensors'"),
     ("next", {"layers": "bottom:9"}, "layers 'bottom:9' of a model with layers 0 to 2"),
     ("next", {"layers": "top:2"}, "layers is 'top:2'"),
     ("next", {"stage-options": '{"layer_drop": 1}'}, "give shares from 0, below 1"),

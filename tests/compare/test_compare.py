@@ -22,6 +22,7 @@ from regraft.cli import main as cli
 from regraft.compare import arm as arms
 from regraft.compare import data, report, savings, scheduler
 from regraft.compare import recipe as schema
+from regraft.compare.folders import FITTING
 from regraft.compare.numbers import NO_COST
 from regraft.compare.savings import Curve, compute_savings, find_crossing, mean_and_std, mean_curve
 from regraft.core.checkpoint import Checkpoint
@@ -88,9 +89,10 @@ def test_stages_of_one_run_are_one_curve(tmp_path):
     rows = [(0, 0, 0, 5.0), (0, 5, 50, 4.0), (1, 0, 0, 4.0), (1, 5, 70, 3.0)]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for stage, step, flops, loss in rows:
-            row = {"stage": stage, "step": step, "tokens": step, "flops": flops, "seconds": flops}
+            row = {"stage": stage, "kind": "next", "step": step, "tokens": step}
+            row |= {"flops": flops, "seconds": flops}
             file.write(json.dumps(row | {"eval_loss": loss, "eval_accuracy": 0.1}) + "\n")
-            file.write(json.dumps(row | {"loss": 1.0}) + "\n")
+            file.write(json.dumps(row | {"kind": "next", "loss": 1.0}) + "\n")
     stages = [{"tokens": 5, "flops": 50, "seconds": 50}, {"tokens": 5, "flops": 70, "seconds": 70}]
     start = {"tokens": 0, "flops": 7, "seconds": 1.0}
     curve = savings.read_curve(tmp_path, {"ledger": {"stages": stages}, "start": start})
@@ -280,7 +282,7 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
 
     monkeypatch.setattr(fit_ligo, "fit_maps", noted)
     for name in ("whole", "broken"):
-        scheduler.claim(made, tmp_path / name)
+        (tmp_path / name).mkdir()
         data.prepare_data(made, tmp_path / name)
         arms.pretrain(made, tmp_path / name, "source", 0, lambda share: None)
     with pytest.raises(InterruptedError):
@@ -293,7 +295,7 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
         for name in ("whole", "broken")
     ]
     assert curves[0].loss == curves[1].loss and curves[0].flops == curves[1].flops
-    assert not (arms.arm_folder(tmp_path / "broken", "learned", 0) / arms.FITTING).exists()
+    assert not (arms.arm_folder(tmp_path / "broken", "learned", 0) / FITTING).exists()
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_unknown_family_names_the_file_to_write() -> None:
         ("hidden_size", None, "hidden_size = None: it must be a positive whole number"),
         ("num_attention_heads", 10, "num_attention_heads = 10, not a multiple of 3"),
         ("num_hidden_layers", 0, "num_hidden_layers = 0"),
-        ("vocab_size", "many", "vocab_size = 'many'"),
+        ("vocab_size", "many", "vocab_size is 'many', not a whole number"),
     ],
 )
 def test_config_that_does_not_add_up(key: str, value: object, message: str) -> None:

@@ -102,11 +102,11 @@ def test_unfinished_run_still_gives_a_page(tmp_path):
 
 def test_damaged_files_are_named(folder):
     (folder / "eval.json").write_text("{")
-    with pytest.raises(RegraftError, match="eval.json is not JSON"):
+    with pytest.raises(RegraftError, match="eval.json' is not JSON"):
         html.collect(folder)
     (folder / "metrics.jsonl").write_text('{"a": \n{}\n')
-    with pytest.raises(RegraftError, match="metrics.jsonl line 1"):
-        read_json_lines(folder / "metrics.jsonl")
+    with pytest.raises(RegraftError, match="metrics.jsonl' line 1"):
+        read_json_lines(folder / "metrics.jsonl", dict)
 
 
 @pytest.mark.parametrize(

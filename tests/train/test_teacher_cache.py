@@ -22,6 +22,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.rows import Packed
 from regraft.errors import RegraftError
+from regraft.io.files import PART
 from regraft.mixers.remix import Remix
 from regraft.train import loop, row_store, step, teacher_cache
 from regraft.train.distill import evaluate_kl
@@ -220,12 +221,14 @@ def test_damaged_files_are_found_and_made_again(source, tmp_path, monkeypatch) -
     files[0].write_bytes(flipped)
     files[1].write_bytes(files[1].read_bytes()[:-100])
     files[2].write_bytes(b"")
-    (files[3].parent / "left.part").write_bytes(b"killed while writing")
+    (files[3].parent / f"{PART}1-left").write_bytes(b"killed while writing")
+    (files[3].parent / "other.part").write_bytes(b"somebody else's")
     again = CachedTeacher(str(source.origin), keeping)
     assert evaluate_kl(model, again, text) == pytest.approx(whole, rel=1e-6)
     told = again.flush()
     assert told["damaged"] == 3 and 0 < told["computed"] == told["kept"] < 8
-    assert not list(tmp_path.glob("*/*.part"))
+    assert not list(tmp_path.glob(f"*/{PART}*"))
+    assert (files[3].parent / "other.part").read_bytes() == b"somebody else's"
     last = CachedTeacher(str(source.origin), keeping)
     assert evaluate_kl(model, last, text) == pytest.approx(whole, rel=1e-6) and last.computed == 0
 

@@ -19,7 +19,7 @@ from ..records import StageSummary, StepRow
 from ..session import describe_request, describe_run, training_rows
 from ..stage import Stage
 from . import align
-from .state import LayerwiseRun
+from .state import LayerwiseRun, check_layerwise_models
 
 
 def align_saved_model(
@@ -98,6 +98,7 @@ def align_in_folder(
     """Align in a claimed folder and say that it is complete; see `align_saved_model`."""
     ticker.start(f"reading {model}")
     source, student = (Checkpoint.open(path, allow_nonfinite) for path in (teacher, model))
+    check_layerwise_models(source, student)
     for checkpoint in (source, student):
         checkpoint.verify()
 

@@ -112,7 +112,7 @@ def test_its_flags_stand_alone_only_with_it(source, linearized, text, tmp_path, 
     assert "from a llama to a llama" in refused(capsys, *words)
     (tmp_path / "out" / "notes.txt").parent.mkdir(exist_ok=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "holds 'notes.txt' and no streamed run" in refused(capsys, *words)
+    assert "holds 'notes.txt', which is not of regraft" in refused(capsys, *words)
 
 
 def test_the_teacher_is_not_loaded_a_second_time(
