@@ -340,9 +340,8 @@ def read_tree(folder: Path) -> dict[str, bytes]:
 
 
 def modification_times(folder: Path) -> dict[str, int]:
-    """When each file of weights was written, by relative path."""
-    files = folder.rglob("*.safetensors")
-    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
+    """When each file of weights in an output was written, by name."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
 
 
 def without_clocks(text: str) -> bytes:

@@ -14,9 +14,9 @@ from helpers.faults import NO_INODES, NO_SPACE, SYNC, WRITE
 from helpers.kill import COMMANDS, begin_trial, read_tree, sample_points
 
 QUICK = ("grow", "grow with moments", "grow with moments over a model", "linearize over a model")
-LONG = {name: 4 for name in COMMANDS if name.startswith("train")}
+LONG = {name: 3 for name in COMMANDS if name.startswith("train")}
 LONGEST = {name: 2 for name in COMMANDS if name not in QUICK and name not in LONG}
-SAMPLES = {name: 8 for name in QUICK} | LONG | LONGEST
+SAMPLES = {name: 6 for name in QUICK} | LONG | LONGEST
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "grow"]
 
 
@@ -36,15 +36,10 @@ def failures(trial, kinds: int, count: int, **options) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("trial", ["grow", *SLOW], indirect=True)
-def test_no_space(trial, request):
-    name = request.node.callspec.params["trial"]
-    assert not failures(trial, NO_SPACE, SAMPLES[name], torn=True)
-
-
-@pytest.mark.parametrize("trial", ["grow", *SLOW], indirect=True)
-def test_no_inodes(trial, request):
-    name = request.node.callspec.params["trial"]
-    assert not failures(trial, NO_INODES, SAMPLES[name] // 2)
+def test_no_space_and_no_inodes(trial, request):
+    count = SAMPLES[request.node.callspec.params["trial"]]
+    assert not failures(trial, NO_SPACE, count, torn=True)
+    assert not failures(trial, NO_INODES, count // 2)
 
 
 @pytest.mark.slow
@@ -53,7 +48,7 @@ def test_no_inodes(trial, request):
 )
 def test_a_disk_that_breaks_for_a_moment(trial):
     """One write or flush fails, and all later ones work."""
-    points = sample_points(trial.changes, WRITE | SYNC, 2, 3)
+    points = sample_points(trial.changes, WRITE | SYNC, 2, 2)
     problems = {
         f"at {at} ({trial.changes[at - 1]})": found
         for at in points
