@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_apart, describe_request
+from .verb import Outcome, Verb, check_apart, check_folders, describe_request
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +105,7 @@ def linearize(
         )
 
     target, done = check_apart(given, (*INPUTS, "cache")), False
+    check_folders(given, ("cache",))
     request = None
     if not tokens:  # a run that trains looks after its output itself
         ignored = ("track", "cache")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_apart, check_unused_flags
+from .verb import Outcome, Verb, check_apart, check_folders, check_unused_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,6 +132,7 @@ def train(
     )  # a tracker that is not installed is an error now, not after hours
     check_flags(given)
     check_apart(given, INPUTS)
+    check_folders(given, ("cache", "teacher_cache", "scratch"))
     request = build_stage(given)
     text = Text(
         data or "",

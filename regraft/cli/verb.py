@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,20 @@ def check_apart(given: Mapping[str, Any], inputs: Sequence[str]) -> Path:
             found = glob.glob(piece) if glob.has_magic(piece) else [piece]
             pairs += [(f"{name.replace('_', ' ')}", path) for path in found if path]
     return output.check_apart(given["out"], pairs)
+
+
+def check_folders(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """RegraftError for a flag that takes a folder and was given a file.
+
+    Args:
+        given: the verb's arguments by name.
+        names: of the flags.
+    """
+    for name in names:
+        path = Path(given[name]) if given[name] else None
+        if path is not None and os.path.lexists(path) and not path.is_dir():
+            flag = name.replace("_", "-")
+            raise RegraftError(f"--{flag} '{path}' is no folder: give a folder, or a new name")
 
 
 def describe_request(

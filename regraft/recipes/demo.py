@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data import default_text
 from ..errors import RegraftError
+from ..io import output
 from ..io.shard_writer import new_directory
 from ..progress import Ticker
 from . import run as experiment
@@ -33,6 +34,9 @@ def run(out: str, overrides: Mapping[str, str]) -> dict[str, Any]:
         The report's numbers.
     """
     recipe = schema.load(str(recipe_file()), overrides)
+    target = output.check_apart(out, [("cache", CACHE)])
+    if target.is_dir():
+        output.check_claimable(target)
     os.environ.setdefault("REGRAFT_CACHE", str(CACHE / "converted"))
     with Ticker() as ticker:
         ticker.start("fetching model and text into .cache")

@@ -22,7 +22,7 @@ from ..evaluation.perplexity import Candidate, measure
 from ..evaluation.rows import QualityRow
 from ..evaluation.suite import Suite, add_share_of_teacher
 from ..io import output
-from ..io.files import read_json_if_exists, write_json
+from ..io.files import read_json_if_exists, remove_parts, write_json
 from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
 from ..linearize.pipeline import choose_layers, train_linearized
@@ -95,12 +95,19 @@ def run_recipe(
 
 
 def is_reported(recipe: Recipe, out: Path) -> bool:
-    """Whether a run of this very recipe is complete, so that its inputs are needed no more."""
+    """Whether a run of this very recipe is complete, so that its inputs are needed no more.
+
+    What a kill at its very end has left is removed.
+    """
     file = out / "recipe.yaml"
     marker = output.read_marker(out) if file.is_file() else None
     if marker is None or not marker.complete or marker.kind != KIND:
         return False
-    return file.read_text(encoding="utf-8") == schema.dump(recipe)
+    if file.read_text(encoding="utf-8") != schema.dump(recipe):
+        return False
+    output.remove_work(out)
+    remove_parts(out)
+    return True
 
 
 def dump_without_paths(recipe: Recipe) -> str:

@@ -28,6 +28,16 @@ BLOCK = 4096  # bytes: a file takes whole blocks of the disk
 Row = dict[str, Tensor]  # one row of a batch, by the names of its tensors
 
 
+def check_cache_folder(root: Path) -> None:
+    """RegraftError when a folder cannot be a teacher cache, since it holds other files."""
+    foreign = output.find_foreign(root, None) if root.is_dir() else None
+    if foreign and output.read_marker(root) is None:
+        raise RegraftError(
+            f"--teacher-cache '{root}' holds '{foreign}', which is not of regraft: give a new "
+            "folder, or a cache that regraft made"
+        )
+
+
 class RowStore:
     """Rows in the folder `root/name`; all folders of `root` together stay within a limit.
 

@@ -33,6 +33,7 @@ from .monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stages
 from .objectives import Data, Rows
 from .output import TEXT, TRAINED, finish_run, open_run, publish_model
 from .records import Cost
+from .row_store import check_cache_folder
 from .stage import LAYERWISE, Stage
 from .teacher_cache import CachedTeacher, Teacher, TeacherCacheConfig
 
@@ -374,6 +375,8 @@ def train_saved_model(
     """
     target = output.check_apart(out, [("model", model), ("teacher", teacher), ("cache", cache)])
     moments = options.get("moments")
+    if keeping:  # a folder that is not regraft's is refused before anything is read
+        check_cache_folder(keeping.folder)
 
     def request() -> dict[str, Any]:
         return describe_request(model, data, teacher, seed, stage, heldout, moments)
