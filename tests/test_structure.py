@@ -105,8 +105,10 @@ def test_the_package_stays_small():
     # 2,900 more, liveness (a trial of a few training steps, what it shows) 300, training of stock
     # models 490, FLOPs from the anatomy 150, learned growth 560, comparisons of growth with scratch
     # 890, alignment layer by layer 490, text as a stream with its cache 560, teachers behind a
-    # cache 300, watching and trackers 320, forecasts of training 400.
-    assert sum(code_lines(file) for file in FILES) <= 24000
+    # cache 300, watching and trackers 320, forecasts of training 400; who owns outputs 500,
+    # identity of inputs 350, schemas and bounds of what is read 1,100, recipes without a parser
+    # that calls classes 300, signals, streams and failures 500.
+    assert sum(code_lines(file) for file in FILES) <= 25500
     assert (
         statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES)
         <= 130

@@ -59,11 +59,15 @@ def is_exact(steps: list[dict[str, Any]]) -> bool:
 def keeps_function(step: dict[str, Any]) -> bool:
     """Whether a step of lineage.json keeps the function; steps that are no growth do not."""
     name = step.get("step")
-    if name == "Widen":
-        return "aki" not in step["arguments"]["how"]
-    if name == "Deepen":
-        return step["arguments"]["how"] in depth.EXACT
-    return name in ("Bridge", "Store")
+    if name not in ("Widen", "Deepen"):
+        return name in ("Bridge", "Store")
+
+    how = step.get("arguments", {}).get("how")
+    if not isinstance(how, str):
+        raise RegraftError(
+            f"the step {name} in lineage.json has how = {how!r}: make the model again"
+        )
+    return "aki" not in how if name == "Widen" else how in depth.EXACT
 
 
 def difference_bound(before: Checkpoint, after: Checkpoint) -> float:

@@ -145,11 +145,8 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
     provenances = {
         checkpoint.names[key]: lazy.provenance for key, lazy in checkpoint.tensors.items()
     }
-    seeds = [
-        step["arguments"]["seed"]
-        for step in checkpoint.history
-        if "seed" in step.get("arguments", {})
-    ]
+    arguments = [step.get("arguments", {}) for step in checkpoint.history]
+    seeds = [known["seed"] for known in arguments if type(known.get("seed")) is int]
 
     lineage: Lineage = {
         "source": origin(checkpoint),

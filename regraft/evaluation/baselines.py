@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
+from ..errors import explain_errors
 from ..mixers.remix import Remix
 from .perplexity import Candidate
 
@@ -68,5 +69,6 @@ def remix_of(checkpoint: Checkpoint) -> Remix | None:
     """The Remix that made a checkpoint, from its lineage; None where none did."""
     for step in reversed(checkpoint.history):
         if step.get("step") == "Remix":
-            return Remix(**step["arguments"])
+            with explain_errors("the step Remix in lineage.json is none", "make the model again"):
+                return Remix(**step["arguments"])
     return None

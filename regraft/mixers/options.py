@@ -7,7 +7,8 @@ import typing
 from typing import Any, Literal
 
 from ..errors import RegraftError
-from ..io.schema import find_mismatch
+
+LARGEST = 1 << 62  # of a number in an option
 
 
 def parse_options(name: str, kind: type, values: dict[str, Any]) -> Any:
@@ -27,7 +28,7 @@ def parse_options(name: str, kind: type, values: dict[str, Any]) -> Any:
         )
 
     for key, hint in typing.get_type_hints(kind).items():
-        if key in values and find_mismatch(values[key], hint):
+        if key in values and not _fits(values[key], hint):
             raise RegraftError(f"mixer '{name}': {key} is '{values[key]}', {_advice(hint)}")
     return kind(**values)
 
@@ -37,3 +38,19 @@ def _advice(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"use one of {', '.join(typing.get_args(hint))}"
     return f"give {getattr(hint, '__name__', hint)}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON or YAML is of a type.
+
+    An int is a float too. A bool is neither, although Python makes it an int.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if inner and origin is not dict:
+        return any(_fits(value, part) for part in inner)
+    if hint in (int, float):
+        is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return is_number and abs(value) < LARGEST  # which NaN and infinity are not
+    return isinstance(value, origin or hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from helpers.cli import refused
 from helpers.comparison import recipe as write_recipe
 from helpers.damage import damaged
 from helpers.gguf_model import write_gguf
@@ -402,3 +404,25 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(
         run_reader(READERS[name], pristine, tmp_path / "work", data)
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": ', "config.json' is not JSON"),
+        ("config.json", "[" * 100_000, "nested deeper than 100"),
+        ("config.json", '{"model_type": ["llama"]}', "unknown family"),
+        ("generation_config.json", "[1]", "generation_config.json' is \\[1\\], not an object"),
+        ("tokenizer_config.json", "[1]", "no tokenizer in"),
+        ("tokenizer.json", '{"version": 99}', "no tokenizer in"),
+        ("lineage.json", '{"steps": {"a": 1}}', "lineage.json': steps is {'a': 1}, not a list"),
+        ("lineage.json", '{"version": 7}', "version is 7, this regraft reads version 1"),
+    ],
+)
+def test_the_command_line_says_one_line(
+    name: str, text: str, message: str, source: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = shutil.copytree(source, tmp_path / "model")
+    (model / name).write_text(text)
+    line = refused(capsys, "generate", model, "abc", "--tokens", 2)
+    assert re.search(message, line), line
