@@ -160,7 +160,7 @@ class ForkServer:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "helpers.fork_server", self.address],
             env=self.environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # its end ends the server, however this process ends
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -174,8 +174,9 @@ class ForkServer:
     def __exit__(self, *failure: object) -> None:
         self.process.terminate()
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
         self.state.close()
         shutil.rmtree(self.sockets, ignore_errors=True)
 

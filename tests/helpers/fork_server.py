@@ -124,18 +124,21 @@ def be_child(request: dict[str, Any], files: list[int]) -> None:
 
 
 def serve(address: str) -> None:
-    """Answer requests for ever: a line with the process, and when it has ended one with its wait
-    status.
+    """Answer requests until standard input ends: a line with the process, and when that has ended
+    one with its wait status.
     """
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(address)
     server.listen()
     selector = selectors.DefaultSelector()
     selector.register(server, selectors.EVENT_READ, None)
+    selector.register(0, selectors.EVENT_READ, "parent")
     print("ready", flush=True)
 
     while True:
         for key, _ in selector.select():
+            if key.data == "parent":
+                return
             if key.data is None:
                 line, _ = server.accept()
                 text, files, *_ = socket.recv_fds(line, 1 << 20, 2)
