@@ -214,7 +214,10 @@ class World:
             )
         except TimeoutError:
             return ["it hangs"]
-        return check_manners(made) + check_files(case, before, made)
+        problems = check_manners(made) + check_files(case, before, made)
+        if made.code == 0:  # a second command may replace what this one wrote
+            case.owned |= {path for path in survey(case.root) if path not in before}
+        return problems
 
 
 def check_manners(made: Finished) -> list[str]:
