@@ -107,13 +107,9 @@ def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     if any(config.get(key) is None for key in anatomy.required_keys()):
         return  # `Anatomy.solve` says which
     full = anatomy.fill_defaults(config)
-    window, experts = full.get("sliding_window", 1), full.get(anatomy.routed, 1)
-    sliding = "sliding_attention" in (full.get("layer_types") or ())
-    has_window = full.get("use_sliding_window", True)
-    if (window is None and sliding) or (window is not None and window < 1 and has_window):
-        raise RegraftError(
-            f"{anatomy.family} config has sliding_window = {window!r}: it must be positive, fix it"
-        )
+    _check_window(full, anatomy.family)
+
+    experts = full.get(anatomy.routed, 1)
     count = next((full.get(key) for key, axis in anatomy.sizes if axis == "expert"), 1)
     if experts is not None and count is not None and not 1 <= experts <= count:
         raise RegraftError(
@@ -122,6 +118,17 @@ def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     for key in anatomy.not_null:
         if key in config and config[key] is None:
             raise RegraftError(f"{anatomy.family} config has {key} = None: give a number")
+
+
+def _check_window(config: Mapping[str, Any], family: str) -> None:
+    """RegraftError when some layer has a window, but no size of it."""
+    window = config.get("sliding_window", 1)
+    sliding = "sliding_attention" in (config.get("layer_types") or ())
+    has_window = config.get("use_sliding_window", True)
+    if (window is None and sliding) or (window is not None and window < 1 and has_window):
+        raise RegraftError(
+            f"{family} config has sliding_window = {window!r}: it must be positive, fix it"
+        )
 
 
 def _is_axis(name: str, anatomy: Anatomy) -> bool:

@@ -101,12 +101,18 @@ def find_mismatch(value: Any, kind: Any, key: str = "") -> Mismatch | None:
     if typing.is_typeddict(kind) or dataclasses.is_dataclass(kind):
         return _find_in_fields(value, kind, key)
 
+    return _find_in_generic(value, kind, key)
+
+
+def _find_in_generic(value: Any, kind: Any, key: str) -> Mismatch | None:
+    """The first mismatch with a Literal, a union, a list, a tuple or a mapping."""
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Literal:
         fits = any(value == option and type(value) is type(option) for option in inner)
         return None if fits else _differs(value, kind, key)
     if origin in (Union, types.UnionType):
         return _find_in_union(value, kind, key)
+
     if not isinstance(value, Mapping if issubclass(origin, Mapping) else (list, tuple)):
         return _differs(value, kind, key)
     if origin is tuple and inner[1:] != (...,) and len(inner) != len(value):
