@@ -236,9 +236,10 @@ def parse_json(data: bytes, where: str, remedy: str) -> Any:
         )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_join_pairs)
-        # Half a character, such as \ud800, is JSON, and can be written to no file.
+        # Half a character, such as \ud800, is JSON, and can be written to no file. Bytes of a file
+        # name that are no UTF-8 stand as some of these halves, and are written as such bytes.
         if b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except RecursionError as error:
         raise RegraftError(f"{where} is nested deeper than {JSON_DEPTH}: {remedy}") from error
     except ValueError as error:

@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from .. import distributed, modeling
 from ..core.checkpoint import Checkpoint
 from ..data.corpus import TextMixture
-from ..data.files import find_files
 from ..data.images import read_images
 from ..data.text import Text
 from ..errors import RegraftError
 from ..io import output
 from ..io.files import read_json_if_exists, write_json
-from ..io.identity import identify_file, identify_files, identify_model
+from ..io.identity import identify_model
 from ..io.request import Identity
 from ..io.safetensors import read_tensors, save_tensors
 from ..modeling import flops
@@ -33,61 +32,10 @@ from .monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stages
 from .objectives import Data, Rows
 from .output import TEXT, TRAINED, finish_run, open_run, publish_model
 from .records import Cost
+from .requests import describe_request, describe_run
 from .row_store import check_cache_folder
 from .stage import LAYERWISE, Stage
 from .teacher_cache import CachedTeacher, Teacher, TeacherCacheConfig
-
-
-class RunFacts(TypedDict):
-    """What trackers store as a run's configuration."""
-
-    model: str  # path of the model that is trained
-    data: str  # path of its data
-    teacher: str | None  # path of the teacher
-    seed: int
-    stages: list[dict[str, Any]]  # the fields of each `Stage`
-
-
-def describe_run(model: str, data: Text, teacher: str | None, seed: int, stage: Stage) -> RunFacts:
-    """The facts of a run of one stage."""
-    return {
-        "model": model,
-        "data": data.path,
-        "teacher": teacher,
-        "seed": seed,
-        "stages": [dataclasses.asdict(stage)],
-    }
-
-
-def describe_request(
-    model: str,
-    data: Text,
-    teacher: str | None,
-    seed: int,
-    stage: Stage,
-    heldout: str | None = None,
-    moments: Path | None = None,
-    calibration: int = 0,
-) -> dict[str, Any]:
-    """Everything that decides what a run of one stage writes; inputs by their content."""
-    inputs = {"model": identify_model(model)}
-    if teacher:
-        inputs["teacher"] = identify_model(teacher)
-    if moments:
-        inputs["moments"] = {"file": identify_file(moments)}
-    for name, path in (("data", data.path), ("held-out data", heldout)):
-        if path:
-            files = [Path(path)] if stage.kind == "image" else find_files(path)
-            inputs[name] = identify_files(files)
-
-    return {
-        # --skip-bad may be added after a bad line stopped the first attempt
-        "data": dataclasses.asdict(dataclasses.replace(data, path="", skip_bad=False)),
-        "seed": seed,
-        "stage": dataclasses.asdict(stage),
-        "calibration": calibration,
-        "inputs": inputs,
-    }
 
 
 def training_rows(

@@ -339,7 +339,7 @@ def test_heads_that_follow_hidden_are_said(tmp_path: Path) -> None:
     target = Widen(hidden=48)(source)
     assert target.sizes["kv"] * target.sizes["group"] == 12
     assert Plan.of(source, target).notes == [
-        "9 heads became 12: llama wants hidden and heads to fit each other"
+        "9 heads became 12: in llama the hidden size must be the number of heads times the size of a head"
     ]
 
 

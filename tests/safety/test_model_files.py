@@ -337,7 +337,7 @@ def test_texts_and_images_hold_no_objects(tmp_path: Path) -> None:
 
     sprung = tmp_path / "sprung"
     numpy.savez(tmp_path / "a.npz", pixel_values=numpy.array([Evil(sprung)]), labels=[1])
-    with pytest.raises(RegraftError, match="no readable"):
+    with pytest.raises(RegraftError, match="no readable|dtype object"):
         read_images(tmp_path / "a.npz")
 
     # An extension type whose metadata is a pickle.

@@ -16,7 +16,8 @@ from ..metrics import FILE
 from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
 from ..output import TEXT, TRAINED, finish_run, open_run, publish_model
 from ..records import StageSummary, StepRow
-from ..session import describe_request, describe_run, training_rows
+from ..requests import describe_request, describe_run
+from ..session import training_rows
 from ..stage import Stage
 from . import align
 from .state import LayerwiseRun, check_layerwise_models
