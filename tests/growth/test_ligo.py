@@ -398,7 +398,7 @@ def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 143 and "to resume" in said and not broken.exists()
-    assert list(maps.glob("run/stage-0-step-*"))
+    assert list(maps.glob(f"{RUN}/stage-0-step-*"))
     assert cli(["grow", given, str(broken), *words]) == 0
     assert not maps.exists()
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
