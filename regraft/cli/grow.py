@@ -93,7 +93,7 @@ def grow(
     given = locals()
     check_flags(given)
     target = check_apart(given, INPUTS)
-    request = distributed.on_rank0(lambda: describe_request("grow", given, INPUTS))
+    request = distributed.on_rank0(lambda: describe_request(grow, given, INPUTS))
     done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
     before = Checkpoint.open(source, allow_nonfinite)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)

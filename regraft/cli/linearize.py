@@ -109,9 +109,7 @@ def linearize(
     request = None
     if not tokens:  # a run that trains looks after its output itself
         ignored = ("track", "cache")
-        request = distributed.on_rank0(
-            lambda: describe_request("linearize", given, INPUTS, ignored)
-        )
+        request = distributed.on_rank0(lambda: describe_request(linearize, given, INPUTS, ignored))
         done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
 
     # The method as published or as ours, then what the flags change of it.

@@ -125,20 +125,24 @@ def check_folders(given: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def describe_request(
-    verb: str, given: Mapping[str, Any], inputs: Sequence[str], ignored: Sequence[str] = ()
+    verb: Callable[..., Outcome],
+    given: Mapping[str, Any],
+    inputs: Sequence[str],
+    ignored: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that a command was asked for and that decides its result, by argument.
 
     Args:
-        verb: of the command.
+        verb: the command's function.
         given: its arguments by name.
         inputs: names of arguments that are paths of what is read.
         ignored: further arguments that decide nothing, beside the output and how it is shown.
     """
     left_out = {"out", "overwrite", "json", *ignored}
-    asked = {name: value for name, value in given.items() if name not in {*left_out, *inputs}}
+    names = [name for name in inspect.signature(verb).parameters if name not in left_out]
+    asked = {name: given[name] for name in names if name not in inputs}
     found = {name: identify_input(name, given[name]) for name in inputs if given[name]}
-    return {"verb": verb, **asked, "inputs": found}
+    return {"verb": verb.__name__, **asked, "inputs": found}
 
 
 def identify_input(name: str, given: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from ..core.moments import FILE as MOMENTS_FILE
 from ..errors import RegraftError
 from ..io import output, shard_writer
 from ..io.request import find_changed_input, plain
+from ..progress import print_line
 from . import trackers
 
 WORK = Path(output.WORK)  # in the output folder: what only an unfinished run needs
@@ -60,6 +61,8 @@ def open_run(
             asked = plain(request())
             marker = output.claim_folder(out, output.Marker(kind, asked, names=names))
             output.remove_work(out)
+            if marker.complete:
+                print_line(f"'{out}' is there already, as this command makes it: nothing is run")
             return marker
 
         marker = distributed.on_rank0(claim)
