@@ -23,9 +23,10 @@ from helpers.torchrun import STAGES, train_ligo_maps, train_stage
 from safetensors.torch import load_file
 
 from regraft.core.checkpoint import Checkpoint
+from regraft.io.output import lock_folder
 from regraft.mixers.remix import Remix
 from regraft.train.output import RUN, WORK
-from regraft.train.resume import list_checkpoints, lock_run
+from regraft.train.resume import list_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -266,12 +267,13 @@ class TestCommand:
         )
 
     def test_two_runs_do_not_write_in_one_folder(self, models: Path, tmp_path: Path) -> None:
-        with lock_run(tmp_path / "a"):
+        (tmp_path / "a").mkdir()
+        with lock_folder(tmp_path / "a"):
             words = [*map(str, self.words(models, tmp_path / "a"))]
             done = subprocess.run(
                 [sys.executable, *words], env=environment(), capture_output=True, text=True
             )
-        assert done.returncode == 2 and "another run is going on" in done.stderr
+        assert done.returncode == 2 and "another run is writing" in done.stderr
 
     def test_wrong_use_is_told_once_and_plainly(self, models: Path, tmp_path: Path) -> None:
         def refused(*words: object) -> str:
