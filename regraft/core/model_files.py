@@ -12,21 +12,16 @@ from typing import Any
 from ..errors import RegraftError
 from ..io import safetensors
 from ..io.files import check_inside, read_json
+from ..io.identity import TOKENIZER
 from .anatomy import Anatomy, Config, Key, PlacedPart
 from .lazy import LazyTensor, Provenance
 
 # Files of a model directory that are copied to the output as they are.
 SIDE_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
+    *TOKENIZER,
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "*.model",
     "LICENSE*",
 )
 # How names of data and text end. Whatever ends in another way may be code or a pickle and is left

@@ -33,7 +33,7 @@ WHOLE = 1 << 28  # bytes of weights that are hashed whole
 SPACING = 1 << 22  # bytes between two sampled blocks of larger ones
 BLOCK = 1 << 14  # bytes of a sampled block
 MOST_BLOCKS = 1 << 12  # of one tensor, or of one file without tensors
-TOKENIZER = (
+TOKENIZER = (  # patterns of a tokenizer's files in a model's folder
     "tokenizer*",
     "vocab.*",
     "merges.txt",

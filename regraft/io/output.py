@@ -257,12 +257,9 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
 
     marker = read_marker(out)
     if foreign := find_foreign(out, marker):
-        wrote = (
-            "has changed since regraft wrote it"
-            if _is_listed(marker, foreign)
-            else ("is not of regraft")
-        )
-        raise RegraftError(f"'{out}' is not overwritten: '{foreign}' in it {wrote}: {KEEP}")
+        is_listed = marker is not None and foreign in marker.files
+        why = "has changed since regraft wrote it" if is_listed else "is not of regraft"
+        raise RegraftError(f"'{out}' is not overwritten: '{foreign}' in it {why}: {KEEP}")
     if marker and not marker.complete:
         raise RegraftError(
             f"'{out}' is not overwritten: it holds an unfinished {marker.kind}: {KEEP}, or delete "
@@ -281,10 +278,6 @@ def is_written(out: Path, request: Any) -> bool:
     if request is None or marker is None or not marker.complete:
         return False
     return plain(request) == marker.request and find_changed(out, marker) is None
-
-
-def _is_listed(marker: Marker | None, name: str) -> bool:
-    return marker is not None and name in marker.files
 
 
 def publish(built: Path, out: Path, overwrite: bool) -> None:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from .schema import shorten
+
 Identity: TypeAlias = dict[str, str]
 """The parts of an input, such as its files by name, with their hashes; see `io.identity`."""
 
@@ -37,12 +39,19 @@ def find_difference(before: Any, now: Any) -> str | None:
 
 
 def _first_difference(before: Any, now: Any) -> str:
-    """Two values, or the first line of two texts that differs."""
+    """The first values that differ inside of two, or the first line of two texts."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        return f"{key}: {_first_difference(before.get(key), now.get(key))}"
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = zip(before, now, strict=True)
+        return _first_difference(*next(pair for pair in pairs if pair[0] != pair[1]))
+
     if isinstance(before, str) and isinstance(now, str):
         lines = itertools.zip_longest(before.splitlines(), now.splitlines(), fillvalue="nothing")
         before, now = next((pair for pair in lines if pair[0] != pair[1]), (before, now))
-        before, now = f"'{before.strip()}'", f"'{now.strip()}'"
-    return f"{before} there, {now} here"
+        before, now = before.strip(), now.strip()
+    return f"{shorten(before)} there, {shorten(now)} here"
 
 
 def find_change(before: Any, now: Mapping[str, str]) -> str:

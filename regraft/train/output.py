@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from .. import distributed
 from ..core.moments import FILE as MOMENTS_FILE
 from ..errors import RegraftError
 from ..io import output, shard_writer
-from ..io.request import find_changed_input, plain
+from ..io.request import find_difference, plain
 from ..progress import print_line
 from . import trackers
 
@@ -183,26 +182,10 @@ def check_settings(out: Path, stored: object, settings: Mapping[str, Any], remov
         settings: those of this call.
         remove: what the message says can be removed to start again.
     """
-    # `stored` has been through JSON, which turns tuples into lists.
-    before = dict(stored) if isinstance(stored, Mapping) else {}
-    now = json.loads(json.dumps(settings))
-    inputs, inputs_now = before.pop("inputs", {}), now.pop("inputs", {})
-
-    changed = next((key for key in {**before, **now} if before.get(key) != now.get(key)), None)
-    if changed is not None:
+    if difference := find_difference(stored, plain(settings)):
         raise RegraftError(
-            f"'{out}' holds a run with other settings ({changed}): give another output, or remove "
-            f"{remove}"
-        )
-    if isinstance(inputs, Mapping) and set(inputs) != set(inputs_now):
-        raise RegraftError(
-            f"'{out}' holds a run with other inputs ({', '.join(inputs) or 'none recorded'}, now "
-            f"{', '.join(inputs_now)}): give the same ones or another output, or remove {remove}"
-        )
-    if change := find_changed_input(inputs, inputs_now):
-        raise RegraftError(
-            f"'{out}' holds a run that began with another input ({change}): give the same input or "
-            f"another output, or remove {remove}"
+            f"'{out}' holds a run with other settings, {difference}: give the same ones, another "
+            f"output, or remove {remove}"
         )
 
 

@@ -42,6 +42,7 @@ def describe_request(
     heldout: str | None = None,
     moments: Path | None = None,
     calibration: int = 0,
+    keep_moments: bool = False,
 ) -> dict[str, Any]:
     """Everything that decides what a run of one stage writes; inputs by their content."""
     inputs = {"model": identify_model(model)}
@@ -60,5 +61,6 @@ def describe_request(
         "seed": seed,
         "stage": dataclasses.asdict(stage),
         "calibration": calibration,
+        "keep_moments": keep_moments,
         "inputs": inputs,
     }

@@ -322,12 +322,14 @@ def train_saved_model(
         `StageSummary`), `out` and, with a cache, `teacher_cache` (see `TeacherCacheUse`).
     """
     target = output.check_apart(out, [("model", model), ("teacher", teacher), ("cache", cache)])
-    moments = options.get("moments")
+    moments, keep_moments = options.get("moments"), options.get("keep_moments", False)
     if keeping:  # a folder that is not regraft's is refused before anything is read
         check_cache_folder(keeping.folder)
 
     def request() -> dict[str, Any]:
-        return describe_request(model, data, teacher, seed, stage, heldout, moments)
+        return describe_request(
+            model, data, teacher, seed, stage, heldout, moments, keep_moments=keep_moments
+        )
 
     with open_run(target, "training", request) as marker:
         if marker.complete:
