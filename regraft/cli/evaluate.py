@@ -21,6 +21,7 @@ def evaluate(
     batch: int = 8,
     positions: bool = False,
     plot: bool = False,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Measure perplexity per token and per byte, or benchmarks and recall, beside the baselines of
@@ -45,6 +46,7 @@ def evaluate(
         positions: also, or alone, perplexity by tokens of context over --windows documents of
             --length tokens
         plot: also draw positions.svg in the current folder
+        trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
     """
     if plot and not positions:
@@ -74,7 +76,14 @@ def evaluate(
         ticker.start(f"evaluating {model}")
         if tasks is None and not positions:
             found = evaluation.evaluate(
-                model, baseline, data, windows, length, lambda d, n: ticker.update(d / n), scratch
+                model,
+                baseline,
+                data,
+                windows,
+                length,
+                lambda done, total: ticker.update(done / total),
+                scratch,
+                trust_remote_code,
             )
         else:
             suite = evaluation.build_suite(
@@ -87,6 +96,7 @@ def evaluate(
                 shots=shots,
                 lengths=parse_lengths(lengths),
                 batch=batch,
+                trust_remote_code=trust_remote_code,
             )
             found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update)
     if plot:
@@ -123,6 +133,9 @@ VERB = Verb(
             "lengths",
             "batch",
         ),
-        "output": ("json",),
+        "output": (
+            "trust_remote_code",
+            "json",
+        ),
     },
 )

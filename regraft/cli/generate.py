@@ -15,6 +15,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Continue a prompt, streaming the text; the state's size goes to standard error.
@@ -26,6 +27,7 @@ def generate_text(
         temperature: 0 is greedy
         seed: of the sampling
         chat: wrap the prompt in the model's chat template
+        trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
     """
     from .. import modeling
@@ -36,7 +38,7 @@ def generate_text(
 
     modeling.check_decoder(model)
     loaded = modeling.load(model)
-    tokenizer = modeling.load_tokenizer(model)
+    tokenizer = modeling.load_tokenizer(model, trust_remote_code)
     result = generating.generate(
         loaded, tokenizer, prompt, tokens, temperature, seed, chat, None if json else print_piece
     )

@@ -40,6 +40,7 @@ def grow(
     bridge: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
@@ -74,6 +75,8 @@ def grow(
         bridge: write the model as another class where its own cannot hold the sizes
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
+        trust_remote_code: for --width-init ligo: run the Python files beside the tokenizer, if it
+            needs them
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
@@ -128,7 +131,7 @@ def grow(
                 text = Text(data, field=field, skip_bad=skip_bad, max_line_bytes=max_line_bytes)
             with open_scratch(target) as scratch:
                 fitted = fit_ligo.fit_from_options(
-                    before, growth, text, fit or {}, ticker, maps, scratch
+                    before, growth, text, fit or {}, ticker, maps, scratch, trust_remote_code
                 )
             grown = growth(before, fitted)
         ticker.start(f"writing {out}")
@@ -210,6 +213,7 @@ VERB = Verb(
             "optimizer_state",
             "overwrite",
             "allow_nonfinite",
+            "trust_remote_code",
             "json",
         ),
     },

@@ -41,6 +41,7 @@ def linearize(
     cache: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Replace attention layers by linear-cost mixers and save the model; with --data and --tokens
@@ -81,6 +82,7 @@ def linearize(
         skip_bad: leave out lines of text that cannot be read, and count them
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
+        trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
@@ -151,6 +153,7 @@ def linearize(
                 overwrite,
                 monitor.MonitorConfig(track, spike_factor),
                 cache_folder,
+                trust_remote_code,
             )
             ledger |= {"summary": monitor.summarize_stages(out)}
             after = remix(before)
@@ -162,9 +165,18 @@ def linearize(
             with open_scratch(target) as scratch:
                 rows = None
                 if text:
-                    rows = pipeline.text_rows(before, text, ticker, own=scratch, cache=cache_folder)
+                    rows = pipeline.text_rows(
+                        before,
+                        text,
+                        ticker,
+                        own=scratch,
+                        cache=cache_folder,
+                        trust_remote_code=trust_remote_code,
+                    )
                 remix = distributed.on_rank0(
-                    lambda: pipeline.choose_layers(before, recipe.remix, rows, ticker)
+                    lambda: pipeline.choose_layers(
+                        before, recipe.remix, rows, ticker, trust_remote_code
+                    )
                 )
             after = remix(before)
             distributed.on_rank0(lambda: after.save(out, overwrite, request=request))
@@ -219,6 +231,7 @@ VERB = Verb(
         "output": (
             "overwrite",
             "allow_nonfinite",
+            "trust_remote_code",
             "json",
         ),
     },

@@ -57,6 +57,7 @@ def train(
     max_line_bytes: int = 128_000_000,
     cache: str | None = None,
     allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Train a linearized or a stock model, under torchrun on all its processes; the same command
@@ -116,6 +117,7 @@ def train(
         stream: matrix and align layer by layer: two layers in memory, whatever the depth
         skip_bad: leave out lines of text that cannot be read, and count them
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
+        trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
     """
     from pathlib import Path
@@ -160,6 +162,7 @@ def train(
                 monitor,
                 cache_folder,
                 allow_nonfinite,
+                trust_remote_code,
             )
         else:
             result = session.train_saved_model(
@@ -181,6 +184,7 @@ def train(
                 checkpointing=checkpointing,
                 hybrid=hybrid,
                 allow_nonfinite=allow_nonfinite,
+                trust_remote_code=trust_remote_code,
                 keeping=build_teacher_cache(given),
             )
     return Outcome(result, lambda console: print_result(result, request, out, console))
@@ -337,6 +341,7 @@ VERB = Verb(
             "save_seconds",
             "track",
             "allow_nonfinite",
+            "trust_remote_code",
             "json",
         ),
     },

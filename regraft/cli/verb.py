@@ -138,7 +138,7 @@ def describe_request(
         inputs: names of arguments that are paths of what is read.
         ignored: further arguments that decide nothing, beside the output and how it is shown.
     """
-    left_out = {"out", "overwrite", "json", *ignored}
+    left_out = {"out", "overwrite", "json", "trust_remote_code", *ignored}
     names = [name for name in inspect.signature(verb).parameters if name not in left_out]
     asked = {name: given[name] for name in names if name not in inputs}
     found = {name: identify_input(name, given[name]) for name in inputs if given[name]}

@@ -54,6 +54,7 @@ def evaluate(
     length: int,
     progress: Progress | None = None,
     scratch: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Perplexity of a model and its baselines on the same windows of text.
 
@@ -69,9 +70,11 @@ def evaluate(
         length: tokens of a window.
         progress: called with the forward passes done and their total.
         scratch: path of a model of the same architecture that was trained from scratch.
+        trust_remote_code: whether code of the tokenizer may be run.
     """
     checkpoint = Checkpoint.open(model)
-    rows = evaluation_windows(data, modeling.load_tokenizer(model), count, length)
+    tokenizer = modeling.load_tokenizer(model, trust_remote_code)
+    rows = evaluation_windows(data, tokenizer, count, length)
 
     candidates: dict[str, Candidate] = {}
     if baseline:
@@ -97,6 +100,7 @@ def build_suite(
     data: str | None = None,
     windows: tuple[int, int] | None = None,
     lengths: Sequence[int] = LENGTHS,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Suite:
     """What to measure of a model, in its tokens.
@@ -108,11 +112,13 @@ def build_suite(
             None: the held-out topics of Python's documentation.
         windows: (how many, tokens of each) for perplexity by position; None leaves it out.
         lengths: context lengths of recall, in tokens.
+        trust_remote_code: whether code of the tokenizer may be run.
         options: the other arguments of a `Suite`.
 
     RegraftError when the model has too few positions for a length, and from `Suite`.
     """
-    checkpoint, tokenizer = Checkpoint.open(model), modeling.load_tokenizer(model)
+    checkpoint = Checkpoint.open(model)
+    tokenizer = modeling.load_tokenizer(model, trust_remote_code)
     recall_lengths = [*lengths] if set(names) & set(KINDS) else []
     check_context_lengths(checkpoint, recall_lengths + ([windows[1]] if windows else []))
 

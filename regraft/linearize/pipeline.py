@@ -51,7 +51,11 @@ class ConversionRequest(TypedDict):
 
 
 def choose_layers(
-    source: Checkpoint, options: RemixOptions, rows: Callable[[int], Table] | None, ticker: Ticker
+    source: Checkpoint,
+    options: RemixOptions,
+    rows: Callable[[int], Table] | None,
+    ticker: Ticker,
+    trust_remote_code: bool = False,
 ) -> Remix:
     """A Remix with its layers chosen by measurement, where `keep` names a rule.
 
@@ -61,6 +65,7 @@ def choose_layers(
         rows: gives packed text for a row length. None: Python's own documentation, without what is
             held out of it.
         ticker: shows the progress.
+        trust_remote_code: whether code of the tokenizer may be run.
 
     RegraftError when the text has too few tokens.
     """
@@ -68,7 +73,7 @@ def choose_layers(
     if select_layers.parse_keep(remix.keep) is None:
         return remix
     if rows is None:
-        tokenizer = modeling.load_tokenizer(source.path)
+        tokenizer = modeling.load_tokenizer(source.path, trust_remote_code)
         rows = cache(lambda length: pack(default_text.documentation(), tokenizer, length))
 
     ticker.start(f"measuring layers ({remix.keep})")
@@ -203,6 +208,7 @@ def run_method(
     overwrite: bool = False,
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Remix, dict[str, Any]]:
     """A method from the source to the trained model; (what was replaced, the ledger).
 
@@ -219,6 +225,7 @@ def run_method(
         overwrite: replace a finished output of regraft in `out`, once the new one is complete.
         watching: trackers, and when a loss counts as too high.
         cache: folder that keeps the text's tokens for later runs.
+        trust_remote_code: whether code of the tokenizer may be run.
 
     RegraftError when `out` holds a finished model (without `overwrite`), another conversion,
     anything else, or the source.
@@ -243,8 +250,10 @@ def run_method(
         if marker.complete:
             ledger = marker.result
         else:
-            arguments = (method, folder, data, stages, seed, ticker, watching, cache)
-            ledger = convert_and_train(source, *arguments)
+            ledger = convert_and_train(
+                source, method, folder, data, stages, seed, ticker, watching, cache,
+                trust_remote_code,
+            )  # fmt: skip
 
     remix = remix_of(Checkpoint.open(target))
     assert remix is not None
@@ -261,10 +270,11 @@ def convert_and_train(
     ticker: Ticker,
     watching: MonitorConfig,
     cache: Path | None,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Linearize and train in a claimed folder; the ledger. Arguments as of `run_method`."""
     linear, need = folder / WORK / "linearized", max((stage.tokens for stage in stages), default=0)
-    rows = text_rows(source, data, ticker, need, folder / TEXT, cache)
+    rows = text_rows(source, data, ticker, need, folder / TEXT, cache, trust_remote_code)
 
     def convert() -> None:
         if not (linear / "config.json").exists():
@@ -297,6 +307,7 @@ def text_rows(
     need: int = 0,
     own: Path | None = None,
     cache: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> TextMixture:
     """Rows of a text by their length, in the source's tokens.
 
@@ -307,6 +318,7 @@ def text_rows(
         need: tokens of the largest stage.
         own: the run's folder for text, see `TextMixture`.
         cache: folder that keeps tokens for later runs.
+        trust_remote_code: whether code of the tokenizer may be run.
     """
-    tokenizer = modeling.load_tokenizer(source.path)
+    tokenizer = modeling.load_tokenizer(source.path, trust_remote_code)
     return training_rows([data], tokenizer, need, own, cache, ticker.update)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.anatomy import find_anatomy
@@ -229,28 +229,46 @@ def check_decoder(*paths: str | Path | None) -> None:
             )
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a model's directory; RegraftError as of `read_tokenizer`."""
-    return read_tokenizer(Checkpoint.open(path).path)
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's directory; see `read_tokenizer`."""
+    return read_tokenizer(Checkpoint.open(path).path, trust_remote_code)
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a directory. No code from there is run.
+def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a directory.
 
-    RegraftError when there is none, it is damaged, reads files elsewhere, or needs code of its own.
+    Args:
+        folder: the directory.
+        trust_remote_code: whether Python files that lie there may be run.
+
+    RegraftError when there is none, it is damaged, reads files elsewhere, needs code of its own
+    that is not trusted, or names code that lies elsewhere.
     """
     check_model_files(folder)
     check_tokenizer_config(folder)
+    code = find_tokenizer_code(folder)
+    # transformers writes code of another repository as REPOSITORY--FILE.CLASS and would fetch it.
+    if trust_remote_code and "--" in code:
+        raise RegraftError(
+            f"the tokenizer in '{folder}' names code of another repository ({code:.80}), which is "
+            "never fetched: put the file into the directory and its name into auto_map"
+        )
     try:
-        # Without this, transformers asks on standard input whether it may run code.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever its readers raise on damaged files
-        code = find_tokenizer_code(folder)
+        # Trust is for the tokenizer: of its own, transformers would read config.json by the model's
+        # code too.
+        config = None
+        if trust_remote_code:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # Without a value, transformers asks on standard input whether it may run code.
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # whatever its readers, or its own code, raise
         if code and "trust_remote_code" in str(error):
             raise RegraftError(
-                f"the tokenizer in '{folder}' needs code of its own ({code:.80}), which regraft "
-                "never runs (it has no --trust-remote-code): save it as tokenizer.json with a "
-                "stock class first"
+                f"the tokenizer in '{folder}' needs code of its own ({code:.80}), which is not "
+                "run: read it and give --trust-remote-code, or save the tokenizer as "
+                "tokenizer.json with a stock class first"
             ) from error
         raise RegraftError(
             f"no tokenizer in '{folder}': put tokenizer.json there ({format_first_line(error)})"

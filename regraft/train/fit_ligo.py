@@ -171,6 +171,7 @@ def fit_from_options(
     ticker: Ticker,
     out: Path | None = None,
     scratch: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Learned:
     """`fit_maps` for the command line.
 
@@ -184,6 +185,7 @@ def fit_from_options(
         ticker: shows the progress.
         out: see `fit_maps`.
         scratch: folder for the text's tokens, which the caller removes; None for a temporary one.
+        trust_remote_code: whether code of the tokenizer may be run.
     """
     own = {field.name for field in fields(FitOptions)}
     known = own | {field.name for field in fields(Ligo)}
@@ -203,7 +205,9 @@ def fit_from_options(
 
     stage = choose_stage(source, run)
     ticker.start("reading data")
-    tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(source.path)
+    tokenizer = None
+    if stage.kind != "image":
+        tokenizer = modeling.load_tokenizer(source.path, trust_remote_code)
     # `stage` is one step; as many rows are read as all steps need.
     whole = replace(stage, tokens=stage.tokens * max(method.steps, 1))
     rows = load_stage_rows(data, whole, tokenizer, scratch, ticker=ticker)(stage.length)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from .. import distributed
 from ..core.moments import MOMENTS, STEP
 from ..errors import RegraftError
-from ..io.files import read_json, sync, write_json_lines
+from ..io.files import read_json, read_json_lines, sync, write_json_lines
 from ..io.shard_writer import check_space
 from ..io.typed import convert
 from .checkpoint_files import (
@@ -39,6 +39,7 @@ from .checkpoint_files import (
 from .divergence import LossTrend, Place
 from .fsdp import distribute_like
 from .lit import LitState
+from .metrics import MetricsRow
 from .output import RUN, check_settings, lock_run
 from .records import LedgerEntry
 
@@ -120,7 +121,7 @@ class RunState:
         """Drop the rows of steps that will run again, and a last line cut short by a kill."""
         if not path.exists():
             return
-        rows = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
+        rows = read_json_lines(path, MetricsRow)
         write_json_lines(path, [row for row in rows if self.includes_row(row)])
 
     def includes_row(self, row: Mapping[str, Any]) -> bool:

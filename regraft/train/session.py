@@ -292,6 +292,7 @@ def train_saved_model(
     keeping: TeacherCacheConfig | None = None,
     hybrid: bool = False,
     allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a saved model for one stage and write it to `out`.
@@ -315,6 +316,7 @@ def train_saved_model(
         keeping: where the teacher's outputs are cached; None for no cache.
         hybrid: see `fsdp.build_mesh`.
         allow_nonfinite: take and write NaN and infinity.
+        trust_remote_code: whether code of the tokenizer may be run.
         options: more fields of `loop.Run`.
 
     Returns:
@@ -337,7 +339,7 @@ def train_saved_model(
         else:
             result = train_in_folder(
                 model, target, data, stage, teacher, seed, ticker, heldout, watching, cache,
-                keeping, hybrid, allow_nonfinite, **options,
+                keeping, hybrid, allow_nonfinite, trust_remote_code, **options,
             )  # fmt: skip
     return {**result, "out": out}
 
@@ -356,6 +358,7 @@ def train_in_folder(
     keeping: TeacherCacheConfig | None,
     hybrid: bool,
     allow_nonfinite: bool,
+    trust_remote_code: bool,
     **options: Any,
 ) -> dict[str, Any]:
     """Train in a claimed folder and say that it is complete; see `train_saved_model`."""
@@ -365,7 +368,9 @@ def train_in_folder(
     inputs = identify_models(model, teacher)
     over = fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
     student = load_for_training(model, over, stage.kind in LAYERWISE, allow_nonfinite)
-    tokenizer = None if stage.kind == "image" else modeling.load_tokenizer(model)
+    tokenizer = None
+    if stage.kind != "image":
+        tokenizer = modeling.load_tokenizer(model, trust_remote_code)
     guide = load_teacher(teacher, keeping, over, allow_nonfinite) if teacher else None
     # A cached teacher finds its own attention modules, when it has to run at all.
     slots = []

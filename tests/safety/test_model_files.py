@@ -71,7 +71,10 @@ def test_every_loading_call_refuses_remote_code() -> None:
             owner, name = ast.unparse(node.func.value), node.func.attr
             if name in ("from_pretrained", "from_config") and owner != "GenerationConfig":
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                assert given.get("trust_remote_code") == "False", f"{file}:{node.lineno}"
+                said = given.get("trust_remote_code")
+                # Where a person asked for it, a tokenizer's own code runs: nothing else's.
+                asked = owner == "AutoTokenizer" and said == "trust_remote_code"
+                assert said == "False" or asked, f"{file}:{node.lineno}"
                 found.append(name)
             if name == "load" and owner in ("torch", "pickle", "numpy", "np", "yaml"):
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
@@ -90,6 +93,7 @@ WORDS: dict[str, Callable[[Path, Path], list[Any]]] = {
     ],
     "linearize": lambda model, out: [
         "linearize", model, out, "--data", model / "text.txt", "--tokens", 640, "--length", 32,
+        "--keep", "every:2",
     ],
     "eval": lambda model, out: ["eval", model, "--data", model / "text.txt"],
 }  # fmt: skip
@@ -105,8 +109,35 @@ def test_a_tokenizer_with_code_is_refused(
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
     line = refused(capsys, *WORDS[verb](copied, tmp_path / "out"))
-    assert "tokenization_evil.Evil" in line and "never runs" in line
+    assert "tokenization_evil.Evil" in line and "--trust-remote-code" in line
     assert not asked and not sprung.exists()
+
+
+@pytest.mark.parametrize("verb", WORDS)
+def test_code_that_is_trusted_runs(
+    verb: str, copied: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the flag, the tokenizer's own file runs and no other; code elsewhere is not fetched."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.syspath_prepend(str(tmp_path / "m"))
+    sprung, trap = tmp_path / "sprung", tmp_path / "trap"
+    add_code(copied, trap)
+    (copied / "tokenization_evil.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(sprung)!r}).write_text('ran')\n"
+        "class Evil(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (copied / "text.txt").write_text("some words " * 200)
+    code, _, said = run_main(capsys, *WORDS[verb](copied, tmp_path / "out"), "--trust-remote-code")
+    assert code == 0, said
+    assert sprung.exists() and not trap.exists()
+
+    edit(
+        copied / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["somebody/else--tokenization_evil.Evil", None]},
+    )
+    line = refused(capsys, *WORDS[verb](copied, tmp_path / "other"), "--trust-remote-code")
+    assert "another repository" in line
 
 
 @pytest.mark.slow
@@ -124,7 +155,7 @@ def test_nobody_is_asked(terminal: bool, copied: Path, tmp_path: Path) -> None:
     )
     for end in (ours, theirs):
         os.close(end)
-    assert done.returncode == 2 and "never runs" in done.stderr and "[y/N]" not in done.stdout
+    assert done.returncode == 2 and "not run" in done.stderr and "[y/N]" not in done.stdout
     assert not sprung.exists()
 
 

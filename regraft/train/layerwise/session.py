@@ -36,6 +36,7 @@ def align_saved_model(
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
     allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Align a linearized model layer by layer with its source and write it to `out`.
 
@@ -57,6 +58,7 @@ def align_saved_model(
         watching: trackers and the limit for loss spikes.
         cache: where tokens are stored for later runs; None for `out`, until the run ends.
         allow_nonfinite: take and write NaN and infinity.
+        trust_remote_code: whether code of the tokenizer may be run.
 
     Returns:
         The ledger with `text` (what was read), `summary` (a `StageSummary` of each layer) and
@@ -77,7 +79,7 @@ def align_saved_model(
         else:
             result = align_in_folder(
                 model, target, data, stage, teacher, seed, ticker, scratch, calibration, watching,
-                cache, allow_nonfinite,
+                cache, allow_nonfinite, trust_remote_code,
             )  # fmt: skip
     return {**result, "out": out}
 
@@ -95,6 +97,7 @@ def align_in_folder(
     watching: MonitorConfig,
     cache: Path | None,
     allow_nonfinite: bool,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Align in a claimed folder and say that it is complete; see `align_saved_model`."""
     ticker.start(f"reading {model}")
@@ -104,7 +107,8 @@ def align_in_folder(
         checkpoint.verify()
 
     ticker.start("reading data")
-    tokenizer, text = modeling.load_tokenizer(model), target / TEXT
+    tokenizer = modeling.load_tokenizer(model, trust_remote_code)
+    text = target / TEXT
     rows_of = training_rows([data], tokenizer, stage.tokens, text, cache, ticker.update)
     rows = rows_of(stage.length)
     calibration_rows = -(-calibration // stage.length)  # rounded up
