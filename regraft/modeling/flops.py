@@ -9,15 +9,15 @@ second time is not counted, so that a number belongs to the model and not to the
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
 from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
@@ -109,30 +109,31 @@ def count_positions(model: Checkpoint | Config, length: int) -> int:
     return length
 
 
-class NullModuleTracker:
-    """Takes the place of PyTorch's record of modules in a counter.
+class FlopCounter(TorchDispatchMode):
+    """Inside, counts the products of every operation that PyTorch has a formula for.
 
-    The hooks of that record keep tensors alive which gradient checkpointing would free.
+    Operations run as they are, so that counting changes no bit of a result. PyTorch's own
+    `FlopCounterMode` decomposes those that it has no formula for, which rounds otherwise, and its
+    record of modules keeps tensors alive that gradient checkpointing would free.
     """
-
-    parents: ClassVar[set[str]] = {"Global"}
-
-    def __enter__(self) -> None:
-        """Record nothing."""
-
-    def __exit__(self, *failure: Any) -> None:
-        """Remove nothing."""
-
-
-class FlopCounter(FlopCounterMode):
-    """PyTorch's counter, counting all modules as one."""
 
     # Open counters, for `pause_counting`.
     running: ClassVar[list[FlopCounter]] = []
-    mod_tracker: Any
+
+    def __init__(self, formulas: Mapping[Any, Callable[..., int]]):
+        """Count nothing yet.
+
+        Args:
+            formulas: of operations that PyTorch's table lacks or counts otherwise; they get the
+                shapes of the operation's arguments.
+        """
+        super().__init__()
+        own = {operation: shape_wrapper(formula) for operation, formula in formulas.items()}
+        self.flop_registry = flop_registry | own
+        self.total = 0
+        self.paused = False
 
     def __enter__(self) -> FlopCounter:
-        self.mod_tracker = NullModuleTracker()
         self.running.append(self)
         super().__enter__()
         return self
@@ -141,16 +142,32 @@ class FlopCounter(FlopCounterMode):
         self.running.remove(self)
         return super().__exit__(*failure)
 
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self.flop_registry.get(getattr(func, "overloadpacket", None))
+        if formula is not None and not self.paused:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+    def get_total_flops(self) -> int:
+        """What was counted."""
+        return self.total
+
 
 @contextmanager
 def pause_counting() -> Iterator[None]:
     """Inside, open counters do not count: for work of the machine and not of the model."""
-    before = [(counter, copy.deepcopy(counter.flop_counts)) for counter in FlopCounter.running]
+    counting = [counter for counter in FlopCounter.running if not counter.paused]
+    for counter in counting:
+        counter.paused = True
     try:
         yield
     finally:
-        for counter, counts in before:
-            counter.flop_counts = counts
+        for counter in counting:
+            counter.paused = False
 
 
 def build_flop_counter() -> FlopCounter:
@@ -167,7 +184,7 @@ def build_flop_counter() -> FlopCounter:
         table[operation] = _attention_backward_flops
     table[aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     table[aten._grouped_mm] = _grouped_mm_flops
-    return FlopCounter(display=False, custom_mapping=table)
+    return FlopCounter(table)
 
 
 def _config(model: Checkpoint | Config) -> Config:

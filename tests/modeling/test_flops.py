@@ -5,6 +5,7 @@ mixers, the loop.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,16 @@ def test_a_decoded_token_costs_what_one_step_through_the_cache_does(
     assert (
         Plan.of(source, source, context=41).flops_per_token["source"] == counter.get_total_flops()
     )
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_counting_changes_no_bit(family: str) -> None:
+    """A run that counts at another step, since it was resumed there, ends with the same weights."""
+    _, model = tiny(family)
+    found = []
+    for counter in (nullcontext(), flops.build_flop_counter()):
+        model.zero_grad()
+        with counter:
+            outputs(model, made(model.config)).backward()
+        found.append([value.grad for value in model.parameters() if value.grad is not None])
+    assert found[0] and all(map(torch.equal, *found))
