@@ -1,14 +1,30 @@
-"""One model class for all: a stock decoder, the host, with mixers in its attention slots."""
+"""Linearized models: a stock decoder's own classes with mixers in the attention slots."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.utils import ModelOutput
 
 from ..core.shapes import Float, Int
@@ -65,72 +81,82 @@ class MixerSlot(nn.Module):
         return y, None
 
 
-class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model: any supported host, with the mixers that `config.mixers` names.
+class RegraftPreTrainedModel(PreTrainedModel):
+    """What the models below share: they are a host's own class with mixers in its slots.
+
+    `RegraftForCausalLM(config)` is an instance of a class that is made for the host, a subclass of
+    both `RegraftForCausalLM` and, say, `LlamaForCausalLM`: modules, names of weights, heads and
+    what transformers supports are the host's.
+    """
+
+    config_class = RegraftConfig
+
+    # The auto class that finds the host's class.
+    host_auto_class: ClassVar[Any] = None
+    # In a class that is made for a host, the name of the one below that it is made of.
+    front: ClassVar[str] = ""
+
+    def __new__(cls, config: RegraftConfig, *args: Any, **kwargs: Any) -> Any:
+        """An instance of the class for the config's host."""
+        return super().__new__(find_class(cls, config.host))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """See transformers' `PreTrainedModel.from_pretrained`."""
+        path = pretrained_model_name_or_path
+        if cls.front:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        if not isinstance(config, PreTrainedConfig):
+            kwargs["trust_remote_code"] = False  # this is that code
+            config, kwargs = RegraftConfig.from_pretrained(
+                config or path, return_unused_kwargs=True, **kwargs
+            )
+        kind = find_class(cls, config.host)
+        model = kind.from_pretrained(path, *args, config=config, **kwargs)
+        return model
+
+    @classmethod
+    def _from_config(cls, config: RegraftConfig, **kwargs: Any) -> Any:
+        if cls.front:
+            return super()._from_config(config, **kwargs)
+        return find_class(cls, config.host)._from_config(config, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """How to copy and pickle: the class is found again by its host."""
+        return rebuild, (type(self).front, self.config.host), self.__dict__
+
+    def slots(self) -> list[nn.Module]:
+        """The attention slot of every layer, in order."""
+        return [
+            self.base_model.get_submodule(name_in_backbone(self.base_model, i))
+            for i in range(self.config.num_hidden_layers)
+        ]
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """See transformers' `PreTrainedModel.save_pretrained`; the code is saved too."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            save_code(save_directory, self.config)
+
+
+class RegraftModel(RegraftPreTrainedModel):
+    """The backbone: the host's, with mixers in the slots that `config.mixers` names.
 
     Left and right padding are read from `attention_mask` (batch, time), packed documents from
     `position_ids` that restart, without a mask or cache. The decoding state is in a
     `DynamicCache(config=model.config)`.
     """
 
-    config_class = RegraftConfig
-    base_model_prefix = "host"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _no_split_modules: list[str] = []
+    host_auto_class = AutoModel
 
-    def __init__(self, config: RegraftConfig):
-        super().__init__(config)
-        host_config = config.host_config()
-        host_config.use_cache = config.use_cache
-        self.host = AutoModelForCausalLM.from_config(
-            host_config,
-            attn_implementation=config._attn_implementation,
-            trust_remote_code=False,
-        )
-
-        layers = zip(config.mixers or [], config.attention or [], strict=True)
-        for layer, (spec, attention) in enumerate(layers):
-            if spec is not None:
-                slot = MixerSlot(spec, Attention(**attention), layer)
-                self.host.set_submodule(config.slot.format(layer), slot)
+    def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        put_mixers(self)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The host's token embedding."""
-        return self.host.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the host's token embedding."""
-        self.host.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The host's head."""
-        return self.host.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the host's head."""
-        self.host.set_output_embeddings(new_embeddings)
-
-    def slots(self) -> list[nn.Module]:
-        """The attention slot of every layer, in order."""
-        return [
-            self.host.get_submodule(self.config.slot.format(i))
-            for i in range(self.config.num_hidden_layers)
-        ]
-
-    def forward_decoder(
-        self,
-        input_ids: Int[Tensor, "batch time"],
-        position_ids: Int[Tensor, "batch time"] | None = None,
-    ) -> Any:
-        """The decoder's output before the head, without a cache; arguments as in `forward`."""
-        mixing = build_mixer_context(input_ids.shape[1], None, position_ids, None)
-        decoder = self.host.get_decoder()
-        return decoder(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, mixing=mixing
-        )
 
     def forward(
         self,
@@ -139,22 +165,19 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Int[Tensor, "rows time"] | None = None,
         cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time hidden"] | None = None,
-        labels: Int[Tensor, "batch time"] | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """The host's output, with logits (batch, time, vocab).
+        """The host's output, with last_hidden_state (batch, time, hidden).
 
         Args:
             input_ids: tokens; or `inputs_embeds` in their place.
             attention_mask: (batch, time), 1 where a token counts, the cache's tokens included.
             position_ids: positions; where they restart, a new document begins.
             cache: a `DynamicCache(config=model.config)`.
-            labels: tokens to predict, for a loss.
+            inputs_embeds: embedded tokens.
             use_cache: whether to return a cache; the config's value when left out.
-            logits_to_keep: how many last tokens get logits, 0 for all.
             past_key_values: the older name of `cache`.
             kwargs: passed on to the host.
 
@@ -177,42 +200,131 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them"
             )
 
-        # Hosts pass `mixing` through to every attention slot with their other keyword arguments.
+        # The host passes `mixing` through to every slot with its other keyword arguments.
         mixing = build_mixer_context(tokens.shape[1], attention_mask, position_ids, cache)
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left that reads it
-        output = self.host(
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            labels=labels,
             use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
             mixing=mixing,
             **cache_kwargs(cache),
             **kwargs,
         )
         if cache is not None:
-            self.check_cache_reached(cache, tokens.shape[1])
+            check_cache_reached(cache, tokens.shape[1])
         return output
 
-    def check_cache_reached(self, cache: Cache, time: int) -> None:
-        """Raise RegraftError when the host did not pass the cache on to a mixer.
 
-        Such a mixer would silently forget all tokens before the current call.
+class RegraftWithHead(RegraftPreTrainedModel):
+    """A host's class with a head, whose backbone is a `RegraftModel`."""
 
-        Args:
-            cache: after a forward pass.
-            time: tokens in that pass.
-        """
-        states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
-        if any(state.get_seq_length() < time for state in states):
-            raise RegraftError(
-                f"transformers {transformers.__version__} hands no cache to attention under the "
-                f"names {', '.join(CACHES)}: install the version that regraft was tested with "
-                "(constraints.txt)"
-            )
+    def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # The host's class has made its own backbone; it becomes the one that knows mixers.
+        self.base_model.__class__ = find_class(RegraftModel, config.host)
+        put_mixers(self.base_model)
+        self.post_init()
+
+
+class RegraftForCausalLM(RegraftWithHead, GenerationMixin):
+    """A causal language model: `RegraftModel` and the host's head."""
+
+    host_auto_class = AutoModelForCausalLM
+
+
+class RegraftForSequenceClassification(RegraftWithHead):
+    """A classifier of texts: `RegraftModel` and the host's head."""
+
+    host_auto_class = AutoModelForSequenceClassification
+
+
+FRONTS = {
+    kind.__name__: kind
+    for kind in (RegraftModel, RegraftForCausalLM, RegraftForSequenceClassification)
+}
+
+
+def find_class(kind: Any, host: str) -> Any:
+    """The class of `kind`, one of FRONTS, for a host; `kind` itself when it is made for one.
+
+    Raises RegraftError when transformers has no such class for the host.
+    """
+    return kind if kind.front else make_class(kind.__name__, host)
+
+
+@functools.cache
+def make_class(front: str, host: str) -> Any:
+    """The subclass of FRONTS[front] and of the host's own class, the same one for every call."""
+    kind = FRONTS[front]
+    mapping = kind.host_auto_class._model_mapping
+    if CONFIG_MAPPING[host] not in mapping:
+        raise RegraftError(
+            f"transformers has no {front.removeprefix('Regraft')} of a {host}: use RegraftModel"
+        )
+
+    stock = mapping[CONFIG_MAPPING[host]]
+    name = f"Regraft{stock.__name__}"
+    # Where the host's files have other tensors than its modules, so have those of a linearized one.
+    conversion = get_checkpoint_conversion_mapping(host)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
+    fields = {"__module__": __name__, "__doc__": kind.__doc__, "front": front}
+    return type(name, (kind, stock), {**fields, "config_class": RegraftConfig})
+
+
+def rebuild(front: str, host: str) -> Any:
+    """An instance without content, for copies and pickles."""
+    return nn.Module.__new__(make_class(front, host))
+
+
+def name_in_backbone(backbone: Any, layer: int) -> str:
+    """The name of a layer's attention module inside the backbone."""
+    name: str = backbone.config.slot.format(layer)
+    return name.removeprefix(f"{backbone.base_model_prefix}.")
+
+
+def put_mixers(backbone: Any) -> None:
+    """Replace the attention of converted layers by mixers."""
+    config = backbone.config
+    for layer, (spec, attention) in enumerate(zip(config.mixers, config.attention, strict=True)):
+        if spec is not None:
+            slot = MixerSlot(spec, Attention(**attention), layer)
+            backbone.set_submodule(name_in_backbone(backbone, layer), slot)
+
+
+def save_code(directory: Any, config: RegraftConfig) -> None:
+    """Write the code that loads a model without regraft beside its weights."""
+    here = Path(__file__).parent
+    if here.name == "modeling":
+        remote_code = importlib.import_module("regraft.modeling.remote_code")
+        remote_code.write_remote_code(directory, config.to_dict())
+        return
+    # This is such code itself, all in one folder.
+    for file in here.glob("*.py"):
+        if file.name != "__init__.py" and file.parent != Path(directory):
+            shutil.copyfile(file, Path(directory) / file.name)
+
+
+def check_cache_reached(cache: Cache, time: int) -> None:
+    """Raise RegraftError when the host did not pass the cache on to a mixer.
+
+    Such a mixer would silently forget all tokens before the current call.
+
+    Args:
+        cache: after a forward pass.
+        time: tokens in that pass.
+    """
+    states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
+    if any(state.get_seq_length() < time for state in states):
+        raise RegraftError(
+            f"transformers {transformers.__version__} hands no cache to attention under the "
+            f"names {', '.join(CACHES)}: install the version that regraft was tested with "
+            "(constraints.txt)"
+        )
 
 
 def build_mixer_context(
