@@ -240,6 +240,14 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def softmax_tokens(cls, spec: dict[str, Any]) -> int:
+        """Tokens of a row on which it computes the source's attention itself; 0: on none.
+
+        As converted, before training. A gated mixer does with its gate shut.
+        """
+        return 0
+
+    @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Forward FLOPs per token beside the parameters' own matrix products, decoding."""
         raise NotImplementedError

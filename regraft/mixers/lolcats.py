@@ -69,6 +69,13 @@ class Lolcats(Hedgehog):
         return super().state_size(attention, spec) + options.window * per_token
 
     @classmethod
+    def softmax_tokens(cls, spec: dict[str, Any]) -> int:
+        """The window, where projections, rotation and outputs are the source's."""
+        options = cls.parse(spec)
+        plain = options.rotary and (options.norm, options.gate) == ("none", "none")
+        return options.window if plain and spec.get("inherit", "all") == "all" else 0
+
+    @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Hedgehog's; scores and weighted sums over the window."""
         pairs = attention.heads * cls.parse(spec).window

@@ -174,10 +174,11 @@ class Remix(RemixOptions):
         """
         notes, windows = [], source_windows(source.config)
         replaced = [layer for layer, spec in enumerate(config["mixers"]) if spec]
-        if narrow := [i for i in replaced if 0 < (windows[i] or 0) <= self.window]:
+        asked = self.build_spec() if replaced else None
+        if narrow := [layer for layer in replaced if config["mixers"][layer] != asked]:
             notes.append(
-                f"{len(narrow)} replaced layers slide in the source: their window branch sees"
-                f" {windows[narrow[0]]} tokens as they do, not {self.window}, and no sinks"
+                f"{len(narrow)} replaced layers slide in the source, so their windows see"
+                f" {windows[narrow[0]]} tokens and no sinks, as the source's attention does"
             )
 
         capped = [i for i in replaced if config["attention"][i].get("softcap")]

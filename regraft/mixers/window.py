@@ -79,6 +79,12 @@ class Window(Mixer):
         return (options.window + options.sinks) * (2 * attention.kv * attention.dim + 1) + 1
 
     @classmethod
+    def softmax_tokens(cls, spec: dict[str, Any]) -> int:
+        """The window, where all projections are the source's."""
+        window: int = cls.parse(spec).window
+        return window if spec.get("inherit", "all") == "all" else 0
+
+    @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Scores and weighted sum over window and sinks."""
         options = cls.parse(spec)
