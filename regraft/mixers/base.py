@@ -43,7 +43,7 @@ class Attention:
         """Number of query heads."""
         return self.kv * self.group
 
-    def scale_scores(self, scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def scale_scores(self, scores: Float[Tensor, "... keys"]) -> Float[Tensor, "... keys"]:
         """The logits of the softmax from products of queries and keys: scaled, then capped."""
         scores = scores * self.scale
         if self.softcap is None:

@@ -234,9 +234,7 @@ class Window(Mixer):
     ) -> Float[Tensor, "batch kv n queries keys"]:
         """Logits, the smallest number where a key is not seen; `queries` is group * size."""
         seen = seen.unsqueeze(1).repeat(1, 1, 1, group, 1)
-        return self.attention.scale_scores(scores).masked_fill(
-            ~seen, torch.finfo(scores.dtype).min
-        )
+        return self.attention.scale_scores(scores).masked_fill(~seen, torch.finfo(scores.dtype).min)
 
     def collect_sinks(
         self,
