@@ -36,6 +36,13 @@ from .configuration_regraft import RegraftConfig
 
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
+# What transformers reads off a class before it runs the attention of a model in another way.
+ABILITIES = (
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+)
 
 
 class MixerSlot(nn.Module):
@@ -44,7 +51,7 @@ class MixerSlot(nn.Module):
     def __init__(self, spec: dict[str, Any], attention: Attention, layer: int):
         super().__init__()
         self.mixer = build(spec, attention)
-        self.layer = layer
+        self.layer, self.rotary = layer, attention.rotary
 
     def forward(
         self,
@@ -74,7 +81,8 @@ class MixerSlot(nn.Module):
             )
 
         mixing = mixing or MixerContext()
-        mixing = MixerContext(position_embeddings, mixing.valid, mixing.segments)
+        rotary = position_embeddings if self.rotary else None
+        mixing = MixerContext(rotary, mixing.valid, mixing.segments)
         y, state = self.mixer(hidden_states, mixing, entry.state if entry is not None else None)
         if entry is not None:
             entry.store(state, hidden_states.shape[1])
@@ -148,7 +156,8 @@ class RegraftModel(RegraftPreTrainedModel):
 
     Left and right padding are read from `attention_mask` (batch, time), packed documents from
     `position_ids` that restart, without a mask or cache. The decoding state is in a
-    `DynamicCache(config=model.config)`.
+    `DynamicCache(config=model.config)`. Layers that keep softmax attention run it in the ways that
+    the host's class supports.
     """
 
     host_auto_class = AutoModel
