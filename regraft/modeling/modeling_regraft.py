@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.utils import ModelOutput
 
-from ..core.shapes import Float, Int
+from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
 from ..mixers.base import Attention, MixerContext
 from ..mixers.registry import build
@@ -36,13 +37,35 @@ from .configuration_regraft import RegraftConfig
 
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
-# What transformers reads off a class before it runs the attention of a model in another way.
-ABILITIES = (
-    "_supports_sdpa",
-    "_supports_flash_attn",
-    "_supports_flex_attn",
-    "_supports_attention_backend",
-)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which tokens of a call count, and to which documents they belong.
+
+    Mixers get the tokens of a row that count side by side and padding behind them, wherever the
+    padding was: so they need to know of padding at the end alone.
+    """
+
+    # Which tokens count once they are side by side, (batch, time); None: all do.
+    valid: Bool[Tensor, "batch time"] | None = None
+    # The place that each of those has in the call, (batch, time); None: they stay where they are.
+    order: Int[Tensor, "batch time"] | None = None
+    # Document of each token of a packed row, (batch, time); None: one document.
+    segments: Int[Tensor, "batch time"] | None = None
+
+    def gather(self, x: Float[Tensor, "rows time width"]) -> Float[Tensor, "batch time width"]:
+        """Tokens that count first."""
+        if self.order is None:
+            return x
+        x = x.expand(self.order.shape[0], -1, -1)
+        return x.gather(1, self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    def scatter(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """The inverse of `gather`."""
+        if self.order is None:
+            return x
+        return x.gather(1, self.order.argsort(1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class MixerSlot(nn.Module):
@@ -59,7 +82,7 @@ class MixerSlot(nn.Module):
         position_embeddings: (
             tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None
         ) = None,
-        mixing: MixerContext | None = None,
+        rows: RowLayout | None = None,
         **host_arguments: Any,
     ) -> tuple[Float[Tensor, "batch time hidden"], None]:
         """The mixer's output, and None in the place of attention weights.
@@ -67,7 +90,7 @@ class MixerSlot(nn.Module):
         Args:
             hidden_states: input of the slot.
             position_embeddings: cos and sin, from hosts that pass them.
-            mixing: padding and documents, passed through by the host.
+            rows: padding and documents, passed through by the host.
             host_arguments: what else the family passes to its attention; only the cache is used.
 
         Raises RegraftError when the cache has keys and values for this layer.
@@ -80,13 +103,17 @@ class MixerSlot(nn.Module):
                 "DynamicCache(config=model.config) or no cache"
             )
 
-        mixing = mixing or MixerContext()
-        rotary = position_embeddings if self.rotary else None
-        mixing = MixerContext(rotary, mixing.valid, mixing.segments)
-        y, state = self.mixer(hidden_states, mixing, entry.state if entry is not None else None)
+        rows = rows or RowLayout()
+        rotary = None
+        if self.rotary and position_embeddings is not None:
+            cos, sin = position_embeddings
+            rotary = rows.gather(cos), rows.gather(sin)
+        mixing = MixerContext(rotary, rows.valid, rows.segments)
+        state = entry.state if entry is not None else None
+        y, state = self.mixer(rows.gather(hidden_states), mixing, state)
         if entry is not None:
             entry.store(state, hidden_states.shape[1])
-        return y, None
+        return rows.scatter(y), None
 
 
 class RegraftPreTrainedModel(PreTrainedModel):
@@ -201,29 +228,37 @@ class RegraftModel(RegraftPreTrainedModel):
                 "pass one of them"
             )
         cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise RegraftError(
                 f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them"
             )
 
-        # The host passes `mixing` through to every slot with its other keyword arguments.
-        mixing = build_mixer_context(tokens.shape[1], attention_mask, position_ids, cache)
+        rows = lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
+        if attention_mask is not None and position_ids is None:
+            # Padding takes no position, as `generate` has it.
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            position_ids = position_ids[:, -tokens.shape[1] :]
+        # Nothing goes on from several documents at once, nor from layers that run twice.
+        if rows.segments is not None or (self.gradient_checkpointing and self.training):
+            use_cache = False
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left that reads it
+
+        # The host passes `rows` through to every slot with its other keyword arguments.
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            mixing=mixing,
+            rows=rows,
             **cache_kwargs(cache),
             **kwargs,
         )
-        if cache is not None:
+        if use_cache and cache is not None:
             check_cache_reached(cache, tokens.shape[1])
         return output
 
@@ -336,13 +371,13 @@ def check_cache_reached(cache: Cache, time: int) -> None:
         )
 
 
-def build_mixer_context(
+def lay_out_rows(
     time: int,
     mask: Tensor | None,
     position_ids: Int[Tensor, "rows time"] | None,
     cache: Cache | None,
-) -> MixerContext:
-    """Padding and documents of the last `time` tokens, without rotary tables.
+) -> RowLayout:
+    """Padding and documents of the last `time` tokens.
 
     Args:
         time: tokens of this call.
@@ -352,18 +387,23 @@ def build_mixer_context(
 
     Raises RegraftError for a mask that is not 2-D.
     """
-    valid = segments = None
     if mask is not None:
         if mask.ndim != 2:
             raise RegraftError(
                 f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where "
                 "a token counts"
             )
-        # None where all tokens count: mixers have a shorter way for that.
         valid = mask[:, -time:].bool()
-        valid = None if bool(valid.all()) else valid
-    elif cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:
+        if bool(valid.all()):
+            return RowLayout()  # mixers have a shorter way for that
+        # Stable: tokens that count keep their order.
+        order = (~valid).long().argsort(dim=1, stable=True)
+        counts = valid.sum(1, keepdim=True)
+        return RowLayout(torch.arange(time, device=mask.device) < counts, order)
+
+    if cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:
         restart = position_ids[:, 1:] != position_ids[:, :-1] + 1
         if bool(restart.any()):
             segments = torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
-    return MixerContext(None, valid, segments)
+            return RowLayout(segments=segments)
+    return RowLayout()

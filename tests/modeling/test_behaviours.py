@@ -1,0 +1,411 @@
+"""What people do with a Llama, done with a stock one and with linearized ones: a row each.
+
+Stock Llama is the control: a row that it does not pass is no row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import save_model
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    PreTrainedModel,
+)
+
+from regraft import modeling
+from regraft.core.checkpoint import Checkpoint
+from regraft.mixers.remix import Remix
+
+# One converted layer of two or three kinds of layers; every mixer, with a window and without.
+REMIXES = {
+    "window": Remix("window", "0", window=8, sinks=2),
+    "gated_deltanet": Remix("gated_deltanet", "none", window=0),
+    "gated_deltanet-window": Remix("gated_deltanet", "every:3", window=8, sinks=2),
+    "supra": Remix("supra", "none", window=0),
+    "supra-window": Remix("supra", "0", window=8),
+    "t2r": Remix("t2r", "none", window=0),
+    "hedgehog": Remix("hedgehog", "none", window=0),
+    "retnet": Remix("retnet", "none", window=0),
+    "lightning": Remix("lightning", "none", window=0),
+    "gla": Remix("gla", "none", window=0),
+    "gla-window": Remix("gla", "0", window=8),
+    "rwkv6": Remix("rwkv6", "none", window=0),
+    "mamba": Remix("mamba", "none", window=0),
+    "mamba2": Remix("mamba2", "none", window=0),
+    "lolcats": Remix("lolcats", "none", window=0, options={"window": 8}),
+}
+STOCK = "stock"
+TOLERANCE = 1e-4  # of the largest logit
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Saved models by name, the stock one first."""
+    place = tmp_path_factory.mktemp("behaviours")
+    found = {STOCK: save_model(place / STOCK, layers=3)}
+    for name, remix in REMIXES.items():
+        remix(Checkpoint.open(found[STOCK])).save(place / name)
+        found[name] = place / name
+    return found
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest, folders: dict[str, Path]) -> PreTrainedModel:
+    return load(folders[request.param])
+
+
+def load(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    assert modeling  # imported: its classes are registered
+    options = {"dtype": torch.float32, "trust_remote_code": False} | options
+    return auto.from_pretrained(folder, **options).eval()
+
+
+def ids(model: PreTrainedModel, rows: int = 2, length: int = 21, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.vocab_size, (rows, length), generator=generator)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> None:
+    a, b = a.detach().float(), b.detach().float()
+    assert a.shape == b.shape
+    assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+def logits(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, **options).logits
+
+
+def pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths as one batch, and its mask."""
+    width = max(len(row) for row in rows)
+    tokens, mask = torch.zeros(len(rows), width).long(), torch.zeros(len(rows), width).long()
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[number, place], mask[number, place] = row, 1
+    return tokens, mask
+
+
+def greedy(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | options
+    options.setdefault("attention_mask", torch.ones_like(tokens))
+    return model.generate(tokens, pad_token_id=0, **options)
+
+
+# The rows: each takes a model and its folder.
+
+
+def padding_left(model: PreTrainedModel, folder: Path) -> None:
+    rows = [ids(model, 1, 21)[0], ids(model, 1, 13, seed=1)[0]]
+    tokens, mask = pad(rows, "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = logits(model, tokens, attention_mask=mask, position_ids=positions)
+    for number, row in enumerate(rows):
+        close(found[number, -len(row) :], logits(model, row[None])[0])
+
+
+def padding_left_without_positions(model: PreTrainedModel, folder: Path) -> None:
+    """Only relative positions matter to a Llama."""
+    rows = [ids(model, 1, 21)[0], ids(model, 1, 13, seed=1)[0]]
+    tokens, mask = pad(rows, "left")
+    found = logits(model, tokens, attention_mask=mask)
+    for number, row in enumerate(rows):
+        close(found[number, -len(row) :], logits(model, row[None])[0])
+
+
+def padding_right(model: PreTrainedModel, folder: Path) -> None:
+    rows = [ids(model, 1, 21)[0], ids(model, 1, 13, seed=1)[0]]
+    tokens, mask = pad(rows, "right")
+    found = logits(model, tokens, attention_mask=mask)
+    for number, row in enumerate(rows):
+        close(found[number, : len(row)], logits(model, row[None])[0])
+
+
+def padding_between(model: PreTrainedModel, folder: Path) -> None:
+    row = ids(model, 1, 21)[0]
+    mask = torch.ones(1, 29).long()
+    mask[0, 9:14] = mask[0, 20:23] = 0
+    tokens = torch.zeros(1, 29).long()
+    tokens[0, mask[0] == 1] = row
+    positions = mask.cumsum(1) - 1
+    found = logits(model, tokens, attention_mask=mask, position_ids=positions)
+    close(found[0, mask[0] == 1], logits(model, row[None])[0])
+
+
+def second_turn_padded_left(model: PreTrainedModel, folder: Path) -> None:
+    """Two turns of a batch on one cache, each padded on the left."""
+    turns = [
+        [ids(model, 1, n, seed=s)[0] for n, s in turn]
+        for turn in ([(9, 0), (5, 1)], [(4, 2), (11, 3)])
+    ]
+    cache, masks = DynamicCache(config=model.config), []
+    for turn in turns:
+        tokens, mask = pad(turn, "left")
+        masks.append(mask)
+        whole = torch.cat(masks, 1)
+        positions = (whole.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        found = logits(
+            model, tokens, attention_mask=whole, position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+    for number in range(2):
+        row = torch.cat([turn[number] for turn in turns])
+        last = len(turns[1][number])
+        close(found[number, -last:], logits(model, row[None])[0, -last:])
+
+
+def packed(model: PreTrainedModel) -> tuple[list[Tensor], Tensor, Tensor]:
+    rows = [ids(model, 1, n, seed=n)[0] for n in (11, 6, 9)]
+    return rows, torch.cat(rows)[None], torch.cat([torch.arange(len(row)) for row in rows])[None]
+
+
+def packing(model: PreTrainedModel, folder: Path) -> None:
+    rows, tokens, positions = packed(model)
+    found = logits(model, tokens, position_ids=positions, use_cache=False)[0]
+    close(found, torch.cat([logits(model, row[None])[0] for row in rows]))
+
+
+def packing_with_the_default_cache(model: PreTrainedModel, folder: Path) -> None:
+    rows, tokens, positions = packed(model)
+    model.config.use_cache = False  # as stock Llama needs it
+    found = logits(model, tokens, position_ids=positions)[0]
+    close(found, torch.cat([logits(model, row[None])[0] for row in rows]))
+
+
+def backbone_packed_and_padded(model: PreTrainedModel, folder: Path) -> None:
+    rows, tokens, positions = packed(model)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
+        close(
+            head(hidden.last_hidden_state),
+            logits(model, tokens, position_ids=positions, use_cache=False),
+        )
+        tokens, mask = pad(rows, "left")
+        hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask).last_hidden_state
+        close(head(hidden)[mask == 1], logits(model, tokens, attention_mask=mask)[mask == 1])
+    assert model.base_model is model.get_decoder()
+
+
+def prefill_in_chunks(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    whole = logits(model, tokens)
+    for split in ([1] * 21, [5, 1, 9, 6], [20, 1], [2, 19]):
+        cache = DynamicCache(config=model.config)
+        pieces = [
+            logits(model, piece, past_key_values=cache, use_cache=True)
+            for piece in tokens.split(split, 1)
+        ]
+        close(torch.cat(pieces, 1), whole)
+
+
+def prefix_reuse(model: PreTrainedModel, folder: Path) -> None:
+    tokens, other = ids(model, 1), ids(model, 1, 7, seed=5)
+    cache = DynamicCache(config=model.config)
+    logits(model, tokens, past_key_values=cache, use_cache=True)
+    again = logits(model, other, past_key_values=copy.deepcopy(cache), use_cache=True)
+    close(again, logits(model, torch.cat([tokens, other], 1))[:, 21:])
+    close(logits(model, other, past_key_values=cache, use_cache=True), again)
+
+
+def greedy_with_and_without_cache(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    assert torch.equal(greedy(model, tokens), greedy(model, tokens, use_cache=False))
+
+
+def greedy_padded_left(model: PreTrainedModel, folder: Path) -> None:
+    rows = [ids(model, 1, 21)[0], ids(model, 1, 13, seed=1)[0]]
+    tokens, mask = pad(rows, "left")
+    found = greedy(model, tokens, attention_mask=mask)
+    for number, row in enumerate(rows):
+        assert torch.equal(found[number, 21:], greedy(model, row[None])[0, len(row) :])
+
+
+def beams(model: PreTrainedModel, folder: Path) -> None:
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    tokens = ids(model)
+    found = greedy(model, tokens, **options)
+    assert found.shape[0] == 4
+    assert torch.equal(found, greedy(model, tokens, use_cache=False, **options))
+
+
+def sampling(model: PreTrainedModel, folder: Path) -> None:
+    found = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        found.append(
+            greedy(model, ids(model), do_sample=True, num_return_sequences=3, use_cache=cached)
+        )
+    assert torch.equal(*found) and found[0].shape[0] == 6
+
+
+def guidance(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model, 1)
+    found = greedy(model, tokens, guidance_scale=1.5)
+    assert torch.equal(found, greedy(model, tokens, guidance_scale=1.5, use_cache=False))
+
+
+def embeddings_given(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    with torch.no_grad():
+        found = model(inputs_embeds=model.get_input_embeddings()(tokens)).logits
+    close(found, logits(model, tokens))
+    assert torch.equal(
+        model.generate(
+            inputs_embeds=model.get_input_embeddings()(tokens),
+            attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False,
+            pad_token_id=0,
+        ),
+        greedy(model, tokens, max_new_tokens=5, min_new_tokens=0)[:, 21:],
+    )  # fmt: skip
+
+
+def hidden_states(model: PreTrainedModel, folder: Path) -> None:
+    with torch.no_grad():
+        found = model(input_ids=ids(model), output_hidden_states=True)
+    assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+    close(model.get_output_embeddings()(found.hidden_states[-1]), found.logits)
+
+
+def loss_and_gradients(model: PreTrainedModel, folder: Path) -> None:
+    """With gradient checkpointing the same, with the default of use_cache too."""
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        tokens = ids(model)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def other_dtypes(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        for other in (load(folder, dtype=dtype), copy.deepcopy(model).to(dtype)):
+            assert {p.dtype for p in other.parameters()} == {dtype}
+            found = logits(other, tokens)
+            assert found.dtype == dtype
+            close(found, logits(model, tokens), tolerance)
+            greedy(other, tokens, max_new_tokens=2, min_new_tokens=2)
+
+
+def copies_and_pickles(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other, tokens), logits(model, tokens))
+        assert type(other) is type(model)
+
+
+def save_and_load(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    model.save_pretrained(folder / "again")
+    again = load(folder / "again")
+    assert type(again) is type(model) and torch.equal(logits(again, tokens), logits(model, tokens))
+    with torch.no_grad():
+        backbone = load(folder / "again", AutoModel)(input_ids=tokens).last_hidden_state
+    close(model.get_output_embeddings()(backbone), logits(model, tokens))
+
+
+def embeddings_resized(model: PreTrainedModel, folder: Path) -> None:
+    tokens, size = ids(model), model.config.vocab_size
+    before = logits(model, tokens)
+    model.resize_token_embeddings(size + 5, mean_resizing=False)
+    assert model.config.vocab_size == size + 5
+    model.save_pretrained(folder / "resized")
+    close(logits(load(folder / "resized"), tokens)[..., :size], before)
+
+
+def classifier(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    found = load(folder, AutoModelForSequenceClassification, num_labels=4)
+    assert found.config.num_labels == 4
+    found.config.pad_token_id = 0
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens).last_hidden_state
+        close(found.score(hidden)[:, -1], found(input_ids=tokens).logits)
+
+
+def cropped_or_whole(model: PreTrainedModel, folder: Path) -> None:
+    """A cache takes tokens back, or refuses and is what it was."""
+    tokens, cache = ids(model, 1), DynamicCache(config=model.config)
+    logits(model, tokens[:, :15], past_key_values=cache, use_cache=True)
+    length = 15
+    with contextlib.suppress(ValueError):
+        cache.crop(12)
+        length = 12
+    assert cache.get_seq_length() == length
+    found = logits(model, tokens[:, length:], past_key_values=cache, use_cache=True)
+    close(found, logits(model, tokens)[:, length:])
+
+
+def offloaded(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    with contextlib.suppress(OSError):
+        (folder / "offload").mkdir()
+    layers = {name: "cpu" for name, module in model.base_model.named_children() if name != "layers"}
+    device_map = {f"{model.base_model_prefix}.{name}": place for name, place in layers.items()}
+    device_map |= {
+        f"{model.base_model_prefix}.layers.{i}": "disk" if i else "cpu"
+        for i in range(model.config.num_hidden_layers)
+    }
+    device_map["lm_head"] = "cpu"
+    other = load(folder, device_map=device_map, offload_folder=folder / "offload")
+    close(logits(other, tokens), logits(model, tokens))
+
+
+ROWS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
+    row.__name__: row
+    for row in (
+        padding_left,
+        padding_left_without_positions,
+        padding_right,
+        padding_between,
+        second_turn_padded_left,
+        packing,
+        packing_with_the_default_cache,
+        backbone_packed_and_padded,
+        prefill_in_chunks,
+        prefix_reuse,
+        greedy_with_and_without_cache,
+        greedy_padded_left,
+        beams,
+        sampling,
+        guidance,
+        embeddings_given,
+        hidden_states,
+        loss_and_gradients,
+        other_dtypes,
+        copies_and_pickles,
+        save_and_load,
+        embeddings_resized,
+        classifier,
+        cropped_or_whole,
+        offloaded,
+    )
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("model", [STOCK, *REMIXES], indirect=True)
+def test_behaviour(
+    row: str, model: PreTrainedModel, folders: dict[str, Path], request: Any
+) -> None:
+    name = request.node.callspec.params["model"]
+    ROWS[row](model, folders[name])
