@@ -17,7 +17,7 @@ from ..errors import RegraftError
 from ..mixers.base import Attention, WeightSpec
 from ..mixers.registry import weights
 from ..mixers.remix import Remix
-from . import growth, liveness
+from . import conversion, growth, liveness
 from .growth import ModelDifferences
 from .liveness import DeadTensor, LockedTensor
 
@@ -51,6 +51,9 @@ class Receipts(TypedDict):
     zero_layers: float | None
     # Gated layers with their gates shut against the pure-window model.
     window_end: float | None
+    # Windows against the stock attention in their place, and the layer that differs most.
+    window_vs_stock: float | None
+    window_vs_stock_layer: int | None
     # Token by token against all tokens at once; None for encoders.
     parallel_vs_recurrent: float | None
 
@@ -76,6 +79,8 @@ class ForwardChecks(TypedDict):
     max_abs_logit_diff: float | None
     zero_layers: float | None
     window_end: float | None
+    window_vs_stock: float | None
+    window_vs_stock_layer: int | None
     parallel_vs_recurrent: float
 
 
@@ -127,6 +132,7 @@ def check(source: str | Path, out: str | Path, seed: int = 0) -> Receipts:
     within = (
         is_within(forward["zero_layers"], EXACT)
         and is_within(forward["window_end"], WINDOW_END)
+        and is_within(forward["window_vs_stock"], conversion.BOUND)
         and is_within(forward["parallel_vs_recurrent"], RECURRENT)
     )
     # A linearized model differs from its source, and a trained one: only a moved one must not.
@@ -171,6 +177,7 @@ def check_growth(before: Checkpoint, after: Checkpoint, seed: int) -> Receipts:
         "exact": exact,
         "zero_layers": None,
         "window_end": None,
+        **conversion.NO_WINDOW,
         **differences,
         "bound": bound,
         "dead": None if alive is None else alive["dead"]["entries"],
@@ -289,6 +296,7 @@ def run_forward_checks(
         "max_abs_logit_diff": None if trained else float((logits - reference).abs().max()),
         "zero_layers": None,
         "window_end": None,
+        **conversion.NO_WINDOW,
         "parallel_vs_recurrent": relative_difference(
             compute_recurrent_logits(model, tokens), logits
         ),
@@ -300,6 +308,8 @@ def run_forward_checks(
     unchanged = modeling.materialize(Remix(keep="all")(before))
     checks["zero_layers"] = relative_difference(compute_logits(unchanged, tokens), reference)
 
+    if not trained:
+        checks.update(conversion.compare_windows(before, after, model, tokens))
     if (window := window_only_remix(after)) and not trained:
         with modeling.force_branch(model, "window"):
             shut = compute_logits(model, tokens)
@@ -359,6 +369,8 @@ MEANINGS = {
     "max_abs_logit_diff": "outputs against the source's, largest difference",
     "zero_layers": "linearizing no layer: logits against the source's",
     "window_end": "gates shut: logits against the pure-window model's",
+    "window_vs_stock": "windows: outputs against the stock attention's, relative",
+    "window_vs_stock_layer": "the layer that differs most",
     "parallel_vs_recurrent": "token by token against all at once",
     "exact": "every step keeps the function",
     "bound": "largest relative difference that counts as equal",

@@ -88,6 +88,7 @@ def grow(
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..io import output, shard_writer
     from ..io.shard_writer import ExtraFile
+    from ..modeling.reopen import save_model
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker, print_line
     from ..train import fit_ligo
@@ -138,7 +139,9 @@ def grow(
 
         def write() -> parity.Step0 | None:
             if not done:
-                grown.save(out, overwrite, extra_files=extra_files, request=request)
+                save_model(
+                    grown, out, overwrite=overwrite, extra_files=extra_files, request=request
+                )
             output.remove_output(maps)
             if maps.is_dir():  # a call that was killed at its very end
                 output.release_folder(maps, is_new=True)

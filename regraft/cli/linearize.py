@@ -91,6 +91,7 @@ def linearize(
     from ..evaluation import baselines
     from ..io import shard_writer
     from ..linearize import methods, pipeline
+    from ..modeling.reopen import save_model
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
     from ..report import tables
@@ -179,7 +180,9 @@ def linearize(
                     )
                 )
             after = remix(before)
-            distributed.on_rank0(lambda: after.save(out, overwrite, request=request))
+            distributed.on_rank0(
+                lambda: save_model(after, out, overwrite=overwrite, request=request)
+            )
     plan = Plan.of(before, after, notes=notes)
 
     def show(console: Console) -> None:

@@ -27,6 +27,7 @@ from ..io.files import read_json_if_exists, write_json
 from ..linearize import select_layers
 from ..mixers.remix import Remix
 from ..modeling import flops
+from ..modeling.reopen import save_model
 from ..train import fit_ligo, loop
 from ..train.calibrate import calibrate
 from . import data
@@ -235,7 +236,7 @@ def grow_with_ligo(
         )
 
         def save() -> None:
-            learned(source).save(folder / GROWN, overwrite=True)
+            save_model(learned(source), folder / GROWN, overwrite=True)
             write_json(folder / "start.json", NO_COST | dict(learned.cost))
 
         distributed.on_rank0(save)

@@ -11,7 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ..errors import RegraftError
 from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, softmax_scale
@@ -46,6 +46,7 @@ class AttentionFields(TypedDict):
     o_bias: bool  # whether the output projection has a bias
     qk_norm: float | None  # epsilon of the norm on queries and keys; None: there is none
     rotary: bool  # whether queries and keys are rotated by position
+    softcap: NotRequired[float]  # c in c tanh(logits / c); left out where there is no cap
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Anatomy:
     rotary: bool = True
     # (config, head dim, layer) -> factor on the attention logits.
     scale: Callable[[Config, int, int], float] = softmax_scale
+    # (config key of the cap on the logits, its value when the key is missing; null is no cap).
+    softcap: tuple[str, float | None] | None = None
     # Config -> name prefix that fills "{p}" in the names of parts.
     prefix: Callable[[Config], str] = no_prefix
     # Config with new sizes -> further keys that must change with them. It may refuse the sizes
@@ -350,7 +353,7 @@ class Anatomy:
         roles |= {
             f"{name}.{role.rpartition('.')[2]}" for role in roles for name in self.parts[role].fused
         }
-        return {
+        fields: AttentionFields = {
             "hidden": sizes["hidden"],
             "kv": sizes["kv"],
             "group": sizes["group"],
@@ -361,6 +364,10 @@ class Anatomy:
             "qk_norm": float(full[self.eps]) if "attn.q_norm.weight" in roles else None,
             "rotary": self.rotary,
         }
+        cap = config.get(*self.softcap) if self.softcap else None
+        if cap is not None:
+            fields["softcap"] = float(cap)
+        return fields
 
     def write_extras(self, directory: str, config: Config) -> None:
         """Write further files that a saved model needs: none, unless it is linearized."""

@@ -218,6 +218,7 @@ class Checkpoint:
         shard_bytes: int = SHARD,
         extra_files: Mapping[str, ExtraFile] | None = None,
         request: Any = None,
+        prove_opens: Callable[[Path], None] | None = None,
     ) -> None:
         """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
 
@@ -230,6 +231,8 @@ class Checkpoint:
             shard_bytes: size limit of a file of weights; one tensor may exceed it.
             extra_files: further files of the directory, by name.
             request: what the command was asked for, so that a later call can see that it is done.
+            prove_opens: called with the complete directory before it is put in place; when it
+                raises, nothing is.
 
         RegraftError when `path` exists and not `overwrite`, or when the disk is full.
         """
@@ -265,6 +268,8 @@ class Checkpoint:
             index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
             small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
             write_json(folder / lineage.FILE, lineage.build_lineage(self, partial.done | small))
+            if prove_opens is not None:
+                prove_opens(folder)
 
     def _start_fingerprint(
         self,

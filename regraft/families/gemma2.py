@@ -52,6 +52,7 @@ anatomy = Anatomy(
     ignored=IGNORED,
     embed_scale=True,
     scale=softmax_scale,
+    softcap=("attn_logit_softcapping", 50.0),
     layer_lists=("layer_types",),
     divides=(("hidden_size", "num_attention_heads"),),
     activation="hidden_activation",

@@ -36,5 +36,6 @@ anatomy = replace(
         **norm("attn.k_norm", f"{LAYER}.self_attn.k_norm", "dim", unit=True),
     },
     defaults={**gemma2.anatomy.defaults, "layer_types": periodic_layer_types},
+    softcap=("attn_logit_softcapping", None),
     older=older_config_keys,
 )

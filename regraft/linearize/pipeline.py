@@ -25,6 +25,7 @@ from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
 from ..mixers.remix import Remix
 from ..mixers.remix_options import RemixOptions
+from ..modeling.reopen import save_model
 from ..progress import Ticker
 from ..train import fsdp, loop
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
@@ -278,7 +279,8 @@ def convert_and_train(
 
     def convert() -> None:
         if not (linear / "config.json").exists():
-            choose_layers(source, method.remix, rows, ticker)(source).save(linear, overwrite=True)
+            remix = choose_layers(source, method.remix, rows, ticker)
+            save_model(remix(source), linear, overwrite=True)
 
     distributed.on_rank0(convert)
     ticker.start("training")

@@ -36,11 +36,19 @@ class Attention:
     o_bias: bool = False  # whether the output projection has a bias
     qk_norm: float | None = None  # epsilon of an RMS norm per head on queries and keys, or no norm
     rotary: bool = True  # whether the source rotates queries and keys
+    softcap: float | None = None  # c in c tanh(logits / c) before the softmax; None: no cap
 
     @property
     def heads(self) -> int:
         """Number of query heads."""
         return self.kv * self.group
+
+    def scale_scores(self, scores: Float[Tensor, "... keys"]) -> Float[Tensor, "... keys"]:
+        """The logits of the softmax from products of queries and keys: scaled, then capped."""
+        scores = scores * self.scale
+        if self.softcap is None:
+            return scores
+        return self.softcap * (scores / self.softcap).tanh()
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,14 @@ class Mixer(nn.Module):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Numbers of recurrent state per sequence."""
         raise NotImplementedError
+
+    @classmethod
+    def softmax_tokens(cls, spec: dict[str, Any]) -> int:
+        """Tokens of a row on which it computes the source's attention itself; 0: on none.
+
+        As converted, before training. A gated mixer does with its gate shut.
+        """
+        return 0
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:

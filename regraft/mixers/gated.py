@@ -85,6 +85,12 @@ class GatedMixer(Mixer):
         )
 
     @classmethod
+    def softmax_tokens(cls, spec: dict[str, Any]) -> int:
+        """Those of the window branch."""
+        mixer, options = cls.branches(spec)["window"]
+        return mixer.softmax_tokens(options)
+
+    @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Both branches'."""
         return sum(

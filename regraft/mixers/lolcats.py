@@ -69,6 +69,13 @@ class Lolcats(Hedgehog):
         return super().state_size(attention, spec) + options.window * per_token
 
     @classmethod
+    def softmax_tokens(cls, spec: dict[str, Any]) -> int:
+        """The window, where projections, rotation and outputs are the source's."""
+        options = cls.parse(spec)
+        plain = options.rotary and (options.norm, options.gate) == ("none", "none")
+        return options.window if plain and spec.get("inherit", "all") == "all" else 0
+
+    @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Hedgehog's; scores and weighted sums over the window."""
         pairs = attention.heads * cls.parse(spec).window
@@ -191,7 +198,7 @@ class Lolcats(Hedgehog):
         group = pad_time(q, size).unflatten(1, (states, -1)).unflatten(3, (n, size)).transpose(2, 3)
         seen = seen[:, None, :, None].expand(-1, states, -1, group.shape[3], -1, -1).flatten(3, 4)
 
-        scores = (group.flatten(3, 4) @ keys) * self.attention.scale
+        scores = self.attention.scale_scores(group.flatten(3, 4) @ keys)
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         out = (scores - scores.amax(-1, keepdim=True)).exp() @ values.mT
         out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b states g t dim+1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from ..families.regraft import AUTO_MAP
 from .base import Attention, WeightSpec
 from .inherit import parse_inherit
 from .initialize import create_initial_tensor
-from .registry import validate, weights
+from .registry import mixer_class, validate, weights
 from .remix_options import RemixOptions
+from .source_windows import source_windows
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -46,6 +47,9 @@ class Remix(RemixOptions):
         """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
         config = self.build_config(source)
         anatomy = find_anatomy(config)
+        step = step_entry(self)
+        if notes := self.list_notes(source, config):
+            step["notes"] = notes
         tensors: dict[Key, LazyTensor] = {}
         names: dict[Key, str] = {}
         used: set[str] = set()
@@ -68,7 +72,7 @@ class Remix(RemixOptions):
             names,
             source.folder,
             source.dropped | unused,
-            (*source.history, step_entry(self)),
+            (*source.history, step),
             allow_nonfinite=source.allow_nonfinite,
         )
 
@@ -97,7 +101,10 @@ class Remix(RemixOptions):
         check_supported(source)
 
         kept = self.kept_layers(source.layers)
-        specs = [None if layer in kept else self.build_spec() for layer in range(source.layers)]
+        specs = [
+            None if layer in kept else self.build_spec(window)
+            for layer, window in enumerate(source_windows(source.config))
+        ]
         shapes = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
         attention = [
             None if spec is None else shape for spec, shape in zip(specs, shapes, strict=True)
@@ -117,8 +124,12 @@ class Remix(RemixOptions):
             **special,
         }
 
-    def build_spec(self) -> dict[str, Any]:
-        """The mixer spec of every converted layer."""
+    def build_spec(self, source_window: int | None = None) -> dict[str, Any]:
+        """The mixer spec of a converted layer.
+
+        Args:
+            source_window: tokens that the source's attention sees there; None for all.
+        """
         if self.window < 0 or self.sinks < 0 or (self.mixer == "window" and self.window == 0):
             raise RegraftError(
                 f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 "
@@ -130,8 +141,15 @@ class Remix(RemixOptions):
                 "supra"
             )
 
-        window = {"name": "window", "window": self.window, "sinks": self.sinks}
+        window: dict[str, Any] = {"name": "window", "window": self.window, "sinks": self.sinks}
         plain = window if self.mixer == "window" else {"name": self.mixer, **self.options}
+        if source_window is not None:
+            # Nothing is seen that the source does not see: its first tokens least of all.
+            if source_window <= self.window:
+                window |= {"window": source_window, "sinks": 0}
+            own = getattr(mixer_class(plain["name"]).parse(plain), "window", None)
+            if isinstance(own, int) and own > source_window:
+                plain |= {"window": source_window}
         plain |= {"inherit": self.inherit} if self.inherit != "all" else {}
         validate(plain)
         if self.mixer == "window" or self.window == 0:
@@ -146,6 +164,31 @@ class Remix(RemixOptions):
         # The default start is left out, as it was before there was an option for it.
         start = {} if self.gate == Remix.gate else {"start": self.gate}
         return {"name": "gated", "linear": plain, "window": window} | start
+
+    def list_notes(self, source: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+        """What a user should know of the conversion beyond its weights.
+
+        Args:
+            source: the model that is linearized.
+            config: of the result.
+        """
+        notes, windows = [], source_windows(source.config)
+        replaced = [layer for layer, spec in enumerate(config["mixers"]) if spec]
+        asked = self.build_spec() if replaced else None
+        if narrow := [layer for layer in replaced if config["mixers"][layer] != asked]:
+            notes.append(
+                f"{len(narrow)} replaced layers slide in the source, so their windows see"
+                f" {windows[narrow[0]]} tokens and no sinks, as the source's attention does"
+            )
+
+        capped = [i for i in replaced if config["attention"][i].get("softcap")]
+        if capped and self.mixer != "window":
+            cap = config["attention"][capped[0]]["softcap"]
+            notes.append(
+                f"linear attention has no scores, so {self.mixer} drops the source's cap on them"
+                f" ({cap:g}); softmax within a window keeps it"
+            )
+        return notes
 
     def build_weight(
         self, source: Checkpoint, weight: WeightSpec, layer: int, name: str, shape: tuple[int, ...]

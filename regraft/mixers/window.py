@@ -27,7 +27,7 @@ def naive_window(
     q: Float[Tensor, "batch heads time dim"],
     k: Float[Tensor, "batch kv time dim"],
     v: Float[Tensor, "batch kv time dim"],
-    scale: float,
+    attention: Attention,
     window: int,
     sinks: int,
     position: Int[Tensor, "batch time"],
@@ -37,7 +37,7 @@ def naive_window(
 
     Args:
         q, k, v: queries, keys and values, already rotated.
-        scale: multiplies the logits.
+        attention: scales and caps the logits.
         window, sinks: as in `WindowOptions`.
         position: of each token in its document, EMPTY on padding.
         segments: document number of each token.
@@ -50,9 +50,8 @@ def naive_window(
     seen = (distance >= 0) & ((distance < window) | (position.unsqueeze(-2) < sinks))
     seen &= (segments.unsqueeze(-1) == segments.unsqueeze(-2)) & (position.unsqueeze(-2) > EMPTY)
 
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(
-        ~seen.unsqueeze(1), torch.finfo(q.dtype).min
-    )
+    scores = attention.scale_scores(q @ k.transpose(-1, -2))
+    scores = scores.masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
     return scores.softmax(-1) @ v
 
 
@@ -78,6 +77,12 @@ class Window(Mixer):
         """Keys, values and positions of the window and the sinks."""
         options = cls.parse(spec)
         return (options.window + options.sinks) * (2 * attention.kv * attention.dim + 1) + 1
+
+    @classmethod
+    def softmax_tokens(cls, spec: dict[str, Any]) -> int:
+        """The window, where all projections are the source's."""
+        window: int = cls.parse(spec).window
+        return window if spec.get("inherit", "all") == "all" else 0
 
     @classmethod
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
@@ -159,7 +164,7 @@ class Window(Mixer):
         )
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
-        scores = (group @ keys.transpose(-1, -2)) * self.attention.scale
+        scores = self.attention.scale_scores(group @ keys.transpose(-1, -2))
         scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
         return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2)
 
@@ -227,9 +232,9 @@ class Window(Mixer):
         seen: Bool[Tensor, "batch n size keys"],
         group: int,
     ) -> Float[Tensor, "batch kv n queries keys"]:
-        """Scaled scores, the smallest number where a key is not seen; `queries` is group * size."""
+        """Logits, the smallest number where a key is not seen; `queries` is group * size."""
         seen = seen.unsqueeze(1).repeat(1, 1, 1, group, 1)
-        return (scores * self.attention.scale).masked_fill(~seen, torch.finfo(scores.dtype).min)
+        return self.attention.scale_scores(scores).masked_fill(~seen, torch.finfo(scores.dtype).min)
 
     def collect_sinks(
         self,

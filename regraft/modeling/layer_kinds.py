@@ -8,6 +8,7 @@ from typing import Any
 from ..core.checkpoint import Checkpoint
 from ..mixers.base import Attention
 from ..mixers.registry import mixer_class
+from ..mixers.source_windows import source_windows
 
 
 def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
@@ -30,13 +31,12 @@ def attention_of(checkpoint: Checkpoint, layer: int) -> Attention:
     return Attention(**checkpoint.anatomy.attention(checkpoint.config, layer))
 
 
-def kept_tokens(checkpoint: Checkpoint, layer: int, context: int) -> int:
-    """Tokens whose keys a softmax layer keeps: all, or the source's own sliding window."""
-    host = checkpoint.config.get("host", checkpoint.config)
-    # Mistral's config has a window and no list of layers: it holds in all of them.
-    kinds, window = host.get("layer_types"), host.get("sliding_window")
-    sliding = kinds[layer] == "sliding_attention" if kinds else host["model_type"] == "mistral"
-    return min(context, window) if sliding and window else context
+def kept_tokens(checkpoint: Checkpoint, context: int) -> list[int]:
+    """By layer, tokens whose keys softmax attention keeps: all, or the source's sliding window."""
+    if not checkpoint.anatomy.host(checkpoint.config).causal:
+        return [context] * checkpoint.layers
+    windows = source_windows(checkpoint.anatomy.host_config(checkpoint.config))
+    return [min(context, window or context) for window in windows]
 
 
 def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
@@ -48,11 +48,12 @@ def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     """
     table: dict[str, int] = {}
     context = context if checkpoint.anatomy.causal else 0  # encoders keep no state
+    kept = kept_tokens(checkpoint, context)
     kinds = zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
     for layer, (kind, spec) in enumerate(kinds):
         attention = attention_of(checkpoint, layer)
         if spec is None:
-            numbers = 2 * attention.kv * attention.dim * kept_tokens(checkpoint, layer, context)
+            numbers = 2 * attention.kv * attention.dim * kept[layer]
         else:
             numbers = mixer_class(spec["name"]).state_size(attention, spec)
         table[kind] = table.get(kind, 0) + 4 * numbers

@@ -21,7 +21,7 @@ from ..errors import RegraftError
 from ..io.files import read_json
 from ..io.finite import cast_finite
 from ..mixers.gated import GatedMixer
-from .meta import build_meta_model, explain_model_errors, stock_class
+from .meta import explain_model_errors, model_class, stock_class
 from .modeling_regraft import RegraftForCausalLM
 
 
@@ -41,16 +41,9 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
         checkpoint.names[key]: cast_finite(lazy.read(), dtype, checkpoint.names[key]).contiguous()
         for key, lazy in checkpoint.tensors.items()
     }
-    if checkpoint.config["model_type"] == "regraft":
-        model: Any = build_meta_model(checkpoint)
-        with explain_model_errors(checkpoint.origin):
-            missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
-        # A tied head is in no file: `tie_weights` makes it from the embedding.
-        lost = (set(missing) - set(getattr(model, "all_tied_weights_keys", {}))) | set(unexpected)
-        model.tie_weights()
-    else:
-        model, lost = build_stock_model(checkpoint, values, dtype)
-
+    kind, config = model_class(checkpoint.config)
+    with explain_model_errors(checkpoint.origin):
+        model, lost = build_with_weights(kind, config, values, dtype)
     if lost:
         raise RegraftError(
             f"'{checkpoint.path}' does not fit its model: parameter '{sorted(lost)[0]}' has no "
@@ -59,30 +52,16 @@ def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     return model.to(dtype).eval()
 
 
-def build_stock_model(
-    checkpoint: Checkpoint, values: dict[str, Tensor], dtype: torch.dtype
-) -> tuple[Any, set[str]]:
-    """(model of transformers' own class, names without a counterpart).
-
-    Args:
-        checkpoint: whose config names the class.
-        values: weights by their names in files.
-        dtype: of the weights.
-    """
-    kind, config = stock_class(checkpoint.config)
-    with explain_model_errors(checkpoint.origin):
-        return build_with_weights(kind, config, values, dtype)
-
-
 def build_with_weights(
     kind: Any, config: Any, values: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[Any, set[str]]:
-    """(model of a stock class, names without a counterpart).
+    """(model, names without a counterpart).
 
-    transformers renames and fuses weights where its classes differ from the files.
+    transformers renames and fuses weights where its classes differ from the files, those of a
+    linearized model's host included.
 
     Args:
-        kind: the class.
+        kind: the class, as `model_class` finds it.
         config: of transformers.
         values: weights by their names in files.
         dtype: of the weights.
@@ -118,8 +97,6 @@ def build_random_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
 
 def to_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by parameter name of a model -> the same by their names in its checkpoint."""
-    if isinstance(model, RegraftForCausalLM):
-        return dict(values)
     canonical = find_anatomy(model.config.to_dict()).canonical_name
     return {
         canonical(name): value
@@ -131,8 +108,6 @@ def from_checkpoint_names(
     model: PreTrainedModel, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The inverse of `to_checkpoint_names`; parameters that `values` lack are left out."""
-    if isinstance(model, RegraftForCausalLM):
-        return dict(values)
     # transformers converts names this way only while it loads: the values go into a twin model.
     twin, lost = build_with_weights(type(model), copy.deepcopy(model.config), values, torch.float32)
     return {name: parameter.data for name, parameter in twin.named_parameters() if name not in lost}

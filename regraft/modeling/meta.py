@@ -56,20 +56,20 @@ def build_from_config(checkpoint: Checkpoint) -> Any:
 
     Its tensors are on PyTorch's current default device.
     """
-    fields = {**checkpoint.config, "dtype": "float32"}
-    if fields["model_type"] == "regraft":
-        fields["host"] = {**fields["host"], "dtype": "float32"}
-        arguments = {
-            key: value for key, value in fields.items() if key not in ("model_type", "auto_map")
-        }
-        with explain_model_errors(checkpoint.origin):
-            model: Any = RegraftForCausalLM(RegraftConfig(**arguments))
-    else:
-        kind, config = stock_class(fields)
-        with explain_model_errors(checkpoint.origin):
-            model = kind(config)
+    kind, config = model_class({**checkpoint.config, "dtype": "float32"})
+    with explain_model_errors(checkpoint.origin):
+        model = kind(config)
     model.tie_weights()
     return model.eval()
+
+
+def model_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
+    """(class, config) of a stock or linearized model from the mapping in its config.json."""
+    if fields["model_type"] != "regraft":
+        return stock_class(fields)
+    own = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
+    with explain_model_errors("regraft"):
+        return RegraftForCausalLM, RegraftConfig(**own)
 
 
 def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:

@@ -20,6 +20,13 @@ from .configuration_regraft import RegraftConfig
 
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
+# What transformers reads off a class before it runs the attention of a model in another way.
+ABILITIES = (
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+)
 
 
 class MixerSlot(nn.Module):
@@ -28,7 +35,7 @@ class MixerSlot(nn.Module):
     def __init__(self, spec: dict[str, Any], attention: Attention, layer: int):
         super().__init__()
         self.mixer = build(spec, attention)
-        self.layer = layer
+        self.layer, self.rotary = layer, attention.rotary
 
     def forward(
         self,
@@ -58,7 +65,8 @@ class MixerSlot(nn.Module):
             )
 
         mixing = mixing or MixerContext()
-        mixing = MixerContext(position_embeddings, mixing.valid, mixing.segments)
+        rotary = position_embeddings if self.rotary else None
+        mixing = MixerContext(rotary, mixing.valid, mixing.segments)
         y, state = self.mixer(hidden_states, mixing, entry.state if entry is not None else None)
         if entry is not None:
             entry.store(state, hidden_states.shape[1])
@@ -70,22 +78,28 @@ class RegraftForCausalLM(PreTrainedModel, GenerationMixin):
 
     Left and right padding are read from `attention_mask` (batch, time), packed documents from
     `position_ids` that restart, without a mask or cache. The decoding state is in a
-    `DynamicCache(config=model.config)`.
+    `DynamicCache(config=model.config)`. Layers that keep softmax attention run it in the ways that
+    the host's class supports.
     """
 
     config_class = RegraftConfig
     base_model_prefix = "host"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
     _no_split_modules: list[str] = []
 
     def __init__(self, config: RegraftConfig):
-        super().__init__(config)
+        # transformers looks at these while it initialises the outer model.
         host_config = config.host_config()
+        host_class = AutoModelForCausalLM._model_mapping[type(host_config)]
+        for ability in ABILITIES:
+            setattr(self, ability, getattr(host_class, ability))
+        super().__init__(config)
+
+        # As submodules are: in the dtype that the outer model is made in, not in the config's.
         host_config.use_cache = config.use_cache
         self.host = AutoModelForCausalLM.from_config(
             host_config,
+            dtype=torch.get_default_dtype(),
             attn_implementation=config._attn_implementation,
             trust_remote_code=False,
         )

@@ -224,11 +224,12 @@ def token_flops(checkpoint: Checkpoint, context: int) -> int:
         return row_flops(checkpoint, checkpoint.sizes["pos"])["forward"]
 
     total = ledger.weight_flops(checkpoint.config, 1)[0]
+    kept = kept_tokens(checkpoint, context)
     for layer, spec in enumerate(mixers_of(checkpoint)):
         attention = attention_of(checkpoint, layer)
         if spec is None:
             # Scores and weighted values: a multiply-add each, per head, channel and kept token.
-            total += 4 * attention.heads * attention.dim * kept_tokens(checkpoint, layer, context)
+            total += 4 * attention.heads * attention.dim * kept[layer]
         else:
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total

@@ -27,6 +27,7 @@ from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
 from ..linearize.pipeline import choose_layers, train_linearized
 from ..modeling import generate
+from ..modeling.reopen import save_model
 from ..plan.plan import Plan
 from ..report import html
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
@@ -291,7 +292,7 @@ class Experiment:
         remix = choose_layers(self.source, self.recipe.remix, self.rows, self.journal.ticker)
         after = remix(self.source)
         write_json(self.out / "plan.json", Plan.of(self.source, after).to_dict())
-        after.save(self.linear, overwrite=True)
+        save_model(after, self.linear, overwrite=True)
 
     def measure_baselines(self) -> None:
         """Rows that need no training."""

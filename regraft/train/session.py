@@ -25,6 +25,7 @@ from ..io.identity import identify_model
 from ..io.request import Identity
 from ..io.safetensors import read_tensors, save_tensors
 from ..modeling import flops
+from ..modeling.reopen import save_model
 from ..progress import Ticker
 from . import fsdp, loop
 from .calibrate import calibrate
@@ -175,7 +176,7 @@ def write_trained(
         "arguments": {"stages": [dataclasses.asdict(stage) for stage in stages]},
         "ledger": ledger,
     }
-    checkpoint.with_values(values, step).save(out / TRAINED, overwrite=True)
+    save_model(checkpoint.with_values(values, step), out / TRAINED, overwrite=True)
     publish_model(out / TRAINED, out)
 
 

@@ -239,9 +239,7 @@ def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> N
     from regraft.mixers.base import apply_rotary
 
     q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
-    expected = naive_window(q, k, v, mixer.attention.scale, 8, 2, position, segments).transpose(
-        1, 2
-    )
+    expected = naive_window(q, k, v, mixer.attention, 8, 2, position, segments).transpose(1, 2)
     assert relative(heads, expected) < TOLERANCE
     parameters = list(mixer.qkv.parameters())
     weight = torch.randn_like(heads)

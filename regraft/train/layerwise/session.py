@@ -11,6 +11,7 @@ from ...data.text import Text
 from ...errors import RegraftError
 from ...io import output
 from ...io.files import read_json_lines
+from ...modeling.reopen import save_model
 from ...progress import Ticker
 from ..metrics import FILE
 from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
@@ -125,7 +126,7 @@ def align_in_folder(
     result = ledger | {"text": rows_of.facts(), "summary": summarize_layers(target)}
 
     def publish() -> None:
-        trained.save(target / TRAINED, overwrite=True)
+        save_model(trained, target / TRAINED, overwrite=True)
         publish_model(target / TRAINED, target)
         # Only now: the trained mixers are read from the work folder while the model is written.
         finish_run(target, result)

@@ -1,0 +1,42 @@
+"""How far back each layer of a stock model attends, as transformers reads its config."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from ..core.anatomy import Config
+from ..errors import RegraftError, explain_errors
+
+KINDS = ("full_attention", "sliding_attention")
+
+
+def source_windows(config: Config) -> list[int | None]:
+    """By layer, the last tokens that a token sees, itself included; None for all of them.
+
+    Classes derive this from several keys and defaults of their own, so transformers' config says
+    it.
+
+    Args:
+        config: of a stock decoder, the mapping in its config.json.
+
+    RegraftError for layers that see other tokens than the last ones.
+    """
+    family = config["model_type"]
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    with explain_errors(f"transformers cannot read the config of a {family}", "fix config.json"):
+        stock = AutoConfig.for_model(family, **fields)
+        kinds, options = get_layer_types_and_kwargs(stock)
+
+    if getattr(stock, "use_bidirectional_attention", None):
+        raise RegraftError(
+            f"{family} config has use_bidirectional_attention = true: mixers read from left to "
+            "right, give a decoder"
+        )
+    for layer, kind in enumerate(kinds):
+        if kind not in KINDS:
+            raise RegraftError(
+                f"layer {layer} of this {family} has '{kind}', which mixers do not carry over: "
+                f"linearize a model whose layers are {' or '.join(KINDS)}"
+            )
+    return [option.get("sliding_window") for option in options]
