@@ -325,7 +325,8 @@ def window_only_remix(after: Checkpoint) -> Remix | None:
     if not gated:
         return None
     kept = ",".join(str(layer) for layer, spec in enumerate(specs) if not spec) or "none"
-    window = gated[0]["window"]
+    # Layers that slide in the source have less than what was asked for, in either model.
+    window = max((spec["window"] for spec in gated), key=lambda window: window["window"])
     return Remix(mixer="window", keep=kept, window=window["window"], sinks=window["sinks"])
 
 
