@@ -95,9 +95,10 @@ class Anatomy:
     older: Callable[[Config], dict[str, Any]] = older_rope_keys
     # Config -> family that can hold shapes this class cannot (used by --bridge); None: none can.
     bridge: Callable[[Config], str | None] = no_bridge
-    # Config -> keys that Auto changes when it reads the file, such as the `model_type`.
+    # Config -> keys that Auto changes when it reads the file, such as the `model_type`, and those
+    # that the class cannot do without.
     rewrite: Callable[[Config], dict[str, Any]] = no_keys
-    # Config keys that the class cannot run without, though it takes null; `defaults` has them.
+    # Config keys whose null the class takes, but cannot run with.
     not_null: tuple[str, ...] = ()
     # (key, divisor key): the class requires the first to be a multiple of the second.
     divides: tuple[tuple[str, str], ...] = ()
@@ -259,8 +260,9 @@ class Anatomy:
         """
         check_sizes(self.family, sizes)
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
+        # Checked whatever grows; what the class derives from a layer's number is written out.
+        lists = find_layer_lists(config, self)
         if order is not None:
-            lists = find_layer_lists(config, self)
             keys |= {key: [value[layer] for layer in order] for key, value in lists.items()}
             keys["_order"] = list(order)
 
@@ -296,10 +298,11 @@ class Anatomy:
 
     def _drop_defaults(self, config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
         """`written` without keys that `config` lacks and whose value the defaults give anyway."""
-        # What a reader would get from the required keys and the keys that the config has.
+        # What a reader would get from the required keys and the keys that the config has, null ones
+        # as null.
         required = self.required_keys()
         stated = {
-            key: value
+            key: value if key in required or config[key] is not None else None
             for key, value in (dict(config) | dict(written)).items()
             if key in config or key in required
         }

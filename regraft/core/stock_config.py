@@ -5,7 +5,6 @@ The classes are asked, not copied. Importing them takes seconds, so it happens w
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
 TAKEN_AS_NULL = frozenset(
     "architectures bos_token_id classifier_dropout dtype eos_token_id layer_types n_inner"
     " pad_token_id problem_type rope_parameters rope_scaling sliding_window torch_dtype".split()
+)
+# Lists of some classes that have nothing to do with layers; other classes do not know the names.
+OTHER_LISTS = frozenset(
+    "image_mean image_size image_std out_features out_indices patch_size stage_names tags".split()
 )
 # transformers checks the length of lists of these names in every class, whether it reads them.
 CHECKED_LISTS = ("layer_types", "mlp_layer_types")
@@ -34,24 +37,20 @@ def fill_nulls(config: Config, anatomy: Anatomy) -> dict[str, Any]:
         config: the mapping in a config.json of a stock family.
         anatomy: its table.
     """
-    filled = dict(config)
-    if missing := [key for key in anatomy.not_null if config.get(key) is None]:
-        full = anatomy.fill_defaults(config)
-        filled |= {key: full[key] for key in missing if full.get(key) is not None}
-
     # Sizes that have no default stay null: `Anatomy.solve` says which.
-    leave = TAKEN_AS_NULL | anatomy.required_keys()
-    nulls = [key for key, value in filled.items() if value is None and key not in leave]
+    leave = (TAKEN_AS_NULL | anatomy.required_keys()) - set(anatomy.not_null)
+    nulls = [key for key, value in config.items() if value is None and key not in leave]
     if not nulls:
-        return filled
+        return dict(config)
 
-    kind = config_class(anatomy.family)
-    known, stock = {field.name for field in dataclasses.fields(kind)}, kind()
-    full = anatomy.fill_defaults(config)
+    kind, base, filled = config_class(anatomy.family), config_class(None), dict(config)
+    known, stock, full = dir(kind), kind(), anatomy.fill_defaults(config)
     for key in nulls:
+        # Keys that all classes share are taken as null, but not run with.
+        runs = getattr(base(), key, None) is None and key not in anatomy.not_null
         if key not in known:
             del filled[key]
-        elif not _takes(kind, {key: None}):
+        elif not (runs and _takes(kind, {key: None})):
             filled[key] = full[key] if key in anatomy.defaults else getattr(stock, key)
     return filled
 
@@ -110,11 +109,12 @@ def check_length(family: str, key: str, value: Sequence[Any], depth: int) -> Non
         )
 
 
-def config_class(family: str) -> Any:
-    """transformers' config class of a `model_type`."""
+def config_class(family: str | None) -> Any:
+    """transformers' config class of a `model_type`; None: the one that all others extend."""
+    from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[family]
+    return CONFIG_MAPPING[family] if family else PreTrainedConfig
 
 
 def _follows(value: Any, deeper: Any, depth: int) -> bool:
@@ -127,7 +127,8 @@ def _is_known(kind: Any, key: str) -> bool:
     """Whether transformers gives a config key a meaning of its own, which is not one per layer."""
     from transformers import GenerationConfig
 
-    return key in dir(kind) or hasattr(GenerationConfig(), key) or "token_id" in key
+    has_meaning = key in dir(kind) or hasattr(GenerationConfig(), key) or key in OTHER_LISTS
+    return has_meaning or "token_id" in key
 
 
 def _takes(kind: Any, keys: Mapping[str, Any]) -> bool:

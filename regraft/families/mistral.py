@@ -6,13 +6,22 @@ from ..core.anatomy import Anatomy, Config
 from .llama import DEFAULTS, IGNORED, LAYER, SIZES, kv_heads, parts
 
 
+def state_head_dim(config: Config) -> dict[str, Any]:
+    """Ministral's class has no size of heads of its own: one that is missing or null is stated."""
+    sizes = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
+    if config.get("head_dim") is not None or not all(type(size) is int and size for size in sizes):
+        return {}
+    return {"head_dim": DEFAULTS["head_dim"](config)}
+
+
 def rewrite_as_ministral(config: Config) -> dict[str, Any]:
-    """Auto reads a config with kinds of layers as Ministral's, the class that has them."""
+    """Auto reads a config with kinds of layers as one of Ministral, the class that has them."""
     if "layer_types" not in config:
         return {}
     names = config.get("architectures") or []
-    architectures = [name.replace("Mistral", "Ministral") for name in names]
-    return {"model_type": "ministral"} | ({"architectures": architectures} if names else {})
+    architectures = [str(name).replace("Mistral", "Ministral") for name in names]
+    keys = {"model_type": "ministral"} | ({"architectures": architectures} if names else {})
+    return keys | state_head_dim(config)
 
 
 anatomy = Anatomy(
