@@ -74,8 +74,8 @@ def find_layer_lists(config: Config, anatomy: Anatomy) -> dict[str, list[Any]]:
 
     # The same model with one layer more: lists that grew by one entry follow the depth.
     kind = config_class(anatomy.family)
-    with explain_errors(f"transformers cannot read this {anatomy.family} config", "fix it"):
-        stock, deeper = (kind.from_dict(plain | {depth_key: size}) for size in (depth, depth + 1))
+    stock = read_stock_config(plain, anatomy)
+    deeper = read_stock_config(plain | {depth_key: depth + 1}, anatomy)
     lists = {
         key: list(value)
         for key, value in vars(stock).items()
@@ -107,6 +107,12 @@ def check_length(family: str, key: str, value: Sequence[Any], depth: int) -> Non
         raise RegraftError(
             f"{family} config has {len(value)} {key} for {depth} layers: give one for each layer"
         )
+
+
+def read_stock_config(config: Config, anatomy: Anatomy) -> Any:
+    """transformers' config object of a stock family; RegraftError when the class refuses a key."""
+    with explain_errors(f"transformers cannot read this {anatomy.family} config", "fix it"):
+        return config_class(anatomy.family).from_dict(dict(config))
 
 
 def config_class(family: str | None) -> Any:

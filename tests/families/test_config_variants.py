@@ -367,6 +367,23 @@ def test_few_positions(family: str, tmp_path: Path) -> None:
     expect_same(folder, out, source, result)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text"])
+def test_a_missing_theta_is_that_of_the_class(family: str, tmp_path: Path) -> None:
+    """Wider heads need another theta, for each kind of layer."""
+    folder = save(tmp_path / "source", family)
+    edit(folder, ["rope_parameters"])
+    source, result, out = grow(folder, regraft.Widen(head_dim=12))
+    expect_same(folder, out, source, result)
+
+
+def test_a_bridge_leaves_kinds_of_layers_behind(tmp_path: Path) -> None:
+    folder = save(tmp_path / "source", "llama")
+    edit(folder, layer_types=[F] * 3)
+    source, result, out = grow(folder, regraft.Bridge())
+    assert result.config["model_type"] == read_json(out / "config.json")["model_type"] == "mistral"
+    expect_same(folder, out, source, result)
+
+
 def test_a_backbone_gives_the_features_of_its_layers(tmp_path: Path) -> None:
     folder = save(tmp_path / "source", "dinov2", architecture="Dinov2Backbone", out_indices=[1, 3])
     source, result, out = grow(folder, regraft.Deepen(6))
