@@ -18,6 +18,7 @@ from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, so
 from .axes import product
 from .config_checks import check_config, check_sizes
 from .part import Config, Key, Part, PlacedPart, linear, norm
+from .stock_config import fill_nulls, find_layer_lists
 
 __all__ = [
     "Anatomy",
@@ -31,6 +32,7 @@ __all__ = [
     "linear",
     "norm",
     "older_rope_keys",
+    "read_as_auto",
 ]
 
 
@@ -96,9 +98,10 @@ class Anatomy:
     older: Callable[[Config], dict[str, Any]] = older_rope_keys
     # Config -> family that can hold shapes this class cannot (used by --bridge); None: none can.
     bridge: Callable[[Config], str | None] = no_bridge
-    # Config keys whose value is a list with one entry per layer.
-    layer_lists: tuple[str, ...] = ()
-    # Config keys that may be missing, but not null.
+    # Config -> keys that Auto changes when it reads the file, such as the `model_type`, and those
+    # that the class cannot do without.
+    rewrite: Callable[[Config], dict[str, Any]] = no_keys
+    # Config keys whose null the class takes, but cannot run with.
     not_null: tuple[str, ...] = ()
     # (key, divisor key): the class requires the first to be a multiple of the second.
     divides: tuple[tuple[str, str], ...] = ()
@@ -260,9 +263,11 @@ class Anatomy:
         """
         check_sizes(self.family, sizes)
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
-        for key in self.layer_lists:
-            if order is not None and isinstance(full.get(key), list):
-                keys[key] = [full[key][layer] for layer in order]
+        # Checked whatever grows; what the class derives from a layer's number is written out.
+        lists = find_layer_lists(config, self)
+        if order is not None:
+            keys |= {key: [value[layer] for layer in order] for key, value in lists.items()}
+            keys["_order"] = list(order)
 
         # `finish` sees the derived keys ("_..."); only after it may they go.
         keys |= self.finish(full | keys)
@@ -296,10 +301,11 @@ class Anatomy:
 
     def _drop_defaults(self, config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
         """`written` without keys that `config` lacks and whose value the defaults give anyway."""
-        # What a reader would get from the required keys and the keys that the config has.
+        # What a reader would get from the required keys and the keys that the config has, null ones
+        # as null.
         required = self.required_keys()
         stated = {
-            key: value
+            key: value if key in required or config[key] is not None else None
             for key, value in (dict(config) | dict(written)).items()
             if key in config or key in required
         }
@@ -398,6 +404,26 @@ def find_anatomy(config: Config) -> Anatomy:
         raise RegraftError(
             f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})"
         )
-    anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
+    anatomy = _import_table(family)
+    anatomy = _import_table(anatomy.rewrite(config).get("model_type", family))
     anatomy.check(config)
+    return anatomy
+
+
+def read_as_auto(config: Config) -> dict[str, Any]:
+    """The config that transformers' Auto classes make of the mapping in a config.json.
+
+    Its `model_type` is that of the class that Auto takes, and no key is null that the class does
+    not take as null.
+
+    RegraftError as of `find_anatomy`.
+    """
+    anatomy = find_anatomy(config)
+    if anatomy.host(config) is not anatomy:
+        return dict(config)  # linearized: its host was read when it was made
+    return fill_nulls({**config, **_import_table(config["model_type"]).rewrite(config)}, anatomy)
+
+
+def _import_table(family: str) -> Anatomy:
+    anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
     return anatomy

@@ -22,7 +22,7 @@ from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
 from ..io.shard_writer import ExtraFile
 from . import lineage
-from .anatomy import Anatomy, Config, Key, Part, find_anatomy
+from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
 from .axes import Signature
 from .config_checks import check_counts, explain_config_errors
 from .fused import fused_index, output_first, read_fused
@@ -295,6 +295,7 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
     check_model_files(folder)
     config = read_model_config(folder)
     with explain_config_errors(folder / "config.json"):
+        config = read_as_auto(config)
         anatomy = find_anatomy(config)
         sizes = anatomy.solve(config)
     entries = read_model_entries(folder, anatomy, allow_nonfinite)

@@ -124,10 +124,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
         )
     config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise RegraftError(
-            f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first"
-        )
+    # Null or empty: it is not quantised, but transformers stumbles over the key.
+    if quantization := config.pop("quantization_config", None):
+        raise RegraftError(f"'{folder}' is quantised ({quantization}): dequantise it first")
     refuse_fetched_code(config, folder)
     return config
 

@@ -49,6 +49,7 @@ anatomy = Anatomy(
     defaults={
         "n_inner": lambda config: 4 * config["n_embd"],
         "tie_word_embeddings": True,
+        "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
     },

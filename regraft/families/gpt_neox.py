@@ -67,5 +67,6 @@ anatomy = Anatomy(
         )
     },
     eps="layer_norm_eps",
+    not_null=("classifier_dropout",),
     bridge=lambda config: "phi" if config["use_parallel_residual"] else "starcoder2",
 )

@@ -158,7 +158,14 @@ class RegraftAnatomy(Anatomy):
                     f"mixer '{spec['name']}' has widths of its own: grow first, then linearize"
                 )
 
-        return {**config, "host": host, "mixers": specs, "attention": attention}
+        # transformers' own files repeat keys of the host beside it; kinds of layers follow from it.
+        repeated = {
+            key: value
+            for key, value in host.items()
+            if key in config and config[key] == config["host"].get(key)
+        }
+        own = {key: value for key, value in config.items() if key != "layer_types"} | repeated
+        return {**own, "host": host, "mixers": specs, "attention": attention}
 
     def attention(self, config: Config, layer: int) -> AttentionFields:
         """Shape and conventions of the attention in a layer of the host."""

@@ -30,7 +30,7 @@ anatomy = replace(
         **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
         **head_linear("span", "qa_outputs", "hidden -> label", "_span", at="each"),
     },
-    defaults={**DEFAULTS, **head_defaults(HEADS)},
+    defaults={**DEFAULTS, "pad_token_id": 1, **head_defaults(HEADS)},
     ignored={**IGNORED, r"lm_head\.decoder\.bias": "tied: the config shares it with lm_head.bias"},
     # The class counts positions from the token after it.
     not_null=("pad_token_id",),

@@ -165,7 +165,8 @@ CONVERSIONS: dict[tuple[str, str], ClassConversion] = {
         when="no attention_bias and no mlp_bias",
         keys={key: (key, value) for key, value in SHARED_DEFAULTS.items()},
         sets={"sliding_window": None},
-        drops=("attention_bias", "mlp_bias", "pretraining_tp"),
+        # Auto would read a mistral with kinds of layers as another class.
+        drops=("attention_bias", "mlp_bias", "pretraining_tp", "layer_types"),
     ),
     ("gpt_neox", "phi"): ClassConversion(
         when="use_parallel_residual true",
