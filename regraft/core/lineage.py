@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, ge
 
 from ..errors import RegraftError, printable
 from ..io.files import read_own_json, sha256
-from ..io.safetensors import weight_files
+from ..io.safetensors import variant_of, weight_files
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -110,7 +110,8 @@ def origin(checkpoint: Checkpoint) -> Source:
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return cast(Source, dict(known))
 
-    files = [checkpoint.origin] if checkpoint.origin.is_file() else weight_files(checkpoint.origin)
+    is_gguf = checkpoint.origin.is_file() and not variant_of(checkpoint.origin)
+    files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.origin)
     hashes = {file.name: sha256(file) for file in files}
     joined = "".join(hashes.values())
     return {
@@ -181,7 +182,8 @@ def fingerprint(
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
     facts = {
         "source": {
-            file.name: sha256(file) for file in [*weight_files(folder), folder / "config.json"]
+            file.name: sha256(file)
+            for file in [*weight_files(checkpoint.weights), folder / "config.json"]
         },
         "config": checkpoint.config,
         "steps": list(checkpoint.history),

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.anatomy_defaults import label_count
 from ..errors import RegraftError
 
 # Class -> heads that it has; a head is a key "_<head>" of the config with defaults filled in.
@@ -65,11 +66,6 @@ def head_defaults(table: Mapping[str, str]) -> dict[str, Any]:
     return {f"_{head}": partial(has_head, table=table, head=head) for head in heads} | {
         "_labels": label_count
     }
-
-
-def label_count(config: Config) -> int:
-    """Number of labels of a classifier; 2 when the config does not say."""
-    return len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
 
 
 def base_prefix(table: Mapping[str, str], base: str) -> Callable[[Config], str]:

@@ -174,6 +174,4 @@ def weight_signatures(spec: dict[str, Any], attention: AttentionFields) -> list[
     return [weight.signature for weight in weights(spec, Attention(**attention)).values()]
 
 
-# Inside another model too, transformers writes GPT-NeoX's head under its file name.
-aliases = {"host.embed_out.": "host.lm_head."}
-anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="", aliases=aliases)
+anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="")
