@@ -72,7 +72,9 @@ class Checkpoint:
     allow_nonfinite: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, allow_nonfinite: bool = False) -> Checkpoint:
+    def open(
+        cls, path: str | Path, allow_nonfinite: bool = False, variant: str | None = None
+    ) -> Checkpoint:
         """Open a model directory or a GGUF file, reading headers only.
 
         Where a head is stored beside the embedding that the config ties it to, both are read.
@@ -81,11 +83,12 @@ class Checkpoint:
             path: the directory or file, or the file of a variant in a directory (see
                 `safetensors.variant_file`).
             allow_nonfinite: whether values that are NaN or infinite are read and written.
+            variant: of the weights in a directory, such as "fp16".
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
         """
-        origin = Path(path)
+        origin = Path(safetensors.variant_file(path, variant))
         if not origin.exists():
             raise RegraftError(
                 f"no model at '{path}': give a Hugging Face model directory or a GGUF file"
@@ -106,9 +109,14 @@ class Checkpoint:
         return self.folder or gguf.convert_once(self.origin)
 
     @property
+    def variant(self) -> str | None:
+        """The variant of the weights, such as "fp16"; None for the usual ones."""
+        return safetensors.variant_of(self.origin)
+
+    @property
     def weights(self) -> Path:
         """What `safetensors.weight_files` takes: the directory, or a variant's file in it."""
-        return self.origin if safetensors.variant_of(self.origin) else self.path
+        return self.origin if self.variant else self.path
 
     @property
     def layers(self) -> int:
@@ -301,11 +309,12 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
     check_no_adapter(folder)
     check_model_files(folder)
     config = read_model_config(folder)
-    weights = origin if safetensors.variant_of(origin) else folder
     with explain_config_errors(folder / "config.json"):
         anatomy = find_anatomy(config)
-        stored = read_model_tensors(weights, anatomy, config, allow_nonfinite)
-        placed = anatomy.place(stored.config)
+        sizes = anatomy.solve(config)
+    weights = origin if safetensors.variant_of(origin) else folder
+    stored = read_model_tensors(weights, anatomy, config, allow_nonfinite)
+    placed = anatomy.place(stored.config)
     stored.check_names(folder, anatomy, placed.values())
 
     known = lineage.read_lineage(folder)
@@ -320,7 +329,7 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
         origin,
         stored.config,
         anatomy,
-        anatomy.solve(config),
+        sizes,
         {key: stored.open(parameter, folder, provenances) for key, parameter in placed.items()},
         {key: parameter.name for key, parameter in placed.items()},
         folder,

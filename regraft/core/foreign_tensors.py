@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import RegraftError
-from ..io.foreign_weights import MERGE
+from ..io.foreign_weights import advise_merging, quote_folder
 from ..io.safetensors import TensorEntry
 
-# Part of a name that a wrapper puts there -> what writes it. Those with underscores may stand
-# anywhere in a name, the others at its beginning.
+# Part of a name that a wrapper puts there -> what writes it. Those that begin with an underscore
+# may stand anywhere in a name, the others at its beginning.
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FSDP",
@@ -20,18 +20,22 @@ WRAPPERS = {
     "module.": "DistributedDataParallel or DeepSpeed",
 }
 LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
-# What tells a scheme of quantisation: the end of a tensor's name.
+# The end of a tensor's name -> (the scheme of quantisation that it tells, how transformers undoes
+# it: an argument of `from_pretrained`, a method of the model, or nothing).
 SCHEMES = {
-    r"\.(qweight|qzeros)": "GPTQ or AWQ",
+    r"\.(qweight|qzeros)": ("GPTQ or AWQ", ""),
     r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)": (
-        "bitsandbytes in 4 bits"
+        "bitsandbytes in 4 bits",
+        ".dequantize()",
     ),
-    r"\.(SCB|weight_format)": "bitsandbytes in 8 bits",
-    r"\.weight_scale_inv": "fp8 in blocks",
-    r"\.weight_packed": "compressed-tensors",
-    r"\.(weight_scale|input_scale)": "fp8 or int8 with scales",
-    r"(_blocks|_scales)": "MXFP4",
-    r"\.W_q": "HQQ",
+    r"\.(SCB|weight_format)": ("bitsandbytes in 8 bits", ".dequantize()"),
+    r"\.weight_scale_inv": ("fp8 in blocks", "FineGrainedFP8Config"),
+    r"\.(weight_packed|weight_scale|input_scale)": (
+        "compressed-tensors, or fp8 or int8 with scales",
+        "CompressedTensorsConfig",
+    ),
+    r"_(blocks|scales)": ("MXFP4", "Mxfp4Config"),
+    r"\.W_q": ("HQQ", ""),
 }
 
 
@@ -45,20 +49,19 @@ def check_foreign_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> N
     """
     if lora := next(filter(LORA.search, entries), None):
         raise RegraftError(
-            f"'{folder}' holds '{lora}', an adapter that is not merged: "
-            + MERGE.format(folder=folder)
+            f"'{folder}' holds '{lora}', an adapter that is not merged: {advise_merging(folder)}"
         )
-    for ending, scheme in SCHEMES.items():
+    for ending, (scheme, cure) in SCHEMES.items():
         name = next((name for name in entries if re.search(f"{ending}$", name)), None)
         if name is not None:
             raise RegraftError(
                 f"'{folder}' is quantised ({scheme}: it holds '{name}'), though config.json has no "
-                f"quantization_config: {describe_dequantizing(folder)}"
+                f"quantization_config: {advise_dequantizing(folder, cure)}"
             )
-    if found := find_wrapper(entries):
+    if mark := find_wrapper(entries):
         raise RegraftError(
-            f"'{folder}' has names with '{found}', which {WRAPPERS[found]} puts there: strip it: "
-            + describe_stripping(folder, found)
+            f"'{folder}' has names with '{mark}', which {WRAPPERS[mark]} puts there: strip it with "
+            + format_stripping(folder, mark)
         )
 
 
@@ -72,22 +75,38 @@ def find_wrapper(names: Iterable[str]) -> str | None:
     return None
 
 
-def describe_stripping(folder: Path, mark: str) -> str:
-    """The command that takes a wrapper's mark out of the names in a directory."""
-    inner = f"replace('{mark}', '')" if mark.startswith("_") else f"removeprefix('{mark}')"
+def format_stripping(folder: Path, mark: str) -> str:
+    """The command that takes a wrapper's mark out of all names in a directory."""
+    quoted = quote_folder(folder)
+    anywhere = mark.startswith("_")
+    tensor_name = f"k.replace('{mark}', '')" if anywhere else f"k.removeprefix('{mark}')"
+    # In an index a name stands behind a quotation mark, chr(34).
+    in_index = f"'{mark}', ''" if anywhere else f"chr(34) + '{mark}', chr(34)"
     return (
         'python -c "from pathlib import Path; from safetensors.torch import load, save_file; '
-        f"[save_file({{k.{inner}: v for k, v in load(f.read_bytes()).items()}}, f, "
-        f"{{'format': 'pt'}}) for f in Path('{folder}').glob('*.safetensors')]; "
-        f"[f.write_text(f.read_text().replace('{mark}', '')) "
-        f"for f in Path('{folder}').glob('*.index.json')]\""
+        f"[save_file({{{tensor_name}: v for k, v in load(f.read_bytes()).items()}}, f, "
+        f"{{'format': 'pt'}}) for f in Path({quoted}).glob('*.safetensors')]; "
+        f"[f.write_text(f.read_text().replace({in_index})) "
+        f"for f in Path({quoted}).glob('*.index.json')]\""
     )
 
 
-def describe_dequantizing(folder: Path) -> str:
-    """What to do about a quantised model."""
+def advise_dequantizing(folder: Path, cure: str) -> str:
+    """What to do about a quantised model.
+
+    Args:
+        folder: of the model.
+        cure: how transformers undoes the scheme, as in `SCHEMES`.
+    """
+    if not cure:
+        return "take the model that it was made from, transformers cannot undo this scheme"
+    quoted, plain = quote_folder(folder), quote_folder(folder, "-plain")
+    made = f"transformers.AutoModelForCausalLM.from_pretrained({quoted})"
+    if cure.startswith("."):
+        made += cure
+    else:
+        made = f"{made[:-1]}, quantization_config=transformers.{cure}(dequantize=True))"
     return (
-        "take the model it was made from, or put the key back and run "
-        'python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}').dequantize().save_pretrained('{folder}-plain')\""
+        "take the model that it was made from, or put the key back and run "
+        f'python -c "import transformers; {made}.save_pretrained({plain})"'
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, ge
 
 from ..errors import RegraftError, printable
 from ..io.files import read_own_json, sha256
-from ..io.safetensors import variant_of, weight_files
+from ..io.safetensors import weight_files
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -110,8 +110,8 @@ def origin(checkpoint: Checkpoint) -> Source:
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return cast(Source, dict(known))
 
-    is_gguf = checkpoint.origin.is_file() and not variant_of(checkpoint.origin)
-    files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.origin)
+    is_gguf = checkpoint.origin.is_file() and not checkpoint.variant
+    files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.weights)
     hashes = {file.name: sha256(file) for file in files}
     joined = "".join(hashes.values())
     return {

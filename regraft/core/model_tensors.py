@@ -15,7 +15,7 @@ from ..errors import RegraftError
 from ..io import safetensors
 from ..io.safetensors import TensorEntry
 from .anatomy import Anatomy, Config, PlacedPart
-from .config_checks import check_counts
+from .config_checks import check_counts, explain_config_errors
 from .foreign_tensors import check_foreign_tensors
 from .lazy import LazyTensor, Provenance
 from .stock_class import StockNames
@@ -137,17 +137,20 @@ def read_model_tensors(
         config: of the model.
         allow_nonfinite: see `Checkpoint.open`.
 
-    RegraftError when the files hold a tensor twice, or are not those of a plain model.
+    RegraftError when the files hold a tensor twice, or cannot be what the config says.
     """
     found = safetensors.read_entries(weights)
-    check_counts(anatomy.family, anatomy.solve(config), found)
+    folder = weights.parent if weights.is_file() else weights
+    with explain_config_errors(folder / "config.json"):
+        check_counts(anatomy.family, anatomy.solve(config), found)
+        anatomy.place(config)
     names, dropped = match_names(found, anatomy, config)
 
     entries: dict[str, TensorEntry] = {}
     for name, canonical in names.items():
         if canonical in entries:
             raise RegraftError(
-                f"'{weights}' holds '{canonical}' under two names, '{entries[canonical].name}' and "
+                f"'{folder}' holds '{canonical}' under two names, '{entries[canonical].name}' and "
                 f"'{name}': remove one"
             )
         entries[canonical] = replace(found[name], allow_nonfinite=allow_nonfinite)
@@ -212,6 +215,6 @@ def format_missing_advice(parameter: PlacedPart) -> str:
             'set "tie_word_embeddings": true in config.json if the head is the embedding, name a '
             "class without a head in its architectures, or fetch the model again"
         )
-    if "{}" in parameter.part.name:
-        return "fetch the model again"
-    return "fetch the model again, or name a class without it in config.json's architectures"
+    if parameter.part.writes == "own":  # of a head
+        return "fetch the model again, or name a class without it in config.json's architectures"
+    return "fetch the model again"

@@ -29,14 +29,24 @@ def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
 
     The class is the one that the config's `architectures` names, or its family's default.
     """
+    config = build_stock_config(fields)
+    return choose_class(config, find_anatomy(fields).causal), config
+
+
+def choose_class(config: PreTrainedConfig, causal: bool) -> Any:
+    """The class that `architectures` of a config names, else the one that Auto takes for it.
+
+    Args:
+        config: as transformers reads it.
+        causal: whether the family's default is a causal language model.
+    """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    config = build_stock_config(fields)
-    named = find_class((fields.get("architectures") or [""])[0])
+    named = find_class((config.architectures or [""])[0])
     if named is not None and isinstance(config, named.config_class or ()):
-        return named, config
-    auto: Any = AutoModelForCausalLM if find_anatomy(fields).causal else AutoModel
-    return auto._model_mapping[type(config)], config
+        return named
+    auto: Any = AutoModelForCausalLM if causal else AutoModel
+    return auto._model_mapping[type(config)]
 
 
 def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

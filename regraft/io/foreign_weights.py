@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import RegraftError
 
 ADAPTER = "adapter_config.json"
-MERGE = (
-    'merge it first: python -c "from peft import AutoPeftModelForCausalLM as M; '
-    "M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')\""
-)
+# Names of folders that a command may hold as they are.
+PLAIN = re.compile(r"[\w./~+=@:, -]+")
 # Pattern of a file -> what writes such files, and what to do.
 FORMATS = {
     "adapter_model.*": ("an adapter without its adapter_config.json", "fetch that, then merge"),
@@ -46,11 +45,31 @@ def check_no_adapter(folder: Path) -> None:
     if (folder / ADAPTER).is_file():
         raise RegraftError(
             f"'{folder}' is an adapter (it has {ADAPTER}), not a whole model: "
-            + MERGE.format(folder=folder)
+            + advise_merging(folder)
         )
 
 
-def refuse_foreign_weights(folder: Path, wanted: str) -> RegraftError:
+def advise_merging(folder: Path) -> str:
+    """What to do about an adapter."""
+    return (
+        'merge it first, like this: python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"M.from_pretrained({quote_folder(folder)}).merge_and_unload()"
+        f'.save_pretrained({quote_folder(folder, "-merged")})"'
+    )
+
+
+def quote_folder(folder: Path, ending: str = "") -> str:
+    """A folder's name in a command that a user may run; DIR for one that a shell would act on.
+
+    Args:
+        folder: the folder.
+        ending: of the name of another folder beside it.
+    """
+    name = str(folder) if PLAIN.fullmatch(str(folder)) else "DIR"
+    return f"'{name}{ending}'"
+
+
+def explain_missing_weights(folder: Path, wanted: str) -> RegraftError:
     """The error for a folder without the weights that were wanted.
 
     Args:
@@ -58,10 +77,8 @@ def refuse_foreign_weights(folder: Path, wanted: str) -> RegraftError:
         wanted: names of the files.
     """
     # Unpickling may run any code, so these are refused rather than converted.
-    for pattern in ("*.bin", "*.pt", "*.pth"):
-        pickles = [file for file in sorted(folder.glob(pattern))]
-        pickles = [file for file in pickles if not file.name.startswith("consolidated")]
-        if pickles:
+    for pattern in ("*.bin", "*.pt"):
+        if pickles := sorted(folder.glob(pattern)):
             return RegraftError(
                 f"'{pickles[0]}' is a pickle, which is never loaded: convert it with "
                 "`python -m safetensors.torch_convert` or transformers' save_pretrained"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import RegraftError, explain_errors
 from .files import check_inside, check_regular_file, parse_json, read_json, replace_file
 from .finite import check_finite
-from .foreign_weights import refuse_foreign_weights
+from .foreign_weights import explain_missing_weights
 from .linux import free_memory
 from .schema import check_json
 
@@ -29,7 +29,8 @@ WIDTHS |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Weights in another dtype, as transformers' `variant` names them.
 VARIANT = re.compile(
-    r"model\.(?P<single>[^./]+)\.safetensors|model\.safetensors\.index\.(?P<sharded>[^./]+)\.json"
+    r"model\.(?P<single>[^./]+(?<!-of-\d{5}))\.safetensors"
+    r"|model\.safetensors\.index\.(?P<sharded>[^./]+)\.json"
 )
 COMPARED = 1 << 22  # numbers that are compared at a time
 # Bytes of a header. A tensor takes some 150, so this is room for 170,000 in one file; the library's
@@ -70,8 +71,9 @@ class TensorEntry:
     def torch_dtype(self) -> torch.dtype:
         """The floating-point dtype; RegraftError for any other, which means a quantised model."""
         if self.dtype not in DTYPES:
+            kind = "eight bits" if self.dtype.startswith("F8") else "not floating point"
             raise RegraftError(
-                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, not floating point: "
+                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, {kind}: "
                 "dequantise the model first"
             )
         return DTYPES[self.dtype]
@@ -129,7 +131,7 @@ def _find_weight_files(path: Path) -> list[Path]:
             f"'{path}' holds only variants of its weights ({', '.join(variants)}): give "
             f"--variant {variants[0]}"
         )
-    raise refuse_foreign_weights(path, f"{SINGLE} or {INDEX}")
+    raise explain_missing_weights(path, f"{SINGLE} or {INDEX}")
 
 
 def _read_shards(index: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..core.checkpoint import Checkpoint
 from ..core.stock_class import build_stock_config as build_stock_config
+from ..core.stock_class import choose_class as choose_class
 from ..core.stock_class import explain_model_errors as explain_model_errors
 from ..core.stock_class import stock_class as stock_class
 from .configuration_regraft import RegraftConfig
