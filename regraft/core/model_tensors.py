@@ -202,10 +202,23 @@ def match_names(
         canonical = goals.get(stock.find(bare)) if name.startswith(prefix) else None
         if canonical is not None:
             names[name] = canonical
+        elif any(goal.startswith(f"{bare} from ") for goal in goals):
+            raise RegraftError(
+                f"'{name}' is in the form that transformers keeps in memory, not that of files: "
+                f"{advise_resaving(stock.kind.__name__)}"
+            )
         elif reason := host.reason_to_drop(bare) or stock.reason_to_drop(bare):
             dropped[name] = reason
             del names[name]
     return names, dropped
+
+
+def advise_resaving(kind: str) -> str:
+    """What to do about tensors that are packed as a class of transformers packs them in memory."""
+    return (
+        f"python -c \"import transformers; m = transformers.{kind}.from_pretrained('DIR'); "
+        "m._weight_conversions = None; m.save_pretrained('OUT')\" writes the other form"
+    )
 
 
 def format_missing_advice(parameter: PlacedPart) -> str:

@@ -135,7 +135,7 @@ class StockNames:
         if goal in buffers or any(re.search(pattern, goal) for pattern in patterns):
             return f"buffer: {self.kind.__name__} computes it itself"
         if goal not in self.parameters and goal.removeprefix(f"{self.base}.") in self.elsewhere:
-            return f"{self.kind.__name__} has no such head"
+            return f"{self.kind.__name__} does not use it"
         return None
 
     @cached_property

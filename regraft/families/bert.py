@@ -143,10 +143,6 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "layer_norm_eps": 1e-12,
 }
-IGNORED = {
-    r"(\w+\.)?embeddings\.(position_ids|token_type_ids)": "buffer: counted up",
-    r"\w+\.pooler\.dense\.(weight|bias)": "the class does not pool",
-}
 
 anatomy = Anatomy(
     family="bert",
@@ -167,11 +163,6 @@ anatomy = Anatomy(
     slot=f"{LAYER}.attention.self",
     defaults={**DEFAULTS, **head_defaults(HEADS)},
     fixed={"group": 1},
-    ignored={
-        **IGNORED,
-        r"cls\.predictions\.decoder\.bias": "tied: the config shares it with cls.predictions.bias",
-        r"cls\.seq_relationship\.(weight|bias)": "the class has no next-sentence head",
-    },
     eps="layer_norm_eps",
     rotary=False,
     prefix=base_prefix(HEADS, "bert."),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from . import gemma
-from .llama import IGNORED, LAYER, SIZES
+from .llama import LAYER, SIZES
 
 
 def parts() -> dict[str, Part]:
@@ -49,7 +49,6 @@ anatomy = Anatomy(
         "query_pre_attn_scalar": 256,
         "layer_types": alternating_layer_types,
     },
-    ignored=IGNORED,
     embed_scale=True,
     scale=softmax_scale,
     layer_lists=("layer_types",),

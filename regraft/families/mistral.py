@@ -1,7 +1,7 @@
 """Mistral (arXiv 2310.06825): Llama without biases."""
 
 from ..core.anatomy import Anatomy
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES, parts
+from .llama import DEFAULTS, LAYER, SIZES, parts
 
 anatomy = Anatomy(
     family="mistral",
@@ -9,5 +9,4 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults=DEFAULTS,
-    ignored=IGNORED,
 )

@@ -1,7 +1,7 @@
 """Qwen2 (arXiv 2407.10671): Llama with biases on queries, keys and values."""
 
 from ..core.anatomy import Anatomy
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES, parts
+from .llama import DEFAULTS, LAYER, SIZES, parts
 
 anatomy = Anatomy(
     family="qwen2",
@@ -9,6 +9,5 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults=DEFAULTS,
-    ignored=IGNORED,
     layer_lists=("layer_types",),
 )
