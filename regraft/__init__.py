@@ -62,11 +62,18 @@ _PUBLIC = _read_public_names()
 __all__ = sorted(_PUBLIC)
 
 
-def open(path: str) -> Checkpoint:  # noqa: A001  # the name users type: regraft.open(path)
-    """Open a model directory or GGUF file without reading weights."""
+def open(  # noqa: A001  # the name users type: regraft.open(path)
+    path: str, variant: str | None = None
+) -> Checkpoint:
+    """Open a model directory or GGUF file without reading weights.
+
+    Args:
+        path: the directory or file.
+        variant: of the weights in a directory, such as "fp16".
+    """
     from .core.checkpoint import Checkpoint
 
-    return Checkpoint.open(path)
+    return Checkpoint.open(path, variant=variant)
 
 
 def __getattr__(name: str) -> Any:

@@ -164,7 +164,7 @@ def compare_models(before: Checkpoint, after: Checkpoint, seed: int) -> ModelDif
         seed: of the input.
     """
     inputs = modeling.random_inputs(before, seed=seed)
-    causal = before.anatomy.causal
+    causal = before.anatomy.continues_text(before.config)
 
     # One model is in memory at a time.
     model = modeling.materialize(before)
@@ -258,7 +258,7 @@ def measure_step0(source: str | Path, out: str | Path, length: int = 256) -> Ste
     name = next(iter(first))
     relative, _ = max_difference(first[name], second[name], stream_index(before, after))
     step0: Step0 = {"rel_logit_diff": relative}
-    if before.anatomy.causal:
+    if before.anatomy.continues_text(before.config):
         step0["loss_source"] = next_token_loss(first, inputs)
         step0["loss_grown"] = next_token_loss(second, inputs)
     return step0

@@ -119,7 +119,8 @@ def train_steps(
     masks: dict[str, Tensor] = {}
     for _ in range(steps):
         with torch.enable_grad():
-            loss = compute_loss(model, inputs, checkpoint.anatomy.causal, seed)
+            predicts = checkpoint.anatomy.continues_text(checkpoint.config)
+            loss = compute_loss(model, inputs, predicts, seed)
         if not bool(loss.isfinite()):
             raise RegraftError(
                 f"'{checkpoint.path}' gives a loss of {loss.item()} on random input: "
@@ -189,7 +190,8 @@ def compute_loss(
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
     for value in model(**inputs).values():
-        for output in value if isinstance(value, tuple) else (value,):
+        outputs = value if isinstance(value, tuple) else (value,)
+        for output in filter(torch.is_tensor, outputs):  # no cache
             # Scaled, so that every output counts alike.
             scaled = output.float() / nonzero_rms(output.detach(), 1.0)
             target = torch.randn(output.shape, generator=generator)

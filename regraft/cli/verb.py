@@ -73,6 +73,11 @@ class Verb:
         return [name for name, one in parameters.items() if one.default is not one.empty]
 
     @property
+    def source(self) -> str | None:
+        """The parameter that is the path of a model and that `--variant` is about, if any."""
+        return next((name for name in self.positional if name in ("source", "model")), None)
+
+    @property
     def takes_overrides(self) -> bool:
         """Whether `--key.sub VALUE` overrides any field of the verb's recipe."""
         return "overrides" in self.optional

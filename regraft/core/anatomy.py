@@ -16,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 from ..errors import RegraftError
 from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, softmax_scale
 from .axes import product
+from .class_heads import adapt_to_class
 from .config_checks import check_config, check_sizes
 from .part import Config, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
@@ -75,11 +76,10 @@ class Anatomy:
     defaults: dict[str, Any] = field(default_factory=dict)
     # Sizes of axes that no config key sets, such as {"group": 1} without grouped queries.
     fixed: dict[str, int] = field(default_factory=dict)
-    # Name prefix found in files -> prefix in the model's state dict.
-    aliases: dict[str, str] = field(default_factory=dict)
     # Name prefix in the state dict -> prefix under which the family's class writes it.
     filed: dict[str, str] = field(default_factory=dict)
-    # Regular expression over a tensor's whole name -> why such tensors are dropped.
+    # Regular expression over a tensor's whole name -> why such tensors are dropped, where
+    # transformers does not know it.
     ignored: dict[str, str] = field(default_factory=dict)
     # Config key of the norms' epsilon.
     eps: str = "rms_norm_eps"
@@ -243,6 +243,11 @@ class Anatomy:
         """The config of the stock family `host`."""
         return config
 
+    def continues_text(self, config: Config) -> bool:
+        """Whether it is a decoder with a language model's head."""
+        host = self.host(config)
+        return host.causal and "head.weight" in host.parts
+
     def resize_config(
         self,
         config: Config,
@@ -327,29 +332,21 @@ class Anatomy:
         return {key for key, _ in self.sizes if key not in self.defaults}
 
     def canonical_name(self, name: str) -> str:
-        """The state-dict name of a tensor found in a file."""
-        return _replace_prefix(name, self.aliases)
+        """The state-dict name of a tensor under the name that the family's class writes."""
+        return _replace_prefix(name, {new: old for old, new in self.filed.items()})
 
     def name_in_file(self, name: str) -> str:
         """The name under which the family's class writes a parameter."""
         return _replace_prefix(name, self.filed)
 
-    def reason_to_drop(self, name: str, config: Config) -> str | None:
-        """Why a tensor of a file is dropped; None when it is not known to be superfluous.
+    def reason_to_drop(self, name: str) -> str | None:
+        """Why a tensor of a file is dropped; None when the table does not know it.
 
         Args:
-            name: the tensor's name in the state dict.
-            config: the model's config, which says whether the head is tied.
+            name: the tensor's name in the file.
         """
-        for pattern, reason in self.ignored.items():
-            if re.fullmatch(pattern, name):
-                return reason
-
-        head = self.parts.get("head.weight")
-        tied = self.fill_defaults(config).get("tie_word_embeddings")
-        if head and tied and name == head.name:
-            return "tied: the config shares it with the embedding"
-        return None
+        matches = (why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name))
+        return next(matches, None)
 
     def attention(self, config: Config, layer: int) -> AttentionFields:
         """The attention of a layer, as arguments of `mixers.base.Attention`."""
@@ -393,7 +390,7 @@ def list_families() -> list[str]:
 
 
 def find_anatomy(config: Config) -> Anatomy:
-    """The table for a config's `model_type`.
+    """The table for a config's `model_type`, for the class that its `architectures` names.
 
     RegraftError when there is none, naming the file to write, and when a key of the config is of a
     wrong type.
@@ -407,7 +404,7 @@ def find_anatomy(config: Config) -> Anatomy:
     anatomy = _import_table(family)
     anatomy = _import_table(anatomy.rewrite(config).get("model_type", family))
     anatomy.check(config)
-    return anatomy
+    return adapt_to_class(anatomy, config)
 
 
 def read_as_auto(config: Config) -> dict[str, Any]:

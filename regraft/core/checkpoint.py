@@ -20,21 +20,16 @@ from ..errors import RegraftError, explain_errors
 from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
+from ..io.foreign_weights import check_no_adapter
 from ..io.shard_writer import ExtraFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
 from .axes import Signature
-from .config_checks import check_counts, explain_config_errors
+from .config_checks import explain_config_errors
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
-from .model_files import (
-    check_model_files,
-    find_unclaimed,
-    list_side_files,
-    open_tensor,
-    read_model_config,
-    read_model_entries,
-)
+from .model_files import check_model_files, list_side_files, read_model_config
+from .model_tensors import UNTIED_STEP, read_model_tensors
 
 __all__ = ["Checkpoint", "Holds", "LazyTensor", "Provenance", "with_older_keys"]
 
@@ -77,22 +72,30 @@ class Checkpoint:
     allow_nonfinite: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, allow_nonfinite: bool = False) -> Checkpoint:
+    def open(
+        cls, path: str | Path, allow_nonfinite: bool = False, variant: str | None = None
+    ) -> Checkpoint:
         """Open a model directory or a GGUF file, reading headers only.
 
+        Where a head is stored beside the embedding that the config ties it to, both are read.
+
         Args:
-            path: the directory or file.
+            path: the directory or file, or the file of a variant in a directory (see
+                `safetensors.variant_file`).
             allow_nonfinite: whether values that are NaN or infinite are read and written.
+            variant: of the weights in a directory, such as "fp16".
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
         """
-        origin = Path(path)
+        origin = Path(safetensors.variant_file(path, variant))
         if not origin.exists():
             raise RegraftError(
                 f"no model at '{path}': give a Hugging Face model directory or a GGUF file"
             )
 
+        if safetensors.variant_of(origin):
+            return _open_folder(origin, origin.parent, allow_nonfinite)
         file = gguf.find_gguf_file(origin)
         folder = gguf.find_converted(file) if file else origin
         if folder is not None:
@@ -104,6 +107,16 @@ class Checkpoint:
     def path(self) -> Path:
         """The directory with tokenizer and other files; a GGUF file is converted first, once."""
         return self.folder or gguf.convert_once(self.origin)
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights, such as "fp16"; None for the usual ones."""
+        return safetensors.variant_of(self.origin)
+
+    @property
+    def weights(self) -> Path:
+        """What `safetensors.weight_files` takes: the directory, or a variant's file in it."""
+        return self.origin if self.variant else self.path
 
     @property
     def layers(self) -> int:
@@ -291,39 +304,43 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 
 
 def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoint:
-    """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
+    """A model directory.
+
+    Args:
+        origin: the GGUF file it was converted from, the file of a variant, or the directory.
+        folder: the directory.
+        allow_nonfinite: see `Checkpoint.open`.
+    """
+    check_no_adapter(folder)
     check_model_files(folder)
     config = read_model_config(folder)
     with explain_config_errors(folder / "config.json"):
         config = read_as_auto(config)
         anatomy = find_anatomy(config)
         sizes = anatomy.solve(config)
-    entries = read_model_entries(folder, anatomy, allow_nonfinite)
-    with explain_config_errors(folder / "config.json"):
-        check_counts(anatomy.family, sizes, entries)
-        placed = anatomy.place(config)
+    weights = origin if safetensors.variant_of(origin) else folder
+    stored = read_model_tensors(weights, anatomy, config, allow_nonfinite)
+    placed = anatomy.place(stored.config)
+    stored.check_names(folder, anatomy, placed.values())
 
     known = lineage.read_lineage(folder)
-    dropped = known.get("dropped", {}) | find_unclaimed(entries, placed, anatomy, config)
     # A pretrained model has no lineage.json: all of its tensors are copied from itself.
     provenances = {
         name: Provenance(kind, tuple(sources), note)
         for name, (kind, sources, note) in known.get("tensors", {}).items()
     }
+    history = (*known.get("steps", ()), *([UNTIED_STEP] if stored.untied else []))
 
     return Checkpoint(
         origin,
-        config,
+        stored.config,
         anatomy,
         sizes,
-        {
-            key: open_tensor(entries, parameter, folder, provenances)
-            for key, parameter in placed.items()
-        },
+        {key: stored.open(parameter, folder, provenances) for key, parameter in placed.items()},
         {key: parameter.name for key, parameter in placed.items()},
         folder,
-        dropped,
-        tuple(known.get("steps", ())),
+        known.get("dropped", {}) | stored.dropped,
+        history,
         allow_nonfinite=allow_nonfinite,
     )
 

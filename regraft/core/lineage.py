@@ -110,7 +110,8 @@ def origin(checkpoint: Checkpoint) -> Source:
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return cast(Source, dict(known))
 
-    files = [checkpoint.origin] if checkpoint.origin.is_file() else weight_files(checkpoint.origin)
+    is_gguf = checkpoint.origin.is_file() and not checkpoint.variant
+    files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.weights)
     hashes = {file.name: sha256(file) for file in files}
     joined = "".join(hashes.values())
     return {
@@ -181,7 +182,8 @@ def fingerprint(
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
     facts = {
         "source": {
-            file.name: sha256(file) for file in [*weight_files(folder), folder / "config.json"]
+            file.name: sha256(file)
+            for file in [*weight_files(checkpoint.weights), folder / "config.json"]
         },
         "config": checkpoint.config,
         "steps": list(checkpoint.history),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from . import gemma
-from .llama import IGNORED, LAYER, SIZES
+from .llama import LAYER, SIZES
 
 
 def parts() -> dict[str, Part]:
@@ -40,7 +40,6 @@ anatomy = Anatomy(
         "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
     },
-    ignored=IGNORED,
     embed_scale=True,
     scale=softmax_scale,
     softcap=("attn_logit_softcapping", 50.0),

@@ -21,9 +21,6 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
 }
-IGNORED = {
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "buffer: computed from the config"
-}
 
 
 def kv_heads(missing: int) -> Callable[[Config], int]:
@@ -71,5 +68,4 @@ anatomy = Anatomy(
     defaults={**DEFAULTS, "attention_bias": False, "mlp_bias": False},
     divides=(("hidden_size", "num_attention_heads"),),
     bridge=lambda config: None if config["attention_bias"] or config["mlp_bias"] else "mistral",
-    ignored=IGNORED,
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES, kv_heads, parts
+from .llama import DEFAULTS, LAYER, SIZES, kv_heads, parts
 
 
 def state_head_dim(config: Config) -> dict[str, Any]:
@@ -30,6 +30,5 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults={**DEFAULTS, "num_key_value_heads": kv_heads(8)},
-    ignored=IGNORED,
     rewrite=rewrite_as_ministral,
 )

@@ -5,7 +5,7 @@ bytes: in bfloat16, hidden and ffn in multiples of 8.
 """
 
 from ..core.anatomy import Anatomy, linear
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES, kv_heads
+from .llama import DEFAULTS, LAYER, SIZES, kv_heads
 from .llama import parts as llama
 
 MOE = f"{LAYER}.block_sparse_moe"
@@ -34,7 +34,6 @@ anatomy = Anatomy(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    ignored=IGNORED,
     multiples={"hidden": 8, "ffn": 8},
     routed="num_experts_per_tok",
 )

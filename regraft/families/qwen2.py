@@ -1,7 +1,7 @@
 """Qwen2 (arXiv 2407.10671): Llama with biases on queries, keys and values."""
 
 from ..core.anatomy import Anatomy
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES, kv_heads, parts
+from .llama import DEFAULTS, LAYER, SIZES, kv_heads, parts
 
 anatomy = Anatomy(
     family="qwen2",
@@ -9,5 +9,4 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults={**DEFAULTS, "num_key_value_heads": kv_heads(32)},
-    ignored=IGNORED,
 )

@@ -1,7 +1,7 @@
 """Qwen3 (arXiv 2505.09388): Llama plus an RMS norm on each head's queries and keys."""
 
 from ..core.anatomy import Anatomy, norm
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES, kv_heads, parts
+from .llama import DEFAULTS, LAYER, SIZES, kv_heads, parts
 
 anatomy = Anatomy(
     family="qwen3",
@@ -18,5 +18,4 @@ anatomy = Anatomy(
         "head_dim": 128,
         "num_key_value_heads": kv_heads(32),
     },
-    ignored=IGNORED,
 )

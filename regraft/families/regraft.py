@@ -108,7 +108,8 @@ class RegraftAnatomy(Anatomy):
 
     def untie_embeddings(self, config: Config) -> Config:
         """The config with an output embedding of the host's own."""
-        return {**config, "host": find_anatomy(config["host"]).untie_embeddings(config["host"])}
+        host = find_anatomy(config["host"]).untie_embeddings(config["host"])
+        return {**config, "host": host, "tie_word_embeddings": False}
 
     def host(self, config: Config) -> Anatomy:
         """The family of the stock model whose attentions the mixers replace."""
@@ -181,6 +182,4 @@ def weight_signatures(spec: dict[str, Any], attention: AttentionFields) -> list[
     return [weight.signature for weight in weights(spec, Attention(**attention)).values()]
 
 
-# Inside another model too, transformers writes GPT-NeoX's head under its file name.
-aliases = {"host.embed_out.": "host.lm_head."}
-anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="", aliases=aliases)
+anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="")

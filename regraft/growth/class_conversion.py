@@ -211,6 +211,11 @@ def find_target_family(source: Checkpoint, to: str | None) -> str:
         to: a family; None: the one that the source's table names.
     """
     anatomy = source.anatomy
+    if anatomy.causal and "head.weight" not in anatomy.parts:
+        raise RegraftError(
+            f"no bridge for {source.config['architectures'][0]}: only models with the head of a "
+            "language model are written as another class"
+        )
     name = anatomy.bridge(anatomy.fill_defaults(source.config))
     if name is not None and (anatomy.family, name) in CONVERSIONS and to in (None, name):
         return name

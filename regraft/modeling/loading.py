@@ -197,10 +197,11 @@ def check_decoder(*paths: str | Path | None) -> None:
     """
     for path in paths:
         checkpoint = Checkpoint.open(path) if path else None
-        if checkpoint and not checkpoint.anatomy.host(checkpoint.config).causal:
+        if checkpoint and not checkpoint.anatomy.continues_text(checkpoint.config):
+            anatomy = checkpoint.anatomy
+            name = checkpoint.config["architectures"][0] if anatomy.causal else anatomy.family
             raise RegraftError(
-                f"'{path}' is a {checkpoint.anatomy.family}, which does not continue text: give a "
-                "decoder"
+                f"'{path}' is a {name}, which does not continue text: give a decoder"
             )
 
 

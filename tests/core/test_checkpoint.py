@@ -92,7 +92,7 @@ def test_hub_names_without_prefix_and_with_buffers(tmp_path: Path) -> None:
     values["lm_head.weight"] = values["wte.weight"].clone()
     save_file(values, file)
     checkpoint = Checkpoint.open(tmp_path / "source")
-    assert checkpoint.dropped["transformer.h.0.attn.bias"] == "buffer: the causal mask"
+    assert checkpoint.dropped["h.0.attn.bias"].startswith("buffer")
     assert checkpoint.dropped["lm_head.weight"].startswith("tied")
     assert torch.equal(
         modeling.materialize(checkpoint)(tokens(1, 9)).logits, model(tokens(1, 9)).logits
