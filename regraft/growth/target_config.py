@@ -165,9 +165,10 @@ def find_differences(
     keys = {*wanted, *(key for key in before if key.startswith(f"{ROPE}."))}
     found = {}
     for key in sorted(key for key in keys if find_reason(key, NEUTRAL) is None):
-        value = wanted.get(key, MISSING)
-        if value not in (before.get(key, MISSING), after.get(key, MISSING)):
-            found[key] = (before.get(key, MISSING), value)
+        old, new, value = (each.get(key, MISSING) for each in (before, after, wanted))
+        if value not in (old, new):
+            # What a list by layer must be is what growth makes of the source's.
+            found[key] = (new if isinstance(old, list) else old, value)
     for key in ("mixers", "attention"):  # of a linearized model
         if key in grown.config and target.config[key] != grown.config[key]:
             found[key] = (grown.config[key], target.config[key])
@@ -253,7 +254,7 @@ def check_adopted(found: Mapping[str, Difference], adopt: Sequence[str], target:
 def format_refusal(found: Mapping[str, Difference], refused: Sequence[str], target: Target) -> str:
     """The line that names every key that growth cannot take over, with both values."""
     pairs = ", ".join(
-        f"{shorten_key(key)} {shorten(found[key][1])} (source: {shorten(found[key][0])})"
+        f"{shorten_key(key)} {shorten(found[key][1])} (without --to: {shorten(found[key][0])})"
         for key in refused
     )
     names = ",".join(shorten_key(key) for key in refused)
