@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +41,7 @@ def grow(
     bridge: bool = False,
     untie: bool = False,
     adopt: str | None = None,
+    copy_code: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     json: bool = False,
@@ -79,6 +81,8 @@ def grow(
         untie: give the model an output embedding of its own, a copy of the input embedding
         adopt: keys of --to, such as rope_theta,rms_norm_eps, or all, that are taken although the
             function changes
+        copy_code: also copy Python files beside the weights, which regraft never runs; without them
+            auto_map is left out
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         json: print one JSON object on standard output and nothing else
@@ -102,7 +106,7 @@ def grow(
     target = check_apart(given, INPUTS)
     request = distributed.on_rank0(lambda: describe_request(grow, given, INPUTS))
     done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
-    before = Checkpoint.open(source, allow_nonfinite)
+    before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     taken = split_keys(adopt)
     growth = Growth(
@@ -220,6 +224,7 @@ VERB = Verb(
         "output": (
             "dtype",
             "optimizer_state",
+            "copy_code",
             "overwrite",
             "allow_nonfinite",
             "json",

@@ -282,7 +282,7 @@ def collect_values(grown: Checkpoint, target: Target, keys: set[str]) -> dict[st
     values = {key: wanted.get(key) for key in sorted(keys) if "." not in key}
     if "architectures" in values:
         values["architectures"] = target.config["architectures"]
-    rope = copy.deepcopy(read_with_defaults(host(grown.config)).get(ROPE))
+    rope: dict[str, Any] = copy.deepcopy(read_with_defaults(host(grown.config)).get(ROPE) or {})
 
     for key in sorted(key for key in keys if "." in key):
         _, *path, last = key.split(".")
