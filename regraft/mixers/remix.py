@@ -70,6 +70,7 @@ class Remix(RemixOptions):
             source.dropped | unused,
             (*source.history, step_entry(self)),
             allow_nonfinite=source.allow_nonfinite,
+            copy_code=source.copy_code,
         )
 
     def build_tensor(
