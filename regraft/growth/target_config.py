@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ def match_target(
 
     def match(grown: Checkpoint) -> Checkpoint:
         found = find_differences(source, grown, target)
-        carried = {key for key in found if is_carried(grown, target, key)}
+        weights = replace(grown, holds="weights")  # Adam's moments follow what the weights do
+        carried = {key for key in found if is_carried(weights, target, key)}
         adopted = {key for key in found if key not in carried and is_named(key, adopt)}
         check_adopted(found, adopt, target)
         if refused := [key for key in found if key not in carried | adopted]:
@@ -147,12 +148,18 @@ def find_differences(
     """Keys of the target with a value that is neither the source's nor the grown one's.
 
     Keys inside the rotary parameters stand alone, with dots; keys of NEUTRAL are left out.
+    RegraftError when a linearized target has other mixers.
 
     Args:
         source: the checkpoint before growth.
         grown: the same after it.
         target: what it grows to.
     """
+    if target.config.get("mixers") != grown.config.get("mixers"):
+        raise RegraftError(
+            f"'{target.name}' has mixers {shorten(target.config['mixers'])}, growth gives"
+            f" {shorten(grown.config['mixers'])}: linearize after growing"
+        )
     before, after, wanted = (
         flatten(read_with_defaults(each.anatomy.host_config(each.config)))
         for each in (source, grown, target_checkpoint(source, target))
@@ -169,9 +176,6 @@ def find_differences(
         if value not in (old, new):
             # What a list by layer must be is what growth makes of the source's.
             found[key] = (new if isinstance(old, list) else old, value)
-    for key in ("mixers", "attention"):  # of a linearized model
-        if key in grown.config and target.config[key] != grown.config[key]:
-            found[key] = (grown.config[key], target.config[key])
     return found
 
 
@@ -226,7 +230,7 @@ def is_carried(grown: Checkpoint, target: Target, key: str) -> bool:
 
     # A tie that no tensor knows of, and biases, which begin with zeros.
     is_switch = key == TIE or any(part.when == key for part in family.parts.values())
-    if not is_switch or grown.holds != "weights":
+    if not is_switch:
         return False
     try:
         Carry(collect_values(grown, target, {key}))(grown)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cli import run_main
+from helpers.cli import refused, run_main
 from helpers.tiny import GROWABLE, inputs, max_relative_difference, outputs, tiny
+from safetensors.torch import save_file
 
 from regraft.checks.check import check
 from regraft.checks.growth import is_exact
@@ -26,6 +27,7 @@ from regraft.growth.target_config import (
     read_target,
     read_with_defaults,
 )
+from regraft.mixers.remix import Remix
 
 # Values for keys whose default is null, or of which not every other value is one.
 OTHERS: dict[str, Any] = {
@@ -152,6 +154,57 @@ def test_a_tied_source_grows_to_an_untied_target(tmp_path: Path, capsys: Any) ->
     assert receipts["holds"] and receipts["exact"]
 
 
+def test_keys_of_older_releases_count_too(tmp_path: Path) -> None:
+    """A source that has rope_theta beside everything else, and a target whose keys are missing."""
+    save("llama", tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["rope_parameters"], fields["rms_norm_eps"]
+    file.write_text(json.dumps(fields | {"rope_theta": 500.0, "torch_dtype": "float32"}))
+    source = Checkpoint.open(tmp_path / "source")
+    larger = fields | {"intermediate_size": 60, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6}
+    same = write_target(tmp_path / "same", larger | {"rope_theta": 500})
+    assert not [step for step in Growth(to=same)(source).history if step["step"] == "Carry"]
+
+    other = write_target(tmp_path / "other", larger)
+    with pytest.raises(RegraftError, match="rope_theta 10000.0 .without --to: 500"):
+        Growth(to=other)(source)
+    adopted = Growth(to=other, adopt=("rope_theta",))(source)
+    adopted.save(tmp_path / "out")
+    assert read_with_defaults(adopted.config)["rope_parameters"]["rope_theta"] == 10000
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 10000
+
+
+def test_a_linearized_source_takes_settings_but_no_other_mixers(tmp_path: Path) -> None:
+    save("llama", tmp_path / "source")
+    linear = Remix("gla", "0", window=0)(Checkpoint.open(tmp_path / "source"))
+    linear.save(tmp_path / "linear")
+    source = Checkpoint.open(tmp_path / "linear")
+    fields = Growth(layers=4)(source).config
+    fields = fields | {"host": fields["host"] | {"max_position_embeddings": 99}}
+    grown = Growth(to=write_target(tmp_path / "target", fields))(source)
+    assert grown.layers == 4 and grown.config["host"]["max_position_embeddings"] == 99
+    fields = fields | {"mixers": [None] * 4, "attention": [None] * 4}
+    to = write_target(tmp_path / "target", fields)
+    with pytest.raises(RegraftError, match="linearize after growing"):
+        Growth(to=to, adopt=("all",))(source)
+
+
+def test_new_biases_have_no_moments(tmp_path: Path, capsys: Any) -> None:
+    save("llama", tmp_path / "source")
+    source = Checkpoint.open(tmp_path / "source")
+    to = write_target(tmp_path / "t", larger_fields("llama", source) | {"attention_bias": True})
+    moments = {
+        f"{kind}/{source.names[key]}": lazy.read().abs()
+        for kind in ("exp_avg", "exp_avg_sq")
+        for key, lazy in source.tensors.items()
+    }
+    save_file(moments, tmp_path / "adam.safetensors")
+    words = ["grow", tmp_path / "source", tmp_path / "out", "--to", to, "--optimizer-state"]
+    line = refused(capsys, *words, tmp_path / "adam.safetensors")
+    assert "q_proj.bias', of which the optimiser has no moments" in line
+
+
 def test_adopted_keys_are_the_target_s_and_said_to_be_inexact(tmp_path: Path, capsys: Any) -> None:
     save("llama", tmp_path / "source")
     source = Checkpoint.open(tmp_path / "source")
@@ -172,6 +225,7 @@ def test_adopted_keys_are_the_target_s_and_said_to_be_inexact(tmp_path: Path, ca
 
     code, said, err = run_main(capsys, *words, "--adopt", "rope_theta, rms_norm_eps,of_nobody")
     assert code == 0 and "Not exact: outputs move" in said, err
+    assert "Note: not exact, since it is as the target has it: of_nobody 1" in said
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 77.0
     assert written["rms_norm_eps"] == 1e-2 and written["of_nobody"] == 1

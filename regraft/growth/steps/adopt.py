@@ -14,6 +14,7 @@ from ...core.anatomy import Key, PlacedPart
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ...core.step import step_entry
 from ...errors import RegraftError
+from ...io.schema import shorten
 from ...modeling.meta import build_from_config
 
 ROPE, OLDER_ROPE = "rope_parameters", "rope_scaling"
@@ -41,7 +42,8 @@ class Carry:
             )
         tensors = {key: keep_or_zero(source, key, part) for key, part in placed.items()}
         names = {key: part.name for key, part in placed.items()}
-        history = (*source.history, step_entry(self))
+        step = step_entry(self) | {"notes": [f"as the target has it: {format_keys(self.keys)}"]}
+        history = (*source.history, step)
         return replace(source, config=config, tensors=tensors, names=names, history=history)
 
 
@@ -66,13 +68,14 @@ class Adopt:
             for key in set(source.tensors) - set(placed)
             for name in source.tensors[key].provenance.sources
         }
+        note = f"not exact, since it is as the target has it: {format_keys(self.keys)}"
         adopted = replace(
             source,
             config=config,
             tensors=tensors,
             names={key: part.name for key, part in placed.items()},
             dropped={**source.dropped, **left},
-            history=(*source.history, step_entry(self)),
+            history=(*source.history, step_entry(self) | {"notes": [note]}),
         )
 
         # A class may read keys that no table knows, and have more parameters with them.
@@ -86,6 +89,11 @@ class Adopt:
         return adopted
 
 
+def format_keys(keys: Mapping[str, Any]) -> str:
+    """Config keys with their values, in words."""
+    return ", ".join(f"{key} {shorten(value)}" for key, value in keys.items())
+
+
 def place_with_keys(
     source: Checkpoint, keys: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[Key, PlacedPart]]:
@@ -94,7 +102,7 @@ def place_with_keys(
     if ROPE in keys:
         # Some classes let the older key win; saving writes it anew.
         host = dict(source.anatomy.host_config(config))
-        stale = {OLDER_ROPE, *source.anatomy.host(config).older(host)}
+        stale = {OLDER_ROPE, *source.anatomy.host(config).older({**host, ROPE: keys[ROPE]})}
         host = {key: value for key, value in host.items() if key not in stale}
         config = {**config, "host": host} if "host" in config else host
 
@@ -111,7 +119,12 @@ def keep_or_zero(source: Checkpoint, key: Key, target: PlacedPart) -> LazyTensor
     if lazy is not None and lazy.shape == target.shape:
         return lazy
     is_bias = key[0].endswith(".bias") and not target.part.norm
-    if lazy is not None or not is_bias or source.holds != "weights":
+    if source.holds != "weights":
+        raise RegraftError(
+            f"the target's settings add '{target.name}', of which the optimiser has no moments:"
+            " leave out --optimizer-state"
+        )
+    if lazy is not None or not is_bias:
         raise RegraftError(
             f"the target's settings need '{target.name}' {list(target.shape)}, which growth does"
             f" not make from '{source.origin}': leave them as the source has them"
