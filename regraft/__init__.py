@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from .growth.steps.deepen import Deepen
     from .growth.steps.transplant import Transplant
-    from .growth.steps.untie import Untie
+    from .growth.steps.untie import Tie, Untie
     from .growth.steps.widen import Widen
     from .linearize.merge import Merge
     from .mixers.remix import Remix

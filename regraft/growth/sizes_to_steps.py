@@ -22,7 +22,7 @@ from .steps.ligo import Learned
 from .steps.transplant import Transplant
 from .steps.untie import Untie
 from .steps.widen import Widen
-from .target_config import match_target, read_target, wants_own_head
+from .target_config import match_target, match_ties, read_target
 from .target_sizes import TargetSizes
 
 GrowthStep = Callable[[Checkpoint], Checkpoint]
@@ -122,8 +122,10 @@ class Growth(TargetSizes):
         if self.bridge:
             steps.append(Bridge())
             source = steps[0](source)
-        asked = self.to is not None and wants_own_head(source, read_target(source, self.to))
-        return [*steps, Untie()] if self.untie or asked else steps
+        if self.untie:
+            return [*steps, Untie()]
+        ties = match_ties(source, read_target(source, self.to)) if self.to is not None else []
+        return [*steps, *ties]
 
     def size_steps(self) -> list[GrowthStep]:
         """The steps that change sizes; RegraftError for operators that do not go together."""

@@ -21,9 +21,10 @@ from ..io.files import read_json
 from ..io.schema import shorten
 from ..modeling.meta import build_stock_config
 from .steps.adopt import ROPE, Adopt, Carry
+from .steps.untie import TIE, Tie, Untie, has_equal_head
 
 FIXED_AXES = ("vocab", "pos", "expert", "label", "type")  # growth never changes them
-TIE, ALL = "tie_word_embeddings", "all"
+ALL = "all"
 
 # Keys, as regular expressions, that say nothing about what the model computes -> why. The result
 # keeps the source's; the target's is not read.
@@ -104,14 +105,16 @@ def read_target(source: Checkpoint, to: str) -> Target:
     return Target(to, config, sizes)
 
 
-def wants_own_head(source: Checkpoint, target: Target) -> bool:
-    """Whether the target has an output embedding of its own where the source's is tied."""
-    keys = [
-        each.anatomy.fill_defaults(each.config).get(TIE)
+def match_ties(source: Checkpoint, target: Target) -> list[Callable[[Checkpoint], Checkpoint]]:
+    """The step that ties or unties the output embedding as the target has it, where it is exact."""
+    tied, wanted = (
+        bool(each.anatomy.fill_defaults(each.config).get(TIE))
         for each in (source, target_checkpoint(source, target))
-    ]
+    )
     untied = source.anatomy.place(source.anatomy.untie_embeddings(source.config))
-    return bool(keys[0]) and not keys[1] and len(untied) > len(source.tensors)
+    if tied and not wanted and len(untied) > len(source.tensors):
+        return [Untie()]
+    return [Tie()] if wanted and not tied and has_equal_head(source) else []
 
 
 def match_target(

@@ -19,9 +19,9 @@ from regraft.checks.growth import is_exact
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
+from regraft.growth.steps.untie import TIE
 from regraft.growth.target_config import (
     NEUTRAL,
-    TIE,
     find_reason,
     match_target,
     read_target,
@@ -244,6 +244,24 @@ def test_a_head_of_its_own_is_tied_only_when_asked(tmp_path: Path) -> None:
     tied = Growth(to=to, adopt=("tie_word_embeddings",))(source)
     assert ("head.weight", None) not in tied.tensors and "lm_head.weight" in tied.dropped
     assert not is_exact(list(tied.history))
+
+
+def test_an_equal_head_is_tied(tmp_path: Path) -> None:
+    config, model = tiny("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    Growth(untie=True)(Checkpoint.open(tmp_path / "tied")).save(tmp_path / "source")
+    source = Checkpoint.open(tmp_path / "source")
+    to = write_target(
+        tmp_path / "t", larger_fields("llama", source) | {"tie_word_embeddings": True}
+    )
+    grown = Growth(to=to)(source)
+    grown.save(tmp_path / "out")
+    assert grown.history[1]["step"] == "Tie" and is_exact(list(grown.history))
+    stock = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert stock.lm_head.weight is stock.get_input_embeddings().weight
+    given = inputs(config)
+    before, after = outputs(model, given)["logits"], outputs(stock, given)["logits"]
+    assert max_relative_difference(before, after) < 2e-5
 
 
 @pytest.mark.parametrize(
