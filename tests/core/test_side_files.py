@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from helpers.cli import as_json, refused, run_main
-from helpers.tiny import read_files, save_model, tiny
+from helpers.tiny import read_files, save_model, tiny, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import zeros
+from torch import Tensor, float32, no_grad, zeros
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+from transformers import BertModel
 
 from regraft.core import side_files
 from regraft.core.checkpoint import Checkpoint
@@ -21,7 +24,7 @@ from regraft.core.side_files import OWN, find_side_files
 from regraft.growth.sizes_to_steps import Growth
 from regraft.io import output
 from regraft.recipes import run
-from regraft.train.output import RUN_NAMES
+from regraft.train.output import RUN_NAMES, TRAINED, finish_run, publish_model
 
 # A folder as the Hub has them: (path, whether it travels).
 HUB = {
@@ -180,6 +183,18 @@ def test_links_and_pipes_of_any_name_stay_behind(model: Path, tmp_path: Path) ->
     assert not any(b"mine: private" in data for data in read_files(tmp_path / "out").values())
 
 
+def test_a_training_puts_folders_into_place(model: Path, tmp_path: Path) -> None:
+    source, out = copy_model(model, tmp_path / "source"), tmp_path / "out"
+    write(source, "1_Pooling/config.json", "images/deep/a.png")
+    out.mkdir()
+    output.claim_folder(out, output.Marker("training", names=RUN_NAMES))
+    Checkpoint.open(source).save(out / TRAINED)
+    publish_model(out / TRAINED, out)
+    finish_run(out, None)
+    assert not check_law(source, out)
+    assert output.find_foreign(out, output.read_marker(out)) is None
+
+
 def test_what_a_run_writes_is_never_taken_over() -> None:
     """Else a training that publishes a model would replace its own files by the source's."""
     for name in (*RUN_NAMES, *run.NAMES, output.WORK, output.MARKER):
@@ -296,6 +311,13 @@ def sentence_transformer(folder: Path, *modules: tuple[str, str], inner: str = "
     return folder
 
 
+@no_grad()
+def embed(folder: Path) -> Tensor:
+    """Mean-pooled embeddings of three rows of tokens, (rows, hidden)."""
+    model = BertModel.from_pretrained(folder, dtype=float32).eval()
+    return model(input_ids=tokens(3, 9)).last_hidden_state.mean(1)
+
+
 PLAIN = (("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
 DENSE = (("1_Pooling", "Pooling"), ("2_Dense", "Dense"))
 
@@ -309,6 +331,10 @@ def test_a_sentence_transformer_keeps_its_modules(tmp_path: Path, capsys: Any) -
     assert pooling == {"word_embedding_dimension": 144, "pooling_mode_mean_tokens": True}
     for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         assert (tmp_path / "wide" / name).read_bytes() == (source / name).read_bytes()
+    vectors = embed(source), embed(tmp_path / "wide")
+    assert vectors[1].shape[1] == 144
+    cosines = [unit @ unit.T for unit in (normalize(each) for each in vectors)]
+    assert_close(cosines[1], cosines[0])
     Growth(layers=4)(Checkpoint.open(source)).save(tmp_path / "deep")
     assert not check_law(source, tmp_path / "deep")
 
