@@ -220,7 +220,8 @@ class Checkpoint:
         extra_files: Mapping[str, ExtraFile] | None = None,
         request: Any = None,
     ) -> None:
-        """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
+        """Write a model directory, whole or not at all: weights, config, lineage.json, model card,
+        and the files beside the source's weights (see `side_files`).
 
         Tensors are computed and written one after the other. After Ctrl-C or a kill the same call
         resumes after the last file that was finished.

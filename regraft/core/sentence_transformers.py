@@ -5,11 +5,12 @@ The transformer lies at the top; the other modules have a folder each, such as `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from ..io.files import read_json
+from ..io.files import check_inside, read_json
 
 MODULES = "modules.json"
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"  # of a module, in its folder
@@ -17,31 +18,44 @@ WIDTHS = ("word_embedding_dimension", "embedding_dimension")  # keys of a poolin
 WIDTHLESS = ("Pooling", "Normalize", "Dropout")  # modules that take vectors of any width
 
 
-def read_modules(folder: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Module:
+    """A module behind the transformer.
+
+    Attributes:
+        path: of its folder.
+        kind: its class without the package, such as `Pooling`.
+    """
+
+    path: str
+    kind: str
+
+
+def read_modules(folder: Path) -> list[Module]:
     """The modules behind the transformer, in order; none without modules.json.
 
-    RegraftError when the transformer lies in a folder of its own, or a module outside of the
-    folder.
+    RegraftError when the file is damaged, when the transformer lies in a folder of its own, or when
+    a module lies outside of the folder.
     """
     file = folder / MODULES
     if not file.is_file():
         return []
+    check_inside(folder, file)
     first, *others = read_json(file, list[dict[str, Any]]) or [{}]
     if inner := str(first.get("path") or "").strip("./"):
         raise RegraftError(
-            f"'{file}' has its transformer in '{inner}': give '{folder / inner}', and the rest of"
-            " the folder its new path"
+            f"'{file}' has its transformer in '{inner}': move the files of '{folder / inner}' up"
+            f" into '{folder}', and make its path in {MODULES} empty"
         )
-    for module in others:
-        path = Path(str(module.get("path") or ""))
+    modules = [
+        Module(str(row.get("path") or ""), str(row.get("type")).rpartition(".")[2])
+        for row in others
+    ]
+    for module in modules:
+        path = Path(module.path)
         if not path.parts or path.is_absolute() or ".." in path.parts:
             raise RegraftError(f"'{file}' has a module in '{path}': give it a folder beside it")
-    return others
-
-
-def module_type(module: dict[str, Any]) -> str:
-    """The class of a module without its package, such as `Pooling`."""
-    return str(module.get("type")).rpartition(".")[2]
+    return modules
 
 
 def find_module_weights(folder: Path) -> set[str]:
@@ -51,13 +65,14 @@ def find_module_weights(folder: Path) -> set[str]:
     """
     found = set()
     for module in read_modules(folder):
-        path = Path(module["path"])
-        if (folder / path / WEIGHTS).is_file():
-            found.add((path / WEIGHTS).as_posix())
-        elif (folder / path / PICKLE).is_file():
+        weights, pickle = (folder / module.path / name for name in (WEIGHTS, PICKLE))
+        if weights.is_file():
+            check_inside(folder, weights)
+            found.add(weights.relative_to(folder).as_posix())
+        elif pickle.is_file():
             raise RegraftError(
-                f"'{folder / path / PICKLE}' is a pickle, which is never copied, and {MODULES}"
-                f" needs it: save it as {WEIGHTS} first"
+                f"'{pickle}' is a pickle, which is never copied, and {MODULES} needs it: save it as"
+                f" {WEIGHTS} first"
             )
     return found
 
@@ -74,16 +89,17 @@ def resize_modules(folder: Path, old: int, new: int) -> dict[str, Any]:
     """
     changed: dict[str, Any] = {}
     for module in read_modules(folder) if new != old else ():
-        kind, file = module_type(module), folder / module["path"] / "config.json"
-        if kind not in WIDTHLESS:
+        if module.kind not in WIDTHLESS:
             raise RegraftError(
-                f"module '{module['path']}' ({kind}) of '{folder / MODULES}' takes vectors of width"
-                f" {old}, the result gives {new}: grow other sizes than hidden, or take the module"
-                f" out of {MODULES}"
+                f"module '{module.path}' ({module.kind}) of '{folder / MODULES}' takes vectors of"
+                f" width {old}, the result gives {new}: grow other sizes than hidden, or take the"
+                f" module out of {MODULES}"
             )
-        config = read_json(file) if kind == "Pooling" and file.is_file() else {}
-        keys = [key for key in WIDTHS if config.get(key) == old]
-        if keys:
-            name = file.relative_to(folder).as_posix()
-            changed[name] = config | dict.fromkeys(keys, new)
+        file = folder / module.path / "config.json"
+        if module.kind == "Pooling" and file.is_file():
+            check_inside(folder, file)
+            config = read_json(file)
+            if keys := [key for key in WIDTHS if config.get(key) == old]:
+                name = file.relative_to(folder).as_posix()
+                changed[name] = config | dict.fromkeys(keys, new)
     return changed

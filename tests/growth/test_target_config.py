@@ -118,7 +118,6 @@ def test_no_key_of_a_target_is_dropped(family: str, tmp_path: Path) -> None:
             assert read_with_defaults(grown.config)[key] == wanted[key], key
             accepted[key] = value
     assert accepted and refused, (accepted, refused)
-    print(family, sorted(accepted), "|", refused)
 
     # All that was accepted, together.
     to = write_target(tmp_path / "target", base | accepted)
