@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .core.checkpoint import Checkpoint
     from .errors import RegraftError
     from .evaluation.evaluate import evaluate_recall, evaluate_tasks
+    from .growth.steps.adopt import Adopt, Carry
     from .growth.steps.bridge import Bridge
     from .growth.steps.composable import (
         AddHeads,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
     from .growth.steps.deepen import Deepen
     from .growth.steps.transplant import Transplant
+    from .growth.steps.untie import Tie, Untie
     from .growth.steps.widen import Widen
     from .linearize.merge import Merge
     from .mixers.remix import Remix

@@ -16,7 +16,17 @@ from ..growth import build, depth
 if TYPE_CHECKING:
     from pathlib import Path
 
-GROWTH_STEPS = ("Widen", "Deepen", "Bridge", "Learned", "Transplant")
+GROWTH_STEPS = (
+    "Widen",
+    "Deepen",
+    "Bridge",
+    "Untie",
+    "Tie",
+    "Carry",
+    "Adopt",
+    "Learned",
+    "Transplant",
+)
 # Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5
 BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -60,7 +70,7 @@ def keeps_function(step: dict[str, Any]) -> bool:
     """Whether a step of lineage.json keeps the function; steps that are no growth do not."""
     name = step.get("step")
     if name not in ("Widen", "Deepen"):
-        return name in ("Bridge", "Store")
+        return name in ("Bridge", "Store", "Untie", "Tie", "Carry")
 
     how = step.get("arguments", {}).get("how")
     if not isinstance(how, str):

@@ -169,6 +169,11 @@ def identify_input(name: str, given: str) -> dict[str, str]:
     return {"file": identify_file(file)} if file.is_file() else {}
 
 
+def split_keys(text: str | None) -> tuple[str, ...]:
+    """The keys in a list with commas."""
+    return tuple(filter(None, (key.strip() for key in (text or "").split(","))))
+
+
 def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
     """The end of an experiment: its table and where the page is."""
 

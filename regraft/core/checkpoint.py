@@ -6,7 +6,6 @@ Opening reads headers only, steps compute nothing, and saving computes one tenso
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -28,8 +27,9 @@ from .axes import Signature
 from .config_checks import explain_config_errors
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
-from .model_files import check_model_files, list_side_files, read_model_config
+from .model_files import check_model_files, read_model_config
 from .model_tensors import UNTIED_STEP, read_model_tensors
+from .side_files import copy_side_files, drop_missing_code, find_side_files
 
 __all__ = ["Checkpoint", "Holds", "LazyTensor", "Provenance", "with_older_keys"]
 
@@ -70,6 +70,8 @@ class Checkpoint:
     holds: Holds = "weights"
     # Whether NaN and infinity are read and written; else they are refused.
     allow_nonfinite: bool = False
+    # Whether Python files beside the weights are copied to outputs (see `side_files`).
+    copy_code: bool = False
 
     @classmethod
     def open(
@@ -233,7 +235,8 @@ class Checkpoint:
         request: Any = None,
         prove_opens: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
+        """Write a model directory, whole or not at all: weights, config, lineage.json, model card,
+        and the files beside the source's weights (see `side_files`).
 
         Tensors are computed and written one after the other. After Ctrl-C or a kill the same call
         resumes after the last file that was finished.
@@ -251,7 +254,7 @@ class Checkpoint:
         """
         extra_files = extra_files or {}
         output.check_apart(path, [("source", self.origin)])
-        side_files = list_side_files(self.path)
+        side_files = find_side_files(self.path, self.sizes["hidden"], self.copy_code)
 
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
@@ -271,16 +274,20 @@ class Checkpoint:
 
             for name, extra_file in extra_files.items():
                 extra_file.write(folder / name)
-            for file in side_files:
-                shutil.copyfile(file, folder / file.name)
-            write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.write_extras(str(folder), self.config)
+            left_out = copy_side_files(side_files, self.path, folder)
+            config = drop_missing_code(
+                with_older_keys(self.config), lambda name: (folder / name).is_file()
+            )
+            write_json(folder / "config.json", config)
             (folder / "README.md").write_text(lineage.format_model_card(self), encoding="utf-8")
 
             # Last, since it records the other files. Shards were hashed while they were written.
             index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
             small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
-            write_json(folder / lineage.FILE, lineage.build_lineage(self, partial.done | small))
+            write_json(
+                folder / lineage.FILE, lineage.build_lineage(self, partial.done | small, left_out)
+            )
             if prove_opens is not None:
                 prove_opens(folder)
 

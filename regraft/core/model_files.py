@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
 from ..io.files import check_inside, read_json
-from ..io.identity import TOKENIZER
+from .sentence_transformers import read_modules
+from .side_files import SIDE_FILES
 
-# Files of a model directory that are copied to the output as they are.
-SIDE_FILES = (
-    *TOKENIZER,
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
-# How names of data and text end. Whatever ends in another way may be code or a pickle and is left
-# out. The numbers are versions: tokenizer.model.v3, LICENSE-2.0.
-DATA_NAME = re.compile(
-    r"LICENSE[^.]*|.*\.(json|jsonl|txt|model|jinja|jinja2|tiktoken|vocab|md|rst|pdf|apache|mit|bsd)"
-    r"|.*\.v?\d+",
-    re.IGNORECASE,
-)
 FILE_ARGUMENTS = ("vocab", "merges")  # of tokenizers' classes; a text there is a file's path
 JSON_FILES = ("config.json", "lineage.json", "model.safetensors.index*.json")
 IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-log = logging.getLogger("regraft")
-
-
-def list_side_files(folder: Path) -> list[Path]:
-    """Tokenizer, templates and licences of a model directory, which its outputs get too.
-
-    Code is left out with a warning. RegraftError for one that is no regular file, or that leads out
-    of the directory.
-    """
-    files = sorted({file for pattern in SIDE_FILES for file in folder.glob(pattern)})
-    data = []
-    for file in files:
-        if file.is_dir():
-            continue
-        if DATA_NAME.fullmatch(file.name):
-            check_inside(folder, file)
-            data.append(file)
-        else:
-            log.warning("'%s' may be code: it is not copied to the output", file)
-    return data
 
 
 def check_model_files(folder: Path) -> None:
@@ -115,6 +80,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     RegraftError when there is none, the model is quantised, or the config asks for code.
     """
     if not (folder / "config.json").is_file():
+        read_modules(folder)  # of sentence-transformers: says where the transformer lies
         raise RegraftError(
             f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
         )

@@ -74,6 +74,7 @@ class Remix(RemixOptions):
             source.dropped | unused,
             (*source.history, step),
             allow_nonfinite=source.allow_nonfinite,
+            copy_code=source.copy_code,
         )
 
     def build_tensor(
