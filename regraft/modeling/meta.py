@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,13 +81,23 @@ def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
     The class is the one that the config's `architectures` names, or its family's default.
     """
     config = build_stock_config(fields)
-    auto = AutoModelForCausalLM if find_anatomy(fields).causal else AutoModel
-    named: Any = getattr(transformers, (fields.get("architectures") or [""])[0], None)
+    return choose_class(config, find_anatomy(fields).causal), config
+
+
+def choose_class(config: PreTrainedConfig, causal: bool) -> Any:
+    """The class that `architectures` of a config names, else the one that Auto takes for it.
+
+    Args:
+        config: as transformers reads it.
+        causal: whether the family's default is a causal language model.
+    """
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
     # Only a model of this config: the package has functions and trainers under other names.
     is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
     if is_model and isinstance(config, named.config_class or ()):
-        return named, config
-    return auto._model_mapping[type(config)], config
+        return named
+    auto = AutoModelForCausalLM if causal else AutoModel
+    return auto._model_mapping[type(config)]
 
 
 def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
@@ -94,10 +107,35 @@ def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """
     family = find_anatomy(fields).family
     refuse_fetched_code(fields, family)
-    plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-    with explain_model_errors(fields["model_type"]):
-        config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **plain)
+    plain = {key: value for key, value in fields.items() if key != "auto_map"}
+    # Through a file: only its reader makes the same of it as `from_pretrained` does, such as a
+    # Ministral of a Mistral whose layers differ.
+    with (
+        explain_model_errors(fields["model_type"]),
+        silence_transformers(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        (Path(folder) / "config.json").write_text(json.dumps(plain, default=str), encoding="utf-8")
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        config.name_or_path = ""
         return config
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Inside, transformers shows no progress bar and no table of what it did not find."""
+    logging = transformers.utils.logging
+    had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def explain_model_errors(name: object) -> AbstractContextManager[None]:
