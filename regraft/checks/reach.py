@@ -17,6 +17,7 @@ from ..core.checkpoint import Checkpoint
 
 LENGTH = 96  # tokens of models without any such length
 MARGIN = 32  # tokens beyond one
+SECOND_WINDOW = 256  # tokens beyond the first window, or as many as the window has
 # Multiply-adds count twice. About a minute on two cores, for one pass of source and result each.
 BUDGET_FLOPS = 2e12
 # Types of rotary scaling whose frequencies depend on the number of tokens -> the key with the
@@ -63,8 +64,11 @@ def find_reach(before: Checkpoint, after: Checkpoint, model: PreTrainedModel) ->
     windows |= {size for one in (before, after) for size in iter_mixer_windows(one.config)}
     scaled = {size for config in configs for size in iter_scaled_lengths(config)}
 
-    # Twice a window: what a layer drops has then reached the next through tokens that it kept.
-    reasons = {2 * size + MARGIN: f"a window of {size:,} tokens" for size in sorted(windows)}
+    # Up to twice a window: what a layer drops has then reached the next through what it kept.
+    reasons = {
+        size + min(size, SECOND_WINDOW) + MARGIN: f"a window of {size:,} tokens"
+        for size in sorted(windows)
+    }
     reasons |= {size + MARGIN: f"rotary scaling beyond {size:,} tokens" for size in sorted(scaled)}
     positions = count_positions(before, after, model)
     if positions is not None:
@@ -73,8 +77,7 @@ def find_reach(before: Checkpoint, after: Checkpoint, model: PreTrainedModel) ->
     if positions is not None:
         needed = min(needed, positions)
 
-    parameters = sum(lazy.size for one in (before, after) for lazy in one.tensors.values())
-    length = min(needed, max(LENGTH, int(BUDGET_FLOPS / (2 * parameters))))
+    length = min(needed, max(LENGTH, affordable_length(before, after)))
     limits = []
     if length < needed:
         what = "; ".join(why for size, why in sorted(reasons.items()) if size > length)
@@ -86,6 +89,21 @@ def find_reach(before: Checkpoint, after: Checkpoint, model: PreTrainedModel) ->
     if cached < length and before.anatomy.host(before.config).causal:
         limits.append(f"the cache for {cached:,} tokens: rotary scaling turns later keys otherwise")
     return Reach(length, cached, tuple(sorted(windows)), positions, "; ".join(limits) or None)
+
+
+def affordable_length(before: Checkpoint, after: Checkpoint) -> int:
+    """Tokens of which one pass of both models takes BUDGET_FLOPS.
+
+    Args:
+        before: the source.
+        after: the result.
+    """
+    parameters = sum(lazy.size for one in (before, after) for lazy in one.tensors.values())
+    heads = [(one.sizes, one.sizes["kv"] * one.sizes["group"]) for one in (before, after)]
+    scores = sum(sizes["depth"] * count * 4 * sizes["dim"] for sizes, count in heads)
+    # The positive root of scores * n ** 2 + 2 * parameters * n = BUDGET_FLOPS.
+    root = (parameters**2 + scores * BUDGET_FLOPS) ** 0.5
+    return int((root - parameters) / scores)
 
 
 def iter_windows(config: PreTrainedConfig) -> Iterator[int]:
