@@ -267,12 +267,10 @@ def hidden_difference(before: list[Tensor], after: list[Tensor], order: list[int
     """
     if len(before) < 2 or len(after) != len(order) + 1 or len(before) != order[-1] + 1:
         return None
-    pairs = [(before[0], after[0])]
-    pairs += [
-        (before[done], state)
-        for done, state in zip(order[:-1], after[1:-1], strict=True)
-        if done < order[-1]
-    ]
+    # Behind several layers of which all but one are new, the last state: between them a post-norm's
+    # gain may still be missing.
+    last = {0: after[0], **dict(zip(order, after[1:], strict=True))}
+    pairs = [(before[done], state) for done, state in last.items() if done < order[-1]]
     # The last entries are the outputs of the last norm.
     worst = 0.0
     for states in (pairs, [(before[-1], after[-1])]):

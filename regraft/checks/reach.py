@@ -57,9 +57,8 @@ def find_reach(before: Checkpoint, after: Checkpoint, model: PreTrainedModel) ->
     """
     if before.anatomy.host(before.config).inputs != "tokens":
         return Reach(0, 0, (), None, None)
-    configs = [
-        modeling.build_stock_config(one.anatomy.host_config(one.config)) for one in (before, after)
-    ]
+    host = getattr(model, "host", model).config
+    configs = [host, modeling.build_stock_config(after.anatomy.host_config(after.config))]
     windows = {size for config in configs for size in iter_windows(config)}
     windows |= {size for one in (before, after) for size in iter_mixer_windows(one.config)}
     scaled = {size for config in configs for size in iter_scaled_lengths(config)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint, with_older_keys
-from ..errors import RegraftError
+from ..errors import RegraftError, first_line
 from ..growth.sizes_to_steps import cast_checkpoint
 from ..mixers.remix import Remix
 from ..progress import ProgressCallback
@@ -52,7 +52,7 @@ def replay_steps(before: Checkpoint, after: Checkpoint) -> tuple[Checkpoint | No
             made = replay_step(made, name, entry.get("arguments") or {})
         # Other versions had other steps and arguments; what those cause, no list can say.
         except Exception as error:
-            return None, f"{name} cannot be done again: {str(error).splitlines()[:1]}"
+            return None, f"{name} cannot be done again ({first_line(error)})"
     return made, None
 
 
@@ -65,7 +65,7 @@ def replay_step(checkpoint: Checkpoint, name: str, arguments: Mapping[str, Any])
         arguments: its fields.
     """
     if name == "Store":
-        return cast_checkpoint(checkpoint, **arguments)
+        return cast_checkpoint(checkpoint, arguments["dtype"])
     if name == Remix.__name__:
         return Remix(**arguments)(checkpoint)
     package = importlib.import_module("regraft.growth.steps")
@@ -87,10 +87,20 @@ def find_config_differences(made: Checkpoint, after: Checkpoint) -> list[str]:
         after: the output.
     """
     ours = json.loads(json.dumps(with_older_keys(made.config), default=str))
-    theirs = dict(after.config)
-    return sorted(
-        _iter_differences(ours, theirs, fill_config(made.config), fill_config(after.config))
-    )
+    return sorted(_iter_differences(ours, after.config))
+
+
+def _iter_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """See `find_config_differences`."""
+    keys = [key for key in {*ours, *theirs} - set(NO_SETTINGS) if ours.get(key) != theirs.get(key)]
+    full = [fill_config(config) for config in (ours, theirs)] if keys else []
+    for key in keys:
+        left, right = ours.get(key), theirs.get(key)
+        if key == "host" and isinstance(left, dict) and isinstance(right, dict):
+            yield from (f"host.{name}" for name in _iter_differences(left, right))
+        # Missing and null alike stand for what the class takes then.
+        elif None not in (left, right) or full[0].get(key) != full[1].get(key):
+            yield key
 
 
 def fill_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,24 +108,6 @@ def fill_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("model_type") == "regraft":
         return dict(config)
     return modeling.build_stock_config(config).to_dict()
-
-
-def _iter_differences(
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
-    our_full: Mapping[str, Any],
-    their_full: Mapping[str, Any],
-) -> Any:
-    for key in {*ours, *theirs} - set(NO_SETTINGS):
-        left, right = ours.get(key), theirs.get(key)
-        if left == right:
-            continue
-        if key == "host" and isinstance(left, dict) and isinstance(right, dict):
-            inner = _iter_differences(left, right, fill_config(left), fill_config(right))
-            yield from (f"host.{name}" for name in inner)
-        # Missing and null alike stand for what the class takes then.
-        elif None not in (left, right) or our_full.get(key) != their_full.get(key):
-            yield key
 
 
 def find_unequal(made: Checkpoint, after: Checkpoint, progress: ProgressCallback) -> list[str]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..core.anatomy import find_anatomy
+from ..core.anatomy import Anatomy, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..core.model_files import check_model_files, check_tokenizer_config, find_tokenizer_code
 from ..errors import RegraftError
 from ..io.files import read_json
 from ..io.finite import cast_finite
+from ..io.identity import TOKENIZER
 from ..mixers.gated import GatedMixer
 from .meta import build_meta_model, explain_model_errors, silence_transformers, stock_class
 from .modeling_regraft import RegraftForCausalLM
@@ -118,11 +119,19 @@ def build_random_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
     return model.float().eval()
 
 
-def to_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name of a model -> the same by their names in its checkpoint."""
+def to_checkpoint_names(
+    model: PreTrainedModel, values: Mapping[str, Tensor], anatomy: Anatomy | None = None
+) -> dict[str, Tensor]:
+    """Tensors by parameter name of a model -> the same by their names in its checkpoint.
+
+    Args:
+        model: that has the parameters.
+        values: the tensors.
+        anatomy: of the checkpoint; None: the one of the model's own config.
+    """
     if isinstance(model, RegraftForCausalLM):
         return dict(values)
-    canonical = find_anatomy(model.config.to_dict()).canonical_name
+    canonical = (anatomy or find_anatomy(model.config.to_dict())).canonical_name
     return {
         canonical(name): value
         for name, value in revert_weight_conversion(model, dict(values)).items()
@@ -236,6 +245,9 @@ def read_tokenizer(folder: Path) -> Any:
     """
     check_model_files(folder)
     check_tokenizer_config(folder)
+    # Without any file, transformers makes a tokenizer that knows no words.
+    if not any(file for pattern in TOKENIZER for file in folder.glob(pattern)):
+        raise RegraftError(f"no tokenizer in '{folder}': put tokenizer.json there")
     try:
         # Without this, transformers asks on standard input whether it may run code.
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

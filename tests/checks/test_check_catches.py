@@ -16,11 +16,14 @@ import torch
 from helpers.tiny import tiny
 from safetensors.torch import load_file, save_file
 
-from regraft.checks import outputs
+from regraft import modeling
+from regraft.checks import liveness, outputs
 from regraft.checks.check import check
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.fused import fused_index, join_fused, split_fused
 from regraft.errors import RegraftError
+from regraft.growth import depth
+from regraft.growth.operators import WIDTH
 from regraft.growth.sizes_to_steps import Growth
 from regraft.io.files import sha256
 
@@ -369,11 +372,33 @@ CASES = [(family, name) for family in FAMILIES for name in {**COMMON, **OWN[fami
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_texts() -> Any:
-    """Greedy text and decoding token by token are most of the time."""
+def fast_checks() -> Any:
+    """Short texts, every source run once, and no trial of training, which has its own tests."""
+    models: dict[Path, Any] = {}
+    seen: dict[Any, outputs.Behaviour] = {}
+    load, observe = modeling.load_stored, outputs.observe
+
+    def load_once(checkpoint: Checkpoint) -> Any:
+        if checkpoint.origin.name != "source":
+            return load(checkpoint)
+        if checkpoint.origin not in models:
+            models[checkpoint.origin] = load(checkpoint)
+        return models[checkpoint.origin]
+
+    def observe_once(model: Any, given: Any, reach: Any, causal: bool) -> outputs.Behaviour:
+        if model not in models.values():
+            return observe(model, given, reach, causal)
+        if (id(model), reach) not in seen:
+            seen[id(model), reach] = observe(model, given, reach, causal)
+        return seen[id(model), reach]
+
+    alive = {"dead": {"entries": 0, "tensors": []}, "locked": {"units": 0, "tensors": []}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outputs, "GREEDY_TOKENS", 4)
         patch.setattr(outputs, "LAST_TOKENS", 4)
+        patch.setattr(modeling, "load_stored", load_once)
+        patch.setattr(outputs, "observe", observe_once)
+        patch.setattr(liveness, "check_liveness", lambda *given, **named: alive)
         yield
 
 
@@ -425,3 +450,40 @@ def test_the_right_result_holds(
     assert receipts["reached_tokens"] == wanted.get(family, 96)
     causal = ["logits", "hidden states", "greedy text", "cache"]
     assert receipts["compared"] == (causal[:2] if family == "bert" else causal)
+
+
+# Together they have every exact operator, of the stream too.
+PAIRS = [
+    ("hidden=pad,ffn=zero_in,heads=split", "identity"),
+    ("hidden=tile,ffn=pair,heads=pad", "llama_pro"),
+    ("hidden=lemon,ffn=duplicate,heads=zero_in", "identity"),
+    ("hidden=duplicate,ffn=tile,heads=lemon", "llama_pro"),
+]
+
+
+def test_every_exact_operator_is_among_them() -> None:
+    named = {item.partition("=")[2] for how, _ in PAIRS for item in how.split(",")}
+    assert named == {how for how, operator in WIDTH.items() if operator.preserves != "not"}
+    assert {deep for _, deep in PAIRS} == set(depth.EXACT)
+
+
+@pytest.mark.parametrize(("how", "deep"), PAIRS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_of_exact_operators_hold(
+    family: str, how: str, deep: str, grown: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, _ = grown(family)
+    before = Checkpoint.open(source)
+    dtype = "bfloat16" if deep == "llama_pro" else None
+    growth = Growth(
+        hidden=2 * before.sizes["hidden"],
+        ffn=2 * before.sizes["ffn"],
+        layers=4,
+        width_init=how,
+        depth_init=deep,
+        dtype=dtype,
+    )
+    growth(before).save(tmp_path / "out")
+    receipts = check(source, tmp_path / "out")
+    assert receipts["holds"] and receipts["exact"], receipts
+    assert receipts["not_replayed"] is None and receipts["hidden_diff"] is not None
