@@ -65,10 +65,9 @@ def iter_probed_maps(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[
     model = modeling.materialize(checkpoint)
     token_ids, masks = train_steps(model, checkpoint, steps, seed)
     with torch.no_grad():
-        reached = modeling.to_checkpoint_names(model, masks)
-        after = modeling.to_checkpoint_names(
-            model, {name: parameter.detach() for name, parameter in model.named_parameters()}
-        )
+        moved = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        reached = modeling.to_checkpoint_names(model, masks, checkpoint.anatomy)
+        after = modeling.to_checkpoint_names(model, moved, checkpoint.anatomy)
 
     sizes = checkpoint.sizes
     for (role, layer), placed in checkpoint.anatomy.place(checkpoint.config).items():

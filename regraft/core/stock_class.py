@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import explain_errors
-from .anatomy import find_anatomy
+from .anatomy import find_anatomy, read_as_auto
 from .class_heads import CAUSAL, find_class
 from .model_files import refuse_fetched_code
 
@@ -56,8 +56,8 @@ def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    family = find_anatomy(fields).family
-    refuse_fetched_code(fields, family)
+    refuse_fetched_code(fields, find_anatomy(fields).family)
+    fields = read_as_auto(fields)
     plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
     with explain_model_errors(fields["model_type"]):
         config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **plain)

@@ -287,7 +287,7 @@ def convert_and_train(
 
     distributed.on_rank0(convert)
     ticker.start("training")
-    teacher = partial(modeling.materialize, source)
+    teacher = partial(modeling.load_stored, source)
     ledger = train_linearized(
         source,
         linear,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft.checks import growth
 from regraft.checks.check import check
+from regraft.checks.outputs import GREEDY_TOKENS
 from regraft.cli import main as cli
 from regraft.core.checkpoint import Checkpoint
 from regraft.growth.operators import AUTO, AUTO_POST_NORM
@@ -43,7 +44,7 @@ def test_grow_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (
         code == 0 and receipts["holds"] and receipts["exact"] and receipts["rel_logit_diff"] < 2e-5
     )
-    assert receipts["greedy"] == growth.GREEDY_TOKENS and not receipts["unaccounted"]
+    assert receipts["greedy"] == GREEDY_TOKENS and not receipts["unaccounted"]
     code, said, _ = run(capsys, "check", given, out)
     assert code == 0 and "greedy tokens that agree" in said
 
