@@ -115,7 +115,11 @@ class StockNames:
         # Several tensors of the file become one of the model: the file's name tells them apart.
         for renaming in self.renamings:
             name, _ = renaming.rename_source_key(name)
-        return f"{goal} from {name.removeprefix(f'{self.base}.')}"
+        return f"{goal} from {self._strip(name)}"
+
+    def _strip(self, name: str) -> str:
+        """A name without the base model's prefix."""
+        return name.removeprefix(f"{self.base}.")
 
     def reason_to_drop(self, name: str) -> str | None:
         """Why the class does not need a tensor of a file; None when nothing says so.
@@ -126,15 +130,15 @@ class StockNames:
         goal = self.find(name)
         # As in `_adjust_missing_and_unexpected_keys` of transformers' modeling_utils.
         patterns = set(self.model._keys_to_ignore_on_load_unexpected or ())
-        buffers = {buffer for buffer, _ in self.model.named_buffers()}
+        buffers = {self._strip(buffer) for buffer, _ in self.model.named_buffers()}
         if any(buffer.endswith("rotary_emb.inv_freq") for buffer in buffers):
             patterns.add(r"rotary_emb\.inv_freq")
         if any(buffer.endswith("position_ids") for buffer in buffers):
             patterns.add(r"(^|\.)position_ids$")
 
-        if goal in buffers or any(re.search(pattern, goal) for pattern in patterns):
+        if self._strip(goal) in buffers or any(re.search(pattern, goal) for pattern in patterns):
             return f"buffer: {self.kind.__name__} computes it itself"
-        if goal not in self.parameters and goal.removeprefix(f"{self.base}.") in self.elsewhere:
+        if goal not in self.parameters and self._strip(goal) in self.elsewhere:
             return f"{self.kind.__name__} does not use it"
         return None
 
@@ -147,7 +151,7 @@ class StockNames:
                 names.update(self._build(kind).state_dict())
             except Exception:  # a class that does not take this config has no tensors of it
                 continue
-        return {name.removeprefix(f"{self.base}.") for name in names}
+        return {self._strip(name) for name in names}
 
     def _iter_siblings(self) -> Iterator[Any]:
         """Other classes of the same config, in the module of this one."""
