@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .core.checkpoint import Checkpoint
     from .errors import RegraftError
     from .evaluation.evaluate import evaluate_recall, evaluate_tasks
+    from .growth.steps.adopt import Adopt, Carry
     from .growth.steps.bridge import Bridge
     from .growth.steps.composable import (
         AddHeads,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
     from .growth.steps.deepen import Deepen
     from .growth.steps.transplant import Transplant
+    from .growth.steps.untie import Tie, Untie
     from .growth.steps.widen import Widen
     from .linearize.merge import Merge
     from .mixers.remix import Remix
@@ -62,11 +64,18 @@ _PUBLIC = _read_public_names()
 __all__ = sorted(_PUBLIC)
 
 
-def open(path: str) -> Checkpoint:  # noqa: A001  # the name users type: regraft.open(path)
-    """Open a model directory or GGUF file without reading weights."""
+def open(  # noqa: A001  # the name users type: regraft.open(path)
+    path: str, variant: str | None = None
+) -> Checkpoint:
+    """Open a model directory or GGUF file without reading weights.
+
+    Args:
+        path: the directory or file.
+        variant: of the weights in a directory, such as "fp16".
+    """
     from .core.checkpoint import Checkpoint
 
-    return Checkpoint.open(path)
+    return Checkpoint.open(path, variant=variant)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,64 +17,27 @@ from ..errors import RegraftError
 from ..mixers.base import Attention, WeightSpec
 from ..mixers.registry import weights
 from ..mixers.remix import Remix
+from ..progress import ProgressCallback
 from . import conversion, growth, liveness
-from .growth import ModelDifferences
-from .liveness import DeadTensor, LockedTensor
+from .outputs import cached_difference, compare_models
+from .reach import find_reach
+from .receipts import Receipts, find_failures, print_receipts
+from .replay import find_config_differences, find_unequal, replay_steps
 
-if TYPE_CHECKING:
-    from rich.console import Console
+__all__ = ["Receipts", "check", "print_receipts"]
 
-LENGTH = 96  # random tokens that both models run on
 # Largest relative differences of logits that count as equal.
 EXACT = 1e-6
 WINDOW_END = 1e-5
 RECURRENT = 1e-4
 
 
-class Receipts(TypedDict):
-    """The result of `check`. Differences of logits are relative to the largest logit."""
-
-    # Whether everything that can be asked of the output is so.
-    holds: bool
-    # Whether a step changed weights by training. What training moves on purpose is then None.
-    trained: bool
-    # Source tensors found nowhere in the output, nor dropped with a reason.
-    unaccounted: list[str]
-    # Moved tensors whose bits changed; None for grown models, whose outputs are compared instead.
-    unequal: list[str] | None
-    # Whether lineage.json names this source by its hash.
-    source_matches: bool
-    # Outputs against the source's.
-    rel_logit_diff: float | None
-    max_abs_logit_diff: float | None
-    # The source in regraft's own classes, with no layer linearized, against the source itself.
-    zero_layers: float | None
-    # Gated layers with their gates shut against the pure-window model.
-    window_end: float | None
-    # Windows against the stock attention in their place, and the layer that differs most.
-    window_vs_stock: float | None
-    window_vs_stock_layer: int | None
-    # Token by token against all tokens at once; None for encoders.
-    parallel_vs_recurrent: float | None
-
-    # Of grown models only, from here on. Whether every step keeps the function.
-    exact: NotRequired[bool]
-    # Greedy tokens that agree with the source's from the start; None for encoders.
-    greedy: NotRequired[int | None]
-    # The largest `rel_logit_diff` that counts as equal.
-    bound: NotRequired[float]
-    # Entries that no gradient reaches, and those that the source has itself.
-    dead: NotRequired[int | None]
-    dead_source: NotRequired[int | None]
-    dead_in: NotRequired[list[DeadTensor]]
-    # Duplicate units that training cannot separate.
-    locked: NotRequired[int | None]
-    locked_in: NotRequired[list[LockedTensor]]
-
-
 class ForwardChecks(TypedDict):
     """The receipts of a linearized model that need forward passes; see `Receipts`."""
 
+    reached_tokens: int
+    reach_limited: str | None
+    compared: list[str]
     rel_logit_diff: float | None
     max_abs_logit_diff: float | None
     zero_layers: float | None
@@ -82,6 +45,14 @@ class ForwardChecks(TypedDict):
     window_vs_stock: float | None
     window_vs_stock_layer: int | None
     parallel_vs_recurrent: float
+
+
+class ReplayChecks(TypedDict):
+    """The receipts of what the recorded steps make of the source; see `Receipts`."""
+
+    unequal: list[str] | None
+    config_differs: list[str] | None
+    not_replayed: str | None
 
 
 @dataclass(frozen=True)
@@ -101,102 +72,160 @@ class InheritedTensor:
     read_output: Callable[[], Tensor]
 
 
-def check(source: str | Path, out: str | Path, seed: int = 0) -> Receipts:
-    """Every receipt of an output against the source it was made from, on random tokens in float32.
+def check(
+    source: str | Path,
+    out: str | Path,
+    seed: int = 0,
+    progress: ProgressCallback = lambda share, words: None,
+) -> Receipts:
+    """Every receipt of an output against the source it was made from.
 
-    A trained output has moved its weights on purpose: only its shapes, its source's hash and its
-    own consistency count. RegraftError when the output was not made from this source, or when
-    files are damaged.
+    Both are read as transformers' own classes read them, and run on random tokens in float32; then
+    the steps that lineage.json names are done again on the source. A trained output has moved its
+    weights on purpose: only its shapes, its source's hash and its own consistency count.
+
+    RegraftError when the output was not made from this source, or when files are damaged.
 
     Args:
         source: directory or GGUF file of the source.
         out: directory of the output.
         seed: of the random tokens.
+        progress: told the share of a phase that is done, and what it does.
     """
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     before.verify()
     after.verify()
-    if growth.growth_steps(after, before):
-        return check_growth(before, after, seed)
-    if after.sizes != before.sizes:
+    has_grown = bool(growth.growth_steps(after, before))
+    if not has_grown and after.sizes != before.sizes:
         raise RegraftError(
             f"'{out}' was not made from '{source}': axes {after.sizes} against {before.sizes}; "
             "name its source"
         )
+    if after.config["model_type"] == "regraft" and not has_grown:
+        return check_linearized(before, after, seed, progress)
+    return check_growth(before, after, seed, progress)
 
+
+def check_linearized(
+    before: Checkpoint, after: Checkpoint, seed: int, progress: ProgressCallback
+) -> Receipts:
+    """Receipts of a linearized model: moved tensors, its branches, its decoding.
+
+    Args:
+        before: the source.
+        after: a linearized model of the same sizes.
+        seed: of the random tokens.
+        progress: told how far it is.
+    """
     trained = lineage.is_trained(lineage.read_lineage(after.path))
-    unaccounted, unequal = compare_tensors(before, after, values=not trained)
-    matches = source_matches(before, after)
-    forward = run_forward_checks(before, after, trained, seed)
-
-    within = (
-        is_within(forward["zero_layers"], EXACT)
-        and is_within(forward["window_end"], WINDOW_END)
-        and is_within(forward["window_vs_stock"], conversion.BOUND)
-        and is_within(forward["parallel_vs_recurrent"], RECURRENT)
-    )
-    # A linearized model differs from its source, and a trained one: only a moved one must not.
-    if not mixer_layers(after) and not trained:
-        within = within and is_within(forward["rel_logit_diff"], EXACT)
-    return {
-        "holds": within and matches and not unaccounted and not unequal,
+    replayed = run_replay(before, after, progress)
+    # Steps of another version: values that were moved can still be compared one by one.
+    values = replayed["unequal"] is None and not trained
+    unaccounted, unequal = compare_tensors(before, after, values=values)
+    if values:
+        replayed["unequal"] = unequal
+    receipts: Receipts = {
+        "holds": False,
+        "failed": [],
+        "reference": "stock",
         "trained": trained,
         "unaccounted": unaccounted,
-        "unequal": unequal,
-        "source_matches": matches,
-        **forward,
+        **replayed,
+        "source_matches": source_matches(before, after),
+        **run_forward_checks(before, after, trained, seed, progress),
     }
 
+    bounds = {
+        "zero_layers": EXACT,
+        "window_end": WINDOW_END,
+        "window_vs_stock": conversion.BOUND,
+        "parallel_vs_recurrent": RECURRENT,
+    }
+    # A linearized model differs from its source, and a trained one: only a moved one must not.
+    if not mixer_layers(after) and not trained:
+        bounds["rel_logit_diff"] = EXACT
+    return conclude(receipts, bounds)
 
-def check_growth(before: Checkpoint, after: Checkpoint, seed: int) -> Receipts:
-    """Receipts of a grown model: outputs, greedy text, cached decoding, dead and duplicate units.
+
+def check_growth(
+    before: Checkpoint, after: Checkpoint, seed: int, progress: ProgressCallback
+) -> Receipts:
+    """Receipts of a grown or moved model: outputs, layers, greedy text, cached decoding, tensors,
+    dead and duplicate units.
 
     Steps that do not keep the function, and training, leave the difference of outputs unbound; it
     is measured all the same.
 
     Args:
         before: the source.
-        after: the grown model.
+        after: the result.
         seed: of the input.
+        progress: told how far it is.
     """
     trained = lineage.is_trained(lineage.read_lineage(after.path))
-    unaccounted = growth.find_unaccounted(before, after)
-    matches = source_matches(before, after)
     exact = growth.is_exact(list(after.history)[len(before.history) :])
-    differences = growth.compare_models(before, after, seed)
     bound = growth.difference_bound(before, after)
-
-    # Training separates and wakes units: only a model that was just grown shows what growth did.
-    alive = None if trained else liveness.check_liveness(after, source=before)
-    return {
-        "holds": is_grown_right(differences, exact, bound) and matches and not unaccounted,
+    receipts: Receipts = {
+        "holds": False,
+        "failed": [],
+        "reference": "stock",
         "trained": trained,
-        "unequal": None,
-        "unaccounted": unaccounted,
-        "source_matches": matches,
+        **run_replay(before, after, progress),
+        "unaccounted": growth.find_unaccounted(before, after),
+        "source_matches": source_matches(before, after),
         "exact": exact,
         "zero_layers": None,
         "window_end": None,
         **conversion.NO_WINDOW,
-        **differences,
+        **compare_models(before, after, seed, exact, progress),
         "bound": bound,
-        "dead": None if alive is None else alive["dead"]["entries"],
-        "dead_source": None if alive is None else alive["dead"].get("source"),
-        "dead_in": [] if alive is None else alive["dead"]["tensors"],
-        "locked": None if alive is None else alive["locked"]["units"],
-        "locked_in": [] if alive is None else alive["locked"]["tensors"],
+        "dead": None,
+        "dead_source": None,
+        "dead_in": [],
+        "locked": None,
+        "locked_in": [],
     }
+    bounds = {"parallel_vs_recurrent": RECURRENT}
+    if exact:
+        # Two scores may each be off by the bound.
+        bounds |= {"rel_logit_diff": bound, "hidden_diff": bound, "greedy_gap": 2 * bound}
+    conclude(receipts, bounds)
+
+    # Training separates and wakes units: only a model that was just grown shows what growth did.
+    if receipts["holds"] and growth.growth_steps(after, before) and not trained:
+        progress(0.8, "a few steps of training")
+        alive = liveness.check_liveness(after, source=before)
+        receipts["dead"] = alive["dead"]["entries"]
+        receipts["dead_source"] = alive["dead"].get("source")
+        receipts["dead_in"] = alive["dead"]["tensors"]
+        receipts["locked"] = alive["locked"]["units"]
+        receipts["locked_in"] = alive["locked"]["tensors"]
+    return receipts
 
 
-def is_grown_right(differences: ModelDifferences, exact: bool, bound: float) -> bool:
-    """Whether outputs agree as they must, and decoding with all tokens at once."""
-    same = not exact or differences["rel_logit_diff"] <= bound
-    return same and is_within(differences["parallel_vs_recurrent"], RECURRENT)
+def conclude(receipts: Receipts, bounds: dict[str, float]) -> Receipts:
+    """Receipts with the verdict filled in; `bounds` as of `find_failures`."""
+    receipts["failed"] = find_failures(receipts, bounds)
+    receipts["holds"] = not receipts["failed"]
+    return receipts
 
 
-def is_within(value: float | None, bound: float) -> bool:
-    """Whether a difference is small enough; None does not apply and is."""
-    return value is None or value <= bound
+def run_replay(before: Checkpoint, after: Checkpoint, progress: ProgressCallback) -> ReplayChecks:
+    """The receipts of doing the recorded steps again.
+
+    Args:
+        before: the source.
+        after: the output.
+        progress: told how far it is.
+    """
+    made, reason = replay_steps(before, after)
+    if made is None:
+        return {"unequal": None, "config_differs": None, "not_replayed": reason}
+    return {
+        "unequal": find_unequal(made, after, progress),
+        "config_differs": find_config_differences(made, after),
+        "not_replayed": None,
+    }
 
 
 def source_matches(before: Checkpoint, after: Checkpoint) -> bool:
@@ -274,43 +303,51 @@ def is_same_tensor(source: Tensor, moved: Tensor, sizes: dict[str, int]) -> bool
 
 
 def run_forward_checks(
-    before: Checkpoint, after: Checkpoint, trained: bool, seed: int
+    before: Checkpoint, after: Checkpoint, trained: bool, seed: int, progress: ProgressCallback
 ) -> ForwardChecks:
     """The receipts that need forward passes; one extra model is in memory at a time.
 
     Args:
         before: the source.
-        after: a model of the same sizes.
+        after: a linearized model of the same sizes.
         trained: whether the output's weights moved on purpose.
         seed: of the random tokens.
+        progress: told how far it is.
     """
-    length = min(LENGTH, before.sizes.get("pos", LENGTH))
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, before.sizes["vocab"], (1, length), generator=generator)
+    progress(0.0, "the source")
+    teacher = modeling.load_stored(before)
+    reach = find_reach(before, after, teacher)
+    tokens = modeling.random_inputs(before, length=reach.length, seed=seed)["input_ids"]
+    reference = compute_logits(teacher, tokens)
+    del teacher
 
-    reference = compute_logits(modeling.materialize(before), tokens)
-    model = modeling.materialize(after)
+    progress(0.3, "the result")
+    model = modeling.load_stored(after)
     logits = compute_logits(model, tokens)
     checks: ForwardChecks = {
+        "reached_tokens": reach.length,
+        "reach_limited": reach.limited,
+        "compared": ["logits", "cache"],
         "rel_logit_diff": None if trained else relative_difference(logits, reference),
         "max_abs_logit_diff": None if trained else float((logits - reference).abs().max()),
         "zero_layers": None,
         "window_end": None,
         **conversion.NO_WINDOW,
-        "parallel_vs_recurrent": relative_difference(
-            compute_recurrent_logits(model, tokens), logits
-        ),
+        "parallel_vs_recurrent": cached_difference(model, tokens, logits, reach),
     }
 
     # A source that is regraft's own has been through this when it was made.
     if before.config["model_type"] == "regraft":
         return checks
+    progress(0.6, "no layer linearized")
     unchanged = modeling.materialize(Remix(keep="all")(before))
     checks["zero_layers"] = relative_difference(compute_logits(unchanged, tokens), reference)
+    del unchanged
 
     if not trained:
         checks.update(conversion.compare_windows(before, after, model, tokens))
     if (window := window_only_remix(after)) and not trained:
+        progress(0.8, "the window alone")
         with modeling.force_branch(model, "window"):
             shut = compute_logits(model, tokens)
         window_logits = compute_logits(modeling.materialize(window(before)), tokens)
@@ -325,7 +362,8 @@ def window_only_remix(after: Checkpoint) -> Remix | None:
     if not gated:
         return None
     kept = ",".join(str(layer) for layer, spec in enumerate(specs) if not spec) or "none"
-    window = gated[0]["window"]
+    # Layers that slide in the source have less than what was asked for, in either model.
+    window = max((spec["window"] for spec in gated), key=lambda window: window["window"])
     return Remix(mixer="window", keep=kept, window=window["window"], sinks=window["sinks"])
 
 
@@ -336,77 +374,6 @@ def compute_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits
 
 
-@torch.no_grad()
-def compute_recurrent_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The same logits through the cache.
-
-    A third of the tokens at once, a third at once on top, the rest one by one: prefill, prefill
-    that continues, and decoding.
-    """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    third = tokens.shape[1] // 3
-    single = tokens[:, 2 * third :].split(1, dim=1)
-    pieces = [tokens[:, :third], tokens[:, third : 2 * third], *single]
-    outputs = [
-        model(input_ids=piece, **modeling.cache_kwargs(cache), use_cache=True).logits.float()
-        for piece in pieces
-    ]
-    return torch.cat(outputs, dim=1)
-
-
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """max |a - b| / max |b|."""
     return float((a - b).abs().max() / b.abs().max())
-
-
-MEANINGS = {
-    "unaccounted": "source tensors found nowhere in the output",
-    "unequal": "moved tensors whose bits changed",
-    "source_matches": "the source is the one that lineage.json names",
-    "rel_logit_diff": "outputs against the source's, relative",
-    "max_abs_logit_diff": "outputs against the source's, largest difference",
-    "zero_layers": "linearizing no layer: logits against the source's",
-    "window_end": "gates shut: logits against the pure-window model's",
-    "window_vs_stock": "windows: outputs against the stock attention's, relative",
-    "window_vs_stock_layer": "the layer that differs most",
-    "parallel_vs_recurrent": "token by token against all at once",
-    "exact": "every step keeps the function",
-    "bound": "largest relative difference that counts as equal",
-    "dead": "entries that no gradient reaches",
-    "dead_source": "the source's own that its first gradient misses",
-    "locked": "duplicate units that training cannot separate",
-    "greedy": f"greedy tokens that agree, of {growth.GREEDY_TOKENS}",
-}
-
-
-def print_receipts(receipts: Mapping[str, Any], console: Console) -> None:
-    """Show the result of `check` to a person."""
-    from rich.table import Table
-
-    table = Table("receipt", "value", title="holds" if receipts["holds"] else "does NOT hold")
-    is_grown = "exact" in receipts
-    for name, meaning in MEANINGS.items():
-        # Of a grown model, what does not apply is about linearization and left out.
-        if name in receipts and not (is_grown and receipts[name] is None):
-            table.add_row(meaning, format_receipt(receipts[name]))
-    console.print(table)
-
-    for row in [*receipts.get("dead_in", []), *receipts.get("locked_in", [])][:8]:
-        kind = f"{row['dead']:,} dead" if "dead" in row else "duplicates"
-        console.print(f"{kind}: {row['name']}, {row['where']}", soft_wrap=True, highlight=False)
-
-
-def format_receipt(value: Any) -> str:
-    """A receipt's value in a few characters."""
-    if value is None:
-        return "does not apply"
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    if isinstance(value, float):
-        return f"{value:.2e}"
-    if isinstance(value, list):
-        more = f" and {len(value) - 3} more" if len(value) > 3 else ""
-        return ", ".join(value[:3]) + more if value else "none"
-    return str(value)

@@ -65,10 +65,9 @@ def iter_probed_maps(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[
     model = modeling.materialize(checkpoint)
     token_ids, masks = train_steps(model, checkpoint, steps, seed)
     with torch.no_grad():
-        reached = modeling.to_checkpoint_names(model, masks)
-        after = modeling.to_checkpoint_names(
-            model, {name: parameter.detach() for name, parameter in model.named_parameters()}
-        )
+        moved = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        reached = modeling.to_checkpoint_names(model, masks, checkpoint.anatomy)
+        after = modeling.to_checkpoint_names(model, moved, checkpoint.anatomy)
 
     sizes = checkpoint.sizes
     for (role, layer), placed in checkpoint.anatomy.place(checkpoint.config).items():
@@ -119,7 +118,8 @@ def train_steps(
     masks: dict[str, Tensor] = {}
     for _ in range(steps):
         with torch.enable_grad():
-            loss = compute_loss(model, inputs, checkpoint.anatomy.causal, seed)
+            predicts = checkpoint.anatomy.continues_text(checkpoint.config)
+            loss = compute_loss(model, inputs, predicts, seed)
         if not bool(loss.isfinite()):
             raise RegraftError(
                 f"'{checkpoint.path}' gives a loss of {loss.item()} on random input: "
@@ -189,7 +189,8 @@ def compute_loss(
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
     for value in model(**inputs).values():
-        for output in value if isinstance(value, tuple) else (value,):
+        outputs = value if isinstance(value, tuple) else (value,)
+        for output in filter(torch.is_tensor, outputs):  # no cache
             # Scaled, so that every output counts alike.
             scaled = output.float() / nonzero_rms(output.detach(), 1.0)
             target = torch.randn(output.shape, generator=generator)

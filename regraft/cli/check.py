@@ -6,8 +6,8 @@ from .verb import Outcome, Verb
 
 
 def check_output(source: str, out: str, json: bool = False) -> Outcome:
-    """Receipts: every tensor accounted for, step-0 difference, parallel against recurrent; exit 1
-    if one does not hold.
+    """Receipts: source and output compared as transformers loads both, recorded steps done again,
+    parallel against recurrent; exit 1 if one does not hold.
 
     Args:
         source: the model that was changed
@@ -15,8 +15,11 @@ def check_output(source: str, out: str, json: bool = False) -> Outcome:
         json: print one JSON object on standard output and nothing else
     """
     from ..checks import check as proofs
+    from ..progress import Ticker
 
-    found = proofs.check(source, out)
+    with Ticker() as ticker:
+        ticker.start(f"checking {out}")
+        found = proofs.check(source, out, progress=ticker.update)
     return Outcome(
         found, lambda console: proofs.print_receipts(found, console), 0 if found["holds"] else 1
     )

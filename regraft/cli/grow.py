@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_apart, describe_request
+from .verb import Outcome, Verb, check_apart, describe_request, split_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +39,9 @@ def grow(
     skip_bad: bool = False,
     max_line_bytes: int = 128_000_000,
     bridge: bool = False,
+    untie: bool = False,
+    adopt: str | None = None,
+    copy_code: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     trust_remote_code: bool = False,
@@ -54,7 +58,9 @@ def grow(
         kv_heads: key/value heads
         head_dim: width of a head
         layers: number of layers
-        to: a directory whose config.json gives all sizes
+        to: a directory whose config.json says what to grow to: all sizes, and the other settings
+            where that keeps the function; what would change it is refused by name. The dtype is
+            --dtype's
         width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split,
             tile, duplicate, aki, lemon; copy starts all that is new at random; auto takes what
             trained best in our comparison, exact or not; ligo learns width and depth from --data
@@ -73,6 +79,11 @@ def grow(
         skip_bad: leave out lines of text that cannot be read, and count them
         max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         bridge: write the model as another class where its own cannot hold the sizes
+        untie: give the model an output embedding of its own, a copy of the input embedding
+        adopt: keys of --to, such as rope_theta,rms_norm_eps, or all, that are taken although the
+            function changes
+        copy_code: also copy Python files beside the weights, which regraft never runs; without them
+            auto_map is left out
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         trust_remote_code: for --width-init ligo: run the Python files beside the tokenizer, if it
@@ -99,17 +110,20 @@ def grow(
     target = check_apart(given, INPUTS)
     request = distributed.on_rank0(lambda: describe_request(grow, given, INPUTS))
     done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
-    before = Checkpoint.open(source, allow_nonfinite)
+    before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
-    growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed)
+    taken = split_keys(adopt)
+    growth = Growth(
+        *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed, untie, taken
+    )
     if optimizer_state:
-        moments.read_moments(
-            before, Path(optimizer_state)
-        )  # a wrong file is an error before any work
+        # A wrong file is an error before any work.
+        moments.check_growable(before, growth.steps(before), Path(optimizer_state))
 
     # What the growth will cost, before it begins. For LiGO this is the start that its maps are
     # fitted from.
     grown = growth(before)
+    exact = parity.is_exact(list(grown.history)[len(before.history) :])
     plan = Plan.of(before, grown)
     print_line(plan.format_cost())
 
@@ -145,7 +159,7 @@ def grow(
             output.remove_output(maps)
             if maps.is_dir():  # a call that was killed at its very end
                 output.release_folder(maps, is_new=True)
-            if growth.is_exact(before) or allow_nonfinite:  # NaN has no difference to measure
+            if exact or allow_nonfinite:  # NaN has no difference to measure
                 return None
             return parity.measure_step0(source, out)
 
@@ -202,6 +216,8 @@ VERB = Verb(
             "fold",
             "noise",
             "bridge",
+            "untie",
+            "adopt",
             "seed",
         ),
         "LiGO": (
@@ -214,6 +230,7 @@ VERB = Verb(
         "output": (
             "dtype",
             "optimizer_state",
+            "copy_code",
             "overwrite",
             "allow_nonfinite",
             "trust_remote_code",

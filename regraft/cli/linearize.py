@@ -4,6 +4,7 @@ given.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +40,7 @@ def linearize(
     max_tokens: int | None = None,
     max_line_bytes: int = 128_000_000,
     cache: str | None = None,
+    copy_code: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     trust_remote_code: bool = False,
@@ -80,6 +82,8 @@ def linearize(
         max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         cache: folder that keeps the text's tokens for other runs
         skip_bad: leave out lines of text that cannot be read, and count them
+        copy_code: also copy Python files beside the weights, which regraft never runs; without them
+            auto_map is left out
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         trust_remote_code: run the Python files beside the tokenizer, if it needs them
@@ -116,7 +120,7 @@ def linearize(
         done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
 
     # The method as published or as ours, then what the flags change of it.
-    before = Checkpoint.open(source, allow_nonfinite)
+    before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     changes = {
         "mixer": mixer,
         "keep": keep,
@@ -232,6 +236,7 @@ VERB = Verb(
             "track",
         ),
         "output": (
+            "copy_code",
             "overwrite",
             "allow_nonfinite",
             "trust_remote_code",

@@ -68,7 +68,21 @@ def run_verb(verb: str, options: Mapping[str, Any], as_json: bool) -> Outcome:
         distributed_context(verb),
         contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr),
     ):
-        return VERBS[verb].function(**options)
+        return VERBS[verb].function(**name_variant(verb, options))
+
+
+def name_variant(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A verb's arguments, in which the path of a model is that of the variant asked for.
+
+    RegraftError when the model does not have it.
+    """
+    arguments = dict(options)
+    variant, source = arguments.pop("variant", None), VERBS[verb].source
+    if variant is not None and source is not None:
+        from ..io.safetensors import variant_file
+
+        arguments[source] = variant_file(arguments[source], variant)
+    return arguments
 
 
 def distributed_context(verb: str) -> AbstractContextManager[None]:

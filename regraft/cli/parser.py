@@ -33,6 +33,10 @@ VERBS: dict[str, Verb] = {
     "compare": compare.VERB,
     "demo": demo.VERB,
 }
+VARIANT_HELP = (
+    "take other weights of the model's directory: fp16 means model.fp16.safetensors, which can also"
+    " be given as the path, here and wherever else a model is read"
+)
 
 
 class Parser(ArgumentParser):
@@ -129,6 +133,8 @@ def build_verb_parser(verb: Verb) -> Parser:
         parser.add_argument(f"--{name}", type=str, default=None, help=helps[name])
     for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true", help=helps[switch])
+    if verb.source:
+        parser.add_argument("--variant", type=str, default=None, help=VARIANT_HELP)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from .verb import Outcome, Verb, check_unused_flags
+from .verb import Outcome, Verb, check_unused_flags, split_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +48,8 @@ def plan(
     noise: float | None = None,
     dtype: str | None = None,
     bridge: bool = False,
+    untie: bool = False,
+    adopt: str | None = None,
     train: bool = False,
     stage: Literal["align", "distil", "next"] = "distil",
     gpus: int = 1,
@@ -83,7 +85,8 @@ def plan(
         kv_heads: key/value heads
         head_dim: width of a head
         layers: number of layers
-        to: a directory whose config.json gives all sizes
+        to: a directory whose config.json says what to grow to: all sizes, and the other settings
+            where that keeps the function; what would change it is refused by name
         width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split,
             tile, duplicate, aki, lemon; copy starts all that is new at random; auto takes what
             trained best in our comparisons; ligo learns width and depth from --data
@@ -101,6 +104,9 @@ def plan(
         share: of the GPU's peak that training is assumed to reach
         price: of one GPU for an hour: says the cost
         bridge: write the model as another class where its own cannot hold the sizes
+        untie: give the model an output embedding of its own, a copy of the input embedding
+        adopt: keys of --to, such as rope_theta,rms_norm_eps, or all, that are taken although the
+            function changes
         train: also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s,
             days, cost
         checkpointing: recompute activations in the backward pass instead of keeping them
@@ -126,7 +132,10 @@ def plan(
     # Growth first, then linearization: both may be planned at once.
     before = Checkpoint.open(source, allow_nonfinite=scan)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
-    growth = Growth(*sizes, to, width_init, depth_init, fold, noise, bridge, dtype)
+    taken = split_keys(adopt)
+    growth = Growth(
+        *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, untie=untie, adopt=taken
+    )
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method:
         changes = {
@@ -201,6 +210,8 @@ VERB = Verb(
             "fold",
             "noise",
             "bridge",
+            "untie",
+            "adopt",
             "dtype",
         ),
         "FLOPs and state": (

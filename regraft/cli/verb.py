@@ -73,6 +73,11 @@ class Verb:
         return [name for name, one in parameters.items() if one.default is not one.empty]
 
     @property
+    def source(self) -> str | None:
+        """The parameter that is the path of a model and that `--variant` is about, if any."""
+        return next((name for name in self.positional if name in ("source", "model")), None)
+
+    @property
     def takes_overrides(self) -> bool:
         """Whether `--key.sub VALUE` overrides any field of the verb's recipe."""
         return "overrides" in self.optional
@@ -162,6 +167,11 @@ def identify_input(name: str, given: str) -> dict[str, str]:
     path = Path(given)
     file = path / "config.json" if path.is_dir() else path
     return {"file": identify_file(file)} if file.is_file() else {}
+
+
+def split_keys(text: str | None) -> tuple[str, ...]:
+    """The keys in a list with commas."""
+    return tuple(filter(None, (key.strip() for key in (text or "").split(","))))
 
 
 def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:

@@ -63,7 +63,7 @@ class Teacher:
         if arm.linear is None or arm.scratch:
             return None
         checkpoint = Checkpoint.open(source_folder(recipe, out, arm.source, seed))
-        model = modeling.materialize(checkpoint)
+        model = modeling.load_stored(checkpoint)
         return cls(checkpoint, model, modeling.slots(model, checkpoint))
 
 
@@ -242,7 +242,7 @@ def grow_with_ligo(
         distributed.on_rank0(save)
     grown = Checkpoint.open(folder / GROWN)
     cost = read_json_if_exists(folder / "start.json", ArmStartCost)
-    return ArmStart(modeling.materialize(grown), cost)
+    return ArmStart(modeling.load_stored(grown), cost)
 
 
 def verify(recipe: Comparison, out: Path) -> None:

@@ -16,8 +16,10 @@ from typing import Any, NotRequired, TypedDict
 from ..errors import RegraftError
 from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, softmax_scale
 from .axes import product
+from .class_heads import adapt_to_class
 from .config_checks import check_config, check_sizes
 from .part import Config, Key, Part, PlacedPart, linear, norm
+from .stock_config import fill_nulls, find_layer_lists
 
 __all__ = [
     "Anatomy",
@@ -31,6 +33,7 @@ __all__ = [
     "linear",
     "norm",
     "older_rope_keys",
+    "read_as_auto",
 ]
 
 
@@ -73,11 +76,10 @@ class Anatomy:
     defaults: dict[str, Any] = field(default_factory=dict)
     # Sizes of axes that no config key sets, such as {"group": 1} without grouped queries.
     fixed: dict[str, int] = field(default_factory=dict)
-    # Name prefix found in files -> prefix in the model's state dict.
-    aliases: dict[str, str] = field(default_factory=dict)
     # Name prefix in the state dict -> prefix under which the family's class writes it.
     filed: dict[str, str] = field(default_factory=dict)
-    # Regular expression over a tensor's whole name -> why such tensors are dropped.
+    # Regular expression over a tensor's whole name -> why such tensors are dropped, where
+    # transformers does not know it.
     ignored: dict[str, str] = field(default_factory=dict)
     # Config key of the norms' epsilon.
     eps: str = "rms_norm_eps"
@@ -96,9 +98,10 @@ class Anatomy:
     older: Callable[[Config], dict[str, Any]] = older_rope_keys
     # Config -> family that can hold shapes this class cannot (used by --bridge); None: none can.
     bridge: Callable[[Config], str | None] = no_bridge
-    # Config keys whose value is a list with one entry per layer.
-    layer_lists: tuple[str, ...] = ()
-    # Config keys that may be missing, but not null.
+    # Config -> keys that Auto changes when it reads the file, such as the `model_type`, and those
+    # that the class cannot do without.
+    rewrite: Callable[[Config], dict[str, Any]] = no_keys
+    # Config keys whose null the class takes, but cannot run with.
     not_null: tuple[str, ...] = ()
     # (key, divisor key): the class requires the first to be a multiple of the second.
     divides: tuple[tuple[str, str], ...] = ()
@@ -240,6 +243,11 @@ class Anatomy:
         """The config of the stock family `host`."""
         return config
 
+    def continues_text(self, config: Config) -> bool:
+        """Whether it is a decoder with a language model's head."""
+        host = self.host(config)
+        return host.causal and "head.weight" in host.parts
+
     def resize_config(
         self,
         config: Config,
@@ -260,9 +268,11 @@ class Anatomy:
         """
         check_sizes(self.family, sizes)
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
-        for key in self.layer_lists:
-            if order is not None and isinstance(full.get(key), list):
-                keys[key] = [full[key][layer] for layer in order]
+        # Checked whatever grows; what the class derives from a layer's number is written out.
+        lists = find_layer_lists(config, self)
+        if order is not None:
+            keys |= {key: [value[layer] for layer in order] for key, value in lists.items()}
+            keys["_order"] = list(order)
 
         # `finish` sees the derived keys ("_..."); only after it may they go.
         keys |= self.finish(full | keys)
@@ -296,10 +306,11 @@ class Anatomy:
 
     def _drop_defaults(self, config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
         """`written` without keys that `config` lacks and whose value the defaults give anyway."""
-        # What a reader would get from the required keys and the keys that the config has.
+        # What a reader would get from the required keys and the keys that the config has, null ones
+        # as null.
         required = self.required_keys()
         stated = {
-            key: value
+            key: value if key in required or config[key] is not None else None
             for key, value in (dict(config) | dict(written)).items()
             if key in config or key in required
         }
@@ -321,29 +332,21 @@ class Anatomy:
         return {key for key, _ in self.sizes if key not in self.defaults}
 
     def canonical_name(self, name: str) -> str:
-        """The state-dict name of a tensor found in a file."""
-        return _replace_prefix(name, self.aliases)
+        """The state-dict name of a tensor under the name that the family's class writes."""
+        return _replace_prefix(name, {new: old for old, new in self.filed.items()})
 
     def name_in_file(self, name: str) -> str:
         """The name under which the family's class writes a parameter."""
         return _replace_prefix(name, self.filed)
 
-    def reason_to_drop(self, name: str, config: Config) -> str | None:
-        """Why a tensor of a file is dropped; None when it is not known to be superfluous.
+    def reason_to_drop(self, name: str) -> str | None:
+        """Why a tensor of a file is dropped; None when the table does not know it.
 
         Args:
-            name: the tensor's name in the state dict.
-            config: the model's config, which says whether the head is tied.
+            name: the tensor's name in the file.
         """
-        for pattern, reason in self.ignored.items():
-            if re.fullmatch(pattern, name):
-                return reason
-
-        head = self.parts.get("head.weight")
-        tied = self.fill_defaults(config).get("tie_word_embeddings")
-        if head and tied and name == head.name:
-            return "tied: the config shares it with the embedding"
-        return None
+        matches = (why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name))
+        return next(matches, None)
 
     def attention(self, config: Config, layer: int) -> AttentionFields:
         """The attention of a layer, as arguments of `mixers.base.Attention`."""
@@ -387,7 +390,7 @@ def list_families() -> list[str]:
 
 
 def find_anatomy(config: Config) -> Anatomy:
-    """The table for a config's `model_type`.
+    """The table for a config's `model_type`, for the class that its `architectures` names.
 
     RegraftError when there is none, naming the file to write, and when a key of the config is of a
     wrong type.
@@ -398,6 +401,26 @@ def find_anatomy(config: Config) -> Anatomy:
         raise RegraftError(
             f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})"
         )
-    anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
+    anatomy = _import_table(family)
+    anatomy = _import_table(anatomy.rewrite(config).get("model_type", family))
     anatomy.check(config)
+    return adapt_to_class(anatomy, config)
+
+
+def read_as_auto(config: Config) -> dict[str, Any]:
+    """The config that transformers' Auto classes make of the mapping in a config.json.
+
+    Its `model_type` is that of the class that Auto takes, and no key is null that the class does
+    not take as null.
+
+    RegraftError as of `find_anatomy`.
+    """
+    anatomy = find_anatomy(config)
+    if anatomy.host(config) is not anatomy:
+        return dict(config)  # linearized: its host was read when it was made
+    return fill_nulls({**config, **_import_table(config["model_type"]).rewrite(config)}, anatomy)
+
+
+def _import_table(family: str) -> Anatomy:
+    anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
     return anatomy

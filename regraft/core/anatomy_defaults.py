@@ -27,6 +27,11 @@ def no_keys(config: Config) -> dict[str, Any]:
     return {}
 
 
+def label_count(config: Config) -> int:
+    """Number of labels of a classifier; 2 when the config does not say."""
+    return len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
+
+
 def older_rope_keys(config: Config) -> dict[str, Any]:
     """`rope_parameters` under the keys that transformers used before version 5.
 

@@ -6,7 +6,6 @@ Opening reads headers only, steps compute nothing, and saving computes one tenso
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,21 +19,17 @@ from ..errors import RegraftError, explain_errors
 from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
+from ..io.foreign_weights import check_no_adapter
 from ..io.shard_writer import ExtraFile
 from . import lineage
-from .anatomy import Anatomy, Config, Key, Part, find_anatomy
+from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
 from .axes import Signature
-from .config_checks import check_counts, explain_config_errors
+from .config_checks import explain_config_errors
 from .fused import fused_index, output_first, read_fused
 from .lazy import LazyTensor, Provenance
-from .model_files import (
-    check_model_files,
-    find_unclaimed,
-    list_side_files,
-    open_tensor,
-    read_model_config,
-    read_model_entries,
-)
+from .model_files import check_model_files, read_model_config
+from .model_tensors import UNTIED_STEP, read_model_tensors
+from .side_files import copy_side_files, drop_missing_code, find_side_files
 
 __all__ = ["Checkpoint", "Holds", "LazyTensor", "Provenance", "with_older_keys"]
 
@@ -75,24 +70,34 @@ class Checkpoint:
     holds: Holds = "weights"
     # Whether NaN and infinity are read and written; else they are refused.
     allow_nonfinite: bool = False
+    # Whether Python files beside the weights are copied to outputs (see `side_files`).
+    copy_code: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, allow_nonfinite: bool = False) -> Checkpoint:
+    def open(
+        cls, path: str | Path, allow_nonfinite: bool = False, variant: str | None = None
+    ) -> Checkpoint:
         """Open a model directory or a GGUF file, reading headers only.
 
+        Where a head is stored beside the embedding that the config ties it to, both are read.
+
         Args:
-            path: the directory or file.
+            path: the directory or file, or the file of a variant in a directory (see
+                `safetensors.variant_file`).
             allow_nonfinite: whether values that are NaN or infinite are read and written.
+            variant: of the weights in a directory, such as "fp16".
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
         """
-        origin = Path(path)
+        origin = Path(safetensors.variant_file(path, variant))
         if not origin.exists():
             raise RegraftError(
                 f"no model at '{path}': give a Hugging Face model directory or a GGUF file"
             )
 
+        if safetensors.variant_of(origin):
+            return _open_folder(origin, origin.parent, allow_nonfinite)
         file = gguf.find_gguf_file(origin)
         folder = gguf.find_converted(file) if file else origin
         if folder is not None:
@@ -104,6 +109,16 @@ class Checkpoint:
     def path(self) -> Path:
         """The directory with tokenizer and other files; a GGUF file is converted first, once."""
         return self.folder or gguf.convert_once(self.origin)
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights, such as "fp16"; None for the usual ones."""
+        return safetensors.variant_of(self.origin)
+
+    @property
+    def weights(self) -> Path:
+        """What `safetensors.weight_files` takes: the directory, or a variant's file in it."""
+        return self.origin if self.variant else self.path
 
     @property
     def layers(self) -> int:
@@ -220,7 +235,8 @@ class Checkpoint:
         request: Any = None,
         prove_opens: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write a model directory with lineage.json, model card and tokenizer, whole or not at all.
+        """Write a model directory, whole or not at all: weights, config, lineage.json, model card,
+        and the files beside the source's weights (see `side_files`).
 
         Tensors are computed and written one after the other. After Ctrl-C or a kill the same call
         resumes after the last file that was finished.
@@ -238,7 +254,7 @@ class Checkpoint:
         """
         extra_files = extra_files or {}
         output.check_apart(path, [("source", self.origin)])
-        side_files = list_side_files(self.path)
+        side_files = find_side_files(self.path, self.sizes["hidden"], self.copy_code)
 
         with (
             ThreadPoolExecutor(1) as background,  # hashes the source meanwhile
@@ -258,16 +274,20 @@ class Checkpoint:
 
             for name, extra_file in extra_files.items():
                 extra_file.write(folder / name)
-            for file in side_files:
-                shutil.copyfile(file, folder / file.name)
-            write_json(folder / "config.json", with_older_keys(self.config))
             self.anatomy.write_extras(str(folder), self.config)
+            left_out = copy_side_files(side_files, self.path, folder)
+            config = drop_missing_code(
+                with_older_keys(self.config), lambda name: (folder / name).is_file()
+            )
+            write_json(folder / "config.json", config)
             (folder / "README.md").write_text(lineage.format_model_card(self), encoding="utf-8")
 
             # Last, since it records the other files. Shards were hashed while they were written.
             index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
             small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
-            write_json(folder / lineage.FILE, lineage.build_lineage(self, partial.done | small))
+            write_json(
+                folder / lineage.FILE, lineage.build_lineage(self, partial.done | small, left_out)
+            )
             if prove_opens is not None:
                 prove_opens(folder)
 
@@ -291,38 +311,43 @@ def with_older_keys(config: Config) -> dict[str, Any]:
 
 
 def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoint:
-    """A model directory; `origin` is the GGUF file it was converted from, or the directory."""
+    """A model directory.
+
+    Args:
+        origin: the GGUF file it was converted from, the file of a variant, or the directory.
+        folder: the directory.
+        allow_nonfinite: see `Checkpoint.open`.
+    """
+    check_no_adapter(folder)
     check_model_files(folder)
     config = read_model_config(folder)
     with explain_config_errors(folder / "config.json"):
+        config = read_as_auto(config)
         anatomy = find_anatomy(config)
         sizes = anatomy.solve(config)
-    entries = read_model_entries(folder, anatomy, allow_nonfinite)
-    with explain_config_errors(folder / "config.json"):
-        check_counts(anatomy.family, sizes, entries)
-        placed = anatomy.place(config)
+    weights = origin if safetensors.variant_of(origin) else folder
+    stored = read_model_tensors(weights, anatomy, config, allow_nonfinite)
+    placed = anatomy.place(stored.config)
+    stored.check_names(folder, anatomy, placed.values())
 
     known = lineage.read_lineage(folder)
-    dropped = known.get("dropped", {}) | find_unclaimed(entries, placed, anatomy, config)
     # A pretrained model has no lineage.json: all of its tensors are copied from itself.
     provenances = {
         name: Provenance(kind, tuple(sources), note)
         for name, (kind, sources, note) in known.get("tensors", {}).items()
     }
+    history = (*known.get("steps", ()), *([UNTIED_STEP] if stored.untied else []))
 
     return Checkpoint(
         origin,
-        config,
+        stored.config,
         anatomy,
         sizes,
-        {
-            key: open_tensor(entries, parameter, folder, provenances)
-            for key, parameter in placed.items()
-        },
+        {key: stored.open(parameter, folder, provenances) for key, parameter in placed.items()},
         {key: parameter.name for key, parameter in placed.items()},
         folder,
-        dropped,
-        tuple(known.get("steps", ())),
+        known.get("dropped", {}) | stored.dropped,
+        history,
         allow_nonfinite=allow_nonfinite,
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ..errors import RegraftError, explain_errors
 from ..io.safetensors import TensorEntry
 from ..io.schema import find_mismatch, join_key, shorten
+from .stock_config import CHECKED_LISTS, check_length
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
@@ -45,6 +46,8 @@ class ConfigFields(TypedDict, total=False):
     sliding_window: int | None
     sliding_window_pattern: int | None
     layer_types: list[str] | None
+    mlp_layer_types: list[str] | None
+    per_layer_config: dict[str, Any] | None
     image_size: Sides
     patch_size: Sides
     mlp_ratio: float | None
@@ -115,9 +118,17 @@ def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
         raise RegraftError(
             f"{anatomy.family} config has {anatomy.routed} = {experts}: give 1 to {count}"
         )
-    for key in anatomy.not_null:
-        if key in config and config[key] is None:
-            raise RegraftError(f"{anatomy.family} config has {key} = None: give a number")
+
+    depth = next((full[key] for key, axis in anatomy.sizes if axis == "depth"), 0)
+    for key in CHECKED_LISTS:
+        if config.get(key) is not None:
+            check_length(anatomy.family, key, config[key], depth)
+    if config.get("per_layer_config"):
+        layers = ", ".join(map(str, config["per_layer_config"]))
+        raise RegraftError(
+            f"{anatomy.family} config has per_layer_config for layers {layers}: no table reads"
+            " settings of single layers, so give a model without them"
+        )
 
 
 def _check_window(config: Mapping[str, Any], family: str) -> None:
@@ -143,7 +154,6 @@ def _find_wrong_keys(config: Mapping[str, Any], anatomy: Anatomy) -> Iterator[An
     for key, default in anatomy.defaults.items():
         if isinstance(default, (bool, str)):
             kinds[key] = type(default)
-    kinds |= dict.fromkeys(anatomy.layer_lists, list)
     kinds |= {anatomy.routed: int} if anatomy.routed else {}
     # Last: sizes that may be left out have a default too.
     kinds |= {key: int for key, _ in anatomy.sizes}

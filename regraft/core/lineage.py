@@ -5,20 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, get_args
 
+import yaml
+
 from ..errors import RegraftError, printable
-from ..io.files import read_own_json, sha256
+from ..io.files import check_inside, read_own_json, sha256
 from ..io.safetensors import weight_files
+from ..io.yaml_loader import MAX_BYTES, parse_yaml
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-FILE = "lineage.json"
+FILE, CARD, TAG = "lineage.json", "README.md", "regraft"
+# Keys of a model card's head that hold for what is made from the model too.
+KEPT_CARD_KEYS = "license.*|library_name|pipeline_tag|language|datasets|base_model"
 Kind = Literal["copied", "grown", "broadcast", "zero", "fresh"]  # of `Provenance.kind`
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PAPERS = {
@@ -85,6 +92,8 @@ class Lineage(TypedDict, total=False):
     tensors: dict[str, tuple[Kind, list[str], str]]
     files: dict[str, str]  # file beside lineage.json -> sha256
     allow_nonfinite: NotRequired[bool]  # where NaN and infinity were not refused
+    left_out: NotRequired[dict[str, str]]  # file or folder beside the source's weights -> why
+    copied_code: NotRequired[bool]  # where Python files came along (--copy-code)
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
@@ -110,7 +119,8 @@ def origin(checkpoint: Checkpoint) -> Source:
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return cast(Source, dict(known))
 
-    files = [checkpoint.origin] if checkpoint.origin.is_file() else weight_files(checkpoint.origin)
+    is_gguf = checkpoint.origin.is_file() and not checkpoint.variant
+    files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.weights)
     hashes = {file.name: sha256(file) for file in files}
     joined = "".join(hashes.values())
     return {
@@ -135,12 +145,15 @@ def count_by_kind(checkpoint: Checkpoint) -> dict[str, KindTotals]:
     return totals
 
 
-def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
+def build_lineage(
+    checkpoint: Checkpoint, files: dict[str, str], left_out: dict[str, str]
+) -> Lineage:
     """The content of lineage.json for a checkpoint.
 
     Args:
         checkpoint: the model that was saved.
         files: the files it was saved as, with their sha256.
+        left_out: files beside the source's weights that were not copied, with the reasons.
     """
     provenances = {
         checkpoint.names[key]: lazy.provenance for key, lazy in checkpoint.tensors.items()
@@ -162,7 +175,16 @@ def build_lineage(checkpoint: Checkpoint, files: dict[str, str]) -> Lineage:
     }
     if checkpoint.allow_nonfinite:
         lineage["allow_nonfinite"] = True
+    if left_out:
+        lineage["left_out"] = left_out
+    if checkpoint.copy_code or (checkpoint.folder and copied_code(checkpoint.folder)):
+        lineage["copied_code"] = True
     return lineage
+
+
+def copied_code(folder: Path) -> bool:
+    """Whether Python files came along to a directory, and so go on to what is made from it."""
+    return bool(read_lineage(folder).get("copied_code"))
 
 
 def fingerprint(
@@ -181,7 +203,8 @@ def fingerprint(
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
     facts = {
         "source": {
-            file.name: sha256(file) for file in [*weight_files(folder), folder / "config.json"]
+            file.name: sha256(file)
+            for file in [*weight_files(checkpoint.weights), folder / "config.json"]
         },
         "config": checkpoint.config,
         "steps": list(checkpoint.history),
@@ -246,13 +269,36 @@ def format_model_card(checkpoint: Checkpoint) -> str:
         "`AutoModelForCausalLM.from_pretrained`.\n\n"
     )
     return (
-        "---\nlibrary_name: transformers\ntags: [regraft]\n---\n"
+        f"---\n{format_front_matter(checkpoint.path / CARD)}---\n"
         f"# {source['family']}, regrafted\n\n"
         f"Source: `{name}`, sha256 `{source['sha256']}`.\n\n"
         f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
         f"{load if mixers else ''}## Papers\n\n{papers or no_papers}\n\n"
         f"`{FILE}` says where every number comes from.\n"
     )
+
+
+def format_front_matter(card: Path) -> str:
+    """The head of a model card as YAML: what the source's card says of licence, language and use.
+
+    Args:
+        card: of the source, which need not exist.
+    """
+    # A card is foreign text: one whose head cannot be read says nothing.
+    known: Any = None
+    with suppress(RegraftError):
+        check_inside(card.parent, card)
+        with card.open("rb") as stream:
+            text = stream.read(MAX_BYTES).decode("utf-8", "replace")
+        found = re.match(r"---\s*\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
+        known = parse_yaml(found[1], f"'{card}'") if found else None
+    known = known if isinstance(known, dict) else {}
+
+    tags = known.get("tags")
+    tags = [tag for tag in tags if tag != TAG] if isinstance(tags, list) else []
+    kept = {key: known[key] for key in known if re.fullmatch(KEPT_CARD_KEYS, str(key))}
+    head = {"library_name": "transformers"} | kept | {"tags": [*tags, TAG]}
+    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 
 def format_step(step: dict[str, Any]) -> str:

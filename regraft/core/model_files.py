@@ -1,59 +1,19 @@
-"""What the files of a model directory hold, compared with the table of its family."""
+"""The files of a model directory beside its weights: config, tokenizer, what travels with it."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from ..io import safetensors
 from ..io.files import check_inside, read_json
-from ..io.identity import TOKENIZER
-from .anatomy import Anatomy, Config, Key, PlacedPart
-from .lazy import LazyTensor, Provenance
+from .sentence_transformers import read_modules
+from .side_files import SIDE_FILES
 
-# Files of a model directory that are copied to the output as they are.
-SIDE_FILES = (
-    *TOKENIZER,
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
-# How names of data and text end. Whatever ends in another way may be code or a pickle and is left
-# out. The numbers are versions: tokenizer.model.v3, LICENSE-2.0.
-DATA_NAME = re.compile(
-    r"LICENSE[^.]*|.*\.(json|jsonl|txt|model|jinja|jinja2|tiktoken|vocab|md|rst|pdf|apache|mit|bsd)"
-    r"|.*\.v?\d+",
-    re.IGNORECASE,
-)
 FILE_ARGUMENTS = ("vocab", "merges")  # of tokenizers' classes; a text there is a file's path
-JSON_FILES = ("config.json", "lineage.json", safetensors.INDEX)
+JSON_FILES = ("config.json", "lineage.json", "model.safetensors.index*.json")
 IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-log = logging.getLogger("regraft")
-
-
-def list_side_files(folder: Path) -> list[Path]:
-    """Tokenizer, templates and licences of a model directory, which its outputs get too.
-
-    Code is left out with a warning. RegraftError for one that is no regular file, or that leads out
-    of the directory.
-    """
-    files = sorted({file for pattern in SIDE_FILES for file in folder.glob(pattern)})
-    data = []
-    for file in files:
-        if file.is_dir():
-            continue
-        if DATA_NAME.fullmatch(file.name):
-            check_inside(folder, file)
-            data.append(file)
-        else:
-            log.warning("'%s' may be code: it is not copied to the output", file)
-    return data
 
 
 def check_model_files(folder: Path) -> None:
@@ -120,77 +80,13 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     RegraftError when there is none, the model is quantised, or the config asks for code.
     """
     if not (folder / "config.json").is_file():
+        read_modules(folder)  # of sentence-transformers: says where the transformer lies
         raise RegraftError(
             f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
         )
     config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise RegraftError(
-            f"'{folder}' is quantised ({config['quantization_config']}): dequantise it first"
-        )
+    # Null or empty: it is not quantised, but transformers stumbles over the key.
+    if quantization := config.pop("quantization_config", None):
+        raise RegraftError(f"'{folder}' is quantised ({quantization}): dequantise it first")
     refuse_fetched_code(config, folder)
     return config
-
-
-def read_model_entries(
-    folder: Path, anatomy: Anatomy, allow_nonfinite: bool = False
-) -> dict[str, safetensors.TensorEntry]:
-    """Tensors of a directory by their names in the state dict; see `Checkpoint.open`."""
-    entries: dict[str, safetensors.TensorEntry] = {}
-    for name, entry in safetensors.read_entries(folder).items():
-        canonical = anatomy.canonical_name(name)
-        if canonical in entries:
-            raise RegraftError(
-                f"'{folder}' holds '{canonical}' under two names, '{name}' too: remove one"
-            )
-        entries[canonical] = replace(entry, allow_nonfinite=allow_nonfinite)
-    return entries
-
-
-def find_unclaimed(
-    entries: Mapping[str, safetensors.TensorEntry],
-    placed: Mapping[Key, PlacedPart],
-    anatomy: Anatomy,
-    config: Config,
-) -> dict[str, str]:
-    """Tensors of the files that no part claims, with the reasons why they may be dropped.
-
-    RegraftError for a tensor without such a reason.
-    """
-    # What a wrong table or a foreign file leaves over must not get lost silently.
-    dropped: dict[str, str] = {}
-    for name in sorted(set(entries) - {parameter.name for parameter in placed.values()}):
-        reason = anatomy.reason_to_drop(name, config)
-        if reason is None:
-            raise RegraftError(
-                f"{anatomy.family} anatomy has no part for parameter '{name}' "
-                f"{list(entries[name].shape)}: add it to regraft/families/{anatomy.family}.py, "
-                "or check that config.json belongs to these weights"
-            )
-        dropped[name] = reason
-
-    return dropped
-
-
-def open_tensor(
-    entries: Mapping[str, safetensors.TensorEntry],
-    parameter: PlacedPart,
-    folder: Path,
-    provenances: Mapping[str, Provenance],
-) -> LazyTensor:
-    """The lazy tensor of a placed part; RegraftError when it is missing or has another shape."""
-    entry = entries.get(parameter.name)
-    if entry is None:
-        raise RegraftError(
-            f"'{folder}' lacks tensor '{parameter.name}' of shape {list(parameter.shape)}: "
-            "fetch the model again"
-        )
-    if entry.shape != parameter.shape:
-        raise RegraftError(
-            f"tensor '{parameter.name}' in '{entry.file}' has shape {list(entry.shape)}, "
-            f"expected {list(parameter.shape)} ({parameter.part.signature}): "
-            "config.json and weights do not belong together"
-        )
-
-    provenance = provenances.get(parameter.name, Provenance("copied", (parameter.name,)))
-    return LazyTensor(parameter.shape, entry.torch_dtype(), provenance, entry.read)

@@ -49,7 +49,9 @@ def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candi
 
 def build_candidate(source: Checkpoint, remix: Remix | None) -> Candidate:
     """The source's model, remixed or as it is."""
-    return Candidate(modeling.materialize(remix(source) if remix else source))
+    if remix is None:
+        return Candidate(modeling.load_stored(source))
+    return Candidate(modeling.materialize(remix(source)))
 
 
 def model_candidates(model: nn.Module) -> dict[str, Candidate]:

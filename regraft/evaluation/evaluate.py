@@ -86,7 +86,7 @@ def evaluate(
     if scratch:
         check_same_vocabulary(scratch, checkpoint)
         candidates[baselines.SCRATCH] = Candidate(modeling.load(scratch))
-    candidates |= baselines.model_candidates(modeling.materialize(checkpoint))
+    candidates |= baselines.model_candidates(modeling.load_stored(checkpoint))
 
     teacher = baselines.TEACHER if baseline else None
     scores = measure(candidates, rows.input_ids, rows.bytes, teacher, progress)
@@ -181,7 +181,7 @@ def benchmark(
             rows[name] = measure_row(name, candidate)
     if scratch:
         rows[baselines.SCRATCH] = measure_row(baselines.SCRATCH, Candidate(modeling.load(scratch)))
-    for name, candidate in baselines.model_candidates(modeling.materialize(checkpoint)).items():
+    for name, candidate in baselines.model_candidates(modeling.load_stored(checkpoint)).items():
         rows[name] = measure_row(name, candidate)
 
     if baseline:

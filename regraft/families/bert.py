@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.anatomy_defaults import label_count
 from ..errors import RegraftError
 
 # Class -> heads that it has; a head is a key "_<head>" of the config with defaults filled in.
@@ -65,11 +66,6 @@ def head_defaults(table: Mapping[str, str]) -> dict[str, Any]:
     return {f"_{head}": partial(has_head, table=table, head=head) for head in heads} | {
         "_labels": label_count
     }
-
-
-def label_count(config: Config) -> int:
-    """Number of labels of a classifier; 2 when the config does not say."""
-    return len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
 
 
 def base_prefix(table: Mapping[str, str], base: str) -> Callable[[Config], str]:
@@ -147,10 +143,6 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "layer_norm_eps": 1e-12,
 }
-IGNORED = {
-    r"(\w+\.)?embeddings\.(position_ids|token_type_ids)": "buffer: counted up",
-    r"\w+\.pooler\.dense\.(weight|bias)": "the class does not pool",
-}
 
 anatomy = Anatomy(
     family="bert",
@@ -171,11 +163,6 @@ anatomy = Anatomy(
     slot=f"{LAYER}.attention.self",
     defaults={**DEFAULTS, **head_defaults(HEADS)},
     fixed={"group": 1},
-    ignored={
-        **IGNORED,
-        r"cls\.predictions\.decoder\.bias": "tied: the config shares it with cls.predictions.bias",
-        r"cls\.seq_relationship\.(weight|bias)": "the class has no next-sentence head",
-    },
     eps="layer_norm_eps",
     rotary=False,
     prefix=base_prefix(HEADS, "bert."),

@@ -57,16 +57,29 @@ def derived_config_keys(config: Config) -> dict[str, Any]:
 
 
 def backbone_stage_keys(config: Config) -> dict[str, Any]:
-    """Stage names of a backbone, which gives the features of some layers; else no keys.
+    """Stages of a backbone, whose features it gives: a stage ends where its layer ends.
 
-    One that gave those of its last layer gives those of the new last layer.
+    Stage 0 is the embedding, stage k the layer k. Layers after the source's last one, whose order
+    is not given, take its place.
     """
-    if config.get("stage_names") is None:
-        return {}
     names = ["stem", *(f"stage{layer + 1}" for layer in range(config["num_hidden_layers"]))]
-    if config.get("out_features") != config["stage_names"][-1:]:
-        return {"stage_names": names}
-    return {"stage_names": names, "out_features": names[-1:], "out_indices": [len(names) - 1]}
+    order = config.get("_order", range(len(config.get("stage_names") or names) - 1))
+    # Identity layers stand behind the layer that they come from and belong to its stage.
+    ends = {0: 0}
+    for place, layer in enumerate(order):
+        if ends.get(layer + 1, place) == place:
+            ends[layer + 1] = place + 1
+    ends[len(ends) - 1] = len(names) - 1
+
+    keys: dict[str, Any] = {}
+    if config.get("stage_names") is not None:
+        keys["stage_names"] = names
+    if (indices := config.get("out_indices")) is not None:
+        keys["out_indices"] = [ends.get(stage, stage) for stage in indices]  # negative ones stay
+    if (features := config.get("out_features")) is not None:
+        stages = {f"stage{stage}": f"stage{end}" for stage, end in ends.items()}
+        keys["out_features"] = [stages.get(name, name) for name in features]
+    return keys
 
 
 anatomy = Anatomy(

@@ -6,7 +6,7 @@ Gains of norms are stored minus one, and embeddings are multiplied by sqrt(hidde
 from typing import Any
 
 from ..core.anatomy import Anatomy, Part, norm
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES
 from .llama import parts as llama
 
 # Defaults that Gemma 2 and 3 share.
@@ -34,6 +34,5 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults={**TIED, "num_key_value_heads": 16},
-    ignored=IGNORED,
     embed_scale=True,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from . import gemma
-from .llama import IGNORED, LAYER, SIZES
+from .llama import LAYER, SIZES
 
 
 def parts() -> dict[str, Part]:
@@ -30,14 +30,6 @@ def softmax_scale(config: Config, dim: int, layer: int) -> float:
     return float(config["query_pre_attn_scalar"]) ** -0.5
 
 
-def alternating_layer_types(config: Config) -> list[str]:
-    """A sliding window on layers 0, 2, 4, ..."""
-    return [
-        ("sliding_attention", "full_attention")[layer % 2]
-        for layer in range(config["num_hidden_layers"])
-    ]
-
-
 anatomy = Anatomy(
     family="gemma2",
     parts=parts(),
@@ -47,13 +39,10 @@ anatomy = Anatomy(
         **gemma.TIED,
         "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
-        "layer_types": alternating_layer_types,
     },
-    ignored=IGNORED,
     embed_scale=True,
     scale=softmax_scale,
     softcap=("attn_logit_softcapping", 50.0),
-    layer_lists=("layer_types",),
     divides=(("hidden_size", "num_attention_heads"),),
     activation="hidden_activation",
 )

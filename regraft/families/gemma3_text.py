@@ -8,15 +8,6 @@ from . import gemma2
 from .llama import LAYER
 
 
-def periodic_layer_types(config: Config) -> list[str]:
-    """A sliding window on all layers but every sixth, or as often as an older config says."""
-    period = config.get("sliding_window_pattern", 6)
-    return [
-        "sliding_attention" if (i + 1) % period else "full_attention"
-        for i in range(config["num_hidden_layers"])
-    ]
-
-
 def older_config_keys(config: Config) -> dict[str, Any]:
     """Rotary parameters of both kinds of layers under the keys used before they were nested."""
     rope = config.get("rope_parameters") or {}
@@ -35,7 +26,6 @@ anatomy = replace(
         **norm("attn.q_norm", f"{LAYER}.self_attn.q_norm", "dim", unit=True),
         **norm("attn.k_norm", f"{LAYER}.self_attn.k_norm", "dim", unit=True),
     },
-    defaults={**gemma2.anatomy.defaults, "layer_types": periodic_layer_types},
     softcap=("attn_logit_softcapping", None),
     older=older_config_keys,
 )

@@ -58,14 +58,9 @@ anatomy = Anatomy(
         "_rotary_share": {"rotary_pct": 0.25},
     },
     fixed={"group": 1},
-    aliases={"embed_out.": "lm_head."},
     filed={"lm_head.": "embed_out."},
     older=older_config_keys,
-    ignored={
-        r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)": (
-            "buffer: recomputed"
-        )
-    },
     eps="layer_norm_eps",
+    not_null=("classifier_dropout",),
     bridge=lambda config: "phi" if config["use_parallel_residual"] else "starcoder2",
 )

@@ -1,8 +1,9 @@
 """Llama (arXiv 2302.13971): grouped queries, RMS norms, gated MLP, rotary positions."""
 
+from collections.abc import Callable
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 
 LAYER = "model.layers.{}"
 SIZES = (
@@ -20,9 +21,17 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
 }
-IGNORED = {
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "buffer: computed from the config"
-}
+
+
+def kv_heads(missing: int) -> Callable[[Config], int]:
+    """The default of classes with one number of heads for a missing key and another for null.
+
+    Args:
+        missing: what the class takes when the key is missing; null means as many as query heads.
+    """
+    return lambda config: (
+        int(config["num_attention_heads"]) if "num_key_value_heads" in config else missing
+    )
 
 
 def parts(qkv_bias: bool | str, o_bias: bool | str, mlp_bias: bool | str) -> dict[str, Part]:
@@ -59,5 +68,4 @@ anatomy = Anatomy(
     defaults={**DEFAULTS, "attention_bias": False, "mlp_bias": False},
     divides=(("hidden_size", "num_attention_heads"),),
     bridge=lambda config: None if config["attention_bias"] or config["mlp_bias"] else "mistral",
-    ignored=IGNORED,
 )

@@ -4,17 +4,12 @@ Files hold the tensors of each expert apart. The grouped products over experts n
 bytes: in bfloat16, hidden and ffn in multiples of 8.
 """
 
-from ..core.anatomy import Anatomy, Config, linear
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from ..core.anatomy import Anatomy, linear
+from .llama import DEFAULTS, LAYER, SIZES, kv_heads
 from .llama import parts as llama
 
 MOE = f"{LAYER}.block_sparse_moe"
 EXPERT = f"{MOE}.experts.{{e}}"
-
-
-def kv_heads(config: Config) -> int:
-    """The class's defaults: 8 when the key is missing, one per query head when it is null."""
-    return int(config["num_attention_heads"]) if "num_key_value_heads" in config else 8
 
 
 anatomy = Anatomy(
@@ -34,12 +29,11 @@ anatomy = Anatomy(
     slot=f"{LAYER}.self_attn",
     defaults={
         **DEFAULTS,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": kv_heads(8),
         "rms_norm_eps": 1e-5,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    ignored=IGNORED,
     multiples={"hidden": 8, "ffn": 8},
     routed="num_experts_per_tok",
 )

@@ -4,7 +4,7 @@ Query and key norms span all heads together.
 """
 
 from ..core.anatomy import Anatomy, Part, linear, norm
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES
 
 ATTENTION, MLP, BIAS = f"{LAYER}.self_attn", f"{LAYER}.mlp", "attention_bias"
 
@@ -39,5 +39,4 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=ATTENTION,
     defaults={**DEFAULTS, "attention_bias": False, "rms_norm_eps": 1e-5},
-    ignored=IGNORED,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES
 
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 QK: dict[str, Any] = {"bias": True, "when": "qk_layernorm"}
@@ -54,7 +54,6 @@ anatomy = Anatomy(
         "layer_norm_eps": 1e-5,
         "_rotary_share": {"partial_rotary_factor": 0.5},
     },
-    ignored=IGNORED,
     eps="layer_norm_eps",
     finish=check_head_dim,
 )

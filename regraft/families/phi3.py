@@ -4,7 +4,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Config, linear, older_rope_keys
 from ..errors import RegraftError
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES
 from .llama import parts as llama
 
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -65,7 +65,6 @@ anatomy = Anatomy(
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults={**DEFAULTS, "rms_norm_eps": 1e-5},
-    ignored=IGNORED,
     finish=check_head_dim,
     older=older_config_keys,
 )

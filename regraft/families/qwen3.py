@@ -1,7 +1,7 @@
 """Qwen3 (arXiv 2505.09388): Llama plus an RMS norm on each head's queries and keys."""
 
 from ..core.anatomy import Anatomy, norm
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES, parts
+from .llama import DEFAULTS, LAYER, SIZES, kv_heads, parts
 
 anatomy = Anatomy(
     family="qwen3",
@@ -12,7 +12,10 @@ anatomy = Anatomy(
     },
     sizes=SIZES,
     slot=f"{LAYER}.self_attn",
-    defaults={**DEFAULTS, "attention_bias": False, "head_dim": 128},
-    ignored=IGNORED,
-    layer_lists=("layer_types",),
+    defaults={
+        **DEFAULTS,
+        "attention_bias": False,
+        "head_dim": 128,
+        "num_key_value_heads": kv_heads(32),
+    },
 )

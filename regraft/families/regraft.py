@@ -108,7 +108,8 @@ class RegraftAnatomy(Anatomy):
 
     def untie_embeddings(self, config: Config) -> Config:
         """The config with an output embedding of the host's own."""
-        return {**config, "host": find_anatomy(config["host"]).untie_embeddings(config["host"])}
+        host = find_anatomy(config["host"]).untie_embeddings(config["host"])
+        return {**config, "host": host, "tie_word_embeddings": False}
 
     def host(self, config: Config) -> Anatomy:
         """The family of the stock model whose attentions the mixers replace."""
@@ -158,7 +159,14 @@ class RegraftAnatomy(Anatomy):
                     f"mixer '{spec['name']}' has widths of its own: grow first, then linearize"
                 )
 
-        return {**config, "host": host, "mixers": specs, "attention": attention}
+        # transformers' own files repeat keys of the host beside it; kinds of layers follow from it.
+        repeated = {
+            key: value
+            for key, value in host.items()
+            if key in config and config[key] == config["host"].get(key)
+        }
+        own = {key: value for key, value in config.items() if key != "layer_types"} | repeated
+        return {**own, "host": host, "mixers": specs, "attention": attention}
 
     def attention(self, config: Config, layer: int) -> AttentionFields:
         """Shape and conventions of the attention in a layer of the host."""
@@ -174,6 +182,4 @@ def weight_signatures(spec: dict[str, Any], attention: AttentionFields) -> list[
     return [weight.signature for weight in weights(spec, Attention(**attention)).values()]
 
 
-# Inside another model too, transformers writes GPT-NeoX's head under its file name.
-aliases = {"host.embed_out.": "host.lm_head."}
-anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="", aliases=aliases)
+anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="")

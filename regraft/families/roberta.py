@@ -6,7 +6,7 @@ Its table of positions starts after the index of the padding token.
 from dataclasses import replace
 
 from . import bert
-from .bert import DEFAULTS, IGNORED, base_prefix, head_defaults, head_linear, mlm_head
+from .bert import DEFAULTS, base_prefix, head_defaults, head_linear, mlm_head
 
 HEADS = {
     "RobertaModel": "pooler",
@@ -30,8 +30,7 @@ anatomy = replace(
         **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
         **head_linear("span", "qa_outputs", "hidden -> label", "_span", at="each"),
     },
-    defaults={**DEFAULTS, **head_defaults(HEADS)},
-    ignored={**IGNORED, r"lm_head\.decoder\.bias": "tied: the config shares it with lm_head.bias"},
+    defaults={**DEFAULTS, "pad_token_id": 1, **head_defaults(HEADS)},
     # The class counts positions from the token after it.
     not_null=("pad_token_id",),
     prefix=base_prefix(HEADS, "roberta."),

@@ -4,7 +4,7 @@ Every map may have a bias.
 """
 
 from ..core.anatomy import Anatomy, Part, linear, norm
-from .llama import DEFAULTS, IGNORED, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES
 
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 
@@ -34,6 +34,5 @@ anatomy = Anatomy(
         "use_bias": True,
         "norm_epsilon": 1e-5,
     },
-    ignored=IGNORED,
     eps="norm_epsilon",
 )

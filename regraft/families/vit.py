@@ -99,7 +99,6 @@ anatomy = Anatomy(
         **head_defaults(HEADS),
     },
     fixed={"group": 1},
-    ignored={r"vit\.pooler\.dense\.(weight|bias)": "the class does not pool"},
     eps="layer_norm_eps",
     rotary=False,
     prefix=base_prefix(HEADS, "vit."),

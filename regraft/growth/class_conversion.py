@@ -165,7 +165,8 @@ CONVERSIONS: dict[tuple[str, str], ClassConversion] = {
         when="no attention_bias and no mlp_bias",
         keys={key: (key, value) for key, value in SHARED_DEFAULTS.items()},
         sets={"sliding_window": None},
-        drops=("attention_bias", "mlp_bias", "pretraining_tp"),
+        # Auto would read a mistral with kinds of layers as another class.
+        drops=("attention_bias", "mlp_bias", "pretraining_tp", "layer_types"),
     ),
     ("gpt_neox", "phi"): ClassConversion(
         when="use_parallel_residual true",
@@ -210,6 +211,11 @@ def find_target_family(source: Checkpoint, to: str | None) -> str:
         to: a family; None: the one that the source's table names.
     """
     anatomy = source.anatomy
+    if anatomy.causal and "head.weight" not in anatomy.parts:
+        raise RegraftError(
+            f"no bridge for {source.config['architectures'][0]}: only models with the head of a "
+            "language model are written as another class"
+        )
     name = anatomy.bridge(anatomy.fill_defaults(source.config))
     if name is not None and (anatomy.family, name) in CONVERSIONS and to in (None, name):
         return name

@@ -59,6 +59,13 @@ def grow_optimizer_state(
     return len(grown.names)
 
 
+def check_growable(source: Checkpoint, steps: Steps, file: Path) -> None:
+    """RegraftError when a file does not have the source's moments, or a step cannot grow them."""
+    grown = build_moment_checkpoint(source, read_moments(source, file), MOMENTS[0])
+    for step in steps:
+        grown = step(grown)
+
+
 def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
     """The entries of a file of moments by key.
 

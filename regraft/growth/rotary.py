@@ -12,6 +12,7 @@ import torch
 
 from ..core.anatomy import Anatomy
 from ..core.axes import Expansion, pad, place
+from ..core.stock_config import read_stock_config
 from ..errors import RegraftError
 
 # Rotary types whose old frequencies return when every m-th pair of a head m times as wide is used.
@@ -51,11 +52,11 @@ def widen_rotary(
     # Partial rotary: the turning coordinates stay, new ones join those that stand still (L6).
     if turning != {old} or (full.get(SHARE) and not proportional):
         return _keep_rotary_dim(full, turning.pop(), new), pad(old, new)
-    return _widen_turning(config, ropes, old, new)
+    return _widen_turning(anatomy, config, ropes, old, new)
 
 
 def _widen_turning(
-    config: Mapping[str, Any], ropes: list[dict[str, Any]], old: int, new: int
+    anatomy: Anatomy, config: Mapping[str, Any], ropes: list[dict[str, Any]], old: int, new: int
 ) -> tuple[dict[str, Any], Expansion]:
     """(config keys, expansion) where all coordinates of a head turn."""
     if new % 2:
@@ -69,7 +70,7 @@ def _widen_turning(
     keys: dict[str, Any] = {}
     proportional = any(rotary_type(rope) == "proportional" for rope in ropes)
     if proportional or not by_pairs:
-        keys = _scale_thetas(config, old, new, 1.0 if by_pairs else new / old)
+        keys = _scale_thetas(anatomy, config, old, new, 1.0 if by_pairs else new / old)
 
     # Coordinate i turns with coordinate i + half of its head.
     pairs = torch.arange(old // 2) * (new // old if by_pairs else 1)
@@ -154,8 +155,10 @@ def compute_theta_power(
     return float(theta) ** power
 
 
-def _scale_thetas(config: Mapping[str, Any], old: int, new: int, power: float) -> dict[str, Any]:
-    """theta ** power wherever the config has a theta."""
+def _scale_thetas(
+    anatomy: Anatomy, config: Mapping[str, Any], old: int, new: int, power: float
+) -> dict[str, Any]:
+    """theta ** power wherever the config has a theta, and where the class has one of its own."""
     keys: dict[str, Any] = {}
     for key in ("rope_theta", "rope_local_base_freq", "rotary_emb_base"):
         if config.get(key) is not None:
@@ -174,9 +177,14 @@ def _scale_thetas(config: Mapping[str, Any], old: int, new: int, power: float) -
         if rotary_type(keys[key]) == "proportional":
             keys["partial_rotary_factor"] = keys[key]["partial_rotary_factor"]
 
-    # A config without any theta means the classes' default.
-    if not any(key in keys for key in ("rope_theta", "rope_parameters")):
-        keys["rope_theta"] = compute_theta_power(10000.0, power)
+    # A theta that the config lacks is the class's default: one, or one for each kind of layer.
+    rope = read_stock_config(config, anatomy).rope_parameters
+    if _is_nested(rope):
+        keys["rope_parameters"] = {
+            kind: _scale_parameter_set(one, old, new, power) for kind, one in rope.items()
+        }
+    elif not any("rope_theta" in one for one in (keys, *_rope_parameter_sets(config))):
+        keys["rope_theta"] = compute_theta_power(rope["rope_theta"], power)
     return keys
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..core.anatomy import Key, find_anatomy
+from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..io.files import read_json
 from ..io.finite import cast_finite
-from . import depth
 from .identity_layer import IdentityLayer
 from .ligo_options import COPY, Ligo
 from .operators import AUTO, AUTO_POST_NORM
@@ -24,11 +20,13 @@ from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.ligo import Learned
 from .steps.transplant import Transplant
+from .steps.untie import Untie
 from .steps.widen import Widen
+from .target_config import match_target, match_ties, read_target
 from .target_sizes import TargetSizes
 
+GrowthStep = Callable[[Checkpoint], Checkpoint]
 LEARNED, AUTOMATIC = "ligo", "auto"
-FIXED_AXES = ("vocab", "pos", "expert", "label", "type")  # growth never changes them
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -57,6 +55,10 @@ class Growth(TargetSizes):
     dtype: str | None = None
     # Of everything random.
     seed: int = 0
+    # Whether a tied output embedding is untied first (`Untie`); a target config may ask for it too.
+    untie: bool = False
+    # Keys of the target config that are taken although the function changes (`Adopt`).
+    adopt: tuple[str, ...] = ()
 
     def resolve_auto(self, source: Checkpoint) -> Growth:
         """The same request with `auto` replaced by what trained best for such a model; a depth
@@ -75,15 +77,6 @@ class Growth(TargetSizes):
         """Whether the request asks for anything."""
         return self != Growth(seed=self.seed)
 
-    def is_exact(self, source: Checkpoint) -> bool:
-        """Whether every operator keeps the function."""
-        resolved = self.resolve_auto(source)
-        names = set(re.split("[,=]", resolved.width_init))
-        exact_width = not {"aki", LEARNED, COPY} & names
-        # A target config may have more layers; it is not read here.
-        may_deepen = self.layers is not None or self.to is not None
-        return exact_width and (not may_deepen or resolved.depth_init in depth.EXACT)
-
     def __call__(self, source: Checkpoint, fitted: Learned | None = None) -> Checkpoint:
         """The grown checkpoint.
 
@@ -94,44 +87,67 @@ class Growth(TargetSizes):
             fitted: a step with learned maps, in place of the one with the maps' start.
         """
         steps = self.steps(source)
-        if fitted:
-            steps[-1] = fitted
         if not steps:
             raise RegraftError(
                 f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads,"
-                " --head-dim, --layers or --to CONFIG_DIR"
+                " --head-dim, --layers, --untie or --to CONFIG_DIR"
             )
 
         for step in steps:
-            source = step(source)
+            source = fitted(source) if fitted and isinstance(step, Learned) else step(source)
         return cast_checkpoint(source, self.dtype) if self.dtype else source
 
-    def steps(self, source: Checkpoint) -> list[Callable[[Checkpoint], Checkpoint]]:
-        """The growth steps in order."""
+    def steps(self, source: Checkpoint) -> list[GrowthStep]:
+        """The growth steps in order; RegraftError for options that do not go together."""
         if self.width_init == AUTOMATIC:
             return self.resolve_auto(source).steps(source)
+        if self.adopt and self.to is None:
+            raise RegraftError(
+                f"--adopt {','.join(self.adopt)} takes over keys of a target: give --to CONFIG_DIR"
+            )
 
+        first = self.first_steps(source)
+        for step in first:
+            source = step(source)
+        request = self.with_target_sizes(source)
+        last = []
+        if self.to is not None:
+            last = [match_target(source, read_target(source, self.to), self.adopt)]
+        return [*first, *request.size_steps(), *last]
+
+    def first_steps(self, source: Checkpoint) -> list[GrowthStep]:
+        """The steps before sizes change: another class, an output embedding of its own."""
+        steps: list[GrowthStep] = []
         # The bridge comes first: the sizes are then those of the class that the result has.
-        steps: list[Callable[[Checkpoint], Checkpoint]] = [Bridge()] if self.bridge else []
-        request = self.with_target_sizes(steps[0](source) if steps else source)
-        has_sizes = any(size is not None for size in request.sizes.values())
+        if self.bridge:
+            steps.append(Bridge())
+            source = steps[0](source)
+        if self.untie:
+            return [*steps, Untie()]
+        ties = match_ties(source, read_target(source, self.to)) if self.to is not None else []
+        return [*steps, *ties]
+
+    def size_steps(self) -> list[GrowthStep]:
+        """The steps that change sizes; RegraftError for operators that do not go together."""
+        has_sizes = any(size is not None for size in self.sizes.values())
         if self.width_init == LEARNED and has_sizes:
-            return [*steps, Learned(**request.sizes, method=self.ligo_options(), seed=self.seed)]
+            return [Learned(**self.sizes, method=self.ligo_options(), seed=self.seed)]
         if self.width_init == COPY and has_sizes:
             if self.depth_init != "identity":
                 raise RegraftError(
                     "--width-init copy begins new layers at random: leave out --depth-init"
                     f" {self.depth_init}"
                 )
-            return [*steps, Transplant(**request.sizes, seed=self.seed)]
+            return [Transplant(**self.sizes, seed=self.seed)]
 
         # Width before depth: new layers then have the new width from the start.
-        widths = {name: size for name, size in request.sizes.items() if name != "layers"}
+        steps: list[GrowthStep] = []
+        widths = {name: size for name, size in self.sizes.items() if name != "layers"}
         if any(size is not None for size in widths.values()):
             how, fold, noise = self.width_init, self.fold, self.noise
             steps.append(Widen(**widths, how=how, fold=fold, noise=noise, seed=self.seed))
-        if request.layers is not None:
-            steps.append(Deepen(request.layers, self.depth_init, self.seed))
+        if self.layers is not None:
+            steps.append(Deepen(self.layers, self.depth_init, self.seed))
         return steps
 
     def ligo_options(self, **options: Any) -> Ligo:
@@ -157,7 +173,7 @@ class Growth(TargetSizes):
             )
 
         # Attention without groups (GPT-2, BERT) has no key/value heads of its own to ask for.
-        sizes = read_target_sizes(source, self.to)
+        sizes = read_target(source, self.to).sizes
         heads = sizes["kv"] * sizes["group"]
         kv = None if "group" in source.anatomy.fixed else sizes["kv"]
         return replace(
@@ -169,38 +185,6 @@ class Growth(TargetSizes):
             head_dim=sizes["dim"],
             layers=sizes["depth"],
         )
-
-
-def read_target_sizes(source: Checkpoint, to: str) -> dict[str, int]:
-    """Axis sizes of a target's config.
-
-    RegraftError when it is another kind of model, or differs in sizes that growth never changes.
-
-    Args:
-        source: the checkpoint to grow.
-        to: a config.json, or the directory that has it.
-    """
-    file = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
-    if not file.is_file():
-        raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
-    config = read_json(file)
-
-    # Axis sizes of two families do not compare: the same name may be another thing.
-    anatomy = find_anatomy(config)
-    if anatomy.family != source.anatomy.family:
-        raise RegraftError(
-            f"'{to}' is a {anatomy.family}, the source a {source.anatomy.family}: growth stays in a"
-            f" family, give a {source.anatomy.family} config"
-        )
-
-    sizes = anatomy.solve(config)
-    for axis, size in sizes.items():
-        if axis in FIXED_AXES and source.sizes[axis] != size:
-            raise RegraftError(
-                f"'{to}' has {axis} {size}, the source {source.sizes[axis]}: growth does not change"
-                f" {axis}"
-            )
-    return sizes
 
 
 def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:

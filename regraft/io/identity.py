@@ -52,12 +52,14 @@ def identify_model(path: str | Path) -> Identity:
     folder = Path(path)
     if not folder.exists():
         raise RegraftError(f"no model at '{path}': give the model that the run began with")
-    if file := gguf.find_gguf_file(folder):
+    weights = safetensors.weight_files(folder) if safetensors.variant_of(folder) else None
+    if weights is None and (file := gguf.find_gguf_file(folder)):
         return {"GGUF file": sha256(file)}  # opening it needs this hash too
 
+    folder = folder if weights is None else folder.parent
     small = [folder / "config.json"]
     small += [file for pattern in TOKENIZER for file in folder.glob(pattern) if file.is_file()]
-    weights = safetensors.weight_files(folder)
+    weights = weights or safetensors.weight_files(folder)
     total = sum(file.stat().st_size for file in weights)
     # Shards may lie on a disk that answers slowly but many requests at a time.
     with ThreadPoolExecutor(8) as workers:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..errors import RegraftError, explain_errors
 from .files import check_inside, check_regular_file, parse_json, read_json, replace_file
 from .finite import check_finite
+from .foreign_weights import explain_missing_weights
 from .linux import free_memory
 from .schema import check_json
 
@@ -24,7 +26,13 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Bytes per number.
 WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 WIDTHS |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Weights in another dtype, as transformers' `variant` names them.
+VARIANT = re.compile(
+    r"model\.(?P<single>[^./]+(?<!-of-\d{5}))\.safetensors"
+    r"|model\.safetensors\.index\.(?P<sharded>[^./]+)\.json"
+)
+COMPARED = 1 << 22  # numbers that are compared at a time
 # Bytes of a header. A tensor takes some 150, so this is room for 170,000 in one file; the library's
 # own limit is four times as much.
 HEADER_LIMIT = 25_000_000
@@ -63,8 +71,9 @@ class TensorEntry:
     def torch_dtype(self) -> torch.dtype:
         """The floating-point dtype; RegraftError for any other, which means a quantised model."""
         if self.dtype not in DTYPES:
+            kind = "eight bits" if self.dtype.startswith("F8") else "not floating point"
             raise RegraftError(
-                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, not floating point: "
+                f"tensor '{self.name}' in '{self.file}' is {self.dtype}, {kind}: "
                 "dequantise the model first"
             )
         return DTYPES[self.dtype]
@@ -88,45 +97,114 @@ class TensorEntry:
         return math.prod(self.shape) * WIDTHS.get(self.dtype, 1)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in a model directory.
+def weight_files(path: Path) -> list[Path]:
+    """The files of weights of a model.
+
+    Args:
+        path: a model directory, or in it the file that names a variant (see `variant_file`).
 
     RegraftError when there are none, or not all, and when one lies outside of the directory.
     """
-    files = _find_weight_files(folder)
+    files = _find_weight_files(path)
     for file in files:
-        check_inside(folder, file)
+        check_inside(path.parent if variant_of(path) else path, file)
     return files
 
 
-def _find_weight_files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+def _find_weight_files(path: Path) -> list[Path]:
+    if variant_of(path):
+        return _read_shards(path) if path.suffix == ".json" else [path]
 
-    if (folder / INDEX).exists():
-        names = sorted(set(_read_index(folder).values()))
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise RegraftError(
-                f"'{folder}' lacks shard '{missing[0]}' that {INDEX} lists: fetch it"
-            )
-        return [folder / name for name in names]
+    single, index = path / SINGLE, path / INDEX
+    if single.exists():
+        if index.exists() and (others := {*_read_index(index).values()} - {SINGLE}):
+            if all((path / name).is_file() for name in others):
+                raise RegraftError(
+                    f"'{path}' holds two sets of weights, {SINGLE} and those of {INDEX}: remove one"
+                )
+        return [single]
+    if index.exists():
+        return _read_shards(index)
 
-    # Unpickling may run any code, so these are refused rather than converted.
-    if pickles := sorted(folder.glob("*.bin")):
+    if variants := list_variants(path):
         raise RegraftError(
-            f"'{pickles[0]}' is a pickle, which is never loaded: convert it with "
-            "`python -m safetensors.torch_convert` or transformers' save_pretrained"
+            f"'{path}' holds only variants of its weights ({', '.join(variants)}): give "
+            f"--variant {variants[0]}"
         )
+    raise explain_missing_weights(path, f"{SINGLE} or {INDEX}")
+
+
+def _read_shards(index: Path) -> list[Path]:
+    """The files that an index lists; RegraftError when one is missing."""
+    names = sorted(set(_read_index(index).values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise RegraftError(
+            f"'{index.parent}' lacks shard '{missing[0]}' that {index.name} lists: fetch it"
+        )
+    return [index.parent / name for name in names]
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """Tensor -> file, as the index of a sharded model lists them."""
+    index: ShardIndex = read_json(file, ShardIndex)
+    return index["weight_map"]
+
+
+def variant_of(path: Path) -> str | None:
+    """The variant that a file of weights or its index is of, such as "fp16"; None for others."""
+    match = VARIANT.fullmatch(path.name) if path.is_file() else None
+    return match["single"] or match["sharded"] if match else None
+
+
+def list_variants(folder: Path) -> list[str]:
+    """The variants of the weights in a directory, as transformers names their files."""
+    files = (*folder.glob("model.*.safetensors"), *folder.glob(f"{INDEX[:-5]}.*.json"))
+    return sorted(set(filter(None, map(variant_of, files))))
+
+
+def variant_file(path: str | Path, variant: str | None) -> str:
+    """The path that stands for a variant of a model: that of its file, or of its index.
+
+    Args:
+        path: of the model directory.
+        variant: such as "fp16"; None gives the path itself.
+
+    RegraftError when the directory does not have it.
+    """
+    if variant is None:
+        return str(path)
+    folder = Path(path)
+    for name in (f"model.{variant}.safetensors", f"{INDEX[:-5]}.{variant}.json"):
+        if variant_of(folder / name) == variant:
+            return str(folder / name)
+    known = ", ".join(list_variants(folder)) or "none"
     raise RegraftError(
-        f"no model.safetensors or {INDEX} in '{folder}': "
-        "give a Hugging Face model directory or a GGUF file"
+        f"'{path}' has no variant '{variant}' of its weights (it has {known}): give one it has, or "
+        "leave out --variant"
     )
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> file, as the index of a sharded model lists them."""
-    index: ShardIndex = read_json(folder / INDEX, ShardIndex)
-    return index["weight_map"]
+def have_equal_values(left: TensorEntry, right: TensorEntry) -> bool:
+    """Whether two tensors hold the same numbers; reads on only while they do.
+
+    RegraftError when they are no floating-point numbers or cannot be read.
+    """
+    if left.shape != right.shape:
+        return False
+    same_dtype = left.torch_dtype() == right.torch_dtype()
+    rows = max(1, COMPARED // max(1, math.prod(left.shape[1:])))
+
+    with ExitStack() as stack:
+        slices = []
+        for entry in (left, right):
+            stack.enter_context(explain_tensor_errors(entry.file, entry.name, 0))
+            file = stack.enter_context(safe_open(entry.file, framework="pt"))
+            slices.append(file.get_slice(entry.name))
+        for start in range(0, left.shape[0] if left.shape else 0, rows):
+            one, other = (part[start : start + rows] for part in slices)
+            if not torch.equal(*((one, other) if same_dtype else (one.float(), other.float()))):
+                return False
+    return True
 
 
 @contextmanager
@@ -153,13 +231,16 @@ def explain_tensor_errors(file: Path, name: str, size: int) -> Iterator[None]:
         raise
 
 
-def read_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a model directory by name, from the headers alone.
+def read_entries(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a model by name, from the headers alone.
+
+    Args:
+        path: as `weight_files` takes it.
 
     RegraftError when a tensor is in two files, or the index lists one that is in none.
     """
     found: dict[str, TensorEntry] = {}
-    files = weight_files(folder)
+    files = weight_files(path)
     for file in files:
         for entry in read_header(file):
             if entry.name in found:
@@ -170,11 +251,12 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
             found[entry.name] = entry
 
     # A download may have fetched an index of one revision and shards of another.
-    listed = _read_index(folder) if files[0].name != "model.safetensors" else {}
+    index = path if path.suffix == ".json" else path / INDEX
+    listed = _read_index(index) if path not in files and files[0].name != SINGLE else {}
     if missing := sorted(set(listed) - set(found)):
         raise RegraftError(
-            f"'{folder / listed[missing[0]]}' lacks tensor '{missing[0]}' that {INDEX} lists: "
-            "fetch it again"
+            f"'{index.parent / listed[missing[0]]}' lacks tensor '{missing[0]}' that {index.name} "
+            "lists: fetch it again"
         )
     return found
 

@@ -25,6 +25,7 @@ from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
 from ..mixers.remix import Remix
 from ..mixers.remix_options import RemixOptions
+from ..modeling import flops
 from ..modeling.reopen import save_model
 from ..progress import Ticker
 from ..train import fsdp, loop
@@ -129,6 +130,7 @@ def train_linearized(
         form.
     """
     checkpoint, work = Checkpoint.open(folder, source.allow_nonfinite), out / WORK
+    check_row_lengths(source, stages)
     length = stages[0].length if stages else LENGTH
     batches = []
     if calibration:
@@ -231,6 +233,7 @@ def run_method(
     RegraftError when `out` holds a finished model (without `overwrite`), another conversion,
     anything else, or the source.
     """
+    check_row_lengths(source, stages)
     distributed.on_rank0(lambda: str(source.path))  # a GGUF file is converted by one process
     target = output.check_apart(out, [("source", source.origin), ("source", source.path)])
     if not overwrite and target.exists():
@@ -284,7 +287,7 @@ def convert_and_train(
 
     distributed.on_rank0(convert)
     ticker.start("training")
-    teacher = partial(modeling.materialize, source)
+    teacher = partial(modeling.load_stored, source)
     ledger = train_linearized(
         source,
         linear,
@@ -300,6 +303,12 @@ def convert_and_train(
     ledger["text"] = rows.facts()
     distributed.on_rank0(lambda: finish_run(folder, ledger))
     return ledger
+
+
+def check_row_lengths(source: Checkpoint, stages: Sequence[Stage]) -> None:
+    """RegraftError when a stage has longer rows than the model has positions."""
+    for stage in stages:
+        flops.count_positions(source, stage.length)
 
 
 def text_rows(

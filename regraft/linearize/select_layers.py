@@ -103,7 +103,7 @@ def bypass(source: Checkpoint, remix: Remix, bench: SelectionData) -> list[Layer
     "AR" of Taylor-Calibrate (arXiv 2606.16429): what a layer's attention is worth, whatever
     replaces it.
     """
-    model = modeling.materialize(source)
+    model = modeling.load_stored(source)
     slots = modeling.slots(model, source)
     candidates = {
         i: Candidate(model, partial(zero_attention, slot)) for i, slot in enumerate(slots)
@@ -266,7 +266,7 @@ def build_teacher_and_student(
     source: Checkpoint, remix: Remix, bench: SelectionData
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(the source, the source with every layer converted and in its closed-form start)."""
-    teacher = modeling.materialize(source)
+    teacher = modeling.load_stored(source)
     student = modeling.materialize(dataclasses.replace(remix, keep="none", scores={})(source))
     if bench.calibration:
         slots = modeling.slots(teacher, source)

@@ -74,6 +74,7 @@ class Remix(RemixOptions):
             source.dropped | unused,
             (*source.history, step),
             allow_nonfinite=source.allow_nonfinite,
+            copy_code=source.copy_code,
         )
 
     def build_tensor(
@@ -214,6 +215,11 @@ def check_supported(source: Checkpoint) -> None:
         raise RegraftError(
             f"{anatomy.family} reads in both directions, linear mixers read from left to right: "
             "give a decoder"
+        )
+    if not anatomy.continues_text(source.config):
+        raise RegraftError(
+            f"'{source.origin}' is a {source.config['architectures'][0]} without the head of a "
+            "language model, which mixers are made for: give a decoder with one"
         )
 
     for placed in anatomy.place(source.config).values():

@@ -9,26 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..core.anatomy import find_anatomy
+from ..core.anatomy import Anatomy, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..core.model_files import check_model_files, check_tokenizer_config, find_tokenizer_code
 from ..errors import RegraftError
 from ..io.files import read_json
 from ..io.finite import cast_finite
+from ..io.identity import TOKENIZER
 from ..mixers.gated import GatedMixer
-from .meta import explain_model_errors, model_class, stock_class
+from .meta import explain_model_errors, model_class, silence_transformers, stock_class
 from .modeling_regraft import RegraftForCausalLM
+from .stock import load_stock
 
 
 def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a checkpoint, in eval mode, without writing it to disk.
 
-    Stock families come as the class that the config's `architectures` names.
+    For checkpoints that a step made. Stock families come as the class that the config's
+    `architectures` names, with the weights that the family's table finds; what a directory on disk
+    is to transformers, `load` and `load_stored` say.
 
     Args:
         checkpoint: as opened, or as a step made it.
@@ -95,9 +98,17 @@ def build_random_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
     return model.float().eval()
 
 
-def to_checkpoint_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name of a model -> the same by their names in its checkpoint."""
-    canonical = find_anatomy(model.config.to_dict()).canonical_name
+def to_checkpoint_names(
+    model: PreTrainedModel, values: Mapping[str, Tensor], anatomy: Anatomy | None = None
+) -> dict[str, Tensor]:
+    """Tensors by parameter name of a model -> the same by their names in its checkpoint.
+
+    Args:
+        model: that has the parameters.
+        values: the tensors.
+        anatomy: of the checkpoint; None: the one of the model's own config.
+    """
+    canonical = (anatomy or find_anatomy(model.config.to_dict())).canonical_name
     return {
         canonical(name): value
         for name, value in revert_weight_conversion(model, dict(values)).items()
@@ -113,21 +124,6 @@ def from_checkpoint_names(
     return {name: parameter.data for name, parameter in twin.named_parameters() if name not in lost}
 
 
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bar and no table of what it did not find."""
-    logging = transformers.utils.logging
-    had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bar:
-            logging.enable_progress_bar()
-
-
 def random_inputs(
     checkpoint: Checkpoint, rows: int = 1, length: int = 96, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -136,8 +132,7 @@ def random_inputs(
     Args:
         checkpoint: of the model.
         rows: batch size.
-        length: tokens per row, or fewer where the model has fewer positions; images have the size
-            in the config.
+        length: tokens per row; images have the size in the config.
         seed: of the random numbers.
 
     Returns:
@@ -150,8 +145,6 @@ def random_inputs(
         shape = (rows, checkpoint.sizes["channel"], height, width)
         return {"pixel_values": torch.randn(*shape, generator=generator)}
 
-    # Two fewer than the table of positions: some encoders count positions from two.
-    length = min(length, checkpoint.sizes.get("pos", length + 2) - 2)
     vocab = checkpoint.sizes["vocab"]
     return {"input_ids": torch.randint(0, vocab, (rows, length), generator=generator)}
 
@@ -159,7 +152,7 @@ def random_inputs(
 def load(
     path: str | Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False
 ) -> PreTrainedModel:
-    """The model at a path, in eval mode.
+    """The model at a path, in eval mode; a stock one as transformers' `from_pretrained` reads it.
 
     Args:
         path: a directory of a supported family or of a linearized model, or a GGUF file.
@@ -170,7 +163,18 @@ def load(
     """
     checkpoint = Checkpoint.open(path, allow_nonfinite)
     checkpoint.verify()
-    model = materialize(checkpoint, dtype)
+    return load_stored(checkpoint, dtype)
+
+
+def load_stored(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model in the files of a checkpoint, as of `load`.
+
+    Args:
+        checkpoint: as opened: no step has changed it.
+        dtype: of the weights.
+    """
+    is_linearized = checkpoint.config["model_type"] == "regraft"
+    model = materialize(checkpoint, dtype) if is_linearized else load_stock(checkpoint, dtype)
     generation = Path(checkpoint.path) / "generation_config.json"
     if generation.exists():
         model.generation_config = read_generation_config(generation)
@@ -197,10 +201,11 @@ def check_decoder(*paths: str | Path | None) -> None:
     """
     for path in paths:
         checkpoint = Checkpoint.open(path) if path else None
-        if checkpoint and not checkpoint.anatomy.host(checkpoint.config).causal:
+        if checkpoint and not checkpoint.anatomy.continues_text(checkpoint.config):
+            anatomy = checkpoint.anatomy
+            name = checkpoint.config["architectures"][0] if anatomy.causal else anatomy.family
             raise RegraftError(
-                f"'{path}' is a {checkpoint.anatomy.family}, which does not continue text: give a "
-                "decoder"
+                f"'{path}' is a {name}, which does not continue text: give a decoder"
             )
 
 
@@ -228,6 +233,9 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             f"the tokenizer in '{folder}' names code of another repository ({code:.80}), which is "
             "never fetched: put the file into the directory and its name into auto_map"
         )
+    # Without any file, transformers makes a tokenizer that knows no words.
+    if not any(file for pattern in TOKENIZER for file in folder.glob(pattern)):
+        raise RegraftError(f"no tokenizer in '{folder}': put tokenizer.json there")
     try:
         # Trust is for the tokenizer: of its own, transformers would read config.json by the model's
         # code too.

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint
-from ..core.model_files import refuse_fetched_code
-from ..errors import explain_errors
+from ..core.stock_class import build_stock_config as build_stock_config
+from ..core.stock_class import choose_class as choose_class
+from ..core.stock_class import explain_model_errors as explain_model_errors
+from ..core.stock_class import stock_class as stock_class
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 
@@ -72,42 +67,19 @@ def model_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
         return RegraftForCausalLM, RegraftConfig(**own)
 
 
-def stock_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
-    """(class, config) of a stock model.
-
-    The class is the one that the config's `architectures` names, or its family's default.
-    """
-    config = build_stock_config(fields)
-    auto = AutoModelForCausalLM if find_anatomy(fields).causal else AutoModel
-    named: Any = getattr(transformers, (fields.get("architectures") or [""])[0], None)
-    # Only a model of this config: the package has functions and trainers under other names.
-    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
-    if is_model and isinstance(config, named.config_class or ()):
-        return named, config
-    return auto._model_mapping[type(config)], config
-
-
-def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """transformers' config of a supported family from the mapping in a config.json.
-
-    RegraftError for an unknown family and for kernels that would be fetched and run.
-    """
-    family = find_anatomy(fields).family
-    refuse_fetched_code(fields, family)
-    plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
-    with explain_model_errors(fields["model_type"]):
-        config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **plain)
-        return config
-
-
-def explain_model_errors(name: object) -> AbstractContextManager[None]:
-    """Inside, what transformers raises about a config or a model becomes a RegraftError.
-
-    Args:
-        name: the model's path or type.
-    """
-    what = f"transformers cannot make a model of '{name}' from its config.json"
-    return explain_errors(what, "fix it, or fetch it again")
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Inside, transformers shows no progress bar and no table of what it did not find."""
+    logging = transformers.utils.logging
+    had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

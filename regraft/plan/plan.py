@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..core import lineage
 from ..core.checkpoint import Checkpoint, LazyTensor
+from ..core.side_files import SideFiles, find_side_files
+from ..errors import printable
 from ..io.finite import count_nonfinite
 from ..io.safetensors import TensorEntry
 from ..mixers.registry import mixer_class
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 # Bytes for hashing, blocks of random numbers, and what the allocator keeps.
 OVERHEAD = 96_000_000
+FIRST = 3  # files that are named of those that are not copied
 
 
 class TensorCount(TypedDict):
@@ -73,7 +76,8 @@ class Plan:
             by kind of layer.
         source_state_bytes: the source's, over all layers; 0 for encoders.
         steps: the target's history, as lineage.json has it.
-        notes: what the steps want a person to know.
+        notes: what the steps and the files beside the weights want a person to know.
+        left_out: files and folders beside the source's weights that are not copied -> why.
         nonfinite: what a scan of the source's values found, by tensor: how many are NaN, and how
             many infinite. None where no values were read.
     """
@@ -95,6 +99,7 @@ class Plan:
     source_state_bytes: int
     steps: list[dict[str, Any]]
     notes: list[str]
+    left_out: dict[str, str]
     nonfinite: dict[str, NonfiniteCount] | None = None
 
     @classmethod
@@ -118,6 +123,9 @@ class Plan:
         length = min(length, source.sizes.get("pos", length))
         context = context if source.anatomy.causal else source.sizes["pos"]
         kinds = layer_kinds(target)
+        side = SideFiles()
+        if target.folder is not None:  # a GGUF file that is not converted yet has none
+            side = find_side_files(target.folder, target.sizes["hidden"], target.copy_code)
         return cls(
             source=source.sizes,
             target=target.sizes,
@@ -145,7 +153,12 @@ class Plan:
             state_bytes=state_bytes(target, context),
             source_state_bytes=sum(state_bytes(source, context).values()),
             steps=list(target.history),
-            notes=[note for step in target.history for note in step.get("notes", [])] + list(notes),
+            notes=[
+                *(note for step in target.history for note in step.get("notes", [])),
+                *notes,
+                *side.notes,
+            ],
+            left_out=side.left_out,
         )
 
     def format_cost(self) -> str:
@@ -257,7 +270,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         state = format_megabytes(plan.state_bytes[kind])
         suffix = f"; state {state} MB" if keeps_state(plan) else ""
         console.print(f"{kind}: layers {numbers}{suffix}", soft_wrap=True, highlight=False)
-    for note in [*plan.notes, *format_scan(plan)]:
+    for note in [*plan.notes, *format_left_out(plan), *format_scan(plan)]:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)
 
 
@@ -270,6 +283,15 @@ def format_ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
+
+
+def format_left_out(plan: Plan) -> list[str]:
+    """How many files beside the weights are not copied, the first of them with why."""
+    if not plan.left_out:
+        return []
+    pairs = [f"{printable(name)} ({why})" for name, why in plan.left_out.items()]
+    more = f" and {len(pairs) - FIRST} more, which lineage.json names" if pairs[FIRST:] else ""
+    return [f"beside the weights, not copied: {', '.join(pairs[:FIRST])}{more}"]
 
 
 def format_scan(plan: Plan) -> list[str]:

@@ -22,7 +22,6 @@ from ..data.text import Text
 from ..errors import RegraftError
 from ..growth.ligo_options import Ligo
 from ..growth.sizes_to_steps import Growth
-from ..growth.steps.bridge import Bridge
 from ..growth.steps.ligo import Learned
 from ..progress import Ticker
 from .ligo_trainer import FitRow, LigoTrainer
@@ -88,9 +87,9 @@ def fit_maps(
     Returns:
         The step that grows the source by the learned maps; its `cost` is a `FitCost`.
     """
-    # A bridge makes another class of the same model, which is then what grows.
-    if growth.bridge:
-        source = Bridge()(source)
+    # Another class of the same model, or one with a head of its own, is then what grows.
+    for step in growth.first_steps(source):
+        source = step(source)
     sizes = growth.with_target_sizes(source).sizes
     check_fit(source, sizes, stage)
     learned = Learned(**sizes, method=method, seed=seed)
@@ -201,7 +200,8 @@ def fit_from_options(
             f"--width-init ligo learns from text or images: give --data PATH, or --fit '{NO_STEPS}'"
         )
     if data is None:
-        return replace(cast(Learned, growth.steps(source)[-1]), method=method)
+        (learned,) = (step for step in growth.steps(source) if isinstance(step, Learned))
+        return replace(learned, method=method)
 
     stage = choose_stage(source, run)
     ticker.start("reading data")

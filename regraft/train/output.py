@@ -159,6 +159,7 @@ def publish_model(folder: Path, out: Path) -> None:
     replace(marker, files={**marker.files, **written.files}).write(out)
     for name in sorted(written.files, key=lambda name: name == "config.json"):
         if (folder / name).exists():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder / name, out / name)
     shutil.rmtree(folder)
 

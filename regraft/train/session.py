@@ -265,8 +265,11 @@ def check_stage(
     teacher: str | None,
     keeping: TeacherCacheConfig | None,
 ) -> None:
-    """RegraftError when a stage does not fit the model's family or has no outputs to cache."""
+    """RegraftError when a stage does not fit the model's family or positions, or has no outputs to
+    cache.
+    """
     family = checkpoint.config["model_type"]
+    flops.count_positions(checkpoint, stage.length)
     if stage.kind in LAYERWISE and family != "regraft":
         raise RegraftError(
             f"{model} is a {family} model without mixers, which '{stage.kind}' is for: "

@@ -114,10 +114,10 @@ def test_table_says_what_does_not_hold(source: Path, tmp_path: Path) -> None:
     receipts = check(source, tmp_path / "out")
     print_receipts(receipts, Console(file=text, width=120))
     print_receipts(
-        receipts | {"holds": False, "unaccounted": list("abcd"), "source_matches": False},
+        receipts | {"holds": False, "unaccounted": list("abcde"), "source_matches": False},
         Console(file=text, width=120),
     )
-    assert "a, b, c and 1 more" in text.getvalue() and "does NOT hold" in text.getvalue()
+    assert "a, b, c, d and 1 more" in text.getvalue() and "does NOT hold" in text.getvalue()
     assert torch.isfinite(torch.tensor(receipts["rel_logit_diff"])) and files.sha256(
         source / "model.safetensors"
     )

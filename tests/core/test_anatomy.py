@@ -47,14 +47,15 @@ def test_sizes_solve_both_ways(family: str) -> None:
     assert anatomy.solve({**config, **keys}) == sizes
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_missing_keys_take_the_familys_defaults(family: str) -> None:
-    config = tiny(family, hidden=72)[0].to_dict()
+@pytest.mark.parametrize(("family", "kv"), [("llama", 64), ("mistral", 8), ("qwen2", 32)])
+def test_missing_keys_take_the_familys_defaults(family: str, kv: int) -> None:
+    config = tiny(family, hidden=512, heads=64, kv=8)[0].to_dict()
     for key in ("head_dim", "tie_word_embeddings"):
         config.pop(key, None)
     assert find_anatomy(config).solve(config)["dim"] == 8
     del config["num_key_value_heads"]
-    assert find_anatomy(config).solve(config)["group"] == 1
+    assert find_anatomy(config).solve(config)["kv"] == kv
+    assert find_anatomy(config).solve(config | {"num_key_value_heads": None})["kv"] == 64
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ PAGES = sorted(
 )
 HISTORY = {DOCS / "log.md", ROOT / "CHANGELOG.md"}  # they say what names were
 START = [DOCS / "start" / "linearize.md", DOCS / "start" / "grow.md"]
-EXAMPLES = {"family": "seed_oss", "step": "untie", "mixer": "elu"}
+EXAMPLES = {"family": "seed_oss", "step": "truncate", "mixer": "elu"}
 LAWS = {  # a part of the laws that the pages name, so that a test of them takes seconds
     "family": ["tests/families", "tests/growth/test_growth.py"],
-    "step": ["tests/growth/test_untie.py"],
+    "step": ["tests/growth/test_truncate.py"],
     "mixer": ["tests/mixers/test_mixers.py", "tests/mixers/test_linear.py"],
 }
 SMALL = {

@@ -176,17 +176,6 @@ def test_a_rewritten_checkpoint_gives_the_same_outputs(
     )
 
 
-def test_layer_types_are_derived_as_the_class_does() -> None:
-    for family, keys in (
-        ("gemma2", {}),
-        ("gemma3_text", {}),
-        ("gemma3_text", {"sliding_window_pattern": 4}),
-    ):
-        config = tiny(family, layers=13, **keys)[0].to_dict()
-        bare = {key: value for key, value in config.items() if key != "layer_types"} | keys
-        assert find_anatomy(bare).fill_defaults(bare)["layer_types"] == config["layer_types"]
-
-
 def test_layer_types_follow_their_layers() -> None:
     config = tiny("gemma3_text")[0].to_dict()
     anatomy = find_anatomy(config)

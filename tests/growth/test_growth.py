@@ -17,7 +17,7 @@ from helpers.tiny import ARCHITECTURES, GROWABLE, inputs, max_relative_differenc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regraft.checks import growth
+from regraft.checks.outputs import GREEDY_TOKENS, compare_models
 from regraft.core.anatomy import find_anatomy
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.part import Part
@@ -348,8 +348,8 @@ def test_decoding_through_the_cache_gives_the_same(family: str, tmp_path: Path) 
     hidden = 144 if family in COUPLED else 72
     assert difference(family, tmp_path, Widen(hidden=hidden, ffn=104), Deepen(4)) < BOUND
     source, out = Checkpoint.open(tmp_path / "source"), Checkpoint.open(tmp_path / "out")
-    found = growth.compare_models(source, out, seed=0)
-    assert found["parallel_vs_recurrent"] < BOUND and found["greedy"] == growth.GREEDY_TOKENS
+    found = compare_models(source, out, seed=0)
+    assert found["parallel_vs_recurrent"] < BOUND and found["greedy"] == GREEDY_TOKENS
 
 
 @pytest.mark.parametrize("family", GROWABLE)

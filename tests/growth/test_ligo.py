@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regraft import modeling
-from regraft.checks import growth as parity
+from regraft.checks import outputs as parity
 from regraft.cli.main import main as cli
 from regraft.core import axes, lineage
 from regraft.core.checkpoint import Checkpoint

@@ -17,6 +17,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
 CONFIGS = {
     "llama": "LlamaConfig",
     "mistral": "MistralConfig",
+    "ministral": "MinistralConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
     "gpt_neox": "GPTNeoXConfig",
@@ -58,10 +59,11 @@ ARCHITECTURES = {
 }
 # Both kinds of layers in three, and numbers that differ from what the sizes would give.
 GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 16}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 EXTRA: dict[str, dict[str, Any]] = {
+    "ministral": {"sliding_window": 16, "layer_types": LAYER_TYPES},
     "gemma2": GEMMA,
-    "gemma3_text": GEMMA
-    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": GEMMA | {"layer_types": LAYER_TYPES},
     "mixtral": {"num_local_experts": 3},
     "bert": {"max_position_embeddings": 41, "num_labels": 5},
     "roberta": {"max_position_embeddings": 41, "num_labels": 5},
@@ -131,8 +133,8 @@ def tiny(
     torch.manual_seed(seed)
     sizes = sizes_of(family, hidden, heads, kv, dim, ffn, layers, vocab)
     extra = dict(EXTRA.get(family, {}))
-    if family == "gemma3_text" and layers != 3:
-        del extra["layer_types"]
+    if layers != len(LAYER_TYPES):
+        extra.pop("layer_types", None)
     if (architecture or "").endswith("ForQuestionAnswering"):
         extra["num_labels"] = 2  # where an answer begins and ends
     special = (

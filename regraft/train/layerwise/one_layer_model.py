@@ -14,8 +14,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ...core.checkpoint import Checkpoint
 from ...errors import RegraftError
-from ...modeling.loading import silence_transformers
-from ...modeling.meta import build_meta_model, iter_buffers
+from ...modeling.meta import build_meta_model, iter_buffers, silence_transformers
 from ..hooks import LayerRecord, record_layers
 from ..layer_subset import SkippedLayer, layer_stack
 

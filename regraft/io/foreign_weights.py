@@ -1,0 +1,91 @@
+"""Folders without weights that regraft reads, named as what they are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import RegraftError
+
+ADAPTER = "adapter_config.json"
+# Names of folders that a command may hold as they are.
+PLAIN = re.compile(r"[\w./~+=@:, -]+")
+# Pattern of a file -> what writes such files, and what to do.
+FORMATS = {
+    "adapter_model.*": ("an adapter without its adapter_config.json", "fetch that, then merge"),
+    "consolidated*.safetensors": (
+        "in Mistral's own format",
+        "fetch the Hugging Face files of the model (config.json, model*.safetensors)",
+    ),
+    "consolidated*.pth": (
+        "in Meta's own format",
+        "convert it with transformers' convert_llama_weights_to_hf.py",
+    ),
+    "tf_model.h5": (
+        "TensorFlow's",
+        "fetch the safetensors, or save them with transformers 4 (from_pretrained(.., from_tf=True)"
+        ".save_pretrained)",
+    ),
+    "flax_model*.msgpack": (
+        "Flax's",
+        "fetch the safetensors, or save them with transformers 4 (from_pretrained(.., "
+        "from_flax=True).save_pretrained)",
+    ),
+    "*.onnx": ("ONNX's", "fetch the safetensors that it was exported from"),
+    "onnx/*.onnx": ("ONNX's", "fetch the safetensors that it was exported from"),
+    "model-*-of-*.safetensors": (
+        "a shard without its index",
+        "fetch model.safetensors.index.json beside it",
+    ),
+}
+
+
+def check_no_adapter(folder: Path) -> None:
+    """RegraftError for an adapter, with or without the model that it belongs to."""
+    if (folder / ADAPTER).is_file():
+        raise RegraftError(
+            f"'{folder}' is an adapter (it has {ADAPTER}), not a whole model: "
+            + advise_merging(folder)
+        )
+
+
+def advise_merging(folder: Path) -> str:
+    """What to do about an adapter."""
+    return (
+        'merge it first, like this: python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"M.from_pretrained({quote_folder(folder)}).merge_and_unload()"
+        f'.save_pretrained({quote_folder(folder, "-merged")})"'
+    )
+
+
+def quote_folder(folder: Path, ending: str = "") -> str:
+    """A folder's name in a command that a user may run; DIR for one that a shell would act on.
+
+    Args:
+        folder: the folder.
+        ending: of the name of another folder beside it.
+    """
+    name = str(folder) if PLAIN.fullmatch(str(folder)) else "DIR"
+    return f"'{name}{ending}'"
+
+
+def explain_missing_weights(folder: Path, wanted: str) -> RegraftError:
+    """The error for a folder without the weights that were wanted.
+
+    Args:
+        folder: without them.
+        wanted: names of the files.
+    """
+    # Unpickling may run any code, so these are refused rather than converted.
+    for pattern in ("*.bin", "*.pt"):
+        if pickles := sorted(folder.glob(pattern)):
+            return RegraftError(
+                f"'{pickles[0]}' is a pickle, which is never loaded: convert it with "
+                "`python -m safetensors.torch_convert` or transformers' save_pretrained"
+            )
+    for pattern, (what, remedy) in FORMATS.items():
+        if files := sorted(folder.glob(pattern)):
+            return RegraftError(f"'{files[0]}' is {what}, which is not read: {remedy}")
+    return RegraftError(
+        f"no {wanted} in '{folder}': give a Hugging Face model directory or a GGUF file"
+    )
