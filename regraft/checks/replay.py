@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import modeling
+from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint, with_older_keys
 from ..errors import RegraftError, first_line
 from ..growth.sizes_to_steps import cast_checkpoint
@@ -96,18 +97,15 @@ def _iter_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Ite
     full = [fill_config(config) for config in (ours, theirs)] if keys else []
     for key in keys:
         left, right = ours.get(key), theirs.get(key)
-        if key == "host" and isinstance(left, dict) and isinstance(right, dict):
-            yield from (f"host.{name}" for name in _iter_differences(left, right))
         # Missing and null alike stand for what the class takes then.
-        elif None not in (left, right) or full[0].get(key) != full[1].get(key):
+        if None not in (left, right) or full[0].get(key) != full[1].get(key):
             yield key
 
 
 def fill_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with transformers' defaults; of a linearized model its own keys."""
-    if config.get("model_type") == "regraft":
-        return dict(config)
-    return modeling.build_stock_config(config).to_dict()
+    """A config with transformers' defaults."""
+    host = find_anatomy(config).host_config(config)
+    return modeling.build_stock_config(host).to_dict() | dict(config)
 
 
 def find_unequal(made: Checkpoint, after: Checkpoint, progress: ProgressCallback) -> list[str]:

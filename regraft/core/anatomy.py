@@ -417,7 +417,7 @@ def read_as_auto(config: Config) -> dict[str, Any]:
     """
     anatomy = find_anatomy(config)
     if anatomy.host(config) is not anatomy:
-        return dict(config)  # linearized: its host was read when it was made
+        return {**config, **anatomy.rewrite(config)}  # its host was read when it was linearized
     return fill_nulls({**config, **_import_table(config["model_type"]).rewrite(config)}, anatomy)
 
 

@@ -125,7 +125,7 @@ def origin(checkpoint: Checkpoint) -> Source:
     joined = "".join(hashes.values())
     return {
         "path": str(checkpoint.origin.resolve()),
-        "family": checkpoint.config.get("host", checkpoint.config)["model_type"],
+        "family": checkpoint.anatomy.host_config(checkpoint.config)["model_type"],
         "files": hashes,
         "sha256": joined if len(hashes) == 1 else hashlib.sha256(joined.encode()).hexdigest(),
     }

@@ -190,16 +190,16 @@ def match_names(
     if known.issuperset(names.values()):
         return names, {}
 
-    # Names inside a linearized model are those of its host behind a prefix.
+    # A linearized model has the names of its host; earlier versions put a prefix before them.
     host = anatomy.host(config)
     prefix = "" if host is anatomy else "host."
     stock = StockNames(anatomy.host_config(config))
-    goals = {stock.find(name.removeprefix(prefix)): name for name in known}
+    goals = {stock.find(name): name for name in known}
 
     dropped: dict[str, str] = {}
     for name in [name for name, canonical in names.items() if canonical not in known]:
         bare = name.removeprefix(prefix)
-        canonical = goals.get(stock.find(bare)) if name.startswith(prefix) else None
+        canonical = goals.get(stock.find(bare))
         if canonical is not None:
             names[name] = canonical
         elif any(goal.startswith(f"{bare} from ") for goal in goals):

@@ -1,6 +1,6 @@
 """A linearized model: a stock model, the host, with mixers in place of some attentions.
 
-The host's parts have their names under "host."; each mixer adds its own weights in the slot of the
+The host's parts keep their names; each mixer adds its own weights in the slot of the
 attention that it replaces.
 """
 
@@ -18,16 +18,14 @@ from ..io.schema import check_json, check_version, shorten
 from ..mixers.base import Attention
 from ..mixers.registry import validate, weights
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_regraft.RegraftConfig",
-    "AutoModelForCausalLM": "modeling_regraft.RegraftForCausalLM",
-}
+# Keys of config.json that are not the host's.
+OWN_KEYS = ("model_type", "architectures", "auto_map", "host", "slot", "mixers", "attention")
 
 
 class RegraftFields(TypedDict):
     """The keys of config.json that make a linearized model; others are transformers' own."""
 
-    host: dict[str, Any]  # the config of the stock model
+    host: str | dict[str, Any]  # model_type of the stock model; its whole config in old files
     mixers: list[dict[str, Any] | None]  # by layer, the mixer's name and options
     attention: list[AttentionFields | None]  # by layer, the attention that the mixer replaced
 
@@ -36,19 +34,19 @@ class RegraftFields(TypedDict):
 class RegraftAnatomy(Anatomy):
     """The table of `model_type: "regraft"`, derived from keys of the config.
 
-    `host` is the stock config, `mixers` has a mixer's options per layer (None: the attention
-    stays), `attention` the fields of each replaced attention.
+    `host` is the stock model's family, whose keys stand beside these; `mixers` has a mixer's
+    options per layer (None: the attention stays), `attention` the fields of each replaced
+    attention.
     """
 
     def check(self, config: Config) -> None:
         """RegraftError when a key is of a wrong type, or hosts and mixers do not go together."""
         check_version(config, "regraft config")
         check_json(config, RegraftFields, "regraft config", "make the model again")
-        host = config["host"]
-        if host.get("model_type") == self.family:
+        if self.host_config(config).get("model_type") == self.family:
             raise RegraftError(
-                f"regraft config has host.model_type = '{self.family}': the host is a stock model,"
-                " make the model again"
+                f"regraft config has host = '{self.family}': the host is a stock model, make the"
+                " model again"
             )
 
         sizes, mixers, fields = self.solve(config), config["mixers"], config["attention"]
@@ -70,35 +68,34 @@ class RegraftAnatomy(Anatomy):
 
     def fill_defaults(self, config: Config) -> dict[str, Any]:
         """The host's config with the host family's defaults."""
-        return find_anatomy(config["host"]).fill_defaults(config["host"])
+        host = self.host_config(config)
+        return find_anatomy(host).fill_defaults(host)
 
     def solve(self, config: Config) -> dict[str, int]:
         """Axis sizes of the host."""
-        return find_anatomy(config["host"]).solve(config["host"])
+        host = self.host_config(config)
+        return find_anatomy(host).solve(host)
 
     def place(self, config: Config) -> dict[Key, PlacedPart]:
         """The host's parts without the replaced attentions, and the mixers' weights.
 
         A mixer's weights have the key ("mixer.<name in the mixer>", layer).
         """
-        host, sizes = find_anatomy(config["host"]), self.solve(config)
+        host, sizes = self.host(config), self.solve(config)
         placed: dict[Key, PlacedPart] = {}
 
-        for (role, layer), before in host.place(config["host"]).items():
+        for (role, layer), before in host.place(self.host_config(config)).items():
             replaced = layer is not None and config["mixers"][layer] is not None
             if not (replaced and role.startswith("attn.")):
-                name = f"host.{before.name}"
-                placed[role, layer] = PlacedPart(
-                    name, replace(before.part, name=name), before.shape
-                )
+                placed[role, layer] = replace(before, part=replace(before.part, name=before.name))
 
-        # The mixer keeps the place of the attention module: "host.<slot>.mixer.<name>".
+        # The mixer keeps the place of the attention module: "<slot>.mixer.<name>".
         for layer, spec in enumerate(config["mixers"]):
             if not spec:
                 continue
             attention = Attention(**config["attention"][layer])
             for local, weight in weights(spec, attention).items():
-                name = f"host.{host.slot.format(layer)}.mixer.{local}"
+                name = f"{host.slot.format(layer)}.mixer.{local}"
                 shape = parse_signature(weight.signature).shape(sizes)
                 placed[f"mixer.{local}", layer] = PlacedPart(
                     name, Part(name, weight.signature), shape
@@ -108,17 +105,25 @@ class RegraftAnatomy(Anatomy):
 
     def untie_embeddings(self, config: Config) -> Config:
         """The config with an output embedding of the host's own."""
-        host = find_anatomy(config["host"]).untie_embeddings(config["host"])
-        return {**config, "host": host, "tie_word_embeddings": False}
+        return join_host(config, self.host(config).untie_embeddings(self.host_config(config)))
 
     def host(self, config: Config) -> Anatomy:
         """The family of the stock model whose attentions the mixers replace."""
-        return find_anatomy(config["host"])
+        return find_anatomy(self.host_config(config))
 
     def host_config(self, config: Config) -> Config:
         """The stock config."""
-        host: Config = config["host"]
-        return host
+        host = config["host"]
+        if isinstance(host, dict):
+            return host
+        keys = {key: value for key, value in config.items() if key not in OWN_KEYS}
+        return {**keys, "model_type": host}
+
+    def canonical_name(self, name: str) -> str:
+        """The state-dict name of a tensor found in a file."""
+        # Old files have the host's names behind "host.", GPT-NeoX's has another name for its head.
+        name = name.removeprefix("host.")
+        return name.replace("embed_out.", "lm_head.", 1) if name.startswith("embed_out.") else name
 
     def resize_config(
         self,
@@ -139,8 +144,8 @@ class RegraftAnatomy(Anatomy):
                 "grow heads first, then linearize"
             )
 
-        family = find_anatomy(config["host"])
-        host = family.resize_config(config["host"], sizes, order, extra)
+        family = self.host(config)
+        host = family.resize_config(self.host_config(config), sizes, order, extra)
         order = order or range(len(config["mixers"]))
         specs = [config["mixers"][layer] for layer in order]
         attention = [
@@ -159,18 +164,12 @@ class RegraftAnatomy(Anatomy):
                     f"mixer '{spec['name']}' has widths of its own: grow first, then linearize"
                 )
 
-        # transformers' own files repeat keys of the host beside it; kinds of layers follow from it.
-        repeated = {
-            key: value
-            for key, value in host.items()
-            if key in config and config[key] == config["host"].get(key)
-        }
-        own = {key: value for key, value in config.items() if key != "layer_types"} | repeated
-        return {**own, "host": host, "mixers": specs, "attention": attention}
+        return {**join_host(config, host), "mixers": specs, "attention": attention}
 
     def attention(self, config: Config, layer: int) -> AttentionFields:
         """Shape and conventions of the attention in a layer of the host."""
-        return find_anatomy(config["host"]).attention(config["host"], layer)
+        host = self.host_config(config)
+        return find_anatomy(host).attention(host, layer)
 
     def write_extras(self, directory: str, config: Config) -> None:
         """The code files that `trust_remote_code` loads."""
@@ -182,4 +181,22 @@ def weight_signatures(spec: dict[str, Any], attention: AttentionFields) -> list[
     return [weight.signature for weight in weights(spec, Attention(**attention)).values()]
 
 
-anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="")
+def join_host(own: Config, host: Config) -> dict[str, Any]:
+    """config.json of a linearized model: the keys of `own` that say what replaces what, and the
+    host's.
+    """
+    keys = {key: value for key, value in host.items() if key not in OWN_KEYS}
+    said = {key: own[key] for key in OWN_KEYS if key in own}
+    return {**keys, **said, "host": host["model_type"]}
+
+
+def flatten_host(config: Config) -> dict[str, Any]:
+    """Keys that a config with the host's config inside, as older versions wrote it, has now."""
+    host = config.get("host")
+    if not isinstance(host, dict):
+        return {}
+    kept = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+    return {key: value for key, value in join_host({}, host).items() if key not in kept}
+
+
+anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="", rewrite=flatten_host)

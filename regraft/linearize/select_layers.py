@@ -186,7 +186,7 @@ def score_copying(
             record_hidden_states(layers) as inputs,
             torch.no_grad(),
         ):
-            student.forward_decoder(row[None])
+            student.get_decoder()(input_ids=row[None], use_cache=False)
         for layer in every_layer:
             others = [other for other in every_layer if other != layer]
             with (
@@ -295,12 +295,12 @@ def softmax_in(
     mixers, attentions = student.slots(), modeling.slots(teacher, source)
     name = student.config.slot  # path of the attention module, `{}` for the layer
     for layer in layers:
-        student.host.set_submodule(name.format(layer), attentions[layer])
+        student.set_submodule(name.format(layer), attentions[layer])
     try:
         yield
     finally:
         for layer in layers:
-            student.host.set_submodule(name.format(layer), mixers[layer])
+            student.set_submodule(name.format(layer), mixers[layer])
 
 
 @contextmanager

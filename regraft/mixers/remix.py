@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from ..core.anatomy import Key, PlacedPart, find_anatomy
+from ..core.auto_map import AUTO_MAP
 from ..core.axes import Sizes, broadcast_axes, parse_signature
 from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.step import step_entry
 from ..errors import RegraftError
-from ..families.regraft import AUTO_MAP
+from ..families.regraft import join_host
 from .base import Attention, WeightSpec
 from .inherit import parse_inherit
 from .initialize import create_initial_tensor
 from .registry import mixer_class, validate, weights
 from .remix_options import RemixOptions
 from .source_windows import source_windows
-
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Remix(RemixOptions):
         return cls(**{name: getattr(options, name) for name in names} | changes)
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
-        """The linearized checkpoint: `model_type: "regraft"`, the source's config as `host`."""
+        """The linearized checkpoint: `model_type: "regraft"`, beside the source's config."""
         config = self.build_config(source)
         anatomy = find_anatomy(config)
         step = step_entry(self)
@@ -110,19 +109,19 @@ class Remix(RemixOptions):
         attention = [
             None if spec is None else shape for spec, shape in zip(specs, shapes, strict=True)
         ]
-        full = source.anatomy.fill_defaults(source.config)
-        special = {key: source.config[key] for key in SPECIAL if source.config.get(key) is not None}
-        return {
+        own = {
             "model_type": "regraft",
             "architectures": ["RegraftForCausalLM"],
             "auto_map": AUTO_MAP,
-            "dtype": source.config.get("dtype") or source.config.get("torch_dtype") or "float32",
-            "host": source.config,
             "slot": source.anatomy.slot,
             "mixers": specs,
             "attention": attention,
+        }
+        full = source.anatomy.fill_defaults(source.config)
+        return {
+            **join_host(own, source.config),
+            "dtype": source.config.get("dtype") or source.config.get("torch_dtype") or "float32",
             "tie_word_embeddings": full["tie_word_embeddings"],
-            **special,
         }
 
     def build_spec(self, source_window: int | None = None) -> dict[str, Any]:

@@ -4,7 +4,12 @@ Importing this package registers `model_type: "regraft"` with transformers' auto
 `AutoModelForCausalLM.from_pretrained` loads a saved linearized model.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from . import flops
 from .cache import CACHE, MixerState, cache_kwargs, cache_of, state_bytes
@@ -24,7 +29,11 @@ from .loading import (
     to_checkpoint_names,
 )
 from .meta import build_meta_model, build_stock_config
-from .modeling_regraft import RegraftForCausalLM
+from .modeling_regraft import (
+    RegraftForCausalLM,
+    RegraftForSequenceClassification,
+    RegraftModel,
+)
 
 __all__ = [
     "CACHE",
@@ -32,6 +41,8 @@ __all__ = [
     "MixerState",
     "RegraftConfig",
     "RegraftForCausalLM",
+    "RegraftForSequenceClassification",
+    "RegraftModel",
     "build_meta_model",
     "build_random_model",
     "build_stock_config",
@@ -53,4 +64,8 @@ __all__ = [
 ]
 
 AutoConfig.register("regraft", RegraftConfig, exist_ok=True)
+AutoModel.register(RegraftConfig, RegraftModel, exist_ok=True)
 AutoModelForCausalLM.register(RegraftConfig, RegraftForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    RegraftConfig, RegraftForSequenceClassification, exist_ok=True
+)

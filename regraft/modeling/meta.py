@@ -36,14 +36,13 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
 def fill_buffers(model: PreTrainedModel) -> None:
     """Make buffers that are on the meta device real."""
-    stock = model.host if isinstance(model, RegraftForCausalLM) else model
-    for module in stock.modules():
+    for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in names:
             setattr(module, name, torch.zeros_like(getattr(module, name), device="cpu"))
         # Fills the buffers; on parameters, which are meta tensors, it has no effect.
         if names:
-            stock._init_weights(module)
+            model._init_weights(module)
 
 
 def build_from_config(checkpoint: Checkpoint) -> Any:

@@ -203,6 +203,7 @@ class RegraftModel(RegraftPreTrainedModel):
         inputs_embeds: Float[Tensor, "batch time hidden"] | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
+        rows: RowLayout | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The host's output, with last_hidden_state (batch, time, hidden).
@@ -215,6 +216,7 @@ class RegraftModel(RegraftPreTrainedModel):
             inputs_embeds: embedded tokens.
             use_cache: whether to return a cache; the config's value when left out.
             past_key_values: the older name of `cache`.
+            rows: padding and documents; None: what the mask and the positions say.
             kwargs: passed on to the host.
 
         Raises RegraftError without an input, for two different caches, for a mask that is not 2-D,
@@ -234,7 +236,7 @@ class RegraftModel(RegraftPreTrainedModel):
                 f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them"
             )
 
-        rows = lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
+        rows = rows or lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
         if attention_mask is not None and position_ids is None:
             # Padding takes no position, as `generate` has it.
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -77,7 +77,7 @@ def write_remote_code(directory: str | Path, config: dict[str, Any]) -> list[str
     mixers = with_siblings(PACKAGE / "mixers", {"base", *(module_of(cls) for cls in classes)})
     files = [PACKAGE / "modeling" / f"{name}.py" for name in MODELING_FILES]
     files += [PACKAGE / "mixers" / f"{name}.py" for name in sorted(mixers)]
-    files.append(PACKAGE / "errors.py")
+    files += [PACKAGE / "errors.py", PACKAGE / "core" / "auto_map.py"]
 
     texts = {file.name: flatten_imports(file.read_text(encoding="utf-8")) for file in files}
     texts |= {"registry.py": registry_text(classes), "shapes.py": SHAPES}

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
-from ..mixers.base import MixerContext
 from ..modeling.layer_kinds import layer_kinds
-from ..modeling.modeling_regraft import RegraftForCausalLM
+from ..modeling.modeling_regraft import RegraftForCausalLM, RowLayout
 from ..train.calibrate import output_error
 from ..train.gradient_checkpointing import set_gradient_checkpointing
 from ..train.hooks import LayerRecord, record_layers
@@ -243,7 +242,7 @@ class StepSimulation:
         model, length = model or self.model, length or self.length
         ids, positions, segments = (torch.zeros(rows, length, dtype=torch.long) for _ in range(3))
         linear = isinstance(model, RegraftForCausalLM)
-        kwargs = {"mixing": MixerContext(None, None, segments)} if linear else {}
+        kwargs = {"rows": RowLayout(segments=segments)} if linear else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_autocast):
             hidden: Tensor = model.get_decoder()(
                 input_ids=ids, position_ids=positions, use_cache=False, **kwargs

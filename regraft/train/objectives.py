@@ -16,7 +16,6 @@ from transformers.models.auto import modeling_auto
 from ..data.images import Images
 from ..data.rows import Packed, Table
 from ..errors import RegraftError
-from ..modeling.modeling_regraft import RegraftForCausalLM
 from .stage import Kind
 
 __all__ = [
@@ -42,7 +41,7 @@ MASK_SHARE = 0.15  # BERT's share of tokens that are to be guessed
 HEADS: dict[str, tuple[str, set[str]]] = {
     "next": (
         "a decoder",
-        {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "RegraftForCausalLM"},
+        set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()),
     ),
     "mask": ("a ...ForMaskedLM", set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())),
     "image": (
@@ -216,20 +215,18 @@ def encoder_inputs(model: PreTrainedModel, rows: Packed) -> dict[str, Tensor]:
 
 def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
     """The decoder's output before the head, (batch, time, hidden) in float32."""
-    run = (
-        model.forward_decoder
-        if isinstance(model, RegraftForCausalLM)
-        else partial(model.get_decoder(), use_cache=False)
-    )
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
-        output = run(input_ids=rows.input_ids, position_ids=rows.position_ids)
+        output = model.get_decoder()(
+            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False
+        )
         return output.last_hidden_state.float()
 
 
 def check_head(model: PreTrainedModel, kind: str) -> None:
     """RegraftError when the model has no head for an objective."""
     needed, classes = HEADS[kind]
-    if type(model).__name__ not in classes:
+    # A linearized model's class is made of its host's.
+    if not classes & {kind.__name__ for kind in type(model).__mro__}:
         raise RegraftError(
             f"a {type(model).__name__} has no head for '{kind}': give {needed} "
             "(config.json's architectures say which)"

@@ -219,8 +219,8 @@ def test_the_head_of_a_linearized_host(family: str, tmp_path: Path) -> None:
     source = Checkpoint.open(tmp_path / "source")
     Remix(keep="0", window=8)(source).save(tmp_path / "out")
     (tmp_path / "out" / "lineage.json").unlink()
-    embed, head = "host." + source.names["embed.weight", None], HEADS.get(family, "lm_head.weight")
-    edit(tmp_path / "out", renamed(f"^{embed}$", f"host.{head}"))
+    embed, head = source.names["embed.weight", None], HEADS.get(family, "lm_head.weight")
+    edit(tmp_path / "out", renamed(f"^{embed}$", head))
     stored = Checkpoint.open(tmp_path / "out")
     assert "head.weight" not in {role for role, _ in stored.tensors}
     assert torch.equal(
@@ -229,10 +229,10 @@ def test_the_head_of_a_linearized_host(family: str, tmp_path: Path) -> None:
 
     edit(
         tmp_path / "out",
-        lambda values: values | {embed: values[f"host.{head}"].flip(0)},
+        lambda values: values | {embed: values[head].flip(0)},
     )
     untied = Checkpoint.open(tmp_path / "out")
-    assert untied.config["host"]["tie_word_embeddings"] is False
+    assert untied.config["tie_word_embeddings"] is False
     ids = torch.arange(20)[None]
     with torch.no_grad():
         logits = modeling.materialize(untied)(ids).logits

@@ -313,7 +313,7 @@ def test_every_other_step_keeps_kinds_of_layers(case: str, tmp_path: Path) -> No
 
     linear = regraft.Remix(mixer="supra", keep="0")(source)
     deeper = regraft.Deepen(6, "stack")(linear)
-    assert deeper.config["host"]["layer_types"] == kinds * 2
+    assert deeper.config["layer_types"] == kinds * 2
     assert [spec is None for spec in deeper.config["mixers"]] == [True, False, False] * 2
 
 

@@ -180,9 +180,9 @@ def test_a_linearized_source_takes_settings_but_no_other_mixers(tmp_path: Path) 
     linear.save(tmp_path / "linear")
     source = Checkpoint.open(tmp_path / "linear")
     fields = Growth(layers=4)(source).config
-    fields = fields | {"host": fields["host"] | {"max_position_embeddings": 99}}
+    fields = fields | {"max_position_embeddings": 99}
     grown = Growth(to=write_target(tmp_path / "target", fields))(source)
-    assert grown.layers == 4 and grown.config["host"]["max_position_embeddings"] == 99
+    assert grown.layers == 4 and grown.config["max_position_embeddings"] == 99
     fields = fields | {"mixers": [None] * 4, "attention": [None] * 4}
     to = write_target(tmp_path / "target", fields)
     with pytest.raises(RegraftError, match="linearize after growing"):

@@ -128,18 +128,18 @@ def test_groups_follow_where_a_weight_came_from(
         for p in g["params"]
     }
     assert set(rates) == set(named.values())
-    slot = "host.model.layers.1.self_attn.mixer"
+    slot = "model.layers.1.self_attn.mixer"
     assert rates[f"{slot}.gate.weight"] == (1.0, 0.0) and rates[f"{slot}.linear.rate"] == (1.0, 0.0)
     assert rates[f"{slot}.linear.qkv.k.weight"] == (0.1, 0.5) and rates[f"{slot}.o.weight"] == (
         0.1,
         0.5,
     )
-    assert rates["host.model.layers.0.self_attn.q_proj.weight"] == (0.01, 0.5)
-    assert rates["host.model.norm.weight"] == (0.01, 0.0)
+    assert rates["model.layers.0.self_attn.q_proj.weight"] == (0.01, 0.5)
+    assert rates["model.norm.weight"] == (0.01, 0.0)
     align = parameter_groups(model, dataclasses.replace(stage, kind="align"))
     trained = {named[id(p)] for group in align for p in group["params"]}
     assert all(".mixer." in name for name in trained) and len(trained) < len(named)
-    assert not model.host.model.norm.weight.requires_grad
+    assert not model.model.norm.weight.requires_grad
     with pytest.raises(RegraftError, match="trains nothing"):
         parameter_groups(model, Stage("align", 64, length=32, lr_new=0, lr_mixer=0))
 

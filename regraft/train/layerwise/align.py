@@ -267,7 +267,7 @@ class LayerwiseAligner:
         """Write a trained mixer under its checkpoint names; the first process does."""
         if not distributed.is_rank0():
             return
-        prefix = f"host.{self.run.target.config['slot'].format(layer)}.mixer"
+        prefix = f"{self.run.target.config['slot'].format(layer)}.mixer"
         values = {
             f"{prefix}.{name}": parameter.detach().cpu().contiguous()
             for name, parameter in mixer.named_parameters()

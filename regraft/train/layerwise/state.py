@@ -135,7 +135,9 @@ def check_layerwise_models(source: Checkpoint, target: Checkpoint) -> None:
             f"streaming from a {kinds[0]} to a {kinds[1]}: "
             "give a stock teacher and a linearized model"
         )
-    if target.config["host"]["model_type"] != kinds[0] or not any(target.config["mixers"]):
+    if target.anatomy.host_config(target.config)["model_type"] != kinds[0] or not any(
+        target.config["mixers"]
+    ):
         raise RegraftError(
             f"'{target.origin}' is no linearization of '{source.origin}' with a mixer: "
             "give its own source"
