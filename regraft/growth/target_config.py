@@ -25,6 +25,7 @@ from .steps.untie import TIE, Tie, Untie, has_equal_head
 
 FIXED_AXES = ("vocab", "pos", "expert", "label", "type")  # growth never changes them
 ALL = "all"
+FIRST, LIST = 8, 300  # keys whose values a refusal gives, and characters that it lists keys with
 
 # Keys, as regular expressions, that say nothing about what the model computes -> why. The result
 # keeps the source's; the target's is not read.
@@ -259,15 +260,17 @@ def check_adopted(found: Mapping[str, Difference], adopt: Sequence[str], target:
 
 
 def format_refusal(found: Mapping[str, Difference], refused: Sequence[str], target: Target) -> str:
-    """The line that names every key that growth cannot take over, with both values."""
-    pairs = ", ".join(
+    """The line that names the keys that growth cannot take over, with both values."""
+    pairs = [
         f"{shorten_key(key)} {shorten(found[key][1])} (without --to: {shorten(found[key][0])})"
         for key in refused
-    )
+    ]
+    more = f" and {len(pairs) - FIRST} more" if pairs[FIRST:] else ""
     names = ",".join(shorten_key(key) for key in refused)
     return (
-        f"'{target.name}' has {pairs}, which changes the function: set what the source has there,"
-        f" or take the target's although outputs change with --adopt {names}"
+        f"'{target.name}' has {', '.join(pairs[:FIRST])}{more}, which changes the function: set"
+        " what the source has there, or take the target's although outputs change with --adopt"
+        f" {names if len(names) < LIST else ALL}"
     )
 
 
