@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io.files import read_json
 from ..io.schema import shorten
 from ..modeling.meta import build_stock_config
@@ -87,6 +87,11 @@ def read_target(source: Checkpoint, to: str) -> Target:
     if not file.is_file():
         raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
     config = read_json(file)
+    if quantised := config.pop("quantization_config", None):
+        raise RegraftError(
+            f"'{to}' is quantised ({shorten(quantised)}): growth writes plain weights, remove the"
+            " key quantization_config"
+        )
 
     # Axis sizes of two families do not compare: the same name may be another thing.
     anatomy = find_anatomy(config)
@@ -192,7 +197,9 @@ def target_checkpoint(source: Checkpoint, target: Target) -> Checkpoint:
 
 def read_with_defaults(config: Config) -> dict[str, Any]:
     """A stock config as transformers' class reads it, with what its table derives filled in."""
-    return find_anatomy(config).fill_defaults(build_stock_config(config).to_dict())
+    read = build_stock_config(config)
+    with explain_errors("transformers cannot write its config.json out", "fix it"):
+        return find_anatomy(config).fill_defaults(read.to_dict())
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
