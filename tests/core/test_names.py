@@ -334,7 +334,7 @@ QUANTISED = {
     "fp8 in blocks": {f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": torch.ones(1, 1)},
     "compressed-tensors": {f"{Q}.weight": INT8, f"{Q}.weight_scale": torch.ones(1)},
     "is F8_E4M3": {f"{Q}.weight": FP8},
-    "is U8, not floating point": {f"{Q}.weight": UINT8},
+    "is U8, not floating point": {f"{Q}.weight": UINT8[:8]},
 }
 
 
