@@ -48,7 +48,8 @@ def explain_unknown_flag(message: str, words: Sequence[str], verb: Verb | None) 
     if flag[2:] in places:
         order = " ".join(name.upper() for name in places)
         return f"unknown flag {flag}: it is given by its place, regraft {words[0]} {order}"
-    known = [f"--{name.replace('_', '-')}" for name in verb.optional] if verb else []
+    names = [*verb.optional, *(["variant"] if verb.source else [])] if verb else []
+    known = [f"--{name.replace('_', '-')}" for name in names]
     remedy = suggest(flag, known) or f"regraft {words[0] if verb else ''} --help lists all"
     return re.sub(" +", " ", f"unknown flag {flag} (in '{as_typed}'): {remedy}").strip()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .part import Config
@@ -48,3 +49,19 @@ def older_rope_keys(config: Config) -> dict[str, Any]:
     if "partial_rotary_factor" in rope:
         keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return keys
+
+
+def read_aliases(aliases: Mapping[str, str]) -> Callable[[Config], dict[str, Any]]:
+    """A function for `Anatomy.rewrite`: keys under other names that the class takes too.
+
+    Args:
+        aliases: the other name -> the name in the table.
+    """
+
+    def rewrite(config: Config) -> dict[str, Any]:
+        found = [alias for alias in aliases if alias in config]
+        # Null is what no class knows by that name: it is left out.
+        renamed = {aliases[alias]: config[alias] for alias in found if config[alias] is not None}
+        return renamed | dict.fromkeys(found)
+
+    return rewrite

@@ -19,7 +19,7 @@ from ..errors import RegraftError, explain_errors
 from ..io import gguf, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
-from ..io.foreign_weights import check_no_adapter
+from ..io.foreign_weights import check_foreign_folder
 from ..io.shard_writer import ExtraFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
@@ -318,7 +318,7 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
         folder: the directory.
         allow_nonfinite: see `Checkpoint.open`.
     """
-    check_no_adapter(folder)
+    check_foreign_folder(folder)
     check_model_files(folder)
     config = read_model_config(folder)
     with explain_config_errors(folder / "config.json"):

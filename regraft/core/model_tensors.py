@@ -108,6 +108,7 @@ class ModelTensors:
                 "which transformers would fill with random numbers: "
                 + format_missing_advice(parameter)
             )
+        dtype = entry.torch_dtype()  # of packed numbers the shape is another one too
         if entry.shape != parameter.shape:
             raise RegraftError(
                 f"tensor '{parameter.name}' in '{entry.file}' has shape {list(entry.shape)}, "
@@ -118,12 +119,8 @@ class ModelTensors:
         stored = self.stand_ins.get(parameter.name)
         note = f"stored as {stored}, which it is tied to" if stored else ""
         provenance = Provenance("copied", (parameter.name,), note)
-        return LazyTensor(
-            parameter.shape,
-            entry.torch_dtype(),
-            provenances.get(parameter.name, provenance),
-            entry.read,
-        )
+        provenance = provenances.get(parameter.name, provenance)
+        return LazyTensor(parameter.shape, dtype, provenance, entry.read)
 
 
 def read_model_tensors(

@@ -4,6 +4,7 @@ Matrices are stored input first (Conv1D).
 """
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.anatomy_defaults import read_aliases
 
 LAYER = "transformer.h.{}"
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -55,6 +56,14 @@ anatomy = Anatomy(
     },
     fixed={"group": 1},
     ignored={r"(transformer\.)?h\.\d+\.attn\.masked_bias": "buffer: the causal mask"},
+    rewrite=read_aliases(
+        {
+            "hidden_size": "n_embd",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        }
+    ),
     eps="layer_norm_epsilon",
     activation="activation_function",
     rotary=False,

@@ -5,6 +5,7 @@ bytes: in bfloat16, hidden and ffn in multiples of 8.
 """
 
 from ..core.anatomy import Anatomy, linear
+from ..core.anatomy_defaults import read_aliases
 from .llama import DEFAULTS, LAYER, SIZES, kv_heads
 from .llama import parts as llama
 
@@ -34,6 +35,7 @@ anatomy = Anatomy(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    rewrite=read_aliases({"num_experts": "num_local_experts"}),
     multiples={"hidden": 8, "ffn": 8},
     routed="num_experts_per_tok",
 )

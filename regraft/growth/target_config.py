@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
-from ..errors import RegraftError
+from ..errors import RegraftError, explain_errors
 from ..io.files import read_json
 from ..io.schema import shorten
 from ..modeling.meta import build_stock_config
@@ -25,6 +25,7 @@ from .steps.untie import TIE, Tie, Untie, has_equal_head
 
 FIXED_AXES = ("vocab", "pos", "expert", "label", "type")  # growth never changes them
 ALL = "all"
+FIRST, LIST = 8, 300  # keys whose values a refusal gives, and characters that it lists keys with
 
 # Keys, as regular expressions, that say nothing about what the model computes -> why. The result
 # keeps the source's; the target's is not read.
@@ -86,6 +87,11 @@ def read_target(source: Checkpoint, to: str) -> Target:
     if not file.is_file():
         raise RegraftError(f"no config.json at '{to}': give a directory with the target's config")
     config = read_json(file)
+    if quantised := config.pop("quantization_config", None):
+        raise RegraftError(
+            f"'{to}' is quantised ({shorten(quantised)}): growth writes plain weights, remove the"
+            " key quantization_config"
+        )
 
     # Axis sizes of two families do not compare: the same name may be another thing.
     anatomy = find_anatomy(config)
@@ -191,7 +197,9 @@ def target_checkpoint(source: Checkpoint, target: Target) -> Checkpoint:
 
 def read_with_defaults(config: Config) -> dict[str, Any]:
     """A stock config as transformers' class reads it, with what its table derives filled in."""
-    return find_anatomy(config).fill_defaults(build_stock_config(config).to_dict())
+    read = build_stock_config(config)
+    with explain_errors("transformers cannot write its config.json out", "fix it"):
+        return find_anatomy(config).fill_defaults(read.to_dict())
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,15 +267,17 @@ def check_adopted(found: Mapping[str, Difference], adopt: Sequence[str], target:
 
 
 def format_refusal(found: Mapping[str, Difference], refused: Sequence[str], target: Target) -> str:
-    """The line that names every key that growth cannot take over, with both values."""
-    pairs = ", ".join(
+    """The line that names the keys that growth cannot take over, with both values."""
+    pairs = [
         f"{shorten_key(key)} {shorten(found[key][1])} (without --to: {shorten(found[key][0])})"
         for key in refused
-    )
+    ]
+    more = f" and {len(pairs) - FIRST} more" if pairs[FIRST:] else ""
     names = ",".join(shorten_key(key) for key in refused)
     return (
-        f"'{target.name}' has {pairs}, which changes the function: set what the source has there,"
-        f" or take the target's although outputs change with --adopt {names}"
+        f"'{target.name}' has {', '.join(pairs[:FIRST])}{more}, which changes the function: set"
+        " what the source has there, or take the target's although outputs change with --adopt"
+        f" {names if len(names) < LIST else ALL}"
     )
 
 

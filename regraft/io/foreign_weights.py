@@ -40,13 +40,26 @@ FORMATS = {
 }
 
 
-def check_no_adapter(folder: Path) -> None:
-    """RegraftError for an adapter, with or without the model that it belongs to."""
+def check_foreign_folder(folder: Path) -> None:
+    """RegraftError for an adapter, with or without the model that it belongs to, and for a folder
+    with nothing of a Hugging Face model.
+    """
     if (folder / ADAPTER).is_file():
         raise RegraftError(
             f"'{folder}' is an adapter (it has {ADAPTER}), not a whole model: "
             + advise_merging(folder)
         )
+    is_empty = not (folder / "config.json").exists() and not any(folder.glob("model.safetensors*"))
+    if is_empty and (problem := find_foreign_format(folder)):
+        raise RegraftError(problem)
+
+
+def find_foreign_format(folder: Path) -> str | None:
+    """What a file of weights is that is not read, and what to do; None without such a file."""
+    for pattern, (what, remedy) in FORMATS.items():
+        if files := sorted(folder.glob(pattern)):
+            return f"'{files[0]}' is {what}, which is not read: {remedy}"
+    return None
 
 
 def advise_merging(folder: Path) -> str:
@@ -83,9 +96,5 @@ def explain_missing_weights(folder: Path, wanted: str) -> RegraftError:
                 f"'{pickles[0]}' is a pickle, which is never loaded: convert it with "
                 "`python -m safetensors.torch_convert` or transformers' save_pretrained"
             )
-    for pattern, (what, remedy) in FORMATS.items():
-        if files := sorted(folder.glob(pattern)):
-            return RegraftError(f"'{files[0]}' is {what}, which is not read: {remedy}")
-    return RegraftError(
-        f"no {wanted} in '{folder}': give a Hugging Face model directory or a GGUF file"
-    )
+    nothing = f"no {wanted} in '{folder}': give a Hugging Face model directory or a GGUF file"
+    return RegraftError(find_foreign_format(folder) or nothing)

@@ -173,11 +173,13 @@ def load_stored(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
         checkpoint: as opened: no step has changed it.
         dtype: of the weights.
     """
+    # First: transformers' own reader of it has no words for what is wrong.
+    file = Path(checkpoint.path) / "generation_config.json"
+    generation = read_generation_config(file) if file.exists() else None
     is_linearized = checkpoint.config["model_type"] == "regraft"
     model = materialize(checkpoint, dtype) if is_linearized else load_stock(checkpoint, dtype)
-    generation = Path(checkpoint.path) / "generation_config.json"
-    if generation.exists():
-        model.generation_config = read_generation_config(generation)
+    if generation is not None:
+        model.generation_config = generation
     return model
 
 

@@ -78,6 +78,7 @@ def load_outline(checkpoint: Checkpoint) -> Any:
         config=config,
         state_dict=values,
         device_map="meta",
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
@@ -125,6 +126,7 @@ def run_briefly(checkpoint: Checkpoint) -> None:
         dtype=torch.float32 if wide else "auto",
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )

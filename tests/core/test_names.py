@@ -173,6 +173,23 @@ def test_decoders_of_other_classes(family: str, name: str, tmp_path: Path) -> No
     expect_grown(edit(tmp_path / "source", other))
 
 
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_receipts_without_a_language_model_s_head(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Growth is proved, and what needs text is refused by the class's name."""
+    _, causal = tiny("llama", layers=2)
+    source, out = tmp_path / "source", tmp_path / "out"
+    getattr(transformers, name)(copy.deepcopy(causal.config)).save_pretrained(source)
+    as_json(capsys, "grow", source, out, "--hidden", "72", "--layers", "3")
+    assert as_json(capsys, "check", source, out)["holds"]
+    for words in (("linearize", source, tmp_path / "linear"), ("generate", source, "hello")):
+        assert f"is a {name}" in refused(capsys, *words)
+    assert f"no bridge for {name}" in refused(
+        capsys, "grow", source, tmp_path / "bridge", "--hidden", "40", "--bridge"
+    )
+
+
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     tiny("llama", layers=2)[1].save_pretrained(tmp_path / "source")
@@ -334,7 +351,7 @@ QUANTISED = {
     "fp8 in blocks": {f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": torch.ones(1, 1)},
     "compressed-tensors": {f"{Q}.weight": INT8, f"{Q}.weight_scale": torch.ones(1)},
     "is F8_E4M3": {f"{Q}.weight": FP8},
-    "is U8, not floating point": {f"{Q}.weight": UINT8},
+    "is U8, not floating point": {f"{Q}.weight": UINT8[:8]},
 }
 
 
@@ -394,7 +411,11 @@ def test_foreign_folders_are_named(message: str, llama: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_alone(tmp_path: Path) -> None:
+def test_folders_without_a_config(tmp_path: Path) -> None:
+    """What Mistral publishes beside the Hugging Face files, alone; an adapter without its model."""
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    with pytest.raises(RegraftError, match="in Mistral's own format.*fetch the Hugging Face files"):
+        Checkpoint.open(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RegraftError, match="is an adapter .*not a whole model"):
         Checkpoint.open(tmp_path)

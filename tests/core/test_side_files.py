@@ -128,7 +128,7 @@ NAMES = st.text("ab.-_", min_size=1, max_size=4).filter(lambda name: set(name) -
 ENDINGS = ("", ".json", ".txt", ".py", ".bin", ".safetensors", ".pkl", ".png", ".x", ".so", ".MD")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.tuples(

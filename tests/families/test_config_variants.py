@@ -16,6 +16,7 @@ import transformers
 from helpers.tiny import ARCHITECTURES, CONFIGS, inputs, max_relative_difference, outputs, tiny
 
 import regraft
+from regraft import modeling
 from regraft.checks.growth import difference_bound
 from regraft.core.anatomy import find_anatomy
 from regraft.core.checkpoint import Checkpoint
@@ -26,6 +27,10 @@ from regraft.growth.ligo_options import Ligo
 from regraft.growth.steps.ligo import Learned
 from regraft.growth.steps.transplant import Transplant
 from regraft.io.files import read_json, write_json
+from regraft.linearize.pipeline import check_row_lengths
+from regraft.plan.plan import Plan
+from regraft.train.session import check_stage
+from regraft.train.stage import Stage
 
 WINDOW, LENGTH = 8, 40
 S, F = "sliding_attention", "full_attention"
@@ -312,6 +317,10 @@ def test_every_other_step_keeps_kinds_of_layers(case: str, tmp_path: Path) -> No
     assert learned.config["layer_types"] == [kinds[layer] for layer in (0, 1, 2, 0, 1)]
 
     linear = regraft.Remix(mixer="supra", keep="0")(source)
+    linear.save(tmp_path / "linear")
+    modeling.load(tmp_path / "linear").save_pretrained(tmp_path / "repeated")
+    stale = regraft.Deepen(6, "stack")(Checkpoint.open(tmp_path / "repeated")).config
+    assert stale["num_hidden_layers"] == 6 and "layer_types" not in stale
     deeper = regraft.Deepen(6, "stack")(linear)
     assert deeper.config["layer_types"] == kinds * 2
     assert [spec is None for spec in deeper.config["mixers"]] == [True, False, False] * 2
@@ -365,6 +374,16 @@ def test_few_positions(family: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "source", family, **{key: 64})
     source, result, out = grow(folder)
     expect_same(folder, out, source, result)
+    assert Plan.of(source, result).to_dict()["target"]["depth"] == 5
+
+    # Rows of a training are as long as asked for: too long ones are refused before any work.
+    long = Stage("train", tokens=4096, length=128)
+    for check in (
+        lambda: check_row_lengths(source, [long]),
+        lambda: check_stage(source, str(folder), long, None, None),
+    ):
+        with pytest.raises(RegraftError, match=f"rows of 128 tokens in a {family}: give 1 to 64"):
+            check()
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text"])
@@ -374,6 +393,35 @@ def test_a_missing_theta_is_that_of_the_class(family: str, tmp_path: Path) -> No
     edit(folder, ["rope_parameters"])
     source, result, out = grow(folder, regraft.Widen(head_dim=12))
     expect_same(folder, out, source, result)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_other_names_of_keys(family: str, tmp_path: Path) -> None:
+    """The class takes keys under the names of other classes, and these win."""
+    aliases = getattr(transformers, CONFIGS[family]).attribute_map
+    folder = save(tmp_path / "source", family)
+    config = read_json(folder / "config.json")
+    names = {alias: config[name] for alias, name in aliases.items()}
+    edit(folder, set(aliases.values()) - {"n_layer"}, **names)
+    source, result, out = grow(folder)
+    assert not names.keys() & read_json(out / "config.json").keys()
+    expect_same(folder, out, source, result)
+
+
+def test_lists_of_families_to_come() -> None:
+    """Whatever a class derives from the number of layers is found: no list of names is kept."""
+    anatomy = find_anatomy({"model_type": "llama"})
+    for family, key, values in (
+        ("smollm3", "no_rope_layers", [1, 0, 1, 0]),
+        ("glm_moe_dsa", "mlp_layer_types", ["dense", "dense", "dense", "sparse"]),
+    ):
+        config = {"model_type": family, "num_hidden_layers": 4, "no_rope_layer_interval": 2}
+        lists = find_layer_lists(config, dataclasses.replace(anatomy, family=family))
+        assert lists[key] == values
+        with pytest.raises(RegraftError, match=f"has 2 {key} for 4 layers: give one for each"):
+            find_layer_lists(
+                config | {key: values[:2]}, dataclasses.replace(anatomy, family=family)
+            )
 
 
 def test_a_bridge_leaves_kinds_of_layers_behind(tmp_path: Path) -> None:

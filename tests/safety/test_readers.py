@@ -8,6 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from regraft.compare import report as compare_report
 from regraft.compare import savings, scheduler
 from regraft.compare.folders import DONE, arm_folder
 from regraft.compare.numbers import NO_COST
+from regraft.core import lineage
 from regraft.core.checkpoint import Checkpoint, with_older_keys
+from regraft.core.side_files import find_side_files
 from regraft.data.corpus import TextMixture
 from regraft.data.images import read_images
 from regraft.data.packing import read_documents
@@ -300,7 +303,9 @@ def write_packed(folder: Path) -> None:
 
 def read_target(folder: Path) -> None:
     source = Checkpoint.open(folder / "model")
-    Growth(to=str(folder / "target"))(source)
+    with suppress(RegraftError):
+        Growth(to=str(folder / "target"))(source)
+    Growth(to=str(folder / "target"), adopt=("all",))(source)
 
 
 def write_target(folder: Path) -> None:
@@ -308,6 +313,26 @@ def write_target(folder: Path) -> None:
     (folder / "target").mkdir()
     config = json.loads((folder / "model" / "config.json").read_text())
     write_json(folder / "target" / "config.json", config | {"num_hidden_layers": 2})
+
+
+def write_sentence_transformer(folder: Path) -> None:
+    tiny("bert", layers=1, architecture="BertModel")[1].save_pretrained(folder)
+    package, kinds = "sentence_transformers.models.", ("Transformer", "Pooling", "Normalize")
+    rows = [
+        {"idx": number, "path": f"{number}_{kind}" if number else "", "type": package + kind}
+        for number, kind in enumerate(kinds)
+    ]
+    (folder / "1_Pooling").mkdir()
+    write_json(folder / "modules.json", rows)
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 72})
+    write_json(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.X", None]}})
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# Mine\n")
+
+
+def read_side_files(folder: Path) -> None:
+    find_side_files(folder, 72)
+    lineage.format_front_matter(folder / "README.md")
+    find_side_files(folder, 144)
 
 
 def family(name: str) -> Reader:
@@ -343,6 +368,7 @@ READERS = {
     "sidecars": Reader(lambda f: save_model(f, layers=1), SIDECARS, speak),
     "gguf": Reader(write_gguf_model, ("tiny.gguf",), read_gguf_model),
     "target": Reader(write_target, ("target/config.json",), read_target),
+    "side files": Reader(write_sentence_transformer, ("modules.json", "1_Pooling/config.json", "tokenizer_config.json", "README.md"), read_side_files),
     "text": Reader(write_texts, ("a.txt", "b.jsonl"), tokens_of),
     "packed text": Reader(write_packed, ("*.gz", "*.xz", "*.bz2", "*.zst"), read_any_documents),
     "tables": Reader(write_tables, ("a.parquet", "b.arrow"), read_any_documents),
