@@ -204,6 +204,7 @@ class Mixer(nn.Module):
         self.attention = attention
         self.options = self.parse(spec)
         self.inherit: str = spec.get("inherit", "all")
+        self.has_output = output
         if output:
             self.o = nn.Linear(
                 attention.heads * attention.dim, attention.hidden, bias=attention.o_bias
@@ -342,10 +343,13 @@ class Mixer(nn.Module):
         x: Float[Tensor, "batch time hidden"],
         mixing: MixerContext,
         state: State | None = None,
-    ) -> tuple[Float[Tensor, "batch time hidden"], State]:
-        """The slot's output, and the state after the last token; arguments as in `mix`."""
+    ) -> tuple[Float[Tensor, "batch time hidden"] | Float[Tensor, "batch time heads dim"], State]:
+        """The slot's output, and the state after the last token; arguments as in `mix`.
+
+        A branch, which has no output projection, gives `mix`'s outputs per head.
+        """
         heads, state = self.mix(x, mixing, state)
-        return self.o(heads.flatten(-2)), state
+        return self.o(heads.flatten(-2)) if self.has_output else heads, state
 
 
 def output_weights(attention: Attention) -> dict[str, WeightSpec]:

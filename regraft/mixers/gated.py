@@ -116,7 +116,8 @@ class GatedMixer(Mixer):
             if self.force not in (None, name):
                 continue
             past = _branch_state(state, name) if state else None
-            outputs[name], last = branch.mix(x, mixing, past)
+            # Called as a module, so that hooks on it run, such as those that bring its weights.
+            outputs[name], last = branch(x, mixing, past)
             states |= {f"{name}.{key}": tensor for key, tensor in last.items()}
 
         if self.force is not None:

@@ -59,7 +59,7 @@ class RegraftConfig(PreTrainedConfig):
         super().__post_init__(**{key: kwargs[key] for key in kwargs if key not in vars(host)})
 
     @property
-    def attribute_map(self) -> dict[str, str]:  # type: ignore[override]  # a class attribute there
+    def attribute_map(self) -> dict[str, str]:
         """The host's other names for its keys, such as `hidden_size` for GPT-2's `n_embd`."""
         # Every look at an attribute asks for this map first.
         host = object.__getattribute__(self, "__dict__").get("host")
@@ -69,8 +69,8 @@ class RegraftConfig(PreTrainedConfig):
         # Names of the host's class, such as parallel plans and aliases that are properties.
         if name.startswith("__") or not isinstance(self.__dict__.get("host"), str):
             raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
-        found = getattr(CONFIG_MAPPING[self.__dict__["host"]], name)
-        return found.fget(self) if isinstance(found, property) else found
+        found: Any = getattr(CONFIG_MAPPING[self.__dict__["host"]], name)
+        return found.__get__(self) if isinstance(found, property) else found
 
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None

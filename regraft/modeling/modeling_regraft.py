@@ -133,7 +133,7 @@ class RegraftPreTrainedModel(PreTrainedModel):
 
     def __new__(cls, config: RegraftConfig, *args: Any, **kwargs: Any) -> Any:
         """An instance of the class for the config's host."""
-        return super().__new__(find_class(cls, config.host))
+        return super().__new__(find_class(cls, str(config.host)))
 
     @classmethod
     def from_pretrained(
@@ -148,7 +148,7 @@ class RegraftPreTrainedModel(PreTrainedModel):
             config, kwargs = RegraftConfig.from_pretrained(
                 config or path, return_unused_kwargs=True, **kwargs
             )
-        kind = find_class(cls, config.host)
+        kind = find_class(cls, str(config.host))
         model = kind.from_pretrained(path, *args, config=config, **kwargs)
         return model
 
@@ -156,7 +156,7 @@ class RegraftPreTrainedModel(PreTrainedModel):
     def _from_config(cls, config: RegraftConfig, **kwargs: Any) -> Any:
         if cls.front:
             return super()._from_config(config, **kwargs)
-        return find_class(cls, config.host)._from_config(config, **kwargs)
+        return find_class(cls, str(config.host))._from_config(config, **kwargs)
 
     def __reduce__(self) -> Any:
         """How to copy and pickle: the class is found again by its host."""
@@ -270,9 +270,11 @@ class RegraftWithHead(RegraftPreTrainedModel):
 
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        # The host's class has made its own backbone; it becomes the one that knows mixers.
-        self.base_model.__class__ = find_class(RegraftModel, config.host)
-        put_mixers(self.base_model)
+        # The host's class has made its own backbone. It goes before the one that knows mixers
+        # comes, since there may be no memory for both.
+        setattr(self, self.base_model_prefix, nn.Identity())
+        backbone = find_class(RegraftModel, str(config.host))
+        setattr(self, self.base_model_prefix, backbone(config))
         self.post_init()
 
 

@@ -142,7 +142,8 @@ def test_the_window_branch_stays_the_sources(source: Checkpoint) -> None:
 
 
 def test_config_says_what_is_where(source: Checkpoint) -> None:
-    config = Remix(keep="0,2", window=9, sinks=1)(source).config
+    remixed = Remix(keep="0,2", window=9, sinks=1)(source)
+    config = remixed.config
     assert (
         [spec is None for spec in config["mixers"]]
         == [True, False, True]
