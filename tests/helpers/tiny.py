@@ -59,6 +59,7 @@ ARCHITECTURES = {
 # Both kinds of layers in three, and numbers that differ from what the sizes would give.
 GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 16}
 EXTRA: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 40},  # its default of 4096 makes checks long
     "gemma2": GEMMA,
     "gemma3_text": GEMMA
     | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
