@@ -107,8 +107,10 @@ def test_the_package_stays_small():
     # 890, alignment layer by layer 490, text as a stream with its cache 560, teachers behind a
     # cache 300, watching and trackers 320, forecasts of training 400; who owns outputs 500,
     # identity of inputs 350, schemas and bounds of what is read 1,100, recipes without a parser
-    # that calls classes 300, signals, streams and failures 500.
-    assert sum(code_lines(file) for file in FILES) <= 25500
+    # that calls classes 300, signals, streams and failures 500; names, ties and foreign weights
+    # 650, target configs and files beside the weights 650, a check that does the steps again 500,
+    # settings by layer 250, conversions against stock and outputs that are opened 250.
+    assert sum(code_lines(file) for file in FILES) <= 26500
     assert (
         statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES)
         <= 130
@@ -119,7 +121,7 @@ def test_functions_are_short():
     lengths = sorted(
         (node.end_lineno or 0) - node.lineno + 1 for file in FILES for node in functions(file)
     )
-    assert statistics.median(lengths) <= 9
+    assert statistics.median(lengths) <= 10
     assert lengths[int(0.9 * len(lengths))] <= 40
 
 

@@ -47,7 +47,7 @@ def compare_windows(
     if not lengths:
         return NO_WINDOW
 
-    records = record_attention(modeling.materialize(before), before, list(lengths), tokens)
+    records = record_attention(modeling.load_stored(before), before, list(lengths), tokens)
     slots = modeling.slots(model)
     worst = NO_WINDOW
     with torch.no_grad(), modeling.force_branch(model, "window"):

@@ -30,8 +30,8 @@ NOT_REPLAYED = {
 }
 # Machines and releases may add up in another order: roundings that a number may be away.
 WIDE_ULPS, NARROW_ULPS = 4, 1
-# Of a config.json: who wrote it.
-NO_SETTINGS = ("transformers_version", "_name_or_path")
+# Of a config.json: who wrote it, and what tensors are compared by themselves.
+NO_SETTINGS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 def replay_steps(before: Checkpoint, after: Checkpoint) -> tuple[Checkpoint | None, str | None]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.anatomy import Config, find_anatomy
+from ..core.anatomy import Config, find_anatomy, read_as_auto
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError, explain_errors
 from ..io.files import read_json
@@ -94,6 +94,7 @@ def read_target(source: Checkpoint, to: str) -> Target:
         )
 
     # Axis sizes of two families do not compare: the same name may be another thing.
+    config = read_as_auto(config)
     anatomy = find_anatomy(config)
     if anatomy.family != source.anatomy.family:
         raise RegraftError(

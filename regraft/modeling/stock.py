@@ -45,6 +45,7 @@ def load_stock(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         model, info = choose_class(config, checkpoint.anatomy.causal).from_pretrained(
             folder,
             config=config,
+            variant=checkpoint.variant,
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,

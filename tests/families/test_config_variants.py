@@ -377,7 +377,7 @@ def test_few_positions(family: str, tmp_path: Path) -> None:
     assert Plan.of(source, result).to_dict()["target"]["depth"] == 5
 
     # Rows of a training are as long as asked for: too long ones are refused before any work.
-    long = Stage("train", tokens=4096, length=128)
+    long = Stage("next", tokens=4096, length=128)
     for check in (
         lambda: check_row_lengths(source, [long]),
         lambda: check_stage(source, str(folder), long, None, None),

@@ -62,6 +62,7 @@ GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 16}
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 EXTRA: dict[str, dict[str, Any]] = {
     "ministral": {"sliding_window": 16, "layer_types": LAYER_TYPES},
+    "mistral": {"sliding_window": 40},  # its default of 4096 makes checks long
     "gemma2": GEMMA,
     "gemma3_text": GEMMA | {"layer_types": LAYER_TYPES},
     "mixtral": {"num_local_experts": 3},
