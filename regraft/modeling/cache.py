@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
 from .configuration_regraft import STATE_LAYER
 
@@ -16,24 +18,56 @@ _STOCK = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parame
 CACHE = "cache" if "cache" in _STOCK else "past_key_values"
 
 
+@dataclass
+class RecordedBlock:
+    """Tokens of one call, so that some of them can be taken back.
+
+    Attributes:
+        tokens: how many.
+        before: the state before them.
+        replay: computes the state after the first N of them.
+    """
+
+    tokens: int
+    before: dict[str, torch.Tensor]
+    replay: Callable[[int], dict[str, torch.Tensor]]
+
+
 class MixerState(CacheLayerMixin):
     """The state of one layer's mixer, of constant size.
 
     Attributes:
         state: named tensors, with the batch as their first axis.
         cumulative_length: positions that went into it.
+        record_past: whether blocks are kept until the next `crop`, as assisted decoding asks for.
+        blocks: those since the last `crop`.
     """
 
-    _layer_type = STATE_LAYER
+    _layer_type: str | None = STATE_LAYER
     is_sliding = False
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.state: dict[str, torch.Tensor] = {}
         self.cumulative_length = 0
+        self.record_past = False
+        self.blocks: list[RecordedBlock] = []
 
-    def store(self, state: dict[str, torch.Tensor], tokens: int) -> None:
-        """Replace the state by the one after `tokens` more positions."""
+    def store(
+        self,
+        state: dict[str, torch.Tensor],
+        tokens: int,
+        replay: Callable[[int], dict[str, torch.Tensor]],
+    ) -> None:
+        """Replace the state by a later one.
+
+        Args:
+            state: after `tokens` more positions.
+            tokens: how many.
+            replay: computes the state after the first N of them.
+        """
+        if self.record_past:
+            self.blocks.append(RecordedBlock(tokens, self.state, replay))
         self.state = state
         self.cumulative_length += tokens
         self.is_initialized = True
@@ -66,11 +100,13 @@ class MixerState(CacheLayerMixin):
         return -1
 
     def _map(self, change: Any) -> None:
+        self.blocks = []  # they are of the rows that were
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 
     def reset(self) -> None:
         """Return to the state before the first token."""
         self.state, self.cumulative_length, self.is_initialized = {}, 0, False
+        self.blocks = []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select the rows of the beams that go on."""
@@ -91,13 +127,62 @@ class MixerState(CacheLayerMixin):
     def prefetch(self) -> None:
         """States are moved by the mixer's own arithmetic; nothing waits on a device."""
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the tokens since the last `crop` can be taken back."""
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs from now on."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise ValueError for any tokens: a recurrent state cannot forget them."""
-        if tokens_to_remove:
+        """Take tokens back, and forget how to take back the others.
+
+        What is computed again is at most one call's tokens.
+
+        Args:
+            tokens_to_remove: how many, as a negative number.
+
+        Raises ValueError, changing nothing, for more tokens than were recorded.
+        """
+        left = abs(tokens_to_remove)
+        known = sum(block.tokens for block in self.blocks)
+        if tokens_to_remove > 0 or left > known:
             raise ValueError(
-                f"cannot take {abs(tokens_to_remove)} tokens back out of a recurrent state: decode "
-                "without drafts"
+                f"cannot take {left} tokens back out of a recurrent state, {known} are kept: call"
+                " `activate_past_recording` before they are read, and give a negative number"
             )
+
+        self.cumulative_length -= left
+        while left:
+            block = self.blocks.pop()
+            kept = max(0, block.tokens - left)
+            self.state = block.replay(kept) if kept else block.before
+            left -= block.tokens - kept
+        self.blocks = []
+
+
+class StaticMixerState(MixerState):
+    """The same in a static cache, whose layers have a constant size: a mixer's state has one."""
+
+    _layer_type: str | None = None  # it would take the place of `MixerState` in other caches
+
+    def __init__(self, max_cache_len: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.max_cache_len = max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(places, offset) as of a static layer with keys and values."""
+        return self.max_cache_len, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether all shapes stay; transformers then masks the places of tokens to come."""
+        return not self.record_past
+
+
+STATIC_LAYER_TYPE_MAPPING[STATE_LAYER] = StaticMixerState
 
 
 def cache_kwargs(cache: Cache | None) -> dict[str, Any]:

@@ -30,13 +30,16 @@ from transformers.utils import ModelOutput
 
 from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
-from ..mixers.base import Attention, MixerContext
+from ..mixers.base import Attention, MixerContext, State
 from ..mixers.registry import build
 from .cache import CACHE, MixerState, cache_kwargs
 from .configuration_regraft import RegraftConfig
 
+# What changes names in files of earlier versions to those of the host's class.
+UNNEST = {r"^host\.": ""}
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
+Rotary = tuple[Tensor, Tensor]  # cos and sin
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,28 @@ class RowLayout:
     padding was: so they need to know of padding at the end alone.
     """
 
-    # Which tokens count once they are side by side, (batch, time); None: all do.
+    # Which tokens count, (batch, time); None: all do.
+    counted: Bool[Tensor, "batch time"] | None = None
+    # The same once they are side by side.
     valid: Bool[Tensor, "batch time"] | None = None
     # The place that each of those has in the call, (batch, time); None: they stay where they are.
     order: Int[Tensor, "batch time"] | None = None
     # Document of each token of a packed row, (batch, time); None: one document.
     segments: Int[Tensor, "batch time"] | None = None
+
+    @classmethod
+    def of_mask(cls, counted: Bool[Tensor, "batch time"]) -> RowLayout:
+        """The layout of rows with padding."""
+        # Stable: tokens that count keep their order.
+        order = (~counted).long().argsort(dim=1, stable=True)
+        places = torch.arange(counted.shape[1], device=counted.device)
+        return cls(counted, places < counted.sum(1, keepdim=True), order)
+
+    def first(self, tokens: int) -> RowLayout:
+        """The layout of the first tokens of the call."""
+        if self.counted is not None:
+            return RowLayout.of_mask(self.counted[:, :tokens])
+        return RowLayout(segments=None if self.segments is None else self.segments[:, :tokens])
 
     def gather(self, x: Float[Tensor, "rows time width"]) -> Float[Tensor, "batch time width"]:
         """Tokens that count first."""
@@ -103,17 +122,38 @@ class MixerSlot(nn.Module):
                 "DynamicCache(config=model.config) or no cache"
             )
 
-        rows = rows or RowLayout()
-        rotary = None
-        if self.rotary and position_embeddings is not None:
-            cos, sin = position_embeddings
-            rotary = rows.gather(cos), rows.gather(sin)
-        mixing = MixerContext(rotary, rows.valid, rows.segments)
-        state = entry.state if entry is not None else None
-        y, state = self.mixer(rows.gather(hidden_states), mixing, state)
+        rows, before = rows or RowLayout(), entry.state if entry is not None else None
+        rotary = position_embeddings if self.rotary else None
+        y, state = self.mix(hidden_states, rotary, rows, before)
+
+        def replay(tokens: int) -> State:
+            part = None if rotary is None else (rotary[0][:, :tokens], rotary[1][:, :tokens])
+            return self.mix(hidden_states[:, :tokens], part, rows.first(tokens), before)[1]
+
         if entry is not None:
-            entry.store(state, hidden_states.shape[1])
-        return rows.scatter(y), None
+            entry.store(state, hidden_states.shape[1], replay)
+        return y, None
+
+    def mix(
+        self,
+        hidden_states: Float[Tensor, "batch time hidden"],
+        rotary: Rotary | None,
+        rows: RowLayout,
+        state: State | None,
+    ) -> tuple[Float[Tensor, "batch time hidden"], State]:
+        """The mixer's output and the state after the last token.
+
+        Args:
+            hidden_states: input of the slot.
+            rotary: cos and sin, (1 or batch, time, rotary); None: nothing is rotated.
+            rows: padding and documents.
+            state: before these tokens.
+        """
+        if rotary is not None:
+            rotary = rows.gather(rotary[0]), rows.gather(rotary[1])
+        mixing = MixerContext(rotary, rows.valid, rows.segments)
+        y, state = self.mixer(rows.gather(hidden_states), mixing, state)
+        return rows.scatter(y), state
 
 
 class RegraftPreTrainedModel(PreTrainedModel):
@@ -125,6 +165,8 @@ class RegraftPreTrainedModel(PreTrainedModel):
     """
 
     config_class = RegraftConfig
+    # States are replaced, not written in place, as graphs of a whole step need them to be.
+    _can_compile_fullgraph = False
 
     # The auto class that finds the host's class.
     host_auto_class: ClassVar[Any] = None
@@ -149,8 +191,19 @@ class RegraftPreTrainedModel(PreTrainedModel):
                 config or path, return_unused_kwargs=True, **kwargs
             )
         kind = find_class(cls, str(config.host))
-        model = kind.from_pretrained(path, *args, config=config, **kwargs)
-        return model
+        if not config.nested:
+            return kind.from_pretrained(path, *args, config=config, **kwargs)
+
+        # Files of an earlier version: their names are changed while they are read, and not back
+        # again when the model is saved.
+        found = kind.from_pretrained(path, *args, config=config, key_mapping=UNNEST, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        model._weight_conversions = [
+            change
+            for change in model._weight_conversions
+            if list(change.source_patterns) != list(UNNEST)
+        ]
+        return found
 
     @classmethod
     def _from_config(cls, config: RegraftConfig, **kwargs: Any) -> Any:
@@ -237,7 +290,7 @@ class RegraftModel(RegraftPreTrainedModel):
             )
 
         rows = rows or lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
-        if attention_mask is not None and position_ids is None:
+        if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
             # Padding takes no position, as `generate` has it.
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             position_ids = position_ids[:, -tokens.shape[1] :]
@@ -357,6 +410,32 @@ def save_code(directory: Any, config: RegraftConfig) -> None:
             shutil.copyfile(file, Path(directory) / file.name)
 
 
+def find_counted(mask: Tensor, time: int, cache: Cache | None) -> Bool[Tensor, "batch time"]:
+    """Which of the last `time` tokens count.
+
+    Args:
+        mask: (batch, cached tokens + time), 1 where a token counts; or as `generate` makes it for a
+            static cache, (batch, 1, time, places): which places of the cache each token sees, as
+            booleans or as numbers that are added to the scores.
+        time: tokens of this call.
+        cache: with the tokens before them.
+
+    Raises RegraftError for any other mask.
+    """
+    if mask.ndim == 2:
+        return mask[:, -time:].bool()
+    if mask.ndim != 4 or mask.shape[1:3] != (1, time):
+        raise RegraftError(
+            f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where a "
+            "token counts"
+        )
+    # A token that counts sees itself.
+    seen = mask if mask.dtype == torch.bool else mask >= 0
+    queries = torch.arange(time, device=mask.device)
+    before = 0 if cache is None else cache.get_seq_length()
+    return seen[:, 0, queries, queries + before]
+
+
 def check_cache_reached(cache: Cache, time: int) -> None:
     """Raise RegraftError when the host did not pass the cache on to a mixer.
 
@@ -392,18 +471,10 @@ def lay_out_rows(
     Raises RegraftError for a mask that is not 2-D.
     """
     if mask is not None:
-        if mask.ndim != 2:
-            raise RegraftError(
-                f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where "
-                "a token counts"
-            )
-        valid = mask[:, -time:].bool()
+        valid = find_counted(mask, time, cache)
         if bool(valid.all()):
             return RowLayout()  # mixers have a shorter way for that
-        # Stable: tokens that count keep their order.
-        order = (~valid).long().argsort(dim=1, stable=True)
-        counts = valid.sum(1, keepdim=True)
-        return RowLayout(torch.arange(time, device=mask.device) < counts, order)
+        return RowLayout.of_mask(valid)
 
     if cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:
         restart = position_ids[:, 1:] != position_ids[:, :-1] + 1
