@@ -19,7 +19,7 @@ from ..mixers.registry import weights
 from ..mixers.remix import Remix
 from ..progress import ProgressCallback
 from . import conversion, growth, liveness
-from .outputs import cached_difference, compare_models
+from .outputs import cached_difference, compare_models, steps_between
 from .reach import find_reach
 from .receipts import Receipts, find_failures, print_receipts
 from .replay import find_config_differences, find_unequal, replay_steps
@@ -163,7 +163,7 @@ def check_growth(
         progress: told how far it is.
     """
     trained = lineage.is_trained(lineage.read_lineage(after.path))
-    exact = growth.is_exact(list(after.history)[len(before.history) :])
+    exact = growth.is_exact(steps_between(before, after))
     bound = growth.difference_bound(before, after)
     receipts: Receipts = {
         "holds": False,

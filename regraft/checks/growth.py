@@ -13,7 +13,7 @@ from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth import depth
-from .outputs import compute_outputs, max_difference, stream_index
+from .outputs import compute_outputs, max_difference, steps_between, stream_index
 from .reach import count_positions
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Step0(TypedDict):
 
 def growth_steps(after: Checkpoint, before: Checkpoint) -> list[dict[str, Any]]:
     """The growth steps that lie between two checkpoints; empty when nothing grew."""
-    steps = list(after.history)[len(before.history) :]
+    steps = steps_between(before, after)
     return [step for step in steps if step.get("step") in GROWTH_STEPS]
 
 

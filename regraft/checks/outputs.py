@@ -195,6 +195,19 @@ def compare_models(
     return differences
 
 
+def steps_between(before: Checkpoint, after: Checkpoint) -> list[dict[str, Any]]:
+    """The steps of a result that its source does not have.
+
+    The source may be opened with a step of its own, such as `OpenUntied`, that the result lacks.
+    """
+    shared = 0
+    for ours, theirs in zip(before.history, after.history, strict=False):
+        if ours != theirs:
+            break
+        shared += 1
+    return list(after.history)[shared:]
+
+
 def stream_index(before: Checkpoint, after: Checkpoint) -> Tensor:
     """For every coordinate of the grown stream the old one that it copies, if any, (new,).
 
@@ -202,7 +215,7 @@ def stream_index(before: Checkpoint, after: Checkpoint) -> Tensor:
     the others the old coordinates are taken in turn, which is where their copies are.
     """
     index = torch.arange(before.sizes["hidden"])
-    for step in list(after.history)[len(before.history) :]:
+    for step in steps_between(before, after):
         arguments, old = step.get("arguments", {}), len(index)
         new = arguments.get("hidden") or old
         if new <= old:
@@ -218,7 +231,7 @@ def stream_index(before: Checkpoint, after: Checkpoint) -> Tensor:
 def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
     """For every layer of the result how many layers of the source are done after it, (new,)."""
     done = list(range(1, before.layers + 1))
-    for step in list(after.history)[len(before.history) :]:
+    for step in steps_between(before, after):
         arguments = step.get("arguments", {})
         if step.get("step") == "Deepen":
             order = depth.build_layer_order(arguments["how"], len(done), arguments["layers"])

@@ -84,7 +84,10 @@ def _read_class_names(anatomy: Anatomy, kind: Any) -> tuple[str, dict[str, Part]
     depth = next(key for key, axes in anatomy.sizes if axes == "depth")
     what = f"transformers cannot build a {kind.__name__}"
     with explain_errors(what, "name another class in config.json"), torch.device("meta"):
-        model = kind(kind.config_class(**{depth: 1, "num_labels": LABELS}))
+        # Sizes that the class cannot leave to itself, such as that of Ministral's heads, are said.
+        full = anatomy.fill_defaults(kind.config_class().to_dict())
+        sizes = {key: full[key] for key, _ in anatomy.sizes if full.get(key) is not None}
+        model = kind(kind.config_class(**sizes | {depth: 1, "num_labels": LABELS}))
     base = model.base_model_prefix + "."
     if not hasattr(model, model.base_model_prefix):
         return "", {}

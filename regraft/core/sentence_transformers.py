@@ -65,13 +65,13 @@ def find_module_weights(folder: Path) -> set[str]:
     """
     found = set()
     for module in read_modules(folder):
-        weights, pickle = (folder / module.path / name for name in (WEIGHTS, PICKLE))
+        weights, pickled = (folder / module.path / name for name in (WEIGHTS, PICKLE))
         if weights.is_file():
             check_inside(folder, weights)
             found.add(weights.relative_to(folder).as_posix())
-        elif pickle.is_file():
+        elif pickled.is_file():
             raise RegraftError(
-                f"'{pickle}' is a pickle, which is never copied, and {MODULES} needs it: save it as"
+                f"'{pickled}' is a pickle, which is never copied, and {MODULES} needs it: save it as"
                 f" {WEIGHTS} first"
             )
     return found

@@ -29,7 +29,7 @@ import numpy
 from filelock import FileLock, Timeout
 
 from ..errors import RegraftError, explain_errors
-from ..io.files import read_own_json, write_json
+from ..io.files import read_own_json, remove_parts, write_json
 from ..io.identity import identify_file
 from ..io.request import SAMPLED
 from ..io.schema import build, shorten
@@ -179,6 +179,7 @@ class TokenCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             # the system drops the lock of a process that is killed
             with FileLock(self.folder / "lock", timeout=0):
+                remove_parts(self.folder)  # a journal that was being written in a kill
                 self._fill(self.read_journal(), enough, BadLines(skip_bad), report_progress)
         except Timeout:
             return False

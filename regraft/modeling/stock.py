@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
@@ -37,9 +35,8 @@ def load_stock(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             "makes transformers read other files: remove the key"
         )
 
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with explain_model_errors(checkpoint.origin), silence_transformers():
-        config = AutoConfig.from_pretrained(folder, **local)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         refuse_fetched_code(config.to_dict(), folder)
         # A wrong shape is then listed in `mismatched_keys` instead of raised.
         model, info = choose_class(config, checkpoint.anatomy.causal).from_pretrained(
@@ -50,7 +47,8 @@ def load_stock(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **local,
+            local_files_only=True,
+            trust_remote_code=False,
         )
 
     lost = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}

@@ -44,6 +44,7 @@ KINDS = ["full_attention", "full_attention", "sliding_attention"]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"attention_bias": True}, LINEAR_ROPE, YARN],
     "mistral": [{"sliding_window": 7}, {"sliding_window": None}],
+    "ministral": [{"layer_types": KINDS, "sliding_window": 7}],
     "mixtral": [{}, {"sliding_window": 7}],
     "qwen2": [{}, SLIDES],
     "qwen3": [{"attention_bias": True}, SLIDES, {"rms_norm_eps": 1e-2}],

@@ -139,7 +139,7 @@ CASES = [
     ("image", {"data": "bare.npz"}, "no array 'labels'"),
     ("image", {"data": "beyond.npz"}, "label 11 is none of the model's 7 classes"),
     ("image", {"data": "small.npz"}, r"images are \[3, 10, 10\] .* takes \[3, 15, 15\]"),
-    ("mask", {"length": 80}, "rows of 80 tokens are longer than the model's"),
+    ("mask", {"length": 80}, "rows of 80 tokens in a roberta: give 1 to"),
     ("next", {"stage": "mask"}, "Qwen2ForCausalLM has no head for 'mask'"),
     ("mask", {"stage": "next"}, "RobertaForMaskedLM has no head for 'next'"),
     ("mask", {"stage-options": '{"mask_share": 1.5}'}, "mask_share is 1.5"),
