@@ -204,7 +204,6 @@ class Mixer(nn.Module):
         self.attention = attention
         self.options = self.parse(spec)
         self.inherit: str = spec.get("inherit", "all")
-        self.has_output = output
         if output:
             self.o = nn.Linear(
                 attention.heads * attention.dim, attention.hidden, bias=attention.o_bias
@@ -349,7 +348,7 @@ class Mixer(nn.Module):
         A branch, which has no output projection, gives `mix`'s outputs per head.
         """
         heads, state = self.mix(x, mixing, state)
-        return self.o(heads.flatten(-2)) if self.has_output else heads, state
+        return self.o(heads.flatten(-2)) if hasattr(self, "o") else heads, state
 
 
 def output_weights(attention: Attention) -> dict[str, WeightSpec]:
