@@ -71,8 +71,8 @@ def find_module_weights(folder: Path) -> set[str]:
             found.add(weights.relative_to(folder).as_posix())
         elif pickled.is_file():
             raise RegraftError(
-                f"'{pickled}' is a pickle, which is never copied, and {MODULES} needs it: save it as"
-                f" {WEIGHTS} first"
+                f"'{pickled}' is a pickle, which is never copied, and {MODULES} needs it: save it "
+                f"as {WEIGHTS} first"
             )
     return found
 
