@@ -46,8 +46,8 @@ class RegraftConfig(PreTrainedConfig):
             nested = dict(self.host)
             self.host = str(nested.pop("model_type"))
             kwargs = {key: nested[key] for key in nested if key not in OWN_KEYS} | kwargs
-        for key in ("model_type", "auto_map"):
-            kwargs.pop(key, None)
+        kwargs.pop("model_type", None)
+        self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
 
         # The host's class fills in its defaults and derives what it derives; all of it is kept
         # here, so that there is one place for each size.

@@ -37,6 +37,8 @@ from .configuration_regraft import RegraftConfig
 
 # What changes names in files of earlier versions to those of the host's class.
 UNNEST = {r"^host\.": ""}
+# Arguments of `from_pretrained` that are keys of a config too.
+OF_THE_MODEL = ("dtype", "torch_dtype", "quantization_config")
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
 Rotary = tuple[Tensor, Tensor]  # cos and sin
@@ -186,10 +188,13 @@ class RegraftPreTrainedModel(PreTrainedModel):
         if cls.front:
             return super().from_pretrained(path, *args, config=config, **kwargs)
         if not isinstance(config, PreTrainedConfig):
+            # What the model's own loading decides; a config would take it for one of its keys.
+            held = {key: kwargs.pop(key) for key in OF_THE_MODEL if key in kwargs}
             kwargs["trust_remote_code"] = False  # this is that code
             config, kwargs = RegraftConfig.from_pretrained(
                 config or path, return_unused_kwargs=True, **kwargs
             )
+            kwargs |= held
         kind = find_class(cls, str(config.host))
         if not config.nested:
             return kind.from_pretrained(path, *args, config=config, **kwargs)

@@ -52,7 +52,7 @@ def test_what_linearize_writes_opens(
         out, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values()), info
-    assert opened.host.config._attn_implementation == stock.config._attn_implementation
+    assert opened.config._attn_implementation == stock.config._attn_implementation
     assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
     own = modeling.load(out)
 
@@ -90,7 +90,7 @@ for path in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(
         path, trust_remote_code=True, dtype=torch.float32
     ).eval()
-    assert "regraft" not in sys.modules and type(model).__name__ == "RegraftForCausalLM"
+    assert "regraft" not in sys.modules and type(model).__name__.startswith("Regraft")
     ids = torch.arange(3, 33).unsqueeze(0)
     print(float(model(ids).logits.double().abs().sum()))
 """

@@ -140,7 +140,7 @@ def test_state_bytes_do_not_depend_on_length(sources: dict[str, Path]) -> None:
 def test_save_and_load_through_auto_classes(sources: dict[str, Path], tmp_path: Path) -> None:
     Remix("gated_deltanet", "0", window=8)(Checkpoint.open(sources["qwen3"])).save(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(model).__name__ == "RegraftForCausalLM"
+    assert isinstance(model, modeling.RegraftForCausalLM)
     ids = tokens(1, 30)
     logits = model(ids).logits
     assert torch.equal(regraft.load(str(tmp_path / "out"))(ids).logits, logits)
@@ -195,7 +195,7 @@ REMOTE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert not {"regraft", "jaxtyping"} & set(sys.modules) and type(model).__name__ == "RegraftForCausalLM"
+assert not {"regraft", "jaxtyping"} & set(sys.modules) and type(model).__name__ == "RegraftLlamaForCausalLM"
 ids = torch.arange(3, 33).unsqueeze(0)
 print(float(model(ids).logits.double().sum()), model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
 """
@@ -226,13 +226,13 @@ def test_loads_without_regraft(sources: dict[str, Path], tmp_path: Path, remix: 
 
 def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
     model, ids = linearized(sources["llama"], REMIXES["hybrid"]), tokens(1, 4)
-    with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 1, 4, 4\)"):
-        model(ids, attention_mask=torch.ones(1, 1, 4, 4))
+    with pytest.raises(RegraftError, match=r"attention_mask has shape \(1, 4, 4\)"):
+        model(ids, attention_mask=torch.ones(1, 4, 4))
     with pytest.raises(RegraftError, match="StaticLayer.*DynamicCache"):
         model(
             ids,
             **modeling.cache_kwargs(
-                StaticCache(config=model.config.host_config(), max_cache_len=8)
+                StaticCache(config=AutoConfig.from_pretrained(sources["llama"]), max_cache_len=8)
             ),
         )
     with (
@@ -258,7 +258,7 @@ def test_the_cache_has_two_names_and_reaches_every_mixer(
     ]
     assert torch.equal(*logits) and caches[0].get_seq_length() == caches[1].get_seq_length() == 6
     with pytest.raises(RegraftError, match="two names of one thing"):
-        model(ids, cache=caches[0], past_key_values=caches[1])
+        model.base_model(ids, cache=caches[0], past_key_values=caches[1])
     monkeypatch.setattr(modeling_regraft, "CACHES", ("renamed",))
     with pytest.raises(RegraftError, match="hands no cache to attention under the names renamed"):
         model(ids)
