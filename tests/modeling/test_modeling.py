@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import FAMILIES, GROWABLE, tiny, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import regraft
