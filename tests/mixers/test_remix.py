@@ -150,9 +150,9 @@ def test_config_says_what_is_where(source: Checkpoint) -> None:
         == [a is None for a in config["attention"]]
     )
     assert config["mixers"][1]["window"] == {"name": "window", "window": 9, "sinks": 1}
-    assert (
-        remixed.anatomy.host_config(config) == source.config and config["model_type"] == "regraft"
-    )
+    host = remixed.anatomy.host_config(config)
+    kept = {key: value for key, value in source.config.items() if key != "architectures"}
+    assert {key: host[key] for key in kept} == kept and config["model_type"] == "regraft"
 
 
 def test_it_is_a_step_and_names_itself() -> None:

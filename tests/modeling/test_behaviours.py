@@ -344,17 +344,37 @@ def classifier(model: PreTrainedModel, folder: Path) -> None:
         close(found.score(hidden)[:, -1], found(input_ids=tokens).logits)
 
 
-def cropped_or_whole(model: PreTrainedModel, folder: Path) -> None:
-    """A cache takes tokens back, or refuses and is what it was."""
-    tokens, cache = ids(model, 1), DynamicCache(config=model.config)
-    logits(model, tokens[:, :15], past_key_values=cache, use_cache=True)
-    length = 15
-    with contextlib.suppress(ValueError):
-        cache.crop(12)
-        length = 12
-    assert cache.get_seq_length() == length
-    found = logits(model, tokens[:, length:], past_key_values=cache, use_cache=True)
-    close(found, logits(model, tokens)[:, length:])
+def rolled_back(model: PreTrainedModel, folder: Path) -> None:
+    """Tokens are taken back, also a part of what was read at once."""
+    tokens = ids(model, 1)
+    for pieces, less in (([15], 3), ([10, 1, 1, 3], 4), ([6, 6], 6)):
+        cache, length = DynamicCache(config=model.config), sum(pieces)
+        cache.activate_past_recording()
+        for piece in tokens[:, :length].split(pieces, 1):
+            logits(model, piece, past_key_values=cache, use_cache=True)
+        cache.crop(-less)
+        assert cache.get_seq_length() == length - less
+        found = logits(model, tokens[:, length - less :], past_key_values=cache, use_cache=True)
+        close(found, logits(model, tokens)[:, length - less :])
+
+
+def static_cache(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model, 1)
+    found = greedy(model, tokens, cache_implementation="static")
+    assert torch.equal(found, greedy(model, tokens))
+
+
+def draft(model: PreTrainedModel, folder: Path) -> None:
+    """Of a stock model's assisted decoding."""
+    stock, tokens = load(folder.parent / STOCK), ids(model, 1)
+    assert torch.equal(greedy(stock, tokens, assistant_model=model), greedy(stock, tokens))
+
+
+def target(model: PreTrainedModel, folder: Path) -> None:
+    """Of assisted decoding, with a draft that is mostly wrong and with the prompt's own words."""
+    stock, tokens = load(folder.parent / STOCK), ids(model, 1)
+    for options in ({"assistant_model": stock}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(greedy(model, tokens, **options), greedy(model, tokens))
 
 
 def offloaded(model: PreTrainedModel, folder: Path) -> None:
@@ -398,7 +418,10 @@ ROWS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
         save_and_load,
         embeddings_resized,
         classifier,
-        cropped_or_whole,
+        rolled_back,
+        static_cache,
+        draft,
+        target,
         offloaded,
     )
 }
