@@ -19,7 +19,7 @@ from ..io.files import check_inside, parse_json, read_json, write_json
 from ..io.identity import TOKENIZER
 from ..io.output import MARKER
 from . import lineage
-from .anatomy import find_anatomy
+from .anatomy import find_anatomy, read_as_auto
 from .sentence_transformers import find_module_weights, resize_modules
 
 # Patterns of files that are refused, not left out, when they lead out of the folder.
@@ -147,7 +147,8 @@ def describe_changes(
         copied: files that travel.
         left_out: files that stay behind.
     """
-    rewritten = resize_modules(folder, find_anatomy(config).solve(config)["hidden"], hidden)
+    read = read_as_auto(config)
+    rewritten = resize_modules(folder, find_anatomy(read).solve(read)["hidden"], hidden)
     notes = [f"{name} gets the width {hidden}" for name in rewritten]
 
     # A linearized model's own auto_map names code that is written with it.
