@@ -5,7 +5,8 @@ The classes are asked, not copied. Importing them takes seconds, so it happens w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError, explain_errors
@@ -109,9 +110,26 @@ def check_length(family: str, key: str, value: Sequence[Any], depth: int) -> Non
         )
 
 
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Inside, transformers shows no progress bar, warning or table of what it did not find."""
+    from transformers.utils import logging
+
+    had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
 def read_stock_config(config: Config, anatomy: Anatomy) -> Any:
     """transformers' config object of a stock family; RegraftError when the class refuses a key."""
-    with explain_errors(f"transformers cannot read this {anatomy.family} config", "fix it"):
+    what = f"transformers cannot read this {anatomy.family} config"
+    with silence_transformers(), explain_errors(what, "fix it"):
         return config_class(anatomy.family).from_dict(dict(config))
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -16,6 +14,7 @@ from ..core.stock_class import build_stock_config as build_stock_config
 from ..core.stock_class import choose_class as choose_class
 from ..core.stock_class import explain_model_errors as explain_model_errors
 from ..core.stock_class import stock_class as stock_class
+from ..core.stock_config import silence_transformers as silence_transformers
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
 
@@ -64,21 +63,6 @@ def model_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
     own = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
     with explain_model_errors("regraft"):
         return RegraftForCausalLM, RegraftConfig(**own)
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bar and no table of what it did not find."""
-    logging = transformers.utils.logging
-    had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bar:
-            logging.enable_progress_bar()
 
 
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 EVERY_KIND = sum(KINDS)
 # Of the changes of a command: how many of the last, and how many of those before them.
-QUICK, LONG, LONGEST = (8, 2), (3, 1), (2, 1)
+QUICK, LONG, LONGEST = (5, 2), (2, 1), (2, 1)
 SAMPLES = {
     name: QUICK
     if name.startswith(("grow", "linearize")) and " and " not in name and "measured" not in name
@@ -52,7 +52,7 @@ def test_killed_again_and_again(name, safety_folder, faults):
     trial = begin_trial(name, safety_folder, faults)
 
     @settings(
-        max_examples=4,
+        max_examples=2,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),

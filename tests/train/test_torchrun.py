@@ -224,17 +224,15 @@ class TestCommand:
         )
         same(tmp_path / "one", tmp_path / "many", 1e-4)
 
-    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-    def test_as_many_processes_go_on_bit_for_bit(
-        self, number: signal.Signals, models: Path, tmp_path: Path
-    ) -> None:
-        words = self.words(models, tmp_path / "stopped")
-        self.until(2, tmp_path / "stopped", number, 20, words)
-        launched(2, *words)
+    def test_as_many_processes_go_on_bit_for_bit(self, models: Path, tmp_path: Path) -> None:
         launched(2, *self.words(models, tmp_path / "whole"))
-        assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-        names = [tmp_path / kind / "model.safetensors" for kind in ("stopped", "whole")]
-        assert names[0].read_bytes() == names[1].read_bytes()
+        for name, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
+            words = self.words(models, tmp_path / name)
+            self.until(2, tmp_path / name, number, 20, words)
+            launched(2, *words)
+            assert losses(tmp_path / name) == losses(tmp_path / "whole")
+            files = [tmp_path / kind / "model.safetensors" for kind in (name, "whole")]
+            assert files[0].read_bytes() == files[1].read_bytes()
 
     @pytest.mark.skipif(
         sys.platform != "linux", reason="only Linux tells a process that its parent died"
