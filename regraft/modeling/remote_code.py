@@ -16,7 +16,7 @@ from ..mixers.base import Mixer
 from ..mixers.registry import mixer_class
 
 PACKAGE = Path(__file__).parent.parent
-MODELING_FILES = ("configuration_regraft", "modeling_regraft", "cache")
+MODELING_FILES = ("configuration_regraft", "modeling_regraft", "mixer_slot", "cache")
 
 # Modules that are written anew instead of copied: the registry, which finds mixers by folder, and
 # the tensor types, which need jaxtyping.

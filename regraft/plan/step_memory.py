@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..modeling.layer_kinds import layer_kinds
-from ..modeling.modeling_regraft import RegraftForCausalLM, RowLayout
+from ..modeling.mixer_slot import RowLayout
+from ..modeling.modeling_regraft import RegraftForCausalLM
 from ..train.calibrate import output_error
 from ..train.gradient_checkpointing import set_gradient_checkpointing
 from ..train.hooks import LayerRecord, record_layers

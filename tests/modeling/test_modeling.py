@@ -20,7 +20,7 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
-from regraft.modeling import modeling_regraft, remote_code
+from regraft.modeling import mixer_slot, remote_code
 
 TOLERANCE = 1e-5
 REMIXES = {
@@ -259,7 +259,7 @@ def test_the_cache_has_two_names_and_reaches_every_mixer(
     assert torch.equal(*logits) and caches[0].get_seq_length() == caches[1].get_seq_length() == 6
     with pytest.raises(RegraftError, match="two names of one thing"):
         model.base_model(ids, cache=caches[0], past_key_values=caches[1])
-    monkeypatch.setattr(modeling_regraft, "CACHES", ("renamed",))
+    monkeypatch.setattr(mixer_slot, "CACHES", ("renamed",))
     with pytest.raises(RegraftError, match="hands no cache to attention under the names renamed"):
         model(ids)
 

@@ -1,0 +1,209 @@
+"""Where mixers stand in a host's decoder layers, and which tokens they get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..core.shapes import Bool, Float, Int
+from ..errors import RegraftError
+from ..mixers.base import Attention, MixerContext, State
+from ..mixers.registry import build
+from .cache import CACHE, MixerState
+
+# Names under which decoder layers pass the cache to their attention.
+CACHES = (CACHE, "layer_past")
+Rotary = tuple[Tensor, Tensor]  # cos and sin
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which tokens of a call count, and to which documents they belong.
+
+    Mixers get the tokens of a row that count side by side and padding behind them, wherever the
+    padding was: so they need to know of padding at the end alone.
+    """
+
+    # Which tokens count, (batch, time); None: all do.
+    counted: Bool[Tensor, "batch time"] | None = None
+    # The same once they are side by side.
+    valid: Bool[Tensor, "batch time"] | None = None
+    # The place that each of those has in the call, (batch, time); None: they stay where they are.
+    order: Int[Tensor, "batch time"] | None = None
+    # Document of each token of a packed row, (batch, time); None: one document.
+    segments: Int[Tensor, "batch time"] | None = None
+
+    @classmethod
+    def of_mask(cls, counted: Bool[Tensor, "batch time"]) -> RowLayout:
+        """The layout of rows with padding."""
+        # Stable: tokens that count keep their order.
+        order = (~counted).long().argsort(dim=1, stable=True)
+        places = torch.arange(counted.shape[1], device=counted.device)
+        return cls(counted, places < counted.sum(1, keepdim=True), order)
+
+    def first(self, tokens: int) -> RowLayout:
+        """The layout of the first tokens of the call."""
+        if self.counted is not None:
+            return RowLayout.of_mask(self.counted[:, :tokens])
+        return RowLayout(segments=None if self.segments is None else self.segments[:, :tokens])
+
+    def gather(self, x: Float[Tensor, "rows time width"]) -> Float[Tensor, "batch time width"]:
+        """Tokens that count first."""
+        if self.order is None:
+            return x
+        x = x.expand(self.order.shape[0], -1, -1)
+        return x.gather(1, self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    def scatter(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """The inverse of `gather`."""
+        if self.order is None:
+            return x
+        return x.gather(1, self.order.argsort(1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+class MixerSlot(nn.Module):
+    """A mixer where the host's decoder layer expects its attention module."""
+
+    def __init__(self, spec: dict[str, Any], attention: Attention, layer: int):
+        super().__init__()
+        self.mixer = build(spec, attention)
+        self.layer, self.rotary = layer, attention.rotary
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch time hidden"],
+        position_embeddings: (
+            tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None
+        ) = None,
+        rows: RowLayout | None = None,
+        **host_arguments: Any,
+    ) -> tuple[Float[Tensor, "batch time hidden"], None]:
+        """The mixer's output, and None in the place of attention weights.
+
+        Args:
+            hidden_states: input of the slot.
+            position_embeddings: cos and sin, from hosts that pass them.
+            rows: padding and documents, passed through by the host.
+            host_arguments: what else the family passes to its attention; only the cache is used.
+
+        Raises RegraftError when the cache has keys and values for this layer.
+        """
+        caches = [host_arguments[name] for name in CACHES if host_arguments.get(name) is not None]
+        entry = caches[0].layers[self.layer] if caches else None
+        if entry is not None and not isinstance(entry, MixerState):
+            raise RegraftError(
+                f"layer {self.layer} got a {type(entry).__name__} cache but holds a mixer: pass "
+                "DynamicCache(config=model.config) or no cache"
+            )
+
+        rows, before = rows or RowLayout(), entry.state if entry is not None else None
+        rotary = position_embeddings if self.rotary else None
+        y, state = self.mix(hidden_states, rotary, rows, before)
+
+        def replay(tokens: int) -> State:
+            part = None if rotary is None else (rotary[0][:, :tokens], rotary[1][:, :tokens])
+            return self.mix(hidden_states[:, :tokens], part, rows.first(tokens), before)[1]
+
+        if entry is not None:
+            entry.store(state, hidden_states.shape[1], replay)
+        return y, None
+
+    def mix(
+        self,
+        hidden_states: Float[Tensor, "batch time hidden"],
+        rotary: Rotary | None,
+        rows: RowLayout,
+        state: State | None,
+    ) -> tuple[Float[Tensor, "batch time hidden"], State]:
+        """The mixer's output and the state after the last token.
+
+        Args:
+            hidden_states: input of the slot.
+            rotary: cos and sin, (1 or batch, time, rotary); None: nothing is rotated.
+            rows: padding and documents.
+            state: before these tokens.
+        """
+        if rotary is not None:
+            rotary = rows.gather(rotary[0]), rows.gather(rotary[1])
+        mixing = MixerContext(rotary, rows.valid, rows.segments)
+        y, state = self.mixer(rows.gather(hidden_states), mixing, state)
+        return rows.scatter(y), state
+
+
+def find_counted(mask: Tensor, time: int, cache: Cache | None) -> Bool[Tensor, "batch time"]:
+    """Which of the last `time` tokens count.
+
+    Args:
+        mask: (batch, cached tokens + time), 1 where a token counts; or as `generate` makes it for a
+            static cache, (batch, 1, time, places): which places of the cache each token sees, as
+            booleans or as numbers that are added to the scores.
+        time: tokens of this call.
+        cache: with the tokens before them.
+
+    Raises RegraftError for any other mask.
+    """
+    if mask.ndim == 2:
+        return mask[:, -time:].bool()
+    if mask.ndim != 4 or mask.shape[1:3] != (1, time):
+        raise RegraftError(
+            f"attention_mask has shape {tuple(mask.shape)}: mixers take (batch, time), 1 where a "
+            "token counts"
+        )
+    # A token that counts sees itself.
+    seen = mask if mask.dtype == torch.bool else mask >= 0
+    queries = torch.arange(time, device=mask.device)
+    before = 0 if cache is None else cache.get_seq_length()
+    return seen[:, 0, queries, queries + before]
+
+
+def lay_out_rows(
+    time: int,
+    mask: Tensor | None,
+    position_ids: Int[Tensor, "rows time"] | None,
+    cache: Cache | None,
+) -> RowLayout:
+    """Padding and documents of the last `time` tokens.
+
+    Args:
+        time: tokens of this call.
+        mask: (batch, cached tokens + time), 1 where a token counts.
+        position_ids: positions of the tokens, which restart at each document of a packed row.
+        cache: rows that go on from a cache are not packed.
+
+    Raises RegraftError for a mask that is not 2-D.
+    """
+    if mask is not None:
+        valid = find_counted(mask, time, cache)
+        if bool(valid.all()):
+            return RowLayout()  # mixers have a shorter way for that
+        return RowLayout.of_mask(valid)
+
+    if cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:
+        restart = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if bool(restart.any()):
+            segments = torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
+            return RowLayout(segments=segments)
+    return RowLayout()
+
+
+def check_cache_reached(cache: Cache, time: int) -> None:
+    """Raise RegraftError when the host did not pass the cache on to a mixer.
+
+    Such a mixer would silently forget all tokens before the current call.
+
+    Args:
+        cache: after a forward pass.
+        time: tokens in that pass.
+    """
+    states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
+    if any(state.get_seq_length() < time for state in states):
+        raise RegraftError(
+            f"transformers {transformers.__version__} hands no cache to attention under the "
+            f"names {', '.join(CACHES)}: install the version that regraft was tested with "
+            "(constraints.txt)"
+        )
