@@ -103,9 +103,10 @@ def _iter_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Ite
 
 
 def fill_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with transformers' defaults."""
+    """A config with transformers' defaults, and what a linearized model has beside them."""
     host = find_anatomy(config).host_config(config)
-    return modeling.build_stock_config(host).to_dict() | dict(config)
+    own = {key: value for key, value in config.items() if key not in host}
+    return modeling.build_stock_config(host).to_dict() | own
 
 
 def find_unequal(made: Checkpoint, after: Checkpoint, progress: ProgressCallback) -> list[str]:
