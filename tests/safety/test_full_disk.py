@@ -14,9 +14,9 @@ from helpers.faults import NO_INODES, NO_SPACE, SYNC, WRITE
 from helpers.kill import COMMANDS, begin_trial, read_tree, sample_points
 
 QUICK = ("grow", "grow with moments", "grow with moments over a model", "linearize over a model")
-LONG = {name: 3 for name in COMMANDS if name.startswith("train")}
+LONG = {name: 2 for name in COMMANDS if name.startswith("train")}
 LONGEST = {name: 2 for name in COMMANDS if name not in QUICK and name not in LONG}
-SAMPLES = {name: 6 for name in QUICK} | LONG | LONGEST
+SAMPLES = {name: 4 for name in QUICK} | LONG | LONGEST
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "grow"]
 
 
