@@ -92,6 +92,7 @@ def grow(
     """
     from .. import distributed
     from ..checks import growth as parity
+    from ..checks.outputs import steps_between
     from ..core.checkpoint import Checkpoint
     from ..core.moments import FILE as MOMENTS_FILE
     from ..data.text import Text
@@ -123,7 +124,7 @@ def grow(
     # What the growth will cost, before it begins. For LiGO this is the start that its maps are
     # fitted from.
     grown = growth(before)
-    exact = parity.is_exact(list(grown.history)[len(before.history) :])
+    exact = parity.is_exact(steps_between(before, grown))
     plan = Plan.of(before, grown)
     print_line(plan.format_cost())
 

@@ -68,13 +68,11 @@ class RegraftAnatomy(Anatomy):
 
     def fill_defaults(self, config: Config) -> dict[str, Any]:
         """The host's config with the host family's defaults."""
-        host = self.host_config(config)
-        return find_anatomy(host).fill_defaults(host)
+        return self.host(config).fill_defaults(self.host_config(config))
 
     def solve(self, config: Config) -> dict[str, int]:
         """Axis sizes of the host."""
-        host = self.host_config(config)
-        return find_anatomy(host).solve(host)
+        return self.host(config).solve(self.host_config(config))
 
     def place(self, config: Config) -> dict[Key, PlacedPart]:
         """The host's parts without the replaced attentions, and the mixers' weights.
@@ -168,8 +166,7 @@ class RegraftAnatomy(Anatomy):
 
     def attention(self, config: Config, layer: int) -> AttentionFields:
         """Shape and conventions of the attention in a layer of the host."""
-        host = self.host_config(config)
-        return find_anatomy(host).attention(host, layer)
+        return self.host(config).attention(self.host_config(config), layer)
 
     def write_extras(self, directory: str, config: Config) -> None:
         """The code files that `trust_remote_code` loads."""
