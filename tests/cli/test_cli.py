@@ -345,16 +345,20 @@ def test_run_ends_with_the_report_and_repeats_for_free(recipe, tmp_path, capsys)
     assert "'seed: 0' there, 'seed: 5' here" in refused(capsys, "run", recipe, out, "--seed", 5)
 
 
+STEPS = 100  # of the interrupted runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("blow", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_interrupted_runs_go_on(recipe, tmp_path, capsys, blow, code):
+    """Enough steps that a fast machine is not through before the signal comes."""
     out = tmp_path / "out"
-    words = ("run", recipe, out, "--stages.1.tokens", 64 * 300)
+    words = ("run", recipe, out, "--stages.1.tokens", 64 * STEPS)
     process = start(*words)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         metrics = out / "metrics.jsonl"
-        if metrics.exists() and metrics.read_text().count("\n") > 20:
+        if metrics.exists() and metrics.read_text().count("\n") > 5:
             break
         time.sleep(0.05)
     os.kill(process.pid, blow)
@@ -367,10 +371,10 @@ def test_interrupted_runs_go_on(recipe, tmp_path, capsys, blow, code):
             and "Traceback" not in err
         )
     spent = json.loads((out / "time.json").read_text())["seconds"]
-    numbers = as_json(capsys, "run", recipe, out, "--stages.1.tokens", 64 * 300)
+    numbers = as_json(capsys, "run", recipe, out, "--stages.1.tokens", 64 * STEPS)
     assert numbers["time"]["seconds"] > spent
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["stage"] == 1] == list(range(1, 301))
+    assert [row["step"] for row in rows if row["stage"] == 1] == list(range(1, STEPS + 1))
 
 
 def test_help_lists_every_mixer_and_method():

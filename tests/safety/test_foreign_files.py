@@ -66,7 +66,7 @@ def test_other_places_that_are_written(folder, verb, world):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @example("only run and work", ["train"])
 @example("only stream", ["train --stream"])
 @example("only names of a run", ["train --stream"])

@@ -15,7 +15,7 @@ from helpers.kill import COMMANDS, begin_trial, read_tree, sample_points
 
 QUICK = ("grow", "grow with moments", "grow with moments over a model", "linearize over a model")
 LONG = {name: 2 for name in COMMANDS if name.startswith("train")}
-LONGEST = {name: 2 for name in COMMANDS if name not in QUICK and name not in LONG}
+LONGEST = {name: 1 for name in COMMANDS if name not in QUICK and name not in LONG}
 SAMPLES = {name: 4 for name in QUICK} | LONG | LONGEST
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "grow"]
 
