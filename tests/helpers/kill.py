@@ -296,11 +296,9 @@ class Trial:
         return problems + self.check_end(self.run())
 
     def repeat(self) -> list[str]:
-        """Run the command again after its end; what is wrong. It has nothing to do, unless it is
-        told to overwrite.
+        """Run the command again where `prepare` has left it, after its end; what is wrong. It has
+        nothing to do, unless it overwrites.
         """
-        self.reset()
-        self.run()
         before = modification_times(self.out)
         problems = self.check_end(self.run())
         if not self.command.overwrites and modification_times(self.out) != before:

@@ -57,7 +57,7 @@ def test_training_brings_the_loss_down(family: str, tmp_path: Path) -> None:
     kind = {"bert": "mask", "roberta": "mask", "vit": "image", "dinov2": "image"}.get(
         family, "next"
     )
-    rows, _, _ = go(tmp_path, [stage(kind, 60, lr_body=3e-3, mask_share=0.5)], family=family)
+    rows, _, _ = go(tmp_path, [stage(kind, 30, lr_body=3e-3, mask_share=0.5)], family=family)
     assert sum(row["loss"] for row in rows[-10:]) < 0.95 * sum(row["loss"] for row in rows[:10])
     assert rows[5]["lr"] == pytest.approx(3e-3)
 

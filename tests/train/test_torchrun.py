@@ -102,7 +102,7 @@ def same(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     ("count", "names"),
-    [(2, [*STAGES, "broken rank"]), (3, ["rank"]), (4, ["next", "distil", "align"])],
+    [(2, [*STAGES, "broken rank"]), (3, ["rank", "align"])],
 )
 def test_processes_train_as_one(count: int, names: list[str], models: Path, tmp_path: Path) -> None:
     """Also a run of low-rank additions that was given up half-way, and sharded rows of unlike
@@ -166,7 +166,7 @@ class TestCommand:
     @staticmethod
     def words(models: Path, out: Path, **flags: object) -> list[object]:
         flags = {
-            "tokens": 12 * 32 * 60,
+            "tokens": 12 * 32 * 24,
             "batch": 12,
             "length": 32,
             "stage": "distil",
@@ -207,8 +207,8 @@ class TestCommand:
         self, models: Path, tmp_path: Path
     ) -> None:
         words = self.words(models, tmp_path / "many")
-        self.until(2, tmp_path / "many", signal.SIGKILL, 10, words)
-        self.until(1, tmp_path / "many", signal.SIGTERM, 30, words)
+        self.until(2, tmp_path / "many", signal.SIGKILL, 4, words)
+        self.until(1, tmp_path / "many", signal.SIGTERM, 12, words)
         kept = max(
             tmp_path.glob(f"many/{RUN}/stage-0-step-*"),
             key=lambda folder: int(folder.name.rpartition("-")[2]),
@@ -228,7 +228,7 @@ class TestCommand:
         launched(2, *self.words(models, tmp_path / "whole"))
         for name, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
             words = self.words(models, tmp_path / name)
-            self.until(2, tmp_path / name, number, 20, words)
+            self.until(2, tmp_path / name, number, 8, words)
             launched(2, *words)
             assert losses(tmp_path / name) == losses(tmp_path / "whole")
             files = [tmp_path / kind / "model.safetensors" for kind in (name, "whole")]
@@ -249,7 +249,7 @@ class TestCommand:
         with (tmp_path / "log").open("wb") as log:
             begun = subprocess.Popen(command, env=environment(), stderr=log, start_new_session=True)
         deadline = time.monotonic() + 300
-        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 10:
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 3:
             assert begun.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         begun.kill()
