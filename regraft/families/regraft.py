@@ -16,6 +16,7 @@ from ..core.axes import parse_signature
 from ..errors import RegraftError
 from ..io.schema import check_json, check_version, shorten
 from ..mixers.base import Attention
+from ..mixers.older_names import rename_older
 from ..mixers.registry import validate, weights
 
 # Keys of config.json that are not the host's.
@@ -119,8 +120,8 @@ class RegraftAnatomy(Anatomy):
 
     def canonical_name(self, name: str) -> str:
         """The state-dict name of a tensor found in a file."""
-        # Old files have the host's names behind "host.", GPT-NeoX's has another name for its head.
-        name = name.removeprefix("host.")
+        name = rename_older(name)
+        # GPT-NeoX's files have another name for its head.
         return name.replace("embed_out.", "lm_head.", 1) if name.startswith("embed_out.") else name
 
     def resize_config(

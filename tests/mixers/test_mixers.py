@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.mixers import LIGER, RADLADS, SHAPES, made, relative, rotary
+from helpers.mixers import LIGER, RADLADS, SHAPES, made, projections, relative, rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -241,7 +241,7 @@ def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> N
     q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
     expected = naive_window(q, k, v, mixer.attention, 8, 2, position, segments).transpose(1, 2)
     assert relative(heads, expected) < TOLERANCE
-    parameters = list(mixer.qkv.parameters())
+    parameters = projections(mixer)
     weight = torch.randn_like(heads)
     for a, b in zip(
         *(torch.autograd.grad((y * weight).sum(), parameters) for y in (heads, expected)),
@@ -315,7 +315,7 @@ def test_folded_head_maps_act_on_head_outputs(spec: dict) -> None:
     )
     context = MixerContext(rotary(torch.arange(20).expand(1, 20), mixer.attention))
     heads, _ = mixer.mix(x, context, None)
-    expected = mixer.o(torch.einsum("bthd,hde->bthe", heads, maps).flatten(-2))
+    expected = mixer.o_proj(torch.einsum("bthd,hde->bthe", heads, maps).flatten(-2))
     assert mixer.fold_heads(maps)
     assert relative(mixer(x, context)[0], expected) < 1e-4
 
