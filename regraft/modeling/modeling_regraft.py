@@ -259,7 +259,8 @@ def make_class(front: str, host: str) -> Any:
     stock = mapping[CONFIG_MAPPING[host]]
     name = f"Regraft{stock.__name__}"
     # Where the host's files have other tensors than its modules, so have those of a linearized one.
-    conversion = get_checkpoint_conversion_mapping(host)
+    conversion = get_checkpoint_conversion_mapping(stock.__name__)
+    conversion = conversion or get_checkpoint_conversion_mapping(host)
     if conversion is not None:
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     fields = {"__module__": __name__, "__doc__": kind.__doc__, "front": front}
