@@ -4,6 +4,9 @@ padding and packing.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +99,33 @@ def test_any_split_equals_the_whole(spec: dict, shape: str, cuts: list[int]) -> 
     whole = run(mixer, x, [x.shape[1]])
     assert relative(run(mixer, x, cuts), whole) < bound(spec)
     assert relative(run(mixer, x, [1] * x.shape[1]), whole) < bound(spec)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_what_the_source_has_too_is_called_as_there(spec: dict) -> None:
+    """In modules that adapters know, `q_proj` and the others."""
+    attention = SHAPES["9-heads-3-kv"]
+    mixer, found = registry.build(spec, attention), registry.weights(spec, attention)
+    assert set(found) == {name for name, _ in mixer.named_parameters()}
+    for name, weight in found.items():
+        if weight.source is not None:
+            part, kind = weight.source.split(".")[1:]
+            usual = part if part.endswith("_norm") else f"{part}_proj"
+            assert name.split(".")[-2:] == [usual, kind]
+            if usual != part:
+                assert type(mixer.get_submodule(name.rpartition(".")[0])) is torch.nn.Linear
+
+
+def test_the_guide_names_every_weight() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "linearizing.md"
+    section = guide.read_text(encoding="utf-8").partition("### Names of weights")[2]
+    rows = [
+        row.split("|")[1] for row in section.partition("\n\nMaps")[0].splitlines() if "|" in row
+    ]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    found = [registry.weights(spec, SHAPES["9-heads-3-kv"]) for spec in SPECS]
+    names = {part for table in found for name in table for part in name.split(".")}
+    assert told == names - {"weight", "bias"}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
