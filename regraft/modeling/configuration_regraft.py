@@ -28,6 +28,7 @@ class RegraftConfig(PreTrainedConfig):
         mixers: per layer the mixer's spec, None where softmax attention is kept.
         attention: per layer what the mixer replaces, the fields of `mixers.base.Attention`; None
             where softmax attention is kept.
+        nested: whether it was read from files of an earlier version, which nest the host's names.
     """
 
     model_type = "regraft"
@@ -40,6 +41,7 @@ class RegraftConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Earlier versions nested the host's config, and had kinds of layers of their own beside it.
+        self.nested = isinstance(self.host, dict)
         if isinstance(self.host, dict):
             nested = dict(self.host)
             kwargs.pop("layer_types", None)
@@ -94,6 +96,7 @@ class RegraftConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All keys, with the classes that load the model."""
         fields = super().to_dict()
+        del fields["nested"]
         # Classes are made for a host; files name those that they are made of.
         names = [
             re.sub(r"^Regraft\w*?(Model|For\w+)$", r"Regraft\1", name)
