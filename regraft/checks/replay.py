@@ -87,8 +87,10 @@ def find_config_differences(made: Checkpoint, after: Checkpoint) -> list[str]:
         made: what the steps make.
         after: the output.
     """
-    ours = json.loads(json.dumps(with_older_keys(made.config), default=str))
-    return sorted(_iter_differences(ours, after.config))
+    ours, theirs = (
+        json.loads(json.dumps(with_older_keys(one.config), default=str)) for one in (made, after)
+    )
+    return sorted(_iter_differences(ours, theirs))
 
 
 def _iter_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:

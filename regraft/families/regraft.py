@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from ..core.anatomy import Anatomy, AttentionFields, Config, Key, Part, PlacedPart, find_anatomy
+from ..core.auto_map import AUTO_MAP
 from ..core.axes import parse_signature
 from ..errors import RegraftError
 from ..io.schema import check_json, check_version, shorten
 from ..mixers.base import Attention
+from ..mixers.older_names import rename_older
 from ..mixers.registry import validate, weights
 
 # Keys of config.json that are not the host's.
@@ -119,8 +121,8 @@ class RegraftAnatomy(Anatomy):
 
     def canonical_name(self, name: str) -> str:
         """The state-dict name of a tensor found in a file."""
-        # Old files have the host's names behind "host.", GPT-NeoX's has another name for its head.
-        name = name.removeprefix("host.")
+        name = rename_older(name)
+        # GPT-NeoX's files have another name for its head.
         return name.replace("embed_out.", "lm_head.", 1) if name.startswith("embed_out.") else name
 
     def resize_config(
@@ -193,7 +195,10 @@ def flatten_host(config: Config) -> dict[str, Any]:
     if not isinstance(host, dict):
         return {}
     kept = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
-    return {key: value for key, value in join_host({}, host).items() if key not in kept}
+    flat = {key: value for key, value in join_host({}, host).items() if key not in kept}
+    # Beside the host stood kinds of layers that its class does not know.
+    others = {"layer_types": None} if "layer_types" in config else {}
+    return others | flat | {"auto_map": AUTO_MAP}
 
 
 anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="", rewrite=flatten_host)

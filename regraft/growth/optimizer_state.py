@@ -82,7 +82,10 @@ def read_moments(source: Checkpoint, file: Path) -> dict[str, TensorEntry]:
             f"'{file}' is a pickle, which is never loaded: save its moments with safetensors as"
             " exp_avg/NAME, exp_avg_sq/NAME and step/NAME"
         )
-    entries = {entry.name: entry for entry in read_header(file)}
+    entries: dict[str, TensorEntry] = {}
+    for entry in read_header(file):
+        kind, slash, name = entry.name.partition("/")
+        entries[f"{kind}{slash}{source.anatomy.canonical_name(name)}"] = entry
 
     # Every parameter has both moments, and nothing else is in the file.
     wanted = {f"{moment}/{name}" for moment in MOMENTS for name in source.names.values()}

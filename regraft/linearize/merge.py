@@ -40,8 +40,8 @@ class Merge:
         for (role, layer), placed in source.anatomy.place(config).items():
             prefix = prefixes[layer] if layer is not None else None
             names[role, layer] = placed.name
-            stem, _, kind = role.rpartition(".")  # "mixer.qkv.q", "weight"
-            if prefix is not None and stem in (f"mixer.{prefix}qkv.q", f"mixer.{prefix}qkv.k"):
+            stem, _, kind = role.rpartition(".")  # "mixer.q_proj", "weight"
+            if prefix is not None and stem in (f"mixer.{prefix}q_proj", f"mixer.{prefix}k_proj"):
                 tensors[role, layer] = _compose_with_map(
                     source, layer, f"mixer.{prefix}", stem, kind, placed.shape
                 )

@@ -118,67 +118,6 @@ class HeadNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-class Projections(nn.Module):
-    """Queries, keys and values with the biases and the QK norm of the source's attention.
-
-    With `expand`, every query head has keys and values of its own, copies of its group's. Without,
-    keys and values keep the source's `kv` heads.
-    """
-
-    def __init__(self, attention: Attention, expand: bool):
-        super().__init__()
-        self.dim = attention.dim
-        kv = attention.heads if expand else attention.kv
-        bias = attention.qkv_bias
-
-        self.q = nn.Linear(attention.hidden, attention.heads * attention.dim, bias=bias)
-        self.k = nn.Linear(attention.hidden, kv * attention.dim, bias=bias)
-        self.v = nn.Linear(attention.hidden, kv * attention.dim, bias=bias)
-        eps = attention.qk_norm
-        self.q_norm = HeadNorm(attention.dim, eps) if eps is not None else None
-        self.k_norm = HeadNorm(attention.dim, eps) if eps is not None else None
-
-    @staticmethod
-    def weights(attention: Attention, expand: bool) -> dict[str, WeightSpec]:
-        """Local parameter name -> WeightSpec."""
-        # With "group" in the signature, loading repeats each key/value head for its queries.
-        wide = "kv group dim" if expand else "kv dim"
-        table = {"q.weight": WeightSpec("hidden -> kv group dim", "attn.q.weight")}
-        for name in "kv":
-            table[f"{name}.weight"] = WeightSpec(f"hidden -> {wide}", f"attn.{name}.weight")
-
-        if attention.qkv_bias:
-            table["q.bias"] = WeightSpec("-> kv group dim", "attn.q.bias", decay=False)
-            for name in "kv":
-                table[f"{name}.bias"] = WeightSpec(f"-> {wide}", f"attn.{name}.bias", decay=False)
-        if attention.qk_norm is not None:
-            for name in ("q_norm", "k_norm"):
-                source = f"attn.{name}.weight"
-                table[f"{name}.weight"] = WeightSpec("gain dim", source, decay=False)
-        return table
-
-    def forward(
-        self, x: Float[Tensor, "batch time hidden"], *others: Float[Tensor, "batch time hidden"]
-    ) -> tuple[
-        Float[Tensor, "batch heads time dim"],
-        Float[Tensor, "batch states time dim"],
-        Float[Tensor, "batch states time dim"],
-    ]:
-        """Queries, keys and values, not yet rotated.
-
-        Args:
-            x: what queries are made of.
-            others: what keys and values are made of, two tensors; x for both when left out.
-        """
-        pairs = zip((self.q, self.k, self.v), (x, *(others or (x, x))), strict=True)
-        q, k, v = (
-            layer(inputs).unflatten(-1, (-1, self.dim)).transpose(1, 2) for layer, inputs in pairs
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-
 class Mixer(nn.Module):
     """A token mixer for an attention slot.
 
@@ -196,8 +135,12 @@ class Mixer(nn.Module):
     values_are_linear: ClassVar[bool] = False
     # Whether outputs are averages of values, as those of softmax attention are.
     denominator: ClassVar[bool] = False
-    qkv: Projections
-    o: nn.Linear
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    q_norm: HeadNorm | None
+    k_norm: HeadNorm | None
+    o_proj: nn.Linear
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__()
@@ -205,9 +148,50 @@ class Mixer(nn.Module):
         self.options = self.parse(spec)
         self.inherit: str = spec.get("inherit", "all")
         if output:
-            self.o = nn.Linear(
+            self.o_proj = nn.Linear(
                 attention.heads * attention.dim, attention.hidden, bias=attention.o_bias
             )
+
+    def add_projections(self, expand: bool) -> None:
+        """Add the projections of `qkv`, with the biases and the QK norm of the source's attention.
+
+        Args:
+            expand: whether every query head has keys and values of its own, copies of its group's;
+                else keys and values keep the source's `kv` heads.
+        """
+        attention = self.attention
+        hidden, dim, bias = attention.hidden, attention.dim, attention.qkv_bias
+        self.states = attention.heads if expand else attention.kv
+
+        self.q_proj = nn.Linear(hidden, attention.heads * dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.states * dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.states * dim, bias=bias)
+        eps = attention.qk_norm
+        self.q_norm = HeadNorm(dim, eps) if eps is not None else None
+        self.k_norm = HeadNorm(dim, eps) if eps is not None else None
+
+    def qkv(
+        self, x: Float[Tensor, "batch time hidden"], *others: Float[Tensor, "batch time hidden"]
+    ) -> tuple[
+        Float[Tensor, "batch heads time features"],
+        Float[Tensor, "batch states time features"],
+        Float[Tensor, "batch states time dim"],
+    ]:
+        """Queries, keys and values, not yet rotated; `features` is `dim` but in a merged `t2r`.
+
+        Args:
+            x: what queries are made of.
+            others: what keys and values are made of, two tensors; x for both when left out.
+        """
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        inputs, heads = (x, *(others or (x, x))), (self.attention.heads, self.states, self.states)
+        q, k, v = (
+            layer(read).unflatten(-1, (count, -1)).transpose(1, 2)
+            for layer, read, count in zip(layers, inputs, heads, strict=True)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
@@ -230,8 +214,7 @@ class Mixer(nn.Module):
             output: whether the mixer has an output projection of its own; a branch beside a
                 window has none.
         """
-        projections = Projections.weights(attention, cls.expand)
-        table = {f"qkv.{name}": weight for name, weight in projections.items()}
+        table = projection_weights(attention, cls.expand)
         return table | (output_weights(attention) if output else {})
 
     @classmethod
@@ -301,15 +284,15 @@ class Mixer(nn.Module):
 
         # Values are tried first: they may be shared by a group, the output projection never is.
         if self.values_are_linear:
-            value = self.qkv.v
+            value = self.v_proj
             heads = value.weight.shape[0] // dim
             value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))
             if value.bias is not None:
                 value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())
-        elif hasattr(self, "o"):
+        elif hasattr(self, "o_proj"):
             # one block of columns per head, shaped (heads, hidden, dim)
-            per_head = self.o.weight.unflatten(1, (heads, dim)).transpose(0, 1)
-            self.o.weight.copy_((per_head @ maps.mT).transpose(0, 1).flatten(1))
+            per_head = self.o_proj.weight.unflatten(1, (heads, dim)).transpose(0, 1)
+            self.o_proj.weight.copy_((per_head @ maps.mT).transpose(0, 1).flatten(1))
         else:
             return False
         return True
@@ -348,14 +331,28 @@ class Mixer(nn.Module):
         A branch, which has no output projection, gives `mix`'s outputs per head.
         """
         heads, state = self.mix(x, mixing, state)
-        return self.o(heads.flatten(-2)) if hasattr(self, "o") else heads, state
+        return self.o_proj(heads.flatten(-2)) if hasattr(self, "o_proj") else heads, state
+
+
+def projection_weights(attention: Attention, expand: bool) -> dict[str, WeightSpec]:
+    """The source's queries, keys and values; `expand` as of `Mixer.add_projections`."""
+    # With "group" in the signature, loading repeats each key/value head for its queries.
+    axes = {"q": "kv group dim"} | dict.fromkeys("kv", "kv group dim" if expand else "kv dim")
+    table: dict[str, WeightSpec] = {}
+    for name, wide in axes.items():
+        table[f"{name}_proj.weight"] = WeightSpec(f"hidden -> {wide}", f"attn.{name}.weight")
+    for name, wide in axes.items() if attention.qkv_bias else ():
+        table[f"{name}_proj.bias"] = WeightSpec(f"-> {wide}", f"attn.{name}.bias", decay=False)
+    for name in ("q_norm", "k_norm") if attention.qk_norm is not None else ():
+        table[f"{name}.weight"] = WeightSpec("gain dim", f"attn.{name}.weight", decay=False)
+    return table
 
 
 def output_weights(attention: Attention) -> dict[str, WeightSpec]:
     """The output projection of the source."""
-    table = {"o.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
+    table = {"o_proj.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
     if attention.o_bias:
-        table["o.bias"] = WeightSpec("-> hidden", "attn.o.bias", decay=False)
+        table["o_proj.bias"] = WeightSpec("-> hidden", "attn.o.bias", decay=False)
     return table
 
 

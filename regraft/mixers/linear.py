@@ -16,11 +16,11 @@ from .base import (
     Attention,
     Mixer,
     MixerContext,
-    Projections,
     State,
     WeightSpec,
     mask_padding,
     output_weights,
+    projection_weights,
 )
 from .dispatch import recur
 from .recurrence import CHUNK, chunked_flops
@@ -71,8 +71,7 @@ class LinearAttention(Mixer):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
-        self.states = self.state_heads(attention, self.options)
-        self.qkv = Projections(attention, expand=not self.is_grouped(self.options))
+        self.add_projections(expand=not self.is_grouped(self.options))
         norm, self.activation = self.output_norm_and_gate(self.options)
         self.kind = norm
 
@@ -135,8 +134,7 @@ class LinearAttention(Mixer):
         """The source's projections; gains one, the gate's projection small."""
         options = cls.parse(spec)
         norm, gate = cls.output_norm_and_gate(options)
-        projections = Projections.weights(attention, expand=not cls.is_grouped(options))
-        table = {f"qkv.{name}": weight for name, weight in projections.items()}
+        table = projection_weights(attention, expand=not cls.is_grouped(options))
         table |= output_weights(attention) if output else {}
 
         if norm != "none" and cls.gain is not None:

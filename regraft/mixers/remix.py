@@ -21,6 +21,7 @@ from ..families.regraft import join_host
 from .base import Attention, WeightSpec
 from .inherit import parse_inherit
 from .initialize import create_initial_tensor
+from .older_names import first_name
 from .registry import mixer_class, validate, weights
 from .remix_options import RemixOptions
 from .source_windows import source_windows
@@ -199,7 +200,7 @@ class Remix(RemixOptions):
 
         # By name, so that a tensor does not depend on which others there are. 32 bits: torch's
         # generator ignores the others.
-        seed = zlib.crc32(name.encode(), self.seed)
+        seed = zlib.crc32(first_name(name).encode(), self.seed)
         spec = weight.fresh or "zeros"
         kind = "zero" if spec == "zeros" else "fresh"
         dtype = source.tensors["norm.final.weight", None].dtype

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from ..errors import RegraftError
-from .base import Attention, Mixer, MixerContext, Projections, WeightSpec, output_weights
+from .base import Attention, Mixer, MixerContext, WeightSpec, output_weights, projection_weights
 
 DT_INIT = "timesteps 0.001 0.1"
 # Options of layout `own`; in the other layout the sizes of the attention decide them.
@@ -67,10 +67,11 @@ class StateSpace(Mixer):
         if self.own:
             self.x = nn.Linear(attention.hidden, inner, bias=False)
         else:
-            self.qkv = Projections(attention, expand=True)
+            self.add_projections(expand=True)
         self.gate = nn.Linear(attention.hidden, inner, bias=False)
         if output:
-            self.o = nn.Linear(inner, attention.hidden, bias=attention.o_bias and not self.own)
+            bias = attention.o_bias and not self.own
+            self.o_proj = nn.Linear(inner, attention.hidden, bias=bias)
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
@@ -110,8 +111,7 @@ class StateSpace(Mixer):
         channels = cls.widths_of(attention, options).channels
         table = {"gate.weight": dense_weight("hidden", channels, attention.hidden)}
         if options.layout == "attention":
-            projections = Projections.weights(attention, expand=True)
-            table |= {f"qkv.{name}": weight for name, weight in projections.items()}
+            table |= projection_weights(attention, expand=True)
             return table | (output_weights(attention) if output else {})
 
         if not output:
@@ -122,7 +122,7 @@ class StateSpace(Mixer):
             )
         table["x.weight"] = dense_weight("hidden", channels, attention.hidden)
         return table | {
-            "o.weight": dense_weight(channels, "hidden", options.expand * attention.hidden)
+            "o_proj.weight": dense_weight(channels, "hidden", options.expand * attention.hidden)
         }
 
     @classmethod

@@ -47,7 +47,9 @@ class T2r(LinearAttention):
         super().__init__(attention, spec, output)
         size = self.key_dim(attention, self.options)
         if self.options.merged:
-            self.qkv = FeatureProjections(attention, size, self.states)  # type: ignore[assignment]
+            self.q_proj = nn.Linear(attention.hidden, attention.heads * size)
+            self.k_proj = nn.Linear(attention.hidden, self.states * size)
+            self.q_norm = self.k_norm = None
         else:
             self.map = nn.Parameter(torch.zeros(self.states, size, attention.dim))
             self.map_bias = nn.Parameter(torch.zeros(self.states * size))
@@ -78,12 +80,12 @@ class T2r(LinearAttention):
 
         # Merged projections have no source: `linearize.merge` gives their values.
         if options.merged:
-            for name in [name for name in table if name.startswith(("qkv.q", "qkv.k"))]:
+            for name in [name for name in table if name.startswith(("q_", "k_"))]:
                 del table[name]
             for name, heads in (("q", "kv group"), ("k", axes)):
                 weight = WeightSpec(f"hidden -> {heads} {size}", fresh="normal 0.02")
                 bias = WeightSpec(f"-> {heads} {size}", fresh="zeros", decay=False)
-                table |= {f"qkv.{name}.weight": weight, f"qkv.{name}.bias": bias}
+                table |= {f"{name}_proj.weight": weight, f"{name}_proj.bias": bias}
             return table
 
         start, start_bias = "identity", "zeros"
@@ -119,26 +121,3 @@ class T2r(LinearAttention):
         phi = F.relu if self.options.merged else self.features
         q, k = phi(q), phi(k)
         return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
-
-
-class FeatureProjections(nn.Module):
-    """Projections from the input to features before the ReLU, and to values."""
-
-    def __init__(self, attention: Attention, size: int, states: int):
-        super().__init__()
-        self.heads = (attention.heads, states, states)
-        self.q = nn.Linear(attention.hidden, attention.heads * size)
-        self.k = nn.Linear(attention.hidden, states * size)
-        self.v = nn.Linear(attention.hidden, states * attention.dim, bias=attention.qkv_bias)
-
-    def forward(
-        self, x: Float[Tensor, "batch time hidden"]
-    ) -> tuple[
-        Float[Tensor, "batch heads time features"],
-        Float[Tensor, "batch states time features"],
-        Float[Tensor, "batch states time dim"],
-    ]:
-        """Features of queries and keys before the ReLU, and values."""
-        maps = zip((self.q, self.k, self.v), self.heads, strict=True)
-        q, k, v = (layer(x).unflatten(-1, (count, -1)).transpose(1, 2) for layer, count in maps)
-        return q, k, v

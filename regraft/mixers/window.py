@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.shapes import Bool, Float, Int
-from .base import Attention, Mixer, MixerContext, Projections, State, apply_rotary, pad_time
+from .base import Attention, Mixer, MixerContext, State, apply_rotary, pad_time
 
 EMPTY = -1  # position of padding and of unused slots in the state
 
@@ -70,7 +70,7 @@ class Window(Mixer):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
-        self.qkv = Projections(attention, expand=False)
+        self.add_projections(expand=False)
 
     @classmethod
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:

@@ -40,10 +40,11 @@ class RegraftConfig(PreTrainedConfig):
     attention: list[Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Earlier versions nested the host's config, and its weights behind "host.".
+        # Earlier versions nested the host's config, and had kinds of layers of their own beside it.
         self.nested = isinstance(self.host, dict)
         if isinstance(self.host, dict):
             nested = dict(self.host)
+            kwargs.pop("layer_types", None)
             self.host = str(nested.pop("model_type"))
             kwargs = {key: nested[key] for key in nested if key not in OWN_KEYS} | kwargs
         kwargs.pop("model_type", None)

@@ -28,12 +28,11 @@ from transformers.utils import ModelOutput
 from ..core.shapes import Float, Int
 from ..errors import RegraftError
 from ..mixers.base import Attention
+from ..mixers.older_names import OLDER_NAMES
 from .cache import cache_kwargs
 from .configuration_regraft import RegraftConfig
 from .mixer_slot import MixerSlot, RowLayout, check_cache_reached, lay_out_rows
 
-# What changes names in files of earlier versions to those of the host's class.
-UNNEST = {r"^host\.": ""}
 # Arguments of `from_pretrained` that are keys of a config too.
 OF_THE_MODEL = ("dtype", "torch_dtype", "quantization_config")
 
@@ -67,9 +66,23 @@ class RegraftPreTrainedModel(PreTrainedModel):
         path = pretrained_model_name_or_path
         kwargs.pop("trust_remote_code", None)  # this is that code
         if cls.front:
-            return super().from_pretrained(
-                path, *args, config=config, trust_remote_code=False, **kwargs
+            given = kwargs.pop("key_mapping", None) or {}
+            found = super().from_pretrained(
+                path,
+                *args,
+                config=config,
+                key_mapping=OLDER_NAMES | given,
+                trust_remote_code=False,
+                **kwargs,
             )
+            # Names of earlier versions are not written again when the model is saved.
+            model = found[0] if isinstance(found, tuple) else found
+            model._weight_conversions = [
+                change
+                for change in model._weight_conversions
+                if change.source_patterns[0] not in OLDER_NAMES
+            ]
+            return found
         if not isinstance(config, PreTrainedConfig):
             # What the model's own loading decides; a config would take it for one of its keys.
             held = {key: kwargs.pop(key) for key in OF_THE_MODEL if key in kwargs}
@@ -79,23 +92,7 @@ class RegraftPreTrainedModel(PreTrainedModel):
             kwargs.pop("trust_remote_code", None)
             kwargs |= held
         kind = find_class(cls, str(config.host))
-        if not config.nested:
-            return kind.from_pretrained(
-                path, *args, config=config, trust_remote_code=False, **kwargs
-            )
-
-        # Files of an earlier version: their names are changed while they are read, and not back
-        # again when the model is saved.
-        found = kind.from_pretrained(
-            path, *args, config=config, key_mapping=UNNEST, trust_remote_code=False, **kwargs
-        )
-        model = found[0] if isinstance(found, tuple) else found
-        model._weight_conversions = [
-            change
-            for change in model._weight_conversions
-            if list(change.source_patterns) != list(UNNEST)
-        ]
-        return found
+        return kind.from_pretrained(path, *args, config=config, trust_remote_code=False, **kwargs)
 
     @classmethod
     def _from_config(cls, config: RegraftConfig, **kwargs: Any) -> Any:
@@ -262,7 +259,8 @@ def make_class(front: str, host: str) -> Any:
     stock = mapping[CONFIG_MAPPING[host]]
     name = f"Regraft{stock.__name__}"
     # Where the host's files have other tensors than its modules, so have those of a linearized one.
-    conversion = get_checkpoint_conversion_mapping(host)
+    conversion = get_checkpoint_conversion_mapping(stock.__name__)
+    conversion = conversion or get_checkpoint_conversion_mapping(host)
     if conversion is not None:
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     fields = {"__module__": __name__, "__doc__": kind.__doc__, "front": front}

@@ -17,6 +17,7 @@ from ..mixers.registry import mixer_class
 
 PACKAGE = Path(__file__).parent.parent
 MODELING_FILES = ("configuration_regraft", "modeling_regraft", "mixer_slot", "cache")
+MIXER_FILES = ("base", "older_names")  # of every model
 
 # Modules that are written anew instead of copied: the registry, which finds mixers by folder, and
 # the tensor types, which need jaxtyping.
@@ -74,7 +75,7 @@ def write_remote_code(directory: str | Path, config: dict[str, Any]) -> list[str
     """
     directory = Path(directory)
     classes = used_classes(config)
-    mixers = with_siblings(PACKAGE / "mixers", {"base", *(module_of(cls) for cls in classes)})
+    mixers = with_siblings(PACKAGE / "mixers", {*MIXER_FILES, *map(module_of, classes)})
     files = [PACKAGE / "modeling" / f"{name}.py" for name in MODELING_FILES]
     files += [PACKAGE / "mixers" / f"{name}.py" for name in sorted(mixers)]
     files += [PACKAGE / "errors.py", PACKAGE / "core" / "auto_map.py"]

@@ -252,7 +252,7 @@ def solve_value_maps(
     linear = linear_branch(mixer)
     maps = linear.attention.heads
     if linear.values_are_linear:  # the maps fold into v, whose heads are shared by groups
-        maps = linear.qkv.v.out_features // linear.attention.dim
+        maps = linear.states
 
     problems = [RidgeRegression() for _ in (SHARES if gates is not None else (1.0,))]
     for (record, seen), ids in zip(records, segments, strict=True):
@@ -272,7 +272,7 @@ def solve_value_maps(
     # Averages of values, as the teacher's outputs are too, are drawn to what they are: maps to
     # the identity. Others are drawn to zero.
     solved = [problem.solve(prior=float(linear.denominator)) for problem in problems]
-    if not (linear.values_are_linear or hasattr(linear, "o")):
+    if not (linear.values_are_linear or hasattr(linear, "o_proj")):
         # Nothing can take a map (a branch with a norm): its error is that without one.
         solved = [torch.eye(linear.attention.dim).expand_as(found) for found in solved]
     errors = [
@@ -338,7 +338,7 @@ def calibrate_layer(
     """
     linear = linear_branch(mixer)
     # A window has nothing of its own to set, and without q, k, v there is nothing of the source.
-    if linear.name == "window" or not hasattr(linear, "qkv"):
+    if linear.name == "window" or not hasattr(linear, "q_proj"):
         return {"heads_folded": 0.0}
     if not parse_inherit(linear.inherit) >= {"q", "k", "v"}:
         raise RegraftError(

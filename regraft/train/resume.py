@@ -28,6 +28,7 @@ from ..errors import RegraftError
 from ..io.files import read_json, read_json_lines, sync, write_json_lines
 from ..io.shard_writer import check_space
 from ..io.typed import convert
+from ..mixers.older_names import rename_older
 from .checkpoint_files import (
     DamagedCheckpointError,
     TensorReader,
@@ -342,7 +343,7 @@ def parse_state(facts: Mapping[str, Any]) -> RunState:
     ledger = facts["ledger"]
     if not isinstance(ledger, list) or not all(isinstance(entry, dict) for entry in ledger):
         raise DamagedCheckpointError("'state.json': 'ledger' is no list of entries")
-    return RunState(**values | {"changed": set(values["changed"])}, ledger=ledger)
+    return RunState(**values | {"changed": {*map(rename_older, values["changed"])}}, ledger=ledger)
 
 
 def read_checkpoint(
@@ -361,7 +362,7 @@ def read_checkpoint(
     """
     wanted: dict[str, Tensor] = {}
     for key, facts in metadata.state_dict_metadata.items():
-        kind, _, name = key.partition("/")
+        kind, _, name = rename_older(key).partition("/")
         assert isinstance(facts, TensorStorageMetadata)
         if kind == "model" and name in named:
             if facts.size != named[name].shape:
@@ -386,4 +387,5 @@ def read_checkpoint(
             f"cannot read the checkpoint '{folder}' ({format_cause(error)}): run again, or delete "
             "it to resume from the one before"
         ) from error
-    return {key: value for key, value in wanted.items() if key.removeprefix("model/") not in named}
+    read = {rename_older(key): value for key, value in wanted.items()}
+    return {key: value for key, value in read.items() if key.removeprefix("model/") not in named}

@@ -24,6 +24,7 @@ from ..io.files import read_json_if_exists, write_json
 from ..io.identity import identify_model
 from ..io.request import Identity
 from ..io.safetensors import read_tensors, save_tensors
+from ..mixers.older_names import rename_older
 from ..modeling import flops
 from ..modeling.reopen import save_model
 from ..progress import Ticker
@@ -104,7 +105,7 @@ def calibrate_once(
         save_tensors(file, weights)
 
     # Read back also what was just written, so that a resumed run has the same weights.
-    values = read_tensors(file)
+    values = {rename_older(name): value for name, value in read_tensors(file).items()}
     with torch.no_grad():
         for name, parameter in mixer_weights(student).items():
             fsdp.local_part(parameter).copy_(fsdp.shard_like(values[name], parameter))

@@ -51,8 +51,8 @@ def test_keeping_every_layer_is_exact(source: Path, tmp_path: Path) -> None:
     "key",
     [
         ("attn.q.weight", 0),
-        ("mixer.linear.qkv.k.weight", 1),
-        ("mixer.window.qkv.k.weight", 1),
+        ("mixer.linear.k_proj.weight", 1),
+        ("mixer.window.k_proj.weight", 1),
         ("norm.final.weight", None),
     ],
     ids=str,

@@ -172,10 +172,10 @@ def without_rotary(slot: Any) -> None:
 
 def interleave(slot: Any) -> None:
     """As if the weights were for pairs of neighbours, the other layout of rotary positions."""
-    qkv = slot.mixer.window.qkv
-    order = torch.arange(qkv.dim).view(2, -1).T.flatten()
-    for layer in (qkv.q, qkv.k):
-        heads = layer.weight.data.unflatten(0, (-1, qkv.dim))
+    window, dim = slot.mixer.window, slot.mixer.attention.dim
+    order = torch.arange(dim).view(2, -1).T.flatten()
+    for layer in (window.q_proj, window.k_proj):
+        heads = layer.weight.data.unflatten(0, (-1, dim))
         layer.weight.data = heads[:, order].flatten(0, 1)
 
 
@@ -197,11 +197,11 @@ def shorten_window(slot: Any) -> None:
 
 
 def change_epsilon(slot: Any) -> None:
-    slot.mixer.window.qkv.q_norm.eps = 1e-3
+    slot.mixer.window.q_norm.eps = 1e-3
 
 
 def drop_bias(slot: Any) -> None:
-    torch.nn.init.zeros_(slot.mixer.window.qkv.v.bias)
+    torch.nn.init.zeros_(slot.mixer.window.v_proj.bias)
 
 
 class NormAfterRotary(Window):
@@ -212,9 +212,9 @@ class NormAfterRotary(Window):
 
 
 def norm_late(slot: Any) -> None:
-    window, qkv = slot.mixer.window, slot.mixer.window.qkv
-    window.norms = [qkv.q_norm, qkv.k_norm]
-    qkv.q_norm = qkv.k_norm = None
+    window = slot.mixer.window
+    window.norms = [window.q_norm, window.k_norm]
+    window.q_norm = window.k_norm = None
     window.__class__ = NormAfterRotary
 
 

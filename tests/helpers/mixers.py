@@ -47,6 +47,12 @@ def made(spec: dict, attention: Attention, seed: int = 0) -> Mixer:
     return mixer
 
 
+def projections(mixer: Mixer) -> list[torch.nn.Parameter]:
+    """What queries, keys and values are made with."""
+    names = [f"{letter}_proj" for letter in "qkv"] + ["q_norm", "k_norm"]
+    return [p for name, p in mixer.named_parameters() if name.split(".")[0] in names]
+
+
 def rotary(
     position: torch.Tensor, attention: Attention
 ) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers.mixers import LIGER, RADLADS, SHAPES, made, relative, rotary
+from helpers.mixers import LIGER, RADLADS, SHAPES, made, projections, relative, rotary
 from torch import Tensor
 
 from regraft.mixers import kernels
@@ -105,7 +105,7 @@ def runs(mixer: Mixer) -> list[Tensor]:
     packed, _ = mixer(x, MixerContext(place(0, 90), None, segments))
     found = [first, second, padded * valid.unsqueeze(-1), packed, state["matrix"], last["matrix"]]
     total = sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in found)
-    return [*found, *torch.autograd.grad(total, list(mixer.qkv.parameters()))]
+    return [*found, *torch.autograd.grad(total, projections(mixer))]
 
 
 @pytest.mark.parametrize(("operation", "spec"), CASES, ids=lambda value: str(value))

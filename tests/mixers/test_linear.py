@@ -50,8 +50,8 @@ def normed(x: Tensor) -> Tensor:
 
 def attended(mixer: Mixer, x: Tensor, turn: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys, values (batch, 8, time, dim) as the source's attention has them."""
-    q, k, v = (heads(layer, x) for layer in (mixer.qkv.q, mixer.qkv.k, mixer.qkv.v))
-    q, k = normed(q) * mixer.qkv.q_norm.weight, normed(k) * mixer.qkv.k_norm.weight
+    q, k, v = (heads(layer, x) for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k = normed(q) * mixer.q_norm.weight, normed(k) * mixer.k_norm.weight
     return (turned(q), turned(k), v) if turn else (q, k, v)
 
 
@@ -68,7 +68,7 @@ def case(spec: dict) -> tuple[Mixer, Tensor, Tensor]:
 
 def out(mixer: Mixer, per_head: Tensor) -> Tensor:
     """(batch, heads, time, dim) through the output projection."""
-    return applied(mixer.o, per_head.transpose(1, 2).flatten(-2))
+    return applied(mixer.o_proj, per_head.transpose(1, 2).flatten(-2))
 
 
 @torch.no_grad()
@@ -150,11 +150,11 @@ def test_rwkv6_is_the_papers_time_mixing() -> None:
     r, k = (
         normed(heads(layer, read[letter])) * norm.weight
         for layer, letter, norm in (
-            (mixer.qkv.q, "r", mixer.qkv.q_norm),
-            (mixer.qkv.k, "k", mixer.qkv.k_norm),
+            (mixer.q_proj, "r", mixer.q_norm),
+            (mixer.k_proj, "k", mixer.k_norm),
         )
     )
-    v = heads(mixer.qkv.v, read["v"])
+    v = heads(mixer.v_proj, read["v"])
     w = torch.exp(-heads(mixer.decay_out, applied(mixer.decay_in, read["w"]).tanh()).exp())
     state, outputs = torch.zeros(2, 8, 6, 6), []
     for t in range(TIME):
@@ -201,7 +201,7 @@ def test_gates_start_at_the_half_life_that_was_measured(spec: dict) -> None:
     mixer.start_gates(distance, torch.zeros(8))
     x = torch.zeros(1, 300, 24)
     x[:, 0] = 1.0  # writes once, then only decays
-    for layer in (mixer.qkv.k, mixer.qkv.v):
+    for layer in (mixer.k_proj, mixer.v_proj):
         layer.weight.abs_()
     sizes = torch.stack(
         [

@@ -4,10 +4,13 @@ padding and packing.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.mixers import LIGER, RADLADS, SHAPES, made, relative, rotary
+from helpers.mixers import LIGER, RADLADS, SHAPES, made, projections, relative, rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,6 +99,33 @@ def test_any_split_equals_the_whole(spec: dict, shape: str, cuts: list[int]) -> 
     whole = run(mixer, x, [x.shape[1]])
     assert relative(run(mixer, x, cuts), whole) < bound(spec)
     assert relative(run(mixer, x, [1] * x.shape[1]), whole) < bound(spec)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_what_the_source_has_too_is_called_as_there(spec: dict) -> None:
+    """In modules that adapters know, `q_proj` and the others."""
+    attention = SHAPES["9-heads-3-kv"]
+    mixer, found = registry.build(spec, attention), registry.weights(spec, attention)
+    assert set(found) == {name for name, _ in mixer.named_parameters()}
+    for name, weight in found.items():
+        if weight.source is not None:
+            part, kind = weight.source.split(".")[1:]
+            usual = part if part.endswith("_norm") else f"{part}_proj"
+            assert name.split(".")[-2:] == [usual, kind]
+            if usual != part:
+                assert type(mixer.get_submodule(name.rpartition(".")[0])) is torch.nn.Linear
+
+
+def test_the_guide_names_every_weight() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "linearizing.md"
+    section = guide.read_text(encoding="utf-8").partition("### Names of weights")[2]
+    rows = [
+        row.split("|")[1] for row in section.partition("\n\nMaps")[0].splitlines() if "|" in row
+    ]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    found = [registry.weights(spec, SHAPES["9-heads-3-kv"]) for spec in SPECS]
+    names = {part for table in found for name in table for part in name.split(".")}
+    assert told == names - {"weight", "bias"}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
@@ -241,7 +271,7 @@ def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> N
     q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
     expected = naive_window(q, k, v, mixer.attention, 8, 2, position, segments).transpose(1, 2)
     assert relative(heads, expected) < TOLERANCE
-    parameters = list(mixer.qkv.parameters())
+    parameters = projections(mixer)
     weight = torch.randn_like(heads)
     for a, b in zip(
         *(torch.autograd.grad((y * weight).sum(), parameters) for y in (heads, expected)),
@@ -315,7 +345,7 @@ def test_folded_head_maps_act_on_head_outputs(spec: dict) -> None:
     )
     context = MixerContext(rotary(torch.arange(20).expand(1, 20), mixer.attention))
     heads, _ = mixer.mix(x, context, None)
-    expected = mixer.o(torch.einsum("bthd,hde->bthe", heads, maps).flatten(-2))
+    expected = mixer.o_proj(torch.einsum("bthd,hde->bthe", heads, maps).flatten(-2))
     assert mixer.fold_heads(maps)
     assert relative(mixer(x, context)[0], expected) < 1e-4
 

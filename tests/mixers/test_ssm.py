@@ -46,7 +46,7 @@ def test_mamba_is_transformers_mamba(time: int) -> None:
         "x.weight": x, "gate.weight": gate, "low.weight": low, "b.weight": b, "c.weight": c,
         "conv.weight": theirs.conv1d.weight.squeeze(1), "conv.bias": theirs.conv1d.bias,
         "dt.weight": theirs.dt_proj.weight, "dt.bias": theirs.dt_proj.bias,
-        "A_log": theirs.A_log, "D": theirs.D, "o.weight": theirs.out_proj.weight,
+        "A_log": theirs.A_log, "D": theirs.D, "o_proj.weight": theirs.out_proj.weight,
     }  # fmt: skip
     ours.load_state_dict({name: value.detach() for name, value in values.items()})
     given = torch.randn(2, time, HIDDEN)
@@ -72,7 +72,7 @@ def test_mamba2_is_transformers_mamba2(time: int) -> None:
     gate, x, b, c, dt = split(theirs, [inner, inner, 6, 6, 6])
     values = {
         "gate.weight": gate, "x.weight": x, "b.weight": b, "c.weight": c, "dt.weight": dt, "dt.bias": theirs.dt_bias,
-        "A_log": theirs.A_log, "D": theirs.D, "norm": theirs.norm.weight, "o.weight": theirs.out_proj.weight,
+        "A_log": theirs.A_log, "D": theirs.D, "norm": theirs.norm.weight, "o_proj.weight": theirs.out_proj.weight,
     }  # fmt: skip
     weights, biases = (
         getattr(theirs.conv1d, name).squeeze().split([inner, 6, 6]) for name in ("weight", "bias")
@@ -137,11 +137,11 @@ def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
         if role.startswith("mixer")
     }
     assert {name for name, kind in kinds.items() if kind in ("copied", "broadcast")} == {
-        "qkv.q.weight", "qkv.k.weight", "qkv.v.weight", "o.weight"
+        "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"
     }  # fmt: skip
     options = {"head_dim": 9} if mixer == "mamba2" else {}
     own = Remix(mixer, "0", window=0, options=options)(source)
-    assert own.tensors["mixer.o.weight", 1].shape == (36, 72) and own.tensors[
+    assert own.tensors["mixer.o_proj.weight", 1].shape == (36, 72) and own.tensors[
         "mixer.x.weight", 1
     ].shape == (72, 36)
     assert all(

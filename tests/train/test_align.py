@@ -99,5 +99,5 @@ def test_the_matrix_loss_is_the_distance_to_the_teachers_attention(
     ]
     assert value == pytest.approx(float(sum(expected).detach()) / len(expected), rel=1e-4)
     assert all(
-        p.grad is not None and p.grad.any() for p in model.slots()[0].mixer.qkv.q.parameters()
+        p.grad is not None and p.grad.any() for p in model.slots()[0].mixer.q_proj.parameters()
     )

@@ -18,8 +18,9 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.data.rows import Packed
 from regraft.errors import RegraftError
+from regraft.mixers.older_names import first_name, rename_older
 from regraft.mixers.remix import Remix
-from regraft.train import loop
+from regraft.train import loop, resume
 from regraft.train.optimizer import parameter_groups, projection_names
 from regraft.train.stage import Stage
 
@@ -115,8 +116,27 @@ def test_losses_are_those_of_layers_that_hold_the_additions(
         optimizer.zero_grad()
 
 
+def write_older_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write the names that earlier versions gave to projections."""
+    save, gather = loop.save_state, resume.checkpoint_tensors
+
+    def save_older(out: Path, model: Any, optimizer: Any, state: Any, settings: Any) -> Path:
+        older = dataclasses.replace(state, changed={*map(first_name, state.changed)})
+        return save(out, model, optimizer, older, settings)
+
+    def gather_older(model: Any, optimizer: Any, state: Any) -> dict[str, torch.Tensor]:
+        today = dataclasses.replace(state, changed={*map(rename_older, state.changed)})
+        tensors = gather(model, optimizer, today)
+        assert any(first_name(name) != name for name in tensors)
+        return {first_name(name): value for name, value in tensors.items()}
+
+    monkeypatch.setattr(loop, "save_state", save_older)
+    monkeypatch.setattr(resume, "checkpoint_tensors", gather_older)
+
+
+@pytest.mark.parametrize("names", ["today's", "older"])
 def test_a_run_that_goes_on_is_the_same(
-    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: str, source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = student(source)
     loop.train(loop.Run(whole, [STAGE, STAGE], rows, tmp_path / "whole"))
@@ -129,6 +149,8 @@ def test_a_run_that_goes_on_is_the_same(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "write_metrics_row", dying)
+    if names == "older":
+        write_older_names(monkeypatch)
     run = loop.Run(student(source), [STAGE, STAGE], rows, tmp_path / "cut", save_seconds=0.0)
     with pytest.raises(KeyboardInterrupt):
         loop.train(run)

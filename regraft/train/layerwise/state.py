@@ -20,6 +20,7 @@ from ...io import safetensors
 from ...io.files import read_json_lines, read_own_json, write_json, write_json_lines
 from ...io.identity import identify_model
 from ...io.schema import build
+from ...mixers.older_names import rename_older
 from ..checkpoint_files import hash_file
 from ..divergence import LossSpikeConfig
 from ..output import WORK, check_settings
@@ -285,7 +286,7 @@ def build_trained_checkpoint(run: LayerwiseRun, ledger: Mapping[str, Any]) -> Ch
     for layer, spec in enumerate(run.target.config["mixers"]):
         if spec:
             file = layer_path(run, layer)
-            entries |= {entry.name: entry for entry in safetensors.read_header(file)}
+            entries |= {rename_older(one.name): one for one in safetensors.read_header(file)}
 
     step = {
         "step": "Train",

@@ -1,0 +1,40 @@
+"""What earlier versions called the tensors of a linearized model, and what they are called now.
+
+Files say by their names which version wrote them: a name of today is no older name.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Modules in a mixer or in a branch of one. Earlier versions kept projections in a module `qkv`.
+MODULES = {
+    "qkv.q": "q_proj",
+    "qkv.k": "k_proj",
+    "qkv.v": "v_proj",
+    "qkv.q_norm": "q_norm",
+    "qkv.k_norm": "k_norm",
+    "o": "o_proj",
+}
+# In the names of low-rank additions, slashes stand for dots.
+INSIDE = r"([./]mixer[./](?:\w+[./])*)"
+
+# Pattern -> replacement, in the form of the `key_mapping` of transformers. All names stood behind
+# "host." once.
+OLDER_NAMES = {r"(^|[./])host[./]": r"\1"} | {
+    rf"{INSIDE}{old.replace('.', '[./]')}(?=[./])": rf"\1{new}" for old, new in MODULES.items()
+}
+
+
+def rename_older(name: str) -> str:
+    """The name that a tensor has now, from the one in a file of any version."""
+    for pattern, replacement in OLDER_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def first_name(name: str) -> str:
+    """The name inside a mixer that the first version gave a tensor: random numbers depend on it."""
+    for old, new in MODULES.items():
+        name = re.sub(rf"{INSIDE}{new}(?=[./])", rf"\1{old}", name)
+    return name
