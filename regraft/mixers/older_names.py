@@ -34,7 +34,10 @@ def rename_older(name: str) -> str:
 
 
 def first_name(name: str) -> str:
-    """The name inside a mixer that the first version gave a tensor: random numbers depend on it."""
+    """The name that version 0.1.0 gave a tensor of a mixer.
+
+    Random numbers are drawn by it, so that `check` repeats those in files of any version.
+    """
     for old, new in MODULES.items():
         name = re.sub(rf"{INSIDE}{new}(?=[./])", rf"\1{old}", name)
-    return name
+    return f"host.{name}"

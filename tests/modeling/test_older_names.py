@@ -139,13 +139,7 @@ def test_t2r_merges(folders: tuple[Path, Path]) -> None:
 def test_check_does_their_steps_again(folders: tuple[Path, Path]) -> None:
     _, folder = folders
     found = regraft.check(folder.parent / "source", folder)
-    assert found["config_differs"] == [] and found["unaccounted"] == []
-    if not any(name.startswith("host.") for name in names_of(folder)):
-        assert found["holds"]
-        return
-    # 0.1.0 drew other random numbers: by names that began with "host.".
-    tensors = json.loads((folders[0] / "lineage.json").read_text())["tensors"]
-    assert {tensors[name][0] for name in found["unequal"]} <= {"fresh"}
+    assert found["holds"], found
 
 
 REMOTE = """
