@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-# Auto class -> file and class, in the code that lies beside a saved model.
+# Auto class -> file and class, in the code that lies beside a saved model. All in one file, which
+# imports all others: transformers keeps its copies of code apart by what the named file imports, and
+# would take the mixers of one model for those of another by a file that they have in common.
 AUTO_MAP = {
-    "AutoConfig": "configuration_regraft.RegraftConfig",
+    "AutoConfig": "modeling_regraft.RegraftConfig",
     "AutoModel": "modeling_regraft.RegraftModel",
     "AutoModelForCausalLM": "modeling_regraft.RegraftForCausalLM",
     "AutoModelForSequenceClassification": "modeling_regraft.RegraftForSequenceClassification",

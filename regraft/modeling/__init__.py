@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from . import flops
-from .cache import CACHE, MixerState, cache_kwargs, cache_of, state_bytes
-from .configuration_regraft import STATE_LAYER, RegraftConfig
+from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state_bytes
+from .configuration_regraft import RegraftConfig
 from .loading import (
     build_random_model,
     check_decoder,

@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..core.auto_map import AUTO_MAP
+from .cache import STATE_LAYER
 
-STATE_LAYER = "regraft_state"
 # What the host's config object has of its own and a linearized model's config does not take over.
 OWN_KEYS = ("architectures", "auto_map", "dtype", "transformers_version")
 

@@ -14,7 +14,7 @@ from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
 from ..mixers.base import Attention, MixerContext, State
 from ..mixers.registry import build
-from .cache import CACHE, MixerState
+from .cache import CACHE, is_mixer_state
 
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
@@ -95,7 +95,7 @@ class MixerSlot(nn.Module):
         """
         caches = [host_arguments[name] for name in CACHES if host_arguments.get(name) is not None]
         entry = caches[0].layers[self.layer] if caches else None
-        if entry is not None and not isinstance(entry, MixerState):
+        if entry is not None and not is_mixer_state(entry):
             raise RegraftError(
                 f"layer {self.layer} got a {type(entry).__name__} cache but holds a mixer: pass "
                 "DynamicCache(config=model.config) or no cache"
@@ -200,7 +200,7 @@ def check_cache_reached(cache: Cache, time: int) -> None:
         cache: after a forward pass.
         time: tokens in that pass.
     """
-    states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
+    states = [layer for layer in cache.layers if is_mixer_state(layer)]
     if any(state.get_seq_length() < time for state in states):
         raise RegraftError(
             f"transformers {transformers.__version__} hands no cache to attention under the "
