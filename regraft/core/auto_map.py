@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # Auto class -> file and class, in the code that lies beside a saved model. All in one file, which
-# imports all others: transformers keeps its copies of code apart by what the named file imports, and
-# would take the mixers of one model for those of another by a file that they have in common.
+# imports all others: transformers tells copies of code apart by what the named file imports, and
+# models with another mixer each would share one copy if they had the named file in common.
 AUTO_MAP = {
     "AutoConfig": "modeling_regraft.RegraftConfig",
     "AutoModel": "modeling_regraft.RegraftModel",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,8 +13,20 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..core.auto_map import AUTO_MAP
+from ..errors import RegraftError
 from .cache import STATE_LAYER
 
+# Keys of a config that mixers were made for, and what a converted layer's `attention` says of each.
+OF_MIXERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "hidden_size": lambda attention: attention["hidden"],
+    "num_attention_heads": lambda attention: attention["kv"] * attention["group"],
+    "num_key_value_heads": lambda attention: attention["kv"],
+    "head_dim": lambda attention: attention["dim"],
+    "attention_bias": lambda attention: attention.get("qkv_bias", False),
+    "rms_norm_eps": lambda attention: attention.get("qk_norm"),
+    "query_pre_attn_scalar": lambda attention: attention["scale"] ** -2,
+    "attn_logit_softcapping": lambda attention: attention.get("softcap"),
+}
 # What the host's config object has of its own and a linearized model's config does not take over.
 OWN_KEYS = ("architectures", "auto_map", "dtype", "transformers_version")
 
@@ -86,11 +100,48 @@ class RegraftConfig(PreTrainedConfig):
             return self
         kinds, _ = get_layer_types_and_kwargs(self)
         view = copy.copy(self)
+        # Not strict: `num_hidden_layers` may have been set to fewer.
         view.__dict__["layer_types"] = [
             STATE_LAYER if mixer else kind
-            for mixer, kind in zip(self.mixers or [], kinds, strict=True)
+            for mixer, kind in zip(self.mixers or [], kinds, strict=False)
         ]
         return view
+
+    def fit_layers(self) -> None:
+        """Make `mixers` and `attention` fit the host's keys, before a model is built.
+
+        With fewer layers, as of a stock model, the first ones are left. Raises RegraftError when
+        there are more layers, or when a key says otherwise than what the mixers were made for.
+        """
+        mixers, attention = self.mixers or [], self.attention or []
+        layers = self.num_hidden_layers
+        if len(mixers) != len(attention) or len(mixers) < layers:
+            raise RegraftError(
+                f"num_hidden_layers is {layers}, while `mixers` has {len(mixers)} layers and "
+                f"`attention` {len(attention)}: give all three, or add layers to the source "
+                "before it is linearized"
+            )
+        self.mixers, self.attention = mixers[:layers], attention[:layers]
+        if self.__dict__.get("layer_types"):
+            self.__dict__["layer_types"] = self.__dict__["layer_types"][:layers]
+        for layer, fields in enumerate(self.attention):
+            if self.mixers[layer] is not None:
+                self.check_layer(layer, fields)
+
+    def check_layer(self, layer: int, attention: dict[str, Any] | None) -> None:
+        """Raise RegraftError when a key says otherwise than what a layer's mixer was made for."""
+        if attention is None:
+            raise RegraftError(
+                f"`mixers` has a mixer in layer {layer} and no `attention` there: give both"
+            )
+        for key, read in OF_MIXERS.items():
+            asked, made = getattr(self, key, None), read(attention)
+            if asked is None or made is None or math.isclose(asked, made, rel_tol=1e-6):
+                continue
+            raise RegraftError(
+                f"{key} is {asked}, and the mixer of layer {layer} was made for {made}: leave the "
+                "key as it was saved, or change the source and linearize it again"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, with the classes that load the model."""

@@ -135,18 +135,29 @@ class MixerSlot(nn.Module):
         return rows.scatter(y), state
 
 
-def find_counted(mask: Tensor, time: int, cache: Cache | None) -> Bool[Tensor, "batch time"]:
-    """Which of the last `time` tokens count.
+def find_counted(
+    mask: Tensor | dict[str, Tensor | None], time: int, cache: Cache | None
+) -> Bool[Tensor, "batch time"] | None:
+    """Which of the last `time` tokens count; None: all do.
 
     Args:
         mask: (batch, cached tokens + time), 1 where a token counts; or as `generate` makes it for a
             static cache, (batch, 1, time, places): which places of the cache each token sees, as
-            booleans or as numbers that are added to the scores.
+            booleans or as numbers that are added to the scores; where layers have several types,
+            one such mask, or None, per type.
         time: tokens of this call.
         cache: with the tokens before them.
 
     Raises RegraftError for any other mask.
     """
+    sliding = cache is not None and True in cache.is_sliding
+    if isinstance(mask, dict):
+        # Each says it; the places of a full one are positions.
+        sliding = sliding and "full_attention" not in mask
+        one = mask.get("full_attention", next(iter(mask.values())))
+        if one is None:
+            return None
+        mask = one
     if mask.ndim == 2:
         return mask[:, -time:].bool()
     if mask.ndim != 4 or mask.shape[1:3] != (1, time):
@@ -158,12 +169,15 @@ def find_counted(mask: Tensor, time: int, cache: Cache | None) -> Bool[Tensor, "
     seen = mask if mask.dtype == torch.bool else mask >= 0
     queries = torch.arange(time, device=mask.device)
     before = 0 if cache is None else cache.get_seq_length()
+    if cache is not None and sliding:
+        # The first places have left the window.
+        before -= cache.layers[cache.is_sliding.index(True)].get_mask_sizes(time)[1]
     return seen[:, 0, queries, queries + before]
 
 
 def lay_out_rows(
     time: int,
-    mask: Tensor | None,
+    mask: Tensor | dict[str, Tensor | None] | None,
     position_ids: Int[Tensor, "rows time"] | None,
     cache: Cache | None,
 ) -> RowLayout:
@@ -171,7 +185,7 @@ def lay_out_rows(
 
     Args:
         time: tokens of this call.
-        mask: (batch, cached tokens + time), 1 where a token counts.
+        mask: (batch, cached tokens + time), 1 where a token counts, or as in `find_counted`.
         position_ids: positions of the tokens, which restart at each document of a packed row.
         cache: rows that go on from a cache are not packed.
 
@@ -179,7 +193,7 @@ def lay_out_rows(
     """
     if mask is not None:
         valid = find_counted(mask, time, cache)
-        if bool(valid.all()):
+        if valid is None or bool(valid.all()):
             return RowLayout()  # mixers have a shorter way for that
         return RowLayout.of_mask(valid)
 

@@ -135,6 +135,7 @@ class RegraftModel(RegraftPreTrainedModel):
     host_auto_class = AutoModel
 
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
+        config.fit_layers()
         super().__init__(config, *args, **kwargs)
         put_mixers(self)
         self.post_init()
@@ -142,7 +143,7 @@ class RegraftModel(RegraftPreTrainedModel):
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Int[Tensor, "rows time"] | None = None,
         cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time hidden"] | None = None,
@@ -182,7 +183,7 @@ class RegraftModel(RegraftPreTrainedModel):
             )
 
         rows = rows or lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
-        if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and position_ids is None:
             # Padding takes no position, as `generate` has it.
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             position_ids = position_ids[:, -tokens.shape[1] :]
