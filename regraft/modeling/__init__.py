@@ -4,12 +4,7 @@ Importing this package registers `model_type: "regraft"` with transformers' auto
 `AutoModelForCausalLM.from_pretrained` loads a saved linearized model.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig
 
 from . import flops
 from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state_bytes
@@ -64,8 +59,3 @@ __all__ = [
 ]
 
 AutoConfig.register("regraft", RegraftConfig, exist_ok=True)
-AutoModel.register(RegraftConfig, RegraftModel, exist_ok=True)
-AutoModelForCausalLM.register(RegraftConfig, RegraftForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    RegraftConfig, RegraftForSequenceClassification, exist_ok=True
-)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -29,6 +30,8 @@ OF_MIXERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 # What the host's config object has of its own and a linearized model's config does not take over.
 OWN_KEYS = ("architectures", "auto_map", "dtype", "transformers_version")
+# Fields of every config, such as `id2label`, which are set before the host's class is asked.
+SHARED_KEYS = tuple(field.name for field in dataclasses.fields(PreTrainedConfig))
 
 
 @strict
@@ -66,8 +69,9 @@ class RegraftConfig(PreTrainedConfig):
         # The host's class fills in its defaults and derives what it derives; all of it is kept
         # here, so that there is one place for each size.
         host = AutoConfig.for_model(self.host, **kwargs)
+        given = OWN_KEYS if self.nested else (*OWN_KEYS, *SHARED_KEYS)
         for key, value in vars(host).items():
-            if key not in OWN_KEYS and key != "_post_init_done":
+            if key not in given and key != "_post_init_done":
                 self.__dict__[key] = value
         self.mixers = self.mixers or [None] * self.num_hidden_layers
         self.attention = self.attention or [None] * self.num_hidden_layers

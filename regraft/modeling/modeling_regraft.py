@@ -240,6 +240,10 @@ FRONTS = {
     kind.__name__: kind
     for kind in (RegraftModel, RegraftForCausalLM, RegraftForSequenceClassification)
 }
+# By the config's class, of which every copy of this code has its own. Some heads of hosts build their
+# backbone by `AutoModel`.
+for front in FRONTS.values():
+    front.host_auto_class.register(RegraftConfig, front, exist_ok=True)
 
 
 def find_class(kind: Any, host: str) -> Any:

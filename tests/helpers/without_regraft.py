@@ -1,0 +1,170 @@
+"""A process that loads saved models by the code beside them, where regraft cannot be imported.
+
+Run: python without_regraft.py FOLDER. FOLDER holds `cases.json`, which says how each model is loaded,
+and `expected.pt`, its logits. What went wrong, by name, goes to
+`failed.json`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.llama.modeling_llama  # imports most, so that the forks need not
+
+FOLDER = Path(sys.argv[1])
+CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())
+EXPECTED: dict[str, torch.Tensor] = torch.load(FOLDER / "expected.pt")
+IDS = torch.arange(3, 33).unsqueeze(0)
+# Models whose code differs, so that each has a copy of its own.
+COPIES = ("first", "second", "other host")
+failed: dict[str, str] = {}
+
+
+def attempt(name: str, act: Callable[[], Any]) -> Any:
+    """What `act` returns; None, and an entry in `failed`, when it raises."""
+    try:
+        return act()
+    except Exception:
+        failed[name] = traceback.format_exc(limit=-3)
+
+
+def load(name: str, folder: Path | None = None, **options: Any) -> Any:
+    case = CASES[name]
+    auto = getattr(transformers, case["auto"])
+    options = {"trust_remote_code": True, "dtype": torch.float32, **case["options"], **options}
+    return auto.from_pretrained(folder or FOLDER / case["folder"], **options).eval()
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.shape == wanted.shape
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    assert error < 1e-5, error
+
+
+@torch.no_grad()
+def check(name: str, model: Any, caches: bool = True) -> None:
+    """Logits are those expected; a model that writes does so with every kind of cache."""
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    close(model(IDS).logits, EXPECTED[name])
+    if not model.can_generate() or not caches:
+        return
+
+    greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(IDS, use_cache=False, **greedy)
+    for options in ({}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(IDS, **greedy, **options), wanted), options
+    cache = transformers.DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    for piece in (IDS[:, :20], IDS[:, 20:25]):
+        model(piece, cache=cache, use_cache=True)
+    cache.crop(-5)
+    close(model(IDS[:, 20:], cache=cache, use_cache=True).logits, EXPECTED[name][:, 20:])
+
+
+def check_again(name: str, model: Any) -> None:
+    """What was loaded by remote code is saved with its code, copied and pickled."""
+    folder = FOLDER / "again" / name
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["auto_map"], "no auto_map"
+    check(name, load(name, folder))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        check(name, other, caches=False)
+
+
+def import_auto_classes() -> None:
+    """As programs do in their first lines."""
+    from transformers import (  # noqa: F401
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoProcessor,
+        AutoTokenizer,
+    )
+
+    AutoTokenizer.from_pretrained(FOLDER / CASES["first"]["folder"])
+
+
+def import_alone() -> None:
+    import regraft  # noqa: F401
+
+    assert "regraft.modeling" not in sys.modules
+
+
+def import_modeling() -> None:
+    import regraft.modeling  # noqa: F401
+
+
+def load_with_regraft() -> None:
+    import regraft
+
+    regraft.load(FOLDER / CASES["first"]["folder"])
+
+
+ORDERS: dict[str, tuple[Callable[[], None], ...]] = {
+    "auto classes, modeling": (import_auto_classes, import_modeling),
+    "modeling, auto classes": (import_modeling, import_auto_classes),
+    "regraft, auto classes, modeling": (import_alone, import_auto_classes, import_modeling),
+    "auto classes, regraft, load": (import_auto_classes, import_alone, load_with_regraft),
+}
+
+
+def check_order(acts: tuple[Callable[[], None], ...]) -> None:
+    """After the imports the stock auto classes find regraft's own class."""
+    for act in acts:
+        act()
+    from regraft.modeling import RegraftForCausalLM
+
+    model = load("first", trust_remote_code=False)
+    assert isinstance(model, RegraftForCausalLM)
+    close(model(IDS).logits.detach(), EXPECTED["first"])
+
+
+def check_order_in_a_fork(acts: tuple[Callable[[], None], ...]) -> None:
+    if (child := os.fork()) == 0:
+        try:
+            check_order(acts)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "see stderr"
+
+
+def main() -> None:
+    import time
+
+    T = time.time()
+    torch.set_num_threads(1)
+    for name, acts in ORDERS.items():
+        attempt(name, lambda acts=acts: check_order_in_a_fork(acts))
+
+    sys.modules["regraft"] = None  # type: ignore[assignment]  # an import fails
+    models: dict[str, Any] = {}
+    for name in CASES:
+        models[name] = attempt(f"load {name}", lambda name=name: load(name))
+        # Those before it are as they were.
+        for other in {name, *COPIES} if name in COPIES else {name}:
+            if models.get(other) is not None:
+                attempt(
+                    f"{other} after {name}",
+                    lambda other=other: check(other, models[other], name in COPIES),
+                )
+    for name in ("first", "classifier"):
+        attempt(f"again {name}", lambda name=name: check_again(name, models[name]))
+
+    # Beside regraft, imported late: both are right, and regraft's own class is used from now on.
+    del sys.modules["regraft"]
+    attempt("regraft late", lambda: check_order((import_modeling,)))
+    attempt("first after regraft", lambda: check("first", models["first"]))
+    (FOLDER / "failed.json").write_text(json.dumps(failed))
+
+
+main()
