@@ -240,8 +240,8 @@ FRONTS = {
     kind.__name__: kind
     for kind in (RegraftModel, RegraftForCausalLM, RegraftForSequenceClassification)
 }
-# By the config's class, of which every copy of this code has its own. Some heads of hosts build their
-# backbone by `AutoModel`.
+# By the config's class, of which every copy of this code has its own: some heads of hosts build
+# their backbone by `AutoModel`.
 for front in FRONTS.values():
     front.host_auto_class.register(RegraftConfig, front, exist_ok=True)
 

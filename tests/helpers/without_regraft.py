@@ -29,10 +29,10 @@ COPIES = ("first", "second", "other host")
 failed: dict[str, str] = {}
 
 
-def attempt(name: str, act: Callable[[], Any]) -> Any:
+def attempt(name: str, act: Callable[..., Any], *arguments: Any) -> Any:
     """What `act` returns; None, and an entry in `failed`, when it raises."""
     try:
-        return act()
+        return act(*arguments)
     except Exception:
         failed[name] = traceback.format_exc(limit=-3)
 
@@ -139,31 +139,25 @@ def check_order_in_a_fork(acts: tuple[Callable[[], None], ...]) -> None:
 
 
 def main() -> None:
-    import time
-
-    T = time.time()
     torch.set_num_threads(1)
     for name, acts in ORDERS.items():
-        attempt(name, lambda acts=acts: check_order_in_a_fork(acts))
+        attempt(name, check_order_in_a_fork, acts)
 
     sys.modules["regraft"] = None  # type: ignore[assignment]  # an import fails
     models: dict[str, Any] = {}
     for name in CASES:
-        models[name] = attempt(f"load {name}", lambda name=name: load(name))
+        models[name] = attempt(f"load {name}", load, name)
         # Those before it are as they were.
-        for other in {name, *COPIES} if name in COPIES else {name}:
+        for other in COPIES if name in COPIES else (name,):
             if models.get(other) is not None:
-                attempt(
-                    f"{other} after {name}",
-                    lambda other=other: check(other, models[other], name in COPIES),
-                )
+                attempt(f"{other} after {name}", check, other, models[other], name in COPIES)
     for name in ("first", "classifier"):
-        attempt(f"again {name}", lambda name=name: check_again(name, models[name]))
+        attempt(f"again {name}", check_again, name, models[name])
 
     # Beside regraft, imported late: both are right, and regraft's own class is used from now on.
     del sys.modules["regraft"]
-    attempt("regraft late", lambda: check_order((import_modeling,)))
-    attempt("first after regraft", lambda: check("first", models["first"]))
+    attempt("regraft late", check_order, (import_modeling,))
+    attempt("first after regraft", check, "first", models["first"])
     (FOLDER / "failed.json").write_text(json.dumps(failed))
 
 
