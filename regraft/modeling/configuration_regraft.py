@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -147,6 +150,14 @@ class RegraftConfig(PreTrainedConfig):
                 "key as it was saved, or change the source and linearize it again"
             )
 
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """See transformers' `PreTrainedConfig.save_pretrained`; the code is saved too.
+
+        A model's own `save_pretrained` calls this before it uploads what it has written.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        save_code(Path(save_directory), self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """All keys, with the classes that load the model."""
         fields = super().to_dict()
@@ -160,3 +171,15 @@ class RegraftConfig(PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Do nothing: the stock check does not know the layer type of mixers."""
+
+
+def save_code(directory: Path, config: dict[str, Any]) -> None:
+    """Write the code that loads a model without regraft beside its config."""
+    if __package__ == "regraft.modeling":
+        remote_code = importlib.import_module("regraft.modeling.remote_code")
+        remote_code.write_remote_code(directory, config)
+        return
+    # This is such code itself, all in one folder.
+    for file in Path(__file__).parent.glob("*.py"):
+        if file.name != "__init__.py" and file.parent.resolve() != directory.resolve():
+            shutil.copyfile(file, directory / file.name)

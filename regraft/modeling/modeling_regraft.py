@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import shutil
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -113,14 +110,6 @@ class RegraftPreTrainedModel(PreTrainedModel):
             self.base_model.get_submodule(name_in_backbone(self.base_model, i))
             for i in range(self.config.num_hidden_layers)
         ]
-
-    def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
-    ) -> None:
-        """See transformers' `PreTrainedModel.save_pretrained`; the code is saved too."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            save_code(save_directory, self.config)
 
 
 class RegraftModel(RegraftPreTrainedModel):
@@ -292,16 +281,3 @@ def put_mixers(backbone: Any) -> None:
         if spec is not None:
             slot = MixerSlot(spec, Attention(**attention), layer)
             backbone.set_submodule(name_in_backbone(backbone, layer), slot)
-
-
-def save_code(directory: Any, config: RegraftConfig) -> None:
-    """Write the code that loads a model without regraft beside its weights."""
-    here = Path(__file__).parent
-    if here.name == "modeling":
-        remote_code = importlib.import_module("regraft.modeling.remote_code")
-        remote_code.write_remote_code(directory, config.to_dict())
-        return
-    # This is such code itself, all in one folder.
-    for file in here.glob("*.py"):
-        if file.name != "__init__.py" and file.parent != Path(directory):
-            shutil.copyfile(file, Path(directory) / file.name)

@@ -10,11 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from helpers.tiny import save_model, tiny
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    modeling_utils,
+)
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
@@ -102,3 +108,19 @@ def test_in_a_process_of_their_own(tmp_path: Path) -> None:
     if failed:
         print(printed.stderr)
         pytest.fail("\n".join(f"{name}: {error}" for name, error in failed.items()))
+
+
+def test_code_is_uploaded_with_the_model(
+    linearized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub takes what was written when `save_pretrained` asks for it."""
+    uploaded: list[str] = []
+
+    def upload(self: Any, folder: Any, repo: str, times: dict[str, float], **others: Any) -> None:
+        uploaded.extend(file.name for file in Path(folder).iterdir() if file.name not in times)
+
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    monkeypatch.setattr(modeling_utils, "hf_api", MagicMock())
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", MagicMock())
+    load(linearized).save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="some/model")
+    assert {"config.json", "model.safetensors", "modeling_regraft.py"} <= set(uploaded)
