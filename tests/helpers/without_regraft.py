@@ -154,6 +154,8 @@ def main() -> None:
     for name in ("first", "classifier"):
         attempt(f"again {name}", check_again, name, models[name])
 
+    if "jaxtyping" in sys.modules:
+        failed["imports"] = "the code beside a model has imported jaxtyping"
     # Beside regraft, imported late: both are right, and regraft's own class is used from now on.
     del sys.modules["regraft"]
     attempt("regraft late", check_order, (import_modeling,))

@@ -64,9 +64,9 @@ def make_models(place: Path) -> None:
     Remix("supra", "none", window=0)(Checkpoint.open(sources["llama"])).save(
         place / FOLDERS["second"]
     )
-    Remix("mamba2", "1", window=0)(Checkpoint.open(sources["qwen3"])).save(
-        place / FOLDERS["other host"]
-    )
+    Remix("rwkv6", "1", window=8, options={"decay": "static", "grouped": True})(
+        Checkpoint.open(sources["qwen3"])
+    ).save(place / FOLDERS["other host"])
     for name, folder in FOLDERS.items():
         add(name, load(place / folder), folder)
 
