@@ -15,13 +15,15 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-class Keep(torch.utils.data.Dataset):
+class Rows(torch.utils.data.Dataset):
     """Rows of random tokens, the same in every run."""
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if row >= len(self):
+            raise IndexError(row)
         ids = torch.randint(3, 200, (12,), generator=torch.Generator().manual_seed(row))
         return {"input_ids": ids, "labels": ids}
 
@@ -34,9 +36,11 @@ def train(linearized: Path, out: Path, resume: Path | None = None, **options: An
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(linearized)
     arguments = TrainingArguments(out, **options)
-    trainer = Trainer(model, arguments, train_dataset=Keep(), processing_class=tokenizer)
+    trainer = Trainer(
+        model, arguments, train_dataset=Rows(), eval_dataset=Rows(), processing_class=tokenizer
+    )
     trainer.train(resume_from_checkpoint=resume)
-    return model
+    return trainer
 
 
 def test_checkpoints_resume_and_load(linearized: Path, tmp_path: Path) -> None:
@@ -44,13 +48,18 @@ def test_checkpoints_resume_and_load(linearized: Path, tmp_path: Path) -> None:
     whole = train(linearized, tmp_path / "whole")
     first = tmp_path / "whole" / "checkpoint-2"
     again = train(linearized, tmp_path / "again", first, gradient_checkpointing=True)
-    weights = dict(again.named_parameters())
+    weights = dict(again.model.named_parameters())
     start = AutoModelForCausalLM.from_pretrained(linearized).state_dict()
-    for name, value in whole.named_parameters():
+    for name, value in whole.model.named_parameters():
         assert not torch.equal(value, start[name]), name
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
 
     last = tmp_path / "whole" / "checkpoint-4"
     saved = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
-    assert all(torch.equal(saved.get_parameter(n), p) for n, p in whole.named_parameters())
+    assert all(torch.equal(saved.get_parameter(n), p) for n, p in whole.model.named_parameters())
     assert (last / "modeling_regraft.py").is_file()
+
+    found = whole.predict(Rows())  # without the cache, which the model's output holds too
+    with torch.no_grad():
+        wanted = [saved(input_ids=row["input_ids"][None]).logits[0] for row in Rows()]
+    torch.testing.assert_close(torch.tensor(found.predictions), torch.stack(wanted))

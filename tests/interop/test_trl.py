@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from regraft import modeling
 
@@ -75,7 +80,7 @@ def test_dpo(linearized: Path, tmp_path: Path) -> None:
     }
     arguments = trl.DPOConfig(**options(tmp_path / "run", max_steps=3, learning_rate=1e-2))
     trainer = trl.DPOTrainer(
-        load(linearized), args=arguments, train_dataset=datasets.Dataset.from_dict(rows),
+        str(linearized), args=arguments, train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
@@ -85,10 +90,30 @@ def test_dpo(linearized: Path, tmp_path: Path) -> None:
     check_trained(trainer.model, linearized, tmp_path / "out")
 
 
+def test_reward(linearized: Path, tmp_path: Path) -> None:
+    """A classifier with one output."""
+    rows = {"chosen": ["the fox jumps", "a dog"], "rejected": ["the fox sleeps", "a cat, i think"]}
+    arguments = trl.RewardConfig(**options(tmp_path / "run", max_steps=3, learning_rate=1e-2))
+    trainer = trl.RewardTrainer(
+        str(linearized), args=arguments, train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=AutoTokenizer.from_pretrained(linearized),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 1e-3
+    trainer.save_model(tmp_path / "out")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert saved.config.num_labels == 1
+    assert torch.equal(saved.score.weight, trainer.model.score.weight)
+
+
 def test_grpo(linearized: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(linearized, padding_side="left")
     arguments = trl.GRPOConfig(
-        **options(tmp_path / "run", learning_rate=1e-2), num_generations=4, max_completion_length=6
+        **options(tmp_path / "run", learning_rate=1e-2),
+        num_generations=4,
+        max_completion_length=6,
+        beta=0.1,
     )
 
     def reward(completions: list[str], **others: Any) -> list[float]:
