@@ -10,4 +10,5 @@ AUTO_MAP = {
     "AutoModel": "modeling_regraft.RegraftModel",
     "AutoModelForCausalLM": "modeling_regraft.RegraftForCausalLM",
     "AutoModelForSequenceClassification": "modeling_regraft.RegraftForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_regraft.RegraftForTokenClassification",
 }

@@ -27,6 +27,7 @@ from .meta import build_meta_model, build_stock_config
 from .modeling_regraft import (
     RegraftForCausalLM,
     RegraftForSequenceClassification,
+    RegraftForTokenClassification,
     RegraftModel,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "RegraftConfig",
     "RegraftForCausalLM",
     "RegraftForSequenceClassification",
+    "RegraftForTokenClassification",
     "RegraftModel",
     "build_meta_model",
     "build_random_model",

@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -225,9 +226,20 @@ class RegraftForSequenceClassification(RegraftWithHead):
     host_auto_class = AutoModelForSequenceClassification
 
 
+class RegraftForTokenClassification(RegraftWithHead):
+    """A classifier of tokens: `RegraftModel` and the host's head."""
+
+    host_auto_class = AutoModelForTokenClassification
+
+
 FRONTS = {
     kind.__name__: kind
-    for kind in (RegraftModel, RegraftForCausalLM, RegraftForSequenceClassification)
+    for kind in (
+        RegraftModel,
+        RegraftForCausalLM,
+        RegraftForSequenceClassification,
+        RegraftForTokenClassification,
+    )
 }
 # By the config's class, of which every copy of this code has its own: some heads of hosts build
 # their backbone by `AutoModel`.

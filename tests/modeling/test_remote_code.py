@@ -18,6 +18,7 @@ from helpers.tiny import save_model, tiny
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
     modeling_utils,
 )
@@ -89,6 +90,9 @@ def make_models(place: Path) -> None:
     model = load(first, AutoModelForSequenceClassification, num_labels=4, pad_token_id=0)
     model.save_pretrained(place / "classifier")
     add("classifier", model)
+    model = load(first, AutoModelForTokenClassification, num_labels=3)
+    model.save_pretrained(place / "tagger")
+    add("tagger", model)
     (place / "cases.json").write_text(json.dumps(cases))
     torch.save(expected, place / "expected.pt")
 
