@@ -104,11 +104,21 @@ def test_what_mixers_were_made_for_is_one_error(
         AutoModelForCausalLM.from_config(config)
 
 
-def test_epsilon_of_norms_inside_mixers(tmp_path: Path) -> None:
-    tiny("qwen3")[1].save_pretrained(tmp_path / "source")
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("qwen3", "rms_norm_eps", 0.1),
+        ("gemma2", "attn_logit_softcapping", None),
+        ("gemma2", "attn_logit_softcapping", 30.0),
+        ("gemma2", "query_pre_attn_scalar", 16),
+    ],
+)
+def test_what_only_some_mixers_have(family: str, key: str, value: Any, tmp_path: Path) -> None:
+    """Norms of queries and keys, caps on scores, a scale."""
+    tiny(family)[1].save_pretrained(tmp_path / "source")
     Remix("gated_deltanet", "0")(Checkpoint.open(tmp_path / "source")).save(tmp_path / "out")
-    with pytest.raises(RegraftError, match="rms_norm_eps is 0.1"):
-        load(tmp_path / "out", rms_norm_eps=0.1)
+    with pytest.raises(RegraftError, match=f"{key} is {value}"):
+        load(tmp_path / "out", **{key: value})
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
