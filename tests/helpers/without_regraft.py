@@ -80,46 +80,28 @@ def check_again(name: str, model: Any) -> None:
         check(name, other, caches=False)
 
 
-def import_auto_classes() -> None:
-    """As programs do in their first lines."""
-    from transformers import (  # noqa: F401
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-
-    AutoTokenizer.from_pretrained(FOLDER / CASES["first"]["folder"])
-
-
-def import_alone() -> None:
-    import regraft  # noqa: F401
-
-    assert "regraft.modeling" not in sys.modules
-
-
-def import_modeling() -> None:
-    import regraft.modeling  # noqa: F401
+# Imports, in an order: after them the stock auto classes find regraft's own class.
+AUTO = "from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer"
+MODELING = "import regraft.modeling"
+ALONE = """
+import sys, regraft
+from transformers import CONFIG_MAPPING
+assert "regraft" not in CONFIG_MAPPING and "regraft.modeling" not in sys.modules
+"""
+ORDERS = (
+    (AUTO, MODELING),
+    (MODELING, AUTO),
+    (ALONE, AUTO, MODELING),
+    (AUTO, "from regraft.modeling.loading import slots"),
+    (ALONE, "import regraft; regraft.load"),
+    (AUTO, ALONE, "import regraft; regraft.flops"),
+    (MODELING, AUTO, "import importlib; importlib.reload(sys.modules['regraft.modeling'])"),
+)
 
 
-def load_with_regraft() -> None:
-    import regraft
-
-    regraft.load(FOLDER / CASES["first"]["folder"])
-
-
-ORDERS: dict[str, tuple[Callable[[], None], ...]] = {
-    "auto classes, modeling": (import_auto_classes, import_modeling),
-    "modeling, auto classes": (import_modeling, import_auto_classes),
-    "regraft, auto classes, modeling": (import_alone, import_auto_classes, import_modeling),
-    "auto classes, regraft, load": (import_auto_classes, import_alone, load_with_regraft),
-}
-
-
-def check_order(acts: tuple[Callable[[], None], ...]) -> None:
-    """After the imports the stock auto classes find regraft's own class."""
-    for act in acts:
-        act()
+def check_order(lines: tuple[str, ...]) -> None:
+    for line in lines:
+        exec(line, {"sys": sys})
     from regraft.modeling import RegraftForCausalLM
 
     model = load("first", trust_remote_code=False)
@@ -127,10 +109,10 @@ def check_order(acts: tuple[Callable[[], None], ...]) -> None:
     close(model(IDS).logits.detach(), EXPECTED["first"])
 
 
-def check_order_in_a_fork(acts: tuple[Callable[[], None], ...]) -> None:
+def check_order_in_a_fork(lines: tuple[str, ...]) -> None:
     if (child := os.fork()) == 0:
         try:
-            check_order(acts)
+            check_order(lines)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -140,8 +122,8 @@ def check_order_in_a_fork(acts: tuple[Callable[[], None], ...]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name, acts in ORDERS.items():
-        attempt(name, check_order_in_a_fork, acts)
+    for lines in ORDERS:
+        attempt(str(lines), check_order_in_a_fork, lines)
 
     sys.modules["regraft"] = None  # type: ignore[assignment]  # an import fails
     models: dict[str, Any] = {}
@@ -158,7 +140,7 @@ def main() -> None:
         failed["imports"] = "the code beside a model has imported jaxtyping"
     # Beside regraft, imported late: both are right, and regraft's own class is used from now on.
     del sys.modules["regraft"]
-    attempt("regraft late", check_order, (import_modeling,))
+    attempt("regraft late", check_order, (MODELING,))
     attempt("first after regraft", check, "first", models["first"])
     (FOLDER / "failed.json").write_text(json.dumps(failed))
 
