@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-wheel lint format demo docs clean
+.PHONY: test test-wheel interop lint format demo docs clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -14,6 +14,10 @@ test: lint
 # The wheel alone, in a fresh environment.
 test-wheel: .venv/.ready
 	$(BIN)/python tests/wheel.py --torch-args "$(TORCH_ARGS)"
+
+# With the packages that people use around transformers: PEFT, TRL, accelerate, lm-eval.
+interop: .venv/.interop
+	$(BIN)/python -m pytest -n0 tests/interop
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -38,6 +42,10 @@ docs: .venv/.ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH_ARGS) -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e ".[gguf,report,compare,docs,dev]"
+	touch $@
+
+.venv/.interop: .venv/.ready
+	$(BIN)/python -m pip install -c constraints.txt -e ".[interop]"
 	touch $@
 
 clean:

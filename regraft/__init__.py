@@ -2,7 +2,7 @@
 
 Public names are imported when they are first used, so that `import regraft` and the command line
 start without PyTorch. `import regraft.modeling` (which `regraft.load` does) registers linearized
-models with transformers' `AutoConfig` and `AutoModelForCausalLM`; `import regraft` alone does not.
+models with transformers' auto classes; `import regraft` alone does not.
 """
 
 from __future__ import annotations

@@ -4,16 +4,11 @@ Importing this package registers `model_type: "regraft"` with transformers' auto
 `AutoModelForCausalLM.from_pretrained` loads a saved linearized model.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig
 
 from . import flops
-from .cache import CACHE, MixerState, cache_kwargs, cache_of, state_bytes
-from .configuration_regraft import STATE_LAYER, RegraftConfig
+from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state_bytes
+from .configuration_regraft import RegraftConfig
 from .loading import (
     build_random_model,
     check_decoder,
@@ -32,6 +27,7 @@ from .meta import build_meta_model, build_stock_config
 from .modeling_regraft import (
     RegraftForCausalLM,
     RegraftForSequenceClassification,
+    RegraftForTokenClassification,
     RegraftModel,
 )
 
@@ -42,6 +38,7 @@ __all__ = [
     "RegraftConfig",
     "RegraftForCausalLM",
     "RegraftForSequenceClassification",
+    "RegraftForTokenClassification",
     "RegraftModel",
     "build_meta_model",
     "build_random_model",
@@ -64,8 +61,3 @@ __all__ = [
 ]
 
 AutoConfig.register("regraft", RegraftConfig, exist_ok=True)
-AutoModel.register(RegraftConfig, RegraftModel, exist_ok=True)
-AutoModelForCausalLM.register(RegraftConfig, RegraftForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    RegraftConfig, RegraftForSequenceClassification, exist_ok=True
-)

@@ -11,8 +11,9 @@ import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
-from .configuration_regraft import STATE_LAYER
-
+# The layer type under which transformers' caches find `MixerState`. Named after this module: copies
+# of it, saved with models, each register their own, and none takes another's place.
+STATE_LAYER = f"{__name__}.MixerState"
 # The argument of models that takes a cache; transformers 5.24 renamed it.
 _STOCK = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _STOCK else "past_key_values"
@@ -45,6 +46,7 @@ class MixerState(CacheLayerMixin):
 
     _layer_type: str | None = STATE_LAYER
     is_sliding = False
+    is_mixer_state = True
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -185,6 +187,11 @@ class StaticMixerState(MixerState):
 STATIC_LAYER_TYPE_MAPPING[STATE_LAYER] = StaticMixerState
 
 
+def is_mixer_state(layer: Any) -> bool:
+    """Whether a layer of a cache is a `MixerState`, be it of this module or of a saved copy."""
+    return getattr(layer, "is_mixer_state", False)
+
+
 def cache_kwargs(cache: Cache | None) -> dict[str, Any]:
     """Keyword arguments that pass a cache to any model; none for None."""
     return {} if cache is None else {CACHE: cache}
@@ -200,7 +207,7 @@ def state_bytes(cache: Cache) -> list[int]:
     """Bytes of each layer of a cache, of mixer states and of keys and values."""
     sizes = []
     for layer in cache.layers:
-        if isinstance(layer, MixerState):
+        if is_mixer_state(layer):
             tensors = list(layer.state.values())
         else:
             tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
+import math
 import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,10 +17,25 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..core.auto_map import AUTO_MAP
+from ..errors import RegraftError
+from .cache import STATE_LAYER
 
-STATE_LAYER = "regraft_state"
+CAP = "attn_logit_softcapping"  # None: no cap
+# Keys of a config that mixers were made for, and what a converted layer's `attention` says of each.
+OF_MIXERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "hidden_size": lambda attention: attention["hidden"],
+    "num_attention_heads": lambda attention: attention["kv"] * attention["group"],
+    "num_key_value_heads": lambda attention: attention["kv"],
+    "head_dim": lambda attention: attention["dim"],
+    "attention_bias": lambda attention: attention.get("qkv_bias", False),
+    "rms_norm_eps": lambda attention: attention.get("qk_norm"),
+    "query_pre_attn_scalar": lambda attention: attention["scale"] ** -2,
+    CAP: lambda attention: attention.get("softcap") or 0.0,
+}
 # What the host's config object has of its own and a linearized model's config does not take over.
 OWN_KEYS = ("architectures", "auto_map", "dtype", "transformers_version")
+# Fields of every config, such as `id2label`, which are set before the host's class is asked.
+SHARED_KEYS = tuple(field.name for field in dataclasses.fields(PreTrainedConfig))
 
 
 @strict
@@ -53,8 +74,9 @@ class RegraftConfig(PreTrainedConfig):
         # The host's class fills in its defaults and derives what it derives; all of it is kept
         # here, so that there is one place for each size.
         host = AutoConfig.for_model(self.host, **kwargs)
+        given = OWN_KEYS if self.nested else (*OWN_KEYS, *SHARED_KEYS)
         for key, value in vars(host).items():
-            if key not in OWN_KEYS and key != "_post_init_done":
+            if key not in given and key != "_post_init_done":
                 self.__dict__[key] = value
         self.mixers = self.mixers or [None] * self.num_hidden_layers
         self.attention = self.attention or [None] * self.num_hidden_layers
@@ -87,11 +109,56 @@ class RegraftConfig(PreTrainedConfig):
             return self
         kinds, _ = get_layer_types_and_kwargs(self)
         view = copy.copy(self)
+        # Not strict: `num_hidden_layers` may have been set to fewer.
         view.__dict__["layer_types"] = [
             STATE_LAYER if mixer else kind
-            for mixer, kind in zip(self.mixers or [], kinds, strict=True)
+            for mixer, kind in zip(self.mixers or [], kinds, strict=False)
         ]
         return view
+
+    def fit_layers(self) -> None:
+        """Make `mixers` and `attention` fit the host's keys, before a model is built.
+
+        With fewer layers, as of a stock model, the first ones are left. Raises RegraftError when
+        there are more layers, or when a key says otherwise than what the mixers were made for.
+        """
+        mixers, attention = self.mixers or [], self.attention or []
+        layers = self.num_hidden_layers
+        if len(mixers) != len(attention) or len(mixers) < layers:
+            raise RegraftError(
+                f"num_hidden_layers is {layers}, while `mixers` has {len(mixers)} layers and "
+                f"`attention` {len(attention)}: give all three, or add layers to the source "
+                "before it is linearized"
+            )
+        self.mixers, self.attention = mixers[:layers], attention[:layers]
+        if self.__dict__.get("layer_types"):
+            self.__dict__["layer_types"] = self.__dict__["layer_types"][:layers]
+        for layer, fields in enumerate(self.attention):
+            if self.mixers[layer] is not None:
+                self.check_layer(layer, fields)
+
+    def check_layer(self, layer: int, attention: dict[str, Any] | None) -> None:
+        """Raise RegraftError when a key says otherwise than what a layer's mixer was made for."""
+        if attention is None:
+            raise RegraftError(
+                f"`mixers` has a mixer in layer {layer} and no `attention` there: give both"
+            )
+        for key, read in OF_MIXERS.items():
+            asked, made = getattr(self, key, None), read(attention)
+            if made is None or (asked is None and key != CAP) or math.isclose(asked or 0, made):
+                continue
+            raise RegraftError(
+                f"{key} is {asked}, and the mixer of layer {layer} was made for {made}: leave the "
+                "key as it was saved, or change the source and linearize it again"
+            )
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """See transformers' `PreTrainedConfig.save_pretrained`; the code is saved too.
+
+        A model's own `save_pretrained` calls this before it uploads what it has written.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        save_code(Path(save_directory), self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, with the classes that load the model."""
@@ -106,3 +173,15 @@ class RegraftConfig(PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Do nothing: the stock check does not know the layer type of mixers."""
+
+
+def save_code(directory: Path, config: dict[str, Any]) -> None:
+    """Write the code that loads a model without regraft beside its config."""
+    if __package__ == "regraft.modeling":
+        remote_code = importlib.import_module("regraft.modeling.remote_code")
+        remote_code.write_remote_code(directory, config)
+        return
+    # This is such code itself, all in one folder.
+    for file in Path(__file__).parent.glob("*.py"):
+        if file.name != "__init__.py" and file.parent.resolve() != directory.resolve():
+            shutil.copyfile(file, directory / file.name)

@@ -14,7 +14,7 @@ from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
 from ..mixers.base import Attention, MixerContext, State
 from ..mixers.registry import build
-from .cache import CACHE, MixerState
+from .cache import CACHE, is_mixer_state
 
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
@@ -95,7 +95,7 @@ class MixerSlot(nn.Module):
         """
         caches = [host_arguments[name] for name in CACHES if host_arguments.get(name) is not None]
         entry = caches[0].layers[self.layer] if caches else None
-        if entry is not None and not isinstance(entry, MixerState):
+        if entry is not None and not is_mixer_state(entry):
             raise RegraftError(
                 f"layer {self.layer} got a {type(entry).__name__} cache but holds a mixer: pass "
                 "DynamicCache(config=model.config) or no cache"
@@ -135,18 +135,29 @@ class MixerSlot(nn.Module):
         return rows.scatter(y), state
 
 
-def find_counted(mask: Tensor, time: int, cache: Cache | None) -> Bool[Tensor, "batch time"]:
-    """Which of the last `time` tokens count.
+def find_counted(
+    mask: Tensor | dict[str, Tensor | None], time: int, cache: Cache | None
+) -> Bool[Tensor, "batch time"] | None:
+    """Which of the last `time` tokens count; None: all do.
 
     Args:
         mask: (batch, cached tokens + time), 1 where a token counts; or as `generate` makes it for a
             static cache, (batch, 1, time, places): which places of the cache each token sees, as
-            booleans or as numbers that are added to the scores.
+            booleans or as numbers that are added to the scores; where layers have several types,
+            one such mask, or None, per type.
         time: tokens of this call.
         cache: with the tokens before them.
 
     Raises RegraftError for any other mask.
     """
+    sliding = cache is not None and True in cache.is_sliding
+    if isinstance(mask, dict):
+        # Each says it; the places of a full one are positions.
+        sliding = sliding and "full_attention" not in mask
+        one = mask.get("full_attention", next(iter(mask.values())))
+        if one is None:
+            return None
+        mask = one
     if mask.ndim == 2:
         return mask[:, -time:].bool()
     if mask.ndim != 4 or mask.shape[1:3] != (1, time):
@@ -158,12 +169,15 @@ def find_counted(mask: Tensor, time: int, cache: Cache | None) -> Bool[Tensor, "
     seen = mask if mask.dtype == torch.bool else mask >= 0
     queries = torch.arange(time, device=mask.device)
     before = 0 if cache is None else cache.get_seq_length()
+    if cache is not None and sliding:
+        # The first places have left the window.
+        before -= cache.layers[cache.is_sliding.index(True)].get_mask_sizes(time)[1]
     return seen[:, 0, queries, queries + before]
 
 
 def lay_out_rows(
     time: int,
-    mask: Tensor | None,
+    mask: Tensor | dict[str, Tensor | None] | None,
     position_ids: Int[Tensor, "rows time"] | None,
     cache: Cache | None,
 ) -> RowLayout:
@@ -171,7 +185,7 @@ def lay_out_rows(
 
     Args:
         time: tokens of this call.
-        mask: (batch, cached tokens + time), 1 where a token counts.
+        mask: (batch, cached tokens + time), 1 where a token counts, or as in `find_counted`.
         position_ids: positions of the tokens, which restart at each document of a packed row.
         cache: rows that go on from a cache are not packed.
 
@@ -179,7 +193,7 @@ def lay_out_rows(
     """
     if mask is not None:
         valid = find_counted(mask, time, cache)
-        if bool(valid.all()):
+        if valid is None or bool(valid.all()):
             return RowLayout()  # mixers have a shorter way for that
         return RowLayout.of_mask(valid)
 
@@ -200,7 +214,7 @@ def check_cache_reached(cache: Cache, time: int) -> None:
         cache: after a forward pass.
         time: tokens in that pass.
     """
-    states = [layer for layer in cache.layers if isinstance(layer, MixerState)]
+    states = [layer for layer in cache.layers if is_mixer_state(layer)]
     if any(state.get_seq_length() < time for state in states):
         raise RegraftError(
             f"transformers {transformers.__version__} hands no cache to attention under the "

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import shutil
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -111,14 +109,6 @@ class RegraftPreTrainedModel(PreTrainedModel):
             for i in range(self.config.num_hidden_layers)
         ]
 
-    def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
-    ) -> None:
-        """See transformers' `PreTrainedModel.save_pretrained`; the code is saved too."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            save_code(save_directory, self.config)
-
 
 class RegraftModel(RegraftPreTrainedModel):
     """The backbone: the host's, with mixers in the slots that `config.mixers` names.
@@ -132,6 +122,7 @@ class RegraftModel(RegraftPreTrainedModel):
     host_auto_class = AutoModel
 
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
+        config.fit_layers()
         super().__init__(config, *args, **kwargs)
         put_mixers(self)
         self.post_init()
@@ -139,7 +130,7 @@ class RegraftModel(RegraftPreTrainedModel):
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Int[Tensor, "rows time"] | None = None,
         cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch time hidden"] | None = None,
@@ -179,7 +170,7 @@ class RegraftModel(RegraftPreTrainedModel):
             )
 
         rows = rows or lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
-        if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and position_ids is None:
             # Padding takes no position, as `generate` has it.
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             position_ids = position_ids[:, -tokens.shape[1] :]
@@ -232,10 +223,25 @@ class RegraftForSequenceClassification(RegraftWithHead):
     host_auto_class = AutoModelForSequenceClassification
 
 
+class RegraftForTokenClassification(RegraftWithHead):
+    """A classifier of tokens: `RegraftModel` and the host's head."""
+
+    host_auto_class = AutoModelForTokenClassification
+
+
 FRONTS = {
     kind.__name__: kind
-    for kind in (RegraftModel, RegraftForCausalLM, RegraftForSequenceClassification)
+    for kind in (
+        RegraftModel,
+        RegraftForCausalLM,
+        RegraftForSequenceClassification,
+        RegraftForTokenClassification,
+    )
 }
+# By the config's class, of which every copy of this code has its own: some heads of hosts build
+# their backbone by `AutoModel`.
+for front in FRONTS.values():
+    front.host_auto_class.register(RegraftConfig, front, exist_ok=True)
 
 
 def find_class(kind: Any, host: str) -> Any:
@@ -285,16 +291,3 @@ def put_mixers(backbone: Any) -> None:
         if spec is not None:
             slot = MixerSlot(spec, Attention(**attention), layer)
             backbone.set_submodule(name_in_backbone(backbone, layer), slot)
-
-
-def save_code(directory: Any, config: RegraftConfig) -> None:
-    """Write the code that loads a model without regraft beside its weights."""
-    here = Path(__file__).parent
-    if here.name == "modeling":
-        remote_code = importlib.import_module("regraft.modeling.remote_code")
-        remote_code.write_remote_code(directory, config.to_dict())
-        return
-    # This is such code itself, all in one folder.
-    for file in here.glob("*.py"):
-        if file.name != "__init__.py" and file.parent != Path(directory):
-            shutil.copyfile(file, Path(directory) / file.name)

@@ -1,12 +1,8 @@
-"""One class for all hosts: cached equals uncached, generation in every mode, save and load, loading
-without regraft.
-"""
+"""One class for all hosts: cached equals uncached, generation in every mode, save and load."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +113,24 @@ def test_generation(sources: dict[str, Path], family: str, remix: Remix) -> None
     assert torch.equal(batched[1, 25:], alone[0, 17:])
 
 
+@pytest.mark.parametrize(
+    ("family", "keep"), [("qwen3", "0"), ("mistral", "0"), ("gemma2", "0"), ("gemma2", "none")]
+)
+@torch.no_grad()
+def test_static_caches_of_layers_of_several_types(family: str, keep: str, tmp_path: Path) -> None:
+    """A mask for each type of layer, sliding windows that overflow, padding on the left."""
+    tiny(family)[1].save_pretrained(tmp_path)
+    model = linearized(tmp_path, Remix("gated_deltanet", keep, window=8))
+    model.generation_config.eos_token_id = None
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :6] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(
+        model.generate(ids, cache_implementation="static", **arguments),
+        model.generate(ids, **arguments),
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_packed_documents_equal_documents_alone(sources: dict[str, Path], family: str) -> None:
@@ -189,39 +203,6 @@ def test_remote_code_brings_all_that_it_imports(
                     file.name,
                     names,
                 )
-
-
-REMOTE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert not {"regraft", "jaxtyping"} & set(sys.modules) and type(model).__name__ == "RegraftLlamaForCausalLM"
-ids = torch.arange(3, 33).unsqueeze(0)
-print(float(model(ids).logits.double().sum()), model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
-"""
-
-
-@pytest.mark.parametrize(
-    "remix",
-    [REMIXES["hybrid"], REMIXES["supra"], OTHERS["rwkv6-beside-window"]],
-    ids=lambda remix: remix.mixer,
-)
-def test_loads_without_regraft(sources: dict[str, Path], tmp_path: Path, remix: Remix) -> None:
-    remix(Checkpoint.open(sources["llama"])).save(tmp_path / "out")
-    model, ids = regraft.load(str(tmp_path / "out")), torch.arange(3, 33).unsqueeze(0)
-    command = [sys.executable, "-c", REMOTE, str(tmp_path / "out")]
-    environment = {
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": "",
-        "HOME": str(tmp_path),
-    }
-    printed = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert printed.returncode == 0, printed.stderr
-    total, _, new = printed.stdout.strip().partition(" ")
-    with torch.no_grad():
-        assert float(total) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-5)
-        assert new == str(model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
 
 
 def test_wrong_uses_are_refused(sources: dict[str, Path]) -> None:
