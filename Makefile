@@ -17,7 +17,7 @@ test-wheel: .venv/.ready
 
 # With the packages that people use around transformers: PEFT, TRL, accelerate, lm-eval.
 interop: .venv/.interop
-	$(BIN)/python -m pytest -n0 tests/interop
+	$(BIN)/python -m pytest tests/interop
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
