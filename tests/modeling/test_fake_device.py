@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,42 +40,40 @@ REMIXES = {
 
 # Operations on fake tensors take long: these stand for all in every run.
 QUICK = ("gated_deltanet-window", "supra-window", "rwkv6", "mamba", "lolcats")
-GROUPS = {"quick": QUICK, "others": tuple(name for name in REMIXES if name not in QUICK)}
-CASES = [
-    pytest.param(group, name, id=name, marks=[pytest.mark.slow] if group == "others" else [])
-    for group, names in GROUPS.items()
-    for name in names
-]
+OTHERS = tuple(name for name in REMIXES if name not in QUICK)
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+Find = Callable[[str], dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def problems(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
-    """What went wrong, by `mixer-row`."""
-    place, names = tmp_path_factory.mktemp("fake"), GROUPS[request.param]
-    source = Checkpoint.open(save_model(place / "stock", layers=1))
-    for name in names:
-        REMIXES[name](source).save(place / name)
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "helpers.fake_device", place, *names],
-        capture_output=True, text=True, cwd=root / "tests",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests")))},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    found: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
-    return found
+def find(tmp_path_factory: pytest.TempPathFactory) -> Find:
+    """From a name in REMIXES, what went wrong by `name-row`; of QUICK or OTHERS in one process."""
+
+    @functools.cache
+    def run(names: tuple[str, ...]) -> dict[str, str]:
+        place = tmp_path_factory.mktemp("fake")
+        source = Checkpoint.open(save_model(place / "stock", layers=1))
+        for name in names:
+            REMIXES[name](source).save(place / name)
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            [sys.executable, "-m", "helpers.fake_device", place, *names],
+            capture_output=True, text=True, cwd=root / "tests",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests")))},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    return lambda name: run(QUICK if name in QUICK else OTHERS)
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize(("problems", "name"), CASES, indirect=["problems"])
-def test_all_tensors_are_on_the_models_device(
-    name: str, row: str, problems: dict[str, str]
-) -> None:
-    assert problems[f"{name}-{row}"] == ""
+@pytest.mark.parametrize("name", CASES)
+def test_all_tensors_are_on_the_models_device(name: str, row: str, find: Find) -> None:
+    assert find(name)[f"{name}-{row}"] == ""
 
 
-@pytest.mark.parametrize(("problems", "name"), CASES, indirect=["problems"])
-def test_a_tensor_on_another_device_is_seen(name: str, problems: dict[str, str]) -> None:
-    assert "two devices, gpu:0 and cpu" in problems[f"{name}-misplaced"]
+@pytest.mark.parametrize("name", CASES)
+def test_a_tensor_on_another_device_is_seen(name: str, find: Find) -> None:
+    assert "two devices, gpu:0 and cpu" in find(name)[f"{name}-misplaced"]
