@@ -372,7 +372,7 @@ def mask_padding(
     )
 
 
-def keep_finite(y: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+def keep_finite(y: Float[Tensor, ...], dtype: torch.dtype) -> Float[Tensor, ...]:
     """`y` in `dtype`; numbers that float16 does not hold become large ones that it does.
 
     Half of the largest, so that adding them to the residual stream does not overflow either.

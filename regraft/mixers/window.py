@@ -232,8 +232,7 @@ class Window(Mixer):
             _pair_blocks(pad_time(x, size).unflatten(2, (n + 1, size)), 2) for x in (keys, values)
         )
         key_at, key_ids = (
-            _pair_blocks(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1)
-            for x in (at, key_ids)
+            _pair_blocks(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1) for x in (at, key_ids)
         )
 
         # (batch, n, size, 2 * size): whether a query of a block sees a key of its two.

@@ -1,5 +1,4 @@
-"""On an accelerator every tensor is made where the model is: tried with fake tensors, without one.
-"""
+"""On an accelerator every tensor is made where the model is: tried with fake tensors, without one."""
 
 from __future__ import annotations
 
