@@ -504,3 +504,9 @@ def test_continuous_batching_is_refused(name: str, folders: dict[str, Path]) -> 
     for row, found in zip(tokens, model.generate_batch(tokens, **options).values(), strict=True):
         wanted = greedy(model, torch.tensor([row]), max_new_tokens=4, min_new_tokens=4)
         assert found.generated_tokens == wanted[0, len(row) :].tolist()
+
+
+def test_readme_has_the_count() -> None:
+    """Rows and rows times models; `--collect-only -q` prints them."""
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text("utf-8").split())
+    assert f"{len(ROWS)} behaviours in {len(CASES)} cases" in text
