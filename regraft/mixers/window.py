@@ -135,9 +135,10 @@ class Window(Mixer):
         last = self.keep_last(keys, values, at, mixing.valid is not None)
         last |= self.keep_sinks(k, v, position, state)
         last["seen"] = state["seen"] + (position > EMPTY).sum(1, keepdim=True)
-        sinks = last["sink_k"], last["sink_v"], last["sink_at"], last["sink_at"].clamp(max=0)
         if begins and x.shape[1] <= self.options.window:
-            sinks = None  # all that a query sees is in the window
+            # All that a query sees is in the window.
+            return self.attend_blocks(q, keys, values, at, ids, None).transpose(1, 2), last
+        sinks = last["sink_k"], last["sink_v"], last["sink_at"], last["sink_at"].clamp(max=0)
         return self.attend_blocks(q, keys, values, at, ids, sinks).transpose(1, 2), last
 
     def positions(
