@@ -331,7 +331,9 @@ class Mixer(nn.Module):
         A branch, which has no output projection, gives `mix`'s outputs per head.
         """
         heads, state = self.mix(x, mixing, state)
-        return self.o_proj(heads.flatten(-2)) if hasattr(self, "o_proj") else heads, state
+        if not hasattr(self, "o_proj"):
+            return heads, state
+        return keep_finite(self.o_proj(heads.flatten(-2)), x.dtype), state
 
 
 def projection_weights(attention: Attention, expand: bool) -> dict[str, WeightSpec]:
@@ -365,6 +367,17 @@ def mask_padding(
     return tuple(
         t * valid.view(valid.shape[0], 1, -1, *[1] * (t.ndim - 3)).to(t.dtype) for t in tensors
     )
+
+
+def keep_finite(y: Float[Tensor, ...], dtype: torch.dtype) -> Float[Tensor, ...]:
+    """`y` in `dtype`; numbers that float16 does not hold become large ones that it does.
+
+    Half of the largest, so that adding them to the residual stream does not overflow either.
+    """
+    if dtype != torch.float16:
+        return y.to(dtype)
+    limit = torch.finfo(dtype).max / 2
+    return y.clamp(-limit, limit).to(dtype)
 
 
 def pad_time(

@@ -18,6 +18,7 @@ from .base import (
     MixerContext,
     State,
     WeightSpec,
+    keep_finite,
     mask_padding,
     output_weights,
     projection_weights,
@@ -194,7 +195,7 @@ class LinearAttention(Mixer):
         """Outputs per head and the state, one matrix per head; see `Mixer.mix`."""
         start = state["matrix"] if state else None
         out, last = self.run_recurrence(self.inputs(x, mixing), mixing, start)
-        return self.normalize_and_gate(out, x).to(x.dtype), {"matrix": last}
+        return keep_finite(self.normalize_and_gate(out, x), x.dtype), {"matrix": last}
 
     def matrix(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext

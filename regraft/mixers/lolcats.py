@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
-from .base import Attention, MixerContext, State, WeightSpec, pad_time
+from .base import Attention, MixerContext, State, WeightSpec, keep_finite, pad_time
 from .hedgehog import Hedgehog, HedgehogOptions
 
 
@@ -133,7 +133,7 @@ class Lolcats(Hedgehog):
             "filled": filled[:, time:],
             "matrix": matrix,
         }
-        return self.normalize_and_gate(out, x).to(x.dtype), last
+        return keep_finite(self.normalize_and_gate(out, x), x.dtype), last
 
     def join_window(
         self,

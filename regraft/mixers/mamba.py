@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, MixerContext, State, WeightSpec
+from .base import Attention, MixerContext, State, WeightSpec, keep_finite
 from .ssm import (
     DT_INIT,
     ShortConv,
@@ -122,7 +122,7 @@ class Mamba(StateSpace):
         start = state["matrix"] if state else torch.zeros_like(u[:, 0])
         h = (naive_scan if x.shape[1] == 1 else scan)(a, u, start)
         y = (h @ c.unsqueeze(-1)).squeeze(-1) + self.D.float().view(heads) * values
-        return self.apply_gate(y, x).to(x.dtype), {"conv": conv, "matrix": h[:, -1]}
+        return keep_finite(self.apply_gate(y, x), x.dtype), {"conv": conv, "matrix": h[:, -1]}
 
 
 def dt_rank(hidden: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, MixerContext, State, WeightSpec, apply_rotary
+from .base import Attention, MixerContext, State, WeightSpec, apply_rotary, keep_finite
 from .linear import LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
 
@@ -136,7 +136,7 @@ class Rwkv6(LinearAttention):
         inputs = self.recurrence_inputs(read, mixing)
         start = state["matrix"] if state else None
         out, last["matrix"] = self.run_recurrence(inputs, mixing, start)
-        return self.normalize_and_gate(out, read.get("g", x)).to(x.dtype), last
+        return keep_finite(self.normalize_and_gate(out, read.get("g", x)), x.dtype), last
 
     def shifts(
         self, x: Float[Tensor, "batch time hidden"], change: Float[Tensor, "batch time hidden"]

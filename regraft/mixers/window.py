@@ -94,7 +94,7 @@ class Window(Mixer):
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
         """Blocks of queries against two blocks of keys and the sinks beyond the window."""
         options = cls.parse(spec)
-        sinks = min(options.sinks, max(0, length - options.window))
+        sinks = options.sinks if length > options.window else 0
         queries = -(-length // options.window) * options.window
         forward = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
         return forward, 2 * forward
@@ -115,15 +115,31 @@ class Window(Mixer):
         """Outputs per head and the state after the last token; see `Mixer.mix`."""
         q, k, v = self.qkv(x)
         q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
-        state = state or self.initial_state(k)
+        begins, state = state is None, state or self.initial_state(k)
 
         position = self.positions(x, mixing) + state["seen"]
         if mixing.valid is not None:
             position = position.masked_fill(~mixing.valid, EMPTY)
 
-        attend = self.attend_token if x.shape[1] == 1 else self.attend_blocks
-        heads = attend(q, k, v, position, mixing.segments, state)
-        return heads.transpose(1, 2), self.update_state(k, v, position, state, mixing)
+        if x.shape[1] == 1:
+            heads, last = self.attend_token(q, k, v, position, state, mixing.valid is not None)
+            return heads.transpose(1, 2), state if mixing.segments is not None else last
+
+        keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
+        at = torch.cat((state["window_at"], position), 1)
+        ids = self.document_ids(position, mixing.segments)
+        if mixing.segments is not None:
+            sinks = self.collect_sinks(k, v, position, ids)
+            return self.attend_blocks(q, keys, values, at, ids, sinks).transpose(1, 2), state
+
+        last = self.keep_last(keys, values, at, mixing.valid is not None)
+        last |= self.keep_sinks(k, v, position, state)
+        last["seen"] = state["seen"] + (position > EMPTY).sum(1, keepdim=True)
+        if begins and x.shape[1] <= self.options.window:
+            # All that a query sees is in the window.
+            return self.attend_blocks(q, keys, values, at, ids, None).transpose(1, 2), last
+        sinks = last["sink_k"], last["sink_v"], last["sink_at"], last["sink_at"].clamp(max=0)
+        return self.attend_blocks(q, keys, values, at, ids, sinks).transpose(1, 2), last
 
     def positions(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
@@ -142,61 +158,82 @@ class Window(Mixer):
         first[:, 1:] = mixing.segments[:, 1:] != mixing.segments[:, :-1]
         return count - count.masked_fill(~first, 0).cummax(1).values
 
+    def document_ids(
+        self, position: Int[Tensor, "batch time"], segments: Int[Tensor, "batch time"] | None
+    ) -> Int[Tensor, "batch time"]:
+        """The document number of each token, EMPTY on padding."""
+        if segments is None:
+            return position.clamp(max=0)  # 0 for tokens, EMPTY for padding
+        return segments.masked_fill(position == EMPTY, EMPTY)
+
     def attend_token(
         self,
         q: Float[Tensor, "batch heads 1 dim"],
         k: Float[Tensor, "batch kv 1 dim"],
         v: Float[Tensor, "batch kv 1 dim"],
         position: Int[Tensor, "batch 1"],
-        segments: Int[Tensor, "batch 1"] | None,
         state: State,
-    ) -> Float[Tensor, "batch heads 1 dim"]:
-        """Outputs of one token, which sees the state and itself."""
-        keys = torch.cat((state["sink_k"], state["window_k"], k), dim=2)
-        values = torch.cat((state["sink_v"], state["window_v"], v), dim=2)
-        at = torch.cat((state["sink_at"], state["window_at"], position), dim=1)
+        padded: bool,
+    ) -> tuple[Float[Tensor, "batch heads 1 dim"], State]:
+        """Outputs of one token, and the state with it; padding leaves the state as it was."""
+        size, sinks = self.options.window, self.options.sinks
+        slots = torch.arange(sinks, device=q.device)
+        counts, is_sink = position > EMPTY, position == slots
+        last = {"seen": state["seen"] + counts}
+
+        # The window moves on by one token, whose keys stand behind those of the sinks.
+        joined = []
+        for part, new, axis in (("k", k, 2), ("v", v, 2), ("at", position, 1)):
+            sink, window = state[f"sink_{part}"], state[f"window_{part}"]
+            both = torch.cat((sink, window.narrow(axis, 1, size - 1), new), axis)
+            moved = both.narrow(axis, sinks, size)
+            joined.append(both)
+            shape = (-1, 1, 1, 1) if axis == 2 else (-1, 1)
+            if padded:
+                moved = torch.where(counts.view(shape), moved, window)
+            taken = is_sink[:, None, :, None] if axis == 2 else is_sink
+            last[f"window_{part}"] = moved
+            last[f"sink_{part}"] = torch.where(taken, new, sink) if sinks else sink
+        keys, values, at = joined
 
         # A sink that is still inside the window stands there too; it is counted there alone.
-        distance = position - at
-        in_window = torch.arange(at.shape[1], device=q.device) >= state["sink_at"].shape[1]
-        seen = (at > EMPTY) & torch.where(
-            in_window, distance < self.options.window, distance >= self.options.window
-        )
+        seen = torch.cat((slots <= position - size, at[:, sinks:] > EMPTY), 1)
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
         scores = self.attention.scale_scores(group @ keys.transpose(-1, -2))
         scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
-        return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2)
+        return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2), last
 
     def attend_blocks(
         self,
         q: Float[Tensor, "batch heads time dim"],
-        k: Float[Tensor, "batch kv time dim"],
-        v: Float[Tensor, "batch kv time dim"],
-        position: Int[Tensor, "batch time"],
-        segments: Int[Tensor, "batch time"] | None,
-        state: State,
+        keys: Float[Tensor, "batch kv total dim"],
+        values: Float[Tensor, "batch kv total dim"],
+        at: Int[Tensor, "batch total"],
+        ids: Int[Tensor, "batch time"],
+        sinks: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     ) -> Float[Tensor, "batch heads time dim"]:
-        """Outputs of many tokens, in `n` blocks of `size` = window queries."""
-        size, time, kv = self.options.window, q.shape[2], k.shape[1]
+        """Outputs of many tokens, in `n` blocks of `size` = window queries.
+
+        Args:
+            q: queries.
+            keys, values: of the window before these tokens and of these; `total` is window + time.
+            at: their positions.
+            ids: document number of each of these tokens, EMPTY on padding.
+            sinks: keys, values, positions and document numbers; None: no query sees any.
+        """
+        size, time, kv = self.options.window, q.shape[2], keys.shape[1]
         n = -(-time // size)
-        if segments is None:
-            ids = position.clamp(max=0)  # 0 for tokens, EMPTY for padding
-        else:
-            ids = segments.masked_fill(position == EMPTY, EMPTY)
 
         # A query sees back into the block before its own, the first block into the state's window:
         # n + 1 blocks of keys give n pairs.
-        past_ids = state["window_at"].clamp(max=0)
-        keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
-        key_at = torch.cat((state["window_at"], position), 1)
-        key_ids = torch.cat((past_ids, ids), 1)
+        position = at[:, size:]
+        key_ids = torch.cat((at[:, :size].clamp(max=0), ids), 1)
         keys, values = (
             _pair_blocks(pad_time(x, size).unflatten(2, (n + 1, size)), 2) for x in (keys, values)
         )
         key_at, key_ids = (
-            _pair_blocks(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1)
-            for x in (key_at, key_ids)
+            _pair_blocks(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1) for x in (at, key_ids)
         )
 
         # (batch, n, size, 2 * size): whether a query of a block sees a key of its two.
@@ -210,8 +247,8 @@ class Window(Mixer):
         queries = group.flatten(3, 4)  # (batch, kv, n, group * size, dim)
         scores = [self.scale_and_mask(queries @ keys.transpose(-1, -2), near, group.shape[3])]
 
-        sink_k, sink_v, sink_at, sink_ids = self.collect_sinks(k, v, position, ids, state)
-        if sink_k.shape[2]:
+        if sinks is not None:
+            sink_k, sink_v, sink_at, sink_ids = sinks
             distance = query_at.unsqueeze(-1) - sink_at[:, None, None]
             far = (distance >= size) & (sink_at > EMPTY)[:, None, None]
             far = far & (query_ids.unsqueeze(-1) == sink_ids[:, None, None])
@@ -221,7 +258,7 @@ class Window(Mixer):
         # One softmax over both kinds of keys.
         weight = torch.cat(scores, dim=-1).softmax(-1)
         out = weight[..., : 2 * size] @ values
-        if sink_k.shape[2]:
+        if sinks is not None:
             out = out + weight[..., 2 * size :] @ sink_v.unsqueeze(2)
         out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b kv g time d
         return out.flatten(1, 2)[:, :, :time]
@@ -242,101 +279,69 @@ class Window(Mixer):
         v: Float[Tensor, "batch kv time dim"],
         position: Int[Tensor, "batch time"],
         ids: Int[Tensor, "batch time"],
-        state: State,
     ) -> tuple[
         Float[Tensor, "batch kv sinks dim"],
         Float[Tensor, "batch kv sinks dim"],
         Int[Tensor, "batch sinks"],
         Int[Tensor, "batch sinks"],
     ]:
-        """(keys, values, positions, document numbers) of the sinks that some query may see.
+        """(keys, values, positions, document numbers) of the sinks of packed documents.
 
-        Rows share their columns, since a tensor has no rows of different length: a column that is
-        no sink in some row has position EMPTY there.
+        Those that some query may see; where a row has fewer than another, positions are EMPTY.
         """
         # A sink is needed where its document goes on for a whole window after it.
-        size = self.options.window
-        sink = (position > EMPTY) & (position < self.options.sinks)
-        reached = torch.zeros_like(sink)
-        if position.shape[1] > size:
-            reached[:, :-size] = ids[:, :-size] == ids[:, size:]
-        columns = (sink & reached).any(0).nonzero().squeeze(1)
+        size, time = self.options.window, position.shape[1]
+        needed = (position > EMPTY) & (position < self.options.sinks)
+        needed = needed & F.pad(ids[:, :-size] == ids[:, size:], (0, min(size, time)))
 
-        new_at = position[:, columns].masked_fill(~sink[:, columns], EMPTY)
-        keys = torch.cat((state["sink_k"], k[:, :, columns]), 2)
-        values = torch.cat((state["sink_v"], v[:, :, columns]), 2)
-        sink_at = torch.cat((state["sink_at"], new_at), 1)
-        sink_ids = torch.cat((state["sink_at"].clamp(max=0), ids[:, columns]), 1)
+        # A graph has as many as there may be at most: it cannot depend on numbers.
+        if torch.compiler.is_compiling():
+            count = self.options.sinks * (time // size)
+        else:
+            count = int(needed.sum(1).max())
+        columns = (~needed).long().argsort(dim=1, stable=True)[:, :count]
+        index = columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        at = position.masked_fill(~needed, EMPTY).gather(1, columns)
+        return k.gather(2, index), v.gather(2, index), at, ids.gather(1, columns)
 
-        used = (sink_at > EMPTY).any(0).nonzero().squeeze(1)
-        return keys[:, :, used], values[:, :, used], sink_at[:, used], sink_ids[:, used]
-
-    def update_state(
+    def keep_last(
         self,
-        k: Float[Tensor, "batch kv time dim"],
-        v: Float[Tensor, "batch kv time dim"],
-        position: Int[Tensor, "batch time"],
-        state: State,
-        mixing: MixerContext,
-    ) -> State:
-        """The state after these tokens: the last `window` of old and new, sinks where they fit."""
-        if mixing.segments is not None:
-            return state  # packed rows are whole documents: nothing follows them
-
-        seen = state["seen"] + (position > EMPTY).sum(1, keepdim=True)
-        padded = mixing.valid is not None
-        window = self._update_window(k, v, position, state, padded)
-        return {"seen": seen} | window | self._update_sinks(k, v, position, state)
-
-    def _update_window(
-        self,
-        k: Float[Tensor, "batch kv time dim"],
-        v: Float[Tensor, "batch kv time dim"],
-        position: Int[Tensor, "batch time"],
-        state: State,
+        keys: Float[Tensor, "batch kv total dim"],
+        values: Float[Tensor, "batch kv total dim"],
+        at: Int[Tensor, "batch total"],
         padded: bool,
     ) -> State:
-        """Keys, values and positions of the last `window` tokens."""
+        """The entries of the state for the last `window` tokens of these."""
         size = self.options.window
-        keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
-        at = torch.cat((state["window_at"], position), 1)
-        if not padded:
-            return {
-                "window_k": keys[:, :, -size:],
-                "window_v": values[:, :, -size:],
-                "window_at": at[:, -size:],
-            }
-
-        # A stable sort moves padding to the front, whatever side it was on.
-        last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
-        index = last[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        if padded:
+            # A stable sort moves padding to the front, whatever side it was on.
+            last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
+            index = last[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            keys, values, at = keys.gather(2, index), values.gather(2, index), at.gather(1, last)
         return {
-            "window_k": keys.gather(2, index),
-            "window_v": values.gather(2, index),
-            "window_at": at.gather(1, last),
+            "window_k": keys[:, :, -size:],
+            "window_v": values[:, :, -size:],
+            "window_at": at[:, -size:],
         }
 
-    def _update_sinks(
+    def keep_sinks(
         self,
         k: Float[Tensor, "batch kv time dim"],
         v: Float[Tensor, "batch kv time dim"],
         position: Int[Tensor, "batch time"],
         state: State,
     ) -> State:
-        """Keys, values and positions of the first `sinks` tokens; slot i holds position i."""
-        sinks = self.options.sinks
-        new = {part: state[part] for part in ("sink_k", "sink_v", "sink_at")}
-        if not sinks or not bool((state["seen"] < sinks).any()):
-            return new
+        """The entries of the state for the first `sinks` tokens; slot i holds position i."""
+        if not self.options.sinks:
+            return {part: state[part] for part in ("sink_k", "sink_v", "sink_at")}
 
-        slots = torch.arange(sinks, device=k.device)
+        slots = torch.arange(self.options.sinks, device=k.device)
         hit = position.unsqueeze(1) == slots.view(1, -1, 1)  # (batch, sinks, time)
-        found, column = hit.any(-1), hit.float().argmax(-1)
+        found, column = hit.any(-1), hit.int().argmax(-1)
         index = column[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        new = {"sink_at": torch.where(found, slots, state["sink_at"])}
         for part, tokens in (("sink_k", k), ("sink_v", v)):
-            taken = tokens.gather(2, index)
-            new[part] = torch.where(found[:, None, :, None], taken, state[part])
-        new["sink_at"] = torch.where(found, slots.expand_as(found), state["sink_at"])
+            new[part] = torch.where(found[:, None, :, None], tokens.gather(2, index), state[part])
         return new
 
 

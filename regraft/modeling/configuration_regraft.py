@@ -69,6 +69,9 @@ class RegraftConfig(PreTrainedConfig):
             self.host = str(nested.pop("model_type"))
             kwargs = {key: nested[key] for key in nested if key not in OWN_KEYS} | kwargs
         kwargs.pop("model_type", None)
+        # The host's other names for its keys, such as `hidden_size` for GPT-2's `n_embd`. No
+        # property: every look at an attribute asks for it first, and `torch.compile` follows.
+        self.__dict__["attribute_map"] = CONFIG_MAPPING[self.host].attribute_map
         self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
 
         # The host's class fills in its defaults and derives what it derives; all of it is kept
@@ -82,13 +85,6 @@ class RegraftConfig(PreTrainedConfig):
         self.attention = self.attention or [None] * self.num_hidden_layers
 
         super().__post_init__(**{key: kwargs[key] for key in kwargs if key not in vars(host)})
-
-    @property
-    def attribute_map(self) -> dict[str, str]:
-        """The host's other names for its keys, such as `hidden_size` for GPT-2's `n_embd`."""
-        # Every look at an attribute asks for this map first.
-        host = object.__getattribute__(self, "__dict__").get("host")
-        return CONFIG_MAPPING[host].attribute_map if isinstance(host, str) else {}
 
     def __getattr__(self, name: str) -> Any:
         # Names of the host's class, such as parallel plans and aliases that are properties.
@@ -163,7 +159,7 @@ class RegraftConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All keys, with the classes that load the model."""
         fields = super().to_dict()
-        del fields["nested"]
+        del fields["nested"], fields["attribute_map"]
         # Classes are made for a host; files name those that they are made of.
         names = [
             re.sub(r"^Regraft\w*?(Model|For\w+)$", r"Regraft\1", name)

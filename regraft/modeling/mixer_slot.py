@@ -41,6 +41,8 @@ class RowLayout:
     @classmethod
     def of_mask(cls, counted: Bool[Tensor, "batch time"]) -> RowLayout:
         """The layout of rows with padding."""
+        if counted.shape[1] == 1:
+            return cls(counted, counted)
         # Stable: tokens that count keep their order.
         order = (~counted).long().argsort(dim=1, stable=True)
         places = torch.arange(counted.shape[1], device=counted.device)
@@ -191,15 +193,17 @@ def lay_out_rows(
 
     Raises RegraftError for a mask that is not 2-D.
     """
+    # A graph cannot depend on numbers: it takes the way that is right for all of them.
+    traced = torch.compiler.is_compiling()
     if mask is not None:
         valid = find_counted(mask, time, cache)
-        if valid is None or bool(valid.all()):
+        if valid is None or (not traced and bool(valid.all())):
             return RowLayout()  # mixers have a shorter way for that
         return RowLayout.of_mask(valid)
 
     if cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:
         restart = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if bool(restart.any()):
+        if traced or bool(restart.any()):
             segments = torch.nn.functional.pad(restart.long().cumsum(1), (1, 0))
             return RowLayout(segments=segments)
     return RowLayout()

@@ -216,6 +216,20 @@ class RegraftForCausalLM(RegraftWithHead, GenerationMixin):
 
     host_auto_class = AutoModelForCausalLM
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' `ContinuousMixin`; `generate_batch` comes here too.
+
+        Raises RegraftError for a model with mixers.
+        """
+        converted = [layer for layer, spec in enumerate(self.config.mixers) if spec]
+        if converted:
+            # Its forward gets pages of keys and values, not which tokens are of which request.
+            raise RegraftError(
+                f"layers {converted} hold mixers, whose states continuous batching has no place "
+                "for: use generate() with a padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
 
 class RegraftForSequenceClassification(RegraftWithHead):
     """A classifier of texts: `RegraftModel` and the host's head."""

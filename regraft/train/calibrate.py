@@ -199,7 +199,7 @@ def fit_mixer(
     picked = gates[per_head, :, torch.arange(heads)]  # (heads, hidden + 1)
     mixer.gate.weight.copy_(picked[:, :-1])
     mixer.gate.bias.copy_(picked[:, -1])
-    return linear.fold_heads(chosen), float(torch.tensor(SHARES)[best].mean())
+    return linear.fold_heads(chosen), float(torch.tensor(SHARES, device=best.device)[best].mean())
 
 
 def choose_half_lives(
@@ -274,7 +274,8 @@ def solve_value_maps(
     solved = [problem.solve(prior=float(linear.denominator)) for problem in problems]
     if not (linear.values_are_linear or hasattr(linear, "o_proj")):
         # Nothing can take a map (a branch with a norm): its error is that without one.
-        solved = [torch.eye(linear.attention.dim).expand_as(found) for found in solved]
+        eye = torch.eye(linear.attention.dim, device=solved[0].device)
+        solved = [eye.expand_as(found) for found in solved]
     errors = [
         problem.residual_error(found) for problem, found in zip(problems, solved, strict=True)
     ]

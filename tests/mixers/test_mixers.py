@@ -182,6 +182,20 @@ def test_bfloat16_stays_close_and_keeps_states_wide(spec: dict, autocast: bool) 
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@torch.no_grad()
+def test_large_activations_stay_finite(spec: dict, dtype: torch.dtype) -> None:
+    """Thirty times as large as usual, as a window, the source's own attention, takes them."""
+    mixer = made(spec, SHAPES["9-heads-3-kv"]).to(dtype)
+    x = (30 * torch.randn(2, 41, 36)).to(dtype)
+    turn = tuple(t.to(dtype) for t in rotary(torch.arange(41).expand(2, -1), mixer.attention))
+    y, state = mixer(x[:, :40], MixerContext(tuple(t[:, :40] for t in turn)))
+    last, _ = mixer(x[:, 40:], MixerContext(tuple(t[:, 40:] for t in turn)), state)
+    # Added to a stream that is as large, too.
+    assert torch.isfinite(y + x[:, :40]).all() and torch.isfinite(last + x[:, 40:]).all()
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(spec: dict) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.remixes import REMIXES
 from helpers.tiny import save_model
 from torch import Tensor
 from transformers import (
@@ -21,31 +22,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
 )
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.mixers.remix import Remix
+from regraft.errors import RegraftError
 
-# One converted layer of two or three kinds of layers; every mixer, with a window and without.
-REMIXES = {
-    "window": Remix("window", "0", window=8, sinks=2),
-    "gated_deltanet": Remix("gated_deltanet", "none", window=0),
-    "gated_deltanet-window": Remix("gated_deltanet", "every:3", window=8, sinks=2),
-    "supra": Remix("supra", "none", window=0),
-    "supra-window": Remix("supra", "0", window=8),
-    "t2r": Remix("t2r", "none", window=0),
-    "hedgehog": Remix("hedgehog", "none", window=0),
-    "retnet": Remix("retnet", "none", window=0),
-    "lightning": Remix("lightning", "none", window=0),
-    "gla": Remix("gla", "none", window=0),
-    "gla-window": Remix("gla", "0", window=8),
-    "rwkv6": Remix("rwkv6", "none", window=0),
-    "mamba": Remix("mamba", "none", window=0),
-    "mamba2": Remix("mamba2", "none", window=0),
-    "lolcats": Remix("lolcats", "none", window=0, options={"window": 8}),
-}
 STOCK = "stock"
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -280,19 +265,21 @@ def hidden_states(model: PreTrainedModel, folder: Path) -> None:
 
 
 def loss_and_gradients(model: PreTrainedModel, folder: Path) -> None:
-    """With gradient checkpointing the same, with the default of use_cache too."""
+    """With gradient checkpointing of both kinds the same, with the default of use_cache too."""
     found = []
-    for checkpointing in (False, True):
+    for reentrant in (None, False, True):
         model.zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()  # as a reentrant checkpoint needs
         model.train()
         tokens = ids(model)
         model(input_ids=tokens, labels=tokens).loss.backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+    for grads in found[1:]:
+        assert grads.keys() == found[0].keys()
+        for name, value in found[0].items():
+            torch.testing.assert_close(grads[name], value, rtol=1e-4, atol=1e-6)
 
 
 def other_dtypes(model: PreTrainedModel, folder: Path) -> None:
@@ -364,6 +351,42 @@ def static_cache(model: PreTrainedModel, folder: Path) -> None:
     assert torch.equal(found, greedy(model, tokens))
 
 
+def named_caches(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model, 1)
+    for name in ("dynamic", "sliding_window", "hybrid"):
+        assert torch.equal(greedy(model, tokens, cache_implementation=name), greedy(model, tokens))
+
+
+def attention_implementations(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model, 1)
+    for name in ("eager", "sdpa", "flex_attention"):
+        other = load(folder, attn_implementation=name)
+        close(logits(other, tokens), logits(model, tokens))
+        assert torch.equal(greedy(other, tokens), greedy(model, tokens))
+
+
+def exported(model: PreTrainedModel, folder: Path) -> None:
+    """The graph is right for a padded batch too."""
+    tokens, mask = pad([ids(model, 1, 21)[0], ids(model, 1, 13, seed=1)[0]], "left")
+    options = {"attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        graph = torch.export.export(
+            model, (), {"input_ids": tokens, **options | {"attention_mask": torch.ones_like(mask)}},
+            strict=False,
+        ).module()  # fmt: skip
+        found = graph(input_ids=tokens, **options).logits
+    close(found[mask == 1], logits(model, tokens, **options)[mask == 1])
+
+
+def autocast(model: PreTrainedModel, folder: Path) -> None:
+    tokens = ids(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        found = greedy(model, tokens, max_new_tokens=2, min_new_tokens=2)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert found.shape[1] == tokens.shape[1] + 2
+
+
 def draft(model: PreTrainedModel, folder: Path) -> None:
     """Of a stock model's assisted decoding."""
     stock, tokens = load(folder.parent / STOCK), ids(model, 1)
@@ -420,6 +443,10 @@ ROWS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
         classifier,
         rolled_back,
         static_cache,
+        named_caches,
+        attention_implementations,
+        exported,
+        autocast,
         draft,
         target,
         offloaded,
@@ -433,8 +460,19 @@ OF_CLASSES = (
     classifier, sampling, guidance,
 )  # fmt: skip
 SOME = (STOCK, "window", "gated_deltanet-window", "supra", "mamba", "lolcats")
+
+
+def is_slow(name: str, row: str) -> bool:
+    """Graphs take seconds each: some stand for all in every run."""
+    return ROWS[row] in (exported, attention_implementations) and name not in (
+        STOCK,
+        "gated_deltanet-window",
+        "lolcats",
+    )
+
+
 CASES = [
-    (name, row)
+    pytest.param(name, row, marks=[pytest.mark.slow] if is_slow(name, row) else [])
     for name in (STOCK, *REMIXES)
     for row in ROWS
     if name in SOME or ROWS[row] not in OF_CLASSES
@@ -447,3 +485,28 @@ def test_behaviour(
 ) -> None:
     name = request.node.callspec.params["model"]
     ROWS[row](model, folders[name])
+
+
+@pytest.mark.parametrize("name", [STOCK, "gated_deltanet-window", "mamba"])
+def test_continuous_batching_is_refused(name: str, folders: dict[str, Path]) -> None:
+    """The stock class does it; it has no place for the state of a request."""
+    model, tokens = (
+        load(folders[name]),
+        [ids(load(folders[name]), 1, n)[0].tolist() for n in (9, 5)],
+    )
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=64)
+    options = {"generation_config": config, "continuous_batching_config": sizes, "warmup": False}
+    if name != STOCK:
+        with pytest.raises(RegraftError, match=r"layers \[.*hold mixers.*use generate\(\)"):
+            model.generate_batch(tokens, **options)
+        return
+    for row, found in zip(tokens, model.generate_batch(tokens, **options).values(), strict=True):
+        wanted = greedy(model, torch.tensor([row]), max_new_tokens=4, min_new_tokens=4)
+        assert found.generated_tokens == wanted[0, len(row) :].tolist()
+
+
+def test_readme_has_the_count() -> None:
+    """Rows and rows times models; `--collect-only -q` prints them."""
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text("utf-8").split())
+    assert f"{len(ROWS)} behaviours in {len(CASES)} cases" in text
