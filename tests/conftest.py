@@ -22,6 +22,11 @@ from regraft.mixers.remix import Remix  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: then no process has them left when the other is done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("source") / "model")

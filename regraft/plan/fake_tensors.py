@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..core.checkpoint import Checkpoint
+from ..errors import RegraftError
 from ..modeling.meta import build_from_config
 from ..train.layer_subset import SkippedLayer, layer_stack
 
-FAKE_NONZERO_ROWS = 16  # results of a search, such as the first tokens of all documents in a row
+# What depends on numbers, such as how many first tokens of documents a packed row has.
+FAKE_COUNT = 16
 
 
 class LiveMemoryCounter(TorchDispatchMode):
@@ -71,7 +73,14 @@ class LiveMemoryCounter(TorchDispatchMode):
 
 def fake_nonzero(mask: Tensor) -> Tensor:
     """Indices of what is not zero, as many as there may be: only numbers would tell how many."""
-    return torch.zeros(min(FAKE_NONZERO_ROWS, mask.shape[0]), mask.ndim, dtype=torch.long)
+    return torch.zeros(min(FAKE_COUNT, mask.shape[0]), mask.ndim, dtype=torch.long)
+
+
+def fake_number(count: Tensor) -> int:
+    """A count; RegraftError for another number, which nothing stands in for."""
+    if count.dtype != torch.long:
+        raise RegraftError(f"a model asks for a number of {count.dtype} that only data can say")
+    return FAKE_COUNT
 
 
 def fake_grouped_mm(left: Tensor, right: Tensor, ends: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -89,8 +98,9 @@ def fake_grouped_mm(left: Tensor, right: Tensor, ends: Tensor, *rest: Any, **nam
     return left.new_empty((len(ends), left.shape[0], right.shape[-1]))
 
 
-STAND_INS: dict[Any, Callable[..., Tensor]] = {
+STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.nonzero.default: fake_nonzero,
+    torch.ops.aten._local_scalar_dense.default: fake_number,
     torch.ops.aten._grouped_mm.default: fake_grouped_mm,
 }
 """What is run instead of operations that fake tensors cannot do."""

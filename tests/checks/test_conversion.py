@@ -244,14 +244,14 @@ def test_wrong_readings_are_caught(family: str, tmp_path: Path) -> None:
 def test_check_sees_what_windows_alone_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table that leaves out the cap: both of regraft's own windows agree, and both are wrong."""
-    before = save_tiny(tmp_path / "source", "gemma2", {"attn_logit_softcapping": 2.0})
+    """A table that leaves out positions: both of regraft's own windows agree, and both are wrong."""
+    before = save_tiny(tmp_path / "source", "llama", {})
     REMIX(before).save(tmp_path / "right")
     found = check(tmp_path / "source", tmp_path / "right")
     assert found["holds"] and found["window_vs_stock"] < conversion.BOUND
 
-    family = importlib.import_module("regraft.families.gemma2")
-    monkeypatch.setattr(family, "anatomy", replace(family.anatomy, softcap=None))
+    family = importlib.import_module("regraft.families.llama")
+    monkeypatch.setattr(family, "anatomy", replace(family.anatomy, rotary=False))
     REMIX(Checkpoint.open(tmp_path / "source")).save(tmp_path / "wrong")
     found = check(tmp_path / "source", tmp_path / "wrong")
     assert not found["holds"] and found["window_end"] == 0.0

@@ -1,6 +1,6 @@
-"""The one-token step as one graph, from each kind of cache.
+"""The one-token step as one graph, from each of some kinds of cache.
 
-Run: python -m helpers.graphs FOLDER NAME...
+Run: python -m helpers.graphs FOLDER dynamic,static NAME...
 
 Prints for each model FOLDER/NAME the largest difference to a plain forward pass, relative to the
 largest logit, as JSON. In a process of its own, since checks of shapes are no part of a graph.
@@ -19,7 +19,7 @@ from regraft import modeling
 
 
 @torch.no_grad()
-def measure(folder: Path) -> float:
+def measure(folder: Path, kinds: list[str]) -> float:
     """The largest difference; raises where there is more than one graph."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(3, model.config.vocab_size, (2, 14))
@@ -27,8 +27,11 @@ def measure(folder: Path) -> float:
     step = torch.compile(model, fullgraph=True, backend="eager")
 
     worst = 0.0
-    static = StaticCache(config=model.config, max_cache_len=16)
-    for cache in (DynamicCache(config=model.config), static):
+    make = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=16),
+    }
+    for cache in (make[kind]() for kind in kinds):
         options = {"past_key_values": cache, "use_cache": True}
         model(input_ids=tokens[:, :12], **options)
         pieces = [step(input_ids=piece, **options).logits for piece in tokens[:, 12:].split(1, 1)]
@@ -37,9 +40,9 @@ def measure(folder: Path) -> float:
     return worst
 
 
-def main(folder: str, *names: str) -> None:
+def main(folder: str, kinds: str, *names: str) -> None:
     assert modeling  # imported: its classes are registered
-    print(json.dumps({name: measure(Path(folder) / name) for name in names}))
+    print(json.dumps({name: measure(Path(folder) / name, kinds.split(",")) for name in names}))
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ def test_a_comparison_launches_each_run_over_processes(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
     count: int, models: Path, small_disk: Path
 ) -> None:
-    words = TestCommand.words(models, small_disk / "out")
+    words = TestCommand.words(models, small_disk / "out", tokens=12 * 32 * 60)
     command = torchrun(count, *words) if count > 1 else [sys.executable, *map(str, words)]
     (small_disk / "filler").write_bytes(bytes(5_600_000))
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
