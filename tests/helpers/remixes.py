@@ -22,3 +22,17 @@ REMIXES = {
     "mamba2": Remix("mamba2", "none", window=0),
     "lolcats": Remix("lolcats", "none", window=0, options={"window": 8}),
 }
+# The other mixers beside a window.
+ATTENTION = {"layout": "attention"}  # of the mixers that have another one
+BESIDE = {
+    f"{mixer}-window": Remix(mixer, "0", window=8, sinks=2, options=options)
+    for mixer, options in {
+        "t2r": {},
+        "hedgehog": {},
+        "retnet": {},
+        "lightning": {},
+        "rwkv6": {},
+        "mamba": ATTENTION,
+        "mamba2": ATTENTION,
+    }.items()
+}

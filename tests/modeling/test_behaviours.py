@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.remixes import REMIXES
+from helpers.remixes import BESIDE, REMIXES
 from helpers.tiny import save_model
 from torch import Tensor
 from transformers import (
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.streamers import BaseStreamer
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Saved models by name, the stock one first."""
     place = tmp_path_factory.mktemp("behaviours")
     found = {STOCK: save_model(place / STOCK, layers=3)}
-    for name, remix in REMIXES.items():
+    for name, remix in (REMIXES | BESIDE).items():
         remix(Checkpoint.open(found[STOCK])).save(place / name)
         found[name] = place / name
     return found
@@ -234,6 +235,26 @@ def sampling(model: PreTrainedModel, folder: Path) -> None:
             greedy(model, ids(model), do_sample=True, num_return_sequences=3, use_cache=cached)
         )
     assert torch.equal(*found) and found[0].shape[0] == 6
+
+
+class Listener(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def streaming(model: PreTrainedModel, folder: Path) -> None:
+    listener = Listener()
+    found = greedy(model, ids(model, 1), streamer=listener)
+    assert listener.tokens == found[0].tolist() and listener.ended
 
 
 def guidance(model: PreTrainedModel, folder: Path) -> None:
@@ -432,6 +453,7 @@ ROWS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
         greedy_padded_left,
         beams,
         sampling,
+        streaming,
         guidance,
         embeddings_given,
         hidden_states,
@@ -457,7 +479,13 @@ ROWS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
 # What these rows ask depends on the classes and not on the mixer: some mixers stand for all.
 OF_CLASSES = (
     embeddings_given, hidden_states, copies_and_pickles, save_and_load, embeddings_resized,
-    classifier, sampling, guidance,
+    classifier, sampling, streaming, guidance,
+)  # fmt: skip
+# What depends on how a mixer and a window take tokens in turns.
+OF_TOKENS = (
+    padding_left, padding_right, padding_between, second_turn_padded_left, packing,
+    backbone_packed_and_padded, prefill_in_chunks, prefix_reuse, greedy_with_and_without_cache,
+    greedy_padded_left, beams, loss_and_gradients, rolled_back, static_cache, draft, target,
 )  # fmt: skip
 SOME = (STOCK, "window", "gated_deltanet-window", "supra", "mamba", "lolcats")
 
@@ -477,6 +505,7 @@ CASES = [
     for row in ROWS
     if name in SOME or ROWS[row] not in OF_CLASSES
 ]
+CASES += [pytest.param(name, row) for name in BESIDE for row in ROWS if ROWS[row] in OF_TOKENS]
 
 
 @pytest.mark.parametrize(("model", "row"), CASES, indirect=["model"])
