@@ -20,7 +20,7 @@ from regraft.growth.sizes_to_steps import Growth
 from regraft.train import fit_ligo, fsdp, loop, session
 from regraft.train.stage import LAYERWISE, Stage
 
-STEPS, LENGTH, BATCH = 50, 32, 12
+STEPS, LENGTH, BATCH = 20, 32, 12
 SIZE: dict[str, Any] = {"length": LENGTH, "batch": BATCH, "precision": "float32"}
 TOKENS = STEPS * LENGTH * BATCH
 STAGES = {
@@ -69,7 +69,7 @@ def train_interrupted(name: str, models: Path, out: Path, at: int = STEPS // 2) 
 
 
 def train_ligo_maps(models: Path, out: Path) -> dict[str, Any]:
-    """LiGO's maps of a wider and deeper model, learned in fifty steps; losses and the grown model
+    """LiGO's maps of a wider and deeper model, learned in STEPS steps; losses and the grown model
     are written.
     """
     source = Checkpoint.open(models / "source")

@@ -11,7 +11,6 @@ from helpers.tiny import read_files, save_model, write_text
 
 COMMANDS = {
     "grow": ["grow", "model", "out", "--layers", "4"],
-    "linearize": ["linearize", "model", "out", "--keep", "0", "--window", "8"],
     "train": "train model out --data text.txt --stage next --tokens 64 --length 32".split(),
 }
 
