@@ -344,6 +344,14 @@ def qk_norm_mode(widening: Widening, table: Mapping[str, Expansion]) -> QkNorm |
                 f" multiples by --width-init heads=pad, not {expansion.old} to {expansion.new}: use"
                 f" {-(-expansion.new // expansion.old)} times as many"
             )
+        # Both heads of a pair have the queries and keys of one old head.
+        times = expansion.new // expansion.old
+        if expansion.pairs and expansion.old > 1 and times % 2 == 0:
+            raise RegraftError(
+                f"{widening.anatomy.family} norms all heads together, so pairs of new heads come in"
+                f" two whole sets, not in {expansion.old} to {expansion.new}: use {times + 1} times"
+                " as many, or --width-init heads=pad"
+            )
     return DEAD if new % old else LIVE
 
 

@@ -75,7 +75,7 @@ def expected_refusal(family: str, heads: int, kv: int, how: str) -> str | None:
     every key/value head is split into the three of its group (9 of them). Two classes of rules
     beyond that: some want hidden to be a multiple of the heads; olmo2 norms all heads together, so
     that only whole multiples keep the mean square: not 4 queries to each of 9 split heads, and no
-    shared outputs (`split`) of new heads.
+    shared outputs (`split`) of new heads; pairs of new heads take two whole sets each.
     """
     if heads % kv:
         return "evenly: use --heads"
@@ -86,6 +86,8 @@ def expected_refusal(family: str, heads: int, kv: int, how: str) -> str | None:
     whole = heads % 9 == 0 and kv % 3 == 0 and (kv != 9 or heads <= 27)
     if family == "olmo2" and heads > 9 and (not whole or how == "split"):
         return "use .* times as many"
+    if family == "olmo2" and how == "pair" and (kv % 6 == 0 or kv != 9 and heads // kv % 6 == 0):
+        return "two whole sets.*heads=pad"
     return None
 
 
