@@ -79,7 +79,10 @@ def fake_nonzero(mask: Tensor) -> Tensor:
 def fake_number(count: Tensor) -> int:
     """A count; RegraftError for another number, which nothing stands in for."""
     if count.dtype != torch.long:
-        raise RegraftError(f"a model asks for a number of {count.dtype} that only data can say")
+        raise RegraftError(
+            f"a model asks for a number of {count.dtype} that only data can say: leave out --train"
+            " and measure a step, or report this"
+        )
     return FAKE_COUNT
 
 

@@ -10,34 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.remixes import BESIDE, REMIXES
 from helpers.tiny import save_model, tokens
 from transformers import AutoModelForCausalLM
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
-from regraft.mixers.remix import Remix
 
 peft = pytest.importorskip("peft")
 assert modeling  # imported: its classes are registered
 
-ATTENTION = {"layout": "attention"}
-REMIXES = {
-    "window": Remix("window", "0", window=8, sinks=2),
-    "gated_deltanet-window": Remix("gated_deltanet", "every:3", window=8, sinks=2),
-    "gated_deltanet": Remix("gated_deltanet", "none", window=0),
-    "supra": Remix("supra", "none", window=0),
-    "t2r": Remix("t2r", "none", window=0),
-    "hedgehog": Remix("hedgehog", "none", window=0),
-    "retnet": Remix("retnet", "none", window=0),
-    "lightning": Remix("lightning", "none", window=0),
-    "gla-window": Remix("gla", "0", window=8),
-    "rwkv6": Remix("rwkv6", "none", window=0),
-    "mamba-window": Remix("mamba", "0", window=8, options=ATTENTION),
-    "mamba2-window": Remix("mamba2", "0", window=8, options=ATTENTION),
-    "lolcats": Remix("lolcats", "none", window=0, options={"window": 8}),
-    "mamba": Remix("mamba", "0", window=0),
-    "mamba2": Remix("mamba2", "0", window=0),
-}
+MODELS = REMIXES | {name: BESIDE[name] for name in ("mamba-window", "mamba2-window")}
 # Blocks of their own, without queries, keys and values.
 OWN = {"mamba": ["x", "gate", "o_proj"], "mamba2": ["x", "b", "c", "gate", "o_proj"]}
 USUAL = ["q_proj", "v_proj"]
@@ -50,9 +33,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Saved models by name."""
     place = tmp_path_factory.mktemp("peft")
     source = Checkpoint.open(save_model(place / "stock", layers=LAYERS))
-    for name, remix in REMIXES.items():
+    for name, remix in MODELS.items():
         remix(source).save(place / name)
-    return {name: place / name for name in REMIXES}
+    return {name: place / name for name in MODELS}
 
 
 def adapt(folder: Path, targets: list[str] | str | None, **options: Any) -> Any:
@@ -86,7 +69,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", REMIXES)
+@pytest.mark.parametrize("name", MODELS)
 def test_targets_reach_every_layer(name: str, folders: dict[str, Path]) -> None:
     for targets in (OWN.get(name, USUAL), OWN.get(name, PROJECTIONS)):
         model = adapt(folders[name], targets)
@@ -105,7 +88,7 @@ def test_targets_reach_every_layer(name: str, folders: dict[str, Path]) -> None:
         assert all(grad is not None and grad.any() for grad in additions.values())
 
 
-@pytest.mark.parametrize("name", REMIXES)
+@pytest.mark.parametrize("name", MODELS)
 def test_all_linear_adapts_every_linear_layer(name: str, folders: dict[str, Path]) -> None:
     model = adapt(folders[name], "all-linear")
     linear = {

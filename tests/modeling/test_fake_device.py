@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from helpers.fake_device import ROWS
+from helpers.remixes import ATTENTION
 from helpers.tiny import save_model
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.mixers.remix import Remix
 
-ATTENTION = {"layout": "attention"}  # of the mixers that have another one
 # One layer each: every mixer, and some beside a window.
 REMIXES = {
     "window": Remix("window", "none", window=8, sinks=2),

@@ -39,7 +39,7 @@ def failures(trial, kinds: int, count: int, **options) -> dict[str, list[str]]:
 def test_no_space_and_no_inodes(trial, request):
     count = SAMPLES[request.node.callspec.params["trial"]]
     assert not failures(trial, NO_SPACE, count, torn=True)
-    assert not failures(trial, NO_INODES, count // 2)
+    assert not failures(trial, NO_INODES, max(1, count // 2))
 
 
 @pytest.mark.slow

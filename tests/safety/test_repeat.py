@@ -11,6 +11,7 @@ from helpers.tiny import read_files, save_model, write_text
 
 COMMANDS = {
     "grow": ["grow", "model", "out", "--layers", "4"],
+    "linearize": ["linearize", "model", "out", "--keep", "0", "--window", "8"],
     "train": "train model out --data text.txt --stage next --tokens 64 --length 32".split(),
 }
 
