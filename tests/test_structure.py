@@ -26,6 +26,7 @@ TIERS = (
     ("distributed",),
     ("core", "families", "mixers"),
     ("modeling",),
+    ("export",),
     ("data",),
     ("growth",),
     ("train",),

@@ -35,11 +35,13 @@ for folder in (TOOLS, ROOT):
 import code_figures  # noqa: E402
 import package_tree  # noqa: E402
 from family_table import family_rows, list_stock_families, refusals  # noqa: E402
+from target_table import target_refusals, target_rows  # noqa: E402
 
 import regraft  # noqa: E402
 from regraft.cli.main import main as command_line  # noqa: E402
 from regraft.cli.parser import VERBS  # noqa: E402
 from regraft.compare.recipe import Comparison  # noqa: E402
+from regraft.export import find_target, list_targets  # noqa: E402
 from regraft.linearize.method import find_method, list_methods  # noqa: E402
 from regraft.mixers.registry import mixers  # noqa: E402
 from regraft.recipes.schema import Recipe  # noqa: E402
@@ -311,6 +313,26 @@ def mixers_page() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def targets_page() -> str:
+    """Targets of `regraft export`, and what each holds, found out by asking them."""
+    head, rows = target_rows()
+    blocks = [
+        "# Targets",
+        "What `regraft export --to` takes, and `--for` of `linearize` and `plan`. This page asks each target about "
+        "tiny models (`docs/tools/target_table.py`): a mixer in every layer of a Llama, then a stock model of every "
+        "family.",
+        *(
+            f"- `{name}`: {escape(first_line(importlib.import_module(f'regraft.export.targets.{name}').__doc__))} "
+            f"Opened by {find_target(name).loads}."
+            for name in list_targets()
+        ),
+        table(head, rows),
+        "## What is refused",
+        "\n".join(f"- {escape(line)}" for line in target_refusals()),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
 def documented_here(kind: Any) -> bool:
     """Whether a dataclass has a docstring of its own, not one that Python made."""
     text = vars(kind).get("__doc__") or ""
@@ -407,6 +429,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/python.md": python_page,
     "reference/families.md": families_page,
     "reference/mixers.md": mixers_page,
+    "reference/targets.md": targets_page,
     "reference/methods.md": methods_page,
     "reference/recipes.md": recipes_page,
     "contributing/tree.md": package_tree.tree_page,

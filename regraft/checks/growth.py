@@ -61,7 +61,7 @@ def keeps_function(step: dict[str, Any]) -> bool:
     """Whether a step of lineage.json keeps the function; steps that are no growth do not."""
     name = step.get("step")
     if name not in ("Widen", "Deepen"):
-        return name in ("Bridge", "Store", "Untie", "Tie", "Carry")
+        return name in ("Bridge", "Store", "Untie", "Tie", "Carry", "Export")
 
     how = step.get("arguments", {}).get("how")
     if not isinstance(how, str):

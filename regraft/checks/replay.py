@@ -19,6 +19,7 @@ from .. import modeling
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint, with_older_keys
 from ..errors import RegraftError, first_line
+from ..export.step import Export
 from ..growth.sizes_to_steps import cast_checkpoint
 from ..mixers.remix import Remix
 from ..progress import ProgressCallback
@@ -69,6 +70,8 @@ def replay_step(checkpoint: Checkpoint, name: str, arguments: Mapping[str, Any])
         return cast_checkpoint(checkpoint, arguments["dtype"])
     if name == Remix.__name__:
         return Remix(**arguments)(checkpoint)
+    if name == Export.__name__:
+        return Export(**arguments)(checkpoint)
     package = importlib.import_module("regraft.growth.steps")
     for module in pkgutil.iter_modules(package.__path__):
         step = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), name, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_apart, check_folders, describe_request
+from .verb import Outcome, Verb, check_apart, check_folders, describe_request, remix_changes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +28,7 @@ def linearize(
     seed: int = 0,
     options: dict[str, Any] | None = None,
     inherit: str | None = None,
+    for_: str | None = None,
     data: str | None = None,
     tokens: int = 0,
     length: int = 1024,
@@ -56,7 +57,7 @@ def linearize(
             mohawk, radlads, supra, supra_fitted, t2r, taylor or xatl; the flags below override its
             settings
         mixer: the token mixer: gated_deltanet, gla, hedgehog, lightning, lolcats, mamba, mamba2,
-            retnet, rwkv6, supra, t2r or window
+            retnet, rwkv6, sink_window, supra, t2r or window
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or
             chosen by measurement: bypass, halo, recall or restore with a number or share of layers,
             such as restore:8 or recall:25%, which auto has where --data is given (every:4
@@ -67,6 +68,9 @@ def linearize(
         options: the mixer's own options as JSON, such as {"grouped": false}
         inherit: projections of the source's attention that mixers copy: all, none, or a list such
             as v,o
+        for_: make what this target of `regraft export` can hold, such as granite_swa: it chooses
+            the mixer and the window, and refuses what cannot be held; with --data the closed form
+            is taken, whatever --tokens says
         data: text to choose layers and to train on (.txt, .jsonl, .parquet, also .gz .xz .zst; a
             pattern, a folder)
         tokens: how many to train on, over all stages of the method; 0 converts only
@@ -113,23 +117,18 @@ def linearize(
 
     target, done = check_apart(given, (*INPUTS, "cache")), False
     check_folders(given, ("cache",))
-    request = None
-    if not tokens:  # a run that trains looks after its output itself
+    request, runs = None, bool(tokens or (for_ and data))
+    if not runs:  # a run that trains looks after its output itself
         ignored = ("track", "cache")
         request = distributed.on_rank0(lambda: describe_request(linearize, given, INPUTS, ignored))
         done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
 
     # The method as published or as ours, then what the flags change of it.
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
-    changes = {
-        "mixer": mixer,
-        "keep": keep,
-        "window": window,
-        "sinks": sinks,
-        "options": options,
-        "inherit": inherit,
-    }
+    changes = remix_changes(given)
     recipe, notes = methods.find_method(method).with_remix(seed=seed, **changes), list[str]()
+    if for_:
+        pipeline.check_target(before, recipe.remix, for_)
     text = None
     if data:
         text = Text(
@@ -146,19 +145,20 @@ def linearize(
     ledger = None
     cache_folder = Path(cache) if cache else None
     with Ticker() as ticker:
-        if tokens and text:
+        if text and runs:
             remix, ledger = pipeline.run_method(
                 before,
                 recipe,
                 target,
                 text,
-                recipe.stages(tokens, length, batch),
+                recipe.stages(tokens, length, batch) if tokens else (),
                 seed,
                 ticker,
                 overwrite,
                 monitor.MonitorConfig(track, spike_factor),
                 cache_folder,
                 trust_remote_code,
+                length,
             )
             ledger |= {"summary": monitor.summarize_stages(out)}
             after = remix(before)
@@ -196,6 +196,8 @@ def linearize(
         following = (
             f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
         )
+        if for_:
+            following += f"; regraft export {out} SERVED --to {for_}"
         wrote = f"{out} is there already" if done else f"Wrote {out}"
         console.print(f"{wrote}. Next: {following}", soft_wrap=True, highlight=False)
 
@@ -217,6 +219,7 @@ VERB = Verb(
             "sinks",
             "options",
             "inherit",
+            "for_",
             "seed",
         ),
         "data": (

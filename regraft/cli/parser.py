@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import keyword
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,20 @@ from yaml import YAMLError
 from ..errors import RegraftError
 from ..io.typed import parse_mapping
 from ..io.yaml_loader import check_bounds
-from . import bench, check, compare, demo, evaluate, generate, grow, linearize, plan, run, train
+from . import (
+    bench,
+    check,
+    compare,
+    demo,
+    evaluate,
+    export,
+    generate,
+    grow,
+    linearize,
+    plan,
+    run,
+    train,
+)
 from .messages import explain_parser_error
 from .verb import Verb
 
@@ -26,6 +40,7 @@ VERBS: dict[str, Verb] = {
     "linearize": linearize.VERB,
     "check": check.VERB,
     "train": train.VERB,
+    "export": export.VERB,
     "eval": evaluate.VERB,
     "generate": generate.VERB,
     "bench": bench.VERB,
@@ -42,8 +57,8 @@ VARIANT_HELP = (
 class Parser(ArgumentParser):
     """A parser whose help has one section for each group of flags, and examples at the end.
 
-    Python says kv_heads where the command line says `--kv-heads`: `normalize_flags` takes either,
-    help shows dashes.
+    Python says kv_heads where the command line says `--kv-heads`, and for_ where it says `--for`:
+    `normalize_flags` takes either, help shows dashes.
     """
 
     verb: Verb | None = None
@@ -51,7 +66,7 @@ class Parser(ArgumentParser):
     def format_help(self) -> str:
         """The help text: usage, sections, examples."""
         text = self._format_sections(self.verb) if self.verb else super().format_help()
-        return re.sub(r"(?<=--)[a-z_]+", lambda name: name[0].replace("_", "-"), text)
+        return re.sub(r"(?<=--)[a-z_]+", lambda name: name[0].strip("_").replace("_", "-"), text)
 
     def _format_sections(self, verb: Verb) -> str:
         by_name = {action.dest: action for action in self._actions}
@@ -79,11 +94,13 @@ class Parser(ArgumentParser):
 
 
 def normalize_flags(words: Sequence[str]) -> list[str]:
-    """Flags as the parser knows them: underscores inside names."""
-    return [
-        re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
-        for word in words
-    ]
+    """Flags as the parser knows them: underscores inside names, and behind words of Python."""
+
+    def find_name(flag: re.Match[str]) -> str:
+        name = flag[0][2:].replace("-", "_")
+        return f"--{name}_" if keyword.iskeyword(name) else f"--{name}"
+
+    return [re.sub(r"^--[a-z-]+", find_name, word) for word in words]
 
 
 def build_parser() -> ArgumentParser:
@@ -121,14 +138,15 @@ def build_verb_parser(verb: Verb) -> Parser:
         for parameter in parameters
         if parameter.name == "out" and parameter.default is not parameter.empty
     ]
-    for parameter in optional_places:
-        parser.add_argument(
-            parameter.name, nargs="?", default=parameter.default, help=helps[parameter.name]
-        )
     # Read here, not by jsonargparse: it would import and call what a `class_path` in them names.
     mappings = list_mappings(verb)
     skip = {*switches, *(parameter.name for parameter in optional_places), *mappings, "overrides"}
     parser.add_function_arguments(verb.function, as_positional=True, skip=skip)
+    # Behind the places that must be given.
+    for parameter in optional_places:
+        parser.add_argument(
+            parameter.name, nargs="?", default=parameter.default, help=helps[parameter.name]
+        )
     for name in mappings:
         parser.add_argument(f"--{name}", type=str, default=None, help=helps[name])
     for switch in switches:

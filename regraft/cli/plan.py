@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from .verb import Outcome, Verb, check_unused_flags, split_keys
+from .verb import Outcome, Verb, check_unused_flags, remix_changes, split_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,7 @@ def plan(
     sinks: int | None = None,
     options: dict[str, Any] | None = None,
     inherit: str | None = None,
+    for_: str | None = None,
     context: int = 16384,
     length: int = 1024,
     hidden: int | None = None,
@@ -77,6 +79,8 @@ def plan(
         options: the mixer's own options as JSON, such as {"grouped": false}
         inherit: projections of the source's attention that mixers copy: all, none, or a list such
             as v,o
+        for_: linearize for this target of `regraft export`, such as granite_swa, and say whether it
+            can hold the result; exit 1 where it cannot
         context: tokens for which state sizes are given
         length: tokens of a row for which FLOPs are given
         hidden: width of the residual stream
@@ -123,9 +127,9 @@ def plan(
     from ..plan import plan as planning
 
     given = locals()
-    if not (mixer or method):
+    if not (mixer or method or for_):
         names = ("keep", "window", "sinks", "options", "inherit")
-        check_unused_flags(plan, given, names, "give --mixer or --method as well")
+        check_unused_flags(plan, given, names, "give --mixer, --method or --for as well")
     if not train:
         check_unused_flags(plan, given, FORECAST, "give --train as well")
 
@@ -137,42 +141,53 @@ def plan(
         *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, untie=untie, adopt=taken
     )
     after, notes = growth(before) if growth.has_requests else before, list[str]()
-    if mixer or method:
-        changes = {
-            "mixer": mixer,
-            "keep": keep,
-            "window": window,
-            "sinks": sinks,
-            "options": options,
-            "inherit": inherit,
-        }
+    if mixer or method or for_:
+        changes = remix_changes(given)
         recipe = methods.find_method(method or "auto").with_remix(**changes)
         recipe, notes = recipe.without_text()
         after = Remix.from_options(recipe.remix)(after)
     result = planning.Plan.of(before, after, context, length, notes)
+    served = find_served(after.config, for_) if for_ else None
+    code, facts = 0, dict[str, Any]()
+    if served:
+        code, facts = int(bool(served["misfits"])), {"for": served}
     if scan:
         result = dataclasses.replace(result, nonfinite=planning.scan_values(before))
     if not train:
-        return Outcome(result.to_dict(), lambda console: print_result(result, console))
+        return Outcome(
+            result.to_dict() | facts, lambda console: print_result(result, console, served), code
+        )
 
     request = forecast.TrainingForecastRequest(
         gpus, memory, tokens, length, batch, checkpointing, precision, gpu, price, stage, share
     )
-    facts = forecast.forecast(before, after, request)
+    costs = forecast.forecast(before, after, request)
 
     def show(console: Console) -> None:
-        print_result(result, console)
-        forecast.print_forecast(facts, console)
+        print_result(result, console, served)
+        forecast.print_forecast(costs, console)
 
-    return Outcome(result.to_dict() | {"train": facts}, show)
+    return Outcome(result.to_dict() | facts | {"train": costs}, show, code)
 
 
-def print_result(result: Any, console: Console) -> None:
-    """A Plan, and whether values were looked at."""
+def find_served(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Whether a target holds a model of this config, and what of it it does not."""
+    from ..export.target import find_target
+
+    target = find_target(name)
+    return {"target": name, "loads": target.loads, "misfits": target.find_misfits(config)}
+
+
+def print_result(result: Any, console: Console, served: Mapping[str, Any] | None) -> None:
+    """A Plan, whether a target holds it, and whether values were looked at."""
     # No annotation: jsonargparse imports what this module imports for type checking.
     from ..plan.plan import print_plan
 
     print_plan(result, console)
+    if served:
+        found = served["misfits"]
+        line = f"cannot hold it: {'; '.join(found)}" if found else f"holds it: {served['loads']}"
+        console.print(f"{served['target']} {line}", soft_wrap=True, highlight=False)
     if result.nonfinite is None:
         line = "No values were read: --scan looks for NaN and infinity"
         console.print(line, soft_wrap=True, highlight=False)
@@ -196,6 +211,7 @@ VERB = Verb(
             "sinks",
             "options",
             "inherit",
+            "for_",
         ),
         "grow": (
             "hidden",

@@ -6,7 +6,7 @@ import glob
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def check_unused_flags(
     """
     usual = inspect.signature(verb).parameters
     said = [
-        f"--{name.replace('_', '-')} {given[name]}"
+        f"--{name.strip('_').replace('_', '-')} {given[name]}"
         for name in names
         if given[name] != usual[name].default
     ]
@@ -172,6 +172,35 @@ def identify_input(name: str, given: str) -> dict[str, str]:
 def split_keys(text: str | None) -> tuple[str, ...]:
     """The keys in a list with commas."""
     return tuple(filter(None, (key.strip() for key in (text or "").split(","))))
+
+
+def remix_changes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags of a verb change of a method's Remix: those that were given, and what a target
+    of `--for` needs where they were not.
+
+    RegraftError for an unknown target, and for sink tokens that the mixer does not have.
+
+    Args:
+        given: the verb's arguments by name.
+    """
+    from ..export.target import find_target
+    from ..mixers.registry import mixer_class
+
+    changes = {
+        name: given[name] for name in ("mixer", "keep", "window", "sinks", "options", "inherit")
+    }
+    if given["for_"]:
+        for name, value in find_target(given["for_"]).remix.items():
+            changes[name] = value if changes[name] is None else changes[name]
+    kind = mixer_class(changes["mixer"]) if changes["mixer"] else None
+    names = [one.name for one in fields(kind.Options)] if kind else []
+    takes_sinks = kind is None or not kind.is_window or "sinks" in names
+    if given["sinks"] and not takes_sinks:
+        raise RegraftError(
+            f"--sinks {given['sinks']} would change nothing: the mixer {changes['mixer']} has a"
+            " learned sink in the place of first tokens, leave it out"
+        )
+    return changes
 
 
 def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:

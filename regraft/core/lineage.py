@@ -38,6 +38,7 @@ PAPERS = {
     "rwkv6": (
         "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, arXiv 2404.05892"
     ),
+    "sink_window": "gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925",
     "supra": "Linearizing Large Language Models, arXiv 2405.06640",
     "t2r": "Finetuning Pretrained Transformers into RNNs, arXiv 2103.13076",
     "window": "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
@@ -251,11 +252,8 @@ def verify(folder: Path) -> None:
 def format_model_card(checkpoint: Checkpoint) -> str:
     """The model card: the source, what was done to it, and the papers to cite."""
     source = origin(checkpoint)
-    mixers = {
-        name for spec in checkpoint.config.get("mixers", []) if spec for name in _mixer_names(spec)
-    }
-
-    cited = [PAPERS[name] for name in sorted(mixers & set(PAPERS))]
+    mixers = find_mixer_names(checkpoint.config)
+    cited = cite_mixers(checkpoint.config)
     cited += [paper for step in checkpoint.history for paper in step.get("papers", ())]
     papers = "\n".join(f"- {paper}" for paper in dict.fromkeys(cited))  # each once, in order
     steps = "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
@@ -305,6 +303,16 @@ def format_step(step: dict[str, Any]) -> str:
     """A step (see `StepEntry`) as `Name(argument=value, ...)`."""
     arguments = ", ".join(f"{key}={value!r}" for key, value in step.get("arguments", {}).items())
     return f"{step.get('step', '?')}({arguments})"
+
+
+def cite_mixers(config: Mapping[str, Any]) -> list[str]:
+    """The papers of a model's mixers."""
+    return [PAPERS[name] for name in sorted(find_mixer_names(config) & set(PAPERS))]
+
+
+def find_mixer_names(config: Mapping[str, Any]) -> set[str]:
+    """The names of a model's mixers; none of a stock model."""
+    return {name for spec in config.get("mixers", []) if spec for name in _mixer_names(spec)}
 
 
 def _mixer_names(spec: dict[str, Any]) -> list[str]:

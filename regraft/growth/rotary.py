@@ -22,6 +22,7 @@ THETA_POWER = (*EVERY_MTH_PAIR, "yarn", "longrope", "su")
 # Key in the defaults of families that can turn a part of a head only: {config key: the part that is
 # meant when the key is missing}.
 SHARE = "_rotary_share"
+BY_LAYER = "layer_rope_theta"  # key of a theta for each layer; 0: that layer has no positions
 LARGEST = 3e38  # theta is a float32 number where frequencies are computed
 
 
@@ -163,6 +164,8 @@ def _scale_thetas(
     for key in ("rope_theta", "rope_local_base_freq", "rotary_emb_base"):
         if config.get(key) is not None:
             keys[key] = compute_theta_power(config[key], power)
+    if config.get(BY_LAYER):
+        keys[BY_LAYER] = [theta and compute_theta_power(theta, power) for theta in config[BY_LAYER]]
 
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from transformers import PreTrainedModel
 
@@ -20,6 +20,7 @@ from ..data.rows import Table
 from ..data.text import Text
 from ..errors import RegraftError
 from ..evaluation.baselines import remix_of
+from ..export.target import find_target
 from ..io import output
 from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
@@ -45,11 +46,28 @@ Limit = Callable[[int], float | None]  # number of a stage -> seconds it may tak
 class ConversionRequest(TypedDict):
     """What a folder's conversion was started with."""
 
+    length: NotRequired[int]  # tokens of the rows for the closed form, where no stage says it
+
     data: str  # how the Text is read
     seed: int
     method: str
     stages: str
     inputs: dict[str, Identity]
+
+
+def check_target(source: Checkpoint, options: RemixOptions, name: str) -> None:
+    """RegraftError when a target of `regraft export` cannot hold what a Remix makes.
+
+    Args:
+        source: the model to linearize.
+        options: what is replaced by what. Layers that are chosen by measurement are not known yet:
+            the target must hold any.
+        name: of the target.
+    """
+    measured = select_layers.parse_keep(options.keep) is not None
+    for keep in ("none", "all", "every:2") if measured else (options.keep,):
+        remix = Remix.from_options(options, keep=keep, scores={})
+        find_target(name).check_holds(remix(source))
 
 
 def choose_layers(
@@ -80,7 +98,9 @@ def choose_layers(
 
     ticker.start(f"measuring layers ({remix.keep})")
     try:
-        table = rows(min(LENGTH, source.sizes.get("pos", LENGTH)))
+        # Rows must show what lies beyond the window.
+        length = max(LENGTH, 2 * remix.window)
+        table = rows(min(length, source.sizes.get("pos", length)))
     except RegraftError as error:
         raise RegraftError(
             f"{error} (read for --keep {remix.keep}; --keep every:4 measures nothing)"
@@ -106,6 +126,7 @@ def train_linearized(
     seed: int = 0,
     limit: Limit = lambda stage: None,
     watching: MonitorConfig = DEFAULT_MONITORING,
+    length: int = LENGTH,
 ) -> dict[str, Any]:
     """Give a linearized model its closed-form start, train it and put it into `out`.
 
@@ -124,6 +145,7 @@ def train_linearized(
         seed: of the order of rows.
         limit: seconds that a stage may take, None for as long as its tokens need.
         watching: trackers, and when a loss counts as too high.
+        length: tokens of a row for the closed form, where there is no stage to say it.
 
     Returns:
         The ledger. Its `start` is what was spent before the stages: choosing layers and the closed
@@ -131,7 +153,7 @@ def train_linearized(
     """
     checkpoint, work = Checkpoint.open(folder, source.allow_nonfinite), out / WORK
     check_row_lengths(source, stages)
-    length = stages[0].length if stages else LENGTH
+    length = stages[0].length if stages else length
     batches = []
     if calibration:
         batches = loop.calibration_batches(rows(length), calibration // length, seed)
@@ -212,6 +234,7 @@ def run_method(
     watching: MonitorConfig = DEFAULT_MONITORING,
     cache: Path | None = None,
     trust_remote_code: bool = False,
+    length: int = LENGTH,
 ) -> tuple[Remix, dict[str, Any]]:
     """A method from the source to the trained model; (what was replaced, the ledger).
 
@@ -229,6 +252,7 @@ def run_method(
         watching: trackers, and when a loss counts as too high.
         cache: folder that keeps the text's tokens for later runs.
         trust_remote_code: whether code of the tokenizer may be run.
+        length: tokens of a row for the closed form, where there is no stage to say it.
 
     RegraftError when `out` holds a finished model (without `overwrite`), another conversion,
     anything else, or the source.
@@ -249,6 +273,8 @@ def run_method(
             lambda: {"source": identify_model(source.origin), "data": identify_files(texts)}
         ),
     }
+    if not stages:
+        request["length"] = length
 
     with open_replacing_run(target, overwrite, KIND, request) as (folder, marker):
         if marker.complete:
@@ -256,7 +282,7 @@ def run_method(
         else:
             ledger = convert_and_train(
                 source, method, folder, data, stages, seed, ticker, watching, cache,
-                trust_remote_code,
+                trust_remote_code, length,
             )  # fmt: skip
 
     remix = remix_of(Checkpoint.open(target))
@@ -275,6 +301,7 @@ def convert_and_train(
     watching: MonitorConfig,
     cache: Path | None,
     trust_remote_code: bool,
+    length: int,
 ) -> dict[str, Any]:
     """Linearize and train in a claimed folder; the ledger. Arguments as of `run_method`."""
     linear, need = folder / WORK / "linearized", max((stage.tokens for stage in stages), default=0)
@@ -299,6 +326,7 @@ def convert_and_train(
         ticker,
         seed,
         watching=watching,
+        length=length,
     )
     ledger["text"] = rows.facts()
     distributed.on_rank0(lambda: finish_run(folder, ledger))

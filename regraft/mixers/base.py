@@ -133,6 +133,8 @@ class Mixer(nn.Module):
     expand: ClassVar[bool] = True
     # Whether the outputs are linear in the values, so that a map can move from one to the other.
     values_are_linear: ClassVar[bool] = False
+    # Whether it is a window itself, as wide as `--window` says; no other stands beside it.
+    is_window: ClassVar[bool] = False
     # Whether outputs are averages of values, as those of softmax attention are.
     denominator: ClassVar[bool] = False
     q_proj: nn.Linear

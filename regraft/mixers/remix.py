@@ -26,6 +26,8 @@ from .registry import mixer_class, validate, weights
 from .remix_options import RemixOptions
 from .source_windows import source_windows
 
+SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
+
 
 @dataclass(frozen=True)
 class Remix(RemixOptions):
@@ -131,29 +133,33 @@ class Remix(RemixOptions):
         Args:
             source_window: tokens that the source's attention sees there; None for all.
         """
-        if self.window < 0 or self.sinks < 0 or (self.mixer == "window" and self.window == 0):
-            raise RegraftError(
-                f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 "
-                "--sinks 4"
-            )
         if self.mixer == "gated":
             raise RegraftError(
                 f"mixer 'gated' is what window {self.window} adds: name its linear mixer, such as "
                 "supra"
             )
+        kind = mixer_class(self.mixer)
+        if self.window < 0 or self.sinks < 0 or (kind.is_window and self.window == 0):
+            raise RegraftError(
+                f"window {self.window} with {self.sinks} sinks sees nothing: use --window 64 "
+                "--sinks 4"
+            )
 
         window: dict[str, Any] = {"name": "window", "window": self.window, "sinks": self.sinks}
-        plain = window if self.mixer == "window" else {"name": self.mixer, **self.options}
-        if source_window is not None:
+        if source_window is not None and source_window <= self.window:
             # Nothing is seen that the source does not see: its first tokens least of all.
-            if source_window <= self.window:
-                window |= {"window": source_window, "sinks": 0}
-            own = getattr(mixer_class(plain["name"]).parse(plain), "window", None)
-            if isinstance(own, int) and own > source_window:
-                plain |= {"window": source_window}
+            window |= {"window": source_window, "sinks": 0}
+        plain: dict[str, Any] = {"name": self.mixer}
+        if kind.is_window:
+            own = {field.name for field in dataclasses.fields(kind.Options)}
+            plain |= {key: value for key, value in window.items() if key in own}
+        plain |= self.options
+        width = getattr(kind.parse(plain), "window", None)
+        if source_window is not None and isinstance(width, int) and width > source_window:
+            plain |= {"window": source_window}
         plain |= {"inherit": self.inherit} if self.inherit != "all" else {}
         validate(plain)
-        if self.mixer == "window" or self.window == 0:
+        if kind.is_window or self.window == 0:
             return plain
 
         # The branches share one output projection, so it must be the source's.
@@ -183,7 +189,7 @@ class Remix(RemixOptions):
             )
 
         capped = [i for i in replaced if config["attention"][i].get("softcap")]
-        if capped and self.mixer != "window":
+        if capped and not mixer_class(self.mixer).is_window:
             cap = config["attention"][capped[0]]["softcap"]
             notes.append(
                 f"linear attention has no scores, so {self.mixer} drops the source's cap on them"
@@ -220,6 +226,12 @@ def check_supported(source: Checkpoint) -> None:
         raise RegraftError(
             f"'{source.origin}' is a {source.config['architectures'][0]} without the head of a "
             "language model, which mixers are made for: give a decoder with one"
+        )
+
+    if anatomy.parts.get(SINKS):
+        raise RegraftError(
+            f"{anatomy.family} has learned sinks in its softmax ('{SINKS}'), which mixers do not "
+            "carry over yet: linearize the model that it was made of"
         )
 
     for placed in anatomy.place(source.config).values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +42,30 @@ def naive_window(
         position: of each token in its document, EMPTY on padding.
         segments: document number of each token.
     """
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = naive_scores(q, k, attention, window, sinks, position, segments)
+    return scores.softmax(-1) @ v.repeat_interleave(attention.group, 1)
 
+
+def naive_scores(
+    q: Float[Tensor, "batch heads time dim"],
+    k: Float[Tensor, "batch kv time dim"],
+    attention: Attention,
+    window: int,
+    sinks: int,
+    position: Int[Tensor, "batch time"],
+    segments: Int[Tensor, "batch time"],
+) -> Float[Tensor, "batch heads time keys"]:
+    """Logits of all pairs, the smallest number where a query does not see a key.
+
+    Arguments as of `naive_window`.
+    """
     # one row per query, one column per key
     distance = position.unsqueeze(-1) - position.unsqueeze(-2)
     seen = (distance >= 0) & ((distance < window) | (position.unsqueeze(-2) < sinks))
     seen &= (segments.unsqueeze(-1) == segments.unsqueeze(-2)) & (position.unsqueeze(-2) > EMPTY)
 
-    scores = attention.scale_scores(q @ k.transpose(-1, -2))
-    scores = scores.masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
-    return scores.softmax(-1) @ v
+    scores = attention.scale_scores(q @ k.repeat_interleave(attention.group, 1).transpose(-1, -2))
+    return scores.masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
 
 
 class Window(Mixer):
@@ -65,8 +78,9 @@ class Window(Mixer):
     """
 
     name = "window"
-    Options = WindowOptions
+    Options: ClassVar[type] = WindowOptions
     expand = False
+    is_window = True
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
@@ -202,7 +216,7 @@ class Window(Mixer):
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
         scores = self.attention.scale_scores(group @ keys.transpose(-1, -2))
         scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
-        return (scores.softmax(-1) @ values).flatten(1, 2).unsqueeze(2), last
+        return (self.normalize(scores) @ values).flatten(1, 2).unsqueeze(2), last
 
     def attend_blocks(
         self,
@@ -256,12 +270,18 @@ class Window(Mixer):
             scores.append(self.scale_and_mask(sink_scores, far, group.shape[3]))
 
         # One softmax over both kinds of keys.
-        weight = torch.cat(scores, dim=-1).softmax(-1)
+        weight = self.normalize(torch.cat(scores, dim=-1))
         out = weight[..., : 2 * size] @ values
         if sinks is not None:
             out = out + weight[..., 2 * size :] @ sink_v.unsqueeze(2)
         out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b kv g time d
         return out.flatten(1, 2)[:, :, :time]
+
+    def normalize(
+        self, scores: Float[Tensor, "batch kv ... queries keys"]
+    ) -> Float[Tensor, "batch kv ... queries keys"]:
+        """Weights of the keys from their logits; `queries` are by head, then by token."""
+        return scores.softmax(-1)
 
     def scale_and_mask(
         self,

@@ -15,14 +15,15 @@ from ..errors import RegraftError
 from ..mixers.base import Mixer, MixerContext, apply_rotary
 from ..mixers.gated import GatedMixer
 from ..mixers.inherit import parse_inherit
+from ..mixers.sink_window import SinkWindow
+from ..mixers.source_windows import source_windows
 from ..progress import ProgressCallback
 from .hooks import LayerRecord, record_layers, run_decoder
+from .sinks import Batch, SinkFit, begin_rows, find_starts, fit_sinks
 
 RIDGE = 1e-3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # gate candidates: these shares of the far attention mass
 GATE_RANGE = (0.01, 0.9)  # targets of the gate, so that its logit stays finite
-
-Batch = tuple[Tensor, Tensor, Tensor | None]  # input_ids, position_ids, segments: (batch, time)
 
 
 class MixerCalibration(TypedDict):
@@ -33,6 +34,8 @@ class MixerCalibration(TypedDict):
     entropy: NotRequired[float]  # of the attention, as a share of the largest possible
     half_life: NotRequired[float]  # tokens, of a decay that loses half in `mean_distance`
     gate_share: NotRequired[float]  # mean of the chosen SHARES; 1 without a gate
+    sink_share: NotRequired[float]  # of the first token beside a window with a learned sink
+    sink_error: NotRequired[float]  # root mean square, of the shares that the sinks give
     heads_folded: float  # 1 when the value maps are in the weights, else 0
 
 
@@ -310,6 +313,9 @@ def calibrate(
     """
     layers = [i for i, slot in enumerate(slots) if isinstance(getattr(slot, "mixer", None), Mixer)]
     total = len(batches) + len(layers)
+    with_sinks = [layer for layer in layers if isinstance(slots[layer].mixer, SinkWindow)]
+    if with_sinks:
+        batches = begin_rows(batches, teacher.config)
 
     # One pass of the teacher serves all layers; their inputs are kept until their turn.
     captured: dict[int, list[LayerRecord]] = {layer: [] for layer in layers}
@@ -318,9 +324,15 @@ def calibrate(
             run_decoder(teacher, input_ids, position_ids)
             progress(done / total, "calibrating")
 
-    segments = [ids for _, _, ids in batches]
+    segments, starts = [ids for _, _, ids in batches], [find_starts(batch) for batch in batches]
+    reaches = source_windows(teacher.config.to_dict()) if with_sinks and batches else []
     for done, layer in enumerate(layers, len(batches) + 1):
-        yield {"layer": layer, **calibrate_layer(slots[layer].mixer, captured.pop(layer), segments)}
+        mixer, records = slots[layer].mixer, captured.pop(layer)
+        if layer in with_sinks:
+            found: SinkFit = fit_sinks(mixer, records, starts, reaches[layer]) if batches else {}
+            yield {"layer": layer, "heads_folded": float(bool(found)), **found}
+        else:
+            yield {"layer": layer, **calibrate_layer(mixer, records, segments)}
         progress(done / total, "calibrating")
 
 
@@ -338,6 +350,11 @@ def calibrate_layer(
         segments: by batch, (batch, time) numbers of documents, or None.
     """
     linear = linear_branch(mixer)
+    if isinstance(linear, SinkWindow):
+        raise RegraftError(
+            f"the sinks of '{linear.name}' are measured on whole models whose texts begin alike:"
+            " regraft linearize --data does that, leave calibration out here (0 tokens)"
+        )
     # A window has nothing of its own to set, and without q, k, v there is nothing of the source.
     if linear.name == "window" or not hasattr(linear, "q_proj"):
         return {"heads_folded": 0.0}

@@ -69,6 +69,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gemma3_text": [({}, "1.gain dim")],
     "phi": [({"qk_layernorm": True}, "gain dim|bias|-> dim")],
     "olmo2": [({}, "gain kv group dim")],
+    "granite_swa": [({}, "learned sinks")],
 }
 CASES = [(family, keys) for family, settings in SETTINGS.items() for keys in settings]
 
@@ -77,7 +78,7 @@ SIZES = "hidden_size head_dim num_attention_heads num_key_value_heads"
 CARRIED = """attention_bias use_bias rms_norm_eps query_pre_attn_scalar attn_logit_softcapping
     scale_attn_weights scale_attn_by_inverse_layer_idx layer_types sliding_window rope_parameters
     partial_rotary_factor"""
-REFUSED_KEYS = "qk_layernorm use_bidirectional_attention layer_norm_eps"
+REFUSED_KEYS = "qk_layernorm use_bidirectional_attention layer_norm_eps attention_multiplier"
 # Dropout acts in training alone; mixers have none. The others choose a kernel, not a result.
 WITHOUT_EFFECT = """attention_dropout attn_pdrop resid_pdrop residual_dropout
     reorder_and_upcast_attn _attn_implementation"""

@@ -133,7 +133,7 @@ def test_every_verb_explains_itself(verb, capsys):
         (["eval", "x", "--lengths", "1k"], "--lengths 1k would change nothing"),
         (
             ["plan", "x", "--keep", "every:2"],
-            "--keep every:2 would change nothing: give --mixer or --method",
+            "--keep every:2 would change nothing: give --mixer, --method or --for",
         ),
         (
             ["plan", "x", "--gpus", "64", "--tokens", "1B"],

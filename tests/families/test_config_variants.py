@@ -246,9 +246,10 @@ def test_lists_as_long_as_the_depth(family: str, layers: int) -> None:
     }
     layer_types = [F] * layers
     by_layer = {"layer_types": layer_types, "no_rope": [0, 1, 2][:layers]}
-    assert find_layer_lists(config | others | by_layer, anatomy) == by_layer
+    own = {key: config[key] for key in ("layer_rope_theta",) if key in config}
+    assert find_layer_lists(config | others | by_layer, anatomy) == by_layer | own
     derived = find_layer_lists({**config, "layer_types": None}, anatomy)
-    assert derived.keys() <= {"layer_types"}
+    assert derived.keys() <= {"layer_types", *own}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bert"])

@@ -7,6 +7,7 @@ from regraft.mixers.remix import Remix
 # One converted layer of two or three kinds of layers.
 REMIXES = {
     "window": Remix("window", "0", window=8, sinks=2),
+    "sink_window": Remix("sink_window", "0", window=8),
     "gated_deltanet": Remix("gated_deltanet", "none", window=0),
     "gated_deltanet-window": Remix("gated_deltanet", "every:3", window=8, sinks=2),
     "supra": Remix("supra", "none", window=0),

@@ -19,13 +19,16 @@ from regraft.mixers import registry
 from regraft.mixers.base import Mixer, MixerContext
 from regraft.mixers.initialize import create_initial_tensor
 from regraft.mixers.recurrence import chunked_recurrence, naive_recurrence
+from regraft.mixers.sink_window import naive_sink_window
 from regraft.mixers.vector import chunked_vector, naive_vector
 from regraft.mixers.window import naive_window
 
 SMALL_WINDOW = {"name": "window", "window": 8, "sinks": 2}
+SINK_WINDOW = {"name": "sink_window", "window": 8}
 SPECS = [
     SMALL_WINDOW,
     {"name": "window", "window": 5, "sinks": 0},
+    SINK_WINDOW,
     {"name": "supra"},
     {"name": "supra", "feature": "dense", "decays": "retnet", "norm": False},
     {"name": "gated_deltanet"},
@@ -263,8 +266,9 @@ def test_vector_decays_of_any_strength_are_safe(bonus: bool, strengths: list[flo
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> None:
-    mixer, time = made(SMALL_WINDOW, SHAPES["9-heads-3-kv"]), 45
+@pytest.mark.parametrize("spec", [SMALL_WINDOW, SINK_WINDOW], ids=["tokens", "learned"])
+def test_window_blocks_equal_masked_softmax_with_gradients(spec: dict, segmented: bool) -> None:
+    mixer, time = made(spec, SHAPES["9-heads-3-kv"]), 45
     x = torch.randn(2, time, 36)
     segments = (
         torch.randint(0, 4, (2, time)).sort(1).values
@@ -283,9 +287,15 @@ def test_window_blocks_equal_masked_softmax_with_gradients(segmented: bool) -> N
     from regraft.mixers.base import apply_rotary
 
     q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
-    expected = naive_window(q, k, v, mixer.attention, 8, 2, position, segments).transpose(1, 2)
-    assert relative(heads, expected) < TOLERANCE
     parameters = projections(mixer)
+    if spec is SINK_WINDOW:
+        sinks = mixer.sinks
+        expected = naive_sink_window(q, k, v, mixer.attention, 8, sinks, position, segments)
+        parameters.append(sinks)
+    else:
+        expected = naive_window(q, k, v, mixer.attention, 8, 2, position, segments)
+    expected = expected.transpose(1, 2)
+    assert relative(heads, expected) < TOLERANCE
     weight = torch.randn_like(heads)
     for a, b in zip(
         *(torch.autograd.grad((y * weight).sum(), parameters) for y in (heads, expected)),

@@ -223,3 +223,17 @@ def test_what_mixers_do_not_carry_over_is_refused(
     tiny(family)[1].save_pretrained(tmp_path / "source")
     with pytest.raises(RegraftError, match=message):
         Remix()(Checkpoint.open(tmp_path / "source"))
+
+
+def test_a_windows_options_and_flags_are_both_read() -> None:
+    given = Remix("window", "none", window=9, options={"sinks": 1}).build_spec()
+    assert given == {"name": "window", "window": 9, "sinks": 1}
+    assert Remix("sink_window", "none", window=9).build_spec() == {
+        "name": "sink_window",
+        "window": 9,
+    }
+    assert Remix("sink_window", "none", window=9).build_spec(5)["window"] == 5
+    with pytest.raises(RegraftError, match="has no option 'sinks'"):
+        Remix("sink_window", "none", options={"sinks": 1}).build_spec()
+    with pytest.raises(RegraftError, match="sees nothing"):
+        Remix("sink_window", "none", window=0).build_spec()

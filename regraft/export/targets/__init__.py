@@ -1,0 +1,1 @@
+"""What a model can be exported as, one file each with a `target`."""
