@@ -12,7 +12,7 @@ from typing import Any
 
 from tracing import Source
 
-from regraft.core.anatomy import find_anatomy, list_families
+from regraft.core.anatomy import find_anatomy, list_families, list_served_families
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.steps.widen import Widen
@@ -35,8 +35,9 @@ SHOWN = {"kv": "heads", "group": "heads", "dim": "head_dim"}
 
 
 def list_stock_families() -> list[str]:
-    """Families of stock classes."""
-    return [name for name in list_families() if name != "regraft"]
+    """Families of stock classes that are grown."""
+    left_out = {"regraft", *list_served_families()}
+    return [name for name in list_families() if name not in left_out]
 
 
 @cache

@@ -29,6 +29,7 @@ __all__ = [
     "Part",
     "PlacedPart",
     "list_families",
+    "list_served_families",
     "find_anatomy",
     "linear",
     "norm",
@@ -117,6 +118,9 @@ class Anatomy:
     activation: str = "hidden_act"
     # Config key of the number of experts a token is sent to; empty without experts.
     routed: str = ""
+    # Whether models of it are only written by `regraft export` and opened again: they are neither
+    # grown nor linearized.
+    served_only: bool = False
 
     def check(self, config: Config) -> None:
         """RegraftError when a key of a config is of a wrong type, or a count out of bounds."""
@@ -225,6 +229,8 @@ class Anatomy:
             layers = range(sizes["depth"]) if "{}" in part.name else (None,)
             experts = range(sizes["expert"]) if "{e}" in part.name else (0,)
             for layer in layers:
+                if not part.is_in_layer(full, layer):
+                    continue
                 for expert in experts:
                     name = part.name.format(layer, e=expert, p=prefix)
                     placed[role.format(e=expert), layer] = PlacedPart(name, part, shape)
@@ -266,6 +272,11 @@ class Anatomy:
 
         RegraftError when the family cannot hold the sizes.
         """
+        if self.served_only:
+            raise RegraftError(
+                f"{self.family} is a form that models are served in, which does not grow: grow the "
+                "model that it was exported from"
+            )
         check_sizes(self.family, sizes)
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
         # Checked whatever grows; what the class derives from a layer's number is written out.
@@ -387,6 +398,11 @@ def list_families() -> list[str]:
     """The model types that have a table, which are the files in regraft/families."""
     package = importlib.import_module("regraft.families")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def list_served_families() -> list[str]:
+    """The families that are only written by `regraft export` and opened again."""
+    return [name for name in list_families() if _import_table(name).served_only]
 
 
 def find_anatomy(config: Config) -> Anatomy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class Part:
     when: str | None = None
     # The parameter exists only if this config key is false; None: always.
     unless: str | None = None
+    # (config, layer) -> whether that layer has the parameter; None: every layer has it.
+    in_layer: Callable[[Config, int], bool] | None = None
     # Activations that a map or norm takes. Norms (see `norm`) take "stream" by default.
     reads: str = "normed"
     # Activations that a map or norm gives. Norms give "normed" by default.
@@ -64,10 +66,14 @@ class Part:
         return self.at == "patch" or (axes.kind == "map" and not TABLES.issuperset(axes.inputs))
 
     def is_present(self, config: Config) -> bool:
-        """Whether a model of this config has the parameter."""
+        """Whether a model of this config has the parameter, in some layer at least."""
         return (self.when is None or bool(config[self.when])) and (
             self.unless is None or not config[self.unless]
         )
+
+    def is_in_layer(self, config: Config, layer: int | None) -> bool:
+        """Whether a layer of a model that has the parameter has it."""
+        return layer is None or self.in_layer is None or self.in_layer(config, layer)
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,12 @@ def check_supported(source: Checkpoint) -> None:
             "language model, which mixers are made for: give a decoder with one"
         )
 
+    if anatomy.served_only:
+        raise RegraftError(
+            f"{anatomy.family} is a form that models are served in: linearize the model that it was"
+            " exported from"
+        )
+
     if anatomy.parts.get(SINKS):
         raise RegraftError(
             f"{anatomy.family} has learned sinks in its softmax ('{SINKS}'), which mixers do not "
