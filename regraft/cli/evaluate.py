@@ -21,6 +21,7 @@ def evaluate(
     batch: int = 8,
     positions: bool = False,
     plot: bool = False,
+    bos: bool = False,
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -46,6 +47,8 @@ def evaluate(
         positions: also, or alone, perplexity by tokens of context over --windows documents of
             --length tokens
         plot: also draw positions.svg in the current folder
+        bos: windows begin with the tokenizer's BOS token, in the place of their first, as they do
+            for models with sink_window
         trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
     """
@@ -84,6 +87,7 @@ def evaluate(
                 lambda done, total: ticker.update(done / total),
                 scratch,
                 trust_remote_code,
+                bos,
             )
         else:
             suite = evaluation.build_suite(
@@ -97,6 +101,7 @@ def evaluate(
                 lengths=parse_lengths(lengths),
                 batch=batch,
                 trust_remote_code=trust_remote_code,
+                bos=bos,
             )
             found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update)
     if plot:
@@ -124,6 +129,7 @@ VERB = Verb(
             "length",
             "positions",
             "plot",
+            "bos",
         ),
         "benchmarks and recall": (
             "tasks",

@@ -103,7 +103,7 @@ def linearize(
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
     from ..report import tables
-    from ..train import monitor, trackers
+    from ..train import monitor, session, trackers
     from ..train.output import open_scratch
 
     given = locals()
@@ -172,7 +172,7 @@ def linearize(
                 if text:
                     rows = pipeline.text_rows(
                         before,
-                        text,
+                        session.begin_texts(text, [{"name": recipe.remix.mixer}]),
                         ticker,
                         own=scratch,
                         cache=cache_folder,

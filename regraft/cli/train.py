@@ -53,6 +53,7 @@ def train(
     field: str = "text",
     overflow: Literal["carry", "cut"] = "carry",
     skip_bad: bool = False,
+    bos: bool = False,
     max_tokens: int | None = None,
     max_line_bytes: int = 128_000_000,
     cache: str | None = None,
@@ -116,6 +117,8 @@ def train(
         keep_moments: write Adam's state as OUT/optimizer.safetensors
         stream: matrix and align layer by layer: two layers in memory, whatever the depth
         skip_bad: leave out lines of text that cannot be read, and count them
+        bos: documents begin with the tokenizer's BOS token, in the place of their first, also what
+            a row carries on of one; they do for models with sink_window
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
         trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
@@ -142,6 +145,7 @@ def train(
         overflow=overflow,
         skip_bad=skip_bad,
         max_tokens=max_tokens,
+        bos=bos,
         max_line_bytes=max_line_bytes,
     )
     monitor = MonitorConfig(track, spike_factor)
@@ -298,6 +302,7 @@ VERB = Verb(
             "field",
             "overflow",
             "skip_bad",
+            "bos",
             "max_tokens",
             "max_line_bytes",
             "cache",

@@ -19,7 +19,7 @@ from .files import find_files
 from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
 from .text import Text
 from .token_cache import TokenCache
-from .tokenizer import BatchTokenizer
+from .tokenizer import BatchTokenizer, bos_token_id
 
 # At least so many tokens of a text are read, even when fewer are trained on: rows are shuffled over
 # all that was read, and a short run shall not see the first files alone.
@@ -51,7 +51,7 @@ class PinnedRows(TypedDict):
 
     files: list[str]  # names of the files that the rows come from
     tokens: list[str]  # of each file a hash of the tokens that the rows take from it
-    options: list[list[Any]]  # of each text: share, field, overflow
+    options: list[list[Any]]  # of each text: share, field, overflow, and whether it begins with BOS
     rows: list[int]  # how many rows each text gives
 
 
@@ -185,12 +185,13 @@ class Corpus:
         if budget is None:
             budget = max(need, MIN_READ_TOKENS)
         max_rows = -(-budget // length) if budget else None  # 0: all there is
+        bos = bos_token_id(self.tokenizer.tokenizer) if self.text.bos else None
         needed = None if max_rows is None else max_rows * length
 
         while True:
             available = self.fill_caches(needed)
             self.table = CachedRows(
-                self.used, self.tokenizer, length, max_rows, self.text.overflow == "cut"
+                self.used, self.tokenizer, length, max_rows, self.text.overflow == "cut", bos
             )
             if needed is None or max_rows is None:
                 break
@@ -293,7 +294,10 @@ class TextMixture:
         tables = [corpus.table for corpus in self.corpora if corpus.table is not None]
         # Only what rows come from: the rest may grow or change while the run is stopped.
         files = [part.file.name for table in tables for part in table.used_caches]
-        options = [[text.share, text.field, text.overflow] for text in self.texts]
+        options = [
+            [text.share, text.field, text.overflow, *(["bos"] if text.bos else [])]
+            for text in self.texts
+        ]
         now: PinnedRows = {
             "files": files,
             "tokens": [digest for table in tables for digest in table.part_digests],

@@ -106,6 +106,7 @@ class CachedRows:
         cut: a document's rest that does not fit into its row is dropped, and the next row begins
             with the next document. Else the rest is carried into the next row, its positions
             restarting.
+        bos: the token that takes the place of a document's first one in each row; None: none does.
     """
 
     device = torch.device("cpu")
@@ -117,8 +118,9 @@ class CachedRows:
         length: int,
         most: int | None,
         cut: bool,
+        bos: int | None = None,
     ):
-        self.parts, self.tokenizer, self.length = parts, tokenizer, length
+        self.parts, self.tokenizer, self.length, self.bos = parts, tokenizer, length, bos
         # bounds[i]: the first token of part i, counted over all parts
         self.bounds = [0, *accumulate(part.journal.tokens for part in parts)]
         # (token ids, document ends) of the parts that were read from, by number
@@ -132,7 +134,7 @@ class CachedRows:
     @property
     def largest(self) -> int:
         """The largest token id of the caches."""
-        return max((part.journal.largest for part in self.parts), default=0)
+        return max((part.journal.largest for part in self.parts), default=self.bos or 0)
 
     @property
     def tokens(self) -> int:
@@ -178,7 +180,9 @@ class CachedRows:
     def digest(self) -> str:
         """A hash of all rows: those of the parts, and how rows are cut from them."""
         begins = None if self.begins is None else self.begins[: self.count].tolist()
-        facts = [self.length, self.count, begins, self.part_digests]
+        facts: list[Any] = [self.length, self.count, begins, self.part_digests]
+        if self.bos is not None:
+            facts.append(self.bos)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -191,6 +195,8 @@ class CachedRows:
         for into, number in enumerate(numbers):
             begin = int(self.begins[number]) if self.begins is not None else number * self.length
             self._read_row(begin, ids[into], positions[into])
+        if self.bos is not None:
+            ids[positions == 0] = self.bos
 
         tokenizer = self.tokenizer.tokenizer
         return Packed(

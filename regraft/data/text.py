@@ -24,6 +24,8 @@ class Text:
         skip_bad: leave out lines that cannot be read, and count them, instead of stopping.
         max_tokens: tokens to read at most, 0 for all. None: as many as the stages train on, and
             at least `corpus.MIN_READ_TOKENS`.
+        bos: every document, and what a row carries on of one, begins with the tokenizer's BOS
+            token, in the place of its first token.
         max_line_bytes: bytes that a line of .txt or .jsonl, or a cell of a table, may have. One is
             in memory as a whole; a longer one is a line that cannot be read.
     """
@@ -34,5 +36,6 @@ class Text:
     overflow: Literal["carry", "cut"] = "carry"
     skip_bad: bool = False
     max_tokens: int | None = None
+    bos: bool = False
     # Not in the representation: a run that a long line stopped may go on with a higher limit.
     max_line_bytes: int = dataclasses.field(default=MAX_LINE_BYTES, repr=False)

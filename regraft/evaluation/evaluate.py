@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from ..core.checkpoint import Checkpoint
 from ..data.default_text import heldout_topics
 from ..data.packing import long_windows, read_documents
 from ..data.rows import Packed
+from ..data.tokenizer import bos_token_id
 from ..errors import RegraftError
+from ..mixers.registry import begins_with_bos
 from ..mixers.remix import Remix
 from . import baselines
 from .perplexity import Candidate, Progress, measure
@@ -22,7 +25,9 @@ from .rows import Evaluation, QualityRow, RecallScore, SuiteRow
 from .suite import LENGTHS, Report, Suite, add_differences, add_share_of_teacher
 
 
-def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int) -> Packed:
+def evaluation_windows(
+    data: str | None, tokenizer: Any, count: int, length: int, bos: bool = False
+) -> Packed:
     """Windows of text to measure perplexity on, spread evenly over it.
 
     Args:
@@ -30,6 +35,8 @@ def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int
         tokenizer: of the model.
         count: windows, at most as many as the text has.
         length: tokens of a window, all inside one document.
+        bos: whether the tokenizer's BOS token takes the place of each window's first token, which
+            is never predicted.
 
     RegraftError when no document is that long.
     """
@@ -38,7 +45,11 @@ def evaluation_windows(data: str | None, tokenizer: Any, count: int, length: int
             f"cannot measure {count} windows of {length} tokens: ask for >= 1 window of >= 2 tokens"
         )
     rows = long_windows(load_documents(data), tokenizer, length)
-    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
+    chosen = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
+    if not bos:
+        return chosen
+    first = torch.full_like(chosen.input_ids[:, :1], bos_token_id(tokenizer))
+    return replace(chosen, input_ids=torch.cat((first, chosen.input_ids[:, 1:]), 1))
 
 
 def load_documents(data: str | None) -> list[str]:
@@ -55,6 +66,7 @@ def evaluate(
     progress: Progress | None = None,
     scratch: str | None = None,
     trust_remote_code: bool = False,
+    bos: bool = False,
 ) -> Evaluation:
     """Perplexity of a model and its baselines on the same windows of text.
 
@@ -71,10 +83,13 @@ def evaluate(
         progress: called with the forward passes done and their total.
         scratch: path of a model of the same architecture that was trained from scratch.
         trust_remote_code: whether code of the tokenizer may be run.
+        bos: whether windows begin with the tokenizer's BOS token; they do for models whose mixers
+            are made for that.
     """
     checkpoint = Checkpoint.open(model)
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
-    rows = evaluation_windows(data, tokenizer, count, length)
+    bos = bos or begins_with_bos(checkpoint.config.get("mixers"))
+    rows = evaluation_windows(data, tokenizer, count, length, bos)
 
     candidates: dict[str, Candidate] = {}
     if baseline:
@@ -101,6 +116,7 @@ def build_suite(
     windows: tuple[int, int] | None = None,
     lengths: Sequence[int] = LENGTHS,
     trust_remote_code: bool = False,
+    bos: bool = False,
     **options: Any,
 ) -> Suite:
     """What to measure of a model, in its tokens.
@@ -113,12 +129,15 @@ def build_suite(
         windows: (how many, tokens of each) for perplexity by position; None leaves it out.
         lengths: context lengths of recall, in tokens.
         trust_remote_code: whether code of the tokenizer may be run.
+        bos: whether the documents of perplexity by position begin with the BOS token; see
+            `evaluate`.
         options: the other arguments of a `Suite`.
 
     RegraftError when the model has too few positions for a length, and from `Suite`.
     """
     checkpoint = Checkpoint.open(model)
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
+    bos = bos or begins_with_bos(checkpoint.config.get("mixers"))
     recall_lengths = [*lengths] if set(names) & set(KINDS) else []
     check_context_lengths(checkpoint, recall_lengths + ([windows[1]] if windows else []))
 
@@ -127,7 +146,9 @@ def build_suite(
         names,
         lengths=lengths,
         filler=load_documents(data) if recall_lengths else (),
-        documents=evaluation_windows(data, tokenizer, *windows).input_ids if windows else None,
+        documents=(
+            evaluation_windows(data, tokenizer, *windows, bos).input_ids if windows else None
+        ),
         **options,
     )
 

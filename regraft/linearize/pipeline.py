@@ -33,7 +33,7 @@ from ..train import fsdp, loop
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
 from ..train.output import TEXT, WORK, finish_run, open_replacing_run
 from ..train.records import StartCost
-from ..train.session import calibrate_once, save_trained, training_rows
+from ..train.session import begin_texts, calibrate_once, save_trained, training_rows
 from ..train.stage import LAYERWISE, Stage
 from . import select_layers
 from .methods import Method
@@ -262,7 +262,7 @@ def run_method(
     target = output.check_apart(out, [("source", source.origin), ("source", source.path)])
     if not overwrite and target.exists():
         output.check_claimable(target)  # before anything is read
-    texts = find_files(data.path)
+    texts, data = find_files(data.path), begin_texts(data, [{"name": method.remix.mixer}])
     request: ConversionRequest = {
         # --skip-bad may be added after a bad line stopped the first attempt
         "data": repr(dataclasses.replace(data, path="", skip_bad=False)),

@@ -135,6 +135,8 @@ class Mixer(nn.Module):
     values_are_linear: ClassVar[bool] = False
     # Whether it is a window itself, as wide as `--window` says; no other stands beside it.
     is_window: ClassVar[bool] = False
+    # Whether it is made for texts that begin with the BOS token.
+    begins_with_bos: ClassVar[bool] = False
     # Whether outputs are averages of values, as those of softmax attention are.
     denominator: ClassVar[bool] = False
     q_proj: nn.Linear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypedDict
 
@@ -45,6 +45,15 @@ def mixer_class(name: str) -> type[Mixer]:
     if name not in mixers():
         raise RegraftError(f"unknown mixer '{name}': use one of {', '.join(sorted(mixers()))}")
     return mixers()[name]
+
+
+def begins_with_bos(specs: Iterable[Mapping[str, Any] | None] | None) -> bool:
+    """Whether one of a model's mixers is made for texts that begin with the BOS token.
+
+    Args:
+        specs: of the mixers by layer, as in its config; None for a model without any.
+    """
+    return any(mixer_class(spec["name"]).begins_with_bos for spec in specs or () if spec)
 
 
 def validate(spec: dict[str, Any]) -> None:

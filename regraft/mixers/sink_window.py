@@ -56,6 +56,7 @@ class SinkWindow(Window):
 
     name = "sink_window"
     Options = SinkWindowOptions
+    begins_with_bos = True
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(replace(attention, qkv_bias=True, o_bias=True), spec, output)

@@ -26,13 +26,14 @@ from ..io.files import read_json_if_exists, remove_parts, write_json
 from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
 from ..linearize.pipeline import choose_layers, train_linearized
+from ..mixers.registry import begins_with_bos
 from ..modeling import generate
 from ..modeling.reopen import save_model
 from ..plan.plan import Plan
 from ..report import html
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
 from ..train.output import RUN_NAMES, TEXT, WORK, finish_run, open_run
-from ..train.session import training_rows
+from ..train.session import begin_texts, training_rows
 from . import schema
 from .journal import Journal
 from .schema import Recipe
@@ -208,6 +209,11 @@ class Experiment:
         """The model to linearize."""
         return Checkpoint.open(self.recipe.source)
 
+    @property
+    def mixers(self) -> list[dict[str, Any]]:
+        """Specs of the model's mixers, as far as the text depends on them."""
+        return [{"name": self.recipe.remix.mixer}]
+
     @cached_property
     def tokenizer(self) -> Any:
         """The source's tokenizer."""
@@ -218,7 +224,7 @@ class Experiment:
         """Training text; it is read when rows are asked for."""
         need = max((stage.tokens for stage in self.recipe.stages), default=0)
         return training_rows(
-            self.recipe.train,
+            [begin_texts(text, self.mixers) for text in self.recipe.train],
             self.tokenizer,
             need,
             self.out / TEXT,
@@ -235,7 +241,11 @@ class Experiment:
         """Held-out windows of text."""
         settings = self.recipe.measure
         return evaluation_windows(
-            self.recipe.heldout, self.tokenizer, settings.windows, settings.length
+            self.recipe.heldout,
+            self.tokenizer,
+            settings.windows,
+            settings.length,
+            begins_with_bos(self.mixers),
         )
 
     @cached_property

@@ -740,3 +740,30 @@ def test_a_limit_inside_a_long_document_ends_the_reading(tail, tmp_path, monkeyp
     for _ in range(3):  # each call resumes from the journal; none may read the same again for ever
         assert cache.fill(100, False)
     assert cache.read_journal().tokens >= 1000
+
+
+@pytest.mark.parametrize("overflow", ["carry", "cut"])
+def test_documents_begin_with_bos_in_the_place_of_their_first_token(
+    overflow: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_bytes(jsonl(documents()))
+    text = Text(str(file), overflow=overflow)
+    plain, begun = (
+        Corpus(dataclasses.replace(text, bos=bos), TOKENIZER, tmp_path / "cache").rows(24)
+        for bos in (False, True)
+    )
+    before, after = plain[:], begun[:]
+    first = before.position_ids == 0
+    assert (after.input_ids[first] == TOKENIZER.bos_token_id).all() and first[:, 0].all()
+    assert torch.equal(after.input_ids[~first], before.input_ids[~first])
+    assert torch.equal(after.position_ids, before.position_ids) and plain.digest != begun.digest
+
+
+def test_a_tokenizer_without_bos_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_bytes(jsonl(documents()))
+    nameless = byte_tokenizer()
+    nameless.bos_token = None
+    with pytest.raises(RegraftError, match="it has none: set bos_token in"):
+        Corpus(Text(str(file), bos=True), nameless, tmp_path / "cache").rows(24)

@@ -9,10 +9,12 @@ import torch
 from helpers.tiny import tiny, tokens, write_text
 
 from regraft import modeling
+from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.evaluation import baselines, bench, evaluate
 from regraft.evaluation.perplexity import SLICE, Candidate, measure
 from regraft.io.units import parse_lengths
+from regraft.mixers.remix import Remix
 from regraft.report import html, plots, tables
 
 
@@ -107,6 +109,23 @@ def test_a_plain_model_has_no_baselines_of_its_own(source, text):
 def test_default_text_is_the_held_out_documentation(source):
     windows = evaluate.evaluation_windows(None, modeling.load_tokenizer(source), 3, 1024)
     assert windows.input_ids.shape == (3, 1024)
+
+
+def test_windows_begin_with_bos_where_a_mixer_is_made_for_that(source, text, tmp_path):
+    tokens = modeling.load_tokenizer(source)
+    plain, begun = (
+        evaluate.evaluation_windows(str(text), tokens, 3, 32, bos) for bos in (False, True)
+    )
+    assert (begun.input_ids[:, 0] == tokens.bos_token_id).all()
+    assert torch.equal(begun.input_ids[:, 1:], plain.input_ids[:, 1:])
+    assert torch.equal(begun.bytes, plain.bytes)
+
+    Remix("sink_window", "0", window=8)(Checkpoint.open(source)).save(tmp_path / "sinks")
+    given = (str(source), str(text), 2, 32)
+    asked = evaluate.evaluate(str(source), None, *given[1:], bos=True)["perplexity"]
+    found = evaluate.evaluate(str(tmp_path / "sinks"), *given)["baselines"]
+    assert found[baselines.TEACHER]["perplexity"] == pytest.approx(asked)
+    assert evaluate.evaluate(*given[:1], None, *given[1:])["perplexity"] != pytest.approx(asked)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ..monitor import DEFAULT_MONITORING, MonitorConfig, summarize_steps
 from ..output import TEXT, TRAINED, finish_run, open_run, publish_model
 from ..records import StageSummary, StepRow
 from ..requests import describe_request, describe_run
-from ..session import training_rows
+from ..session import begin_texts, training_rows
 from ..stage import Stage
 from . import align
 from .state import LayerwiseRun, check_layerwise_models
@@ -107,6 +107,7 @@ def align_in_folder(
     for checkpoint in (source, student):
         checkpoint.verify()
 
+    data = begin_texts(data, student.config.get("mixers"))
     ticker.start("reading data")
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
     text = target / TEXT
