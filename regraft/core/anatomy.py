@@ -50,7 +50,9 @@ class AttentionFields(TypedDict):
     o_bias: bool  # whether the output projection has a bias
     qk_norm: float | None  # epsilon of the norm on queries and keys; None: there is none
     rotary: bool  # whether queries and keys are rotated by position
-    softcap: NotRequired[float]  # c in c tanh(logits / c); left out where there is no cap
+    # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
+    # that the source has.
+    softcap: NotRequired[float | None]
 
 
 @dataclass(frozen=True)

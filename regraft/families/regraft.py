@@ -17,7 +17,7 @@ from ..core.axes import parse_signature
 from ..errors import RegraftError
 from ..io.schema import check_json, check_version, shorten
 from ..mixers.base import Attention
-from ..mixers.older_names import rename_older
+from ..mixers.older_names import leave_out_caps, rename_older
 from ..mixers.registry import validate, weights
 
 # Keys of config.json that are not the host's.
@@ -152,6 +152,9 @@ class RegraftAnatomy(Anatomy):
             None if spec is None else family.attention(host, layer)
             for layer, spec in enumerate(specs)
         ]
+        for old_layer, fields in zip(order, attention, strict=True):
+            if fields and config["attention"][old_layer].get("softcap", 0.0) is None:
+                fields["softcap"] = None
 
         # Numbers in the signatures are widths that a mixer derived from the old attention (a
         # feature map as wide as the hidden size, say). Nothing grows them.
@@ -198,7 +201,10 @@ def flatten_host(config: Config) -> dict[str, Any]:
     flat = {key: value for key, value in join_host({}, host).items() if key not in kept}
     # Beside the host stood kinds of layers that its class does not know.
     others = {"layer_types": None} if "layer_types" in config else {}
-    return others | flat | {"auto_map": AUTO_MAP}
+    own: dict[str, Any] = {"auto_map": AUTO_MAP}
+    if find_anatomy(host).softcap:
+        own["attention"] = leave_out_caps(config.get("attention") or [])
+    return others | flat | own
 
 
 anatomy = RegraftAnatomy(family="regraft", parts={}, sizes=(), slot="", rewrite=flatten_host)

@@ -1,4 +1,5 @@
-"""What earlier versions called the tensors of a linearized model, and what they are called now.
+"""What earlier versions called the tensors of a linearized model, and what they are called now;
+what they left unsaid in its config.
 
 Files say by their names which version wrote them: a name of today is no older name.
 """
@@ -6,6 +7,8 @@ Files say by their names which version wrote them: a name of today is no older n
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Modules in a mixer or in a branch of one. Earlier versions kept projections in a module `qkv`.
 MODULES = {
@@ -41,3 +44,12 @@ def first_name(name: str) -> str:
     for old, new in MODULES.items():
         name = re.sub(rf"{INSIDE}{new}(?=[./])", rf"\1{old}", name)
     return f"host.{name}"
+
+
+def leave_out_caps(attention: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any] | None]:
+    """Fields of attention from version 0.1.0, whose mixers left out the cap that the source has.
+
+    Args:
+        attention: by layer, None where softmax attention is kept.
+    """
+    return [fields and {"softcap": None, **fields} for fields in attention]

@@ -18,6 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..core.auto_map import AUTO_MAP
 from ..errors import RegraftError
+from ..mixers.older_names import leave_out_caps
 from .cache import STATE_LAYER
 
 CAP = "attn_logit_softcapping"  # None: no cap
@@ -30,7 +31,7 @@ OF_MIXERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "attention_bias": lambda attention: attention.get("qkv_bias", False),
     "rms_norm_eps": lambda attention: attention.get("qk_norm"),
     "query_pre_attn_scalar": lambda attention: attention["scale"] ** -2,
-    CAP: lambda attention: attention.get("softcap") or 0.0,
+    CAP: lambda attention: attention.get("softcap", 0.0),
 }
 # What the host's config object has of its own and a linearized model's config does not take over.
 OWN_KEYS = ("architectures", "auto_map", "dtype", "transformers_version")
@@ -83,6 +84,8 @@ class RegraftConfig(PreTrainedConfig):
                 self.__dict__[key] = value
         self.mixers = self.mixers or [None] * self.num_hidden_layers
         self.attention = self.attention or [None] * self.num_hidden_layers
+        if self.nested and getattr(self, CAP, None):
+            self.attention = leave_out_caps(self.attention)
 
         super().__post_init__(**{key: kwargs[key] for key in kwargs if key not in vars(host)})
 

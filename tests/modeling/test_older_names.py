@@ -20,6 +20,7 @@ import regraft
 from regraft import Merge, modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.moments import MOMENTS
+from regraft.errors import RegraftError
 from regraft.growth.optimizer_state import grow_optimizer_state
 from regraft.io.files import sha256
 from regraft.mixers.older_names import first_name, rename_older
@@ -170,3 +171,24 @@ def test_the_table_is_its_own_inverse(folders: tuple[Path, Path]) -> None:
     assert {rename_older(first_name(name)) for name in names} == names
     slashes = {name.replace(".", "/"): first_name(name).replace(".", "/") for name in names}
     assert all(rename_older(old) == new for new, old in slashes.items())
+
+
+def test_windows_of_gemma_2_had_no_cap(tmp_path: Path) -> None:
+    """0.1.0 left the source's cap out; what was trained so is loaded so, and stays so."""
+    tiny("gemma2", attn_logit_softcapping=0.05)[1].save_pretrained(tmp_path / "source")
+    Remix("window", "0", window=8)(Checkpoint.open(tmp_path / "source")).save(tmp_path / "today")
+    config = json.loads((tmp_path / "today/config.json").read_text())
+    for fields in filter(None, config["attention"]):
+        assert fields.pop("softcap") == 0.05
+    (tmp_path / "today/config.json").write_text(json.dumps(config))
+    write_older(tmp_path / "today", tmp_path / "older", nested=True)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "older")
+    mixers = [slot.mixer for slot in model.slots() if hasattr(slot, "mixer")]
+    assert mixers and all(mixer.attention.softcap is None for mixer in mixers)
+    model.save_pretrained(tmp_path / "saved")
+    Checkpoint.open(tmp_path / "older").save(tmp_path / "saved again")
+    for folder in ("saved", "saved again"):
+        assert torch.equal(logits(regraft.load(tmp_path / folder)), logits(model))
+    with pytest.raises(RegraftError, match="attn_logit_softcapping is 50.0"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "today", attn_logit_softcapping=50.0)
