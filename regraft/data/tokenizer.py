@@ -26,8 +26,8 @@ def bos_token_id(tokenizer: Any) -> int:
     """The token that texts begin with; RegraftError where the tokenizer has none."""
     if tokenizer.bos_token_id is None:
         raise RegraftError(
-            "texts were to begin with the tokenizer's BOS token, but it has none: set bos_token in"
-            " tokenizer_config.json, or leave out --bos"
+            f"texts were to begin with the tokenizer's BOS token, but {type(tokenizer).__name__} has"
+            " none: set bos_token in tokenizer_config.json, or leave out --bos"
         )
     return int(tokenizer.bos_token_id)
 

@@ -765,5 +765,5 @@ def test_a_tokenizer_without_bos_is_refused(tmp_path: Path) -> None:
     file.write_bytes(jsonl(documents()))
     nameless = byte_tokenizer()
     nameless.bos_token = None
-    with pytest.raises(RegraftError, match="it has none: set bos_token in"):
+    with pytest.raises(RegraftError, match="has none: set bos_token in"):
         Corpus(Text(str(file), bos=True), nameless, tmp_path / "cache").rows(24)
