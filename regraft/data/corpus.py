@@ -14,12 +14,13 @@ from typing import Any, TypedDict
 from .. import distributed
 from ..errors import RegraftError
 from ..io.files import read_json_if_exists, write_json
+from ..modeling.loading import bos_token_id
 from ..progress import print_line
 from .files import find_files
 from .rows import CachedRows, MixedRows, check_not_empty, mix_by_share
 from .text import Text
 from .token_cache import TokenCache
-from .tokenizer import BatchTokenizer, bos_token_id
+from .tokenizer import BatchTokenizer
 
 # At least so many tokens of a text are read, even when fewer are trained on: rows are shuffled over
 # all that was read, and a short run shall not see the first files alone.

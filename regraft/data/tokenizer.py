@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RegraftError
-
 
 def end_token_ids(tokenizer: Any) -> list[int]:
     """The token that ends a document, as a list; empty where the tokenizer has none."""
@@ -20,16 +18,6 @@ def end_token_ids(tokenizer: Any) -> list[int]:
     if last is None:
         last = getattr(tokenizer, "sep_token_id", None)  # BERT's
     return [] if last is None else [last]
-
-
-def bos_token_id(tokenizer: Any) -> int:
-    """The token that texts begin with; RegraftError where the tokenizer has none."""
-    if tokenizer.bos_token_id is None:
-        raise RegraftError(
-            f"texts were to begin with the tokenizer's BOS token, but {type(tokenizer).__name__} has"
-            " none: set bos_token in tokenizer_config.json, or leave out --bos"
-        )
-    return int(tokenizer.bos_token_id)
 
 
 def count_bytes(ids: Tensor, tokenizer: Any) -> Tensor:

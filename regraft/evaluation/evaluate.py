@@ -14,10 +14,10 @@ from ..core.checkpoint import Checkpoint
 from ..data.default_text import heldout_topics
 from ..data.packing import long_windows, read_documents
 from ..data.rows import Packed
-from ..data.tokenizer import bos_token_id
 from ..errors import RegraftError
 from ..mixers.registry import begins_with_bos
 from ..mixers.remix import Remix
+from ..modeling.loading import bos_token_id
 from . import baselines
 from .perplexity import Candidate, Progress, measure
 from .recall import KINDS

@@ -46,10 +46,10 @@ def first_name(name: str) -> str:
     return f"host.{name}"
 
 
-def leave_out_caps(attention: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any] | None]:
+def leave_out_caps(attention: Sequence[Mapping[str, Any] | None]) -> list[Mapping[str, Any] | None]:
     """Fields of attention from version 0.1.0, whose mixers left out the cap that the source has.
 
     Args:
         attention: by layer, None where softmax attention is kept.
     """
-    return [fields and {"softcap": None, **fields} for fields in attention]
+    return [fields if fields is None else {"softcap": None, **fields} for fields in attention]

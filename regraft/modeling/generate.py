@@ -13,6 +13,8 @@ from transformers.generation.streamers import TextStreamer
 from .. import modeling
 from ..core.shapes import Int
 from ..errors import RegraftError, explain_errors
+from ..mixers.registry import begins_with_bos
+from .loading import bos_token_id
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def generate(
     chat: bool = False,
     sink: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt.
+    """Continue a prompt, which begins with the BOS token where a mixer is made for that.
 
     Args:
         model: a causal language model.
@@ -82,6 +84,8 @@ def generate(
         )
 
     inputs = encode_prompt(tokenizer, prompt, chat).to(next(model.parameters()).device)
+    if begins_with_bos(getattr(model.config, "mixers", None)):
+        inputs = begin_with_bos(tokenizer, inputs)
     streamer = CallbackStreamer(tokenizer, sink)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -110,6 +114,14 @@ def generate(
     return Generation(
         "".join(streamer.pieces), inputs.shape[1], new, converted, sum(sizes) - converted
     )
+
+
+def begin_with_bos(
+    tokenizer: PreTrainedTokenizerBase, ids: Int[torch.Tensor, "1 time"]
+) -> Int[torch.Tensor, "1 longer"]:
+    """The tokens behind the BOS token, where the tokenizer did not put it there itself."""
+    bos = bos_token_id(tokenizer)
+    return ids if ids[0, 0] == bos else torch.cat((torch.full_like(ids[:, :1], bos), ids), 1)
 
 
 def encode_prompt(

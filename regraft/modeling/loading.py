@@ -216,6 +216,16 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     return read_tokenizer(Checkpoint.open(path).path, trust_remote_code)
 
 
+def bos_token_id(tokenizer: Any) -> int:
+    """The token that texts begin with; RegraftError where the tokenizer has none."""
+    if tokenizer.bos_token_id is None:
+        raise RegraftError(
+            f"texts were to begin with a BOS token, but {type(tokenizer).__name__} has none: set "
+            "bos_token in tokenizer_config.json, or leave out --bos"
+        )
+    return int(tokenizer.bos_token_id)
+
+
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a directory.
 

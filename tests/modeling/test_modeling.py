@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import FAMILIES, GROWABLE, tiny, tokens
+from helpers.tiny import FAMILIES, GROWABLE, byte_tokenizer, save_model, tiny, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -17,6 +17,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.modeling import mixer_slot, remote_code
+from regraft.modeling.generate import generate
 
 TOLERANCE = 1e-5
 REMIXES = {
@@ -268,3 +269,13 @@ def test_an_outline_has_the_tables_of_the_real_model_and_no_weights(dtype, famil
     tables = dict(real.named_buffers())
     assert tables.keys() == dict(empty.named_buffers()).keys()
     assert all(torch.equal(value, tables[name]) for name, value in empty.named_buffers())
+
+
+@pytest.mark.parametrize(("mixer", "more"), [("sink_window", 1), ("window", 0)])
+def test_prompts_begin_with_bos_where_a_mixer_is_made_for_that(
+    mixer: str, more: int, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(save_model(tmp_path))
+    model, tokenizer = modeling.materialize(Remix(mixer, "0", window=8)(source)), byte_tokenizer()
+    assert generate(model, tokenizer, "abc", 2).prompt_tokens == 3 + more
+    assert generate(model, tokenizer, tokenizer.bos_token + "abc", 2).prompt_tokens == 4
