@@ -214,12 +214,16 @@ def encoder_inputs(model: PreTrainedModel, rows: Packed) -> dict[str, Tensor]:
 
 
 def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
-    """The decoder's output before the head, (batch, time, hidden) in float32."""
+    """What the head is applied to, (batch, time, hidden) in float32.
+
+    Granite's class divides the logits by `logits_scaling`; dividing here is the same.
+    """
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
         output = model.get_decoder()(
             input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False
         )
-        return output.last_hidden_state.float()
+    hidden: Tensor = output.last_hidden_state.float()
+    return hidden / getattr(model.config, "logits_scaling", 1.0)
 
 
 def check_head(model: PreTrainedModel, kind: str) -> None:
