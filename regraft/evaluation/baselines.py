@@ -20,6 +20,7 @@ WINDOW_KEPT = "same kept layers, window elsewhere"
 UNTRAINED = "converted, before training"
 MODEL = "model"
 NO_LINEAR = "model, linear branch off"
+WINDOW, SINKS = 64, 4  # tokens, of windows for models that have none
 SCRATCH = "same architecture, from scratch"
 # Rows that need no training. A trained model that is no better than a sliding window, which costs
 # as little memory, has learned nothing.
@@ -31,10 +32,10 @@ def variants(remix: Remix) -> dict[str, Remix | None]:
     """How each row that needs no training is made of the source, by name; None leaves it as it is.
 
     Args:
-        remix: how the model was linearized. Windows have its size and sinks, or 64 and 4 where it
-            has no window.
+        remix: how the model was linearized. Windows are as wide as its own, or 64 tokens where it
+            has none, and always see first tokens: 4 where its own see none.
     """
-    size, sinks = (remix.window, remix.sinks) if remix.window else (64, 4)
+    size, sinks = remix.window or WINDOW, remix.sinks or SINKS
     everywhere = Remix(mixer="window", keep="none", window=size, sinks=sinks)
     elsewhere = Remix(mixer="window", keep=remix.keep, window=size, sinks=sinks)
     return {TEACHER: None, WINDOW_ALL: everywhere, WINDOW_KEPT: elsewhere, UNTRAINED: remix}

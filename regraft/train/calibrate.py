@@ -25,6 +25,8 @@ RIDGE = 1e-3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # gate candidates: these shares of the far attention mass
 GATE_RANGE = (0.01, 0.9)  # targets of the gate, so that its logit stays finite
 
+CALIBRATED_TOGETHER = 1024  # tokens of a batch, where rows are not longer
+
 
 class MixerCalibration(TypedDict):
     """What calibration found for one mixer; only `heads_folded` for one with nothing to set."""
@@ -334,6 +336,11 @@ def calibrate(
         else:
             yield {"layer": layer, **calibrate_layer(mixer, records, segments)}
         progress(done / total, "calibrating")
+
+
+def rows_calibrated_together(length: int) -> int:
+    """How many rows of `length` tokens a batch for calibration has."""
+    return max(1, CALIBRATED_TOGETHER // length)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from .. import distributed
 from ..data.packing import shuffled_indices
 from ..data.rows import Packed, Table
 from . import optimizer_state, throughput
+from .calibrate import rows_calibrated_together
 from .distill import evaluate_kl
 from .divergence import check_divergence
 from .fsdp_forward import reshard_model, run_in_forward
@@ -341,10 +342,11 @@ def fit_to_time(stage: Stage, state: RunState, left: float, per_step: float) -> 
 def calibration_batches(
     rows: Table, count: int, seed: int
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """`count` random rows as calibration batches of one row.
+    """`count` random rows as calibration batches: one row each, several where rows are short.
 
     Returns:
-        (input_ids, position_ids, segments or None) of each, all (1, time).
+        (input_ids, position_ids, segments or None) of each, all (batch, time).
     """
-    picked = [rows[i : i + 1] for i in shuffled_indices(len(rows), min(count, len(rows)), seed)]
-    return [(row.input_ids, row.position_ids, row.segments()) for row in picked]
+    order = shuffled_indices(len(rows), min(count, len(rows)), seed)
+    picked = [rows[some] for some in order.split(rows_calibrated_together(rows.length))]
+    return [(batch.input_ids, batch.position_ids, batch.segments()) for batch in picked]

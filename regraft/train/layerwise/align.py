@@ -22,7 +22,7 @@ from ...mixers.registry import build
 from ...modeling.flops import build_flop_counter
 from .. import throughput
 from ..align import as_single_documents, matrix_loss, output_attention_weights, output_loss
-from ..calibrate import calibrate_layer
+from ..calibrate import calibrate_layer, rows_calibrated_together
 from ..divergence import LossTrend, check_divergence
 from ..hooks import LayerRecord
 from ..ledger import sum_costs
@@ -305,10 +305,10 @@ class LayerwiseAligner:
     def calibration_records(
         self, teacher: OneLayerModel, layer: int
     ) -> tuple[list[LayerRecord], list[Tensor | None]]:
-        """The layer's inputs and outputs on each row for calibration, and the row's documents."""
+        """The layer's inputs and outputs on batches for calibration, and the rows' documents."""
         records: list[LayerRecord] = []
         documents: list[Tensor | None] = []
-        for numbers in self.calibrating.split(1):
+        for numbers in self.calibrating.split(rows_calibrated_together(self.run.stage.length)):
             with self.autocast():
                 records.append(teacher.record_attention(*self.read_inputs(layer, numbers)))
             documents.append(self.segments(self.read_rows(numbers)))
