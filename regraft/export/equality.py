@@ -118,7 +118,6 @@ def write_greedily(model: PreTrainedModel, ids: Tensor, use_cache: bool) -> Tens
     """The ids and what a model writes behind them, always its best token."""
     settings = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
         do_sample=False,
         use_cache=use_cache,
         pad_token_id=0,

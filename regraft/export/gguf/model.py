@@ -11,7 +11,6 @@ from typing import Any
 from ...core.anatomy import find_anatomy
 from ...core.checkpoint import Checkpoint
 from ...core.lineage import CARD, FILE, build_lineage, format_model_card
-from ...errors import RegraftError
 from ...io import shard_writer
 from ...io.files import sha256, write_json
 from ...io.shard_writer import ExtraFile
@@ -122,13 +121,3 @@ def describe_use(model: GGUFModel, kinds: list[str]) -> str:
         f"## Engine\n\nllama.cpp with the architecture `{model.architecture.name}`, proven with"
         f" llama-cpp-python {ENGINE}: `llama-server -m {file_name(kinds[-1])}`.\n"
     )
-
-
-def check_room(kind: str | None) -> None:
-    """RegraftError for a quantisation that cannot be made here."""
-    if kind is not None:
-        quantize.check_kind(kind)
-    import_gguf()
-
-
-__all__ = ["GGUFModel", "RegraftError", "check_room", "file_name", "write_directory"]

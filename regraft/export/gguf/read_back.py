@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from ...core.anatomy import Anatomy, Config, find_anatomy
+from ...core.checkpoint import Checkpoint
+from ...core.stock_config import read_stock_config
 from ...errors import RegraftError
+from ...io import gguf
+from ...mixers.source_windows import source_windows
+from ...modeling.meta import silence_transformers
+from ..equality import BOUND
+from .rotary import rope_of
 from .tensors import GGUFTensor
 from .writer import choose_kind, encode, import_gguf, read_tensors
-
-# Architectures whose files transformers 5.24 loads as the class that regraft wrote them from. Of
-# Gemma's files it does not take the factor on the scores.
-LOADED = ("llama", "qwen2", "qwen3", "phi3", "gpt2", "starcoder2")
 
 
 def compare_tensors(file: Path, tensors: list[GGUFTensor], kind: str | None) -> int:
@@ -24,14 +27,14 @@ def compare_tensors(file: Path, tensors: list[GGUFTensor], kind: str | None) -> 
 
     RegraftError when one is missing, or differs by a bit.
     """
-    gguf, stored = import_gguf(), read_tensors(file)
+    package, stored = import_gguf(), read_tensors(file)
     if set(stored) != {tensor.name for tensor in tensors}:
         odd = sorted(set(stored) ^ {tensor.name for tensor in tensors})
         raise RegraftError(f"'{file.name}' has other tensors, such as '{odd[0]}': report this")
     for tensor in tensors:
         one = choose_kind(tensor, kind)
-        number = gguf.GGMLQuantizationType[one]
-        wanted = torch.from_numpy(gguf.quants.dequantize(encode(tensor.read(), one), number))
+        number = package.GGMLQuantizationType[one]
+        wanted = torch.from_numpy(package.quants.dequantize(encode(tensor.read(), one), number))
         if not same(stored[tensor.name], wanted):
             raise RegraftError(f"'{tensor.name}' of '{file.name}' is damaged: report this")
     return len(tensors)
@@ -42,23 +45,51 @@ def same(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.reshape(-1), right.reshape(-1).float()) and left.numel() > 0
 
 
+def is_read_alike(file: Path, checkpoint: Checkpoint) -> bool:
+    """Whether transformers makes of a file's header the config that it was written from.
+
+    It does not read every architecture, nor every key of those that it reads.
+    """
+    try:
+        config = gguf.read_config(file)
+        anatomy = find_anatomy(config)
+        return describe(config, anatomy) == describe(checkpoint.config, checkpoint.anatomy)
+    except (RegraftError, ValueError, KeyError, TypeError):
+        return False
+
+
+def describe(config: Config, anatomy: Anatomy) -> list[Any]:
+    """What decides the logits of a stock model beside its weights."""
+    sizes, stock = anatomy.solve(config), read_stock_config(config, anatomy)
+    rope = {key: value for key, value in rope_of(stock).items() if value is not None}
+    layers = [anatomy.attention(config, layer) for layer in range(sizes["depth"])]
+    return [anatomy.family, sizes, rope, layers, source_windows(config)]
+
+
 @torch.no_grad()
 def compare_logits(file: Path, stock: PreTrainedModel, ids: Tensor) -> float:
-    """Largest difference of logits, as transformers loads a file, by the largest logit."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    """Largest difference of logits, as transformers loads a file, by the largest logit.
 
-    from ...modeling.meta import silence_transformers
-
+    Args:
+        file: in float32.
+        stock: what it was written from.
+        ids: (1, time).
+    """
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32}
-    with tempfile.TemporaryDirectory() as cache, silence_transformers():
+    with silence_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(
             file.parent,
             quantization_config=GgufConfig(dequantize=True),
             local_files_only=True,
             trust_remote_code=False,
-            cache_dir=cache,
             **options,
         ).eval()
     expected = stock(input_ids=ids, use_cache=False).logits
     found = loaded(input_ids=ids, use_cache=False).logits
-    return float((found - expected).abs().max() / expected.abs().max())
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= BOUND:  # False for NaN
+        raise RegraftError(
+            f"'{file.name}' as transformers loads it differs by {difference:.1e} of the largest"
+            f" logit (bound {BOUND:g}): nothing was published, report this"
+        )
+    return difference
