@@ -64,6 +64,7 @@ def open_engine(file: Path, length: int, batch: int = 64, **options: Any) -> Any
         "type_k": CELL,
         "type_v": CELL,
         "flash_attn": False,
+        "swa_full": False,  # rings, as llama-server keeps them
         **options,
     }
     try:

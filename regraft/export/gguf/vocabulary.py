@@ -163,6 +163,9 @@ def read_sentencepiece(whole: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = whole["model"]
     if not model.get("byte_fallback"):
         raise refuse(folder, "BPE that is neither byte-level nor falls back to bytes")
+    missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in model["vocab"]]
+    if missing:
+        raise refuse(folder, f"no token {missing[0]}, llama.cpp needs one for every byte")
     scores: dict[str, float] = {}
     for rank, merge in enumerate(model["merges"]):
         token = "".join(merge.split(" ") if isinstance(merge, str) else merge)

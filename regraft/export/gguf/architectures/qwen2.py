@@ -3,5 +3,9 @@
 from ..architecture import GGUFArchitecture
 
 architecture = GGUFArchitecture(
-    name="qwen2", families=("qwen2",), names="QWEN2", biases="attn.q attn.k attn.v"
+    name="qwen2",
+    families=("qwen2",),
+    names="QWEN2",
+    biases="attn.q attn.k attn.v",
+    square=True,
 )
