@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from helpers.tiny import CHAT, SPECIAL, tiny
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+
+from helpers.tiny import CHAT, SPECIAL, tiny
 
 VOCAB = 272
 # Classes of llama.cpp that want heads times head_dim to be hidden_size.
@@ -31,9 +32,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [*SPECIAL, *pieces, "\u2581", "a", "b", "c", "ab", "\u2581a", "abc", "\u2581ab"]
     merges = [("a", "b"), ("\u2581", "a"), ("ab", "c"), ("\u2581", "ab")]
-    core = Tokenizer(
-        BPE({word: row for row, word in enumerate(words)}, merges, byte_fallback=True)
-    )
+    core = Tokenizer(BPE({word: row for row, word in enumerate(words)}, merges, byte_fallback=True))
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )

@@ -177,9 +177,7 @@ def add_factors(checkpoint: Checkpoint) -> Iterator[GGUFTensor]:
     """Factors of rotary frequencies."""
     factors = compute_frequency_factors(read_stock_config(checkpoint.config, checkpoint.anatomy))
     if factors is not None:
-        yield GGUFTensor(
-            "rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors
-        )
+        yield GGUFTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)
 
 
 def copy_head(made: list[GGUFTensor]) -> list[GGUFTensor]:

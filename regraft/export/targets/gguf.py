@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: of a stock model as it is, of a linearized one through a stock class."""
+"""GGUF files for llama.cpp: a stock model as it is, a linearized one through a stock class."""
 
 from __future__ import annotations
 

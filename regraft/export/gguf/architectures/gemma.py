@@ -3,5 +3,10 @@
 from ..architecture import GELU, GGUFArchitecture
 
 architecture = GGUFArchitecture(
-    name="gemma", families=("gemma",), names="GEMMA", activations=GELU, ropes=("default",), tied=True
+    name="gemma",
+    families=("gemma",),
+    names="GEMMA",
+    activations=GELU,
+    ropes=("default",),
+    tied=True,
 )

@@ -9,7 +9,9 @@ from ..architecture import GELU, GGUFArchitecture
 
 def find_misfits(stock: Any) -> list[str]:
     """Norms of queries and keys."""
-    return ["qk_layernorm is true, llama.cpp's phi2 has no such norms"] if stock.qk_layernorm else []
+    return (
+        ["qk_layernorm is true, llama.cpp's phi2 has no such norms"] if stock.qk_layernorm else []
+    )
 
 
 architecture = GGUFArchitecture(
