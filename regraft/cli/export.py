@@ -149,7 +149,5 @@ VERB = Verb(
     examples=(
         "regraft export MODEL",
         "regraft export MODEL OUT",
-        "regraft export MODEL OUT --to granite_swa",
-        "regraft export MODEL OUT --to gguf --quantize q8_0",
     ),
 )

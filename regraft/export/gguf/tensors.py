@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ def add_zero_biases(
             name = names(f"{role}.weight", part, layer).removesuffix("weight") + "bias"
             if name not in there:
                 shape = shape_of(checkpoint, f"{role}.weight", layer)[:1]
-                yield GGUFTensor(name, shape, torch.float32, lambda shape=shape: torch.zeros(shape))
+                yield GGUFTensor(name, shape, torch.float32, partial(torch.zeros, shape))
 
 
 def add_factors(checkpoint: Checkpoint) -> Iterator[GGUFTensor]:
