@@ -209,6 +209,13 @@ def test_sentencepiece_scores_follow_the_merges(tmp_path: Path) -> None:
     assert kinds[-1] == vocabulary.UNUSED
 
 
+def test_a_name_says_phi3_where_the_tokenizer_is_its_own() -> None:
+    keys = {"tokenizer.ggml.tokens": sorted(vocabulary.PHI3_TOKENS)}
+    assert vocabulary.choose_name("mine", keys) == "Phi-3 mine"
+    assert vocabulary.choose_name("phi3-mini", keys) == "phi3-mini"
+    assert vocabulary.choose_name("my-Phi-3", {"tokenizer.ggml.tokens": ["a"]}) == "my-phi"
+
+
 def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "no-merges")
     byte_level_tokenizer().save_pretrained(tmp_path / "large")

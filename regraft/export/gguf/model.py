@@ -18,7 +18,7 @@ from . import quantize
 from .architecture import ENGINE, GGUFArchitecture, find_architecture
 from .fit import find_metadata
 from .tensors import GGUFTensor, build_tensors
-from .vocabulary import read_vocabulary
+from .vocabulary import choose_name, read_vocabulary
 from .writer import DTYPES, import_gguf, write_file
 
 
@@ -66,7 +66,7 @@ class GGUFModel:
             quantize.quantize_k(whole, file)
             whole.unlink()
             return
-        name = str(self.checkpoint.origin.resolve().name)
+        name = choose_name(self.checkpoint.origin.resolve().name, self.vocabulary)
         config = self.checkpoint.config
         metadata = find_metadata(config, self.architecture)
         stored = None if kind == self.dtype else kind.upper()

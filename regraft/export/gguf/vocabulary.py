@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ SPLITS: dict[tuple[str, ...], tuple[str, str]] = {
     (CASED.replace("{end}", f"{SHORT}?").replace("{digits}", r"\p{N}{1,3}"),): ("gpt-4o", "gpt-4o"),
     (CASED.replace("{end}", "").replace("{digits}", r"\p{N}"),): ("tekken", "tekken"),
 }
+# llama.cpp strips spaces behind special tokens where the model's *name* says Phi-3, and fails where
+# one of these is missing then.
+PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
+PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>"}
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -73,6 +78,18 @@ def read_vocabulary(folder: Path, size: int) -> dict[str, Any]:
         lowest = min(scores.values(), default=0.0) - 1
         keys["tokenizer.ggml.scores"] = [float(scores.get(token, lowest)) for token in tokens]
     return keys | read_special(tokenizer)
+
+
+def choose_name(name: str, keys: dict[str, Any]) -> str:
+    """The model's name in the file: one that says Phi-3 just where the tokenizer is Phi-3's.
+
+    Args:
+        name: of the model's directory.
+        keys: as of `read_vocabulary`.
+    """
+    if not PHI3_TOKENS <= set(keys["tokenizer.ggml.tokens"]):
+        return PHI3.sub("phi", name)
+    return name if PHI3.search(name) else f"Phi-3 {name}"
 
 
 def load_tokenizer(folder: Path) -> Any:
