@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-wheel interop lint format demo docs clean
+.PHONY: test test-wheel interop serve-test lint format demo docs clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -18,6 +18,10 @@ test-wheel: .venv/.ready
 # With the packages that people use around transformers: PEFT, TRL, accelerate, lm-eval.
 interop: .venv/.interop
 	$(BIN)/python -m pytest tests/interop
+
+# With llama.cpp, which is built once into .cache/wheels: 10 to 20 minutes of two cores, cmake and a compiler of C++.
+serve-test: .venv/.serve
+	$(BIN)/python -m pytest tests/serve
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -46,6 +50,15 @@ docs: .venv/.ready
 
 .venv/.interop: .venv/.ready
 	$(BIN)/python -m pip install -c constraints.txt -e ".[interop]"
+	touch $@
+
+# The library alone: the parts for pictures and sound would take as long again. A wheel that is there is not built anew.
+WHEELS := .cache/wheels
+.venv/.serve: export CMAKE_ARGS := -DLLAVA_BUILD=OFF
+.venv/.serve: .venv/.ready
+	mkdir -p $(WHEELS)
+	ls $(WHEELS)/llama_cpp_python-*.whl 2>/dev/null || $(BIN)/python -m pip wheel --no-deps -c constraints.txt -w $(WHEELS) llama-cpp-python
+	$(BIN)/python -m pip install -c constraints.txt --find-links $(WHEELS) -e ".[serve]"
 	touch $@
 
 clean:

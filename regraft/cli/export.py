@@ -10,12 +10,18 @@ from .verb import Outcome, Verb, check_apart, describe_request
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..export.write import Proof
+
+DEFAULT = "q8_0"  # quantisation of the GGUF file beside a stock class
+
 
 def export(
     source: str,
     out: str | None = None,
     to: str | None = None,
+    quantize: str | None = None,
     no_check: bool = False,
+    check_engine: bool = False,
     copy_code: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -27,9 +33,14 @@ def export(
     Args:
         source: model directory or GGUF file
         out: directory to write
-        to: the target: granite_swa, or hf for the directory with regraft's code
+        to: the target: granite_swa, gguf for llama.cpp, or hf for the directory with regraft's
+            code; without it the stock class that holds the model, with model-q8_0.gguf beside it
+            where llama.cpp holds it
+        quantize: also write model-QUANTIZE.gguf: q8_0, or q4_k_m where llama.cpp is installed
         no_check: do not compare the result with the model in plain transformers before it is put in
             place
+        check_engine: run llama.cpp on the result and compare it with transformers, also token by
+            token
         copy_code: also copy Python files beside the weights, which regraft never runs
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
@@ -39,48 +50,92 @@ def export(
 
     from ..core.checkpoint import Checkpoint
     from ..export import write
-    from ..export.target import find_target, list_targets
+    from ..export.target import find_stock_target, find_target
     from ..io import shard_writer
 
     given = locals()
-    if out and not to:
-        raise RegraftError(
-            f"'{out}' is to be written, but not as what: give --to with one of "
-            f"{', '.join(list_targets())}"
-        )
-    target = find_target(to) if to else None
+    if to:
+        find_target(to)
     checkpoint = dataclasses.replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     if out is None:
+        check_no_output(given)
         misfits = write.list_misfits(checkpoint)
         chosen = {name: misfits[name] for name in misfits if to in (None, name)}
         return Outcome({"targets": chosen}, lambda console: print_targets(source, chosen, console))
 
-    assert target is not None and to is not None
     check_apart(given, ("source",))
-    request = describe_request(export, given, ("source",), ("no_check",))
+    request = describe_request(export, given, ("source",), ("no_check", "check_engine"))
     done = shard_writer.check_target(out, overwrite, request)
-    found = None
+    notes = []
+    if to is None:
+        to = find_stock_target(checkpoint.config)
+        reason = None if quantize else write.explain_no_gguf(checkpoint)
+        quantize = quantize or (None if reason else DEFAULT)
+        notes += [f"no {DEFAULT} GGUF file: {reason}"] if reason else []
+    notes += write.list_notes(checkpoint, bool(quantize) or to == "gguf")
+    target, proof = find_target(to), write.Proof()
     if not done:
-        found = write.write_export(
-            checkpoint, to, out, not no_check, overwrite=overwrite, request=request
+        proof = write.write_export(
+            checkpoint,
+            to,
+            out,
+            not no_check,
+            quantize,
+            check_engine,
+            overwrite=overwrite,
+            request=request,
         )
-    notes = write.list_notes(checkpoint)
 
     def show(console: Console) -> None:
-        if found:
-            console.print(
-                f"{found['loaded']} in transformers against regraft's model on {found['tokens']}"
-                f" tokens: {found['difference']:.1e} of the largest logit",
-                soft_wrap=True,
-                highlight=False,
-            )
-        for note in notes:
-            console.print(note, soft_wrap=True, highlight=False)
         wrote = f"{out} is there already" if done else f"Wrote {out}"
-        console.print(f"{wrote}: {target.loads}", soft_wrap=True, highlight=False)
+        for line in (*describe_proof(proof), *notes, f"{wrote}: {target.loads}"):
+            console.print(line, soft_wrap=True, highlight=False)
 
-    facts: dict[str, Any] = {"out": out, "to": to, "check": found, "notes": notes}
+    facts: dict[str, Any] = {
+        "out": out,
+        "to": to,
+        "quantize": quantize,
+        "check": proof.get("stock"),
+        "gguf": proof.get("gguf"),
+        "engine": proof.get("engine"),
+        "notes": notes,
+    }
     return Outcome(facts, show)
+
+
+def check_no_output(given: dict[str, Any]) -> None:
+    """RegraftError for options of writing where nothing is written."""
+    for name in ("quantize", "check_engine"):
+        if given[name]:
+            raise RegraftError(
+                f"--{name.replace('_', '-')} is of a written model, and '{given['source']}' is only"
+                " asked about: give OUT too"
+            )
+
+
+def describe_proof(proof: Proof) -> list[str]:
+    """What was compared, a line each."""
+    lines = []
+    if stock := proof.get("stock"):
+        lines.append(
+            f"{stock['loaded']} in transformers against regraft's model on {stock['tokens']}"
+            f" tokens: {stock['difference']:.1e} of the largest logit"
+        )
+    for one in proof.get("gguf", []):
+        logits = (
+            "transformers does not read it"
+            if one["difference"] is None
+            else f"logits as transformers loads it {one['difference']:.1e} of the largest apart"
+        )
+        equal = f"off by {one['rounding']:.1e}" if one["rounding"] is not None else "equal"
+        lines.append(f"{one['file']}: {one['tensors']} tensors read back, {equal}; {logits}")
+    if engine := proof.get("engine"):
+        lines.append(
+            f"{engine['engine']}, float32, on {engine['tokens']} tokens: logits"
+            f" {engine['difference']:.1e} of the largest apart, token by token"
+            f" {engine['step_difference']:.1e}; best token equal in {engine['argmax']:.1%}"
+        )
+    return lines
 
 
 def print_targets(source: str, misfits: dict[str, list[str]], console: Console) -> None:
@@ -95,6 +150,6 @@ VERB = Verb(
     export,
     examples=(
         "regraft export MODEL",
-        "regraft export MODEL OUT --to granite_swa",
+        "regraft export MODEL OUT",
     ),
 )

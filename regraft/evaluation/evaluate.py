@@ -15,8 +15,7 @@ from ..data.default_text import heldout_topics
 from ..data.packing import long_windows, read_documents
 from ..data.rows import Packed
 from ..errors import RegraftError
-from ..mixers.registry import begins_with_bos
-from ..mixers.remix import Remix
+from ..mixers.remix import Remix, needs_bos
 from ..modeling.loading import bos_token_id
 from . import baselines
 from .perplexity import Candidate, Progress, measure
@@ -88,7 +87,7 @@ def evaluate(
     """
     checkpoint = Checkpoint.open(model)
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
-    bos = bos or begins_with_bos(checkpoint.config.get("mixers"))
+    bos = bos or needs_bos(checkpoint)
     rows = evaluation_windows(data, tokenizer, count, length, bos)
 
     candidates: dict[str, Candidate] = {}
@@ -137,7 +136,7 @@ def build_suite(
     """
     checkpoint = Checkpoint.open(model)
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
-    bos = bos or begins_with_bos(checkpoint.config.get("mixers"))
+    bos = bos or needs_bos(checkpoint)
     recall_lengths = [*lengths] if set(names) & set(KINDS) else []
     check_context_lengths(checkpoint, recall_lengths + ([windows[1]] if windows else []))
 

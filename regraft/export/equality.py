@@ -55,6 +55,22 @@ def compare_exported(
             " of its own: nothing was published, report this"
         )
 
+    return compare_models(model, stock, checkpoint)
+
+
+@torch.no_grad()
+def compare_models(
+    model: PreTrainedModel, stock: PreTrainedModel, checkpoint: Checkpoint
+) -> Equality:
+    """Compare a model of a class of transformers with the one that it was made of.
+
+    Args:
+        model: regraft's, in float32.
+        stock: the one that was made, in float32.
+        checkpoint: of regraft's.
+
+    RegraftError when they differ.
+    """
     ids = random_inputs(checkpoint, length=row_length(checkpoint))["input_ids"]
     expected = model(input_ids=ids, use_cache=False).logits
     largest = expected.abs().max()
@@ -67,12 +83,12 @@ def compare_exported(
         "tokens": ids.shape[1],
         "difference": float(difference),
         "greedy_gap": gap,
-        "loaded": kind.__name__,
+        "loaded": type(stock).__name__,
     }
     # Each of two scores may be off by the bound. Written so that NaN is refused.
     if not (found["difference"] <= BOUND and gap <= 2 * BOUND):
         raise RegraftError(
-            f"{kind.__name__} and regraft's model differ on {ids.shape[1]} tokens by"
+            f"{type(stock).__name__} and regraft's model differ on {ids.shape[1]} tokens by"
             f" {difference:.1e} of the largest logit, greedy text by {gap:.1e} (bound {BOUND:g}):"
             " nothing was published, report this"
         )
@@ -102,7 +118,6 @@ def write_greedily(model: PreTrainedModel, ids: Tensor, use_cache: bool) -> Tens
     """The ids and what a model writes behind them, always its best token."""
     settings = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
         do_sample=False,
         use_cache=use_cache,
         pad_token_id=0,

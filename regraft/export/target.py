@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.anatomy import Config
+from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError, suggest
 
@@ -24,6 +24,7 @@ class ExportTarget:
             keys or flags that matter. Nothing: it holds the model.
         convert: a model that fits, in the target's form.
         remix: fields of a `Remix` that makes models which fit.
+        build_config: config of a model that fits -> config of the result.
         code: whether the result needs `import regraft.modeling` or `trust_remote_code`.
     """
 
@@ -32,6 +33,7 @@ class ExportTarget:
     find_misfits: Callable[[Config], list[str]]
     convert: Callable[[Checkpoint], Checkpoint]
     remix: dict[str, Any] = field(default_factory=dict)
+    build_config: Callable[[Config], Config] = lambda config: config
     code: bool = False
 
     def check_holds(self, checkpoint: Checkpoint) -> None:
@@ -40,6 +42,27 @@ class ExportTarget:
             raise RegraftError(
                 f"{self.name} cannot hold '{checkpoint.origin}': {'; '.join(misfits)}"
             )
+
+
+# Targets with a class of transformers for linearized models, the preferred one first.
+STOCK = ("granite_swa",)
+
+
+def find_stock_target(config: Config) -> str:
+    """The target that writes a model as a stock class: "hf" for one that is stock already, else the
+    first of STOCK that holds it.
+
+    RegraftError that says why none does.
+    """
+    anatomy = find_anatomy(config)
+    if anatomy.host(config) is anatomy:
+        return "hf"
+    misfits = {name: find_target(name).find_misfits(config) for name in STOCK}
+    for name, found in misfits.items():
+        if not found:
+            return name
+    reasons = "; ".join(f"{name}: {found[0]}" for name, found in misfits.items())
+    raise RegraftError(f"no stock class holds this model ({reasons}): --to hf writes it with code")
 
 
 def list_targets() -> list[str]:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..io.identity import TOKENIZER
 from ..io.output import read_marker
+from ..modeling.loading import random_inputs
 from ..modeling.reopen import prove_opens
-from .equality import Equality, compare_exported
+from .equality import Equality, compare_exported, compare_models, row_length
+from .gguf import engine, quantize, read_back
+from .gguf import model as gguf_model
+from .gguf.engine import EngineEquality
+from .gguf.fit import find_notes, is_rounded
+from .gguf.model import GGUFModel
 from .step import Export
 from .target import find_target, list_targets
+
+
+class GGUFEquality(TypedDict):
+    """What was compared of a GGUF file."""
+
+    file: str
+    tensors: int  # all of them, read back
+    rounding: float | None  # see `compare_quantized`; None: every bit is as it was to be
+    difference: float | None  # of the logits as transformers loads it; None: it cannot
+
+
+class Proof(TypedDict, total=False):
+    """Everything that was compared."""
+
+    stock: Equality
+    gguf: list[GGUFEquality]
+    engine: EngineEquality
 
 
 def list_misfits(checkpoint: Checkpoint) -> dict[str, list[str]]:
@@ -21,13 +45,23 @@ def list_misfits(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return {name: find_target(name).find_misfits(checkpoint.config) for name in list_targets()}
 
 
-def list_notes(checkpoint: Checkpoint) -> list[str]:
-    """What a user should know of an export beyond what it is."""
-    if any(file for pattern in TOKENIZER for file in checkpoint.path.glob(pattern)):
-        return []
-    return [
+def list_notes(checkpoint: Checkpoint, for_llama_cpp: bool) -> list[str]:
+    """What a user should know of an export beyond what it is.
+
+    Args:
+        checkpoint: what is exported.
+        for_llama_cpp: whether a GGUF file is among what is written.
+    """
+    notes = [
         f"'{checkpoint.origin}' has no tokenizer, so the export has none: put tokenizer.json there"
     ]
+    found = [] if has_tokenizer(checkpoint) else notes
+    return [*found, *(find_notes(checkpoint.config) if for_llama_cpp else ())]
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether there are files of a tokenizer beside the weights."""
+    return any(file for pattern in TOKENIZER for file in checkpoint.path.glob(pattern))
 
 
 def check_finished(checkpoint: Checkpoint) -> None:
@@ -41,9 +75,15 @@ def check_finished(checkpoint: Checkpoint) -> None:
 
 
 def write_export(
-    checkpoint: Checkpoint, to: str, out: str | Path, check: bool = True, **options: Any
-) -> Equality | None:
-    """Write a model in a target's form; what was compared, None without `check`.
+    checkpoint: Checkpoint,
+    to: str,
+    out: str | Path,
+    check: bool = True,
+    quantization: str | None = None,
+    check_engine: bool = False,
+    **options: Any,
+) -> Proof:
+    """Write a model in a target's form; what was compared, nothing without `check`.
 
     Args:
         checkpoint: as opened.
@@ -51,20 +91,114 @@ def write_export(
         out: the directory to write.
         check: whether the result is compared with the model in plain transformers before it is put
             in place.
-        options: further arguments of `Checkpoint.save`.
+        quantization: of a GGUF file that is written too; None: none is.
+        check_engine: whether llama.cpp runs the result beside transformers.
+        options: `overwrite` and `request` of `Checkpoint.save`.
 
     RegraftError when the target cannot hold the model, when it is unfinished, when the two differ,
     and as of `Checkpoint.save`.
     """
     check_finished(checkpoint)
+    if quantization:
+        quantize.check_kind(quantization)
+    if check_engine:
+        engine.import_engine()
     made = Export(to)(checkpoint)
-    found: list[Equality] = []
+    wanted = to == "gguf" or quantization or check_engine
+    model = prepare_gguf(made if to == "gguf" else checkpoint) if wanted else None
+    proof: Proof = {}
+
+    if to == "gguf":
+        assert model is not None
+        kinds = [model.dtype, *([quantization] if quantization else [])]
+
+        def prove_gguf(folder: Path) -> None:
+            if check and made.config["model_type"] != checkpoint.config["model_type"]:
+                proof["stock"] = compare_stock(checkpoint, made)
+            if check:
+                proof["gguf"] = check_files(folder, model, kinds)
+            if check_engine:
+                proof["engine"] = run_engine(model)
+
+        gguf_model.write_directory(model, out, kinds, prove=prove_gguf, **options)
+        return proof
 
     def prove(folder: Path) -> None:
         prove_opens(folder)
         if check:
-            model = modeling.load_stored(checkpoint)
-            found.append(compare_exported(model, checkpoint, folder, find_target(to).code))
+            own = modeling.load_stored(checkpoint)
+            proof["stock"] = compare_exported(own, checkpoint, folder, find_target(to).code)
+        if check and model is not None and quantization:
+            if model.checkpoint.config["model_type"] != made.config["model_type"]:
+                compare_stock(checkpoint, model.checkpoint)
+            proof["gguf"] = check_files(folder, model, [quantization])
+        if check_engine:
+            assert model is not None
+            proof["engine"] = run_engine(model)
 
-    made.save(out, prove_opens=prove, **options)
-    return found[0] if found else None
+    extra = {}
+    if model is not None and quantization:
+        extra = {gguf_model.file_name(quantization): model.as_extra_file(quantization)}
+    made.save(out, prove_opens=prove, extra_files=extra, **options)
+    return proof
+
+
+def prepare_gguf(checkpoint: Checkpoint) -> GGUFModel:
+    """A model in a stock class that llama.cpp holds; RegraftError when it holds none, without a
+    tokenizer and without the package gguf.
+    """
+    target = find_target("gguf")
+    target.check_holds(checkpoint)
+    return GGUFModel.of(target.convert(checkpoint))
+
+
+def explain_no_gguf(checkpoint: Checkpoint) -> str | None:
+    """Why no GGUF file can be written of a model; None when it can."""
+    try:
+        prepare_gguf(checkpoint)
+    except RegraftError as error:
+        return str(error)
+    return None
+
+
+def compare_stock(checkpoint: Checkpoint, made: Checkpoint) -> Equality:
+    """Compare a model with the stock class that is written as GGUF in its place."""
+    own, stock = modeling.load_stored(checkpoint), modeling.materialize(made)
+    return compare_models(own, stock, checkpoint)
+
+
+def check_files(folder: Path, model: GGUFModel, kinds: list[str]) -> list[GGUFEquality]:
+    """Read files back: all tensors, and logits where transformers reads the architecture."""
+    return [check_file(folder / gguf_model.file_name(kind), model, kind) for kind in kinds]
+
+
+def check_file(file: Path, model: GGUFModel, kind: str) -> GGUFEquality:
+    """Read one file back."""
+    count, own = len(model.tensors), kind == model.dtype
+    found: GGUFEquality = {
+        "file": file.name,
+        "tensors": count,
+        "rounding": None,
+        "difference": None,
+    }
+    if own or kind == "q8_0":
+        read_back.compare_tensors(file, model.tensors, None if own else kind.upper())
+    else:  # quantised by llama.cpp
+        found["rounding"] = read_back.compare_quantized(file, model.tensors)
+    if own and read_back.is_read_alike(file, model.checkpoint):
+        ids = random_inputs(model.checkpoint, length=row_length(model.checkpoint))["input_ids"]
+        stock = modeling.materialize(model.checkpoint)
+        found["difference"] = read_back.compare_logits(file, stock, ids)
+    return found
+
+
+def run_engine(model: GGUFModel) -> EngineEquality:
+    """Run llama.cpp on the model in float32, beside the stock class."""
+    length = max(engine.TOKENS, row_length(model.checkpoint))
+    ids = random_inputs(model.checkpoint, length=length)["input_ids"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / gguf_model.file_name("f32")
+        model.write(file, "f32")
+        stock = modeling.materialize(model.checkpoint)
+        bound = engine.ROUNDED if is_rounded(model.checkpoint.config) else engine.BOUND
+        return engine.compare_engine(file, stock, ids, bound)

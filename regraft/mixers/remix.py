@@ -22,7 +22,7 @@ from .base import Attention, WeightSpec
 from .inherit import parse_inherit
 from .initialize import create_initial_tensor
 from .older_names import first_name
-from .registry import mixer_class, validate, weights
+from .registry import begins_with_bos, mixer_class, mixers, validate, weights
 from .remix_options import RemixOptions
 from .source_windows import source_windows
 
@@ -212,6 +212,16 @@ class Remix(RemixOptions):
         dtype = source.tensors["norm.final.weight", None].dtype
         read = _init_reader(spec, shape, seed, dtype)
         return LazyTensor(shape, dtype, Provenance(kind, (), spec), read)
+
+
+def needs_bos(checkpoint: Checkpoint) -> bool:
+    """Whether a model is made for texts that begin with the BOS token: linearized or exported, it
+    has the mixer of its last linearization.
+    """
+    made = [step for step in checkpoint.history if step.get("step") == Remix.__name__]
+    specs = [{"name": step.get("arguments", {}).get("mixer")} for step in made[-1:]]
+    known = [spec for spec in specs if spec["name"] in mixers()]
+    return begins_with_bos([*(checkpoint.config.get("mixers") or ()), *known])
 
 
 def check_supported(source: Checkpoint) -> None:

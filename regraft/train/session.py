@@ -26,6 +26,7 @@ from ..io.request import Identity
 from ..io.safetensors import read_tensors, save_tensors
 from ..mixers.older_names import rename_older
 from ..mixers.registry import begins_with_bos
+from ..mixers.remix import needs_bos
 from ..modeling import flops
 from ..modeling.reopen import save_model
 from ..progress import Ticker
@@ -381,7 +382,7 @@ def train_in_folder(
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model, allow_nonfinite)
     check_stage(checkpoint, model, stage, teacher, keeping)
-    data = begin_texts(data, checkpoint.config.get("mixers"))
+    data = dataclasses.replace(data, bos=data.bos or needs_bos(checkpoint))
     inputs = identify_models(model, teacher)
     over = fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
     student = load_for_training(model, over, stage.kind in LAYERWISE, allow_nonfinite)

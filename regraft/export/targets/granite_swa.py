@@ -212,5 +212,6 @@ target = ExportTarget(
     loads="GraniteSWAForCausalLM of transformers",
     find_misfits=find_misfits,
     convert=convert,
+    build_config=build_config,
     remix={"mixer": "sink_window", "window": 256, "sinks": 0},
 )
