@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cli import as_json, refused
+from helpers.mixers import QWEN35
 from helpers.remixes import REMIXES
 from helpers.tiny import ARCHITECTURES, CONFIGS, save_model, tiny, tokens, write_text
 from transformers import AutoModelForCausalLM, GraniteSWAForCausalLM
@@ -26,11 +27,15 @@ from regraft.mixers.remix import Remix
 from regraft.mixers.sink_window import SHUT
 
 DECODERS = [family for family in CONFIGS if family not in ARCHITECTURES]
+DELTA = QWEN35 | {"eps": "source"}
+GROUPED = DELTA | {"grouped": True, "conv": 2}
 STUDENTS: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "stock": lambda source: source,
     "grown": lambda source: Deepen(layers=5)(source),
     "window-no-sinks": Remix("window", "1", window=8, sinks=0),
     "all-replaced": Remix("sink_window", "none", window=8),
+    "grouped-delta": Remix("gated_deltanet", "1", window=0, options=GROUPED),
+    "all-delta": Remix("gated_deltanet", "none", window=0, options=DELTA),
     **REMIXES,
 }
 # What each target holds; a family or student that is missing here must be refused.
@@ -40,12 +45,19 @@ HELD = {
         {"stock", "grown", "window-no-sinks", "all-replaced", "sink_window"},
     ),
     "hf": (set(DECODERS), set(STUDENTS)),
+    "qwen3_5": (
+        {"llama", "mistral", "ministral", "qwen2", "qwen3", "phi3"},
+        {"stock", "grown", "qwen3_5", "grouped-delta"},
+    ),
 }
-# Layers that are kept slide with another window than those that were replaced.
-TWO_WINDOWS = {
-    ("mistral", "window-no-sinks"),
-    ("mistral", "sink_window"),
-    ("ministral", "sink_window"),
+# (target, family, student) that kept layers make unfit: they slide with another window than those
+# that were replaced, or at all.
+UNFIT = {
+    ("granite_swa", "mistral", "window-no-sinks"),
+    ("granite_swa", "mistral", "sink_window"),
+    ("granite_swa", "ministral", "sink_window"),
+    *(("qwen3_5", "mistral", student) for student in ("stock", "grown", "qwen3_5", "grouped-delta")),
+    *(("qwen3_5", "ministral", student) for student in ("stock", "grown")),
 }
 
 
@@ -90,7 +102,7 @@ def test_exported_and_equal_or_refused(family: str, sources: dict[str, Checkpoin
         for target, (families, students) in HELD.items():
             misfits = find_target(target).find_misfits(config)
             held = family in families and name in students
-            held &= target == "hf" or (family, name) not in TWO_WINDOWS
+            held &= (target, family, name) not in UNFIT
             assert held == (not misfits), (family, name, misfits)
             assert all("\n" not in line and len(line) > 20 for line in misfits)
             if held and target != "hf":  # which is the model itself
@@ -246,7 +258,7 @@ def test_every_target_says_whether_it_holds_a_model(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = as_json(capsys, "export", str(folders / "source"))
-    assert found == {"targets": {"granite_swa": [], "hf": []}}
+    assert found == {"targets": {"granite_swa": [], "hf": [], "qwen3_5": []}}
     tiny("qwen3")[1].save_pretrained(folders / "qwen3")
     found = as_json(capsys, "export", str(folders / "qwen3"))
     assert "q_norm" in found["targets"]["granite_swa"][0] and not found["targets"]["hf"]
