@@ -175,7 +175,7 @@ class GatedDeltaNet(LinearAttention):
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, past: State
     ) -> tuple[dict[str, Tensor], State]:
         """(`inputs`, states of the convolutions)."""
-        (q, k, v), new = self.activated(x, mixing, past)
+        (q, k, v), new = self.activate(x, mixing, past)
         if self.options.rotary:
             q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
         q, k = self.unit(q.float()), self.unit(k.float())
@@ -185,7 +185,7 @@ class GatedDeltaNet(LinearAttention):
         beta = self.beta(x).float().sigmoid().transpose(1, 2)
         return {"q": q, "k": k, "v": v, "g": g, "beta": beta}, new
 
-    def activated(
+    def activate(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, past: State
     ) -> tuple[list[Tensor], State]:
         """(queries, keys and values behind convolution and activation, the former's states)."""

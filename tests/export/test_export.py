@@ -56,7 +56,10 @@ UNFIT = {
     ("granite_swa", "mistral", "window-no-sinks"),
     ("granite_swa", "mistral", "sink_window"),
     ("granite_swa", "ministral", "sink_window"),
-    *(("qwen3_5", "mistral", student) for student in ("stock", "grown", "qwen3_5", "grouped-delta")),
+    *(
+        ("qwen3_5", "mistral", student)
+        for student in ("stock", "grown", "qwen3_5", "grouped-delta")
+    ),
     *(("qwen3_5", "ministral", student) for student in ("stock", "grown")),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from helpers.mixers import QWEN35
-
 from regraft.mixers.remix import Remix
 
 # One converted layer of two or three kinds of layers.
