@@ -218,7 +218,7 @@ def widen_heads(attention: Attention) -> WideHeads:
     # By constant, the gains minus one of bfloat16's grid around the root of what is wanted.
     near = (wanted.sqrt() - 1).bfloat16().double()
     step = 2.0 ** (near.log2().floor() - 7)
-    grid = near[:, None] + step[:, None] * torch.arange(-8, 9)
+    grid = (near[:, None] + step[:, None] * torch.arange(-8, 9)).bfloat16().double()
     found = (1 + grid[:, :, None]) * (1 + grid[:, None, :])
     error = (found / wanted[:, None, None] - 1).abs()
     best = int(error.argmin())
