@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from ..errors import RegraftError
 from .base import Attention, MixerContext, State, WeightSpec, apply_rotary
 from .linear import ACTIVATIONS, EPS, LinearAttention, mean_decay
 from .ssm import ShortConv
+
+HALF_LIVES = (8.0, 64.0, 512.0)  # tokens
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,27 @@ class GatedDeltaNet(LinearAttention):
         taps = 2 * options.conv * cls.conv_channels(attention, options)
         return super().mixing_flops(attention, spec) + taps
 
+    @property
+    def half_lives(self) -> Float[Tensor, "candidates states"] | None:
+        """Tokens that calibration tries: in the form with a convolution, whose norm hides from the
+        outputs how much the past weighs.
+        """
+        if not self.options.conv:
+            return None
+        return torch.tensor(HALF_LIVES)[:, None].expand(-1, self.states).to(self.rate.device)
+
+    @torch.no_grad()
+    def set_half_lives(self, tokens: Float[Tensor, " states"]) -> None:
+        """Half-lives by the decay's bias; rate zero leaves the softplus as the log-decay."""
+        # log(expm1(y)) is the inverse of softplus.
+        self.decay.bias.copy_((math.log(2) / tokens).expm1().log())
+        self.rate.zero_()
+
+    @property
+    def normed_gate(self) -> bool:
+        """Whether calibration sets the output gate, which alone says how large outputs are."""
+        return bool(self.options.conv and self.options.norm and self.options.gate)
+
     @torch.no_grad()
     def start_gates(
         self, distance: Float[Tensor, " heads"], entropy: Float[Tensor, " heads"]
@@ -156,11 +180,10 @@ class GatedDeltaNet(LinearAttention):
         """Half-life = mean distance, write strength from entropy.
 
         Taylor-Calibrate (arXiv 2606.16429): the log-decay is ln 2 / distance within [1e-3, 5], and
-        beta = 0.3 + 0.4 (1 - entropy).
+        beta = 0.3 + 0.4 (1 - entropy). Without a bias the strength stays at one half, in the middle
+        of that range.
         """
-        # log(expm1(y)) is the inverse of softplus; rate zero leaves the softplus as the log-decay.
-        self.decay.bias.copy_(mean_decay(distance, self.states).expm1().log())
-        self.rate.zero_()
+        self.set_half_lives(math.log(2) / mean_decay(distance, self.states))
         if self.options.beta_bias:
             strength = 0.3 + 0.4 * (1 - entropy.view(self.states, -1).mean(1))
             self.beta.bias.copy_(torch.logit(strength))
