@@ -250,13 +250,6 @@ class Mixer(nn.Module):
         )
 
     @property
-    def normed_gate(self) -> bool:
-        """Whether calibration sets an output gate, because a norm before it takes the outputs'
-        size.
-        """
-        return False
-
-    @property
     def half_lives(self) -> Float[Tensor, "candidates states"] | None:
         """Half-lives in tokens that calibration tries; None when decays are fixed."""
         return None

@@ -69,6 +69,14 @@ class LinearAttention(Mixer):
     delta: ClassVar[bool] = False
     # Pairs of queries and keys that are scored in a chunk.
     pairs: ClassVar[int] = CHUNK * CHUNK
+    gate: nn.Linear
+
+    @property
+    def normed_gate(self) -> bool:
+        """Whether calibration sets an output gate, because a norm before it takes the outputs'
+        size.
+        """
+        return False
 
     @property
     def eps(self) -> float:

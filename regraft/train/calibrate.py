@@ -15,6 +15,7 @@ from ..errors import RegraftError
 from ..mixers.base import Mixer, MixerContext, apply_rotary
 from ..mixers.gated import GatedMixer
 from ..mixers.inherit import parse_inherit
+from ..mixers.linear import LinearAttention
 from ..mixers.sink_window import SinkWindow
 from ..mixers.source_windows import source_windows
 from ..progress import ProgressCallback
@@ -163,7 +164,7 @@ def _append_ones(x: Tensor) -> Tensor:
     return torch.cat((x.float(), torch.ones_like(x[..., :1])), dim=-1)
 
 
-def fit_output_gate(mixer: Mixer, records: Records) -> None:
+def fit_output_gate(mixer: LinearAttention, records: Records) -> None:
     """Set a SiLU gate so that a normed head is about as large as the teacher's.
 
     A norm takes from a head's outputs how large they are, for example how little a head gives that
@@ -414,7 +415,7 @@ def calibrate_layer(
 
     # Gates first: the value maps are fitted to the outputs that they give.
     linear.start_gates(distance.clamp(min=1.0), entropy.clamp(0, 1))
-    if linear.normed_gate:
+    if isinstance(linear, LinearAttention) and linear.normed_gate:
         fit_output_gate(linear, pairs)
     folded, share = fit_mixer(mixer, pairs, segments)
     return {

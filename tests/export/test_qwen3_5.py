@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from regraft.export.step import Export
 from regraft.export.targets.qwen3_5 import OPTIONS, widen_heads
 from regraft.growth.sizes_to_steps import cast_checkpoint
 from regraft.mixers.base import Attention, MixerContext
+from regraft.mixers.gated_deltanet import HALF_LIVES
 from regraft.mixers.remix import Remix
+from regraft.train.calibrate import calibrate, invert_silu, output_error
+from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 
 EXPORT = Export("qwen3_5")
 
@@ -74,6 +78,34 @@ def test_constants_and_gains_are_numbers_of_short_floats(dim: int, scale: float)
     product = (1 + wide.q_gain) * (1 + wide.k_gain) / divisor
     assert wide.width % 16 == 0 and wide.width > dim
     assert abs(product / (scale * wide.width**0.5) - 1) < 1e-5
+
+
+@torch.no_grad()
+def test_the_closed_form_sets_half_lives_and_how_large_heads_are(tmp_path: Path) -> None:
+    tiny("llama")[1].save_pretrained(tmp_path)
+    source = Checkpoint.open(tmp_path)
+    teacher, model = (modeling.materialize(one) for one in (source, student("0")(source)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids, positions = tokens(4, 64), torch.arange(64).expand(4, -1)
+    slots, records = modeling.slots(teacher, source), list[LayerRecord]()
+    with record_layers(slots, [1], lambda layer, record: records.append(record)):
+        run_decoder(teacher, ids, positions)
+    errors = []
+    for _ in range(2):
+        mixer = model.slots()[1].mixer
+        errors.append(float(output_error(mixer, records[0], MixerContext())))
+        list(calibrate(model.slots(), teacher, slots, [(ids, positions, None)]))
+    assert errors[1] < min(errors[0], 0.9)  # 1 is silence
+    halved = math.log(2) / torch.nn.functional.softplus(mixer.decay.bias)
+    assert (halved[:, None] / torch.tensor(HALF_LIVES) - 1).abs().amin(1).max() < 1e-4
+    changed = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
+    local = {name.partition("mixer.")[2] for name in changed}
+    assert local == {"decay.bias", "gate.weight", "o_proj.weight"}
+
+
+def test_silu_is_inverted() -> None:
+    wanted = torch.logspace(-2, 1, 40, dtype=torch.float64)
+    assert torch.allclose(torch.nn.functional.silu(invert_silu(wanted)), wanted)
 
 
 def rope(kind: str, **keys: Any) -> dict[str, Any]:
