@@ -10,11 +10,13 @@ from family_table import list_stock_families, tiny_source
 
 from regraft.errors import RegraftError
 from regraft.export import find_target, list_targets
+from regraft.export.targets.qwen3_5 import OPTIONS
 from regraft.mixers.registry import mixers
 from regraft.mixers.remix import Remix
 
 # Where a mixer needs other options than its own defaults to be shown.
 SHOWN: dict[str, Remix] = {
+    "gated_deltanet, `--for qwen3_5`": Remix("gated_deltanet", "0", window=0, options=OPTIONS),
     "gated": Remix(keep="none"),
     "window": Remix("window", "none"),
     "window, `--sinks 0`": Remix("window", "none", sinks=0),

@@ -33,7 +33,7 @@ def export(
     Args:
         source: model directory or GGUF file
         out: directory to write
-        to: the target: granite_swa, gguf for llama.cpp, or hf for the directory with regraft's
+        to: the target: granite_swa, qwen3_5, gguf for llama.cpp, or hf for the directory with regraft's
             code; without it the stock class that holds the model, with model-q8_0.gguf beside it
             where llama.cpp holds it
         quantize: also write model-QUANTIZE.gguf: q8_0, or q4_k_m where llama.cpp is installed

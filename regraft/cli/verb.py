@@ -191,7 +191,10 @@ def remix_changes(given: Mapping[str, Any]) -> dict[str, Any]:
     }
     if given["for_"]:
         for name, value in find_target(given["for_"]).remix.items():
-            changes[name] = value if changes[name] is None else changes[name]
+            if name == "options":  # those that were given stand before the target's
+                changes[name] = {**value, **(changes[name] or {})}
+            elif changes[name] is None:
+                changes[name] = value
     kind = mixer_class(changes["mixer"]) if changes["mixer"] else None
     names = [one.name for one in fields(kind.Options)] if kind else []
     takes_sinks = kind is None or not kind.is_window or "sinks" in names

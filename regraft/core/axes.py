@@ -17,7 +17,7 @@ from ..errors import RegraftError
 AXES = frozenset(
     (
         "vocab hidden ffn kv group dim depth pos one two three "
-        "expert kernel type label pool channel patch"
+        "expert kernel type label pool channel patch key_head key_dim value_group value_dim"
     ).split()
 )
 TABLES = frozenset(("vocab", "pos", "type"))  # a map from one of these is a table of embeddings

@@ -4,6 +4,7 @@ config as transformers reads it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part
@@ -13,12 +14,15 @@ from ..families.llama import anatomy as llama
 ACTIVATION = "silu"
 
 
-def find_differences(config: Config, anatomy: Anatomy) -> list[str]:
+def find_differences(
+    config: Config, anatomy: Anatomy, also: Mapping[str, Part] | None = None
+) -> list[str]:
     """What a stock decoder computes and Llama does not, a line each, with the key it comes from.
 
     Args:
         config: of the stock decoder.
         anatomy: its table.
+        also: by role, further parts that it may have.
     """
     if not anatomy.causal or not anatomy.rotary:
         what = "reads in both directions" if not anatomy.causal else "has no rotary positions"
@@ -27,7 +31,7 @@ def find_differences(config: Config, anatomy: Anatomy) -> list[str]:
         return [f"{config['architectures'][0]} has no head of a language model"]
 
     stock = read_stock_config(config, anatomy)
-    found = find_other_parts(config, anatomy)
+    found = find_other_parts(config, anatomy, also or {})
     if anatomy.eps != llama.eps:
         found.append(f"{anatomy.eps} is of norms that subtract the mean")
     activation = getattr(stock, anatomy.activation)
@@ -40,7 +44,7 @@ def find_differences(config: Config, anatomy: Anatomy) -> list[str]:
     return found + find_rotary_differences(stock.rope_parameters or {})
 
 
-def find_other_parts(config: Config, anatomy: Anatomy) -> list[str]:
+def find_other_parts(config: Config, anatomy: Anatomy, also: Mapping[str, Part]) -> list[str]:
     """The first parameter that Llama's layers do not have, lack or have between other norms."""
     full = anatomy.fill_defaults(config)
     table = {
@@ -49,7 +53,8 @@ def find_other_parts(config: Config, anatomy: Anatomy) -> list[str]:
         if part.is_present(full)
         for name, row in describe_maps(role, part).items()
     }
-    usual = {role: describe_maps(role, part)[role] for role, part in llama.parts.items()}
+    known = {**llama.parts, **also}
+    usual = {role: describe_maps(role, part)[role] for role, part in known.items()}
     needed = [role for role, part in llama.parts.items() if part.when is None is part.unless]
     for role, (name, axes, *_) in table.items():
         if role not in usual or usual[role][1] != axes:

@@ -21,6 +21,8 @@ def create_initial_tensor(
         spec: one of
             `zeros`, `ones`;
             `identity`: the last two axes hold the unit matrix;
+            `last_tap`: one at the end of the last axis, zeros elsewhere: a causal convolution that
+            gives its input;
             `constant x`;
             `uniform x`: on (-x, x);
             `normal std`;
@@ -43,6 +45,7 @@ def create_initial_tensor(
         "zeros": lambda: torch.zeros(shape),
         "ones": lambda: torch.ones(shape),
         "identity": lambda: torch.eye(shape[-2], shape[-1]).expand(shape).clone(),
+        "last_tap": lambda: torch.eye(shape[-1])[-1].expand(shape).clone(),
         "constant": lambda value: torch.full(shape, value),
         "uniform": lambda bound: sample_uniform(-bound, bound),
         "normal": lambda std: torch.empty(shape).normal_(0.0, std, generator=generator),

@@ -69,6 +69,19 @@ class LinearAttention(Mixer):
     delta: ClassVar[bool] = False
     # Pairs of queries and keys that are scored in a chunk.
     pairs: ClassVar[int] = CHUNK * CHUNK
+    gate: nn.Linear
+
+    @property
+    def normed_gate(self) -> bool:
+        """Whether calibration sets an output gate, because a norm before it takes the outputs'
+        size.
+        """
+        return False
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the output norm."""
+        return EPS
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
@@ -193,9 +206,21 @@ class LinearAttention(Mixer):
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
     ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
         """Outputs per head and the state, one matrix per head; see `Mixer.mix`."""
-        start = state["matrix"] if state else None
-        out, last = self.run_recurrence(self.inputs(x, mixing), mixing, start)
-        return keep_finite(self.normalize_and_gate(out, x), x.dtype), {"matrix": last}
+        past = state or {}
+        inputs, new = self.read_inputs(x, mixing, past)
+        out, new["matrix"] = self.run_recurrence(inputs, mixing, past.get("matrix"))
+        return keep_finite(self.normalize_and_gate(out, x), x.dtype), new
+
+    def read_inputs(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, past: State
+    ) -> tuple[dict[str, Tensor], State]:
+        """(`inputs`, states beside the matrix); a mixer with none has only `inputs`.
+
+        Args:
+            x, mixing: as of `mix`.
+            past: the states after the tokens before; empty at the start of a sequence.
+        """
+        return self.inputs(x, mixing), {}
 
     def matrix(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
@@ -250,9 +275,9 @@ class LinearAttention(Mixer):
 
         # Per head, in float32, which the recurrence's outputs are.
         if self.kind == "rms":
-            out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + EPS)
+            out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + self.eps)
         elif self.kind == "layer":
-            out = F.layer_norm(out, out.shape[-1:], eps=EPS)
+            out = F.layer_norm(out, out.shape[-1:], eps=self.eps)
         if self.kind != "none" and self.gain is not None:
             out = out * self.norm.float().view(-1, self.attention.dim)
             if self.norm_bias is not None:

@@ -104,8 +104,9 @@ class Remix(RemixOptions):
         check_supported(source)
 
         kept = self.kept_layers(source.layers)
+        eps = float(source.anatomy.fill_defaults(source.config)[source.anatomy.eps])
         specs = [
-            None if layer in kept else self.build_spec(window)
+            None if layer in kept else name_eps(self.build_spec(window), eps)
             for layer, window in enumerate(source_windows(source.config))
         ]
         shapes = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
@@ -181,7 +182,8 @@ class Remix(RemixOptions):
         """
         notes, windows = [], source_windows(source.config)
         replaced = [layer for layer, spec in enumerate(config["mixers"]) if spec]
-        asked = self.build_spec() if replaced else None
+        eps = float(source.anatomy.fill_defaults(source.config)[source.anatomy.eps])
+        asked = name_eps(self.build_spec(), eps) if replaced else None
         if narrow := [layer for layer in replaced if config["mixers"][layer] != asked]:
             notes.append(
                 f"{len(narrow)} replaced layers slide in the source, so their windows see"
@@ -222,6 +224,14 @@ def needs_bos(checkpoint: Checkpoint) -> bool:
     specs = [{"name": step.get("arguments", {}).get("mixer")} for step in made[-1:]]
     known = [spec for spec in specs if spec["name"] in mixers()]
     return begins_with_bos([*(checkpoint.config.get("mixers") or ()), *known])
+
+
+def name_eps(spec: dict[str, Any], eps: float) -> dict[str, Any]:
+    """A mixer spec with the epsilon of the source's norms where it says "source"."""
+    linear = spec.get("linear")
+    if isinstance(linear, dict):
+        return spec | {"linear": name_eps(linear, eps)}
+    return spec | {"eps": eps} if spec.get("eps") == "source" else spec
 
 
 def check_supported(source: Checkpoint) -> None:

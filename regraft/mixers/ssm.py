@@ -166,18 +166,30 @@ def no_decay_weight(weight: str, fresh: str) -> WeightSpec:
 class ShortConv(nn.Module):
     """Causal convolution of every channel with the last tokens of its document, then SiLU."""
 
-    def __init__(self, channels: tuple[int, ...], taps: int):
+    def __init__(self, channels: tuple[int, ...], taps: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(*channels, taps))
-        self.bias = nn.Parameter(torch.zeros(math.prod(channels)))
+        self.bias = nn.Parameter(torch.zeros(math.prod(channels))) if bias else None
 
     @staticmethod
-    def weights(name: str, channels: str, taps: int) -> dict[str, WeightSpec]:
-        """Parameter name -> WeightSpec; started as PyTorch starts a convolution."""
-        start = f"uniform {taps**-0.5:.6g}"
+    def weights(
+        name: str, channels: str, taps: int, start: str | None = None
+    ) -> dict[str, WeightSpec]:
+        """Parameter name -> WeightSpec.
+
+        Args:
+            name: of the convolution.
+            channels: their named axes.
+            taps: of the convolution.
+            start: initial value of the weight of one without a bias; None: with a bias, started as
+                PyTorch starts a convolution.
+        """
+        if start is not None:
+            return {f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=start, decay=False)}
+        usual = f"uniform {taps**-0.5:.6g}"
         return {
-            f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=start),
-            f"{name}.bias": no_decay_weight(f"-> {channels}", start),
+            f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=usual),
+            f"{name}.bias": no_decay_weight(f"-> {channels}", usual),
         }
 
     def forward(
@@ -201,7 +213,7 @@ class ShortConv(nn.Module):
         joined = torch.cat((past, x), 1)
 
         # One tap at a time: an input of another document counts as zero.
-        out = self.bias + x * weight[:, -1]
+        out = x * weight[:, -1] if self.bias is None else self.bias + x * weight[:, -1]
         for distance in range(1, before + 1):
             earlier = joined[:, before - distance : before - distance + time]
             if mixing.segments is not None and distance < time:

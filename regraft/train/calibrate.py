@@ -15,6 +15,7 @@ from ..errors import RegraftError
 from ..mixers.base import Mixer, MixerContext, apply_rotary
 from ..mixers.gated import GatedMixer
 from ..mixers.inherit import parse_inherit
+from ..mixers.linear import LinearAttention
 from ..mixers.sink_window import SinkWindow
 from ..mixers.source_windows import source_windows
 from ..progress import ProgressCallback
@@ -24,6 +25,8 @@ from .sinks import Batch, SinkFit, begin_rows, find_starts, fit_sinks
 RIDGE = 1e-3
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # gate candidates: these shares of the far attention mass
 GATE_RANGE = (0.01, 0.9)  # targets of the gate, so that its logit stays finite
+SIZE_RANGE = (0.02, 4.0)  # of a head's output, as a share of its mean
+NEWTON = 20  # steps
 
 CALIBRATED_TOGETHER = 1024  # tokens of a batch, where rows are not longer
 
@@ -161,6 +164,38 @@ def gate_candidates(records: Records) -> Tensor:
 def _append_ones(x: Tensor) -> Tensor:
     """A column of ones for the bias."""
     return torch.cat((x.float(), torch.ones_like(x[..., :1])), dim=-1)
+
+
+def fit_output_gate(mixer: LinearAttention, records: Records) -> None:
+    """Set a SiLU gate so that a normed head is about as large as the teacher's.
+
+    A norm takes from a head's outputs how large they are, for example how little a head gives that
+    looks at a text's first token. The gate of all of a head's coordinates is the ridge regression,
+    without a bias, of the number whose SiLU is the root mean square of the teacher's head, as a
+    share of its mean.
+
+    Args:
+        mixer: with a gate of SiLU behind a norm per head.
+        records: by batch, what the layer got and what its attention was.
+    """
+    size = torch.cat([seen.heads.square().mean(-1).sqrt() for _, seen in records])
+    share = size / size.mean((0, 2), keepdim=True).clamp(min=1e-12)
+    targets = invert_silu(share.clamp(*SIZE_RANGE)).transpose(1, 2)  # (rows, time, heads)
+    problem = RidgeRegression()
+    features = torch.cat([record.inputs.float() for record, _ in records])
+    problem.add(features.flatten(0, 1), targets.flatten(0, 1))
+    by_head = problem.solve().mT  # (heads, hidden)
+    mixer.gate.weight.copy_(by_head.repeat_interleave(mixer.attention.dim, 0))
+
+
+def invert_silu(y: Tensor) -> Tensor:
+    """The positive z with silu(z) = y for y > 0, by Newton's method."""
+    z = y + 0.5
+    for _ in range(NEWTON):
+        share = z.sigmoid()
+        # The slope is one half at zero and grows, so that the steps stay small.
+        z = z - (z * share - y) / (share * (1 + z * (1 - share)))
+    return z
 
 
 def linear_branch(mixer: Mixer) -> Mixer:
@@ -387,6 +422,8 @@ def calibrate_layer(
 
     # Gates first: the value maps are fitted to the outputs that they give.
     linear.start_gates(distance.clamp(min=1.0), entropy.clamp(0, 1))
+    if isinstance(linear, LinearAttention) and linear.normed_gate:
+        fit_output_gate(linear, pairs)
     folded, share = fit_mixer(mixer, pairs, segments)
     return {
         "outside_window": float(mass.mean()),

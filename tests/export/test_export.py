@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cli import as_json, refused
+from helpers.mixers import QWEN35
 from helpers.remixes import REMIXES
 from helpers.tiny import ARCHITECTURES, CONFIGS, save_model, tiny, tokens, write_text
 from transformers import AutoModelForCausalLM, GraniteSWAForCausalLM
@@ -26,11 +27,15 @@ from regraft.mixers.remix import Remix
 from regraft.mixers.sink_window import SHUT
 
 DECODERS = [family for family in CONFIGS if family not in ARCHITECTURES]
+DELTA = QWEN35 | {"eps": "source"}
+GROUPED = DELTA | {"grouped": True, "conv": 2}
 STUDENTS: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "stock": lambda source: source,
     "grown": lambda source: Deepen(layers=5)(source),
     "window-no-sinks": Remix("window", "1", window=8, sinks=0),
     "all-replaced": Remix("sink_window", "none", window=8),
+    "grouped-delta": Remix("gated_deltanet", "1", window=0, options=GROUPED),
+    "all-delta": Remix("gated_deltanet", "none", window=0, options=DELTA),
     **REMIXES,
 }
 # What each target holds; a family or student that is missing here must be refused.
@@ -43,20 +48,29 @@ HELD = {
     # Besides what granite_swa holds. llama.cpp has the others too, but not with heads that are
     # wider together than hidden_size, as here.
     "gguf": (set(DECODERS) - {"phi", "starcoder2", "olmo2"}, {"stock", "grown"}),
+    "qwen3_5": (
+        {"llama", "mistral", "ministral", "qwen2", "qwen3", "phi3"},
+        {"stock", "grown", "qwen3_5", "grouped-delta"},
+    ),
 }
-# Layers that are kept slide with another window than those that were replaced.
-TWO_WINDOWS = {
-    ("mistral", "window-no-sinks"),
-    ("mistral", "sink_window"),
-    ("ministral", "sink_window"),
+# (target, family, student) that kept layers make unfit: they slide with another window than those
+# that were replaced, or at all.
+UNFIT = {
+    ("granite_swa", "mistral", "window-no-sinks"),
+    ("granite_swa", "mistral", "sink_window"),
+    ("granite_swa", "ministral", "sink_window"),
+    *(
+        ("qwen3_5", "mistral", student)
+        for student in ("stock", "grown", "qwen3_5", "grouped-delta")
+    ),
+    *(("qwen3_5", "ministral", student) for student in ("stock", "grown")),
 }
 
 
 def is_held(target: str, family: str, student: str) -> bool:
     families, students = HELD[target]
     held = family in families and student in students
-    if target == "granite_swa":
-        return held and (family, student) not in TWO_WINDOWS
+    held &= (target, family, student) not in UNFIT
     return held or target == "gguf" and is_held("granite_swa", family, student)
 
 
@@ -256,7 +270,7 @@ def test_every_target_says_whether_it_holds_a_model(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = as_json(capsys, "export", str(folders / "source"))
-    assert found == {"targets": {"gguf": [], "granite_swa": [], "hf": []}}
+    assert found == {"targets": {name: [] for name in list_targets()}}
     tiny("qwen3")[1].save_pretrained(folders / "qwen3")
     found = as_json(capsys, "export", str(folders / "qwen3"))
     assert "q_norm" in found["targets"]["granite_swa"][0] and not found["targets"]["hf"]

@@ -26,6 +26,22 @@ RADLADS = {
 }
 
 
+# The layer of Qwen3.5.
+QWEN35 = {
+    "grouped": False,
+    "rotary": False,
+    "activation": "silu",
+    "norm": True,
+    "gate": True,
+    "conv": 4,
+    "scale": True,
+    "biases": False,
+    "qk_norm": False,
+    "beta_bias": False,
+    "length_eps": 1e-6,
+}
+
+
 SHAPES = {
     "9-heads-3-kv": Attention(
         hidden=36, kv=3, group=3, dim=10, scale=0.3, qkv_bias=True, o_bias=True, qk_norm=1e-6

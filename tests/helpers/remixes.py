@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helpers.mixers import QWEN35
 from regraft.mixers.remix import Remix
 
 # One converted layer of two or three kinds of layers.
@@ -10,6 +11,7 @@ REMIXES = {
     "sink_window": Remix("sink_window", "0", window=8),
     "gated_deltanet": Remix("gated_deltanet", "none", window=0),
     "gated_deltanet-window": Remix("gated_deltanet", "every:3", window=8, sinks=2),
+    "qwen3_5": Remix("gated_deltanet", "1", window=0, options=QWEN35 | {"eps": "source"}),
     "supra": Remix("supra", "none", window=0),
     "supra-window": Remix("supra", "0", window=8),
     "t2r": Remix("t2r", "none", window=0),

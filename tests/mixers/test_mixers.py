@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.mixers import LIGER, RADLADS, SHAPES, made, projections, relative, rotary
+from helpers.mixers import LIGER, QWEN35, RADLADS, SHAPES, made, projections, relative, rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,6 +54,8 @@ SPECS = [
     {"name": "lolcats", "window": 100, "affine": True, "grouped": True, "feature": 4},
     {"name": "gated", "linear": {"name": "lolcats", "window": 3}, "window": SMALL_WINDOW},
     {"name": "gated_deltanet", "norm": True, "gate": True, "activation": "silu", "rotary": False},
+    {"name": "gated_deltanet"} | QWEN35,
+    {"name": "gated_deltanet", "grouped": True, "conv": 2, "activation": "silu"},
     {"name": "gated", "linear": {"name": "gated_deltanet"}, "window": SMALL_WINDOW, "start": 0.3},
     {"name": "gated", "linear": {"name": "supra"}, "window": SMALL_WINDOW},
     {"name": "mamba", "state": 5},
