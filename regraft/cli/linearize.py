@@ -125,7 +125,7 @@ def linearize(
 
     # The method as published or as ours, then what the flags change of it.
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
-    changes = remix_changes(given)
+    changes = remix_changes(given, before.config)
     recipe, notes = methods.find_method(method).with_remix(seed=seed, **changes), list[str]()
     if for_:
         pipeline.check_target(before, recipe.remix, for_)

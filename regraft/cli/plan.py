@@ -142,7 +142,7 @@ def plan(
     )
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method or for_:
-        changes = remix_changes(given)
+        changes = remix_changes(given, after.config)
         recipe = methods.find_method(method or "auto").with_remix(**changes)
         recipe, notes = recipe.without_text()
         after = Remix.from_options(recipe.remix)(after)

@@ -174,7 +174,7 @@ def split_keys(text: str | None) -> tuple[str, ...]:
     return tuple(filter(None, (key.strip() for key in (text or "").split(","))))
 
 
-def remix_changes(given: Mapping[str, Any]) -> dict[str, Any]:
+def remix_changes(given: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags of a verb change of a method's Remix: those that were given, and what a target
     of `--for` needs where they were not.
 
@@ -182,6 +182,7 @@ def remix_changes(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         given: the verb's arguments by name.
+        source: config of the model that is linearized.
     """
     from ..export.target import find_target
     from ..mixers.registry import mixer_class
@@ -190,8 +191,13 @@ def remix_changes(given: Mapping[str, Any]) -> dict[str, Any]:
         name: given[name] for name in ("mixer", "keep", "window", "sinks", "options", "inherit")
     }
     if given["for_"]:
-        for name, value in find_target(given["for_"]).remix.items():
-            changes[name] = value if changes[name] is None else changes[name]
+        wanted = find_target(given["for_"]).build_remix(source)
+        own_mixer = changes["mixer"] in (None, wanted.get("mixer"))
+        for name, value in wanted.items():
+            if name == "options":  # which are of its mixer
+                changes[name] = {**value, **(changes[name] or {})} if own_mixer else changes[name]
+            elif changes[name] is None:
+                changes[name] = value
     kind = mixer_class(changes["mixer"]) if changes["mixer"] else None
     names = [one.name for one in fields(kind.Options)] if kind else []
     takes_sinks = kind is None or not kind.is_window or "sinks" in names

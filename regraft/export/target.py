@@ -24,6 +24,7 @@ class ExportTarget:
             keys or flags that matter. Nothing: it holds the model.
         convert: a model that fits, in the target's form.
         remix: fields of a `Remix` that makes models which fit.
+        choose_options: config of a source -> further options of the mixer in `remix`.
         code: whether the result needs `import regraft.modeling` or `trust_remote_code`.
     """
 
@@ -32,7 +33,13 @@ class ExportTarget:
     find_misfits: Callable[[Config], list[str]]
     convert: Callable[[Checkpoint], Checkpoint]
     remix: dict[str, Any] = field(default_factory=dict)
+    choose_options: Callable[[Config], dict[str, Any]] = lambda config: {}
     code: bool = False
+
+    def build_remix(self, config: Config) -> dict[str, Any]:
+        """Fields of a `Remix` that makes a model which fits, of a source with a config."""
+        options = {**self.remix.get("options", {}), **self.choose_options(config)}
+        return {**self.remix, **({"options": options} if options else {})}
 
     def check_holds(self, checkpoint: Checkpoint) -> None:
         """RegraftError that says what of a model the target cannot hold."""

@@ -27,7 +27,8 @@ def create_initial_tensor(
             `timesteps a b`: inverse softplus of log-uniform numbers on (a, b), the bias of a
             state-space model's time step;
             `log_uniform a b`: logarithm of uniform numbers on (a, b);
-            `log_counts`: log(1), log(2), ... along the last axis.
+            `log_counts`: log(1), log(2), ... along the last axis;
+            `last_tap`: one at the end of the last axis, else zero.
         shape: of the result.
         generator: source of the random numbers.
 
@@ -51,6 +52,7 @@ def create_initial_tensor(
             sample_uniform(math.log(low), math.log(high)).exp().expm1().log()
         ),
         "log_uniform": lambda low, high: sample_uniform(low, high).log(),
+        "last_tap": lambda: torch.eye(shape[-1])[-1].expand(shape).clone(),
         "log_counts": lambda: torch.arange(1.0, shape[-1] + 1).log().expand(shape).clone(),
     }
 

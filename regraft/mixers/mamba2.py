@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +19,24 @@ from .recurrence import chunked_flops
 from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, no_decay_weight
 
 EPS = 1e-5
+UNIT_STEP = math.log(math.expm1(1.0))  # softplus of it is 1
 
 
 @dataclass(frozen=True)
 class Mamba2Options(SsmOptions):
-    """As `SsmOptions`, and the width of a head."""
+    """As `SsmOptions`, the width of a head, the norm and the start."""
 
     state: int = 128
     # Channels of a head in layout `own`; as wide as the source's heads by default.
     head_dim: int | None = None
+    # Channels that the norm takes together: `all`, or those of each `head`, as in a stock Mamba-2
+    # layer whose heads have B and C of their own (layout `attention`).
+    norm: Literal["all", "head"] = "all"
+    # Added to the mean square in the norm. Stock classes take that of their other norms.
+    eps: float = EPS
+    # `paper`: convolutions and steps start random, as published. `identity`: convolutions pass
+    # their input, steps have length 1 and read nothing, and nothing is added past the state (D).
+    start: Literal["paper", "identity"] = "paper"
 
 
 class Mamba2(StateSpace):
@@ -34,6 +46,9 @@ class Mamba2(StateSpace):
     convolution and SiLU; per head A = -exp(A_log) with -A started uniform on (1, 16), D at one and
     dt = softplus(W x_t + b), b started so that dt is log-uniform on (0.001, 0.1). The output is the
     RMS norm of y times silu(gate), with a gain. In layout `own` all heads share B and C.
+
+    Deviation: option `norm` makes it a norm per head, as the paper's does under tensor parallelism
+    (section 8.1).
     """
 
     name = "mamba2"
@@ -94,14 +109,20 @@ class Mamba2(StateSpace):
         if options.layout == "own":
             for name in "bc":
                 table[f"{name}.weight"] = dense_weight("hidden", widths.keys, attention.hidden)
+        identity = options.start == "identity"
         for name, axes in (("x", widths.channels), ("b", widths.keys), ("c", widths.keys)):
-            table |= ShortConv.weights(f"conv_{name}", axes, options.conv)
+            table |= ShortConv.weights(f"conv_{name}", axes, options.conv, identity)
 
+        step = dense_weight("hidden", widths.head, attention.hidden)
         return table | {
-            "dt.weight": dense_weight("hidden", widths.head, attention.hidden),
-            "dt.bias": no_decay_weight(f"-> {widths.head}", DT_INIT),
-            "A_log": no_decay_weight(f"-> {widths.head}", "log_uniform 1 16"),
-            "D": no_decay_weight(f"-> {widths.head}", "ones"),
+            "dt.weight": replace(step, fresh="zeros") if identity else step,
+            "dt.bias": no_decay_weight(
+                f"-> {widths.head}", f"constant {UNIT_STEP!r}" if identity else DT_INIT
+            ),
+            "A_log": no_decay_weight(
+                f"-> {widths.head}", "constant -3" if identity else "log_uniform 1 16"
+            ),
+            "D": no_decay_weight(f"-> {widths.head}", "zeros" if identity else "ones"),
             "norm": no_decay_weight(f"gain {widths.channels}", "ones"),
         }
 
@@ -172,8 +193,10 @@ class Mamba2(StateSpace):
         b, v, g = mask_padding(mixing.valid, read["k"], read["dt"] * read["values"], read["g"])
         out, new["matrix"] = recur(read["q"], b, v, g, None, mixing.segments, past.get("matrix"))
 
-        # One norm over all channels, after the gate.
+        # The norm comes after the gate.
         y = (out + self.D.float().view(-1, 1, 1) * read["values"]).transpose(1, 2)
-        y = self.apply_gate(y, x).flatten(2)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
-        return y.unflatten(-1, (widths.heads, widths.dim)).to(x.dtype), new
+        y = self.apply_gate(y, x)
+        together = (-1,) if self.options.norm == "head" else (-2, -1)
+        y = y * torch.rsqrt(y.square().mean(together, keepdim=True) + self.options.eps)
+        y = y * self.norm.float().view(widths.heads, widths.dim)
+        return y.to(x.dtype), new

@@ -172,12 +172,19 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(math.prod(channels)))
 
     @staticmethod
-    def weights(name: str, channels: str, taps: int) -> dict[str, WeightSpec]:
-        """Parameter name -> WeightSpec; started as PyTorch starts a convolution."""
+    def weights(
+        name: str, channels: str, taps: int, identity: bool = False
+    ) -> dict[str, WeightSpec]:
+        """Parameter name -> WeightSpec.
+
+        Started as PyTorch starts a convolution; with `identity` the last tap alone is 1.
+        """
         start = f"uniform {taps**-0.5:.6g}"
         return {
-            f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=start),
-            f"{name}.bias": no_decay_weight(f"-> {channels}", start),
+            f"{name}.weight": WeightSpec(
+                f"{channels} {taps}", fresh="last_tap" if identity else start
+            ),
+            f"{name}.bias": no_decay_weight(f"-> {channels}", "zeros" if identity else start),
         }
 
     def forward(
