@@ -27,7 +27,7 @@ def export(
     Args:
         source: model directory or GGUF file
         out: directory to write
-        to: the target: granite_swa, or hf for the directory with regraft's code
+        to: the target: granite_swa, granite_hybrid, or hf for the directory with regraft's code
         no_check: do not compare the result with the model in plain transformers before it is put in
             place
         copy_code: also copy Python files beside the weights, which regraft never runs

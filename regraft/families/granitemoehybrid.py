@@ -4,6 +4,8 @@ softmax layers, and factors on embeddings, branches, scores and logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from .granite_swa import softmax_scale
 from .llama import DEFAULTS, LAYER, SIZES
@@ -29,6 +31,15 @@ def conv_channels(config: Config) -> int:
     """Channels of x, B and C, which go through the convolution."""
     inner = config["mamba_n_heads"] * config["mamba_d_head"]
     return int(inner + 2 * config["mamba_n_groups"] * config["mamba_d_state"])
+
+
+def read_limits(config: Config) -> dict[str, Any]:
+    """The limits of the steps, whose infinity transformers writes as {"__float__": "Infinity"}."""
+    limits = config.get("time_step_limit")
+    if not isinstance(limits, list):
+        return {}
+    numbers = [one["__float__"] if isinstance(one, dict) else one for one in limits]
+    return {"time_step_limit": [float(one) for one in numbers]}
 
 
 def mamba_parts() -> dict[str, Part]:
@@ -66,13 +77,20 @@ def parts() -> dict[str, Part]:
     bias, only = "attention_bias", is_softmax
     return {
         **{role: part for role, part in rows.items() if not role.startswith(("attn.", "mlp."))},
-        **linear("attn.q", f"{attention}.q_proj", "hidden -> kv group dim", bias=bias, in_layer=only),
+        **linear(
+            "attn.q", f"{attention}.q_proj", "hidden -> kv group dim", bias=bias, in_layer=only
+        ),
         **linear("attn.k", f"{attention}.k_proj", "hidden -> kv dim", bias=bias, in_layer=only),
         **linear("attn.v", f"{attention}.v_proj", "hidden -> kv dim", bias=bias, in_layer=only),
-        **linear("attn.o", f"{attention}.o_proj", "kv group dim -> hidden", bias=bias, in_layer=only),
+        **linear(
+            "attn.o", f"{attention}.o_proj", "kv group dim -> hidden", bias=bias, in_layer=only
+        ),
         **mamba_parts(),
         **linear(
-            "mlp.gate_up", f"{mlp}.input_linear", "hidden -> ffn + ffn", fused=("mlp.gate", "mlp.up")
+            "mlp.gate_up",
+            f"{mlp}.input_linear",
+            "hidden -> ffn + ffn",
+            fused=("mlp.gate", "mlp.up"),
         ),
         **linear("mlp.down", f"{mlp}.output_linear", "ffn -> hidden"),
         **norm("norm.final", "model.norm", writes="head"),
@@ -91,9 +109,7 @@ MAMBA_SIZES = (
 anatomy = Anatomy(
     family="granitemoehybrid",
     parts=parts(),
-    sizes=tuple(
-        ("shared_intermediate_size" if axes == "ffn" else key, axes) for key, axes in SIZES
-    )
+    sizes=tuple(("shared_intermediate_size" if axes == "ffn" else key, axes) for key, axes in SIZES)
     + MAMBA_SIZES,
     slot=f"{LAYER}.self_attn",
     defaults={
@@ -114,5 +130,6 @@ anatomy = Anatomy(
         "_conv_channels": conv_channels,
     },
     scale=softmax_scale,
+    rewrite=read_limits,
     served_only=True,
 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,10 @@ from .recurrence import chunked_flops
 from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, no_decay_weight
 
 EPS = 1e-5
+# Of the values before SiLU, which is nearly the identity so far from zero.
+SPREAD, OFFSET = 2.0, 8.0
+GATE = 3.0  # where silu is positive and nearly constant
+HALF_LIVES = (1.0, 4.0, 16.0, 64.0, 256.0, 2048.0)  # tokens
 UNIT_STEP = math.log(math.expm1(1.0))  # softplus of it is 1
 
 
@@ -36,6 +39,7 @@ class Mamba2Options(SsmOptions):
     eps: float = EPS
     # `paper`: convolutions and steps start random, as published. `identity`: convolutions pass
     # their input, steps have length 1 and read nothing, and nothing is added past the state (D).
+    # Calibration then makes of a norm per head a denominator (`Mamba2.fit_inputs`).
     start: Literal["paper", "identity"] = "paper"
 
 
@@ -141,6 +145,44 @@ class Mamba2(StateSpace):
         """Half-life at the initial steps = mean distance: A = ln 2 / (distance dt)."""
         step = F.softplus(self.dt.bias)
         self.A_log.copy_((torch.log(torch.tensor(2.0)) / distance.clamp(min=1.0) / step).log())
+
+    @property
+    def half_lives(self) -> Float[Tensor, "candidates states"] | None:
+        """Half-lives in tokens that calibration tries; None for steps that start at random."""
+        if self.options.start != "identity":
+            return None
+        tried = torch.tensor(HALF_LIVES, device=self.A_log.device)
+        return tried.unsqueeze(-1).expand(-1, self.widths.heads)
+
+    @torch.no_grad()
+    def set_half_lives(self, tokens: Float[Tensor, " states"]) -> None:
+        """A = ln 2 / (tokens dt), for the steps of an input of zero."""
+        self.A_log.copy_((math.log(2.0) / tokens / F.softplus(self.dt.bias)).log())
+
+    @torch.no_grad()
+    def fit_inputs(self, inputs: Float[Tensor, "rows hidden"]) -> None:
+        """Make the norm per head a denominator (this project), with start `identity`.
+
+        With a large c, silu(v + c) is about v + c, and the state gives sum_j w_j (v_j + c), which
+        is about c sum_j w_j in every channel. Its root mean square is that too: divided by it the
+        output is 1 + (a mean of the values, less its own mean over channels) / c. What the gate
+        multiplies a whole head by cancels, so it is the projection nearest to a constant.
+        """
+        if self.own or (self.options.start, self.options.norm) != ("identity", "head"):
+            return
+        rows = inputs.float()
+        values = self.v_proj(inputs).float().unflatten(-1, (self.widths.heads, self.widths.dim))
+        scale = SPREAD / values.square().mean((0, 2)).sqrt().clamp(min=1e-6)  # (heads,)
+        scale = scale.repeat_interleave(self.widths.dim)
+        self.v_proj.weight.mul_(scale.unsqueeze(-1).to(self.v_proj.weight.dtype))
+        if self.v_proj.bias is not None:
+            self.v_proj.bias.mul_(scale.to(self.v_proj.bias.dtype))
+        self.conv_x.bias.fill_(OFFSET)
+
+        gram = rows.T @ rows
+        gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        constant = torch.linalg.solve(gram, rows.sum(0))
+        self.gate.weight.copy_((GATE * constant).expand_as(self.gate.weight))
 
     def inputs(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, past: State

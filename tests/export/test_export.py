@@ -26,10 +26,12 @@ from regraft.mixers.remix import Remix
 from regraft.mixers.sink_window import SHUT
 
 DECODERS = [family for family in CONFIGS if family not in ARCHITECTURES]
+EPS = 1e-6  # of the norms of the tiny models
 STUDENTS: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "stock": lambda source: source,
     "grown": lambda source: Deepen(layers=5)(source),
     "window-no-sinks": Remix("window", "1", window=8, sinks=0),
+    "mamba2-own": Remix("mamba2", "1", window=0, options={"eps": EPS, "head_dim": 6}),
     "all-replaced": Remix("sink_window", "none", window=8),
     **REMIXES,
 }
@@ -39,8 +41,17 @@ HELD = {
         {"llama", "mistral", "ministral", "qwen2", "phi3"},
         {"stock", "grown", "window-no-sinks", "all-replaced", "sink_window"},
     ),
+    "granite_hybrid": (
+        {"llama", "mistral", "ministral", "qwen2", "phi3"},
+        {"stock", "grown", "mamba2-heads", "mamba2-own"},
+    ),
     "hf": (set(DECODERS), set(STUDENTS)),
 }
+# Layers that are kept slide, which a layer of Granite hybrid does not.
+SLIDING = {
+    ("granite_hybrid", "mistral", student)
+    for student in ("stock", "grown", "mamba2-heads", "mamba2-own")
+} | {("granite_hybrid", "ministral", student) for student in ("stock", "grown")}
 # Layers that are kept slide with another window than those that were replaced.
 TWO_WINDOWS = {
     ("mistral", "window-no-sinks"),
@@ -90,7 +101,10 @@ def test_exported_and_equal_or_refused(family: str, sources: dict[str, Checkpoin
         for target, (families, students) in HELD.items():
             misfits = find_target(target).find_misfits(config)
             held = family in families and name in students
-            held &= target == "hf" or (family, name) not in TWO_WINDOWS
+            held &= target != "granite_swa" or (family, name) not in TWO_WINDOWS
+            held &= (target, family, name) not in SLIDING
+            if target == "granite_hybrid" and name.startswith("mamba2"):
+                held &= source.anatomy.fill_defaults(source.config).get(source.anatomy.eps) == EPS
             assert held == (not misfits), (family, name, misfits)
             assert all("\n" not in line and len(line) > 20 for line in misfits)
             if held and target != "hf":  # which is the model itself
@@ -98,6 +112,55 @@ def test_exported_and_equal_or_refused(family: str, sources: dict[str, Checkpoin
                 after = Export(target)(made)
                 assert difference(made, after) < equality.BOUND, (family, name)
                 assert after.history[-1]["step"] == "Export"
+
+
+@pytest.mark.parametrize(
+    "keys", [{"heads": 4, "kv": 2, "dim": 6}, {"attention_bias": True}], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"conv": 2}], ids=str)
+def test_a_hybrid_with_dead_heads_and_biases(
+    keys: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """What `--for` chooses fits; the stock class is loaded, generates and is read again."""
+    tiny("llama", **keys)[1].save_pretrained(tmp_path / "source")
+    source = Checkpoint.open(tmp_path / "source")
+    chosen = find_target("granite_hybrid").build_remix(source.config)
+    made = Remix(**chosen | {"options": chosen["options"] | options}, keep="1")(source)
+    found = write_export(made, "granite_hybrid", tmp_path / "out")
+    assert found and found["loaded"] == "GraniteMoeHybridForCausalLM"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert model.config.mamba_expand == 2 and model.config.mamba_n_heads * made.sizes["dim"] == 72
+    model.save_pretrained(tmp_path / "again")
+    again = modeling.materialize(Checkpoint.open(tmp_path / "again"))
+    ids = tokens(2, 50)
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+HYBRID_REFUSED = [
+    (Remix("mamba2", "none", window=0), "no layer is full"),
+    (Remix("mamba2", "1", window=0), "adds 1e-05, the class the same .* 1e-06"),
+    (Remix("mamba2", "1", window=0, options={"layout": "attention"}), "a norm per head"),
+    (Remix("mamba2", "1", window=0, options={"norm": "head"}), "one norm: .*all"),
+    (Remix("retnet", "1", window=0), "mixer retnet, .*SiLU acts on queries"),
+    (Remix("mamba2", "1", window=4, options={"layout": "attention"}), "mamba2 beside a window"),
+]
+
+
+@pytest.mark.parametrize(("remix", "reason"), HYBRID_REFUSED, ids=str)
+def test_a_hybrid_says_what_does_not_fit(
+    remix: Remix, reason: str, sources: dict[str, Checkpoint]
+) -> None:
+    with pytest.raises(RegraftError, match=reason):
+        Export("granite_hybrid")(remix(sources["llama"]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_hybrid_in_short_floats(dtype: str, sources: dict[str, Checkpoint]) -> None:
+    source = cast_checkpoint(sources["llama"], dtype)
+    made = Remix(**find_target("granite_hybrid").build_remix(source.config), keep="1")(source)
+    after = Export("granite_hybrid")(made)
+    assert {str(one.dtype) for one in after.tensors.values()} == {f"torch.{dtype}"}
+    assert difference(made, after) < equality.BOUND
 
 
 def test_every_target_is_tested(sources: dict[str, Checkpoint]) -> None:
@@ -246,7 +309,7 @@ def test_every_target_says_whether_it_holds_a_model(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = as_json(capsys, "export", str(folders / "source"))
-    assert found == {"targets": {"granite_swa": [], "hf": []}}
+    assert found == {"targets": {name: [] for name in HELD}}
     tiny("qwen3")[1].save_pretrained(folders / "qwen3")
     found = as_json(capsys, "export", str(folders / "qwen3"))
     assert "q_norm" in found["targets"]["granite_swa"][0] and not found["targets"]["hf"]
@@ -265,7 +328,7 @@ def test_plan_says_it_before_training(folders: Path, capsys: pytest.CaptureFixtu
 def test_bad_input_is_one_line(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = str(folders / "source"), str(folders / "nothing")
     export = ("export", source, out, "--to")
-    assert "use one of granite_swa, hf" in refused(capsys, *export, "granite")
+    assert f"use one of {', '.join(HELD)}" in refused(capsys, *export, "granite")
     assert "give --to with one of" in refused(capsys, "export", source, out)
     (folders / "there").mkdir()
     assert "exists: " in refused(capsys, "export", source, folders / "there", "--to", "hf")

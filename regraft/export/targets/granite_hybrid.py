@@ -65,7 +65,9 @@ def find_layer_misfits(config: Config) -> list[str]:
                 " granite_swa, or replace that layer with --keep"
             ]
         if spec and spec["name"] != Mamba2.name:
-            inner = f" ({spec['linear']['name']} beside a window)" if spec["name"] == "gated" else ""
+            inner = (
+                f" ({spec['linear']['name']} beside a window)" if spec["name"] == "gated" else ""
+            )
             return [f"layer {layer} has the mixer {spec['name']}{inner}, {OTHER}"]
 
     made = [spec for spec in specs if spec]
