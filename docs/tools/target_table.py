@@ -18,6 +18,9 @@ SHOWN: dict[str, Remix] = {
     "gated": Remix(keep="none"),
     "window": Remix("window", "none"),
     "window, `--sinks 0`": Remix("window", "none", sinks=0),
+    "mamba2, `--for granite_hybrid`": Remix(
+        **find_target("granite_hybrid").build_remix(tiny_source("llama").config), keep="0"
+    ),
 }
 
 
