@@ -20,6 +20,7 @@ SHOWN: dict[str, Remix] = {
     "gated": Remix(keep="none"),
     "window": Remix("window", "none"),
     "window, `--sinks 0`": Remix("window", "none", sinks=0),
+    "mamba2, `--for granite_hybrid`": Remix(**find_target("granite_hybrid").remix, keep="0"),
 }
 
 

@@ -33,9 +33,9 @@ def export(
     Args:
         source: model directory or GGUF file
         out: directory to write
-        to: the target: granite_swa, qwen3_5, gguf for llama.cpp, or hf for the directory with regraft's
-            code; without it the stock class that holds the model, with model-q8_0.gguf beside it
-            where llama.cpp holds it
+        to: the target: granite_swa, qwen3_5, granite_hybrid, gguf for llama.cpp, or hf for the
+            directory with regraft's code; without it the stock class that holds the model, with
+            model-q8_0.gguf beside it where llama.cpp holds it
         quantize: also write model-QUANTIZE.gguf: q8_0, or q4_k_m where llama.cpp is installed
         no_check: do not compare the result with the model in plain transformers before it is put in
             place

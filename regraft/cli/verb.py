@@ -190,9 +190,11 @@ def remix_changes(given: Mapping[str, Any]) -> dict[str, Any]:
         name: given[name] for name in ("mixer", "keep", "window", "sinks", "options", "inherit")
     }
     if given["for_"]:
-        for name, value in find_target(given["for_"]).remix.items():
-            if name == "options":  # those that were given stand before the target's
-                changes[name] = {**value, **(changes[name] or {})}
+        wanted = find_target(given["for_"]).remix
+        own_mixer = changes["mixer"] in (None, wanted.get("mixer"))
+        for name, value in wanted.items():
+            if name == "options":  # of its mixer; those that were given stand before the target's
+                changes[name] = {**value, **(changes[name] or {})} if own_mixer else changes[name]
             elif changes[name] is None:
                 changes[name] = value
     kind = mixer_class(changes["mixer"]) if changes["mixer"] else None

@@ -45,7 +45,7 @@ class ExportTarget:
 
 
 # Targets with a class of transformers for linearized models, the preferred one first.
-STOCK = ("granite_swa",)
+STOCK = ("granite_swa", "granite_hybrid", "qwen3_5")
 
 
 def find_stock_target(config: Config) -> str:

@@ -276,6 +276,13 @@ class Mixer(nn.Module):
             entropy: of each head's attention, in [0, 1].
         """
 
+    def fit_inputs(self, inputs: Float[Tensor, "rows hidden"]) -> None:
+        """Set what the layer's inputs alone decide; does nothing by default.
+
+        Args:
+            inputs: what the layer got, one row per token.
+        """
+
     @torch.no_grad()
     def fold_heads(self, maps: Float[Tensor, "heads dim dim"]) -> bool:
         """Fold a linear map of each head's output into the weights; False if it cannot be done.

@@ -129,7 +129,9 @@ class GatedDeltaNet(LinearAttention):
         for name, heads in zip("qkv", ("kv group", axes, axes), strict=True):
             if options.conv:
                 channels = f"{heads} dim"
-                table |= ShortConv.weights(f"conv_{name}", channels, options.conv, "last_tap")
+                table |= ShortConv.weights(
+                    f"conv_{name}", channels, options.conv, "last_tap", bias=False
+                )
         return table
 
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +18,30 @@ from .recurrence import chunked_flops
 from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, no_decay_weight
 
 EPS = 1e-5
+# Of the values before SiLU, which is nearly the identity so far from zero.
+SPREAD, OFFSET = 2.0, 8.0
+GATE = 3.0  # where silu is positive and nearly constant
+HALF_LIVES = (1.0, 4.0, 16.0, 64.0, 256.0, 2048.0)  # tokens
+UNIT_STEP = math.log(math.expm1(1.0))  # softplus of it is 1
 
 
 @dataclass(frozen=True)
 class Mamba2Options(SsmOptions):
-    """As `SsmOptions`, and the width of a head."""
+    """As `SsmOptions`, the width of a head, the norm and the start."""
 
     state: int = 128
     # Channels of a head in layout `own`; as wide as the source's heads by default.
     head_dim: int | None = None
+    # Channels that the norm takes together: `all`, or those of each `head`, as in a stock Mamba-2
+    # layer whose heads have B and C of their own (layout `attention`).
+    norm: Literal["all", "head"] = "all"
+    # Added to the mean square in the norm; `source`: what the source's norms add, which stock
+    # classes add to all of theirs.
+    eps: float | Literal["source"] = EPS
+    # `paper`: convolutions and steps start random, as published. `identity`: convolutions pass
+    # their input, steps have length 1 and read nothing, and nothing is added past the state (D).
+    # Calibration then makes of a norm per head a denominator (`Mamba2.fit_inputs`).
+    start: Literal["paper", "identity"] = "paper"
 
 
 class Mamba2(StateSpace):
@@ -34,6 +51,9 @@ class Mamba2(StateSpace):
     convolution and SiLU; per head A = -exp(A_log) with -A started uniform on (1, 16), D at one and
     dt = softplus(W x_t + b), b started so that dt is log-uniform on (0.001, 0.1). The output is the
     RMS norm of y times silu(gate), with a gain. In layout `own` all heads share B and C.
+
+    Deviation: option `norm` makes it a norm per head, as the paper's does under tensor parallelism
+    (section 8.1).
     """
 
     name = "mamba2"
@@ -94,14 +114,21 @@ class Mamba2(StateSpace):
         if options.layout == "own":
             for name in "bc":
                 table[f"{name}.weight"] = dense_weight("hidden", widths.keys, attention.hidden)
+        identity = options.start == "identity"
+        begin = "last_tap" if identity else None
         for name, axes in (("x", widths.channels), ("b", widths.keys), ("c", widths.keys)):
-            table |= ShortConv.weights(f"conv_{name}", axes, options.conv)
+            table |= ShortConv.weights(f"conv_{name}", axes, options.conv, begin)
 
+        step = dense_weight("hidden", widths.head, attention.hidden)
         return table | {
-            "dt.weight": dense_weight("hidden", widths.head, attention.hidden),
-            "dt.bias": no_decay_weight(f"-> {widths.head}", DT_INIT),
-            "A_log": no_decay_weight(f"-> {widths.head}", "log_uniform 1 16"),
-            "D": no_decay_weight(f"-> {widths.head}", "ones"),
+            "dt.weight": replace(step, fresh="zeros") if identity else step,
+            "dt.bias": no_decay_weight(
+                f"-> {widths.head}", f"constant {UNIT_STEP!r}" if identity else DT_INIT
+            ),
+            "A_log": no_decay_weight(
+                f"-> {widths.head}", "constant -3" if identity else "log_uniform 1 16"
+            ),
+            "D": no_decay_weight(f"-> {widths.head}", "zeros" if identity else "ones"),
             "norm": no_decay_weight(f"gain {widths.channels}", "ones"),
         }
 
@@ -120,6 +147,45 @@ class Mamba2(StateSpace):
         """Half-life at the initial steps = mean distance: A = ln 2 / (distance dt)."""
         step = F.softplus(self.dt.bias)
         self.A_log.copy_((torch.log(torch.tensor(2.0)) / distance.clamp(min=1.0) / step).log())
+
+    @property
+    def half_lives(self) -> Float[Tensor, "candidates states"] | None:
+        """Half-lives in tokens that calibration tries; None for steps that start at random."""
+        if self.options.start != "identity":
+            return None
+        tried = torch.tensor(HALF_LIVES, device=self.A_log.device)
+        return tried.unsqueeze(-1).expand(-1, self.widths.heads)
+
+    @torch.no_grad()
+    def set_half_lives(self, tokens: Float[Tensor, " states"]) -> None:
+        """A = ln 2 / (tokens dt), for the steps of an input of zero."""
+        self.A_log.copy_((math.log(2.0) / tokens / F.softplus(self.dt.bias)).log())
+
+    @torch.no_grad()
+    def fit_inputs(self, inputs: Float[Tensor, "rows hidden"]) -> None:
+        """Make the norm per head a denominator (this project), with start `identity`.
+
+        With a large c, silu(v + c) is about v + c, and the state gives sum_j w_j (v_j + c), which
+        is about c sum_j w_j in every channel. Its root mean square is that too: divided by it the
+        output is 1 + (a mean of the values, less its own mean over channels) / c. What the gate
+        multiplies a whole head by cancels, so it is the projection nearest to a constant.
+        """
+        if self.own or (self.options.start, self.options.norm) != ("identity", "head"):
+            return
+        rows = inputs.float()
+        values = self.v_proj(inputs).float().unflatten(-1, (self.widths.heads, self.widths.dim))
+        scale = SPREAD / values.square().mean((0, 2)).sqrt().clamp(min=1e-6)  # (heads,)
+        scale = scale.repeat_interleave(self.widths.dim)
+        self.v_proj.weight.mul_(scale.unsqueeze(-1).to(self.v_proj.weight.dtype))
+        if self.v_proj.bias is not None:
+            self.v_proj.bias.mul_(scale.to(self.v_proj.bias.dtype))
+        assert self.conv_x.bias is not None
+        self.conv_x.bias.fill_(OFFSET)
+
+        gram = rows.T @ rows
+        gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        constant = torch.linalg.solve(gram, rows.sum(0))
+        self.gate.weight.copy_((GATE * constant).expand_as(self.gate.weight))
 
     def inputs(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, past: State
@@ -172,8 +238,10 @@ class Mamba2(StateSpace):
         b, v, g = mask_padding(mixing.valid, read["k"], read["dt"] * read["values"], read["g"])
         out, new["matrix"] = recur(read["q"], b, v, g, None, mixing.segments, past.get("matrix"))
 
-        # One norm over all channels, after the gate.
+        # The norm comes after the gate.
         y = (out + self.D.float().view(-1, 1, 1) * read["values"]).transpose(1, 2)
-        y = self.apply_gate(y, x).flatten(2)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
-        return y.unflatten(-1, (widths.heads, widths.dim)).to(x.dtype), new
+        y = self.apply_gate(y, x)
+        together = (-1,) if self.options.norm == "head" else (-2, -1)
+        y = y * torch.rsqrt(y.square().mean(together, keepdim=True) + float(self.options.eps))
+        y = y * self.norm.float().view(widths.heads, widths.dim)
+        return y.to(x.dtype), new

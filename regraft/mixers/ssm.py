@@ -173,7 +173,7 @@ class ShortConv(nn.Module):
 
     @staticmethod
     def weights(
-        name: str, channels: str, taps: int, start: str | None = None
+        name: str, channels: str, taps: int, start: str | None = None, bias: bool = True
     ) -> dict[str, WeightSpec]:
         """Parameter name -> WeightSpec.
 
@@ -181,15 +181,19 @@ class ShortConv(nn.Module):
             name: of the convolution.
             channels: their named axes.
             taps: of the convolution.
-            start: initial value of the weight of one without a bias; None: with a bias, started as
-                PyTorch starts a convolution.
+            start: initial value of the weight, whose bias starts at zero; None: as PyTorch starts a
+                convolution.
+            bias: whether there is one.
         """
-        if start is not None:
-            return {f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=start, decay=False)}
         usual = f"uniform {taps**-0.5:.6g}"
+        weight = WeightSpec(f"{channels} {taps}", fresh=start or usual, decay=start is None)
         return {
-            f"{name}.weight": WeightSpec(f"{channels} {taps}", fresh=usual),
-            f"{name}.bias": no_decay_weight(f"-> {channels}", usual),
+            f"{name}.weight": weight,
+            **(
+                {f"{name}.bias": no_decay_weight(f"-> {channels}", "zeros" if start else usual)}
+                if bias
+                else {}
+            ),
         }
 
     def forward(

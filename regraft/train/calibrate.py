@@ -420,6 +420,8 @@ def calibrate_layer(
     entropy = torch.stack([seen.entropy.mean((0, 2)) for _, seen in pairs]).mean(0)
     distance = summed / mass.clamp(min=1e-6)
 
+    linear.fit_inputs(torch.cat([record.inputs.flatten(0, 1) for record in records]))
+
     # Gates first: the value maps are fitted to the outputs that they give.
     linear.start_gates(distance.clamp(min=1.0), entropy.clamp(0, 1))
     if isinstance(linear, LinearAttention) and linear.normed_gate:

@@ -33,6 +33,7 @@ STUDENTS: dict[str, Callable[[Checkpoint], Checkpoint]] = {
     "stock": lambda source: source,
     "grown": lambda source: Deepen(layers=5)(source),
     "window-no-sinks": Remix("window", "1", window=8, sinks=0),
+    "mamba2-own": Remix("mamba2", "1", window=0, options={"eps": "source", "head_dim": 6}),
     "all-replaced": Remix("sink_window", "none", window=8),
     "grouped-delta": Remix("gated_deltanet", "1", window=0, options=GROUPED),
     "all-delta": Remix("gated_deltanet", "none", window=0, options=DELTA),
@@ -43,6 +44,10 @@ HELD = {
     "granite_swa": (
         {"llama", "mistral", "ministral", "qwen2", "phi3"},
         {"stock", "grown", "window-no-sinks", "all-replaced", "sink_window"},
+    ),
+    "granite_hybrid": (
+        {"llama", "mistral", "ministral", "qwen2", "phi3"},
+        {"stock", "grown", "mamba2-heads", "mamba2-own"},
     ),
     "hf": (set(DECODERS), set(STUDENTS)),
     # Besides what granite_swa holds. llama.cpp has the others too, but not with heads that are
@@ -64,6 +69,12 @@ UNFIT = {
         for student in ("stock", "grown", "qwen3_5", "grouped-delta")
     ),
     *(("qwen3_5", "ministral", student) for student in ("stock", "grown")),
+    # Layers that are kept slide, which a layer of Granite hybrid does not.
+    *(
+        ("granite_hybrid", "mistral", student)
+        for student in ("stock", "grown", "mamba2-heads", "mamba2-own")
+    ),
+    *(("granite_hybrid", "ministral", student) for student in ("stock", "grown")),
 }
 
 
@@ -122,6 +133,55 @@ def test_exported_and_equal_or_refused(family: str, sources: dict[str, Checkpoin
                 after = Export(target)(made)
                 assert difference(made, after) < equality.BOUND, (family, name)
                 assert after is made or after.history[-1]["step"] == "Export"
+
+
+@pytest.mark.parametrize(
+    "keys", [{"heads": 4, "kv": 2, "dim": 6}, {"attention_bias": True}], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"conv": 2}], ids=str)
+def test_a_hybrid_with_dead_heads_and_biases(
+    keys: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """What `--for` chooses fits; the stock class is loaded, generates and is read again."""
+    tiny("llama", **keys)[1].save_pretrained(tmp_path / "source")
+    source = Checkpoint.open(tmp_path / "source")
+    chosen = find_target("granite_hybrid").remix
+    made = Remix(**chosen | {"options": chosen["options"] | options}, keep="1")(source)
+    found = write_export(made, "granite_hybrid", tmp_path / "out")
+    assert found and found["loaded"] == "GraniteMoeHybridForCausalLM"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert model.config.mamba_expand == 2 and model.config.mamba_n_heads * made.sizes["dim"] == 72
+    model.save_pretrained(tmp_path / "again")
+    again = modeling.materialize(Checkpoint.open(tmp_path / "again"))
+    ids = tokens(2, 50)
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+HYBRID_REFUSED = [
+    (Remix("mamba2", "none", window=0), "no layer is full"),
+    (Remix("mamba2", "1", window=0), "adds 1e-05, the class the same .* 1e-06"),
+    (Remix("mamba2", "1", window=0, options={"layout": "attention"}), "a norm per head"),
+    (Remix("mamba2", "1", window=0, options={"norm": "head"}), "one norm: .*all"),
+    (Remix("retnet", "1", window=0), "mixer retnet, .*SiLU acts on queries"),
+    (Remix("mamba2", "1", window=4, options={"layout": "attention"}), "mamba2 beside a window"),
+]
+
+
+@pytest.mark.parametrize(("remix", "reason"), HYBRID_REFUSED, ids=str)
+def test_a_hybrid_says_what_does_not_fit(
+    remix: Remix, reason: str, sources: dict[str, Checkpoint]
+) -> None:
+    with pytest.raises(RegraftError, match=reason):
+        Export("granite_hybrid")(remix(sources["llama"]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_hybrid_in_short_floats(dtype: str, sources: dict[str, Checkpoint]) -> None:
+    source = cast_checkpoint(sources["llama"], dtype)
+    made = Remix(**find_target("granite_hybrid").remix, keep="1")(source)
+    after = Export("granite_hybrid")(made)
+    assert {str(one.dtype) for one in after.tensors.values()} == {f"torch.{dtype}"}
+    assert difference(made, after) < equality.BOUND
 
 
 def test_every_target_is_tested(sources: dict[str, Checkpoint]) -> None:
@@ -289,7 +349,7 @@ def test_plan_says_it_before_training(folders: Path, capsys: pytest.CaptureFixtu
 def test_bad_input_is_one_line(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = str(folders / "source"), str(folders / "nothing")
     export = ("export", source, out, "--to")
-    assert "use one of gguf, granite_swa, hf" in refused(capsys, *export, "granite")
+    assert f"use one of {', '.join(list_targets())}" in refused(capsys, *export, "granite")
     (folders / "there").mkdir()
     assert "exists: " in refused(capsys, "export", source, folders / "there", "--to", "hf")
     linearize = ("linearize", source, out, "--for", "granite_swa")

@@ -23,6 +23,12 @@ REMIXES = {
     "rwkv6": Remix("rwkv6", "none", window=0),
     "mamba": Remix("mamba", "none", window=0),
     "mamba2": Remix("mamba2", "none", window=0),
+    "mamba2-heads": Remix(
+        "mamba2",
+        "1",
+        window=0,
+        options={"layout": "attention", "norm": "head", "start": "identity", "eps": "source"},
+    ),
     "lolcats": Remix("lolcats", "none", window=0, options={"window": 8}),
 }
 # The other mixers beside a window.

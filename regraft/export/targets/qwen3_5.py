@@ -376,5 +376,6 @@ target = ExportTarget(
     loads="Qwen3_5ForCausalLM of transformers",
     find_misfits=find_misfits,
     convert=convert,
+    build_config=build_config,
     remix={"mixer": GatedDeltaNet.name, "window": 0, "sinks": 0, "options": OPTIONS},
 )

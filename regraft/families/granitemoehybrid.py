@@ -1,0 +1,135 @@
+"""Granite hybrid (IBM, 2025) without experts: Llama with Mamba-2 layers in the place of some
+softmax layers, and factors on embeddings, branches, scores and logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from .granite_swa import softmax_scale
+from .llama import DEFAULTS, LAYER, SIZES
+from .llama import parts as llama_parts
+
+MAMBA = f"{LAYER}.mamba"
+# `layer_types` of today's class, then of older releases.
+LINEAR = ("linear_attention", "mamba")
+
+
+def is_linear(config: Config, layer: int) -> bool:
+    """Whether a layer is a Mamba-2 layer."""
+    types = config["layer_types"]
+    return layer >= len(types) or types[layer] in LINEAR
+
+
+def is_softmax(config: Config, layer: int) -> bool:
+    """Whether a layer is a softmax layer."""
+    return not is_linear(config, layer)
+
+
+def conv_channels(config: Config) -> int:
+    """Channels of x, B and C, which go through the convolution."""
+    inner = config["mamba_n_heads"] * config["mamba_d_head"]
+    return int(inner + 2 * config["mamba_n_groups"] * config["mamba_d_state"])
+
+
+def read_limits(config: Config) -> dict[str, Any]:
+    """The limits of the steps, whose infinity transformers writes as {"__float__": "Infinity"}."""
+    limits = config.get("time_step_limit")
+    if not isinstance(limits, list):
+        return {}
+    numbers = [one["__float__"] if isinstance(one, dict) else one for one in limits]
+    return {"time_step_limit": [float(one) for one in numbers]}
+
+
+def mamba_parts() -> dict[str, Part]:
+    """What a Mamba-2 layer has: gate, x, B, C and dt of the input in one matrix."""
+    inner, keys = "ssm_head ssm_dim", "ssm_group ssm_state"
+    maps = ("mamba.gate", "mamba.x", "mamba.b", "mamba.c", "mamba.dt")
+    outputs = f"{inner} + {inner} + {keys} + {keys} + ssm_head"
+    rows = {
+        **linear(
+            "mamba.in", f"{MAMBA}.in_proj", f"hidden -> {outputs}", bias="mamba_proj_bias",
+            fused=maps, in_layer=is_linear,
+        ),
+        **linear(
+            "mamba.o", f"{MAMBA}.out_proj", f"{inner} -> hidden", bias="mamba_proj_bias",
+            in_layer=is_linear,
+        ),
+    }  # fmt: skip
+    plain = {
+        "conv.weight": ("conv1d.weight", "ssm_conv one tap", None),
+        "conv.bias": ("conv1d.bias", "-> ssm_conv", "mamba_conv_bias"),
+        "dt_bias": ("dt_bias", "-> ssm_head", None),
+        "A_log": ("A_log", "-> ssm_head", None),
+        "D": ("D", "-> ssm_head", None),
+        "norm.weight": ("norm.weight", f"scale {inner}", None),
+    }
+    for role, (name, axes, when) in plain.items():
+        rows[f"mamba.{role}"] = Part(f"{MAMBA}.{name}", axes, when=when, in_layer=is_linear)
+    return rows
+
+
+def parts() -> dict[str, Part]:
+    """Llama's parts, softmax in some layers only, and the Mamba-2 layers."""
+    mlp, rows = f"{LAYER}.shared_mlp", llama_parts("attention_bias", "attention_bias", False)
+    attention = f"{LAYER}.self_attn"
+    bias, only = "attention_bias", is_softmax
+    return {
+        **{role: part for role, part in rows.items() if not role.startswith(("attn.", "mlp."))},
+        **linear(
+            "attn.q", f"{attention}.q_proj", "hidden -> kv group dim", bias=bias, in_layer=only
+        ),
+        **linear("attn.k", f"{attention}.k_proj", "hidden -> kv dim", bias=bias, in_layer=only),
+        **linear("attn.v", f"{attention}.v_proj", "hidden -> kv dim", bias=bias, in_layer=only),
+        **linear(
+            "attn.o", f"{attention}.o_proj", "kv group dim -> hidden", bias=bias, in_layer=only
+        ),
+        **mamba_parts(),
+        **linear(
+            "mlp.gate_up",
+            f"{mlp}.input_linear",
+            "hidden -> ffn + ffn",
+            fused=("mlp.gate", "mlp.up"),
+        ),
+        **linear("mlp.down", f"{mlp}.output_linear", "ffn -> hidden"),
+        **norm("norm.final", "model.norm", writes="head"),
+    }
+
+
+MAMBA_SIZES = (
+    ("mamba_n_heads", "ssm_head"),
+    ("mamba_d_head", "ssm_dim"),
+    ("mamba_n_groups", "ssm_group"),
+    ("mamba_d_state", "ssm_state"),
+    ("mamba_d_conv", "tap"),
+    ("_conv_channels", "ssm_conv"),
+)
+
+anatomy = Anatomy(
+    family="granitemoehybrid",
+    parts=parts(),
+    sizes=tuple(("shared_intermediate_size" if axes == "ffn" else key, axes) for key, axes in SIZES)
+    + MAMBA_SIZES,
+    slot=f"{LAYER}.self_attn",
+    defaults={
+        **DEFAULTS,
+        "shared_intermediate_size": 1024,
+        "attention_bias": False,
+        "attention_multiplier": 1.0,
+        "layer_types": (),
+        "mamba_n_heads": 128,
+        "mamba_d_head": lambda config: (
+            config.get("mamba_expand", 2) * config["hidden_size"] // config["mamba_n_heads"]
+        ),
+        "mamba_n_groups": 1,
+        "mamba_d_state": 256,
+        "mamba_d_conv": 4,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "_conv_channels": conv_channels,
+    },
+    scale=softmax_scale,
+    rewrite=read_limits,
+    served_only=True,
+)
