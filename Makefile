@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-wheel interop serve-test lint format demo docs clean
+.PHONY: test test-wheel interop serve-test serve-test-vllm lint format demo docs clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -22,6 +22,10 @@ interop: .venv/.interop
 # With llama.cpp, which is built once into .cache/wheels: 10 to 20 minutes of two cores, cmake and a compiler of C++.
 serve-test: .venv/.serve
 	$(BIN)/python -m pytest tests/serve
+
+# vLLM on a processor, in an environment of its own (3.4 GB): what it computes against transformers.
+serve-test-vllm: .venv/.ready .venv-vllm/.ready
+	$(BIN)/python -m pytest -n0 tests/serve_vllm
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -61,5 +65,12 @@ WHEELS := .cache/wheels
 	$(BIN)/python -m pip install -c constraints.txt --find-links $(WHEELS) -e ".[serve]"
 	touch $@
 
+.venv-vllm/.ready: tests/serve_vllm/requirements.txt
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	(.venv-vllm/bin/python -m pip install $(TORCH_ARGS) -c $< torch && .venv-vllm/bin/python -m pip install --no-deps -r $<) \
+	  || (echo "make serve-test-vllm: vLLM for a processor does not install here; pip says why above"; exit 1)
+	touch $@
+
 clean:
-	rm -rf .venv .cache demo-out site
+	rm -rf .venv .venv-vllm .cache demo-out site

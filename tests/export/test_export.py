@@ -148,7 +148,7 @@ def test_a_hybrid_with_dead_heads_and_biases(
     chosen = find_target("granite_hybrid").remix
     made = Remix(**chosen | {"options": chosen["options"] | options}, keep="1")(source)
     found = write_export(made, "granite_hybrid", tmp_path / "out")
-    assert found and found["loaded"] == "GraniteMoeHybridForCausalLM"
+    assert found["stock"]["loaded"] == "GraniteMoeHybridForCausalLM"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert model.config.mamba_expand == 2 and model.config.mamba_n_heads * made.sizes["dim"] == 72
     model.save_pretrained(tmp_path / "again")

@@ -162,6 +162,7 @@ def build_config(config: Config) -> dict[str, Any]:
     }
     wide = widen_heads(Attention(**attention))
     heads = attention["kv"] * attention["group"]
+    biases = bool(attention["qkv_bias"] or attention["o_bias"] or wide.constant)
     taps = [GatedDeltaNet.parse(spec).conv for spec in specs if spec]
     return {
         **shared,
@@ -171,7 +172,8 @@ def build_config(config: Config) -> dict[str, Any]:
         "rope_parameters": build_rope(stock.rope_parameters, wide),
         "head_dim": wide.width,
         "num_key_value_heads": attention["kv"],
-        "attention_bias": bool(attention["qkv_bias"] or attention["o_bias"] or wide.constant),
+        "attention_bias": biases,
+        "qkv_bias": biases,  # the same for vLLM (0.32), which reads this key alone
         "layer_types": [LINEAR if spec else FULL for spec in specs],
         "linear_num_key_heads": heads,
         "linear_num_value_heads": heads,
