@@ -27,7 +27,6 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # gate candidates: these shares of the far
 GATE_RANGE = (0.01, 0.9)  # targets of the gate, so that its logit stays finite
 SIZE_RANGE = (0.02, 4.0)  # of a head's output, as a share of its mean
 NEWTON = 20  # steps
-
 CALIBRATED_TOGETHER = 1024  # tokens of a batch, where rows are not longer
 
 
@@ -309,8 +308,7 @@ def solve_value_maps(
             gate = gate.transpose(1, 2).unsqueeze(-1)
             problem.add(*_group_heads(maps, gate * out, seen.heads - (1 - gate) * window))
 
-    # Averages of values, as the teacher's outputs are too, are drawn to what they are: maps to
-    # the identity. Others are drawn to zero.
+    # Averages of values, as the teacher's outputs are too, are drawn to the identity, else to zero.
     solved = [problem.solve(prior=float(linear.denominator)) for problem in problems]
     if not (linear.values_are_linear or hasattr(linear, "o_proj")):
         # Nothing can take a map (a branch with a norm): its error is that without one.
