@@ -15,14 +15,20 @@ from torch import Tensor
 
 from ...core.anatomy import Config, Key, PlacedPart, find_anatomy
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
-from ...core.stock_config import config_class, read_stock_config
+from ...core.stock_config import read_stock_config
 from ...families.granitemoehybrid import anatomy as granite
 from ...mixers.base import Attention
 from ...mixers.mamba2 import Mamba2, Mamba2Options
 from ...mixers.source_windows import source_windows
+from ..conversion import (
+    build_checkpoint,
+    carry_keys,
+    find_own,
+    find_unread_keys,
+    mixers_of,
+)
 from ..llama_shape import find_differences
 from ..target import ExportTarget
-from .granite_swa import ACCOUNTED, TAKEN, find_own, find_unread_keys, mixers_of
 
 FULL, LINEAR = "full_attention", "linear_attention"
 OTHER = (
@@ -156,23 +162,11 @@ def build_config(config: Config) -> dict[str, Any]:
     anatomy = find_anatomy(config)
     host, host_config = anatomy.host(config), anatomy.host_config(config)
     stock, roles = read_stock_config(host_config, host), host.attention(host_config, 0)
-    base, usual = config_class(None)(), type(stock)()
-    # Keys that every class takes, and those that none reads, stay as they are.
-    shared = {
-        key: value
-        for key, value in host_config.items()
-        if key not in (*TAKEN, *ACCOUNTED) and (hasattr(base, key) or not hasattr(usual, key))
-    }
     return {
-        **shared,
-        "model_type": granite.family,
-        "architectures": ["GraniteMoeHybridForCausalLM"],
-        **{key: getattr(stock, key) for key in TAKEN if hasattr(stock, key)},
+        **carry_keys(config, granite, "GraniteMoeHybridForCausalLM"),
         "shared_intermediate_size": stock.intermediate_size,
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
-        "head_dim": roles["dim"],
-        "num_key_value_heads": roles["kv"],
         "attention_bias": roles["qkv_bias"] or roles["o_bias"],
         "position_embedding_type": "rope",
         "attention_multiplier": roles["scale"],
@@ -181,28 +175,14 @@ def build_config(config: Config) -> dict[str, Any]:
         "logits_scaling": 1.0,
         "layer_types": [LINEAR if spec else FULL for spec in mixers_of(config)],
         **mamba_keys(config),
-        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
     }
 
 
 def convert(checkpoint: Checkpoint) -> Checkpoint:
     """The model as one of the class."""
     config = build_config(checkpoint.config)
-    placed = granite.place(config)
-    tensors = {key: build_tensor(checkpoint, config, key, part) for key, part in placed.items()}
-    return Checkpoint(
-        checkpoint.origin,
-        config,
-        granite,
-        granite.solve(config),
-        tensors,
-        {key: part.name for key, part in placed.items()},
-        checkpoint.folder,
-        checkpoint.dropped,
-        checkpoint.history,
-        in_memory=checkpoint.in_memory,
-        allow_nonfinite=checkpoint.allow_nonfinite,
-        copy_code=checkpoint.copy_code,
+    return build_checkpoint(
+        checkpoint, config, granite, lambda key, part: build_tensor(checkpoint, config, key, part)
     )
 
 

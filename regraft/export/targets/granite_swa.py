@@ -7,7 +7,6 @@ none; those that a layer lacks are zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,27 +14,24 @@ from torch import Tensor
 
 from ...core.anatomy import Config, Key, PlacedPart, find_anatomy
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
-from ...core.stock_config import config_class, read_stock_config
+from ...core.stock_config import read_stock_config
 from ...families.granite_swa import anatomy as granite
 from ...mixers.sink_window import SHUT
-from ...mixers.source_windows import KINDS, source_windows
+from ...mixers.source_windows import KINDS
 from ...mixers.window import WindowOptions
+from ..conversion import (
+    build_checkpoint,
+    carry_keys,
+    find_own,
+    find_unread_keys,
+    mixers_of,
+    windows_of,
+)
 from ..llama_shape import find_differences
 from ..target import ExportTarget
 
 FULL, SLIDING = KINDS
 SINKS = "attn.sinks.weight"
-# Keys of a Llama-shaped config that are written anew or taken over by name.
-TAKEN = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps
-    use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings rope_parameters
-    attention_dropout""".split()
-# What each of these says is in the layers' windows, parameters or rotary positions; or nothing of
-# today's classes reads it.
-ACCOUNTED = """model_type architectures auto_map attention_bias mlp_bias layer_types sliding_window
-    use_sliding_window max_window_layers rope_theta rope_scaling partial_rotary_factor
-    original_max_position_embeddings pretraining_tp dtype torch_dtype transformers_version
-    _name_or_path""".split()
 
 
 def find_misfits(config: Config) -> list[str]:
@@ -73,58 +69,16 @@ def find_window_misfits(config: Config) -> list[str]:
     ]
 
 
-def find_unread_keys(config: Config) -> list[str]:
-    """Settings of the source's class, away from their defaults, that this class does not have."""
-    anatomy = find_anatomy(config)
-    kind, base = config_class(anatomy.family), config_class(None)()
-    usual = kind()
-    return [
-        f"{key} is {value}, which the class does not read"
-        for key, value in config.items()
-        if key not in (*TAKEN, *ACCOUNTED)
-        and hasattr(usual, key)
-        and not hasattr(base, key)
-        and value != getattr(usual, key)
-    ][:1]
-
-
-def mixers_of(config: Config) -> list[dict[str, Any] | None]:
-    """The spec of each layer's mixer; None for a layer of the source."""
-    depth = find_anatomy(config).solve(config)["depth"]
-    specs: list[dict[str, Any] | None] = config.get("mixers") or [None] * depth
-    return specs
-
-
-def windows_of(config: Config) -> list[int | None]:
-    """How many tokens each layer sees; None: all."""
-    host = find_anatomy(config).host_config(config)
-    return [
-        spec.get("window", WindowOptions.window) if spec else width
-        for spec, width in zip(mixers_of(config), source_windows(host), strict=True)
-    ]
-
-
 def build_config(config: Config) -> dict[str, Any]:
     """config.json in the class's words."""
     anatomy = find_anatomy(config)
     host, host_config = anatomy.host(config), anatomy.host_config(config)
     stock, windows = read_stock_config(host_config, host), windows_of(config)
-    attention, base, usual = host.attention(host_config, 0), config_class(None)(), type(stock)()
-    # Keys that every class takes, and those that none reads, stay as they are.
-    shared = {
-        key: value
-        for key, value in host_config.items()
-        if key not in (*TAKEN, *ACCOUNTED) and (hasattr(base, key) or not hasattr(usual, key))
-    }
+    attention = host.attention(host_config, 0)
     # The class makes a mask of this width even where no layer slides.
     width = next((one for one in windows if one is not None), stock.max_position_embeddings)
     return {
-        **shared,
-        "model_type": granite.family,
-        "architectures": ["GraniteSWAForCausalLM"],
-        **{key: getattr(stock, key) for key in TAKEN if hasattr(stock, key)},
-        "head_dim": attention["dim"],
-        "num_key_value_heads": attention["kv"],
+        **carry_keys(config, granite, "GraniteSWAForCausalLM"),
         "attention_bias": True,
         "mlp_bias": any(
             role.startswith("mlp.") and role.endswith(".bias")
@@ -137,28 +91,14 @@ def build_config(config: Config) -> dict[str, Any]:
         "layer_types": [FULL if window is None else SLIDING for window in windows],
         "sliding_window": width,
         "layer_rope_theta": [stock.rope_parameters["rope_theta"]] * len(windows),
-        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
     }
 
 
 def convert(checkpoint: Checkpoint) -> Checkpoint:
     """The model as one of the class."""
     config = build_config(checkpoint.config)
-    placed = granite.place(config)
-    tensors = {key: build_tensor(checkpoint, key, part) for key, part in placed.items()}
-    return Checkpoint(
-        checkpoint.origin,
-        config,
-        granite,
-        granite.solve(config),
-        tensors,
-        {key: part.name for key, part in placed.items()},
-        checkpoint.folder,
-        checkpoint.dropped,
-        checkpoint.history,
-        in_memory=checkpoint.in_memory,
-        allow_nonfinite=checkpoint.allow_nonfinite,
-        copy_code=checkpoint.copy_code,
+    return build_checkpoint(
+        checkpoint, config, granite, lambda key, part: build_tensor(checkpoint, key, part)
     )
 
 
@@ -177,25 +117,6 @@ def build_tensor(checkpoint: Checkpoint, key: Key, placed: PlacedPart) -> LazyTe
     return LazyTensor(
         placed.shape, dtype, Provenance(kind, (), note), constant_reader(placed.shape, value, dtype)
     )
-
-
-def find_own(checkpoint: Checkpoint, role: str, layer: int | None) -> LazyTensor | None:
-    """The model's tensor of a role, alone or fused with others; None where it has none."""
-    spec = mixers_of(checkpoint.config)[layer] if layer is not None else None
-    if spec and role.startswith("attn."):
-        _, part, kind = role.split(".")
-        local = "sinks" if part == "sinks" else f"{part}_proj.{kind}"
-        return checkpoint.tensors.get((f"mixer.{local}", layer))
-    if (role, layer) in checkpoint.tensors:
-        return checkpoint.tensors[role, layer]
-    host = checkpoint.anatomy.host(checkpoint.config)
-    fused: Mapping[str, Any] = {
-        f"{name}.{whole.rpartition('.')[2]}": part
-        for whole, part in host.parts.items()
-        for name in part.fused
-        if (whole, layer) in checkpoint.tensors
-    }
-    return checkpoint[role, layer] if role in fused else None
 
 
 def constant_reader(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Any:

@@ -20,15 +20,22 @@ from torch import Tensor
 
 from ...core.anatomy import Config, Key, PlacedPart, find_anatomy
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
-from ...core.stock_config import config_class, read_stock_config
+from ...core.stock_config import read_stock_config
 from ...families.qwen3 import anatomy as qwen3
 from ...families.qwen3_5_text import FULL, LINEAR
 from ...families.qwen3_5_text import anatomy as qwen3_5
 from ...mixers.base import Attention
 from ...mixers.gated_deltanet import DeltaOptions, GatedDeltaNet
+from ..conversion import (
+    build_checkpoint,
+    carry_keys,
+    find_own,
+    find_unread_keys,
+    mixers_of,
+    windows_of,
+)
 from ..llama_shape import find_differences
 from ..target import ExportTarget
-from .granite_swa import ACCOUNTED, TAKEN, find_own, find_unread_keys, mixers_of, windows_of
 
 # Of `gated_deltanet`, as the class computes. Any `conv` of 1 or more and both values of `grouped`
 # are held too.
@@ -153,25 +160,15 @@ def build_config(config: Config) -> dict[str, Any]:
     anatomy = find_anatomy(config)
     host, host_config = anatomy.host(config), anatomy.host_config(config)
     stock, specs = read_stock_config(host_config, host), mixers_of(config)
-    attention, base, usual = host.attention(host_config, 0), config_class(None)(), type(stock)()
-    # Keys that every class takes, and those that none reads, stay as they are.
-    shared = {
-        key: value
-        for key, value in host_config.items()
-        if key not in (*TAKEN, *ACCOUNTED) and (hasattr(base, key) or not hasattr(usual, key))
-    }
+    attention = host.attention(host_config, 0)
     wide = widen_heads(Attention(**attention))
     heads = attention["kv"] * attention["group"]
     biases = bool(attention["qkv_bias"] or attention["o_bias"] or wide.constant)
     taps = [GatedDeltaNet.parse(spec).conv for spec in specs if spec]
     return {
-        **shared,
-        "model_type": qwen3_5.family,
-        "architectures": ["Qwen3_5ForCausalLM"],
-        **{key: getattr(stock, key) for key in TAKEN if hasattr(stock, key)},
+        **carry_keys(config, qwen3_5, "Qwen3_5ForCausalLM"),
         "rope_parameters": build_rope(stock.rope_parameters, wide),
         "head_dim": wide.width,
-        "num_key_value_heads": attention["kv"],
         "attention_bias": biases,
         "qkv_bias": biases,  # the same for vLLM (0.32), which reads this key alone
         "layer_types": [LINEAR if spec else FULL for spec in specs],
@@ -180,7 +177,6 @@ def build_config(config: Config) -> dict[str, Any]:
         "linear_key_head_dim": attention["dim"],
         "linear_value_head_dim": attention["dim"],
         "linear_conv_kernel_dim": taps[0] if taps else OPTIONS["conv"],
-        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
     }
 
 
@@ -232,21 +228,8 @@ def widen_heads(attention: Attention) -> WideHeads:
 def convert(checkpoint: Checkpoint) -> Checkpoint:
     """The model as one of the class."""
     config = build_config(checkpoint.config)
-    placed = qwen3_5.place(config)
-    tensors = {key: build_tensor(checkpoint, key, part) for key, part in placed.items()}
-    return Checkpoint(
-        checkpoint.origin,
-        config,
-        qwen3_5,
-        qwen3_5.solve(config),
-        tensors,
-        {key: part.name for key, part in placed.items()},
-        checkpoint.folder,
-        checkpoint.dropped,
-        checkpoint.history,
-        in_memory=checkpoint.in_memory,
-        allow_nonfinite=checkpoint.allow_nonfinite,
-        copy_code=checkpoint.copy_code,
+    return build_checkpoint(
+        checkpoint, config, qwen3_5, lambda key, part: build_tensor(checkpoint, key, part)
     )
 
 
