@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
@@ -9,8 +10,6 @@ from .verb import Outcome, Verb, check_apart, describe_request
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..export.write import Proof
 
 DEFAULT = "q8_0"  # quantisation of the GGUF file beside a stock class
 
@@ -113,8 +112,8 @@ def check_no_output(given: dict[str, Any]) -> None:
             )
 
 
-def describe_proof(proof: Proof) -> list[str]:
-    """What was compared, a line each."""
+def describe_proof(proof: Mapping[str, Any]) -> list[str]:
+    """What was compared, a line each; see `export.write.Proof`."""
     lines = []
     if stock := proof.get("stock"):
         lines.append(

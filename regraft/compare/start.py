@@ -159,7 +159,7 @@ def linearize_source(
 
     cost: ArmStartCost = {
         "flops": counter.get_total_flops(),
-        "tokens": len(batches) * length,
+        "tokens": sum(ids.numel() for ids, *_ in batches),
         "keep": remix.keep,
         "seconds": time.monotonic() - begin,
     }
