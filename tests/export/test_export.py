@@ -50,8 +50,8 @@ HELD = {
         {"stock", "grown", "mamba2-heads", "mamba2-own"},
     ),
     "hf": (set(DECODERS), set(STUDENTS)),
-    # Besides what granite_swa holds. llama.cpp has the others too, but not with heads that are
-    # wider together than hidden_size, as here.
+    # Besides what the classes of linearized models hold. llama.cpp has the others too, but not with
+    # heads that are wider together than hidden_size, as here.
     "gguf": (set(DECODERS) - {"phi", "starcoder2", "olmo2"}, {"stock", "grown"}),
     "qwen3_5": (
         {"llama", "mistral", "ministral", "qwen2", "qwen3", "phi3"},
@@ -82,7 +82,18 @@ def is_held(target: str, family: str, student: str) -> bool:
     families, students = HELD[target]
     held = family in families and student in students
     held &= (target, family, student) not in UNFIT
-    return held or target == "gguf" and is_held("granite_swa", family, student)
+    return held or target == "gguf" and is_held_through(family, student)
+
+
+def is_held_through(family: str, student: str) -> bool:
+    """Whether llama.cpp runs a model in one of the stock classes."""
+    if is_held("granite_swa", family, student):
+        return True
+    # Its Mamba-2 layers have no biases, and its hybrid classes have layers of both kinds.
+    no_bias = (family, student) != ("qwen2", "mamba2-heads")
+    hybrids = ("granite_hybrid", "qwen3_5")
+    held = any(is_held(target, family, student) for target in hybrids)
+    return student not in ("stock", "grown") and no_bias and held
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,8 @@ def build_tensors(checkpoint: Checkpoint, architecture: GGUFArchitecture) -> lis
 def iter_parts(
     checkpoint: Checkpoint, architecture: GGUFArchitecture
 ) -> Iterator[tuple[str, int | None, str, Callable[[], Tensor]]]:
-    """(role, layer, name in the file, what reads it) of a model's parts; experts are one tensor, what
-    the architecture has apart are several.
+    """(role, layer, name in the file, what reads it) of a model's parts: experts are one tensor,
+    packed maps that the architecture has apart are several.
     """
     anatomy, config = checkpoint.anatomy, checkpoint.config
     full = anatomy.fill_defaults(config)
@@ -117,7 +117,9 @@ def shape_of(
     if "{e}" in role:
         return (checkpoint.sizes["expert"], *checkpoint[role.format(e=0), layer].shape)
     shape = model_shape(checkpoint, role, layer)
-    return tuple(architecture.store(role, torch.empty(shape, device="meta"), checkpoint.sizes).shape)
+    return tuple(
+        architecture.store(role, torch.empty(shape, device="meta"), checkpoint.sizes).shape
+    )
 
 
 def model_shape(checkpoint: Checkpoint, role: str, layer: int | None) -> tuple[int, ...]:

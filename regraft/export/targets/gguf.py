@@ -23,9 +23,14 @@ def list_forms(config: Config) -> dict[str, list[str]]:
 
 
 def find_misfits(config: Config) -> list[str]:
-    """What does not fit in the first form; nothing when some form fits."""
+    """What does not fit in the nearest form: the first whose class holds the model, else the first
+    of all. Nothing when some form fits.
+    """
     forms = list_forms(config)
-    return next(iter(forms.values())) if all(forms.values()) else []
+    if not all(forms.values()):
+        return []
+    held = [forms[name] for name in forms if not find_target(name).find_misfits(config)]
+    return [*held, *forms.values()][0]
 
 
 def find_form(config: Config) -> ExportTarget:

@@ -50,7 +50,9 @@ def find_misfits(stock: Any) -> list[str]:
     if stock.num_local_experts:
         found.append(f"it has {stock.num_local_experts} experts, which regraft does not write")
     if len({kind in LINEAR for kind in stock.layer_types}) < 2:
-        found.append("its layers are all of one kind, llama.cpp's granitehybrid has both kinds")
+        found.append(
+            "its layers are all of one kind, llama.cpp's granitehybrid runs only with both"
+        )
     inner = stock.mamba_n_heads * stock.mamba_d_head
     if inner != 2 * stock.hidden_size:
         found.append(

@@ -12,7 +12,9 @@ from ....families.qwen3_5_text import LINEAR
 from ..architecture import GGUFArchitecture
 from ..states import count_taps, store_decay, store_taps
 
-LENGTH_EPS = 1e-6  # the class adds it to the squared length of queries and keys
+# The class adds it to the squared length of queries and keys, llama.cpp rms_norm_eps: Llama's 1e-5
+# moves logits by less than 1e-4 of the largest.
+LENGTH_EPS, LARGEST_EPS = 1e-6, 1e-5
 # Tensors whose last rows are by head of values, and those with one row a head.
 BY_VALUE = ("delta.qkv.weight", "delta.conv.weight", "delta.gate.weight")
 BY_HEAD = ("delta.beta.weight", "delta.decay.weight", "delta.decay.bias", "delta.rate")
@@ -60,10 +62,15 @@ def spread(value: Tensor, sizes: Mapping[str, int]) -> Tensor:
 
 
 def find_misfits(stock: Any) -> list[str]:
-    """Layers of one kind alone, and values of another width than keys."""
+    """Layers of one kind alone, values of another width than keys, and a large rms_norm_eps."""
     found = []
     if len(set(stock.layer_types)) < 2:
-        found.append("its layers are all of one kind, llama.cpp's qwen35 has both kinds")
+        found.append("its layers are all of one kind, llama.cpp's qwen35 runs only with both")
+    if stock.rms_norm_eps > LARGEST_EPS:
+        found.append(
+            f"rms_norm_eps is {stock.rms_norm_eps:g}, which llama.cpp adds to the squared lengths"
+            f" of queries and keys too, the class {LENGTH_EPS:g}"
+        )
     if stock.linear_value_head_dim != stock.linear_key_head_dim:
         found.append(
             f"linear_value_head_dim is {stock.linear_value_head_dim} and linear_key_head_dim"
