@@ -134,7 +134,8 @@ def model_shape(checkpoint: Checkpoint, role: str, layer: int | None) -> tuple[i
 
 def dtype_of(checkpoint: Checkpoint, role: str, layer: int | None) -> torch.dtype:
     """The dtype that a part is stored in."""
-    return checkpoint[role.format(e=0), layer].dtype
+    key = role.format(e=0), layer
+    return (checkpoint.tensors.get(key) or checkpoint[key]).dtype
 
 
 def reader(
