@@ -128,7 +128,7 @@ STATES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("granite_hybrid", "llama", {"heads": 4, "kv": 2, "dim": 6}, {"conv": 2}),
     ("granite_hybrid", "phi3", {"hidden": 36}, {}),
     ("granite_hybrid", "llama", {"attention_bias": True},
-     {"layout": "own", "norm": "all", "head_dim": 6, "start": "usual"}),
+     {"layout": "own", "norm": "all", "head_dim": 6, "start": "paper"}),
     ("granite_hybrid", "llama", rope("llama3", factor=8.0, low_freq_factor=1.0,
      high_freq_factor=4.0, original_max_position_embeddings=16), {}),
 ]  # fmt: skip
