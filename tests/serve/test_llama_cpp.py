@@ -197,10 +197,15 @@ def test_tokenizers_are_the_same(make: Any, tmp_path: Path) -> None:
     opened.close()
 
 
+@pytest.mark.parametrize("target", ["", "qwen3_5", "granite_hybrid"])
 def test_the_command_checks_in_the_engine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save_for_gguf(tmp_path / "llama", hidden=256, heads=8, kv=4, dim=32, ffn=512)
+    if target:
+        made = Remix(**find_target(target).remix, keep="1")(Checkpoint.open(source))
+        made.save(tmp_path / "made")
+        source = tmp_path / "made"
     line = ["export", str(source), str(tmp_path / "out"), "--check-engine"]
     found = as_json(capsys, *line, "--quantize", "q4_k_m", "--to", "gguf")
     assert found["engine"]["argmax"] == 1

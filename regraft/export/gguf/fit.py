@@ -44,7 +44,7 @@ def find_misfits(config: Config) -> list[str]:
 
 def find_window_misfits(config: Config, architecture: GGUFArchitecture) -> list[str]:
     """Layers that slide where the architecture has none, or by several widths."""
-    widths = () if architecture.hybrid else source_windows(config)
+    widths = source_windows(config, architecture.hybrid)
     for layer, width in enumerate(widths):
         if width is not None and not architecture.windows:
             return [
