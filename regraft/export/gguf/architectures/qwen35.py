@@ -47,13 +47,13 @@ def store(role: str, value: Tensor, sizes: Mapping[str, int]) -> Tensor:
         value = store_decay(value)
     if role in BY_VALUE:
         rows = sizes["key_head"] * sizes["value_group"] * sizes["value_dim"]
-        return torch.cat((value[:-rows], spread(value[-rows:], sizes)))
+        return torch.cat((value[:-rows], spread_heads(value[-rows:], sizes)))
     if role in BY_HEAD:
-        return spread(value, sizes)
-    return spread(value.T, sizes).T if role == "delta.o.weight" else value
+        return spread_heads(value, sizes)
+    return spread_heads(value.T, sizes).T if role == "delta.o.weight" else value
 
 
-def spread(value: Tensor, sizes: Mapping[str, int]) -> Tensor:
+def spread_heads(value: Tensor, sizes: Mapping[str, int]) -> Tensor:
     """Rows of all heads of values, the first of each group before the second of each: llama.cpp
     repeats the list of keys, the class each key.
     """
