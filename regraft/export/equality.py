@@ -99,7 +99,7 @@ def row_length(checkpoint: Checkpoint) -> int:
     """Tokens of a row that is longer than every window, as far as the model has positions."""
     config = checkpoint.config
     host = checkpoint.anatomy.host_config(config)
-    widths = [width for width in source_windows(host) if width is not None]
+    widths = [width for width in source_windows(host, states=True) if width is not None]
     length = max([*widths, *iter_mixer_windows(config), SHORTEST]) + BEYOND
     positions = host.get("max_position_embeddings")
     known = checkpoint.sizes.get("pos", positions)

@@ -56,7 +56,10 @@ def list_notes(checkpoint: Checkpoint, for_llama_cpp: bool) -> list[str]:
         f"'{checkpoint.origin}' has no tokenizer, so the export has none: put tokenizer.json there"
     ]
     found = [] if has_tokenizer(checkpoint) else notes
-    return [*found, *(find_notes(checkpoint.config) if for_llama_cpp else ())]
+    target = find_target("gguf")
+    if not for_llama_cpp or target.find_misfits(checkpoint.config):
+        return found
+    return [*found, *find_notes(target.build_config(checkpoint.config))]
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:

@@ -8,10 +8,10 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from ..core.anatomy import Config
 from ..errors import RegraftError, explain_errors
 
-KINDS = ("full_attention", "sliding_attention")
+KINDS, STATE = ("full_attention", "sliding_attention"), "linear_attention"
 
 
-def source_windows(config: Config) -> list[int | None]:
+def source_windows(config: Config, states: bool = False) -> list[int | None]:
     """By layer, the last tokens that a token sees, itself included; None for all of them.
 
     Classes derive this from several keys and defaults of their own, so transformers' config says
@@ -19,8 +19,9 @@ def source_windows(config: Config) -> list[int | None]:
 
     Args:
         config: of a stock decoder, the mapping in its config.json.
+        states: whether layers with a state in the place of attention are taken, as None.
 
-    RegraftError for layers that see other tokens than the last ones.
+    RegraftError for other layers that see other tokens than the last ones.
     """
     family = config["model_type"]
     fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
@@ -34,7 +35,7 @@ def source_windows(config: Config) -> list[int | None]:
             "right, give a decoder"
         )
     for layer, kind in enumerate(kinds):
-        if kind not in KINDS:
+        if kind not in KINDS and not (states and kind == STATE):
             raise RegraftError(
                 f"layer {layer} of this {family} has '{kind}', which mixers do not carry over: "
                 f"linearize a model whose layers are {' or '.join(KINDS)}"

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.cli import as_json
-from helpers.gguf import VOCAB, byte_level_tokenizer, save_for_gguf, sentencepiece_tokenizer
+from helpers.gguf import (
+    VOCAB,
+    byte_level_tokenizer,
+    save_for_gguf,
+    save_hybrid,
+    sentencepiece_tokenizer,
+)
 from helpers.tiny import tokens
 
 from regraft import Deepen, Widen, modeling
@@ -111,6 +117,54 @@ def test_grown_and_linearized_models(tmp_path: Path) -> None:
     assert_equal(compare(stir(Remix("sink_window", "1", window=16)(source)), tmp_path), EXACT)
 
 
+STATES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("qwen3_5", "llama", {"tie_word_embeddings": True}, {}),
+    ("qwen3_5", "llama", {"heads": 4, "kv": 2, "dim": 16}, {"conv": 2, "grouped": True}),
+    ("qwen3_5", "llama", rope("linear", factor=4.0), {"conv": 1}),
+    ("qwen3_5", "llama", rope("yarn", factor=4.0, original_max_position_embeddings=64), {}),
+    ("qwen3_5", "qwen2", {}, {}),
+    ("qwen3_5", "qwen3", {}, {}),
+    ("granite_hybrid", "llama", {"tie_word_embeddings": True}, {}),
+    ("granite_hybrid", "llama", {"heads": 4, "kv": 2, "dim": 6}, {"conv": 2}),
+    ("granite_hybrid", "phi3", {"hidden": 36}, {}),
+    ("granite_hybrid", "llama", {"attention_bias": True},
+     {"layout": "own", "norm": "all", "head_dim": 6, "start": "paper"}),
+    ("granite_hybrid", "llama", rope("llama3", factor=8.0, low_freq_factor=1.0,
+     high_freq_factor=4.0, original_max_position_embeddings=16), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "family", "keys", "options"), STATES, ids=str)
+def test_layers_with_states(
+    target: str, family: str, keys: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    source = Checkpoint.open(save_for_gguf(tmp_path / family, family, **keys))
+    chosen = find_target(target).remix
+    made = Remix(**chosen | {"options": chosen["options"] | options}, keep="1")(source)
+    assert_equal(compare(made, tmp_path), EXACT)
+
+
+HYBRIDS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_5_text", {}),
+    ("qwen3_5_text", {"attention_bias": True}),
+    ("granitemoehybrid", {}),
+    ("granitemoehybrid", {"mamba_conv_bias": False, "position_embedding_type": "nope"}),
+]
+
+
+@pytest.mark.parametrize(("family", "keys"), HYBRIDS, ids=str)
+def test_stock_models_with_states(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_hybrid(tmp_path / "model", family, **keys))
+    # Random queries and keys are so short that the number added to their lengths shows.
+    assert_equal(compare(checkpoint, tmp_path), 5e-5 if "qwen" in family else EXACT)
+
+
+def test_lengths_with_the_epsilon_of_llama(tmp_path: Path) -> None:
+    source = Checkpoint.open(save_for_gguf(tmp_path / "llama", rms_norm_eps=1e-5))
+    made = Remix(**find_target("qwen3_5").remix, keep="1")(source)
+    assert_equal(compare(made, tmp_path), engine.BOUND)
+
+
 def test_windows_hold_past_the_ring(tmp_path: Path) -> None:
     """4,096 tokens through a ring of 64: in pieces, and far past its end."""
     source = Checkpoint.open(save_for_gguf(tmp_path / "llama", max_position_embeddings=8192))
@@ -143,10 +197,15 @@ def test_tokenizers_are_the_same(make: Any, tmp_path: Path) -> None:
     opened.close()
 
 
+@pytest.mark.parametrize("target", ["", "qwen3_5", "granite_hybrid"])
 def test_the_command_checks_in_the_engine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save_for_gguf(tmp_path / "llama", hidden=256, heads=8, kv=4, dim=32, ffn=512)
+    if target:
+        made = Remix(**find_target(target).remix, keep="1")(Checkpoint.open(source))
+        made.save(tmp_path / "made")
+        source = tmp_path / "made"
     line = ["export", str(source), str(tmp_path / "out"), "--check-engine"]
     found = as_json(capsys, *line, "--quantize", "q4_k_m", "--to", "gguf")
     assert found["engine"]["argmax"] == 1

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 ENGINE = "0.3.36"  # release of llama-cpp-python that results are compared with
 
@@ -26,18 +28,23 @@ class GGUFArchitecture:
         activations: names that transformers has for what it computes in the MLP.
         biases: roles of maps that may have a bias, separated by spaces.
         needed: those of them that must have one; zeros are written where a model has none.
+        zero: those of them that it does not have, and that are left out where they are zero.
+        split: roles of packed tensors whose maps it has apart.
         reads: config keys, beyond those of sizes and norms, whose values the file holds.
         ropes: the `rope_type`s that it computes.
         interleaved: whether it rotates neighbours, not a head's first half with the second.
         partial: whether it can rotate a part of a head.
         square: whether heads times head_dim must be hidden_size.
         windows: whether layers may slide, all by one width.
+        hybrid: whether some layers have a state in the place of softmax attention.
         own_head: whether the head is stored where it is tied to the embedding.
         tied: whether the head must be the embedding.
         renamed: role -> name in the file, where gguf's table has none.
         scale: config of transformers -> factor that it puts on the scores; None: dim^-0.5.
+        store: (role, tensor, sizes) -> the tensor as the file has it.
         keys: config of transformers -> further metadata, without the architecture's prefix.
         find_misfits: config of transformers -> what else does not fit, a line each.
+        find_notes: config of transformers -> what it computes a little differently, a line each.
     """
 
     name: str
@@ -46,18 +53,23 @@ class GGUFArchitecture:
     activations: tuple[str, ...] = ("silu", "swish")
     biases: str = ""
     needed: str = ""
+    zero: str = ""
+    split: str = ""
     reads: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     interleaved: bool = False
     partial: bool = False
     square: bool = False
     windows: bool = False
+    hybrid: bool = False
     own_head: bool = False
     tied: bool = False
     renamed: dict[str, str] = field(default_factory=dict)
     scale: Callable[[Any], float] | None = None
+    store: Callable[[str, Tensor, Mapping[str, int]], Tensor] = lambda role, value, sizes: value
     keys: Callable[[Any], dict[str, Any]] = lambda stock: {}
     find_misfits: Callable[[Any], list[str]] = lambda stock: []
+    find_notes: Callable[[Any], list[str]] = lambda stock: []
 
 
 # llama.cpp has one GELU, the tanh approximation in half precision, for all that go by the name.

@@ -44,7 +44,7 @@ def find_misfits(config: Config) -> list[str]:
 
 def find_window_misfits(config: Config, architecture: GGUFArchitecture) -> list[str]:
     """Layers that slide where the architecture has none, or by several widths."""
-    widths = source_windows(config)
+    widths = source_windows(config, architecture.hybrid)
     for layer, width in enumerate(widths):
         if width is not None and not architecture.windows:
             return [
@@ -115,12 +115,16 @@ def is_rounded(config: Config) -> bool:
 
 def find_notes(config: Config) -> list[str]:
     """What llama.cpp computes a little differently, a line each."""
+    anatomy = find_anatomy(config)
+    architecture = find_architecture(anatomy.family)
+    own = architecture.find_notes(read_stock_config(config, anatomy)) if architecture else []
     if not is_rounded(config):
-        return []
+        return own
     exact = " by its tanh approximation" if find_activation(config) == "gelu" else ""
     return [
         f"llama.cpp computes {find_activation(config)}{exact} in half precision: its logits differ"
-        " from those of transformers by up to a thousandth of the largest"
+        " from those of transformers by up to a thousandth of the largest",
+        *own,
     ]
 
 
@@ -146,8 +150,8 @@ def find_metadata(config: Config, architecture: GGUFArchitecture) -> dict[str, A
     }
     if anatomy.rotary:
         keys |= find_rope_keys(stock, sizes["dim"])
-    widths = source_windows(config)
-    if architecture.windows and any(width is not None for width in widths):
+    widths = source_windows(config) if architecture.windows else ()
+    if any(width is not None for width in widths):
         keys |= {
             "attention.sliding_window": next(width for width in widths if width is not None),
             "attention.sliding_window_pattern": [width is not None for width in widths],

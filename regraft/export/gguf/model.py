@@ -18,7 +18,7 @@ from ...mixers.remix import needs_bos
 from . import quantize
 from .architecture import ENGINE, GGUFArchitecture, find_architecture
 from .fit import find_metadata
-from .tensors import GGUFTensor, build_tensors
+from .tensors import GGUFTensor, build_tensors, check_left_out
 from .vocabulary import choose_name, read_vocabulary
 from .writer import DTYPES, import_gguf, write_file
 
@@ -35,11 +35,13 @@ class GGUFModel:
     def of(cls, checkpoint: Checkpoint) -> GGUFModel:
         """Get a model ready: one of a stock class that fits.
 
-        RegraftError without the package gguf, or without a tokenizer that llama.cpp has.
+        RegraftError without the package gguf, without a tokenizer that llama.cpp has, or with a
+        bias that llama.cpp does not have.
         """
         import_gguf()
         architecture = find_architecture(find_anatomy(checkpoint.config).family)
         assert architecture is not None
+        check_left_out(checkpoint, architecture)
         vocabulary = read_vocabulary(checkpoint.path, checkpoint.sizes["vocab"])
         if needs_bos(checkpoint):
             vocabulary["tokenizer.ggml.add_bos_token"] = True

@@ -48,7 +48,7 @@ def find_rope_misfits(stock: Any, architecture: GGUFArchitecture) -> list[str]:
     found = [
         f"{key} of rope_parameters is {value}, which llama.cpp does not read"
         for key, value in rope.items()
-        if key not in (*SHARED, *READ[kind]) and not is_usual(kind, key, value)
+        if key not in (*SHARED, *READ[kind], *architecture.reads) and not is_usual(kind, key, value)
     ]
     share = rope.get("partial_rotary_factor")
     if share not in (None, 1, 1.0) and not architecture.partial:

@@ -36,7 +36,12 @@ def build_tensors(checkpoint: Checkpoint, architecture: GGUFArchitecture) -> lis
     RegraftError for a tensor that gguf's table has no name for.
     """
     made = [
-        GGUFTensor(name, shape_of(checkpoint, role, layer), dtype_of(checkpoint, role), read)
+        GGUFTensor(
+            name,
+            shape_of(checkpoint, architecture, role, layer),
+            dtype_of(checkpoint, role, layer),
+            read,
+        )
         for role, layer, name, read in iter_parts(checkpoint, architecture)
     ]
     if architecture.own_head:
@@ -47,17 +52,39 @@ def build_tensors(checkpoint: Checkpoint, architecture: GGUFArchitecture) -> lis
 def iter_parts(
     checkpoint: Checkpoint, architecture: GGUFArchitecture
 ) -> Iterator[tuple[str, int | None, str, Callable[[], Tensor]]]:
-    """(role, layer, name in the file, what reads it) of a model's parts; experts are one tensor."""
+    """(role, layer, name in the file, what reads it) of a model's parts: experts are one tensor,
+    packed maps that the architecture has apart are several.
+    """
     anatomy, config = checkpoint.anatomy, checkpoint.config
     full = anatomy.fill_defaults(config)
     names = name_finder(checkpoint, architecture)
     for role, part in anatomy.parts.items():
-        if not part.is_present(full):
+        base, _, kind = role.rpartition(".")
+        if not part.is_present(full) or is_left_out(role, architecture):
             continue
+        apart = base in architecture.split.split()
+        roles = [f"{name}.{kind}" for name in part.fused] if apart else [role]
         for layer in range(checkpoint.layers) if "{}" in part.name else (None,):
             if part.is_in_layer(full, layer):
-                name = names(role, part, layer)
-                yield role, layer, name, reader(checkpoint, architecture, role, layer)
+                for one in roles:
+                    name = names(one, part, layer)
+                    yield one, layer, name, reader(checkpoint, architecture, one, layer)
+
+
+def is_left_out(role: str, architecture: GGUFArchitecture) -> bool:
+    """Whether a part is a bias that the architecture does not have."""
+    base, _, kind = role.rpartition(".")
+    return kind == "bias" and base in architecture.zero.split()
+
+
+def check_left_out(checkpoint: Checkpoint, architecture: GGUFArchitecture) -> None:
+    """RegraftError for a bias that the architecture does not have and that is not zero."""
+    for key, lazy in checkpoint.tensors.items():
+        if is_left_out(key[0], architecture) and lazy.read().any():
+            raise RegraftError(
+                f"'{checkpoint.names[key]}' of '{checkpoint.origin}' is not zero and llama.cpp's"
+                f" {architecture.name} has no such bias: export it with --to hf or another target"
+            )
 
 
 def name_finder(
@@ -83,27 +110,41 @@ def name_finder(
     return find
 
 
-def shape_of(checkpoint: Checkpoint, role: str, layer: int | None) -> tuple[int, ...]:
+def shape_of(
+    checkpoint: Checkpoint, architecture: GGUFArchitecture, role: str, layer: int | None
+) -> tuple[int, ...]:
     """The shape as the file has it: outputs first, experts before them."""
     if "{e}" in role:
         return (checkpoint.sizes["expert"], *checkpoint[role.format(e=0), layer].shape)
+    shape = model_shape(checkpoint, role, layer)
+    return tuple(
+        architecture.store(role, torch.empty(shape, device="meta"), checkpoint.sizes).shape
+    )
+
+
+def model_shape(checkpoint: Checkpoint, role: str, layer: int | None) -> tuple[int, ...]:
+    """The shape in the model, outputs first."""
+    if role not in checkpoint.anatomy.parts:
+        return checkpoint[role, layer].shape
     lazy = checkpoint.tensors[role, layer]
     turned = checkpoint.anatomy.parts[role].axes.kind == "map" and not role.startswith(TABLES)
     stored = checkpoint.anatomy.parts[role].stored
     return lazy.shape[::-1] if turned and stored == "in out" else lazy.shape
 
 
-def dtype_of(checkpoint: Checkpoint, role: str) -> torch.dtype:
+def dtype_of(checkpoint: Checkpoint, role: str, layer: int | None) -> torch.dtype:
     """The dtype that a part is stored in."""
-    role = role.format(e=0)
-    return next(lazy.dtype for (one, _), lazy in checkpoint.tensors.items() if one == role)
+    key = role.format(e=0), layer
+    return (checkpoint.tensors.get(key) or checkpoint[key]).dtype
 
 
 def reader(
     checkpoint: Checkpoint, architecture: GGUFArchitecture, role: str, layer: int | None
 ) -> Callable[[], Tensor]:
     """Reads a part, its maps one below the other."""
-    part = checkpoint.anatomy.parts[role]
+    part = checkpoint.part(role)
+    assert part is not None
+    packed = part.fused if role in checkpoint.anatomy.parts else ()
     kind = role.rpartition(".")[2]
 
     def one(name: str) -> Tensor:
@@ -116,13 +157,13 @@ def reader(
         if "{e}" in role:
             experts = range(checkpoint.sizes["expert"])
             return torch.stack([one(role.format(e=expert)) for expert in experts])
-        if part.fused:
-            return torch.cat([one(f"{name}.{kind}") for name in part.fused])
+        if packed:
+            return torch.cat([one(f"{name}.{kind}") for name in packed])
         if role.startswith(TABLES):
             return checkpoint.tensors[role, layer].read()
         return one(role)
 
-    return read
+    return lambda: architecture.store(role, read(), checkpoint.sizes)
 
 
 def adapt(
@@ -165,12 +206,15 @@ def add_zero_biases(
     """Biases that the architecture must have and the model does not."""
     there = {tensor.name for tensor in made}
     names = name_finder(checkpoint, architecture)
+    full = checkpoint.anatomy.fill_defaults(checkpoint.config)
     for role in architecture.needed.split():
         part = checkpoint.anatomy.parts[f"{role}.weight"]
         for layer in range(checkpoint.layers):
+            if not part.is_in_layer(full, layer):
+                continue
             name = names(f"{role}.weight", part, layer).removesuffix("weight") + "bias"
             if name not in there:
-                shape = shape_of(checkpoint, f"{role}.weight", layer)[:1]
+                shape = model_shape(checkpoint, f"{role}.weight", layer)[:1]
                 yield GGUFTensor(name, shape, torch.float32, partial(torch.zeros, shape))
 
 

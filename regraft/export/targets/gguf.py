@@ -23,16 +23,30 @@ def list_forms(config: Config) -> dict[str, list[str]]:
 
 
 def find_misfits(config: Config) -> list[str]:
-    """What does not fit in the first form; nothing when some form fits."""
+    """What does not fit in the nearest form: the first whose class holds the model, else the first
+    of all. Nothing when some form fits.
+    """
     forms = list_forms(config)
-    return next(iter(forms.values())) if all(forms.values()) else []
+    if not all(forms.values()):
+        return []
+    held = [forms[name] for name in forms if not find_target(name).find_misfits(config)]
+    return [*held, *forms.values()][0]
+
+
+def find_form(config: Config) -> ExportTarget:
+    """The first target that a model which fits may be written through."""
+    forms = list_forms(config)
+    return find_target(next(name for name, misfits in forms.items() if not misfits))
+
+
+def build_config(config: Config) -> Config:
+    """config.json of the stock class that is written as GGUF."""
+    return find_form(config).build_config(config)
 
 
 def convert(checkpoint: Checkpoint) -> Checkpoint:
     """The model in the stock class that is written as GGUF."""
-    forms = list_forms(checkpoint.config)
-    name = next(name for name, misfits in forms.items() if not misfits)
-    return find_target(name).convert(checkpoint)
+    return find_form(checkpoint.config).convert(checkpoint)
 
 
 target = ExportTarget(
@@ -40,4 +54,5 @@ target = ExportTarget(
     loads="llama.cpp, such as llama-server -m OUT/FILE.gguf",
     find_misfits=find_misfits,
     convert=convert,
+    build_config=build_config,
 )

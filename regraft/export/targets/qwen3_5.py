@@ -184,15 +184,15 @@ def build_rope(rope: Mapping[str, Any], wide: WideHeads) -> dict[str, Any]:
     """Rotary positions of the first `dim` coordinates of a head.
 
     The class has three positions a token, for images; those of text are equal, whatever share of
-    the frequencies each has.
+    the frequencies each has. Readers with a fourth, such as llama.cpp's, want these shares.
     """
-    third = wide.dim // 2 // 3
+    half = wide.dim // 2
     share = wide.dim / wide.width
     if int(wide.width * share) < wide.dim:  # transformers rounds the product down
         share = math.nextafter(share, 1)
     return dict(rope) | {
         "partial_rotary_factor": share,
-        "mrope_section": [wide.dim // 2 - 2 * third, third, third],
+        "mrope_section": [(half + 2) // 3, (half + 1) // 3, half // 3],
         "mrope_interleaved": True,
     }
 
