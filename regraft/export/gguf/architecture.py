@@ -10,14 +10,19 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...core.anatomy import Config
+    from ...core.checkpoint import Checkpoint
+    from .tensors import GGUFTensor
 
 ENGINE = "0.3.36"  # release of llama-cpp-python that results are compared with
 
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """An architecture of llama.cpp, for stock classes that compute the same.
+    """An architecture of llama.cpp, for stock classes that compute the same, or for a target.
 
     Attributes:
         name: as in the file's `general.architecture`.
@@ -38,6 +43,9 @@ class GGUFArchitecture:
         scale: config of transformers -> factor that it puts on the scores; None: dim^-0.5.
         keys: config of transformers -> further metadata, without the architecture's prefix.
         find_misfits: config of transformers -> what else does not fit, a line each.
+        find_metadata: config of regraft -> all metadata, where no class of transformers computes
+            the same; None: a stock class's.
+        build_tensors: the same for tensors.
     """
 
     name: str
@@ -58,6 +66,8 @@ class GGUFArchitecture:
     scale: Callable[[Any], float] | None = None
     keys: Callable[[Any], dict[str, Any]] = lambda stock: {}
     find_misfits: Callable[[Any], list[str]] = lambda stock: []
+    find_metadata: Callable[[Config], dict[str, Any]] | None = None
+    build_tensors: Callable[[Checkpoint], list[GGUFTensor]] | None = None
 
 
 # llama.cpp has one GELU, the tanh approximation in half precision, for all that go by the name.

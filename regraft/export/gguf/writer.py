@@ -20,7 +20,15 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # `general.file_type` by the kind of most tensors.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 # What llama.cpp wants in float32: vectors, and these.
-WIDE = ("position_embd.weight", "ffn_gate_inp.weight", "conv1d.weight")
+WIDE = (
+    "position_embd.weight",
+    "ffn_gate_inp.weight",
+    "conv1d.weight",
+    *(
+        f"time_mix_{name}.weight"
+        for name in ("w1", "w2", "decay_w1", "decay_w2", "lerp_fused")
+    ),
+)
 
 
 def import_gguf() -> Any:

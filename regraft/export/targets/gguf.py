@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...core.anatomy import Config, find_anatomy
 from ...core.checkpoint import Checkpoint
 from ..gguf import fit
+from ..gguf.model import GGUFModel
 from ..target import STOCK, ExportTarget, find_target
 
 
@@ -40,4 +41,5 @@ target = ExportTarget(
     loads="llama.cpp, such as llama-server -m OUT/FILE.gguf",
     find_misfits=find_misfits,
     convert=convert,
+    prepare=GGUFModel.of,
 )
