@@ -60,7 +60,9 @@ def run_file(tensors: dict[str, Tensor], facts: dict[str, Any], row: list[int]) 
         }
         x = x + mix_tokens(rms(x, own["attn_norm.weight"], eps), own, facts)
         h = rms(x, own["ffn_norm.weight"], eps)
-        inner = torch.nn.functional.silu(h @ own["ffn_gate.weight"].T) * (h @ own["ffn_up.weight"].T)
+        inner = torch.nn.functional.silu(h @ own["ffn_gate.weight"].T) * (
+            h @ own["ffn_up.weight"].T
+        )
         x = x + inner @ own["ffn_down.weight"].T
     return rms(x, weights["output_norm.weight"], eps) @ weights["output.weight"].T
 
@@ -82,7 +84,9 @@ def mix_tokens(x: Tensor, own: dict[str, Tensor], facts: dict[str, Any]) -> Tens
     def project(name: str, value: Tensor) -> Tensor:
         out = value @ part[f"{name}.weight"].T + part.get(f"{name}.bias", 0)
         heads = out.unflatten(-1, (-1, dim))
-        return heads.repeat_interleave(hidden // dim // kv, 1) if name in ("key", "value") else heads
+        return (
+            heads.repeat_interleave(hidden // dim // kv, 1) if name in ("key", "value") else heads
+        )
 
     r, k, v = project("receptance", r), project("key", k), project("value", v)
     w = torch.tanh(w @ part["decay_w1.weight"].T) @ part["decay_w2.weight"].T

@@ -24,10 +24,7 @@ WIDE = (
     "position_embd.weight",
     "ffn_gate_inp.weight",
     "conv1d.weight",
-    *(
-        f"time_mix_{name}.weight"
-        for name in ("w1", "w2", "decay_w1", "decay_w2", "lerp_fused")
-    ),
+    *(f"time_mix_{name}.weight" for name in ("w1", "w2", "decay_w1", "decay_w2", "lerp_fused")),
 )
 
 

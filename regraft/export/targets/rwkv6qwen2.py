@@ -36,7 +36,8 @@ def find_misfits(config: Config) -> list[str]:
     host, host_config = anatomy.host(config), anatomy.host_config(config)
     if found := find_differences(host_config, host):
         return found
-    if any(role.startswith("mlp.") and role.endswith(".bias") for role, _ in host.place(host_config)):
+    roles = [role for role, _ in host.place(host_config)]
+    if any(role.startswith("mlp.") and role.endswith(".bias") for role in roles):
         return ["its MLP has biases (mlp_bias), which the architecture has not"]
     return find_layer_misfits(config) + find_unread_keys(host_config)
 
@@ -62,22 +63,22 @@ def find_layer_misfits(config: Config) -> list[str]:
 
 
 def find_option_misfits(options: Any) -> list[str]:
-    """Options of the mixer that the architecture does not compute."""
+    """Options of the mixer that the architecture does not compute, in a line."""
     found = []
     if options.rotary:
-        found.append(f"queries and keys are rotated (rotary), here nothing is: {FLAG}")
+        found.append("queries and keys are rotated (rotary), here nothing is")
     if options.norm != "none":
-        found.append(f"its outputs have a norm ({options.norm}), here they have none: {FLAG}")
+        found.append(f"its outputs have a norm ({options.norm}), here they have none")
     if options.gate == "silu":
-        found.append(f"its gate is silu, here it is sigmoid or none: {FLAG}")
+        found.append("its gate is silu, here it is sigmoid or none")
     if options.bonus:
-        found.append(f"it has a bonus, with which the engine asks for a norm too: {FLAG}")
+        found.append("it has a bonus, with which the engine asks for a norm too")
     if not options.balance and options.decay == "dynamic":
         found.append(
             "keys are not multiplied by one minus decay (balance), which can be taken out again"
-            f" only of a static decay: {FLAG}"
+            " only of a static decay"
         )
-    return found
+    return [f"{', '.join(found)}: {FLAG}"] if found else []
 
 
 def find_shape_misfits(attention: Attention) -> list[str]:
