@@ -20,6 +20,7 @@ SHOWN: dict[str, Remix] = {
     "gated": Remix(keep="none"),
     "window": Remix("window", "none"),
     "window, `--sinks 0`": Remix("window", "none", sinks=0),
+    "rwkv6, `--for rwkv6qwen2`": Remix(**find_target("rwkv6qwen2").remix),
     "mamba2, `--for granite_hybrid`": Remix(**find_target("granite_hybrid").remix, keep="0"),
 }
 

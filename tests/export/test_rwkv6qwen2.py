@@ -126,7 +126,7 @@ def test_from_a_source_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [one["file"] for one in found["gguf"]] == ["model-f32.gguf", "model-q8_0.gguf"]
     assert found["check"] is None and found["gguf"][0]["difference"] is None
     card = (out / "README.md").read_text()
-    assert "`rwkv6qwen2`" in card and "AutoModel" not in card and "2505.03005" in card
+    assert "`rwkv6qwen2`" in card and "AutoModel" not in card and "2404.05892" in card
     assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == [
         "README.md", "lineage.json", "model-f32.gguf", "model-q8_0.gguf",
     ]  # fmt: skip

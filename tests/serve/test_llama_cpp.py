@@ -143,7 +143,8 @@ def test_rwkv6_in_every_layer(family: str, options: dict[str, Any], tmp_path: Pa
     assert prepare is not None
     prepare(made).write(tmp_path / "model.gguf", "f32")
     stock, ids = modeling.materialize(made), tokens(1, 200, 260)
-    assert_equal(engine.compare_engine(tmp_path / "model.gguf", stock, ids), engine.BOUND)
+    found = engine.compare_engine(tmp_path / "model.gguf", stock, ids, engine.BOUND)
+    assert_equal(found, engine.BOUND)
 
 
 TEXTS = ("a cab  abc", "the naïve\nthing, 123 日本語!", " abacus's\n\n  x", "<eos>a<bos>")

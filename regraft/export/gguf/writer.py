@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,14 +98,14 @@ def write_file(
     for key, value in vocabulary.items():
         add_value(writer, key, value)
 
-    for tensor, one in zip(tensors, kinds, strict=True):
-        add_header(writer, tensor, one)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor, one in zip(tensors, kinds, strict=True):
-        writer.write_tensor_data(encode(tensor.read(), one))
-    writer.close()
+    with closing(writer):  # also where a tensor cannot be read
+        for tensor, one in zip(tensors, kinds, strict=True):
+            add_header(writer, tensor, one)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, one in zip(tensors, kinds, strict=True):
+            writer.write_tensor_data(encode(tensor.read(), one))
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
