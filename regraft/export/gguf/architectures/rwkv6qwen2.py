@@ -117,13 +117,14 @@ class TimeMix:
         config = checkpoint.config
         self.checkpoint, self.layer = checkpoint, layer
         self.options, self.attention = parse(config, layer), attention_of(config, layer)
+        self.hidden = self.attention.hidden
         self.shift_rank, self.decay_rank = find_ranks(config)
         self.states = Rwkv6.state_heads(self.attention, self.options)
         self.folds = not self.options.balance  # one minus decay is taken out of the queries
 
     def build(self) -> Iterator[GGUFTensor]:
         """Every tensor, by its name in the layer."""
-        hidden, count = self.attention.hidden, len(STREAMS)
+        hidden, count = self.hidden, len(STREAMS)
         shapes: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {
             "lerp_x": ((hidden,), self.read_lerp),
             "lerp_fused": ((count, 1, 1, hidden), self.read_lerps),
@@ -175,11 +176,6 @@ class TimeMix:
     def read_lerp(self) -> Tensor:
         """The first mix with the token before; zero: none."""
         return self.read("shift_base") if self.options.shift else torch.zeros(self.hidden)
-
-    @property
-    def hidden(self) -> int:
-        """Width of the stream."""
-        return self.attention.hidden
 
     def order_streams(self, parts: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A part for each stream in the file's order; zeros for a stream that the mixer lacks.
