@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cli import as_json, refused
 from helpers.gguf import save_for_gguf
-from helpers.rwkv6qwen2 import SQUARE, make_student, remix, run_file
+from helpers.rwkv6qwen2 import SQUARE, make_student, remix, run_file, stir
 from helpers.tiny import tokens
 
 from regraft import modeling
@@ -18,6 +18,7 @@ from regraft.errors import RegraftError
 from regraft.export import find_target
 from regraft.export.gguf.writer import read_tensors
 from regraft.export.write import write_export
+from regraft.growth.sizes_to_steps import cast_checkpoint
 from regraft.mixers.remix import Remix
 
 gguf = pytest.importorskip("gguf")
@@ -48,6 +49,15 @@ def test_the_file_computes_what_the_model_computes(
     assert TARGET.find_misfits(made.config) == []
     TARGET.prepare(made).write(tmp_path / "model.gguf", "f32")
     assert difference(made, tmp_path / "model.gguf") < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_short_floats_lose_nothing(dtype: str, square: Checkpoint, tmp_path: Path) -> None:
+    """Queries that are divided by one minus decay are stored in float32."""
+    made = stir(remix(decay="static", balance=False, gate="none")(cast_checkpoint(square, dtype)))
+    model = TARGET.prepare(made)
+    model.write(tmp_path / "model.gguf", model.dtype)
+    assert model.dtype != "f32" and difference(made, tmp_path / "model.gguf") < 1e-5
 
 
 def test_layers_of_several_ranks_share_one_size(tmp_path: Path) -> None:
