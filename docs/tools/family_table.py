@@ -41,12 +41,12 @@ def list_stock_families() -> list[str]:
 
 
 @cache
-def tiny_source(family: str) -> Checkpoint:
-    """A tiny model of a family, in memory."""
+def tiny_source(family: str, **other: int) -> Checkpoint:
+    """A tiny model of a family, in memory, some axes of which may have other sizes."""
     anatomy = find_anatomy({"model_type": family})
-    sizes = AXES | dict(anatomy.fixed)
+    sizes = AXES | other | dict(anatomy.fixed)
     refused: Exception = RegraftError(f"no sizes for {family}")
-    for hidden in (AXES["hidden"], sizes["kv"] * sizes["group"] * sizes["dim"]):
+    for hidden in (sizes["hidden"], sizes["kv"] * sizes["group"] * sizes["dim"]):
         try:
             keys = anatomy.config_keys(sizes | {"hidden": hidden, "pool": hidden})
             keys |= anatomy.finish(anatomy.fill_defaults(keys))

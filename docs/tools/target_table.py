@@ -20,13 +20,15 @@ SHOWN: dict[str, Remix] = {
     "gated": Remix(keep="none"),
     "window": Remix("window", "none"),
     "window, `--sinks 0`": Remix("window", "none", sinks=0),
+    "rwkv6, `--for rwkv6qwen2`": Remix(**find_target("rwkv6qwen2").remix),
     "mamba2, `--for granite_hybrid`": Remix(**find_target("granite_hybrid").remix, keep="0"),
 }
 
 
 def students() -> Iterator[tuple[str, dict[str, Any]]]:
     """(what it is, config) of a Llama with each mixer, and of a stock model of each family."""
-    llama = tiny_source("llama")
+    # Heads are as wide together as the stream, as some engines require.
+    llama = tiny_source("llama", hidden=32)
     shown = {name: Remix(name, "none", window=0) for name in mixers() if name not in SHOWN}
     shown["sink_window"] = Remix("sink_window", "none")
     for name, remix in sorted((SHOWN | shown).items()):

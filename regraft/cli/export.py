@@ -32,9 +32,10 @@ def export(
     Args:
         source: model directory or GGUF file
         out: directory to write
-        to: the target: granite_swa, qwen3_5, granite_hybrid, gguf for llama.cpp, or hf for the
-            directory with regraft's code; without it the stock class that holds the model, with
-            model-q8_0.gguf beside it where llama.cpp holds it
+        to: the target: granite_swa, qwen3_5, granite_hybrid, gguf for llama.cpp, rwkv6qwen2 for
+            llama.cpp where all layers are rwkv6, or hf for the directory with regraft's code;
+            without it the stock class that holds the model, with model-q8_0.gguf beside it where
+            llama.cpp holds it
         quantize: also write model-QUANTIZE.gguf: q8_0, or q4_k_m where llama.cpp is installed
         no_check: do not compare the result with the model in plain transformers before it is put in
             place
@@ -71,8 +72,8 @@ def export(
         reason = None if quantize else write.explain_no_gguf(checkpoint)
         quantize = quantize or (None if reason else DEFAULT)
         notes += [f"no {DEFAULT} GGUF file: {reason}"] if reason else []
-    notes += write.list_notes(checkpoint, bool(quantize) or to == "gguf")
     target, proof = find_target(to), write.Proof()
+    notes += write.list_notes(checkpoint, bool(quantize) or target.prepare is not None)
     if not done:
         proof = write.write_export(
             checkpoint,

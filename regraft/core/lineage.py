@@ -249,8 +249,13 @@ def verify(folder: Path) -> None:
             )
 
 
-def format_model_card(checkpoint: Checkpoint) -> str:
-    """The model card: the source, what was done to it, and the papers to cite."""
+def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
+    """The model card: the source, what was done to it, and the papers to cite.
+
+    Args:
+        checkpoint: the model.
+        transformers: whether transformers loads what the card lies beside.
+    """
     source = origin(checkpoint)
     mixers = find_mixer_names(checkpoint.config)
     cited = cite_mixers(checkpoint.config)
@@ -271,7 +276,7 @@ def format_model_card(checkpoint: Checkpoint) -> str:
         f"# {source['family']}, regrafted\n\n"
         f"Source: `{name}`, sha256 `{source['sha256']}`.\n\n"
         f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
-        f"{load if mixers else ''}## Papers\n\n{papers or no_papers}\n\n"
+        f"{load if mixers and transformers else ''}## Papers\n\n{papers or no_papers}\n\n"
         f"`{FILE}` says where every number comes from.\n"
     )
 

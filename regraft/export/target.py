@@ -6,11 +6,14 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError, suggest
+
+if TYPE_CHECKING:
+    from .gguf.model import GGUFModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class ExportTarget:
         remix: fields of a `Remix` that makes models which fit.
         build_config: config of a model that fits -> config of the result.
         code: whether the result needs `import regraft.modeling` or `trust_remote_code`.
+        prepare: a converted model, ready to be written as GGUF files; None: the result is a
+            directory that transformers loads.
     """
 
     name: str
@@ -35,6 +40,7 @@ class ExportTarget:
     remix: dict[str, Any] = field(default_factory=dict)
     build_config: Callable[[Config], Config] = lambda config: config
     code: bool = False
+    prepare: Callable[[Checkpoint], GGUFModel] | None = None
 
     def check_holds(self, checkpoint: Checkpoint) -> None:
         """RegraftError that says what of a model the target cannot hold."""

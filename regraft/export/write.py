@@ -106,13 +106,11 @@ def write_export(
         quantize.check_kind(quantization)
     if check_engine:
         engine.import_engine()
-    made = Export(to)(checkpoint)
-    wanted = to == "gguf" or quantization or check_engine
-    model = prepare_gguf(made if to == "gguf" else checkpoint) if wanted else None
+    made, target = Export(to)(checkpoint), find_target(to)
     proof: Proof = {}
 
-    if to == "gguf":
-        assert model is not None
+    if target.prepare is not None:
+        model = target.prepare(made)
         kinds = [model.dtype, *([quantization] if quantization else [])]
 
         def prove_gguf(folder: Path) -> None:
@@ -126,22 +124,24 @@ def write_export(
         gguf_model.write_directory(model, out, kinds, prove=prove_gguf, **options)
         return proof
 
+    beside = prepare_gguf(checkpoint) if quantization or check_engine else None
+
     def prove(folder: Path) -> None:
         prove_opens(folder)
         if check:
             own = modeling.load_stored(checkpoint)
-            proof["stock"] = compare_exported(own, checkpoint, folder, find_target(to).code)
-        if check and model is not None and quantization:
-            if model.checkpoint.config["model_type"] != made.config["model_type"]:
-                compare_stock(checkpoint, model.checkpoint)
-            proof["gguf"] = check_files(folder, model, [quantization])
+            proof["stock"] = compare_exported(own, checkpoint, folder, target.code)
+        if check and beside is not None and quantization:
+            if beside.checkpoint.config["model_type"] != made.config["model_type"]:
+                compare_stock(checkpoint, beside.checkpoint)
+            proof["gguf"] = check_files(folder, beside, [quantization])
         if check_engine:
-            assert model is not None
-            proof["engine"] = run_engine(model)
+            assert beside is not None
+            proof["engine"] = run_engine(beside)
 
     extra = {}
-    if model is not None and quantization:
-        extra = {gguf_model.file_name(quantization): model.as_extra_file(quantization)}
+    if beside is not None and quantization:
+        extra = {gguf_model.file_name(quantization): beside.as_extra_file(quantization)}
     made.save(out, prove_opens=prove, extra_files=extra, **options)
     return proof
 
@@ -196,7 +196,7 @@ def check_file(file: Path, model: GGUFModel, kind: str) -> GGUFEquality:
 
 
 def run_engine(model: GGUFModel) -> EngineEquality:
-    """Run llama.cpp on the model in float32, beside the stock class."""
+    """Run llama.cpp on the model in float32, beside the class that it was written from."""
     length = max(engine.TOKENS, row_length(model.checkpoint))
     ids = random_inputs(model.checkpoint, length=length)["input_ids"]
     with tempfile.TemporaryDirectory() as folder:

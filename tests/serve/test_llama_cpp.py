@@ -18,6 +18,7 @@ from helpers.gguf import (
     save_hybrid,
     sentencepiece_tokenizer,
 )
+from helpers.rwkv6qwen2 import make_student
 from helpers.tiny import tokens
 
 from regraft import Deepen, Widen, modeling
@@ -178,6 +179,26 @@ def test_windows_hold_past_the_ring(tmp_path: Path) -> None:
     model.close()
     assert (found - expected).abs().max() < EXACT * expected.abs().max()
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+RWKV6: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"grouped": False, "shift": False}),
+    ("qwen2", {}),
+    ("qwen2", {"decay": "static", "balance": False, "gate": "none"}),
+    ("phi3", {"shift_rank": 5, "rank": 7}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), RWKV6, ids=str)
+def test_rwkv6_in_every_layer(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    made = make_student(tmp_path / "source", family, **options)
+    prepare = find_target("rwkv6qwen2").prepare
+    assert prepare is not None
+    prepare(made).write(tmp_path / "model.gguf", "f32")
+    stock, ids = modeling.materialize(made), tokens(1, 200, 260)
+    found = engine.compare_engine(tmp_path / "model.gguf", stock, ids, engine.BOUND)
+    assert_equal(found, engine.BOUND)
 
 
 TEXTS = ("a cab  abc", "the naïve\nthing, 123 日本語!", " abacus's\n\n  x", "<eos>a<bos>")

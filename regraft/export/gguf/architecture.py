@@ -10,7 +10,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...core.anatomy import Config
+    from ...core.checkpoint import Checkpoint
+    from .tensors import GGUFTensor
 
 from torch import Tensor
 
@@ -19,7 +24,7 @@ ENGINE = "0.3.36"  # release of llama-cpp-python that results are compared with
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """An architecture of llama.cpp, for stock classes that compute the same.
+    """An architecture of llama.cpp, for stock classes that compute the same, or for a target.
 
     Attributes:
         name: as in the file's `general.architecture`.
@@ -45,6 +50,9 @@ class GGUFArchitecture:
         keys: config of transformers -> further metadata, without the architecture's prefix.
         find_misfits: config of transformers -> what else does not fit, a line each.
         find_notes: config of transformers -> what it computes a little differently, a line each.
+        find_metadata: config of regraft -> all metadata, where no class of transformers computes
+            the same; None: a stock class's.
+        build_tensors: the same for tensors.
     """
 
     name: str
@@ -70,6 +78,8 @@ class GGUFArchitecture:
     keys: Callable[[Any], dict[str, Any]] = lambda stock: {}
     find_misfits: Callable[[Any], list[str]] = lambda stock: []
     find_notes: Callable[[Any], list[str]] = lambda stock: []
+    find_metadata: Callable[[Config], dict[str, Any]] | None = None
+    build_tensors: Callable[[Checkpoint], list[GGUFTensor]] | None = None
 
 
 # llama.cpp has one GELU, the tanh approximation in half precision, for all that go by the name.

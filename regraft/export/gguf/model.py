@@ -25,21 +25,26 @@ from .writer import DTYPES, import_gguf, write_file
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A stock model, its architecture in llama.cpp and its tokenizer."""
+    """A model, its architecture in llama.cpp and its tokenizer."""
 
     checkpoint: Checkpoint
     architecture: GGUFArchitecture
     vocabulary: dict[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> GGUFModel:
-        """Get a model ready: one of a stock class that fits.
+    def of(cls, checkpoint: Checkpoint, architecture: GGUFArchitecture | None = None) -> GGUFModel:
+        """Get a model that fits ready.
+
+        Args:
+            checkpoint: the model.
+            architecture: of llama.cpp; None: the one for its stock class.
 
         RegraftError without the package gguf, without a tokenizer that llama.cpp has, or with a
         bias that llama.cpp does not have.
         """
         import_gguf()
-        architecture = find_architecture(find_anatomy(checkpoint.config).family)
+        family = find_anatomy(checkpoint.config).family
+        architecture = architecture or find_architecture(family)
         assert architecture is not None
         check_left_out(checkpoint, architecture)
         vocabulary = read_vocabulary(checkpoint.path, checkpoint.sizes["vocab"])
@@ -50,7 +55,17 @@ class GGUFModel:
     @cached_property
     def tensors(self) -> list[GGUFTensor]:
         """The tensors as llama.cpp stores them."""
+        if self.architecture.build_tensors is not None:
+            return self.architecture.build_tensors(self.checkpoint)
         return build_tensors(self.checkpoint, self.architecture)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The file's keys without the architecture's prefix."""
+        config = self.checkpoint.config
+        if self.architecture.find_metadata is not None:
+            return self.architecture.find_metadata(config)
+        return find_metadata(config, self.architecture)
 
     @property
     def dtype(self) -> str:
@@ -72,11 +87,9 @@ class GGUFModel:
             whole.unlink()
             return
         name = choose_name(self.checkpoint.origin.resolve().name, self.vocabulary)
-        config = self.checkpoint.config
-        metadata = find_metadata(config, self.architecture)
         stored = None if kind == self.dtype else kind.upper()
         arch = self.architecture.name
-        write_file(file, arch, name, metadata, self.vocabulary, self.tensors, stored)
+        write_file(file, arch, name, self.metadata, self.vocabulary, self.tensors, stored)
 
     def as_extra_file(self, kind: str) -> ExtraFile:
         """A file that is written beside a model's other files."""
@@ -111,7 +124,7 @@ def write_directory(
         folder = partial.path
         for kind in kinds:
             model.write(folder / file_name(kind), kind)
-        card = format_model_card(model.checkpoint)
+        card = format_model_card(model.checkpoint, transformers=False)
         text = card.replace("## Papers", f"{describe_use(model, kinds)}\n## Papers")
         (folder / CARD).write_text(text, encoding="utf-8")
         hashes = {file_name(kind): sha256(folder / file_name(kind)) for kind in kinds}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ WIDE = (
     "ssm_a",
     "ssm_d",
     "ssm_norm.weight",
+    *(f"time_mix_{name}.weight" for name in ("w1", "w2", "decay_w1", "decay_w2", "lerp_fused")),
 )
 
 
@@ -99,14 +101,14 @@ def write_file(
     for key, value in vocabulary.items():
         add_value(writer, key, value)
 
-    for tensor, one in zip(tensors, kinds, strict=True):
-        add_header(writer, tensor, one)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor, one in zip(tensors, kinds, strict=True):
-        writer.write_tensor_data(encode(tensor.read(), one))
-    writer.close()
+    with closing(writer):  # also where a tensor cannot be read
+        for tensor, one in zip(tensors, kinds, strict=True):
+            add_header(writer, tensor, one)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, one in zip(tensors, kinds, strict=True):
+            writer.write_tensor_data(encode(tensor.read(), one))
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...core.anatomy import Config, find_anatomy
 from ...core.checkpoint import Checkpoint
 from ..gguf import fit
+from ..gguf.model import GGUFModel
 from ..target import STOCK, ExportTarget, find_target
 
 
@@ -55,4 +56,5 @@ target = ExportTarget(
     find_misfits=find_misfits,
     convert=convert,
     build_config=build_config,
+    prepare=GGUFModel.of,
 )
