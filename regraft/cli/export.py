@@ -143,7 +143,7 @@ def print_targets(source: str, misfits: dict[str, list[str]], console: Console) 
     for name, found in misfits.items():
         text = "; ".join(found) if found else f"regraft export {source} OUT --to {name}"
         verdict = "no" if found else "yes"
-        console.print(f"{name:12s} {verdict:4s} {text}", soft_wrap=True, highlight=False)
+        console.print(f"{name:15s} {verdict:4s} {text}", soft_wrap=True, highlight=False)
 
 
 VERB = Verb(
