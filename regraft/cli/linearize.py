@@ -99,6 +99,7 @@ def linearize(
     from ..evaluation import baselines
     from ..io import shard_writer
     from ..linearize import methods, pipeline
+    from ..mixers.registry import mixer_class
     from ..modeling.reopen import save_model
     from ..plan.plan import Plan, print_plan
     from ..progress import Ticker
@@ -172,7 +173,7 @@ def linearize(
                 if text:
                     rows = pipeline.text_rows(
                         before,
-                        session.begin_texts(text, [{"name": recipe.remix.mixer}]),
+                        session.begin_texts(text, mixer_class(recipe.remix.mixer).begins_with_bos),
                         ticker,
                         own=scratch,
                         cache=cache_folder,

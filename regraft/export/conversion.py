@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Key, PlacedPart, find_anatomy
-from ..core.checkpoint import Checkpoint, LazyTensor
+from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.stock_config import config_class, read_stock_config
 from ..mixers.source_windows import source_windows
 from ..mixers.window import WindowOptions
@@ -46,6 +46,19 @@ def mixers_of(config: Config) -> list[dict[str, Any] | None]:
     return specs
 
 
+def name_mixer(spec: Mapping[str, Any]) -> str:
+    """A mixer's name; for one beside a window both."""
+    inner = f" ({spec['linear']['name']} beside a window)" if spec["name"] == "gated" else ""
+    return f"{spec['name']}{inner}"
+
+
+def has_mlp_biases(config: Config) -> bool:
+    """Whether the MLPs of a model have biases."""
+    anatomy = find_anatomy(config)
+    placed = anatomy.host(config).place(anatomy.host_config(config))
+    return any(role.startswith("mlp.") and role.endswith(".bias") for role, _ in placed)
+
+
 def windows_of(config: Config) -> list[int | None]:
     """How many tokens each layer sees; None: all."""
     host = find_anatomy(config).host_config(config)
@@ -82,6 +95,11 @@ def carry_keys(config: Config, anatomy: Anatomy, architecture: str) -> dict[str,
         "num_key_value_heads": attention["kv"],
         "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
     }
+
+
+def copy_tensor(own: LazyTensor) -> LazyTensor:
+    """A tensor of the model as it is."""
+    return LazyTensor(own.shape, own.dtype, Provenance("copied", own.provenance.sources), own.read)
 
 
 def build_checkpoint(

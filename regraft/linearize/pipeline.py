@@ -24,6 +24,7 @@ from ..export.target import find_target
 from ..io import output
 from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
+from ..mixers.registry import mixer_class
 from ..mixers.remix import Remix
 from ..mixers.remix_options import RemixOptions
 from ..modeling import flops
@@ -262,7 +263,10 @@ def run_method(
     target = output.check_apart(out, [("source", source.origin), ("source", source.path)])
     if not overwrite and target.exists():
         output.check_claimable(target)  # before anything is read
-    texts, data = find_files(data.path), begin_texts(data, [{"name": method.remix.mixer}])
+    texts, data = (
+        find_files(data.path),
+        begin_texts(data, mixer_class(method.remix.mixer).begins_with_bos),
+    )
     request: ConversionRequest = {
         # --skip-bad may be added after a bad line stopped the first attempt
         "data": repr(dataclasses.replace(data, path="", skip_bad=False)),

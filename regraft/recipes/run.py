@@ -26,7 +26,7 @@ from ..io.files import read_json_if_exists, remove_parts, write_json
 from ..io.identity import identify_files, identify_model
 from ..io.request import Identity
 from ..linearize.pipeline import choose_layers, train_linearized
-from ..mixers.registry import begins_with_bos
+from ..mixers.registry import mixer_class
 from ..modeling import generate
 from ..modeling.reopen import save_model
 from ..plan.plan import Plan
@@ -210,9 +210,9 @@ class Experiment:
         return Checkpoint.open(self.recipe.source)
 
     @property
-    def mixers(self) -> list[dict[str, Any]]:
-        """Specs of the model's mixers, as far as the text depends on them."""
-        return [{"name": self.recipe.remix.mixer}]
+    def begins_with_bos(self) -> bool:
+        """Whether texts begin with the BOS token, as the mixer is made for."""
+        return mixer_class(self.recipe.remix.mixer).begins_with_bos
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -224,7 +224,7 @@ class Experiment:
         """Training text; it is read when rows are asked for."""
         need = max((stage.tokens for stage in self.recipe.stages), default=0)
         return training_rows(
-            [begin_texts(text, self.mixers) for text in self.recipe.train],
+            [begin_texts(text, self.begins_with_bos) for text in self.recipe.train],
             self.tokenizer,
             need,
             self.out / TEXT,
@@ -245,7 +245,7 @@ class Experiment:
             self.tokenizer,
             settings.windows,
             settings.length,
-            begins_with_bos(self.mixers),
+            self.begins_with_bos,
         )
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from ..io.identity import identify_model
 from ..io.request import Identity
 from ..io.safetensors import read_tensors, save_tensors
 from ..mixers.older_names import rename_older
-from ..mixers.registry import begins_with_bos
 from ..mixers.remix import needs_bos
 from ..modeling import flops
 from ..modeling.reopen import save_model
@@ -65,14 +64,9 @@ def training_rows(
     return TextMixture(texts, tokenizer, need, run_folder, cache, tell)
 
 
-def begin_texts(text: Text, mixers: Iterable[Mapping[str, Any] | None] | None) -> Text:
-    """The text, beginning with the BOS token where a model's mixers are made for that.
-
-    Args:
-        text: as given.
-        mixers: their specs, see `begins_with_bos`.
-    """
-    return dataclasses.replace(text, bos=text.bos or begins_with_bos(mixers))
+def begin_texts(text: Text, wanted: bool) -> Text:
+    """The text, beginning with the BOS token where it was asked for or a model wants it."""
+    return dataclasses.replace(text, bos=text.bos or wanted)
 
 
 def calibrate_once(
@@ -382,7 +376,7 @@ def train_in_folder(
     ticker.start(f"reading {model}")
     checkpoint = Checkpoint.open(model, allow_nonfinite)
     check_stage(checkpoint, model, stage, teacher, keeping)
-    data = dataclasses.replace(data, bos=data.bos or needs_bos(checkpoint))
+    data = begin_texts(data, needs_bos(checkpoint))
     inputs = identify_models(model, teacher)
     over = fsdp.build_mesh(hybrid) if distributed.world_size() > 1 else None
     student = load_for_training(model, over, stage.kind in LAYERWISE, allow_nonfinite)

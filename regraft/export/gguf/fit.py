@@ -9,8 +9,9 @@ from ...core.anatomy import Config, find_anatomy
 from ...core.stock_config import config_class, read_stock_config
 from ...mixers.source_windows import source_windows
 from .architecture import GGUFArchitecture, find_architecture
-from .rotary import find_rope_misfits
+from .rotary import find_rope_keys, find_rope_misfits
 
+LAYER_NORM = "attention.layer_norm_epsilon"
 # Keys that change nothing in the logits, or that the tensors and windows say already.
 ACCOUNTED = re.compile(
     r".*(drop|pdrop|dropout).*|initializer_range|use_cache|.*_token_id|layer_types|.*sliding_window.*"
@@ -130,8 +131,6 @@ def find_notes(config: Config) -> list[str]:
 
 def find_metadata(config: Config, architecture: GGUFArchitecture) -> dict[str, Any]:
     """The metadata of a stock model, without the architecture's prefix."""
-    from .rotary import find_rope_keys
-
     anatomy = find_anatomy(config)
     stock, sizes = read_stock_config(config, anatomy), anatomy.solve(config)
     full = anatomy.fill_defaults(config)
@@ -157,6 +156,3 @@ def find_metadata(config: Config, architecture: GGUFArchitecture) -> dict[str, A
             "attention.sliding_window_pattern": [width is not None for width in widths],
         }
     return keys | architecture.keys(stock)
-
-
-LAYER_NORM = "attention.layer_norm_epsilon"

@@ -25,7 +25,9 @@ from ..conversion import (
     carry_keys,
     find_own,
     find_unread_keys,
+    has_mlp_biases,
     mixers_of,
+    name_mixer,
 )
 from ..llama_shape import find_differences
 from ..target import ExportTarget
@@ -53,8 +55,7 @@ def find_misfits(config: Config) -> list[str]:
         return ["it is one already: --to hf writes it as it is"]
     if found := find_differences(host_config, host):
         return found
-    roles = [role for role, _ in host.place(host_config)]
-    if any(role.startswith("mlp.") and role.endswith(".bias") for role in roles):
+    if has_mlp_biases(config):
         return ["its MLP has biases (mlp_bias), which the class has not"]
     return find_layer_misfits(config) + find_unread_keys(host_config)
 
@@ -71,10 +72,7 @@ def find_layer_misfits(config: Config) -> list[str]:
                 " granite_swa, or replace that layer with --keep"
             ]
         if spec and spec["name"] != Mamba2.name:
-            inner = (
-                f" ({spec['linear']['name']} beside a window)" if spec["name"] == "gated" else ""
-            )
-            return [f"layer {layer} has the mixer {spec['name']}{inner}, {OTHER}"]
+            return [f"layer {layer} has the mixer {name_mixer(spec)}, {OTHER}"]
 
     made = [spec for spec in specs if spec]
     if not made:

@@ -16,22 +16,25 @@ from ...core.anatomy import Config, Key, PlacedPart, find_anatomy
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ...core.stock_config import read_stock_config
 from ...families.granite_swa import anatomy as granite
+from ...mixers.remix import SINKS
 from ...mixers.sink_window import SHUT
 from ...mixers.source_windows import KINDS
 from ...mixers.window import WindowOptions
 from ..conversion import (
     build_checkpoint,
     carry_keys,
+    copy_tensor,
     find_own,
     find_unread_keys,
+    has_mlp_biases,
     mixers_of,
+    name_mixer,
     windows_of,
 )
 from ..llama_shape import find_differences
 from ..target import ExportTarget
 
 FULL, SLIDING = KINDS
-SINKS = "attn.sinks.weight"
 
 
 def find_misfits(config: Config) -> list[str]:
@@ -57,8 +60,9 @@ def find_window_misfits(config: Config) -> list[str]:
             ]
         if name not in ("window", "sink_window"):
             assert spec is not None
-            inner = f" ({spec['linear']['name']} beside a window)" if name == "gated" else ""
-            return [f"layer {layer} has the mixer {name}{inner}: linearize with --for granite_swa"]
+            return [
+                f"layer {layer} has the mixer {name_mixer(spec)}: linearize with --for granite_swa"
+            ]
 
     widths = sorted({width for width in windows_of(config) if width is not None})
     if len(widths) < 2:
@@ -80,10 +84,7 @@ def build_config(config: Config) -> dict[str, Any]:
     return {
         **carry_keys(config, granite, "GraniteSWAForCausalLM"),
         "attention_bias": True,
-        "mlp_bias": any(
-            role.startswith("mlp.") and role.endswith(".bias")
-            for role, _ in host.place(host_config)
-        ),
+        "mlp_bias": has_mlp_biases(config),
         "attention_multiplier": attention["scale"],
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
@@ -107,9 +108,7 @@ def build_tensor(checkpoint: Checkpoint, key: Key, placed: PlacedPart) -> LazyTe
     role, layer = key
     own = find_own(checkpoint, role, layer)
     if own is not None:
-        return LazyTensor(
-            own.shape, own.dtype, Provenance("copied", own.provenance.sources), own.read
-        )
+        return copy_tensor(own)
     value = SHUT if role == SINKS else 0.0
     dtype = checkpoint.tensors["norm.final.weight", None].dtype
     kind = "zero" if value == 0 else "fresh"

@@ -29,8 +29,10 @@ from ...mixers.gated_deltanet import DeltaOptions, GatedDeltaNet
 from ..conversion import (
     build_checkpoint,
     carry_keys,
+    copy_tensor,
     find_own,
     find_unread_keys,
+    has_mlp_biases,
     mixers_of,
     windows_of,
 )
@@ -88,7 +90,7 @@ def find_misfits(config: Config) -> list[str]:
     norms = {role: qwen3.parts[role] for role in QK_NORMS}
     if found := find_differences(host_config, host, norms):
         return found
-    if any(role.startswith("mlp.") and role.endswith(".bias") for role, _ in host.place(config)):
+    if has_mlp_biases(config):
         return ["its MLP has biases, the class's has none"]
     found = find_mixer_misfits(config) or find_kept_misfits(config)
     return found or find_unread_keys(host_config)
@@ -245,8 +247,7 @@ def build_tensor(checkpoint: Checkpoint, key: Key, placed: PlacedPart) -> LazyTe
     # Short floats would round a gain once more when one is taken from it.
     dtype = torch.float32 if placed.part.axes.unit else own.dtype if own else usual
     if own is not None and not (role.startswith("attn.") or placed.part.axes.unit):
-        provenance = Provenance("copied", own.provenance.sources)
-        return LazyTensor(own.shape, own.dtype, provenance, own.read)
+        return copy_tensor(own)
 
     wide = widen_heads(attention)
 

@@ -12,7 +12,7 @@ from ...core.anatomy import Config, find_anatomy
 from ...core.checkpoint import Checkpoint
 from ...mixers.base import Attention
 from ...mixers.rwkv6 import Rwkv6
-from ..conversion import find_unread_keys, mixers_of
+from ..conversion import find_unread_keys, has_mlp_biases, mixers_of, name_mixer
 from ..gguf.architectures.rwkv6qwen2 import architecture, attention_of
 from ..gguf.model import GGUFModel
 from ..llama_shape import find_differences
@@ -36,8 +36,7 @@ def find_misfits(config: Config) -> list[str]:
     host, host_config = anatomy.host(config), anatomy.host_config(config)
     if found := find_differences(host_config, host):
         return found
-    roles = [role for role, _ in host.place(host_config)]
-    if any(role.startswith("mlp.") and role.endswith(".bias") for role in roles):
+    if has_mlp_biases(config):
         return ["its MLP has biases (mlp_bias), which the architecture has not"]
     return find_layer_misfits(config) + find_unread_keys(host_config)
 
@@ -49,10 +48,7 @@ def find_layer_misfits(config: Config) -> list[str]:
         if spec is None:
             return [f"layer {layer} has softmax attention, here all are linear: {FLAG} --keep none"]
         if spec["name"] != Rwkv6.name:
-            inner = (
-                f" ({spec['linear']['name']} beside a window)" if spec["name"] == "gated" else ""
-            )
-            return [f"layer {layer} has the mixer {spec['name']}{inner}: {FLAG}"]
+            return [f"layer {layer} has the mixer {name_mixer(spec)}: {FLAG}"]
         options = Rwkv6.parse(spec)
         found = find_option_misfits(options) + find_shape_misfits(attention_of(config, layer))
         if found:

@@ -11,6 +11,7 @@ from ...data.text import Text
 from ...errors import RegraftError
 from ...io import output
 from ...io.files import read_json_lines
+from ...mixers.remix import needs_bos
 from ...modeling.reopen import save_model
 from ...progress import Ticker
 from ..metrics import FILE
@@ -107,7 +108,7 @@ def align_in_folder(
     for checkpoint in (source, student):
         checkpoint.verify()
 
-    data = begin_texts(data, student.config.get("mixers"))
+    data = begin_texts(data, needs_bos(student))
     ticker.start("reading data")
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
     text = target / TEXT
