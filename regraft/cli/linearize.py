@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_apart, check_folders, describe_request, remix_changes
+from .verb import (
+    Outcome,
+    Verb,
+    check_apart,
+    check_folders,
+    describe_request,
+    name_method,
+    remix_changes,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +28,7 @@ INPUTS = ("source", "data")  # arguments that are paths of what is read
 def linearize(
     source: str,
     out: str,
-    method: str = "auto",
+    method: str | None = None,
     mixer: str | None = None,
     keep: str | None = None,
     window: int | None = None,
@@ -53,9 +61,10 @@ def linearize(
     Args:
         source: model directory or GGUF file
         out: directory to write; a training that was stopped goes on with the same command
-        method: a published method, or auto (ours): auto, hypenet, liger, lolcats, mambainllama,
-            mohawk, radlads, supra, supra_fitted, t2r, taylor or xatl; the flags below override its
-            settings
+        method: a published method, or auto (ours), which is taken where none is given: aligned,
+            auto, hypenet, liger, lolcats, mambainllama, mohawk, radlads, supra, supra_fitted, t2r,
+            taylor or xatl; the flags below override its settings; --for takes aligned for forms
+            without a window
         mixer: the token mixer: gated_deltanet, gla, hedgehog, lightning, lolcats, mamba, mamba2,
             retnet, rwkv6, sink_window, supra, t2r or window
         keep: layers that keep softmax attention: every:N, a list such as 0,7,14, all, none, or
@@ -127,7 +136,8 @@ def linearize(
     # The method as published or as ours, then what the flags change of it.
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     changes = remix_changes(given)
-    recipe, notes = methods.find_method(method).with_remix(seed=seed, **changes), list[str]()
+    name = name_method(method, for_)
+    recipe, notes = methods.find_method(name).with_remix(seed=seed, **changes), list[str]()
     if for_:
         pipeline.check_target(before, recipe.remix, for_)
     text = None
@@ -202,7 +212,7 @@ def linearize(
         wrote = f"{out} is there already" if done else f"Wrote {out}"
         console.print(f"{wrote}. Next: {following}", soft_wrap=True, highlight=False)
 
-    return Outcome(plan.to_dict() | {"out": out, "method": method, "ledger": ledger}, show)
+    return Outcome(plan.to_dict() | {"out": out, "method": name, "ledger": ledger}, show)
 
 
 VERB = Verb(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from .verb import Outcome, Verb, check_unused_flags, remix_changes, split_keys
+from .verb import Outcome, Verb, check_unused_flags, name_method, remix_changes, split_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,7 +143,7 @@ def plan(
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method or for_:
         changes = remix_changes(given)
-        recipe = methods.find_method(method or "auto").with_remix(**changes)
+        recipe = methods.find_method(name_method(method, for_)).with_remix(**changes)
         recipe, notes = recipe.without_text()
         after = Remix.from_options(recipe.remix)(after)
     result = planning.Plan.of(before, after, context, length, notes)

@@ -174,6 +174,15 @@ def split_keys(text: str | None) -> tuple[str, ...]:
     return tuple(filter(None, (key.strip() for key in (text or "").split(","))))
 
 
+def name_method(method: str | None, target: str | None) -> str:
+    """The method of a verb: the one given, else what trains the form of a target, else auto."""
+    from ..export.target import find_target
+
+    if method:
+        return method
+    return find_target(target).method if target else "auto"
+
+
 def remix_changes(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags of a verb change of a method's Remix: those that were given, and what a target
     of `--for` needs where they were not.

@@ -27,6 +27,7 @@ class ExportTarget:
             keys or flags that matter. Nothing: it holds the model.
         convert: a model that fits, in the target's form.
         remix: fields of a `Remix` that makes models which fit.
+        method: the method of `linearize` that trains them, where none is given.
         build_config: config of a model that fits -> config of the result.
         code: whether the result needs `import regraft.modeling` or `trust_remote_code`.
         prepare: a converted model, ready to be written as GGUF files; None: the result is a
@@ -38,6 +39,7 @@ class ExportTarget:
     find_misfits: Callable[[Config], list[str]]
     convert: Callable[[Checkpoint], Checkpoint]
     remix: dict[str, Any] = field(default_factory=dict)
+    method: str = "auto"
     build_config: Callable[[Config], Config] = lambda config: config
     code: bool = False
     prepare: Callable[[Checkpoint], GGUFModel] | None = None

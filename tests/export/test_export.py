@@ -16,6 +16,7 @@ from helpers.tiny import ARCHITECTURES, CONFIGS, save_model, tiny, tokens, write
 from transformers import AutoModelForCausalLM, GraniteSWAForCausalLM
 
 from regraft import Deepen, Widen, modeling
+from regraft.cli.verb import name_method
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.export import equality, find_target, list_targets
@@ -364,6 +365,17 @@ def test_plan_says_it_before_training(folders: Path, capsys: pytest.CaptureFixtu
     assert "granite_swa cannot hold it: qwen3 has" in capsys.readouterr().out
     assert main(["plan", str(folders / "source"), "--for", "granite_swa"]) == 0
     assert "granite_swa holds it" in capsys.readouterr().out
+
+
+def test_forms_without_a_window_are_aligned_longer(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [name_method(None, name) for name in (None, "granite_swa", "hf")] == ["auto"] * 3
+    assert name_method("auto", "qwen3_5") == "auto"
+    for name in ("qwen3_5", "granite_hybrid", "rwkv6qwen2"):
+        assert name_method(None, name) == "aligned"
+    line = f"linearize {folders}/source {folders}/aligned --for qwen3_5 --keep 0".split()
+    assert as_json(capsys, *line)["method"] == "aligned"
 
 
 def test_bad_input_is_one_line(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -269,4 +269,5 @@ target = ExportTarget(
         "window": 0,
         "options": {"layout": "attention", "norm": "head", "start": "identity", "eps": "source"},
     },
+    method="aligned",
 )

@@ -364,4 +364,5 @@ target = ExportTarget(
     convert=convert,
     build_config=build_config,
     remix={"mixer": GatedDeltaNet.name, "window": 0, "sinks": 0, "options": OPTIONS},
+    method="aligned",
 )

@@ -104,4 +104,5 @@ target = ExportTarget(
     convert=lambda checkpoint: checkpoint,
     remix={"mixer": "rwkv6", "window": 0, "keep": "none", "options": OPTIONS},
     prepare=prepare,
+    method="aligned",
 )
