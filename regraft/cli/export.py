@@ -50,7 +50,7 @@ def export(
 
     from ..core.checkpoint import Checkpoint
     from ..export import write
-    from ..export.target import find_stock_target, find_target
+    from ..export.target import find_served_target, find_target
     from ..io import shard_writer
 
     given = locals()
@@ -68,8 +68,9 @@ def export(
     done = shard_writer.check_target(out, overwrite, request)
     notes = []
     if to is None:
-        to = find_stock_target(checkpoint.config)
-        reason = None if quantize else write.explain_no_gguf(checkpoint)
+        to = find_served_target(checkpoint.config)
+        is_file = find_target(to).prepare is not None
+        reason = None if quantize or is_file else write.explain_no_gguf(checkpoint)
         quantize = quantize or (None if reason else DEFAULT)
         notes += [f"no {DEFAULT} GGUF file: {reason}"] if reason else []
     target, proof = find_target(to), write.Proof()

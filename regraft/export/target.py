@@ -54,23 +54,24 @@ class ExportTarget:
 
 # Targets with a class of transformers for linearized models, the preferred one first.
 STOCK = ("granite_swa", "granite_hybrid", "qwen3_5")
+ENGINE_ALONE = "rwkv6qwen2"  # what llama.cpp runs without a class of transformers
 
 
-def find_stock_target(config: Config) -> str:
+def find_served_target(config: Config) -> str:
     """The target that writes a model as a stock class: "hf" for one that is stock already, else the
-    first of STOCK that holds it.
+    first of STOCK that holds it, else ENGINE_ALONE.
 
     RegraftError that says why none does.
     """
     anatomy = find_anatomy(config)
     if anatomy.host(config) is anatomy:
         return "hf"
-    misfits = {name: find_target(name).find_misfits(config) for name in STOCK}
+    misfits = {name: find_target(name).find_misfits(config) for name in (*STOCK, ENGINE_ALONE)}
     for name, found in misfits.items():
         if not found:
             return name
     reasons = "; ".join(f"{name}: {found[0]}" for name, found in misfits.items())
-    raise RegraftError(f"no stock class holds this model ({reasons}): --to hf writes it with code")
+    raise RegraftError(f"no engine runs this model ({reasons}): --to hf writes it with code")
 
 
 def list_targets() -> list[str]:

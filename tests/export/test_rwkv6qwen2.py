@@ -131,8 +131,8 @@ def test_from_a_source_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     linear, out = str(tmp_path / "linear"), tmp_path / "out"
     assert as_json(capsys, "plan", source, "--for", "rwkv6qwen2")
     as_json(capsys, "linearize", source, linear, "--for", "rwkv6qwen2")
-    line = ["export", linear, str(out), "--to", "rwkv6qwen2", "--quantize", "q8_0"]
-    found = as_json(capsys, *line)
+    found = as_json(capsys, "export", linear, str(out))  # the only target that holds it
+    assert (found["to"], found["notes"]) == ("rwkv6qwen2", [])
     assert [one["file"] for one in found["gguf"]] == ["model-f32.gguf", "model-q8_0.gguf"]
     assert found["check"] is None and found["gguf"][0]["difference"] is None
     card = (out / "README.md").read_text()
@@ -146,5 +146,5 @@ def test_from_a_source_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
         one.name: one.tensor_type.name for one in gguf.GGUFReader(out / "model-q8_0.gguf").tensors
     }
     assert kinds["blk.0.time_mix_w2.weight"] == kinds["blk.0.time_mix_lerp_fused.weight"] == "F32"
-    reason = refused(capsys, "export", source, str(tmp_path / "no"), *line[3:5])
+    reason = refused(capsys, "export", source, str(tmp_path / "no"), "--to", "rwkv6qwen2")
     assert "layer 0 has softmax attention" in reason
