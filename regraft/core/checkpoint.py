@@ -72,6 +72,8 @@ class Checkpoint:
     allow_nonfinite: bool = False
     # Whether Python files beside the weights are copied to outputs (see `side_files`).
     copy_code: bool = False
+    # What changes files beside the weights: called with the directory that is being written.
+    file_changes: tuple[Callable[[Path], None], ...] = ()
 
     @classmethod
     def open(
@@ -280,6 +282,8 @@ class Checkpoint:
                 with_older_keys(self.config), lambda name: (folder / name).is_file()
             )
             write_json(folder / "config.json", config)
+            for change in self.file_changes:
+                change(folder)
             (folder / "README.md").write_text(lineage.format_model_card(self), encoding="utf-8")
 
             # Last, since it records the other files. Shards were hashed while they were written.
