@@ -129,11 +129,11 @@ def grow(
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     taken = split_keys(adopt)
-    tokens = read_new_tokens(add_tokens) if add_tokens else ()
+    added = read_new_tokens(add_tokens) if add_tokens else ()
     growth = Growth(
         *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed, untie, taken
     )
-    growth = replace(growth, vocab=vocab, tokens=tokens, vocab_init=vocab_init)
+    growth = replace(growth, vocab=vocab, tokens=added, vocab_init=vocab_init)
     if optimizer_state:
         # A wrong file is an error before any work.
         moments.check_growable(before, growth.steps(before), Path(optimizer_state))

@@ -146,11 +146,11 @@ def plan(
     before = Checkpoint.open(source, allow_nonfinite=scan)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     taken = split_keys(adopt)
-    tokens = read_new_tokens(add_tokens) if add_tokens else ()
+    added = read_new_tokens(add_tokens) if add_tokens else ()
     growth = Growth(
         *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, untie=untie, adopt=taken
     )
-    growth = dataclasses.replace(growth, vocab=vocab, tokens=tokens, vocab_init=vocab_init)
+    growth = dataclasses.replace(growth, vocab=vocab, tokens=added, vocab_init=vocab_init)
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method or for_:
         changes = remix_changes(given)

@@ -61,7 +61,7 @@ class GrowVocab:
         config = source.anatomy.resize_config(source.config, sizes)
         placed = source.anatomy.place(config)
         has_head = any("vocab" in one.part.axes.outputs[0] for one in placed.values())
-        step = step_entry(replace(self, tokens=tokens))
+        step = step_entry(replace(self, vocab=rows.new, tokens=tokens))
         step |= {"notes": [*describe_rows(rows, has_head), *notes], "overwritten": rows.overwritten}
         changes = (TokenizerChange(added),) if added else ()
         return replace(
