@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         GrowQueryKeys,
     )
     from .growth.steps.deepen import Deepen
+    from .growth.steps.grow_vocab import GrowVocab
     from .growth.steps.transplant import Transplant
     from .growth.steps.untie import Tie, Untie
     from .growth.steps.widen import Widen

@@ -13,7 +13,15 @@ from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth import depth
-from .outputs import compute_outputs, max_difference, steps_between, stream_index
+from .outputs import (
+    compute_outputs,
+    find_kept_tokens,
+    keep_known_tokens,
+    max_difference,
+    select_tokens,
+    steps_between,
+    stream_index,
+)
 from .reach import count_positions
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ GROWTH_STEPS = (
     "Adopt",
     "Learned",
     "Transplant",
+    "GrowVocab",
 )
 # Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5
@@ -61,7 +70,7 @@ def keeps_function(step: dict[str, Any]) -> bool:
     """Whether a step of lineage.json keeps the function; steps that are no growth do not."""
     name = step.get("step")
     if name not in ("Widen", "Deepen"):
-        return name in ("Bridge", "Store", "Untie", "Tie", "Carry", "Export")
+        return name in ("Bridge", "Store", "Untie", "Tie", "Carry", "Export", "GrowVocab")
 
     how = step.get("arguments", {}).get("how")
     if not isinstance(how, str):
@@ -69,6 +78,14 @@ def keeps_function(step: dict[str, Any]) -> bool:
             f"the step {name} in lineage.json has how = {how!r}: make the model again"
         )
     return "aki" not in how if name == "Widen" else how in depth.EXACT
+
+
+def keeps_choices(steps: list[dict[str, Any]]) -> bool:
+    """Whether the token with the largest logit stays: rows of zeros may give a larger one."""
+    return not any(
+        step.get("step") == "GrowVocab" and step.get("arguments", {}).get("init") == "zero"
+        for step in steps
+    )
 
 
 def difference_bound(before: Checkpoint, after: Checkpoint) -> float:
@@ -103,12 +120,15 @@ def measure_step0(source: str | Path, out: str | Path, length: int = STEP0_LENGT
     model = modeling.load_stored(before)
     length = min(length, count_positions(before, after, model) or length)
     inputs = load_held_out_tokens(before, length) or modeling.random_inputs(before, length=length)
+    kept = find_kept_tokens(before, after)
+    inputs = keep_known_tokens(inputs, kept)
 
     first = compute_outputs(model, inputs)
     del model
     second = compute_outputs(modeling.load_stored(after), inputs)
     name = next(iter(first))
-    relative, _ = max_difference(first[name], second[name], stream_index(before, after))
+    pair = select_tokens((first[name], second[name]), before, after, kept)
+    relative, _ = max_difference(*pair, stream_index(before, after))
     step0: Step0 = {"rel_logit_diff": relative}
     if before.anatomy.continues_text(before.config):
         step0["loss_source"] = next_token_loss(first, inputs)

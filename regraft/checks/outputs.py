@@ -150,6 +150,8 @@ def compare_models(
     model = modeling.load_stored(before)
     reach = find_reach(before, after, model)
     inputs = modeling.random_inputs(before, length=reach.length, seed=seed)
+    kept = find_kept_tokens(before, after)
+    inputs = keep_known_tokens(inputs, kept)
     reference = observe(model, inputs, reach, causal)
     del model
     progress(0.3, "the result")
@@ -164,7 +166,9 @@ def compare_models(
     # The cache is wider with the model; decoding through it is compared instead.
     index = stream_index(before, after)
     pairs = {
-        name: max_difference(value, found.outputs[name], index)
+        name: max_difference(
+            *select_tokens((value, found.outputs[name]), before, after, kept), index
+        )
         for name, value in reference.outputs.items()
         if name != modeling.CACHE
     }
@@ -206,6 +210,44 @@ def steps_between(before: Checkpoint, after: Checkpoint) -> list[dict[str, Any]]
             break
         shared += 1
     return list(after.history)[shared:]
+
+
+def find_kept_tokens(before: Checkpoint, after: Checkpoint) -> Tensor | None:
+    """Ids of the source whose rows the result has kept, (tokens,); None where no row changed.
+
+    Rows that growth adds are left out, and those of the source that no token had and new ones took.
+    """
+    steps = [step for step in steps_between(before, after) if step.get("step") == "GrowVocab"]
+    if not steps:
+        return None
+    overwritten = {row for step in steps for row in step.get("overwritten", ())}
+    return torch.tensor([row for row in range(before.sizes["vocab"]) if row not in overwritten])
+
+
+def keep_known_tokens(inputs: dict[str, Tensor], kept: Tensor | None) -> dict[str, Tensor]:
+    """Inputs in which ids that are not kept are replaced by some that are."""
+    if kept is None:
+        return inputs
+    ids = inputs["input_ids"]
+    known = torch.isin(ids, kept)
+    return inputs | {"input_ids": torch.where(known, ids, kept[ids % len(kept)])}
+
+
+def select_tokens(
+    outputs: tuple[Tensor, Tensor], before: Checkpoint, after: Checkpoint, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """An output of source and result, of logits over the vocabulary only those of kept tokens.
+
+    Args:
+        outputs: of the source and of the result.
+        before: the source.
+        after: the result.
+        kept: ids of tokens that both have; None: all.
+    """
+    sizes = tuple(one.sizes.get("vocab") for one in (before, after))
+    if kept is None or sizes != tuple(value.shape[-1] for value in outputs):
+        return outputs
+    return outputs[0][..., kept], outputs[1][..., kept]
 
 
 def stream_index(before: Checkpoint, after: Checkpoint) -> Tensor:
@@ -309,14 +351,17 @@ def count_agreeing(left: Tensor, right: Tensor) -> int:
 def greedy_gap(reference: Behaviour, found: Behaviour) -> float:
     """How far the source's token was ahead of the result's where their texts part, 0 if nowhere.
 
-    Relative to the source's largest score: two tokens that rounding may swap are close.
+    Relative to the source's largest score: two tokens that rounding may swap are close. A token
+    that the source does not have is ahead by the result's own scores.
     """
     assert reference.text is not None and found.text is not None
     place = count_agreeing(reference.text, found.text)
     if place == len(reference.text):
         return 0.0
-    scores = reference.scores[place]
-    ahead = scores[reference.text[place]] - scores[found.text[place]]
+    scores, chosen = reference.scores[place], found.text[place]
+    if chosen >= len(scores):
+        scores = found.scores[place]
+    ahead = (scores[reference.text[place]] - scores[chosen]).abs()
     return float(ahead / scores[scores.isfinite()].abs().max())
 
 

@@ -6,9 +6,7 @@ setting that acts on long texts.
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,10 +16,8 @@ from torch import Tensor
 from .. import modeling
 from ..core.anatomy import find_anatomy
 from ..core.checkpoint import Checkpoint, with_older_keys
-from ..errors import RegraftError, first_line
-from ..export.step import Export
-from ..growth.sizes_to_steps import cast_checkpoint
-from ..mixers.remix import Remix
+from ..errors import first_line
+from ..growth.recorded_steps import replay_step
 from ..progress import ProgressCallback
 
 # Steps whose result the source does not determine.
@@ -56,29 +52,6 @@ def replay_steps(before: Checkpoint, after: Checkpoint) -> tuple[Checkpoint | No
         except Exception as error:
             return None, f"{name} cannot be done again ({first_line(error)})"
     return made, None
-
-
-def replay_step(checkpoint: Checkpoint, name: str, arguments: Mapping[str, Any]) -> Checkpoint:
-    """A checkpoint after one step of lineage.json; any error where this version has no such step.
-
-    Args:
-        checkpoint: what the step is done on.
-        name: of the step's class.
-        arguments: its fields.
-    """
-    if name == "Store":
-        return cast_checkpoint(checkpoint, arguments["dtype"])
-    if name == Remix.__name__:
-        return Remix(**arguments)(checkpoint)
-    if name == Export.__name__:
-        return Export(**arguments)(checkpoint)
-    package = importlib.import_module("regraft.growth.steps")
-    for module in pkgutil.iter_modules(package.__path__):
-        step = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), name, None)
-        if isinstance(step, type):
-            made: Checkpoint = step(**arguments)(checkpoint)
-            return made
-    raise RegraftError(f"this version of regraft has no step '{name}': make the model again")
 
 
 def find_config_differences(made: Checkpoint, after: Checkpoint) -> list[str]:

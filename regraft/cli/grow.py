@@ -13,7 +13,13 @@ from .verb import Outcome, Verb, check_apart, describe_request, split_keys
 if TYPE_CHECKING:
     from rich.console import Console
 
-INPUTS = ("source", "to", "data", "optimizer_state")  # arguments that are paths of what is read
+INPUTS = (
+    "source",
+    "to",
+    "data",
+    "optimizer_state",
+    "add_tokens",
+)  # arguments that are paths of what is read
 
 
 def grow(
@@ -25,6 +31,8 @@ def grow(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     layers: int | None = None,
+    vocab: int | None = None,
+    add_tokens: str | None = None,
     to: str | None = None,
     width_init: str = "pad",
     depth_init: str = "identity",
@@ -40,6 +48,7 @@ def grow(
     max_line_bytes: int = 128_000_000,
     bridge: bool = False,
     untie: bool = False,
+    vocab_init: Literal["pieces", "mean", "zero"] = "pieces",
     adopt: str | None = None,
     copy_code: bool = False,
     overwrite: bool = False,
@@ -58,6 +67,9 @@ def grow(
         kv_heads: key/value heads
         head_dim: width of a head
         layers: number of layers
+        vocab: rows of the vocabulary, for padding that kernels want
+        add_tokens: tokens that tokenizer and embeddings get: a file with one a line, or a .json
+            list
         to: a directory whose config.json says what to grow to: all sizes, and the other settings
             where that keeps the function; what would change it is refused by name. The dtype is
             --dtype's
@@ -80,6 +92,8 @@ def grow(
         max_line_bytes: bytes that a line of text may have; longer ones cannot be read
         bridge: write the model as another class where its own cannot hold the sizes
         untie: give the model an output embedding of its own, a copy of the input embedding
+        vocab_init: what new rows of the vocabulary hold: the mean of the rows of the pieces that a
+            token replaces (padding: of all rows), the mean of all, or zero
         adopt: keys of --to, such as rope_theta,rms_norm_eps, or all, that are taken although the
             function changes
         copy_code: also copy Python files beside the weights, which regraft never runs; without them
@@ -97,6 +111,7 @@ def grow(
     from ..core.moments import FILE as MOMENTS_FILE
     from ..data.text import Text
     from ..growth import optimizer_state as moments
+    from ..growth.new_tokens import read_new_tokens
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..io import output, shard_writer
     from ..io.shard_writer import ExtraFile
@@ -114,9 +129,11 @@ def grow(
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     taken = split_keys(adopt)
+    added = read_new_tokens(add_tokens) if add_tokens else ()
     growth = Growth(
         *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed, untie, taken
     )
+    growth = replace(growth, vocab=vocab, tokens=added, vocab_init=vocab_init)
     if optimizer_state:
         # A wrong file is an error before any work.
         moments.check_growable(before, growth.steps(before), Path(optimizer_state))
@@ -209,6 +226,8 @@ VERB = Verb(
             "kv_heads",
             "head_dim",
             "layers",
+            "vocab",
+            "add_tokens",
             "to",
         ),
         "method": (
@@ -218,6 +237,7 @@ VERB = Verb(
             "noise",
             "bridge",
             "untie",
+            "vocab_init",
             "adopt",
             "seed",
         ),

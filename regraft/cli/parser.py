@@ -29,6 +29,7 @@ from . import (
     linearize,
     plan,
     run,
+    shrink,
     train,
 )
 from .messages import explain_parser_error
@@ -39,6 +40,7 @@ VERBS: dict[str, Verb] = {
     "grow": grow.VERB,
     "linearize": linearize.VERB,
     "check": check.VERB,
+    "shrink": shrink.VERB,
     "train": train.VERB,
     "export": export.VERB,
     "eval": evaluate.VERB,

@@ -43,6 +43,8 @@ def plan(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     layers: int | None = None,
+    vocab: int | None = None,
+    add_tokens: str | None = None,
     to: str | None = None,
     width_init: str = "pad",
     depth_init: str = "identity",
@@ -51,6 +53,7 @@ def plan(
     dtype: str | None = None,
     bridge: bool = False,
     untie: bool = False,
+    vocab_init: Literal["pieces", "mean", "zero"] = "pieces",
     adopt: str | None = None,
     train: bool = False,
     stage: Literal["align", "distil", "next"] = "distil",
@@ -89,6 +92,9 @@ def plan(
         kv_heads: key/value heads
         head_dim: width of a head
         layers: number of layers
+        vocab: rows of the vocabulary, for padding that kernels want
+        add_tokens: tokens that tokenizer and embeddings get: a file with one a line, or a .json
+            list
         to: a directory whose config.json says what to grow to: all sizes, and the other settings
             where that keeps the function; what would change it is refused by name
         width_init: width operator, or one each (hidden=tile,ffn=pad): pad, zero_in, pair, split,
@@ -109,6 +115,8 @@ def plan(
         price: of one GPU for an hour: says the cost
         bridge: write the model as another class where its own cannot hold the sizes
         untie: give the model an output embedding of its own, a copy of the input embedding
+        vocab_init: what new rows of the vocabulary hold: the mean of the rows of the pieces that a
+            token replaces (padding: of all rows), the mean of all, or zero
         adopt: keys of --to, such as rope_theta,rms_norm_eps, or all, that are taken although the
             function changes
         train: also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s,
@@ -120,6 +128,7 @@ def plan(
     import dataclasses
 
     from ..core.checkpoint import Checkpoint
+    from ..growth.new_tokens import read_new_tokens
     from ..growth.sizes_to_steps import Growth
     from ..linearize import methods
     from ..mixers.remix import Remix
@@ -137,9 +146,11 @@ def plan(
     before = Checkpoint.open(source, allow_nonfinite=scan)
     sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
     taken = split_keys(adopt)
+    added = read_new_tokens(add_tokens) if add_tokens else ()
     growth = Growth(
         *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, untie=untie, adopt=taken
     )
+    growth = dataclasses.replace(growth, vocab=vocab, tokens=added, vocab_init=vocab_init)
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method or for_:
         changes = remix_changes(given)
@@ -220,6 +231,8 @@ VERB = Verb(
             "kv_heads",
             "head_dim",
             "layers",
+            "vocab",
+            "add_tokens",
             "to",
             "width_init",
             "depth_init",
@@ -227,6 +240,7 @@ VERB = Verb(
             "noise",
             "bridge",
             "untie",
+            "vocab_init",
             "adopt",
             "dtype",
         ),

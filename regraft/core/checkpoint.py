@@ -21,7 +21,7 @@ from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
 from ..io.foreign_weights import check_foreign_folder
 from ..io.shard_writer import ExtraFile
-from . import lineage
+from . import lineage, undo
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
 from .axes import Signature
 from .config_checks import explain_config_errors
@@ -72,6 +72,8 @@ class Checkpoint:
     allow_nonfinite: bool = False
     # Whether Python files beside the weights are copied to outputs (see `side_files`).
     copy_code: bool = False
+    # What changes files beside the weights: called with the directory that is being written.
+    file_changes: tuple[Callable[[Path], None], ...] = ()
 
     @classmethod
     def open(
@@ -280,11 +282,18 @@ class Checkpoint:
                 with_older_keys(self.config), lambda name: (folder / name).is_file()
             )
             write_json(folder / "config.json", config)
+            for change in self.file_changes:
+                change(folder)
             (folder / "README.md").write_text(lineage.format_model_card(self), encoding="utf-8")
 
+            undo.write_undo(self, folder, side_files.copied)
+
             # Last, since it records the other files. Shards were hashed while they were written.
-            index = [folder / safetensors.INDEX] if (folder / safetensors.INDEX).exists() else []
-            small = {file.name: sha256(file) for file in [*index, folder / "config.json"]}
+            small = {
+                name: sha256(folder / name)
+                for name in (safetensors.INDEX, undo.FILE, "config.json")
+                if (folder / name).exists()
+            }
             write_json(
                 folder / lineage.FILE, lineage.build_lineage(self, partial.done | small, left_out)
             )

@@ -67,6 +67,7 @@ class StepEntry(_RequiredStepFields, total=False):
     ledger: dict[str, Any]  # Train: tokens, FLOPs and seconds per stage
     cost: dict[str, Any]  # Learned: what fitting the maps took
     maps: str  # Learned: sha256 of the maps
+    overwritten: list[int]  # GrowVocab: rows of the source that added tokens took
 
 
 class KindTotals(TypedDict):

@@ -18,7 +18,7 @@ from ..io import safetensors
 from ..io.files import check_inside, parse_json, read_json, write_json
 from ..io.identity import TOKENIZER
 from ..io.output import MARKER
-from . import lineage
+from . import lineage, undo
 from .anatomy import find_anatomy, read_as_auto
 from .sentence_transformers import find_module_weights, resize_modules
 
@@ -30,7 +30,7 @@ SIDE_FILES = (
     "processor_config.json",
     "LICENSE*",
 )
-OWN = {"config.json", lineage.FILE, MARKER, safetensors.INDEX}  # written anew
+OWN = {"config.json", lineage.FILE, undo.FILE, MARKER, safetensors.INDEX}  # written anew
 SOURCE_CARD = "README.source.md"  # what the card of the source becomes
 
 # Limits of what travels: bytes of a file and of all, files of a subfolder, levels of folders.

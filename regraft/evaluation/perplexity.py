@@ -128,7 +128,8 @@ def add_window(
         logits: (tokens, vocab).
         targets: the tokens that come, (tokens,).
         size: UTF-8 bytes of the window's text.
-        reference: the teacher's logits, (tokens, vocab); None leaves KL as it is.
+        reference: the teacher's logits, (tokens, vocab) or of fewer tokens where the vocabulary
+            grew; None leaves KL as it is.
 
     RegraftError when the likelihood is NaN or infinite.
     """
@@ -139,6 +140,8 @@ def add_window(
         nll -= log_p.gather(1, targets[part, None].to(log_p.device)).sum().item()
         if reference is not None:
             log_t = reference[part].float().log_softmax(-1).to(log_p.device)
+            # A grown vocabulary has tokens that the teacher never gives.
+            log_p = log_p[:, : log_t.shape[-1]]
             kl += (log_t.exp() * (log_t - log_p)).sum().item()
 
     if not math.isfinite(nll):

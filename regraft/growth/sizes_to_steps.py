@@ -15,15 +15,18 @@ from ..errors import RegraftError
 from ..io.finite import cast_finite
 from .identity_layer import IdentityLayer
 from .ligo_options import COPY, Ligo
+from .new_tokens import NewToken
 from .operators import AUTO, AUTO_POST_NORM
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
+from .steps.grow_vocab import GrowVocab
 from .steps.ligo import Learned
 from .steps.transplant import Transplant
 from .steps.untie import Untie
 from .steps.widen import Widen
 from .target_config import match_target, match_ties, read_target
 from .target_sizes import TargetSizes
+from .vocabulary import VocabInit
 
 GrowthStep = Callable[[Checkpoint], Checkpoint]
 LEARNED, AUTOMATIC = "ligo", "auto"
@@ -59,6 +62,10 @@ class Growth(TargetSizes):
     untie: bool = False
     # Keys of the target config that are taken although the function changes (`Adopt`).
     adopt: tuple[str, ...] = ()
+    # Rows of the vocabulary, tokens that the tokenizer gets, what new rows hold (`GrowVocab`).
+    vocab: int | None = None
+    tokens: tuple[NewToken, ...] = ()
+    vocab_init: VocabInit = "pieces"
 
     def resolve_auto(self, source: Checkpoint) -> Growth:
         """The same request with `auto` replaced by what trained best for such a model; a depth
@@ -90,7 +97,7 @@ class Growth(TargetSizes):
         if not steps:
             raise RegraftError(
                 f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads,"
-                " --head-dim, --layers, --untie or --to CONFIG_DIR"
+                " --head-dim, --layers, --vocab, --add-tokens, --untie or --to CONFIG_DIR"
             )
 
         for step in steps:
@@ -105,6 +112,11 @@ class Growth(TargetSizes):
             raise RegraftError(
                 f"--adopt {','.join(self.adopt)} takes over keys of a target: give --to CONFIG_DIR"
             )
+        grows_vocab = self.vocab is not None or self.tokens or self.to is not None
+        if self.vocab_init != "pieces" and not grows_vocab:
+            raise RegraftError(
+                f"--vocab-init {self.vocab_init} would change nothing: give --vocab or --add-tokens"
+            )
 
         first = self.first_steps(source)
         for step in first:
@@ -116,16 +128,26 @@ class Growth(TargetSizes):
         return [*first, *request.size_steps(), *last]
 
     def first_steps(self, source: Checkpoint) -> list[GrowthStep]:
-        """The steps before sizes change: another class, an output embedding of its own."""
+        """The steps before sizes change: another class, an output embedding of its own, rows of the
+        vocabulary.
+        """
         steps: list[GrowthStep] = []
         # The bridge comes first: the sizes are then those of the class that the result has.
         if self.bridge:
             steps.append(Bridge())
             source = steps[0](source)
+        target = read_target(source, self.to) if self.to is not None else None
         if self.untie:
-            return [*steps, Untie()]
-        ties = match_ties(source, read_target(source, self.to)) if self.to is not None else []
-        return [*steps, *ties]
+            steps.append(Untie())
+        elif target is not None:
+            steps += match_ties(source, target)
+
+        # Tokens may take the rows that a target has; a target may have more.
+        wanted = target.sizes.get("vocab") if target is not None else None
+        vocab = self.vocab if wanted in (None, source.sizes.get("vocab")) else wanted
+        if vocab is not None or self.tokens:
+            steps.append(GrowVocab(vocab, self.tokens, self.vocab_init))
+        return steps
 
     def size_steps(self) -> list[GrowthStep]:
         """The steps that change sizes; RegraftError for operators that do not go together."""
@@ -167,7 +189,8 @@ class Growth(TargetSizes):
         """
         if self.to is None:
             return self
-        if given := [name for name, size in self.sizes.items() if size is not None]:
+        sizes = self.sizes | {"vocab": self.vocab}
+        if given := [name for name, size in sizes.items() if size is not None]:
             raise RegraftError(
                 f"--to '{self.to}' gives all sizes: leave out --{given[0].replace('_', '-')}"
             )

@@ -23,7 +23,7 @@ from ..modeling.meta import build_stock_config
 from .steps.adopt import ROPE, Adopt, Carry
 from .steps.untie import TIE, Tie, Untie, has_equal_head
 
-FIXED_AXES = ("vocab", "pos", "expert", "label", "type")  # growth never changes them
+FIXED_AXES = ("pos", "expert", "label", "type")  # growth never changes them
 ALL = "all"
 FIRST, LIST = 8, 300  # keys whose values a refusal gives, and characters that it lists keys with
 
@@ -109,6 +109,11 @@ def read_target(source: Checkpoint, to: str) -> Target:
                 f"'{to}' has {axis} {size}, the source {source.sizes[axis]}: growth does not change"
                 f" {axis}"
             )
+    if sizes.get("vocab", 0) < source.sizes.get("vocab", 0):
+        raise RegraftError(
+            f"'{to}' has vocab {sizes['vocab']}, the source {source.sizes['vocab']}: growth never"
+            " shrinks"
+        )
     return Target(to, config, sizes)
 
 
