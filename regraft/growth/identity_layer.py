@@ -44,7 +44,7 @@ class IdentityLayer:
         # Norms that write the stream come after the sum in LayerNorm families, which have biases,
         # and behind the branches in families with root-mean-square norms.
         norms = {role for role, part in parts.items() if part.norm and part.writes == "stream"}
-        self.post_norm = any(parts[role].axes.kind == "bias" for role in norms)
+        self.post_norm = any(parts[role].subtracts_mean for role in norms)
         self.zero_gains = set() if self.post_norm else norms
         self.post_norms = norms if self.post_norm else set()
 
@@ -127,8 +127,8 @@ def random_tensor(lazy: LazyTensor, part: Part, random: Callable[[], SeededRando
         random: makes their source anew, so that every reading gives the same.
     """
     kind = part.axes.kind
-    if kind in ("gain", "bias"):
-        return constant_tensor(lazy, 1.0 if kind == "gain" and not part.axes.unit else 0.0)
+    if kind == "bias" or part.norm:
+        return constant_tensor(lazy, 0.0 if kind == "bias" or part.axes.unit else 1.0)
     if kind == "scale":
         return lazy
 

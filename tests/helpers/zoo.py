@@ -1,0 +1,123 @@
+"""Tiny random models of every family, a few keys each: for laws that take one case a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+S, F = "sliding_attention", "full_attention"
+WINDOWS: dict[str, Any] = {"layer_types": [S, F, S], "sliding_window": 16}
+# Of classes whose hidden size is the number of heads times that of a head.
+COUPLED: dict[str, Any] = {"hidden_size": 32, "head_dim": None}
+EXPERTS: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.4,
+}
+LOCAL: dict[str, Any] = {"num_local_experts": 3}
+# Model type -> what differs from SIZES; a key of None is left out.
+DECODERS: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "bloom": COUPLED,
+    "cohere": {},
+    "cohere2": WINDOWS,
+    "cwm": WINDOWS,
+    "ernie4_5": {"use_bias": True},
+    "exaone4": WINDOWS,
+    "glm": {},
+    "glm4": {},
+    "gpt_neo": COUPLED
+    | {"attention_types": [[["local"], 1], [["global", "local"], 1]], "window_size": 9},
+    "gptj": COUPLED | {"rotary_dim": 4},
+    "gpt_oss": WINDOWS | LOCAL | {"num_experts_per_tok": 2},
+    "granite": GRANITE,
+    "granitemoe": GRANITE | LOCAL,
+    "helium": COUPLED | {"head_dim": 8},
+    "hunyuan_v1_dense": {},
+    "internlm3": {},
+    "ministral3": {},
+    "mixtral": LOCAL | {"head_dim": None},
+    "mpt": COUPLED,
+    "nemotron": {},
+    "olmo": {},
+    "olmo3": WINDOWS,
+    "olmoe": COUPLED | EXPERTS,
+    "opt": COUPLED | {"ffn_dim": 24, "word_embed_proj_dim": 32},
+    "qwen2_moe": COUPLED
+    | EXPERTS
+    | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "intermediate_size": 28},
+    "qwen3_moe": EXPERTS | {"mlp_only_layers": [1], "intermediate_size": 28},
+    "seed_oss": {},
+    "stablelm": COUPLED,
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+PIXELS: dict[str, Any] = {"image_size": 15, "patch_size": 5, "num_labels": 7}
+# Model type -> (its classes, what differs from SIZES).
+ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "camembert": (("CamembertForMaskedLM", "CamembertForSequenceClassification"), COUPLED),
+    "deit": (("DeiTForImageClassificationWithTeacher", "DeiTModel"), PIXELS),
+    "dinov2_with_registers": (
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
+        PIXELS,
+    ),
+    "dinov3_vit": (("DINOv3ViTModel",), COUPLED | PIXELS | {"num_register_tokens": 2}),
+    "distilbert": (
+        ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
+        COUPLED | {"hidden_dim": 24},
+    ),
+    "modernbert": (
+        ("ModernBertForMaskedLM", "ModernBertForTokenClassification"),
+        COUPLED | {"layer_types": [F, S, F], "local_attention": 16},
+    ),
+    "xlm-roberta": (("XLMRobertaForMaskedLM", "XLMRobertaForTokenClassification"), COUPLED),
+}
+
+
+def build(
+    family: str, seed: int = 0, architecture: str | None = None, **keys: Any
+) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """(config, model in eval mode, float32), whose gains, biases and maps are all perturbed.
+
+    Args:
+        family: a model type of DECODERS or ENCODERS.
+        seed: of the weights.
+        architecture: class of an encoder.
+        keys: further config keys.
+    """
+    torch.manual_seed(seed)
+    given = SIZES | (DECODERS.get(family) or ENCODERS.get(family, ((), {}))[1]) | keys
+    kind = transformers.CONFIG_MAPPING[family]
+    known = {*dir(kind), *kind.attribute_map, "head_dim", "num_labels"}
+    given = {key: value for key, value in given.items() if key in known}
+    config = kind(**{key: value for key, value in given.items() if value is not None})
+    if family in ENCODERS:
+        model = getattr(transformers, architecture or ENCODERS[family][0][0])(config).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config.architectures = model.config.architectures = [type(model).__name__]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and bool(parameter.any()):
+                parameter.mul_(5.0)
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return config, model
