@@ -50,7 +50,7 @@ def grow(
     """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
 
     Args:
-        source: model directory or GGUF file
+        source: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         out: directory to write; after a kill the same command goes on
         hidden: width of the residual stream
         ffn: neurons of every MLP
@@ -98,6 +98,7 @@ def grow(
     from ..data.text import Text
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
+    from ..io.hub import display_name
     from ..io import output, shard_writer
     from ..io.shard_writer import ExtraFile
     from ..modeling.reopen import save_model
@@ -171,7 +172,7 @@ def grow(
         if step0:
             console.print(parity.format_step0(step0), soft_wrap=True, highlight=False)
         wrote = f"{out} is there already" if done else f"Wrote {out}"
-        following = f"{wrote}. Next: regraft check {source} {out}"
+        following = f"{wrote}. Next: regraft check {display_name(source)} {out}"
         console.print(following, soft_wrap=True, highlight=False)
 
     return Outcome(plan.to_dict() | {"out": out, "step0": step0}, show)
@@ -238,6 +239,7 @@ VERB = Verb(
             "json",
         ),
     },
+    pushes=True,
     resumes=True,
     distributed=True,
 )

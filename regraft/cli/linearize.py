@@ -51,7 +51,7 @@ def linearize(
     train it too.
 
     Args:
-        source: model directory or GGUF file
+        source: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         out: directory to write; a training that was stopped goes on with the same command
         method: a published method, or auto (ours): auto, hypenet, liger, lolcats, mambainllama,
             mohawk, radlads, supra, supra_fitted, t2r, taylor or xatl; the flags below override its
@@ -247,6 +247,7 @@ VERB = Verb(
             "json",
         ),
     },
+    pushes=True,
     resumes=True,
     distributed=True,
 )

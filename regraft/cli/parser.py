@@ -52,6 +52,10 @@ VARIANT_HELP = (
     "take other weights of the model's directory: fp16 means model.fp16.safetensors, which can also"
     " be given as the path, here and wherever else a model is read"
 )
+PUSH_HELP = (
+    "also upload OUT, with its model card, as ORG/NAME on the Hugging Face hub; a new model there"
+    " is private"
+)
 
 
 class Parser(ArgumentParser):
@@ -153,6 +157,8 @@ def build_verb_parser(verb: Verb) -> Parser:
         parser.add_argument(f"--{switch}", action="store_true", help=helps[switch])
     if verb.source:
         parser.add_argument("--variant", type=str, default=None, help=VARIANT_HELP)
+    if verb.pushes:
+        parser.add_argument("--push_to_hub", type=str, default=None, help=PUSH_HELP)
     return parser
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError, explain_errors
-from ..io import gguf, output, safetensors, shard_writer
+from ..io import gguf, hub, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
 from ..io.foreign_weights import check_foreign_folder
@@ -77,23 +77,28 @@ class Checkpoint:
     def open(
         cls, path: str | Path, allow_nonfinite: bool = False, variant: str | None = None
     ) -> Checkpoint:
-        """Open a model directory or a GGUF file, reading headers only.
+        """Open a model directory, a GGUF file or a model on the hub, reading headers only.
 
-        Where a head is stored beside the embedding that the config ties it to, both are read.
+        Where a head is stored beside the embedding that the config ties it to, both are read; of a
+        model on the hub that is not in the cache their first numbers.
 
         Args:
             path: the directory or file, or the file of a variant in a directory (see
-                `safetensors.variant_file`).
+                `safetensors.variant_file`). Where there is none: the name on the hub, ORG/MODEL or
+                ORG/MODEL@REVISION, of which weights are fetched when they are read.
             allow_nonfinite: whether values that are NaN or infinite are read and written.
             variant: of the weights in a directory, such as "fp16".
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
         """
+        if hub.names_model(path):
+            path = hub.fetch(path, weights=variant is not None, variant=variant)
         origin = Path(safetensors.variant_file(path, variant))
         if not origin.exists():
             raise RegraftError(
-                f"no model at '{path}': give a Hugging Face model directory or a GGUF file"
+                f"no model at '{path}': give a Hugging Face model directory, a GGUF file or a name "
+                "on the hub, ORG/MODEL"
             )
 
         if safetensors.variant_of(origin):
@@ -107,8 +112,14 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The directory with tokenizer and other files; a GGUF file is converted first, once."""
-        return self.folder or gguf.convert_once(self.origin)
+        """The directory with all files; a GGUF file is converted first, once, and weights on the
+        hub are fetched.
+        """
+        if self.folder is None:
+            return gguf.convert_once(self.origin)
+        if not self.variant and (snapshot := hub.lacks_weights(self.folder)):
+            hub.fetch_weights(snapshot)
+        return self.folder
 
     @property
     def variant(self) -> str | None:
@@ -224,7 +235,7 @@ class Checkpoint:
         RegraftError names the first file that is missing or damaged.
         """
         if self.folder is not None:
-            lineage.verify(self.folder)
+            lineage.verify(self.path)
 
     def save(
         self,

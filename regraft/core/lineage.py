@@ -17,6 +17,7 @@ import yaml
 
 from ..errors import RegraftError, printable
 from ..io.files import check_inside, read_own_json, sha256
+from ..io.hub import find_snapshot
 from ..io.safetensors import weight_files
 from ..io.yaml_loader import MAX_BYTES, parse_yaml
 
@@ -52,6 +53,7 @@ class Source(TypedDict):
     family: str  # its model_type
     files: dict[str, str]  # file of weights -> sha256
     sha256: str  # of the one file; of the joined hashes when there are several
+    hub: NotRequired[str]  # ORG/MODEL@COMMIT, where it came from the hub
 
 
 class _RequiredStepFields(TypedDict):
@@ -124,12 +126,15 @@ def origin(checkpoint: Checkpoint) -> Source:
     files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.weights)
     hashes = {file.name: sha256(file) for file in files}
     joined = "".join(hashes.values())
-    return {
+    source: Source = {
         "path": str(checkpoint.origin.resolve()),
         "family": checkpoint.anatomy.host_config(checkpoint.config)["model_type"],
         "files": hashes,
         "sha256": joined if len(hashes) == 1 else hashlib.sha256(joined.encode()).hexdigest(),
     }
+    if snapshot := find_snapshot(checkpoint.path):
+        source["hub"] = f"{snapshot.repository}@{snapshot.commit}"
+    return source
 
 
 def count_by_kind(checkpoint: Checkpoint) -> dict[str, KindTotals]:
@@ -264,7 +269,8 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
     steps = "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
 
     # A name cannot end the code that it stands in.
-    name = printable(Path(source["path"]).name).replace("`", "'")
+    hub_name = source.get("hub")
+    name = printable(hub_name or Path(source["path"]).name).replace("`", "'")
     no_papers = "- none beyond the source's own"
     # Models that transformers knows need no word on loading.
     load = (
@@ -272,7 +278,7 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
         "`AutoModelForCausalLM.from_pretrained`.\n\n"
     )
     return (
-        f"---\n{format_front_matter(checkpoint.path / CARD)}---\n"
+        f"---\n{format_front_matter(checkpoint.path / CARD, hub_name)}---\n"
         f"# {source['family']}, regrafted\n\n"
         f"Source: `{name}`, sha256 `{source['sha256']}`.\n\n"
         f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
@@ -281,11 +287,12 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
     )
 
 
-def format_front_matter(card: Path) -> str:
+def format_front_matter(card: Path, hub_name: str | None = None) -> str:
     """The head of a model card as YAML: what the source's card says of licence, language and use.
 
     Args:
         card: of the source, which need not exist.
+        hub_name: of the source, ORG/MODEL@COMMIT, where it came from the hub.
     """
     # A card is foreign text: one whose head cannot be read says nothing.
     known: Any = None
@@ -301,6 +308,8 @@ def format_front_matter(card: Path) -> str:
     tags = [tag for tag in tags if tag != TAG] if isinstance(tags, list) else []
     kept = {key: known[key] for key in known if re.fullmatch(KEPT_CARD_KEYS, str(key))}
     head = {"library_name": "transformers"} | kept | {"tags": [*tags, TAG]}
+    if hub_name:
+        head["base_model"] = hub_name.partition("@")[0]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from ..io import safetensors
+from ..io import hub, safetensors
 from ..io.safetensors import TensorEntry
 from .anatomy import Anatomy, Config, PlacedPart
 from .config_checks import check_counts, explain_config_errors
@@ -136,7 +136,8 @@ def read_model_tensors(
 
     RegraftError when the files hold a tensor twice, or cannot be what the config says.
     """
-    found = safetensors.read_entries(weights)
+    snapshot = hub.lacks_weights(weights)
+    found = hub.read_remote_entries(snapshot) if snapshot else safetensors.read_entries(weights)
     folder = weights.parent if weights.is_file() else weights
     with explain_config_errors(folder / "config.json"):
         check_counts(anatomy.family, anatomy.solve(config), found)
