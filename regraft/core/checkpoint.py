@@ -20,6 +20,7 @@ from ..io import gguf, hub, output, safetensors, shard_writer
 from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
 from ..io.foreign_weights import check_foreign_folder
+from ..io.quantized.schemes import describe_step
 from ..io.shard_writer import ExtraFile
 from . import lineage
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
@@ -70,6 +71,8 @@ class Checkpoint:
     holds: Holds = "weights"
     # Whether NaN and infinity are read and written; else they are refused.
     allow_nonfinite: bool = False
+    # Whether its files do not hold the weights as they are, but what they are computed from.
+    is_computed: bool = False
     # Whether Python files beside the weights are copied to outputs (see `side_files`).
     copy_code: bool = False
 
@@ -332,12 +335,14 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
     check_foreign_folder(folder)
     check_model_files(folder)
     config = read_model_config(folder)
+    quantization = config.pop("quantization_config", None)
+    made = [describe_step(quantization, folder)] if quantization else []
     with explain_config_errors(folder / "config.json"):
         config = read_as_auto(config)
         anatomy = find_anatomy(config)
         sizes = anatomy.solve(config)
     weights = origin if safetensors.variant_of(origin) else folder
-    stored = read_model_tensors(weights, anatomy, config, allow_nonfinite)
+    stored = read_model_tensors(weights, anatomy, config, allow_nonfinite, quantization)
     placed = anatomy.place(stored.config)
     stored.check_names(folder, anatomy, placed.values())
 
@@ -347,7 +352,7 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
         name: Provenance(kind, tuple(sources), note)
         for name, (kind, sources, note) in known.get("tensors", {}).items()
     }
-    history = (*known.get("steps", ()), *([UNTIED_STEP] if stored.untied else []))
+    history = (*known.get("steps", ()), *made, *([UNTIED_STEP] if stored.untied else []))
 
     return Checkpoint(
         origin,
@@ -360,6 +365,7 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
         known.get("dropped", {}) | stored.dropped,
         history,
         allow_nonfinite=allow_nonfinite,
+        is_computed=bool(made),
     )
 
 

@@ -48,8 +48,7 @@ REMEDIES = {
     "RepositoryNotFoundError": (
         "check the name, or give a folder that exists; a private model needs `hf auth login`"
     ),
-    "LocalEntryNotFoundError": "unset HF_HUB_OFFLINE, or fetch it where there is a network",
-    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE, or fetch it where there is a network",
+    "LocalEntryNotFoundError": "fetch it where there is a network, or unset HF_HUB_OFFLINE",
 }
 STATUS_REMEDIES = {
     401: "`hf auth login`, or set HF_TOKEN to a token that is valid",
@@ -122,7 +121,7 @@ def fetch(name: str | Path, weights: bool = True, variant: str | None = None) ->
         raise RegraftError(f"'{name}' is no name on the hub: write ORG/MODEL or ORG/MODEL@REVISION")
     repository, revision = match["repository"], match["revision"]
     with explain_hub_errors(str(name)):
-        sizes = list_files(repository, revision)
+        sizes, problem = list_files(repository, revision)
         small = ["config.json"] if sizes is None else choose_small(sizes)
         folder = snapshot_download(
             repository,
@@ -135,13 +134,22 @@ def fetch(name: str | Path, weights: bool = True, variant: str | None = None) ->
     assert snapshot is not None, folder
     if sizes is not None:
         check_format(str(name), sizes)
-    if weights:
-        fetch_weights(snapshot, variant)
+    if weights and (missing := list_missing(snapshot, variant)):
+        if problem:
+            raise RegraftError(
+                f"'{missing[0]}' of '{snapshot.name}' is not in the cache and {problem}: "
+                "fetch the model where there is a network"
+            )
+        fetch_files(snapshot, missing)
+    if problem and not problem.startswith("HF_"):
+        print_line(f"{problem}: this is '{snapshot.name}' as it is in the cache")
     return snapshot.folder
 
 
-def list_files(repository: str, revision: str | None) -> dict[str, int] | None:
-    """The files of a model on the hub with their bytes; None when the hub cannot be reached.
+def list_files(repository: str, revision: str | None) -> tuple[dict[str, int] | None, str]:
+    """(the files of a model on the hub with their bytes, why the hub cannot be reached).
+
+    One of them is empty.
 
     Args:
         repository: ORG/MODEL.
@@ -153,16 +161,14 @@ def list_files(repository: str, revision: str | None) -> dict[str, int] | None:
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except OfflineModeIsEnabled:
-        return None
+        return None, "HF_HUB_OFFLINE is set"
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
             raise
-        print_line(f"the hub answers {error.response.status_code}, looking for {repository} here")
-        return None
+        return None, f"the hub answers {error.response.status_code}"
     except Exception as error:  # whatever the network gives
-        print_line(f"the hub cannot be reached ({type(error).__name__}), looking for {repository} here")
-        return None
-    return {file.rfilename: file.size or 0 for file in info.siblings or []}
+        return None, f"the hub cannot be reached ({type(error).__name__})"
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}, ""
 
 
 def choose_small(sizes: Mapping[str, int]) -> list[str]:
@@ -291,6 +297,12 @@ class RemoteTensorEntry(TensorEntry):
         if not self.file.is_file():
             fetch_files(self.snapshot, [self.file.name])
         return super().read()
+
+    def peek(self) -> Tensor:
+        """The bytes of a small tensor, from the hub."""
+        assert self.snapshot is not None
+        raw, _ = read_range(self.snapshot, self.file.name, self.offset, self.offset + self.bytes)
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
     def blocks(self, rows: int) -> Iterator[Tensor]:
         """The first and the last numbers alone: others are not fetched to be compared."""

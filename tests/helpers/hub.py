@@ -30,7 +30,7 @@ class Repository:
         token: that reading it needs; empty: none.
         gated: whether a request for it says that it is gated.
         status: with which every request is answered, 0 for none.
-        cut: file -> bytes after which its next downloads end, one after the other.
+        cut: file -> bytes after which its next downloads end, one after the other; None: whole.
         wrong: files whose content is not what its hash says.
     """
 
@@ -38,7 +38,7 @@ class Repository:
     token: str = ""
     gated: bool = False
     status: int = 0
-    cut: dict[str, list[int]] = field(default_factory=dict)
+    cut: dict[str, list[int | None]] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
 
 
@@ -292,6 +292,7 @@ class Client:
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(folder),
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_VERBOSITY": "error",
             "REGRAFT_CACHE": str(folder / "regraft"),
         }
         self.process = subprocess.Popen(
@@ -333,6 +334,7 @@ def run_words(asked: dict[str, Any], answer: int) -> None:
     from regraft.cli.main import main
 
     constants.HF_HUB_OFFLINE = asked["offline"]
+    constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # a cut download keeps whole chunks
     os.environ["HF_TOKEN"] = asked["token"]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
