@@ -98,8 +98,8 @@ def grow(
     from ..data.text import Text
     from ..growth import optimizer_state as moments
     from ..growth.sizes_to_steps import LEARNED, Growth
-    from ..io.hub import display_name
     from ..io import output, shard_writer
+    from ..io.hub import display_name
     from ..io.shard_writer import ExtraFile
     from ..modeling.reopen import save_model
     from ..plan.plan import Plan, print_plan

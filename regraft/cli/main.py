@@ -77,12 +77,13 @@ def run_verb(verb: str, options: Mapping[str, Any], as_json: bool) -> Outcome:
 
 def find_models(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """A verb's arguments, in which models are paths: the folder of a name on the hub, which is
-    fetched first, and the file of the variant asked for.
+    fetched first, the file of the variant asked for, and what stands for it with an adapter.
 
     `plan` fetches no weights. RegraftError when there is no such model or variant.
     """
     arguments = dict(options)
-    variant, source = arguments.pop("variant", None), VERBS[verb].source
+    variant, adapter = arguments.pop("variant", None), arguments.pop("adapter", None)
+    source = VERBS[verb].source
     from ..io import hub
 
     for name in VERBS[verb].models:
@@ -94,6 +95,14 @@ def find_models(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
         from ..io.safetensors import variant_file
 
         arguments[source] = variant_file(arguments[source], variant)
+    if adapter is not None and source is not None:
+        from ..io.adapted import adapted_path
+        from ..io.output import check_apart
+
+        if arguments.get("out") and verb != "check":
+            inputs = [("adapter", adapter), ("source", arguments[source])]
+            check_apart(arguments["out"], inputs)
+        arguments[source] = adapted_path(arguments[source], adapter)
     return arguments
 
 

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..errors import RegraftError, explain_errors
 from ..io import gguf, hub, output, safetensors, shard_writer
+from ..io.adapted import adapted_path, find_base, read_adapted
 from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
 from ..io.foreign_weights import check_foreign_folder
 from ..io.quantized.schemes import describe_step
 from ..io.shard_writer import ExtraFile
 from . import lineage
+from .adapter import merge_adapter
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
 from .axes import Signature
 from .config_checks import explain_config_errors
@@ -78,7 +80,11 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, path: str | Path, allow_nonfinite: bool = False, variant: str | None = None
+        cls,
+        path: str | Path,
+        allow_nonfinite: bool = False,
+        variant: str | None = None,
+        adapter: str | Path | None = None,
     ) -> Checkpoint:
         """Open a model directory, a GGUF file or a model on the hub, reading headers only.
 
@@ -91,12 +97,18 @@ class Checkpoint:
                 ORG/MODEL@REVISION, of which weights are fetched when they are read.
             allow_nonfinite: whether values that are NaN or infinite are read and written.
             variant: of the weights in a directory, such as "fp16".
+            adapter: folder of a PEFT adapter that is merged into the model.
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
         """
         if hub.names_model(path):
             path = hub.fetch(path, weights=variant is not None, variant=variant)
+        if adapter is not None:
+            path = adapted_path(safetensors.variant_file(path, variant), adapter)
+        if known := read_adapted(path):
+            base = cls.open(known["base"], allow_nonfinite)
+            return replace(merge_adapter(base, Path(known["adapter"])), origin=Path(path))
         origin = Path(safetensors.variant_file(path, variant))
         if not origin.exists():
             raise RegraftError(
@@ -119,7 +131,7 @@ class Checkpoint:
         hub are fetched.
         """
         if self.folder is None:
-            return gguf.convert_once(self.origin)
+            return gguf.convert_once(find_base(self.origin))
         if not self.variant and (snapshot := hub.lacks_weights(self.folder)):
             hub.fetch_weights(snapshot)
         return self.folder
@@ -127,12 +139,12 @@ class Checkpoint:
     @property
     def variant(self) -> str | None:
         """The variant of the weights, such as "fp16"; None for the usual ones."""
-        return safetensors.variant_of(self.origin)
+        return safetensors.variant_of(find_base(self.origin))
 
     @property
     def weights(self) -> Path:
         """What `safetensors.weight_files` takes: the directory, or a variant's file in it."""
-        return self.origin if self.variant else self.path
+        return find_base(self.origin) if self.variant else self.path
 
     @property
     def layers(self) -> int:

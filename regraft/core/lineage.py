@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, ge
 import yaml
 
 from ..errors import RegraftError, printable
+from ..io.adapted import find_base
 from ..io.files import check_inside, read_own_json, sha256
 from ..io.hub import find_snapshot
-from ..io.safetensors import weight_files
+from ..io.safetensors import variant_of, weight_files
 from ..io.yaml_loader import MAX_BYTES, parse_yaml
 
 if TYPE_CHECKING:
@@ -122,12 +123,13 @@ def origin(checkpoint: Checkpoint) -> Source:
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return cast(Source, dict(known))
 
-    is_gguf = checkpoint.origin.is_file() and not checkpoint.variant
-    files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.weights)
+    opened = find_base(checkpoint.origin)
+    is_gguf = opened.is_file() and not variant_of(opened)
+    files = [opened] if is_gguf else weight_files(checkpoint.weights)
     hashes = {file.name: sha256(file) for file in files}
     joined = "".join(hashes.values())
     source: Source = {
-        "path": str(checkpoint.origin.resolve()),
+        "path": str(opened.resolve()),
         "family": checkpoint.anatomy.host_config(checkpoint.config)["model_type"],
         "files": hashes,
         "sha256": joined if len(hashes) == 1 else hashlib.sha256(joined.encode()).hexdigest(),

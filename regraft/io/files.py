@@ -97,7 +97,7 @@ def check_inside(folder: Path, file: Path) -> None:
     """RegraftError unless a file that a folder names is a regular file inside it.
 
     Links inside the folder are followed. So are those of the Hugging Face cache, which lead from
-    `models--X/snapshots/Y` to `models--X/blobs`, and on to the `blobs` that models share. Everything
+    `models--X/snapshots/Y` to `models--X/blobs`, and on to `blobs` that models share. Everything
     else that leads out would read, or copy into an output, what the folder's author does not own.
 
     Args:

@@ -1,8 +1,8 @@
 """Models by their name on the Hugging Face hub: files and headers, by way of its own client.
 
-What is fetched lies in the client's own cache, as `models--ORG--MODEL/snapshots/COMMIT`. Of a folder
-there without weights the headers are read from the hub (`read_remote_entries`), and a file of
-weights is fetched when the first tensor in it is read.
+What is fetched lies in the client's own cache, as `models--ORG--MODEL/snapshots/COMMIT`. Of a
+folder there without weights the headers are read from the hub (`read_remote_entries`), and a file
+of weights is fetched when the first tensor in it is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import RegraftError, printable
 from ..progress import Ticker, print_line
 from . import safetensors
 from .files import read_json, sha256
-from .safetensors import DTYPES, INDEX, SINGLE, TensorEntry
+from .safetensors import INDEX, SINGLE, TensorEntry
 
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # Files that are fetched only when they are the weights that are read, and the size up to which
@@ -247,7 +247,7 @@ def fetch_weights(snapshot: Snapshot, variant: str | None = None) -> None:
 
 
 def fetch_files(snapshot: Snapshot, names: Sequence[str]) -> None:
-    """Fetch files into a model's folder and compare them with the hub's hashes; see `fetch_weights`."""
+    """Fetch files into a model's folder and check their hashes; see `fetch_weights`."""
     from huggingface_hub import snapshot_download
 
     with explain_hub_errors(snapshot.name), Ticker() as ticker:
@@ -270,7 +270,7 @@ def fetch_files(snapshot: Snapshot, names: Sequence[str]) -> None:
 
 def check_hash(file: Path, snapshot: Snapshot) -> None:
     """RegraftError when a fetched file is not what the hub says; the next call fetches it again."""
-    # The cache links to a file whose name is the hash; that one may link on to where models share it.
+    # The cache links to a file named by its hash, which may link on to where models share it.
     blob = file.parent / os.readlink(file) if file.is_symlink() else file
     if not SHA256.fullmatch(blob.name) or (found := sha256(blob)) == blob.name:
         return

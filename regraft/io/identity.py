@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import RegraftError
-from . import gguf, hub, safetensors
+from . import adapted, gguf, hub, safetensors
 from .files import read_json, read_json_if_exists, sha256, write_json
 from .request import RECORDED, SAMPLED, Identity, find_changed_input
 
@@ -50,6 +50,9 @@ def identify_model(path: str | Path) -> Identity:
 
     RegraftError when there is no such model or a file of weights is damaged.
     """
+    if known := adapted.read_adapted(path):
+        weights = Path(known["adapter"]) / adapted.WEIGHTS
+        return {**identify_model(known["base"]), "adapter": identify_file(weights)}
     folder = hub.fetch(path) if hub.names_model(path) else Path(path)
     if not folder.exists():
         raise RegraftError(f"no model at '{path}': give the model that the run began with")

@@ -1,9 +1,9 @@
 """bitsandbytes: NF4 and FP4 in blocks (QLoRA, arXiv 2305.14314), and LLM.int8() (arXiv 2208.07339).
 
 In 4 bits `X` has two numbers a byte, the first in the high half. Each is an index into
-`X.quant_map`; a block of them has one factor in `X.absmax`. With double quantisation the factors are
-bytes with a map, factors and an offset of their own. `X.quant_state.bitsandbytes__nf4` is JSON in
-bytes. In 8 bits `X.weight` is int8 and `X.SCB` the largest absolute value of each row.
+`X.quant_map`; a block of them has one factor in `X.absmax`. With double quantisation the factors
+are bytes with a map, factors and an offset of their own. `X.quant_state.bitsandbytes__nf4` is JSON
+in bytes. In 8 bits `X.weight` is int8 and `X.SCB` the largest absolute value of each row.
 """
 
 from __future__ import annotations
