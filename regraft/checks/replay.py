@@ -24,6 +24,7 @@ from ..progress import ProgressCallback
 NOT_REPLAYED = {
     "Train": "training moved the weights",
     "Learned": "lineage.json keeps no more than a hash of fitted maps",
+    "MergeAdapter": "the adapter is not there: give --adapter too",
 }
 # Machines and releases may add up in another order: roundings that a number may be away.
 WIDE_ULPS, NARROW_ULPS = 4, 1

@@ -20,7 +20,7 @@ def bench(
     """Measure decode and prefill speed, state bytes and peak memory by context length.
 
     Args:
-        model: model directory or GGUF file
+        model: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         against: a second model measured beside it, say the source
         lengths: context lengths, such as 1k,4k,16k
         steps: decoding steps behind each median

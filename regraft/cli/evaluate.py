@@ -29,7 +29,7 @@ def evaluate(
     a source.
 
     Args:
-        model: model directory or GGUF file
+        model: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         data: text file or folder (default: the held-out part of Python's own documentation)
         baseline: the source: adds its row, the zero-token windows, the untrained conversion, KL to
             it

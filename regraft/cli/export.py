@@ -30,7 +30,7 @@ def export(
     why others do not.
 
     Args:
-        source: model directory or GGUF file
+        source: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         out: directory to write
         to: the target: granite_swa, qwen3_5, granite_hybrid, gguf for llama.cpp, rwkv6qwen2 for
             llama.cpp where all layers are rwkv6, or hf for the directory with regraft's code;
@@ -153,4 +153,5 @@ VERB = Verb(
         "regraft export MODEL",
         "regraft export MODEL OUT",
     ),
+    pushes=True,
 )

@@ -21,7 +21,7 @@ def generate_text(
     """Continue a prompt, streaming the text; the state's size goes to standard error.
 
     Args:
-        model: model directory or GGUF file
+        model: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         prompt: text to continue
         tokens: at most this many new tokens
         temperature: 0 is greedy

@@ -59,7 +59,7 @@ def grow(
     """Grow a model wider or deeper without changing what it computes, and save it as a stock model.
 
     Args:
-        source: model directory or GGUF file
+        source: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         out: directory to write; after a kill the same command goes on
         hidden: width of the residual stream
         ffn: neurons of every MLP
@@ -114,6 +114,7 @@ def grow(
     from ..growth.new_tokens import read_new_tokens
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..io import output, shard_writer
+    from ..io.hub import display_name
     from ..io.shard_writer import ExtraFile
     from ..modeling.reopen import save_model
     from ..plan.plan import Plan, print_plan
@@ -188,7 +189,7 @@ def grow(
         if step0:
             console.print(parity.format_step0(step0), soft_wrap=True, highlight=False)
         wrote = f"{out} is there already" if done else f"Wrote {out}"
-        following = f"{wrote}. Next: regraft check {source} {out}"
+        following = f"{wrote}. Next: regraft check {display_name(source)} {out}"
         console.print(following, soft_wrap=True, highlight=False)
 
     return Outcome(plan.to_dict() | {"out": out, "step0": step0}, show)
@@ -258,6 +259,7 @@ VERB = Verb(
             "json",
         ),
     },
+    pushes=True,
     resumes=True,
     distributed=True,
 )

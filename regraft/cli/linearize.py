@@ -59,7 +59,7 @@ def linearize(
     train it too.
 
     Args:
-        source: model directory or GGUF file
+        source: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         out: directory to write; a training that was stopped goes on with the same command
         method: a published method, or auto (ours), which is taken where none is given: aligned,
             auto, hypenet, liger, lolcats, mambainllama, mohawk, radlads, supra, supra_fitted, t2r,
@@ -257,6 +257,7 @@ VERB = Verb(
             "json",
         ),
     },
+    pushes=True,
     resumes=True,
     distributed=True,
 )

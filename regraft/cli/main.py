@@ -68,21 +68,67 @@ def run_verb(verb: str, options: Mapping[str, Any], as_json: bool) -> Outcome:
         distributed_context(verb),
         contextlib.nullcontext() if streams else contextlib.redirect_stdout(sys.stderr),
     ):
-        return VERBS[verb].function(**name_variant(verb, options))
+        arguments = find_models(verb, options)
+        name = arguments.pop("push_to_hub", None)
+        if name is None:
+            return VERBS[verb].function(**arguments)
+        return push_output(verb, arguments, name)
 
 
-def name_variant(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A verb's arguments, in which the path of a model is that of the variant asked for.
+def find_models(verb: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A verb's arguments, in which models are paths: the folder of a name on the hub, which is
+    fetched first, the file of the variant asked for, and what stands for it with an adapter.
 
-    RegraftError when the model does not have it.
+    `plan` fetches no weights. RegraftError when there is no such model or variant.
     """
     arguments = dict(options)
-    variant, source = arguments.pop("variant", None), VERBS[verb].source
+    variant, adapter = arguments.pop("variant", None), arguments.pop("adapter", None)
+    source = VERBS[verb].source
+    from ..io import hub
+
+    for name in VERBS[verb].models:
+        if arguments[name] is not None and hub.names_model(arguments[name]):
+            wanted = variant if name == source else None
+            weights = verb != "plan" or wanted is not None
+            arguments[name] = str(hub.fetch(arguments[name], weights, wanted))
     if variant is not None and source is not None:
         from ..io.safetensors import variant_file
 
         arguments[source] = variant_file(arguments[source], variant)
+    if adapter is not None and source is not None:
+        from ..io.adapted import adapted_path
+        from ..io.output import check_apart
+
+        if arguments.get("out") and verb != "check":
+            inputs = [("adapter", adapter), ("source", arguments[source])]
+            check_apart(arguments["out"], inputs)
+        arguments[source] = adapted_path(arguments[source], adapter)
     return arguments
+
+
+def push_output(verb: str, arguments: Mapping[str, Any], name: str) -> Outcome:
+    """Run a verb and push what it writes to the hub; see `hub_push.push`.
+
+    Args:
+        verb: that writes a model.
+        arguments: of it.
+        name: ORG/NAME.
+    """
+    from .. import distributed
+    from ..io import hub_push
+
+    if not arguments["out"]:
+        raise RegraftError(f"--push-to-hub {name} is of a written model: give OUT too")
+    distributed.on_rank0(lambda: hub_push.prepare_push(name))
+    outcome = VERBS[verb].function(**arguments)
+    address = distributed.on_rank0(lambda: hub_push.push(Path(arguments["out"]), name))
+
+    def show(console: Any) -> None:
+        if outcome.show is not None:
+            outcome.show(console)
+        console.print(f"Pushed to {address}", soft_wrap=True, highlight=False)
+
+    return Outcome({**outcome.data, "pushed": address}, show, outcome.code)
 
 
 def distributed_context(verb: str) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from . import (
     bench,
     check,
     compare,
+    convert,
     demo,
     evaluate,
     export,
@@ -43,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "shrink": shrink.VERB,
     "train": train.VERB,
     "export": export.VERB,
+    "convert": convert.VERB,
     "eval": evaluate.VERB,
     "generate": generate.VERB,
     "bench": bench.VERB,
@@ -53,6 +55,14 @@ VERBS: dict[str, Verb] = {
 VARIANT_HELP = (
     "take other weights of the model's directory: fp16 means model.fp16.safetensors, which can also"
     " be given as the path, here and wherever else a model is read"
+)
+ADAPTER_HELP = (
+    "merge a PEFT adapter (LoRA, rsLoRA or DoRA) into the model while it is read: the folder that"
+    " PEFT's save_pretrained wrote"
+)
+PUSH_HELP = (
+    "also upload OUT, with its model card, as ORG/NAME on the Hugging Face hub; a new model there"
+    " is private"
 )
 
 
@@ -155,6 +165,9 @@ def build_verb_parser(verb: Verb) -> Parser:
         parser.add_argument(f"--{switch}", action="store_true", help=helps[switch])
     if verb.source:
         parser.add_argument("--variant", type=str, default=None, help=VARIANT_HELP)
+        parser.add_argument("--adapter", type=str, default=None, help=ADAPTER_HELP)
+    if verb.pushes:
+        parser.add_argument("--push_to_hub", type=str, default=None, help=PUSH_HELP)
     return parser
 
 

@@ -72,7 +72,7 @@ def plan(
     """Show the weight map, totals and memory of a change; reads no weights unless --scan says so.
 
     Args:
-        source: model directory or GGUF file
+        source: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         mixer: linearize with this mixer; without it the model as it is (for regraft's own output:
             what was done)
         method: linearize as this method does, such as auto; the flags below change what it says

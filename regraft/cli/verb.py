@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PLOT_MARK = b"<!-- drawn by regraft -->\n"  # the last line of a picture
 
+MODELS = ("source", "model", "baseline", "against", "teacher")  # parameters that are models
+
 
 @dataclass
 class Outcome:
@@ -46,6 +48,7 @@ class Verb:
         sections: parameter names by section of the help; `other` has the rest.
         resumes: whether the same command goes on after an interruption.
         distributed: whether the processes of a torchrun do it as one.
+        pushes: whether its output is a model that `--push-to-hub` may upload.
     """
 
     function: Callable[..., Outcome]
@@ -53,6 +56,7 @@ class Verb:
     sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
     resumes: bool = False
     distributed: bool = False
+    pushes: bool = False
 
     @property
     def summary(self) -> str:
@@ -76,6 +80,11 @@ class Verb:
     def source(self) -> str | None:
         """The parameter that is the path of a model and that `--variant` is about, if any."""
         return next((name for name in self.positional if name in ("source", "model")), None)
+
+    @property
+    def models(self) -> list[str]:
+        """Parameters that are models: a path, or a name on the hub."""
+        return [name for name in (*self.positional, *self.optional) if name in MODELS]
 
     @property
     def takes_overrides(self) -> bool:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError, explain_errors
-from ..io import gguf, output, safetensors, shard_writer
+from ..io import gguf, hub, output, safetensors, shard_writer
+from ..io.adapted import adapted_path, find_base, read_adapted
 from ..io.files import sha256, write_json
 from ..io.finite import cast_finite
 from ..io.foreign_weights import check_foreign_folder
+from ..io.quantized.schemes import describe_step
 from ..io.shard_writer import ExtraFile
 from . import lineage, undo
+from .adapter import merge_adapter
 from .anatomy import Anatomy, Config, Key, Part, find_anatomy, read_as_auto
 from .axes import Signature
 from .config_checks import explain_config_errors
@@ -70,6 +73,8 @@ class Checkpoint:
     holds: Holds = "weights"
     # Whether NaN and infinity are read and written; else they are refused.
     allow_nonfinite: bool = False
+    # Whether its files do not hold the weights as they are, but what they are computed from.
+    is_computed: bool = False
     # Whether Python files beside the weights are copied to outputs (see `side_files`).
     copy_code: bool = False
     # What changes files beside the weights: called with the directory that is being written.
@@ -77,25 +82,40 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, path: str | Path, allow_nonfinite: bool = False, variant: str | None = None
+        cls,
+        path: str | Path,
+        allow_nonfinite: bool = False,
+        variant: str | None = None,
+        adapter: str | Path | None = None,
     ) -> Checkpoint:
-        """Open a model directory or a GGUF file, reading headers only.
+        """Open a model directory, a GGUF file or a model on the hub, reading headers only.
 
-        Where a head is stored beside the embedding that the config ties it to, both are read.
+        Where a head is stored beside the embedding that the config ties it to, both are read; of a
+        model on the hub that is not in the cache their first numbers.
 
         Args:
             path: the directory or file, or the file of a variant in a directory (see
-                `safetensors.variant_file`).
+                `safetensors.variant_file`). Where there is none: the name on the hub, ORG/MODEL or
+                ORG/MODEL@REVISION, of which weights are fetched when they are read.
             allow_nonfinite: whether values that are NaN or infinite are read and written.
             variant: of the weights in a directory, such as "fp16".
+            adapter: folder of a PEFT adapter that is merged into the model.
 
         RegraftError when a file is missing or damaged, when the family is unknown, or when config
         and tensors do not belong together.
         """
+        if hub.names_model(path):
+            path = hub.fetch(path, weights=variant is not None, variant=variant)
+        if adapter is not None:
+            path = adapted_path(safetensors.variant_file(path, variant), adapter)
+        if known := read_adapted(path):
+            base = cls.open(known["base"], allow_nonfinite)
+            return replace(merge_adapter(base, Path(known["adapter"])), origin=Path(path))
         origin = Path(safetensors.variant_file(path, variant))
         if not origin.exists():
             raise RegraftError(
-                f"no model at '{path}': give a Hugging Face model directory or a GGUF file"
+                f"no model at '{path}': give a Hugging Face model directory, a GGUF file or a name "
+                "on the hub, ORG/MODEL"
             )
 
         if safetensors.variant_of(origin):
@@ -109,18 +129,24 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The directory with tokenizer and other files; a GGUF file is converted first, once."""
-        return self.folder or gguf.convert_once(self.origin)
+        """The directory with all files; a GGUF file is converted first, once, and weights on the
+        hub are fetched.
+        """
+        if self.folder is None:
+            return gguf.convert_once(find_base(self.origin))
+        if not self.variant and (snapshot := hub.lacks_weights(self.folder)):
+            hub.fetch_weights(snapshot)
+        return self.folder
 
     @property
     def variant(self) -> str | None:
         """The variant of the weights, such as "fp16"; None for the usual ones."""
-        return safetensors.variant_of(self.origin)
+        return safetensors.variant_of(find_base(self.origin))
 
     @property
     def weights(self) -> Path:
         """What `safetensors.weight_files` takes: the directory, or a variant's file in it."""
-        return self.origin if self.variant else self.path
+        return find_base(self.origin) if self.variant else self.path
 
     @property
     def layers(self) -> int:
@@ -226,7 +252,7 @@ class Checkpoint:
         RegraftError names the first file that is missing or damaged.
         """
         if self.folder is not None:
-            lineage.verify(self.folder)
+            lineage.verify(self.path)
 
     def save(
         self,
@@ -268,10 +294,8 @@ class Checkpoint:
             ) as partial,
         ):
             folder = partial.path
-            tensors = {
-                self.anatomy.name_in_file(self.names[key]): lazy
-                for key, lazy in self.tensors.items()
-            }
+            filed = self.anatomy.name_in_file
+            tensors = {filed(self.names[key]): lazy for key, lazy in self.tensors.items()}
             shard_writer.write_weights(partial, tensors, shard_bytes, self.allow_nonfinite)
 
             for name, extra_file in extra_files.items():
@@ -285,7 +309,6 @@ class Checkpoint:
             for change in self.file_changes:
                 change(folder)
             (folder / "README.md").write_text(lineage.format_model_card(self), encoding="utf-8")
-
             undo.write_undo(self, folder, side_files.copied)
 
             # Last, since it records the other files. Shards were hashed while they were written.
@@ -309,7 +332,7 @@ class Checkpoint:
         """A function that waits for the fingerprint; None for values that have none."""
         if self.in_memory:
             return None
-        extra = {name: extra_file.identity for name, extra_file in extra_files.items()}
+        extra = {name: one.identity for name, one in extra_files.items()}
         return background.submit(lineage.fingerprint, self, shard_bytes, extra).result
 
 
@@ -330,12 +353,14 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
     check_foreign_folder(folder)
     check_model_files(folder)
     config = read_model_config(folder)
+    quantization = config.pop("quantization_config", None)
+    made = [describe_step(quantization, folder)] if quantization else []
     with explain_config_errors(folder / "config.json"):
         config = read_as_auto(config)
         anatomy = find_anatomy(config)
         sizes = anatomy.solve(config)
     weights = origin if safetensors.variant_of(origin) else folder
-    stored = read_model_tensors(weights, anatomy, config, allow_nonfinite)
+    stored = read_model_tensors(weights, anatomy, config, allow_nonfinite, quantization)
     placed = anatomy.place(stored.config)
     stored.check_names(folder, anatomy, placed.values())
 
@@ -345,7 +370,7 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
         name: Provenance(kind, tuple(sources), note)
         for name, (kind, sources, note) in known.get("tensors", {}).items()
     }
-    history = (*known.get("steps", ()), *([UNTIED_STEP] if stored.untied else []))
+    history = (*known.get("steps", ()), *made, *([UNTIED_STEP] if stored.untied else []))
 
     return Checkpoint(
         origin,
@@ -358,6 +383,7 @@ def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoin
         known.get("dropped", {}) | stored.dropped,
         history,
         allow_nonfinite=allow_nonfinite,
+        is_computed=bool(made),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import RegraftError
-from ..io.foreign_weights import advise_merging, quote_folder
+from ..io.foreign_weights import quote_folder
 from ..io.safetensors import TensorEntry
 
 # Part of a name that a wrapper puts there -> what writes it. Those that begin with an underscore
@@ -49,7 +49,8 @@ def check_foreign_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> N
     """
     if lora := next(filter(LORA.search, entries), None):
         raise RegraftError(
-            f"'{folder}' holds '{lora}', an adapter that is not merged: {advise_merging(folder)}"
+            f"'{folder}' holds '{lora}', an adapter that is not merged: save the adapter "
+            "alone with PEFT, then give the model that it was trained on and --adapter DIR"
         )
     for ending, (scheme, cure) in SCHEMES.items():
         name = next((name for name in entries if re.search(f"{ending}$", name)), None)

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, ge
 import yaml
 
 from ..errors import RegraftError, printable
+from ..io.adapted import find_base
 from ..io.files import check_inside, read_own_json, sha256
-from ..io.safetensors import weight_files
+from ..io.hub import find_snapshot
+from ..io.safetensors import variant_of, weight_files
 from ..io.yaml_loader import MAX_BYTES, parse_yaml
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Source(TypedDict):
     family: str  # its model_type
     files: dict[str, str]  # file of weights -> sha256
     sha256: str  # of the one file; of the joined hashes when there are several
+    hub: NotRequired[str]  # ORG/MODEL@COMMIT, where it came from the hub
 
 
 class _RequiredStepFields(TypedDict):
@@ -121,16 +124,20 @@ def origin(checkpoint: Checkpoint) -> Source:
     if known := read_lineage(checkpoint.folder).get("source") if checkpoint.folder else None:
         return cast(Source, dict(known))
 
-    is_gguf = checkpoint.origin.is_file() and not checkpoint.variant
-    files = [checkpoint.origin] if is_gguf else weight_files(checkpoint.weights)
+    opened = find_base(checkpoint.origin)
+    is_gguf = opened.is_file() and not variant_of(opened)
+    files = [opened] if is_gguf else weight_files(checkpoint.weights)
     hashes = {file.name: sha256(file) for file in files}
     joined = "".join(hashes.values())
-    return {
-        "path": str(checkpoint.origin.resolve()),
+    source: Source = {
+        "path": str(opened.resolve()),
         "family": checkpoint.anatomy.host_config(checkpoint.config)["model_type"],
         "files": hashes,
         "sha256": joined if len(hashes) == 1 else hashlib.sha256(joined.encode()).hexdigest(),
     }
+    if snapshot := find_snapshot(checkpoint.path):
+        source["hub"] = f"{snapshot.repository}@{snapshot.commit}"
+    return source
 
 
 def count_by_kind(checkpoint: Checkpoint) -> dict[str, KindTotals]:
@@ -265,7 +272,8 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
     steps = "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
 
     # A name cannot end the code that it stands in.
-    name = printable(Path(source["path"]).name).replace("`", "'")
+    hub_name = source.get("hub")
+    name = printable(hub_name or Path(source["path"]).name).replace("`", "'")
     no_papers = "- none beyond the source's own"
     # Models that transformers knows need no word on loading.
     load = (
@@ -273,7 +281,7 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
         "`AutoModelForCausalLM.from_pretrained`.\n\n"
     )
     return (
-        f"---\n{format_front_matter(checkpoint.path / CARD)}---\n"
+        f"---\n{format_front_matter(checkpoint.path / CARD, hub_name)}---\n"
         f"# {source['family']}, regrafted\n\n"
         f"Source: `{name}`, sha256 `{source['sha256']}`.\n\n"
         f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
@@ -282,11 +290,12 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
     )
 
 
-def format_front_matter(card: Path) -> str:
+def format_front_matter(card: Path, hub_name: str | None = None) -> str:
     """The head of a model card as YAML: what the source's card says of licence, language and use.
 
     Args:
         card: of the source, which need not exist.
+        hub_name: of the source, ORG/MODEL@COMMIT, where it came from the hub.
     """
     # A card is foreign text: one whose head cannot be read says nothing.
     known: Any = None
@@ -302,6 +311,8 @@ def format_front_matter(card: Path) -> str:
     tags = [tag for tag in tags if tag != TAG] if isinstance(tags, list) else []
     kept = {key: known[key] for key in known if re.fullmatch(KEPT_CARD_KEYS, str(key))}
     head = {"library_name": "transformers"} | kept | {"tags": [*tags, TAG]}
+    if hub_name:
+        head["base_model"] = hub_name.partition("@")[0]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 

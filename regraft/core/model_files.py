@@ -77,7 +77,7 @@ def find_tokenizer_code(folder: Path) -> str:
 def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json of a directory.
 
-    RegraftError when there is none, the model is quantised, or the config asks for code.
+    RegraftError when there is none, or the config asks for code.
     """
     if not (folder / "config.json").is_file():
         read_modules(folder)  # of sentence-transformers: says where the transformer lies
@@ -85,8 +85,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
         )
     config = read_json(folder / "config.json")
-    # Null or empty: it is not quantised, but transformers stumbles over the key.
-    if quantization := config.pop("quantization_config", None):
-        raise RegraftError(f"'{folder}' is quantised ({quantization}): dequantise it first")
+    if not config.get("quantization_config"):
+        # Null or empty: it is not quantised, but transformers stumbles over the key.
+        config.pop("quantization_config", None)
     refuse_fetched_code(config, folder)
     return config

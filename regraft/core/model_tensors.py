@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from ..io import safetensors
+from ..io import hub, safetensors
+from ..io.quantized.schemes import dequantize
 from ..io.safetensors import TensorEntry
 from .anatomy import Anatomy, Config, PlacedPart
 from .config_checks import check_counts, explain_config_errors
@@ -124,7 +125,11 @@ class ModelTensors:
 
 
 def read_model_tensors(
-    weights: Path, anatomy: Anatomy, config: dict[str, Any], allow_nonfinite: bool = False
+    weights: Path,
+    anatomy: Anatomy,
+    config: dict[str, Any],
+    allow_nonfinite: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> ModelTensors:
     """The tensors of a model, from headers; the values of the head where it may be tied too.
 
@@ -133,11 +138,16 @@ def read_model_tensors(
         anatomy: the table.
         config: of the model.
         allow_nonfinite: see `Checkpoint.open`.
+        quantization: `quantization_config` of a model whose weights are quantised.
 
     RegraftError when the files hold a tensor twice, or cannot be what the config says.
     """
-    found = safetensors.read_entries(weights)
+    snapshot = hub.lacks_weights(weights)
+    found = hub.read_remote_entries(snapshot) if snapshot else safetensors.read_entries(weights)
     folder = weights.parent if weights.is_file() else weights
+    unused: dict[str, str] = {}
+    if quantization:
+        found, unused = dequantize(found, quantization, config, folder)
     with explain_config_errors(folder / "config.json"):
         check_counts(anatomy.family, anatomy.solve(config), found)
         anatomy.place(config)
@@ -152,7 +162,7 @@ def read_model_tensors(
             )
         entries[canonical] = replace(found[name], allow_nonfinite=allow_nonfinite)
 
-    tensors = ModelTensors(config, entries, dropped)
+    tensors = ModelTensors(config, entries, dropped | unused)
     tensors.resolve_ties(anatomy)
     return tensors
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
-from ..io import safetensors
+from ..io import hub, safetensors
 from ..io.files import check_inside, parse_json, read_json, write_json
 from ..io.identity import TOKENIZER
 from ..io.output import MARKER
@@ -102,7 +102,7 @@ def find_side_files(folder: Path, hidden: int, copy_code: bool = False) -> SideF
     copy_code = copy_code or lineage.copied_code(folder)
     needed = find_module_weights(folder)
     # The code of a linearized model is written anew, and the card of regraft's own output.
-    own = OWN | {file.name for file in safetensors.weight_files(folder)}
+    own = OWN | set(hub.list_weights(folder))  # those on the hub too
     own |= {file.name for file in folder.glob("*.py") if config.get("model_type") == "regraft"}
     own |= {lineage.CARD} if (folder / lineage.FILE).exists() else set()
 

@@ -89,7 +89,8 @@ def write_undo(grown: Checkpoint, folder: Path, side_files: Collection[str]) -> 
         side_files: files beside the weights of what grew, which were copied.
     """
     reversible = all(step.get("step") in STEPS for step in grown.history)
-    if not grown.history or not reversible or grown.in_memory or grown.folder is None:
+    has_files = not (grown.in_memory or grown.folder is None or grown.is_computed)
+    if not grown.history or not reversible or not has_files:
         return
     # What grew may have grown itself: the first source counts.
     undo = read_undo(grown.path)

@@ -164,9 +164,10 @@ def deepen_tensors(
             tensors[key] = source.tensors[key]
             continue
         origin = order[layer]
-        old_key = (role, origin.source)
-        if old_key not in placed:  # the first layer may lack what later ones have
-            old_key = next(key for key in placed if key[0] == role)
+        own = origin.source
+        if (role, own) not in placed:  # the first layer may lack what later ones have
+            own = next(n for other, n in placed if other == role and n is not None)
+        old_key = (role, own)
         lazy = _move_layer(source, config, placed[old_key].part, *old_key, layer)
 
         # Post-norm models: the layer before a new one hands on its last norm, which the new layer

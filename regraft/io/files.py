@@ -22,6 +22,7 @@ JSON_PARTS = 4_000_000  # lists and objects
 JSON_DEPTH = 100  # of nesting
 LINE_BYTES = 1_000_000  # of a row of metrics.jsonl, which has some 300
 
+SHARED_BLOBS = ".huggingface-shared-blobs"  # marks the files that models of the hub's cache share
 PART = ".regraft-part-"  # how the names of unfinished files begin
 
 
@@ -96,8 +97,8 @@ def check_inside(folder: Path, file: Path) -> None:
     """RegraftError unless a file that a folder names is a regular file inside it.
 
     Links inside the folder are followed. So are those of the Hugging Face cache, which lead from
-    `models--X/snapshots/Y` to `models--X/blobs`. Everything else that leads out would read, or
-    copy into an output, what the folder's author does not own.
+    `models--X/snapshots/Y` to `models--X/blobs`, and on to `blobs` that models share. Everything
+    else that leads out would read, or copy into an output, what the folder's author does not own.
 
     Args:
         folder: the folder, which may be a link itself.
@@ -109,6 +110,8 @@ def check_inside(folder: Path, file: Path) -> None:
     for place in root.parents:
         if place.name == "snapshots" and place.parent.name.startswith("models--"):
             allowed.append(place.parent / "blobs")
+            shared = place.parent.parent / "blobs"
+            allowed += [shared] if (shared / SHARED_BLOBS).is_file() else []
     if not any(real.is_relative_to(place) for place in allowed):
         raise RegraftError(
             f"'{file}' leads to '{real}', outside of the folder '{folder}': copy the file into it"

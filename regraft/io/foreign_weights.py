@@ -65,9 +65,8 @@ def find_foreign_format(folder: Path) -> str | None:
 def advise_merging(folder: Path) -> str:
     """What to do about an adapter."""
     return (
-        'merge it first, like this: python -c "from peft import AutoPeftModelForCausalLM as M; '
-        f"M.from_pretrained({quote_folder(folder)}).merge_and_unload()"
-        f'.save_pretrained({quote_folder(folder, "-merged")})"'
+        "give the model that it was trained on, and --adapter "
+        f"{quote_folder(folder)}; `regraft convert BASE OUT --adapter DIR` writes the merged model"
     )
 
 
@@ -89,12 +88,17 @@ def explain_missing_weights(folder: Path, wanted: str) -> RegraftError:
         folder: without them.
         wanted: names of the files.
     """
-    # Unpickling may run any code, so these are refused rather than converted.
+    # Unpickling may run any code; PyTorch's reader of tensors alone does not, and is asked for.
     for pattern in ("*.bin", "*.pt"):
         if pickles := sorted(folder.glob(pattern)):
+            if not pickles[0].name.startswith("pytorch_model"):
+                return RegraftError(
+                    f"'{pickles[0]}' is a pickle under a name that is not a model's: if it is a "
+                    "state dict, call it pytorch_model.bin, then `regraft convert`"
+                )
             return RegraftError(
-                f"'{pickles[0]}' is a pickle, which is never loaded: convert it with "
-                "`python -m safetensors.torch_convert` or transformers' save_pretrained"
+                f"'{pickles[0]}' is a pickle, which is loaded by one command alone: "
+                f"`regraft convert {quote_folder(folder)} OUT` takes its tensors and runs nothing"
             )
     nothing = f"no {wanted} in '{folder}': give a Hugging Face model directory or a GGUF file"
     return RegraftError(find_foreign_format(folder) or nothing)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import RegraftError
-from . import gguf, safetensors
+from . import adapted, gguf, hub, safetensors
 from .files import read_json, read_json_if_exists, sha256, write_json
 from .request import RECORDED, SAMPLED, Identity, find_changed_input
 
@@ -45,11 +45,15 @@ TOKENIZER = (  # patterns of a tokenizer's files in a model's folder
 
 
 def identify_model(path: str | Path) -> Identity:
-    """The identity of a model: config, weights and tokenizer of a directory, or a GGUF file.
+    """The identity of a model: config, weights and tokenizer of a directory, or a GGUF file. A
+    model on the hub is fetched first.
 
     RegraftError when there is no such model or a file of weights is damaged.
     """
-    folder = Path(path)
+    if known := adapted.read_adapted(path):
+        adapter = Path(known["adapter"]) / adapted.WEIGHTS
+        return {**identify_model(known["base"]), "adapter": identify_file(adapter)}
+    folder = hub.fetch(path) if hub.names_model(path) else Path(path)
     if not folder.exists():
         raise RegraftError(f"no model at '{path}': give the model that the run began with")
     weights = safetensors.weight_files(folder) if safetensors.variant_of(folder) else None

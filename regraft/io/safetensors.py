@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -90,6 +90,22 @@ class TensorEntry:
             advice = "fetch the file again; grow, linearize and train take --allow-nonfinite"
             check_finite(value, f"tensor '{self.name}' in '{self.file}'", advice)
         return value
+
+    def peek(self) -> Tensor:
+        """The values of a small tensor, for which no file is fetched."""
+        return self.read()
+
+    def blocks(self, rows: int) -> Iterator[Tensor]:
+        """The values, some rows at a time; see `read` for errors.
+
+        Args:
+            rows: of a block.
+        """
+        with explain_tensor_errors(self.file, self.name, 0):
+            with safe_open(self.file, framework="pt") as file:
+                part = file.get_slice(self.name)
+                for start in range(0, self.shape[0] if self.shape else 0, rows):
+                    yield part[start : start + rows]
 
     @property
     def bytes(self) -> int:
@@ -194,16 +210,9 @@ def have_equal_values(left: TensorEntry, right: TensorEntry) -> bool:
     same_dtype = left.torch_dtype() == right.torch_dtype()
     rows = max(1, COMPARED // max(1, math.prod(left.shape[1:])))
 
-    with ExitStack() as stack:
-        slices = []
-        for entry in (left, right):
-            stack.enter_context(explain_tensor_errors(entry.file, entry.name, 0))
-            file = stack.enter_context(safe_open(entry.file, framework="pt"))
-            slices.append(file.get_slice(entry.name))
-        for start in range(0, left.shape[0] if left.shape else 0, rows):
-            one, other = (part[start : start + rows] for part in slices)
-            if not torch.equal(*((one, other) if same_dtype else (one.float(), other.float()))):
-                return False
+    for one, other in zip(left.blocks(rows), right.blocks(rows), strict=True):
+        if not torch.equal(*((one, other) if same_dtype else (one.float(), other.float()))):
+            return False
     return True
 
 
@@ -269,27 +278,49 @@ def read_header(file: Path) -> list[TensorEntry]:
     check_regular_file(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise RegraftError(
-                f"'{file}' is cut short or not safetensors ({size} bytes): fetch it again"
-            )
-        if length > HEADER_LIMIT:
-            raise RegraftError(
-                f"'{file}' has a header of {length:,} bytes, more than the limit of "
-                f"{HEADER_LIMIT:,}: save the model in shards"
-            )
+        length = read_header_length(file, stream.read(8), size)
         raw = stream.read(length)
+    return [
+        TensorEntry(file, name, row["dtype"], tuple(row["shape"]))
+        for name, row in parse_header(file, raw, size).items()
+    ]
 
+
+def read_header_length(file: Path, raw: bytes, size: int) -> int:
+    """The bytes of a header; RegraftError when they are more than there are, or too many.
+
+    Args:
+        file: for errors.
+        raw: the file's first 8 bytes.
+        size: bytes of the file.
+    """
+    length = int.from_bytes(raw, "little")
+    if size < 8 or length > size - 8:
+        raise RegraftError(
+            f"'{file}' is cut short or not safetensors ({size} bytes): fetch it again"
+        )
+    if length > HEADER_LIMIT:
+        raise RegraftError(
+            f"'{file}' has a header of {length:,} bytes, more than the limit of "
+            f"{HEADER_LIMIT:,}: save the model in shards"
+        )
+    return length
+
+
+def parse_header(file: Path, raw: bytes, size: int) -> dict[str, HeaderRow]:
+    """What a header says, by tensor; RegraftError when it is garbled or does not fit the file.
+
+    Args:
+        file: for errors.
+        raw: the header.
+        size: bytes of the file.
+    """
     remedy = "fetch it again"
     where = f"'{file}' has a garbled safetensors header that"
     table = check_json(parse_json(raw, where, remedy), dict[str, Any], where, remedy)
     check_json(table.pop("__metadata__", {}), dict[str, str], where, remedy)
     check_json(table, dict[str, HeaderRow], where, remedy)
 
-    entries = [
-        TensorEntry(file, name, row["dtype"], tuple(row["shape"])) for name, row in table.items()
-    ]
     spans = sorted(tuple(row["data_offsets"]) for row in table.values())
     shapes_fit = all(_fits_span(row) for row in table.values())
 
@@ -297,13 +328,14 @@ def read_header(file: Path) -> list[TensorEntry]:
     ends = [0, *(end for _, end in spans)]
     gapless = all(end == span[0] for end, span in zip(ends, spans, strict=False))
     end = spans[-1][1] if spans else 0
-    expected = 8 + length + end
+    expected = 8 + len(raw) + end
     if not shapes_fit or not gapless or expected != size:
         raise RegraftError(
             f"'{file}' has {size} bytes where its header says {expected}: "
             "cut short or damaged, fetch it again"
         )
-    return entries
+    rows: dict[str, HeaderRow] = table
+    return rows
 
 
 def _fits_span(row: HeaderRow) -> bool:

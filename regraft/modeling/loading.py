@@ -176,8 +176,9 @@ def load_stored(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     # First: transformers' own reader of it has no words for what is wrong.
     file = Path(checkpoint.path) / "generation_config.json"
     generation = read_generation_config(file) if file.exists() else None
-    is_linearized = checkpoint.config["model_type"] == "regraft"
-    model = materialize(checkpoint, dtype) if is_linearized else load_stock(checkpoint, dtype)
+    # transformers would need the packages and devices of a quantisation.
+    in_memory = checkpoint.config["model_type"] == "regraft" or checkpoint.is_computed
+    model = materialize(checkpoint, dtype) if in_memory else load_stock(checkpoint, dtype)
     if generation is not None:
         model.generation_config = generation
     return model

@@ -114,11 +114,11 @@ DAMAGE = {
     ),
     "unknown family": (lambda f: config(f, model_type="zebra"), "write regraft/families/zebra.py"),
     "another size": (lambda f: config(f, intermediate_size=99), r"expected \[.*99.*\]"),
-    "quantised": (lambda f: config(f, quantization_config={"bits": 4}), "is quantised"),
+    "quantised": (lambda f: config(f, quantization_config={"bits": 4}), "is quantised by 'None'"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors or"),
     "pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "pytorch_model.bin' is a pickle, which is never loaded: convert it",
+        "pytorch_model.bin' is a pickle, .*: `regraft convert",
     ),
 }
 

@@ -384,10 +384,10 @@ def add_index(folder: Path) -> None:
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 FOREIGN: dict[str, Callable[[Path], object]] = {
-    "adapter.*merge it first, like this.*merge_and_unload": lambda folder: (
+    "adapter.*give the model that it was trained on, and --adapter": lambda folder: (
         folder / "adapter_config.json"
     ).write_text("{}"),
-    "lora_A.*merge it first": lambda folder: edit(
+    "lora_A.*--adapter": lambda folder: edit(
         folder, lambda values: values | {LORA: torch.ones(2, 36)}
     ),
     "two sets of weights": add_index,

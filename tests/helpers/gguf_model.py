@@ -8,8 +8,12 @@ import pytest
 import torch
 
 
-def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
-    """A float32 llama GGUF with a byte-level vocabulary of as many tokens as the model has."""
+def write_gguf(path: Path, model: torch.nn.Module, config, kinds: dict | None = None) -> dict:
+    """A float32 llama GGUF with a byte-level vocabulary of as many tokens as the model has.
+
+    Tensors that `kinds` names are of that quantisation, with random blocks; their numbers are
+    given back.
+    """
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -30,6 +34,7 @@ def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    expected: dict[str, torch.Tensor] = {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         value = value.float()
@@ -39,8 +44,19 @@ def write_gguf(path: Path, model: torch.nn.Module, config) -> None:
         ):
             if part in name:
                 value = value.view(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), value.contiguous().numpy())
+        known = names.get_name(name, (".weight",))
+        if kind := (kinds or {}).get(name):
+            # Small bytes: no half-precision factor among them is NaN or infinite.
+            size, block = gguf.GGML_QUANT_SIZES[kind]
+            generator = torch.Generator().manual_seed(int(kind))
+            shape = (value.shape[0], value.shape[1] // size * block)
+            raw = torch.randint(0, 60, shape, generator=generator).to(torch.uint8).numpy()
+            expected[name] = torch.from_numpy(gguf.quants.dequantize(raw, kind).copy())
+            writer.add_tensor(known, raw, raw_dtype=kind)
+            continue
+        writer.add_tensor(known, value.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return expected

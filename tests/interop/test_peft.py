@@ -160,3 +160,39 @@ def test_targets_must_be_named(folders: dict[str, Path]) -> None:
     """PEFT's table of defaults is its own: it knows no `regraft`, as it knows no new family."""
     with pytest.raises(ValueError, match="target_modules"):
         adapt(folders["window"], None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 4}},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"], "bias": "all"},
+    ],
+    ids=str,
+)
+def test_merging_while_reading_equals_peft(
+    options: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """`--adapter`: every number of the merged model is the one that PEFT gives it."""
+    base = save_model(tmp_path / "base", "qwen2", layers=LAYERS)
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    config = peft.LoraConfig(
+        target_modules=PROJECTIONS, r=2, task_type="CAUSAL_LM", init_lora_weights=False, **options
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, value in model.named_parameters():
+        if value.requires_grad and "lora_" not in name:
+            value.data += 0.1  # as if it had been trained
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+
+    found = Checkpoint.open(base, adapter=tmp_path / "adapter")
+    for key, lazy in found.tensors.items():
+        name, tolerance = found.names[key], 1e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(
+            lazy.read().float(), merged[name].float(), rtol=tolerance, atol=tolerance, msg=name
+        )
