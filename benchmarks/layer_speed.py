@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from regraft.mixers import registry
-from regraft.mixers.base import Attention
+from regraft.mixers.attention import Attention
 from regraft.mixers.initialize import create_initial_tensor
 from regraft.modeling.modeling_regraft import MixerSlot
 

@@ -14,7 +14,8 @@ from .. import modeling
 from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..mixers.base import Attention, WeightSpec
+from ..mixers.attention import Attention
+from ..mixers.base import WeightSpec
 from ..mixers.registry import weights
 from ..mixers.remix import Remix
 from ..progress import ProgressCallback

@@ -11,10 +11,18 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal
 
 from ..errors import RegraftError
-from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, softmax_scale
+from .anatomy_defaults import (
+    always,
+    no_bridge,
+    no_keys,
+    no_prefix,
+    older_rope_keys,
+    softmax_scale,
+)
+from .attention import AttentionFields, describe_attention
 from .axes import product
 from .class_heads import adapt_to_class
 from .config_checks import check_config, check_sizes
@@ -36,23 +44,6 @@ __all__ = [
     "older_rope_keys",
     "read_as_auto",
 ]
-
-
-class AttentionFields(TypedDict):
-    """The attention of one layer, as `mixers.base.Attention` takes it and config.json keeps it."""
-
-    hidden: int  # size of the residual stream
-    kv: int  # number of key/value heads
-    group: int  # query heads per key/value head
-    dim: int  # size of a head
-    scale: float  # factor on the logits
-    qkv_bias: bool  # whether queries, keys and values have a bias
-    o_bias: bool  # whether the output projection has a bias
-    qk_norm: float | None  # epsilon of the norm on queries and keys; None: there is none
-    rotary: bool  # whether queries and keys are rotated by position
-    # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
-    # that the source has.
-    softcap: NotRequired[float | None]
 
 
 @dataclass(frozen=True)
@@ -84,10 +75,26 @@ class Anatomy:
     # Regular expression over a tensor's whole name -> why such tensors are dropped, where
     # transformers does not know it.
     ignored: dict[str, str] = field(default_factory=dict)
-    # Config key of the norms' epsilon.
+    # Config key of the norms' epsilon. One that begins with "_" is written in the class.
     eps: str = "rms_norm_eps"
-    # Whether queries and keys are rotated by position (in the half-split layout).
+    # Whether norms over the stream subtract the mean and have no parameters at all.
+    bare_norms: bool = False
+    # Whether queries and keys are rotated by position.
     rotary: bool = True
+    # Whether neighbouring coordinates (2i, 2i + 1) turn together; else i and i + half of those that
+    # turn.
+    rotary_pairs: bool = False
+    # Where the class's tables of cos and sin have pair i: at i and i + half ("halves"), at 2i and
+    # 2i + 1 ("neighbours"), or at i alone ("once").
+    rotary_tables: Literal["halves", "neighbours", "once"] = "halves"
+    # (config, layer) -> whether that layer rotates, in families with `rotary`.
+    rotates: Callable[[Config, int], bool] = always
+    # Whether queries and keys are normed after they are rotated, not before.
+    norms_rotated: bool = False
+    # Why no mixer can take the place of its attention; empty: some can.
+    keeps_softmax: str = ""
+    # Config keys of constant factors on embeddings, branches or logits.
+    factors: tuple[str, ...] = ()
     # (config, head dim, layer) -> factor on the attention logits.
     scale: Callable[[Config, int, int], float] = softmax_scale
     # (config key of the cap on the logits, its value when the key is missing; null is no cap).
@@ -239,6 +246,10 @@ class Anatomy:
 
         return placed
 
+    def epsilon(self, config: Config) -> float:
+        """The epsilon of the norms."""
+        return float(self.fill_defaults(config)[self.eps])
+
     def untie_embeddings(self, config: Config) -> Config:
         """The config of the same model with an output embedding of its own."""
         return dict(config) | {"tie_word_embeddings": False}
@@ -287,7 +298,8 @@ class Anatomy:
             keys |= {key: [value[layer] for layer in order] for key, value in lists.items()}
             keys["_order"] = list(order)
 
-        # `finish` sees the derived keys ("_..."); only after it may they go.
+        # `finish` sees the derived keys ("_..."), and the sizes before; only after it may they go.
+        keys["_before"] = self.solve(config)
         keys |= self.finish(full | keys)
         self._check_divisors(config, keys)
         self._check_multiples(sizes)
@@ -362,28 +374,8 @@ class Anatomy:
         return next(matches, None)
 
     def attention(self, config: Config, layer: int) -> AttentionFields:
-        """The attention of a layer, as arguments of `mixers.base.Attention`."""
-        full, sizes = self.fill_defaults(config), self.solve(config)
-        roles = {role for role, part in self.parts.items() if part.is_present(full)}
-        # Fused parts stand for the roles packed into them: "attn.qkv.bias" for "attn.q.bias".
-        roles |= {
-            f"{name}.{role.rpartition('.')[2]}" for role in roles for name in self.parts[role].fused
-        }
-        fields: AttentionFields = {
-            "hidden": sizes["hidden"],
-            "kv": sizes["kv"],
-            "group": sizes["group"],
-            "dim": sizes["dim"],
-            "scale": self.scale(full, sizes["dim"], layer),
-            "qkv_bias": "attn.q.bias" in roles,
-            "o_bias": "attn.o.bias" in roles,
-            "qk_norm": float(full[self.eps]) if "attn.q_norm.weight" in roles else None,
-            "rotary": self.rotary,
-        }
-        cap = config.get(*self.softcap) if self.softcap else None
-        if cap is not None:
-            fields["softcap"] = float(cap)
-        return fields
+        """The attention of a layer, as arguments of `mixers.attention.Attention`."""
+        return describe_attention(self, config, layer)
 
     def write_extras(self, directory: str, config: Config) -> None:
         """Write further files that a saved model needs: none, unless it is linearized."""

@@ -13,6 +13,11 @@ def softmax_scale(config: Config, dim: int, layer: int) -> float:
     return dim**-0.5
 
 
+def always(config: Config, layer: int) -> bool:
+    """It holds for every layer."""
+    return True
+
+
 def no_prefix(config: Config) -> str:
     """Names have no prefix that depends on the config."""
     return ""

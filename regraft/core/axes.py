@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -16,13 +16,14 @@ from ..errors import RegraftError
 
 AXES = frozenset(
     (
-        "vocab hidden ffn kv group dim depth pos one two three "
+        "vocab hidden ffn dense_ffn shared_ffn kv group dim depth pos one two three "
         "expert kernel type label pool channel patch key_head key_dim value_group value_dim "
         "ssm_head ssm_dim ssm_group ssm_state ssm_conv tap"
     ).split()
 )
 TABLES = frozenset(("vocab", "pos", "type"))  # a map from one of these is a table of embeddings
 UNITS = {"one": 1, "two": 2, "three": 3}  # axes whose size is their name
+INTERLEAVED = ("two", "three")  # in a fused tensor: which of the maps, which alternate row by row
 Axes = tuple[str, ...]  # a product of axes: ("kv", "dim") has kv * dim coordinates
 Sizes = Mapping[str, int]  # axis -> number of coordinates
 
@@ -39,6 +40,7 @@ class Signature:
     | "gain hidden"            | gain  | a norm's factors                                     |
     | "1+gain hidden"          | gain  | the same, stored minus one (`unit`)                  |
     | "scale hidden"           | scale | a factor per coordinate                              |
+    | "scalar"                 | scale | one number, without a dimension                      |
     | "kv group dim dim"       | plain | a tensor with a dimension per axis; heads are one    |
 
     A number in a signature is an axis of that size, which never grows.
@@ -59,10 +61,16 @@ class Signature:
         """For each stored dimension, the axis products that are stacked along it.
 
         Args:
-            stored: order of a map's dimensions, "out in" or "in out".
+            stored: order of a map's dimensions, "out in" or "in out". With "expert" before it the
+                outputs begin with that axis, which has a dimension of its own.
         """
         if self.kind == "plain":
             return tuple((axes,) for axes in _join_head_axes(self.outputs[0]))
+        if stored.startswith("expert "):
+            each = replace(self, outputs=tuple(axes[1:] for axes in self.outputs))
+            return ((("expert",),), *each.dims(stored.removeprefix("expert ")))
+        if self.outputs == ((),):
+            return ()
         if self.kind != "map":
             return (self.outputs,)
         if stored == "out in":
@@ -75,9 +83,10 @@ class Signature:
 
     def piece(self, index: int) -> Signature:
         """Signature of the index-th of several fused maps (see `fused`)."""
-        # Stacked maps have an output each; interleaved ones share theirs, with an axis `three`.
+        # Stacked maps have an output each; interleaved ones share theirs, with an axis that counts
+        # them.
         outputs = self.outputs[index] if len(self.outputs) > 1 else self.outputs[0]
-        own = tuple(axis for axis in outputs if axis != "three")
+        own = tuple(axis for axis in outputs if axis not in INTERLEAVED)
         return Signature(self.text, self.kind, self.inputs, (own,))
 
 
@@ -105,6 +114,8 @@ def parse_signature(text: str) -> Signature:
 
     RegraftError, quoting it, when an axis is unknown or it names no output.
     """
+    if text == "scalar":
+        return Signature(text, "scale", (), ((),))
     body, arrow, right = text.partition("->")
     left = body.split()
     unit = left[:1] == ["1+gain"]

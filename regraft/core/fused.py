@@ -1,7 +1,8 @@
 """Fused tensors: several maps or biases packed into one stored tensor, split and joined again.
 
 Two layouts exist. GPT-2 and Phi-3 stack whole maps ("hidden -> kv dim + kv dim + kv dim"). GPT-NeoX
-interleaves queries, keys and values head by head ("hidden -> kv three dim").
+interleaves queries, keys and values head by head ("hidden -> kv three dim"), gpt-oss gates and ups
+row by row ("hidden -> expert ffn two"). Experts in one tensor are a third dimension, in front.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .axes import Axes, Signature, product
+from .axes import INTERLEAVED, Axes, Signature, product
 from .part import Part
 
 
@@ -57,8 +58,14 @@ def fused_index(role: str, part: Part, part_role: str) -> int | None:
 
 
 def output_first(value: Tensor, part: Part) -> Tensor:
-    """A stored tensor with its output dimension first; the same call turns it back."""
-    return value.T if part.stored == "in out" and part.axes.kind == "map" else value
+    """A stored tensor with outputs before inputs; the same call turns it back."""
+    swaps = part.stored.endswith("in out") and part.axes.kind == "map"
+    return value.transpose(-2, -1) if swaps else value
+
+
+def has_experts(part: Part) -> bool:
+    """Whether a stored tensor has a dimension for experts, before the others."""
+    return part.stored.startswith("expert ")
 
 
 def read_fused(value: Tensor, part: Part, index: int, sizes: Mapping[str, int]) -> Tensor:
@@ -74,14 +81,26 @@ def read_fused(value: Tensor, part: Part, index: int, sizes: Mapping[str, int]) 
         (outputs, inputs), or (outputs,) for a bias.
     """
     value = output_first(value, part)
-    outputs = part.axes.outputs
+    outputs, experts = part.axes.outputs, has_experts(part)
     if len(outputs) > 1:
-        return value.split([product(axes, sizes) for axes in outputs])[index]
+        # Maps of one expert are stacked, so that the experts are apart in front.
+        widths = [product(axes[1:] if experts else axes, sizes) for axes in outputs]
+        return _join_experts(value.split(widths, int(experts))[index], part)
 
     # (kv * 3 * dim, ...) -> (kv, 3, dim, ...) -> (kv, dim, ...) -> (kv * dim, ...)
     axes = outputs[0]
-    value = value.unflatten(0, [product((axis,), sizes) for axis in axes])
-    return value.select(axes.index("three"), index).flatten(0, len(axes) - 2)
+    value = _join_experts(value, part).unflatten(0, [product((axis,), sizes) for axis in axes])
+    return value.select(_interleaved_at(axes), index).flatten(0, len(axes) - 2)
+
+
+def _interleaved_at(axes: Axes) -> int:
+    """Where the axis is that counts interleaved maps."""
+    return next(position for position, axis in enumerate(axes) if axis in INTERLEAVED)
+
+
+def _join_experts(value: Tensor, part: Part) -> Tensor:
+    """(experts, outputs, ...) as (experts * outputs, ...); others as they are."""
+    return value.flatten(0, 1) if has_experts(part) else value
 
 
 def split_fused(value: Tensor, part: Part, sizes: Mapping[str, int]) -> list[Tensor]:
@@ -93,7 +112,7 @@ def split_fused(value: Tensor, part: Part, sizes: Mapping[str, int]) -> list[Ten
         sizes: axis sizes of the model that `value` belongs to.
     """
     if not part.fused:
-        return [output_first(value, part)]
+        return [_join_experts(output_first(value, part), part)]
     return [read_fused(value, part, index, sizes) for index in range(len(part.fused))]
 
 
@@ -108,16 +127,14 @@ def join_fused(values: Sequence[Tensor], part: Part) -> Tensor:
     if signature.kind == "plain":
         return _flatten_axes(values[0], [len(stack[0]) for stack in signature.dims()])
 
-    # Interleaved maps get their axis `three` back, which makes them one.
+    # Interleaved maps get the axis back that counts them, which makes them one.
     if len(signature.outputs) == 1 and part.fused:
-        values = [torch.stack(list(values), signature.outputs[0].index("three"))]
+        values = [torch.stack(list(values), _interleaved_at(signature.outputs[0]))]
 
-    inputs = len(signature.inputs)
-    flat = [
-        _flatten_axes(value, [value.ndim - inputs, inputs] if inputs else [value.ndim])
-        for value in values
-    ]
-    return output_first(torch.cat(flat) if len(flat) > 1 else flat[0], part)
+    inputs, experts = len(signature.inputs), int(has_experts(part))
+    counts = (experts, values[0].ndim - inputs - experts, inputs)
+    flat = [_flatten_axes(value, [count for count in counts if count]) for value in values]
+    return output_first(torch.cat(flat, experts) if len(flat) > 1 else flat[0], part)
 
 
 def _flatten_axes(value: Tensor, counts: Sequence[int]) -> Tensor:

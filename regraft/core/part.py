@@ -32,7 +32,8 @@ class Part:
     # What it computes over named axes, such as "hidden -> kv group dim" (see `axes.Signature`).
     signature: str
     # Order of a matrix's dimensions in the file: "out in" (nn.Linear), or "in out" (embeddings and
-    # GPT-2's Conv1D).
+    # GPT-2's Conv1D). "expert out in" and "expert in out" have all experts in one tensor; their
+    # outputs begin with the axis `expert`, biases too.
     stored: str = "out in"
     # Roles without ".weight" or ".bias" that are packed into this tensor, in order.
     fused: tuple[str, ...] = ()
@@ -48,6 +49,8 @@ class Part:
     writes: str = "stream"
     # Whether it is the gain or the bias of a norm.
     norm: bool = False
+    # Whether the norm subtracts the mean. Norms with a bias do without saying so.
+    centered: bool = False
     # Role of the factors (LayerScale) that its output is multiplied by; None: there are none.
     scaled: str | None = None
     # Positions of a row that it is applied to, for counting FLOPs: "each", the "first" only (heads
@@ -58,6 +61,11 @@ class Part:
     def axes(self) -> Signature:
         """The parsed signature."""
         return parse_signature(self.signature)
+
+    @property
+    def subtracts_mean(self) -> bool:
+        """Whether it belongs to a norm that subtracts the mean."""
+        return self.norm and (self.centered or self.axes.kind == "bias")
 
     @property
     def is_matrix(self) -> bool:
@@ -130,7 +138,7 @@ def norm(
     unit: bool = False,
     **streams: Any,
 ) -> dict[str, Part]:
-    """The parts of a norm: its gain and, for a layer norm, its bias.
+    """The parts of a norm: its gain and, for most layer norms, its bias.
 
     Args:
         role: the role without its ending, such as "norm.attn".
@@ -138,7 +146,8 @@ def norm(
         axis: the axis (or product of axes) that is normalized.
         bias: whether it has a bias.
         unit: whether the gain is stored minus one, as Gemma does.
-        streams: further fields of both parts, such as `reads`.
+        streams: further fields of both parts, such as `reads`, or `centered` for a layer norm
+            without a bias.
     """
     fields: dict[str, Any] = {"reads": "stream", "writes": "normed", "norm": True} | streams
     table = {

@@ -37,6 +37,14 @@ def find_differences(
     activation = getattr(stock, anatomy.activation)
     if activation != ACTIVATION:
         found.append(f"{anatomy.activation} is {activation}, not {ACTIVATION}")
+    for key in anatomy.factors:
+        if getattr(stock, key) not in (None, 1):
+            found.append(f"{key} is {getattr(stock, key):g}, not 1")
+    if anatomy.rotary_pairs:
+        found.append(f"{anatomy.family} turns neighbouring coordinates of a head together")
+    layers = range(stock.num_hidden_layers)
+    if still := [one for one in layers if not anatomy.attention(config, one)["rotary"]]:
+        found.append(f"layers {still} have no rotary positions")
     if anatomy.embed_scale:
         found.append(f"{anatomy.family} multiplies embeddings by the root of hidden_size")
     if anatomy.softcap and anatomy.attention(config, 0).get("softcap") is not None:
@@ -85,5 +93,7 @@ def find_rotary_differences(rope: dict[str, Any]) -> list[str]:
     """What of `rope_parameters` Llama's rotary positions do not read."""
     if rope and all(isinstance(value, dict) for value in rope.values()):
         return [f"rope_parameters differ by kind of layer ({', '.join(sorted(rope))})"]
+    if beta := rope.get("llama_4_scaling_beta"):
+        return [f"llama_4_scaling_beta is {beta:g}: queries grow with their position"]
     share = rope.get("partial_rotary_factor")
     return [f"partial_rotary_factor is {share:g}, not 1"] if share not in (None, 1, 1.0) else []

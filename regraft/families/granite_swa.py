@@ -8,14 +8,17 @@ from ..core.anatomy import Anatomy, Config, Part
 from .llama import DEFAULTS, LAYER, SIZES, kv_heads
 from .llama import parts as llama_parts
 
+FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+
+
+def sinks() -> dict[str, Part]:
+    """The logit of each head's sink."""
+    return {"attn.sinks.weight": Part(f"{LAYER}.self_attn.sinks", "-> kv group")}
+
 
 def parts() -> dict[str, Part]:
     """Llama's parts and the sinks."""
-    sinks = Part(f"{LAYER}.self_attn.sinks", "-> kv group")
-    return {
-        **llama_parts("attention_bias", "attention_bias", "mlp_bias"),
-        "attn.sinks.weight": sinks,
-    }
+    return {**llama_parts("attention_bias", "attention_bias", "mlp_bias"), **sinks()}
 
 
 def softmax_scale(config: Config, dim: int, layer: int) -> float:
@@ -38,5 +41,6 @@ anatomy = Anatomy(
         "attention_multiplier": 1.0,
     },
     scale=softmax_scale,
+    factors=FACTORS,
     not_null=("head_dim",),
 )

@@ -1,9 +1,11 @@
 """Llama (arXiv 2302.13971): grouped queries, RMS norms, gated MLP, rotary positions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.anatomy_defaults import no_bridge
 
 LAYER = "model.layers.{}"
 SIZES = (
@@ -69,3 +71,16 @@ anatomy = Anatomy(
     divides=(("hidden_size", "num_attention_heads"),),
     bridge=lambda config: None if config["attention_bias"] or config["mlp_bias"] else "mistral",
 )
+
+
+def variant(family: str, defaults: dict[str, Any], **fields: Any) -> Anatomy:
+    """Llama's table for a class that takes any number of heads.
+
+    Args:
+        family: its model type.
+        defaults: of config keys, beside DEFAULTS.
+        fields: further fields of `Anatomy`.
+    """
+    plain = replace(anatomy, divides=(), bridge=no_bridge)
+    biases = {"attention_bias": False, "mlp_bias": False}
+    return replace(plain, family=family, defaults={**DEFAULTS, **biases, **defaults}, **fields)

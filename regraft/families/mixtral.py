@@ -4,27 +4,19 @@ Files hold the tensors of each expert apart. The grouped products over experts n
 bytes: in bfloat16, hidden and ffn in multiples of 8.
 """
 
-from ..core.anatomy import Anatomy, linear
+from ..core.anatomy import Anatomy
 from ..core.anatomy_defaults import read_aliases
 from .llama import DEFAULTS, LAYER, SIZES, kv_heads
 from .llama import parts as llama
+from .qwen2_moe import MULTIPLES, experts, without_mlp
 
-MOE = f"{LAYER}.block_sparse_moe"
-EXPERT = f"{MOE}.experts.{{e}}"
-
+BLOCK = f"{LAYER}.block_sparse_moe"
 
 anatomy = Anatomy(
     family="mixtral",
     parts={
-        **{
-            role: part
-            for role, part in llama(False, False, False).items()
-            if not role.startswith("mlp.")
-        },
-        **linear("mlp.router", f"{MOE}.gate", "hidden -> expert"),
-        **linear("mlp.{e}.gate", f"{EXPERT}.w1", "hidden -> ffn", at="routed"),
-        **linear("mlp.{e}.up", f"{EXPERT}.w3", "hidden -> ffn", at="routed"),
-        **linear("mlp.{e}.down", f"{EXPERT}.w2", "ffn -> hidden", at="routed"),
+        **without_mlp(llama(False, False, False)),
+        **experts(BLOCK, names=("w1", "w3", "w2")),
     },
     sizes=(*SIZES, ("num_local_experts", "expert")),
     slot=f"{LAYER}.self_attn",
@@ -36,6 +28,6 @@ anatomy = Anatomy(
         "num_experts_per_tok": 2,
     },
     rewrite=read_aliases({"num_experts": "num_local_experts"}),
-    multiples={"hidden": 8, "ffn": 8},
+    multiples=MULTIPLES,
     routed="num_experts_per_tok",
 )

@@ -16,7 +16,7 @@ from ..core.auto_map import AUTO_MAP
 from ..core.axes import parse_signature
 from ..errors import RegraftError
 from ..io.schema import check_json, check_version, shorten
-from ..mixers.base import Attention
+from ..mixers.attention import Attention
 from ..mixers.older_names import leave_out_caps, rename_older
 from ..mixers.registry import validate, weights
 

@@ -264,6 +264,11 @@ def stream_axis(widening: Widening, old: int, new: int, operator: str, seed: int
     """
     if new == old:
         return axes.identity(old)
+    if widening.family.bare_norms and widening.has_tied_head:
+        raise RegraftError(
+            f"{widening.anatomy.family} has norms without gains and a head tied to its embedding,"
+            f" which keep hidden at {old}: grow --heads, --ffn or --layers"
+        )
     if operator == "aki":
         return axes.duplicate(old, new, seed, following=True)
 
@@ -303,14 +308,20 @@ def choose_fold(widening: Widening, fold: str) -> Literal["stream", "eps"]:
     other_norms = [
         part.axes.text
         for part in widening.parts
-        if part.norm and part.axes.kind == "gain" and "hidden" not in part.axes.outputs[0]
+        if part.norm and part.axes.kind != "bias" and "hidden" not in part.axes.outputs[0]
     ]
     if fold == "eps" and other_norms:
         raise RegraftError(
             f"{widening.anatomy.family} has one epsilon for norms over hidden and for"
             f" '{other_norms[0]}', which grow apart: use --fold stream"
         )
-    return "stream" if other_norms or fold == "stream" else "eps"
+    fixed = widening.family.eps.startswith("_")
+    if fold == "eps" and fixed:
+        raise RegraftError(
+            f"{widening.anatomy.family} has no config key for the epsilon of its norms: use --fold"
+            " stream"
+        )
+    return "stream" if other_norms or fixed or fold == "stream" else "eps"
 
 
 def qk_norm_mode(widening: Widening, table: Mapping[str, Expansion]) -> QkNorm | None:
@@ -328,7 +339,7 @@ def qk_norm_mode(widening: Widening, table: Mapping[str, Expansion]) -> QkNorm |
         return None
 
     old, new = table["qk"].old, table["qk"].new
-    if new != old and any(part.axes.kind == "bias" for part in norms):
+    if new != old and any(part.subtracts_mean for part in norms):
         raise RegraftError(
             f"{widening.anatomy.family}'s query and key norms subtract the mean of a head, so"
             f" --head-dim {new} cannot keep what they give: leave it at {old} and grow --heads,"

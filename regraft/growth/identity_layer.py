@@ -127,8 +127,8 @@ def random_tensor(lazy: LazyTensor, part: Part, random: Callable[[], SeededRando
         random: makes their source anew, so that every reading gives the same.
     """
     kind = part.axes.kind
-    if kind in ("gain", "bias"):
-        return constant_tensor(lazy, 1.0 if kind == "gain" and not part.axes.unit else 0.0)
+    if kind == "bias" or part.norm:
+        return constant_tensor(lazy, 0.0 if kind == "bias" or part.axes.unit else 1.0)
     if kind == "scale":
         return lazy
 

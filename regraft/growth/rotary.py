@@ -73,8 +73,10 @@ def _widen_turning(
     if proportional or not by_pairs:
         keys = _scale_thetas(anatomy, config, old, new, 1.0 if by_pairs else new / old)
 
-    # Coordinate i turns with coordinate i + half of its head.
+    # Coordinate i turns with coordinate i + half of its head, or with its neighbour.
     pairs = torch.arange(old // 2) * (new // old if by_pairs else 1)
+    if anatomy.rotary_pairs:
+        return keys, place(old, new, torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten())
     return keys, place(old, new, torch.cat([pairs, pairs + new // 2]))
 
 

@@ -99,15 +99,17 @@ class Widening:
     @cached_property
     def has_layer_norm(self) -> bool:
         """Whether norms over the stream subtract the mean."""
-        return any(
-            part.norm and part.axes.kind == "bias" and "hidden" in part.axes.outputs[0]
-            for part in self.parts
+        return self.family.bare_norms or any(
+            part.subtracts_mean and "hidden" in part.axes.outputs[0] for part in self.parts
         )
 
     @cached_property
     def has_full_qk_norm(self) -> bool:
         """Whether query and key norms run over all heads at once."""
-        return any(part.norm and "kv" in part.axes.outputs[0] for part in self.parts)
+        return any(
+            part.norm and part.axes.kind == "gain" and "kv" in part.axes.outputs[0]
+            for part in self.parts
+        )
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -134,6 +136,9 @@ class Widening:
         """What values in a stream of hidden size are multiplied by."""
         if stream in ("stream", "branch"):
             return self.rms_ratio if self.fold == "stream" else 1.0
+        # Without a gain to take it back, what a norm gives is as much larger as its input.
+        if self.family.bare_norms and not (stream == "head" and self.has_tied_head):
+            return self.rms_ratio
 
         # A tied head cannot be scaled apart from the embedding: what it reads makes up for the
         # embedding's factor (L12).

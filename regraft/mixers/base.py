@@ -15,40 +15,10 @@ from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
+from .attention import Attention, HeadNorm, apply_rotary
 from .options import parse_options
 
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Sizes and conventions of the softmax attention that a mixer replaces.
-
-    There are `kv * group` query heads; query head `h` reads key/value head `h // group`.
-    """
-
-    hidden: int  # width of the residual stream
-    kv: int  # key/value heads
-    group: int  # query heads per key/value head
-    dim: int  # width of a head
-    scale: float  # multiplies the logits, usually dim ** -0.5
-    qkv_bias: bool = False  # whether the projections of queries, keys and values have biases
-    o_bias: bool = False  # whether the output projection has a bias
-    qk_norm: float | None = None  # epsilon of an RMS norm per head on queries and keys, or no norm
-    rotary: bool = True  # whether the source rotates queries and keys
-    softcap: float | None = None  # c in c tanh(logits / c) before the softmax; None: no cap
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads."""
-        return self.kv * self.group
-
-    def scale_scores(self, scores: Float[Tensor, "... keys"]) -> Float[Tensor, "... keys"]:
-        """The logits of the softmax from products of queries and keys: scaled, then capped."""
-        scores = scores * self.scale
-        if self.softcap is None:
-            return scores
-        return self.softcap * (scores / self.softcap).tanh()
 
 
 @dataclass(frozen=True)
@@ -78,44 +48,6 @@ class MixerContext:
     valid: Bool[Tensor, "batch time"] | None = None
     # Document number of every token of a packed row; None for one document per row.
     segments: Int[Tensor, "batch time"] | None = None
-
-
-def apply_rotary(
-    x: Float[Tensor, "batch heads time dim"],
-    rotary: tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None,
-) -> Float[Tensor, "batch heads time dim"]:
-    """Rotary embedding (Su et al., arXiv 2104.09864) in the half-split layout.
-
-    Only the first `rotary` dimensions are rotated, the others pass unchanged (partial rotary).
-
-    Args:
-        x: queries or keys.
-        rotary: cos and sin, with one row for all or one per row of the batch; None: x is returned.
-    """
-    if rotary is None:
-        return x
-
-    cos, sin = (table.unsqueeze(1) for table in rotary)
-    width = cos.shape[-1]
-    rotated, passed = x[..., :width], x[..., width:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated, passed), dim=-1).to(x.dtype)
-
-
-class HeadNorm(nn.Module):
-    """RMS norm over the last axis with a gain, computed in float32."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        """Normalise the last axis."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
 
 
 class Mixer(nn.Module):
@@ -170,9 +102,13 @@ class Mixer(nn.Module):
         self.q_proj = nn.Linear(hidden, attention.heads * dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.states * dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.states * dim, bias=bias)
-        eps = attention.qk_norm
-        self.q_norm = HeadNorm(dim, eps) if eps is not None else None
-        self.k_norm = HeadNorm(dim, eps) if eps is not None else None
+        self.q_norm = self.k_norm = None
+        if attention.qk_norm is not None:
+            together, unit = attention.norms_heads_together, "1+" in attention.qk_norm_form
+            counts = (attention.heads, self.states) if together else (1, 1)
+            self.q_norm, self.k_norm = (
+                HeadNorm(dim, attention.qk_norm, heads, unit) for heads in counts
+            )
 
     def qkv(
         self, x: Float[Tensor, "batch time hidden"], *others: Float[Tensor, "batch time hidden"]
@@ -193,9 +129,42 @@ class Mixer(nn.Module):
             layer(read).unflatten(-1, (count, -1)).transpose(1, 2)
             for layer, read, count in zip(layers, inputs, heads, strict=True)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return (q, k, v) if self.norms_rotated else (*self.norm_heads(q, k), v)
+
+    @property
+    def norms_rotated(self) -> bool:
+        """Whether queries and keys are normed after `rotate`: as in the source, if it rotates."""
+        return self.attention.norms_rotated and getattr(self.options, "rotary", True)
+
+    def norm_heads(
+        self, q: Float[Tensor, "batch heads time dim"], k: Float[Tensor, "batch states time dim"]
+    ) -> tuple[Float[Tensor, "batch heads time dim"], Float[Tensor, "batch states time dim"]]:
+        """Queries and keys behind the source's norms, where it has them."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+    def rotate(
+        self,
+        q: Float[Tensor, "batch heads time dim"],
+        k: Float[Tensor, "batch states time dim"],
+        rotary: tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None,
+    ) -> tuple[Float[Tensor, "batch heads time dim"], Float[Tensor, "batch states time dim"]]:
+        """Queries and keys rotated as the source's layer does, and normed where it does so then.
+
+        Args:
+            q, k: as `qkv` gives them.
+            rotary: cos and sin as the host has them; None where nothing is rotated.
+        """
+        attention = self.attention
+        if rotary is not None and attention.rotary:
+            if attention.rotary_tables == "neighbours":
+                rotary = rotary[0][..., ::2], rotary[1][..., ::2]
+            if attention.rotary_tables != "halves":
+                rotary = torch.cat((rotary[0],) * 2, -1), torch.cat((rotary[1],) * 2, -1)
+            pairs = attention.rotary_pairs
+            q, k = apply_rotary(q, rotary, pairs), apply_rotary(k, rotary, pairs)
+        return self.norm_heads(q, k) if self.norms_rotated else (q, k)
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
@@ -356,8 +325,11 @@ def projection_weights(attention: Attention, expand: bool) -> dict[str, WeightSp
         table[f"{name}_proj.weight"] = WeightSpec(f"hidden -> {wide}", f"attn.{name}.weight")
     for name, wide in axes.items() if attention.qkv_bias else ():
         table[f"{name}_proj.bias"] = WeightSpec(f"-> {wide}", f"attn.{name}.bias", decay=False)
-    for name in ("q_norm", "k_norm") if attention.qk_norm is not None else ():
-        table[f"{name}.weight"] = WeightSpec("gain dim", f"attn.{name}.weight", decay=False)
+    for name, wide in axes.items() if attention.qk_norm is not None else ():
+        if name == "v":
+            continue
+        form = f"gain {wide}" if attention.norms_heads_together else attention.qk_norm_form
+        table[f"{name}_norm.weight"] = WeightSpec(form, f"attn.{name}_norm.weight", decay=False)
     return table
 
 

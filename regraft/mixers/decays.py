@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, WeightSpec
+from .attention import Attention
+from .base import WeightSpec
 from .linear import LinearAttention
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 250.0, 1000.0)  # tokens

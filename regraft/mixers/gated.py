@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, Mixer, MixerContext, State, WeightSpec, output_weights
+from .attention import Attention
+from .base import Mixer, MixerContext, State, WeightSpec, output_weights
 from .inherit import apply_inherit
 from .registry import mixer_class
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from ..errors import RegraftError
-from .base import Attention, MixerContext, State, WeightSpec, apply_rotary
+from .attention import Attention
+from .base import MixerContext, State, WeightSpec
 from .linear import ACTIVATIONS, EPS, LinearAttention, mean_decay
 from .ssm import ShortConv
 
@@ -202,7 +203,7 @@ class GatedDeltaNet(LinearAttention):
         """(`inputs`, states of the convolutions)."""
         (q, k, v), new = self.activate(x, mixing, past)
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
         q, k = self.unit(q.float()), self.unit(k.float())
         if self.options.scale:
             q = q * self.attention.dim**-0.5

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .attention import Attention
+from .base import MixerContext, WeightSpec
 from .linear import ACTIVATIONS, LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
 
@@ -91,6 +92,6 @@ class Gla(LinearAttention):
 
         q, k = (ACTIVATIONS[self.options.activation](t.float()) for t in (q, k))
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
         scale = 1.0 if self.options.activation == "softmax" else self.attention.dim**-0.5
         return {"q": q * scale, "k": k, "v": v, "g": g}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .attention import Attention
+from .base import MixerContext, WeightSpec
 from .decays import fixed_log_decays
 from .linear import LinearAttention, LinearOptions, apply_feature_map
 
@@ -73,7 +74,7 @@ class Hedgehog(LinearAttention):
         """Queries, keys and values before the maps."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
         return q, k, v
 
     def inputs(

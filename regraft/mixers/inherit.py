@@ -9,6 +9,8 @@ from ..errors import RegraftError
 from .base import WeightSpec
 
 PROJECTIONS = ("q", "k", "v", "o")
+# First word of a signature -> how such a weight begins: biases, gains, gains stored minus one.
+FRESH = {"->": "zeros", "gain": "ones", "1+gain": "zeros"}
 
 
 def parse_inherit(inherit: str) -> frozenset[str]:
@@ -43,10 +45,10 @@ def apply_inherit(table: dict[str, WeightSpec], inherit: str, hidden: int) -> di
     matrix = f"normal {math.sqrt(0.4 / hidden):.6g}"
 
     def init_unless_inherited(weight: WeightSpec) -> WeightSpec:
-        if weight.source is None or weight.source.split(".")[1].removesuffix("_norm") in kept:
+        projection = (weight.source or "").split(".")[-2:][0].removesuffix("_norm")
+        if weight.source is None or projection not in PROJECTIONS or projection in kept:
             return weight
-        # A signature's first word tells its kind: "-> x" is a bias, "gain x" a norm.
         head = weight.signature.split()[0]
-        return replace(weight, source=None, fresh={"->": "zeros", "gain": "ones"}.get(head, matrix))
+        return replace(weight, source=None, fresh=FRESH.get(head, matrix))
 
     return {name: init_unless_inherited(weight) for name, weight in table.items()}

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..core.shapes import Float
-from .base import MixerContext, apply_rotary
+from .base import MixerContext
 from .decays import HeadDecayAttention
 from .linear import ACTIVATIONS, LinearOptions
 
@@ -47,5 +47,5 @@ class Lightning(HeadDecayAttention):
         q, k, v = self.qkv(x)
         q, k = (ACTIVATIONS[self.options.activation](t) for t in (q, k))
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
         return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": self.decays(k)}

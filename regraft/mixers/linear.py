@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from ..errors import RegraftError
+from .attention import Attention
 from .base import (
-    Attention,
     Mixer,
     MixerContext,
     State,

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
-from .base import Attention, MixerContext, State, WeightSpec, keep_finite, pad_time
+from .attention import Attention
+from .base import MixerContext, State, WeightSpec, keep_finite, pad_time
 from .hedgehog import Hedgehog, HedgehogOptions
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, MixerContext, State, WeightSpec, keep_finite
+from .attention import Attention
+from .base import MixerContext, State, WeightSpec, keep_finite
 from .ssm import (
     DT_INIT,
     ShortConv,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from ..errors import RegraftError
-from .base import Attention, MixerContext, State, WeightSpec, mask_padding
+from .attention import Attention
+from .base import MixerContext, State, WeightSpec, mask_padding
 from .dispatch import recur
 from .recurrence import chunked_flops
 from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, no_decay_weight

@@ -10,7 +10,8 @@ from typing import Any, TypedDict
 
 from ..errors import RegraftError
 from ..io.schema import check_json
-from .base import Attention, Mixer, WeightSpec
+from .attention import Attention
+from .base import Mixer, WeightSpec
 from .inherit import apply_inherit, parse_inherit
 
 

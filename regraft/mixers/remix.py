@@ -18,7 +18,8 @@ from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.step import step_entry
 from ..errors import RegraftError
 from ..families.regraft import join_host
-from .base import Attention, WeightSpec
+from .attention import QK_NORM_FORMS, Attention
+from .base import WeightSpec
 from .inherit import parse_inherit
 from .initialize import create_initial_tensor
 from .older_names import first_name
@@ -26,7 +27,7 @@ from .registry import begins_with_bos, mixer_class, mixers, validate, weights
 from .remix_options import RemixOptions
 from .source_windows import source_windows
 
-SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
+NORMS = (*QK_NORM_FORMS, "gain kv dim")  # of queries and keys
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Remix(RemixOptions):
         check_supported(source)
 
         kept = self.kept_layers(source.layers)
-        eps = float(source.anatomy.fill_defaults(source.config)[source.anatomy.eps])
+        eps = source.anatomy.epsilon(source.config)
         specs = [
             None if layer in kept else name_eps(self.build_spec(window), eps)
             for layer, window in enumerate(source_windows(source.config))
@@ -182,7 +183,7 @@ class Remix(RemixOptions):
         """
         notes, windows = [], source_windows(source.config)
         replaced = [layer for layer, spec in enumerate(config["mixers"]) if spec]
-        eps = float(source.anatomy.fill_defaults(source.config)[source.anatomy.eps])
+        eps = source.anatomy.epsilon(source.config)
         asked = name_eps(self.build_spec(), eps) if replaced else None
         if narrow := [layer for layer in replaced if config["mixers"][layer] != asked]:
             notes.append(
@@ -191,6 +192,18 @@ class Remix(RemixOptions):
             )
 
         capped = [i for i in replaced if config["attention"][i].get("softcap")]
+        sinks = [i for i in replaced if config["attention"][i].get("sinks")]
+        if sinks and not mixer_class(self.mixer).is_window:
+            notes.append(
+                f"linear attention has no softmax, so {self.mixer} drops the source's learned"
+                " sinks; softmax within a window keeps them"
+            )
+        rope = source.anatomy.fill_defaults(source.config).get("rope_parameters") or {}
+        if replaced and rope.get("llama_4_scaling_beta"):
+            notes.append(
+                "mixers leave out the factor on queries, which is 1 for the first"
+                f" {rope.get('original_max_position_embeddings')} tokens of a text"
+            )
         if capped and not mixer_class(self.mixer).is_window:
             cap = config["attention"][capped[0]]["softcap"]
             notes.append(
@@ -211,7 +224,7 @@ class Remix(RemixOptions):
         seed = zlib.crc32(first_name(name).encode(), self.seed)
         spec = weight.fresh or "zeros"
         kind = "zero" if spec == "zeros" else "fresh"
-        dtype = source.tensors["norm.final.weight", None].dtype
+        dtype = source.tensors["embed.weight", None].dtype
         read = _init_reader(spec, shape, seed, dtype)
         return LazyTensor(shape, dtype, Provenance(kind, (), spec), read)
 
@@ -254,19 +267,21 @@ def check_supported(source: Checkpoint) -> None:
             " exported from"
         )
 
-    if anatomy.parts.get(SINKS):
+    if anatomy.keeps_softmax:
         raise RegraftError(
-            f"{anatomy.family} has learned sinks in its softmax ('{SINKS}'), which mixers do not "
-            "carry over yet: linearize the model that it was made of"
+            f"{anatomy.family} {anatomy.keeps_softmax}: mixers do not carry that over yet, give"
+            " another decoder"
         )
 
     for placed in anatomy.place(source.config).values():
-        text = placed.part.axes.text
+        part, text = placed.part, placed.part.axes.text
         # A norm over another axis than hidden is one of queries and keys.
-        if placed.part.norm and "hidden" not in text and text != "gain dim":
+        if part.norm and "hidden" not in text and (part.subtracts_mean or text not in NORMS):
             raise RegraftError(
-                f"{anatomy.family} norms queries and keys by '{text}', which mixers do not carry "
-                "over yet: linearize a family with plain RMS norms per head, or none"
+                f"{anatomy.family} norms queries and keys by '{text}'"
+                + (", less the mean" if part.subtracts_mean else "")
+                + ", which mixers do not carry over yet: linearize a family with root-mean-square"
+                " norms, or none"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..core.shapes import Float
-from .base import MixerContext, apply_rotary
+from .base import MixerContext
 from .decays import fixed_log_decays
 from .linear import LinearAttention, LinearOptions
 
@@ -39,6 +39,6 @@ class Retnet(LinearAttention):
         """Scaled queries, keys, values, the heads' decays."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
         g = fixed_log_decays("retnet", k)
         return {"q": q * self.attention.dim**-0.5, "k": k, "v": v, "g": g}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, MixerContext, State, WeightSpec, apply_rotary, keep_finite
+from .attention import Attention
+from .base import MixerContext, State, WeightSpec, keep_finite
 from .linear import LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
 
@@ -152,7 +153,7 @@ class Rwkv6(LinearAttention):
         """Arguments of the recurrence, from what each stream reads."""
         q, k, v = self.qkv(*(read[name] for name in "rkv"))
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
 
         # The log-decay of each key dimension, (batch, states, time, dim), is -exp(base).
         if "w" in read:

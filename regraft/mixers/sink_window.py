@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.shapes import Float, Int
-from .base import Attention, WeightSpec
+from .attention import Attention
+from .base import WeightSpec
 from .window import Window, naive_scores
 
 SHUT = -1e4  # logit of a sink that takes nothing; bfloat16 and float16 hold it
@@ -73,15 +74,5 @@ class SinkWindow(Window):
             name: weight if name in there else replace(weight, source=None, fresh="zeros")
             for name, weight in wanted.items()
         }
-        return table | {"sinks": WeightSpec("-> kv group", fresh=f"constant {SHUT:g}", decay=False)}
-
-    def normalize(
-        self, scores: Float[Tensor, "batch kv ... queries keys"]
-    ) -> Float[Tensor, "batch kv ... queries keys"]:
-        """Weights of the keys beside the sink, in float32 as in GraniteSWA's class."""
-        kv, rows = scores.shape[1], scores.shape[-2]
-        tokens = rows // self.attention.group  # of each head
-        sink = self.sinks.float().view(kv, -1).repeat_interleave(tokens, 1)
-        sink = sink.view(kv, *[1] * (scores.ndim - 4), rows, 1).expand(*scores.shape[:-1], 1)
-        weight = torch.cat((scores.float(), sink), -1).softmax(-1)
-        return weight[..., :-1].to(scores.dtype)
+        shut = WeightSpec("-> kv group", fresh=f"constant {SHUT:g}", decay=False)
+        return {"sinks": shut} | table

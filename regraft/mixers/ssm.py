@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from ..errors import RegraftError
-from .base import Attention, Mixer, MixerContext, WeightSpec, output_weights, projection_weights
+from .attention import Attention
+from .base import Mixer, MixerContext, WeightSpec, output_weights, projection_weights
 
 DT_INIT = "timesteps 0.001 0.1"
 # Options of layout `own`; in the other layout the sizes of the attention decide them.

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .attention import Attention
+from .base import MixerContext, WeightSpec
 from .decays import HeadDecayAttention
 from .linear import apply_feature_map
 
@@ -109,5 +110,5 @@ class Supra(HeadDecayAttention):
         q, k, v = self.qkv(x)
         q, k = self.features(q), self.features(k * self.attention.dim**-0.5)
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
         return {"q": q, "k": k, "v": v, "g": self.decays(k)}

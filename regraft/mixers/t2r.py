@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from ..errors import RegraftError
-from .base import Attention, MixerContext, WeightSpec, apply_rotary
+from .attention import Attention
+from .base import MixerContext, WeightSpec
 from .decays import fixed_log_decays
 from .linear import LinearAttention, LinearOptions, apply_feature_map
 
@@ -115,7 +116,7 @@ class T2r(LinearAttention):
         """Features of queries and keys, values, no decay."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
-            q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+            q, k = self.rotate(q, k, mixing.rotary)
 
         # Merged projections include the map, all but the ReLU.
         phi = F.relu if self.options.merged else self.features

@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
-from .base import Attention, Mixer, MixerContext, State, apply_rotary, pad_time
+from .attention import Attention
+from .base import Mixer, MixerContext, State, WeightSpec, pad_time
 
+SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
 EMPTY = -1  # position of padding and of unused slots in the state
 
 
@@ -81,10 +83,23 @@ class Window(Mixer):
     Options: ClassVar[type] = WindowOptions
     expand = False
     is_window = True
+    # Logit of each head's sink, (heads,); None: there are none.
+    sinks: nn.Parameter | None
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
         self.add_projections(expand=False)
+        sinks = nn.Parameter(torch.zeros(attention.heads)) if attention.sinks else None
+        self.register_parameter("sinks", sinks)
+
+    @classmethod
+    def weights(
+        cls, attention: Attention, spec: dict[str, Any], output: bool = True
+    ) -> dict[str, WeightSpec]:
+        """The source's projections, and its sinks where it has them."""
+        table = super().weights(attention, spec, output)
+        sinks = WeightSpec("-> kv group", SINKS, decay=False)
+        return table | ({"sinks": sinks} if attention.sinks else {})
 
     @classmethod
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
@@ -128,7 +143,7 @@ class Window(Mixer):
     ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
         """Outputs per head and the state after the last token; see `Mixer.mix`."""
         q, k, v = self.qkv(x)
-        q, k = apply_rotary(q, mixing.rotary), apply_rotary(k, mixing.rotary)
+        q, k = self.rotate(q, k, mixing.rotary)
         begins, state = state is None, state or self.initial_state(k)
 
         position = self.positions(x, mixing) + state["seen"]
@@ -281,7 +296,19 @@ class Window(Mixer):
         self, scores: Float[Tensor, "batch kv ... queries keys"]
     ) -> Float[Tensor, "batch kv ... queries keys"]:
         """Weights of the keys from their logits; `queries` are by head, then by token."""
-        return scores.softmax(-1)
+        return scores.softmax(-1) if self.sinks is None else self.share_with_sinks(scores)
+
+    def share_with_sinks(
+        self, scores: Float[Tensor, "batch kv ... queries keys"]
+    ) -> Float[Tensor, "batch kv ... queries keys"]:
+        """Weights of the keys beside a learned sink, in float32 as in GraniteSWA's class."""
+        assert self.sinks is not None
+        kv, rows = scores.shape[1], scores.shape[-2]
+        tokens = rows // self.attention.group  # of each head
+        sink = self.sinks.float().view(kv, -1).repeat_interleave(tokens, 1)
+        sink = sink.view(kv, *[1] * (scores.ndim - 4), rows, 1).expand(*scores.shape[:-1], 1)
+        weight = torch.cat((scores.float(), sink), -1).softmax(-1)
+        return weight[..., :-1].to(scores.dtype)
 
     def scale_and_mask(
         self,

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapp
 from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
-from ..mixers.base import Attention
+from ..mixers.attention import Attention
 from ..mixers.registry import mixer_class
 
 Shape = tuple[int, ...]

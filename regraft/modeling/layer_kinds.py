@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.checkpoint import Checkpoint
-from ..mixers.base import Attention
+from ..mixers.attention import Attention
 from ..mixers.registry import mixer_class
 from ..mixers.source_windows import source_windows
 

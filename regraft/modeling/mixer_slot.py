@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 
 from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
-from ..mixers.base import Attention, MixerContext, State
+from ..mixers.attention import Attention
+from ..mixers.base import MixerContext, State
 from ..mixers.registry import build
 from .cache import CACHE, is_mixer_state
 

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from ..core.shapes import Float, Int
 from ..errors import RegraftError
-from ..mixers.base import Attention
+from ..mixers.attention import Attention
 from ..mixers.older_names import OLDER_NAMES
 from .cache import cache_kwargs
 from .configuration_regraft import RegraftConfig

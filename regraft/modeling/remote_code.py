@@ -27,7 +27,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Attention, Mixer
+from .attention import Attention
+from .base import Mixer
 
 
 def mixer_class(name: str) -> type[Mixer]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RegraftError
-from ..mixers.base import Mixer, MixerContext, apply_rotary
+from ..mixers.base import Mixer, MixerContext
 from ..mixers.gated import GatedMixer
 from ..mixers.inherit import parse_inherit
 from ..mixers.linear import LinearAttention
@@ -77,7 +77,7 @@ def compute_attention_statistics(
         sinks: first tokens of each document that it always sees.
     """
     q, k, v = mixer.qkv(record.inputs)  # (batch, heads or kv heads, time, dim)
-    q, k = apply_rotary(q, record.rotary), apply_rotary(k, record.rotary)
+    q, k = mixer.rotate(q, k, record.rotary)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
 
     time = q.shape[2]

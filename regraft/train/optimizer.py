@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RegraftError
-from ..mixers.base import Attention
+from ..mixers.attention import Attention
 from ..mixers.registry import weights
 from ..modeling.modeling_regraft import RegraftForCausalLM
 from .fsdp import gather_tensor

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..errors import RegraftError
-from ..mixers.base import apply_rotary
 from ..mixers.sink_window import SinkWindow
 from .hooks import LayerRecord
 
@@ -93,18 +92,19 @@ def fit_sinks(
         reach: tokens that the teacher's attention sees; None: all.
 
     Returns:
-        What it found; nothing where the teacher sees no further than the window, which is exact.
+        What it found; nothing where the teacher sees no further than the window, which is exact,
+        and where it has sinks of its own, which stay.
 
     RegraftError when no row is longer than the window.
     """
     window, attention = mixer.options.window, mixer.attention
-    if reach is not None and reach <= window:
+    if attention.sinks or (reach is not None and reach <= window):
         return {}
 
     values, count, parts = torch.zeros(()), torch.zeros(()), []
     for record, start in zip(records, starts, strict=True):
         q, k, v = mixer.qkv(record.inputs)
-        q, k = apply_rotary(q, record.rotary), apply_rotary(k, record.rotary)
+        q, k = mixer.rotate(q, k, record.rotary)
         k = k.repeat_interleave(attention.group, 1)
 
         column = torch.arange(start.shape[1], device=start.device)
@@ -164,6 +164,7 @@ def solve_sinks(score: Tensor, near: Tensor, counted: Tensor) -> tuple[Tensor, T
 def fold_value(mixer: SinkWindow, value: Tensor, sinks: Tensor) -> None:
     """Give a mixer its sinks, and the first token's value (kv, dim) to its biases."""
     by_head = value.repeat_interleave(mixer.attention.group, 0).flatten()
+    assert mixer.sinks is not None
     mixer.sinks.copy_(sinks)
     mixer.v_proj.bias.sub_(value.flatten())
     mixer.o_proj.bias.add_(mixer.o_proj.weight @ by_head)

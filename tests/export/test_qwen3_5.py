@@ -21,7 +21,8 @@ from regraft.export import equality, find_target
 from regraft.export.step import Export
 from regraft.export.targets.qwen3_5 import OPTIONS, widen_heads
 from regraft.growth.sizes_to_steps import cast_checkpoint
-from regraft.mixers.base import Attention, MixerContext
+from regraft.mixers.attention import Attention
+from regraft.mixers.base import MixerContext
 from regraft.mixers.gated_deltanet import HALF_LIVES
 from regraft.mixers.remix import Remix
 from regraft.train.calibrate import calibrate, invert_silu, output_error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from regraft.mixers import registry
-from regraft.mixers.base import Attention, Mixer
+from regraft.mixers.attention import Attention
+from regraft.mixers.base import Mixer
 
 LIGER = {
     "gate_from": "keys",

@@ -15,7 +15,8 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.linearize.merge import Merge
-from regraft.mixers.base import Attention, Mixer, MixerContext
+from regraft.mixers.attention import Attention
+from regraft.mixers.base import Mixer, MixerContext
 from regraft.mixers.remix import Remix
 from regraft.modeling import flops
 

@@ -20,7 +20,8 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.sizes_to_steps import Growth
-from regraft.mixers.base import Attention, MixerContext
+from regraft.mixers.attention import Attention
+from regraft.mixers.base import MixerContext
 from regraft.mixers.initialize import create_initial_tensor
 from regraft.mixers.remix import Remix
 from regraft.mixers.ssm import naive_scan, scan

@@ -14,7 +14,8 @@ from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers import registry
-from regraft.mixers.base import Attention, MixerContext
+from regraft.mixers.attention import Attention
+from regraft.mixers.base import MixerContext
 from regraft.mixers.remix import Remix
 from regraft.mixers.sink_window import SHUT
 from regraft.train.calibrate import calibrate

@@ -22,7 +22,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.data.packing import long_windows, pack, read_documents, shuffled_indices
 from regraft.errors import RegraftError
 from regraft.mixers import registry
-from regraft.mixers.base import Attention
+from regraft.mixers.attention import Attention
 from regraft.mixers.gated import GatedMixer
 from regraft.mixers.remix import Remix
 from regraft.train import loop

@@ -17,7 +17,7 @@ from ...core.anatomy import Config, Key, PlacedPart, find_anatomy
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ...core.stock_config import read_stock_config
 from ...families.granitemoehybrid import anatomy as granite
-from ...mixers.base import Attention
+from ...mixers.attention import Attention
 from ...mixers.mamba2 import Mamba2, Mamba2Options
 from ...mixers.source_windows import source_windows
 from ..conversion import (

@@ -16,10 +16,9 @@ from ...core.anatomy import Config, Key, PlacedPart, find_anatomy
 from ...core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ...core.stock_config import read_stock_config
 from ...families.granite_swa import anatomy as granite
-from ...mixers.remix import SINKS
 from ...mixers.sink_window import SHUT
 from ...mixers.source_windows import KINDS
-from ...mixers.window import WindowOptions
+from ...mixers.window import SINKS, WindowOptions
 from ..conversion import (
     build_checkpoint,
     carry_keys,

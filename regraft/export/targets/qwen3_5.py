@@ -24,7 +24,7 @@ from ...core.stock_config import read_stock_config
 from ...families.qwen3 import anatomy as qwen3
 from ...families.qwen3_5_text import FULL, LINEAR
 from ...families.qwen3_5_text import anatomy as qwen3_5
-from ...mixers.base import Attention
+from ...mixers.attention import Attention
 from ...mixers.gated_deltanet import DeltaOptions, GatedDeltaNet
 from ..conversion import (
     build_checkpoint,

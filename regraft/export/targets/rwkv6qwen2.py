@@ -10,7 +10,7 @@ from typing import Any
 
 from ...core.anatomy import Config, find_anatomy
 from ...core.checkpoint import Checkpoint
-from ...mixers.base import Attention
+from ...mixers.attention import Attention
 from ...mixers.rwkv6 import Rwkv6
 from ..conversion import find_unread_keys, has_mlp_biases, mixers_of, name_mixer
 from ..gguf.architectures.rwkv6qwen2 import architecture, attention_of

@@ -17,7 +17,8 @@ from ...data.rows import Packed
 from ...errors import RegraftError
 from ...io.linux import return_freed_memory
 from ...io.safetensors import save_tensors
-from ...mixers.base import Attention, Mixer
+from ...mixers.attention import Attention
+from ...mixers.base import Mixer
 from ...mixers.registry import build
 from ...modeling.flops import build_flop_counter
 from .. import throughput

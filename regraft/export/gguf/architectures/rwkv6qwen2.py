@@ -17,7 +17,7 @@ from torch import Tensor
 from ....core.anatomy import Config, find_anatomy
 from ....core.checkpoint import Checkpoint
 from ....errors import RegraftError
-from ....mixers.base import Attention
+from ....mixers.attention import Attention
 from ....mixers.rwkv6 import Rwkv6
 from ...conversion import find_own, mixers_of
 from ..architecture import GGUFArchitecture

@@ -1,0 +1,78 @@
+"""What a table says of the attention in one layer, for mixers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+from .part import Config
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+
+class AttentionFields(TypedDict):
+    """The attention of one layer: the fields of `mixers.attention.Attention`, as in config.json."""
+
+    hidden: int  # size of the residual stream
+    kv: int  # number of key/value heads
+    group: int  # query heads per key/value head
+    dim: int  # size of a head
+    scale: float  # factor on the logits
+    qkv_bias: bool  # whether queries, keys and values have a bias
+    o_bias: bool  # whether the output projection has a bias
+    qk_norm: float | None  # epsilon of the norm on queries and keys; None: there is none
+    rotary: bool  # whether queries and keys are rotated by position
+    # Whether neighbouring coordinates turn together (`Anatomy.rotary_pairs`), and how the tables of
+    # cos and sin are laid out (`Anatomy.rotary_tables`), where it is not the usual.
+    rotary_pairs: NotRequired[bool]
+    rotary_tables: NotRequired[str]
+    # What the norm on queries normalizes, as a signature: left out for "gain dim", else "1+gain
+    # dim" or "gain kv group dim", all heads together.
+    qk_norm_form: NotRequired[str]
+    norms_rotated: NotRequired[bool]  # whether the norm comes after the rotation
+    sinks: NotRequired[bool]  # whether every head has a learned logit beside its scores
+    # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
+    # that the source has.
+    softcap: NotRequired[float | None]
+
+
+def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> AttentionFields:
+    """The attention of a layer, as arguments of `mixers.attention.Attention`.
+
+    Args:
+        anatomy: the table of a stock family.
+        config: of the model.
+        layer: number of the layer.
+    """
+    full, sizes = anatomy.fill_defaults(config), anatomy.solve(config)
+    roles = {role for role, part in anatomy.parts.items() if part.is_present(full)}
+    # Fused parts stand for the roles packed into them: "attn.qkv.bias" for "attn.q.bias".
+    roles |= {
+        f"{name}.{role.rpartition('.')[2]}" for role in roles for name in anatomy.parts[role].fused
+    }
+    fields: AttentionFields = {
+        "hidden": sizes["hidden"],
+        "kv": sizes["kv"],
+        "group": sizes["group"],
+        "dim": sizes["dim"],
+        "scale": anatomy.scale(full, sizes["dim"], layer),
+        "qkv_bias": "attn.q.bias" in roles,
+        "o_bias": "attn.o.bias" in roles,
+        "qk_norm": float(full[anatomy.eps]) if "attn.q_norm.weight" in roles else None,
+        "rotary": anatomy.rotary and anatomy.rotates(full, layer),
+    }
+    if fields["rotary"] and anatomy.rotary_pairs:
+        fields["rotary_pairs"] = True
+    if fields["rotary"] and anatomy.rotary_tables != "halves":
+        fields["rotary_tables"] = anatomy.rotary_tables
+    form = anatomy.parts["attn.q_norm.weight"].signature if fields["qk_norm"] is not None else ""
+    if form not in ("", "gain dim"):
+        fields["qk_norm_form"] = form
+    if form and anatomy.norms_rotated:
+        fields["norms_rotated"] = True
+    if "attn.sinks.weight" in roles:
+        fields["sinks"] = True
+    cap = config.get(*anatomy.softcap) if anatomy.softcap else None
+    if cap is not None:
+        fields["softcap"] = float(cap)
+    return fields

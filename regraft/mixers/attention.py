@@ -1,0 +1,127 @@
+"""The softmax attention that a mixer replaces: sizes, rotation, norms on queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.shapes import Float
+from ..errors import RegraftError
+
+# The norms on queries that mixers compute, as signatures.
+QK_NORM_FORMS = ("gain dim", "1+gain dim", "gain kv group dim")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Sizes and conventions of the softmax attention that a mixer replaces.
+
+    There are `kv * group` query heads; query head `h` reads key/value head `h // group`.
+    """
+
+    hidden: int  # width of the residual stream
+    kv: int  # key/value heads
+    group: int  # query heads per key/value head
+    dim: int  # width of a head
+    scale: float  # multiplies the logits, usually dim ** -0.5
+    qkv_bias: bool = False  # whether the projections of queries, keys and values have biases
+    o_bias: bool = False  # whether the output projection has a bias
+    qk_norm: float | None = None  # epsilon of an RMS norm per head on queries and keys, or no norm
+    rotary: bool = True  # whether the source rotates queries and keys
+    softcap: float | None = None  # c in c tanh(logits / c) before the softmax; None: no cap
+    rotary_pairs: bool = (
+        False  # whether coordinates 2i and 2i + 1 turn together, not i and i + half
+    )
+    rotary_tables: str = "halves"  # the layout of cos and sin, see `Anatomy.rotary_tables`
+    # What the norm normalizes: "gain dim", "1+gain dim", or all heads together.
+    qk_norm_form: str = "gain dim"
+    norms_rotated: bool = False  # whether the norm comes after the rotation, not before
+    sinks: bool = False  # whether every head has a learned logit beside its scores
+
+    def __post_init__(self) -> None:
+        if self.qk_norm_form not in QK_NORM_FORMS:
+            raise RegraftError(
+                f"attention with qk_norm_form '{self.qk_norm_form}': mixers know"
+                f" {', '.join(QK_NORM_FORMS)}"
+            )
+
+    @property
+    def norms_heads_together(self) -> bool:
+        """Whether one norm runs over all heads of the queries, and one over those of the keys."""
+        return "kv" in self.qk_norm_form
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.kv * self.group
+
+    def scale_scores(self, scores: Float[Tensor, "... keys"]) -> Float[Tensor, "... keys"]:
+        """The logits of the softmax from products of queries and keys: scaled, then capped."""
+        scores = scores * self.scale
+        if self.softcap is None:
+            return scores
+        return self.softcap * (scores / self.softcap).tanh()
+
+
+def apply_rotary(
+    x: Float[Tensor, "batch heads time dim"],
+    rotary: tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None,
+    pairs: bool = False,
+) -> Float[Tensor, "batch heads time dim"]:
+    """Rotary embedding (Su et al., arXiv 2104.09864), in the half-split layout or in pairs.
+
+    Only the first `rotary` dimensions are rotated, the others pass unchanged (partial rotary).
+
+    Args:
+        x: queries or keys.
+        rotary: cos and sin, with one row for all or one per row of the batch; None: x is returned.
+        pairs: whether coordinates 2i and 2i + 1 turn together, not i and i + half of the width.
+    """
+    if rotary is None:
+        return x
+
+    cos, sin = (table.unsqueeze(1) for table in rotary)
+    width = cos.shape[-1]
+    rotated, passed = x[..., :width], x[..., width:]
+    if pairs:
+        # Each pair has its angle once in the first half of the tables.
+        cos, sin = (
+            table.repeat_interleave(2, -1)
+            for table in (cos[..., : width // 2], sin[..., : width // 2])
+        )
+        turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    rotated = rotated * cos + turned * sin
+    return torch.cat((rotated, passed), dim=-1).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm with a gain, computed in float32: over each head, or over all of them together.
+
+    Args:
+        dim: width of a head.
+        eps: added to the mean square.
+        heads: number of heads that are normed together; 1: each by itself.
+        unit: whether the gain is stored minus one.
+    """
+
+    def __init__(self, dim: int, eps: float, heads: int = 1, unit: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((heads * dim,), 0.0 if unit else 1.0))
+        self.eps, self.heads, self.unit = eps, heads, unit
+
+    def forward(
+        self, x: Float[Tensor, "batch heads time dim"]
+    ) -> Float[Tensor, "batch heads time dim"]:
+        """Normalise queries or keys."""
+        wide = x.float()
+        axes = (-1,) if self.heads == 1 else (-3, -1)
+        wide = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + self.eps)
+        if self.unit:
+            return ((1.0 + self.weight.float()) * wide).to(x.dtype)
+        gain = self.weight if self.heads == 1 else self.weight.view(self.heads, 1, -1)
+        return gain * wide.to(x.dtype)

@@ -1,0 +1,110 @@
+"""What holds for every decoder family: all sizes grow at once, attention gives way to windows.
+
+A family is a case in `helpers.zoo.DECODERS`, nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import max_relative_difference, tokens
+from helpers.zoo import DECODERS, build
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import regraft
+from regraft.core.anatomy import find_anatomy
+from regraft.core.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.mixers.remix import Remix
+
+BOUND = 2e-5
+# Config keys that switch parts on or off -> families that have the switch.
+SWITCHES: list[tuple[str, dict[str, Any]]] = [
+    ("cohere", {"use_qk_norm": True}),
+    ("cohere", {"tie_word_embeddings": False}),
+    ("olmoe", {"clip_qkv": 0.5}),
+    ("stablelm", {"use_parallel_residual": True}),
+    ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
+    ("granitemoe", {"tie_word_embeddings": True}),
+    ("gpt_oss", {"layer_types": None, "attention_bias": False}),
+]
+
+
+@torch.no_grad()
+def compute(folder: Path, load: Any = AutoModelForCausalLM.from_pretrained) -> torch.Tensor:
+    """Logits on rows longer than the windows."""
+    return load(folder, dtype=torch.float32).eval()(input_ids=tokens(2, 23)).logits
+
+
+def grow_every_axis(source: Checkpoint, head_dim: int | None = None) -> Checkpoint:
+    """All sizes at once: whole multiples of heads, as norms over all of them need; then layers."""
+    old = source.sizes
+    heads, dim = 2 * old["kv"] * old["group"], head_dim or old["dim"]
+    coupled = sum(key == "hidden_size" for key, _ in source.anatomy.sizes) > 1
+    hidden = heads * dim if coupled else 64
+    wide = regraft.Widen(hidden=hidden, ffn=old["ffn"] + 8, heads=heads, head_dim=dim)(source)
+    return regraft.Deepen(5)(wide)
+
+
+def open_source(folder: Path, family: str, **keys: Any) -> tuple[Checkpoint, torch.Tensor]:
+    """A tiny model as stock transformers saves it, and its logits; every tensor is claimed."""
+    build(family, **keys)[1].save_pretrained(folder)
+    source = Checkpoint.open(folder)
+    assert not source.dropped
+    assert source.anatomy.resize_config(source.config, source.sizes) == source.config
+    return source, compute(folder)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_family_grows_and_linearizes(family: str, tmp_path: Path) -> None:
+    """Grown in every size it computes the same; so do windows as long as the row in two layers."""
+    source, before = open_source(tmp_path / "source", family)
+    grown = grow_every_axis(source, head_dim=16)
+    grown.save(tmp_path / "grown")
+    assert Checkpoint.open(tmp_path / "grown").sizes == grown.sizes
+    assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
+
+    step = Remix(mixer="window", window=64, keep="0")
+    if source.anatomy.keeps_softmax:
+        with pytest.raises(RegraftError, match="mixers do not carry that over yet"):
+            step(source)
+        return
+    step(source).save(tmp_path / "linear")
+    after = compute(tmp_path / "linear", lambda folder, dtype: regraft.load(str(folder)))
+    assert max_relative_difference(before, after) < BOUND
+
+
+@pytest.mark.parametrize(("family", "keys"), SWITCHES, ids=lambda value: str(value))
+def test_growth_under_other_switches(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    source, before = open_source(tmp_path / "source", family, **keys)
+    grow_every_axis(source).save(tmp_path / "grown")
+    assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_defaults_are_those_of_the_class(family: str) -> None:
+    """A config with its required keys alone has the sizes and epsilon of the class."""
+    anatomy, plain = find_anatomy({"model_type": family}), CONFIG_MAPPING[family]().to_dict()
+    plain = {**plain, **anatomy.rewrite(plain)}
+    bare = {key: plain[key] for key in anatomy.required_keys()}
+    filled = anatomy.fill_defaults(bare)
+    stated = {key for key in filled if plain.get(key) is not None}
+    assert {key: filled[key] for key in stated} == {key: plain[key] for key in stated}
+    assert anatomy.solve(bare) == anatomy.solve(plain)
+
+
+def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
+    cases = (
+        ("olmoe", {"clip_qkv": 0.5}, {"hidden": 64, "head_dim": 16}, "keep --head-dim 8"),
+        ("stablelm", {"qk_layernorm": True}, None, "no part for parameter"),
+        ("olmo", {"tie_word_embeddings": True}, {"hidden": 64}, "which keep hidden at 40"),
+        ("cohere", {"use_qk_norm": True}, {"head_dim": 16}, "subtract the mean of a head"),
+    )
+    for number, (family, keys, sizes, message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        build(family, **keys)[1].save_pretrained(folder)
+        with pytest.raises(RegraftError, match=message):
+            regraft.Widen(**(sizes or {}))(Checkpoint.open(folder))

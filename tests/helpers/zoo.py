@@ -1,0 +1,89 @@
+"""Tiny random models of every family, a few keys each: for laws that take one case a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+S, F = "sliding_attention", "full_attention"
+WINDOWS: dict[str, Any] = {"layer_types": [S, F, S], "sliding_window": 16}
+# Of classes whose hidden size is the number of heads times that of a head.
+COUPLED: dict[str, Any] = {"hidden_size": 32, "head_dim": None}
+EXPERTS: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.4,
+}
+LOCAL: dict[str, Any] = {"num_local_experts": 3}
+# Model type -> what differs from SIZES; a key of None is left out.
+DECODERS: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "cohere": {},
+    "cohere2": WINDOWS,
+    "cwm": WINDOWS,
+    "ernie4_5": {"use_bias": True},
+    "exaone4": WINDOWS,
+    "glm": {},
+    "glm4": {},
+    "gpt_oss": WINDOWS | LOCAL | {"num_experts_per_tok": 2},
+    "granite": GRANITE,
+    "granitemoe": GRANITE | LOCAL,
+    "helium": COUPLED | {"head_dim": 8},
+    "hunyuan_v1_dense": {},
+    "internlm3": {},
+    "ministral3": {},
+    "mixtral": LOCAL | {"head_dim": None},
+    "nemotron": {},
+    "olmo": {},
+    "olmo3": WINDOWS,
+    "olmoe": COUPLED | EXPERTS,
+    "qwen2_moe": COUPLED
+    | EXPERTS
+    | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "intermediate_size": 28},
+    "qwen3_moe": EXPERTS | {"mlp_only_layers": [1], "intermediate_size": 28},
+    "seed_oss": {},
+    "stablelm": COUPLED,
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+
+
+def build(family: str, seed: int = 0, **keys: Any) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """(config, model in eval mode, float32), whose gains, biases and maps are all perturbed.
+
+    Args:
+        family: a model type of DECODERS.
+        seed: of the weights.
+        keys: further config keys.
+    """
+    torch.manual_seed(seed)
+    given = SIZES | DECODERS[family] | keys
+    kind = transformers.CONFIG_MAPPING[family]
+    config = kind(**{key: value for key, value in given.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config.architectures = model.config.architectures = [type(model).__name__]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and bool(parameter.any()):
+                parameter.mul_(5.0)
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return config, model
