@@ -29,6 +29,9 @@ from .config_checks import check_config, check_sizes
 from .part import Config, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
 
+# Files of model types with a hyphen, which no module's name can have.
+HYPHENATED = {"xlm_roberta": "xlm-roberta"}
+
 __all__ = [
     "Anatomy",
     "AttentionFields",
@@ -85,10 +88,14 @@ class Anatomy:
     # turn.
     rotary_pairs: bool = False
     # Where the class's tables of cos and sin have pair i: at i and i + half ("halves"), at 2i and
-    # 2i + 1 ("neighbours"), or at i alone ("once").
-    rotary_tables: Literal["halves", "neighbours", "once"] = "halves"
+    # 2i + 1 ("neighbours"), or at i alone ("once", or "once, sin first" where cos comes second).
+    rotary_tables: Literal["halves", "neighbours", "once", "once, sin first"] = "halves"
     # (config, layer) -> whether that layer rotates, in families with `rotary`.
     rotates: Callable[[Config, int], bool] = always
+    # Whether scores get ALiBi (arXiv 2108.12409), whose slopes depend on the number of heads.
+    alibi: bool = False
+    # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
+    ffn_ratio: int = 0
     # Whether queries and keys are normed after they are rotated, not before.
     norms_rotated: bool = False
     # Why no mixer can take the place of its attention; empty: some can.
@@ -391,7 +398,8 @@ def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
 def list_families() -> list[str]:
     """The model types that have a table, which are the files in regraft/families."""
     package = importlib.import_module("regraft.families")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    names = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    return sorted(HYPHENATED.get(name, name) for name in names)
 
 
 def list_served_families() -> list[str]:
@@ -432,5 +440,10 @@ def read_as_auto(config: Config) -> dict[str, Any]:
 
 
 def _import_table(family: str) -> Anatomy:
-    anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
+    anatomy: Anatomy = importlib.import_module(f"regraft.families.{module_name(family)}").anatomy
     return anatomy
+
+
+def module_name(family: str) -> str:
+    """The name of a family's file, without its ending."""
+    return family.replace("-", "_")

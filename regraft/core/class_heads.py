@@ -47,7 +47,9 @@ def adapt_to_class(anatomy: Anatomy, config: Config) -> Anatomy:
 
 @lru_cache(maxsize=64)
 def _build_class_anatomy(family: str, name: str) -> Anatomy:
-    anatomy: Anatomy = importlib.import_module(f"regraft.families.{family}").anatomy
+    anatomy: Anatomy = importlib.import_module(
+        f"regraft.families.{family.replace('-', '_')}"
+    ).anatomy
     kind = find_class(name)
     if kind is None or getattr(kind.config_class, "model_type", None) != family:
         return anatomy  # transformers takes the family's default class then

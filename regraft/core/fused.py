@@ -132,8 +132,10 @@ def join_fused(values: Sequence[Tensor], part: Part) -> Tensor:
         values = [torch.stack(list(values), _interleaved_at(signature.outputs[0]))]
 
     inputs, experts = len(signature.inputs), int(has_experts(part))
-    counts = (experts, values[0].ndim - inputs - experts, inputs)
-    flat = [_flatten_axes(value, [count for count in counts if count]) for value in values]
+    flat = []
+    for value in values:
+        counts = (experts, value.ndim - inputs - experts, inputs)
+        flat.append(_flatten_axes(value, [count for count in counts if count]))
     return output_first(torch.cat(flat, experts) if len(flat) > 1 else flat[0], part)
 
 

@@ -73,10 +73,14 @@ def find_layer_lists(config: Config, anatomy: Anatomy) -> dict[str, list[Any]]:
     stated = {key: list(value) for key, value in config.items() if isinstance(value, list | tuple)}
     plain = {key: value for key, value in config.items() if key not in stated}
 
-    # The same model with one layer more: lists that grew by one entry follow the depth.
+    # The same model with one layer more: lists that grew by one entry follow the depth. A class
+    # that takes no depth without a list of its own derives none.
     kind = config_class(anatomy.family)
-    stock = read_stock_config(plain, anatomy)
-    deeper = read_stock_config(plain | {depth_key: depth + 1}, anatomy)
+    if _takes(kind, plain):
+        stock = read_stock_config(plain, anatomy)
+        deeper = read_stock_config(plain | {depth_key: depth + 1}, anatomy)
+    else:
+        stock = deeper = read_stock_config(config, anatomy)
     lists = {
         key: list(value)
         for key, value in vars(stock).items()

@@ -5,16 +5,39 @@ Its table of positions starts after the index of the padding token.
 
 from dataclasses import replace
 
+from ..core.anatomy import Anatomy
 from . import bert
 from .bert import DEFAULTS, base_prefix, head_defaults, head_linear, mlm_head
 
 HEADS = {
-    "RobertaModel": "pooler",
-    "RobertaForMaskedLM": "mlm",
-    "RobertaForSequenceClassification": "first",
-    "RobertaForTokenClassification": "tokens",
-    "RobertaForQuestionAnswering": "span",
+    "Model": "pooler",
+    "ForMaskedLM": "mlm",
+    "ForSequenceClassification": "first",
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "span",
 }
+
+
+def name_heads(start: str) -> dict[str, str]:
+    """The heads of classes whose names begin with `start`."""
+    return {f"{start}{end}": heads for end, heads in HEADS.items()}
+
+
+def variant(family: str, start: str) -> Anatomy:
+    """RoBERTa's table for the same classes under other names.
+
+    Args:
+        family: model type.
+        start: what names of its classes begin with.
+    """
+    heads = name_heads(start)
+    return replace(
+        anatomy,
+        family=family,
+        defaults={**DEFAULTS, "pad_token_id": 1, **head_defaults(heads)},
+        prefix=base_prefix(heads, "roberta."),
+    )
+
 
 anatomy = replace(
     bert.anatomy,
@@ -30,8 +53,8 @@ anatomy = replace(
         **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),
         **head_linear("span", "qa_outputs", "hidden -> label", "_span", at="each"),
     },
-    defaults={**DEFAULTS, "pad_token_id": 1, **head_defaults(HEADS)},
+    defaults={**DEFAULTS, "pad_token_id": 1, **head_defaults(name_heads("Roberta"))},
     # The class counts positions from the token after it.
     not_null=("pad_token_id",),
-    prefix=base_prefix(HEADS, "roberta."),
+    prefix=base_prefix(name_heads("Roberta"), "roberta."),
 )

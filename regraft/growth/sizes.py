@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+from ..core.anatomy import Anatomy
 from ..core.checkpoint import Checkpoint
 from ..core.config_checks import check_sizes
 from ..errors import RegraftError
@@ -43,14 +44,30 @@ def solve_sizes(source: Checkpoint, request: WidthSizes) -> tuple[dict[str, int]
     sizes = {
         **old,
         "hidden": hidden,
-        "ffn": request.ffn or old["ffn"],
+        "ffn": request.ffn or anatomy.ffn_ratio * hidden or old["ffn"],
         "kv": kv,
         "group": group,
         "dim": dim or old["dim"],
     }
     # Raises for sizes that no config of the class can say.
     anatomy.config_keys(sizes)
+    _check_fixed_sizes(anatomy, old_heads, sizes)
     return sizes, split
+
+
+def _check_fixed_sizes(anatomy: Anatomy, old_heads: int, sizes: Mapping[str, int]) -> None:
+    """RegraftError where the number of heads or the MLP's width is not free."""
+    heads, ffn = sizes["kv"] * sizes["group"], anatomy.ffn_ratio * sizes["hidden"]
+    if anatomy.alibi and heads != old_heads:
+        raise RegraftError(
+            f"{anatomy.family} has ALiBi, with other slopes for {heads} heads than for {old_heads}:"
+            f" use --heads {old_heads}"
+        )
+    if ffn and sizes["ffn"] != ffn:
+        raise RegraftError(
+            f"{anatomy.family} has an MLP of {anatomy.ffn_ratio} times hidden, which"
+            f" {sizes['ffn']} is not for {sizes['hidden']}: use --ffn {ffn}"
+        )
 
 
 def _check_no_size_shrinks(source: Checkpoint, request: WidthSizes) -> None:
@@ -149,7 +166,8 @@ def _coupled_candidates(
     # More heads of the old width come first: they leave the softmax scale and rotary frequencies
     # alone. Only where they do not fill hidden do the old heads get wider.
     old_heads, old_dim = source.sizes["kv"] * source.sizes["group"], source.sizes["dim"]
-    return [(hidden // old_dim, old_dim), (old_heads, hidden // old_heads)]
+    ways = [(hidden // old_dim, old_dim), (old_heads, hidden // old_heads)]
+    return ways[::-1] if source.anatomy.host(source.config).alibi else ways
 
 
 def _explain_coupled_sizes(source: Checkpoint, hidden: int, request: WidthSizes) -> str:

@@ -158,6 +158,8 @@ class Mixer(nn.Module):
         """
         attention = self.attention
         if rotary is not None and attention.rotary:
+            if attention.rotary_tables == "once, sin first":
+                rotary = rotary[1], rotary[0]
             if attention.rotary_tables == "neighbours":
                 rotary = rotary[0][..., ::2], rotary[1][..., ::2]
             if attention.rotary_tables != "halves":

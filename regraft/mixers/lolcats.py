@@ -13,6 +13,7 @@ from ..core.shapes import Bool, Float, Int
 from .attention import Attention
 from .base import MixerContext, State, WeightSpec, keep_finite, pad_time
 from .hedgehog import Hedgehog, HedgehogOptions
+from .window import SINKS, spread_sinks
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,25 @@ class Lolcats(Hedgehog):
     name = "lolcats"
     Options = LolcatsOptions
 
+    # Logit of each head's sink, (heads,); None: the source has none.
+    sinks: nn.Parameter | None
+
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__(attention, spec, output)
         self.factor = nn.Parameter(torch.zeros(attention.heads))
+        sinks = nn.Parameter(torch.zeros(attention.heads)) if attention.sinks else None
+        self.register_parameter("sinks", sinks)
 
     @classmethod
     def weights(
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """Hedgehog's, and the window's factor."""
+        """Hedgehog's, the window's factor, and the source's sinks where it has them."""
         factor = WeightSpec("-> kv group", fresh=f"constant {cls.parse(spec).start}", decay=False)
-        return super().weights(attention, spec, output) | {"factor": factor}
+        own = {"factor": factor}
+        if attention.sinks:
+            own["sinks"] = WeightSpec("-> kv group", SINKS, decay=False)
+        return super().weights(attention, spec, output) | own
 
     @classmethod
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
@@ -201,7 +210,13 @@ class Lolcats(Hedgehog):
 
         scores = self.attention.scale_scores(group.flatten(3, 4) @ keys)
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        out = (scores - scores.amax(-1, keepdim=True)).exp() @ values.mT
+        largest = scores.amax(-1, keepdim=True)
+        if self.sinks is not None:
+            sink = spread_sinks(self.sinks, scores).expand_as(largest)
+            largest = largest.maximum(sink)
+        out = (scores - largest).exp() @ values.mT
+        if self.sinks is not None:  # a sink takes weight and has no value
+            out = torch.cat((out[..., :-1], out[..., -1:] + (sink - largest).exp()), -1)
         out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b states g t dim+1
         return out.flatten(1, 2)[:, :, :time].transpose(1, 2)
 

@@ -70,6 +70,16 @@ def naive_scores(
     return scores.masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
 
 
+def spread_sinks(
+    sinks: Float[Tensor, " heads"], scores: Float[Tensor, "batch kv ... queries keys"]
+) -> Float[Tensor, "kv ... queries 1"]:
+    """The sink's logit beside the scores of each query; `queries` are by head, then by token."""
+    kv, rows = scores.shape[1], scores.shape[-2]
+    tokens = rows * kv // len(sinks)  # of each head
+    sink = sinks.float().view(kv, -1).repeat_interleave(tokens, 1)
+    return sink.view(kv, *[1] * (scores.ndim - 4), rows, 1)
+
+
 class Window(Mixer):
     """Sliding window with attention sinks (StreamingLLM, Xiao et al., arXiv 2309.17453).
 
@@ -303,10 +313,7 @@ class Window(Mixer):
     ) -> Float[Tensor, "batch kv ... queries keys"]:
         """Weights of the keys beside a learned sink, in float32 as in GraniteSWA's class."""
         assert self.sinks is not None
-        kv, rows = scores.shape[1], scores.shape[-2]
-        tokens = rows // self.attention.group  # of each head
-        sink = self.sinks.float().view(kv, -1).repeat_interleave(tokens, 1)
-        sink = sink.view(kv, *[1] * (scores.ndim - 4), rows, 1).expand(*scores.shape[:-1], 1)
+        sink = spread_sinks(self.sinks, scores).expand(*scores.shape[:-1], 1)
         weight = torch.cat((scores.float(), sink), -1).softmax(-1)
         return weight[..., :-1].to(scores.dtype)
 

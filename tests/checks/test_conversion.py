@@ -62,14 +62,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "gpt_neox": [{}, {"attention_bias": False}, PARTIAL],
     "starcoder2": [{"sliding_window": 7}, {"use_bias": False}],
+    "gemma3_text": [{"query_pre_attn_scalar": 5}],
+    "olmo2": [{"attention_bias": True}],
+    "granite_swa": [{"attention_bias": True}],
 }
 # Settings that no mixer computes: such a source is refused, with the reason.
 REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gemma2": [({"use_bidirectional_attention": True}, "left to right")],
-    "gemma3_text": [({}, "1.gain dim")],
     "phi": [({"qk_layernorm": True}, "gain dim|bias|-> dim")],
-    "olmo2": [({}, "gain kv group dim")],
-    "granite_swa": [({}, "learned sinks")],
 }
 CASES = [(family, keys) for family, settings in SETTINGS.items() for keys in settings]
 
@@ -77,8 +77,8 @@ CASES = [(family, keys) for family, settings in SETTINGS.items() for keys in set
 SIZES = "hidden_size head_dim num_attention_heads num_key_value_heads"
 CARRIED = """attention_bias use_bias rms_norm_eps query_pre_attn_scalar attn_logit_softcapping
     scale_attn_weights scale_attn_by_inverse_layer_idx layer_types sliding_window rope_parameters
-    partial_rotary_factor"""
-REFUSED_KEYS = "qk_layernorm use_bidirectional_attention layer_norm_eps attention_multiplier"
+    partial_rotary_factor attention_multiplier"""
+REFUSED_KEYS = "qk_layernorm use_bidirectional_attention layer_norm_eps"
 # Dropout acts in training alone; mixers have none. The others choose a kernel, not a result.
 WITHOUT_EFFECT = """attention_dropout attn_pdrop resid_pdrop residual_dropout
     reorder_and_upcast_attn _attn_implementation"""

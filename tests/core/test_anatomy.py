@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.tiny import FAMILIES, GROWABLE, tiny
+from helpers.zoo import DECODERS, ENCODERS
 
 from regraft.core.anatomy import Anatomy, Part, find_anatomy, list_families, list_served_families
 from regraft.errors import RegraftError
@@ -92,7 +93,8 @@ def test_gpt2_scales_follow_its_config() -> None:
 
 
 def test_families_are_found_by_folder() -> None:
-    assert set(list_families()) == {*GROWABLE, "regraft", *list_served_families()}
+    stock = {*GROWABLE, *DECODERS, *ENCODERS}
+    assert set(list_families()) == {*stock, "regraft", *list_served_families()}
 
 
 def test_unknown_family_names_the_file_to_write() -> None:

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import max_relative_difference, tokens
-from helpers.zoo import DECODERS, build
+import transformers
+from helpers.tiny import inputs, max_relative_difference, outputs, tokens
+from helpers.zoo import DECODERS, ENCODERS, build
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import regraft
 from regraft.core.anatomy import find_anatomy
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
+from regraft.growth.sizes import has_coupled_heads
+from regraft.io.files import read_json
 from regraft.mixers.remix import Remix
 
-BOUND = 2e-5
+BOUND, ENCODER_BOUND = 2e-5, 1e-4
 # Config keys that switch parts on or off -> families that have the switch.
 SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"use_qk_norm": True}),
@@ -43,9 +46,11 @@ def grow_every_axis(source: Checkpoint, head_dim: int | None = None) -> Checkpoi
     """All sizes at once: whole multiples of heads, as norms over all of them need; then layers."""
     old = source.sizes
     heads, dim = 2 * old["kv"] * old["group"], head_dim or old["dim"]
-    coupled = sum(key == "hidden_size" for key, _ in source.anatomy.sizes) > 1
-    hidden = heads * dim if coupled else 64
-    wide = regraft.Widen(hidden=hidden, ffn=old["ffn"] + 8, heads=heads, head_dim=dim)(source)
+    if source.anatomy.alibi:
+        heads, dim = heads // 2, 2 * old["dim"]
+    hidden = heads * dim if has_coupled_heads(source) else 64
+    ffn = None if source.anatomy.ffn_ratio else old["ffn"] + 8
+    wide = regraft.Widen(hidden=hidden, ffn=ffn, heads=heads, head_dim=dim)(source)
     return regraft.Deepen(5)(wide)
 
 
@@ -77,6 +82,30 @@ def test_a_family_grows_and_linearizes(family: str, tmp_path: Path) -> None:
     assert max_relative_difference(before, after) < BOUND
 
 
+@torch.no_grad()
+def compute_outputs(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that the class in a folder's config gives."""
+    name = read_json(folder / "config.json")["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+    return outputs(model, inputs(model.config))
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"), [(one, name) for one, names in ENCODERS.items() for name in names]
+)
+def test_an_encoder_grows(family: str, architecture: str, tmp_path: Path) -> None:
+    build(family, architecture=architecture)[1].save_pretrained(tmp_path / "source")
+    source = Checkpoint.open(tmp_path / "source")
+    assert not source.dropped
+    before = compute_outputs(tmp_path / "source")
+    grow_every_axis(source).save(tmp_path / "grown")
+    after = compute_outputs(tmp_path / "grown")
+    assert before and before.keys() == after.keys()
+    for key, value in before.items():
+        # Post-norm layers that are new pass the stream up to the norms' epsilon.
+        assert max_relative_difference(value, after[key]) < ENCODER_BOUND, key
+
+
 @pytest.mark.parametrize(("family", "keys"), SWITCHES, ids=lambda value: str(value))
 def test_growth_under_other_switches(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
     source, before = open_source(tmp_path / "source", family, **keys)
@@ -102,6 +131,9 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
         ("stablelm", {"qk_layernorm": True}, None, "no part for parameter"),
         ("olmo", {"tie_word_embeddings": True}, {"hidden": 64}, "which keep hidden at 40"),
         ("cohere", {"use_qk_norm": True}, {"head_dim": 16}, "subtract the mean of a head"),
+        ("bloom", {}, {"heads": 8, "hidden": 64}, "ALiBi, with other slopes for 8 heads"),
+        ("mpt", {}, {"hidden": 64, "ffn": 136}, "an MLP of 4 times hidden.*use --ffn 256"),
+        ("opt", {"do_layer_norm_before": False}, {"ffn": 40}, "do_layer_norm_before = False has"),
     )
     for number, (family, keys, sizes, message) in enumerate(cases):
         folder = tmp_path / str(number)

@@ -37,6 +37,7 @@ LOCAL: dict[str, Any] = {"num_local_experts": 3}
 DECODERS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
+    "bloom": COUPLED,
     "cohere": {},
     "cohere2": WINDOWS,
     "cwm": WINDOWS,
@@ -44,6 +45,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "exaone4": WINDOWS,
     "glm": {},
     "glm4": {},
+    "gpt_neo": COUPLED
+    | {"attention_types": [[["local"], 1], [["global", "local"], 1]], "window_size": 9},
+    "gptj": COUPLED | {"rotary_dim": 4},
     "gpt_oss": WINDOWS | LOCAL | {"num_experts_per_tok": 2},
     "granite": GRANITE,
     "granitemoe": GRANITE | LOCAL,
@@ -52,10 +56,12 @@ DECODERS: dict[str, dict[str, Any]] = {
     "internlm3": {},
     "ministral3": {},
     "mixtral": LOCAL | {"head_dim": None},
+    "mpt": COUPLED,
     "nemotron": {},
     "olmo": {},
     "olmo3": WINDOWS,
     "olmoe": COUPLED | EXPERTS,
+    "opt": COUPLED | {"ffn_dim": 24, "word_embed_proj_dim": 32},
     "qwen2_moe": COUPLED
     | EXPERTS
     | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "intermediate_size": 28},
@@ -64,21 +70,34 @@ DECODERS: dict[str, dict[str, Any]] = {
     "stablelm": COUPLED,
     "smollm3": {"no_rope_layer_interval": 2},
 }
+# Model type -> its classes, the default first.
+ENCODERS: dict[str, tuple[str, ...]] = {
+    "camembert": ("CamembertForMaskedLM", "CamembertModel", "CamembertForSequenceClassification"),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRobertaForTokenClassification"),
+}
 
 
-def build(family: str, seed: int = 0, **keys: Any) -> tuple[PreTrainedConfig, PreTrainedModel]:
+def build(
+    family: str, seed: int = 0, architecture: str | None = None, **keys: Any
+) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """(config, model in eval mode, float32), whose gains, biases and maps are all perturbed.
 
     Args:
-        family: a model type of DECODERS.
+        family: a model type of DECODERS or ENCODERS.
         seed: of the weights.
+        architecture: class of an encoder.
         keys: further config keys.
     """
     torch.manual_seed(seed)
-    given = SIZES | DECODERS[family] | keys
+    given = SIZES | DECODERS.get(family, COUPLED) | keys
     kind = transformers.CONFIG_MAPPING[family]
+    if not {"num_key_value_heads"} & {*dir(kind), *kind.attribute_map}:
+        del given["num_key_value_heads"]
     config = kind(**{key: value for key, value in given.items() if value is not None})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if family in ENCODERS:
+        model = getattr(transformers, architecture or ENCODERS[family][0])(config).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     config.architectures = model.config.architectures = [type(model).__name__]
     with torch.no_grad():
         for parameter in model.parameters():

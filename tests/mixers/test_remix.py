@@ -213,8 +213,6 @@ def test_linearizing_twice_is_refused(source: Checkpoint) -> None:
     [
         ("bert", "both directions"),
         ("vit", "both directions"),
-        ("olmo2", "gain kv group dim"),
-        ("gemma3_text", "1.gain"),
     ],
 )
 def test_what_mixers_do_not_carry_over_is_refused(
