@@ -277,7 +277,7 @@ def families_page() -> str:
 
 def describe_family(name: str) -> str:
     """A family's name and the docstring of its table, on one line."""
-    module = importlib.import_module(f"regraft.families.{name}")
+    module = importlib.import_module(f"regraft.families.{name.replace('-', '_')}")
     return f"`{name}`: {first_line(module.__doc__)}"
 
 

@@ -17,8 +17,8 @@ from ..errors import RegraftError
 AXES = frozenset(
     (
         "vocab hidden ffn dense_ffn shared_ffn kv group dim depth pos one two three "
-        "expert kernel type label pool channel patch key_head key_dim value_group value_dim "
-        "ssm_head ssm_dim ssm_group ssm_state ssm_conv tap"
+        "expert kernel type label pool channel patch register key_head key_dim "
+        "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap"
     ).split()
 )
 TABLES = frozenset(("vocab", "pos", "type"))  # a map from one of these is a table of embeddings

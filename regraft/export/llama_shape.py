@@ -49,7 +49,7 @@ def find_differences(
         found.append(f"{anatomy.family} multiplies embeddings by the root of hidden_size")
     if anatomy.softcap and anatomy.attention(config, 0).get("softcap") is not None:
         found.append(f"{anatomy.softcap[0]} caps the scores")
-    return found + find_rotary_differences(stock.rope_parameters or {})
+    return found + find_rotary_differences(getattr(stock, "rope_parameters", None) or {})
 
 
 def find_other_parts(config: Config, anatomy: Anatomy, also: Mapping[str, Part]) -> list[str]:

@@ -11,16 +11,18 @@ ATTENTION = f"{LAYER}.attn.attention"
 
 def list_kinds(config: Config) -> list[str]:
     """The kind of each layer, from a list of [kinds, repetitions]."""
-    types = config.get("attention_types") or [[["global", "local"], config["num_layers"] // 2]]
+    types = config.get("attention_types")
+    if types is None:
+        return [("global", "local")[layer % 2] for layer in range(config["num_layers"])]
     return [kind for kinds, times in types for _ in range(times) for kind in kinds]
 
 
 def move_kinds(config: Config) -> dict[str, Any]:
-    """The kinds of layers, each once, where layers move."""
+    """The kinds of layers, each once, where layers move or the config has none."""
     order, kinds = config.get("_order"), list_kinds(config)
-    if order is None:
+    if order is None and config.get("attention_types") is not None:
         return {}
-    moved = [kinds[layer] for layer in order]
+    moved = [kinds[layer] for layer in order or range(len(kinds))]
     return {"attention_types": [[moved, 1]], "attention_layers": moved}
 
 

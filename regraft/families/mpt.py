@@ -16,7 +16,8 @@ LAYER = "transformer.blocks.{}"
 
 def check_clip(config: Config) -> dict[str, Any]:
     """Refuse wider heads where queries, keys and values are clipped; gives no config keys."""
-    clip, before = (config.get("attn_config") or {}).get("clip_qkv"), config["_before"]["dim"]
+    clip = (config.get("attn_config") or {}).get("clip_qkv")
+    before = config.get("_before", {}).get("dim", 0)
     if clip is not None and config["d_model"] != before * config["n_heads"]:
         raise RegraftError(
             f"clip_qkv = {clip:g} cuts keys, which wider heads scale: keep --head-dim {before}"

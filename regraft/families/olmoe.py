@@ -19,7 +19,7 @@ def check_clip(config: Config) -> dict[str, Any]:
 
     Keys of wider heads are scaled, so that they would be clipped elsewhere.
     """
-    clip, before = config.get("clip_qkv"), config["_before"]["dim"]
+    clip, before = config.get("clip_qkv"), config.get("_before", {}).get("dim")
     if clip is not None and config["head_dim"] != before:
         raise RegraftError(
             f"clip_qkv = {clip:g} cuts keys, which wider heads scale: keep --head-dim {before}"

@@ -274,10 +274,7 @@ def stream_axis(widening: Widening, old: int, new: int, operator: str, seed: int
 
     # Behind a norm that follows the sum, the stream itself is a norm's output: only whole copies
     # keep its mean and variance (docs/concepts/expansions.md, L9).
-    post_norm = any(
-        part.norm and part.axes.kind == "bias" and part.writes == "stream"
-        for part in widening.parts
-    )
+    post_norm = any(part.subtracts_mean and part.writes == "stream" for part in widening.parts)
     needs_whole_copies = operator in ("tile", "duplicate") or post_norm
     if needs_whole_copies and new % old:
         near = sorted({max(1, new // old) * old, -(-new // old) * old})

@@ -165,7 +165,9 @@ def deepen_tensors(
             continue
         origin = order[layer]
         old_key = (role, origin.source)
-        lazy = _move_layer(source, config, placed[old_key].part, role, origin.source, layer)
+        if old_key not in placed:  # the first layer may lack what later ones have
+            old_key = next(key for key in placed if key[0] == role)
+        lazy = _move_layer(source, config, placed[old_key].part, *old_key, layer)
 
         # Post-norm models: the layer before a new one hands on its last norm, which the new layer
         # then applies (docs/concepts/expansions.md, L9).

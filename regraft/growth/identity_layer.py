@@ -44,7 +44,7 @@ class IdentityLayer:
         # Norms that write the stream come after the sum in LayerNorm families, which have biases,
         # and behind the branches in families with root-mean-square norms.
         norms = {role for role, part in parts.items() if part.norm and part.writes == "stream"}
-        self.post_norm = any(parts[role].axes.kind == "bias" for role in norms)
+        self.post_norm = any(parts[role].subtracts_mean for role in norms)
         self.zero_gains = set() if self.post_norm else norms
         self.post_norms = norms if self.post_norm else set()
 

@@ -135,7 +135,7 @@ def test_every_decoder_and_every_key_of_its_attention_is_listed() -> None:
     decoders = {
         name
         for name in list_families()
-        if name != "regraft" and importlib.import_module(f"regraft.families.{name}").anatomy.causal
+        if name != "regraft" and find_anatomy({"model_type": name}).causal
     }
     assert decoders & set(CONFIGS) == {*SETTINGS, *REFUSED}
 

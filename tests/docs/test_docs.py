@@ -31,9 +31,9 @@ PAGES = sorted(
 )
 HISTORY = {DOCS / "log.md", ROOT / "CHANGELOG.md"}  # they say what names were
 START = [DOCS / "start" / "linearize.md", DOCS / "start" / "grow.md"]
-EXAMPLES = {"family": "seed_oss", "step": "truncate", "mixer": "elu"}
+EXAMPLES = {"family": "vaultgemma", "step": "truncate", "mixer": "elu"}
 LAWS = {  # a part of the laws that the pages name, so that a test of them takes seconds
-    "family": ["tests/families", "tests/growth/test_growth.py"],
+    "family": ["tests/families/test_every_family.py"],
     "step": ["tests/growth/test_truncate.py"],
     "mixer": ["tests/mixers/test_mixers.py", "tests/mixers/test_linear.py"],
 }

@@ -50,6 +50,8 @@ def grow_every_axis(source: Checkpoint, head_dim: int | None = None) -> Checkpoi
         heads, dim = heads // 2, 2 * old["dim"]
     hidden = heads * dim if has_coupled_heads(source) else 64
     ffn = None if source.anatomy.ffn_ratio else old["ffn"] + 8
+    if "mlp_ratio" in source.config:
+        ffn = source.config["mlp_ratio"] * hidden
     wide = regraft.Widen(hidden=hidden, ffn=ffn, heads=heads, head_dim=dim)(source)
     return regraft.Deepen(5)(wide)
 
@@ -91,7 +93,8 @@ def compute_outputs(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"), [(one, name) for one, names in ENCODERS.items() for name in names]
+    ("family", "architecture"),
+    [(one, name) for one, (names, _) in ENCODERS.items() for name in names],
 )
 def test_an_encoder_grows(family: str, architecture: str, tmp_path: Path) -> None:
     build(family, architecture=architecture)[1].save_pretrained(tmp_path / "source")

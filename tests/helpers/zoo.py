@@ -70,10 +70,25 @@ DECODERS: dict[str, dict[str, Any]] = {
     "stablelm": COUPLED,
     "smollm3": {"no_rope_layer_interval": 2},
 }
-# Model type -> its classes, the default first.
-ENCODERS: dict[str, tuple[str, ...]] = {
-    "camembert": ("CamembertForMaskedLM", "CamembertModel", "CamembertForSequenceClassification"),
-    "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRobertaForTokenClassification"),
+PIXELS: dict[str, Any] = {"image_size": 15, "patch_size": 5, "num_labels": 7}
+# Model type -> (its classes, what differs from SIZES).
+ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "camembert": (("CamembertForMaskedLM", "CamembertForSequenceClassification"), COUPLED),
+    "deit": (("DeiTForImageClassificationWithTeacher", "DeiTModel"), PIXELS),
+    "dinov2_with_registers": (
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
+        PIXELS,
+    ),
+    "dinov3_vit": (("DINOv3ViTModel",), COUPLED | PIXELS | {"num_register_tokens": 2}),
+    "distilbert": (
+        ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
+        COUPLED | {"hidden_dim": 24},
+    ),
+    "modernbert": (
+        ("ModernBertForMaskedLM", "ModernBertForTokenClassification"),
+        COUPLED | {"layer_types": [F, S, F], "local_attention": 16},
+    ),
+    "xlm-roberta": (("XLMRobertaForMaskedLM", "XLMRobertaForTokenClassification"), COUPLED),
 }
 
 
@@ -89,13 +104,13 @@ def build(
         keys: further config keys.
     """
     torch.manual_seed(seed)
-    given = SIZES | DECODERS.get(family, COUPLED) | keys
+    given = SIZES | (DECODERS.get(family) or ENCODERS.get(family, ((), {}))[1]) | keys
     kind = transformers.CONFIG_MAPPING[family]
-    if not {"num_key_value_heads"} & {*dir(kind), *kind.attribute_map}:
-        del given["num_key_value_heads"]
+    known = {*dir(kind), *kind.attribute_map, "head_dim", "num_labels"}
+    given = {key: value for key, value in given.items() if key in known}
     config = kind(**{key: value for key, value in given.items() if value is not None})
     if family in ENCODERS:
-        model = getattr(transformers, architecture or ENCODERS[family][0])(config).eval()
+        model = getattr(transformers, architecture or ENCODERS[family][0][0])(config).eval()
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     config.architectures = model.config.architectures = [type(model).__name__]
