@@ -164,7 +164,7 @@ def deepen_tensors(
             tensors[key] = source.tensors[key]
             continue
         origin = order[layer]
-        old_key = (role, origin.source)
+        old_key: Key = (role, origin.source)
         if old_key not in placed:  # the first layer may lack what later ones have
             old_key = next(key for key in placed if key[0] == role)
         lazy = _move_layer(source, config, placed[old_key].part, *old_key, layer)
