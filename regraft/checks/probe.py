@@ -20,7 +20,11 @@ from ..growth.widening import kind_of, tensor_axes
 ROWS, LENGTH = 2, 64
 RATE = 0.02  # of a step, relative to each tensor's own root mean square
 ZERO_TENSOR_RMS = 0.02  # stands for that of a tensor of zeros
-LOOKED_UP = ("pos", "type")  # axes of tables beside `vocab`, of which a batch uses some rows
+LOOKED_UP = (
+    "pos",
+    "place",
+    "type",
+)  # axes of tables beside `vocab`, of which a batch uses some rows
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ def iter_probed_maps(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[
     sizes = checkpoint.sizes
     for (role, layer), placed in checkpoint.anatomy.place(checkpoint.config).items():
         name, part = placed.name, placed.part
+        if placed.shape == ():  # a constant that the class stores
+            continue
         if name not in after:
             raise RegraftError(f"'{name}' is no parameter of the running model: report this table")
         is_used = name in reached

@@ -140,7 +140,7 @@ def count_positions(before: Checkpoint, after: Checkpoint, model: nn.Module) -> 
     sizes = [one.sizes["pos"] for one in (before, after) if "pos" in one.sizes]
     placed = before.anatomy.place(before.config).get(("pos.weight", None))
     if not sizes or placed is None:
-        return None
+        return min(sizes, default=None)
     # A table with a row for padding counts from behind that row.
     padding = getattr(model.get_submodule(placed.name.rpartition(".")[0]), "padding_idx", None)
     return min(sizes) - (0 if padding is None else padding + 1)

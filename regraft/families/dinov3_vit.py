@@ -16,6 +16,11 @@ ATTN: dict[str, Any] = {"scaled": "scale.attn.weight", "bias": "proj_bias"}
 DOWN: dict[str, Any] = {"scaled": "scale.mlp.weight", "bias": BIAS}
 
 
+def position_count(config: Config) -> int:
+    """Number of tokens: the first, the registers, and one for every patch."""
+    return vit.position_count(config) + int(config["num_register_tokens"])
+
+
 def check_heads(config: Config) -> dict[str, Any]:
     """The stages of a backbone; refuses wider heads, whose angles of height and width move."""
     dim = config["hidden_size"] // config["num_attention_heads"]
@@ -69,12 +74,16 @@ anatomy = Anatomy(
         ("num_channels", "channel"),
         ("num_register_tokens", "register"),
         ("_patch", "patch"),
+        ("_positions", "pos"),
     ),
     slot=ATTENTION,
     defaults={
         "patch_size": 16,
         "num_channels": 3,
+        "image_size": 224,
+        "num_register_tokens": 0,
         "_patch": vit.patch_side,
+        "_positions": position_count,
         "query_bias": True,
         "key_bias": False,
         "value_bias": True,

@@ -26,12 +26,13 @@ anatomy = Anatomy(
         ),
         "head.bias": Part("lm_head.bias", "-> vocab"),
     },
-    sizes=tuple(pair for pair in gpt2.anatomy.sizes if pair[1] != "pos"),
+    sizes=gpt2.anatomy.sizes,
     slot=f"{LAYER}.attn",
     defaults={
         "n_inner": lambda config: 4 * config["n_embd"],
         "tie_word_embeddings": False,
         "layer_norm_epsilon": 1e-5,
+        "n_positions": 2048,  # of the tables of cos and sin
         # The class takes how many coordinates turn, not which share of them.
         "rotary_dim": 64,
         "_rotary_share": lambda config: {

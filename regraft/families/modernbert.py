@@ -106,10 +106,12 @@ anatomy = Anatomy(
         ("intermediate_size", "ffn"),
         ("num_hidden_layers", "depth"),
         ("num_attention_heads", "kv"),
+        ("max_position_embeddings", "pos"),
         ("_labels", "label"),
     ),
     slot=f"{LAYER}.attn",
     defaults={
+        "max_position_embeddings": 8192,
         "norm_eps": 1e-5,
         "norm_bias": False,
         "attention_bias": False,

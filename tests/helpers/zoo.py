@@ -67,8 +67,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "intermediate_size": 28},
     "qwen3_moe": EXPERTS | {"mlp_only_layers": [1], "intermediate_size": 28},
     "seed_oss": {},
-    "stablelm": COUPLED,
     "smollm3": {"no_rope_layer_interval": 2},
+    "stablelm": COUPLED,
 }
 PIXELS: dict[str, Any] = {"image_size": 15, "patch_size": 5, "num_labels": 7}
 # Model type -> (its classes, what differs from SIZES).
