@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .core.checkpoint import Checkpoint
     from .errors import RegraftError
     from .evaluation.evaluate import evaluate_recall, evaluate_tasks
+    from .growth.steps.add_experts import AddExperts
     from .growth.steps.adopt import Adopt, Carry
     from .growth.steps.bridge import Bridge
     from .growth.steps.composable import (

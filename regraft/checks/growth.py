@@ -38,6 +38,7 @@ GROWTH_STEPS = (
     "Learned",
     "Transplant",
     "GrowVocab",
+    "AddExperts",
 )
 # Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5
@@ -69,6 +70,9 @@ def is_exact(steps: list[dict[str, Any]]) -> bool:
 def keeps_function(step: dict[str, Any]) -> bool:
     """Whether a step of lineage.json keeps the function; steps that are no growth do not."""
     name = step.get("step")
+    if name == "AddExperts":
+        arguments = step.get("arguments", {})
+        return not (arguments.get("noise") or arguments.get("reinit"))
     if name not in ("Widen", "Deepen"):
         return name in ("Bridge", "Store", "Untie", "Tie", "Carry", "Export", "GrowVocab")
 

@@ -31,6 +31,8 @@ def grow(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     layers: int | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
     vocab: int | None = None,
     add_tokens: str | None = None,
     to: str | None = None,
@@ -49,6 +51,8 @@ def grow(
     bridge: bool = False,
     untie: bool = False,
     vocab_init: Literal["pieces", "mean", "zero"] = "pieces",
+    expert_noise: float = 0.0,
+    expert_reinit: float = 0.0,
     adopt: str | None = None,
     copy_code: bool = False,
     overwrite: bool = False,
@@ -67,6 +71,9 @@ def grow(
         kv_heads: key/value heads
         head_dim: width of a head
         layers: number of layers
+        experts: experts in place of the MLP, in the stock class that has them; of a model with
+            experts a multiple of their number
+        top_k: experts that a token goes to (default: 2; of a model with experts as many times more)
         vocab: rows of the vocabulary, for padding that kernels want
         add_tokens: tokens that tokenizer and embeddings get: a file with one a line, or a .json
             list
@@ -94,6 +101,9 @@ def grow(
         untie: give the model an output embedding of its own, a copy of the input embedding
         vocab_init: what new rows of the vocabulary hold: the mean of the rows of the pieces that a
             token replaces (padding: of all rows), the mean of all, or zero
+        expert_noise: spread of noise on experts, relative to a tensor's own, which is not exact
+        expert_reinit: share of every expert's neurons that are drawn anew (Drop-Upcycling), which
+            is not exact
         adopt: keys of --to, such as rope_theta,rms_norm_eps, or all, that are taken although the
             function changes
         copy_code: also copy Python files beside the weights, which regraft never runs; without them
@@ -134,7 +144,16 @@ def grow(
     growth = Growth(
         *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed, untie, taken
     )
-    growth = replace(growth, vocab=vocab, tokens=added, vocab_init=vocab_init)
+    growth = replace(
+        growth,
+        vocab=vocab,
+        tokens=added,
+        vocab_init=vocab_init,
+        experts=experts,
+        top_k=top_k,
+        expert_noise=expert_noise,
+        expert_reinit=expert_reinit,
+    )
     if optimizer_state:
         # A wrong file is an error before any work.
         moments.check_growable(before, growth.steps(before), Path(optimizer_state))
@@ -227,6 +246,8 @@ VERB = Verb(
             "kv_heads",
             "head_dim",
             "layers",
+            "experts",
+            "top_k",
             "vocab",
             "add_tokens",
             "to",
@@ -239,6 +260,8 @@ VERB = Verb(
             "bridge",
             "untie",
             "vocab_init",
+            "expert_noise",
+            "expert_reinit",
             "adopt",
             "seed",
         ),

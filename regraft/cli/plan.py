@@ -43,6 +43,8 @@ def plan(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     layers: int | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
     vocab: int | None = None,
     add_tokens: str | None = None,
     to: str | None = None,
@@ -54,6 +56,8 @@ def plan(
     bridge: bool = False,
     untie: bool = False,
     vocab_init: Literal["pieces", "mean", "zero"] = "pieces",
+    expert_noise: float = 0.0,
+    expert_reinit: float = 0.0,
     adopt: str | None = None,
     train: bool = False,
     stage: Literal["align", "distil", "next"] = "distil",
@@ -92,6 +96,9 @@ def plan(
         kv_heads: key/value heads
         head_dim: width of a head
         layers: number of layers
+        experts: experts in place of the MLP, in the stock class that has them; of a model with
+            experts a multiple of their number
+        top_k: experts that a token goes to (default: 2; of a model with experts as many times more)
         vocab: rows of the vocabulary, for padding that kernels want
         add_tokens: tokens that tokenizer and embeddings get: a file with one a line, or a .json
             list
@@ -117,6 +124,9 @@ def plan(
         untie: give the model an output embedding of its own, a copy of the input embedding
         vocab_init: what new rows of the vocabulary hold: the mean of the rows of the pieces that a
             token replaces (padding: of all rows), the mean of all, or zero
+        expert_noise: spread of noise on experts, relative to a tensor's own, which is not exact
+        expert_reinit: share of every expert's neurons that are drawn anew (Drop-Upcycling), which
+            is not exact
         adopt: keys of --to, such as rope_theta,rms_norm_eps, or all, that are taken although the
             function changes
         train: also forecast its training on the GPUs that --gpus and --gpu name: memory, tokens/s,
@@ -150,7 +160,16 @@ def plan(
     growth = Growth(
         *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, untie=untie, adopt=taken
     )
-    growth = dataclasses.replace(growth, vocab=vocab, tokens=added, vocab_init=vocab_init)
+    growth = dataclasses.replace(
+        growth,
+        vocab=vocab,
+        tokens=added,
+        vocab_init=vocab_init,
+        experts=experts,
+        top_k=top_k,
+        expert_noise=expert_noise,
+        expert_reinit=expert_reinit,
+    )
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method or for_:
         changes = remix_changes(given)
@@ -231,6 +250,8 @@ VERB = Verb(
             "kv_heads",
             "head_dim",
             "layers",
+            "experts",
+            "top_k",
             "vocab",
             "add_tokens",
             "to",
@@ -241,6 +262,8 @@ VERB = Verb(
             "bridge",
             "untie",
             "vocab_init",
+            "expert_noise",
+            "expert_reinit",
             "adopt",
             "dtype",
         ),

@@ -17,6 +17,7 @@ from .identity_layer import IdentityLayer
 from .ligo_options import COPY, Ligo
 from .new_tokens import NewToken
 from .operators import AUTO, AUTO_POST_NORM
+from .steps.add_experts import AddExperts
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
 from .steps.grow_vocab import GrowVocab
@@ -66,6 +67,12 @@ class Growth(TargetSizes):
     vocab: int | None = None
     tokens: tuple[NewToken, ...] = ()
     vocab_init: VocabInit = "pieces"
+    # Experts in place of the MLP, of which a token goes to `top_k`; noise on them, and the share of
+    # their neurons that are drawn anew (`AddExperts`).
+    experts: int | None = None
+    top_k: int | None = None
+    expert_noise: float = 0.0
+    expert_reinit: float = 0.0
 
     def resolve_auto(self, source: Checkpoint) -> Growth:
         """The same request with `auto` replaced by what trained best for such a model; a depth
@@ -97,7 +104,8 @@ class Growth(TargetSizes):
         if not steps:
             raise RegraftError(
                 f"nothing to grow in '{source.origin}': give --hidden, --ffn, --heads, --kv-heads,"
-                " --head-dim, --layers, --vocab, --add-tokens, --untie or --to CONFIG_DIR"
+                " --head-dim, --layers, --experts, --vocab, --add-tokens, --untie or --to"
+                " CONFIG_DIR"
             )
 
         for step in steps:
@@ -125,7 +133,23 @@ class Growth(TargetSizes):
         last = []
         if self.to is not None:
             last = [match_target(source, read_target(source, self.to), self.adopt)]
-        return [*first, *request.size_steps(), *last]
+        return [*first, *request.size_steps(), *last, *self.expert_steps()]
+
+    def expert_steps(self) -> list[GrowthStep]:
+        """The step that adds experts, as wide as the MLP has become; none where none are asked for.
+
+        RegraftError for options of experts without any.
+        """
+        options = (self.top_k, self.expert_noise or None, self.expert_reinit or None)
+        if self.experts is None:
+            names = ("--top-k", "--expert-noise", "--expert-reinit")
+            for name, value in zip(names, options, strict=True):
+                if value is not None:
+                    raise RegraftError(f"{name} {value} would change nothing: give --experts")
+            return []
+        return [
+            AddExperts(self.experts, self.top_k, self.expert_noise, self.expert_reinit, self.seed)
+        ]
 
     def first_steps(self, source: Checkpoint) -> list[GrowthStep]:
         """The steps before sizes change: another class, an output embedding of its own, rows of the

@@ -322,9 +322,10 @@ def sizes_table(plan: Plan) -> Table:
     from rich.table import Table
 
     table = Table("axis", "source", "target", title="Sizes")
-    for axis, size in plan.source.items():
-        changed = plan.target[axis] != size
-        table.add_row(axis, f"{size:,}", f"{plan.target[axis]:,}", style="bold" if changed else "")
+    for axis in {**plan.source, **plan.target}:  # another class may have further ones
+        sizes = [one.get(axis) for one in (plan.source, plan.target)]
+        words = ["" if size is None else f"{size:,}" for size in sizes]
+        table.add_row(axis, *words, style="bold" if sizes[0] != sizes[1] else "")
     return table
 
 
