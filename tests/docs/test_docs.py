@@ -240,6 +240,7 @@ def shrink(text: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 @pytest.mark.parametrize("page", START, ids=name)
 def test_the_first_pages_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
