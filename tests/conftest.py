@@ -14,7 +14,7 @@ os.environ["TQDM_DISABLE"] = "1"  # as the command line has it before libraries 
 import pytest  # noqa: E402  # the variables must be set before torch is imported
 
 pytest.register_assert_rewrite("helpers")
-import helpers.typecheck  # noqa: E402  # for signatures of regraft, which is imported below
+import helpers.typecheck  # noqa: E402, F401  # before regraft, whose signatures it checks
 import torch  # noqa: E402
 from helpers.faults import ForkServer  # noqa: E402
 from helpers.tiny import save_model  # noqa: E402

@@ -85,8 +85,9 @@ def warm_up(folder: str) -> None:
     """What is made once in a process and takes long, such as transformers' tables of names. No
     gradients: autograd's threads do not survive a fork.
     """
-    from helpers.tiny import save_model
     from tqdm import tqdm
+
+    from helpers.tiny import save_model
 
     tqdm.monitor_interval = 0  # no thread
     source = str(save_model(Path(folder) / "source", layers=2))
@@ -140,7 +141,8 @@ def run_program(request: dict[str, Any]) -> int:
     program = request["program"]
     sys.argv = [program, *request["words"]]
     if request["kind"] == "module":
-        sys.modules.pop(program, None)  # it runs as if nothing had imported it
+        if not hasattr(sys.modules.get(program), "__path__"):
+            sys.modules.pop(program, None)  # it runs as if nothing had imported it
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     elif request["kind"] == "file":
         runpy.run_path(program, run_name="__main__")
