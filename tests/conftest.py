@@ -5,6 +5,7 @@ several files.
 import os
 import shutil
 import subprocess
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,18 +14,36 @@ os.environ["TQDM_DISABLE"] = "1"  # as the command line has it before libraries 
 import pytest  # noqa: E402  # the variables must be set before torch is imported
 
 pytest.register_assert_rewrite("helpers")
+import helpers.typecheck  # noqa: E402, F401  # before regraft, whose signatures it checks
 import torch  # noqa: E402
+from helpers.faults import ForkServer  # noqa: E402
 from helpers.tiny import save_model  # noqa: E402
 
 from regraft.core.checkpoint import Checkpoint  # noqa: E402
 from regraft.mixers.remix import Remix  # noqa: E402
 
 torch.set_num_threads(1)
+os.fsync = lambda file: None  # milliseconds, for files that need not outlive the machine
 
 
 def pytest_collection_modifyitems(items):
     """Slow tests first: then no process has them left when the other is done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """An interpreter that has imported everything and forks itself for each command."""
+    with ForkServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def forked_interpreter(server, monkeypatch):
+    """`sys.executable` is one that has imported regraft: seconds less for each process. Not for
+    tests of what is imported, or of a process whose parent dies.
+    """
+    monkeypatch.setattr(sys, "executable", server.python)
 
 
 @pytest.fixture(scope="module")

@@ -314,6 +314,7 @@ def test_wrong_recipe_value(recipe, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_run_ends_with_the_report_and_repeats_for_free(recipe, tmp_path, capsys):
     out = tmp_path / "out"
     numbers = as_json(capsys, "run", recipe, out)
@@ -349,6 +350,7 @@ STEPS = 100  # of the interrupted runs
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 @pytest.mark.parametrize(("blow", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_interrupted_runs_go_on(recipe, tmp_path, capsys, blow, code):
     """Enough steps that a fast machine is not through before the signal comes."""

@@ -210,8 +210,11 @@ def test_digits_to_train_on_are_moved_and_those_held_out_are_not(tmp_path, monke
     assert (down[1:] == old[:-1]).all() and (down[0] == old[0]).all()
 
 
-def command(place: str, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "regraft", "compare", place, str(out), "--json", *more]
+PYTHON = sys.executable  # the real one, whose children have it as their parent
+
+
+def command(python: str, place: str, out: Path, *more: str) -> list[str]:
+    return [python, "-m", "regraft", "compare", place, str(out), "--json", *more]
 
 
 def losses(numbers: dict) -> dict:
@@ -223,15 +226,15 @@ def losses(numbers: dict) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
     place = recipe(tmp_path, data=str(text))
     one = ("--seeds", "[1]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert cli.main(["compare", place, str(whole), "--jobs", "2", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
-    process = subprocess.Popen(
-        command(place, broken, *one), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    words, nowhere = command(PYTHON, place, broken, *one), subprocess.DEVNULL
+    process = subprocess.Popen(words, stdout=nowhere, stderr=nowhere)
     deadline = time.monotonic() + 600
     while not list(broken.glob("arms/*/*/done.json")):
         assert time.monotonic() < deadline and process.poll() is None
@@ -240,7 +243,8 @@ def test_a_comparison_end_to_end_killed_and_resumed(tmp_path, text, capsys):
     process.wait()
     before = {file: file.stat().st_mtime_ns for file in broken.glob("*/*/*/done.json")}
     assert 0 < len(before) < 3
-    done = subprocess.run(command(place, broken, *one), capture_output=True, text=True, timeout=300)
+    words[0] = sys.executable
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)
     assert len(losses(numbers)) == 4 and len(losses(again)) == 2
@@ -299,6 +303,7 @@ def test_a_killed_arm_goes_on_with_its_fitting(tmp_path, text, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_a_failed_arm_does_not_stop_the_others(tmp_path, text, capsys):
     arms = [*TINY["arms"], {"name": "wild", "grow": {"width_init": "pad"}, "lr": 1e30}]
     out = tmp_path / "out"

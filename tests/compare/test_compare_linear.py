@@ -139,6 +139,7 @@ def test_shipped_comparisons_are_valid(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_a_comparison_of_linearizations_end_to_end(tmp_path: Path, text: Path, capsys) -> None:  # noqa: F811
     place, out = recipe(tmp_path, **CHANGES | {"data": str(text), "seeds": [0]}), tmp_path / "out"
     assert cli.main(["compare", place, str(out), "--jobs", "2", "--json"]) == 0

@@ -86,9 +86,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of some documents, which need not be on the disk when the machine fails."""
+    """Blocks of some documents."""
     monkeypatch.setattr(token_cache, "BLOCK", 300)
-    monkeypatch.setattr(token_cache.os, "fsync", lambda stream: None)
 
 
 @pytest.mark.parametrize("length", [7, 64, 500])
@@ -656,6 +655,7 @@ with distributed.init_distributed():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_two_processes_take_different_files(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_bytes(jsonl(documents(40, number)))

@@ -142,6 +142,7 @@ def test_wrong_lengths_are_named(text):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_bench_rows_and_constant_state(source, linearized):
     batch = 3
     rows = bench.bench(

@@ -140,6 +140,7 @@ def test_exported_and_equal_or_refused(family: str, sources: dict[str, Checkpoin
         except RegraftError:
             assert is_remix
             continue  # no such model
+        made = None
         for target in HELD:
             misfits = find_target(target).find_misfits(config)
             held = is_held(target, family, name)
@@ -149,7 +150,7 @@ def test_exported_and_equal_or_refused(family: str, sources: dict[str, Checkpoin
                 form = find_form(config).name
                 assert form == "hf" or is_held(form, family, name)
             elif held and target != "hf":  # which is the model itself
-                made = stir(change(source))
+                made = made or stir(change(source))
                 after = Export(target)(made)
                 assert difference(made, after) < equality.BOUND, (family, name)
                 assert after is made or after.history[-1]["step"] == "Export"

@@ -47,7 +47,7 @@ RMS = (
     "mixtral",
 )
 EPSILON = {"gpt2": "layer_norm_epsilon", "starcoder2": "norm_epsilon"}
-LAW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+LAW = settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def difference(

@@ -369,6 +369,7 @@ def test_a_killed_fitting_goes_on_with_the_same_losses(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_grow_goes_on_with_its_fitting_after_a_signal(tmp_path: Path) -> None:
     given = str(save_model(tmp_path / "source"))
     (tmp_path / "text.txt").write_text(

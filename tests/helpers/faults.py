@@ -127,6 +127,8 @@ class ForkServer:
     Attributes:
         library: the compiled fs_faults.c; None where it cannot be made: commands run, but nothing
             is counted and no fault happens.
+        python: an interpreter that has imported regraft: a path to use as `sys.executable`. Its
+            process passes signals on; the parent of what runs is the server.
     """
 
     def __init__(self, folder: Path):
@@ -137,10 +139,13 @@ class ForkServer:
         self.sockets = tempfile.mkdtemp(prefix="regraft-tests-")
         self.address = f"{self.sockets}/socket"
         self.folder = folder
-        # What commands start as their own interpreter: `-m MODULE ..` in another fork.
-        python = Path(self.sockets) / "python"
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {CLIENT} {self.address} "$@"\n')
-        python.chmod(0o755)
+        # What takes the place of an interpreter, and is another fork: see fork_client.py.
+        for mode in ("group", "own"):
+            python = Path(self.sockets) / f"python-{mode}"
+            start = f'exec {sys.executable} -I -S {CLIENT} {self.address} {mode} "$@"'
+            python.write_text(f"#!/bin/sh\n{start}\n")
+            python.chmod(0o755)
+        self.python = str(python)
         state = folder / "state"
         size = HEAD.size + ENTRY.size * ENTRIES
         state.write_bytes(bytes(size))

@@ -103,7 +103,8 @@ def test_any_split_equals_the_whole(spec: dict, shape: str, cuts: list[int]) -> 
     x = torch.randn(2, sum(cuts), mixer.attention.hidden)
     whole = run(mixer, x, [x.shape[1]])
     assert relative(run(mixer, x, cuts), whole) < bound(spec)
-    assert relative(run(mixer, x, [1] * x.shape[1]), whole) < bound(spec)
+    first = x[:, :33]
+    assert relative(run(mixer, first, [1] * first.shape[1]), whole[:, :33]) < bound(spec)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)

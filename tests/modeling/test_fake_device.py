@@ -6,12 +6,12 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.fake_device import ROWS
+from helpers.faults import ForkServer
 from helpers.remixes import ATTENTION
 from helpers.tiny import save_model
 
@@ -45,7 +45,7 @@ Find = Callable[[str], dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def find(tmp_path_factory: pytest.TempPathFactory) -> Find:
+def find(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Find:
     """From a name in REMIXES, what went wrong by `name-row`; of QUICK or OTHERS in one process."""
 
     @functools.cache
@@ -56,7 +56,7 @@ def find(tmp_path_factory: pytest.TempPathFactory) -> Find:
             REMIXES[name](source).save(place / name)
         root = Path(__file__).parents[2]
         done = subprocess.run(
-            [sys.executable, "-m", "helpers.fake_device", place, *names],
+            [server.python, "-m", "helpers.fake_device", place, *names],
             capture_output=True, text=True, cwd=root / "tests",
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests")))},
         )  # fmt: skip

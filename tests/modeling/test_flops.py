@@ -161,7 +161,7 @@ def test_linearized_models(family: str, remix: Remix, tmp_path: Path) -> None:
     tiny(family)[1].save_pretrained(tmp_path)
     target = remix(Checkpoint.open(tmp_path))
     model = modeling.materialize(target)
-    for length in (17, 150):
+    for length in (17, 150) if family == "llama" else (60,):
         agrees(target, model, length, ours=True)
 
 

@@ -61,6 +61,7 @@ def test_budget_leaves_room_in_fifteen_minutes():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_demo_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

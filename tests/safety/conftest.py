@@ -1,22 +1,17 @@
-"""One fork server for all tests of this folder, and what its commands read."""
+"""What commands of this folder read, and a server that makes changes of the file system fail."""
 
 from __future__ import annotations
 
 import pytest
-from helpers.kill import fork_server
+from helpers.kill import make_inputs
 
 
 @pytest.fixture(scope="session")
-def safety_folder(tmp_path_factory):
+def safety_folder(tmp_path_factory, server):
     """Has `in`, which commands read."""
-    return tmp_path_factory.mktemp("safety")
-
-
-@pytest.fixture(scope="session")
-def server(safety_folder):
-    """Runs commands."""
-    with fork_server(safety_folder) as server:
-        yield server
+    folder = tmp_path_factory.mktemp("safety")
+    make_inputs(folder / "in", server)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.usefixtures("forked_interpreter")
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_repeated_command_has_nothing_to_do(name: str, tmp_path: Path) -> None:
     save_model(tmp_path / "model")

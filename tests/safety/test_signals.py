@@ -178,6 +178,7 @@ def test_what_was_ignored_stays_ignored() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
 def test_a_process_with_a_lost_reader_ends_with_a_checkpoint(files: Path, tmp_path: Path) -> None:
     words = ["train", files / "model", tmp_path / "out", "--data", files / "text.txt"]
     words += ["--stage", "next", "--tokens", 10**7, "--length", 64, "--save-seconds", 1000]

@@ -271,6 +271,7 @@ for number in range(10**6):
 """
 
 
+@pytest.mark.usefixtures("forked_interpreter")
 def test_writers_that_are_killed_leave_whole_files(tmp_path) -> None:
     paths = os.environ | {"PYTHONPATH": str(ROOT)}
     for turn in range(2):

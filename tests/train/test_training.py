@@ -270,45 +270,59 @@ def test_calibration_finds_the_half_lives_that_made_the_teacher(window: int, gro
     )
 
 
-@pytest.mark.parametrize("cut", [1, 3, 5, 8])
-def test_resumed_losses_equal_uninterrupted(source: Checkpoint, tmp_path: Path, cut: int) -> None:
-    stages = [
-        Stage("align", 4 * 64, length=32, batch=2, precision="float32"),
-        Stage("distil", 5 * 32, length=32, precision="float32"),
-        Stage("next", 2 * 32, length=32, precision="float32", weight_decay=0.1),
-    ]
+THREE = [
+    Stage("align", 4 * 64, length=32, batch=2, precision="float32"),
+    Stage("distil", 5 * 32, length=32, precision="float32"),
+    Stage("next", 2 * 32, length=32, precision="float32", weight_decay=0.1),
+]
 
-    def go(out: Path, stop_after: int | None) -> tuple[list[float], nn.Module]:
-        teacher, model, done = modeling.materialize(source), modeling.materialize(REMIX(source)), 0
 
-        def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
-            nonlocal done
-            done += 1
-            if stop_after is not None and done > stop_after:
-                raise Killed
+def train_three_stages(
+    source: Checkpoint, out: Path, stop_after: int | None = None
+) -> tuple[list[float], nn.Module]:
+    """Losses and the model; Killed after some steps."""
+    teacher, model, done = modeling.materialize(source), modeling.materialize(REMIX(source)), 0
 
-        slots = modeling.slots(teacher, source)
-        run = loop.Run(
-            model,
-            stages,
-            lambda length: text_rows(),
-            out,
-            teacher,
-            slots,
-            progress=progress,
-            save_seconds=0,
-        )
-        ledger = loop.train(run)
-        assert ledger["tokens"] == sum(stage.steps * stage.batch * stage.length for stage in stages)
-        assert all(entry["flops"] > 0 for entry in ledger["stages"])
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines], model
+    def progress(stage: Stage, step: int, steps: int, row: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        if stop_after is not None and done > stop_after:
+            raise Killed
 
-    whole, model = go(tmp_path / "whole", None)
+    slots = modeling.slots(teacher, source)
+    run = loop.Run(
+        model,
+        THREE,
+        lambda length: text_rows(),
+        out,
+        teacher,
+        slots,
+        progress=progress,
+        save_seconds=0,
+    )
+    ledger = loop.train(run)
+    assert ledger["tokens"] == sum(stage.steps * stage.batch * stage.length for stage in THREE)
+    assert all(entry["flops"] > 0 for entry in ledger["stages"])
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines], model
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    source: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], nn.Module]:
+    return train_three_stages(source, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 8])
+def test_resumed_losses_equal_uninterrupted(
+    source: Checkpoint, uninterrupted: tuple[list[float], nn.Module], tmp_path: Path, cut: int
+) -> None:
+    whole, model = uninterrupted
     assert len(whole) == 11
     with pytest.raises(Killed):
-        go(tmp_path / "cut", cut)
-    resumed, again = go(tmp_path / "cut", None)
+        train_three_stages(source, tmp_path, cut)
+    resumed, again = train_three_stages(source, tmp_path)
     assert resumed == whole
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -327,6 +327,7 @@ with distributed.init_distributed():
 """
 
 
+@pytest.mark.usefixtures("forked_interpreter")
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     source = opened(tmp_path, "qwen2")
     target = Remix(keep="1", window=8)(source)
