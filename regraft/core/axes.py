@@ -21,9 +21,8 @@ AXES = frozenset(
         "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap"
     ).split()
 )
-TABLES = frozenset(
-    ("vocab", "pos", "place", "type", "bucket")
-)  # a map from one of these is a table of embeddings
+# A map from one of these is a table of embeddings.
+TABLES = frozenset(("vocab", "pos", "place", "type", "bucket"))
 UNITS = {"one": 1, "two": 2, "three": 3}  # axes whose size is their name
 INTERLEAVED = ("two", "three")  # in a fused tensor: which of the maps, which alternate row by row
 Axes = tuple[str, ...]  # a product of axes: ("kv", "dim") has kv * dim coordinates
