@@ -20,11 +20,8 @@ from ..growth.widening import kind_of, tensor_axes
 ROWS, LENGTH = 2, 64
 RATE = 0.02  # of a step, relative to each tensor's own root mean square
 ZERO_TENSOR_RMS = 0.02  # stands for that of a tensor of zeros
-LOOKED_UP = (
-    "pos",
-    "place",
-    "type",
-)  # axes of tables beside `vocab`, of which a batch uses some rows
+# Axes of tables beside `vocab`, of which a batch uses some rows.
+LOOKED_UP = ("pos", "place", "type", "bucket")
 
 
 @dataclass(frozen=True)

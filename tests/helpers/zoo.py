@@ -88,6 +88,7 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("ModernBertForMaskedLM", "ModernBertForTokenClassification"),
         COUPLED | {"layer_types": [F, S, F], "local_attention": 16},
     ),
+    "mpnet": (("MPNetForMaskedLM", "MPNetModel"), COUPLED),
     "xlm-roberta": (("XLMRobertaForMaskedLM", "XLMRobertaForTokenClassification"), COUPLED),
 }
 
