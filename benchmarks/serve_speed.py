@@ -26,7 +26,7 @@ from typing import Any
 from regraft.export.gguf.engine import import_engine
 
 BATCH, NEW = 512, 32
-RECURRENT = ("qwen35", "granitehybrid")  # a state beside the cache, in llama.cpp's file format
+RECURRENT = ("qwen35", "granitehybrid")  # a state beside the cache
 POSITIONS = ("qwen35",)  # cells with two more numbers: positions in an image
 
 
@@ -56,7 +56,9 @@ def repeat_cells(state: bytes, cells: int, architecture: str) -> bytes:
     and states of recurrent layers stay as they are, at the new end of the text.
     """
     reader, extra = Reader(state), 8 if architecture in POSITIONS else 0
-    out, have = _copy_cache(reader, cells, 0, extra)
+    head = reader.take(8)  # a magic number and the sequence's
+    cache, have = _copy_cache(reader, cells, 0, extra)
+    out = head + cache
     if reader.at == len(state):
         return out
     if architecture not in RECURRENT:  # the windows' cache
