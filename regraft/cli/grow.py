@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_apart, describe_request, split_keys
+from .verb import Outcome, Verb, check_apart, describe_request, format_check, split_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,7 +124,6 @@ def grow(
     from ..growth.new_tokens import read_new_tokens
     from ..growth.sizes_to_steps import LEARNED, Growth
     from ..io import output, shard_writer
-    from ..io.hub import display_name
     from ..io.shard_writer import ExtraFile
     from ..modeling.reopen import save_model
     from ..plan.plan import Plan, print_plan
@@ -208,7 +207,7 @@ def grow(
         if step0:
             console.print(parity.format_step0(step0), soft_wrap=True, highlight=False)
         wrote = f"{out} is there already" if done else f"Wrote {out}"
-        following = f"{wrote}. Next: regraft check {display_name(source)} {out}"
+        following = f"{wrote}. Next: {format_check(source, out)}"
         console.print(following, soft_wrap=True, highlight=False)
 
     return Outcome(plan.to_dict() | {"out": out, "step0": step0}, show)

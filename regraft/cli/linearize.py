@@ -15,6 +15,7 @@ from .verb import (
     check_apart,
     check_folders,
     describe_request,
+    format_check,
     name_method,
     remix_changes,
 )
@@ -205,7 +206,7 @@ def linearize(
         if ledger:
             console.print(tables.training_table(ledger["summary"], ledger["start"]))
         following = (
-            f"regraft eval {out} --baseline {source}" if ledger else f"regraft check {source} {out}"
+            f"regraft eval {out} --baseline {source}" if ledger else format_check(source, out)
         )
         if for_:
             following += f"; regraft export {out} SERVED --to {for_}"

@@ -244,6 +244,22 @@ def experiment_outcome(numbers: dict[str, Any], out: str) -> Outcome:
     return Outcome(numbers, show)
 
 
+def format_check(source: str, out: str) -> str:
+    """The command that compares a model with what was made from it.
+
+    Args:
+        source: path of the model, which may stand for one with an adapter.
+        out: what was made.
+    """
+    from ..io.adapted import read_adapted
+    from ..io.hub import display_name
+
+    known = read_adapted(source)
+    if known is None:
+        return f"regraft check {display_name(source)} {out}"
+    return f"regraft check {display_name(known['base'])} {out} --adapter {known['adapter']}"
+
+
 def check_plot(name: str) -> None:
     """RegraftError when a file of this name is in the current folder that `write_plot` did not
     write.

@@ -20,22 +20,17 @@ WRAPPERS = {
     "module.": "DistributedDataParallel or DeepSpeed",
 }
 LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
-# The end of a tensor's name -> (the scheme of quantisation that it tells, how transformers undoes
-# it: an argument of `from_pretrained`, a method of the model, or nothing).
+# The end of a tensor's name -> the scheme of quantisation that it tells.
 SCHEMES = {
-    r"\.(qweight|qzeros)": ("GPTQ or AWQ", ""),
+    r"\.(qweight|qzeros)": "GPTQ or AWQ",
     r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)": (
-        "bitsandbytes in 4 bits",
-        ".dequantize()",
+        "bitsandbytes in 4 bits"
     ),
-    r"\.(SCB|weight_format)": ("bitsandbytes in 8 bits", ".dequantize()"),
-    r"\.weight_scale_inv": ("fp8 in blocks", "FineGrainedFP8Config"),
-    r"\.(weight_packed|weight_scale|input_scale)": (
-        "compressed-tensors, or fp8 or int8 with scales",
-        "CompressedTensorsConfig",
-    ),
-    r"_(blocks|scales)": ("MXFP4", "Mxfp4Config"),
-    r"\.W_q": ("HQQ", ""),
+    r"\.(SCB|weight_format)": "bitsandbytes in 8 bits",
+    r"\.weight_scale_inv": "fp8 in blocks",
+    r"\.(weight_packed|weight_scale|input_scale)": "compressed-tensors, or fp8 or int8 with scales",
+    r"_(blocks|scales)": "MXFP4",
+    r"\.W_q": "HQQ",
 }
 
 
@@ -52,12 +47,13 @@ def check_foreign_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> N
             f"'{folder}' holds '{lora}', an adapter that is not merged: save the adapter "
             "alone with PEFT, then give the model that it was trained on and --adapter DIR"
         )
-    for ending, (scheme, cure) in SCHEMES.items():
+    for ending, scheme in SCHEMES.items():
         name = next((name for name in entries if re.search(f"{ending}$", name)), None)
         if name is not None:
             raise RegraftError(
-                f"'{folder}' is quantised ({scheme}: it holds '{name}'), though config.json has no "
-                f"quantization_config: {advise_dequantizing(folder, cure)}"
+                f"'{folder}' holds '{name}', as {scheme} does, and its config.json does not say how"
+                " it is quantised: put its quantization_config back as it was published, or take "
+                "the model that it was made from"
             )
     if mark := find_wrapper(entries):
         raise RegraftError(
@@ -89,25 +85,4 @@ def format_stripping(folder: Path, mark: str) -> str:
         f"{{'format': 'pt'}}) for f in Path({quoted}).glob('*.safetensors')]; "
         f"[f.write_text(f.read_text().replace({in_index})) "
         f"for f in Path({quoted}).glob('*.index.json')]\""
-    )
-
-
-def advise_dequantizing(folder: Path, cure: str) -> str:
-    """What to do about a quantised model.
-
-    Args:
-        folder: of the model.
-        cure: how transformers undoes the scheme, as in `SCHEMES`.
-    """
-    if not cure:
-        return "take the model that it was made from, transformers cannot undo this scheme"
-    quoted, plain = quote_folder(folder), quote_folder(folder, "-plain")
-    made = f"transformers.AutoModelForCausalLM.from_pretrained({quoted})"
-    if cure.startswith("."):
-        made += cure
-    else:
-        made = f"{made[:-1]}, quantization_config=transformers.{cure}(dequantize=True))"
-    return (
-        "take the model that it was made from, or put the key back and run "
-        f'python -c "import transformers; {made}.save_pretrained({plain})"'
     )
