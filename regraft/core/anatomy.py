@@ -17,7 +17,7 @@ from ..errors import RegraftError
 from .anatomy_defaults import no_bridge, no_keys, no_prefix, older_rope_keys, softmax_scale
 from .axes import product
 from .class_heads import adapt_to_class
-from .config_checks import check_config, check_sizes
+from .config_checks import check_config, check_family, check_open, check_sizes
 from .part import Config, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
 
@@ -36,6 +36,10 @@ __all__ = [
     "older_rope_keys",
     "read_as_auto",
 ]
+
+
+# The module that infers tables, imported when a type has none: it needs transformers and growth.
+INFERRED = "regraft.families.inference.inferred"
 
 
 class AttentionFields(TypedDict):
@@ -123,6 +127,8 @@ class Anatomy:
     # Whether models of it are only written by `regraft export` and opened again: they are neither
     # grown nor linearized.
     served_only: bool = False
+    # Axes that do not grow -> why; "attention": why it is not linearized. Of inferred tables.
+    closed: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, config: Config) -> None:
         """RegraftError when a key of a config is of a wrong type, or a count out of bounds."""
@@ -280,6 +286,7 @@ class Anatomy:
                 "model that it was exported from"
             )
         check_sizes(self.family, sizes)
+        check_open(self, config, sizes)
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
         # Checked whatever grows; what the class derives from a layer's number is written out.
         lists = find_layer_lists(config, self)
@@ -399,7 +406,8 @@ def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
 def list_families() -> list[str]:
     """The model types that have a table, which are the files in regraft/families."""
     package = importlib.import_module("regraft.families")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    found = pkgutil.iter_modules(package.__path__)
+    return sorted(module.name for module in found if not module.ispkg)
 
 
 def list_served_families() -> list[str]:
@@ -410,15 +418,16 @@ def list_served_families() -> list[str]:
 def find_anatomy(config: Config) -> Anatomy:
     """The table for a config's `model_type`, for the class that its `architectures` names.
 
-    RegraftError when there is none, naming the file to write, and when a key of the config is of a
-    wrong type.
+    A type without a table gets the one that is inferred from its class (`families/inference`).
+
+    RegraftError when no table can hold the type, and when a key of the config is of a wrong type.
     """
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in list_families():
-        known = ", ".join(name for name in list_families() if name != "regraft")
-        raise RegraftError(
-            f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})"
-        )
+    check_family(family)
+    if family not in list_families():
+        found: Anatomy = importlib.import_module(INFERRED).find_inferred(config)
+        found.check(config)
+        return found
     anatomy = _import_table(family)
     anatomy = _import_table(anatomy.rewrite(config).get("model_type", family))
     anatomy.check(config)
@@ -436,7 +445,9 @@ def read_as_auto(config: Config) -> dict[str, Any]:
     anatomy = find_anatomy(config)
     if anatomy.host(config) is not anatomy:
         return {**config, **anatomy.rewrite(config)}  # its host was read when it was linearized
-    return fill_nulls({**config, **_import_table(config["model_type"]).rewrite(config)}, anatomy)
+    known = config["model_type"] in list_families()
+    rewrite = (_import_table(config["model_type"]) if known else anatomy).rewrite
+    return fill_nulls({**config, **rewrite(config)}, anatomy)
 
 
 def _import_table(family: str) -> Anatomy:

@@ -24,6 +24,8 @@ MAX_LAYERS, MAX_EXPERTS, MAX_EXPERTS_IN_ALL = 4096, 4096, 1 << 17
 # Of any other axis: more than any vocabulary or context has. And of numbers such as `num_labels`,
 # for which transformers makes a table, whatever the tensors are.
 MAX_SIZE, MAX_COUNT = 1 << 24, 1_000_000
+# Axes that growth changes.
+GROWING_AXES = ("depth", "hidden", "ffn", "kv", "group", "dim")
 TokenIds = int | list[int] | None
 Sides = int | tuple[int, int] | None  # one number, or height and width
 
@@ -196,3 +198,32 @@ def check_counts(family: str, sizes: Mapping[str, int], entries: Mapping[str, Te
             f"{family} config says {count}, the files hold {len(entries):,} tensors: "
             "config.json and weights do not belong together"
         )
+
+
+def check_family(family: object) -> None:
+    """RegraftError when a config's `model_type` is no name."""
+    if not isinstance(family, str) or not family:
+        raise RegraftError(
+            f"config has model_type = {family!r}: it must be the name of a model type, such as "
+            "llama"
+        )
+
+
+def check_open(
+    anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """RegraftError when an axis would grow that the table keeps closed.
+
+    Args:
+        anatomy: the table.
+        config: of the model as it is.
+        sizes: all axis sizes of the new model.
+    """
+    before = anatomy.solve(config) if anatomy.closed else {}
+    for axis, why in anatomy.closed.items():
+        if sizes.get(axis) != before.get(axis):
+            others = [name for name in GROWING_AXES if name not in anatomy.closed]
+            raise RegraftError(
+                f"{anatomy.family} cannot grow its {axis} ({why}): its table is inferred, and "
+                f"growth is proven for {', '.join(others) or 'no axis'}"
+            )

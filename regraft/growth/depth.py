@@ -165,6 +165,11 @@ def deepen_tensors(
             continue
         origin = order[layer]
         old_key = (role, origin.source)
+        if old_key not in placed:
+            raise RegraftError(
+                f"layer {layer} would need '{role}', which layer {origin.source} that it comes "
+                f"from does not have: choose another number than --layers {len(order)}"
+            )
         lazy = _move_layer(source, config, placed[old_key].part, role, origin.source, layer)
 
         # Post-norm models: the layer before a new one hands on its last norm, which the new layer

@@ -254,6 +254,11 @@ def check_supported(source: Checkpoint) -> None:
             " exported from"
         )
 
+    if why := anatomy.closed.get("attention"):
+        raise RegraftError(
+            f"the attention of {anatomy.family}, which has no table, cannot be linearized by the "
+            f"inferred one: {why}"
+        )
     if anatomy.parts.get(SINKS):
         raise RegraftError(
             f"{anatomy.family} has learned sinks in its softmax ('{SINKS}'), which mixers do not "
