@@ -24,10 +24,19 @@ LIMIT = 60  # seconds of processor time a type
 
 
 def list_decoders() -> list[str]:
-    """The model types that have a decoder with a language model's head."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """The model types with a decoder alone: no encoders, none with several parts."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    others = {
+        *auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    return [
+        name
+        for name in sorted(set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - others)
+        if "text_config" not in (getattr(CONFIG_MAPPING[name], "sub_configs", None) or {})
+    ]
 
 
 def try_type(family: str) -> tuple[list[str], dict[str, str]]:

@@ -15,6 +15,7 @@ import torch
 from ..core.checkpoint import Checkpoint
 from ..core.lazy import LazyTensor, Provenance
 from ..errors import RegraftError, first_line
+from ..families.inference.shapes import list_stored
 from ..families.inference.table import InferredTable, build_anatomy
 from ..families.inference.tiny_model import LENGTH, TinyModel, run
 from ..growth.steps.deepen import Deepen
@@ -32,8 +33,6 @@ def open_tiny(table: InferredTable, tiny: TinyModel) -> Checkpoint:
 
     RegraftError when the table does not claim every tensor of the class with its shape.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     model = tiny.build_random()
     config = {
         "model_type": tiny.family,
@@ -42,8 +41,7 @@ def open_tiny(table: InferredTable, tiny: TinyModel) -> Checkpoint:
     }
     anatomy = build_anatomy(table, config)
     config |= anatomy.rewrite(config)
-    stored = revert_weight_conversion(model, dict(model.named_parameters()))
-    values = {name: value.detach().contiguous() for name, value in stored.items()}
+    values = {name: value.detach().contiguous() for name, value in list_stored(model).items()}
     placed = anatomy.place(config)
     check_claimed(table, {key: (one.name, one.shape) for key, one in placed.items()}, values)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .roles import find_role, name_rest
-from .shapes import Law, ShapeLaws, find_laws, parse_name, power
+from .shapes import Law, ShapeLaws, find_laws, list_tensors, parse_name, power
 from .table import InferredTable, Row, check_has_depth, pack_law
 from .tiny_model import TinyModel
 from .trace import Trace, trace_forward
@@ -95,7 +95,7 @@ def _find_names(model: Any) -> _Names:
     from transformers.core_model_loading import revert_weight_conversion
 
     modules = {}
-    for name, value in model.named_parameters():
+    for name, value in list_tensors(model).items():
         try:
             stored = revert_weight_conversion(model, {name: value.detach()})
         except Exception:  # tensors that are converted together with others
@@ -200,7 +200,7 @@ def _find_head_roles(draft: _Draft) -> set[str]:
     whole = {"attn.qkv", "attn.o"} <= roles or {"attn.q", "attn.k", "attn.v", "attn.o"} <= roles
     if not whole:
         return set()
-    return roles | {"attn.q_norm", "attn.k_norm"}
+    return roles | {"attn.q_norm", "attn.k_norm", "attn.sinks"}
 
 
 def _add(first: Law, second: Law, factor: float) -> Law:
@@ -232,7 +232,7 @@ def _module_of(draft: _Draft, template: str) -> Any:
 
 
 def _write_table(draft: _Draft) -> InferredTable:
-    rows = [_write_row(draft, template) for template in draft.laws.laws]
+    rows = _name_apart([_write_row(draft, template) for template in draft.laws.laws])
     rows.sort(key=lambda row: 0 if row.role == "embed.weight" else 1)
     sizes, fixed, filled = _write_sizes(draft)
     for template in draft.laws.uneven:
@@ -241,6 +241,8 @@ def _write_table(draft: _Draft) -> InferredTable:
     if not draft.heads:
         why = "no softmax attention with queries, keys and values of equal heads was found"
         draft.closed |= dict.fromkeys(("kv", "group", "dim", "attention"), why)
+    elif draft.keys["kv"] is None:
+        draft.closed["group"] = "every query head has a key/value head of its own"
     if draft.ffn is None:
         draft.closed["ffn"] = "no config key sets the width of the MLP alone"
 
@@ -269,10 +271,23 @@ def _write_table(draft: _Draft) -> InferredTable:
     )  # fmt: skip
 
 
+def _name_apart(rows: list[Row]) -> list[Row]:
+    """Rows with a role each: of several with the same, the first keeps it."""
+    taken: set[str] = set()
+    apart = []
+    for row in rows:
+        if row.role in taken:
+            ending = row.name.rpartition(".")[2]
+            row = replace(row, role=f"{name_rest(parse_name(row.name).module)}.{ending}")
+        taken.add(row.role)
+        apart.append(row)
+    return apart
+
+
 def _write_row(draft: _Draft, template: str) -> Row:
     """The row of a tensor."""
     parsed = parse_name(_first_name(draft, template))
-    role, module = find_role(parsed.module), _module_of(draft, template)
+    role, module = find_role(parsed.module, parsed.ending), _module_of(draft, template)
     laws, name = draft.laws.laws[template], _module_name(draft, template)
     some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
     fields: dict[str, Any] = {"name": template, "in_some_layers": "{}" in template and some}
@@ -290,10 +305,11 @@ def _write_row(draft: _Draft, template: str) -> Row:
         return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
 
     role = role or name_rest(parsed.module)
-    fields |= _find_streams(draft, template, name)
+    fields |= _find_streams(draft, name, laws)
     if "{e}" in template:
         fields["at"] = "routed"
-    return _write_map(draft, template, f"{role}.{parsed.ending}", role, laws, fields)
+    ending = "weight" if role == "attn.sinks" else parsed.ending
+    return _write_map(draft, template, f"{role}.{ending}", role, laws, fields)
 
 
 def _write_norm(
@@ -321,10 +337,13 @@ def _write_norm(
     return Row(f"{role}.{ending}", signature=signature, norm=True, **fields, **streams)
 
 
-def _find_streams(draft: _Draft, template: str, name: str) -> dict[str, str]:
-    """What a map reads and writes."""
-    reads, writes = draft.trace.find_reads(name), draft.trace.find_writes(name)
-    return {"reads": reads, "writes": writes if "{}" in template else "stream"}
+def _find_streams(draft: _Draft, name: str, laws: list[Law | None]) -> dict[str, str]:
+    """What a map with the hidden size among its dimensions reads and writes; {} for others."""
+    if power(str(draft.keys["hidden"])) not in laws:
+        return {}
+    in_layer = "{}" in parse_name(f"{name}.x").template
+    streams = {"reads": draft.trace.find_reads(name)}
+    return streams | ({"writes": draft.trace.find_writes(name)} if in_layer else {})
 
 
 def _write_map(
@@ -340,11 +359,16 @@ def _write_map(
         return Row(full_role, signature=_write_axes(draft, laws) or "one", **fields)
     in_out = _is_in_out(draft, template) and len(laws) == 2
     output, fused = _name_output(draft, laws[-1 if in_out else 0], role)
+    if output != "hidden":
+        fields.pop("writes", None)
     fields |= {"fused": fused, "stored": "in out" if in_out else "out in"}
     if len(laws) == 1:
+        fields.pop("reads", None)
         named = re.search("[a-z]", output)
         return Row(full_role, signature=f"-> {output}" if named else output, **fields)
     given = _name_axis(draft, laws[0 if in_out else 1], role, reads=True)
+    if given != "hidden":
+        fields.pop("reads", None)
     return Row(full_role, signature=f"{given} -> {output}", **fields)
 
 
@@ -385,6 +409,8 @@ def _name_axis(draft: _Draft, law: Law | None, role: str, reads: bool = False) -
             return wide
         if role in ("attn.k", "attn.v", "attn.k_norm") and not reads and law == _key_law(draft):
             return "kv dim"
+        if role == "attn.sinks" and law == power(str(keys["heads"])):
+            return wide.removesuffix(" dim")
         if "norm" in role and law == _dim_law(draft):
             return "dim"
     for axis in ("vocab", "hidden"):
@@ -497,17 +523,20 @@ def _find_scale(draft: _Draft) -> tuple[str, float] | None:
     dim = config.get(draft.keys["dim"] or "") or draft.trace.width // config.get(
         draft.keys["heads"] or "", 1
     )
-    if value is None or abs(value - dim**-0.5) < 1e-6:
+    if value is None:
         return None
     # Other numbers may happen to be equal: names that speak of attention come first.
     for words in ("att|query", "scal|multiplier"):
         for key, given in config.items():
             is_number = isinstance(given, int | float) and not isinstance(given, bool)
-            if not (is_number and given > 0 and re.search(words, key)):
+            is_size = key in draft.laws.sizes or key == draft.keys["depth"]
+            if not is_number or is_size or given <= 0 or not re.search(words, key):
                 continue
             for exponent in (1.0, -0.5, -1.0):
                 if abs(float(given) ** exponent - value) < 1e-6:
                     return key, exponent
+        if abs(value - dim**-0.5) < 1e-6:
+            return None
     draft.closed.setdefault("dim", f"the factor {value:g} on the scores follows no config key")
     return None
 

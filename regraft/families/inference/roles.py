@@ -21,21 +21,25 @@ PATTERNS = {
     r"|output_linear)",
     "mlp.router": r".*\.(gate|router|gate\.wg|router\.layer)",
 }
-MAIN_MLP = r"(?:.*\.)?(mlp|feed_forward|ffn|block_sparse_moe|moe|layers?\.\{\})\.[\w]+"
 HEAD = r"(lm_head|embed_out|output_projection|output)"
 
 
-def find_role(module: str) -> str | None:
+def find_role(module: str, ending: str = "weight") -> str | None:
     """The role of a tensor by the name of its module; None when the name does not say.
 
     Args:
         module: name with "{}" for the layer and "{e}" for the expert.
+        ending: of the tensor's name.
     """
     if "{}" not in module:
         return "head" if re.fullmatch(rf"(.*\.)?{HEAD}", module) else None
     inside = module.partition("{}")[2]
+    if ending in ("sinks", "sink") and re.search(ATTENTION, inside):
+        return "attn.sinks"
     for role, pattern in PATTERNS.items():
         if re.fullmatch(rf".*{pattern}" if role.startswith("attn.") else pattern, inside):
+            if role.startswith("mlp.") and re.search(r"attn|attention", inside):
+                return None
             if role.startswith("mlp.") and "shared" in inside:
                 return f"shared.{role.removeprefix('mlp.')}"
             return role.replace("mlp.", "mlp.{e}.") if "{e}" in module else role
@@ -43,5 +47,5 @@ def find_role(module: str) -> str | None:
 
 
 def name_rest(module: str) -> str:
-    """The role of a tensor that no pattern fits: its own name."""
-    return "other." + module.replace("{}.", "").replace(".", "_")
+    """The role of a tensor that no pattern fits: its own name, in a layer that inside it."""
+    return "other." + module.rpartition("{}.")[2].replace(".", "_")

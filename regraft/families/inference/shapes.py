@@ -78,11 +78,23 @@ class ShapeLaws:
 
 def read_shapes(tiny: TinyModel, changes: Mapping[str, Any] | None = None) -> dict[str, Shape]:
     """The shapes that a class writes to a file under changed config keys, by name."""
+    values = list_stored(tiny.build(changes, "meta"))
+    return {name: tuple(value.shape) for name, value in values.items()}
+
+
+def list_stored(model: Any) -> dict[str, Any]:
+    """Every tensor that a model is saved with, by name in the file; tied ones once."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = tiny.build(changes, "meta")
-    values = revert_weight_conversion(model, dict(model.named_parameters()))
-    return {name: tuple(value.shape) for name, value in values.items()}
+    stored: dict[str, Any] = revert_weight_conversion(model, list_tensors(model))
+    return stored
+
+
+def list_tensors(model: Any) -> dict[str, Any]:
+    """Parameters of a model and buffers that are saved, by name in the model; tied ones once."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: value for name, value in model.state_dict().items() if name not in every}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def find_laws(tiny: TinyModel) -> ShapeLaws:

@@ -18,7 +18,7 @@ from ...core.anatomy_defaults import softmax_scale
 from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
-from .shapes import Law, evaluate_law, parse_name
+from .shapes import Law, evaluate_law, list_stored, parse_name
 from .tiny_config import find_key
 
 NUMBER = re.compile(r"<(\d+)>")
@@ -188,11 +188,7 @@ class _Config:
 @lru_cache(maxsize=8)
 def _list_names(family: str, kind: str, config: _Config) -> frozenset[tuple[str, int]]:
     """(template, layer) of every tensor of a model, from the class on the meta device."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    model = build_meta(family, kind, config.config)
-    values = revert_weight_conversion(model, dict(model.named_parameters()))
-    parsed = [parse_name(name) for name in values]
+    parsed = [parse_name(name) for name in list_stored(build_meta(family, kind, config.config))]
     return frozenset((name.template, name.layer) for name in parsed if name.layer is not None)
 
 

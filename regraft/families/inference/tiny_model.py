@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS, LENGTH = 2, 21  # of the token ids that a tiny model reads
+LARGEST = 3_000_000  # parameters of a tiny model
 NOT_SAID = ("transformers_version", "model_type", "_name_or_path", "architectures", "auto_map")
 
 
@@ -214,6 +215,7 @@ def find_running(model: TinyModel) -> TinyModel:
             model.family, model.kind, model.config_kind, model.full, config, model.aliases
         )
         try:
+            check_is_tiny(tried)
             run(tried.build_random(), tried)
         except Exception as error:  # classes raise anything for sizes that do not go together
             reason = reason or first_line(error)
@@ -223,6 +225,13 @@ def find_running(model: TinyModel) -> TinyModel:
         f"no tiny {model.kind.__name__} runs ({reason}), so that nothing can be inferred of "
         f"'{model.family}': only types with a table work there"
     )
+
+
+def check_is_tiny(model: TinyModel) -> None:
+    """RegraftError when sizes that no rule names make a model large: it is not built then."""
+    count = sum(value.numel() for value in model.build(device="meta").parameters())
+    if count > LARGEST:
+        raise RegraftError(f"it has {count:,} parameters, the limit is {LARGEST:,}")
 
 
 def iter_changes(model: TinyModel) -> Iterator[dict[str, Any]]:
