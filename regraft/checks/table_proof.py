@@ -45,14 +45,15 @@ def open_tiny(table: InferredTable, tiny: TinyModel) -> Checkpoint:
     placed = anatomy.place(config)
     check_claimed(table, {key: (one.name, one.shape) for key, one in placed.items()}, values)
 
+    place = Path(f"tiny {tiny.family}")
     return Checkpoint(
-        Path(f"tiny {tiny.family}"),
+        place,
         config,
         anatomy,
         anatomy.solve(config),
         {key: _hold(values[one.name], one.name) for key, one in placed.items()},
         {key: one.name for key, one in placed.items()},
-        None,
+        place,
         in_memory=True,
     )
 
@@ -102,7 +103,8 @@ def iter_trials(source: Checkpoint) -> Iterator[tuple[tuple[str, ...], list[Step
     """(axes, steps that grow them) of every proof; the class may refuse steps, but not all."""
     sizes = source.sizes
     hidden, ffn, heads = sizes["hidden"], sizes["ffn"], sizes["kv"] * sizes["group"]
-    yield ("depth",), [Deepen(2 * source.layers)]
+    # Every layer gets a new one behind it, if layers are alike; else one on top.
+    yield ("depth",), [Deepen(2 * source.layers), Deepen(source.layers + 1)]
     yield (
         ("hidden",),
         [Widen(hidden=hidden + extra) for extra in (hidden // 4, hidden // 2, hidden)],

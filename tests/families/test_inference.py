@@ -57,6 +57,153 @@ def describe_part(anatomy: Anatomy, config: dict[str, Any], placed: PlacedPart) 
 def test_inference_agrees_with_the_written_table(family: str) -> None:
     config = tiny(family)[0].to_dict()
     written = find_anatomy(config)
-    table = next(infer_tables(find_tiny_model(config)))
-    found = build_anatomy(table, config)
-    assert describe(found, config) == describe(written, config)
+    # Of several ways to pack queries, keys and values the proof chooses.
+    tables = list(infer_tables(find_tiny_model(config)))
+    found = [build_anatomy(table, config) for table in tables]
+    assert describe(written, config) in [describe(one, config) for one in found]
+    full = written.fill_defaults(config)
+    for one in found:
+        assert {*one.sizes} == {*written.sizes} and one.slot == written.slot
+        names = ("eps", "rotary", "embed_scale", "causal", "activation", "routed", "divides")
+        assert all(getattr(one, name) == getattr(written, name) for name in names)
+        assert one.scale(full, 8, 0) == pytest.approx(written.scale(full, 8, 0))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / inferred.FOLDER
+
+
+def save_unknown(folder: Path, family: str, **keys: Any) -> TinyModel:
+    """Write a tiny random model of a type without a table."""
+    tiny_model = find_tiny_model({"model_type": family, **keys})
+    model = tiny_model.build_random()
+    model.config.dtype = torch.float32
+    model.save_pretrained(folder)
+    return tiny_model
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_unknown_types_are_proven_on_every_axis(family: str) -> None:
+    closed = set(inferred.find_table({"model_type": family}).closed)
+    assert closed == (set() if UNKNOWN[family] else {"attention"})
+
+
+def test_an_unknown_type_grows_and_is_linearized_on_disk(tmp_path: Path, cache: Path) -> None:
+    """With fewer key/value heads, other sizes of heads and keys that the class would fill in."""
+    save_unknown(tmp_path / "source", "granite", num_key_value_heads=4, hidden_size=4096)
+    source = tmp_path / "source"
+    assert main(["grow", str(source), str(tmp_path / "grown"), "--hidden", "80", "--ffn", "104",
+                 "--heads", "8", "--layers", "6"]) == 0  # fmt: skip
+    assert check(source, tmp_path / "grown")["holds"]
+    assert main(["linearize", str(source), str(tmp_path / "linear"), "--mixer", "supra"]) == 0
+    assert regraft.load(tmp_path / "linear").config.model_type == "regraft"
+
+    # What growth changes is no other table: all of it came from one inference.
+    assert len({file.read_text() for file in cache.iterdir()}) == 1
+
+
+def test_wrong_tables_are_caught() -> None:
+    """Each wrong reading of a part closes the axis that it spoils."""
+    tiny_model = find_tiny_model({"model_type": "granite"})
+    table = next(infer_tables(tiny_model))
+    assert not table_proof.prove_growth(table, tiny_model)
+    assert table_proof.prove_attention(table, tiny_model) is None
+
+    def change(role: str, **fields: Any) -> InferredTable:
+        rows = [replace(row, **fields) if row.role == role else row for row in table.rows]
+        return replace(table, rows=tuple(rows))
+
+    down = change("mlp.down.weight", signature="ffn -> ffn")
+    wrong = {
+        "hidden": change("norm.input_layernorm.weight", reads="normed", writes="stream"),
+        "depth": change("mlp.down.weight", signature="ffn -> 64"),
+        "kv": replace(table, sizes=tuple((k, {"kv": "kv group", "kv group": "kv"}.get(a, a))
+                                         for k, a in table.sizes)),
+        "dim": replace(table, rotary=False),
+        "ffn": down,
+    }  # fmt: skip
+    for axis, one in wrong.items():
+        assert axis in table_proof.prove_growth(one, tiny_model), axis
+    unit = change("norm.post_attention_layernorm.weight", signature="1+gain hidden")
+    assert "depth" not in table_proof.prove_growth(unit, tiny_model)
+    assert table_proof.prove_attention(replace(table, rotary=False), tiny_model)
+    assert table_proof.prove_attention(replace(table, scale=None), tiny_model) is None
+
+
+def test_closed_axes_are_refused_and_others_grow(tmp_path: Path) -> None:
+    save_unknown(tmp_path / "source", "cohere")
+    source = Checkpoint.open(tmp_path / "source")
+    assert Deepen(layers=5)(source).layers == 5
+    with pytest.raises(RegraftError, match=r"cohere cannot grow its hidden \(growing it changes"):
+        Widen(hidden=80)(source)
+
+
+def test_the_table_prints_as_a_file_that_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_unknown(tmp_path / "source", "qwen3_moe")
+    assert main(["anatomy", str(tmp_path / "source"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["inferred"] and set(printed["open"]) >= {"hidden", "attention"}
+
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    text = printed["table"].replace("from ..core", "from regraft.core")
+    names: dict[str, Any] = {}
+    exec(compile(text, "table", "exec"), names)
+    assert describe(names["anatomy"], config) == describe(find_anatomy(config), config)
+    assert names["anatomy"].solve(config) == find_anatomy(config).solve(config)
+    assert main(["anatomy", str(tmp_path / "source")]) == 0
+    assert text.replace("from regraft.core", "from ..core") in capsys.readouterr().out
+
+
+def test_written_tables_print_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("qwen3")[1].save_pretrained(tmp_path)
+    assert main(["anatomy", str(tmp_path / "config.json")]) == 0
+    assert table_file.read_family_file("qwen3") in capsys.readouterr().out
+
+
+def _find(folder: str, queue: Any) -> None:
+    import os
+
+    os.environ["REGRAFT_CACHE"] = folder
+    queue.put(inferred.find_table({"model_type": "arcee"}).closed)
+
+
+def test_two_processes_infer_at_once_and_a_third_reads(tmp_path: Path, cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue: Any = context.Queue()
+    workers = [context.Process(target=_find, args=(str(cache.parent), queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    assert [queue.get(timeout=60) for _ in workers] == [{}, {}]
+    for worker in workers:
+        worker.join()
+    before = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    assert inferred.find_table({"model_type": "arcee"}).closed == {}
+    assert before == {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "gemma3"}, "several parts: its language model is a 'gemma3_text'"),
+        ({"model_type": "t5"}, "'t5' has an encoder and a decoder"),
+        ({"model_type": "olmo9"}, "unknown family 'olmo9': transformers .* has no such model_type"),
+        ({"model_type": "granite", "num_attention_heads": "x"}, "granite"),
+    ],
+)
+def test_what_no_table_can_hold_is_refused_with_what_would_work(
+    config: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RegraftError, match=words) as caught:
+        find_anatomy(config)
+    assert "\n" not in str(caught.value) and "write regraft/families" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGRAFT_CACHE", "/proc/none")
+    with pytest.raises(RegraftError, match="cannot keep the inferred table of arcee.*REGRAFT_CACHE"):
+        find_anatomy({"model_type": "arcee"})

@@ -50,6 +50,8 @@ class _Draft:
     numbers: list[Law] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
     ffn: str | None = None
+    # Name of the attention module with "{}" for its layer; empty without softmax attention.
+    slot: str = ""
 
 
 def infer_tables(tiny: TinyModel) -> Iterator[InferredTable]:
@@ -134,6 +136,7 @@ def _start_draft(
     )
     draft.ffn = _find_ffn_key(draft)
     draft.heads = _find_head_roles(draft)
+    draft.slot = _find_slot(draft)
     return draft
 
 
@@ -254,7 +257,7 @@ def _write_table(draft: _Draft) -> InferredTable:
         numbers=tuple(map(pack_law, draft.numbers)),
         sizes=sizes,
         fixed=fixed,
-        slot=_find_slot(draft),
+        slot=draft.slot,
         eps=_find_eps(draft),
         activation=next((k for k in config if re.fullmatch(r"hidden_act\w*|\w*activation\w*", k)
                          and isinstance(config[k], str)), "hidden_act"),
@@ -304,12 +307,20 @@ def _write_row(draft: _Draft, template: str) -> Row:
         role = "pos" if axes[0] == "pos" else name_rest(parsed.module)
         return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
 
-    role = role or name_rest(parsed.module)
+    role = role or _name_other(draft, parsed.module)
     fields |= _find_streams(draft, name, laws)
     if "{e}" in template:
         fields["at"] = "routed"
     ending = "weight" if role == "attn.sinks" else parsed.ending
     return _write_map(draft, template, f"{role}.{ending}", role, laws, fields)
+
+
+def _name_other(draft: _Draft, module: str) -> str:
+    """The role of a tensor by its own name; what belongs to the attention goes with it."""
+    rest = name_rest(module)
+    if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
+        return "attn." + module.removeprefix(f"{draft.slot}.").replace(".", "_")
+    return rest
 
 
 def _write_norm(
@@ -413,6 +424,9 @@ def _name_axis(draft: _Draft, law: Law | None, role: str, reads: bool = False) -
             return wide.removesuffix(" dim")
         if "norm" in role and law == _dim_law(draft):
             return "dim"
+    if role.startswith("attn.") and role not in draft.heads and draft.heads:
+        if name := _name_head_axes(draft, law):
+            return name
     for axis in ("vocab", "hidden"):
         if law == power(str(keys[axis])):
             return axis
@@ -420,10 +434,30 @@ def _name_axis(draft: _Draft, law: Law | None, role: str, reads: bool = False) -
         return "pos"
     if role.endswith("router") and law == power(str(draft.laws.expert)):
         return "expert"
-    is_mlp = role.startswith("mlp.") and not role.endswith("router")
-    if is_mlp and draft.ffn and law == power(draft.ffn):
-        return "ffn"
+    is_mlp = role.startswith(("mlp.", "shared.")) and not role.endswith("router")
+    if is_mlp and (times := _divide(law, draft.ffn)):
+        return "ffn" if times == {(): 1.0} else f"{_name_number(draft, times)} ffn"
     return _name_number(draft, law)
+
+
+def _name_head_axes(draft: _Draft, law: Law | None) -> str | None:
+    """The axes of further tensors of attention, such as gates; None when they are not heads'."""
+    keys = draft.keys
+    queries = "kv group" if keys["kv"] else "kv"
+    named = [(power(str(keys["heads"])), queries)]
+    if not draft.coupled:
+        named += [(_query_law(draft), f"{queries} dim"), (_key_law(draft), "kv dim")]
+    return next((name for one, name in named if law == one), None)
+
+
+def _divide(law: Law | None, key: str | None) -> Law | None:
+    """A product of keys without one of them; None when it is no product with that key once."""
+    if law is None or len(law) != 1 or key is None:
+        return None
+    ((monomial, factor),) = law.items()
+    if dict(monomial).get(key) != 1:
+        return None
+    return {tuple(pair for pair in monomial if pair[0] != key): factor}
 
 
 def _dim_law(draft: _Draft) -> Law:
@@ -441,14 +475,11 @@ def _name_number(draft: _Draft, law: Law | None) -> str:
             draft.closed.setdefault(axis, "a size follows the config in a way no table can say")
         law = {(): -1.0}
     keys = draft.keys
-    axes = {keys["hidden"]: "hidden", draft.ffn: "ffn", keys["heads"]: "group", keys["kv"]: "kv",
-            keys["dim"]: "dim"}  # fmt: skip
-    for key in _keys_of(law):
-        if key in axes:
-            axis = axes[key]
-            draft.closed.setdefault(axis, f"other sizes follow {key} too")
-            if axis == "group":
-                draft.closed.setdefault("kv", f"other sizes follow {key} too")
+    axes = {keys["hidden"]: ["hidden"], draft.ffn: ["ffn"], keys["heads"]: ["group", "kv"],
+            keys["kv"]: ["kv"], keys["dim"]: ["dim"]}  # fmt: skip
+    for key in _keys_of(law) & {key for key in axes if key}:
+        for axis in axes[key]:
+            draft.closed.setdefault(axis, f"{key} also sets sizes that the table has no axis for")
     if law not in draft.numbers:
         draft.numbers.append(law)
     return f"<{draft.numbers.index(law)}>"
@@ -516,7 +547,7 @@ def _has_embed_scale(draft: _Draft) -> bool:
 
 def _find_scale(draft: _Draft) -> tuple[str, float] | None:
     """Config key and exponent of the factor on the scores; None for one over the root of dim."""
-    module = draft.names.by_name.get(_find_slot(draft).replace("{}", "0"))
+    module = draft.names.by_name.get(draft.slot.replace("{}", "0"))
     value = next((float(v) for v in (getattr(module, name, None) for name in SCALES)
                   if isinstance(v, int | float)), None)  # fmt: skip
     config = draft.tiny.config
