@@ -71,9 +71,7 @@ def check_claimed(table: InferredTable, placed: dict[Any, Any], values: dict[str
 
 
 def _hold(value: torch.Tensor, name: str) -> LazyTensor:
-    return LazyTensor(
-        tuple(value.shape), value.dtype, Provenance("copied", (name,)), lambda: value
-    )
+    return LazyTensor(tuple(value.shape), value.dtype, Provenance("copied", (name,)), lambda: value)
 
 
 def prove_growth(table: InferredTable, tiny: TinyModel) -> dict[str, str]:
@@ -185,5 +183,3 @@ def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
     except Exception as error:  # whatever a wrong table does to the class
         return first_line(error).removeprefix("RegraftError: ")
     return None
-
-

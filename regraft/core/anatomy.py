@@ -38,8 +38,7 @@ __all__ = [
 ]
 
 
-# The module that infers tables, imported when a type has none: it needs transformers and growth.
-INFERRED = "regraft.families.inference.inferred"
+INFERRED = "regraft.families.inference.inferred"  # infers tables; it needs transformers and growth
 
 
 class AttentionFields(TypedDict):
@@ -418,12 +417,10 @@ def list_served_families() -> list[str]:
 def find_anatomy(config: Config) -> Anatomy:
     """The table for a config's `model_type`, for the class that its `architectures` names.
 
-    A type without a table gets the one that is inferred from its class (`families/inference`).
-
-    RegraftError when no table can hold the type, and when a key of the config is of a wrong type.
+    A type without one gets what `families/inference` infers. RegraftError when no table can hold
+    the type, and when a key of the config is of a wrong type.
     """
-    family = config.get("model_type")
-    check_family(family)
+    family = check_family(config)
     if family not in list_families():
         found: Anatomy = importlib.import_module(INFERRED).find_inferred(config)
         found.check(config)
@@ -445,9 +442,8 @@ def read_as_auto(config: Config) -> dict[str, Any]:
     anatomy = find_anatomy(config)
     if anatomy.host(config) is not anatomy:
         return {**config, **anatomy.rewrite(config)}  # its host was read when it was linearized
-    known = config["model_type"] in list_families()
-    rewrite = (_import_table(config["model_type"]) if known else anatomy).rewrite
-    return fill_nulls({**config, **rewrite(config)}, anatomy)
+    own = _import_table(config["model_type"]) if anatomy.family in list_families() else anatomy
+    return fill_nulls({**config, **own.rewrite(config)}, anatomy)
 
 
 def _import_table(family: str) -> Anatomy:

@@ -200,18 +200,18 @@ def check_counts(family: str, sizes: Mapping[str, int], entries: Mapping[str, Te
         )
 
 
-def check_family(family: object) -> None:
-    """RegraftError when a config's `model_type` is no name."""
+def check_family(config: Mapping[str, Any]) -> str:
+    """The `model_type` of a config; RegraftError when it is no name."""
+    family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise RegraftError(
             f"config has model_type = {family!r}: it must be the name of a model type, such as "
             "llama"
         )
+    return family
 
 
-def check_open(
-    anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, int]
-) -> None:
+def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """RegraftError when an axis would grow that the table keeps closed.
 
     Args:

@@ -159,7 +159,9 @@ def test_the_table_prints_as_a_file_that_says_the_same(
     assert text.replace("from regraft.core", "from ..core") in capsys.readouterr().out
 
 
-def test_written_tables_print_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_written_tables_print_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny("qwen3")[1].save_pretrained(tmp_path)
     assert main(["anatomy", str(tmp_path / "config.json")]) == 0
     assert table_file.read_family_file("qwen3") in capsys.readouterr().out
@@ -205,5 +207,7 @@ def test_what_no_table_can_hold_is_refused_with_what_would_work(
 
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGRAFT_CACHE", "/proc/none")
-    with pytest.raises(RegraftError, match="cannot keep the inferred table of arcee.*REGRAFT_CACHE"):
+    with pytest.raises(
+        RegraftError, match="cannot keep the inferred table of arcee.*REGRAFT_CACHE"
+    ):
         find_anatomy({"model_type": "arcee"})

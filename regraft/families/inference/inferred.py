@@ -154,7 +154,9 @@ def _choose_table(tiny: TinyModel, prover: Any) -> InferredTable:
     """The candidate that growth is proven for on the most axes, with the others closed."""
     best: InferredTable | None = None
     for candidate in infer_tables(tiny):
-        proven = replace(candidate, closed={**candidate.closed, **prover.prove_growth(candidate, tiny)})
+        proven = replace(
+            candidate, closed={**candidate.closed, **prover.prove_growth(candidate, tiny)}
+        )
         if best is None or len(proven.closed) < len(best.closed):
             best = proven
     assert best is not None  # infer_tables gives one or raises
@@ -192,5 +194,3 @@ def describe_table(table: InferredTable) -> str:
     if closed:
         line += f"; closed: {', '.join(closed)} (regraft anatomy says why)"
     return line
-
-

@@ -48,4 +48,5 @@ def find_role(module: str, ending: str = "weight") -> str | None:
 
 def name_rest(module: str) -> str:
     """The role of a tensor that no pattern fits: its own name, in a layer that inside it."""
-    return "other." + module.rpartition("{}.")[2].replace(".", "_")
+    inside = f"{module}.".rpartition("{}.")[2].rstrip(".")
+    return "other." + (inside or "layer").replace(".", "_")

@@ -124,7 +124,9 @@ def find_laws(tiny: TinyModel) -> ShapeLaws:
             ]
             first = shape
         else:
-            first = next(s for n, s in found.base.items() if parse_name(n).template == parsed.template)
+            first = next(
+                s for n, s in found.base.items() if parse_name(n).template == parsed.template
+            )
         if shape != first and parsed.template not in found.uneven:
             found.uneven.append(parsed.template)
     return found
@@ -147,8 +149,8 @@ def _list_size_keys(tiny: TinyModel, base: Mapping[str, Shape]) -> dict[str, int
 
 def _takes_head_dim(tiny: TinyModel, base: Mapping[str, Shape]) -> bool:
     try:
-        return read_shapes(tiny, {"head_dim": DIM}) == base != read_shapes(
-            tiny, {"head_dim": 2 * DIM}
+        return (
+            read_shapes(tiny, {"head_dim": DIM}) == base != read_shapes(tiny, {"head_dim": 2 * DIM})
         )
     except Exception:  # classes raise anything for sizes that do not go together
         return False

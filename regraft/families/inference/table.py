@@ -66,7 +66,8 @@ class InferredTable:
     routed: str = ""
     divides: tuple[tuple[str, str], ...] = ()
     multiples: dict[str, int] = field(default_factory=dict)
-    # Keys that the config may lack or have null -> the product of keys that the class takes.
+    # Keys that the config may lack or have null -> the product of keys and numbers that the class
+    # takes.
     filled: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     # Axes that do not grow, or "attention" that is not linearized -> why.
     closed: dict[str, str] = field(default_factory=dict)
@@ -145,7 +146,7 @@ def read_full(table: InferredTable, config: Config) -> dict[str, Any]:
         if full.get(key) is None:
             value = 1.0
             for factor, exponent in factors:
-                value *= float(full[factor]) ** exponent
+                value *= float(factor if factor.isdigit() else full[factor]) ** exponent
             full[key] = round(value)
     return full
 

@@ -68,8 +68,10 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy) -> Iterator[str]:
     yield "},"
     for name in ("fixed", "eps", "rotary", *PLAIN):
         value = getattr(anatomy, name)
-        if name not in DEFAULT_FIELDS or (value and value != DEFAULT_FIELDS[name]) or (
-            isinstance(value, bool) and value != DEFAULT_FIELDS[name]
+        if (
+            name not in DEFAULT_FIELDS
+            or (value and value != DEFAULT_FIELDS[name])
+            or (isinstance(value, bool) and value != DEFAULT_FIELDS[name])
         ):
             yield f"{name}={_format(value)},"
     if table.softcap:
@@ -95,7 +97,11 @@ def _format_part(role: str, part: Part) -> list[str]:
 
 def _format_product(factors: tuple[tuple[str, int], ...]) -> str:
     """A product of config keys as an expression."""
-    over = [f"config[{_quote(key)}]" for key, exponent in factors if exponent > 0]
+    over = [
+        key if key.isdigit() else f"config[{_quote(key)}]"
+        for key, exponent in factors
+        if exponent > 0
+    ]
     under = [f" // config[{_quote(key)}]" for key, exponent in factors if exponent < 0]
     return " * ".join(over) + "".join(under)
 

@@ -106,6 +106,7 @@ def shrink_config(
         lists: those with one entry per layer.
     """
     depth = find_key(full, aliases, "depth")
+    lists = {key: values for key, values in lists.items() if len(values) == full.get(depth or "")}
     tiny = dict(full)
     for key, value in full.items():
         if isinstance(value, bool) or not isinstance(value, int | type(None)):
@@ -134,7 +135,9 @@ def _choose_size(
 ) -> int | None:
     """The tiny value of a key; None when it stays."""
     kind = find_kind(key, aliases)
-    if value is None or value <= 0:
+    if value is None:
+        return FFN if kind == "ffn" else None
+    if value <= 0:
         return None
     rare = next((size for name, size in RARE.items() if re.fullmatch(name, key)), None)
     if kind is None and rare is not None:

@@ -90,7 +90,9 @@ def randomize(model: Any, seed: int = 0) -> None:
                 noise = torch.randn(parameter.shape, generator=generator)
                 if parameter.ndim < 2:
                     # What a class starts near one are factors; the rest is added.
-                    start = float(parameter.float().mean()) if torch.isfinite(parameter).all() else 0
+                    start = (
+                        float(parameter.float().mean()) if torch.isfinite(parameter).all() else 0
+                    )
                     factor = not name.endswith("bias") and abs(start) > 0.5
                     parameter.copy_((start if factor else 0.0) + 0.3 * noise)
                 elif isinstance(module, torch.nn.Embedding):
@@ -169,7 +171,7 @@ def refuse_several_parts(family: str, config_kind: Any, config: Config) -> None:
     text = parts.get("text_config")
     if text is not None or isinstance(config.get("text_config"), Mapping):
         name = (config.get("text_config") or {}).get("model_type") or getattr(
-            text, "model_type", "" 
+            text, "model_type", ""
         )
         raise RegraftError(
             f"'{family}' is a model of several parts: its language model is a "

@@ -57,7 +57,9 @@ class Trace:
 
     def find_writes(self, name: str) -> str:
         """What a map writes, "branch" where a norm follows before the sum, else "stream"."""
-        inputs = [norm.given for norm in self.stream_norms if self.find_norm_reads(norm) == "branch"]
+        inputs = [
+            norm.given for norm in self.stream_norms if self.find_norm_reads(norm) == "branch"
+        ]
         for call in self.calls:
             # Its own output, or that of the attention or MLP which it is in.
             inside = name == call.name or name.startswith(f"{call.name}.")
