@@ -18,7 +18,7 @@ import regraft
 from regraft.checks import table_proof
 from regraft.checks.check import check
 from regraft.cli.main import main
-from regraft.core.anatomy import Anatomy, find_anatomy
+from regraft.core.anatomy import Anatomy, find_anatomy, list_families
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.part import PlacedPart
 from regraft.errors import RegraftError
@@ -28,11 +28,17 @@ from regraft.families.inference.table import InferredTable, build_anatomy
 from regraft.families.inference.tiny_model import TinyModel, find_tiny_model
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
+from regraft.mixers.remix import Remix
 
 ENCODERS = ("bert", "roberta", "vit", "dinov2")
 DECODERS = [family for family in GROWABLE if family not in ENCODERS]
-# Types without a table -> whether their attention can be linearized.
-UNKNOWN = {"granite": True, "olmo3": False, "qwen3_moe": True, "glm4": False, "stablelm": True}
+# Types without a table that grow on every axis and are linearized, and such that only grow.
+BOTH = [
+    family
+    for family in ("granite", "stablelm", "arcee", "nemotron", "qwen3_moe", "seed_oss", "cwm")
+    if family not in list_families()
+]
+GROWS = [family for family in ("olmo3", "glm4", "smollm3") if family not in list_families()]
 
 
 def describe(anatomy: Anatomy, config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
@@ -85,15 +91,15 @@ def save_unknown(folder: Path, family: str, **keys: Any) -> TinyModel:
     return tiny_model
 
 
-@pytest.mark.parametrize("family", UNKNOWN)
+@pytest.mark.parametrize("family", [*BOTH[:4], *GROWS[:2]])
 def test_unknown_types_are_proven_on_every_axis(family: str) -> None:
     closed = set(inferred.find_table({"model_type": family}).closed)
-    assert closed == (set() if UNKNOWN[family] else {"attention"})
+    assert closed == (set() if family in BOTH else {"attention"})
 
 
 def test_an_unknown_type_grows_and_is_linearized_on_disk(tmp_path: Path, cache: Path) -> None:
     """With fewer key/value heads, other sizes of heads and keys that the class would fill in."""
-    save_unknown(tmp_path / "source", "granite", num_key_value_heads=4, hidden_size=4096)
+    save_unknown(tmp_path / "source", BOTH[0], num_key_value_heads=8, num_attention_heads=32)
     source = tmp_path / "source"
     assert main(["grow", str(source), str(tmp_path / "grown"), "--hidden", "80", "--ffn", "104",
                  "--heads", "8", "--layers", "6"]) == 0  # fmt: skip
@@ -106,45 +112,45 @@ def test_an_unknown_type_grows_and_is_linearized_on_disk(tmp_path: Path, cache: 
 
 
 def test_wrong_tables_are_caught() -> None:
-    """Each wrong reading of a part closes the axis that it spoils."""
-    tiny_model = find_tiny_model({"model_type": "granite"})
+    """Each wrong reading closes the axis that it spoils."""
+    tiny_model = find_tiny_model({"model_type": BOTH[0], "num_key_value_heads": 8})
     table = next(infer_tables(tiny_model))
     assert not table_proof.prove_growth(table, tiny_model)
     assert table_proof.prove_attention(table, tiny_model) is None
 
-    def change(role: str, **fields: Any) -> InferredTable:
-        rows = [replace(row, **fields) if row.role == role else row for row in table.rows]
+    def change(name: str, **fields: Any) -> InferredTable:
+        rows = [replace(row, **fields) if name in row.role else row for row in table.rows]
         return replace(table, rows=tuple(rows))
 
-    down = change("mlp.down.weight", signature="ffn -> ffn")
     wrong = {
-        "hidden": change("norm.input_layernorm.weight", reads="normed", writes="stream"),
-        "depth": change("mlp.down.weight", signature="ffn -> 64"),
-        "kv": replace(table, sizes=tuple((k, {"kv": "kv group", "kv group": "kv"}.get(a, a))
-                                         for k, a in table.sizes)),
+        "hidden": change("norm.input_layernorm", signature="1+gain hidden"),
+        "depth": change("mlp.down", signature=f"ffn -> {tiny_model.config['hidden_size']}"),
+        "group": change("attn.o", signature="kv dim group -> hidden"),
         "dim": replace(table, rotary=False),
-        "ffn": down,
-    }  # fmt: skip
+        "ffn": change("mlp.up", signature=f"hidden -> {tiny_model.config['intermediate_size']}"),
+    }
     for axis, one in wrong.items():
         assert axis in table_proof.prove_growth(one, tiny_model), axis
-    unit = change("norm.post_attention_layernorm.weight", signature="1+gain hidden")
-    assert "depth" not in table_proof.prove_growth(unit, tiny_model)
     assert table_proof.prove_attention(replace(table, rotary=False), tiny_model)
-    assert table_proof.prove_attention(replace(table, scale=None), tiny_model) is None
 
 
 def test_closed_axes_are_refused_and_others_grow(tmp_path: Path) -> None:
-    save_unknown(tmp_path / "source", "cohere")
-    source = Checkpoint.open(tmp_path / "source")
+    tiny("llama")[1].save_pretrained(tmp_path)
+    whole = Checkpoint.open(tmp_path)
+    anatomy = replace(whole.anatomy, closed={"hidden": "a reason", "attention": "another"})
+    source = replace(whole, anatomy=anatomy)
     assert Deepen(layers=5)(source).layers == 5
-    with pytest.raises(RegraftError, match=r"cohere cannot grow its hidden \(growing it changes"):
-        Widen(hidden=80)(source)
+    words = r"llama cannot grow its hidden \(a reason\).*proven for depth, ffn, kv, group, dim"
+    with pytest.raises(RegraftError, match=words):
+        Widen(hidden=72)(source)
+    with pytest.raises(RegraftError, match="attention of llama.*cannot be linearized.*another"):
+        Remix(mixer="supra")(source)
 
 
 def test_the_table_prints_as_a_file_that_says_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_unknown(tmp_path / "source", "qwen3_moe")
+    save_unknown(tmp_path / "source", BOTH[-3])
     assert main(["anatomy", str(tmp_path / "source"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["inferred"] and set(printed["open"]) >= {"hidden", "attention"}
@@ -171,7 +177,7 @@ def _find(folder: str, queue: Any) -> None:
     import os
 
     os.environ["REGRAFT_CACHE"] = folder
-    queue.put(inferred.find_table({"model_type": "arcee"}).closed)
+    queue.put(inferred.find_table({"model_type": BOTH[1]}).closed)
 
 
 def test_two_processes_infer_at_once_and_a_third_reads(tmp_path: Path, cache: Path) -> None:
@@ -184,7 +190,7 @@ def test_two_processes_infer_at_once_and_a_third_reads(tmp_path: Path, cache: Pa
     for worker in workers:
         worker.join()
     before = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
-    assert inferred.find_table({"model_type": "arcee"}).closed == {}
+    assert inferred.find_table({"model_type": BOTH[1]}).closed == {}
     assert before == {file: file.stat().st_mtime_ns for file in cache.iterdir()}
 
 
@@ -194,7 +200,7 @@ def test_two_processes_infer_at_once_and_a_third_reads(tmp_path: Path, cache: Pa
         ({"model_type": "gemma3"}, "several parts: its language model is a 'gemma3_text'"),
         ({"model_type": "t5"}, "'t5' has an encoder and a decoder"),
         ({"model_type": "olmo9"}, "unknown family 'olmo9': transformers .* has no such model_type"),
-        ({"model_type": "granite", "num_attention_heads": "x"}, "granite"),
+        ({"model_type": BOTH[0], "num_attention_heads": "x"}, "cannot read this"),
     ],
 )
 def test_what_no_table_can_hold_is_refused_with_what_would_work(
@@ -207,7 +213,5 @@ def test_what_no_table_can_hold_is_refused_with_what_would_work(
 
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGRAFT_CACHE", "/proc/none")
-    with pytest.raises(
-        RegraftError, match="cannot keep the inferred table of arcee.*REGRAFT_CACHE"
-    ):
-        find_anatomy({"model_type": "arcee"})
+    with pytest.raises(RegraftError, match="cannot keep the inferred table of .*REGRAFT_CACHE"):
+        find_anatomy({"model_type": BOTH[1]})

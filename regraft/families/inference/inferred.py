@@ -18,7 +18,7 @@ from ...io.files import read_json, write_json
 from ...io.gguf import cache_folder
 from ...progress import print_line
 from .infer import infer_tables
-from .table import InferredTable, build_anatomy
+from .table import CacheKey, InferredTable, build_anatomy
 from .tiny_config import find_kind
 from .tiny_model import (
     NOT_SAID,
@@ -33,7 +33,7 @@ FOLDER = "anatomies"
 # The module that proves a table, imported when one is inferred: it grows models.
 PROOF = "regraft.checks.table_proof"
 # Keys whose null means what other keys give.
-NULL_MEANS_DERIVED = ("kv", "dim")
+NULL_MEANS_DERIVED = ("kv", "dim", "ffn")
 # Words by which people call axes.
 AXES = {
     "depth": "layers",
@@ -54,18 +54,31 @@ def find_inferred(config: Config) -> Anatomy:
 
     RegraftError when transformers does not know the type, or no table can hold it.
     """
-    return build_anatomy(find_table(config), config)
+    key = CacheKey.of(config)
+    file = _locate(key, cache_folder())
+    if not file.is_file():
+        _infer(config, file)
+    return _build(key, file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _locate(key: CacheKey, folder: Path) -> Path:
+    """Where the table of a config is kept in a cache folder."""
+    return folder / name_file(key.config)
+
+
+@lru_cache(maxsize=64)
+def _build(key: CacheKey, file: Path, changed: int) -> Anatomy:
+    """The table in a file for a config; `changed` is when the file was written."""
+    return build_anatomy(_read_table(file, changed), key.config)
 
 
 def find_table(config: Config) -> InferredTable:
     """The inferred table of a config, from the cache or made now; see `find_inferred`."""
-    file = cache_file(config)
+    file = cache_folder() / name_file(config)
     if not file.is_file():
         _infer(config, file)
-    table = _read_table(file, file.stat().st_mtime_ns)
-    if "refused" in table.closed:
-        raise RegraftError(table.closed["refused"])
-    return table
+    return _read_table(file, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=32)
@@ -74,8 +87,8 @@ def _read_table(file: Path, changed: int) -> InferredTable:
     return InferredTable.from_json(read_json(file, remedy="delete it"))
 
 
-def cache_file(config: Config) -> Path:
-    """Where the table of a config is kept.
+def name_file(config: Config) -> str:
+    """Where the table of a config is kept, below the cache folder.
 
     The name says what it depends on: the class's source, the releases of transformers and regraft,
     and what the config says apart from sizes.
@@ -85,7 +98,7 @@ def cache_file(config: Config) -> Path:
     kind = find_model_class(family, config_kind, config)
     parts = [_identify_class(kind), repr(_describe(config_kind, config))]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-    return cache_folder() / FOLDER / f"{family}-{digest}.json"
+    return f"{FOLDER}/{family}-{digest}.json"
 
 
 @lru_cache(maxsize=32)
@@ -143,7 +156,7 @@ def _infer(config: Config, file: Path) -> None:
     print_line(f"{family} has no table: inferring one from its class, once")
     tiny = find_tiny_model(config)
     # While linearizing is tried, the tiny model's own table is looked up too.
-    files = {file, cache_file(tiny.config | {"model_type": family})}
+    files = {file, cache_folder() / name_file(tiny.config | {"model_type": family})}
     prover = importlib.import_module(PROOF)
     table = _choose_table(tiny, prover)
     _keep(table, files, prover, tiny)

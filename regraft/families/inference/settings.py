@@ -16,14 +16,14 @@ def write_sizes(
     draft: Draft,
 ) -> tuple[tuple[tuple[str, str], ...], dict[str, int], dict[str, tuple[tuple[str, int], ...]]]:
     """(sizes, fixed, filled) of the table."""
-    keys, filled = draft.keys, {}
+    keys = draft.keys
+    filled: dict[str, tuple[tuple[str, int], ...]] = {}
     hidden, heads, kv, dim = (keys[kind] for kind in ("hidden", "heads", "kv", "dim"))
     sizes = [(keys["vocab"], "vocab"), (hidden, "hidden"), (keys["depth"], "depth")]
-    fixed = {}
+    fixed: dict[str, int] = {}
     if draft.ffn:
         sizes.append((draft.ffn, "ffn"))
-        if draft.tiny.full.get(draft.ffn) is None:
-            filled[draft.ffn] = _find_filled_ffn(draft)
+        filled |= _find_filled_ffn(draft, draft.ffn)
     else:
         fixed["ffn"] = 1
     if draft.laws.expert:
@@ -46,16 +46,21 @@ def write_sizes(
     return stated, fixed, filled
 
 
-def _find_filled_ffn(draft: Draft) -> tuple[tuple[str, int], ...]:
-    """The width of the MLP that a class takes when its key is null: a multiple of hidden."""
-    shapes = read_shapes(draft.tiny, {draft.ffn or "": None})
-    width = next(
-        shape[position]
-        for name, shape in shapes.items()
-        for position, law in enumerate(draft.laws.laws[parse_name(name).template])
-        if law == power(str(draft.ffn))
-    )
-    return (str(width // draft.trace.width), 1), (str(draft.keys["hidden"]), 1)
+def _find_filled_ffn(draft: Draft, key: str) -> dict[str, tuple[tuple[str, int], ...]]:
+    """The width of the MLP that a class takes when its key is null, a multiple of hidden; {} for a
+    class that does not take null.
+    """
+    try:
+        shapes = read_shapes(draft.tiny, {key: None})
+    except Exception:  # classes raise anything for null
+        return {}
+    for name, shape in shapes.items():
+        laws = draft.laws.laws[parse_name(name).template]
+        for size, law in zip(shape, laws, strict=True):
+            if law == power(key) and size % draft.trace.width == 0:
+                times = str(size // draft.trace.width)
+                return {key: ((times, 1), (str(draft.keys["hidden"]), 1))}
+    return {}
 
 
 def find_eps(draft: Draft) -> str:

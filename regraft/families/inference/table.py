@@ -174,20 +174,25 @@ class _LayerPresence:
 
     def __call__(self, config: Config, layer: int) -> bool:
         """Whether a layer of a model with this config has it."""
-        key = repr(sorted(config.items(), key=lambda item: item[0]))
-        return (self.template, layer) in _list_names(self.family, self.kind, _Config(key, config))
+        names = _list_names(self.family, self.kind, CacheKey.of(config))
+        return (self.template, layer) in names
 
 
 @dataclass(frozen=True)
-class _Config:
-    """A config that can be a key of a cache."""
+class CacheKey:
+    """A config that can be the key of a cache."""
 
     text: str
     config: Config = field(compare=False)
 
+    @classmethod
+    def of(cls, config: Config) -> CacheKey:
+        """The key of a config."""
+        return cls(repr(sorted(config.items(), key=lambda item: item[0])), config)
+
 
 @lru_cache(maxsize=8)
-def _list_names(family: str, kind: str, config: _Config) -> frozenset[tuple[str, int]]:
+def _list_names(family: str, kind: str, config: CacheKey) -> frozenset[tuple[str, int]]:
     """(template, layer) of every tensor of a model, from the class on the meta device."""
     parsed = [parse_name(name) for name in list_stored(build_meta(family, kind, config.config))]
     return frozenset((name.template, name.layer) for name in parsed if name.layer is not None)
