@@ -111,7 +111,8 @@ def test_the_package_stays_small():
     # that calls classes 300, signals, streams and failures 500; names, ties and foreign weights
     # 650, target configs and files beside the weights 650, a check that does the steps again 500,
     # settings by layer 250, conversions against stock and outputs that are opened 250.
-    assert sum(code_lines(file) for file in FILES) <= 31000
+    # Tables inferred from stock classes, with their proof, 1,700.
+    assert sum(code_lines(file) for file in FILES) <= 32700
     assert (
         statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES)
         <= 130

@@ -91,7 +91,7 @@ def check_config(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     check_sizes(
         family, {text: config[key] for key, text in anatomy.sizes if config.get(key) is not None}
     )
-    for key, value in _iter_numbers(config):
+    for key, value in iter_numbers(config):
         name = key.rpartition(".")[2]
         if name.startswith(("num_", "n_")) and value > MAX_COUNT and not _is_axis(name, anatomy):
             problem = f"the limit is {MAX_COUNT:,}"
@@ -164,14 +164,14 @@ def _find_wrong_keys(config: Mapping[str, Any], anatomy: Anatomy) -> Iterator[An
             yield from filter(None, [find_mismatch(config[key], kind, key)])
 
 
-def _iter_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+def iter_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     """(path, number) of every number in a config."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _iter_numbers(item, join_key(key, name))
+            yield from iter_numbers(item, join_key(key, name))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _iter_numbers(item, key)
+            yield from iter_numbers(item, key)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield key, value
 
@@ -209,6 +209,19 @@ def check_family(config: Mapping[str, Any]) -> str:
             "llama"
         )
     return family
+
+
+def check_numbers(family: str, config: Mapping[str, Any]) -> None:
+    """RegraftError when a config without a table has counts for which its class would need memory
+    without end.
+    """
+    for key, value in iter_numbers(config):
+        name = key.rpartition(".")[2]
+        limit = MAX_LAYERS if "layer" in name else MAX_COUNT
+        if name.startswith(("num_", "n_")) and value > limit:
+            raise RegraftError(
+                f"{family} config has {key} = {shorten(value)}: the limit is {limit:,}, fix it"
+            )
 
 
 def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:

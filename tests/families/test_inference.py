@@ -201,6 +201,7 @@ def test_two_processes_infer_at_once_and_a_third_reads(tmp_path: Path, cache: Pa
         ({"model_type": "t5"}, "'t5' has an encoder and a decoder"),
         ({"model_type": "olmo9"}, "unknown family 'olmo9': transformers .* has no such model_type"),
         ({"model_type": BOTH[0], "num_attention_heads": "x"}, "cannot read this"),
+        ({"model_type": BOTH[0], "num_hidden_layers": 10**9}, "the limit is 4,096"),
     ],
 )
 def test_what_no_table_can_hold_is_refused_with_what_would_work(

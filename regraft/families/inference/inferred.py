@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.anatomy import Anatomy
+from ...core.config_checks import check_numbers
 from ...core.part import Config
 from ...errors import RegraftError
 from ...io.files import read_json, write_json
@@ -94,6 +95,7 @@ def name_file(config: Config) -> str:
     and what the config says apart from sizes.
     """
     family = str(config.get("model_type"))
+    check_numbers(family, config)
     config_kind = find_config_class(family)
     kind = find_model_class(family, config_kind, config)
     parts = [_identify_class(kind), repr(_describe(config_kind, config))]
