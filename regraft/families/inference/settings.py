@@ -95,7 +95,7 @@ def find_scale(draft: Draft) -> tuple[str, float] | None:
     for words in ("att|query", "scal|multiplier"):
         for key, given in config.items():
             is_number = isinstance(given, int | float) and not isinstance(given, bool)
-            is_size = key in draft.laws.sizes or key == draft.keys["depth"]
+            is_size = key in draft.laws.sizes or key in draft.keys.values()
             if not is_number or is_size or given <= 0 or not re.search(words, key):
                 continue
             for exponent in (1.0, -0.5, -1.0):
