@@ -18,6 +18,7 @@ from ..errors import RegraftError
 from ..io.typed import parse_mapping
 from ..io.yaml_loader import check_bounds
 from . import (
+    anatomy,
     bench,
     check,
     compare,
@@ -45,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "train": train.VERB,
     "export": export.VERB,
     "convert": convert.VERB,
+    "anatomy": anatomy.VERB,
     "eval": evaluate.VERB,
     "generate": generate.VERB,
     "bench": bench.VERB,

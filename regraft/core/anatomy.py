@@ -25,7 +25,7 @@ from .anatomy_defaults import (
 from .attention import AttentionFields, describe_attention
 from .axes import product
 from .class_heads import adapt_to_class
-from .config_checks import check_config, check_sizes
+from .config_checks import check_config, check_family, check_open, check_sizes
 from .part import Config, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
 
@@ -137,6 +137,8 @@ class Anatomy:
     # Whether models of it are only written by `regraft export` and opened again: they are neither
     # grown nor linearized.
     served_only: bool = False
+    # Axes that do not grow -> why; "attention": why it is not linearized. Of inferred tables.
+    closed: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, config: Config) -> None:
         """RegraftError when a key of a config is of a wrong type, or a count out of bounds."""
@@ -298,6 +300,7 @@ class Anatomy:
                 "model that it was exported from"
             )
         check_sizes(self.family, sizes)
+        check_open(self, config, sizes)
         full, keys = self.fill_defaults(config), self.config_keys(sizes)
         # Checked whatever grows; what the class derives from a layer's number is written out.
         lists = find_layer_lists(config, self)
@@ -389,17 +392,15 @@ class Anatomy:
 
 
 def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
-    for prefix, replacement in prefixes.items():
-        if name.startswith(prefix):
-            return replacement + name[len(prefix) :]
-    return name
+    found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(found, "") + name[len(found) :]
 
 
 def list_families() -> list[str]:
     """The model types that have a table, which are the files in regraft/families."""
     package = importlib.import_module("regraft.families")
-    names = {module.name for module in pkgutil.iter_modules(package.__path__)}
-    return sorted(HYPHENATED.get(name, name) for name in names)
+    found = pkgutil.iter_modules(package.__path__)
+    return sorted(HYPHENATED.get(one.name, one.name) for one in found if not one.ispkg)
 
 
 def list_served_families() -> list[str]:
@@ -410,17 +411,16 @@ def list_served_families() -> list[str]:
 def find_anatomy(config: Config) -> Anatomy:
     """The table for a config's `model_type`, for the class that its `architectures` names.
 
-    RegraftError when there is none, naming the file to write, and when a key of the config is of a
-    wrong type.
+    A type without one gets what is inferred. RegraftError when no table can hold the type, and when
+    a key of the config is of a wrong type.
     """
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in list_families():
-        known = ", ".join(name for name in list_families() if name != "regraft")
-        raise RegraftError(
-            f"unknown family {family!r}: write regraft/families/{family}.py (known: {known})"
-        )
-    anatomy = _import_table(family)
-    anatomy = _import_table(anatomy.rewrite(config).get("model_type", family))
+    family = check_family(config)
+    if family not in list_families():
+        infer = importlib.import_module("regraft.families.inference.inferred").find_inferred
+        inferred: Anatomy = infer(config)
+        inferred.check(config)
+        return inferred
+    anatomy = _import_table(_import_table(family).rewrite(config).get("model_type", family))
     anatomy.check(config)
     return adapt_to_class(anatomy, config)
 
@@ -436,7 +436,8 @@ def read_as_auto(config: Config) -> dict[str, Any]:
     anatomy = find_anatomy(config)
     if anatomy.host(config) is not anatomy:
         return {**config, **anatomy.rewrite(config)}  # its host was read when it was linearized
-    return fill_nulls({**config, **_import_table(config["model_type"]).rewrite(config)}, anatomy)
+    own = _import_table(config["model_type"]) if anatomy.family in list_families() else anatomy
+    return fill_nulls({**config, **own.rewrite(config)}, anatomy)
 
 
 def _import_table(family: str) -> Anatomy:

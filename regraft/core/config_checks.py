@@ -24,6 +24,8 @@ MAX_LAYERS, MAX_EXPERTS, MAX_EXPERTS_IN_ALL = 4096, 4096, 1 << 17
 # Of any other axis: more than any vocabulary or context has. And of numbers such as `num_labels`,
 # for which transformers makes a table, whatever the tensors are.
 MAX_SIZE, MAX_COUNT = 1 << 24, 1_000_000
+# Axes that growth changes.
+GROWING_AXES = ("depth", "hidden", "ffn", "kv", "group", "dim")
 TokenIds = int | list[int] | None
 Sides = int | tuple[int, int] | None  # one number, or height and width
 
@@ -89,7 +91,7 @@ def check_config(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     check_sizes(
         family, {text: config[key] for key, text in anatomy.sizes if config.get(key) is not None}
     )
-    for key, value in _iter_numbers(config):
+    for key, value in iter_numbers(config):
         name = key.rpartition(".")[2]
         if name.startswith(("num_", "n_")) and value > MAX_COUNT and not _is_axis(name, anatomy):
             problem = f"the limit is {MAX_COUNT:,}"
@@ -162,14 +164,14 @@ def _find_wrong_keys(config: Mapping[str, Any], anatomy: Anatomy) -> Iterator[An
             yield from filter(None, [find_mismatch(config[key], kind, key)])
 
 
-def _iter_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+def iter_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     """(path, number) of every number in a config."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _iter_numbers(item, join_key(key, name))
+            yield from iter_numbers(item, join_key(key, name))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _iter_numbers(item, key)
+            yield from iter_numbers(item, key)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield key, value
 
@@ -196,3 +198,45 @@ def check_counts(family: str, sizes: Mapping[str, int], entries: Mapping[str, Te
             f"{family} config says {count}, the files hold {len(entries):,} tensors: "
             "config.json and weights do not belong together"
         )
+
+
+def check_family(config: Mapping[str, Any]) -> str:
+    """The `model_type` of a config; RegraftError when it is no name."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or not family:
+        raise RegraftError(
+            f"config has model_type = {family!r}: it must be the name of a model type, such as "
+            "llama"
+        )
+    return family
+
+
+def check_numbers(family: str, config: Mapping[str, Any]) -> None:
+    """RegraftError when a config without a table has counts for which its class would need memory
+    without end.
+    """
+    for key, value in iter_numbers(config):
+        name = key.rpartition(".")[2]
+        limit = MAX_LAYERS if "layer" in name else MAX_COUNT
+        if name.startswith(("num_", "n_")) and value > limit:
+            raise RegraftError(
+                f"{family} config has {key} = {shorten(value)}: the limit is {limit:,}, fix it"
+            )
+
+
+def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """RegraftError when an axis would grow that the table keeps closed.
+
+    Args:
+        anatomy: the table.
+        config: of the model as it is.
+        sizes: all axis sizes of the new model.
+    """
+    before = anatomy.solve(config) if anatomy.closed else {}
+    for axis, why in anatomy.closed.items():
+        if sizes.get(axis) != before.get(axis):
+            others = [name for name in GROWING_AXES if name not in anatomy.closed]
+            raise RegraftError(
+                f"{anatomy.family} cannot grow its {axis} ({why}): its table is inferred, and "
+                f"growth is proven for {', '.join(others) or 'no axis'}"
+            )

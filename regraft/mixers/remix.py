@@ -267,6 +267,11 @@ def check_supported(source: Checkpoint) -> None:
             " exported from"
         )
 
+    if why := anatomy.closed.get("attention"):
+        raise RegraftError(
+            f"the attention of {anatomy.family}, which has no table, cannot be linearized by the "
+            f"inferred one: {why}"
+        )
     if anatomy.keeps_softmax:
         raise RegraftError(
             f"{anatomy.family} {anatomy.keeps_softmax}: mixers do not carry that over yet, give"

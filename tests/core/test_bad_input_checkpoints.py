@@ -112,7 +112,7 @@ DAMAGE = {
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
         "config.json' is not JSON",
     ),
-    "unknown family": (lambda f: config(f, model_type="zebra"), "write regraft/families/zebra.py"),
+    "unknown family": (lambda f: config(f, model_type="zebra"), "has no such model_type"),
     "another size": (lambda f: config(f, intermediate_size=99), r"expected \[.*99.*\]"),
     "quantised": (lambda f: config(f, quantization_config={"bits": 4}), "is quantised by 'None'"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors or"),

@@ -437,7 +437,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(
     [
         ("config.json", '{"model_type": "llama", "hidden_size": ', "config.json' is not JSON"),
         ("config.json", "[" * 100_000, "nested deeper than 100"),
-        ("config.json", '{"model_type": ["llama"]}', "unknown family"),
+        ("config.json", '{"model_type": ["llama"]}', "it must be the name of a model type"),
         ("generation_config.json", "[1]", "generation_config.json' is \\[1\\], not an object"),
         ("tokenizer_config.json", "[1]", "not an object"),
         ("tokenizer.json", '{"version": 99}', "no tokenizer in"),

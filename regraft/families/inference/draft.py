@@ -1,0 +1,235 @@
+"""What is known of a class while its table is written: shapes, a trace, and which config keys count
+what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .roles import find_role
+from .shapes import Law, ShapeLaws, list_tensors, parse_name, power
+from .tiny_model import TinyModel
+from .trace import Trace
+
+TIE = "tie_word_embeddings"
+
+
+@dataclass
+class ModelNames:
+    """Where a tensor of a file comes from in the model."""
+
+    # Module by the name of the tensor in a file.
+    modules: dict[str, str]
+    # Names of all modules -> modules.
+    by_name: dict[str, Any]
+
+
+@dataclass
+class Draft:
+    """What is known while rows are written."""
+
+    tiny: TinyModel
+    laws: ShapeLaws
+    trace: Trace
+    names: ModelNames
+    embedding: Any
+    # Config keys by what they count.
+    keys: dict[str, str | None]
+    # Whether the heads have no size of their own: hidden = heads x size.
+    coupled: bool
+    # How queries, keys and values are packed: "stacked" or "interleaved".
+    layout: str
+    # Roles of attention whose sizes are those of heads.
+    heads: set[str] = field(default_factory=set)
+    numbers: list[Law] = field(default_factory=list)
+    closed: dict[str, str] = field(default_factory=dict)
+    ffn: str | None = None
+    # Name of the attention module with "{}" for its layer; empty without softmax attention.
+    slot: str = ""
+
+
+def untie(tiny: TinyModel) -> dict[str, Any]:
+    """The tiny config with an output embedding of its own, if the class has such a switch."""
+    if TIE not in tiny.full or not tiny.full[TIE]:
+        return dict(tiny.config)
+    changed = tiny.config | {TIE: False}
+    try:
+        tied, untied = (
+            len(list(tiny.build({TIE: value}, "meta").named_parameters()))
+            for value in (True, False)
+        )
+    except Exception:  # a class that is always tied
+        return dict(tiny.config)
+    return changed if untied > tied else dict(tiny.config)
+
+
+def find_names(model: Any) -> ModelNames:
+    """The module that each tensor of a file belongs to."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    modules: dict[str, str] = {}
+    for name, value in list_tensors(model).items():
+        try:
+            stored = revert_weight_conversion(model, {name: value.detach()})
+        except Exception:  # tensors that are converted together with others
+            stored = {name: value}
+        modules |= {other: name.rpartition(".")[0] for other in stored}
+    return ModelNames(modules, dict(model.named_modules()))
+
+
+def find_inner_norms(names: ModelNames) -> frozenset[str]:
+    """Modules that are norms of queries and keys by their names."""
+    inner = set()
+    for name in names.by_name:
+        role = find_role(parse_name(f"{name}.weight").module)
+        if role in ("attn.q_norm", "attn.k_norm"):
+            inner.add(name)
+    return frozenset(inner)
+
+
+def start_draft(
+    tiny: TinyModel, laws: ShapeLaws, trace: Trace, names: ModelNames, model: Any, layout: str
+) -> Draft:
+    """A draft without rows.
+
+    Args:
+        tiny: the class and a tiny config.
+        laws: how its shapes follow from the config.
+        trace: of a forward pass.
+        names: where tensors come from.
+        model: that was traced.
+        layout: how queries, keys and values are packed, "stacked" or "interleaved".
+    """
+    keys = {kind: tiny.key(kind) for kind in ("hidden", "depth", "heads", "kv", "vocab", "pos")}
+    keys["dim"] = tiny.key("dim") or ("head_dim" if "head_dim" in tiny.config else None)
+    if keys["kv"] not in laws.sizes:
+        keys["kv"] = None
+    in_use = {key for found in laws.laws.values() for law in found for key in keys_of(law)}
+    draft = Draft(
+        tiny,
+        laws,
+        trace,
+        names,
+        model.get_input_embeddings(),
+        keys,
+        coupled=keys["dim"] not in in_use,
+        layout=layout,
+    )
+    draft.ffn = _find_ffn_key(draft)
+    draft.heads = _find_head_roles(draft)
+    draft.slot = find_slot(draft)
+    return draft
+
+
+def keys_of(law: Law | None) -> set[str]:
+    """The config keys in a law."""
+    return {key for monomial in law or {} for key, _ in monomial}
+
+
+def query_law(draft: Draft) -> Law:
+    """The size of all queries together."""
+    keys = draft.keys
+    if draft.coupled:
+        return power(str(keys["hidden"]))
+    return power(str(keys["heads"]), str(keys["dim"]))
+
+
+def key_law(draft: Draft) -> Law:
+    """The size of all keys together."""
+    keys = draft.keys
+    if keys["kv"] is None:
+        return query_law(draft)
+    if draft.coupled:
+        return power(str(keys["hidden"]), (str(keys["heads"]), -1), keys["kv"])
+    return power(keys["kv"], str(keys["dim"]))
+
+
+def _find_ffn_key(draft: Draft) -> str | None:
+    """The config key of the width of the MLP; of that of its experts where it has any."""
+    known = set(draft.keys.values())
+    counts: dict[str, int] = {}
+    for template, found in draft.laws.laws.items():
+        role = find_role(parse_name(template).module) or ""
+        if not role.startswith("mlp.") or role == "mlp.router":
+            continue
+        for law in found:
+            (monomial,) = law if law and len(law) == 1 else ((),)
+            if len(monomial) == 1 and monomial[0][1] == 1 and monomial[0][0] not in known:
+                if monomial[0][0] != draft.laws.expert:
+                    weight = 100 if "{e}" in role else 1
+                    counts[monomial[0][0]] = counts.get(monomial[0][0], 0) + weight
+    return max(counts, key=lambda key: counts[key], default=None)
+
+
+def _find_head_roles(draft: Draft) -> set[str]:
+    """Roles of attention whose tensors have the sizes of heads; empty without such attention."""
+    if draft.keys["heads"] is None:
+        return set()
+    query, key = query_law(draft), key_law(draft)
+    found: dict[str, Law | None] = {}
+    for template, laws in draft.laws.laws.items():
+        role = find_role(parse_name(template).module)
+        if role in ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o") and len(laws) == 2:
+            is_output = (role != "attn.o") != is_in_out(draft, template)
+            found[role] = laws[0 if is_output else 1]
+    packed = [_add(query, key, 2.0)]
+    fits = {
+        "attn.q": [query],
+        "attn.k": [key],
+        "attn.v": [key],
+        "attn.o": [query],
+        "attn.qkv": packed,
+    }
+    roles = {role for role, law in found.items() if law in fits[role]}
+    whole = {"attn.qkv", "attn.o"} <= roles or {"attn.q", "attn.k", "attn.v", "attn.o"} <= roles
+    if not whole:
+        return set()
+    return roles | {"attn.q_norm", "attn.k_norm", "attn.sinks"}
+
+
+def _add(first: Law, second: Law, factor: float) -> Law:
+    """One law plus `factor` times another."""
+    total = dict(first)
+    for monomial, value in second.items():
+        total[monomial] = total.get(monomial, 0.0) + factor * value
+    return total
+
+
+def is_in_out(draft: Draft, template: str) -> bool:
+    """Whether a matrix is stored input first, as GPT-2's Conv1D is."""
+    module = module_of(draft, template)
+    return type(module).__name__ == "Conv1D"
+
+
+def first_name(draft: Draft, template: str) -> str:
+    """The first tensor of a template."""
+    return next(name for name in draft.laws.base if parse_name(name).template == template)
+
+
+def module_name(draft: Draft, template: str) -> str:
+    """Name of the module that the first tensor of a template belongs to."""
+    name = first_name(draft, template)
+    return draft.names.modules.get(name, name.rpartition(".")[0])
+
+
+def module_of(draft: Draft, template: str) -> Any:
+    """The module of `module_name`; None when there is none."""
+    return draft.names.by_name.get(module_name(draft, template))
+
+
+def find_slot(draft: Draft) -> str:
+    """Name of the attention module; empty without softmax attention."""
+    for template in draft.laws.laws:
+        role = find_role(parse_name(template).module)
+        if role in ("attn.q", "attn.qkv") and role in draft.heads:
+            return parse_name(template).module.rpartition(".")[0]
+    return ""
+
+
+def dim_law(draft: Draft) -> Law:
+    """The size of a head."""
+    keys = draft.keys
+    if draft.coupled:
+        return power(str(keys["hidden"]), (str(keys["heads"]), -1))
+    return power(str(keys["dim"]))

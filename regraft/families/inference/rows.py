@@ -1,0 +1,226 @@
+"""Rows of an inferred table: what each tensor is over named axes, what it reads and writes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from .draft import (
+    TIE,
+    Draft,
+    dim_law,
+    first_name,
+    is_in_out,
+    key_law,
+    keys_of,
+    module_name,
+    module_of,
+    query_law,
+)
+from .roles import find_role, name_rest
+from .shapes import Law, parse_name, power
+from .table import Row
+
+QKV = ("attn.q", "attn.k", "attn.v")
+
+
+def name_apart(rows: list[Row]) -> list[Row]:
+    """Rows with a role each: of several with the same, the first keeps it."""
+    taken: set[str] = set()
+    apart = []
+    for row in rows:
+        if row.role in taken:
+            ending = row.name.rpartition(".")[2]
+            row = replace(row, role=f"{name_rest(parse_name(row.name).module)}.{ending}")
+        taken.add(row.role)
+        apart.append(row)
+    return apart
+
+
+def write_row(draft: Draft, template: str) -> Row:
+    """The row of a tensor."""
+    parsed = parse_name(first_name(draft, template))
+    role, module = find_role(parsed.module, parsed.ending), module_of(draft, template)
+    laws, name = draft.laws.laws[template], module_name(draft, template)
+    some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
+    fields: dict[str, Any] = {"name": template, "in_some_layers": "{}" in template and some}
+
+    if module is draft.embedding and parsed.ending == "weight":
+        axes = _name_axis(draft, laws[0], ""), _name_axis(draft, laws[1], "")
+        return Row("embed.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
+    if name in draft.trace.norms:
+        return _write_norm(draft, name, parsed.ending, role, laws, fields)
+    if role == "head":
+        fields["unless"] = TIE if TIE in draft.tiny.full else None
+    if type(module).__name__ == "Embedding":
+        axes = _name_axis(draft, laws[0], "pos"), _name_axis(draft, laws[1], "")
+        role = "pos" if axes[0] == "pos" else name_rest(parsed.module)
+        return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
+
+    role = role or _name_other(draft, parsed.module)
+    fields |= _find_streams(draft, name, laws)
+    if "{e}" in template:
+        fields["at"] = "routed"
+    ending = "weight" if role == "attn.sinks" else parsed.ending
+    return _write_map(draft, template, f"{role}.{ending}", role, laws, fields)
+
+
+def _name_other(draft: Draft, module: str) -> str:
+    """The role of a tensor by its own name; what belongs to the attention goes with it."""
+    rest = name_rest(module)
+    if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
+        return "attn." + module.removeprefix(f"{draft.slot}.").replace(".", "_")
+    return rest
+
+
+def _write_norm(
+    draft: Draft,
+    name: str,
+    ending: str,
+    role: str | None,
+    laws: list[Law | None],
+    fields: dict[str, Any],
+) -> Row:
+    """The row of a norm's gain or bias."""
+    trace = draft.trace
+    call = next((call for call in trace.stream_norms if call.name == name), None)
+    inner = role in ("attn.q_norm", "attn.k_norm")
+    axis = _name_axis(draft, laws[0], role or "") if len(laws) == 1 else _write_axes(draft, laws)
+    streams: dict[str, Any] = {"reads": "stream", "writes": "normed"}
+    if call is not None and axis == "hidden" and not inner:
+        streams = {"reads": trace.find_norm_reads(call), "writes": trace.find_norm_writes(call)}
+    if streams["writes"] == "head":
+        role = "norm.final"
+    elif not inner:
+        role = "norm." + name_rest(parse_name(f"{name}.weight").module).removeprefix("other.")
+    gain = "1+gain" if trace.norms[name].unit else "gain"
+    signature = f"-> {axis}" if ending == "bias" else f"{gain} {axis}"
+    return Row(f"{role}.{ending}", signature=signature, norm=True, **fields, **streams)
+
+
+def _find_streams(draft: Draft, name: str, laws: list[Law | None]) -> dict[str, str]:
+    """What a map with the hidden size among its dimensions reads and writes; {} for others."""
+    if power(str(draft.keys["hidden"])) not in laws:
+        return {}
+    in_layer = "{}" in parse_name(f"{name}.x").template
+    streams = {"reads": draft.trace.find_reads(name)}
+    return streams | ({"writes": draft.trace.find_writes(name)} if in_layer else {})
+
+
+def _write_map(
+    draft: Draft,
+    template: str,
+    full_role: str,
+    role: str,
+    laws: list[Law | None],
+    fields: dict[str, Any],
+) -> Row:
+    """The row of a matrix, a bias or a tensor of more dimensions."""
+    if len(laws) > 2 or not laws:
+        return Row(full_role, signature=_write_axes(draft, laws) or "one", **fields)
+    in_out = is_in_out(draft, template) and len(laws) == 2
+    output, fused = _name_output(draft, laws[-1 if in_out else 0], role)
+    if output != "hidden":
+        fields.pop("writes", None)
+    fields |= {"fused": fused, "stored": "in out" if in_out else "out in"}
+    if len(laws) == 1:
+        fields.pop("reads", None)
+        named = re.search("[a-z]", output)
+        return Row(full_role, signature=f"-> {output}" if named else output, **fields)
+    given = _name_axis(draft, laws[0 if in_out else 1], role, reads=True)
+    if given != "hidden":
+        fields.pop("reads", None)
+    return Row(full_role, signature=f"{given} -> {output}", **fields)
+
+
+def _write_axes(draft: Draft, laws: list[Law | None]) -> str:
+    return " ".join(_name_axis(draft, law, "") for law in laws)
+
+
+def _name_output(draft: Draft, law: Law | None, role: str) -> tuple[str, tuple[str, ...]]:
+    """(axes that a map writes, roles of the maps that are packed)."""
+    if role == "attn.qkv" and role in draft.heads:
+        queries = "kv group dim" if draft.keys["kv"] else "kv dim"
+        if draft.layout == "interleaved" and not draft.keys["kv"]:
+            return "kv three dim", QKV
+        return f"{queries} + kv dim + kv dim", QKV
+    if role.endswith("gate_up") and draft.ffn and law == power(draft.ffn, factor=2.0):
+        prefix = role.removesuffix("gate_up")
+        return "ffn + ffn", (f"{prefix}gate", f"{prefix}up")
+    return _name_axis(draft, law, role), ()
+
+
+def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) -> str:
+    """The named axes of a dimension, or a number in angle brackets.
+
+    Args:
+        draft: what is known.
+        law: of the dimension.
+        role: of the tensor.
+        reads: whether a map reads the dimension.
+    """
+    keys = draft.keys
+    wide = "kv group dim" if keys["kv"] else "kv dim"
+    if role in draft.heads and law is not None:
+        if role in ("attn.q", "attn.q_norm") and not reads and law == query_law(draft):
+            return wide
+        if role == "attn.o" and reads and law == query_law(draft):
+            return wide
+        if role in ("attn.k", "attn.v", "attn.k_norm") and not reads and law == key_law(draft):
+            return "kv dim"
+        if role == "attn.sinks" and law == power(str(keys["heads"])):
+            return wide.removesuffix(" dim")
+        if "norm" in role and law == dim_law(draft):
+            return "dim"
+    if role.startswith("attn.") and role not in draft.heads and draft.heads:
+        if name := _name_head_axes(draft, law):
+            return name
+    for axis in ("vocab", "hidden"):
+        if law == power(str(keys[axis])):
+            return axis
+    if role == "pos" and law == power(str(keys["pos"])):
+        return "pos"
+    if role.endswith("router") and law == power(str(draft.laws.expert)):
+        return "expert"
+    is_mlp = role.startswith(("mlp.", "shared.")) and not role.endswith("router")
+    if is_mlp and (times := _divide(law, draft.ffn)):
+        return "ffn" if times == {(): 1.0} else f"{_name_number(draft, times)} ffn"
+    return _name_number(draft, law)
+
+
+def _name_head_axes(draft: Draft, law: Law | None) -> str | None:
+    """The axes of further tensors of attention, such as gates; None when they are not heads'."""
+    keys = draft.keys
+    queries = "kv group" if keys["kv"] else "kv"
+    named = [(power(str(keys["heads"])), queries)]
+    if not draft.coupled:
+        named += [(query_law(draft), f"{queries} dim"), (key_law(draft), "kv dim")]
+    return next((name for one, name in named if law == one), None)
+
+
+def _divide(law: Law | None, key: str | None) -> Law | None:
+    """A product of keys without one of them; None when it is no product with that key once."""
+    if law is None or len(law) != 1 or key is None:
+        return None
+    ((monomial, factor),) = law.items()
+    if dict(monomial).get(key) != 1:
+        return None
+    return {tuple(pair for pair in monomial if pair[0] != key): factor}
+
+
+def _name_number(draft: Draft, law: Law | None) -> str:
+    """The place of a number in a signature; axes that it follows are closed."""
+    if law is None:
+        for axis in ("hidden", "ffn", "kv", "group", "dim"):
+            draft.closed.setdefault(axis, "a size follows the config in a way no table can say")
+        law = {(): -1.0}
+    keys = draft.keys
+    axes = {keys["hidden"]: ["hidden"], draft.ffn: ["ffn"], keys["heads"]: ["group", "kv"],
+            keys["kv"]: ["kv"], keys["dim"]: ["dim"]}  # fmt: skip
+    for key in keys_of(law) & {key for key in axes if key}:
+        for axis in axes[key]:
+            draft.closed.setdefault(axis, f"{key} also sets sizes that the table has no axis for")
+    if law not in draft.numbers:
+        draft.numbers.append(law)
+    return f"<{draft.numbers.index(law)}>"

@@ -1,0 +1,126 @@
+"""What a table says besides its rows: sizes, epsilon, factors, and what the class demands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .draft import Draft
+from .shapes import parse_name, power, read_shapes
+
+# Attributes of attention modules that hold the factor on the scores.
+SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor", "scale_attn")
+
+
+def write_sizes(
+    draft: Draft,
+) -> tuple[tuple[tuple[str, str], ...], dict[str, int], dict[str, tuple[tuple[str, int], ...]]]:
+    """(sizes, fixed, filled) of the table."""
+    keys = draft.keys
+    filled: dict[str, tuple[tuple[str, int], ...]] = {}
+    hidden, heads, kv, dim = (keys[kind] for kind in ("hidden", "heads", "kv", "dim"))
+    sizes = [(keys["vocab"], "vocab"), (hidden, "hidden"), (keys["depth"], "depth")]
+    fixed: dict[str, int] = {}
+    if draft.ffn:
+        sizes.append((draft.ffn, "ffn"))
+        filled |= _find_filled_ffn(draft, draft.ffn)
+    else:
+        fixed["ffn"] = 1
+    if draft.laws.expert:
+        sizes.append((draft.laws.expert, "expert"))
+    if keys["pos"] in draft.laws.sizes:
+        sizes.append((keys["pos"], "pos"))
+    if not draft.heads:
+        fixed |= {"kv": 1, "group": 1, "dim": 1}
+    else:
+        wide = "kv group" if kv else "kv"
+        sizes += [(kv, "kv")] if kv else []
+        sizes.append((heads, wide))
+        sizes.append((hidden, f"{wide} dim") if draft.coupled else (dim, "dim"))
+        fixed |= {} if kv else {"group": 1}
+        if not draft.coupled:
+            filled[str(dim)] = ((str(hidden), 1), (str(heads), -1))
+        if kv:
+            filled[kv] = ((str(heads), 1),)
+    stated = tuple((str(key), axes) for key, axes in sizes if key)
+    return stated, fixed, filled
+
+
+def _find_filled_ffn(draft: Draft, key: str) -> dict[str, tuple[tuple[str, int], ...]]:
+    """The width of the MLP that a class takes when its key is null, a multiple of hidden; {} for a
+    class that does not take null.
+    """
+    try:
+        shapes = read_shapes(draft.tiny, {key: None})
+    except Exception:  # classes raise anything for null
+        return {}
+    for name, shape in shapes.items():
+        laws = draft.laws.laws[parse_name(name).template]
+        for size, law in zip(shape, laws, strict=True):
+            if law == power(key) and size % draft.trace.width == 0:
+                times = str(size // draft.trace.width)
+                return {key: ((times, 1), (str(draft.keys["hidden"]), 1))}
+    return {}
+
+
+def find_eps(draft: Draft) -> str:
+    """Config key of the epsilon that the norms of the stream have."""
+    config = draft.tiny.config
+    found = [key for key, value in config.items() if "eps" in key and isinstance(value, float)]
+    norms = [call.module for call in draft.trace.stream_norms]
+    held = {getattr(module, name, None) for module in norms for name in ("eps", "variance_epsilon")}
+    return next((key for key in found if config[key] in held), next(iter(found), "norm_eps"))
+
+
+def has_embed_scale(draft: Draft) -> bool:
+    """Whether the table of embeddings is multiplied by the root of the hidden size."""
+    root = draft.trace.width**0.5
+    factor = draft.trace.find_embedding_factor(draft.embedding)
+    own = getattr(draft.embedding, "scalar_embed_scale", getattr(draft.embedding, "embed_scale", 1))
+    return any(abs(float(one) - root) < 1e-2 * root for one in (factor, own))
+
+
+def find_scale(draft: Draft) -> tuple[str, float] | None:
+    """Config key and exponent of the factor on the scores; None for one over the root of dim."""
+    module = draft.names.by_name.get(draft.slot.replace("{}", "0"))
+    value = next((float(v) for v in (getattr(module, name, None) for name in SCALES)
+                  if isinstance(v, int | float)), None)  # fmt: skip
+    config = draft.tiny.config
+    dim = config.get(draft.keys["dim"] or "") or draft.trace.width // config.get(
+        draft.keys["heads"] or "", 1
+    )
+    if value is None:
+        return None
+    # Other numbers may happen to be equal: names that speak of attention come first.
+    for words in ("att|query", "scal|multiplier"):
+        for key, given in config.items():
+            is_number = isinstance(given, int | float) and not isinstance(given, bool)
+            is_size = key in draft.laws.sizes or key in draft.keys.values()
+            if not is_number or is_size or given <= 0 or not re.search(words, key):
+                continue
+            for exponent in (1.0, -0.5, -1.0):
+                if abs(float(given) ** exponent - value) < 1e-6:
+                    return key, exponent
+        if abs(value - dim**-0.5) < 1e-6:
+            return None
+    draft.closed.setdefault("dim", f"the factor {value:g} on the scores follows no config key")
+    return None
+
+
+def find_routed(draft: Draft) -> str:
+    """Config key of the number of experts that a token is sent to."""
+    key = draft.tiny.key("routed") if draft.laws.expert else None
+    return key or ""
+
+
+def find_divisors(draft: Draft) -> tuple[tuple[str, str], ...]:
+    """(hidden, heads) where the class wants the first to be a multiple of the second."""
+    hidden, heads = draft.keys["hidden"], draft.keys["heads"]
+    if draft.coupled or not (hidden and heads and draft.heads):
+        return ()
+    odd: Mapping[str, int] = {hidden: draft.trace.width + draft.tiny.config[heads] // 2}
+    try:
+        draft.tiny.build(odd, "meta")
+    except Exception:  # classes raise anything for sizes that do not go together
+        return ((hidden, heads),)
+    return ()

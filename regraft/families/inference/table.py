@@ -1,0 +1,228 @@
+"""An inferred table as plain data, and the Anatomy that it is for one config.
+
+Sizes that no named axis has stand in signatures as names in angle brackets. `build_anatomy` puts
+the number in their place that their law gives for the config.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from ...core.anatomy import Anatomy
+from ...core.anatomy_defaults import softmax_scale
+from ...core.part import Config, Part
+from ...core.stock_config import config_class, silence_transformers
+from ...errors import RegraftError
+from .shapes import Law, evaluate_law, list_stored, parse_name
+from .tiny_config import find_key
+
+NUMBER = re.compile(r"<(\d+)>")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part of an inferred table; fields as of `core.part.Part`."""
+
+    role: str
+    name: str
+    signature: str
+    stored: str = "out in"
+    fused: tuple[str, ...] = ()
+    unless: str | None = None
+    reads: str = "normed"
+    writes: str = "stream"
+    norm: bool = False
+    at: Any = "each"
+    # Whether some layers lack it.
+    in_some_layers: bool = False
+
+
+@dataclass(frozen=True)
+class InferredTable:
+    """What was inferred of a model type; fields as of `core.anatomy.Anatomy`."""
+
+    family: str
+    # Name of the class of transformers.
+    kind: str
+    rows: tuple[Row, ...]
+    # Laws of the numbers in signatures, as (key, exponent) pairs and coefficient.
+    numbers: tuple[tuple[tuple[Any, float], ...], ...]
+    sizes: tuple[tuple[str, str], ...]
+    fixed: dict[str, int]
+    slot: str
+    eps: str
+    activation: str
+    rotary: bool
+    embed_scale: bool
+    causal: bool
+    # Config key of the softmax scale and its exponent; None: one over the root of the head size.
+    scale: tuple[str, float] | None = None
+    softcap: str | None = None
+    routed: str = ""
+    divides: tuple[tuple[str, str], ...] = ()
+    multiples: dict[str, int] = field(default_factory=dict)
+    # Keys that the config may lack or have null -> the product of keys and numbers that the class
+    # takes.
+    filled: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    # Axes that do not grow, or "attention" that is not linearized -> why.
+    closed: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> InferredTable:
+        """The inverse of `to_json`."""
+        fields = {key: _to_tuple(item) for key, item in value.items()}
+        rows = tuple(Row(**{k: _to_tuple(v) for k, v in row.items()}) for row in value["rows"])
+        return cls(**{**fields, "rows": rows})
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(map(_to_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def pack_law(law: Law) -> tuple[tuple[Any, float], ...]:
+    """A law as plain data."""
+    return tuple(law.items())
+
+
+def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
+    """The table for a config, with its numbers in the signatures.
+
+    RegraftError when a number does not follow.
+    """
+    full = read_full(table, config)
+    numbers = [evaluate_law(dict(law), full) for law in table.numbers]
+    keys = {key for key, _ in table.sizes}
+    stated = {key: full[key] for key in keys if full.get(key) is not None}
+    others = (table.eps, table.activation, table.routed, table.scale and table.scale[0])
+    defaults = {key: full[key] for key in others if key and full.get(key) is not None}
+
+    return Anatomy(
+        family=table.family,
+        parts={row.role: _build_part(table, row, numbers) for row in table.rows},
+        sizes=table.sizes,
+        slot=table.slot,
+        defaults={"tie_word_embeddings": full.get("tie_word_embeddings", True), **defaults},
+        fixed=table.fixed,
+        eps=table.eps,
+        rotary=table.rotary,
+        scale=_build_scale(table.scale),
+        softcap=(table.softcap, None) if table.softcap else None,
+        rewrite=lambda other: _state_sizes(other, stated),
+        divides=table.divides,
+        multiples=table.multiples,
+        embed_scale=table.embed_scale,
+        causal=table.causal,
+        activation=table.activation,
+        routed=table.routed,
+        closed=table.closed,
+    )
+
+
+def _state_sizes(config: Config, stated: Mapping[str, int]) -> dict[str, Any]:
+    """Sizes that a config lacks, as its class takes them."""
+    return {key: value for key, value in stated.items() if config.get(key) is None}
+
+
+def read_full(table: InferredTable, config: Config) -> dict[str, Any]:
+    """A config as its class reads it, with what the class leaves to the model.
+
+    RegraftError when the class refuses it.
+    """
+    from .tiny_model import read_whole
+
+    kind = config_class(table.family)
+    with silence_transformers():
+        full: dict[str, Any] = read_whole(kind, config).to_dict()
+    for key, factors in table.filled.items():
+        if full.get(key) is None:
+            value = 1.0
+            for factor, exponent in factors:
+                value *= float(factor if factor.isdigit() else full[factor]) ** exponent
+            full[key] = round(value)
+    return full
+
+
+def _build_part(table: InferredTable, row: Row, numbers: list[int]) -> Part:
+    signature = NUMBER.sub(lambda found: str(numbers[int(found[1])]), row.signature)
+    fields = {
+        key: value
+        for key, value in vars(row).items()
+        if key not in ("role", "in_some_layers", "signature")
+    }
+    part = Part(signature=signature, **fields)
+    if not row.in_some_layers:
+        return part
+    return replace(part, in_layer=_LayerPresence(table.family, table.kind, row.name))
+
+
+@dataclass(frozen=True)
+class _LayerPresence:
+    """Whether a layer has a tensor: the class is asked."""
+
+    family: str
+    kind: str
+    template: str
+
+    def __call__(self, config: Config, layer: int) -> bool:
+        """Whether a layer of a model with this config has it."""
+        names = _list_names(self.family, self.kind, CacheKey.of(config))
+        return (self.template, layer) in names
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """A config that can be the key of a cache."""
+
+    text: str
+    config: Config = field(compare=False)
+
+    @classmethod
+    def of(cls, config: Config) -> CacheKey:
+        """The key of a config."""
+        return cls(repr(sorted(config.items(), key=lambda item: item[0])), config)
+
+
+@lru_cache(maxsize=8)
+def _list_names(family: str, kind: str, config: CacheKey) -> frozenset[tuple[str, int]]:
+    """(template, layer) of every tensor of a model, from the class on the meta device."""
+    parsed = [parse_name(name) for name in list_stored(build_meta(family, kind, config.config))]
+    return frozenset((name.template, name.layer) for name in parsed if name.layer is not None)
+
+
+def build_meta(family: str, kind: str, config: Config) -> Any:
+    """A model of a class on the meta device."""
+    import torch
+
+    from ...core.class_heads import find_class
+    from .tiny_model import read_whole
+
+    with silence_transformers():
+        stock = read_whole(config_class(family), copy.deepcopy(dict(config)))
+        with torch.device("meta"):
+            return find_class(kind)(stock)
+
+
+def _build_scale(scale: tuple[str, float] | None) -> Callable[[Config, int, int], float]:
+    if scale is None:
+        return softmax_scale
+    key, exponent = scale
+    return lambda config, dim, layer: float(config[key]) ** exponent
+
+
+def check_has_depth(full: Config, aliases: Mapping[str, str], family: str) -> None:
+    """RegraftError for a type whose config has no number of layers, or no hidden size."""
+    for kind in ("depth", "hidden"):
+        if find_key(full, aliases, kind) is None:
+            raise RegraftError(
+                f"'{family}' has no config key for its {kind} size that regraft knows: only types "
+                "with a table work there"
+            )

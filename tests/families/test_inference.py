@@ -1,0 +1,218 @@
+"""Tables inferred from stock classes: they agree with the written ones, a proof catches wrong ones,
+and unknown types grow and are linearized by them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import GROWABLE, tiny
+
+import regraft
+from regraft.checks import table_proof
+from regraft.checks.check import check
+from regraft.cli.main import main
+from regraft.core.anatomy import Anatomy, find_anatomy, list_families
+from regraft.core.checkpoint import Checkpoint
+from regraft.core.part import PlacedPart
+from regraft.errors import RegraftError
+from regraft.families.inference import inferred, table_file
+from regraft.families.inference.infer import infer_tables
+from regraft.families.inference.table import InferredTable, build_anatomy
+from regraft.families.inference.tiny_model import TinyModel, find_tiny_model
+from regraft.growth.steps.deepen import Deepen
+from regraft.growth.steps.widen import Widen
+from regraft.mixers.remix import Remix
+
+ENCODERS = ("bert", "roberta", "vit", "dinov2")
+DECODERS = [family for family in GROWABLE if family not in ENCODERS]
+# Types without a table that grow on every axis and are linearized, and such that only grow.
+BOTH = [
+    family
+    for family in ("granite", "stablelm", "arcee", "nemotron", "qwen3_moe", "seed_oss", "cwm")
+    if family not in list_families()
+]
+GROWS = [family for family in ("olmo3", "glm4", "smollm3") if family not in list_families()]
+
+
+def describe(anatomy: Anatomy, config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """What a table says of every tensor, by its name in a file and without role names."""
+    return {
+        anatomy.name_in_file(one.name): describe_part(anatomy, config, one)
+        for one in anatomy.place(config).values()
+    }
+
+
+def describe_part(anatomy: Anatomy, config: dict[str, Any], placed: PlacedPart) -> tuple[Any, ...]:
+    part, axes = placed.part, placed.part.axes
+    writes = part.writes if any("hidden" in output for output in axes.outputs) else None
+    reads = part.reads if "hidden" in axes.inputs or part.norm else None
+    # A head reads what the final norm gives, whatever that is called.
+    reads = "normed" if reads == "head" else reads
+    stored = part.stored if axes.kind == "map" else None
+    return (axes.kind, axes.inputs, axes.outputs, axes.unit, stored, part.norm, reads, writes)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_inference_agrees_with_the_written_table(family: str) -> None:
+    config = tiny(family)[0].to_dict()
+    written = find_anatomy(config)
+    # Of several ways to pack queries, keys and values the proof chooses.
+    tables = list(infer_tables(find_tiny_model(config)))
+    found = [build_anatomy(table, config) for table in tables]
+    assert describe(written, config) in [describe(one, config) for one in found]
+    full = written.fill_defaults(config)
+    for one in found:
+        assert {*one.sizes} == {*written.sizes} and one.slot == written.slot
+        names = ("eps", "rotary", "embed_scale", "causal", "activation", "routed", "divides")
+        assert all(getattr(one, name) == getattr(written, name) for name in names)
+        assert one.scale(full, 8, 0) == pytest.approx(written.scale(full, 8, 0))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / inferred.FOLDER
+
+
+def save_unknown(folder: Path, family: str, **keys: Any) -> TinyModel:
+    """Write a tiny random model of a type without a table."""
+    tiny_model = find_tiny_model({"model_type": family, **keys})
+    model = tiny_model.build_random()
+    model.config.dtype = torch.float32
+    model.save_pretrained(folder)
+    return tiny_model
+
+
+@pytest.mark.parametrize("family", [*BOTH[:4], *GROWS[:2]])
+def test_unknown_types_are_proven_on_every_axis(family: str) -> None:
+    closed = set(inferred.find_table({"model_type": family}).closed)
+    assert closed == (set() if family in BOTH else {"attention"})
+
+
+def test_an_unknown_type_grows_and_is_linearized_on_disk(tmp_path: Path, cache: Path) -> None:
+    """With fewer key/value heads, other sizes of heads and keys that the class would fill in."""
+    save_unknown(tmp_path / "source", BOTH[0], num_key_value_heads=8, num_attention_heads=32)
+    source = tmp_path / "source"
+    assert main(["grow", str(source), str(tmp_path / "grown"), "--hidden", "80", "--ffn", "104",
+                 "--heads", "8", "--layers", "6"]) == 0  # fmt: skip
+    assert check(source, tmp_path / "grown")["holds"]
+    assert main(["linearize", str(source), str(tmp_path / "linear"), "--mixer", "supra"]) == 0
+    assert regraft.load(tmp_path / "linear").config.model_type == "regraft"
+
+    # What growth changes is no other table: all of it came from one inference.
+    assert len({file.read_text() for file in cache.iterdir()}) == 1
+
+
+def test_wrong_tables_are_caught() -> None:
+    """Each wrong reading closes the axis that it spoils."""
+    tiny_model = find_tiny_model({"model_type": BOTH[0], "num_key_value_heads": 8})
+    table = next(infer_tables(tiny_model))
+    assert not table_proof.prove_growth(table, tiny_model)
+    assert table_proof.prove_attention(table, tiny_model) is None
+
+    def change(name: str, **fields: Any) -> InferredTable:
+        rows = [replace(row, **fields) if name in row.role else row for row in table.rows]
+        return replace(table, rows=tuple(rows))
+
+    wrong = {
+        "hidden": change("norm.input_layernorm", signature="1+gain hidden"),
+        "depth": change("mlp.down", signature=f"ffn -> {tiny_model.config['hidden_size']}"),
+        "group": change("attn.o", signature="kv dim group -> hidden"),
+        "dim": replace(table, rotary=False),
+        "ffn": change("mlp.up", signature=f"hidden -> {tiny_model.config['intermediate_size']}"),
+    }
+    for axis, one in wrong.items():
+        assert axis in table_proof.prove_growth(one, tiny_model), axis
+    assert table_proof.prove_attention(replace(table, rotary=False), tiny_model)
+
+
+def test_closed_axes_are_refused_and_others_grow(tmp_path: Path) -> None:
+    tiny("llama")[1].save_pretrained(tmp_path)
+    whole = Checkpoint.open(tmp_path)
+    anatomy = replace(whole.anatomy, closed={"hidden": "a reason", "attention": "another"})
+    source = replace(whole, anatomy=anatomy)
+    assert Deepen(layers=5)(source).layers == 5
+    words = r"llama cannot grow its hidden \(a reason\).*proven for depth, ffn, kv, group, dim"
+    with pytest.raises(RegraftError, match=words):
+        Widen(hidden=72)(source)
+    with pytest.raises(RegraftError, match="attention of llama.*cannot be linearized.*another"):
+        Remix(mixer="supra")(source)
+
+
+def test_the_table_prints_as_a_file_that_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_unknown(tmp_path / "source", BOTH[-3])
+    assert main(["anatomy", str(tmp_path / "source"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["inferred"] and set(printed["open"]) >= {"hidden", "attention"}
+
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    text = printed["table"].replace("from ..core", "from regraft.core")
+    names: dict[str, Any] = {}
+    exec(compile(text, "table", "exec"), names)
+    assert describe(names["anatomy"], config) == describe(find_anatomy(config), config)
+    assert names["anatomy"].solve(config) == find_anatomy(config).solve(config)
+    assert main(["anatomy", str(tmp_path / "source")]) == 0
+    assert text.replace("from regraft.core", "from ..core") in capsys.readouterr().out
+
+
+def test_written_tables_print_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny("qwen3")[1].save_pretrained(tmp_path)
+    assert main(["anatomy", str(tmp_path / "config.json")]) == 0
+    assert table_file.read_family_file("qwen3") in capsys.readouterr().out
+
+
+def _find(folder: str, queue: Any) -> None:
+    import os
+
+    os.environ["REGRAFT_CACHE"] = folder
+    queue.put(inferred.find_table({"model_type": BOTH[1]}).closed)
+
+
+def test_two_processes_infer_at_once_and_a_third_reads(tmp_path: Path, cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue: Any = context.Queue()
+    workers = [context.Process(target=_find, args=(str(cache.parent), queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    assert [queue.get(timeout=60) for _ in workers] == [{}, {}]
+    for worker in workers:
+        worker.join()
+    before = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    assert inferred.find_table({"model_type": BOTH[1]}).closed == {}
+    assert before == {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "gemma3"}, "several parts: its language model is a 'gemma3_text'"),
+        ({"model_type": "t5"}, "'t5' has an encoder and a decoder"),
+        ({"model_type": "olmo9"}, "unknown family 'olmo9': transformers .* has no such model_type"),
+        ({"model_type": BOTH[0], "num_attention_heads": "x"}, "cannot read this"),
+        ({"model_type": BOTH[0], "num_hidden_layers": 10**9}, "the limit is 4,096"),
+    ],
+)
+def test_what_no_table_can_hold_is_refused_with_what_would_work(
+    config: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RegraftError, match=words) as caught:
+        find_anatomy(config)
+    assert "\n" not in str(caught.value) and "write regraft/families" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGRAFT_CACHE", "/proc/none")
+    with pytest.raises(RegraftError, match="cannot keep the inferred table of .*REGRAFT_CACHE"):
+        find_anatomy({"model_type": BOTH[1]})
