@@ -41,16 +41,16 @@ def name_apart(rows: list[Row]) -> list[Row]:
 def write_row(draft: Draft, template: str) -> Row:
     """The row of a tensor."""
     parsed = parse_name(first_name(draft, template))
-    role, module = find_role(parsed.module, parsed.ending), module_of(draft, template)
+    role, module = find_role(parsed.module, parsed.suffix), module_of(draft, template)
     laws, name = draft.laws.laws[template], module_name(draft, template)
     some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
     fields: dict[str, Any] = {"name": template, "in_some_layers": "{}" in template and some}
 
-    if module is draft.embedding and parsed.ending == "weight":
+    if module is draft.embedding and parsed.suffix == "weight":
         axes = _name_axis(draft, laws[0], ""), _name_axis(draft, laws[1], "")
         return Row("embed.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
     if name in draft.trace.norms:
-        return _write_norm(draft, name, parsed.ending, role, laws, fields)
+        return _write_norm(draft, name, parsed.suffix, role, laws, fields)
     if role == "head":
         fields["unless"] = TIE if TIE in draft.tiny.full else None
     if type(module).__name__ == "Embedding":
@@ -62,7 +62,7 @@ def write_row(draft: Draft, template: str) -> Row:
     fields |= _find_streams(draft, name, laws)
     if "{e}" in template:
         fields["at"] = "routed"
-    ending = "weight" if role == "attn.sinks" else parsed.ending
+    ending = "weight" if role == "attn.sinks" else parsed.suffix
     return _write_map(draft, template, f"{role}.{ending}", role, laws, fields)
 
 

@@ -36,11 +36,11 @@ class TensorName:
 
     @property
     def module(self) -> str:
-        """The name without its ending."""
+        """The name without its suffix."""
         return self.template.rpartition(".")[0]
 
     @property
-    def ending(self) -> str:
+    def suffix(self) -> str:
         """Such as "weight"."""
         return self.template.rpartition(".")[2]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...core.anatomy import Anatomy
 from ...core.part import Config, Part
-from .table import InferredTable, build_anatomy
+from .table import InferredTable, build_anatomy, read_full
 
 DEFAULT_FIELDS = {
     name: parameter.default
@@ -43,11 +43,15 @@ def format_table(table: InferredTable, config: Config) -> str:
     head = f'"""{table.family}: as inferred from {table.kind} of transformers '
     lines = [f'{head}{transformers.__version__}."""', ""]
     lines += ["from ..core.anatomy import Anatomy, Part", "", "anatomy = Anatomy("]
-    lines += [f"    {line}" for line in _iter_fields(table, anatomy)]
+    missing = {key for key, _ in anatomy.sizes if config.get(key) is None} - set(table.filled)
+    full = read_full(table, config)
+    own = {key: full[key] for key in sorted(missing) if full.get(key) is not None}
+    lines += [f"    {line}" for line in _iter_fields(table, anatomy, own)]
     return "\n".join([*lines, ")", ""])
 
 
-def _iter_fields(table: InferredTable, anatomy: Anatomy) -> Iterator[str]:
+def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) -> Iterator[str]:
+    """The lines of a table; `sizes` are config keys that the class fills in itself."""
     yield f"family={_quote(table.family)},"
     yield "parts={"
     some = {row.role for row in table.rows if row.in_some_layers}
@@ -61,7 +65,7 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy) -> Iterator[str]:
     yield "),"
     yield f"slot={_quote(anatomy.slot)},"
     yield "defaults={"
-    for key, value in anatomy.defaults.items():
+    for key, value in (sizes | anatomy.defaults).items():
         yield f"    {_quote(key)}: {_format(value)},"
     for key, factors in table.filled.items():
         yield f"    {_quote(key)}: lambda config: {_format_product(factors)},"

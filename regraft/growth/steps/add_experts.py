@@ -73,7 +73,9 @@ class AddExperts:
 
     def _check_options(self, source: Checkpoint) -> None:
         if source.holds != "weights":
-            raise RegraftError("routers of --experts have no moments: leave out --optimizer-state")
+            raise RegraftError(
+                f"routers of --experts {self.experts} have no moments: leave out --optimizer-state"
+            )
         if not 0 <= self.noise < float("inf"):
             raise RegraftError(f"--expert-noise must be >= 0, not {self.noise}")
         if not 0 <= self.reinit <= 1:
