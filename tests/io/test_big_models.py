@@ -24,7 +24,7 @@ from helpers.tiny import read_files, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from regraft.core import lineage
+from regraft.core import lineage, undo
 from regraft.core.checkpoint import Checkpoint, LazyTensor, Provenance
 from regraft.errors import RegraftError
 from regraft.growth.steps.deepen import Deepen
@@ -136,6 +136,7 @@ def test_every_hash_is_recorded(source: Path, tmp_path: Path) -> None:
     recorded = lineage.read_lineage(tmp_path / "out")["files"]
     assert {n for n in files if n.endswith(".safetensors")} | {
         safetensors.INDEX,
+        undo.FILE,
         "config.json",
     } == set(recorded)
     assert all(
