@@ -116,12 +116,14 @@ def check_length(family: str, key: str, value: Sequence[Any], depth: int) -> Non
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bar, warning or table of what it did not find."""
+    """Inside, transformers shows no progress bar, message or table of what it did not find; what is
+    wrong is raised as well.
+    """
     from transformers.utils import logging
 
     had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 from ...core.anatomy import Anatomy
 from ...core.config_checks import check_numbers
 from ...core.part import Config
+from ...core.stock_config import silence_transformers
 from ...errors import RegraftError
 from ...io.files import read_json, write_json
 from ...io.gguf import cache_folder
@@ -156,12 +157,13 @@ def _infer(config: Config, file: Path) -> None:
     """
     family = config.get("model_type")
     print_line(f"{family} has no table: inferring one from its class, once")
-    tiny = find_tiny_model(config)
-    # While linearizing is tried, the tiny model's own table is looked up too.
-    files = {file, cache_folder() / name_file(tiny.config | {"model_type": family})}
-    prover = importlib.import_module(PROOF)
-    table = _choose_table(tiny, prover)
-    _keep(table, files, prover, tiny)
+    with silence_transformers():
+        tiny = find_tiny_model(config)
+        # While linearizing is tried, the tiny model's own table is looked up too.
+        files = {file, cache_folder() / name_file(tiny.config | {"model_type": family})}
+        prover = importlib.import_module(PROOF)
+        table = _choose_table(tiny, prover)
+        _keep(table, files, prover, tiny)
     print_line(f"{describe_table(table)} ({file})")
 
 

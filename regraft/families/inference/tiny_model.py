@@ -179,7 +179,7 @@ def refuse_several_parts(family: str, config_kind: Any, config: Config) -> None:
         )
     if config.get("is_encoder_decoder", getattr(config_kind(), "is_encoder_decoder", False)):
         raise RegraftError(
-            f"'{family}' has an encoder and a decoder: tables hold one stack of layers yet, give "
+            f"'{family}' has an encoder and a decoder: tables hold one stack of layers, give "
             "a decoder or an encoder"
         )
 
