@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RegraftError
-from .verb import Outcome, Verb, check_apart, describe_request, format_check, split_keys
+from .verb import Outcome, Verb, build_growth, check_apart, describe_request, format_check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,8 +121,7 @@ def grow(
     from ..core.moments import FILE as MOMENTS_FILE
     from ..data.text import Text
     from ..growth import optimizer_state as moments
-    from ..growth.new_tokens import read_new_tokens
-    from ..growth.sizes_to_steps import LEARNED, Growth
+    from ..growth.sizes_to_steps import LEARNED
     from ..io import output, shard_writer
     from ..io.shard_writer import ExtraFile
     from ..modeling.reopen import save_model
@@ -137,22 +136,7 @@ def grow(
     request = distributed.on_rank0(lambda: describe_request(grow, given, INPUTS))
     done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
-    sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
-    taken = split_keys(adopt)
-    added = read_new_tokens(add_tokens) if add_tokens else ()
-    growth = Growth(
-        *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, seed, untie, taken
-    )
-    growth = replace(
-        growth,
-        vocab=vocab,
-        tokens=added,
-        vocab_init=vocab_init,
-        experts=experts,
-        top_k=top_k,
-        expert_noise=expert_noise,
-        expert_reinit=expert_reinit,
-    )
+    growth = build_growth(given)
     if optimizer_state:
         # A wrong file is an error before any work.
         moments.check_growable(before, growth.steps(before), Path(optimizer_state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from .verb import Outcome, Verb, check_unused_flags, name_method, remix_changes, split_keys
+from .verb import Outcome, Verb, build_growth, check_unused_flags, name_method, remix_changes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,8 +138,6 @@ def plan(
     import dataclasses
 
     from ..core.checkpoint import Checkpoint
-    from ..growth.new_tokens import read_new_tokens
-    from ..growth.sizes_to_steps import Growth
     from ..linearize import methods
     from ..mixers.remix import Remix
     from ..plan import forecast
@@ -154,22 +152,7 @@ def plan(
 
     # Growth first, then linearization: both may be planned at once.
     before = Checkpoint.open(source, allow_nonfinite=scan)
-    sizes = (hidden, ffn, heads, kv_heads, head_dim, layers)
-    taken = split_keys(adopt)
-    added = read_new_tokens(add_tokens) if add_tokens else ()
-    growth = Growth(
-        *sizes, to, width_init, depth_init, fold, noise, bridge, dtype, untie=untie, adopt=taken
-    )
-    growth = dataclasses.replace(
-        growth,
-        vocab=vocab,
-        tokens=added,
-        vocab_init=vocab_init,
-        experts=experts,
-        top_k=top_k,
-        expert_noise=expert_noise,
-        expert_reinit=expert_reinit,
-    )
+    growth = build_growth(given)
     after, notes = growth(before) if growth.has_requests else before, list[str]()
     if mixer or method or for_:
         changes = remix_changes(given)

@@ -18,6 +18,8 @@ from ..progress import print_line
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..growth.sizes_to_steps import Growth
+
 PLOT_MARK = b"<!-- drawn by regraft -->\n"  # the last line of a picture
 
 MODELS = ("source", "model", "baseline", "against", "teacher")  # parameters that are models
@@ -181,6 +183,22 @@ def identify_input(name: str, given: str) -> dict[str, str]:
 def split_keys(text: str | None) -> tuple[str, ...]:
     """The keys in a list with commas."""
     return tuple(filter(None, (key.strip() for key in (text or "").split(","))))
+
+
+def build_growth(given: Mapping[str, Any]) -> Growth:
+    """The growth that the flags of a verb ask for.
+
+    Args:
+        given: the verb's arguments by name.
+    """
+    from ..growth.new_tokens import read_new_tokens
+    from ..growth.sizes_to_steps import Growth
+
+    taken = split_keys(given["adopt"])
+    tokens = read_new_tokens(given["add_tokens"]) if given["add_tokens"] else ()
+    names = {one.name for one in fields(Growth)} & given.keys()
+    named = {name: given[name] for name in names}
+    return Growth(**named | {"adopt": taken, "tokens": tokens})
 
 
 def name_method(method: str | None, target: str | None) -> str:
