@@ -17,7 +17,7 @@ from .equality import Equality, compare_exported, compare_models, row_length
 from .gguf import engine, quantize, read_back
 from .gguf import model as gguf_model
 from .gguf.engine import EngineEquality
-from .gguf.fit import find_notes, is_rounded
+from .gguf.fit import find_notes
 from .gguf.model import GGUFModel
 from .step import Export
 from .target import find_target, list_targets
@@ -203,5 +203,5 @@ def run_engine(model: GGUFModel) -> EngineEquality:
         file = Path(folder) / gguf_model.file_name("f32")
         model.write(file, "f32")
         stock = modeling.materialize(model.checkpoint)
-        bound = engine.ROUNDED if is_rounded(model.checkpoint.config) else engine.BOUND
+        bound = engine.ROUNDED if find_notes(model.checkpoint.config) else engine.BOUND
         return engine.compare_engine(file, stock, ids, bound)

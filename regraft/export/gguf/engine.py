@@ -16,7 +16,7 @@ from .architecture import ENGINE
 CELL = 0  # ggml's number of float32, for the cache
 TOKENS = 200
 BOUND = 1e-4  # of the largest logit
-ROUNDED = 5e-3  # where llama.cpp takes the activation from a table in half precision
+ROUNDED = 5e-3  # where llama.cpp computes a little differently (`fit.find_notes`)
 
 
 class EngineEquality(TypedDict):
