@@ -27,6 +27,7 @@ from regraft.export.gguf.engine import import_engine
 
 BATCH, NEW = 512, 32
 RECURRENT = ("qwen35", "granitehybrid")  # a state beside the cache
+CONSTANT = ("rwkv6qwen2",)  # a state alone, which costs the same behind any text
 POSITIONS = ("qwen35",)  # cells with two more numbers: positions in an image
 
 
@@ -136,7 +137,7 @@ def measure(file: Path, context: int, prefill: int, threads: int) -> tuple[float
     begin = time.perf_counter()
     model.eval(ids[:read])
     speed = read / (time.perf_counter() - begin)
-    if context > read and "attention.head_count_kv" in " ".join(model.metadata):
+    if context > read and model.metadata["general.architecture"] not in CONSTANT:
         fill(model, context)
     begin = time.perf_counter()
     for token in ids[read:]:
