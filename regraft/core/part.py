@@ -154,3 +154,7 @@ def norm(
         f"{role}.weight": Part(f"{name}.weight", f"{'1+gain' if unit else 'gain'} {axis}", **fields)
     }
     return table | ({f"{role}.bias": Part(f"{name}.bias", f"-> {axis}", **fields)} if bias else {})
+
+
+# An output embedding that a config may tie to the embedding, behind the final norm.
+TIED_HEAD = Part("lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head")

@@ -3,8 +3,9 @@
 The MLP is four times as wide as the stream.
 """
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, linear, norm
 from ..core.anatomy_defaults import read_aliases
+from ..core.part import TIED_HEAD
 from .gpt_neox import QKV
 
 LAYER = "transformer.h.{}"
@@ -31,9 +32,7 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{LAYER}.mlp.dense_h_to_4h", "hidden -> ffn", bias=True),
         **linear("mlp.down", f"{LAYER}.mlp.dense_4h_to_h", "ffn -> hidden", bias=True),
         **norm("norm.final", "transformer.ln_f", bias=True, writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
     },
     sizes=(
         ("vocab_size", "vocab"),

@@ -6,6 +6,7 @@ Neighbouring coordinates of a head turn together; logits have a constant factor.
 from typing import Any
 
 from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.part import TIED_HEAD
 from .llama import DEFAULTS, LAYER, SIZES
 
 ATTENTION, MLP, BIAS = f"{LAYER}.self_attn", f"{LAYER}.mlp", "attention_bias"
@@ -25,9 +26,7 @@ def parts() -> dict[str, Part]:
         **linear("mlp.up", f"{MLP}.up_proj", "hidden -> ffn"),
         **linear("mlp.down", f"{MLP}.down_proj", "ffn -> hidden"),
         **norm("norm.final", "model.norm", centered=True, writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
     }
 
 

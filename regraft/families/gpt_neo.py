@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, linear, norm
 from ..core.anatomy_defaults import read_aliases
+from ..core.part import TIED_HEAD
 
 LAYER = "transformer.h.{}"
 ATTENTION = f"{LAYER}.attn.attention"
@@ -40,9 +41,7 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{LAYER}.mlp.c_fc", "hidden -> ffn", bias=True),
         **linear("mlp.down", f"{LAYER}.mlp.c_proj", "ffn -> hidden", bias=True),
         **norm("norm.final", "transformer.ln_f", bias=True, writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
     },
     sizes=(
         ("vocab_size", "vocab"),

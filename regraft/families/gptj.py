@@ -4,7 +4,7 @@ Neighbouring coordinates of a part of a head turn together.
 """
 
 from ..core.anatomy import Anatomy, Part, linear, norm
-from ..core.anatomy_defaults import read_aliases
+from ..core.part import TIED_HEAD
 from . import gpt2
 
 LAYER = "transformer.h.{}"
@@ -21,9 +21,7 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{LAYER}.mlp.fc_in", "hidden -> ffn", bias=True),
         **linear("mlp.down", f"{LAYER}.mlp.fc_out", "ffn -> hidden", bias=True),
         **norm("norm.final", "transformer.ln_f", bias=True, writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
         "head.bias": Part("lm_head.bias", "-> vocab"),
     },
     sizes=gpt2.anatomy.sizes,
@@ -41,14 +39,7 @@ anatomy = Anatomy(
     },
     fixed={"group": 1},
     ignored={r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)": "buffer: the causal mask"},
-    rewrite=read_aliases(
-        {
-            "hidden_size": "n_embd",
-            "max_position_embeddings": "n_positions",
-            "num_attention_heads": "n_head",
-            "num_hidden_layers": "n_layer",
-        }
-    ),
+    rewrite=gpt2.anatomy.rewrite,
     eps="layer_norm_epsilon",
     activation="activation_function",
     rotary_pairs=True,

@@ -5,8 +5,9 @@ The MLP is four times as wide as the stream, whatever the config says.
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, linear, norm
 from ..core.anatomy_defaults import read_aliases
+from ..core.part import TIED_HEAD
 from ..errors import RegraftError
 from .bloom import ALIBI
 from .gpt2 import QKV
@@ -36,9 +37,7 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{LAYER}.ffn.up_proj", "hidden -> ffn"),
         **linear("mlp.down", f"{LAYER}.ffn.down_proj", "ffn -> hidden"),
         **norm("norm.final", "transformer.norm_f", centered=True, writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
     },
     sizes=(
         ("vocab_size", "vocab"),

@@ -3,7 +3,8 @@
 Query and key norms span all heads together.
 """
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, linear, norm
+from ..core.part import TIED_HEAD
 from .llama import DEFAULTS, LAYER, SIZES
 
 ATTENTION, MLP, BIAS = f"{LAYER}.self_attn", f"{LAYER}.mlp", "attention_bias"
@@ -32,9 +33,7 @@ anatomy = Anatomy(
             "norm.mlp_post", f"{LAYER}.post_feedforward_layernorm", reads="branch", writes="stream"
         ),
         **norm("norm.final", "model.norm", writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
     },
     sizes=SIZES,
     slot=ATTENTION,

@@ -5,7 +5,8 @@ The table of positions begins with two rows that no text uses.
 
 from typing import Any
 
-from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, linear, norm
+from ..core.part import TIED_HEAD
 from ..errors import RegraftError
 
 DECODER = "model.decoder"
@@ -51,9 +52,7 @@ anatomy = Anatomy(
             writes="head",
             unless="_remove_final_layer_norm",
         ),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
     },
     sizes=(
         ("vocab_size", "vocab"),

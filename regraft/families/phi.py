@@ -6,6 +6,7 @@ Rotary positions are partial, and every map has a bias.
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..core.part import TIED_HEAD
 from ..errors import RegraftError
 from .llama import DEFAULTS, LAYER, SIZES
 
@@ -41,9 +42,7 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{MLP}.fc1", "hidden -> ffn", bias=True),
         **linear("mlp.down", f"{MLP}.fc2", "ffn -> hidden", bias=True),
         **norm("norm.final", "model.final_layernorm", bias=True, writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
         "head.bias": Part("lm_head.bias", "-> vocab"),
     },
     sizes=SIZES,

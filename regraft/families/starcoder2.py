@@ -3,7 +3,8 @@
 Every map may have a bias.
 """
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, linear, norm
+from ..core.part import TIED_HEAD
 from .llama import DEFAULTS, LAYER, SIZES
 
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
@@ -21,9 +22,7 @@ anatomy = Anatomy(
         **linear("mlp.up", f"{MLP}.c_fc", "hidden -> ffn", bias="use_bias"),
         **linear("mlp.down", f"{MLP}.c_proj", "ffn -> hidden", bias="use_bias"),
         **norm("norm.final", "model.norm", bias=True, writes="head"),
-        "head.weight": Part(
-            "lm_head.weight", "hidden -> vocab", unless="tie_word_embeddings", reads="head"
-        ),
+        "head.weight": TIED_HEAD,
     },
     sizes=SIZES,
     slot=ATTENTION,
