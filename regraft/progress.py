@@ -168,10 +168,12 @@ class Ticker:
         coming = self.coming
         if coming is None and self.fraction and self.fraction > 0.02:
             coming = elapsed / self.fraction - elapsed
-        if coming is not None:
+
+        # A phase with a budget is shortened to what is left: a longer guess is none.
+        left = self.seconds_left()
+        if coming is not None and (left is None or coming <= left):
             parts.append(f"about {format_seconds(coming)} to go here")
 
-        left = self.seconds_left()
         parts.append(f"{format_seconds(self.seconds_used())} used")
         if left is not None:
             budget = self.budget or 0.0

@@ -17,32 +17,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..io.linux import available_memory
+from .bench_time import TimeLimit, extrapolate
+from .rows import BenchRow
 
 STEPS = 32
-
-
-class BenchRow(TypedDict):
-    """Speed and memory of a model at one context length.
-
-    Speeds and bytes are those of all rows of the batch together. None: not measured.
-    """
-
-    length: int  # tokens of context
-    batch: int  # rows decoded together
-    decode_tok_s: float | None  # tokens per second
-    prefill_tok_s: float | None
-    state_bytes: int  # of the cache after `length` tokens
-    converted_bytes: int  # the part of it that belongs to linearized layers
-    kept_bytes: int  # the part of it that belongs to layers with softmax attention
-    peak_bytes: int | None  # peak memory of the process, weights and interpreter included
-    load_bytes: int | None  # the same before the first token
 
 
 def bench(
@@ -52,6 +37,7 @@ def bench(
     progress: Callable[[int, int, str], None] | None = None,
     batch: int = 1,
     prefill: bool = True,
+    seconds: float | None = None,
 ) -> dict[str, list[BenchRow]]:
     """Measure models at several context lengths; rows by name of the model.
 
@@ -67,6 +53,9 @@ def bench(
         batch: rows decoded together.
         prefill: read the context. Else the cache is filled with copies of a first token's keys and
             values, which takes no attention over the context: decoding is timed alone.
+        seconds: what all of it may take. Where reading a context would take longer, decoding is
+            timed alone; where that would, nothing is. What is left out is extrapolated from shorter
+            contexts. None: everything is measured.
 
     RegraftError for a batch or number of steps below one, and when a process fails.
     """
@@ -77,13 +66,20 @@ def bench(
 
     rows: dict[str, list[BenchRow]] = {name: [] for name in models}
     opened = {name: Checkpoint.open(path) for name, path in models.items()}
-    jobs = [(name, length) for length in lengths for name in models]
+    lengths, limit = sorted(lengths), TimeLimit(seconds, steps, len(models))
 
-    for done, (name, length) in enumerate(jobs):
-        if progress:
-            progress(done, len(jobs), f"{name} at {length}")
-        row = row_if_too_large(opened[name], length, batch)
-        rows[name].append(row or run_worker(models[name], length, steps, batch, prefill))
+    for done, length in enumerate(lengths):
+        level = limit.choose(rows, length, len(lengths) - done) if prefill else "decode"
+        for number, (name, checkpoint) in enumerate(opened.items()):
+            if progress:
+                job = done * len(models) + number
+                progress(job, len(lengths) * len(models), f"{name} at {length}")
+            row = row_if_too_large(checkpoint, length, batch)
+            if row is None and level == "nothing":
+                row = unmeasured_row(checkpoint, length, batch)
+            if row is None:
+                row = run_worker(models[name], length, steps, batch, level == "all")
+            rows[name].append(row if seconds is None else extrapolate(row, rows[name]))
     return rows
 
 
@@ -92,16 +88,19 @@ def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> BenchRo
 
     Always None with an accelerator: what its memory holds is not forecast here.
     """
-    from ..modeling.layer_kinds import layer_kinds, mixers_of, state_bytes
-
     free = available_memory()
     if free is None or torch.cuda.is_available():
         return None
-    state = {kind: batch * size for kind, size in state_bytes(checkpoint, length).items()}
+    row = unmeasured_row(checkpoint, length, batch)
     weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())  # float32
-    if weights + sum(state.values()) <= free[0]:
-        return None
+    return None if weights + row["state_bytes"] <= free[0] else row
 
+
+def unmeasured_row(checkpoint: Checkpoint, length: int, batch: int) -> BenchRow:
+    """A row with the bytes of the state, as forecast, and nothing measured."""
+    from ..modeling.layer_kinds import layer_kinds, mixers_of, state_bytes
+
+    state = {kind: batch * size for kind, size in state_bytes(checkpoint, length).items()}
     softmax_kinds = {
         kind
         for kind, spec in zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
@@ -118,6 +117,7 @@ def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> BenchRo
         "state_bytes": sum(state.values()),
         "converted_bytes": sum(state.values()) - kept,
         "kept_bytes": kept,
+        "extrapolated": [],
     }
 
 
@@ -190,6 +190,7 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
         "kept_bytes": sum(sizes) - converted,
         "peak_bytes": peak_bytes(device.type),
         "load_bytes": loaded,
+        "extrapolated": [],
     }
 
 

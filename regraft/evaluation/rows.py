@@ -109,3 +109,21 @@ class Evaluation(SuiteRow, total=False):
 
     model: str  # its path
     baselines: dict[str, SuiteRow]  # by name, see `baselines.ROWS`
+
+
+class BenchRow(TypedDict):
+    """Speed and memory of a model at one context length.
+
+    Speeds and bytes are those of all rows of the batch together. None: not measured.
+    """
+
+    length: int  # tokens of context
+    batch: int  # rows decoded together
+    decode_tok_s: float | None  # tokens per second
+    prefill_tok_s: float | None
+    state_bytes: int  # of the cache after `length` tokens
+    converted_bytes: int  # the part of it that belongs to linearized layers
+    kept_bytes: int  # the part of it that belongs to layers with softmax attention
+    peak_bytes: int | None  # peak memory of the process, weights and interpreter included
+    load_bytes: int | None  # the same before the first token
+    extrapolated: list[str]  # speeds that follow from those at shorter contexts

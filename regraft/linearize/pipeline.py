@@ -128,6 +128,7 @@ def train_linearized(
     limit: Limit = lambda stage: None,
     watching: MonitorConfig = DEFAULT_MONITORING,
     length: int = LENGTH,
+    start_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Give a linearized model its closed-form start, train it and put it into `out`.
 
@@ -147,6 +148,7 @@ def train_linearized(
         limit: seconds that a stage may take, None for as long as its tokens need.
         watching: trackers, and when a loss counts as too high.
         length: tokens of a row for the closed form, where there is no stage to say it.
+        start_seconds: what the closed form may take, None for as long as its tokens need.
 
     Returns:
         The ledger. Its `start` is what was spent before the stages: choosing layers and the closed
@@ -167,14 +169,17 @@ def train_linearized(
         def calibrate_whole() -> None:
             whole = teacher()
             slots = modeling.slots(whole, source)
-            calibrate_once(modeling.materialize(checkpoint), whole, slots, batches, work, ticker)
+            calibrate_once(
+                modeling.materialize(checkpoint), whole, slots, batches, work, ticker,
+                start_seconds,
+            )  # fmt: skip
 
         distributed.on_rank0(calibrate_whole)
 
     student = fsdp.load_sharded(checkpoint, mesh, layerwise)
     teacher_model = fsdp.load_sharded(source, mesh) if mesh is not None else teacher()
     slots = modeling.slots(teacher_model, source)
-    spent = calibrate_once(student, teacher_model, slots, batches, work, ticker)
+    spent = calibrate_once(student, teacher_model, slots, batches, work, ticker, start_seconds)
     if mesh is None:  # shards are on their devices already
         student = student.to(distributed.device())
         teacher_model = teacher_model.to(distributed.device())

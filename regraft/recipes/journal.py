@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from ..io.files import read_json_if_exists, write_json, write_text
 from ..progress import Ticker
@@ -19,6 +19,7 @@ class RunTime(TypedDict):
 
     seconds: float  # of the whole run so far, restarts included
     phases: dict[str, float]  # seconds of each finished phase, by name
+    notes: NotRequired[list[str]]  # what the time limit left out, in words
 
 
 class Journal:
@@ -37,6 +38,7 @@ class Journal:
         past: RunTime | None = read_json_if_exists(directory / "time.json", RunTime)
         past = past or {"seconds": 0.0, "phases": {}}
         self.phases: dict[str, float] = past["phases"]
+        self.notes: list[str] = past.get("notes", [])
         self.ticker = Ticker(
             minutes * 60 if minutes else None, past["seconds"], each_beat=self.save_periodically
         )
@@ -68,5 +70,6 @@ class Journal:
             spent: RunTime = {
                 "seconds": round(self.ticker.seconds_used(), 2),
                 "phases": self.phases,
+                "notes": list(dict.fromkeys(self.notes)),
             }
             write_json(self.directory / "time.json", spent)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import nn
 
 from .. import distributed, modeling
@@ -16,10 +18,10 @@ from ..data.corpus import TextMixture
 from ..data.files import find_files
 from ..data.rows import Packed
 from ..evaluation import baselines, tasks
-from ..evaluation.bench import BenchRow, bench
+from ..evaluation.bench import bench
 from ..evaluation.evaluate import assemble_rows, build_suite, evaluation_windows
 from ..evaluation.perplexity import Candidate, measure
-from ..evaluation.rows import QualityRow
+from ..evaluation.rows import BenchRow, QualityRow
 from ..evaluation.suite import Suite, add_share_of_teacher
 from ..io import output
 from ..io.files import read_json_if_exists, remove_parts, write_json
@@ -34,7 +36,8 @@ from ..report import html
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
 from ..train.output import RUN_NAMES, TEXT, WORK, finish_run, open_run
 from ..train.session import begin_texts, training_rows
-from . import schema
+from . import budget, schema
+from .budget import Budget
 from .journal import Journal
 from .schema import Recipe
 
@@ -52,7 +55,9 @@ NAMES = (
     "report.html",
 )
 KIND = "run"  # of the folder, in its marker
-MARGIN = 30.0  # seconds kept back for saving, loading and the report
+# Over each window: the teacher beside the baselines and again beside the model, the model with its
+# linear branch and without.
+EVALUATION_PASSES = 4
 
 
 class Sample(TypedDict):
@@ -183,6 +188,8 @@ class Experiment:
     def __init__(self, recipe: Recipe, out: Path, watching: MonitorConfig = DEFAULT_MONITORING):
         self.recipe, self.out, self.watching = recipe, out, watching
         self.journal = Journal(out, schema.dump(recipe), recipe.minutes)
+        self.budget = Budget(self.journal.ticker.budget, self.journal.notes)
+        self.deadlines: dict[int, float] = {}  # of stages before the last, in monotonic seconds
         self.work = out / WORK
         self.linear = self.work / "linearized"
 
@@ -249,6 +256,25 @@ class Experiment:
         )
 
     @cached_property
+    def window_count(self) -> int:
+        """How many of the windows are measured, before training and after it."""
+        known = read_json_if_exists(self.out / "baselines.json", dict[str, QualityRow])
+        if known:
+            return known[baselines.TEACHER]["windows"]
+        if self.budget.seconds is None:
+            return len(self.windows.input_ids)
+        remix = baselines.remix_of(Checkpoint.open(self.linear))
+        assert remix is not None
+        passes = len(baselines.variants(remix)) + EVALUATION_PASSES - 1
+        first = self.windows.input_ids[:1]
+        with torch.inference_mode():
+            self.teacher(input_ids=first)  # the first pass also reads the weights from disk
+            begin = time.monotonic()
+            self.teacher(input_ids=first)
+        taken = time.monotonic() - begin
+        return self.budget.count_windows(len(self.windows.input_ids), passes, taken)
+
+    @cached_property
     def suite(self) -> Suite:
         """Benchmarks and recall, when the recipe has them."""
         settings = self.recipe.measure
@@ -280,10 +306,11 @@ class Experiment:
                 again, but only for the KL of the others.
         """
         models = {baselines.TEACHER: Candidate(self.teacher), **candidates}
+        count = self.window_count
         scores = measure(
             models,
-            self.windows.input_ids,
-            self.windows.bytes,
+            self.windows.input_ids[:count],
+            self.windows.bytes[:count],
             baselines.TEACHER,
             self.report_progress,
         )
@@ -320,24 +347,34 @@ class Experiment:
         def report_progress(done: int, total: int, words: str) -> None:
             self.journal.ticker.update(done / total, words)
 
-        rows = bench(models, settings.bench, settings.bench_steps, report_progress)
+        limit = self.budget.share(budget.SPEED)
+        rows = bench(models, settings.bench, settings.bench_steps, report_progress, seconds=limit)
+        if any(row["extrapolated"] or not row["decode_tok_s"] for row in rows["student"]):
+            self.budget.notes.append("speeds marked ~ follow from shorter contexts")
         write_json(self.out / "bench.json", rows)
+
+    def sample_tokens(self) -> int:
+        """How many tokens a prompt is continued by, at the speed at the shortest context."""
+        settings = self.recipe.measure
+        return self.budget.count_sample_tokens(
+            settings.sample_tokens, len(settings.prompts), self.decode_speeds()
+        )
+
+    def decode_speeds(self) -> list[float]:
+        """Tokens per second of teacher and student at the shortest context, where measured."""
+        benched = read_json_if_exists(self.out / "bench.json", dict[str, list[BenchRow]]) or {}
+        return [speed for rows in benched.values() if rows and (speed := rows[0]["decode_tok_s"])]
 
     def seconds_after_training(self) -> float:
         """Seconds that the phases after training will take, from what earlier phases took."""
-        # The quality table takes as long as that of the baselines. Samples are decoded at the
-        # speed at the shortest context.
-        quality = self.journal.phases["baselines"]
-        benched = (
-            read_json_if_exists(self.out / "bench.json", dict[str, list[BenchRow]]) or {}
-        ).values()
-        speeds = [rows[0]["decode_tok_s"] for rows in benched if rows]
+        quality = self.journal.phases["baselines"]  # it takes no longer after training
         settings = self.recipe.measure
-        tokens = len(settings.prompts) * settings.sample_tokens
-        return MARGIN + quality + sum(tokens / speed for speed in speeds if speed)
+        tokens = len(settings.prompts) * min(settings.sample_tokens, self.sample_tokens())
+        margin = self.budget.share(budget.MARGIN) or 0.0
+        return margin + quality + sum(tokens / speed for speed in self.decode_speeds())
 
     def stage_seconds(self, stage: int) -> float | None:
-        """Seconds that a stage may take, None without a budget.
+        """Seconds that a stage may still take, None without a budget.
 
         What is left for the last stage, at most half of that for an earlier one.
         """
@@ -346,7 +383,10 @@ class Experiment:
         if left is None or not distributed.is_rank0():
             return left
         left -= self.seconds_after_training()
-        return left if stage == len(self.recipe.stages) - 1 else left / 2
+        if stage == len(self.recipe.stages) - 1:
+            return left
+        now = time.monotonic()
+        return self.deadlines.setdefault(stage, now + left / 2) - now
 
     def train(self) -> None:
         """Calibrate and train; puts the trained model into the output folder."""
@@ -363,6 +403,7 @@ class Experiment:
             recipe.seed,
             self.stage_seconds,
             self.watching,
+            start_seconds=self.budget.share(budget.CALIBRATION),
         )
         if distributed.is_rank0():
             write_json(self.out / "ledger.json", ledger | {"text": self.rows.facts()})
@@ -378,22 +419,20 @@ class Experiment:
     def sample(self) -> None:
         """Teacher and student continue the same prompts, greedily."""
         settings = self.recipe.measure
-        student = modeling.load(self.out)
+        student, tokens = modeling.load(self.out), self.sample_tokens()
         samples: list[Sample] = []
         for number, prompt in enumerate(settings.prompts):
             self.report_progress(number, len(settings.prompts))
             samples.append(
                 {
                     "prompt": prompt,
-                    "teacher": self._continue(self.teacher, prompt),
-                    "student": self._continue(student, prompt),
+                    "teacher": self._continue(self.teacher, prompt, tokens),
+                    "student": self._continue(student, prompt, tokens),
                 }
             )
         write_json(self.out / "samples.json", samples)
 
-    def _continue(self, model: nn.Module, prompt: str) -> str:
-        settings = self.recipe.measure
-        generated = generate.generate(
-            model, self.tokenizer, prompt, settings.sample_tokens, chat=settings.chat
-        )
+    def _continue(self, model: nn.Module, prompt: str, tokens: int) -> str:
+        chat = self.recipe.measure.chat
+        generated = generate.generate(model, self.tokenizer, prompt, tokens, chat=chat)
         return generated.text

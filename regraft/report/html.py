@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 from ..core.lineage import Lineage
 from ..errors import explain_errors
@@ -18,7 +18,9 @@ from ..train.ledger import build_ledger, read_start_costs
 from ..train.metrics import FILE as METRICS
 from ..train.metrics import MetricsRow
 from . import plots
+from .headline import headlines
 from .templates import render
+from .units import format_bytes, format_duration, format_flops, format_number, format_speed
 
 
 class PlanFacts(TypedDict):
@@ -31,6 +33,7 @@ class SpentTime(TypedDict):
     """What the page reads of time.json."""
 
     seconds: float
+    notes: NotRequired[list[str]]  # what a time limit left out
 
 
 class ReportedRow(SuiteRow, total=False):
@@ -61,6 +64,7 @@ class ReportedSpeed(TypedDict, total=False):
     converted_bytes: int
     kept_bytes: int
     peak_bytes: int | None
+    extrapolated: list[str]
 
 
 class ReportedSample(TypedDict):
@@ -141,7 +145,9 @@ def render_page(numbers: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
     return render(
         "run.html.j2",
         title=f"regraft: {Path(str(source)).name}",
+        headlines=headlines(numbers),
         summary=format_summary(numbers),
+        notes=(numbers.get("time") or {}).get("notes", []),
         sections=[*quality_sections(numbers), *cost_sections(numbers, metrics)],
         samples=numbers.get("samples") or [],
         details=details,
@@ -176,10 +182,11 @@ def cost_sections(
 ) -> Iterator[Section]:
     """The curve of training with the ledger, and speed and memory by context length."""
     ledger = numbers.get("ledger")
-    heads = ("stage", "tokens", "FLOPs", "seconds")
-    tables = [text_table(heads, [[*row.values()] for row in ledger])] if ledger else []
-    if curve := plots.plot_losses(metrics):
-        yield Section("Training", curve, "loss of each stage against tokens", tables)
+    tables = [ledger_table(ledger)] if ledger else []
+    baselines = (numbers.get("eval") or {}).get("baselines", {})
+    if curve := plots.plot_losses(metrics, baselines):
+        words = "loss of each stage against tokens, beside the KL of what needs no training"
+        yield Section("Training", curve, words, tables)
     elif tables:
         yield Section(tables=tables)
     if numbers.get("bench"):
@@ -187,7 +194,7 @@ def cost_sections(
             "Speed and memory by context length",
             plots.plot_speed(numbers["bench"]),
             "speed and memory against context length",
-            speed_tables(numbers["bench"]),
+            [speed_table(numbers["bench"]), memory_table(numbers["bench"])],
         )
 
 
@@ -205,8 +212,8 @@ def format_summary(numbers: Mapping[str, Any]) -> str:
     if numbers.get("ledger"):
         total = numbers["ledger"][-1]
         sentences.append(
-            f"Started and trained on {total['tokens']:,} tokens: {total['flops']:.3g} FLOPs with"
-            " the teacher's forward."
+            f"Started and trained on {total['tokens']:,} tokens:"
+            f" {format_flops(total['flops'])} with the teacher's forward."
         )
     if spent := numbers.get("time"):
         sentences.append(f"The whole run took {spent['seconds'] / 60:.1f} minutes.")
@@ -287,32 +294,52 @@ def percent(value: float | None) -> float | None:
     return None if value is None else round(100 * value, 1)
 
 
-def speed_tables(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[ReportTable]:
-    """One table per model."""
-    keys = (
-        "length",
-        "batch",
-        "decode_tok_s",
-        "prefill_tok_s",
-        "state_bytes",
-        "converted_bytes",
-        "kept_bytes",
-        "peak_bytes",
-    )
-    heads = (
-        "context",
-        "batch",
-        "decode tok/s",
-        "prefill tok/s",
-        "state bytes",
-        "in converted layers",
-        "in kept layers",
-        "peak bytes",
-    )
-    return [
-        text_table(heads, ([row.get(key) for key in keys] for row in rows), name=name)
-        for name, rows in models.items()
+def ledger_table(ledger: Sequence[Mapping[str, Any]]) -> ReportTable:
+    """What every stage cost."""
+    rows = [
+        [
+            row["stage"],
+            f"{row['tokens']:,}",
+            format_flops(row["flops"]),
+            format_duration(row["seconds"]),
+        ]
+        for row in ledger
     ]
+    return ReportTable(("stage", "tokens", "FLOPs", "time"), rows, own="total")
+
+
+def speed_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> ReportTable:
+    """Tokens per second of every model by context, with shares of the first one's."""
+    kinds = {"decode_tok_s": "writes", "prefill_tok_s": "reads"}
+    first, heads, body = next(iter(models), ""), ["context"], []
+    for name in models:
+        for words in kinds.values():
+            heads += [f"{name} {words}", *(["of it"] if name != first else [])]
+    for cells in zip(*models.values(), strict=False):
+        line = [f"{cells[0]['length']:,}"]
+        for row in cells:
+            for key in kinds:
+                line.append(format_speed(row.get(key), key in row.get("extrapolated", ())))
+                if row is not cells[0]:
+                    own, other = row.get(key), cells[0].get(key)
+                    line.append(f"{own / other:.2f}x" if own and other else "—")
+        body.append(line)
+    batch = next((row.get("batch", 1) for rows in models.values() for row in rows), 1)
+    return ReportTable(heads, body, name=f"Tokens per second, batch {batch}")
+
+
+def memory_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> ReportTable:
+    """State and peak memory of every model by context."""
+    kinds = {"state_bytes": "state", "peak_bytes": "peak"}
+    heads = ["context", *(f"{name} {words}" for name in models for words in kinds.values())]
+    body = [
+        [
+            f"{cells[0]['length']:,}",
+            *(format_bytes(row.get(key)) for row in cells for key in kinds),
+        ]
+        for cells in zip(*models.values(), strict=False)
+    ]
+    return ReportTable(heads, body, name="Memory")
 
 
 def text_table(
@@ -320,12 +347,3 @@ def text_table(
 ) -> ReportTable:
     """A table whose numbers are shortened."""
     return ReportTable(heads, [[format_number(cell) for cell in row] for row in rows], own, name)
-
-
-def format_number(value: Any) -> str:
-    """A number for reading: 4 significant digits, thousands separated, an em dash for nothing."""
-    if value is None:
-        return "—"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -45,9 +45,16 @@ def svg(drawing: Any) -> bytes:
     return out.getvalue()
 
 
-def plot_losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
+def plot_losses(
+    metrics: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]] | None = None
+) -> bytes | None:
     """One panel per stage: loss against the stage's tokens, its running mean on top; None without
     training rows.
+
+    Args:
+        metrics: rows of metrics.jsonl.
+        baselines: rows of a quality table. Their KL on held-out text is a line in stages of
+            distillation, whose loss is the KL on training text.
     """
     stages: dict[str, list[tuple[float, float]]] = {}
     for row in metrics:
@@ -65,7 +72,18 @@ def plot_losses(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
         axis.set(title=label(stage), xlabel="tokens", ylabel="loss")
         if min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
+        if stage.endswith(" distil"):
+            draw_levels(axis, baselines or {})
     return svg(drawing)
+
+
+def draw_levels(axis: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line across for the KL of every row that has one."""
+    levels = {name: row["kl"] for name, row in rows.items() if row.get("kl")}
+    for style, (name, kl) in zip(("--", ":", "-.", "-") * 3, levels.items(), strict=False):
+        axis.axhline(kl, linestyle=style, color=COLOURS[5], linewidth=1.0, label=label(name))
+    if levels:
+        axis.legend(fontsize=6, title="held-out KL of", title_fontsize=6)
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
@@ -120,11 +138,20 @@ def plot_speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                 color=colour,
                 label=label(name),
             )
+            # What follows from shorter contexts is hollow.
+            for row in rows:
+                if key in row.get("extrapolated", ()):
+                    point = ([row["length"]], [row[key] / unit])
+                    axis.plot(*point, "o", color=colour, markerfacecolor="white")
         axis.set(title=title, xlabel="context, tokens")
         axis.set_xscale("log", base=2)
+        if axis.lines and any(len(line.get_xdata()) for line in axis.lines):
+            axis.set_yscale("log")
+            for place in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                place("{x:.3g}")
+            axis.tick_params(axis="y", which="both", labelsize=7)
         ticks = sorted({row["length"] for rows in models.values() for row in rows})
         axis.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks])
-        axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     return svg(drawing)
 

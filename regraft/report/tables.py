@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .html import LEADS, benchmark_rows, eval_rows, format_number, lead_rows
+from .html import LEADS, benchmark_rows, eval_rows, lead_rows
+from .units import format_number, format_speed
 
 Numbers = tuple[str, list[str], list[list[str]]]  # title, heads, lines
 FRAME = 3  # what a column takes beside its text
@@ -133,7 +134,11 @@ def speed_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     heads = ["model", "context", "decode/s", "prefill/s", "state MiB", "converted", "peak MiB"]
     batch = next((row["batch"] for rows in models.values() for row in rows), 1)
     body = [
-        [name, *(format_number(r.get(key)) for key in ("length", "decode_tok_s", "prefill_tok_s"))]
+        [name, format_number(r["length"])]
+        + [
+            format_speed(r.get(key), key in r.get("extrapolated", ()))
+            for key in ("decode_tok_s", "prefill_tok_s")
+        ]
         + [format_mebibytes(r[key]) for key in ("state_bytes", "converted_bytes", "peak_bytes")]
         for name, rows in models.items()
         for r in rows

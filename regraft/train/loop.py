@@ -48,7 +48,8 @@ from .step import step_generator, train_step
 
 __all__ = ["Run", "calibration_batches", "shuffled_indices", "train"]
 
-MEASURED_STEPS = 3  # a stage with a time limit fixes its length after these
+MEASURED_STEPS = 3  # a stage with a time limit sets its length after these
+REFITS = (1 / 4, 1 / 2, 3 / 4)  # shares of a stage at which it corrects its length
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -120,7 +121,9 @@ class StageTrainer:
         self.entry = state.ledger_entry(index, self.stage.kind, self.fast)
 
         self.first = state.step  # steps that earlier runs have done
+        # What steps take is measured from here on.
         self.saved = self.timed_from = time.monotonic()
+        self.timed_step = state.step
 
     def _read_rows(self) -> Data:
         """The training rows; RegraftError when these or the held-out ones do not fit the model."""
@@ -173,7 +176,7 @@ class StageTrainer:
             row = self._record_step(result)
             if state.step == self.first + 1:
                 # The first step is slower (FLOPs are counted, memory is new): time the others.
-                self.timed_from = time.monotonic()
+                self.timed_from, self.timed_step = time.monotonic(), state.step
             self.run.progress(self.stage, state.step, self.stage.steps, row)
 
             # The time limit may make this step the last one, which is always evaluated.
@@ -243,15 +246,28 @@ class StageTrainer:
         self.state.costs = {}  # backward passes now reach more weights: count their FLOPs anew
 
     def _apply_time_limit(self) -> None:
-        """Shorten a stage with a time limit to the steps that fit, once a few are measured."""
+        """Give a stage with a time limit the steps that fit, once a few are measured.
+
+        Machines slow down and speed up, so it is corrected on the way.
+        """
         state, limit = self.state, self.run.limit(self.index)
-        if limit is None or state.tokens or state.step != self.first + MEASURED_STEPS:
+        if limit is None or not self._is_length_due():
             return
-        measured = (time.monotonic() - self.timed_from) / (MEASURED_STEPS - 1)
+        now = time.monotonic()
+        measured = (now - self.timed_from) / (state.step - self.timed_step)
         # Processes measure different times, but must agree on the number of steps.
         left, per_step = distributed.broadcast((limit, measured))
-        self.stage = fit_to_time(self.stage, state, left, per_step)
+        self.stage = fit_to_time(self.run.stages[self.index], state, left, per_step)
         self.order = self._draw_order()
+        self.timed_from, self.timed_step = now, state.step
+
+    def _is_length_due(self) -> bool:
+        """Whether a stage with a time limit sets or corrects its length after this step."""
+        done = self.state.step - self.first
+        if not self.state.tokens:
+            return done == MEASURED_STEPS
+        marks = {int(share * self.stage.steps) for share in REFITS}
+        return self.state.step in marks and self.state.step - self.timed_step >= MEASURED_STEPS
 
     def _evaluate(self) -> None:
         evaluate_heldout(self.run, self.stage, self.index, self.state.step, self.entry)

@@ -76,6 +76,7 @@ def calibrate_once(
     batches: list[Any],
     work: Path,
     ticker: Ticker,
+    seconds: float | None = None,
 ) -> Cost | None:
     """Give the student's mixers their closed-form start, or the one that an earlier run stored.
 
@@ -87,6 +88,7 @@ def calibrate_once(
             leaves the student as it is.
         work: folder in which the start is stored for a restart.
         ticker: shows the progress.
+        seconds: what the start may take, see `calibrate`.
 
     Returns:
         What the start cost, None without batches.
@@ -98,9 +100,9 @@ def calibrate_once(
     if not file.exists():
         begin = time.monotonic()
         with flops.build_flop_counter() as counter:
-            calibrate_mixers(student, teacher, teacher_slots, batches, ticker)
+            tokens = calibrate_mixers(student, teacher, teacher_slots, batches, ticker, seconds)
         cost: Cost = {
-            "tokens": sum(batch[0].numel() for batch in batches),
+            "tokens": tokens,
             "flops": counter.get_total_flops(),
             "seconds": round(time.monotonic() - begin, 3),
         }
@@ -125,12 +127,12 @@ def calibrate_mixers(
     teacher_slots: Sequence[nn.Module],
     batches: list[Any],
     ticker: Ticker,
-) -> None:
-    """Run the closed-form start over all layers; see `calibrate_once`."""
+    seconds: float | None = None,
+) -> int:
+    """Run the closed-form start over all layers and count the tokens; see `calibrate_once`."""
     slots = modeling.slots(student)
-    # `calibrate` is a generator that fits a layer each time it is asked for the next one.
-    for _ in calibrate(slots, teacher, list(teacher_slots), batches, ticker.update):
-        pass
+    rows = calibrate(slots, teacher, list(teacher_slots), batches, ticker.update, seconds)
+    return max((row["tokens"] for row in rows), default=0)
 
 
 def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

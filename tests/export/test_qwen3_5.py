@@ -25,7 +25,8 @@ from regraft.mixers.attention import Attention
 from regraft.mixers.base import MixerContext
 from regraft.mixers.gated_deltanet import HALF_LIVES
 from regraft.mixers.remix import Remix
-from regraft.train.calibrate import calibrate, invert_silu, output_error
+from regraft.train.calibrate import calibrate, output_error
+from regraft.train.fit_mixer import invert_silu
 from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 
 EXPORT = Export("qwen3_5")

@@ -15,7 +15,7 @@ from regraft.errors import RegraftError
 from regraft.io.files import read_json_lines
 from regraft.progress import BEAT, Ticker, format_seconds
 from regraft.recipes.journal import Journal
-from regraft.report import html, plots
+from regraft.report import html, plots, units
 from regraft.train.output import open_run
 
 
@@ -82,7 +82,7 @@ def test_page_stands_alone_and_is_well_formed(folder):
 def test_page_and_json_agree(folder):
     page, numbers = html.write(folder).read_text(), json.loads((folder / "report.json").read_text())
     for name, line in html.eval_rows(numbers["eval"]).items():
-        assert name in page and html.format_number(line["perplexity"]) in page
+        assert name in page and units.format_number(line["perplexity"]) in page
     assert numbers["ledger"][-1] == {
         "stage": "total",
         "tokens": 64 * 29 * 2,
@@ -121,7 +121,7 @@ def test_damaged_files_are_named(folder):
     ],
 )
 def test_numbers_are_shortened(value, text):
-    assert html.format_number(value) == text
+    assert units.format_number(value) == text
 
 
 def test_running_mean_of_a_constant_is_the_constant():

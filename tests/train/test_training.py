@@ -27,15 +27,10 @@ from regraft.mixers.gated import GatedMixer
 from regraft.mixers.remix import Remix
 from regraft.train import loop
 from regraft.train.align import align_step
-from regraft.train.calibrate import (
-    AttentionStatistics,
-    calibrate,
-    compute_attention_statistics,
-    fit_mixer,
-    gate_candidates,
-    output_error,
-)
+from regraft.train.attention_statistics import AttentionStatistics, compute_attention_statistics
+from regraft.train.calibrate import calibrate, output_error
 from regraft.train.distill import distil_step
+from regraft.train.fit_mixer import fit_mixer, gate_candidates
 from regraft.train.hooks import LayerRecord, record_layers, run_decoder
 from regraft.train.kl import head_kl
 from regraft.train.optimizer import parameter_groups
@@ -226,6 +221,16 @@ def test_closed_form_start_brings_layers_closer(source: Checkpoint, remix: Remix
     assert sum(after) < sum(before), (before, after)
 
 
+def test_calibration_without_time_uses_one_batch_and_says_so(source: Checkpoint) -> None:
+    teacher, rows = modeling.materialize(source), text_rows(64, 64)
+    slots, batches = modeling.slots(teacher, source), loop.calibration_batches(rows, 64, 0)
+    for seconds, count in ((0.0, 1), (None, len(batches)), (3600.0, len(batches))):
+        model = modeling.materialize(REMIX(source))
+        report = list(calibrate(model.slots(), teacher, slots, batches, seconds=seconds))
+        tokens = sum(ids.numel() for ids, _, _ in batches[:count])
+        assert [row["tokens"] for row in report] == [tokens, tokens] and len(batches) > 1
+
+
 def fitted_gate(
     records: list[tuple[LayerRecord, AttentionStatistics]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -359,6 +364,27 @@ def test_time_limit_shortens_a_stage_and_survives_resume(
         json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
     assert rates[-1] < 0.5 * stage.lr_new  # the schedule fits the shortened stage
+
+
+@pytest.mark.parametrize("later", [0.25, 4.0])
+def test_a_machine_that_changes_its_speed_still_keeps_the_time(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: float
+) -> None:
+    """A step takes a second of a clock that the test turns, `later` seconds from step 20 on."""
+    clock, total = [0.0], 100.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    def turn(stage: Stage, step: int, steps: int, row: Any) -> None:
+        clock[0] += 1.0 if step < 20 else later
+
+    model = modeling.materialize(REMIX(source))
+    stage = Stage("next", 10_000 * 32, length=32, precision="float32")
+    run = loop.Run(
+        model, [stage], lambda length: text_rows(), tmp_path,
+        limit=lambda index: total - clock[0], progress=turn,
+    )  # fmt: skip
+    loop.train(run)
+    assert clock[0] == pytest.approx(total, rel=0.1)
 
 
 def test_stages_without_their_teacher_or_tokens_are_refused(
