@@ -36,10 +36,10 @@ from ..report import html
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
 from ..train.output import RUN_NAMES, TEXT, WORK, finish_run, open_run
 from ..train.session import begin_texts, training_rows
-from . import budget, schema
-from .budget import Budget
+from . import schema, time_shares
 from .journal import Journal
 from .schema import Recipe
+from .time_shares import TimeShares
 
 # What a run writes into its folder, beside what its training does.
 NAMES = (
@@ -188,7 +188,7 @@ class Experiment:
     def __init__(self, recipe: Recipe, out: Path, watching: MonitorConfig = DEFAULT_MONITORING):
         self.recipe, self.out, self.watching = recipe, out, watching
         self.journal = Journal(out, schema.dump(recipe), recipe.minutes)
-        self.budget = Budget(self.journal.ticker.budget, self.journal.notes)
+        self.shares = TimeShares(self.journal.ticker.budget, self.journal.notes)
         self.deadlines: dict[int, float] = {}  # of stages before the last, in monotonic seconds
         self.work = out / WORK
         self.linear = self.work / "linearized"
@@ -261,7 +261,7 @@ class Experiment:
         known = read_json_if_exists(self.out / "baselines.json", dict[str, QualityRow])
         if known:
             return known[baselines.TEACHER]["windows"]
-        if self.budget.seconds is None:
+        if self.shares.seconds is None:
             return len(self.windows.input_ids)
         remix = baselines.remix_of(Checkpoint.open(self.linear))
         assert remix is not None
@@ -272,7 +272,7 @@ class Experiment:
             begin = time.monotonic()
             self.teacher(input_ids=first)
         taken = time.monotonic() - begin
-        return self.budget.count_windows(len(self.windows.input_ids), passes, taken)
+        return self.shares.count_windows(len(self.windows.input_ids), passes, taken)
 
     @cached_property
     def suite(self) -> Suite:
@@ -347,16 +347,16 @@ class Experiment:
         def report_progress(done: int, total: int, words: str) -> None:
             self.journal.ticker.update(done / total, words)
 
-        limit = self.budget.share(budget.SPEED)
+        limit = self.shares.share(time_shares.SPEED)
         rows = bench(models, settings.bench, settings.bench_steps, report_progress, seconds=limit)
         if any(row["extrapolated"] or not row["decode_tok_s"] for row in rows["student"]):
-            self.budget.notes.append("speeds marked ~ follow from shorter contexts")
+            self.shares.notes.append("speeds marked ~ follow from shorter contexts")
         write_json(self.out / "bench.json", rows)
 
     def sample_tokens(self) -> int:
         """How many tokens a prompt is continued by, at the speed at the shortest context."""
         settings = self.recipe.measure
-        return self.budget.count_sample_tokens(
+        return self.shares.count_sample_tokens(
             settings.sample_tokens, len(settings.prompts), self.decode_speeds()
         )
 
@@ -370,7 +370,7 @@ class Experiment:
         quality = self.journal.phases["baselines"]  # it takes no longer after training
         settings = self.recipe.measure
         tokens = len(settings.prompts) * min(settings.sample_tokens, self.sample_tokens())
-        margin = self.budget.share(budget.MARGIN) or 0.0
+        margin = self.shares.share(time_shares.MARGIN) or 0.0
         return margin + quality + sum(tokens / speed for speed in self.decode_speeds())
 
     def stage_seconds(self, stage: int) -> float | None:
@@ -403,7 +403,7 @@ class Experiment:
             recipe.seed,
             self.stage_seconds,
             self.watching,
-            start_seconds=self.budget.share(budget.CALIBRATION),
+            start_seconds=self.shares.share(time_shares.CALIBRATION),
         )
         if distributed.is_rank0():
             write_json(self.out / "ledger.json", ledger | {"text": self.rows.facts()})

@@ -55,7 +55,7 @@ def _speed(models: Mapping[str, Any]) -> Iterator[Headline]:
     slow, fast = teacher[-1], student[-1]
     context = f"{fast['length']:,} tokens of context"
     if slow.get("decode_tok_s") and fast.get("decode_tok_s"):
-        about = "about " if "decode_tok_s" in _marked(slow) | _marked(fast) else ""
+        about = "about " if "decode_tok_s" in _guesses(slow) | _guesses(fast) else ""
         yield Headline(
             f"{about}{fast['decode_tok_s'] / slow['decode_tok_s']:.2f}x",
             f"the teacher's writing speed at {context} ({format_number(fast['decode_tok_s'])}"
@@ -68,5 +68,5 @@ def _speed(models: Mapping[str, Any]) -> Iterator[Headline]:
         )
 
 
-def _marked(row: Mapping[str, Any]) -> set[str]:
+def _guesses(row: Mapping[str, Any]) -> set[str]:
     return set(row.get("extrapolated") or ())

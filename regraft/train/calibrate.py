@@ -104,9 +104,9 @@ def calibrate(
 
         # Layers cost alike.
         now = time.monotonic()
-        if seconds is not None and now + left * (now - start) > begin + seconds:
-            fits = max(begin + seconds - now, 0.0) / (left * (now - start))
-            kept = max(1, int(len(segments) * fits))
+        coming = left * (now - start)
+        if seconds is not None and coming > (rest := max(begin + seconds - now, 0.0)):
+            kept = max(1, int(len(segments) * rest / coming))
             segments, starts = segments[:kept], starts[:kept]
 
 

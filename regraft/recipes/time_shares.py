@@ -1,7 +1,7 @@
 """How a run with a time limit divides its minutes: at least half go to the start and training.
 
 Measurements get fixed shares. What a slower machine cannot measure in its share is left out, and
-`Budget.notes` says so.
+`TimeShares.notes` says so.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FEWEST_WINDOWS, FEWEST_TOKENS = 2, 16  # that say anything
 
 
 @dataclass
-class Budget:
-    """The seconds of a run and what they allow.
+class TimeShares:
+    """The seconds of a run and what they allow to measure.
 
     Attributes:
         seconds: for the whole run, None for no limit.
