@@ -13,7 +13,9 @@ from typing import Literal
 from .rows import BenchRow
 
 Level = Literal["all", "decode", "nothing"]
-GROWTH = 1.6  # e, before two contexts were read
+# Before two contexts were measured:
+GROWTH = 1.3  # e
+SLOPE = 0.25  # of a decoding step's seconds that grow with the context
 
 
 class TimeLimit:
@@ -84,7 +86,7 @@ def decode_seconds(rows: Sequence[BenchRow], length: int) -> float:
     points = [(at, batch / speed) for at, batch, speed in _points(rows, "decode_tok_s")]
     (near, last), before = points[-1], points[-2:-1]
     if not before:
-        return last * length / near
+        return last * (1 + SLOPE * (length / near - 1))
     (far, first) = before[0]
     slope = max((last - first) / (near - far), 0.0)
     return last + slope * (length - near)

@@ -55,9 +55,8 @@ NAMES = (
     "report.html",
 )
 KIND = "run"  # of the folder, in its marker
-# Over each window: the teacher beside the baselines and again beside the model, the model with its
-# linear branch and without.
-EVALUATION_PASSES = 4
+# Over each window after training: the teacher, the model with its linear branch and without.
+EVALUATION_PASSES = 3
 
 
 class Sample(TypedDict):
@@ -265,7 +264,7 @@ class Experiment:
             return len(self.windows.input_ids)
         remix = baselines.remix_of(Checkpoint.open(self.linear))
         assert remix is not None
-        passes = len(baselines.variants(remix)) + EVALUATION_PASSES - 1
+        passes = len(baselines.variants(remix)) + EVALUATION_PASSES
         first = self.windows.input_ids[:1]
         with torch.inference_mode():
             self.teacher(input_ids=first)  # the first pass also reads the weights from disk
@@ -367,7 +366,8 @@ class Experiment:
 
     def seconds_after_training(self) -> float:
         """Seconds that the phases after training will take, from what earlier phases took."""
-        quality = self.journal.phases["baselines"]  # it takes no longer after training
+        before = len(baselines.ZERO_TOKEN) + 1  # passes over each window
+        quality = self.journal.phases["baselines"] * EVALUATION_PASSES / before
         settings = self.recipe.measure
         tokens = len(settings.prompts) * min(settings.sample_tokens, self.sample_tokens())
         margin = self.shares.share(time_shares.MARGIN) or 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 CALIBRATION = 0.1  # share of the run's seconds, for the closed-form start
 QUALITY = 0.16  # for perplexity and KL before and after training
-SPEED = 0.16
+SPEED = 0.2
 SAMPLES = 0.05
 MARGIN = 0.03  # for saving, loading and the report
 FEWEST_WINDOWS, FEWEST_TOKENS = 2, 16  # that say anything
