@@ -10,6 +10,7 @@ from typing import Any, NotRequired, Required, TypedDict
 
 from ..core.lineage import Lineage
 from ..errors import explain_errors
+from ..evaluation.baselines import ZERO_TOKEN
 from ..evaluation.rows import SuiteRow
 from ..io.files import read_json_if_exists, read_json_lines, write_json, write_text
 from ..io.schema import Measured
@@ -183,8 +184,9 @@ def cost_sections(
     """The curve of training with the ledger, and speed and memory by context length."""
     ledger = numbers.get("ledger")
     tables = [ledger_table(ledger)] if ledger else []
-    baselines = (numbers.get("eval") or {}).get("baselines", {})
-    if curve := plots.plot_losses(metrics, baselines):
+    rows = (numbers.get("eval") or {}).get("baselines", {})
+    untrained = {name: rows[name] for name in ZERO_TOKEN if name in rows}
+    if curve := plots.plot_losses(metrics, untrained):
         words = "loss of each stage against tokens, beside the KL of what needs no training"
         yield Section("Training", curve, words, tables)
     elif tables:
