@@ -19,6 +19,7 @@ from .reach import LENGTH, Reach, find_reach
 GREEDY_TOKENS = 24
 AROUND_ROLL = range(-4, 8)  # tokens decoded one by one where a cache begins to roll over
 LAST_TOKENS = 16  # and at the end
+SHOWN = ("logits", "last_hidden_state")  # what is compared of a text with an image
 
 
 class ModelDifferences(TypedDict):
@@ -77,7 +78,13 @@ def compute_outputs(model: Any, inputs: dict[str, Tensor], **options: Any) -> di
     return outputs
 
 
-def observe(model: Any, inputs: dict[str, Tensor], reach: Reach, causal: bool) -> Behaviour:
+def observe(
+    model: Any,
+    inputs: dict[str, Tensor],
+    reach: Reach,
+    causal: bool,
+    images: dict[str, Tensor] | None = None,
+) -> Behaviour:
     """What a model gives on an input; RegraftError when it cannot run on it.
 
     Args:
@@ -85,11 +92,15 @@ def observe(model: Any, inputs: dict[str, Tensor], reach: Reach, causal: bool) -
         inputs: its arguments.
         reach: of the comparison.
         causal: whether it continues text.
+        images: arguments with an image among the tokens, for models that take one.
     """
     what = f"{type(model).__name__} cannot run on {reach.length} tokens"
     with explain_errors(what, "config.json and weights do not belong together, make it again"):
         outputs = compute_outputs(model, inputs, output_hidden_states=True)
         hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
+        if images:
+            shown = compute_outputs(model, images)
+            outputs |= {f"{name} with an image": shown[name] for name in SHOWN if name in shown}
         if not causal:
             return Behaviour(outputs, hidden)
         text, scores = generate_greedy(model, inputs["input_ids"], reach.positions)
@@ -152,11 +163,12 @@ def compare_models(
     inputs = modeling.random_inputs(before, length=reach.length, seed=seed)
     kept = find_kept_tokens(before, after)
     inputs = keep_known_tokens(inputs, kept)
-    reference = observe(model, inputs, reach, causal)
+    images = modeling.image_inputs(before, model, seed)
+    reference = observe(model, inputs, reach, causal, images)
     del model
     progress(0.3, "the result")
     model = modeling.load_stored(after)
-    found = observe(model, inputs, reach, causal)
+    found = observe(model, inputs, reach, causal, images)
     if missing := sorted(set(reference.outputs) - set(found.outputs)):
         raise RegraftError(
             f"'{after.origin}' gives no '{missing[0]}' as its source does: "
@@ -276,7 +288,10 @@ def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
     for step in steps_between(before, after):
         arguments = step.get("arguments", {})
         if step.get("step") == "Deepen":
-            order = depth.build_layer_order(arguments["how"], len(done), arguments["layers"])
+            first = before.anatomy.first_layers(before.config)
+            order = depth.build_layer_order(
+                arguments["how"], len(done), arguments["layers"], first
+            )
             done = [done[origin.source] for origin in order]
     return done
 

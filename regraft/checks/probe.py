@@ -161,9 +161,10 @@ def random_batch(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
 
     # Special tokens may be treated otherwise, such as padding, whose embedding gets no gradient.
     config = checkpoint.anatomy.host_config(checkpoint.config)
+    text = checkpoint.anatomy.text_config(checkpoint.config)
     special: set[int | None] = set()
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = config.get(key)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", *modeling.IMAGE_TOKENS):
+        value = config.get(key, text.get(key))
         special.update(value if isinstance(value, list) else [value])
     plain = [token for token in range(checkpoint.sizes["vocab"]) if token not in special]
 

@@ -57,8 +57,8 @@ def find_reach(before: Checkpoint, after: Checkpoint, model: PreTrainedModel) ->
     """
     if before.anatomy.host(before.config).inputs != "tokens":
         return Reach(0, 0, (), None, None)
-    host = model.config
-    configs = [host, modeling.build_stock_config(after.anatomy.host_config(after.config))]
+    host = modeling.build_stock_config(after.anatomy.host_config(after.config))
+    configs = [config.get_text_config() for config in (model.config, host)]
     windows = {size for config in configs for size in iter_windows(config)}
     windows |= {size for one in (before, after) for size in iter_mixer_windows(one.config)}
     scaled = {size for config in configs for size in iter_scaled_lengths(config)}

@@ -25,7 +25,14 @@ from .anatomy_defaults import (
 from .attention import AttentionFields, describe_attention
 from .axes import product
 from .class_heads import adapt_to_class
-from .config_checks import check_config, check_family, check_open, check_sizes
+from .config_checks import (
+    check_config,
+    check_divisors,
+    check_family,
+    check_multiples,
+    check_open,
+    check_sizes,
+)
 from .part import Config, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
 
@@ -271,6 +278,22 @@ class Anatomy:
         """The config of the stock family `host`."""
         return config
 
+    def text_config(self, config: Config) -> Config:
+        """The config of the language model: `host_config`, unless it is a part of a larger one."""
+        return self.host_config(config)
+
+    def first_layers(self, config: Config) -> int:
+        """How many layers have to stay the first ones: none, in a model of one part."""
+        return 0
+
+    def complete(self, config: Config, changes: Config) -> dict[str, Any]:
+        """The config with what Auto changes, and no key null that the class does not take so."""
+        return fill_nulls({**config, **changes}, self)
+
+    def add_older_keys(self, config: Config) -> dict[str, Any]:
+        """The config with the keys that older readers look for; keys it has itself stay."""
+        return self.older(config) | dict(config)
+
     def continues_text(self, config: Config) -> bool:
         """Whether it is a decoder with a language model's head."""
         host = self.host(config)
@@ -311,33 +334,11 @@ class Anatomy:
         # `finish` sees the derived keys ("_..."), and the sizes before; only after it may they go.
         keys["_before"] = self.solve(config)
         keys |= self.finish(full | keys)
-        self._check_divisors(config, keys)
-        self._check_multiples(sizes)
+        check_divisors(self, config, keys)
+        check_multiples(self, sizes)
         written = {key: value for key, value in keys.items() if not key.startswith("_")}
 
         return dict(config) | self._drop_defaults(config, written) | dict(extra or {})
-
-    def _check_divisors(self, config: Config, keys: Mapping[str, Any]) -> None:
-        """RegraftError when the class requires a multiple and does not get one."""
-        for key, divisor_key in self.divides:
-            value, divisor = keys[key], keys[divisor_key]
-            if value % divisor:
-                below, above = value // divisor * divisor, -(-value // divisor) * divisor
-                raise RegraftError(
-                    f"{self.family} wants {key} to be a multiple of {divisor_key}, "
-                    f"got {value} and {divisor}: choose {below} or {above}"
-                    + self.bridge_hint(config)
-                )
-
-    def _check_multiples(self, sizes: Mapping[str, int]) -> None:
-        """RegraftError when an axis is not a multiple of what the class needs."""
-        for axis, step in self.multiples.items():
-            if sizes[axis] % step:
-                below = sizes[axis] // step * step
-                raise RegraftError(
-                    f"{self.family} needs {axis} to be a multiple of {step}, got {sizes[axis]}: "
-                    f"use {below or step} or {below + step}"
-                )
 
     def _drop_defaults(self, config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
         """`written` without keys that `config` lacks and whose value the defaults give anyway."""
@@ -416,10 +417,11 @@ def find_anatomy(config: Config) -> Anatomy:
     """
     family = check_family(config)
     if family not in list_families():
+        wrapped = importlib.import_module("regraft.families.multimodal.wrapped_model")
         infer = importlib.import_module("regraft.families.inference.inferred").find_inferred
-        inferred: Anatomy = infer(config)
-        inferred.check(config)
-        return inferred
+        anatomy: Anatomy = wrapped.find_wrapped(config) or infer(config)
+        anatomy.check(config)
+        return anatomy
     anatomy = _import_table(_import_table(family).rewrite(config).get("model_type", family))
     anatomy.check(config)
     return adapt_to_class(anatomy, config)
@@ -437,7 +439,7 @@ def read_as_auto(config: Config) -> dict[str, Any]:
     if anatomy.host(config) is not anatomy:
         return {**config, **anatomy.rewrite(config)}  # its host was read when it was linearized
     own = _import_table(config["model_type"]) if anatomy.family in list_families() else anatomy
-    return fill_nulls({**config, **own.rewrite(config)}, anatomy)
+    return anatomy.complete(config, own.rewrite(config))
 
 
 def _import_table(family: str) -> Anatomy:

@@ -339,7 +339,7 @@ class Checkpoint:
 def with_older_keys(config: Config) -> dict[str, Any]:
     """The config with the keys that older readers look for; keys it has itself stay."""
     with explain_errors("cannot write the config for older readers", "fix config.json"):
-        return find_anatomy(config).older(config) | dict(config)
+        return find_anatomy(config).add_older_keys(config)
 
 
 def _open_folder(origin: Path, folder: Path, allow_nonfinite: bool) -> Checkpoint:

@@ -240,3 +240,35 @@ def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, 
                 f"{anatomy.family} cannot grow its {axis} ({why}): its table is inferred, and "
                 f"growth is proven for {', '.join(others) or 'no axis'}"
             )
+
+
+def check_divisors(
+    anatomy: Anatomy, config: Mapping[str, Any], keys: Mapping[str, Any]
+) -> None:
+    """RegraftError when the class requires a multiple and does not get one.
+
+    Args:
+        anatomy: the table.
+        config: of the model as it is.
+        keys: of the new model.
+    """
+    for key, divisor_key in anatomy.divides:
+        value, divisor = keys[key], keys[divisor_key]
+        if value % divisor:
+            below, above = value // divisor * divisor, -(-value // divisor) * divisor
+            raise RegraftError(
+                f"{anatomy.family} wants {key} to be a multiple of {divisor_key}, "
+                f"got {value} and {divisor}: choose {below} or {above}"
+                + anatomy.bridge_hint(config)
+            )
+
+
+def check_multiples(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    """RegraftError when an axis is not a multiple of what the class needs."""
+    for axis, step in anatomy.multiples.items():
+        if sizes[axis] % step:
+            below = sizes[axis] // step * step
+            raise RegraftError(
+                f"{anatomy.family} needs {axis} to be a multiple of {step}, got {sizes[axis]}: "
+                f"use {below or step} or {below + step}"
+            )

@@ -54,8 +54,9 @@ class Part:
     # Role of the factors (LayerScale) that its output is multiplied by; None: there are none.
     scaled: str | None = None
     # Positions of a row that it is applied to, for counting FLOPs: "each", the "first" only (heads
-    # over a whole row), every image "patch", or those that the router sends to this expert.
-    at: Literal["each", "first", "patch", "routed"] = "each"
+    # over a whole row), every image "patch", those of an "image" beside the text, or those that the
+    # router sends to this expert.
+    at: Literal["each", "first", "patch", "image", "routed"] = "each"
 
     @property
     def axes(self) -> Signature:

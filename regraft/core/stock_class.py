@@ -40,13 +40,15 @@ def choose_class(config: PreTrainedConfig, causal: bool) -> Any:
         config: as transformers reads it.
         causal: whether the family's default is a causal language model.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
     named = find_class((config.architectures or [""])[0])
     if named is not None and isinstance(config, named.config_class or ()):
         return named
-    auto: Any = AutoModelForCausalLM if causal else AutoModel
-    return auto._model_mapping[type(config)]
+    autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    autos = autos if causal else (AutoModel,)
+    found = [one._model_mapping for one in autos if type(config) in one._model_mapping]
+    return (found or [AutoModel._model_mapping])[0][type(config)]
 
 
 def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

@@ -89,7 +89,7 @@ def build_widening(
     family = widening.family
     stream = stream_axis(widening, old["hidden"], sizes["hidden"], operators["hidden"], seed)
     units = unit_axes(old, sizes, split, operators, seed)
-    host = anatomy.host_config(source.config)
+    host = anatomy.text_config(source.config)
     rotary_keys, query_key = rotary.widen_rotary(family, host, old["dim"], sizes["dim"])
     table = {"hidden": stream, **units, "qk": query_key}
 
@@ -154,7 +154,7 @@ def build_inexact_widening(
     stream = axes.pad(old["hidden"], sizes["hidden"], "reads")
 
     widening = Widening(source, source.config, sizes, {}, split, "stream", 0.0, seed)
-    family, host = widening.family, source.anatomy.host_config(source.config)
+    family, host = widening.family, source.anatomy.text_config(source.config)
     keys, query_key = rotary.widen_rotary(family, host, old["dim"], sizes["dim"])
     table = {**units, "hidden": stream, "qk": query_key}
 

@@ -32,7 +32,9 @@ class LayerOrigin:
     new: bool = False  # it starts as the identity instead of a copy
 
 
-def build_layer_order(operator: str, old: int, new: int) -> list[LayerOrigin]:
+def build_layer_order(
+    operator: str, old: int, new: int, first: int = 0
+) -> list[LayerOrigin]:
     """The layers of the target, bottom first.
 
     RegraftError for an unknown operator and for a number of layers that it cannot reach.
@@ -41,6 +43,7 @@ def build_layer_order(operator: str, old: int, new: int) -> list[LayerOrigin]:
         operator: a name of `--depth-init`.
         old: layers of the source.
         new: layers of the target.
+        first: layers that stay the first ones, where new layers are the identity.
     """
     if operator not in ORDERS:
         raise RegraftError(f"unknown --depth-init '{operator}': use one of {', '.join(ORDERS)}")
@@ -49,7 +52,17 @@ def build_layer_order(operator: str, old: int, new: int) -> list[LayerOrigin]:
             f"--layers {new} is less than the source's {old}: growth never shrinks, give {old} or"
             " more"
         )
-    return LAYER_ORDERS[operator](old, new)
+    if operator not in EXACT or not first:
+        return LAYER_ORDERS[operator](old, new)
+    if first > old:
+        raise RegraftError(
+            f"the model adds to what its first {first} layers give and has {old}: keep --layers {old}"
+        )
+    # New layers stand behind the first ones; where all are, behind the last.
+    kept = min(first, old - 1)
+    rest = LAYER_ORDERS[operator](old - kept, new - kept)
+    layers = [LayerOrigin(layer) for layer in range(kept)]
+    return [*layers, *(LayerOrigin(one.source + kept, one.new) for one in rest)]
 
 
 def _insert_identity(old: int, new: int) -> list[LayerOrigin]:

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from . import flops
 from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state_bytes
 from .configuration_regraft import RegraftConfig
+from .image_inputs import IMAGE_TOKENS, image_inputs
 from .loading import (
     build_random_model,
     check_decoder,
@@ -33,6 +34,7 @@ from .modeling_regraft import (
 
 __all__ = [
     "CACHE",
+    "IMAGE_TOKENS",
     "STATE_LAYER",
     "MixerState",
     "RegraftConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "flops",
     "force_branch",
     "from_checkpoint_names",
+    "image_inputs",
     "load",
     "load_stored",
     "load_tokenizer",

@@ -80,7 +80,7 @@ def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     # How often a weight is applied on a row, by its part's `at`. A router sends each position to
     # some experts, so one expert sees a fraction of them.
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
-    applications = {"each": length, "first": 1, "patch": length - 1, "routed": routed}
+    applications = {"each": length, "first": 1, "patch": length - 1, "image": 0, "routed": routed}
 
     forward, backward = Fraction(0), Fraction(0)
     for placed in anatomy.place(anatomy.untie_embeddings(config)).values():

@@ -35,7 +35,7 @@ def kept_tokens(checkpoint: Checkpoint, context: int) -> list[int]:
     """By layer, tokens whose keys softmax attention keeps: all, or the source's sliding window."""
     if not checkpoint.anatomy.host(checkpoint.config).causal:
         return [context] * checkpoint.layers
-    windows = source_windows(checkpoint.anatomy.host_config(checkpoint.config))
+    windows = source_windows(checkpoint.anatomy.text_config(checkpoint.config))
     return [min(context, window or context) for window in windows]
 
 

@@ -30,7 +30,8 @@ class Deepen:
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The deeper checkpoint."""
-        order = depth.build_layer_order(self.how, source.layers, self.layers)
+        first = source.anatomy.first_layers(source.config)
+        order = depth.build_layer_order(self.how, source.layers, self.layers, first)
         sizes = {**source.sizes, "depth": self.layers}
         config = source.anatomy.resize_config(
             source.config, sizes, [layer.source for layer in order]

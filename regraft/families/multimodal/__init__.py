@@ -1,0 +1,1 @@
+"""Models of several parts: where their language model lies, and what writes into its stream."""
