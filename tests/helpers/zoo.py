@@ -115,10 +115,15 @@ def build(
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     config.architectures = model.config.architectures = [type(model).__name__]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and bool(parameter.any()):
-                parameter.mul_(5.0)
-            else:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    perturb(model)
     return config, model
+
+
+@torch.no_grad()
+def perturb(model: PreTrainedModel) -> None:
+    """Change every weight of a model, so that nothing is hidden by ones and zeros."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and bool(parameter.any()):
+            parameter.mul_(5.0)
+        else:
+            parameter.add_(0.3 * torch.randn_like(parameter))

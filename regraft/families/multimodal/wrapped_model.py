@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from ...core.part import Config, Part
 from ...core.stock_config import fill_nulls
 from ...errors import RegraftError
 from .outline import Outline, read_outline, read_whole_config
-from .wrappers import TEXT_FAMILIES, WRAPPERS, Wrapper
+from .text_tables import TEXT_TABLES
+from .wrappers import WRAPPERS, Wrapper
 
 TEXT, TIE = "text_config", "tie_word_embeddings"
 
@@ -98,7 +98,7 @@ class MultimodalAnatomy(Anatomy):
                     "sizes, or its language model alone (regraft convert --part text)"
                 )
         view = self.text.resize_config(before, sizes, order, extra)
-        text = {key: value for key, value in view.items() if key != TIE or key in config[TEXT]}
+        text = {key: value for key, value in view.items() if key != TIE}
         changed = {key for key in text if text[key] != before.get(key)}
         # Some files repeat keys of the language model beside it.
         repeated = {key: text[key] for key in changed if config.get(key, text) == before.get(key)}
@@ -128,11 +128,8 @@ def _set_tie(config: Config, tie: bool) -> dict[str, Any]:
 
 def find_text_table(text: Config) -> Anatomy:
     """The table of a language model inside another model, by its config."""
-    name = str(text.get("model_type"))
-    if name in TEXT_FAMILIES:
-        table = importlib.import_module(f"regraft.families.{TEXT_FAMILIES[name]}").anatomy
-        return replace(table, family=name)
-    return find_anatomy({key: text[key] for key in text if key != "architectures"})
+    _, known = TEXT_TABLES.get(str(text.get("model_type")), ("", None))
+    return known or find_anatomy({key: text[key] for key in text if key != "architectures"})
 
 
 def find_wrapped(config: Config) -> Anatomy | None:

@@ -72,10 +72,3 @@ WRAPPERS = {
     "smolvlm": Wrapper(CONNECTOR, images="several"),
     "vipllava": Wrapper(TWO_MAPS),
 }
-# Types that stand in such models alone -> family with the same tensors and sizes. How M-RoPE turns
-# queries and keys is the class's business.
-TEXT_FAMILIES = {
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-}
