@@ -289,9 +289,7 @@ def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
         arguments = step.get("arguments", {})
         if step.get("step") == "Deepen":
             first = before.anatomy.first_layers(before.config)
-            order = depth.build_layer_order(
-                arguments["how"], len(done), arguments["layers"], first
-            )
+            order = depth.build_layer_order(arguments["how"], len(done), arguments["layers"], first)
             done = [done[origin.source] for origin in order]
     return done
 

@@ -20,6 +20,7 @@ from .anatomy_defaults import (
     no_keys,
     no_prefix,
     older_rope_keys,
+    replace_prefix,
     softmax_scale,
 )
 from .attention import AttentionFields, describe_attention
@@ -369,11 +370,11 @@ class Anatomy:
 
     def canonical_name(self, name: str) -> str:
         """The state-dict name of a tensor under the name that the family's class writes."""
-        return _replace_prefix(name, {new: old for old, new in self.filed.items()})
+        return replace_prefix(name, {new: old for old, new in self.filed.items()})
 
     def name_in_file(self, name: str) -> str:
         """The name under which the family's class writes a parameter."""
-        return _replace_prefix(name, self.filed)
+        return replace_prefix(name, self.filed)
 
     def reason_to_drop(self, name: str) -> str | None:
         """Why a tensor of a file is dropped; None when the table does not know it.
@@ -390,11 +391,6 @@ class Anatomy:
 
     def write_extras(self, directory: str, config: Config) -> None:
         """Write further files that a saved model needs: none, unless it is linearized."""
-
-
-def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
-    found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-    return prefixes.get(found, "") + name[len(found) :]
 
 
 def list_families() -> list[str]:

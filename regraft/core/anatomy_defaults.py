@@ -70,3 +70,14 @@ def read_aliases(aliases: Mapping[str, str]) -> Callable[[Config], dict[str, Any
         return renamed | dict.fromkeys(found)
 
     return rewrite
+
+
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """A name with the first of the prefixes that it has replaced.
+
+    Args:
+        name: to change.
+        prefixes: prefix -> what stands in its place.
+    """
+    found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(found, "") + name[len(found) :]

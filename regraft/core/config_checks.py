@@ -242,9 +242,7 @@ def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, 
             )
 
 
-def check_divisors(
-    anatomy: Anatomy, config: Mapping[str, Any], keys: Mapping[str, Any]
-) -> None:
+def check_divisors(anatomy: Anatomy, config: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
     """RegraftError when the class requires a multiple and does not get one.
 
     Args:

@@ -32,9 +32,7 @@ class LayerOrigin:
     new: bool = False  # it starts as the identity instead of a copy
 
 
-def build_layer_order(
-    operator: str, old: int, new: int, first: int = 0
-) -> list[LayerOrigin]:
+def build_layer_order(operator: str, old: int, new: int, first: int = 0) -> list[LayerOrigin]:
     """The layers of the target, bottom first.
 
     RegraftError for an unknown operator and for a number of layers that it cannot reach.
@@ -56,7 +54,8 @@ def build_layer_order(
         return LAYER_ORDERS[operator](old, new)
     if first > old:
         raise RegraftError(
-            f"the model adds to what its first {first} layers give and has {old}: keep --layers {old}"
+            f"the model adds to what its first {first} layers give and has {old}: keep"
+            f" --layers {old}"
         )
     # New layers stand behind the first ones; where all are, behind the last.
     kept = min(first, old - 1)

@@ -1,4 +1,4 @@
-"""Names and shapes of a multimodal model's tensors, read from its stock class on the meta device."""
+"""Names and shapes of a multimodal model's tensors, read from its stock class without weights."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def read_outline(config: Config) -> Outline:
     in_files = next(name for name, value in stored.items() if value is embedding)
     prefix = in_files.removesuffix("embed_tokens.weight")
     output = model.get_output_embeddings()
-    head = next(
-        (name for name, value in stored.items() if output and value is output.weight), ""
-    )
+    head = next((name for name, value in stored.items() if output and value is output.weight), "")
     beside = {name: value for name, value in stored.items() if name != head}
     return Outline(
         module=module,
@@ -96,5 +94,6 @@ def _find_language_model(model: Any) -> str:
         if getattr(module, "embed_tokens", None) is embedding and hasattr(module, "layers"):
             return str(name)
     raise RegraftError(
-        f"{type(model).__name__} has no language model that regraft finds: open its text model alone"
+        f"{type(model).__name__} has no language model that regraft finds: save its text model "
+        "alone and open that"
     )

@@ -266,25 +266,24 @@ def _write_row(
         shape: of the tensor.
         hidden: width of the stream.
     """
-    own = {"reads": "own", "writes": "own", "at": "image"}
     module = in_model.removeprefix("model.")
-    kind = next(
-        (
-            kind
-            for pattern, kind in wrapper.writers.items()
-            if re.fullmatch(rf"{pattern}(\.(weight|bias))?", module)
-        ),
-        "",
-    )
-    is_bias = module.endswith(".bias")
+    kind = _find_writer(wrapper, module)
+    is_linear = module.endswith((".weight", ".bias"))
     # A matrix that is no linear layer's has its outputs last.
-    stored = "out in" if module.endswith((".weight", ".bias")) else "in out"
-    width = shape[0] if is_bias or stored == "out in" else shape[-1]
+    stored = "out in" if is_linear else "in out"
+    width, inputs = (shape[0], shape[-1]) if is_linear else (shape[-1], shape[0])
     if not kind or width != hidden:
-        return Part(name, " ".join(map(str, shape)) or "scalar", **own)
-    own["writes"] = "stream" if kind == "stream" else "own"
-    if is_bias:
-        return Part(name, "-> hidden", **own)
-    inputs = shape[-1] if stored == "out in" else shape[0]
-    reads_inner = kind == "stream" and "inner" in wrapper.writers.values()
-    return Part(name, f"{'hidden' if reads_inner else inputs} -> hidden", stored, **own)
+        signature, writes = " ".join(map(str, shape)) or "scalar", "own"
+    else:
+        reads_inner = kind == "stream" and "inner" in wrapper.writers.values()
+        read = "" if len(shape) == 1 else "hidden" if reads_inner else str(inputs)
+        signature, writes = f"{read} -> hidden", "stream" if kind == "stream" else "own"
+    return Part(name, signature.strip(), stored, reads="own", writes=writes, at="image")
+
+
+def _find_writer(wrapper: Wrapper, module: str) -> str:
+    """What `Wrapper.writers` says of a tensor, by its name in the model; "" when nothing."""
+    for pattern, kind in wrapper.writers.items():
+        if re.fullmatch(rf"{pattern}(\.(weight|bias))?", module):
+            return kind
+    return ""

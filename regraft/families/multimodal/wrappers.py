@@ -64,9 +64,14 @@ WRAPPERS = {
         {r"multi_modal_projector\.linear": "stream"},
         ("vision_config.projection_dim", "projection_dim"),
     ),
-    "qwen2_5_vl": Wrapper({r"visual\.merger\.mlp\.2": "stream"}, OUT, closed=SECTIONS, images="patches"),
+    "qwen2_5_vl": Wrapper(
+        {r"visual\.merger\.mlp\.2": "stream"}, OUT, closed=SECTIONS, images="patches"
+    ),
     "qwen2_vl": Wrapper(
-        {r"visual\.merger\.mlp\.2": "stream"}, ("vision_config.hidden_size",), closed=SECTIONS, images="patches"
+        {r"visual\.merger\.mlp\.2": "stream"},
+        ("vision_config.hidden_size",),
+        closed=SECTIONS,
+        images="patches",
     ),
     "qwen3_vl": Wrapper(DEEPSTACK, OUT, count_deepstack, SECTIONS, "patches"),
     "smolvlm": Wrapper(CONNECTOR, images="several"),
