@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .growth.steps.deepen import Deepen
     from .growth.steps.grow_vocab import GrowVocab
+    from .growth.steps.take_text import TakeText
     from .growth.steps.transplant import Transplant
     from .growth.steps.untie import Tie, Untie
     from .growth.steps.widen import Widen

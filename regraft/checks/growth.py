@@ -39,11 +39,14 @@ GROWTH_STEPS = (
     "Transplant",
     "GrowVocab",
     "AddExperts",
+    "TakeText",
 )
 # Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5
 BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 POST_NORM_TOLERANCE = 1e-3  # layers behind post-norms are idle up to the norms' epsilon
+# Steps that keep the function whatever their arguments are.
+EXACT_STEPS = ("Bridge", "Store", "Untie", "Tie", "Carry", "Export", "GrowVocab", "TakeText")
 STEP0_LENGTH = 256  # tokens
 
 
@@ -74,7 +77,7 @@ def keeps_function(step: dict[str, Any]) -> bool:
         arguments = step.get("arguments", {})
         return not (arguments.get("noise") or arguments.get("reinit"))
     if name not in ("Widen", "Deepen"):
-        return name in ("Bridge", "Store", "Untie", "Tie", "Carry", "Export", "GrowVocab")
+        return name in EXACT_STEPS
 
     how = step.get("arguments", {}).get("how")
     if not isinstance(how, str):

@@ -163,7 +163,9 @@ def compare_models(
     inputs = modeling.random_inputs(before, length=reach.length, seed=seed)
     kept = find_kept_tokens(before, after)
     inputs = keep_known_tokens(inputs, kept)
-    images = modeling.image_inputs(before, model, seed)
+    # A language model that was taken out of another reads text alone.
+    reads_images = type(after.anatomy) is type(before.anatomy)
+    images = modeling.image_inputs(before, model, seed) if reads_images else {}
     reference = observe(model, inputs, reach, causal, images)
     del model
     progress(0.3, "the result")

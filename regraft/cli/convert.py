@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .verb import Outcome, Verb, check_apart, describe_request
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def convert(
     source: str,
     out: str,
+    part: Literal["text"] | None = None,
     dtype: str | None = None,
     copy_code: bool = False,
     overwrite: bool = False,
@@ -26,6 +27,7 @@ def convert(
     Args:
         source: model directory, GGUF file, or name on the hub (ORG/MODEL, ORG/MODEL@REVISION)
         out: directory to write
+        part: text: the language model of a multimodal model alone, as the stock class of its own
         dtype: store in float32, bfloat16, float16 or float64 (default: as the source; that of a
             quantised model is the one before quantisation); not for .bin files, which stay as they
             are
@@ -40,6 +42,7 @@ def convert(
     from ..core import pickles
     from ..core.checkpoint import Checkpoint
     from ..growth.sizes_to_steps import cast_checkpoint
+    from ..growth.steps.take_text import TakeText
     from ..io import shard_writer
     from ..modeling.reopen import save_model
     from ..progress import Ticker
@@ -49,7 +52,7 @@ def convert(
     check_apart(given, ("source",))
     found = pickles.find_pickles(Path(source))
     if found:
-        names = ("dtype", "copy_code", "allow_nonfinite")
+        names = ("part", "dtype", "copy_code", "allow_nonfinite")
         check_unused_flags(convert, given, names, ".bin files are written as they are")
     request = describe_request(convert, given, () if found else ("source",))
     done = shard_writer.check_target(out, overwrite, request)
@@ -59,6 +62,7 @@ def convert(
             pickles.convert_pickles(Path(source), Path(out), overwrite, request, ticker.update)
         elif not done:
             checkpoint = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
+            checkpoint = TakeText()(checkpoint) if part else checkpoint
             checkpoint = cast_checkpoint(checkpoint, dtype) if dtype else checkpoint
             save_model(checkpoint, out, overwrite=overwrite, request=request)
 
@@ -74,6 +78,7 @@ VERB = Verb(
     examples=(
         "regraft convert MODEL-GPTQ-4BIT PLAIN --dtype bfloat16",
         "regraft convert BASE MERGED --adapter DIR",
+        "regraft convert GEMMA-3 TEXT --part text",
     ),
     pushes=True,
 )

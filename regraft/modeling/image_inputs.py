@@ -63,7 +63,7 @@ def draw_image(form: str, vision: Any, random: torch.Generator) -> dict[str, Ten
         vision: the tower's config.
         random: of the pixels.
     """
-    channels = int(getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3))
+    channels: int = getattr(vision, "num_channels", 0) or getattr(vision, "in_channels", 3)
     if form == "patches":
         side = PATCHES * vision.spatial_merge_size
         inner = channels * vision.temporal_patch_size * vision.patch_size**2

@@ -16,9 +16,10 @@ from ...core.part import Config, Part
 from ...core.stock_config import fill_nulls
 from ...errors import RegraftError
 from .outline import Outline, read_outline, read_whole_config
-from .text_tables import TEXT_TABLES
+from .text_tables import TEXT_TABLES, drop_sections, find_causal_class
 from .wrappers import WRAPPERS, Wrapper
 
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
 TEXT, TIE = "text_config", "tie_word_embeddings"
 
 
@@ -43,6 +44,20 @@ class MultimodalAnatomy(Anatomy):
             return config  # it is one already
         kept = {key: value for key, value in text.items() if key != "architectures"}
         return {**kept, "model_type": self.text.family, TIE: config.get(TIE, False)}
+
+    def take_text_config(self, config: Config) -> dict[str, Any]:
+        """The config of the language model as a model of its own.
+
+        RegraftError when no class of transformers holds it alone.
+        """
+        name, _ = TEXT_TABLES.get(self.text.family, (self.text.family, None))
+        kind = find_causal_class(name)
+        text = {**self.text_config(config), "model_type": name, "architectures": [kind]}
+        for key in ROPE_KEYS:
+            if isinstance(text.get(key), Mapping):
+                text[key] = drop_sections(text[key])
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        return {**text, "dtype": dtype} if dtype else text
 
     def check(self, config: Config) -> None:
         """RegraftError when a key is of a wrong type, or a count out of bounds."""

@@ -1,0 +1,54 @@
+"""TakeText: the language model of a multimodal model, as a model of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...core.anatomy import find_anatomy
+from ...core.checkpoint import Checkpoint
+from ...core.lazy import Provenance
+from ...core.step import step_entry
+from ...errors import RegraftError
+from ...families.multimodal.wrapped_model import MultimodalAnatomy
+
+
+@dataclass(frozen=True)
+class TakeText:
+    """Take the language model out of a multimodal model, as the stock class of its own type.
+
+    Preserves: the logits of text, bit for bit.
+    Refuses: models of one part, and language models that no class holds alone.
+    """
+
+    def __call__(self, source: Checkpoint) -> Checkpoint:
+        """The language model; nothing is read."""
+        if not isinstance(source.anatomy, MultimodalAnatomy):
+            raise RegraftError(
+                f"'{source.origin}' is a {source.anatomy.family}, which has no language model among"
+                " other parts: leave out --part"
+            )
+        config = source.anatomy.take_text_config(source.config)
+        anatomy = find_anatomy(config)
+        placed = anatomy.place(config)
+        if missing := sorted(role for role, _ in placed.keys() - source.tensors.keys()):
+            raise RegraftError(
+                f"'{source.origin}' has no '{missing[0]}', which a {config['architectures'][0]} "
+                "needs: take the model with its language model's head"
+            )
+
+        beside = [name for key, name in source.names.items() if key not in placed]
+        return replace(
+            source,
+            config=config,
+            anatomy=anatomy,
+            sizes=anatomy.solve(config),
+            tensors={
+                key: replace(
+                    source.tensors[key], provenance=Provenance("copied", (source.names[key],))
+                )
+                for key in placed
+            },
+            names={key: part.name for key, part in placed.items()},
+            dropped=source.dropped | dict.fromkeys(beside, "stands beside the language model"),
+            history=(*source.history, step_entry(self)),
+        )
