@@ -24,15 +24,22 @@ def anatomy(source: str, json: bool = False) -> Outcome:
     from ..core.config_checks import GROWING_AXES, explain_config_errors
     from ..core.model_files import read_model_config
     from ..families.inference import inferred, table_file
+    from ..families.multimodal.table_file import format_wrapped
+    from ..families.multimodal.wrapped_model import MultimodalAnatomy
 
     path = Path(source)
     folder = path.parent if path.name == "config.json" else path
     config = read_model_config(folder)
     with explain_config_errors(folder / "config.json"):
-        closed = dict(find_anatomy(config).closed)
+        table = find_anatomy(config)
+        closed = dict(table.closed)
         family = config["model_type"]
         is_inferred = family not in list_families()
-        if is_inferred:
+        if isinstance(table, MultimodalAnatomy):
+            closed |= table.list_closed()
+            is_inferred = table.own_family not in list_families()
+            text = format_wrapped(table, table.complete(config, {}))
+        elif is_inferred:
             text = table_file.format_table(inferred.find_table(config), config)
         else:
             text = table_file.read_family_file(family)

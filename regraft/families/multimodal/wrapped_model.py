@@ -45,14 +45,23 @@ class MultimodalAnatomy(Anatomy):
         kept = {key: value for key, value in text.items() if key != "architectures"}
         return {**kept, "model_type": self.text.family, TIE: config.get(TIE, False)}
 
+    @property
+    def own_family(self) -> str:
+        """The family that holds the language model alone."""
+        name, _ = TEXT_TABLES.get(self.text.family, (self.text.family, None))
+        return name
+
+    def list_closed(self) -> dict[str, str]:
+        """Axes that do not grow, and "attention" -> why."""
+        return {**self.wrapper.closed, "attention": self.keeps_softmax}
+
     def take_text_config(self, config: Config) -> dict[str, Any]:
         """The config of the language model as a model of its own.
 
         RegraftError when no class of transformers holds it alone.
         """
-        name, _ = TEXT_TABLES.get(self.text.family, (self.text.family, None))
-        kind = find_causal_class(name)
-        text = {**self.text_config(config), "model_type": name, "architectures": [kind]}
+        kind = find_causal_class(self.own_family)
+        text = {**self.text_config(config), "model_type": self.own_family, "architectures": [kind]}
         for key in ROPE_KEYS:
             if isinstance(text.get(key), Mapping):
                 text[key] = drop_sections(text[key])
