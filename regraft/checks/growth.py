@@ -38,8 +38,8 @@ GROWTH_STEPS = (
     "Learned",
     "Transplant",
     "GrowVocab",
-    "AddExperts",
     "TakeText",
+    "AddExperts",
 )
 # Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5

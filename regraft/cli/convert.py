@@ -77,7 +77,6 @@ VERB = Verb(
     convert,
     examples=(
         "regraft convert MODEL-GPTQ-4BIT PLAIN --dtype bfloat16",
-        "regraft convert BASE MERGED --adapter DIR",
         "regraft convert GEMMA-3 TEXT --part text",
     ),
     pushes=True,

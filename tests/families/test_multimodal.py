@@ -18,8 +18,8 @@ from helpers.wrappers import WRAPPERS, build_wrapper
 import regraft
 from regraft.core.anatomy import find_anatomy, read_as_auto
 from regraft.core.checkpoint import Checkpoint
-from regraft.families.multimodal import wrappers
 from regraft.errors import RegraftError
+from regraft.families.multimodal import wrappers
 from regraft.growth import depth
 from regraft.io.files import read_json
 from regraft.mixers.remix import Remix

@@ -30,7 +30,8 @@ def format_wrapped(anatomy: MultimodalAnatomy, config: Config) -> str:
 def _describe_wrapper(anatomy: MultimodalAnatomy) -> Iterator[str]:
     """Comments on what stands around the language model."""
     place = anatomy.parts["embed.weight"].name.removesuffix("embed_tokens.weight")
-    yield f"# {anatomy.family}: its language model ({anatomy.text.family}) is {place}* in files, and"
+    name = f"{anatomy.family}: its language model ({anatomy.text.family})"
+    yield f"# {name} is {place}* in files, and"
     yield "# its config is text_config. What stands beside it:"
     carried = [part for role, part in anatomy.parts.items() if role.startswith("carried.")]
     grows = [part for part in carried if "hidden" in part.signature.split()]
