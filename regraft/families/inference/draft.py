@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .roles import find_role
+from .roles import find_named_role, find_role
 from .shapes import Law, ShapeLaws, list_tensors, parse_name, power
 from .tiny_model import TinyModel
 from .trace import Trace
@@ -34,6 +34,8 @@ class Draft:
     trace: Trace
     names: ModelNames
     embedding: Any
+    # The output embedding; None without one.
+    head: Any
     # Config keys by what they count.
     keys: dict[str, str | None]
     # Whether the heads have no size of their own: hidden = heads x size.
@@ -112,6 +114,7 @@ def start_draft(
         trace,
         names,
         model.get_input_embeddings(),
+        _find_head(model),
         keys,
         coupled=keys["dim"] not in in_use,
         layout=layout,
@@ -120,6 +123,13 @@ def start_draft(
     draft.heads = _find_head_roles(draft)
     draft.slot = find_slot(draft)
     return draft
+
+
+def _find_head(model: Any) -> Any:
+    try:
+        return model.get_output_embeddings()
+    except Exception:  # classes without one raise anything
+        return None
 
 
 def keys_of(law: Law | None) -> set[str]:
@@ -150,14 +160,14 @@ def _find_ffn_key(draft: Draft) -> str | None:
     known = set(draft.keys.values())
     counts: dict[str, int] = {}
     for template, found in draft.laws.laws.items():
-        role = find_role(parse_name(template).module) or ""
+        role = find_named_role(template) or ""
         if not role.startswith("mlp.") or role == "mlp.router":
             continue
         for law in found:
             (monomial,) = law if law and len(law) == 1 else ((),)
             if len(monomial) == 1 and monomial[0][1] == 1 and monomial[0][0] not in known:
                 if monomial[0][0] != draft.laws.expert:
-                    weight = 100 if "{e}" in role else 1
+                    weight = 100 if "{e}" in role or len(found) == 3 else 1
                     counts[monomial[0][0]] = counts.get(monomial[0][0], 0) + weight
     return max(counts, key=lambda key: counts[key], default=None)
 

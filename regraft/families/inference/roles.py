@@ -46,6 +46,19 @@ def find_role(module: str, ending: str = "weight") -> str | None:
     return None
 
 
+def find_named_role(template: str) -> str | None:
+    """The role of a tensor by the name of its module, or by its own where that says more.
+
+    Args:
+        template: its name, such as "model.layers.{}.experts.gate_up_proj".
+    """
+    module, _, ending = template.rpartition(".")
+    role = find_role(module, ending)
+    if role is not None or ending in ("weight", "bias"):
+        return role
+    return find_role(f"{module}.{ending.removesuffix('_bias')}")
+
+
 def name_rest(module: str) -> str:
     """The role of a tensor that no pattern fits: its own name, in a layer that inside it."""
     inside = f"{module}.".rpartition("{}.")[2].rstrip(".")

@@ -18,8 +18,9 @@ from .draft import (
     module_of,
     query_law,
 )
-from .roles import find_role, name_rest
-from .shapes import Law, parse_name, power
+from .experts import is_stacked, is_stored_output_first
+from .roles import find_named_role, name_rest
+from .shapes import Law, TensorName, parse_name, power
 from .table import Row
 
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -41,7 +42,7 @@ def name_apart(rows: list[Row]) -> list[Row]:
 def write_row(draft: Draft, template: str) -> Row:
     """The row of a tensor."""
     parsed = parse_name(first_name(draft, template))
-    role, module = find_role(parsed.module, parsed.suffix), module_of(draft, template)
+    role, module = find_named_role(parsed.template), module_of(draft, template)
     laws, name = draft.laws.laws[template], module_name(draft, template)
     some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
     fields: dict[str, Any] = {"name": template, "in_some_layers": "{}" in template and some}
@@ -51,7 +52,9 @@ def write_row(draft: Draft, template: str) -> Row:
         return Row("embed.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
     if name in draft.trace.norms:
         return _write_norm(draft, name, parsed.suffix, role, laws, fields)
-    if role == "head":
+    if module is not None and module is draft.head:
+        role = "head"
+    if role == "head" and parsed.suffix == "weight":
         fields["unless"] = TIE if TIE in draft.tiny.full else None
     if type(module).__name__ == "Embedding":
         axes = _name_axis(draft, laws[0], "pos"), _name_axis(draft, laws[1], "")
@@ -63,6 +66,8 @@ def write_row(draft: Draft, template: str) -> Row:
     if "{e}" in template:
         fields["at"] = "routed"
     ending = "weight" if role == "attn.sinks" else parsed.suffix
+    if is_stacked(draft, parsed, laws):
+        return _write_stacked(draft, parsed, role, laws, fields)
     return _write_map(draft, template, f"{role}.{ending}", role, laws, fields)
 
 
@@ -70,7 +75,8 @@ def _name_other(draft: Draft, module: str) -> str:
     """The role of a tensor by its own name; what belongs to the attention goes with it."""
     rest = name_rest(module)
     if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
-        return "attn." + module.removeprefix(f"{draft.slot}.").replace(".", "_")
+        inside = module.removeprefix(draft.slot).removeprefix(".").replace(".", "_")
+        return f"attn.{inside}".removesuffix(".")
     return rest
 
 
@@ -132,6 +138,23 @@ def _write_map(
     if given != "hidden":
         fields.pop("reads", None)
     return Row(full_role, signature=f"{given} -> {output}", **fields)
+
+
+def _write_stacked(
+    draft: Draft, parsed: TensorName, role: str, laws: list[Law | None], fields: dict[str, Any]
+) -> Row:
+    """The row of a map or a bias of all experts."""
+    ending = "bias" if parsed.suffix.endswith("bias") else "weight"
+    output_first = len(laws) == 2 or is_stored_output_first(draft, parsed, laws)
+    output, fused = _name_output(draft, laws[1 if output_first else 2], role)
+    given = "" if ending == "bias" else _name_axis(draft, laws[2 if output_first else 1], role)
+    if output != "hidden":
+        fields.pop("writes", None)
+    if given != "hidden":
+        fields.pop("reads", None)
+    outputs = " + ".join(f"expert {one}" for one in output.split(" + "))
+    fields |= {"fused": fused, "stored": f"expert {'out in' if output_first else 'in out'}"}
+    return Row(f"{role}.{ending}", signature=f"{given} -> {outputs}".strip(), at="routed", **fields)
 
 
 def _write_axes(draft: Draft, laws: list[Law | None]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...core.part import Config
 from ...errors import first_line
-from .tiny_config import DIM, NO_SIZE
+from .tiny_config import DIM, NO_SIZE, find_kind
 from .tiny_model import TinyModel
 
 Shape = tuple[int, ...]
@@ -129,6 +129,8 @@ def find_laws(tiny: TinyModel) -> ShapeLaws:
             )
         if shape != first and parsed.template not in found.uneven:
             found.uneven.append(parsed.template)
+    if found.expert is None:
+        found.expert = _find_stacked_expert_key(tiny, found)
     return found
 
 
@@ -145,6 +147,13 @@ def _list_size_keys(tiny: TinyModel, base: Mapping[str, Shape]) -> dict[str, int
         if _takes_head_dim(tiny, base):
             tiny.config["head_dim"] = keys["head_dim"] = DIM
     return keys
+
+
+def _find_stacked_expert_key(tiny: TinyModel, found: ShapeLaws) -> str | None:
+    """The config key of the number of experts in tensors of three dimensions; None without."""
+    first = [laws[0] for laws in found.laws.values() if len(laws) == 3]
+    keys = (key for key in found.sizes if find_kind(key, tiny.aliases) == "expert")
+    return next((key for key in keys if power(key) in first), None)
 
 
 def _takes_head_dim(tiny: TinyModel, base: Mapping[str, Shape]) -> bool:
