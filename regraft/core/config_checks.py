@@ -234,6 +234,8 @@ def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, 
     """
     before = anatomy.solve(config) if anatomy.closed else {}
     for axis, why in anatomy.closed.items():
+        if axis == "ffn" and anatomy.ffn_ratio:
+            continue  # it follows another axis, which is open or closed itself
         if sizes.get(axis) != before.get(axis):
             others = [name for name in GROWING_AXES if name not in anatomy.closed]
             raise RegraftError(

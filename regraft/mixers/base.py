@@ -87,6 +87,14 @@ class Mixer(nn.Module):
             self.o_proj = nn.Linear(
                 attention.heads * attention.dim, attention.hidden, bias=attention.o_bias
             )
+            self.add_output_gate()
+
+    def add_output_gate(self) -> None:
+        """Add the gate on the heads' outputs that the source's attention has, if it has one."""
+        attention = self.attention
+        if attention.gate:
+            width = attention.dim if attention.gate.endswith("dim") else 1
+            self.output_gate = nn.Linear(attention.hidden, attention.heads * width, bias=False)
 
     def add_projections(self, expand: bool) -> None:
         """Add the projections of `qkv`, with the biases and the QK norm of the source's attention.
@@ -271,7 +279,7 @@ class Mixer(nn.Module):
             value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))
             if value.bias is not None:
                 value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())
-        elif hasattr(self, "o_proj"):
+        elif hasattr(self, "o_proj") and not self.attention.gate:
             # one block of columns per head, shaped (heads, hidden, dim)
             per_head = self.o_proj.weight.unflatten(1, (heads, dim)).transpose(0, 1)
             self.o_proj.weight.copy_((per_head @ maps.mT).transpose(0, 1).flatten(1))
@@ -315,6 +323,8 @@ class Mixer(nn.Module):
         heads, state = self.mix(x, mixing, state)
         if not hasattr(self, "o_proj"):
             return heads, state
+        if hasattr(self, "output_gate"):
+            heads = heads * self.output_gate(x).sigmoid().unflatten(-1, (self.attention.heads, -1))
         return keep_finite(self.o_proj(heads.flatten(-2)), x.dtype), state
 
 
@@ -340,6 +350,9 @@ def output_weights(attention: Attention) -> dict[str, WeightSpec]:
     table = {"o_proj.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
     if attention.o_bias:
         table["o_proj.bias"] = WeightSpec("-> hidden", "attn.o.bias", decay=False)
+    if attention.gate:
+        gate = f"hidden -> {attention.gate}"
+        table["output_gate.weight"] = WeightSpec(gate, "attn.gate.weight")
     return table
 
 

@@ -73,6 +73,8 @@ class StateSpace(Mixer):
         if output:
             bias = attention.o_bias and not self.own
             self.o_proj = nn.Linear(inner, attention.hidden, bias=bias)
+            if not self.own:
+                self.add_output_gate()
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:

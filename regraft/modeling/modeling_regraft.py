@@ -155,7 +155,8 @@ class RegraftModel(RegraftPreTrainedModel):
         Raises RegraftError without an input, for two different caches, for a mask that is not 2-D,
         and for a cache of another model.
         """
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", False)
         if cache is not None and past_key_values is not None and cache is not past_key_values:
             kinds = type(cache).__name__, type(past_key_values).__name__
             raise RegraftError(

@@ -4,6 +4,8 @@ what.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from .tiny_model import TinyModel
 from .trace import Trace
 
 TIE = "tie_word_embeddings"
+FFN = "_ffn"  # derived config key of the width of an MLP without a key
 
 
 @dataclass
@@ -47,6 +50,12 @@ class Draft:
     numbers: list[Law] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
     ffn: str | None = None
+    # Width of the MLP over the value of that key, 1 or 1/2.
+    ffn_share: float = 1.0
+    # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
+    ffn_ratio: int = 0
+    # Derived config keys -> their laws.
+    derived: dict[str, Law] = field(default_factory=dict)
     # Name of the attention module with "{}" for its layer; empty without softmax attention.
     slot: str = ""
 
@@ -120,6 +129,11 @@ def start_draft(
         layout=layout,
     )
     draft.ffn = _find_ffn_key(draft)
+    draft.ffn_share = _find_ffn_share(draft)
+    draft.ffn_ratio = 0 if draft.ffn else _find_ffn_ratio(draft)
+    if draft.ffn_ratio:
+        draft.ffn = FFN
+        draft.derived[FFN] = power(str(keys["hidden"]), factor=float(draft.ffn_ratio))
     draft.heads = _find_head_roles(draft)
     draft.slot = find_slot(draft)
     return draft
@@ -170,6 +184,29 @@ def _find_ffn_key(draft: Draft) -> str | None:
                     weight = 100 if "{e}" in role or len(found) == 3 else 1
                     counts[monomial[0][0]] = counts.get(monomial[0][0], 0) + weight
     return max(counts, key=lambda key: counts[key], default=None)
+
+
+def _iter_mlp_laws(draft: Draft) -> Iterator[Law]:
+    """The laws of the dimensions of an MLP's maps."""
+    for template, found in draft.laws.laws.items():
+        if re.match(r"(mlp|shared)\.(?!router)", find_named_role(template) or ""):
+            yield from (law for law in found if law is not None)
+
+
+def _find_ffn_share(draft: Draft) -> float:
+    """1/2 where the maps of the MLP have half the width that the config says, else 1."""
+    halved = draft.ffn and power(draft.ffn, factor=0.5) in _iter_mlp_laws(draft)
+    return 0.5 if halved else 1.0
+
+
+def _find_ffn_ratio(draft: Draft) -> int:
+    """The MLP's width over the hidden size where no key sets it; 0 without such an MLP."""
+    hidden = str(draft.keys["hidden"])
+    for law in _iter_mlp_laws(draft):
+        factor = law.get(((hidden, 1),), 0.0)
+        if len(law) == 1 and factor > 1 and factor == int(factor):
+            return int(factor)
+    return 0
 
 
 def _find_head_roles(draft: Draft) -> set[str]:
@@ -235,6 +272,13 @@ def find_slot(draft: Draft) -> str:
         if role in ("attn.q", "attn.qkv") and role in draft.heads:
             return parse_name(template).module.rpartition(".")[0]
     return ""
+
+
+def ffn_law(draft: Draft, factor: float = 1.0) -> Law | None:
+    """A multiple of the width of the MLP; None without an MLP."""
+    if draft.ffn_ratio:
+        return power(str(draft.keys["hidden"]), factor=draft.ffn_ratio * factor)
+    return power(draft.ffn, factor=draft.ffn_share * factor) if draft.ffn else None
 
 
 def dim_law(draft: Draft) -> Law:

@@ -14,11 +14,11 @@ PATTERNS = {
     "attn.k": rf"{ATTENTION}.*\.(k_proj|key|k_lin|wk|k)",
     "attn.v": rf"{ATTENTION}.*\.(v_proj|value|v_lin|wv|v)",
     "attn.o": rf"{ATTENTION}.*\.(o_proj|out_proj|dense|c_proj|out_lin|wo|Wo)",
-    "mlp.gate_up": r".*\.(gate_up_proj|input_linear)",
+    "mlp.gate_up": r".*\.(gate_up_proj|input_linear|mlp\.Wi)",
     "mlp.gate": r".*\.(gate_proj|w1)",
     "mlp.up": r".*\.(up_proj|w3|fc1|fc_in|c_fc|dense_h_to_4h|intermediate\.dense|lin1)",
     "mlp.down": r".*\.(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|output\.dense|lin2"
-    r"|output_linear)",
+    r"|output_linear|mlp\.Wo)",
     "mlp.router": r".*\.(gate|router|gate\.wg|router\.layer)",
 }
 HEAD = r"(lm_head|embed_out|output_projection|output)"
@@ -33,7 +33,8 @@ def find_role(module: str, ending: str = "weight") -> str | None:
     """
     if "{}" not in module:
         return "head" if re.fullmatch(rf"(.*\.)?{HEAD}", module) else None
-    inside = module.partition("{}")[2]
+    # Some classes wrap each map in a module of its own.
+    inside = module.partition("{}")[2].removesuffix(".linear")
     if ending in ("sinks", "sink") and re.search(ATTENTION, inside):
         return "attn.sinks"
     for role, pattern in PATTERNS.items():

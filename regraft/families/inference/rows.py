@@ -6,10 +6,13 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from torch.nn import Embedding
+
 from .draft import (
     TIE,
     Draft,
     dim_law,
+    ffn_law,
     first_name,
     is_in_out,
     key_law,
@@ -56,9 +59,9 @@ def write_row(draft: Draft, template: str) -> Row:
         role = "head"
     if role == "head" and parsed.suffix == "weight":
         fields["unless"] = TIE if TIE in draft.tiny.full else None
-    if type(module).__name__ == "Embedding":
+    if isinstance(module, Embedding) and parsed.suffix == "weight":
         axes = _name_axis(draft, laws[0], "pos"), _name_axis(draft, laws[1], "")
-        role = "pos" if axes[0] == "pos" else name_rest(parsed.module)
+        role = "pos" if axes[0] in ("pos", "place") else name_rest(parsed.module)
         return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
 
     role = role or _name_other(draft, parsed.module)
@@ -76,6 +79,8 @@ def _name_other(draft: Draft, module: str) -> str:
     rest = name_rest(module)
     if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
         inside = module.removeprefix(draft.slot).removeprefix(".").replace(".", "_")
+        if re.fullmatch(r"(.*_)?(gate|g)(_proj)?", inside):
+            return "attn.gate"
         return f"attn.{inside}".removesuffix(".")
     return rest
 
@@ -102,6 +107,7 @@ def _write_norm(
         role = "norm." + name_rest(parse_name(f"{name}.weight").module).removeprefix("other.")
     gain = "1+gain" if trace.norms[name].unit else "gain"
     signature = f"-> {axis}" if ending == "bias" else f"{gain} {axis}"
+    fields["centered"] = trace.norms[name].mean and ending != "bias"
     return Row(f"{role}.{ending}", signature=signature, norm=True, **fields, **streams)
 
 
@@ -168,7 +174,7 @@ def _name_output(draft: Draft, law: Law | None, role: str) -> tuple[str, tuple[s
         if draft.layout == "interleaved" and not draft.keys["kv"]:
             return "kv three dim", QKV
         return f"{queries} + kv dim + kv dim", QKV
-    if role.endswith("gate_up") and draft.ffn and law == power(draft.ffn, factor=2.0):
+    if role.endswith("gate_up") and law is not None and law == ffn_law(draft, 2.0):
         prefix = role.removesuffix("gate_up")
         return "ffn + ffn", (f"{prefix}gate", f"{prefix}up")
     return _name_axis(draft, law, role), ()
@@ -204,10 +210,16 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
             return axis
     if role == "pos" and law == power(str(keys["pos"])):
         return "pos"
+    if role == "pos" and law == power(str(keys["pos"])) | {(): (law or {}).get((), 0.0)}:
+        # A table of positions with rows before the first.
+        draft.derived["_places"] = law
+        return "place"
     if role.endswith("router") and law == power(str(draft.laws.expert)):
         return "expert"
     is_mlp = role.startswith(("mlp.", "shared.")) and not role.endswith("router")
-    if is_mlp and (times := _divide(law, draft.ffn)):
+    if is_mlp and draft.ffn_ratio and law == ffn_law(draft):
+        return "ffn"
+    if is_mlp and (times := _divide(law, draft.ffn, draft.ffn_share)):
         return "ffn" if times == {(): 1.0} else f"{_name_number(draft, times)} ffn"
     return _name_number(draft, law)
 
@@ -222,14 +234,16 @@ def _name_head_axes(draft: Draft, law: Law | None) -> str | None:
     return next((name for one, name in named if law == one), None)
 
 
-def _divide(law: Law | None, key: str | None) -> Law | None:
-    """A product of keys without one of them; None when it is no product with that key once."""
+def _divide(law: Law | None, key: str | None, share: float = 1.0) -> Law | None:
+    """A product of keys over a share of one of them; None when it is no product with that key
+    once.
+    """
     if law is None or len(law) != 1 or key is None:
         return None
     ((monomial, factor),) = law.items()
     if dict(monomial).get(key) != 1:
         return None
-    return {tuple(pair for pair in monomial if pair[0] != key): factor}
+    return {tuple(pair for pair in monomial if pair[0] != key): factor / share}
 
 
 def _name_number(draft: Draft, law: Law | None) -> str:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from ...core.anatomy import Anatomy
-from ...core.anatomy_defaults import softmax_scale
+from ...core.anatomy_defaults import always, softmax_scale
 from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
@@ -37,6 +37,7 @@ class Row:
     reads: str = "normed"
     writes: str = "stream"
     norm: bool = False
+    centered: bool = False
     at: Any = "each"
     # Whether some layers lack it.
     in_some_layers: bool = False
@@ -60,6 +61,18 @@ class InferredTable:
     rotary: bool
     embed_scale: bool
     causal: bool
+    rotary_pairs: bool = False
+    rotary_tables: str = "halves"
+    # Config key of a list with an entry for each layer, and the entries of layers that rotate; None:
+    # all do. Without a key none does.
+    rotates: tuple[str, tuple[Any, ...]] | None = None
+    norms_rotated: bool = False
+    # The norms' epsilon where the class fixes it, and `eps` is a derived key.
+    fixed_eps: float | None = None
+    # Derived config keys, which no file has -> their laws over stated ones.
+    derived: dict[str, tuple[tuple[Any, float], ...]] = field(default_factory=dict)
+    # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
+    ffn_ratio: int = 0
     # Config key of the softmax scale and its exponent; None: one over the root of the head size.
     scale: tuple[str, float] | None = None
     softcap: str | None = None
@@ -85,6 +98,8 @@ class InferredTable:
 
 
 def _to_tuple(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tuple(one) for key, one in value.items()}
     return tuple(map(_to_tuple, value)) if isinstance(value, list | tuple) else value
 
 
@@ -104,6 +119,9 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
     stated = {key: full[key] for key in keys if full.get(key) is not None}
     others = (table.eps, table.activation, table.routed, table.scale and table.scale[0])
     defaults = {key: full[key] for key in others if key and full.get(key) is not None}
+    defaults |= {key: _DerivedSize(law) for key, law in table.derived.items()}
+    if table.fixed_eps is not None:
+        defaults[table.eps] = table.fixed_eps
 
     return Anatomy(
         family=table.family,
@@ -113,7 +131,12 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         defaults={"tie_word_embeddings": full.get("tie_word_embeddings", True), **defaults},
         fixed=table.fixed,
         eps=table.eps,
-        rotary=table.rotary,
+        rotary=table.rotary and table.rotates != ("", ()),
+        rotary_pairs=table.rotary_pairs,
+        rotary_tables=cast(Any, table.rotary_tables),
+        rotates=_LayerRotates(table) if table.rotates else always,
+        norms_rotated=table.norms_rotated,
+        ffn_ratio=table.ffn_ratio,
         scale=_build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
@@ -176,6 +199,32 @@ class _LayerPresence:
         """Whether a layer of a model with this config has it."""
         names = _list_names(self.family, self.kind, CacheKey.of(config))
         return (self.template, layer) in names
+
+
+@dataclass(frozen=True)
+class _DerivedSize:
+    """A size that follows from config keys by a law."""
+
+    law: tuple[tuple[Any, float], ...]
+
+    def __call__(self, config: Config) -> int:
+        """The size for a config."""
+        return evaluate_law(dict(self.law), config)
+
+
+@dataclass(frozen=True)
+class _LayerRotates:
+    """Whether a layer rotates queries and keys: a list of the config says so."""
+
+    table: InferredTable
+
+    def __call__(self, config: Config, layer: int) -> bool:
+        """Whether a layer of a model with this config does."""
+        key, values = self.table.rotates or ("", ())
+        entries = config.get(key)
+        if entries is None:  # the class derives it
+            entries = read_full(self.table, config)[key]
+        return entries[layer] in values
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ DEFAULT_FIELDS = {
 }
 # Fields of a table that are written as they are.
 PLAIN = (
+    "rotary_pairs",
+    "rotary_tables",
+    "norms_rotated",
     "divides",
     "multiples",
     "embed_scale",
@@ -70,6 +73,9 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) 
     for key, factors in table.filled.items():
         yield f"    {_quote(key)}: lambda config: {_format_product(factors)},"
     yield "},"
+    if table.rotates and anatomy.rotary:
+        key, values = table.rotates
+        yield f"rotates=lambda config, layer: config[{_quote(key)}][layer] in {_format(values)},"
     for name in ("fixed", "eps", "rotary", *PLAIN):
         value = getattr(anatomy, name)
         if (
@@ -89,7 +95,7 @@ def _format_part(role: str, part: Part) -> list[str]:
     """A row of a table, on one line if it fits."""
     fields = [_quote(part.name), _quote(part.signature)]
     defaults = {name: one.default for name, one in inspect.signature(Part).parameters.items()}
-    for name in ("stored", "fused", "unless", "reads", "writes", "norm", "at"):
+    for name in ("stored", "fused", "unless", "reads", "writes", "norm", "centered", "at"):
         value = getattr(part, name)
         if value != defaults[name]:
             fields.append(f"{name}={_format(value)}")

@@ -35,7 +35,8 @@ NAMES = {
     r"|max_target_positions|max_source_positions",
     "expert": r"num_experts|num_local_experts|n_routed_experts|moe_num_experts"
     r"|num_routed_experts|moe_num_primary_experts",
-    "routed": r"num_experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|num_experts_per_token",
+    "routed": r"num_experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|num_experts_per_token"
+    r"|top_k_experts",
 }
 # Sizes of parts that few classes have -> tiny ones that go together.
 RARE = {
@@ -118,7 +119,10 @@ def shrink_config(
     if depth is not None:
         layers = choose_layers(lists, full[depth])
         tiny[depth] = len(layers)
-        tiny |= {key: [values[layer] for layer in layers] for key, values in lists.items()}
+        for key, values in lists.items():
+            size = FFN if find_kind(key, aliases) == "ffn" else None
+            tiny[key] = [values[layer] if size is None else size for layer in layers]
+        tiny |= _renumber_layers(full, layers)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if full.get(key) is not None:
             tiny[key] = ["pad_token_id", "bos_token_id", "eos_token_id"].index(
@@ -128,6 +132,29 @@ def shrink_config(
         if isinstance(full.get(key), dict):
             tiny[key] = shrink_rope(full[key], int(tiny.get("head_dim") or DIM))
     return tiny
+
+
+def _renumber_layers(full: Config, layers: list[int]) -> dict[str, Any]:
+    """Settings by the number of a layer, for the layers that are kept."""
+    places = {layer: place for place, layer in enumerate(layers)}
+    return {
+        key: {places[layer]: one for layer, one in value.items() if layer in places}
+        for key, value in full.items()
+        if isinstance(value, dict) and value and all(type(layer) is int for layer in value)
+    }
+
+
+def fill_sizes(full: Config, aliases: Mapping[str, str]) -> dict[str, int]:
+    """Tiny sizes for keys that are null, which some classes cannot do without."""
+    sizes = {"expert_ffn": 32, "shared_ffn": 40, "expert": EXPERTS, "routed": 2, "dim": DIM}
+    filled: dict[str, int] = {}
+    for key in (key for key, value in full.items() if value is None):
+        kind = find_kind(key, aliases)
+        rare = next((size for name, size in RARE.items() if re.fullmatch(name, key)), None)
+        size = sizes.get(kind or "", rare)
+        if size is not None:
+            filled[key] = size
+    return filled
 
 
 def _choose_size(

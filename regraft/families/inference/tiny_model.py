@@ -11,7 +11,7 @@ from ...core.class_heads import find_class
 from ...core.part import Config
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError, first_line
-from .tiny_config import HEADS, VOCAB, find_key, shrink_config
+from .tiny_config import HEADS, VOCAB, fill_sizes, find_key, shrink_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -259,6 +259,9 @@ def iter_changes(model: TinyModel) -> Iterator[dict[str, Any]]:
     }
     yield unnamed
     yield unnamed | as_many | even
+    filled = fill_sizes(model.full, model.aliases)
+    yield filled
+    yield filled | as_many | even
 
 
 def run(model: Any, tiny: TinyModel) -> Tensor:
