@@ -30,8 +30,8 @@ class AttentionFields(TypedDict):
     # dim" or "gain kv group dim", all heads together.
     qk_norm_form: NotRequired[str]
     norms_rotated: NotRequired[bool]  # whether the norm comes after the rotation
+    gated: NotRequired[bool]  # whether a sigmoid of the layer's input multiplies heads' outputs
     sinks: NotRequired[bool]  # whether every head has a learned logit beside its scores
-    gate: NotRequired[str]  # axes of the sigmoid gate on each head's output, where there is one
     # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
     # that the source has.
     softcap: NotRequired[float | None]
@@ -71,10 +71,10 @@ def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> Attentio
         fields["qk_norm_form"] = form
     if form and anatomy.norms_rotated:
         fields["norms_rotated"] = True
+    if "attn.gate.weight" in roles:
+        fields["gated"] = True
     if "attn.sinks.weight" in roles:
         fields["sinks"] = True
-    if "attn.gate.weight" in roles:
-        fields["gate"] = " ".join(anatomy.parts["attn.gate.weight"].axes.outputs[0])
     cap = config.get(*anatomy.softcap) if anatomy.softcap else None
     if cap is not None:
         fields["softcap"] = float(cap)

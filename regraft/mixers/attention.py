@@ -11,7 +11,6 @@ from ..core.shapes import Float
 from ..errors import RegraftError
 
 # The norms on queries that mixers compute, as signatures.
-GATES = ("", "kv group dim", "kv group")
 QK_NORM_FORMS = ("gain dim", "1+gain dim", "gain kv group dim")
 
 
@@ -39,11 +38,8 @@ class Attention:
     # What the norm normalizes: "gain dim", "1+gain dim", or all heads together.
     qk_norm_form: str = "gain dim"
     norms_rotated: bool = False  # whether the norm comes after the rotation, not before
+    gated: bool = False  # whether a sigmoid of the layer's input multiplies heads' outputs
     sinks: bool = False  # whether every head has a learned logit beside its scores
-
-    # What a sigmoid gate, made from the layer's input, multiplies of the heads' outputs: every
-    # coordinate ("kv group dim"), every head ("kv group"); "": there is none.
-    gate: str = ""
 
     def __post_init__(self) -> None:
         if self.qk_norm_form not in QK_NORM_FORMS:
@@ -51,9 +47,6 @@ class Attention:
                 f"attention with qk_norm_form '{self.qk_norm_form}': mixers know"
                 f" {', '.join(QK_NORM_FORMS)}"
             )
-
-        if self.gate not in GATES:
-            raise RegraftError(f"attention with gate '{self.gate}': mixers know {', '.join(GATES)}")
 
     @property
     def norms_heads_together(self) -> bool:

@@ -61,8 +61,8 @@ class StateSpace(Mixer):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         # The output projection is made below: it may be wider than the attention's.
-        super().__init__(attention, spec, output=False)
-        self.own = self.options.layout == "own"
+        self.own = self.parse(spec).layout == "own"
+        super().__init__(attention, spec, output=output and not self.own)
         self.widths = self.widths_of(attention, self.options)
         inner = self.widths.inner
         if self.own:
@@ -73,8 +73,6 @@ class StateSpace(Mixer):
         if output:
             bias = attention.o_bias and not self.own
             self.o_proj = nn.Linear(inner, attention.hidden, bias=bias)
-            if not self.own:
-                self.add_output_gate()
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:

@@ -176,7 +176,8 @@ class RegraftModel(RegraftPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             position_ids = position_ids[:, -tokens.shape[1] :]
         # Nothing goes on from several documents at once, nor from layers that run twice.
-        if rows.segments is not None or (self.gradient_checkpointing and self.training):
+        checkpointing = getattr(self, "gradient_checkpointing", False)
+        if rows.segments is not None or (checkpointing and self.training):
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)

@@ -251,7 +251,7 @@ def is_in_out(draft: Draft, template: str) -> bool:
 
 def first_name(draft: Draft, template: str) -> str:
     """The first tensor of a template."""
-    return next(name for name in draft.laws.base if parse_name(name).template == template)
+    return draft.laws.first[template]
 
 
 def module_name(draft: Draft, template: str) -> str:
@@ -270,7 +270,7 @@ def find_slot(draft: Draft) -> str:
     for template in draft.laws.laws:
         role = find_role(parse_name(template).module)
         if role in ("attn.q", "attn.qkv") and role in draft.heads:
-            return parse_name(template).module.rpartition(".")[0]
+            return parse_name(template).module.removesuffix(".linear").rpartition(".")[0]
     return ""
 
 

@@ -50,10 +50,6 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
     rows = name_apart([write_row(draft, template) for template in draft.laws.laws])
     rows.sort(key=lambda row: 0 if row.role == "embed.weight" else 1)
     sizes, fixed, filled = write_sizes(draft)
-    # The order matters: `write_sizes` reads what rows have derived.
-    for template in draft.laws.uneven:
-        for axis in ("hidden", "depth", "ffn", "kv", "group", "dim"):
-            draft.closed[axis] = f"layers differ in the shape of '{template}'"
     if not draft.heads:
         why = "no softmax attention with queries, keys and values of equal heads was found"
         draft.closed |= dict.fromkeys(("kv", "group", "dim", "attention"), why)

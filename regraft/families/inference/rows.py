@@ -23,8 +23,8 @@ from .draft import (
 )
 from .experts import is_stacked, is_stored_output_first
 from .roles import find_named_role, name_rest
-from .shapes import Law, TensorName, parse_name, power
-from .table import Row
+from .shapes import Law, TensorName, list_groups, parse_name, power
+from .table import Row, pack_law
 
 QKV = ("attn.q", "attn.k", "attn.v")
 
@@ -48,7 +48,11 @@ def write_row(draft: Draft, template: str) -> Row:
     role, module = find_named_role(parsed.template), module_of(draft, template)
     laws, name = draft.laws.laws[template], module_name(draft, template)
     some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
-    fields: dict[str, Any] = {"name": template, "in_some_layers": "{}" in template and some}
+    fields: dict[str, Any] = {
+        "name": template.partition("#")[0],
+        "in_some_layers": "{}" in template and some,
+        "shapes": _pack_shapes(draft, template),
+    }
 
     if module is draft.embedding and parsed.suffix == "weight":
         axes = _name_axis(draft, laws[0], ""), _name_axis(draft, laws[1], "")
@@ -72,6 +76,15 @@ def write_row(draft: Draft, template: str) -> Row:
     if is_stacked(draft, parsed, laws):
         return _write_stacked(draft, parsed, role, laws, fields)
     return _write_map(draft, template, f"{role}.{ending}", role, laws, fields)
+
+
+def _pack_shapes(draft: Draft, template: str) -> tuple[Any, ...]:
+    """(place of the row's own, laws of all shapes) where layers differ in it; else ()."""
+    groups = list_groups(draft.laws, template)
+    if len(groups) == 1:
+        return ()
+    packed = tuple(tuple(pack_law(law or {(): -1.0}) for law in laws) for laws in groups)
+    return groups.index(draft.laws.laws[template]), packed
 
 
 def _name_other(draft: Draft, module: str) -> str:

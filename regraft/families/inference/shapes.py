@@ -22,7 +22,8 @@ Shape = tuple[int, ...]
 Monomial = tuple[tuple[str, int], ...]  # (config key, exponent) pairs in order
 Law = dict[Monomial, float]  # a size as a sum: product of keys -> its coefficient
 TERMS = 4  # most keys of a sum
-LAYER = re.compile(r"\.(\d+)\.")
+# Lists of projections beside the stack are counted too, but are no layers.
+LAYER = re.compile(r"(?<!projections)\.(\d+)\.")
 EXPERT = re.compile(r"(?<=experts)\.(\d+)\.")
 
 
@@ -62,7 +63,8 @@ class ShapeLaws:
 
     # Shape by name in a file.
     base: dict[str, Shape]
-    # A law per dimension, by template; None where it is no sum of products of keys.
+    # A law per dimension, by template; None where it is no sum of products of keys. Where layers
+    # differ in the shape, "#1" and so on behind the template tell their laws apart.
     laws: dict[str, list[Law | None]] = field(default_factory=dict)
     # Config keys that shapes depend on -> their values in the tiny config.
     sizes: dict[str, int] = field(default_factory=dict)
@@ -72,8 +74,8 @@ class ShapeLaws:
     expert: str | None = None
     # Layers of the tiny model that have a tensor, by template.
     layers: dict[str, list[int]] = field(default_factory=dict)
-    # Templates whose tensors differ in shape from layer to layer.
-    uneven: list[str] = field(default_factory=list)
+    # First tensor, by template.
+    first: dict[str, str] = field(default_factory=dict)
 
 
 def read_shapes(tiny: TinyModel, changes: Mapping[str, Any] | None = None) -> dict[str, Shape]:
@@ -114,24 +116,39 @@ def find_laws(tiny: TinyModel) -> ShapeLaws:
 
     for name, shape in found.base.items():
         parsed = parse_name(name)
-        if parsed.layer is not None:
-            layers = found.layers.setdefault(parsed.template, [])
-            if parsed.layer not in layers:
-                layers.append(parsed.layer)
-        if parsed.template not in found.laws:
-            found.laws[parsed.template] = [
+        group = _find_group(found, parsed.template, shape)
+        if group not in found.laws:
+            found.first[group] = name
+            found.laws[group] = [
                 find_law(tiny, name, position, found, tried) for position in range(len(shape))
             ]
-            first = shape
-        else:
-            first = next(
-                s for n, s in found.base.items() if parse_name(n).template == parsed.template
-            )
-        if shape != first and parsed.template not in found.uneven:
-            found.uneven.append(parsed.template)
+        if parsed.layer is not None:
+            layers = found.layers.setdefault(group, [])
+            if parsed.layer not in layers:
+                layers.append(parsed.layer)
     if found.expert is None:
         found.expert = _find_stacked_expert_key(tiny, found)
     return found
+
+
+def _find_group(found: ShapeLaws, template: str, shape: Shape) -> str:
+    """The template of a tensor; with a number behind it where layers differ in its shape."""
+    for number in itertools.count():
+        group = f"{template}#{number}" if number else template
+        if group not in found.first or found.base[found.first[group]] == shape:
+            return group
+    raise AssertionError("unreachable")
+
+
+def list_groups(found: ShapeLaws, group: str) -> list[list[Law | None]]:
+    """The laws of a tensor's shapes, one for each that its layers have.
+
+    Args:
+        found: of the model.
+        group: a template, with or without a number.
+    """
+    template = group.partition("#")[0]
+    return [laws for other, laws in found.laws.items() if other.partition("#")[0] == template]
 
 
 def _list_size_keys(tiny: TinyModel, base: Mapping[str, Shape]) -> dict[str, int]:

@@ -41,6 +41,8 @@ class Row:
     at: Any = "each"
     # Whether some layers lack it.
     in_some_layers: bool = False
+    # Where layers differ in its shape: the place of its own, and the laws of all.
+    shapes: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,26 +181,31 @@ def _build_part(table: InferredTable, row: Row, numbers: list[int]) -> Part:
     fields = {
         key: value
         for key, value in vars(row).items()
-        if key not in ("role", "in_some_layers", "signature")
+        if key not in ("role", "in_some_layers", "shapes", "signature")
     }
     part = Part(signature=signature, **fields)
     if not row.in_some_layers:
         return part
-    return replace(part, in_layer=_LayerPresence(table.family, table.kind, row.name))
+    return replace(part, in_layer=_LayerPresence(table, row))
 
 
 @dataclass(frozen=True)
 class _LayerPresence:
-    """Whether a layer has a tensor: the class is asked."""
+    """Whether a layer has a tensor, and in the shape that the row has: the class is asked."""
 
-    family: str
-    kind: str
-    template: str
+    table: InferredTable
+    row: Row
 
     def __call__(self, config: Config, layer: int) -> bool:
         """Whether a layer of a model with this config has it."""
-        names = _list_names(self.family, self.kind, CacheKey.of(config))
-        return (self.template, layer) in names
+        found = _list_shapes(self.table.family, self.table.kind, CacheKey.of(config))
+        shape = found.get((self.row.name, layer))
+        if shape is None or not self.row.shapes:
+            return shape is not None
+        own, groups = self.row.shapes
+        sizes = read_full(self.table, config)
+        shapes = [tuple(evaluate_law(dict(law), sizes) for law in laws) for laws in groups]
+        return shape in shapes and shapes.index(shape) == own
 
 
 @dataclass(frozen=True)
@@ -241,10 +248,17 @@ class CacheKey:
 
 
 @lru_cache(maxsize=8)
-def _list_names(family: str, kind: str, config: CacheKey) -> frozenset[tuple[str, int]]:
-    """(template, layer) of every tensor of a model, from the class on the meta device."""
-    parsed = [parse_name(name) for name in list_stored(build_meta(family, kind, config.config))]
-    return frozenset((name.template, name.layer) for name in parsed if name.layer is not None)
+def _list_shapes(
+    family: str, kind: str, config: CacheKey
+) -> dict[tuple[str, int], tuple[int, ...]]:
+    """The shapes of a model's tensors by (template, layer), from the class on the meta device."""
+    values = list_stored(build_meta(family, kind, config.config))
+    parsed = {name: parse_name(name) for name in values}
+    return {
+        (parsed[name].template, layer): tuple(value.shape)
+        for name, value in values.items()
+        if (layer := parsed[name].layer) is not None
+    }
 
 
 def build_meta(family: str, kind: str, config: Config) -> Any:

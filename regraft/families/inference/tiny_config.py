@@ -138,9 +138,11 @@ def _renumber_layers(full: Config, layers: list[int]) -> dict[str, Any]:
     """Settings by the number of a layer, for the layers that are kept."""
     places = {layer: place for place, layer in enumerate(layers)}
     return {
-        key: {places[layer]: one for layer, one in value.items() if layer in places}
+        key: {places[int(layer)]: one for layer, one in value.items() if int(layer) in places}
         for key, value in full.items()
-        if isinstance(value, dict) and value and all(type(layer) is int for layer in value)
+        if isinstance(value, dict)
+        and value
+        and all(str(layer).isdigit() and isinstance(one, dict) for layer, one in value.items())
     }
 
 
