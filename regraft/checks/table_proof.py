@@ -25,6 +25,7 @@ from ..modeling.loading import build_with_weights, materialize
 from .growth import EXACT
 
 Step = Callable[[Checkpoint], Checkpoint]
+EVERY_AXIS = ("depth", "hidden", "ffn", "kv", "group", "dim", "attention")
 UNPROVEN = "growing it changes the logits of the stock class by {:.1g} of the largest"
 
 
@@ -85,8 +86,7 @@ def prove_growth(table: InferredTable, tiny: TinyModel) -> dict[str, str]:
         source = open_tiny(table, tiny)
         before = _compute(source, tiny)
     except Exception as error:  # a table that does not fit, whatever it does to the class
-        axes = ("depth", "hidden", "ffn", "kv", "group", "dim", "attention")
-        return dict.fromkeys(axes, describe_failure(error))
+        return dict.fromkeys(EVERY_AXIS, describe_failure(error))
     closed: dict[str, str] = {}
     for axes, trials in iter_trials(source):
         if any(axis in table.closed for axis in axes):

@@ -48,9 +48,10 @@ def probe_rotation(tiny: TinyModel, model: Any, slot: str) -> Rotation:
     """
     calls = record_attention(tiny, model, slot)
     tables = [call.named.get(TABLES) for call in calls]
-    if not calls or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in tables):
+    pairs_given = [pair for pair in tables if isinstance(pair, tuple) and len(pair) == 2]
+    if not calls or len(pairs_given) < len(calls):
         return Rotation()
-    layout = find_layout(*tables[0])
+    layout = find_layout(*pairs_given[0])
     turns = [is_turned(call) for call in calls]
     pairs = turns_pairs(calls[0].module)
     if all(turns):
@@ -70,7 +71,9 @@ def record_attention(tiny: TinyModel, model: Any, slot: str) -> list[AttentionCa
 
     if not slot:
         return []
-    found = [modules.get(slot.format(layer)) for layer in range(tiny.config[tiny.key("depth")])]
+    found = [
+        modules.get(slot.format(layer)) for layer in range(tiny.config[tiny.key("depth") or ""])
+    ]
     handles = [one.register_forward_hook(keep, with_kwargs=True) for one in found if one]
     try:
         run(model, tiny)

@@ -221,12 +221,8 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
     for axis in ("vocab", "hidden"):
         if law == power(str(keys[axis])):
             return axis
-    if role == "pos" and law == power(str(keys["pos"])):
-        return "pos"
-    if role == "pos" and law == power(str(keys["pos"])) | {(): (law or {}).get((), 0.0)}:
-        # A table of positions with rows before the first.
-        draft.derived["_places"] = law
-        return "place"
+    if role == "pos" and law is not None and (name := _name_positions(draft, law)):
+        return name
     if role.endswith("router") and law == power(str(draft.laws.expert)):
         return "expert"
     is_mlp = role.startswith(("mlp.", "shared.")) and not role.endswith("router")
@@ -235,6 +231,17 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
     if is_mlp and (times := _divide(law, draft.ffn, draft.ffn_share)):
         return "ffn" if times == {(): 1.0} else f"{_name_number(draft, times)} ffn"
     return _name_number(draft, law)
+
+
+def _name_positions(draft: Draft, law: Law) -> str | None:
+    """The axis of a table of positions; None when no key says its size."""
+    positions = power(str(draft.keys["pos"]))
+    if law == positions:
+        return "pos"
+    if law == positions | {(): law.get((), 0.0)}:  # with rows before the first
+        draft.derived["_places"] = law
+        return "place"
+    return None
 
 
 def _name_head_axes(draft: Draft, law: Law | None) -> str | None:

@@ -65,8 +65,8 @@ class InferredTable:
     causal: bool
     rotary_pairs: bool = False
     rotary_tables: str = "halves"
-    # Config key of a list with an entry for each layer, and the entries of layers that rotate; None:
-    # all do. Without a key none does.
+    # Config key of a list with an entry for each layer, and the entries of layers that rotate.
+    # None: all do; without a key none does.
     rotates: tuple[str, tuple[Any, ...]] | None = None
     norms_rotated: bool = False
     # The norms' epsilon where the class fixes it, and `eps` is a derived key.
