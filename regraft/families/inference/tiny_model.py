@@ -129,7 +129,8 @@ def find_config_class(family: str) -> Any:
     except KeyError:
         raise RegraftError(
             f"unknown family '{family}': transformers {transformers.__version__} has no such "
-            "model_type, and no code beside weights is run: install the release that has it"
+            "model_type: install the release that has it, or give --trust-remote-code where its "
+            "classes are code beside the weights"
         ) from None
 
 
