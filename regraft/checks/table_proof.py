@@ -160,7 +160,7 @@ def _compute(checkpoint: Checkpoint, tiny: TinyModel) -> torch.Tensor:
     config._attn_implementation = "eager"
     model, lost = build_with_weights(tiny.kind, config, values, torch.float32)
     if lost:
-        raise RegraftError(f"the class has no place for '{sorted(lost)[0]}': the table is wrong")
+        raise RegraftError(f"the class has no place for '{sorted(lost)[0]}' as it grows")
     return run(model.eval(), tiny)
 
 

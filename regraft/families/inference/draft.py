@@ -43,10 +43,12 @@ class Draft:
     keys: dict[str, str | None]
     # Whether the heads have no size of their own: hidden = heads x size.
     coupled: bool
-    # How queries, keys and values are packed: "stacked" or "interleaved".
+    # How queries, keys and values are packed: "stacked", "interleaved" or "by head".
     layout: str
     # Roles of attention whose sizes are those of heads.
     heads: set[str] = field(default_factory=set)
+    # Whether all query heads share one key/value head that no config key counts.
+    single_kv: bool = False
     numbers: list[Law] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
     ffn: str | None = None
@@ -110,7 +112,7 @@ def start_draft(
         trace: of a forward pass.
         names: where tensors come from.
         model: that was traced.
-        layout: how queries, keys and values are packed, "stacked" or "interleaved".
+        layout: how queries, keys and values are packed, as in `Draft`.
     """
     keys = {kind: tiny.key(kind) for kind in ("hidden", "depth", "heads", "kv", "vocab", "pos")}
     keys["dim"] = tiny.key("dim") or ("head_dim" if "head_dim" in tiny.config else None)
@@ -128,6 +130,7 @@ def start_draft(
         coupled=keys["dim"] not in in_use,
         layout=layout,
     )
+    draft.single_kv = _shares_one_head(draft)
     draft.ffn = _find_ffn_key(draft)
     draft.ffn_share = _find_ffn_share(draft)
     draft.ffn_ratio = 0 if draft.ffn else _find_ffn_ratio(draft)
@@ -146,6 +149,22 @@ def _find_head(model: Any) -> Any:
         return None
 
 
+def _shares_one_head(draft: Draft) -> bool:
+    """Whether queries, keys and values are packed with one key/value head for all queries."""
+    if draft.keys["kv"] or not draft.keys["heads"]:
+        return False
+    packed = _add(query_law(draft), dim_law(draft), 2.0)
+    return any(
+        find_named_role(template) == "attn.qkv" and packed in found
+        for template, found in draft.laws.laws.items()
+    )
+
+
+def query_axes(draft: Draft) -> str:
+    """The axes that count query heads."""
+    return "kv group" if draft.keys["kv"] or draft.single_kv else "kv"
+
+
 def keys_of(law: Law | None) -> set[str]:
     """The config keys in a law."""
     return {key for monomial in law or {} for key, _ in monomial}
@@ -162,6 +181,8 @@ def query_law(draft: Draft) -> Law:
 def key_law(draft: Draft) -> Law:
     """The size of all keys together."""
     keys = draft.keys
+    if draft.single_kv:
+        return dim_law(draft)
     if keys["kv"] is None:
         return query_law(draft)
     if draft.coupled:

@@ -38,11 +38,14 @@ def infer_tables(tiny: TinyModel) -> Iterator[InferredTable]:
     names = find_names(model)
     width = untied.config[untied.key("hidden") or ""]
     trace = trace_forward(untied, model, width, find_inner_norms(names))
-    for layout in ("stacked", "interleaved"):
+    for layout in ("stacked", "interleaved", "by head"):
         draft = start_draft(untied, laws, trace, names, model, layout)
+        if layout == ("interleaved" if draft.keys["kv"] else "by head"):
+            continue
         table = _write_table(draft, probe_rotation(untied, model, draft.slot))
         yield table
-        if not any(row.fused == QKV and row.signature.count("+") for row in table.rows):
+        # Other ways to pack are tried where there are several.
+        if draft.single_kv or not any(row.fused == QKV and not row.by_head for row in table.rows):
             return
 
 
@@ -53,6 +56,8 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
     if not draft.heads:
         why = "no softmax attention with queries, keys and values of equal heads was found"
         draft.closed |= dict.fromkeys(("kv", "group", "dim", "attention"), why)
+    elif draft.single_kv:
+        draft.closed["kv"] = "all query heads share one key/value head"
     elif draft.keys["kv"] is None:
         draft.closed["group"] = "every query head has a key/value head of its own"
     if draft.ffn_ratio:

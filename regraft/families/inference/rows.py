@@ -19,6 +19,7 @@ from .draft import (
     keys_of,
     module_name,
     module_of,
+    query_axes,
     query_law,
 )
 from .experts import is_stacked, is_stored_output_first
@@ -149,6 +150,7 @@ def _write_map(
     if output != "hidden":
         fields.pop("writes", None)
     fields |= {"fused": fused, "stored": "in out" if in_out else "out in"}
+    fields["by_head"] = fused == QKV and draft.layout == "by head" and "group" in output
     if len(laws) == 1:
         fields.pop("reads", None)
         named = re.search("[a-z]", output)
@@ -183,10 +185,9 @@ def _write_axes(draft: Draft, laws: list[Law | None]) -> str:
 def _name_output(draft: Draft, law: Law | None, role: str) -> tuple[str, tuple[str, ...]]:
     """(axes that a map writes, roles of the maps that are packed)."""
     if role == "attn.qkv" and role in draft.heads:
-        queries = "kv group dim" if draft.keys["kv"] else "kv dim"
-        if draft.layout == "interleaved" and not draft.keys["kv"]:
+        if draft.layout == "interleaved" and query_axes(draft) == "kv":
             return "kv three dim", QKV
-        return f"{queries} + kv dim + kv dim", QKV
+        return f"{query_axes(draft)} dim + kv dim + kv dim", QKV
     if role.endswith("gate_up") and law is not None and law == ffn_law(draft, 2.0):
         prefix = role.removesuffix("gate_up")
         return "ffn + ffn", (f"{prefix}gate", f"{prefix}up")
@@ -203,7 +204,7 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
         reads: whether a map reads the dimension.
     """
     keys = draft.keys
-    wide = "kv group dim" if keys["kv"] else "kv dim"
+    wide = f"{query_axes(draft)} dim"
     if role in draft.heads and law is not None:
         if role in ("attn.q", "attn.q_norm") and not reads and law == query_law(draft):
             return wide
@@ -247,7 +248,7 @@ def _name_positions(draft: Draft, law: Law) -> str | None:
 def _name_head_axes(draft: Draft, law: Law | None) -> str | None:
     """The axes of further tensors of attention, such as gates; None when they are not heads'."""
     keys = draft.keys
-    queries = "kv group" if keys["kv"] else "kv"
+    queries = query_axes(draft)
     named = [(power(str(keys["heads"])), queries)]
     if not draft.coupled:
         named += [(query_law(draft), f"{queries} dim"), (key_law(draft), "kv dim")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .draft import Draft
+from .draft import Draft, query_axes
 from .shapes import parse_name, power, read_shapes
 
 # Attributes of attention modules that hold the factor on the scores.
@@ -36,11 +36,11 @@ def write_sizes(
     if not draft.heads:
         fixed |= {"kv": 1, "group": 1, "dim": 1}
     else:
-        wide = "kv group" if kv else "kv"
+        wide = query_axes(draft)
         sizes += [(kv, "kv")] if kv else []
         sizes.append((heads, wide))
         sizes.append((hidden, f"{wide} dim") if draft.coupled else (dim, "dim"))
-        fixed |= {} if kv else {"group": 1}
+        fixed |= {} if kv else {"kv" if draft.single_kv else "group": 1}
         if not draft.coupled:
             filled[str(dim)] = ((str(hidden), 1), (str(heads), -1))
         if kv:

@@ -214,7 +214,53 @@ def find_law(
         monomial = tuple(sorted((key, round(value)) for key, value in exponents.items()))
         return {monomial: size / evaluate_monomial(monomial, found.sizes)}
     keys = sorted(exponents)
+    if ratio := _find_ratio_sum(tiny, name, position, found, exponents):
+        return ratio
     return None if len(keys) > TERMS else _find_sum(tiny, name, position, found, keys)
+
+
+def _find_ratio_sum(
+    tiny: TinyModel,
+    name: str,
+    position: int,
+    found: ShapeLaws,
+    exponents: Mapping[str, float],
+) -> Law | None:
+    """The law of a dimension that is a product times (1 + c k / n), such as hidden + 2 hidden /
+    heads; None when it is none.
+
+    Args:
+        tiny: the model.
+        name: of the tensor.
+        position: of the dimension.
+        found: shapes and sizes.
+        exponents: by what power of two it grows with each doubled key.
+    """
+    common = [key for key, exponent in exponents.items() if abs(exponent - 1) < 1e-9]
+    others = [key for key in exponents if key not in common]
+    under = next((key for key in others if exponents[key] < 0), None)
+    if under is None or len(others) > 2:
+        return None
+    over = [key for key in others if key != under]
+
+    def read(*factors: tuple[str, int]) -> int:
+        changes = {key: factor * found.sizes[key] for key, factor in factors}
+        return read_shapes(tiny, changes)[name][position]
+
+    try:
+        base, halved, quartered = read(), read((under, 2)), read((under, 4))
+        same = [read((key, 2), (under, 2)) for key in over]
+    except Exception:  # classes raise anything for sizes that do not go together
+        return None
+    share = 2 * (base - halved)  # what is divided by the key
+    if share != 4 * (halved - quartered) or any(value != base for value in same):
+        return None
+    whole = tuple(sorted((key, 1) for key in common))
+    part = tuple(sorted([*whole, *((key, 1) for key in over), (under, -1)]))
+    terms = {whole: base - share, part: share}
+    return {
+        term: value / evaluate_monomial(term, found.sizes) for term, value in terms.items() if value
+    }
 
 
 def _find_sum(

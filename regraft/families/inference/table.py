@@ -18,6 +18,7 @@ from ...core.anatomy_defaults import always, softmax_scale
 from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
+from .layer_settings import move_layer_settings
 from .shapes import Law, evaluate_law, list_stored, parse_name
 from .tiny_config import find_key
 
@@ -33,6 +34,7 @@ class Row:
     signature: str
     stored: str = "out in"
     fused: tuple[str, ...] = ()
+    by_head: bool = False
     unless: str | None = None
     reads: str = "normed"
     writes: str = "stream"
@@ -142,6 +144,7 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         scale=_build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
+        finish=move_layer_settings,
         divides=table.divides,
         multiples=table.multiples,
         embed_scale=table.embed_scale,

@@ -95,7 +95,17 @@ def _format_part(role: str, part: Part) -> list[str]:
     """A row of a table, on one line if it fits."""
     fields = [_quote(part.name), _quote(part.signature)]
     defaults = {name: one.default for name, one in inspect.signature(Part).parameters.items()}
-    for name in ("stored", "fused", "unless", "reads", "writes", "norm", "centered", "at"):
+    for name in (
+        "stored",
+        "fused",
+        "by_head",
+        "unless",
+        "reads",
+        "writes",
+        "norm",
+        "centered",
+        "at",
+    ):
         value = getattr(part, name)
         if value != defaults[name]:
             fields.append(f"{name}={_format(value)}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...core.part import Config
+from .layer_settings import holds_settings, renumber_settings
 
 LAYERS = 4
 HIDDEN, HEADS, KV, DIM, FFN, VOCAB, POSITIONS = 64, 4, 2, 16, 96, 97, 128
@@ -122,7 +123,8 @@ def shrink_config(
         for key, values in lists.items():
             size = FFN if find_kind(key, aliases) == "ffn" else None
             tiny[key] = [values[layer] if size is None else size for layer in layers]
-        tiny |= _renumber_layers(full, layers)
+        own = {key: value for key, value in full.items() if holds_settings(value)}
+        tiny |= {key: renumber_settings(value, layers) for key, value in own.items()}
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if full.get(key) is not None:
             tiny[key] = ["pad_token_id", "bos_token_id", "eos_token_id"].index(
@@ -132,18 +134,6 @@ def shrink_config(
         if isinstance(full.get(key), dict):
             tiny[key] = shrink_rope(full[key], int(tiny.get("head_dim") or DIM))
     return tiny
-
-
-def _renumber_layers(full: Config, layers: list[int]) -> dict[str, Any]:
-    """Settings by the number of a layer, for the layers that are kept."""
-    places = {layer: place for place, layer in enumerate(layers)}
-    return {
-        key: {places[int(layer)]: one for layer, one in value.items() if int(layer) in places}
-        for key, value in full.items()
-        if isinstance(value, dict)
-        and value
-        and all(str(layer).isdigit() and isinstance(one, dict) for layer, one in value.items())
-    }
 
 
 def fill_sizes(full: Config, aliases: Mapping[str, str]) -> dict[str, int]:
