@@ -110,8 +110,9 @@ class Mixer(nn.Module):
         if attention.qk_norm is not None:
             together, unit = attention.norms_heads_together, "1+" in attention.qk_norm_form
             counts = (attention.heads, self.states) if together else (1, 1)
+            kind = attention.qk_norm_centered, attention.qk_norm_bias
             self.q_norm, self.k_norm = (
-                HeadNorm(dim, attention.qk_norm, heads, unit) for heads in counts
+                HeadNorm(dim, attention.qk_norm, heads, unit, *kind) for heads in counts
             )
 
     def qkv(
@@ -339,6 +340,8 @@ def projection_weights(attention: Attention, expand: bool) -> dict[str, WeightSp
             continue
         form = f"gain {wide}" if attention.norms_heads_together else attention.qk_norm_form
         table[f"{name}_norm.weight"] = WeightSpec(form, f"attn.{name}_norm.weight", decay=False)
+        if attention.qk_norm_bias:
+            table[f"{name}_norm.bias"] = WeightSpec("-> dim", f"attn.{name}_norm.bias", decay=False)
     return table
 
 

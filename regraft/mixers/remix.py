@@ -281,7 +281,9 @@ def check_supported(source: Checkpoint) -> None:
     for placed in anatomy.place(source.config).values():
         part, text = placed.part, placed.part.axes.text
         # A norm over another axis than hidden is one of queries and keys.
-        if part.norm and "hidden" not in text and (part.subtracts_mean or text not in NORMS):
+        # Those that subtract a mean are known over each head alone.
+        is_known = text in ("gain dim", "-> dim") if part.subtracts_mean else text in NORMS
+        if part.norm and "hidden" not in text and not is_known:
             raise RegraftError(
                 f"{anatomy.family} norms queries and keys by '{text}'"
                 + (", less the mean" if part.subtracts_mean else "")

@@ -42,6 +42,7 @@ HARD: dict[str, set[str]] = {
     "afmoe": {"dim"},  # some layers rotate; a gate on the outputs of heads
     "biogpt": {"group"},  # positions from the third row on; a fixed epsilon
     "modernbert-decoder": {"group", "dim"},  # gate and up in one tensor; a head of another name
+    "persimmon": {"group", "dim"},  # layer norms over queries and keys of each head
     "gpt_bigcode": {"kv"},  # one key/value head for all queries
     "falcon": set(),  # queries, keys and values packed head by head
     "mimo_v2_flash": {"kv", "group", "dim", "attention"},  # layers of different shapes
