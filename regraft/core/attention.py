@@ -30,10 +30,28 @@ class AttentionFields(TypedDict):
     # dim" or "gain kv group dim", all heads together.
     qk_norm_form: NotRequired[str]
     norms_rotated: NotRequired[bool]  # whether the norm comes after the rotation
+    gated: NotRequired[bool]  # whether a sigmoid of the layer's input multiplies heads' outputs
     sinks: NotRequired[bool]  # whether every head has a learned logit beside its scores
     # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
     # that the source has.
     softcap: NotRequired[float | None]
+
+
+def has_softmax(anatomy: Anatomy, config: Config, layer: int) -> bool:
+    """Whether a layer has softmax attention; in hybrids, some layers have a state instead.
+
+    Args:
+        anatomy: the table of a stock family.
+        config: of the model.
+        layer: number of the layer.
+    """
+    queries = [
+        part
+        for role, part in anatomy.parts.items()
+        if role == "attn.q.weight" or (role.endswith(".weight") and "attn.q" in part.fused)
+    ]
+    full = anatomy.fill_defaults(config)
+    return not queries or any(part.is_in_layer(full, layer) for part in queries)
 
 
 def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> AttentionFields:
@@ -70,6 +88,8 @@ def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> Attentio
         fields["qk_norm_form"] = form
     if form and anatomy.norms_rotated:
         fields["norms_rotated"] = True
+    if "attn.gate.weight" in roles:
+        fields["gated"] = True
     if "attn.sinks.weight" in roles:
         fields["sinks"] = True
     cap = config.get(*anatomy.softcap) if anatomy.softcap else None

@@ -114,6 +114,17 @@ def check_length(family: str, key: str, value: Sequence[Any], depth: int) -> Non
         )
 
 
+def decode_floats(value: Any) -> Any:
+    """A value of a config.json with the numbers that JSON lacks: {"__float__": "Infinity"}, as
+    transformers writes infinity, becomes that number.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: decode_floats(one) for key, one in value.items()}
+    return [decode_floats(one) for one in value] if isinstance(value, list) else value
+
+
 @contextmanager
 def silence_transformers() -> Iterator[None]:
     """Inside, transformers shows no progress bar, message or table of what it did not find; what is
@@ -136,7 +147,7 @@ def read_stock_config(config: Config, anatomy: Anatomy) -> Any:
     """transformers' config object of a stock family; RegraftError when the class refuses a key."""
     what = f"transformers cannot read this {anatomy.family} config"
     with silence_transformers(), explain_errors(what, "fix it"):
-        return config_class(anatomy.family).from_dict(dict(config))
+        return config_class(anatomy.family).from_dict(decode_floats(config))
 
 
 def config_class(family: str | None) -> Any:
@@ -164,7 +175,7 @@ def _is_known(kind: Any, key: str) -> bool:
 def _takes(kind: Any, keys: Mapping[str, Any]) -> bool:
     """Whether a config class takes these keys, the others left out."""
     try:
-        kind.from_dict(dict(keys))
+        kind.from_dict(decode_floats(keys))
     except Exception:  # whatever its checks raise
         return False
     return True

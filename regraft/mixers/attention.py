@@ -38,6 +38,7 @@ class Attention:
     # What the norm normalizes: "gain dim", "1+gain dim", or all heads together.
     qk_norm_form: str = "gain dim"
     norms_rotated: bool = False  # whether the norm comes after the rotation, not before
+    gated: bool = False  # whether a sigmoid of the layer's input multiplies heads' outputs
     sinks: bool = False  # whether every head has a learned logit beside its scores
 
     def __post_init__(self) -> None:

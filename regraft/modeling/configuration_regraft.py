@@ -109,7 +109,9 @@ class RegraftConfig(PreTrainedConfig):
         kinds, _ = get_layer_types_and_kwargs(self)
         view = copy.copy(self)
         # Not strict: `num_hidden_layers` may have been set to fewer.
-        view.__dict__["layer_types"] = [
+        # Some classes keep the list under another name.
+        name = self.attribute_map.get("layer_types", "layer_types")
+        view.__dict__[name] = [
             STATE_LAYER if mixer else kind
             for mixer, kind in zip(self.mixers or [], kinds, strict=False)
         ]

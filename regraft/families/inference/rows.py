@@ -10,7 +10,9 @@ from .draft import (
     TIE,
     Draft,
     dim_law,
+    find_own_role,
     first_name,
+    is_gated,
     is_in_out,
     key_law,
     keys_of,
@@ -18,10 +20,11 @@ from .draft import (
     module_of,
     query_law,
 )
-from .roles import find_role, name_rest
+from .roles import name_rest
 from .shapes import Law, parse_name, power
 from .table import Row
 
+GATED = ("attn.q", "attn.gate")
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
@@ -41,7 +44,8 @@ def name_apart(rows: list[Row]) -> list[Row]:
 def write_row(draft: Draft, template: str) -> Row:
     """The row of a tensor."""
     parsed = parse_name(first_name(draft, template))
-    role, module = find_role(parsed.module, parsed.suffix), module_of(draft, template)
+    role = find_own_role(draft, parse_name(template).module, parsed.suffix)
+    module = module_of(draft, template)
     laws, name = draft.laws.laws[template], module_name(draft, template)
     some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
     fields: dict[str, Any] = {"name": template, "in_some_layers": "{}" in template and some}
@@ -69,6 +73,8 @@ def write_row(draft: Draft, template: str) -> Row:
 def _name_other(draft: Draft, module: str) -> str:
     """The role of a tensor by its own name; what belongs to the attention goes with it."""
     rest = name_rest(module)
+    if draft.slot and module == draft.slot:
+        return "attn.own"
     if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
         return "attn." + module.removeprefix(f"{draft.slot}.").replace(".", "_")
     return rest
@@ -123,6 +129,8 @@ def _write_map(
     output, fused = _name_output(draft, laws[-1 if in_out else 0], role)
     if output != "hidden":
         fields.pop("writes", None)
+    if fused == GATED:
+        full_role = full_role.replace("attn.q.", "attn.q_gate.")
     fields |= {"fused": fused, "stored": "in out" if in_out else "out in"}
     if len(laws) == 1:
         fields.pop("reads", None)
@@ -145,6 +153,8 @@ def _name_output(draft: Draft, law: Law | None, role: str) -> tuple[str, tuple[s
         if draft.layout == "interleaved" and not draft.keys["kv"]:
             return "kv three dim", QKV
         return f"{queries} + kv dim + kv dim", QKV
+    if role == "attn.q" and role in draft.heads and is_gated(draft, law):
+        return ("kv group two dim" if draft.keys["kv"] else "kv two dim"), GATED
     if role.endswith("gate_up") and draft.ffn and law == power(draft.ffn, factor=2.0):
         prefix = role.removesuffix("gate_up")
         return "ffn + ffn", (f"{prefix}gate", f"{prefix}up")

@@ -18,6 +18,7 @@ from ...core.anatomy_defaults import softmax_scale
 from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
+from .layer_keys import move_layer_keys
 from .shapes import Law, evaluate_law, list_stored, parse_name
 from .tiny_config import find_key
 
@@ -117,6 +118,7 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         scale=_build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
+        finish=move_layer_keys,
         divides=table.divides,
         multiples=table.multiples,
         embed_scale=table.embed_scale,

@@ -61,6 +61,11 @@ RARE = {
     r"index_head_dim": 8,
     r"index_n_heads": 2,
 }
+# Keys of state-space layers: the inner width over the hidden size, the inner width itself, and
+# (number, size) of heads.
+EXPAND, INNER = ("mamba_expand", "expand"), ("mamba_d_ssm",)
+INNER_HEADS = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"),
+               ("num_heads", "head_dim"))  # fmt: skip
 # Numbers that are no sizes.
 NO_SIZE = re.compile(
     r"\w*(token_id|token_index|_index|_seed|interval|period|offset|pattern|token_ids)|seed"
@@ -166,6 +171,20 @@ def _is_coupled(dim: int, heads: object, full: Config, aliases: Mapping[str, str
     """Whether heads times the size of a head is the hidden size."""
     hidden = full.get(find_key(full, aliases, "hidden") or "")
     return not isinstance(heads, int) or heads * dim == hidden
+
+
+def find_inner_heads(config: Config) -> Iterator[dict[str, int]]:
+    """Heads of state-space layers that together are as wide as the class wants: `expand` times the
+    hidden size, or a width of their own.
+
+    Args:
+        config: a tiny one.
+    """
+    expand = next((config[key] for key in EXPAND if config.get(key)), None)
+    for number, size in INNER_HEADS:
+        if expand and config.get(number) is not None and size in config:
+            inner = next((config[key] for key in INNER if config.get(key)), expand * HIDDEN)
+            yield {number: 8, size: inner // 8}
 
 
 def _halve(value: int) -> int:

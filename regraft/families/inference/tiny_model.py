@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.class_heads import find_class
 from ...core.part import Config
-from ...core.stock_config import config_class, silence_transformers
+from ...core.stock_config import config_class, decode_floats, silence_transformers
 from ...errors import RegraftError, first_line
-from .tiny_config import HEADS, VOCAB, find_key, shrink_config
+from .tiny_config import EXPERTS, HEADS, VOCAB, find_inner_heads, find_key, shrink_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ def read_whole(config_kind: Any, config: Config) -> Any:
     """A config as its class reads it; RegraftError when the class refuses it."""
     fields = {key: value for key, value in config.items() if key not in NOT_SAID}
     try:
-        return config_kind.from_dict(copy.deepcopy(fields))
+        return config_kind.from_dict(decode_floats(copy.deepcopy(fields)))
     except Exception as error:  # whatever its checks raise
         raise RegraftError(
             f"transformers cannot read this {config.get('model_type')} config "
@@ -247,6 +247,18 @@ def iter_changes(model: TinyModel) -> Iterator[dict[str, Any]]:
     yield even
     yield as_many | even
     yield as_many | wide
+    # Numbers of experts have no default in some classes.
+    experts = {
+        key: size
+        for key, size in ((model.key("expert"), EXPERTS), (model.key("routed"), 2))
+        if key and model.full.get(key) is None
+    }
+    for inner in find_inner_heads(model.config):
+        yield inner
+        yield inner | as_many
+    yield experts
+    yield experts | as_many
+    yield experts | as_many | wide
     # Numbers that no rule names keep their values.
     named = {key for key in model.full if key in (heads, kv, dim)}
     unnamed = {
