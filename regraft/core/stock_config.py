@@ -92,6 +92,9 @@ def find_layer_lists(config: Config, anatomy: Anatomy) -> dict[str, list[Any]]:
             check_length(anatomy.family, key, value, depth)
         elif len(value) != depth:
             continue
+        elif _sets_depth(kind, config, key, depth):
+            lists[key] = value
+            continue
         elif _is_known(kind, key) and _takes(kind, plain | {key: value, depth_key: depth + 1}):
             continue
         lists[key] = value
@@ -162,6 +165,16 @@ def _follows(value: Any, deeper: Any, depth: int) -> bool:
     """Whether an attribute has one entry per layer, by its values at `depth` and one layer more."""
     are_lists = isinstance(value, list | tuple) and isinstance(deeper, list | tuple)
     return are_lists and (len(value), len(deeper)) == (depth, depth + 1)
+
+
+def _sets_depth(kind: Any, config: Config, key: str, depth: int) -> bool:
+    """Whether the number of layers is the length of a list, whatever else the config says."""
+    if isinstance(vars(kind).get("num_hidden_layers"), property):
+        longer = {**config, key: [*config[key], config[key][-1]]}
+        if _takes(kind, longer):
+            stock = kind.from_dict(decode_floats(longer))
+            return bool(stock.num_hidden_layers == depth + 1)
+    return False
 
 
 def _is_known(kind: Any, key: str) -> bool:

@@ -93,6 +93,7 @@ class RegraftConfig(PreTrainedConfig):
         # Names of the host's class, such as parallel plans and aliases that are properties.
         if name.startswith("__") or not isinstance(self.__dict__.get("host"), str):
             raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+        name = self.__dict__.get("attribute_map", {}).get(name, name)
         found: Any = getattr(CONFIG_MAPPING[self.__dict__["host"]], name)
         return found.__get__(self) if isinstance(found, property) else found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .inner import find_inner
 from .roles import find_attention, find_role
 from .shapes import Law, ShapeLaws, list_tensors, parse_name, power
 from .tiny_model import TinyModel
@@ -48,6 +49,8 @@ class Draft:
     numbers: list[Law] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
     ffn: str | None = None
+    # Size of the channels of layers with a state or a convolution, where it follows hidden.
+    inner: Law | None = None
     # Name of the attention module with "{}" for its layer; empty without softmax attention.
     slot: str = ""
 
@@ -123,6 +126,7 @@ def start_draft(
     draft.owners = find_head_owners(draft)
     draft.heads = {*draft.owners, *(INNER if draft.owners else ())}
     draft.slot = find_slot(draft)
+    draft.inner = find_inner(draft)
     return draft
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .draft import Draft, find_inner_norms, find_names, start_draft, untie
+from .inner import divide_by_hidden
 from .rows import QKV, name_apart, write_row
 from .settings import (
     find_divisors,
@@ -72,11 +73,13 @@ def _write_table(draft: Draft) -> InferredTable:
         eps=find_eps(draft),
         activation=next((k for k in config if re.fullmatch(r"hidden_act\w*|\w*activation\w*", k)
                          and isinstance(config[k], str)), "hidden_act"),
-        rotary=any("rotary" in name for name in draft.names.by_name),
+        rotary=any("rotary" in f"{name} {type(module).__name__}".lower()
+                   for name, module in draft.names.by_name.items()),
         embed_scale=has_embed_scale(draft),
         causal=draft.tiny.kind.__name__.endswith(("ForCausalLM", "LMHeadModel")),
         scale=find_scale(draft),
         softcap=next((k for k in config if "attn_logit_softcap" in k), None),
+        inner=pack_law(divide_by_hidden(draft, draft.inner)) if draft.inner else (),
         routed=find_routed(draft),
         divides=find_divisors(draft),
         multiples={"hidden": 8, "ffn": 8} if draft.laws.expert else {},

@@ -7,8 +7,19 @@ from typing import Any
 
 from ...core.part import Config
 
+# Keys that say by numbers which kind of layer stands where, in some classes.
+NUMBERED = re.compile(r"\w*(layer_period|layer_offset|layer_indices|layer_ids)")
 # Keys that count the layers before the first of another kind.
 FIRST_LAYERS = re.compile(r"first_k_dense_replace|num_dense_layers|moe_layer_start_index")
+
+
+def has_numbered_layers(config: Config) -> bool:
+    """Whether a config says by numbers which kind of layer stands where."""
+    return any(
+        NUMBERED.fullmatch(key) or FIRST_LAYERS.fullmatch(key)
+        for key, value in config.items()
+        if value is not None
+    )
 
 
 def move_layer_keys(config: Config) -> dict[str, Any]:

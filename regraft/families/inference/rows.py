@@ -20,6 +20,7 @@ from .draft import (
     module_of,
     query_law,
 )
+from .inner import count_inner, find_scope, writes_stream
 from .roles import name_rest
 from .shapes import Law, parse_name, power
 from .table import Row
@@ -123,6 +124,8 @@ def _write_map(
     fields: dict[str, Any],
 ) -> Row:
     """The row of a matrix, a bias or a tensor of more dimensions."""
+    if draft.inner and find_scope(draft, template):
+        return _write_inner(draft, template, full_role, laws, fields)
     if len(laws) > 2 or not laws:
         return Row(full_role, signature=_write_axes(draft, laws) or "one", **fields)
     in_out = is_in_out(draft, template) and len(laws) == 2
@@ -140,6 +143,44 @@ def _write_map(
     if given != "hidden":
         fields.pop("reads", None)
     return Row(full_role, signature=f"{given} -> {output}", **fields)
+
+
+def _write_inner(
+    draft: Draft, template: str, full_role: str, laws: list[Law | None], fields: dict[str, Any]
+) -> Row:
+    """The row of a tensor of a layer with a state or a convolution."""
+    if len(laws) > 2:
+        named = [_name_inner(draft, law) for law in laws]
+        axes = [
+            one[0] if len(one) == 1 else _name_number(draft, law)
+            for one, law in zip(named, laws, strict=True)
+        ]
+        return Row(full_role, signature=" ".join(axes), **fields)
+    output = ["hidden"] if len(laws) == 2 and writes_stream(template) else None
+    output = output or _name_inner(draft, laws[0])
+    if len(output) > 1:
+        role, _, ending = full_role.rpartition(".")
+        fields["fused"] = tuple(f"{role}_{index}" for index in range(len(output)))
+    if output != ["hidden"]:
+        fields.pop("writes", None)
+    right = " + ".join(output)
+    if len(laws) == 1:
+        fields.pop("reads", None)
+        return Row(full_role, signature=f"-> {right}", **fields)
+    reads_stream = laws[1] == power(str(draft.keys["hidden"])) and not writes_stream(template)
+    given = "hidden" if reads_stream else _name_inner(draft, laws[1])[0]
+    if given != "hidden":
+        fields.pop("reads", None)
+    return Row(full_role, signature=f"{given} -> {right}", **fields)
+
+
+def _name_inner(draft: Draft, law: Law | None) -> list[str]:
+    """The axes of a dimension, those of stacked maps one by one."""
+    assert draft.inner is not None
+    times, rest = count_inner(law, draft.inner)
+    if not times or law is None:
+        return [_name_number(draft, law)]
+    return ["inner"] * times + ([_name_number(draft, rest)] if rest else [])
 
 
 def _write_axes(draft: Draft, laws: list[Law | None]) -> str:

@@ -19,6 +19,7 @@ DEFAULT_FIELDS = {
 # Fields of a table that are written as they are.
 PLAIN = (
     "divides",
+    "inner_ratio",
     "multiples",
     "embed_scale",
     "causal",
@@ -66,6 +67,10 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) 
     yield f"slot={_quote(anatomy.slot)},"
     yield "defaults={"
     for key, value in (sizes | anatomy.defaults).items():
+        if key == "_inner":
+            hidden, times = value.args
+            yield f"    {_quote(key)}: lambda config: {times} * config[{_quote(hidden)}],"
+            continue
         yield f"    {_quote(key)}: {_format(value)},"
     for key, factors in table.filled.items():
         yield f"    {_quote(key)}: lambda config: {_format_product(factors)},"
