@@ -135,7 +135,7 @@ class Anatomy:
     activation: str = "hidden_act"
     # Config key of the number of experts a token is sent to; empty without.
     routed: str = ""
-    # Whether models of it are only written by `regraft export`, neither grown nor linearized.
+    # Whether it is a form that `regraft export` writes: it grows only where `closed` says how far.
     served_only: bool = False
     # Axes that do not grow -> why; "attention": why it is not linearized. Of inferred tables.
     closed: Mapping[str, str] = field(default_factory=dict)
@@ -294,7 +294,7 @@ class Anatomy:
 
         RegraftError when the family cannot hold the sizes.
         """
-        if self.served_only:
+        if self.served_only and not self.closed:
             raise RegraftError(
                 f"{self.family} is a form that models are served in, which does not grow: grow the "
                 "model that it was exported from"

@@ -9,9 +9,9 @@ from ..core.anatomy import Config
 from ..core.stock_config import decode_floats
 from ..errors import RegraftError, explain_errors
 
-KINDS = ("full_attention", "sliding_attention", "hybrid")
-# Layers that have a state, or nothing, in the place of softmax attention.
-STATES = ("linear_attention", "conv", "mamba", "recurrent", "dummy")
+KINDS = ("full_attention", "sliding_attention")
+# Layers that have a state, or nothing, in the place of softmax attention, or a state beside it.
+STATES = ("linear_attention", "conv", "mamba", "recurrent", "dummy", "hybrid")
 
 
 def source_windows(config: Config, states: bool = False) -> list[int | None]:

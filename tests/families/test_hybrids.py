@@ -108,6 +108,15 @@ def test_kinds_by_a_number_of_first_layers_follow_their_layers(tmp_path: Path) -
     assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
 
 
+def test_factors_over_sizes_follow_them(tmp_path: Path) -> None:
+    """MiniCPM divides branches by the root of the depth, the head's input by the hidden size."""
+    save_tiny(tmp_path / "source", {"model_type": "minicpm3"})
+    source, before = Checkpoint.open(tmp_path / "source"), compute(tmp_path / "source")
+    grown = Deepen(source.layers + 1)(regraft.Widen(hidden=2 * source.sizes["hidden"])(source))
+    grown.save(tmp_path / "grown")
+    assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
+
+
 def test_layers_are_placed_where_their_kinds_are() -> None:
     """Where the class orders kinds by itself, layers keep their order and new ones fill up."""
 

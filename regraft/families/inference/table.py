@@ -18,7 +18,7 @@ from ...core.anatomy_defaults import softmax_scale
 from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
-from .layer_keys import move_layer_keys
+from .layer_keys import FACTORS, follow_sizes
 from .shapes import Law, evaluate_law, list_stored, parse_name
 from .tiny_config import find_key
 
@@ -103,7 +103,7 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
     """
     full = read_full(table, config)
     numbers = [evaluate_law(dict(law), full) for law in table.numbers]
-    keys = {key for key, _ in table.sizes}
+    keys = {key for key, _ in table.sizes} | {*FACTORS}
     stated = {key: full[key] for key in keys if full.get(key) is not None}
     others = (table.eps, table.activation, table.routed, table.scale and table.scale[0])
     defaults = {key: full[key] for key in others if key and full.get(key) is not None}
@@ -127,7 +127,7 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         scale=_build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
-        finish=move_layer_keys,
+        finish=follow_sizes,
         divides=table.divides,
         inner_ratio=ratio,
         multiples=table.multiples,

@@ -129,7 +129,7 @@ def shrink_config(
         for key, values in lists.items():
             if key != TENSORS:
                 tiny[key] = [values[layer] for layer in layers]
-        tiny |= move_layer_keys(full | {"_order": layers, "_before": {"depth": full[depth]}})
+        tiny |= move_layer_keys({**full, "_order": layers, "_before": {"depth": full[depth]}})
         tiny |= shorten_periods(tiny)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if full.get(key) is not None:
