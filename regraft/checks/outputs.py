@@ -277,7 +277,8 @@ def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
         arguments = step.get("arguments", {})
         if step.get("step") == "Deepen":
             order = depth.build_layer_order(arguments["how"], len(done), arguments["layers"])
-            done = [done[origin.source] for origin in order]
+            counts = step.get("layers_done") or [origin.source + 1 for origin in order]
+            done = [done[count - 1] for count in counts]
     return done
 
 

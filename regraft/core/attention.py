@@ -42,6 +42,23 @@ class AttentionFields(TypedDict):
     softcap: NotRequired[float | None]
 
 
+def has_softmax(anatomy: Anatomy, config: Config, layer: int) -> bool:
+    """Whether a layer has softmax attention; in hybrids, some layers have a state instead.
+
+    Args:
+        anatomy: the table of a stock family.
+        config: of the model.
+        layer: number of the layer.
+    """
+    queries = [
+        part
+        for role, part in anatomy.parts.items()
+        if role == "attn.q.weight" or (role.endswith(".weight") and "attn.q" in part.fused)
+    ]
+    full = anatomy.fill_defaults(config)
+    return not queries or any(part.is_in_layer(full, layer) for part in queries)
+
+
 def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> AttentionFields:
     """The attention of a layer, as arguments of `mixers.attention.Attention`.
 

@@ -176,8 +176,8 @@ class RegraftModel(RegraftPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             position_ids = position_ids[:, -tokens.shape[1] :]
         # Nothing goes on from several documents at once, nor from layers that run twice.
-        checkpointing = getattr(self, "gradient_checkpointing", False)
-        if rows.segments is not None or (checkpointing and self.training):
+        checkpoints = getattr(self, "gradient_checkpointing", False) and self.training
+        if rows.segments is not None or checkpoints:
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -297,7 +297,9 @@ def rebuild(front: str, host: str) -> Any:
 def name_in_backbone(backbone: Any, layer: int) -> str:
     """The name of a layer's attention module inside the backbone."""
     name: str = backbone.config.slot.format(layer)
-    return name.removeprefix(f"{backbone.base_model_prefix}.")
+    # Some classes have another name for their backbone in files.
+    first, _, rest = name.partition(".")
+    return rest if first == backbone.base_model_prefix or not hasattr(backbone, first) else name
 
 
 def put_mixers(backbone: Any) -> None:

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .roles import find_named_role, find_role
+from .inner import find_inner
+from .roles import find_attention, find_named_role, find_role
 from .shapes import Law, ShapeLaws, list_tensors, parse_name, power
 from .tiny_model import TinyModel
 from .trace import Trace
 
 TIE = "tie_word_embeddings"
 FFN = "_ffn"  # derived config key of the width of an MLP without a key
+INNER = ("attn.q_norm", "attn.k_norm", "attn.sinks")  # roles of attention that some have
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Draft:
     layout: str
     # Roles of attention whose sizes are those of heads.
     heads: set[str] = field(default_factory=set)
+    # Module of each of these roles, with "{}" for its layer.
+    owners: dict[str, str] = field(default_factory=dict)
     # Whether all query heads share one key/value head that no config key counts.
     single_kv: bool = False
     numbers: list[Law] = field(default_factory=list)
@@ -58,6 +62,8 @@ class Draft:
     ffn_ratio: int = 0
     # Derived config keys -> their laws.
     derived: dict[str, Law] = field(default_factory=dict)
+    # Size of the channels of layers with a state or a convolution, where it follows hidden.
+    inner: Law | None = None
     # Name of the attention module with "{}" for its layer; empty without softmax attention.
     slot: str = ""
 
@@ -137,8 +143,10 @@ def start_draft(
     if draft.ffn_ratio:
         draft.ffn = FFN
         draft.derived[FFN] = power(str(keys["hidden"]), factor=float(draft.ffn_ratio))
-    draft.heads = _find_head_roles(draft)
+    draft.owners = find_head_owners(draft)
+    draft.heads = {*draft.owners, *(INNER if draft.owners else ())}
     draft.slot = find_slot(draft)
+    draft.inner = find_inner(draft)
     return draft
 
 
@@ -230,30 +238,61 @@ def _find_ffn_ratio(draft: Draft) -> int:
     return 0
 
 
-def _find_head_roles(draft: Draft) -> set[str]:
-    """Roles of attention whose tensors have the sizes of heads; empty without such attention."""
+def find_head_owners(draft: Draft) -> dict[str, str]:
+    """Module of every role of softmax attention, whose tensors have the sizes of heads; empty
+    without such attention.
+
+    In hybrids other layers have other attention: what belongs together is in the same module of the
+    same layers.
+    """
     if draft.keys["heads"] is None:
-        return set()
+        return {}
+    modules = _group_attention(draft)
+    for whole in (("attn.q", "attn.k", "attn.v", "attn.o"), ("attn.qkv", "attn.o")):
+        for roles in modules:
+            if set(whole) <= set(roles):
+                return roles
+    return {}
+
+
+def _group_attention(draft: Draft) -> list[dict[str, str]]:
+    """By attention module and the layers that have it: the modules of its roles that have the sizes
+    of heads.
+    """
     query, key = query_law(draft), key_law(draft)
-    found: dict[str, Law | None] = {}
-    for template, laws in draft.laws.laws.items():
-        role = find_role(parse_name(template).module)
-        if role in ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o") and len(laws) == 2:
-            is_output = (role != "attn.o") != is_in_out(draft, template)
-            found[role] = laws[0 if is_output else 1]
-    packed = [_add(query, key, 2.0)]
     fits = {
-        "attn.q": [query],
+        "attn.q": [query, _add(query, query, 1.0)],
         "attn.k": [key],
         "attn.v": [key],
         "attn.o": [query],
-        "attn.qkv": packed,
+        "attn.qkv": [_add(query, key, 2.0)],
     }
-    roles = {role for role, law in found.items() if law in fits[role]}
-    whole = {"attn.qkv", "attn.o"} <= roles or {"attn.q", "attn.k", "attn.v", "attn.o"} <= roles
-    if not whole:
-        return set()
-    return roles | {"attn.q_norm", "attn.k_norm", "attn.sinks"}
+    groups: dict[tuple[str, tuple[int, ...]], dict[str, str]] = {}
+    for template, laws in draft.laws.laws.items():
+        module = parse_name(template).module
+        role = find_role(module)
+        if role not in fits or len(laws) != 2:
+            continue
+        is_output = (role != "attn.o") != is_in_out(draft, template)
+        if laws[0 if is_output else 1] in fits[role]:
+            place = find_attention(module), tuple(draft.laws.layers.get(template, ()))
+            groups.setdefault(place, {}).setdefault(role, module)
+    return list(groups.values())
+
+
+def find_own_role(draft: Draft, template: str) -> str | None:
+    """The role of a tensor; None for one that is called as those of softmax attention are, and is
+    none of them.
+    """
+    role = find_named_role(template)
+    taken = draft.owners.get(role or "")
+    return role if taken is None or taken == parse_name(template).module else None
+
+
+def is_gated(draft: Draft, law: Law | None) -> bool:
+    """Whether the size of an output is that of queries and of a gate for each of them."""
+    query = query_law(draft)
+    return law == _add(query, query, 1.0)
 
 
 def _add(first: Law, second: Law, factor: float) -> Law:
@@ -288,11 +327,8 @@ def module_of(draft: Draft, template: str) -> Any:
 
 def find_slot(draft: Draft) -> str:
     """Name of the attention module; empty without softmax attention."""
-    for template in draft.laws.laws:
-        role = find_role(parse_name(template).module)
-        if role in ("attn.q", "attn.qkv") and role in draft.heads:
-            return parse_name(template).module.removesuffix(".linear").rpartition(".")[0]
-    return ""
+    queries = draft.owners.get("attn.q") or draft.owners.get("attn.qkv", "")
+    return queries.removesuffix(".linear").rpartition(".")[0]
 
 
 def ffn_law(draft: Draft, factor: float = 1.0) -> Law | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .draft import Draft, find_inner_norms, find_names, start_draft, untie
+from .inner import divide_by_hidden
 from .rotation import Rotation, norms_after_rotation, probe_rotation
 from .rows import QKV, name_apart, write_row
 from .settings import (
@@ -83,7 +84,8 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         fixed_eps=fixed_eps,
         activation=next((k for k in config if re.fullmatch(r"hidden_act\w*|\w*activation\w*", k)
                          and isinstance(config[k], str)), "hidden_act"),
-        rotary=any("rotary" in name for name in draft.names.by_name),
+        rotary=any("rotary" in f"{name} {type(module).__name__}".lower()
+                   for name, module in draft.names.by_name.items()),
         rotary_pairs=rotation.pairs,
         rotary_tables=rotation.tables,
         rotates=rotation.layers,
@@ -92,6 +94,7 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         causal=draft.tiny.kind.__name__.endswith(("ForCausalLM", "LMHeadModel")),
         scale=find_scale(draft),
         softcap=next((k for k in config if "attn_logit_softcap" in k), None),
+        inner=pack_law(divide_by_hidden(draft, draft.inner)) if draft.inner else (),
         routed=find_routed(draft),
         divides=find_divisors(draft),
         multiples={"hidden": 8, "ffn": 8} if draft.laws.expert else {},

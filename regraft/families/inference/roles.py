@@ -60,6 +60,13 @@ def find_named_role(template: str) -> str | None:
     return find_role(f"{module}.{ending.removesuffix('_bias')}")
 
 
+def find_attention(module: str) -> str:
+    """The name of the attention module that a module is in, up to the first part that says so."""
+    parts = module.split(".")
+    first = next((i for i, part in enumerate(parts) if re.search(ATTENTION, part)), len(parts) - 1)
+    return ".".join(parts[: first + 1])
+
+
 def name_rest(module: str) -> str:
     """The role of a tensor that no pattern fits: its own name, in a layer that inside it."""
     inside = f"{module}.".rpartition("{}.")[2].rstrip(".")

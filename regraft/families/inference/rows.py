@@ -13,7 +13,9 @@ from .draft import (
     Draft,
     dim_law,
     ffn_law,
+    find_own_role,
     first_name,
+    is_gated,
     is_in_out,
     key_law,
     keys_of,
@@ -23,10 +25,12 @@ from .draft import (
     query_law,
 )
 from .experts import is_stacked, is_stored_output_first
-from .roles import find_named_role, name_rest
+from .inner import count_inner, find_scope, writes_stream
+from .roles import name_rest
 from .shapes import Law, TensorName, list_groups, parse_name, power
 from .table import Row, pack_law
 
+GATED = ("attn.q", "attn.gate")
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
@@ -46,7 +50,8 @@ def name_apart(rows: list[Row]) -> list[Row]:
 def write_row(draft: Draft, template: str) -> Row:
     """The row of a tensor."""
     parsed = parse_name(first_name(draft, template))
-    role, module = find_named_role(parsed.template), module_of(draft, template)
+    role = find_own_role(draft, template)
+    module = module_of(draft, template)
     laws, name = draft.laws.laws[template], module_name(draft, template)
     some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
     fields: dict[str, Any] = {
@@ -91,6 +96,8 @@ def _pack_shapes(draft: Draft, template: str) -> tuple[Any, ...]:
 def _name_other(draft: Draft, module: str) -> str:
     """The role of a tensor by its own name; what belongs to the attention goes with it."""
     rest = name_rest(module)
+    if draft.slot and module == draft.slot:
+        return "attn.own"
     if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
         inside = module.removeprefix(draft.slot).removeprefix(".").replace(".", "_")
         if re.fullmatch(r"(.*_)?(gate|g)(_proj)?", inside):
@@ -143,12 +150,16 @@ def _write_map(
     fields: dict[str, Any],
 ) -> Row:
     """The row of a matrix, a bias or a tensor of more dimensions."""
+    if draft.inner and find_scope(draft, template):
+        return _write_inner(draft, template, full_role, laws, fields)
     if len(laws) > 2 or not laws:
         return Row(full_role, signature=_write_axes(draft, laws) or "one", **fields)
     in_out = is_in_out(draft, template) and len(laws) == 2
     output, fused = _name_output(draft, laws[-1 if in_out else 0], role)
     if output != "hidden":
         fields.pop("writes", None)
+    if fused == GATED:
+        full_role = full_role.replace("attn.q.", "attn.q_gate.")
     fields |= {"fused": fused, "stored": "in out" if in_out else "out in"}
     fields["by_head"] = fused == QKV and draft.layout == "by head" and "group" in output
     if len(laws) == 1:
@@ -178,6 +189,44 @@ def _write_stacked(
     return Row(f"{role}.{ending}", signature=f"{given} -> {outputs}".strip(), at="routed", **fields)
 
 
+def _write_inner(
+    draft: Draft, template: str, full_role: str, laws: list[Law | None], fields: dict[str, Any]
+) -> Row:
+    """The row of a tensor of a layer with a state or a convolution."""
+    if len(laws) > 2:
+        named = [_name_inner(draft, law) for law in laws]
+        axes = [
+            one[0] if len(one) == 1 else _name_number(draft, law)
+            for one, law in zip(named, laws, strict=True)
+        ]
+        return Row(full_role, signature=" ".join(axes), **fields)
+    output = ["hidden"] if len(laws) == 2 and writes_stream(template) else None
+    output = output or _name_inner(draft, laws[0])
+    if len(output) > 1:
+        role, _, ending = full_role.rpartition(".")
+        fields["fused"] = tuple(f"{role}_{index}" for index in range(len(output)))
+    if output != ["hidden"]:
+        fields.pop("writes", None)
+    right = " + ".join(output)
+    if len(laws) == 1:
+        fields.pop("reads", None)
+        return Row(full_role, signature=f"-> {right}", **fields)
+    reads_stream = laws[1] == power(str(draft.keys["hidden"])) and not writes_stream(template)
+    given = "hidden" if reads_stream else _name_inner(draft, laws[1])[0]
+    if given != "hidden":
+        fields.pop("reads", None)
+    return Row(full_role, signature=f"{given} -> {right}", **fields)
+
+
+def _name_inner(draft: Draft, law: Law | None) -> list[str]:
+    """The axes of a dimension, those of stacked maps one by one."""
+    assert draft.inner is not None
+    times, rest = count_inner(law, draft.inner)
+    if not times or law is None:
+        return [_name_number(draft, law)]
+    return ["inner"] * times + ([_name_number(draft, rest)] if rest else [])
+
+
 def _write_axes(draft: Draft, laws: list[Law | None]) -> str:
     return " ".join(_name_axis(draft, law, "") for law in laws)
 
@@ -188,6 +237,8 @@ def _name_output(draft: Draft, law: Law | None, role: str) -> tuple[str, tuple[s
         if draft.layout == "interleaved" and query_axes(draft) == "kv":
             return "kv three dim", QKV
         return f"{query_axes(draft)} dim + kv dim + kv dim", QKV
+    if role == "attn.q" and role in draft.heads and is_gated(draft, law):
+        return f"{query_axes(draft)} two dim", GATED
     if role.endswith("gate_up") and law is not None and law == ffn_law(draft, 2.0):
         prefix = role.removesuffix("gate_up")
         return "ffn + ffn", (f"{prefix}gate", f"{prefix}up")

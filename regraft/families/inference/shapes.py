@@ -15,13 +15,13 @@ from typing import Any
 
 from ...core.part import Config
 from ...errors import first_line
-from .tiny_config import DIM, NO_SIZE, find_kind
+from .tiny_config import DIM, INNER_HEADS, NO_SIZE, find_kind
 from .tiny_model import TinyModel
 
 Shape = tuple[int, ...]
 Monomial = tuple[tuple[str, int], ...]  # (config key, exponent) pairs in order
 Law = dict[Monomial, float]  # a size as a sum: product of keys -> its coefficient
-TERMS = 4  # most keys of a sum
+TERMS = 5  # most keys of a sum
 # Lists of projections beside the stack are counted too, but are no layers.
 LAYER = re.compile(r"(?<!projections)\.(\d+)\.")
 EXPERT = re.compile(r"(?<=experts)\.(\d+)\.")
@@ -105,7 +105,7 @@ def find_laws(tiny: TinyModel) -> ShapeLaws:
     tried: dict[str, dict[str, Shape]] = {}
     for key, value in _list_size_keys(tiny, found.base).items():
         try:
-            shapes = read_shapes(tiny, {key: 2 * value})
+            shapes = read_fitting_shapes(tiny, {key: 2 * value})
         except Exception as error:  # classes raise anything for sizes that do not go together
             found.stuck[key] = first_line(error)
             continue
@@ -180,6 +180,27 @@ def _takes_head_dim(tiny: TinyModel, base: Mapping[str, Shape]) -> bool:
         )
     except Exception:  # classes raise anything for sizes that do not go together
         return False
+
+
+def read_fitting_shapes(tiny: TinyModel, changes: Mapping[str, int]) -> dict[str, Shape]:
+    """The shapes under changed keys. Where the class wants the heads of its state-space layers to
+    be as wide as other keys make these layers, the size of a head follows.
+
+    Whatever the class raises, where no size of a head fits.
+    """
+    try:
+        return read_shapes(tiny, changes)
+    except Exception as error:  # classes raise anything for sizes that do not go together
+        for number, size in INNER_HEADS:
+            if size in changes or not (tiny.config.get(number) and tiny.config.get(size)):
+                continue
+            for shift in (1, -1, 2, -2):
+                width = int(tiny.config[size] * 2.0**shift)
+                try:
+                    return read_shapes(tiny, {**changes, size: width})
+                except Exception:  # as above
+                    continue
+        raise error
 
 
 def _adds_experts(base: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> bool:
@@ -271,7 +292,7 @@ def _find_sum(
     subsets = [sub for n in range(1, len(keys) + 1) for sub in itertools.combinations(keys, n)]
     for sub in subsets:
         try:
-            shapes = read_shapes(tiny, {key: 2 * found.sizes[key] for key in sub})
+            shapes = read_fitting_shapes(tiny, {key: 2 * found.sizes[key] for key in sub})
         except Exception:  # classes raise anything for sizes that do not go together
             return None
         table[sub] = shapes[name][position]

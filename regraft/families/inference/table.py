@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 from ...core.anatomy import Anatomy
@@ -18,6 +18,7 @@ from ...core.anatomy_defaults import always, softmax_scale
 from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
+from .layer_keys import FACTORS, follow_sizes
 from .layer_settings import move_layer_settings
 from .shapes import Law, evaluate_law, list_stored, parse_name
 from .tiny_config import find_key
@@ -80,6 +81,8 @@ class InferredTable:
     # Config key of the softmax scale and its exponent; None: one over the root of the head size.
     scale: tuple[str, float] | None = None
     softcap: str | None = None
+    # Law of the channels of layers with a state over hidden; empty where they have a key.
+    inner: tuple[tuple[Any, float], ...] = ()
     routed: str = ""
     divides: tuple[tuple[str, str], ...] = ()
     multiples: dict[str, int] = field(default_factory=dict)
@@ -119,7 +122,7 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
     """
     full = read_full(table, config)
     numbers = [evaluate_law(dict(law), full) for law in table.numbers]
-    keys = {key for key, _ in table.sizes}
+    keys = {key for key, _ in table.sizes} | {*FACTORS}
     stated = {key: full[key] for key in keys if full.get(key) is not None}
     others = (table.eps, table.activation, table.routed, table.scale and table.scale[0])
     defaults = {key: full[key] for key in others if key and full.get(key) is not None}
@@ -127,10 +130,17 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
     if table.fixed_eps is not None:
         defaults[table.eps] = table.fixed_eps
 
+    sizes = table.sizes
+    ratio = evaluate_law(dict(table.inner), full) if table.inner else 0
+    if ratio:
+        hidden = next(key for key, axes in sizes if axes == "hidden")
+        sizes = (*sizes, ("_inner", "inner"))
+        defaults["_inner"] = partial(_multiply, hidden, ratio)
+
     return Anatomy(
         family=table.family,
         parts={row.role: _build_part(table, row, numbers) for row in table.rows},
-        sizes=table.sizes,
+        sizes=sizes,
         slot=table.slot,
         defaults={"tie_word_embeddings": full.get("tie_word_embeddings", True), **defaults},
         fixed=table.fixed,
@@ -144,8 +154,9 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         scale=_build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
-        finish=move_layer_settings,
+        finish=_follow,
         divides=table.divides,
+        inner_ratio=ratio,
         multiples=table.multiples,
         embed_scale=table.embed_scale,
         causal=table.causal,
@@ -153,6 +164,15 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         routed=table.routed,
         closed=table.closed,
     )
+
+
+def _multiply(key: str, times: int, config: Config) -> int:
+    return times * int(config[key])
+
+
+def _follow(config: Config) -> dict[str, Any]:
+    """Keys that follow sizes, and those of layers where layers move."""
+    return follow_sizes(config) | move_layer_settings(config)
 
 
 def _state_sizes(config: Config, stated: Mapping[str, int]) -> dict[str, Any]:
@@ -165,11 +185,11 @@ def read_full(table: InferredTable, config: Config) -> dict[str, Any]:
 
     RegraftError when the class refuses it.
     """
-    from .tiny_model import read_whole
+    from .tiny_model import read_fields, read_whole
 
     kind = config_class(table.family)
     with silence_transformers():
-        full: dict[str, Any] = read_whole(kind, config).to_dict()
+        full = read_fields(read_whole(kind, config))
     for key, factors in table.filled.items():
         if full.get(key) is None:
             value = 1.0

@@ -22,6 +22,7 @@ PLAIN = (
     "rotary_tables",
     "norms_rotated",
     "divides",
+    "inner_ratio",
     "multiples",
     "embed_scale",
     "causal",
@@ -69,6 +70,10 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) 
     yield f"slot={_quote(anatomy.slot)},"
     yield "defaults={"
     for key, value in (sizes | anatomy.defaults).items():
+        if key == "_inner":
+            hidden, times = value.args
+            yield f"    {_quote(key)}: lambda config: {times} * config[{_quote(hidden)}],"
+            continue
         yield f"    {_quote(key)}: {_format(value)},"
     for key, factors in table.filled.items():
         yield f"    {_quote(key)}: lambda config: {_format_product(factors)},"
