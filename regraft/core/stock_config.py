@@ -84,7 +84,9 @@ def find_layer_lists(config: Config, anatomy: Anatomy) -> dict[str, list[Any]]:
     lists = {
         key: list(value)
         for key, value in vars(stock).items()
-        if not key.startswith("_") and _follows(value, vars(deeper).get(key), depth)
+        if not key.startswith("_")
+        and _follows(value, vars(deeper).get(key), depth)
+        and list(value) != list(range(depth))  # layers by their numbers, all of them
     }
 
     for key, value in stated.items():
