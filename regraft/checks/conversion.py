@@ -72,7 +72,7 @@ def comparable_lengths(before: Checkpoint, after: Checkpoint, time: int) -> dict
         time: tokens of the row.
     """
     lengths = {}
-    windows = source_windows(before.anatomy.host_config(before.config))
+    windows = source_windows(before.anatomy.host_config(before.config), states=True)
     for layer, spec in enumerate(mixers_of(after)):
         exact = mixer_class(spec["name"]).softmax_tokens(spec) if spec else 0
         if spec and exact:

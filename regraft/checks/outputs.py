@@ -292,7 +292,8 @@ def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
         if step.get("step") == "Deepen":
             first = before.anatomy.first_layers(before.config)
             order = depth.build_layer_order(arguments["how"], len(done), arguments["layers"], first)
-            done = [done[origin.source] for origin in order]
+            counts = step.get("layers_done") or [origin.source + 1 for origin in order]
+            done = [done[count - 1] for count in counts]
     return done
 
 

@@ -25,6 +25,7 @@ from ..modeling.loading import build_with_weights, materialize
 from .growth import EXACT
 
 Step = Callable[[Checkpoint], Checkpoint]
+EVERY_AXIS = ("depth", "hidden", "ffn", "kv", "group", "dim", "attention")
 UNPROVEN = "growing it changes the logits of the stock class by {:.1g} of the largest"
 
 
@@ -85,8 +86,7 @@ def prove_growth(table: InferredTable, tiny: TinyModel) -> dict[str, str]:
         source = open_tiny(table, tiny)
         before = _compute(source, tiny)
     except Exception as error:  # a table that does not fit, whatever it does to the class
-        return dict.fromkeys(("depth", "hidden", "ffn", "kv", "group", "dim", "attention"),
-                             first_line(error))  # fmt: skip
+        return dict.fromkeys(EVERY_AXIS, describe_failure(error))
     closed: dict[str, str] = {}
     for axes, trials in iter_trials(source):
         if any(axis in table.closed for axis in axes):
@@ -135,10 +135,10 @@ def find_failure(
         try:
             after = _compute(step(source), tiny)
         except RegraftError as error:  # the class or the operator takes other sizes
-            reason = first_line(error).removeprefix("RegraftError: ")
+            reason = describe_failure(error)
             continue
         except Exception as error:  # whatever a wrong table does to the class
-            return first_line(error)
+            return describe_failure(error)
         if after.shape != before.shape:
             return "the outputs have another shape"
         difference = float((after - before).abs().max() / before.abs().max())
@@ -160,7 +160,7 @@ def _compute(checkpoint: Checkpoint, tiny: TinyModel) -> torch.Tensor:
     config._attn_implementation = "eager"
     model, lost = build_with_weights(tiny.kind, config, values, torch.float32)
     if lost:
-        raise RegraftError(f"the class has no place for '{sorted(lost)[0]}': the table is wrong")
+        raise RegraftError(f"the class has no place for '{sorted(lost)[0]}' as it grows")
     return run(model.eval(), tiny)
 
 
@@ -170,6 +170,8 @@ def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
     A window as wide as the text must compute what the stock attention does, and a model whose
     layers are all kept must be the stock model.
     """
+    if not tiny.kind.__module__.startswith("transformers."):
+        return "its class is code beside the weights, which a linearized model cannot name"
     try:
         source = open_tiny(table, tiny)
         before = _compute(source, tiny)
@@ -180,5 +182,13 @@ def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
             if not difference <= EXACT:
                 return f"softmax as the table has it differs from the class's by {difference:.1g}"
     except Exception as error:  # whatever a wrong table does to the class
-        return first_line(error).removeprefix("RegraftError: ")
+        return describe_failure(error)
     return None
+
+
+def describe_failure(error: Exception) -> str:
+    """Why a model could not be made or run, for a table's list of closed axes."""
+    said = first_line(error)
+    if isinstance(error, RegraftError):
+        return said.removeprefix("RegraftError: ")
+    return f"the class does not run with what the inferred table makes of it ({said})"

@@ -10,18 +10,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def anatomy(source: str, json: bool = False) -> Outcome:
+def anatomy(source: str, trust_remote_code: bool = False, json: bool = False) -> Outcome:
     """The table of a model's family as a file of regraft/families: what each tensor is, what it is
     as large as, and which growth is proven.
 
     Args:
         source: the model's directory, or its config.json
+        trust_remote_code: run the Python files beside the model, if its classes are there
         json: print one JSON object on standard output and nothing else
     """
     from pathlib import Path
 
     from ..core.anatomy import find_anatomy, list_families
     from ..core.config_checks import GROWING_AXES, explain_config_errors
+    from ..core.custom_code import run_custom_code
     from ..core.model_files import read_model_config
     from ..families.inference import inferred, table_file
     from ..families.multimodal.table_file import format_wrapped
@@ -30,6 +32,7 @@ def anatomy(source: str, json: bool = False) -> Outcome:
     path = Path(source)
     folder = path.parent if path.name == "config.json" else path
     config = read_model_config(folder)
+    run_custom_code(folder, trust_remote_code)
     with explain_config_errors(folder / "config.json"):
         table = find_anatomy(config)
         closed = dict(table.closed)

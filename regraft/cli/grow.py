@@ -110,14 +110,15 @@ def grow(
             auto_map is left out
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
-        trust_remote_code: for --width-init ligo: run the Python files beside the tokenizer, if it
-            needs them
+        trust_remote_code: run the Python files beside the model, if its classes are there, and for
+            --width-init ligo those of the tokenizer
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
     from ..checks import growth as parity
     from ..checks.outputs import steps_between
     from ..core.checkpoint import Checkpoint
+    from ..core.custom_code import run_custom_code
     from ..core.moments import FILE as MOMENTS_FILE
     from ..data.text import Text
     from ..growth import optimizer_state as moments
@@ -135,6 +136,7 @@ def grow(
     target = check_apart(given, INPUTS)
     request = distributed.on_rank0(lambda: describe_request(grow, given, INPUTS))
     done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
+    copy_code = run_custom_code(source, trust_remote_code) or copy_code
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     growth = build_growth(given)
     if optimizer_state:

@@ -100,11 +100,12 @@ def linearize(
             auto_map is left out
         overwrite: replace the output if it exists
         allow_nonfinite: take and write NaN and infinity; lineage.json notes it
-        trust_remote_code: run the Python files beside the tokenizer, if it needs them
+        trust_remote_code: run the Python files beside model and tokenizer, if they need them
         json: print one JSON object on standard output and nothing else
     """
     from .. import distributed
     from ..core.checkpoint import Checkpoint
+    from ..core.custom_code import run_custom_code
     from ..data.text import Text
     from ..evaluation import baselines
     from ..io import shard_writer
@@ -135,6 +136,7 @@ def linearize(
         done = distributed.on_rank0(lambda: shard_writer.check_target(out, overwrite, request))
 
     # The method as published or as ours, then what the flags change of it.
+    copy_code = run_custom_code(source, trust_remote_code) or copy_code
     before = replace(Checkpoint.open(source, allow_nonfinite), copy_code=copy_code)
     changes = remix_changes(given)
     name = name_method(method, for_)

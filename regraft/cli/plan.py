@@ -71,6 +71,7 @@ def plan(
     share: float = 0.35,
     price: float | None = None,
     scan: bool = False,
+    trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
     """Show the weight map, totals and memory of a change; reads no weights unless --scan says so.
@@ -133,11 +134,13 @@ def plan(
             days, cost
         checkpointing: recompute activations in the backward pass instead of keeping them
         scan: read all weights of the source and report NaN and infinity, which writing refuses
+        trust_remote_code: run the Python files beside the model, if its classes are there
         json: print one JSON object on standard output and nothing else
     """
     import dataclasses
 
     from ..core.checkpoint import Checkpoint
+    from ..core.custom_code import run_custom_code
     from ..linearize import methods
     from ..mixers.remix import Remix
     from ..plan import forecast
@@ -151,6 +154,7 @@ def plan(
         check_unused_flags(plan, given, FORECAST, "give --train as well")
 
     # Growth first, then linearization: both may be planned at once.
+    run_custom_code(source, trust_remote_code)
     before = Checkpoint.open(source, allow_nonfinite=scan)
     growth = build_growth(given)
     after, notes = growth(before) if growth.has_requests else before, list[str]()

@@ -104,6 +104,8 @@ class Anatomy:
     alibi: bool = False
     # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
     ffn_ratio: int = 0
+    # The same of the axis "inner", the channels of layers with a state or a convolution.
+    inner_ratio: int = 0
     # Whether queries and keys are normed after they are rotated, not before.
     norms_rotated: bool = False
     # Why no mixer can take the place of its attention; empty: some can.
@@ -116,8 +118,7 @@ class Anatomy:
     softcap: tuple[str, float | None] | None = None
     # Config -> name prefix that fills "{p}" in the names of parts.
     prefix: Callable[[Config], str] = no_prefix
-    # Config with new sizes -> further keys that must change with them. It may refuse the sizes
-    # with a RegraftError.
+    # Config with new sizes -> further keys that change with them; RegraftError for other sizes.
     finish: Callable[[Config], dict[str, Any]] = no_keys
     # Config -> the same settings under keys that older releases of transformers read.
     older: Callable[[Config], dict[str, Any]] = older_rope_keys
@@ -140,10 +141,9 @@ class Anatomy:
     inputs: str = "tokens"
     # Config key that names the MLP's activation function.
     activation: str = "hidden_act"
-    # Config key of the number of experts a token is sent to; empty without experts.
+    # Config key of the number of experts a token is sent to; empty without.
     routed: str = ""
-    # Whether models of it are only written by `regraft export` and opened again: they are neither
-    # grown nor linearized.
+    # Whether it is a form that `regraft export` writes: it grows only where `closed` says how far.
     served_only: bool = False
     # Axes that do not grow -> why; "attention": why it is not linearized. Of inferred tables.
     closed: Mapping[str, str] = field(default_factory=dict)
@@ -318,7 +318,7 @@ class Anatomy:
 
         RegraftError when the family cannot hold the sizes.
         """
-        if self.served_only:
+        if self.served_only and not self.closed:
             raise RegraftError(
                 f"{self.family} is a form that models are served in, which does not grow: grow the "
                 "model that it was exported from"

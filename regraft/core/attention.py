@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
 
 
+QUERY_NORM = ("attn.q_norm.weight", "attn.q_norm.bias")  # roles
+
+
 class AttentionFields(TypedDict):
     """The attention of one layer: the fields of `mixers.attention.Attention`, as in config.json."""
 
@@ -29,11 +32,31 @@ class AttentionFields(TypedDict):
     # What the norm on queries normalizes, as a signature: left out for "gain dim", else "1+gain
     # dim" or "gain kv group dim", all heads together.
     qk_norm_form: NotRequired[str]
+    qk_norm_centered: NotRequired[bool]  # whether it subtracts the mean of a head
+    qk_norm_bias: NotRequired[bool]  # whether it adds a bias
     norms_rotated: NotRequired[bool]  # whether the norm comes after the rotation
+    gated: NotRequired[bool]  # whether a sigmoid of the layer's input multiplies heads' outputs
     sinks: NotRequired[bool]  # whether every head has a learned logit beside its scores
     # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
     # that the source has.
     softcap: NotRequired[float | None]
+
+
+def has_softmax(anatomy: Anatomy, config: Config, layer: int) -> bool:
+    """Whether a layer has softmax attention; in hybrids, some layers have a state instead.
+
+    Args:
+        anatomy: the table of a stock family.
+        config: of the model.
+        layer: number of the layer.
+    """
+    queries = [
+        part
+        for role, part in anatomy.parts.items()
+        if role == "attn.q.weight" or (role.endswith(".weight") and "attn.q" in part.fused)
+    ]
+    full = anatomy.fill_defaults(config)
+    return not queries or any(part.is_in_layer(full, layer) for part in queries)
 
 
 def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> AttentionFields:
@@ -68,8 +91,14 @@ def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> Attentio
     form = anatomy.parts["attn.q_norm.weight"].signature if fields["qk_norm"] is not None else ""
     if form not in ("", "gain dim"):
         fields["qk_norm_form"] = form
+    if form and any(anatomy.parts[role].subtracts_mean for role in roles & {*QUERY_NORM}):
+        fields["qk_norm_centered"] = True
+    if form and QUERY_NORM[1] in roles:
+        fields["qk_norm_bias"] = True
     if form and anatomy.norms_rotated:
         fields["norms_rotated"] = True
+    if "attn.gate.weight" in roles:
+        fields["gated"] = True
     if "attn.sinks.weight" in roles:
         fields["sinks"] = True
     cap = config.get(*anatomy.softcap) if anatomy.softcap else None

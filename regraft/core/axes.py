@@ -16,7 +16,7 @@ from ..errors import RegraftError
 
 AXES = frozenset(
     (
-        "vocab hidden ffn dense_ffn shared_ffn kv group dim depth pos place one two three "
+        "vocab hidden ffn inner dense_ffn shared_ffn kv group dim depth pos place one two three "
         "expert kernel type label pool channel patch register bucket key_head key_dim "
         "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap"
     ).split()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError, explain_errors
 from .anatomy_defaults import label_count
+from .custom_code import find_registered
 from .part import Config, Part
 
 if TYPE_CHECKING:
@@ -25,11 +26,15 @@ LABELS = 3  # of the model that the names are read from; nothing else has this s
 
 
 def find_class(name: object) -> Any:
-    """The model class of transformers with a name; None when it has none."""
+    """The model class with a name, of transformers or of code that the user has said to run; None
+    without one.
+    """
     import transformers
 
     # The package has functions and trainers under other names.
     found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(name, str) and found is None:
+        found = find_registered(name)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
 

@@ -234,11 +234,14 @@ def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, 
     """
     before = anatomy.solve(config) if anatomy.closed else {}
     for axis, why in anatomy.closed.items():
+        if axis == "ffn" and anatomy.ffn_ratio:
+            continue  # it follows another axis, which is open or closed itself
         if sizes.get(axis) != before.get(axis):
             others = [name for name in GROWING_AXES if name not in anatomy.closed]
             raise RegraftError(
-                f"{anatomy.family} cannot grow its {axis} ({why}): its table is inferred, and "
-                f"growth is proven for {', '.join(others) or 'no axis'}"
+                f"{anatomy.family} cannot grow its {axis} ({why}): "
+                + ("" if anatomy.served_only else "its table is inferred, and ")
+                + f"growth is proven for {', '.join(others) or 'no axis'}"
             )
 
 

@@ -1,8 +1,9 @@
 """Fused tensors: several maps or biases packed into one stored tensor, split and joined again.
 
-Two layouts exist. GPT-2 and Phi-3 stack whole maps ("hidden -> kv dim + kv dim + kv dim"). GPT-NeoX
-interleaves queries, keys and values head by head ("hidden -> kv three dim"), gpt-oss gates and ups
-row by row ("hidden -> expert ffn two"). Experts in one tensor are a third dimension, in front.
+Several layouts exist. GPT-2 and Phi-3 stack whole maps ("hidden -> kv dim + kv dim + kv dim").
+GPT-NeoX interleaves queries, keys and values head by head ("hidden -> kv three dim"), gpt-oss gates
+and ups row by row ("hidden -> expert ffn two"). Falcon stacks the maps of each key/value head
+(`Part.by_head`). Experts in one tensor are a third dimension, in front.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ def read_fused(value: Tensor, part: Part, index: int, sizes: Mapping[str, int]) 
     """
     value = output_first(value, part)
     outputs, experts = part.axes.outputs, has_experts(part)
+    if part.by_head:
+        widths = [product(axes[1:], sizes) for axes in outputs]
+        heads = value.unflatten(0, [sizes[outputs[0][0]], -1])
+        return heads.split(widths, 1)[index].flatten(0, 1)
     if len(outputs) > 1:
         # Maps of one expert are stacked, so that the experts are apart in front.
         widths = [product(axes[1:] if experts else axes, sizes) for axes in outputs]
@@ -131,11 +136,13 @@ def join_fused(values: Sequence[Tensor], part: Part) -> Tensor:
     if len(signature.outputs) == 1 and part.fused:
         values = [torch.stack(list(values), _interleaved_at(signature.outputs[0]))]
 
-    inputs, experts = len(signature.inputs), int(has_experts(part))
+    inputs, experts = len(signature.inputs), int(has_experts(part) or part.by_head)
     flat = []
     for value in values:
         counts = (experts, value.ndim - inputs - experts, inputs)
         flat.append(_flatten_axes(value, [count for count in counts if count]))
+    if part.by_head:
+        return output_first(torch.cat(flat, 1).flatten(0, 1), part)
     return output_first(torch.cat(flat, experts) if len(flat) > 1 else flat[0], part)
 
 

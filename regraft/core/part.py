@@ -37,6 +37,9 @@ class Part:
     stored: str = "out in"
     # Roles without ".weight" or ".bias" that are packed into this tensor, in order.
     fused: tuple[str, ...] = ()
+    # Whether these maps are packed head by head: the rows of key/value head 0 of all of them, then
+    # those of head 1 (Falcon). Else whole maps, one behind the other.
+    by_head: bool = False
     # The parameter exists only if this config key is true; None: always.
     when: str | None = None
     # The parameter exists only if this config key is false; None: always.

@@ -19,6 +19,7 @@ from ..errors import explain_errors
 from .anatomy import find_anatomy, read_as_auto
 from .class_heads import CAUSAL, find_class
 from .model_files import refuse_fetched_code
+from .stock_config import decode_floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,7 +63,9 @@ def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     fields = read_as_auto(fields)
     plain = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
     with explain_model_errors(fields["model_type"]):
-        config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **plain)
+        config: PreTrainedConfig = AutoConfig.for_model(
+            fields["model_type"], **decode_floats(plain)
+        )
         return config
 
 

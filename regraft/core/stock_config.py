@@ -84,13 +84,18 @@ def find_layer_lists(config: Config, anatomy: Anatomy) -> dict[str, list[Any]]:
     lists = {
         key: list(value)
         for key, value in vars(stock).items()
-        if not key.startswith("_") and _follows(value, vars(deeper).get(key), depth)
+        if not key.startswith("_")
+        and _follows(value, vars(deeper).get(key), depth)
+        and list(value) != list(range(depth))  # layers by their numbers, all of them
     }
 
     for key, value in stated.items():
         if key in lists or key in CHECKED_LISTS:
             check_length(anatomy.family, key, value, depth)
         elif len(value) != depth:
+            continue
+        elif _sets_depth(kind, config, key, depth):
+            lists[key] = value
             continue
         elif _is_known(kind, key) and _takes(kind, plain | {key: value, depth_key: depth + 1}):
             continue
@@ -112,6 +117,17 @@ def check_length(family: str, key: str, value: Sequence[Any], depth: int) -> Non
         raise RegraftError(
             f"{family} config has {len(value)} {key} for {depth} layers: give one for each layer"
         )
+
+
+def decode_floats(value: Any) -> Any:
+    """A value of a config.json with the numbers that JSON lacks: {"__float__": "Infinity"}, as
+    transformers writes infinity, becomes that number.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: decode_floats(one) for key, one in value.items()}
+    return [decode_floats(one) for one in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -136,7 +152,7 @@ def read_stock_config(config: Config, anatomy: Anatomy) -> Any:
     """transformers' config object of a stock family; RegraftError when the class refuses a key."""
     what = f"transformers cannot read this {anatomy.family} config"
     with silence_transformers(), explain_errors(what, "fix it"):
-        return config_class(anatomy.family).from_dict(dict(config))
+        return config_class(anatomy.family).from_dict(decode_floats(config))
 
 
 def config_class(family: str | None) -> Any:
@@ -153,6 +169,16 @@ def _follows(value: Any, deeper: Any, depth: int) -> bool:
     return are_lists and (len(value), len(deeper)) == (depth, depth + 1)
 
 
+def _sets_depth(kind: Any, config: Config, key: str, depth: int) -> bool:
+    """Whether the number of layers is the length of a list, whatever else the config says."""
+    if isinstance(vars(kind).get("num_hidden_layers"), property):
+        longer = {**config, key: [*config[key], config[key][-1]]}
+        if _takes(kind, longer):
+            stock = kind.from_dict(decode_floats(longer))
+            return bool(stock.num_hidden_layers == depth + 1)
+    return False
+
+
 def _is_known(kind: Any, key: str) -> bool:
     """Whether transformers gives a config key a meaning of its own, which is not one per layer."""
     from transformers import GenerationConfig
@@ -164,7 +190,7 @@ def _is_known(kind: Any, key: str) -> bool:
 def _takes(kind: Any, keys: Mapping[str, Any]) -> bool:
     """Whether a config class takes these keys, the others left out."""
     try:
-        kind.from_dict(dict(keys))
+        kind.from_dict(decode_floats(keys))
     except Exception:  # whatever its checks raise
         return False
     return True

@@ -125,4 +125,7 @@ anatomy = Anatomy(
         "_conv_channels": conv_channels,
     },
     served_only=True,
+    closed=dict.fromkeys(
+        ("kv", "group", "dim"), "the gate of each head is packed with its queries in one tensor"
+    ),
 )

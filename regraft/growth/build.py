@@ -218,6 +218,7 @@ def unit_axes(
         "kv": unit_axis(operators["heads"], old["kv"] * split, sizes["kv"], seed, "heads"),
         "group": unit_axis(queries, old["group"] // split, sizes["group"], seed, "heads"),
         "dim": unit_axis(values, old["dim"], sizes["dim"], seed),
+        "inner": unit_axis("pad", old.get("inner", 1), sizes.get("inner", 1), seed),
     }
 
 

@@ -36,6 +36,8 @@ class IdentityLayer:
     last_norm: str
     # Roles of maps and biases that write the stream.
     outputs: set[str]
+    # What each role writes.
+    writes: dict[str, str]
 
     def __init__(self, source: Checkpoint, placed: Mapping[Key, PlacedPart]):
         self.source, self.placed = source, placed
@@ -45,16 +47,20 @@ class IdentityLayer:
         # and behind the branches in families with root-mean-square norms.
         norms = {role for role, part in parts.items() if part.norm and part.writes == "stream"}
         self.post_norm = any(parts[role].subtracts_mean for role in norms)
-        self.zero_gains = set() if self.post_norm else norms
+        behind = {role for role in norms if parts[role].reads == "branch"}
+        self.zero_gains = set() if self.post_norm else behind
         self.post_norms = norms if self.post_norm else set()
 
         in_order = [role.rpartition(".")[0] for role in parts if role in self.post_norms]
         self.last_norm = f"{in_order[-1]}." if in_order else ""
+        self.writes = {role: part.writes for role, part in parts.items()}
         self.outputs = {role for role, part in parts.items() if _writes_hidden(part)}
 
     def silences(self, role: str) -> bool:
         """Whether a tensor of such a layer is zero."""
-        return role in self.zero_gains or (role in self.outputs and not self.zero_gains)
+        # In some models only some branches have a norm behind them.
+        adds = role in self.outputs and self.writes.get(role) == "stream"
+        return role in self.zero_gains or (role in self.outputs and not self.zero_gains) or adds
 
     def is_last_norm(self, role: str) -> bool:
         """Whether a role belongs to a layer's last norm after the sum."""

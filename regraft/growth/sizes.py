@@ -49,6 +49,8 @@ def solve_sizes(source: Checkpoint, request: WidthSizes) -> tuple[dict[str, int]
         "group": group,
         "dim": dim or old["dim"],
     }
+    if anatomy.inner_ratio:
+        sizes["inner"] = anatomy.inner_ratio * hidden
     # Raises for sizes that no config of the class can say.
     anatomy.config_keys(sizes)
     _check_fixed_sizes(anatomy, old_heads, sizes)

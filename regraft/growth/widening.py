@@ -22,7 +22,7 @@ from ..core.checkpoint import Checkpoint
 from ..core.shapes import Float
 from .tensor import AxisGrowth, Init
 
-GROWABLE_AXES = ("hidden", "ffn", "kv", "group", "dim")
+GROWABLE_AXES = ("hidden", "ffn", "inner", "kv", "group", "dim")
 QUERY_KEY_KINDS = ("q", "k", "q_norm", "k_norm")
 # How norms over queries and keys take wider heads (L7). Live: new query coordinates hold rotated
 # copies and learn. Dead: new coordinates of queries and keys are zero and stay so.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Float
@@ -37,7 +38,10 @@ class Attention:
     rotary_tables: str = "halves"  # the layout of cos and sin, see `Anatomy.rotary_tables`
     # What the norm normalizes: "gain dim", "1+gain dim", or all heads together.
     qk_norm_form: str = "gain dim"
+    qk_norm_centered: bool = False  # whether it subtracts the mean of a head
+    qk_norm_bias: bool = False  # whether it adds a bias
     norms_rotated: bool = False  # whether the norm comes after the rotation, not before
+    gated: bool = False  # whether a sigmoid of the layer's input multiplies heads' outputs
     sinks: bool = False  # whether every head has a learned logit beside its scores
 
     def __post_init__(self) -> None:
@@ -100,25 +104,42 @@ def apply_rotary(
 
 
 class HeadNorm(nn.Module):
-    """RMS norm with a gain, computed in float32: over each head, or over all of them together.
+    """RMS norm with a gain, computed in float32: over each head, or over all of them together. A
+    layer norm over each head where the source has one.
 
     Args:
         dim: width of a head.
         eps: added to the mean square.
         heads: number of heads that are normed together; 1: each by itself.
         unit: whether the gain is stored minus one.
+        centered: whether the mean is subtracted first.
+        bias: whether a bias is added behind the gain.
     """
 
-    def __init__(self, dim: int, eps: float, heads: int = 1, unit: bool = False):
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float,
+        heads: int = 1,
+        unit: bool = False,
+        centered: bool = False,
+        bias: bool = False,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.full((heads * dim,), 0.0 if unit else 1.0))
-        self.eps, self.heads, self.unit = eps, heads, unit
+        self.register_parameter("bias", nn.Parameter(torch.zeros(heads * dim)) if bias else None)
+        self.eps, self.heads, self.unit, self.centered = eps, heads, unit, centered
 
     def forward(
         self, x: Float[Tensor, "batch heads time dim"]
     ) -> Float[Tensor, "batch heads time dim"]:
         """Normalise queries or keys."""
         wide = x.float()
+        if self.centered or self.bias is not None:
+            shape, bias = self.weight.shape, None if self.bias is None else self.bias.float()
+            return F.layer_norm(wide, shape, self.weight.float(), bias, self.eps).to(x.dtype)
         axes = (-1,) if self.heads == 1 else (-3, -1)
         wide = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + self.eps)
         if self.unit:

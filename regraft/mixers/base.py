@@ -77,6 +77,7 @@ class Mixer(nn.Module):
     q_norm: HeadNorm | None
     k_norm: HeadNorm | None
     o_proj: nn.Linear
+    o_gate: nn.Linear
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__()
@@ -87,6 +88,9 @@ class Mixer(nn.Module):
             self.o_proj = nn.Linear(
                 attention.heads * attention.dim, attention.hidden, bias=attention.o_bias
             )
+        if output and attention.gated:
+            width = attention.heads * attention.dim
+            self.o_gate = nn.Linear(attention.hidden, width, bias=attention.qkv_bias)
 
     def add_projections(self, expand: bool) -> None:
         """Add the projections of `qkv`, with the biases and the QK norm of the source's attention.
@@ -106,8 +110,9 @@ class Mixer(nn.Module):
         if attention.qk_norm is not None:
             together, unit = attention.norms_heads_together, "1+" in attention.qk_norm_form
             counts = (attention.heads, self.states) if together else (1, 1)
+            kind = attention.qk_norm_centered, attention.qk_norm_bias
             self.q_norm, self.k_norm = (
-                HeadNorm(dim, attention.qk_norm, heads, unit) for heads in counts
+                HeadNorm(dim, attention.qk_norm, heads, unit, *kind) for heads in counts
             )
 
     def qkv(
@@ -271,7 +276,7 @@ class Mixer(nn.Module):
             value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))
             if value.bias is not None:
                 value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())
-        elif hasattr(self, "o_proj"):
+        elif hasattr(self, "o_proj") and not hasattr(self, "o_gate"):
             # one block of columns per head, shaped (heads, hidden, dim)
             per_head = self.o_proj.weight.unflatten(1, (heads, dim)).transpose(0, 1)
             self.o_proj.weight.copy_((per_head @ maps.mT).transpose(0, 1).flatten(1))
@@ -315,6 +320,9 @@ class Mixer(nn.Module):
         heads, state = self.mix(x, mixing, state)
         if not hasattr(self, "o_proj"):
             return heads, state
+        if hasattr(self, "o_gate"):
+            # The source's own gate (Qwen3-Next), behind whatever mixes its values.
+            heads = heads * self.o_gate(x).sigmoid().view_as(heads)
         return keep_finite(self.o_proj(heads.flatten(-2)), x.dtype), state
 
 
@@ -332,14 +340,20 @@ def projection_weights(attention: Attention, expand: bool) -> dict[str, WeightSp
             continue
         form = f"gain {wide}" if attention.norms_heads_together else attention.qk_norm_form
         table[f"{name}_norm.weight"] = WeightSpec(form, f"attn.{name}_norm.weight", decay=False)
+        if attention.qk_norm_bias:
+            table[f"{name}_norm.bias"] = WeightSpec("-> dim", f"attn.{name}_norm.bias", decay=False)
     return table
 
 
 def output_weights(attention: Attention) -> dict[str, WeightSpec]:
-    """The output projection of the source."""
+    """The output projection of the source, and its gate on the heads' outputs."""
     table = {"o_proj.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
     if attention.o_bias:
         table["o_proj.bias"] = WeightSpec("-> hidden", "attn.o.bias", decay=False)
+    if attention.gated:
+        table["o_gate.weight"] = WeightSpec("hidden -> kv group dim", "attn.gate.weight")
+    if attention.gated and attention.qkv_bias:
+        table["o_gate.bias"] = WeightSpec("-> kv group dim", "attn.gate.bias", decay=False)
     return table
 
 

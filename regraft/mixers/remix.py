@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.anatomy import Key, PlacedPart, find_anatomy
+from ..core.attention import has_softmax
 from ..core.auto_map import AUTO_MAP
 from ..core.axes import Sizes, broadcast_axes, parse_signature
 from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
@@ -104,11 +105,15 @@ class Remix(RemixOptions):
             )
         check_supported(source)
 
-        kept = self.kept_layers(source.layers)
+        kept = self.kept_layers(source.layers) | {
+            layer
+            for layer in range(source.layers)
+            if not has_softmax(source.anatomy, source.config, layer)
+        }
         eps = source.anatomy.epsilon(source.config)
         specs = [
             None if layer in kept else name_eps(self.build_spec(window), eps)
-            for layer, window in enumerate(source_windows(source.config))
+            for layer, window in enumerate(source_windows(source.config, states=True))
         ]
         shapes = [source.anatomy.attention(source.config, layer) for layer in range(source.layers)]
         attention = [
@@ -181,7 +186,7 @@ class Remix(RemixOptions):
             source: the model that is linearized.
             config: of the result.
         """
-        notes, windows = [], source_windows(source.config)
+        notes, windows = [], source_windows(source.config, states=True)
         replaced = [layer for layer, spec in enumerate(config["mixers"]) if spec]
         eps = source.anatomy.epsilon(source.config)
         asked = name_eps(self.build_spec(), eps) if replaced else None
@@ -278,10 +283,16 @@ def check_supported(source: Checkpoint) -> None:
             " another decoder"
         )
 
-    for placed in anatomy.place(source.config).values():
+    slot = anatomy.slot.partition("{}")[2]
+    for (_, layer), placed in anatomy.place(source.config).items():
         part, text = placed.part, placed.part.axes.text
+        if layer is None or not has_softmax(anatomy, source.config, layer):
+            continue
         # A norm over another axis than hidden is one of queries and keys.
-        if part.norm and "hidden" not in text and (part.subtracts_mean or text not in NORMS):
+        in_slot = f"{slot}." in part.name
+        # Those that subtract a mean are known over each head alone.
+        is_known = text in ("gain dim", "-> dim") if part.subtracts_mean else text in NORMS
+        if in_slot and part.norm and "hidden" not in text and not is_known:
             raise RegraftError(
                 f"{anatomy.family} norms queries and keys by '{text}'"
                 + (", less the mean" if part.subtracts_mean else "")

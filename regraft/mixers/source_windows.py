@@ -6,9 +6,12 @@ from transformers import AutoConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..core.anatomy import Config
+from ..core.stock_config import decode_floats
 from ..errors import RegraftError, explain_errors
 
-KINDS, STATE = ("full_attention", "sliding_attention"), "linear_attention"
+KINDS = ("full_attention", "sliding_attention")
+# Layers that have a state, or nothing, in the place of softmax attention, or a state beside it.
+STATES = ("linear_attention", "conv", "mamba", "recurrent", "dummy", "hybrid")
 
 
 def source_windows(config: Config, states: bool = False) -> list[int | None]:
@@ -26,7 +29,7 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
     family = config["model_type"]
     fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     with explain_errors(f"transformers cannot read the config of a {family}", "fix config.json"):
-        stock = AutoConfig.for_model(family, **fields)
+        stock = AutoConfig.for_model(family, **decode_floats(fields))
         kinds, options = get_layer_types_and_kwargs(stock)
 
     if getattr(stock, "use_bidirectional_attention", None):
@@ -35,7 +38,7 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
             "right, give a decoder"
         )
     for layer, kind in enumerate(kinds):
-        if kind not in KINDS and not (states and kind == STATE):
+        if kind not in KINDS and not (states and kind in STATES):
             raise RegraftError(
                 f"layer {layer} of this {family} has '{kind}', which mixers do not carry over: "
                 f"linearize a model whose layers are {' or '.join(KINDS)}"

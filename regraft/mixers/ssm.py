@@ -61,8 +61,8 @@ class StateSpace(Mixer):
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         # The output projection is made below: it may be wider than the attention's.
-        super().__init__(attention, spec, output=False)
-        self.own = self.options.layout == "own"
+        self.own = self.parse(spec).layout == "own"
+        super().__init__(attention, spec, output=output and not self.own)
         self.widths = self.widths_of(attention, self.options)
         inner = self.widths.inner
         if self.own:

@@ -93,6 +93,7 @@ class RegraftConfig(PreTrainedConfig):
         # Names of the host's class, such as parallel plans and aliases that are properties.
         if name.startswith("__") or not isinstance(self.__dict__.get("host"), str):
             raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+        name = self.__dict__.get("attribute_map", {}).get(name, name)
         found: Any = getattr(CONFIG_MAPPING[self.__dict__["host"]], name)
         return found.__get__(self) if isinstance(found, property) else found
 
@@ -109,7 +110,9 @@ class RegraftConfig(PreTrainedConfig):
         kinds, _ = get_layer_types_and_kwargs(self)
         view = copy.copy(self)
         # Not strict: `num_hidden_layers` may have been set to fewer.
-        view.__dict__["layer_types"] = [
+        # Some classes keep the list under another name.
+        name = self.attribute_map.get("layer_types", "layer_types")
+        view.__dict__[name] = [
             STATE_LAYER if mixer else kind
             for mixer, kind in zip(self.mixers or [], kinds, strict=False)
         ]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.attention import has_softmax
 from ..core.checkpoint import Checkpoint
 from ..mixers.attention import Attention
 from ..mixers.registry import mixer_class
 from ..mixers.source_windows import source_windows
+
+STATE = "state"
 
 
 def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
@@ -17,8 +20,17 @@ def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
 
 
 def layer_kinds(checkpoint: Checkpoint) -> list[str]:
-    """The kind of every layer: `softmax`, or such as `gated(gated_deltanet, window)`."""
-    return [_mixer_name(spec) if spec else "softmax" for spec in mixers_of(checkpoint)]
+    """The kind of every layer: `softmax`, `state` where the source has no softmax attention, or
+    such as `gated(gated_deltanet, window)`.
+    """
+    host, config = (
+        checkpoint.anatomy.host(checkpoint.config),
+        checkpoint.anatomy.host_config(checkpoint.config),
+    )
+    return [
+        _mixer_name(spec) if spec else "softmax" if has_softmax(host, config, layer) else STATE
+        for layer, spec in enumerate(mixers_of(checkpoint))
+    ]
 
 
 def _mixer_name(spec: Mapping[str, Any]) -> str:
@@ -35,7 +47,8 @@ def kept_tokens(checkpoint: Checkpoint, context: int) -> list[int]:
     """By layer, tokens whose keys softmax attention keeps: all, or the source's sliding window."""
     if not checkpoint.anatomy.host(checkpoint.config).causal:
         return [context] * checkpoint.layers
-    windows = source_windows(checkpoint.anatomy.text_config(checkpoint.config))
+    config = checkpoint.anatomy.text_config(checkpoint.config)
+    windows = source_windows(config, states=True)
     return [min(context, window or context) for window in windows]
 
 
@@ -52,6 +65,8 @@ def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     kinds = zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
     for layer, (kind, spec) in enumerate(kinds):
         attention = attention_of(checkpoint, layer)
+        if kind == STATE:
+            continue  # of constant size, and the same before and after
         if spec is None:
             numbers = 2 * attention.kv * attention.dim * kept[layer]
         else:

@@ -14,6 +14,7 @@ from ..core.stock_class import build_stock_config as build_stock_config
 from ..core.stock_class import choose_class as choose_class
 from ..core.stock_class import explain_model_errors as explain_model_errors
 from ..core.stock_class import stock_class as stock_class
+from ..core.stock_config import decode_floats
 from ..core.stock_config import silence_transformers as silence_transformers
 from .configuration_regraft import RegraftConfig
 from .modeling_regraft import RegraftForCausalLM
@@ -62,7 +63,7 @@ def model_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
         return stock_class(fields)
     own = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
     with explain_model_errors("regraft"):
-        return RegraftForCausalLM, RegraftConfig(**own)
+        return RegraftForCausalLM, RegraftConfig(**decode_floats(own))
 
 
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

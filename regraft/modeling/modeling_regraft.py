@@ -155,7 +155,8 @@ class RegraftModel(RegraftPreTrainedModel):
         Raises RegraftError without an input, for two different caches, for a mask that is not 2-D,
         and for a cache of another model.
         """
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", False)
         if cache is not None and past_key_values is not None and cache is not past_key_values:
             kinds = type(cache).__name__, type(past_key_values).__name__
             raise RegraftError(
@@ -175,7 +176,8 @@ class RegraftModel(RegraftPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             position_ids = position_ids[:, -tokens.shape[1] :]
         # Nothing goes on from several documents at once, nor from layers that run twice.
-        if rows.segments is not None or (self.gradient_checkpointing and self.training):
+        checkpoints = getattr(self, "gradient_checkpointing", False) and self.training
+        if rows.segments is not None or checkpoints:
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -295,7 +297,9 @@ def rebuild(front: str, host: str) -> Any:
 def name_in_backbone(backbone: Any, layer: int) -> str:
     """The name of a layer's attention module inside the backbone."""
     name: str = backbone.config.slot.format(layer)
-    return name.removeprefix(f"{backbone.base_model_prefix}.")
+    # Some classes have another name for their backbone in files.
+    first, _, rest = name.partition(".")
+    return rest if first == backbone.base_model_prefix or not hasattr(backbone, first) else name
 
 
 def put_mixers(backbone: Any) -> None:

@@ -54,7 +54,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"attn_logit_softcapping": None, "query_pre_attn_scalar": 5},
         {"attn_logit_softcapping": 2.0, "layer_types": KINDS, "sliding_window": 7},
     ],
-    "phi": [{}, PARTIAL],
+    # The class sizes these norms by hidden // heads.
+    "phi": [{}, {"qk_layernorm": True, "hidden_size": 72}, PARTIAL],
     "phi3": [{}, {"sliding_window": 7}, PARTIAL],
     "gpt2": [
         {"scale_attn_by_inverse_layer_idx": True},
@@ -69,7 +70,6 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 # Settings that no mixer computes: such a source is refused, with the reason.
 REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gemma2": [({"use_bidirectional_attention": True}, "left to right")],
-    "phi": [({"qk_layernorm": True}, "gain dim|bias|-> dim")],
 }
 CASES = [(family, keys) for family, settings in SETTINGS.items() for keys in settings]
 
@@ -77,8 +77,8 @@ CASES = [(family, keys) for family, settings in SETTINGS.items() for keys in set
 SIZES = "hidden_size head_dim num_attention_heads num_key_value_heads"
 CARRIED = """attention_bias use_bias rms_norm_eps query_pre_attn_scalar attn_logit_softcapping
     scale_attn_weights scale_attn_by_inverse_layer_idx layer_types sliding_window rope_parameters
-    partial_rotary_factor attention_multiplier"""
-REFUSED_KEYS = "qk_layernorm use_bidirectional_attention layer_norm_eps"
+    partial_rotary_factor attention_multiplier qk_layernorm layer_norm_eps"""
+REFUSED_KEYS = "use_bidirectional_attention"
 # Dropout acts in training alone; mixers have none. The others choose a kernel, not a result.
 WITHOUT_EFFECT = """attention_dropout attn_pdrop resid_pdrop residual_dropout
     reorder_and_upcast_attn _attn_implementation"""
@@ -124,8 +124,6 @@ def test_windows_compute_the_stock_attention(
 def test_what_no_mixer_computes_is_refused(
     family: str, keys: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    if "qk_layernorm" in keys:
-        keys = keys | {"hidden_size": 72}  # the class sizes these norms by hidden // heads
     with pytest.raises(RegraftError, match=reason):
         REMIX(save_tiny(tmp_path / "source", family, keys))
 

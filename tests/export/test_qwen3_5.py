@@ -214,8 +214,8 @@ def test_regraft_checks_and_refuses_to_change_it(
     assert find_target("qwen3_5").find_misfits(served.config)[0].startswith("it is one already")
     with pytest.raises(RegraftError, match="a form that models are served in"):
         Remix()(served)
-    with pytest.raises(RegraftError, match="which does not grow"):
-        Widen(ffn=120)(served)
+    with pytest.raises(RegraftError, match="cannot grow its kv .the gate of each head is packed"):
+        Widen(heads=2 * served.sizes["kv"] * served.sizes["group"])(served)
 
 
 def test_flags_stand_before_the_targets_options(

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .draft import Draft, find_inner_norms, find_names, start_draft, untie
+from .inner import divide_by_hidden
+from .rotation import Rotation, norms_after_rotation, probe_rotation
 from .rows import QKV, name_apart, write_row
 from .settings import (
     find_divisors,
@@ -37,30 +39,39 @@ def infer_tables(tiny: TinyModel) -> Iterator[InferredTable]:
     names = find_names(model)
     width = untied.config[untied.key("hidden") or ""]
     trace = trace_forward(untied, model, width, find_inner_norms(names))
-    for layout in ("stacked", "interleaved"):
+    for layout in ("stacked", "interleaved", "by head"):
         draft = start_draft(untied, laws, trace, names, model, layout)
-        table = _write_table(draft)
+        if layout == ("interleaved" if draft.keys["kv"] else "by head"):
+            continue
+        table = _write_table(draft, probe_rotation(untied, model, draft.slot))
         yield table
-        if not any(row.fused == QKV and row.signature.count("+") for row in table.rows):
+        # Other ways to pack are tried where there are several.
+        if draft.single_kv or not any(row.fused == QKV and not row.by_head for row in table.rows):
             return
 
 
-def _write_table(draft: Draft) -> InferredTable:
+def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
     rows = name_apart([write_row(draft, template) for template in draft.laws.laws])
     rows.sort(key=lambda row: 0 if row.role == "embed.weight" else 1)
     sizes, fixed, filled = write_sizes(draft)
-    for template in draft.laws.uneven:
-        for axis in ("hidden", "depth", "ffn", "kv", "group", "dim"):
-            draft.closed[axis] = f"layers differ in the shape of '{template}'"
     if not draft.heads:
         why = "no softmax attention with queries, keys and values of equal heads was found"
         draft.closed |= dict.fromkeys(("kv", "group", "dim", "attention"), why)
+    elif draft.single_kv:
+        draft.closed["kv"] = "all query heads share one key/value head"
     elif draft.keys["kv"] is None:
         draft.closed["group"] = "every query head has a key/value head of its own"
-    if draft.ffn is None:
+    if draft.ffn_ratio:
+        times = f"{draft.ffn_ratio} times hidden"
+        draft.closed["ffn"] = f"the class fixes the MLP at {times}: it grows with hidden"
+    elif draft.ffn is None:
         draft.closed["ffn"] = "no config key sets the width of the MLP alone"
 
+    if rotation.why_not:
+        draft.closed["attention"] = rotation.why_not
+
     config = draft.tiny.config
+    eps, fixed_eps = find_eps(draft)
     return InferredTable(
         family=draft.tiny.family,
         kind=draft.tiny.kind.__name__,
@@ -69,17 +80,26 @@ def _write_table(draft: Draft) -> InferredTable:
         sizes=sizes,
         fixed=fixed,
         slot=draft.slot,
-        eps=find_eps(draft),
+        eps=eps,
+        fixed_eps=fixed_eps,
         activation=next((k for k in config if re.fullmatch(r"hidden_act\w*|\w*activation\w*", k)
                          and isinstance(config[k], str)), "hidden_act"),
-        rotary=any("rotary" in name for name in draft.names.by_name),
+        rotary=any("rotary" in f"{name} {type(module).__name__}".lower()
+                   for name, module in draft.names.by_name.items()),
+        rotary_pairs=rotation.pairs,
+        rotary_tables=rotation.tables,
+        rotates=rotation.layers,
+        norms_rotated=norms_after_rotation(draft.trace, draft.slot),
         embed_scale=has_embed_scale(draft),
         causal=draft.tiny.kind.__name__.endswith(("ForCausalLM", "LMHeadModel")),
         scale=find_scale(draft),
         softcap=next((k for k in config if "attn_logit_softcap" in k), None),
+        inner=pack_law(divide_by_hidden(draft, draft.inner)) if draft.inner else (),
         routed=find_routed(draft),
         divides=find_divisors(draft),
         multiples={"hidden": 8, "ffn": 8} if draft.laws.expert else {},
         filled=filled,
+        derived={key: pack_law(law) for key, law in draft.derived.items()},
+        ffn_ratio=draft.ffn_ratio,
         closed=draft.closed,
     )  # fmt: skip

@@ -6,22 +6,31 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from torch.nn import Embedding
+
 from .draft import (
     TIE,
     Draft,
     dim_law,
+    ffn_law,
+    find_own_role,
     first_name,
+    is_gated,
     is_in_out,
     key_law,
     keys_of,
     module_name,
     module_of,
+    query_axes,
     query_law,
 )
-from .roles import find_role, name_rest
-from .shapes import Law, parse_name, power
-from .table import Row
+from .experts import is_stacked, is_stored_output_first
+from .inner import count_inner, find_scope, writes_stream
+from .roles import name_rest
+from .shapes import Law, TensorName, list_groups, parse_name, power
+from .table import Row, pack_law
 
+GATED = ("attn.q", "attn.gate")
 QKV = ("attn.q", "attn.k", "attn.v")
 
 
@@ -41,21 +50,28 @@ def name_apart(rows: list[Row]) -> list[Row]:
 def write_row(draft: Draft, template: str) -> Row:
     """The row of a tensor."""
     parsed = parse_name(first_name(draft, template))
-    role, module = find_role(parsed.module, parsed.suffix), module_of(draft, template)
+    role = find_own_role(draft, template)
+    module = module_of(draft, template)
     laws, name = draft.laws.laws[template], module_name(draft, template)
     some = len(draft.laws.layers.get(template, ())) < draft.tiny.config[draft.keys["depth"] or ""]
-    fields: dict[str, Any] = {"name": template, "in_some_layers": "{}" in template and some}
+    fields: dict[str, Any] = {
+        "name": template.partition("#")[0],
+        "in_some_layers": "{}" in template and some,
+        "shapes": _pack_shapes(draft, template),
+    }
 
     if module is draft.embedding and parsed.suffix == "weight":
         axes = _name_axis(draft, laws[0], ""), _name_axis(draft, laws[1], "")
         return Row("embed.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
     if name in draft.trace.norms:
         return _write_norm(draft, name, parsed.suffix, role, laws, fields)
-    if role == "head":
+    if module is not None and module is draft.head:
+        role = "head"
+    if role == "head" and parsed.suffix == "weight":
         fields["unless"] = TIE if TIE in draft.tiny.full else None
-    if type(module).__name__ == "Embedding":
+    if isinstance(module, Embedding) and parsed.suffix == "weight":
         axes = _name_axis(draft, laws[0], "pos"), _name_axis(draft, laws[1], "")
-        role = "pos" if axes[0] == "pos" else name_rest(parsed.module)
+        role = "pos" if axes[0] in ("pos", "place") else name_rest(parsed.module)
         return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
 
     role = role or _name_other(draft, parsed.module)
@@ -63,14 +79,30 @@ def write_row(draft: Draft, template: str) -> Row:
     if "{e}" in template:
         fields["at"] = "routed"
     ending = "weight" if role == "attn.sinks" else parsed.suffix
+    if is_stacked(draft, parsed, laws):
+        return _write_stacked(draft, parsed, role, laws, fields)
     return _write_map(draft, template, f"{role}.{ending}", role, laws, fields)
+
+
+def _pack_shapes(draft: Draft, template: str) -> tuple[Any, ...]:
+    """(place of the row's own, laws of all shapes) where layers differ in it; else ()."""
+    groups = list_groups(draft.laws, template)
+    if len(groups) == 1:
+        return ()
+    packed = tuple(tuple(pack_law(law or {(): -1.0}) for law in laws) for laws in groups)
+    return groups.index(draft.laws.laws[template]), packed
 
 
 def _name_other(draft: Draft, module: str) -> str:
     """The role of a tensor by its own name; what belongs to the attention goes with it."""
     rest = name_rest(module)
+    if draft.slot and module == draft.slot:
+        return "attn.own"
     if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
-        return "attn." + module.removeprefix(f"{draft.slot}.").replace(".", "_")
+        inside = module.removeprefix(draft.slot).removeprefix(".").replace(".", "_")
+        if re.fullmatch(r"(.*_)?(gate|g)(_proj)?", inside):
+            return "attn.gate"
+        return f"attn.{inside}".removesuffix(".")
     return rest
 
 
@@ -96,6 +128,7 @@ def _write_norm(
         role = "norm." + name_rest(parse_name(f"{name}.weight").module).removeprefix("other.")
     gain = "1+gain" if trace.norms[name].unit else "gain"
     signature = f"-> {axis}" if ending == "bias" else f"{gain} {axis}"
+    fields["centered"] = trace.norms[name].mean and ending != "bias"
     return Row(f"{role}.{ending}", signature=signature, norm=True, **fields, **streams)
 
 
@@ -117,13 +150,18 @@ def _write_map(
     fields: dict[str, Any],
 ) -> Row:
     """The row of a matrix, a bias or a tensor of more dimensions."""
+    if draft.inner and find_scope(draft, template):
+        return _write_inner(draft, template, full_role, laws, fields)
     if len(laws) > 2 or not laws:
         return Row(full_role, signature=_write_axes(draft, laws) or "one", **fields)
     in_out = is_in_out(draft, template) and len(laws) == 2
     output, fused = _name_output(draft, laws[-1 if in_out else 0], role)
     if output != "hidden":
         fields.pop("writes", None)
+    if fused == GATED:
+        full_role = full_role.replace("attn.q.", "attn.q_gate.")
     fields |= {"fused": fused, "stored": "in out" if in_out else "out in"}
+    fields["by_head"] = fused == QKV and draft.layout == "by head" and "group" in output
     if len(laws) == 1:
         fields.pop("reads", None)
         named = re.search("[a-z]", output)
@@ -134,6 +172,61 @@ def _write_map(
     return Row(full_role, signature=f"{given} -> {output}", **fields)
 
 
+def _write_stacked(
+    draft: Draft, parsed: TensorName, role: str, laws: list[Law | None], fields: dict[str, Any]
+) -> Row:
+    """The row of a map or a bias of all experts."""
+    ending = "bias" if parsed.suffix.endswith("bias") else "weight"
+    output_first = len(laws) == 2 or is_stored_output_first(draft, parsed, laws)
+    output, fused = _name_output(draft, laws[1 if output_first else 2], role)
+    given = "" if ending == "bias" else _name_axis(draft, laws[2 if output_first else 1], role)
+    if output != "hidden":
+        fields.pop("writes", None)
+    if given != "hidden":
+        fields.pop("reads", None)
+    outputs = " + ".join(f"expert {one}" for one in output.split(" + "))
+    fields |= {"fused": fused, "stored": f"expert {'out in' if output_first else 'in out'}"}
+    return Row(f"{role}.{ending}", signature=f"{given} -> {outputs}".strip(), at="routed", **fields)
+
+
+def _write_inner(
+    draft: Draft, template: str, full_role: str, laws: list[Law | None], fields: dict[str, Any]
+) -> Row:
+    """The row of a tensor of a layer with a state or a convolution."""
+    if len(laws) > 2:
+        named = [_name_inner(draft, law) for law in laws]
+        axes = [
+            one[0] if len(one) == 1 else _name_number(draft, law)
+            for one, law in zip(named, laws, strict=True)
+        ]
+        return Row(full_role, signature=" ".join(axes), **fields)
+    output = ["hidden"] if len(laws) == 2 and writes_stream(template) else None
+    output = output or _name_inner(draft, laws[0])
+    if len(output) > 1:
+        role, _, ending = full_role.rpartition(".")
+        fields["fused"] = tuple(f"{role}_{index}" for index in range(len(output)))
+    if output != ["hidden"]:
+        fields.pop("writes", None)
+    right = " + ".join(output)
+    if len(laws) == 1:
+        fields.pop("reads", None)
+        return Row(full_role, signature=f"-> {right}", **fields)
+    reads_stream = laws[1] == power(str(draft.keys["hidden"])) and not writes_stream(template)
+    given = "hidden" if reads_stream else _name_inner(draft, laws[1])[0]
+    if given != "hidden":
+        fields.pop("reads", None)
+    return Row(full_role, signature=f"{given} -> {right}", **fields)
+
+
+def _name_inner(draft: Draft, law: Law | None) -> list[str]:
+    """The axes of a dimension, those of stacked maps one by one."""
+    assert draft.inner is not None
+    times, rest = count_inner(law, draft.inner)
+    if not times or law is None:
+        return [_name_number(draft, law)]
+    return ["inner"] * times + ([_name_number(draft, rest)] if rest else [])
+
+
 def _write_axes(draft: Draft, laws: list[Law | None]) -> str:
     return " ".join(_name_axis(draft, law, "") for law in laws)
 
@@ -141,11 +234,12 @@ def _write_axes(draft: Draft, laws: list[Law | None]) -> str:
 def _name_output(draft: Draft, law: Law | None, role: str) -> tuple[str, tuple[str, ...]]:
     """(axes that a map writes, roles of the maps that are packed)."""
     if role == "attn.qkv" and role in draft.heads:
-        queries = "kv group dim" if draft.keys["kv"] else "kv dim"
-        if draft.layout == "interleaved" and not draft.keys["kv"]:
+        if draft.layout == "interleaved" and query_axes(draft) == "kv":
             return "kv three dim", QKV
-        return f"{queries} + kv dim + kv dim", QKV
-    if role.endswith("gate_up") and draft.ffn and law == power(draft.ffn, factor=2.0):
+        return f"{query_axes(draft)} dim + kv dim + kv dim", QKV
+    if role == "attn.q" and role in draft.heads and is_gated(draft, law):
+        return f"{query_axes(draft)} two dim", GATED
+    if role.endswith("gate_up") and law is not None and law == ffn_law(draft, 2.0):
         prefix = role.removesuffix("gate_up")
         return "ffn + ffn", (f"{prefix}gate", f"{prefix}up")
     return _name_axis(draft, law, role), ()
@@ -161,7 +255,7 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
         reads: whether a map reads the dimension.
     """
     keys = draft.keys
-    wide = "kv group dim" if keys["kv"] else "kv dim"
+    wide = f"{query_axes(draft)} dim"
     if role in draft.heads and law is not None:
         if role in ("attn.q", "attn.q_norm") and not reads and law == query_law(draft):
             return wide
@@ -179,34 +273,49 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
     for axis in ("vocab", "hidden"):
         if law == power(str(keys[axis])):
             return axis
-    if role == "pos" and law == power(str(keys["pos"])):
-        return "pos"
+    if role == "pos" and law is not None and (name := _name_positions(draft, law)):
+        return name
     if role.endswith("router") and law == power(str(draft.laws.expert)):
         return "expert"
     is_mlp = role.startswith(("mlp.", "shared.")) and not role.endswith("router")
-    if is_mlp and (times := _divide(law, draft.ffn)):
+    if is_mlp and draft.ffn_ratio and law == ffn_law(draft):
+        return "ffn"
+    if is_mlp and (times := _divide(law, draft.ffn, draft.ffn_share)):
         return "ffn" if times == {(): 1.0} else f"{_name_number(draft, times)} ffn"
     return _name_number(draft, law)
+
+
+def _name_positions(draft: Draft, law: Law) -> str | None:
+    """The axis of a table of positions; None when no key says its size."""
+    positions = power(str(draft.keys["pos"]))
+    if law == positions:
+        return "pos"
+    if law == positions | {(): law.get((), 0.0)}:  # with rows before the first
+        draft.derived["_places"] = law
+        return "place"
+    return None
 
 
 def _name_head_axes(draft: Draft, law: Law | None) -> str | None:
     """The axes of further tensors of attention, such as gates; None when they are not heads'."""
     keys = draft.keys
-    queries = "kv group" if keys["kv"] else "kv"
+    queries = query_axes(draft)
     named = [(power(str(keys["heads"])), queries)]
     if not draft.coupled:
         named += [(query_law(draft), f"{queries} dim"), (key_law(draft), "kv dim")]
     return next((name for one, name in named if law == one), None)
 
 
-def _divide(law: Law | None, key: str | None) -> Law | None:
-    """A product of keys without one of them; None when it is no product with that key once."""
+def _divide(law: Law | None, key: str | None, share: float = 1.0) -> Law | None:
+    """A product of keys over a share of one of them; None when it is no product with that key
+    once.
+    """
     if law is None or len(law) != 1 or key is None:
         return None
     ((monomial, factor),) = law.items()
     if dict(monomial).get(key) != 1:
         return None
-    return {tuple(pair for pair in monomial if pair[0] != key): factor}
+    return {tuple(pair for pair in monomial if pair[0] != key): factor / share}
 
 
 def _name_number(draft: Draft, law: Law | None) -> str:

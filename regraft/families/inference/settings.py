@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .draft import Draft
+from .draft import Draft, query_axes
 from .shapes import parse_name, power, read_shapes
 
 # Attributes of attention modules that hold the factor on the scores.
@@ -22,22 +22,25 @@ def write_sizes(
     sizes = [(keys["vocab"], "vocab"), (hidden, "hidden"), (keys["depth"], "depth")]
     fixed: dict[str, int] = {}
     if draft.ffn:
-        sizes.append((draft.ffn, "ffn"))
-        filled |= _find_filled_ffn(draft, draft.ffn)
+        sizes.append((draft.ffn, "ffn" if draft.ffn_share == 1 else "two ffn"))
+        fixed |= {} if draft.ffn_share == 1 else {"two": 2}
+        filled |= {} if draft.ffn_ratio else _find_filled_ffn(draft, draft.ffn)
     else:
         fixed["ffn"] = 1
     if draft.laws.expert:
         sizes.append((draft.laws.expert, "expert"))
     if keys["pos"] in draft.laws.sizes:
         sizes.append((keys["pos"], "pos"))
+    if "_places" in draft.derived:
+        sizes.append(("_places", "place"))
     if not draft.heads:
         fixed |= {"kv": 1, "group": 1, "dim": 1}
     else:
-        wide = "kv group" if kv else "kv"
+        wide = query_axes(draft)
         sizes += [(kv, "kv")] if kv else []
         sizes.append((heads, wide))
         sizes.append((hidden, f"{wide} dim") if draft.coupled else (dim, "dim"))
-        fixed |= {} if kv else {"group": 1}
+        fixed |= {} if kv else {"kv" if draft.single_kv else "group": 1}
         if not draft.coupled:
             filled[str(dim)] = ((str(hidden), 1), (str(heads), -1))
         if kv:
@@ -63,13 +66,19 @@ def _find_filled_ffn(draft: Draft, key: str) -> dict[str, tuple[tuple[str, int],
     return {}
 
 
-def find_eps(draft: Draft) -> str:
-    """Config key of the epsilon that the norms of the stream have."""
+def find_eps(draft: Draft) -> tuple[str, float | None]:
+    """(config key of the epsilon that the norms of the stream have, its value where the class
+    fixes it and the key is a derived one).
+    """
     config = draft.tiny.config
     found = [key for key, value in config.items() if "eps" in key and isinstance(value, float)]
     norms = [call.module for call in draft.trace.stream_norms]
     held = {getattr(module, name, None) for module in norms for name in ("eps", "variance_epsilon")}
-    return next((key for key in found if config[key] in held), next(iter(found), "norm_eps"))
+    stated = next((key for key in found if config[key] in held), None)
+    fixed = next((value for value in held if isinstance(value, float)), None)
+    if stated is None and fixed is not None:
+        return "_eps", fixed
+    return stated or next(iter(found), "norm_eps"), None
 
 
 def has_embed_scale(draft: Draft) -> bool:
@@ -84,7 +93,7 @@ def find_scale(draft: Draft) -> tuple[str, float] | None:
     """Config key and exponent of the factor on the scores; None for one over the root of dim."""
     module = draft.names.by_name.get(draft.slot.replace("{}", "0"))
     value = next((float(v) for v in (getattr(module, name, None) for name in SCALES)
-                  if isinstance(v, int | float)), None)  # fmt: skip
+                  if isinstance(v, int | float) and not isinstance(v, bool)), None)  # fmt: skip
     config = draft.tiny.config
     dim = config.get(draft.keys["dim"] or "") or draft.trace.width // config.get(
         draft.keys["heads"] or "", 1

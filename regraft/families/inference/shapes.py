@@ -15,14 +15,15 @@ from typing import Any
 
 from ...core.part import Config
 from ...errors import first_line
-from .tiny_config import DIM, NO_SIZE
+from .tiny_config import DIM, INNER_HEADS, NO_SIZE, find_kind
 from .tiny_model import TinyModel
 
 Shape = tuple[int, ...]
 Monomial = tuple[tuple[str, int], ...]  # (config key, exponent) pairs in order
 Law = dict[Monomial, float]  # a size as a sum: product of keys -> its coefficient
-TERMS = 4  # most keys of a sum
-LAYER = re.compile(r"\.(\d+)\.")
+TERMS = 5  # most keys of a sum
+# Lists of projections beside the stack are counted too, but are no layers.
+LAYER = re.compile(r"(?<!projections)\.(\d+)\.")
 EXPERT = re.compile(r"(?<=experts)\.(\d+)\.")
 
 
@@ -62,7 +63,8 @@ class ShapeLaws:
 
     # Shape by name in a file.
     base: dict[str, Shape]
-    # A law per dimension, by template; None where it is no sum of products of keys.
+    # A law per dimension, by template; None where it is no sum of products of keys. Where layers
+    # differ in the shape, "#1" and so on behind the template tell their laws apart.
     laws: dict[str, list[Law | None]] = field(default_factory=dict)
     # Config keys that shapes depend on -> their values in the tiny config.
     sizes: dict[str, int] = field(default_factory=dict)
@@ -72,8 +74,8 @@ class ShapeLaws:
     expert: str | None = None
     # Layers of the tiny model that have a tensor, by template.
     layers: dict[str, list[int]] = field(default_factory=dict)
-    # Templates whose tensors differ in shape from layer to layer.
-    uneven: list[str] = field(default_factory=list)
+    # First tensor, by template.
+    first: dict[str, str] = field(default_factory=dict)
 
 
 def read_shapes(tiny: TinyModel, changes: Mapping[str, Any] | None = None) -> dict[str, Shape]:
@@ -103,7 +105,7 @@ def find_laws(tiny: TinyModel) -> ShapeLaws:
     tried: dict[str, dict[str, Shape]] = {}
     for key, value in _list_size_keys(tiny, found.base).items():
         try:
-            shapes = read_shapes(tiny, {key: 2 * value})
+            shapes = read_fitting_shapes(tiny, {key: 2 * value})
         except Exception as error:  # classes raise anything for sizes that do not go together
             found.stuck[key] = first_line(error)
             continue
@@ -114,22 +116,39 @@ def find_laws(tiny: TinyModel) -> ShapeLaws:
 
     for name, shape in found.base.items():
         parsed = parse_name(name)
-        if parsed.layer is not None:
-            layers = found.layers.setdefault(parsed.template, [])
-            if parsed.layer not in layers:
-                layers.append(parsed.layer)
-        if parsed.template not in found.laws:
-            found.laws[parsed.template] = [
+        group = _find_group(found, parsed.template, shape)
+        if group not in found.laws:
+            found.first[group] = name
+            found.laws[group] = [
                 find_law(tiny, name, position, found, tried) for position in range(len(shape))
             ]
-            first = shape
-        else:
-            first = next(
-                s for n, s in found.base.items() if parse_name(n).template == parsed.template
-            )
-        if shape != first and parsed.template not in found.uneven:
-            found.uneven.append(parsed.template)
+        if parsed.layer is not None:
+            layers = found.layers.setdefault(group, [])
+            if parsed.layer not in layers:
+                layers.append(parsed.layer)
+    if found.expert is None:
+        found.expert = _find_stacked_expert_key(tiny, found)
     return found
+
+
+def _find_group(found: ShapeLaws, template: str, shape: Shape) -> str:
+    """The template of a tensor; with a number behind it where layers differ in its shape."""
+    for number in itertools.count():
+        group = f"{template}#{number}" if number else template
+        if group not in found.first or found.base[found.first[group]] == shape:
+            return group
+    raise AssertionError("unreachable")
+
+
+def list_groups(found: ShapeLaws, group: str) -> list[list[Law | None]]:
+    """The laws of a tensor's shapes, one for each that its layers have.
+
+    Args:
+        found: of the model.
+        group: a template, with or without a number.
+    """
+    template = group.partition("#")[0]
+    return [laws for other, laws in found.laws.items() if other.partition("#")[0] == template]
 
 
 def _list_size_keys(tiny: TinyModel, base: Mapping[str, Shape]) -> dict[str, int]:
@@ -147,6 +166,13 @@ def _list_size_keys(tiny: TinyModel, base: Mapping[str, Shape]) -> dict[str, int
     return keys
 
 
+def _find_stacked_expert_key(tiny: TinyModel, found: ShapeLaws) -> str | None:
+    """The config key of the number of experts in tensors of three dimensions; None without."""
+    first = [laws[0] for laws in found.laws.values() if len(laws) == 3]
+    keys = (key for key in found.sizes if find_kind(key, tiny.aliases) == "expert")
+    return next((key for key in keys if power(key) in first), None)
+
+
 def _takes_head_dim(tiny: TinyModel, base: Mapping[str, Shape]) -> bool:
     try:
         return (
@@ -154,6 +180,27 @@ def _takes_head_dim(tiny: TinyModel, base: Mapping[str, Shape]) -> bool:
         )
     except Exception:  # classes raise anything for sizes that do not go together
         return False
+
+
+def read_fitting_shapes(tiny: TinyModel, changes: Mapping[str, int]) -> dict[str, Shape]:
+    """The shapes under changed keys. Where the class wants the heads of its state-space layers to
+    be as wide as other keys make these layers, the size of a head follows.
+
+    Whatever the class raises, where no size of a head fits.
+    """
+    try:
+        return read_shapes(tiny, changes)
+    except Exception as error:  # classes raise anything for sizes that do not go together
+        for number, size in INNER_HEADS:
+            if size in changes or not (tiny.config.get(number) and tiny.config.get(size)):
+                continue
+            for shift in (1, -1, 2, -2):
+                width = int(tiny.config[size] * 2.0**shift)
+                try:
+                    return read_shapes(tiny, {**changes, size: width})
+                except Exception:  # as above
+                    continue
+        raise error
 
 
 def _adds_experts(base: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> bool:
@@ -188,7 +235,53 @@ def find_law(
         monomial = tuple(sorted((key, round(value)) for key, value in exponents.items()))
         return {monomial: size / evaluate_monomial(monomial, found.sizes)}
     keys = sorted(exponents)
+    if ratio := _find_ratio_sum(tiny, name, position, found, exponents):
+        return ratio
     return None if len(keys) > TERMS else _find_sum(tiny, name, position, found, keys)
+
+
+def _find_ratio_sum(
+    tiny: TinyModel,
+    name: str,
+    position: int,
+    found: ShapeLaws,
+    exponents: Mapping[str, float],
+) -> Law | None:
+    """The law of a dimension that is a product times (1 + c k / n), such as hidden + 2 hidden /
+    heads; None when it is none.
+
+    Args:
+        tiny: the model.
+        name: of the tensor.
+        position: of the dimension.
+        found: shapes and sizes.
+        exponents: by what power of two it grows with each doubled key.
+    """
+    common = [key for key, exponent in exponents.items() if abs(exponent - 1) < 1e-9]
+    others = [key for key in exponents if key not in common]
+    under = next((key for key in others if exponents[key] < 0), None)
+    if under is None or len(others) > 2:
+        return None
+    over = [key for key in others if key != under]
+
+    def read(*factors: tuple[str, int]) -> int:
+        changes = {key: factor * found.sizes[key] for key, factor in factors}
+        return read_shapes(tiny, changes)[name][position]
+
+    try:
+        base, halved, quartered = read(), read((under, 2)), read((under, 4))
+        same = [read((key, 2), (under, 2)) for key in over]
+    except Exception:  # classes raise anything for sizes that do not go together
+        return None
+    share = 2 * (base - halved)  # what is divided by the key
+    if share != 4 * (halved - quartered) or any(value != base for value in same):
+        return None
+    whole = tuple(sorted((key, 1) for key in common))
+    part = tuple(sorted([*whole, *((key, 1) for key in over), (under, -1)]))
+    terms = {whole: base - share, part: share}
+    return {
+        term: value / evaluate_monomial(term, found.sizes) for term, value in terms.items() if value
+    }
 
 
 def _find_sum(
@@ -199,7 +292,7 @@ def _find_sum(
     subsets = [sub for n in range(1, len(keys) + 1) for sub in itertools.combinations(keys, n)]
     for sub in subsets:
         try:
-            shapes = read_shapes(tiny, {key: 2 * found.sizes[key] for key in sub})
+            shapes = read_fitting_shapes(tiny, {key: 2 * found.sizes[key] for key in sub})
         except Exception:  # classes raise anything for sizes that do not go together
             return None
         table[sub] = shapes[name][position]

@@ -10,14 +10,16 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, cast
 
 from ...core.anatomy import Anatomy
-from ...core.anatomy_defaults import softmax_scale
+from ...core.anatomy_defaults import always, softmax_scale
 from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
+from .layer_keys import FACTORS, follow_sizes
+from .layer_settings import move_layer_settings
 from .shapes import Law, evaluate_law, list_stored, parse_name
 from .tiny_config import find_key
 
@@ -33,13 +35,17 @@ class Row:
     signature: str
     stored: str = "out in"
     fused: tuple[str, ...] = ()
+    by_head: bool = False
     unless: str | None = None
     reads: str = "normed"
     writes: str = "stream"
     norm: bool = False
+    centered: bool = False
     at: Any = "each"
     # Whether some layers lack it.
     in_some_layers: bool = False
+    # Where layers differ in its shape: the place of its own, and the laws of all.
+    shapes: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,23 @@ class InferredTable:
     rotary: bool
     embed_scale: bool
     causal: bool
+    rotary_pairs: bool = False
+    rotary_tables: str = "halves"
+    # Config key of a list with an entry for each layer, and the entries of layers that rotate.
+    # None: all do; without a key none does.
+    rotates: tuple[str, tuple[Any, ...]] | None = None
+    norms_rotated: bool = False
+    # The norms' epsilon where the class fixes it, and `eps` is a derived key.
+    fixed_eps: float | None = None
+    # Derived config keys, which no file has -> their laws over stated ones.
+    derived: dict[str, tuple[tuple[Any, float], ...]] = field(default_factory=dict)
+    # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
+    ffn_ratio: int = 0
     # Config key of the softmax scale and its exponent; None: one over the root of the head size.
     scale: tuple[str, float] | None = None
     softcap: str | None = None
+    # Law of the channels of layers with a state over hidden; empty where they have a key.
+    inner: tuple[tuple[Any, float], ...] = ()
     routed: str = ""
     divides: tuple[tuple[str, str], ...] = ()
     multiples: dict[str, int] = field(default_factory=dict)
@@ -85,6 +105,8 @@ class InferredTable:
 
 
 def _to_tuple(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tuple(one) for key, one in value.items()}
     return tuple(map(_to_tuple, value)) if isinstance(value, list | tuple) else value
 
 
@@ -100,24 +122,41 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
     """
     full = read_full(table, config)
     numbers = [evaluate_law(dict(law), full) for law in table.numbers]
-    keys = {key for key, _ in table.sizes}
+    keys = {key for key, _ in table.sizes} | {*FACTORS}
     stated = {key: full[key] for key in keys if full.get(key) is not None}
     others = (table.eps, table.activation, table.routed, table.scale and table.scale[0])
     defaults = {key: full[key] for key in others if key and full.get(key) is not None}
+    defaults |= {key: _DerivedSize(law) for key, law in table.derived.items()}
+    if table.fixed_eps is not None:
+        defaults[table.eps] = table.fixed_eps
+
+    sizes = table.sizes
+    ratio = evaluate_law(dict(table.inner), full) if table.inner else 0
+    if ratio:
+        hidden = next(key for key, axes in sizes if axes == "hidden")
+        sizes = (*sizes, ("_inner", "inner"))
+        defaults["_inner"] = partial(_multiply, hidden, ratio)
 
     return Anatomy(
         family=table.family,
         parts={row.role: _build_part(table, row, numbers) for row in table.rows},
-        sizes=table.sizes,
+        sizes=sizes,
         slot=table.slot,
         defaults={"tie_word_embeddings": full.get("tie_word_embeddings", True), **defaults},
         fixed=table.fixed,
         eps=table.eps,
-        rotary=table.rotary,
+        rotary=table.rotary and table.rotates != ("", ()),
+        rotary_pairs=table.rotary_pairs,
+        rotary_tables=cast(Any, table.rotary_tables),
+        rotates=_LayerRotates(table) if table.rotates else always,
+        norms_rotated=table.norms_rotated,
+        ffn_ratio=table.ffn_ratio,
         scale=_build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
+        finish=_follow,
         divides=table.divides,
+        inner_ratio=ratio,
         multiples=table.multiples,
         embed_scale=table.embed_scale,
         causal=table.causal,
@@ -125,6 +164,15 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         routed=table.routed,
         closed=table.closed,
     )
+
+
+def _multiply(key: str, times: int, config: Config) -> int:
+    return times * int(config[key])
+
+
+def _follow(config: Config) -> dict[str, Any]:
+    """Keys that follow sizes, and those of layers where layers move."""
+    return follow_sizes(config) | move_layer_settings(config)
 
 
 def _state_sizes(config: Config, stated: Mapping[str, int]) -> dict[str, Any]:
@@ -137,11 +185,11 @@ def read_full(table: InferredTable, config: Config) -> dict[str, Any]:
 
     RegraftError when the class refuses it.
     """
-    from .tiny_model import read_whole
+    from .tiny_model import read_fields, read_whole
 
     kind = config_class(table.family)
     with silence_transformers():
-        full: dict[str, Any] = read_whole(kind, config).to_dict()
+        full = read_fields(read_whole(kind, config))
     for key, factors in table.filled.items():
         if full.get(key) is None:
             value = 1.0
@@ -156,26 +204,57 @@ def _build_part(table: InferredTable, row: Row, numbers: list[int]) -> Part:
     fields = {
         key: value
         for key, value in vars(row).items()
-        if key not in ("role", "in_some_layers", "signature")
+        if key not in ("role", "in_some_layers", "shapes", "signature")
     }
     part = Part(signature=signature, **fields)
     if not row.in_some_layers:
         return part
-    return replace(part, in_layer=_LayerPresence(table.family, table.kind, row.name))
+    return replace(part, in_layer=_LayerPresence(table, row))
 
 
 @dataclass(frozen=True)
 class _LayerPresence:
-    """Whether a layer has a tensor: the class is asked."""
+    """Whether a layer has a tensor, and in the shape that the row has: the class is asked."""
 
-    family: str
-    kind: str
-    template: str
+    table: InferredTable
+    row: Row
 
     def __call__(self, config: Config, layer: int) -> bool:
         """Whether a layer of a model with this config has it."""
-        names = _list_names(self.family, self.kind, CacheKey.of(config))
-        return (self.template, layer) in names
+        found = _list_shapes(self.table.family, self.table.kind, CacheKey.of(config))
+        shape = found.get((self.row.name, layer))
+        if shape is None or not self.row.shapes:
+            return shape is not None
+        own, groups = self.row.shapes
+        sizes = read_full(self.table, config)
+        shapes = [tuple(evaluate_law(dict(law), sizes) for law in laws) for laws in groups]
+        return shape in shapes and shapes.index(shape) == own
+
+
+@dataclass(frozen=True)
+class _DerivedSize:
+    """A size that follows from config keys by a law."""
+
+    law: tuple[tuple[Any, float], ...]
+
+    def __call__(self, config: Config) -> int:
+        """The size for a config."""
+        return evaluate_law(dict(self.law), config)
+
+
+@dataclass(frozen=True)
+class _LayerRotates:
+    """Whether a layer rotates queries and keys: a list of the config says so."""
+
+    table: InferredTable
+
+    def __call__(self, config: Config, layer: int) -> bool:
+        """Whether a layer of a model with this config does."""
+        key, values = self.table.rotates or ("", ())
+        entries = config.get(key)
+        if entries is None:  # the class derives it
+            entries = read_full(self.table, config)[key]
+        return entries[layer] in values
 
 
 @dataclass(frozen=True)
@@ -192,10 +271,17 @@ class CacheKey:
 
 
 @lru_cache(maxsize=8)
-def _list_names(family: str, kind: str, config: CacheKey) -> frozenset[tuple[str, int]]:
-    """(template, layer) of every tensor of a model, from the class on the meta device."""
-    parsed = [parse_name(name) for name in list_stored(build_meta(family, kind, config.config))]
-    return frozenset((name.template, name.layer) for name in parsed if name.layer is not None)
+def _list_shapes(
+    family: str, kind: str, config: CacheKey
+) -> dict[tuple[str, int], tuple[int, ...]]:
+    """The shapes of a model's tensors by (template, layer), from the class on the meta device."""
+    values = list_stored(build_meta(family, kind, config.config))
+    parsed = {name: parse_name(name) for name in values}
+    return {
+        (parsed[name].template, layer): tuple(value.shape)
+        for name, value in values.items()
+        if (layer := parsed[name].layer) is not None
+    }
 
 
 def build_meta(family: str, kind: str, config: Config) -> Any:

@@ -18,7 +18,11 @@ DEFAULT_FIELDS = {
 }
 # Fields of a table that are written as they are.
 PLAIN = (
+    "rotary_pairs",
+    "rotary_tables",
+    "norms_rotated",
     "divides",
+    "inner_ratio",
     "multiples",
     "embed_scale",
     "causal",
@@ -66,10 +70,17 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) 
     yield f"slot={_quote(anatomy.slot)},"
     yield "defaults={"
     for key, value in (sizes | anatomy.defaults).items():
+        if key == "_inner":
+            hidden, times = value.args
+            yield f"    {_quote(key)}: lambda config: {times} * config[{_quote(hidden)}],"
+            continue
         yield f"    {_quote(key)}: {_format(value)},"
     for key, factors in table.filled.items():
         yield f"    {_quote(key)}: lambda config: {_format_product(factors)},"
     yield "},"
+    if table.rotates and anatomy.rotary:
+        key, values = table.rotates
+        yield f"rotates=lambda config, layer: config[{_quote(key)}][layer] in {_format(values)},"
     for name in ("fixed", "eps", "rotary", *PLAIN):
         value = getattr(anatomy, name)
         if (
@@ -89,7 +100,17 @@ def _format_part(role: str, part: Part) -> list[str]:
     """A row of a table, on one line if it fits."""
     fields = [_quote(part.name), _quote(part.signature)]
     defaults = {name: one.default for name, one in inspect.signature(Part).parameters.items()}
-    for name in ("stored", "fused", "unless", "reads", "writes", "norm", "at"):
+    for name in (
+        "stored",
+        "fused",
+        "by_head",
+        "unless",
+        "reads",
+        "writes",
+        "norm",
+        "centered",
+        "at",
+    ):
         value = getattr(part, name)
         if value != defaults[name]:
             fields.append(f"{name}={_format(value)}")

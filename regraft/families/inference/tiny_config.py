@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...core.part import Config
+from .layer_keys import move_layer_keys
+from .layer_settings import holds_settings, renumber_settings
 
 LAYERS = 4
 HIDDEN, HEADS, KV, DIM, FFN, VOCAB, POSITIONS = 64, 4, 2, 16, 96, 97, 128
@@ -35,7 +37,8 @@ NAMES = {
     r"|max_target_positions|max_source_positions",
     "expert": r"num_experts|num_local_experts|n_routed_experts|moe_num_experts"
     r"|num_routed_experts|moe_num_primary_experts",
-    "routed": r"num_experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|num_experts_per_token",
+    "routed": r"num_experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|num_experts_per_token"
+    r"|top_k_experts",
 }
 # Sizes of parts that few classes have -> tiny ones that go together.
 RARE = {
@@ -61,12 +64,19 @@ RARE = {
     r"index_head_dim": 8,
     r"index_n_heads": 2,
 }
+# Keys of state-space layers: the inner width over the hidden size, the inner width itself, and
+# (number, size) of heads.
+EXPAND, INNER = ("mamba_expand", "expand"), ("mamba_d_ssm",)
+INNER_HEADS = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"),
+               ("num_heads", "head_dim"))  # fmt: skip
+# Key of `shrink_config`'s lists for what tensors each layer has; configs have no such key.
+TENSORS = "tensors"
 # Numbers that are no sizes.
 NO_SIZE = re.compile(
     r"\w*(token_id|token_index|_index|_seed|interval|period|offset|pattern|token_ids)|seed"
     r"|num_labels|pretraining_tp|conv_kernel|\w*d_conv|conv_L_cache|\w*step|max_window_layers"
     r"|chunk_size_feed_forward|query_pre_attn_scalar|\w*original_max_position_embeddings"
-    r"|\w*temperature\w*|\w*floor_scale|\w*_every_n\w*|top_k|top_p|expand|mamba_expand"
+    r"|\w*temperature\w*|\w*floor_scale|\w*_every_n\w*|top_k|top_p"
 )
 
 
@@ -118,7 +128,15 @@ def shrink_config(
     if depth is not None:
         layers = choose_layers(lists, full[depth])
         tiny[depth] = len(layers)
-        tiny |= {key: [values[layer] for layer in layers] for key, values in lists.items()}
+        for key, values in lists.items():
+            if key == TENSORS:
+                continue
+            size = FFN if find_kind(key, aliases) == "ffn" else None
+            tiny[key] = [values[layer] if size is None else size for layer in layers]
+        own = {key: value for key, value in full.items() if holds_settings(value)}
+        tiny |= {key: renumber_settings(value, layers) for key, value in own.items()}
+        tiny |= move_layer_keys({**full, "_order": layers, "_before": {"depth": full[depth]}})
+        tiny |= shorten_periods(tiny)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if full.get(key) is not None:
             tiny[key] = ["pad_token_id", "bos_token_id", "eos_token_id"].index(
@@ -128,6 +146,19 @@ def shrink_config(
         if isinstance(full.get(key), dict):
             tiny[key] = shrink_rope(full[key], int(tiny.get("head_dim") or DIM))
     return tiny
+
+
+def fill_sizes(full: Config, aliases: Mapping[str, str]) -> dict[str, int]:
+    """Tiny sizes for keys that are null, which some classes cannot do without."""
+    sizes = {"expert_ffn": 32, "shared_ffn": 40, "expert": EXPERTS, "routed": 2, "dim": DIM}
+    filled: dict[str, int] = {}
+    for key in (key for key, value in full.items() if value is None):
+        kind = find_kind(key, aliases)
+        rare = next((size for name, size in RARE.items() if re.fullmatch(name, key)), None)
+        size = sizes.get(kind or "", rare)
+        if size is not None:
+            filled[key] = size
+    return filled
 
 
 def _choose_size(
@@ -166,6 +197,30 @@ def _is_coupled(dim: int, heads: object, full: Config, aliases: Mapping[str, str
     """Whether heads times the size of a head is the hidden size."""
     hidden = full.get(find_key(full, aliases, "hidden") or "")
     return not isinstance(heads, int) or heads * dim == hidden
+
+
+def shorten_periods(config: Config) -> dict[str, int]:
+    """Every second layer is of the other kind, where one in several is."""
+    changed: dict[str, int] = {}
+    for key, period in config.items():
+        offset = key.replace("period", "offset")
+        if key.endswith("layer_period") and type(config.get(offset)) is int and period > 1:
+            changed |= {key: 2, offset: 1}
+    return changed
+
+
+def find_inner_heads(config: Config) -> Iterator[dict[str, int]]:
+    """Heads of state-space layers that together are as wide as the class wants: `expand` times the
+    hidden size, or a width of their own.
+
+    Args:
+        config: a tiny one.
+    """
+    expand = next((config[key] for key in EXPAND if config.get(key)), None)
+    for number, size in INNER_HEADS:
+        if expand and config.get(number) is not None and size in config:
+            inner = next((config[key] for key in INNER if config.get(key)), expand * HIDDEN)
+            yield {number: 8, size: inner // 8}
 
 
 def _halve(value: int) -> int:

@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.class_heads import find_class
 from ...core.part import Config
-from ...core.stock_config import config_class, silence_transformers
+from ...core.stock_config import config_class, decode_floats, silence_transformers
 from ...errors import RegraftError, first_line
-from .tiny_config import HEADS, VOCAB, find_key, shrink_config
+from .layer_keys import has_numbered_layers
+from .tiny_config import (
+    EXPERTS,
+    HEADS,
+    TENSORS,
+    VOCAB,
+    fill_sizes,
+    find_inner_heads,
+    find_key,
+    shrink_config,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,13 +121,45 @@ def find_tiny_model(config: Config) -> TinyModel:
     with silence_transformers():
         stock = read_whole(config_kind, config)
         kind = find_model_class(family, config_kind, config)
-        full, lists = stock.to_dict(), find_lists(config_kind, config, stock)
+        full, lists = read_fields(stock), find_lists(config_kind, config, stock)
+        lists |= {TENSORS: find_tensors(kind, stock)} if has_numbered_layers(full) else {}
         aliases = dict(getattr(config_kind, "attribute_map", None) or {})
         full = {key: value for key, value in full.items() if key not in NOT_SAID}
         full |= {key: value for key, value in lists.items() if key in full}
         tiny = shrink_config(full, aliases, lists)
         model = TinyModel(family, kind, config_kind, full, tiny, aliases)
         return find_running(model)
+
+
+def read_fields(stock: Any) -> dict[str, Any]:
+    """The keys of a config, with the number of layers where its class counts a list of them."""
+    fields: dict[str, Any] = stock.to_dict()
+    depth = getattr(stock, "num_hidden_layers", None)
+    if isinstance(depth, int):
+        fields.setdefault("num_hidden_layers", depth)
+    return fields
+
+
+def find_tensors(kind: Any, stock: Any) -> list[Any]:
+    """What tensors each layer of a model has, by its class on the meta device; empty where that
+    takes something else.
+    """
+    import torch
+
+    from .shapes import LAYER
+
+    depth = int(stock.num_hidden_layers)
+    found: list[set[str]] = [set() for _ in range(depth)]
+    try:
+        with torch.device("meta"):
+            names = [name for name, _ in kind(copy.deepcopy(stock)).named_parameters()]
+    except Exception:  # classes raise anything for sizes that do not go together
+        return []
+    for name in names:
+        place = LAYER.search(name)
+        if place and int(place[1]) < depth:
+            found[int(place[1])].add(name[place.end() :])
+    return [sorted(one) for one in found]
 
 
 def find_config_class(family: str) -> Any:
@@ -129,7 +171,8 @@ def find_config_class(family: str) -> Any:
     except KeyError:
         raise RegraftError(
             f"unknown family '{family}': transformers {transformers.__version__} has no such "
-            "model_type, and no code beside weights is run: install the release that has it"
+            "model_type: install the release that has it, or give --trust-remote-code where its "
+            "classes are code beside the weights"
         ) from None
 
 
@@ -137,7 +180,7 @@ def read_whole(config_kind: Any, config: Config) -> Any:
     """A config as its class reads it; RegraftError when the class refuses it."""
     fields = {key: value for key, value in config.items() if key not in NOT_SAID}
     try:
-        return config_kind.from_dict(copy.deepcopy(fields))
+        return config_kind.from_dict(decode_floats(copy.deepcopy(fields)))
     except Exception as error:  # whatever its checks raise
         raise RegraftError(
             f"transformers cannot read this {config.get('model_type')} config "
@@ -247,6 +290,18 @@ def iter_changes(model: TinyModel) -> Iterator[dict[str, Any]]:
     yield even
     yield as_many | even
     yield as_many | wide
+    # Numbers of experts have no default in some classes.
+    experts = {
+        key: size
+        for key, size in ((model.key("expert"), EXPERTS), (model.key("routed"), 2))
+        if key and model.full.get(key) is None
+    }
+    for inner in find_inner_heads(model.config):
+        yield inner
+        yield inner | as_many
+    yield experts
+    yield experts | as_many
+    yield experts | as_many | wide
     # Numbers that no rule names keep their values.
     named = {key for key in model.full if key in (heads, kv, dim)}
     unnamed = {
@@ -259,6 +314,9 @@ def iter_changes(model: TinyModel) -> Iterator[dict[str, Any]]:
     }
     yield unnamed
     yield unnamed | as_many | even
+    filled = fill_sizes(model.full, model.aliases)
+    yield filled
+    yield filled | as_many | even
 
 
 def run(model: Any, tiny: TinyModel) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from ...core.checkpoint import Checkpoint
 from ...core.step import step_entry
 from .. import depth
+from ..layer_places import fit_stack
 from ..operators import DEPTH, describe_operators, list_papers
 
 
@@ -33,13 +34,14 @@ class Deepen:
         first = source.anatomy.first_layers(source.config)
         order = depth.build_layer_order(self.how, source.layers, self.layers, first)
         sizes = {**source.sizes, "depth": self.layers}
-        config = source.anatomy.resize_config(
-            source.config, sizes, [layer.source for layer in order]
-        )
-        tensors = depth.deepen_tensors(source, config, order, self.how, self.seed)
+        stack = fit_stack(source, order, self.how)
+        config = stack.config
+        tensors = depth.deepen_tensors(source, config, stack.order, self.how, self.seed)
 
         # The lineage names the papers behind the operator.
         step = step_entry(self) | {"papers": list_papers(DEPTH, [self.how])}
+        if stack.layers_done is not None:
+            step["layers_done"] = stack.layers_done
         names = {key: placed.name for key, placed in source.anatomy.place(config).items()}
         return replace(
             source,
