@@ -24,7 +24,7 @@ from .anatomy_defaults import (
     softmax_scale,
 )
 from .attention import AttentionFields, describe_attention
-from .axes import product
+from .axes import UNITS, product
 from .class_heads import adapt_to_class
 from .config_checks import (
     check_config,
@@ -192,11 +192,11 @@ class Anatomy:
         Returns whether it could be solved: False while two or more axes are unknown.
         """
         value, axes = self._check_size(config, key), text.split()
-        unknown = [axis for axis in axes if axis not in sizes]
+        unknown = [axis for axis in axes if axis not in sizes and axis not in UNITS]
         if len(unknown) > 1:
             return False
 
-        known = product(tuple(axis for axis in axes if axis in sizes), sizes)
+        known = product(tuple(axis for axis in axes if axis not in unknown), sizes)
         # Nothing unknown: the key repeats what others said, such as GPT-2's n_embd for "kv dim".
         if not unknown and known != value:
             raise RegraftError(

@@ -21,6 +21,8 @@ PATTERNS = {
     r"|output_linear|mlp\.Wo)",
     "mlp.router": r".*\.(gate|router|gate\.wg|router\.layer)",
 }
+# Of experts that all tokens go to; Zamba's layers share a whole block.
+SHARED = r"shared(?!_transf)"
 HEAD = r"(lm_head|embed_out|output_projection|output)"
 
 
@@ -41,7 +43,7 @@ def find_role(module: str, ending: str = "weight") -> str | None:
         if re.fullmatch(rf".*{pattern}" if role.startswith("attn.") else pattern, inside):
             if role.startswith("mlp.") and re.search(r"attn|attention", inside):
                 return None
-            if role.startswith("mlp.") and "shared" in inside:
+            if role.startswith("mlp.") and re.search(SHARED, inside):
                 return f"shared.{role.removeprefix('mlp.')}"
             return role.replace("mlp.", "mlp.{e}.") if "{e}" in module else role
     return None
