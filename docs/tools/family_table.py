@@ -58,13 +58,13 @@ def tiny_source(family: str, **other: int) -> Checkpoint:
 
 
 def sizes_to_try(source: Checkpoint, name: str) -> list[int]:
-    """Larger sizes, up to twice the old one."""
+    """Larger sizes, up to twice the old one: what is taken in steps is taken in those that divide it."""
     sizes = source.sizes
     heads = sizes["kv"] * sizes.get("group", 1)
     if name == "kv_heads":
         return [size for size in range(sizes["kv"] + 1, heads + 1) if heads % size == 0]
     old = {"heads": heads, "head_dim": sizes["dim"]}.get(name) or sizes[name]
-    return list(range(old + 1, 2 * old + 1))
+    return [old + step for step in range(1, old + 1) if old % step == 0]
 
 
 @cache
