@@ -18,11 +18,11 @@ AXES = frozenset(
     (
         "vocab hidden ffn inner dense_ffn shared_ffn kv group dim depth pos place one two three "
         "expert kernel type label pool channel patch register bucket key_head key_dim "
-        "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap"
+        "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap embed task"
     ).split()
 )
 # A map from one of these is a table of embeddings.
-TABLES = frozenset(("vocab", "pos", "place", "type", "bucket"))
+TABLES = frozenset(("vocab", "pos", "place", "type", "task", "bucket"))
 UNITS = {"one": 1, "two": 2, "three": 3}  # axes whose size is their name
 INTERLEAVED = ("two", "three")  # in a fused tensor: which of the maps, which alternate row by row
 Axes = tuple[str, ...]  # a product of axes: ("kv", "dim") has kv * dim coordinates

@@ -84,6 +84,11 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
         COUPLED | {"hidden_dim": 24},
     ),
+    "electra": (
+        ("ElectraForMaskedLM", "ElectraForPreTraining", "ElectraForSequenceClassification"),
+        COUPLED | {"embedding_size": 20},
+    ),
+    "ernie": (("ErnieForMaskedLM", "ErnieForPreTraining"), COUPLED | {"use_task_id": True}),
     "modernbert": (
         ("ModernBertForMaskedLM", "ModernBertForTokenClassification"),
         COUPLED | {"layer_types": [F, S, F], "local_attention": 16},
