@@ -84,6 +84,14 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
         COUPLED | {"hidden_dim": 24},
     ),
+    "clip_text_model": (("CLIPTextModelWithProjection", "CLIPTextModel"), COUPLED),
+    "clip_vision_model": (("CLIPVisionModelWithProjection", "CLIPVisionModel"), COUPLED | PIXELS),
+    "eurobert": (("EuroBertForMaskedLM", "EuroBertForSequenceClassification"), {}),
+    "siglip_text_model": (("SiglipTextModel",), COUPLED),
+    "siglip_vision_model": (
+        ("SiglipVisionModel",),
+        COUPLED | PIXELS | {"vision_use_head": False},
+    ),
     "electra": (
         ("ElectraForMaskedLM", "ElectraForPreTraining", "ElectraForSequenceClassification"),
         COUPLED | {"embedding_size": 20},

@@ -1,0 +1,74 @@
+"""CLIP's tower for images (arXiv 2103.00020): a ViT that norms patches and positions first."""
+
+from typing import Any
+
+from ..core.anatomy import Anatomy, Part, linear, norm
+from . import vit
+from .bert import architecture, head_defaults
+
+HEADS = {"CLIPVisionModel": "", "CLIPVisionModelWithProjection": "projection"}
+LAYER = "{p}encoder.layers.{}"
+
+
+def layer_parts(layer: str) -> dict[str, Part]:
+    """Layers with a norm before each branch, as both towers have them, and SigLIP's.
+
+    Args:
+        layer: name of a layer.
+    """
+    return {
+        **norm("norm.attn", f"{layer}.layer_norm1", bias=True),
+        **linear("attn.q", f"{layer}.self_attn.q_proj", "hidden -> kv dim", bias=True),
+        **linear("attn.k", f"{layer}.self_attn.k_proj", "hidden -> kv dim", bias=True),
+        **linear("attn.v", f"{layer}.self_attn.v_proj", "hidden -> kv dim", bias=True),
+        **linear("attn.o", f"{layer}.self_attn.out_proj", "kv dim -> hidden", bias=True),
+        **norm("norm.mlp", f"{layer}.layer_norm2", bias=True),
+        **linear("mlp.up", f"{layer}.mlp.fc1", "hidden -> ffn", bias=True),
+        **linear("mlp.down", f"{layer}.mlp.fc2", "ffn -> hidden", bias=True),
+    }
+
+
+def embedding_parts() -> dict[str, Part]:
+    """Patches, class token and positions, which are added up and normed."""
+    name, branch = "{p}embeddings", {"writes": "branch"}
+    patches = "hidden channel patch patch"
+    return {
+        "embed.weight": Part(f"{name}.patch_embedding.weight", patches, at="patch", **branch),
+        "first.weight": Part(f"{name}.class_embedding", "hidden", **branch),
+        **linear("pos", f"{name}.position_embedding", "pos -> hidden", stored="in out", **branch),
+        **norm("norm.embed", "{p}pre_layrnorm", bias=True, reads="branch", writes="stream"),
+    }
+
+
+def find_prefix(config: Any) -> str:
+    """The tower's prefix in the class with a projection."""
+    return "vision_model." if architecture(config, HEADS).endswith("Projection") else ""
+
+
+anatomy = Anatomy(
+    family="clip_vision_model",
+    parts={
+        **embedding_parts(),
+        **layer_parts(LAYER),
+        **norm("norm.final", "{p}post_layernorm", bias=True),
+        "projection.weight": Part(
+            "visual_projection.weight", "hidden -> pool", reads="normed", writes="own", at="first",
+            when="_projection",
+        ),
+    },
+    sizes=(*vit.SIZES[:-1], ("intermediate_size", "ffn"), ("projection_dim", "pool")),
+    slot=f"{LAYER}.self_attn",
+    defaults={
+        "patch_size": 32,
+        **vit.DEFAULTS,
+        "projection_dim": 512,
+        "layer_norm_eps": 1e-5,
+        **head_defaults(HEADS),
+    },
+    fixed={"group": 1},
+    eps="layer_norm_eps",
+    rotary=False,
+    prefix=find_prefix,
+    causal=False,
+    inputs="pixels",
+)  # fmt: skip
