@@ -240,8 +240,7 @@ def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, 
             others = [name for name in GROWING_AXES if name not in anatomy.closed]
             raise RegraftError(
                 f"{anatomy.family} cannot grow its {axis} ({why}): "
-                + ("" if anatomy.served_only else "its table is inferred, and ")
-                + f"growth is proven for {', '.join(others) or 'no axis'}"
+                f"growth is proven for {', '.join(others) or 'no axis'}"
             )
 
 

@@ -53,7 +53,7 @@ def grow_every_axis(source: Checkpoint, head_dim: int | None = None) -> Checkpoi
     if "mlp_ratio" in source.config:
         ffn = source.config["mlp_ratio"] * hidden
     wide = regraft.Widen(hidden=hidden, ffn=ffn, heads=heads, head_dim=dim)(source)
-    return regraft.Deepen(5)(wide)
+    return wide if "depth" in source.anatomy.closed else regraft.Deepen(5)(wide)
 
 
 def open_source(folder: Path, family: str, **keys: Any) -> tuple[Checkpoint, torch.Tensor]:

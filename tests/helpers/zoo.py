@@ -84,6 +84,10 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
         COUPLED | {"hidden_dim": 24},
     ),
+    "albert": (
+        ("AlbertForMaskedLM", "AlbertForPreTraining", "AlbertForSequenceClassification"),
+        COUPLED | {"embedding_size": 20},
+    ),
     "clip_text_model": (("CLIPTextModelWithProjection", "CLIPTextModel"), COUPLED),
     "clip_vision_model": (("CLIPVisionModelWithProjection", "CLIPVisionModel"), COUPLED | PIXELS),
     "eurobert": (("EuroBertForMaskedLM", "EuroBertForSequenceClassification"), {}),
