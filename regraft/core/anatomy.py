@@ -38,7 +38,7 @@ from .part import Config, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
 
 # Files of model types with a hyphen, which no module's name can have.
-HYPHENATED = {"xlm_roberta": "xlm-roberta"}
+HYPHENATED = {"xlm_roberta": "xlm-roberta", "deberta_v2": "deberta-v2"}
 
 __all__ = [
     "Anatomy",

@@ -71,6 +71,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "stablelm": COUPLED,
 }
 PIXELS: dict[str, Any] = {"image_size": 15, "patch_size": 5, "num_labels": 7}
+# Keys that a class reads, but does not declare.
+READ_BY_NAME = ("position_buckets", "norm_rel_ebd", "share_att_key")
 # Model type -> (its classes, what differs from SIZES).
 ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "camembert": (("CamembertForMaskedLM", "CamembertForSequenceClassification"), COUPLED),
@@ -88,6 +90,10 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("AlbertForMaskedLM", "AlbertForPreTraining", "AlbertForSequenceClassification"),
         COUPLED | {"embedding_size": 20},
     ),
+    "beit": (
+        ("BeitForImageClassification",),
+        COUPLED | PIXELS | {"use_relative_position_bias": True, "use_mask_token": True},
+    ),
     "clip_text_model": (("CLIPTextModelWithProjection", "CLIPTextModel"), COUPLED),
     "clip_vision_model": (("CLIPVisionModelWithProjection", "CLIPVisionModel"), COUPLED | PIXELS),
     "eurobert": (("EuroBertForMaskedLM", "EuroBertForSequenceClassification"), {}),
@@ -96,11 +102,25 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("SiglipVisionModel",),
         COUPLED | PIXELS | {"vision_use_head": False},
     ),
+    "deberta-v2": (
+        ("DebertaV2ForMaskedLM", "DebertaV2ForSequenceClassification"),
+        COUPLED
+        | {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 16,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+        },
+    ),
     "electra": (
         ("ElectraForMaskedLM", "ElectraForPreTraining", "ElectraForSequenceClassification"),
         COUPLED | {"embedding_size": 20},
     ),
     "ernie": (("ErnieForMaskedLM", "ErnieForPreTraining"), COUPLED | {"use_task_id": True}),
+    "ijepa": (("IJepaModel", "IJepaForImageClassification"), COUPLED | PIXELS),
+    "vit_msn": (("ViTMSNModel", "ViTMSNForImageClassification"), COUPLED | PIXELS),
     "modernbert": (
         ("ModernBertForMaskedLM", "ModernBertForTokenClassification"),
         COUPLED | {"layer_types": [F, S, F], "local_attention": 16},
@@ -124,7 +144,7 @@ def build(
     torch.manual_seed(seed)
     given = SIZES | (DECODERS.get(family) or ENCODERS.get(family, ((), {}))[1]) | keys
     kind = transformers.CONFIG_MAPPING[family]
-    known = {*dir(kind), *kind.attribute_map, "head_dim", "num_labels"}
+    known = {*dir(kind), *kind.attribute_map, "head_dim", "num_labels", *READ_BY_NAME}
     given = {key: value for key, value in given.items() if key in known}
     config = kind(**{key: value for key, value in given.items() if value is not None})
     if family in ENCODERS:
