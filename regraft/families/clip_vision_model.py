@@ -8,6 +8,17 @@ from .bert import architecture, head_defaults
 
 HEADS = {"CLIPVisionModel": "", "CLIPVisionModelWithProjection": "projection"}
 LAYER = "{p}encoder.layers.{}"
+SIZES = (
+    ("hidden_size", "hidden"),
+    ("hidden_size", "kv dim"),
+    ("num_hidden_layers", "depth"),
+    ("num_attention_heads", "kv"),
+    ("intermediate_size", "ffn"),
+    ("num_channels", "channel"),
+    ("_patch", "patch"),
+    ("_positions", "pos"),
+)
+DEFAULTS = {key: value for key, value in vit.DEFAULTS.items() if key != "head_dim"}
 
 
 def layer_parts(layer: str) -> dict[str, Part]:
@@ -56,11 +67,11 @@ anatomy = Anatomy(
             when="_projection",
         ),
     },
-    sizes=(*vit.SIZES[:-1], ("intermediate_size", "ffn"), ("projection_dim", "pool")),
+    sizes=(*SIZES, ("projection_dim", "pool")),
     slot=f"{LAYER}.self_attn",
     defaults={
         "patch_size": 32,
-        **vit.DEFAULTS,
+        **DEFAULTS,
         "projection_dim": 512,
         "layer_norm_eps": 1e-5,
         **head_defaults(HEADS),

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
 from . import vit
-from .clip_vision_model import layer_parts
+from .clip_vision_model import DEFAULTS, SIZES, layer_parts
 
 LAYER = "encoder.layers.{}"
 OWN: dict[str, Any] = {"writes": "own", "when": "vision_use_head"}
@@ -63,11 +63,11 @@ anatomy = Anatomy(
         **norm("norm.final", "post_layernorm", bias=True),
         **head_parts(),
     },
-    sizes=(*vit.SIZES[:-1], ("intermediate_size", "ffn")),
+    sizes=SIZES,
     slot=f"{LAYER}.self_attn",
     defaults={
         "patch_size": 16,
-        **vit.DEFAULTS,
+        **DEFAULTS,
         "vision_use_head": True,
         "layer_norm_eps": 1e-6,
         "_positions": count_positions,
