@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 PLOT_MARK = b"<!-- drawn by regraft -->\n"  # the last line of a picture
 
-MODELS = ("source", "model", "baseline", "against", "teacher", "verify")  # parameters that are models
+MODELS = (
+    "source",
+    "model",
+    "baseline",
+    "against",
+    "teacher",
+    "verify",
+)  # parameters that are models
 
 
 @dataclass

@@ -48,10 +48,12 @@ class Generation:
         """One line: what a source made of the drafted blocks."""
         drafted = sum(block.drafted for block in self.blocks)
         accepted = sum(block.accepted for block in self.blocks)
-        each = self.tokens / max(1, len(self.blocks))
+        # The last token is the source's alone where no other could follow a drafted one.
+        alone = self.tokens > accepted + len(self.blocks)
+        steps = len(self.blocks) + alone
         return (
-            f"verified: {self.tokens} tokens in {len(self.blocks)} steps of the source, "
-            f"{each:.1f} each; {accepted} of {drafted} drafted tokens accepted"
+            f"verified: {self.tokens} tokens in {steps} steps of the source, "
+            f"{self.tokens / steps:.1f} each; {accepted} of {drafted} drafted tokens accepted"
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -47,7 +46,7 @@ def packed_attention(
     shared = attention_mask is not None and attention_mask.shape[1] == 1
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
     if group == 1 or not 1 < queries <= MOST or not shared or special or dropout:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
 

@@ -6,7 +6,6 @@ transformers' assisted generation verifies, and this module is the draft that it
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
