@@ -19,7 +19,7 @@ from .cache import CACHE
 from .growing_cache import build_growing_cache
 from .loading import bos_token_id
 from .packed_attention import packed_attention_in
-from .speculative import Block, Draft, decoding_bytes
+from .speculative import Block, DraftModel, decoding_bytes
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def generate_verified(
         bos: a token that the draft alone reads before the prompt.
     """
     cache = build_growing_cache(source.config)
-    draft = Draft(model, decoding_bytes(source), cache, bos)
+    draft = DraftModel(model, decoding_bytes(source), cache, bos)
     with packed_attention_in(source):
         out = source.generate(
             inputs,

@@ -84,7 +84,7 @@ class Pace:
         self.cost = MEMORY * self.cost + 1 + cost * len(probabilities)
 
 
-class Draft:
+class DraftModel:
     """What assisted generation calls its assistant: gives blocks of tokens to verify.
 
     The states of a linearized model are constant, and each step makes new ones: those before a

@@ -20,7 +20,14 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.mixers.remix import Remix
 from regraft.modeling.growing_cache import GrowingLayer, build_growing_cache
 from regraft.modeling.packed_attention import NAME, packed_attention_in
-from regraft.modeling.speculative import MOST, Block, Draft, Pace, decoding_bytes, share_weights
+from regraft.modeling.speculative import (
+    MOST,
+    Block,
+    DraftModel,
+    Pace,
+    decoding_bytes,
+    share_weights,
+)
 
 FAMILIES = ("llama", "gemma2", "gemma3_text", "granite_swa", "mistral", "gpt2", "mixtral")
 FREE = 10**12  # bytes of a source beside which drafting costs nothing: blocks are long
@@ -39,10 +46,10 @@ def source(place: Path) -> tuple[Checkpoint, PreTrainedModel]:
 
 def verified(
     source: PreTrainedModel, model: PreTrainedModel, prompt: Tensor, **options: Any
-) -> tuple[Tensor, Draft]:
+) -> tuple[Tensor, DraftModel]:
     """The text, and the draft with its blocks."""
     cache = build_growing_cache(source.config)
-    draft = Draft(model, options.pop("source_bytes", FREE), cache, options.pop("bos", None))
+    draft = DraftModel(model, options.pop("source_bytes", FREE), cache, options.pop("bos", None))
     with packed_attention_in(source):
         text = source.generate(
             prompt, assistant_model=draft, **{modeling.CACHE: cache}, **arguments(prompt, options)
@@ -134,8 +141,10 @@ def test_taking_tokens_back_computes_nothing(source, monkeypatch):
     checkpoint, teacher = source
     student = modeling.materialize(Remix("gated_deltanet", "none", window=8, sinks=2)(checkpoint))
     calls = []
-    step = Draft.step
-    monkeypatch.setattr(Draft, "step", lambda self, ids: calls.append(ids.shape) or step(self, ids))
+    step = DraftModel.step
+    monkeypatch.setattr(
+        DraftModel, "step", lambda self, ids: calls.append(ids.shape) or step(self, ids)
+    )
     student.model.layers[0].self_attn.mixer.register_forward_hook(lambda *_: calls.append("mixed"))
     _, draft = verified(teacher, student, tokens(1, 21, 259), max_new_tokens=30)
     steps = [one for one in calls if one != "mixed"]
@@ -343,7 +352,7 @@ def test_models_of_other_tokens_are_refused(place, capsys):
 def test_a_draft_is_an_assistant_without_a_cache(source):
     """transformers takes back tokens of the caches that it knows; this one is the draft's own."""
     teacher = source[1]
-    draft = Draft(teacher, FREE, build_growing_cache(teacher.config))
+    draft = DraftModel(teacher, FREE, build_growing_cache(teacher.config))
     config = GenerationConfig(do_sample=False, eos_token_id=2)
     out = draft.generate(tokens(1, 5, 259), [], 3, config)
     assert out.cache is None and out.sequences.shape[1] == 5 + len(out.scores)
