@@ -35,21 +35,21 @@ class BlockClock(BaseStreamer):
 
     Attributes:
         times: in seconds.
-        counts: tokens of each.
+        ids: tokens of each.
         pieces: of text; none, as what reads it wants it there.
     """
 
     def __init__(self, device: str):
         self.device = device
         self.times: list[float] = []
-        self.counts: list[int] = []
+        self.ids: list[list[int]] = []
         self.pieces: list[str] = []
 
     def put(self, value: Tensor) -> None:
         """A prompt or a block, ids of any shape."""
         synchronize(self.device)
         self.times.append(time.perf_counter())
-        self.counts.append(value.numel())
+        self.ids.append(value.flatten().tolist())
 
     def end(self) -> None:
         """Nothing more comes."""
@@ -57,7 +57,12 @@ class BlockClock(BaseStreamer):
     @property
     def tokens_per_second(self) -> float:
         """Behind the first block, whose time is that of reading the prompt."""
-        return sum(self.counts[2:]) / (self.times[-1] - self.times[1])
+        return sum(map(len, self.ids[2:])) / (self.times[-1] - self.times[1])
+
+    @property
+    def text(self) -> list[int]:
+        """All tokens behind the prompt."""
+        return [token for block in self.ids[1:] for token in block]
 
 
 def bench_verified(
@@ -115,14 +120,14 @@ def measure_verified(model: str, source: str, length: int, tokens: int) -> Verif
 
 
 def time_verified(
-    student: Any, teacher: Any, prompt: Tensor, tokens: int
+    model: Any, source: Any, prompt: Tensor, tokens: int
 ) -> tuple[Generation, BlockClock]:
     """Greedy text of exactly `tokens` tokens behind a prompt (1, time), and when it came."""
-    device = next(teacher.parameters()).device
+    device = next(source.parameters()).device
     clock = BlockClock(device.type)
     options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
     options |= {"streamer": clock, "pad_token_id": 0}
-    return generate_verified(student, teacher, prompt.to(device), options), clock
+    return generate_verified(model, source, prompt.to(device), options), clock
 
 
 def repeat_text(text: str, tokenizer: Any, length: int) -> Tensor:
