@@ -153,10 +153,14 @@ def generate_verified(
         inputs: tokens of the prompt.
         options: of transformers' `generate`, a `CallbackStreamer` among them.
         bos: a token that the draft alone reads before the prompt.
+
+    Raises RegraftError when the source cannot take tokens back.
     """
     cache = build_growing_cache(source.config)
     draft = DraftModel(model, decoding_bytes(source), cache, bos)
-    with packed_attention_in(source):
+    what = f"a {type(source).__name__} cannot verify"
+    remedy = "give a source whose layers all keep keys and values"
+    with packed_attention_in(source), explain_errors(what, remedy):
         out = source.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -11,13 +11,15 @@ import pytest
 import torch
 from helpers.cli import as_json, refused, run_main
 from helpers.remixes import BESIDE, REMIXES
-from helpers.tiny import save_model, tiny, tokens
+from helpers.tiny import byte_tokenizer, save_model, tiny, tokens
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
+from regraft.modeling.generate import generate
 from regraft.modeling.growing_cache import GrowingLayer, build_growing_cache
 from regraft.modeling.packed_attention import NAME, packed_attention_in
 from regraft.modeling.speculative import (
@@ -347,6 +349,14 @@ def test_models_of_other_tokens_are_refused(place, capsys):
     encoder = place / "bert"
     tiny("bert", layers=2)[1].save_pretrained(encoder)
     assert "give a decoder" in refused(capsys, "generate", folder, "abc", "--verify", encoder)
+
+
+def test_a_source_with_a_recurrent_state_of_its_own_is_refused(source, monkeypatch):
+    checkpoint, teacher = source
+    recurrent = modeling.materialize(Remix("gated_deltanet", "0", window=0)(checkpoint))
+    monkeypatch.setattr(modeling.MixerState, "is_croppable", False)
+    with pytest.raises(RegraftError, match=r"cannot verify.*can be cropped.*keep keys and values"):
+        generate(teacher, byte_tokenizer(), "abc", 4, source=recurrent)
 
 
 def test_a_draft_is_an_assistant_without_a_cache(source):
