@@ -114,6 +114,7 @@ def measure_verified(model: str, source: str, length: int, tokens: int) -> Verif
         "kept_bytes": result.kept_bytes,
         "peak_bytes": peak_bytes(device),
         "load_bytes": loaded,
+        "extrapolated": [],
         "tokens": result.tokens,
         "blocks": [asdict(block) for block in result.blocks],
     }
