@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 PLOT_MARK = b"<!-- drawn by regraft -->\n"  # the last line of a picture
 
-MODELS = ("source", "model", "baseline", "against", "teacher")  # parameters that are models
+MODELS = (
+    "source",
+    "model",
+    "baseline",
+    "against",
+    "teacher",
+    "verify",
+)  # parameters that are models
 
 
 @dataclass
@@ -86,7 +93,10 @@ class Verb:
     @property
     def models(self) -> list[str]:
         """Parameters that are models: a path, or a name on the hub."""
-        return [name for name in (*self.positional, *self.optional) if name in MODELS]
+        parameters = inspect.signature(self.function).parameters
+        names = (*self.positional, *self.optional)
+        # `bench --verify` is a switch.
+        return [name for name in names if name in MODELS and parameters[name].default is not False]
 
     @property
     def takes_overrides(self) -> bool:

@@ -124,13 +124,27 @@ def unmeasured_row(checkpoint: Checkpoint, length: int, batch: int) -> BenchRow:
 def run_worker(
     path: str, length: int, steps: int, batch: int = 1, prefill: bool = True
 ) -> BenchRow:
-    """`measure` in a child process; RegraftError with the last line that it wrote if it fails."""
+    """`measure` in a child process; errors as of `run_in_process`."""
+    numbers = map(str, (length, steps, batch, int(prefill)))
+    row: BenchRow = run_in_process(__name__, [path, *numbers], f"{path} at {length} tokens")
+    return row
+
+
+def run_in_process(module: str, words: Sequence[str], what: str) -> Any:
+    """What a module of this package prints last, as JSON, when a child process runs it.
+
+    Args:
+        module: its full name.
+        words: its arguments.
+        what: is measured, for the message.
+
+    RegraftError with the last line that the process wrote if it fails.
+    """
     # The child must import this very package, wherever it was imported from.
     root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    numbers = map(str, (length, steps, batch, int(prefill)))
     finished = subprocess.run(
-        [sys.executable, "-m", "regraft.evaluation.bench", path, *numbers],
+        [sys.executable, "-m", module, *words],
         capture_output=True,
         text=True,
         env=dict(os.environ, PYTHONPATH=search),
@@ -140,11 +154,9 @@ def run_worker(
         lines = finished.stderr.strip().splitlines()
         last = lines[-1] if lines else f"killed by signal {-finished.returncode}"
         raise RegraftError(
-            f"bench of {path} at {length} tokens failed: {last}; try shorter --lengths or a "
-            "smaller --batch"
+            f"bench of {what} failed: {last}; try shorter --lengths or a smaller --batch"
         )
-    row: BenchRow = json.loads(finished.stdout.strip().splitlines()[-1])
-    return row
+    return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
 def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> BenchRow:

@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import TextStreamer
 
 from .. import modeling
 from ..core.shapes import Int
 from ..errors import RegraftError, explain_errors
 from ..mixers.registry import begins_with_bos
+from .cache import CACHE
+from .growing_cache import build_growing_cache
 from .loading import bos_token_id
+from .packed_attention import packed_attention_in
+from .speculative import Block, DraftModel, decoding_bytes
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Generation:
     tokens: int  # generated
     converted_bytes: int  # of the states of layers with a mixer, at the end
     kept_bytes: int  # of keys and values of softmax layers, at the end
+    # What was drafted and accepted, where a source verified.
+    blocks: tuple[Block, ...] = ()
 
     def format_state_size(self) -> str:
         """One line: the size of the state after how many tokens."""
@@ -35,6 +42,18 @@ class Generation:
             f"state after {seen} tokens: {total / 2**20:.2f} MiB "
             f"({self.converted_bytes / 2**20:.2f} in converted layers, constant; "
             f"{self.kept_bytes / 2**20:.2f} in softmax layers, growing)"
+        )
+
+    def format_blocks(self) -> str:
+        """One line: what a source made of the drafted blocks."""
+        drafted = sum(block.drafted for block in self.blocks)
+        accepted = sum(block.accepted for block in self.blocks)
+        # The last token is the source's alone where no other could follow a drafted one.
+        alone = self.tokens > accepted + len(self.blocks)
+        steps = len(self.blocks) + alone
+        return (
+            f"verified: {self.tokens} tokens in {steps} steps of the source, "
+            f"{self.tokens / steps:.1f} each; {accepted} of {drafted} drafted tokens accepted"
         )
 
 
@@ -62,8 +81,13 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     sink: Callable[[str], None] | None = None,
+    source: PreTrainedModel | None = None,
 ) -> Generation:
     """Continue a prompt, which begins with the BOS token where a mixer is made for that.
+
+    With a source the text is the source's: the model drafts blocks of tokens, which the source
+    accepts or replaces (arXiv 2211.17192). Greedy text is what the source alone gives, but for
+    ties within the rounding of its numbers; sampled text has the same distribution.
 
     Args:
         model: a causal language model.
@@ -74,9 +98,10 @@ def generate(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template, as a user's turn.
         sink: gets each finished piece of text.
+        source: what verifies, a model with the same vocabulary; see `speculative.check_draft`.
 
-    Raises RegraftError for an empty prompt, a negative temperature, fewer than one token, or a chat
-    without a template.
+    Raises RegraftError for an empty prompt, a negative temperature, fewer than one token, a chat
+    without a template, or a source that cannot take tokens back.
     """
     if tokens < 1 or temperature < 0:
         raise RegraftError(
@@ -84,7 +109,8 @@ def generate(
         )
 
     inputs = encode_prompt(tokenizer, prompt, chat).to(next(model.parameters()).device)
-    if begins_with_bos(getattr(model.config, "mixers", None)):
+    needs_bos = begins_with_bos(getattr(model.config, "mixers", None))
+    if needs_bos and source is None:
         inputs = begin_with_bos(tokenizer, inputs)
     streamer = CallbackStreamer(tokenizer, sink)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -94,26 +120,69 @@ def generate(
 
     # Without a padding token transformers warns and takes this one.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = sampling | {"max_new_tokens": tokens, "streamer": streamer, "pad_token_id": pad}
     what = f"'{tokenizer.name_or_path}' cannot generate"
     with explain_errors(what, "check its generation_config.json"):
+        if source is not None:
+            bos = bos_token_id(tokenizer) if needs_bos else None
+            return generate_verified(model, source, inputs, options, bos)
         out = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=tokens,
-            streamer=streamer,
-            pad_token_id=pad,
             return_dict_in_generate=True,
-            **sampling,
+            **options,
         )
 
+    converted, kept = measure_state(model, modeling.cache_of(out))
+    new = out.sequences.shape[1] - inputs.shape[1]
+    return Generation("".join(streamer.pieces), inputs.shape[1], new, converted, kept)
+
+
+def generate_verified(
+    model: PreTrainedModel,
+    source: PreTrainedModel,
+    inputs: Int[torch.Tensor, "1 time"],
+    options: dict[str, Any],
+    bos: int | None = None,
+) -> Generation:
+    """Text of a source whose blocks a model drafts.
+
+    Args:
+        model: the draft.
+        source: what verifies.
+        inputs: tokens of the prompt.
+        options: of transformers' `generate`, a `CallbackStreamer` among them.
+        bos: a token that the draft alone reads before the prompt.
+
+    Raises RegraftError when the source cannot take tokens back.
+    """
+    cache = build_growing_cache(source.config)
+    draft = DraftModel(model, decoding_bytes(source), cache, bos)
+    what = f"a {type(source).__name__} cannot verify"
+    remedy = "give a source whose layers all keep keys and values"
+    with packed_attention_in(source), explain_errors(what, remedy):
+        out = source.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            assistant_model=draft,
+            **{CACHE: cache},
+            **options,
+        )
+    draft.learn(out)
+
+    converted, kept = measure_state(model, draft.cache)
+    kept += sum(modeling.state_bytes(cache))
+    new, text = out.shape[1] - inputs.shape[1], "".join(options["streamer"].pieces)
+    return Generation(text, inputs.shape[1], new, converted, kept, tuple(draft.blocks))
+
+
+def measure_state(model: PreTrainedModel, cache: Cache) -> tuple[int, int]:
+    """Bytes of a cache in layers with a mixer and in others."""
+    sizes = modeling.state_bytes(cache)
     # A stock model has no mixers: all its layers keep keys and values.
-    sizes = modeling.state_bytes(modeling.cache_of(out))
     mixers = getattr(model.config, "mixers", None) or [None] * len(sizes)
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
-    new = out.sequences.shape[1] - inputs.shape[1]
-    return Generation(
-        "".join(streamer.pieces), inputs.shape[1], new, converted, sum(sizes) - converted
-    )
+    return converted, sum(sizes) - converted
 
 
 def begin_with_bos(

@@ -148,6 +148,52 @@ def speed_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     )
 
 
+def acceptance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What a source made of drafted blocks, by length of context.
+
+    Args:
+        rows: of `evaluation.verified`.
+    """
+    heads = ["context", "tokens", "a step", "block", "accepted", "1st", "2nd", "4th", "8th"]
+    body = []
+    for row in rows:
+        blocks = row["blocks"]
+        drafted, accepted = (
+            sum(block[name] for block in blocks) for name in ("drafted", "accepted")
+        )
+        by_place = acceptance_by_position(blocks)
+        places = [by_place[place] if place < len(by_place) else (0, 0) for place in (0, 1, 3, 7)]
+        body.append(
+            [f"{row['length']:,}", f"{row['tokens']:,}"]
+            + [f"{row['tokens'] / len(blocks):.1f}", f"{drafted / len(blocks):.1f}"]
+            + [format_share(*pair) for pair in ((accepted, drafted), *places)]
+        )
+    return build_table("drafted tokens that the source accepted", heads, body)
+
+
+def acceptance_by_position(blocks: Sequence[Mapping[str, int]]) -> list[tuple[int, int]]:
+    """(accepted, tried) of the first, second, ... token of blocks.
+
+    Tried are those whose predecessors were all accepted.
+
+    Args:
+        blocks: `drafted` and `accepted` tokens of each.
+    """
+    longest = max((block["drafted"] for block in blocks), default=0)
+    return [
+        (
+            sum(block["accepted"] > place for block in blocks),
+            sum(block["drafted"] > place <= block["accepted"] for block in blocks),
+        )
+        for place in range(longest)
+    ]
+
+
+def format_share(part: int, whole: int) -> str:
+    """A share in percent; nothing where the whole is 0."""
+    return f"{part / whole:.0%}" if whole else ""
+
+
 def format_mebibytes(count: int | None) -> str:
     """Bytes in MiB; nothing for None, as where a model did not fit."""
     return format_number(None if count is None else count / 2**20)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.cli import as_json, refused
 from helpers.tiny import tiny, tokens, write_text
 
 from regraft import modeling
@@ -195,3 +196,31 @@ def test_what_does_not_fit_is_a_row_of_its_own(source, linearized, monkeypatch):
 def test_a_failing_bench_says_why(tmp_path):
     with pytest.raises(RegraftError, match=r"bench of .* at 8 tokens failed: .*no model at"):
         bench.run_worker(str(tmp_path / "nothing"), 8, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_interpreter")
+def test_bench_times_a_draft_and_its_source(source, linearized, capsys):
+    words = ["bench", linearized, "--against", source, "--lengths", "40,300", "--steps", 3]
+    found = as_json(capsys, *words, "--verify")
+    assert [row["length"] for row in found["verified"]] == [40, 300]
+    for row in found["verified"]:
+        assert row["tokens"] == 12 and row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0
+        assert row["state_bytes"] == row["converted_bytes"] + row["kept_bytes"]
+        given = sum(block["accepted"] + 1 for block in row["blocks"])
+        assert 11 <= given <= 12
+    for more, what in (
+        (["--batch", 2], "--batch 2"),
+        (["--skip-prefill"], "leave out --skip-prefill"),
+    ):
+        assert what in refused(capsys, *words, "--verify", *more)
+    assert "--against None" in refused(capsys, "bench", linearized, "--verify")
+
+
+def test_acceptance_by_position():
+    numbers = ((3, 3), (2, 0), (4, 1))
+    blocks = [{"drafted": drafted, "accepted": accepted} for drafted, accepted in numbers]
+    found = tables.acceptance_by_position(blocks)
+    assert found == [(2, 3), (1, 2), (1, 1), (0, 0)]
+    row = {"length": 64, "tokens": 7, "blocks": blocks}
+    assert [column.header for column in tables.acceptance_table([row]).columns][4] == "accepted"

@@ -96,7 +96,7 @@ def test_text_of_a_model_keeps_its_lines_and_nothing_else(
 ) -> None:
     from regraft.modeling import generate
 
-    def stream(model, tokenizer, prompt, tokens, temperature, seed, chat, tell) -> object:
+    def stream(model, tokenizer, prompt, tokens, temperature, seed, chat, tell, _) -> object:
         for piece in ("one\n", "\ttwo\x1b", "[2J\x07"):
             tell(piece)
         return generate.Generation("", 1, 1, 0, 0)

@@ -1,0 +1,70 @@
+"""A cache of keys and values that grows in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+SPARE = 8  # one part in so many of the tokens held is allocated beyond them
+LEAST = 256  # tokens, and at least so many
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, written behind those before them.
+
+    transformers' own layer copies all keys and values for every call, which takes longer than
+    attention to them where few tokens are read at a time.
+
+    Attributes:
+        keys, values: (batch, kv, tokens, dim), views of the buffers.
+        buffers: the same with room for more tokens.
+    """
+
+    _layer_type: str | None = None  # it would take the place of transformers' own layer
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.buffers: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values, (batch, kv, new tokens, dim); all of them, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+
+        tokens = self.keys.shape[2]
+        total = tokens + key_states.shape[2]
+        if not self.has_room(total):
+            self.buffers = [grow(part, total) for part in (self.keys, self.values)]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, tokens:total] = new
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def has_room(self, total: int) -> bool:
+        """Whether the buffers hold what `keys` and `values` do, and `total` tokens fit in."""
+        if not self.buffers or self.buffers[0].shape[2] < total:
+            return False
+        # What selects or repeats rows makes tensors of its own.
+        held = zip(self.buffers, (self.keys, self.values), strict=True)
+        return all(buffer.data_ptr() == part.data_ptr() for buffer, part in held)
+
+
+def grow(part: torch.Tensor, total: int) -> torch.Tensor:
+    """A buffer that begins with `part` (batch, kv, tokens, dim), for `total` tokens and some."""
+    b, kv, tokens, dim = part.shape
+    buffer = part.new_empty(b, kv, total + max(LEAST, total // SPARE), dim)
+    buffer[:, :, :tokens] = part
+    return buffer
+
+
+def build_growing_cache(config: PreTrainedConfig) -> DynamicCache:
+    """transformers' cache for a model, whose layers with all keys and values grow in place."""
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    cache.layers = [GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]
+    return cache
