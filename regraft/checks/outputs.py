@@ -276,7 +276,8 @@ def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
     for step in steps_between(before, after):
         arguments = step.get("arguments", {})
         if step.get("step") == "Deepen":
-            order = depth.build_layer_order(arguments["how"], len(done), arguments["layers"])
+            layers = arguments["layers"] or arguments.get("decoder_layers") or len(done)
+            order = depth.build_layer_order(arguments["how"], len(done), layers)
             done = [done[origin.source] for origin in order]
     return done
 

@@ -26,7 +26,7 @@ from .attention import AttentionFields, describe_attention
 from .axes import product
 from .class_heads import adapt_to_class
 from .config_checks import check_config, check_family, check_open, check_sizes
-from .part import Config, Key, Part, PlacedPart, linear, norm
+from .part import Config, Key, Part, PlacedPart, linear, norm, replace_prefix
 from .stock_config import fill_nulls, find_layer_lists
 
 # Files of model types with a hyphen, which no module's name can have.
@@ -124,11 +124,14 @@ class Anatomy:
     divides: tuple[tuple[str, str], ...] = ()
     # Axis -> number that its size must be a multiple of.
     multiples: dict[str, int] = field(default_factory=dict)
-    # Whether embeddings are multiplied by sqrt(hidden).
-    embed_scale: bool = False
+    # Whether embeddings are multiplied by sqrt(hidden), or the config key that says so.
+    embed_scale: bool | str = False
+    # Config key that says whether what the head reads is divided by sqrt(hidden); empty: never.
+    head_scale: str = ""
     # Whether it is a decoder, in which a token attends only to earlier ones.
     causal: bool = True
-    # What the model reads: "tokens" or "pixels".
+    # What the model reads: "tokens", "pixels", or, with an encoder in front of its decoder, "token
+    # pairs" or "audio".
     inputs: str = "tokens"
     # Config key that names the MLP's activation function.
     activation: str = "hidden_act"
@@ -244,7 +247,7 @@ class Anatomy:
             if not part.is_present(full):
                 continue
             shape = part.axes.shape(sizes, part.stored)
-            layers = range(sizes["depth"]) if "{}" in part.name else (None,)
+            layers = range(sizes[part.stack]) if "{}" in part.name else (None,)
             experts = range(sizes["expert"]) if "{e}" in part.name else (0,)
             for layer in layers:
                 if not part.is_in_layer(full, layer):
@@ -368,11 +371,11 @@ class Anatomy:
 
     def canonical_name(self, name: str) -> str:
         """The state-dict name of a tensor under the name that the family's class writes."""
-        return _replace_prefix(name, {new: old for old, new in self.filed.items()})
+        return replace_prefix(name, {new: old for old, new in self.filed.items()})
 
     def name_in_file(self, name: str) -> str:
         """The name under which the family's class writes a parameter."""
-        return _replace_prefix(name, self.filed)
+        return replace_prefix(name, self.filed)
 
     def reason_to_drop(self, name: str) -> str | None:
         """Why a tensor of a file is dropped; None when the table does not know it.
@@ -389,11 +392,6 @@ class Anatomy:
 
     def write_extras(self, directory: str, config: Config) -> None:
         """Write further files that a saved model needs: none, unless it is linearized."""
-
-
-def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
-    found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-    return prefixes.get(found, "") + name[len(found) :]
 
 
 def list_families() -> list[str]:

@@ -179,7 +179,12 @@ def iter_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]
 def check_sizes(family: str, sizes: Mapping[str, int]) -> None:
     """RegraftError when a model would be larger than any can be."""
     experts = sizes.get("depth", 1) * sizes.get("expert", 0)
-    limits = {"depth": MAX_LAYERS, "expert": MAX_EXPERTS, "depth * expert": MAX_EXPERTS_IN_ALL}
+    limits = {
+        "depth": MAX_LAYERS,
+        "encoder_depth": MAX_LAYERS,
+        "expert": MAX_EXPERTS,
+        "depth * expert": MAX_EXPERTS_IN_ALL,
+    }
     for axis, size in {**sizes, "depth * expert": experts}.items():
         limit = limits.get(axis, MAX_SIZE)
         if size > limit:
@@ -235,8 +240,13 @@ def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, 
     before = anatomy.solve(config) if anatomy.closed else {}
     for axis, why in anatomy.closed.items():
         if sizes.get(axis) != before.get(axis):
-            others = [name for name in GROWING_AXES if name not in anatomy.closed]
+            others = [
+                name for name in GROWING_AXES if name not in {*anatomy.closed, *anatomy.fixed}
+            ]
+            proof = "its table is inferred, and growth is proven for"
+            if anatomy.inputs in ("token pairs", "audio"):
+                proof = "grow one of"
             raise RegraftError(
-                f"{anatomy.family} cannot grow its {axis} ({why}): its table is inferred, and "
-                f"growth is proven for {', '.join(others) or 'no axis'}"
+                f"{anatomy.family} cannot grow its {axis} ({why}): {proof} "
+                f"{', '.join(others) or 'no axis'}"
             )

@@ -40,13 +40,21 @@ def choose_class(config: PreTrainedConfig, causal: bool) -> Any:
         config: as transformers reads it.
         causal: whether the family's default is a causal language model.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
 
     named = find_class((config.architectures or [""])[0])
     if named is not None and isinstance(config, named.config_class or ()):
         return named
-    auto: Any = AutoModelForCausalLM if causal else AutoModel
-    return auto._model_mapping[type(config)]
+    autos: list[Any] = [AutoModelForCausalLM if causal else AutoModel]
+    if config.is_encoder_decoder:
+        autos = [AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, *autos]
+    kind = type(config)
+    return next(auto._model_mapping[kind] for auto in autos if kind in auto._model_mapping)
 
 
 def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

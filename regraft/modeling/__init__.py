@@ -10,8 +10,10 @@ from . import flops
 from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state_bytes
 from .configuration_regraft import RegraftConfig
 from .loading import (
+    PAIRED,
     build_random_model,
     check_decoder,
+    draw_encoder_inputs,
     force_branch,
     from_checkpoint_names,
     load,
@@ -53,6 +55,8 @@ __all__ = [
     "load_stored",
     "load_tokenizer",
     "materialize",
+    "draw_encoder_inputs",
+    "PAIRED",
     "random_inputs",
     "read_tokenizer",
     "slots",

@@ -8,12 +8,14 @@ from ...core.checkpoint import Checkpoint
 from ...core.step import step_entry
 from .. import depth
 from ..operators import DEPTH, describe_operators, list_papers
+from ..stacks import resolve_depths
 
 
 @describe_operators(DEPTH)
 @dataclass(frozen=True)
 class Deepen:
-    """Grow the stack to `layers`. Per-layer settings follow their layers. `how`:
+    """Grow the stack to `layers`; of an encoder and a decoder both, where they are equally deep, or
+    each to its own number. Per-layer settings follow their layers. `how`:
 
     {operators}
 
@@ -24,21 +26,30 @@ class Deepen:
     Refuses: fewer layers, and numbers that an operator cannot reach.
     """
 
-    layers: int
+    layers: int | None = None
     how: str = "identity"
     seed: int = 0
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
 
     def __call__(self, source: Checkpoint) -> Checkpoint:
         """The deeper checkpoint."""
-        order = depth.build_layer_order(self.how, source.layers, self.layers)
-        sizes = {**source.sizes, "depth": self.layers}
+        depths = resolve_depths(source, self.layers, self.encoder_layers, self.decoder_layers)
+        orders = {
+            axis: depth.build_layer_order(self.how, source.sizes[axis], layers)
+            for axis, layers in depths.items()
+        }
+        sizes = {**source.sizes, **depths}
         config = source.anatomy.resize_config(
-            source.config, sizes, [layer.source for layer in order]
+            source.config, sizes, [layer.source for layer in orders["depth"]]
         )
-        tensors = depth.deepen_tensors(source, config, order, self.how, self.seed)
+        tensors = depth.deepen_tensors(source, config, orders, self.how, self.seed)
 
-        # The lineage names the papers behind the operator.
+        # The lineage names the papers behind the operator, and stacks that were named.
         step = step_entry(self) | {"papers": list_papers(DEPTH, [self.how])}
+        for name in ("encoder_layers", "decoder_layers"):
+            if step["arguments"][name] is None:
+                del step["arguments"][name]
         names = {key: placed.name for key, placed in source.anatomy.place(config).items()}
         return replace(
             source,
