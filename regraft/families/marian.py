@@ -16,7 +16,7 @@ anatomy = replace(
         **bart.layer_parts("decoder", post_norm=True),
         **bart.head_parts(reads="stream"),
     },
-    sizes=bart.SHARED_SIZES,
+    sizes=(*bart.SHARED_SIZES, ("max_position_embeddings", "pos")),
     defaults=bart.DEFAULTS,
     ignored={
         r"model\.(en|de)coder\.embed_positions\.weight": "buffer: sinusoids of the class",

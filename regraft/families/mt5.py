@@ -9,5 +9,6 @@ anatomy = replace(
     t5.anatomy,
     family="mt5",
     defaults=t5.anatomy.defaults | {"feed_forward_proj": "gated-gelu"},
+    head_scale="",  # its class does not divide what the head reads
     prefix=check_class("MT5ForConditionalGeneration"),
 )

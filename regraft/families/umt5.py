@@ -8,6 +8,7 @@ from .bart import check_class
 anatomy = replace(
     mt5.anatomy,
     family="umt5",
+    head_scale=t5.anatomy.head_scale,
     parts=t5.t5_parts(bias_in_layers=True),
     prefix=check_class("UMT5ForConditionalGeneration"),
 )

@@ -51,7 +51,7 @@ def grow_widths(source: Checkpoint) -> Checkpoint:
     closed = "hidden" in source.anatomy.closed or tied_post_norm
     sizes: dict[str, Any] = {"ffn": source.sizes["ffn"] + 8}
     if not closed:
-        sizes["hidden"] = 2 * source.sizes["hidden"]
+        sizes["hidden"] = 4 * source.sizes["hidden"]  # factors are powers of two
     if not has_coupled_heads(source):
         sizes |= {"heads": 6, "head_dim": 16}
     return regraft.Widen(**sizes)(source)
@@ -81,7 +81,7 @@ def test_check_sees_a_growth_and_a_mutation(source: Checkpoint, tmp_path: Path) 
 
     new = max(layer for role, layer in grown.tensors if role == "encoder.mlp.down.weight")
     key = ("encoder.mlp.down.weight", new)
-    moved = replace(grown.tensors[key], read=lambda: torch.ones(grown.tensors[key].shape))
+    moved = replace(grown.tensors[key], read=lambda: torch.randn(grown.tensors[key].shape))
     replace(grown, tensors={**grown.tensors, key: moved}).save(tmp_path / "mutated")
     before, after = compute(source.path, source), compute(tmp_path / "mutated", source)
     assert max_relative_difference(before["logits"], after["logits"]) > BOUND
