@@ -116,13 +116,14 @@ def embedding_parts(positions: bool = True, normed: bool = False) -> dict[str, P
         normed: whether their sums are normed.
     """
     table: dict[str, Any] = TABLE | {"writes": "branch" if normed else "stream"}
-    places, stream = "embed_positions", {"reads": "branch", "writes": "stream"}
+    stream: dict[str, Any] = {"bias": True, "reads": "branch", "writes": "stream"}
+    places = "embed_positions"
     parts = linear("embed", "model.shared", "vocab -> hidden", **table)
     for role, base in (("encoder.", ENCODER), ("", DECODER)) if positions else ():
         parts |= linear(f"{role}pos", f"{base}.{places}", "pos -> hidden", **table)
     for role, base in (("encoder.", ENCODER), ("", DECODER)) if normed else ():
         name = f"{base}.layernorm_embedding"
-        parts |= norm(f"{role}norm.embed", name, bias=True, **stream)
+        parts |= norm(f"{role}norm.embed", name, **stream)
     return parts
 
 

@@ -122,6 +122,8 @@ class Growth(TargetSizes):
             return self.resolve_auto(source).steps(source)
         if self.width_init in (LEARNED, COPY):
             refuse_two_stacks(source, f"--width-init {self.width_init}")
+        if self.untie:
+            refuse_two_stacks(source, "--untie")
         if self.experts is not None:
             refuse_two_stacks(source, "--experts")
         if self.adopt and self.to is None:

@@ -60,5 +60,5 @@ def refuse_two_stacks(source: Checkpoint, what: str) -> None:
     if has_two_stacks(source.anatomy):
         raise RegraftError(
             f"{what} knows models with one stack of layers, not {source.anatomy.family}'s encoder "
-            "and decoder: use another operator"
+            "and decoder: leave it out"
         )
