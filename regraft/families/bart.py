@@ -36,7 +36,10 @@ DEFAULTS: dict[str, Any] = {
 }
 CLOSED = {"attention": "mixers read one stack of layers"}
 # Two rows before the first position are never read.
-OFFSET: dict[str, Any] = {"_positions": lambda config: config["max_position_embeddings"] + 2}
+OFFSET: dict[str, Any] = {
+    "max_position_embeddings": 1024,
+    "_positions": lambda config: config["max_position_embeddings"] + 2,
+}
 
 
 def attention_parts(
@@ -163,7 +166,7 @@ def keep_tied_hidden(config: Config) -> dict[str, Any]:
     The head reads the last layer's norm itself: it would add up every copy of the stream, and no
     gain between the two can take that back.
     """
-    before = config["_before"]["hidden"]
+    before = config.get("_before", {}).get("hidden", config["d_model"])
     if config["tie_word_embeddings"] and config["d_model"] != before:
         raise RegraftError(
             f"{config['model_type']} has a head that is tied to its embedding and reads a norm "
