@@ -291,7 +291,8 @@ def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
         arguments = step.get("arguments", {})
         if step.get("step") == "Deepen":
             first = before.anatomy.first_layers(before.config)
-            order = depth.build_layer_order(arguments["how"], len(done), arguments["layers"], first)
+            layers = arguments["layers"] or arguments.get("decoder_layers") or len(done)
+            order = depth.build_layer_order(arguments["how"], len(done), layers, first)
             counts = step.get("layers_done") or [origin.source + 1 for origin in order]
             done = [done[count - 1] for count in counts]
     return done

@@ -70,10 +70,12 @@ def iter_probed_maps(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[
         reached = modeling.to_checkpoint_names(model, masks, checkpoint.anatomy)
         after = modeling.to_checkpoint_names(model, moved, checkpoint.anatomy)
 
-    sizes = checkpoint.sizes
+    sizes, buffers = checkpoint.sizes, {name for name, _ in model.named_buffers()}
     for (role, layer), placed in checkpoint.anatomy.place(checkpoint.config).items():
         name, part = placed.name, placed.part
         if placed.shape == ():  # a constant that the class stores
+            continue
+        if name in buffers:  # a constant that is stored, but does not learn
             continue
         if name not in after:
             raise RegraftError(f"'{name}' is no parameter of the running model: report this table")
@@ -140,7 +142,8 @@ def train_steps(
             parameter.data = parameter.data - scale * normalize_gradient(parameter.grad)
             parameter.grad = None
 
-    token_ids = inputs.get("input_ids", torch.empty(0, dtype=torch.long))
+    rows = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    token_ids = torch.empty(0, dtype=torch.long) if rows is None else rows
     return token_ids.unique(), masks
 
 
@@ -171,7 +174,11 @@ def random_batch(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
     length = min(LENGTH, checkpoint.sizes.get("pos", 2 * LENGTH) // 2)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(plain), (ROWS, length), generator=generator)
-    return {"input_ids": torch.tensor(plain)[drawn]}
+    ids = torch.tensor(plain)[drawn]
+    if checkpoint.anatomy.inputs not in modeling.PAIRED:
+        return {"input_ids": ids}
+    read = modeling.draw_encoder_inputs(checkpoint, ids, generator)
+    return read | {"decoder_input_ids": ids}
 
 
 def compute_loss(

@@ -43,6 +43,8 @@ def plan(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     layers: int | None = None,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
     experts: int | None = None,
     top_k: int | None = None,
     vocab: int | None = None,
@@ -96,7 +98,9 @@ def plan(
         heads: query heads
         kv_heads: key/value heads
         head_dim: width of a head
-        layers: number of layers
+        layers: number of layers; of an encoder and a decoder that are equally deep, of both
+        encoder_layers: number of layers of the encoder in front of a decoder
+        decoder_layers: number of layers of the decoder behind an encoder
         experts: experts in place of the MLP, in the stock class that has them; of a model with
             experts a multiple of their number
         top_k: experts that a token goes to (default: 2; of a model with experts as many times more)
@@ -237,6 +241,8 @@ VERB = Verb(
             "kv_heads",
             "head_dim",
             "layers",
+            "encoder_layers",
+            "decoder_layers",
             "experts",
             "top_k",
             "vocab",

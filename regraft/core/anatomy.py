@@ -133,11 +133,14 @@ class Anatomy:
     divides: tuple[tuple[str, str], ...] = ()
     # Axis -> number that its size must be a multiple of.
     multiples: dict[str, int] = field(default_factory=dict)
-    # Whether embeddings are multiplied by sqrt(hidden).
-    embed_scale: bool = False
+    # Whether embeddings are multiplied by sqrt(hidden), or the config key that says so.
+    embed_scale: bool | str = False
+    # Config key that says whether what the head reads is divided by sqrt(hidden); empty: never.
+    head_scale: str = ""
     # Whether it is a decoder, in which a token attends only to earlier ones.
     causal: bool = True
-    # What the model reads: "tokens" or "pixels".
+    # What the model reads: "tokens", "pixels", or, with an encoder in front of its decoder, "token
+    # pairs" or "audio".
     inputs: str = "tokens"
     # Config key that names the MLP's activation function.
     activation: str = "hidden_act"
@@ -197,7 +200,7 @@ class Anatomy:
             return False
 
         known = product(tuple(axis for axis in axes if axis not in unknown), sizes)
-        # Nothing unknown: the key repeats what others said, such as GPT-2's n_embd for "kv dim".
+        # The key may repeat what others said, such as GPT-2's n_embd for "kv dim".
         if not unknown and known != value:
             raise RegraftError(
                 f"{self.family} config has {key} = {value}, but {text} is {known}: make them equal"
@@ -252,7 +255,7 @@ class Anatomy:
             if not part.is_present(full):
                 continue
             shape = part.axes.shape(sizes, part.stored)
-            layers = range(sizes["depth"]) if "{}" in part.name else (None,)
+            layers = range(sizes[part.stack]) if "{}" in part.name else (None,)
             experts = range(sizes["expert"]) if "{e}" in part.name else (0,)
             for layer in layers:
                 if not part.is_in_layer(full, layer):
@@ -338,7 +341,6 @@ class Anatomy:
         check_divisors(self, config, keys)
         check_multiples(self, sizes)
         written = {key: value for key, value in keys.items() if not key.startswith("_")}
-
         return dict(config) | self._drop_defaults(config, written) | dict(extra or {})
 
     def _drop_defaults(self, config: Config, written: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ AXES = frozenset(
     (
         "vocab hidden ffn inner dense_ffn shared_ffn kv group dim depth pos place one two three "
         "expert kernel type label pool channel patch register bucket key_head key_dim "
-        "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap embed task"
+        "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap embed task "
+        "encoder_depth mel"
     ).split()
 )
 # A map from one of these is a table of embeddings.
@@ -63,7 +64,8 @@ class Signature:
 
         Args:
             stored: order of a map's dimensions, "out in" or "in out". With "expert" before it the
-                outputs begin with that axis, which has a dimension of its own.
+                outputs begin with that axis, which has a dimension of its own. In a filter ("out
+                in tap") every input axis has one.
         """
         if self.kind == "plain":
             return tuple((axes,) for axes in _join_head_axes(self.outputs[0]))
@@ -74,6 +76,8 @@ class Signature:
             return ()
         if self.kind != "map":
             return (self.outputs,)
+        if stored == "out in tap":
+            return (self.outputs, *(((axis,),) for axis in self.inputs))
         if stored == "out in":
             return (self.outputs, (self.inputs,))
         return ((self.inputs,), self.outputs)

@@ -179,7 +179,12 @@ def iter_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]
 def check_sizes(family: str, sizes: Mapping[str, int]) -> None:
     """RegraftError when a model would be larger than any can be."""
     experts = sizes.get("depth", 1) * sizes.get("expert", 0)
-    limits = {"depth": MAX_LAYERS, "expert": MAX_EXPERTS, "depth * expert": MAX_EXPERTS_IN_ALL}
+    limits = {
+        "depth": MAX_LAYERS,
+        "encoder_depth": MAX_LAYERS,
+        "expert": MAX_EXPERTS,
+        "depth * expert": MAX_EXPERTS_IN_ALL,
+    }
     for axis, size in {**sizes, "depth * expert": experts}.items():
         limit = limits.get(axis, MAX_SIZE)
         if size > limit:
@@ -237,7 +242,9 @@ def check_open(anatomy: Anatomy, config: Mapping[str, Any], sizes: Mapping[str, 
         if axis == "ffn" and anatomy.ffn_ratio:
             continue  # it follows another axis, which is open or closed itself
         if sizes.get(axis) != before.get(axis):
-            others = [name for name in GROWING_AXES if name not in anatomy.closed]
+            others = [
+                name for name in GROWING_AXES if name not in {*anatomy.closed, *anatomy.fixed}
+            ]
             raise RegraftError(
                 f"{anatomy.family} cannot grow its {axis} ({why}): "
                 f"growth is proven for {', '.join(others) or 'no axis'}"

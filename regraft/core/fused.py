@@ -116,6 +116,8 @@ def split_fused(value: Tensor, part: Part, sizes: Mapping[str, int]) -> list[Ten
         part: its part.
         sizes: axis sizes of the model that `value` belongs to.
     """
+    if part.stored == "out in tap" and part.axes.kind == "map":
+        return [value.flatten(1)]
     if not part.fused:
         return [_join_experts(output_first(value, part), part)]
     return [read_fused(value, part, index, sizes) for index in range(len(part.fused))]
@@ -129,8 +131,8 @@ def join_fused(values: Sequence[Tensor], part: Part) -> Tensor:
         part: the part that holds them.
     """
     signature = part.axes
-    if signature.kind == "plain":
-        return _flatten_axes(values[0], [len(stack[0]) for stack in signature.dims()])
+    if signature.kind == "plain" or part.stored == "out in tap":
+        return _flatten_axes(values[0], [len(stack[0]) for stack in signature.dims(part.stored)])
 
     # Interleaved maps get the axis back that counts them, which makes them one.
     if len(signature.outputs) == 1 and part.fused:

@@ -21,6 +21,7 @@ class Part:
 
     - "stream": the residual stream, which runs through the whole stack;
     - "normed": the output of a norm;
+    - "activated": what the stream gets through an activation function (Whisper's convolutions);
     - "branch": the output of attention or MLP that passes a norm before it is added to the stream;
     - "head": the input of the output embedding;
     - "own": used by this part alone.
@@ -33,7 +34,7 @@ class Part:
     signature: str
     # Order of a matrix's dimensions in the file: "out in" (nn.Linear), or "in out" (embeddings and
     # GPT-2's Conv1D). "expert out in" and "expert in out" have all experts in one tensor; their
-    # outputs begin with the axis `expert`, biases too.
+    # outputs begin with the axis `expert`, biases too. "out in tap" is the filter of a convolution.
     stored: str = "out in"
     # Roles without ".weight" or ".bias" that are packed into this tensor, in order.
     fused: tuple[str, ...] = ()
@@ -44,6 +45,9 @@ class Part:
     when: str | None = None
     # The parameter exists only if this config key is false; None: always.
     unless: str | None = None
+    # The axis that counts the layers of its stack: that of a decoder, or "encoder_depth" of the
+    # encoder in front of one.
+    stack: str = "depth"
     # (config, layer) -> whether that layer has the parameter; None: every layer has it.
     in_layer: Callable[[Config, int], bool] | None = None
     # Activations that a map or norm takes. Norms (see `norm`) take "stream" by default.
@@ -57,9 +61,10 @@ class Part:
     # Role of the factors (LayerScale) that its output is multiplied by; None: there are none.
     scaled: str | None = None
     # Positions of a row that it is applied to, for counting FLOPs: "each", the "first" only (heads
-    # over a whole row), every image "patch", those of an "image" beside the text, or those that the
-    # router sends to this expert.
-    at: Literal["each", "first", "patch", "image", "routed"] = "each"
+    # over a whole row), every image "patch", those of an "image" beside the text, those that the
+    # router sends to this expert, those of an encoder's row in front of a decoder ("source"), the
+    # "last" one, or the frames of audio, twice as many.
+    at: Literal["each", "first", "last", "patch", "image", "routed", "source", "frame"] = "each"
 
     @property
     def axes(self) -> Signature:

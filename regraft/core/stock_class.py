@@ -41,15 +41,23 @@ def choose_class(config: PreTrainedConfig, causal: bool) -> Any:
         config: as transformers reads it.
         causal: whether the family's default is a causal language model.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
 
     named = find_class((config.architectures or [""])[0])
     if named is not None and isinstance(config, named.config_class or ()):
         return named
-    autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
-    autos = autos if causal else (AutoModel,)
-    found = [one._model_mapping for one in autos if type(config) in one._model_mapping]
-    return (found or [AutoModel._model_mapping])[0][type(config)]
+    autos: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel]
+    autos = autos if causal else [AutoModel]
+    if config.is_encoder_decoder:
+        autos = [AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, *autos]
+    kind = type(config)
+    return next(auto._model_mapping[kind] for auto in autos if kind in auto._model_mapping)
 
 
 def build_stock_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

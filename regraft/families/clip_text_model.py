@@ -26,7 +26,8 @@ def find_prefix(config: Any) -> str:
 
 def text_parts() -> dict[str, Part]:
     """Tokens, positions and layers, as SigLIP has them too."""
-    name, table = "{p}embeddings", {"stored": "in out"}
+    name = "{p}embeddings"
+    table: dict[str, Any] = {"stored": "in out"}
     return {
         **linear("embed", f"{name}.token_embedding", "vocab -> hidden", **table),
         **linear("pos", f"{name}.position_embedding", "pos -> hidden", **table),

@@ -41,8 +41,8 @@ def layer_parts(layer: str) -> dict[str, Part]:
 
 def embedding_parts() -> dict[str, Part]:
     """Patches, class token and positions, which are added up and normed."""
-    name, branch = "{p}embeddings", {"writes": "branch"}
-    patches = "hidden channel patch patch"
+    name, patches = "{p}embeddings", "hidden channel patch patch"
+    branch: dict[str, Any] = {"writes": "branch"}
     return {
         "embed.weight": Part(f"{name}.patch_embedding.weight", patches, at="patch", **branch),
         "first.weight": Part(f"{name}.class_embedding", "hidden", **branch),

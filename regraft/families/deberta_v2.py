@@ -66,7 +66,8 @@ def embedding_parts() -> dict[str, Part]:
     """Embeddings of tokens, positions and types, and those of distances."""
     name, encoder = "{p}embeddings", "{p}encoder"
     table: dict[str, Any] = {"stored": "in out", **WRITES_BRANCH}
-    distances, normed = f"{encoder}.rel_embeddings.weight", {"when": "_normed_distances"}
+    distances = f"{encoder}.rel_embeddings.weight"
+    normed: dict[str, Any] = {"when": "_normed_distances"}
     return {
         **linear("embed", f"{name}.word_embeddings", "vocab -> hidden", **table),
         **linear(

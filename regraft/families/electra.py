@@ -60,7 +60,8 @@ def embedding_parts() -> dict[str, Part]:
 def mlm_head() -> dict[str, Part]:
     """The head of the masked language model, which ends in the width of the embeddings."""
     own: dict[str, Any] = {"bias": True, "when": "_mlm"}
-    name, untied = "generator_predictions", {"when": "_mlm", "unless": "tie_word_embeddings"}
+    name = "generator_predictions"
+    untied: dict[str, Any] = {"when": "_mlm", "unless": "tie_word_embeddings"}
     return {
         **linear(
             "transform", f"{name}.dense", "hidden -> embed", reads="stream", writes="own", **own

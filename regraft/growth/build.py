@@ -276,18 +276,26 @@ def stream_axis(widening: Widening, old: int, new: int, operator: str, seed: int
     # Behind a norm that follows the sum, the stream itself is a norm's output: only whole copies
     # keep its mean and variance (docs/concepts/expansions.md, L9).
     post_norm = any(part.subtracts_mean and part.writes == "stream" for part in widening.parts)
-    needs_whole_copies = operator in ("tile", "duplicate") or post_norm
+    # An activation keeps copies alone: not a mean of coordinates, nor a factor.
+    activated = any(part.writes == "activated" for part in widening.parts)
+    needs_whole_copies = operator in ("tile", "duplicate") or post_norm or activated
     if needs_whole_copies and new % old:
         near = sorted({max(1, new // old) * old, -(-new // old) * old})
         why = (
             "its norms come after each sum"
             if post_norm
+            else "its convolutions reach the stream through an activation"
+            if activated
             else f"--width-init {operator} copies the stream evenly or not at all"
         )
         raise RegraftError(
             f"{widening.anatomy.family} cannot have hidden {new} exactly, {why}: use --hidden"
             f" {' or '.join(map(str, near))}"
-            + ("" if post_norm else ", or --width-init hidden=pad or hidden=lemon for any width")
+            + (
+                ""
+                if post_norm or activated
+                else ", or --width-init hidden=pad or hidden=lemon for any width"
+            )
         )
 
     if operator == "duplicate":

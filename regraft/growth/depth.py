@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -156,25 +156,31 @@ def format_near_multiples(old: int, new: int) -> str:
 
 
 def deepen_tensors(
-    source: Checkpoint, config: dict[str, Any], order: list[LayerOrigin], how: str, seed: int
+    source: Checkpoint,
+    config: dict[str, Any],
+    orders: Mapping[str, list[LayerOrigin]],
+    how: str,
+    seed: int,
 ) -> dict[Key, LazyTensor]:
     """Every tensor of the deeper model by key.
 
     Args:
         source: the checkpoint to deepen.
         config: the target's config.
-        order: where each layer of the target comes from.
+        orders: where each layer of the target comes from, by the axis that counts a stack's
+            layers.
         how: the depth operator.
         seed: of random entries in new layers.
     """
     placed = source.anatomy.place(source.config)
-    identity_layer = IdentityLayer(source, placed)
+    identity_layers = {stack: IdentityLayer(source, placed, stack) for stack in orders}
     tensors: dict[Key, LazyTensor] = {}
-    for key in source.anatomy.place(config):
+    for key, target in source.anatomy.place(config).items():
         role, layer = key
         if layer is None:
             tensors[key] = source.tensors[key]
             continue
+        order, identity_layer = orders[target.part.stack], identity_layers[target.part.stack]
         origin = order[layer]
         own = origin.source
         if (role, own) not in placed:  # the first layer may lack what later ones have

@@ -24,6 +24,7 @@ class IdentityLayer:
     Args:
         source: the checkpoint that gets such layers.
         placed: every parameter of the source.
+        stack: the axis that counts the layers of the stack that gets them.
     """
 
     # Whether norms come after the sum.
@@ -39,9 +40,13 @@ class IdentityLayer:
     # What each role writes.
     writes: dict[str, str]
 
-    def __init__(self, source: Checkpoint, placed: Mapping[Key, PlacedPart]):
+    def __init__(self, source: Checkpoint, placed: Mapping[Key, PlacedPart], stack: str = "depth"):
         self.source, self.placed = source, placed
-        parts = {role: one.part for (role, layer), one in placed.items() if layer is not None}
+        parts = {
+            role: one.part
+            for (role, layer), one in placed.items()
+            if layer is not None and one.part.stack == stack
+        }
 
         # Norms that write the stream come after the sum in LayerNorm families, which have biases,
         # and behind the branches in families with root-mean-square norms.

@@ -4,6 +4,7 @@ of first layers: an order of layers that fits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,9 @@ class DeepStack:
     layers_done: list[int] | None = None
 
 
-def fit_stack(source: Checkpoint, order: list[LayerOrigin], how: str) -> DeepStack:
+def fit_stack(
+    source: Checkpoint, order: list[LayerOrigin], how: str, depths: Mapping[str, int]
+) -> DeepStack:
     """The stack of an order of layers; where its class has other kinds of layers in these places,
     one with the source's layers in places that have their kinds, and new layers in the others.
 
@@ -35,8 +38,12 @@ def fit_stack(source: Checkpoint, order: list[LayerOrigin], how: str) -> DeepSta
         source: the checkpoint to deepen.
         order: where each layer of the target comes from.
         how: the depth operator; operators that keep nothing exactly take any layer.
+        depths: layers of every stack of the target, by the axis that counts them. Layers of an
+            encoder in front of a decoder are of one kind.
     """
-    config = _build_config(source, order)
+    config = _build_config(source, order, depths)
+    if len(depths) > 1:
+        return DeepStack(config, order)
     before, after = (
         list_kinds(source.anatomy, one, layers)
         for one, layers in ((source.config, source.layers), (config, len(order)))
@@ -46,7 +53,7 @@ def fit_stack(source: Checkpoint, order: list[LayerOrigin], how: str) -> DeepSta
 
     fitted = _place_layers(before, after)
     if fitted is not None:
-        config = _build_config(source, fitted)
+        config = _build_config(source, fitted, depths)
         if _fits(fitted, before, list_kinds(source.anatomy, config, len(fitted))):
             kept = [not origin.new for origin in fitted]
             counts = [sum(kept[: layer + 1]) for layer in range(len(fitted))]
@@ -57,8 +64,10 @@ def fit_stack(source: Checkpoint, order: list[LayerOrigin], how: str) -> DeepSta
     )
 
 
-def _build_config(source: Checkpoint, order: list[LayerOrigin]) -> dict[str, Any]:
-    sizes = {**source.sizes, "depth": len(order)}
+def _build_config(
+    source: Checkpoint, order: list[LayerOrigin], depths: Mapping[str, int]
+) -> dict[str, Any]:
+    sizes = {**source.sizes, **depths}
     return source.anatomy.resize_config(source.config, sizes, [layer.source for layer in order])
 
 

@@ -17,6 +17,7 @@ from .identity_layer import IdentityLayer
 from .ligo_options import COPY, Ligo
 from .new_tokens import NewToken
 from .operators import AUTO, AUTO_POST_NORM
+from .stacks import ENCODER, refuse_two_stacks
 from .steps.add_experts import AddExperts
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
@@ -43,6 +44,9 @@ DTYPES = {
 class Growth(TargetSizes):
     """A request for growth: sizes or a target config, operators, storage dtype."""
 
+    # Layers of one stack, for models with an encoder and a decoder.
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
     # A target's config.json, or its directory, instead of sizes.
     to: str | None = None
     # The width operators as `build.parse_width_operators` reads them, or `auto`, `ligo`, `copy`.
@@ -116,6 +120,12 @@ class Growth(TargetSizes):
         """The growth steps in order; RegraftError for options that do not go together."""
         if self.width_init == AUTOMATIC:
             return self.resolve_auto(source).steps(source)
+        if self.width_init in (LEARNED, COPY):
+            refuse_two_stacks(source, f"--width-init {self.width_init}")
+        if self.untie:
+            refuse_two_stacks(source, "--untie")
+        if self.experts is not None:
+            refuse_two_stacks(source, "--experts")
         if self.adopt and self.to is None:
             raise RegraftError(
                 f"--adopt {','.join(self.adopt)} takes over keys of a target: give --to CONFIG_DIR"
@@ -192,8 +202,9 @@ class Growth(TargetSizes):
         if any(size is not None for size in widths.values()):
             how, fold, noise = self.width_init, self.fold, self.noise
             steps.append(Widen(**widths, how=how, fold=fold, noise=noise, seed=self.seed))
-        if self.layers is not None:
-            steps.append(Deepen(self.layers, self.depth_init, self.seed))
+        depths = (self.layers, self.encoder_layers, self.decoder_layers)
+        if any(layers is not None for layers in depths):
+            steps.append(Deepen(depths[0], self.depth_init, self.seed, *depths[1:]))
         return steps
 
     def ligo_options(self, **options: Any) -> Ligo:
@@ -230,7 +241,9 @@ class Growth(TargetSizes):
             heads=heads,
             kv_heads=kv,
             head_dim=sizes["dim"],
-            layers=sizes["depth"],
+            layers=None if ENCODER in sizes else sizes["depth"],
+            encoder_layers=sizes.get(ENCODER),
+            decoder_layers=sizes["depth"] if ENCODER in sizes else None,
         )
 
 

@@ -82,7 +82,9 @@ def _read_next_layer(
     if layer is None or not any(widener.copies_next_layer for widener in wideners):
         return None
     # The last layer has no next one: it takes its own.
-    following = widening.source.tensors[role, min(layer + 1, widening.source.layers - 1)]
+    following = widening.source.tensors[
+        role, min(layer + 1, widening.source.sizes[source.part.stack] - 1)
+    ]
     return split_fused(following.read(), source.part, widening.source.sizes)
 
 

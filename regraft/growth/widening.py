@@ -23,6 +23,7 @@ from ..core.shapes import Float
 from .tensor import AxisGrowth, Init
 
 GROWABLE_AXES = ("hidden", "ffn", "inner", "kv", "group", "dim")
+ATTENTIONS = ("attn", "cross_attn")  # in roles: attention, and a decoder's to its encoder
 QUERY_KEY_KINDS = ("q", "k", "q_norm", "k_norm")
 # How norms over queries and keys take wider heads (L7). Live: new query coordinates hold rotated
 # copies and learn. Dead: new coordinates of queries and keys are zero and stay so.
@@ -143,7 +144,7 @@ class Widening:
         # A tied head cannot be scaled apart from the embedding: what it reads makes up for the
         # embedding's factor (L12).
         if stream == "head" and self.has_tied_head:
-            return 1 / self.embed_factor
+            return self.head_factor / self.embed_factor
         return 1.0
 
     @property
@@ -151,8 +152,19 @@ class Widening:
         """What the stored embedding is multiplied by."""
         # Gemma multiplies embeddings by sqrt(hidden) itself, which grows by sqrt(h' / h) (L11).
         hidden = self.hidden_expansion
-        undo = math.sqrt(hidden.old / hidden.new) if self.family.embed_scale else 1.0
+        undo = math.sqrt(hidden.old / hidden.new) if self._has(self.family.embed_scale) else 1.0
         return self.stream_scale("stream") * undo
+
+    @property
+    def head_factor(self) -> float:
+        """What the head's input is multiplied by for a class that divides it by sqrt(hidden)."""
+        hidden = self.hidden_expansion
+        return math.sqrt(hidden.new / hidden.old) if self._has(self.family.head_scale) else 1.0
+
+    def _has(self, key: bool | str) -> bool:
+        """Whether a switch of the table, or the config key that it names, is on."""
+        full = self.anatomy.fill_defaults(self.source.config)
+        return bool(full.get(key)) if isinstance(key, str) else key
 
     @property
     def eps(self) -> float | None:
@@ -204,7 +216,7 @@ def weight_factor(widening: Widening, spec: MapSpec) -> float:
     value = widening.stream_scale(part.writes) if spec.writes_hidden else 1.0
     if "hidden" in signature.inputs:
         value /= widening.stream_scale(part.reads)
-    if spec.kind in ("q", "k") and spec.role.startswith("attn."):
+    if spec.kind in ("q", "k") and spec.role.split(".")[-3] in ATTENTIONS:
         value *= attention_factor(widening, spec.kind, spec.layer or 0)
     return value
 

@@ -255,6 +255,11 @@ def name_eps(spec: dict[str, Any], eps: float) -> dict[str, Any]:
 def check_supported(source: Checkpoint) -> None:
     """Raise RegraftError for models whose attention the mixers cannot replace."""
     anatomy = source.anatomy
+    if anatomy.inputs in ("token pairs", "audio"):
+        raise RegraftError(
+            f"{anatomy.family} has an encoder and a decoder, which grow but are not linearized "
+            "yet: give a decoder"
+        )
     if not anatomy.causal:
         raise RegraftError(
             f"{anatomy.family} reads in both directions, linear mixers read from left to right: "

@@ -11,8 +11,10 @@ from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state
 from .configuration_regraft import RegraftConfig
 from .image_inputs import IMAGE_TOKENS, image_inputs
 from .loading import (
+    PAIRED,
     build_random_model,
     check_decoder,
+    draw_encoder_inputs,
     force_branch,
     from_checkpoint_names,
     load,
@@ -56,6 +58,8 @@ __all__ = [
     "load_stored",
     "load_tokenizer",
     "materialize",
+    "draw_encoder_inputs",
+    "PAIRED",
     "random_inputs",
     "read_tokenizer",
     "slots",

@@ -58,7 +58,12 @@ def row_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
 
     # Softmax attention: scores and weighted sum, 2 * dim each for every pair of positions.
     anatomy, sizes = find_anatomy(config), find_anatomy(config).solve(config)
-    softmax = 4 * sizes["kv"] * sizes["group"] * sizes["dim"] * length**2
+    pair = 4 * sizes["kv"] * sizes["group"] * sizes["dim"]
+    softmax = pair * length**2
+    if "encoder_depth" in sizes:  # the encoder's own attention, and the decoder's to it
+        row = sizes.get("place", length)
+        read = pair * row * (sizes["encoder_depth"] * row + sizes["depth"] * length)
+        costs.append((read, 2 * read))
     for layer, spec in enumerate(config.get("mixers") or [None] * sizes["depth"]):
         if spec is None:
             costs.append((softmax, 2 * softmax))
@@ -82,13 +87,19 @@ def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
     applications = {"each": length, "first": 1, "patch": length - 1, "image": 0, "routed": routed}
 
+    row = sizes.get("place", length)  # of an encoder in front of the decoder; audio has one length
+    applications |= {"source": row, "frame": 2 * row}
+
     forward, backward = Fraction(0), Fraction(0)
     for placed in anatomy.place(anatomy.untie_embeddings(config)).values():
         part = placed.part
         if part.is_matrix:
             cost = 2 * math.prod(placed.shape) * applications[part.at]
             # Backward: a product for the weight and one for its input; pixels need no gradient.
-            forward, backward = forward + cost, backward + cost * (1 if part.at == "patch" else 2)
+            forward, backward = (
+                forward + cost,
+                backward + cost * (1 if part.at in ("patch", "frame") else 2),
+            )
     return int(forward), int(backward)
 
 

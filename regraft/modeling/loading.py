@@ -25,6 +25,9 @@ from .meta import explain_model_errors, model_class, silence_transformers, stock
 from .modeling_regraft import RegraftForCausalLM
 from .stock import load_stock
 
+# What models with an encoder in front of a decoder read (`Anatomy.inputs`).
+PAIRED = ("token pairs", "audio")
+
 
 def materialize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a checkpoint, in eval mode, without writing it to disk.
@@ -132,11 +135,14 @@ def random_inputs(
     Args:
         checkpoint: of the model.
         rows: batch size.
-        length: tokens per row; images have the size in the config.
+        length: tokens per row, of an encoder and of a decoder each; images and audio have the size
+            in the config.
         seed: of the random numbers.
 
     Returns:
-        `input_ids` (rows, length), or `pixel_values` (rows, channels, height, width).
+        `input_ids` (rows, length), with an encoder in front of a decoder `decoder_input_ids` too;
+        `pixel_values` (rows, channels, height, width); or `input_features` (rows, mel bins,
+        frames) and `decoder_input_ids`.
     """
     generator = torch.Generator().manual_seed(seed)
     if checkpoint.anatomy.inputs == "pixels":
@@ -146,7 +152,28 @@ def random_inputs(
         return {"pixel_values": torch.randn(*shape, generator=generator)}
 
     vocab = checkpoint.sizes["vocab"]
-    return {"input_ids": torch.randint(0, vocab, (rows, length), generator=generator)}
+    ids = torch.randint(0, vocab, (rows, length), generator=generator)
+    if checkpoint.anatomy.inputs not in PAIRED:
+        return {"input_ids": ids}
+    return draw_encoder_inputs(checkpoint, ids, generator) | {"decoder_input_ids": ids}
+
+
+def draw_encoder_inputs(
+    checkpoint: Checkpoint, ids: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What the encoder in front of a decoder reads: other tokens, or random audio.
+
+    Args:
+        checkpoint: of the model.
+        ids: the decoder's row (rows, length), of which the encoder gets the same tokens in another
+            order.
+        generator: of random numbers.
+    """
+    if checkpoint.anatomy.inputs == "audio":
+        shape = (len(ids), checkpoint.sizes["mel"], 2 * checkpoint.sizes["place"])
+        return {"input_features": torch.randn(*shape, generator=generator)}
+    order = torch.randperm(ids.shape[1], generator=generator)
+    return {"input_ids": ids[:, order]}
 
 
 def load(

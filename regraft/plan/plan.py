@@ -121,7 +121,8 @@ class Plan:
             notes: to add to those of the steps.
         """
         length = min(length, source.sizes.get("pos", length))
-        context = context if source.anatomy.causal else source.sizes["pos"]
+        if not source.anatomy.causal:
+            context = length if "encoder_depth" in source.sizes else source.sizes["pos"]
         kinds = layer_kinds(target)
         side = SideFiles()
         if target.folder is not None:  # a GGUF file that is not converted yet has none
@@ -234,7 +235,7 @@ def token_flops(checkpoint: Checkpoint, context: int) -> int:
         context: tokens before it.
     """
     if not checkpoint.anatomy.host(checkpoint.config).causal:
-        return row_flops(checkpoint, checkpoint.sizes["pos"])["forward"]
+        return row_flops(checkpoint, context)["forward"]
 
     total = ledger.weight_flops(checkpoint.config, 1)[0]
     kept = kept_tokens(checkpoint, context)

@@ -141,7 +141,7 @@ def test_a_depth_without_a_place_for_every_layer_is_refused(
     save_tiny(tmp_path, {"model_type": "lfm2", **HYBRIDS["lfm2"]})
     source = Checkpoint.open(tmp_path)
     order = depth.build_layer_order("identity", source.layers, source.layers + 1)
-    assert layer_places.fit_stack(source, order, "identity").order == order
+    assert layer_places.fit_stack(source, order, "identity", {"depth": len(order)}).order == order
     kinds = layer_places.list_kinds(source.anatomy, source.config, source.layers)
     other = [kinds[0]] * (source.layers + 1)
     real = layer_places.list_kinds
@@ -151,7 +151,7 @@ def test_a_depth_without_a_place_for_every_layer_is_refused(
         lambda anatomy, config, n: other if n > source.layers else real(anatomy, config, n),
     )
     with pytest.raises(RegraftError, match="have no place for the source's 4 layers"):
-        layer_places.fit_stack(source, order, "identity")
+        layer_places.fit_stack(source, order, "identity", {"depth": len(order)})
 
 
 def test_keys_that_name_layers_by_number_follow_them() -> None:

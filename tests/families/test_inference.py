@@ -221,7 +221,7 @@ def test_two_processes_infer_at_once_and_a_third_reads(tmp_path: Path, cache: Pa
             {"model_type": "kosmos-2"},
             "several parts: its language model is a 'kosmos_2_text_model'",
         ),
-        ({"model_type": "t5"}, "'t5' has an encoder and a decoder"),
+        ({"model_type": "longt5"}, "'longt5' has an encoder and a decoder"),
         ({"model_type": "olmo9"}, "unknown family 'olmo9': transformers .* has no such model_type"),
         ({"model_type": BOTH[0], "num_attention_heads": "x"}, "cannot read this"),
         ({"model_type": BOTH[0], "num_hidden_layers": 10**9}, "the limit is 4,096"),

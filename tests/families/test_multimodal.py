@@ -103,7 +103,7 @@ def test_layers_that_get_features_stay_the_first(tmp_path: Path) -> None:
     order = depth.build_layer_order("identity", 3, 5)
     assert order != depth.build_layer_order("identity", 3, 5, first=2)
     config = source.anatomy.resize_config(source.config, source.sizes | {"depth": 5})
-    tensors = depth.deepen_tensors(source, config, order, "identity", 0)
+    tensors = depth.deepen_tensors(source, config, {"depth": order}, "identity", 0)
     names = {key: part.name for key, part in source.anatomy.place(config).items()}
     sizes = source.anatomy.solve(config)
     wrong = dataclasses.replace(source, config=config, sizes=sizes, tensors=tensors, names=names)

@@ -181,7 +181,15 @@ def inputs(config: PreTrainedConfig, rows: int = 2, seed: int = 1) -> dict[str, 
     if hasattr(config, "image_size"):
         shape = (rows, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
-    return {"input_ids": tokens(rows, 23, config.vocab_size, seed)}
+    ids = tokens(rows, 23, config.vocab_size, seed)
+    if not config.is_encoder_decoder:
+        return {"input_ids": ids}
+    decoder = {"decoder_input_ids": ids[:, :17]}
+    if hasattr(config, "num_mel_bins"):
+        shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
+        generator = torch.Generator().manual_seed(seed)
+        return decoder | {"input_features": torch.randn(shape, generator=generator)}
+    return decoder | {"input_ids": ids.roll(1, 1)}
 
 
 @torch.no_grad()

@@ -128,6 +128,45 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "mpnet": (("MPNetForMaskedLM", "MPNetModel"), COUPLED),
     "xlm-roberta": (("XLMRobertaForMaskedLM", "XLMRobertaForTokenClassification"), COUPLED),
 }
+# What encoder-decoders call the sizes; the encoder is deeper than the decoder.
+STACKS: dict[str, Any] = COUPLED | {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_source_positions": 19,
+    "max_target_positions": 30,
+    "num_mel_bins": 6,
+    "scale_embedding": True,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": 2,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "hidden_size": None,
+}
+T5: dict[str, Any] = STACKS | {
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "d_kv": 12,
+    "d_ff": 24,
+}
+# Model type -> (its class, what differs from SIZES).
+SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("BartForConditionalGeneration", STACKS),
+    "m2m_100": ("M2M100ForConditionalGeneration", STACKS),
+    "marian": ("MarianMTModel", STACKS),
+    "mbart": ("MBartForConditionalGeneration", STACKS),
+    "mt5": ("MT5ForConditionalGeneration", T5),
+    "pegasus": ("PegasusForConditionalGeneration", STACKS),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "umt5": ("UMT5ForConditionalGeneration", T5),
+    "whisper": ("WhisperForConditionalGeneration", STACKS | {"scale_embedding": False}),
+}
 
 
 def build(
@@ -136,24 +175,35 @@ def build(
     """(config, model in eval mode, float32), whose gains, biases and maps are all perturbed.
 
     Args:
-        family: a model type of DECODERS or ENCODERS.
+        family: a model type of DECODERS, ENCODERS or SEQ2SEQ.
         seed: of the weights.
         architecture: class of an encoder.
         keys: further config keys.
     """
     torch.manual_seed(seed)
-    given = SIZES | (DECODERS.get(family) or ENCODERS.get(family, ((), {}))[1]) | keys
+    given = SIZES | find_keys(family) | keys
     kind = transformers.CONFIG_MAPPING[family]
     known = {*dir(kind), *kind.attribute_map, "head_dim", "num_labels", *READ_BY_NAME}
     given = {key: value for key, value in given.items() if key in known}
     config = kind(**{key: value for key, value in given.items() if value is not None})
-    if family in ENCODERS:
+    if family in SEQ2SEQ:
+        model = getattr(transformers, SEQ2SEQ[family][0])(config).eval()
+        for name, buffer in model.named_buffers():
+            if name == "final_logits_bias":
+                buffer.add_(torch.randn_like(buffer))
+    elif family in ENCODERS:
         model = getattr(transformers, architecture or ENCODERS[family][0][0])(config).eval()
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     config.architectures = model.config.architectures = [type(model).__name__]
     perturb(model)
     return config, model
+
+
+def find_keys(family: str) -> dict[str, Any]:
+    """What the config of a tiny model of a family has other than SIZES."""
+    cases = {**ENCODERS, **SEQ2SEQ}
+    return DECODERS.get(family) or (cases[family][1] if family in cases else {})
 
 
 @torch.no_grad()

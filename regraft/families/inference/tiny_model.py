@@ -135,7 +135,7 @@ def read_fields(stock: Any) -> dict[str, Any]:
     """The keys of a config, with the number of layers where its class counts a list of them."""
     fields: dict[str, Any] = stock.to_dict()
     depth = getattr(stock, "num_hidden_layers", None)
-    if isinstance(depth, int):
+    if isinstance(depth, int) and "num_hidden_layers" not in stock.attribute_map:
         fields.setdefault("num_hidden_layers", depth)
     return fields
 
