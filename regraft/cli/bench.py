@@ -10,7 +10,7 @@ from .verb import Outcome, Verb, check_plot, write_plot
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..evaluation.verified import VerifiedRow
+    from ..evaluation.rows import VerifiedRow
 
 
 def bench(

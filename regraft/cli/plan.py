@@ -278,6 +278,6 @@ VERB = Verb(
             "share",
             "price",
         ),
-        "output": ("json",),
+        "output": ("trust_remote_code", "json"),
     },
 )

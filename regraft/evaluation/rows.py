@@ -127,3 +127,10 @@ class BenchRow(TypedDict):
     peak_bytes: int | None  # peak memory of the process, weights and interpreter included
     load_bytes: int | None  # the same before the first token
     extrapolated: list[str]  # speeds that follow from those at shorter contexts
+
+
+class VerifiedRow(BenchRow):
+    """A row of `bench` for two models: states are those of both."""
+
+    tokens: int  # generated
+    blocks: list[dict[str, int]]  # drafted and accepted tokens of each

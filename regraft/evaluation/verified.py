@@ -20,14 +20,8 @@ from ..data.default_text import heldout_topics
 from ..modeling import load, load_tokenizer
 from ..modeling.generate import Generation, generate_verified
 from ..modeling.speculative import check_draft, share_weights
-from .bench import BenchRow, peak_bytes, reset_peak, run_in_process, synchronize
-
-
-class VerifiedRow(BenchRow):
-    """A row of `bench` for two models: states are those of both."""
-
-    tokens: int  # generated
-    blocks: list[dict[str, int]]  # drafted and accepted tokens of each
+from .bench import peak_bytes, reset_peak, run_in_process, synchronize
+from .rows import VerifiedRow
 
 
 class BlockClock(BaseStreamer):

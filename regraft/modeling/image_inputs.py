@@ -34,10 +34,12 @@ def image_inputs(checkpoint: Checkpoint, model: Any, seed: int = 0) -> dict[str,
         images, or without a row for the image's token.
     """
     anatomy = checkpoint.anatomy
+    if not isinstance(anatomy, MultimodalAnatomy):
+        return {}
     found = [checkpoint.config.get(key, getattr(model.config, key, None)) for key in IMAGE_TOKENS]
     token = next((value for value in found if value is not None), None)
     vocab = checkpoint.sizes["vocab"]
-    if not isinstance(anatomy, MultimodalAnatomy) or token is None or token >= vocab:
+    if token is None or token >= vocab:
         return {}
     random = torch.Generator().manual_seed(seed)
     image = draw_image(anatomy.wrapper.images, model.config.vision_config, random)

@@ -385,11 +385,13 @@ def fast_checks() -> Any:
             models[checkpoint.origin] = load(checkpoint)
         return models[checkpoint.origin]
 
-    def observe_once(model: Any, given: Any, reach: Any, causal: bool) -> outputs.Behaviour:
+    def observe_once(
+        model: Any, given: Any, reach: Any, causal: bool, images: Any
+    ) -> outputs.Behaviour:
         if model not in models.values():
-            return observe(model, given, reach, causal)
+            return observe(model, given, reach, causal, images)
         if (id(model), reach) not in seen:
-            seen[id(model), reach] = observe(model, given, reach, causal)
+            seen[id(model), reach] = observe(model, given, reach, causal, images)
         return seen[id(model), reach]
 
     alive = {"dead": {"entries": 0, "tensors": []}, "locked": {"units": 0, "tensors": []}}

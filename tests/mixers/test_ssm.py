@@ -164,7 +164,7 @@ def test_layouts_take_what_they_say(source: Checkpoint, mixer: str) -> None:
         if name in ("A_log", "D", "dt.bias", "norm", "conv.bias")
     )
     assert list(calibrate(model.slots(), model, model.slots(), [])) == [
-        {"layer": 1, "heads_folded": 0.0}
+        {"layer": 1, "tokens": 0, "heads_folded": 0.0}
     ]
     assert model(tokens(1, 9)).logits.isfinite().all()
 
