@@ -3,25 +3,13 @@
 from typing import Any
 
 from ..core.anatomy import Anatomy, Part, linear, norm
-from .bert import architecture, head_defaults
-from .clip_vision_model import layer_parts
+from . import bert
+from .bert import head_defaults
+from .clip_vision_model import layer_parts, tower_prefix
 
 HEADS = {"CLIPTextModel": "", "CLIPTextModelWithProjection": "projection"}
 LAYER = "{p}encoder.layers.{}"
-SIZES = (
-    ("vocab_size", "vocab"),
-    ("hidden_size", "hidden"),
-    ("hidden_size", "kv dim"),
-    ("intermediate_size", "ffn"),
-    ("num_hidden_layers", "depth"),
-    ("num_attention_heads", "kv"),
-    ("max_position_embeddings", "pos"),
-)
-
-
-def find_prefix(config: Any) -> str:
-    """The tower's prefix in the class with a projection."""
-    return "text_model." if architecture(config, HEADS).endswith("Projection") else ""
+SIZES = tuple(pair for pair in bert.SIZES if pair[1] not in ("type", "label"))
 
 
 def text_parts() -> dict[str, Part]:
@@ -56,6 +44,6 @@ anatomy = Anatomy(
     fixed={"group": 1},
     eps="layer_norm_eps",
     rotary=False,
-    prefix=find_prefix,
+    prefix=tower_prefix(HEADS, "text_model."),
     causal=False,
 )  # fmt: skip

@@ -1,8 +1,9 @@
 """CLIP's tower for images (arXiv 2103.00020): a ViT that norms patches and positions first."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..core.anatomy import Anatomy, Part, linear, norm
+from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from . import vit
 from .bert import architecture, head_defaults
 
@@ -51,9 +52,14 @@ def embedding_parts() -> dict[str, Part]:
     }
 
 
-def find_prefix(config: Any) -> str:
-    """The tower's prefix in the class with a projection."""
-    return "vision_model." if architecture(config, HEADS).endswith("Projection") else ""
+def tower_prefix(heads: Mapping[str, str], prefix: str) -> Callable[[Config], str]:
+    """A function for `Anatomy.prefix`: the tower's prefix in the class with a projection.
+
+    Args:
+        heads: of the tower's classes.
+        prefix: name of the tower, with a dot.
+    """
+    return lambda config: prefix if architecture(config, heads).endswith("Projection") else ""
 
 
 anatomy = Anatomy(
@@ -79,7 +85,7 @@ anatomy = Anatomy(
     fixed={"group": 1},
     eps="layer_norm_eps",
     rotary=False,
-    prefix=find_prefix,
+    prefix=tower_prefix(HEADS, "vision_model."),
     causal=False,
     inputs="pixels",
 )  # fmt: skip
