@@ -93,9 +93,9 @@ class ModelTensors:
         # What a wrong table or a foreign file leaves over must not get lost silently.
         for name in unclaimed[:1]:
             raise RegraftError(
-                f"{anatomy.family} anatomy has no part for parameter '{name}' "
-                f"{list(self.entries[name].shape)}: add it to regraft/families/{anatomy.family}.py,"
-                " or check that config.json belongs to these weights"
+                f"the table of {anatomy.family} has no part for parameter '{name}' "
+                f"{list(self.entries[name].shape)}: check that config.json belongs to the weights;"
+                " if it does, regraft does not know this form of the class yet"
             )
 
     def open(

@@ -94,7 +94,7 @@ DAMAGE = {
             f, lambda v: v.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(72)})
         ),
         (
-            "llama anatomy has no part for parameter"
+            "the table of llama has no part for parameter"
             " 'model.layers.0.self_attn.q_proj.bias'.*families/llama.py"
         ),
     ),

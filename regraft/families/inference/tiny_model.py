@@ -218,7 +218,7 @@ def refuse_several_parts(family: str, config_kind: Any, config: Config) -> None:
         )
         raise RegraftError(
             f"'{family}' is a model of several parts: its language model is a "
-            f"'{name or 'text model'}', whose module can be saved alone (save_pretrained) and opened"
+            f"'{name or 'text model'}', whose module can be saved alone and opened"
         )
     if config.get("is_encoder_decoder", getattr(config_kind(), "is_encoder_decoder", False)):
         raise RegraftError(
