@@ -95,7 +95,7 @@ DAMAGE = {
         ),
         (
             "the table of llama has no part for parameter"
-            " 'model.layers.0.self_attn.q_proj.bias'.*families/llama.py"
+            " 'model.layers.0.self_attn.q_proj.bias'.*config.json belongs"
         ),
     ),
     "integers": (
