@@ -65,8 +65,12 @@ def iter_probed_maps(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[
     """
     model = modeling.materialize(checkpoint)
     token_ids, masks = train_steps(model, checkpoint, steps, seed)
+    # A tied tensor has two names, of which the file has one.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    hits = {id(named[name]): mask for name, mask in masks.items()}
+    masks = {name: hits[id(value)] for name, value in named.items() if id(value) in hits}
     with torch.no_grad():
-        moved = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        moved = {name: value.detach() for name, value in named.items()}
         reached = modeling.to_checkpoint_names(model, masks, checkpoint.anatomy)
         after = modeling.to_checkpoint_names(model, moved, checkpoint.anatomy)
 
