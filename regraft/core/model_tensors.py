@@ -207,7 +207,7 @@ def match_names(
     for name in [name for name, canonical in names.items() if canonical not in known]:
         bare = name.removeprefix(prefix)
         canonical = goals.get(stock.find(bare))
-        if canonical is not None:
+        if canonical is not None and host.reason_to_drop(bare) is None:
             names[name] = canonical
         elif any(goal.startswith(f"{bare} from ") for goal in goals):
             raise RegraftError(

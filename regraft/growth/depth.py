@@ -178,7 +178,12 @@ def deepen_tensors(
     for key, target in source.anatomy.place(config).items():
         role, layer = key
         if layer is None:
-            tensors[key] = source.tensors[key]
+            lazy = source.tensors[key]
+            counted = [axis for axis in orders if axis in target.part.axes.inputs]
+            if counted:  # it reads every layer of a stack
+                old = [source.sizes[axis] for axis in target.part.axes.inputs]
+                lazy = read_layers(lazy, target.shape, orders[counted[0]], old)
+            tensors[key] = lazy
             continue
         order, identity_layer = orders[target.part.stack], identity_layers[target.part.stack]
         origin = order[layer]
@@ -198,6 +203,28 @@ def deepen_tensors(
             lazy = identity_layer.build_tensor(old_key, lazy, how, random)
         tensors[key] = lazy
     return tensors
+
+
+def read_layers(
+    lazy: LazyTensor, shape: tuple[int, ...], order: list[LayerOrigin], inputs: list[int]
+) -> LazyTensor:
+    """A map outside the stack that reads something of every layer: zeros for new layers.
+
+    Args:
+        lazy: the map as the source has it, (outputs, inputs), whose first input axis counts layers.
+        shape: of the target's.
+        order: where each layer of the target comes from.
+        inputs: sizes of its input axes in the source.
+    """
+
+    def compute() -> Float[Tensor, "outputs inputs"]:
+        value = lazy.read().reshape(-1, *inputs)  # (outputs, layers, ...)
+        grown = value[:, [origin.source for origin in order]]
+        grown[:, [layer for layer, origin in enumerate(order) if origin.new]] = 0
+        return grown.reshape(shape)
+
+    provenance = Provenance("grown", lazy.provenance.sources, f"{len(order)} layers")
+    return replace(lazy, shape=shape, read=compute, provenance=provenance)
 
 
 def _move_layer(

@@ -122,7 +122,8 @@ class Plan:
         """
         length = min(length, source.sizes.get("pos", length))
         if not source.anatomy.causal:
-            context = length if "encoder_depth" in source.sizes else source.sizes["pos"]
+            paired = "encoder_depth" in source.sizes
+            context = length if paired else source.sizes.get("pos", length)
         kinds = layer_kinds(target)
         side = SideFiles()
         if target.folder is not None:  # a GGUF file that is not converted yet has none

@@ -118,6 +118,14 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("ElectraForMaskedLM", "ElectraForPreTraining", "ElectraForSequenceClassification"),
         COUPLED | {"embedding_size": 20},
     ),
+    "esm": (
+        ("EsmForMaskedLM", "EsmForSequenceClassification", "EsmForTokenClassification"),
+        COUPLED | {"emb_layer_norm_before": True},
+    ),
+    "nomic_bert": (
+        ("NomicBertForMaskedLM", "NomicBertForSequenceClassification", "NomicBertModel"),
+        {"hidden_size": 32},
+    ),
     "ernie": (("ErnieForMaskedLM", "ErnieForPreTraining"), COUPLED | {"use_task_id": True}),
     "ijepa": (("IJepaModel", "IJepaForImageClassification"), COUPLED | PIXELS),
     "vit_msn": (("ViTMSNModel", "ViTMSNForImageClassification"), COUPLED | PIXELS),
