@@ -162,8 +162,8 @@ def normalize_gradient(gradient: Tensor) -> Tensor:
 
 
 def random_batch(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
-    """Random tokens, none of them special, or random pixels; arguments of the model."""
-    if checkpoint.anatomy.inputs == "pixels":
+    """Random tokens, none of them special, random pixels or sound; arguments of the model."""
+    if checkpoint.anatomy.inputs in ("pixels", "masked pixels", "spectrogram"):
         return modeling.random_inputs(checkpoint, ROWS, seed=seed)
 
     # Special tokens may be treated otherwise, such as padding, whose embedding gets no gradient.
@@ -205,7 +205,10 @@ def compute_loss(
     total = torch.zeros(())
     for value in model(**inputs).values():
         outputs = value if isinstance(value, tuple) else (value,)
-        for output in filter(torch.is_tensor, outputs):  # no cache
+        tensors = filter(torch.is_tensor, outputs)  # no cache
+        for output in (
+            tensor for tensor in tensors if tensor.requires_grad
+        ):  # no numbers of places
             # Scaled, so that every output counts alike.
             scaled = output.float() / nonzero_rms(output.detach(), 1.0)
             target = torch.randn(output.shape, generator=generator)

@@ -34,11 +34,11 @@ from .config_checks import (
     check_open,
     check_sizes,
 )
-from .part import Config, Key, Part, PlacedPart, linear, norm
+from .part import Config, Inputs, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
 
 # Files of model types with a hyphen, which no module's name can have.
-HYPHENATED = {"xlm_roberta": "xlm-roberta", "deberta_v2": "deberta-v2"}
+HYPHENATED = ("audio-spectrogram-transformer", "deberta-v2", "xlm-roberta")
 
 __all__ = [
     "Anatomy",
@@ -139,9 +139,8 @@ class Anatomy:
     head_scale: str = ""
     # Whether it is a decoder, in which a token attends only to earlier ones.
     causal: bool = True
-    # What the model reads: "tokens", "pixels", or, with an encoder in front of its decoder, "token
-    # pairs" or "audio".
-    inputs: str = "tokens"
+    # What the model reads: one of `part.Inputs`.
+    inputs: Inputs = "tokens"
     # Config key that names the MLP's activation function.
     activation: str = "hidden_act"
     # Config key of the number of experts a token is sent to; empty without.
@@ -399,7 +398,8 @@ def list_families() -> list[str]:
     """The model types that have a table, which are the files in regraft/families."""
     package = importlib.import_module("regraft.families")
     found = pkgutil.iter_modules(package.__path__)
-    return sorted(HYPHENATED.get(one.name, one.name) for one in found if not one.ispkg)
+    hyphenated = {module_name(name): name for name in HYPHENATED}
+    return sorted(hyphenated.get(one.name, one.name) for one in found if not one.ispkg)
 
 
 def list_served_families() -> list[str]:

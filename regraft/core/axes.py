@@ -22,6 +22,8 @@ AXES = frozenset(
         "encoder_depth mel"
     ).split()
 )
+# What names of axes begin with that belong to a stack beside the one that grows.
+BESIDE = ("decoder_", "vision_")
 # A map from one of these is a table of embeddings.
 TABLES = frozenset(("vocab", "pos", "place", "type", "task", "bucket"))
 UNITS = {"one": 1, "two": 2, "three": 3}  # axes whose size is their name
@@ -145,7 +147,8 @@ def parse_signature(text: str) -> Signature:
 def _check_axes(text: str, groups: Iterable[Sequence[str]]) -> None:
     """RegraftError, quoting the signature `text`, when a name in `groups` is no axis."""
     for axis in itertools.chain(*groups):
-        if not (axis in AXES or axis.isdigit()):
+        bare = next((axis.removeprefix(one) for one in BESIDE if axis.startswith(one)), axis)
+        if not (bare in AXES or axis.isdigit()):
             raise RegraftError(
                 f"unknown axis '{axis}' in signature '{text}': use {', '.join(sorted(AXES))}"
             )

@@ -9,6 +9,11 @@ from typing import Any, Literal
 from .axes import TABLES, Signature, parse_signature
 
 Config = Mapping[str, Any]  # a transformers config as read from config.json
+# What a model reads: tokens; images, of which it may see some patches alone; a spectrogram; texts
+# and images; or, with an encoder in front of its decoder, two rows of tokens, or audio and tokens.
+Inputs = Literal[
+    "tokens", "pixels", "masked pixels", "spectrogram", "texts and images", "token pairs", "audio"
+]
 Key = tuple[str, int | None]  # role and layer of a parameter; the layer is None outside the stack
 
 
@@ -21,7 +26,8 @@ class Part:
 
     - "stream": the residual stream, which runs through the whole stack;
     - "normed": the output of a norm;
-    - "activated": what the stream gets through an activation function (Whisper's convolutions);
+    - "activated": what goes through an activation function or another norm (Whisper's convolutions,
+      heads with a map and a norm), so that only whole copies keep it;
     - "branch": the output of attention or MLP that passes a norm before it is added to the stream;
     - "head": the input of the output embedding;
     - "own": used by this part alone.
@@ -45,8 +51,8 @@ class Part:
     when: str | None = None
     # The parameter exists only if this config key is false; None: always.
     unless: str | None = None
-    # The axis that counts the layers of its stack: that of a decoder, or "encoder_depth" of the
-    # encoder in front of one.
+    # The axis that counts the layers of its stack: that of a decoder, "encoder_depth" of the encoder
+    # in front of one, or "decoder_depth" of a stack beside it, which does not grow.
     stack: str = "depth"
     # (config, layer) -> whether that layer has the parameter; None: every layer has it.
     in_layer: Callable[[Config, int], bool] | None = None

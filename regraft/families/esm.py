@@ -52,9 +52,7 @@ def embedding_parts() -> dict[str, Part]:
     stream: dict[str, Any] = {"bias": True, "reads": "branch", "writes": "stream"}
     return {
         **linear("embed", f"{name}.word_embeddings", "vocab -> hidden", **table),
-        **linear(
-            "pos", f"{name}.position_embeddings", "pos -> hidden", when="_absolute", **table
-        ),
+        **linear("pos", f"{name}.position_embeddings", "pos -> hidden", when="_absolute", **table),
         "frequencies.weight": Part(
             "{p}rotary_embeddings.inv_freq", "bucket", reads="own", writes="own", when="_rotary"
         ),

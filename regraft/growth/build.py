@@ -284,7 +284,7 @@ def stream_axis(widening: Widening, old: int, new: int, operator: str, seed: int
         why = (
             "its norms come after each sum"
             if post_norm
-            else "its convolutions reach the stream through an activation"
+            else "an activation or a second norm takes all of its coordinates"
             if activated
             else f"--width-init {operator} copies the stream evenly or not at all"
         )

@@ -185,6 +185,9 @@ def deepen_tensors(
                 lazy = read_layers(lazy, target.shape, orders[counted[0]], old)
             tensors[key] = lazy
             continue
+        if target.part.stack not in orders:  # it stands beside what grows
+            tensors[key] = source.tensors[key]
+            continue
         order, identity_layer = orders[target.part.stack], identity_layers[target.part.stack]
         origin = order[layer]
         own = origin.source

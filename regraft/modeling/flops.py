@@ -85,7 +85,9 @@ def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     # How often a weight is applied on a row, by its part's `at`. A router sends each position to
     # some experts, so one expert sees a fraction of them.
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
-    applications = {"each": length, "first": 1, "patch": length - 1, "image": 0, "routed": routed}
+    # Patches are embedded before some are left out.
+    patches = sizes["pos"] - 1 if family.inputs == "masked pixels" else length - 1
+    applications = {"each": length, "first": 1, "patch": patches, "image": 0, "routed": routed}
 
     row = sizes.get("place", length)  # of an encoder in front of the decoder; audio has one length
     applications |= {"source": row, "frame": 2 * row}
@@ -111,7 +113,11 @@ def count_positions(model: Checkpoint | Config, length: int) -> int:
     config = _config(model)
     anatomy = find_anatomy(config)
     most = anatomy.solve(config).get("pos")
-    if most and anatomy.host(config).inputs == "pixels":
+    inputs = anatomy.host(config).inputs
+    if most and inputs == "masked pixels":
+        hidden_share = float(anatomy.fill_defaults(config)["mask_ratio"])
+        return 1 + int((most - 1) * (1 - hidden_share))
+    if most and inputs in ("pixels", "spectrogram"):
         return most
     if length < 1 or (most and length > most):
         raise RegraftError(

@@ -141,21 +141,39 @@ def random_inputs(
 
     Returns:
         `input_ids` (rows, length), with an encoder in front of a decoder `decoder_input_ids` too;
-        `pixel_values` (rows, channels, height, width); or `input_features` (rows, mel bins,
-        frames) and `decoder_input_ids`.
+        `pixel_values` (rows, channels, height, width); `input_values` (rows, frames, mel bins);
+        or `input_features` (rows, mel bins, frames) and `decoder_input_ids`.
     """
     generator = torch.Generator().manual_seed(seed)
-    if checkpoint.anatomy.inputs == "pixels":
-        size = checkpoint.anatomy.fill_defaults(checkpoint.config)["image_size"]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (rows, checkpoint.sizes["channel"], height, width)
-        return {"pixel_values": torch.randn(*shape, generator=generator)}
+    full = checkpoint.anatomy.fill_defaults(checkpoint.config)
+    if checkpoint.anatomy.inputs == "spectrogram":
+        shape = (rows, full["max_length"], full["num_mel_bins"])
+        return {"input_values": torch.randn(*shape, generator=generator)}
+    if checkpoint.anatomy.inputs in ("pixels", "masked pixels"):
+        return draw_pixels(checkpoint, rows, generator)
 
     vocab = checkpoint.sizes["vocab"]
     ids = torch.randint(0, vocab, (rows, length), generator=generator)
     if checkpoint.anatomy.inputs not in PAIRED:
         return {"input_ids": ids}
     return draw_encoder_inputs(checkpoint, ids, generator) | {"decoder_input_ids": ids}
+
+
+def draw_pixels(checkpoint: Checkpoint, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random images; of models that see some patches alone also `noise`, which says which.
+
+    Args:
+        checkpoint: of the model.
+        rows: how many.
+        generator: of random numbers.
+    """
+    size = checkpoint.anatomy.fill_defaults(checkpoint.config)["image_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (rows, checkpoint.sizes["channel"], height, width)
+    pixels = {"pixel_values": torch.randn(*shape, generator=generator)}
+    if checkpoint.anatomy.inputs == "pixels":
+        return pixels
+    return pixels | {"noise": torch.rand(rows, checkpoint.sizes["pos"] - 1, generator=generator)}
 
 
 def draw_encoder_inputs(

@@ -180,7 +180,14 @@ def inputs(config: PreTrainedConfig, rows: int = 2, seed: int = 1) -> dict[str, 
     """What `model(**inputs)` takes: token ids (rows, 23), or pixels (rows, channels, side, side)."""
     if hasattr(config, "image_size"):
         shape = (rows, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        if not hasattr(config, "mask_ratio"):
+            return {"pixel_values": pixels}
+        patches = (config.image_size // config.patch_size) ** 2
+        return {"pixel_values": pixels, "noise": pixels[:, 0].flatten(1)[:, :patches]}
+    if hasattr(config, "frequency_stride"):
+        shape = (rows, config.max_length, config.num_mel_bins)
+        return {"input_values": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
     ids = tokens(rows, 23, config.vocab_size, seed)
     if not config.is_encoder_decoder:
         return {"input_ids": ids}

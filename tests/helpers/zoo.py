@@ -118,6 +118,19 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("ElectraForMaskedLM", "ElectraForPreTraining", "ElectraForSequenceClassification"),
         COUPLED | {"embedding_size": 20},
     ),
+    "audio-spectrogram-transformer": (
+        ("ASTForAudioClassification", "ASTModel"),
+        COUPLED
+        | {"patch_size": 4, "frequency_stride": 3, "time_stride": 3, "max_length": 21}
+        | {"num_mel_bins": 11, "num_labels": 7},
+    ),
+    "vit_mae": (
+        ("ViTMAEForPreTraining", "ViTMAEModel"),
+        COUPLED
+        | PIXELS
+        | {"mask_ratio": 0.6, "decoder_hidden_size": 20, "decoder_num_attention_heads": 2}
+        | {"decoder_intermediate_size": 28, "decoder_num_hidden_layers": 2},
+    ),
     "esm": (
         ("EsmForMaskedLM", "EsmForSequenceClassification", "EsmForTokenClassification"),
         COUPLED | {"emb_layer_norm_before": True},
