@@ -20,15 +20,17 @@ def decoder_layer() -> dict[str, Part]:
     """One of the decoder's layers, with ViT's names."""
     attention = f"{LAYER}.attention.attention"
     fields: dict[str, Any] = OWN | {"stack": "decoder_depth"}
-    mapping = "decoder_hidden -> decoder_hidden"
+    hidden, mapping = "decoder_hidden", "decoder_hidden -> decoder_hidden"
     shared: dict[str, Any] = {"bias": "_decoder_bias", **fields}
     return {
-        **norm("decoder.norm.attn", f"{LAYER}.layernorm_before", "decoder_hidden", bias=True, **fields),
+        **norm("decoder.norm.attn", f"{LAYER}.layernorm_before", hidden, bias=True, **fields),
         **linear("decoder.attn.q", f"{attention}.query", mapping, **shared),
         **linear("decoder.attn.k", f"{attention}.key", mapping, **shared),
         **linear("decoder.attn.v", f"{attention}.value", mapping, **shared),
-        **linear("decoder.attn.o", f"{LAYER}.attention.output.dense", mapping, bias=True, **fields),
-        **norm("decoder.norm.mlp", f"{LAYER}.layernorm_after", "decoder_hidden", bias=True, **fields),
+        **linear(
+            "decoder.attn.o", f"{LAYER}.attention.output.dense", mapping, bias=True, **fields
+        ),
+        **norm("decoder.norm.mlp", f"{LAYER}.layernorm_after", hidden, bias=True, **fields),
         **linear(
             "decoder.mlp.up", f"{LAYER}.intermediate.dense", "decoder_hidden -> decoder_ffn",
             bias=True, **fields,
