@@ -40,6 +40,7 @@ GROWTH_STEPS = (
     "GrowVocab",
     "TakeText",
     "AddExperts",
+    "GrowTower",
 )
 # Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5
@@ -76,6 +77,10 @@ def keeps_function(step: dict[str, Any]) -> bool:
     if name == "AddExperts":
         arguments = step.get("arguments", {})
         return not (arguments.get("noise") or arguments.get("reinit"))
+    if name == "GrowTower":
+        arguments = step.get("arguments", {})
+        parts = [("Widen", arguments.get("how")), ("Deepen", arguments.get("depth_how"))]
+        return all(keeps_function({"step": one, "arguments": {"how": how}}) for one, how in parts)
     if name not in ("Widen", "Deepen"):
         return name in EXACT_STEPS
 

@@ -166,6 +166,10 @@ def random_batch(checkpoint: Checkpoint, seed: int) -> dict[str, Tensor]:
     if checkpoint.anatomy.inputs in ("pixels", "masked pixels", "spectrogram"):
         return modeling.random_inputs(checkpoint, ROWS, seed=seed)
 
+    if checkpoint.anatomy.inputs == "texts and images":
+        length = min(LENGTH, checkpoint.sizes["pos"])
+        return modeling.random_inputs(checkpoint, ROWS, length, seed)
+
     # Special tokens may be treated otherwise, such as padding, whose embedding gets no gradient.
     config = checkpoint.anatomy.host_config(checkpoint.config)
     text = checkpoint.anatomy.text_config(checkpoint.config)

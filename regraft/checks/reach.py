@@ -59,6 +59,8 @@ def find_reach(before: Checkpoint, after: Checkpoint, model: PreTrainedModel) ->
         # Tables of positions may have two rows in front that are never read.
         positions = before.sizes.get("pos")
         return Reach(min(LENGTH, positions - 2 if positions else LENGTH), 0, (), positions, None)
+    if before.anatomy.inputs == "texts and images":
+        return Reach(min(LENGTH, before.sizes["pos"]), 0, (), before.sizes["pos"], None)
     if before.anatomy.host(before.config).inputs != "tokens":
         return Reach(0, 0, (), None, None)
     host = modeling.build_stock_config(after.anatomy.host_config(after.config))

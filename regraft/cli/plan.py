@@ -45,6 +45,7 @@ def plan(
     layers: int | None = None,
     encoder_layers: int | None = None,
     decoder_layers: int | None = None,
+    tower: str | None = None,
     experts: int | None = None,
     top_k: int | None = None,
     vocab: int | None = None,
@@ -101,6 +102,8 @@ def plan(
         layers: number of layers; of an encoder and a decoder that are equally deep, of both
         encoder_layers: number of layers of the encoder in front of a decoder
         decoder_layers: number of layers of the decoder behind an encoder
+        tower: text or vision, of a model with a tower for each (CLIP, SigLIP): which one grows;
+            without it both, where they are equally large
         experts: experts in place of the MLP, in the stock class that has them; of a model with
             experts a multiple of their number
         top_k: experts that a token goes to (default: 2; of a model with experts as many times more)
@@ -243,6 +246,7 @@ VERB = Verb(
             "layers",
             "encoder_layers",
             "decoder_layers",
+            "tower",
             "experts",
             "top_k",
             "vocab",

@@ -32,6 +32,11 @@ Axes = tuple[str, ...]  # a product of axes: ("kv", "dim") has kv * dim coordina
 Sizes = Mapping[str, int]  # axis -> number of coordinates
 
 
+def bare_axis(axis: str) -> str:
+    """The name of an axis without the stack that it belongs to (`BESIDE`)."""
+    return next((axis.removeprefix(one) for one in BESIDE if axis.startswith(one)), axis)
+
+
 @dataclass(frozen=True)
 class Signature:
     """What a parameter computes, over named axes.
@@ -147,8 +152,7 @@ def parse_signature(text: str) -> Signature:
 def _check_axes(text: str, groups: Iterable[Sequence[str]]) -> None:
     """RegraftError, quoting the signature `text`, when a name in `groups` is no axis."""
     for axis in itertools.chain(*groups):
-        bare = next((axis.removeprefix(one) for one in BESIDE if axis.startswith(one)), axis)
-        if not (bare in AXES or axis.isdigit()):
+        if not (bare_axis(axis) in AXES or axis.isdigit()):
             raise RegraftError(
                 f"unknown axis '{axis}' in signature '{text}': use {', '.join(sorted(AXES))}"
             )

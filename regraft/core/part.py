@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .axes import TABLES, Signature, parse_signature
+from .axes import TABLES, Signature, bare_axis, parse_signature
 
 Config = Mapping[str, Any]  # a transformers config as read from config.json
 # What a model reads: tokens; images, of which it may see some patches alone; a spectrogram; texts
@@ -86,7 +86,8 @@ class Part:
     def is_matrix(self) -> bool:
         """Whether activations are multiplied by it: maps except tables, and the patch filter."""
         axes = self.axes
-        return self.at == "patch" or (axes.kind == "map" and not TABLES.issuperset(axes.inputs))
+        inputs = map(bare_axis, axes.inputs)
+        return self.at == "patch" or (axes.kind == "map" and not TABLES.issuperset(inputs))
 
     def is_present(self, config: Config) -> bool:
         """Whether a model of this config has the parameter, in some layer at least."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.anatomy import Key
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
+from ..families.multimodal.two_towers import TOWERS, TwoTowerAnatomy
 from ..io.finite import cast_finite
 from .identity_layer import IdentityLayer
 from .ligo_options import COPY, Ligo
@@ -21,6 +22,7 @@ from .stacks import ENCODER, refuse_two_stacks
 from .steps.add_experts import AddExperts
 from .steps.bridge import Bridge
 from .steps.deepen import Deepen
+from .steps.grow_tower import GrowTower, check_towers, take_tower
 from .steps.grow_vocab import GrowVocab
 from .steps.ligo import Learned
 from .steps.transplant import Transplant
@@ -47,6 +49,8 @@ class Growth(TargetSizes):
     # Layers of one stack, for models with an encoder and a decoder.
     encoder_layers: int | None = None
     decoder_layers: int | None = None
+    # Which tower grows of a model with one for texts and one for images; None: both.
+    tower: str | None = None
     # A target's config.json, or its directory, instead of sizes.
     to: str | None = None
     # The width operators as `build.parse_width_operators` reads them, or `auto`, `ligo`, `copy`.
@@ -118,6 +122,8 @@ class Growth(TargetSizes):
 
     def steps(self, source: Checkpoint) -> list[GrowthStep]:
         """The growth steps in order; RegraftError for options that do not go together."""
+        if self.tower is not None or isinstance(source.anatomy, TwoTowerAnatomy):
+            return tower_steps(self, source)
         if self.width_init == AUTOMATIC:
             return self.resolve_auto(source).steps(source)
         if self.width_init in (LEARNED, COPY):
@@ -245,6 +251,65 @@ class Growth(TargetSizes):
             encoder_layers=sizes.get(ENCODER),
             decoder_layers=sizes["depth"] if ENCODER in sizes else None,
         )
+
+
+# Fields of a request that say how towers grow; others would change what both have in common.
+TOWER_FIELDS = (
+    *(field.name for field in fields(TargetSizes)),
+    *("tower", "width_init", "depth_init", "fold", "noise", "dtype", "seed"),
+)
+
+
+def tower_steps(growth: Growth, source: Checkpoint) -> list[GrowthStep]:
+    """The steps of a request for a model with a tower for texts and one for images.
+
+    RegraftError for other models, for options that no tower takes, and for sizes of both towers
+    where these differ in them.
+    """
+    check_towers(source, growth.tower)
+    usual = Growth()
+    refused = [
+        field.name
+        for field in fields(Growth)
+        if field.name not in TOWER_FIELDS
+        and getattr(growth, field.name) != getattr(usual, field.name)
+    ]
+    if growth.width_init in (LEARNED, COPY):
+        refused.append("width_init")
+    if refused:
+        name = refused[0].replace("_", "-")
+        raise RegraftError(
+            f"--{name} {getattr(growth, refused[0])} is not for {source.anatomy.family}, whose two "
+            "towers grow in sizes alone: leave it out"
+        )
+    if growth.tower is None:
+        _check_equal_towers(growth, source)
+    towers = (growth.tower,) if growth.tower else TOWERS
+    if all(size is None for size in growth.sizes.values()):
+        return []
+    return [_grow_tower(growth, source, tower) for tower in towers]
+
+
+def _grow_tower(growth: Growth, source: Checkpoint, tower: str) -> GrowTower:
+    """The step of a request for one tower."""
+    request = growth.resolve_auto(take_tower(source, tower))
+    how, depth_how = request.width_init, request.depth_init
+    more: dict[str, Any] = {"fold": growth.fold, "noise": growth.noise, "seed": growth.seed}
+    return GrowTower(tower=tower, how=how, depth_how=depth_how, **growth.sizes, **more)
+
+
+def _check_equal_towers(growth: Growth, source: Checkpoint) -> None:
+    """RegraftError for a size that the towers do not have alike."""
+    axes = {"heads": "kv", "kv_heads": "kv", "head_dim": "dim", "layers": "depth"}
+    for name, size in growth.sizes.items():
+        axis = axes.get(name, name)
+        text, vision = source.sizes[axis], source.sizes[f"vision_{axis}"]
+        if size is not None and text != vision:
+            flag = name.replace("_", "-")
+            raise RegraftError(
+                f"'{source.origin}' has {flag} {text} in its tower for texts and {vision} in that "
+                f"for images: say which grows to {size} with --tower text or --tower vision"
+            )
 
 
 def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:

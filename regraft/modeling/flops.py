@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapp
 from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
+from ..families.multimodal.two_towers import TOWERS, TwoTowerAnatomy
 from ..mixers.attention import Attention
 from ..mixers.registry import mixer_class
 
@@ -54,6 +55,10 @@ def row_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     """(forward, backward) FLOPs of one row of `length` tokens."""
     config = _config(model)
     length = count_positions(config, length)
+    towers = find_anatomy(config)
+    if isinstance(towers, TwoTowerAnatomy):
+        each = [row_flops(towers.tower_config(config, tower), length) for tower in TOWERS]
+        return sum(one[0] for one in each), sum(one[1] for one in each)
     costs = [weight_flops(config, length)]
 
     # Softmax attention: scores and weighted sum, 2 * dim each for every pair of positions.
@@ -87,7 +92,8 @@ def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
     # Patches are embedded before some are left out.
     patches = sizes["pos"] - 1 if family.inputs == "masked pixels" else length - 1
-    applications = {"each": length, "first": 1, "patch": patches, "image": 0, "routed": routed}
+    applications = {"each": length, "first": 1, "last": 1, "patch": patches, "image": 0}
+    applications |= {"routed": routed}
 
     row = sizes.get("place", length)  # of an encoder in front of the decoder; audio has one length
     applications |= {"source": row, "frame": 2 * row}

@@ -17,6 +17,7 @@ from ..core.anatomy import Anatomy, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..core.model_files import check_model_files, check_tokenizer_config, find_tokenizer_code
 from ..errors import RegraftError
+from ..families.multimodal.two_towers import TwoTowerAnatomy
 from ..io.files import read_json
 from ..io.finite import cast_finite
 from ..io.identity import TOKENIZER
@@ -154,6 +155,8 @@ def random_inputs(
 
     vocab = checkpoint.sizes["vocab"]
     ids = torch.randint(0, vocab, (rows, length), generator=generator)
+    if checkpoint.anatomy.inputs == "texts and images":
+        return {"input_ids": ids, **draw_pixels(checkpoint, rows, generator)}
     if checkpoint.anatomy.inputs not in PAIRED:
         return {"input_ids": ids}
     return draw_encoder_inputs(checkpoint, ids, generator) | {"decoder_input_ids": ids}
@@ -167,11 +170,14 @@ def draw_pixels(checkpoint: Checkpoint, rows: int, generator: torch.Generator) -
         rows: how many.
         generator: of random numbers.
     """
-    size = checkpoint.anatomy.fill_defaults(checkpoint.config)["image_size"]
+    anatomy, config = checkpoint.anatomy, checkpoint.config
+    if isinstance(anatomy, TwoTowerAnatomy):
+        config = anatomy.tower_config(config, "vision")
+        anatomy = anatomy.towers["vision"]
+    size, channels = anatomy.fill_defaults(config)["image_size"], anatomy.solve(config)["channel"]
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    shape = (rows, checkpoint.sizes["channel"], height, width)
-    pixels = {"pixel_values": torch.randn(*shape, generator=generator)}
-    if checkpoint.anatomy.inputs == "pixels":
+    pixels = {"pixel_values": torch.randn(rows, channels, height, width, generator=generator)}
+    if anatomy.inputs == "pixels":
         return pixels
     return pixels | {"noise": torch.rand(rows, checkpoint.sizes["pos"] - 1, generator=generator)}
 
