@@ -6,13 +6,20 @@ refuses.
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import cache
 from typing import Any
 
 from tracing import Source
 
-from regraft.core.anatomy import find_anatomy, list_families, list_served_families
+from regraft.core.anatomy import (
+    Anatomy,
+    find_anatomy,
+    list_families,
+    list_served_families,
+    module_name,
+)
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.growth.steps.widen import Widen
@@ -37,7 +44,15 @@ SHOWN = {"kv": "heads", "group": "heads", "dim": "head_dim"}
 def list_stock_families() -> list[str]:
     """Families of stock classes that are grown."""
     left_out = {"regraft", *list_served_families()}
-    return [name for name in list_families() if name not in left_out]
+    found = [name for name in list_families() if name not in left_out]
+    # Models of two towers, whose tables are those of the towers.
+    return [name for name in found if find_anatomy_of(name).inputs != "texts and images"]
+
+
+def find_anatomy_of(family: str) -> Anatomy:
+    """The table of a family, which no config is needed for."""
+    anatomy: Anatomy = importlib.import_module(f"regraft.families.{module_name(family)}").anatomy
+    return anatomy
 
 
 @cache

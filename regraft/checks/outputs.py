@@ -177,6 +177,10 @@ def compare_models(
             "name the source it came from"
         )
 
+    for name, value in reference.outputs.items():
+        if before.anatomy.inputs == "texts and images" and name.endswith("_embeds"):
+            found.outputs[name] = lengthen(found.outputs[name], value.shape[-1])
+
     # The cache is wider with the model; decoding through it is compared instead.
     index = stream_index(before, after)
     pairs = {
@@ -211,6 +215,16 @@ def compare_models(
         )
         differences["compared"] += ["greedy text", "cache"]
     return differences
+
+
+def lengthen(vectors: Tensor, width: int) -> Tensor:
+    """Vectors of length one as long as the copies in them make them, if each were of length one.
+
+    Args:
+        vectors: (batch, new width).
+        width: of each copy.
+    """
+    return vectors * (vectors.shape[-1] / width) ** 0.5
 
 
 def steps_between(before: Checkpoint, after: Checkpoint) -> list[dict[str, Any]]:

@@ -51,8 +51,8 @@ class Part:
     when: str | None = None
     # The parameter exists only if this config key is false; None: always.
     unless: str | None = None
-    # The axis that counts the layers of its stack: that of a decoder, "encoder_depth" of the encoder
-    # in front of one, or "decoder_depth" of a stack beside it, which does not grow.
+    # The axis that counts the layers of its stack: that of a decoder, "encoder_depth" of the
+    # encoder in front of one, or one that begins with a word of `axes.BESIDE`, which does not grow.
     stack: str = "depth"
     # (config, layer) -> whether that layer has the parameter; None: every layer has it.
     in_layer: Callable[[Config, int], bool] | None = None

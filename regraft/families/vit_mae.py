@@ -6,8 +6,7 @@ The encoder grows; the decoder of the class for pretraining reads it and stays a
 from dataclasses import replace
 from typing import Any
 
-from ..core.anatomy import Config, Part, linear, norm
-from ..errors import RegraftError
+from ..core.anatomy import Part, linear, norm
 from . import vit
 from .bert import base_prefix, head_defaults
 

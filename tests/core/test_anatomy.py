@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.tiny import FAMILIES, GROWABLE, tiny
-from helpers.zoo import DECODERS, ENCODERS, SEQ2SEQ
+from helpers.zoo import DECODERS, ENCODERS, SEQ2SEQ, TWO_TOWERS
 
 from regraft.core.anatomy import Anatomy, Part, find_anatomy, list_families, list_served_families
 from regraft.errors import RegraftError
@@ -93,7 +93,7 @@ def test_gpt2_scales_follow_its_config() -> None:
 
 
 def test_families_are_found_by_folder() -> None:
-    stock = {*GROWABLE, *DECODERS, *ENCODERS, *SEQ2SEQ}
+    stock = {*GROWABLE, *DECODERS, *ENCODERS, *SEQ2SEQ, *TWO_TOWERS}
     assert set(list_families()) == {*stock, "regraft", *list_served_families()}
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from helpers.tiny import inputs, max_relative_difference, outputs, tokens
 from helpers.zoo import DECODERS, ENCODERS, build
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import regraft
@@ -143,3 +144,36 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
         build(family, **keys)[1].save_pretrained(folder)
         with pytest.raises(RegraftError, match=message):
             regraft.Widen(**(sizes or {}))(Checkpoint.open(folder))
+
+
+def test_esm_keeps_contacts_and_stored_frequencies(tmp_path: Path) -> None:
+    """Files of earlier releases have the frequencies in every layer, and the first one's count."""
+    model = build("esm", position_embedding_type="rotary")[1]
+    model.esm.rotary_embeddings.inv_freq.mul_(1.01)
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("inv_freq"))
+    value = tensors.pop(name)
+    for layer in range(3):
+        tensors[f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"] = (
+            value + layer
+        )
+    save_file(tensors, file, {"format": "pt"})
+    source = Checkpoint.open(tmp_path / "source")
+    grow_every_axis(source).save(tmp_path / "grown")
+
+    ids = tokens(2, 23)
+    loads = [
+        transformers.EsmForMaskedLM.from_pretrained(tmp_path / one, attn_implementation="eager")
+        for one in ("source", "grown")
+    ]
+    with torch.no_grad():
+        for compute_one in (
+            lambda one: one(ids).logits,
+            lambda one: one.predict_contacts(ids, torch.ones_like(ids)),
+        ):
+            before, after = (compute_one(one.eval()) for one in loads)
+            assert max_relative_difference(before, after) < ENCODER_BOUND
+    with pytest.raises(RegraftError, match="for heads of 8, not 16: grow --hidden to a multiple"):
+        regraft.Widen(hidden=64, head_dim=16)(source)

@@ -98,10 +98,7 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "clip_vision_model": (("CLIPVisionModelWithProjection", "CLIPVisionModel"), COUPLED | PIXELS),
     "eurobert": (("EuroBertForMaskedLM", "EuroBertForSequenceClassification"), {}),
     "siglip_text_model": (("SiglipTextModel",), COUPLED),
-    "siglip_vision_model": (
-        ("SiglipVisionModel",),
-        COUPLED | PIXELS | {"vision_use_head": False},
-    ),
+    "siglip_vision_model": (("SiglipVisionModel",), COUPLED | PIXELS),
     "deberta-v2": (
         ("DebertaV2ForMaskedLM", "DebertaV2ForSequenceClassification"),
         COUPLED
@@ -148,6 +145,11 @@ ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "mpnet": (("MPNetForMaskedLM", "MPNetModel"), COUPLED),
     "xlm-roberta": (("XLMRobertaForMaskedLM", "XLMRobertaForTokenClassification"), COUPLED),
+}
+# Model type -> (its class, keys of its text tower, keys of its image tower), which differ in sizes.
+TWO_TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "clip": ("CLIPModel", COUPLED, COUPLED | PIXELS | {"intermediate_size": 28}),
+    "siglip": ("SiglipModel", COUPLED | {"projection_size": 32}, COUPLED | PIXELS),
 }
 # What encoder-decoders call the sizes; the encoder is deeper than the decoder.
 STACKS: dict[str, Any] = COUPLED | {
@@ -225,6 +227,26 @@ def find_keys(family: str) -> dict[str, Any]:
     """What the config of a tiny model of a family has other than SIZES."""
     cases = {**ENCODERS, **SEQ2SEQ}
     return DECODERS.get(family) or (cases[family][1] if family in cases else {})
+
+
+def build_towers(family: str, seed: int = 0) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """(config, model in eval mode, float32) of one of TWO_TOWERS, all weights perturbed."""
+    kind, *keys = TWO_TOWERS[family]
+    base = transformers.CONFIG_MAPPING[family]
+    towers = {}
+    for tower, own in zip(("text", "vision"), keys, strict=True):
+        known = dir(transformers.CONFIG_MAPPING[f"{family}_{tower}_model"])
+        given = {key: value for key, value in (SIZES | own).items() if key in known}
+        towers[f"{tower}_config"] = {
+            key: value for key, value in given.items() if value is not None
+        }
+    torch.manual_seed(seed)
+    config = base(**towers)
+    model = getattr(transformers, kind)(config).eval()
+    config.architectures = model.config.architectures = [kind]
+    perturb(model)
+    model.logit_scale.data.fill_(2.0)  # scores far from zero, beside which roundings are small
+    return config, model
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class TwoTowerAnatomy(Anatomy):
         return {**config, f"{tower}_config": {**config[f"{tower}_config"], **changed}}
 
     def check(self, config: Config) -> None:
-        """RegraftError when a key is of a wrong type, a count out of bounds, or the class another."""
+        """RegraftError for a key of a wrong type, a count out of bounds, and another class."""
         check_numbers(self.family, config)
         architecture(config, {self.kind: ""})
         config = self.complete(config, {})
