@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 GROWTH_STEPS = (
     "Widen",
     "Deepen",
+    "GrowTower",
     "Bridge",
     "Untie",
     "Tie",
@@ -40,7 +41,6 @@ GROWTH_STEPS = (
     "GrowVocab",
     "TakeText",
     "AddExperts",
-    "GrowTower",
 )
 # Relative differences of logits that rounding alone may cause, by the dtype weights are stored in.
 EXACT = 2e-5

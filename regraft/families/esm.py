@@ -145,6 +145,8 @@ anatomy = Anatomy(
     },
     fixed={"group": 1},
     eps="layer_norm_eps",
+    # Where positions are rotary, heads keep their width (`check_parts`).
+    rotary=False,
     prefix=base_prefix(HEADS, "esm."),
     finish=check_parts,
     causal=False,

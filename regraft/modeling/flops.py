@@ -92,8 +92,8 @@ def weight_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
     routed = Fraction(length * full[family.routed], sizes["expert"]) if family.routed else 0
     # Patches are embedded before some are left out.
     patches = sizes["pos"] - 1 if family.inputs == "masked pixels" else length - 1
-    applications = {"each": length, "first": 1, "last": 1, "patch": patches, "image": 0}
-    applications |= {"routed": routed}
+    applications: dict[str, int | Fraction] = {"each": length, "first": 1, "last": 1, "image": 0}
+    applications |= {"patch": patches, "routed": routed}
 
     row = sizes.get("place", length)  # of an encoder in front of the decoder; audio has one length
     applications |= {"source": row, "frame": 2 * row}

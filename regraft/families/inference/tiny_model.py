@@ -198,14 +198,27 @@ def find_model_class(family: str, config_kind: Any, config: Config) -> Any:
     refuse_several_parts(family, config_kind, config)
     named = find_class((config.get("architectures") or [""])[0])
     if named is not None and issubclass(config_kind, named.config_class or ()):
+        refuse_other_inputs(family, named)
         return named
     autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
     for auto in autos:
         if config_kind in auto._model_mapping:
-            return auto._model_mapping[config_kind]
+            kind = auto._model_mapping[config_kind]
+            refuse_other_inputs(family, kind)
+            return kind
     raise RegraftError(
         f"transformers has no model class for '{family}': name one in config.json's architectures"
     )
+
+
+def refuse_other_inputs(family: str, kind: Any) -> None:
+    """RegraftError for a class that reads something else than tokens, such as images."""
+    name = getattr(kind, "main_input_name", "input_ids")
+    if name != "input_ids":
+        raise RegraftError(
+            f"'{family}' reads {name}, and tables are inferred for models of text alone: give a "
+            "type that has one, such as vit, dinov2, beit or audio-spectrogram-transformer"
+        )
 
 
 def refuse_several_parts(family: str, config_kind: Any, config: Config) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import axes
+from ...core.anatomy import Key
 from ...core.checkpoint import Checkpoint
 from ...core.lazy import LazyTensor, Provenance
 from ...core.step import step_entry
@@ -79,7 +80,8 @@ class GrowTower(TargetSizes):
             index = axes.duplicate(old, new, self.seed).index
 
         text = {**table.tower_config(grown.config, "text"), "projection_size": new}
-        rows = {(role, None): copy_rows(grown.tensors[role, None], index) for role in PROJECTION}
+        keys: list[Key] = [(role, None) for role in PROJECTION]
+        rows = {key: copy_rows(grown.tensors[key], index) for key in keys}
         config = table.put_tower(grown.config, "text", text)
         tensors = {**grown.tensors, **rows}
         return replace(grown, config=config, sizes=table.solve(config), tensors=tensors)
