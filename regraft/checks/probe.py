@@ -209,10 +209,9 @@ def compute_loss(
     total = torch.zeros(())
     for value in model(**inputs).values():
         outputs = value if isinstance(value, tuple) else (value,)
-        tensors = filter(torch.is_tensor, outputs)  # no cache
-        for output in (
-            tensor for tensor in tensors if tensor.requires_grad
-        ):  # no numbers of places
+        for output in outputs:
+            if not torch.is_tensor(output) or not output.requires_grad:
+                continue  # a cache, or numbers of places
             # Scaled, so that every output counts alike.
             scaled = output.float() / nonzero_rms(output.detach(), 1.0)
             target = torch.randn(output.shape, generator=generator)

@@ -10,6 +10,7 @@ from ..core.anatomy import Config, Part, linear, norm
 from ..errors import RegraftError
 from . import bert
 from .bert import DEFAULTS, POST_NORM, SIZES, WRITES_BRANCH, base_prefix, head_defaults, head_linear
+from .electra import embedding_parts, mlm_head
 
 HEADS = {
     "AlbertModel": "pooler",
@@ -50,44 +51,17 @@ def layer_parts() -> dict[str, Part]:
     }
 
 
-def embedding_parts() -> dict[str, Part]:
-    """Embeddings of their own width, and the map to the hidden size."""
-    name = "{p}embeddings"
-    table: dict[str, Any] = {"stored": "in out", "writes": "own"}
-    fields: dict[str, Any] = {"bias": True, "reads": "own"}
-    mapping = "{p}encoder.embedding_hidden_mapping_in"
-    return {
-        **linear("embed", f"{name}.word_embeddings", "vocab -> embed", **table),
-        **linear("pos", f"{name}.position_embeddings", "pos -> embed", **table),
-        **linear("type", f"{name}.token_type_embeddings", "type -> embed", **table),
-        **norm("norm.embed", f"{name}.LayerNorm", "embed", writes="own", **fields),
-        **linear("project", mapping, "embed -> hidden", writes="stream", **fields),
-    }
-
-
-def mlm_head() -> dict[str, Part]:
-    """The head of the masked language model, which ends in the width of the embeddings."""
-    own: dict[str, Any] = {"bias": True, "when": "_mlm"}
-    untied: dict[str, Any] = {"when": "_mlm", "unless": "tie_word_embeddings"}
-    return {
-        **linear(
-            "transform", "predictions.dense", "hidden -> embed", reads="stream", writes="own", **own
-        ),
-        **norm("norm.head", "predictions.LayerNorm", "embed", reads="own", writes="own", **own),
-        "head.weight": Part("predictions.decoder.weight", "embed -> vocab", reads="own", **untied),
-        "head.bias": Part("predictions.bias", "-> vocab", when="_mlm"),
-        "head.own.bias": Part("predictions.decoder.bias", "-> vocab", **untied),
-    }
-
-
 anatomy = replace(
     bert.anatomy,
     family="albert",
     parts={
-        **embedding_parts(),
+        **embedding_parts("{p}encoder.embedding_hidden_mapping_in"),
         **layer_parts(),
         **head_linear("pooler", "{p}pooler", "hidden -> hidden", "_pooler"),
-        **mlm_head(),
+        **mlm_head("predictions", "predictions.decoder", "predictions.bias"),
+        "head.own.bias": Part(
+            "predictions.decoder.bias", "-> vocab", when="_mlm", unless="tie_word_embeddings"
+        ),
         **head_linear("next", "sop_classifier.classifier", "hidden -> label", "_next", reads="own"),
         **head_linear("pooled", "classifier", "hidden -> label", "_pooled", reads="own"),
         **head_linear("tokens", "classifier", "hidden -> label", "_tokens", at="each"),

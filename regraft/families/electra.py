@@ -40,8 +40,13 @@ def check_projection(config: Config) -> dict[str, Any]:
     return {}
 
 
-def embedding_parts() -> dict[str, Part]:
-    """Embeddings of the embeddings' own width, with their norm and the map to the layers."""
+def embedding_parts(project: str, when: str | None = None) -> dict[str, Part]:
+    """Embeddings of the embeddings' own width, with their norm and the map to the layers.
+
+    Args:
+        project: name of the map.
+        when: config key that says whether there is one; None: always.
+    """
     name = "{p}embeddings"
     table: dict[str, Any] = {"stored": "in out", "writes": "own"}
     fields: dict[str, Any] = {"bias": True, "reads": "own", "writes": "own"}
@@ -51,25 +56,31 @@ def embedding_parts() -> dict[str, Part]:
         **linear("type", f"{name}.token_type_embeddings", "type -> embed", **table),
         **norm("norm.embed", f"{name}.LayerNorm", "embed", **fields),
         **linear(
-            "project", "{p}embeddings_project", "embed -> hidden", bias=True, reads="own",
-            writes="stream", when="_narrow",
+            "project", project, "embed -> hidden", bias=True, reads="own", writes="stream",
+            when=when,
         ),
     }  # fmt: skip
 
 
-def mlm_head() -> dict[str, Part]:
-    """The head of the masked language model, which ends in the width of the embeddings."""
+def mlm_head(transform: str, head: str, bias: str) -> dict[str, Part]:
+    """The head of the masked language model, which ends in the width of the embeddings.
+
+    Args:
+        transform: name of the module with its map and norm.
+        head: name of the output embedding.
+        bias: of the output.
+    """
     own: dict[str, Any] = {"bias": True, "when": "_mlm"}
-    name = "generator_predictions"
     untied: dict[str, Any] = {"when": "_mlm", "unless": "tie_word_embeddings"}
     return {
         **linear(
-            "transform", f"{name}.dense", "hidden -> embed", reads="stream", writes="own", **own
+            "transform", f"{transform}.dense", "hidden -> embed", reads="stream", writes="own",
+            **own,
         ),
-        **norm("norm.head", f"{name}.LayerNorm", "embed", reads="own", writes="own", **own),
-        "head.weight": Part("generator_lm_head.weight", "embed -> vocab", reads="own", **untied),
-        "head.bias": Part("generator_lm_head.bias", "-> vocab", when="_mlm"),
-    }
+        **norm("norm.head", f"{transform}.LayerNorm", "embed", reads="own", writes="own", **own),
+        "head.weight": Part(f"{head}.weight", "embed -> vocab", reads="own", **untied),
+        "head.bias": Part(bias, "-> vocab", when="_mlm"),
+    }  # fmt: skip
 
 
 def replaced_head() -> dict[str, Part]:
@@ -95,9 +106,9 @@ anatomy = replace(
     bert.anatomy,
     family="electra",
     parts={
-        **embedding_parts(),
+        **embedding_parts("{p}embeddings_project", "_narrow"),
         **layer_parts(),
-        **mlm_head(),
+        **mlm_head("generator_predictions", "generator_lm_head", "generator_lm_head.bias"),
         **replaced_head(),
         **head_linear("first.transform", "classifier.dense", "hidden -> hidden", "_first"),
         **head_linear(

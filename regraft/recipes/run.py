@@ -352,13 +352,15 @@ class Experiment:
             self.shares.notes.append("speeds marked ~ follow from shorter contexts")
         write_json(self.out / "bench.json", rows)
 
+    @cached_property
     def sample_tokens(self) -> int:
         """How many tokens a prompt is continued by, at the speed at the shortest context."""
         settings = self.recipe.measure
         return self.shares.count_sample_tokens(
-            settings.sample_tokens, len(settings.prompts), self.decode_speeds()
+            settings.sample_tokens, len(settings.prompts), self.decode_speeds
         )
 
+    @cached_property
     def decode_speeds(self) -> list[float]:
         """Tokens per second of teacher and student at the shortest context, where measured."""
         benched = read_json_if_exists(self.out / "bench.json", dict[str, list[BenchRow]]) or {}
@@ -368,10 +370,9 @@ class Experiment:
         """Seconds that the phases after training will take, from what earlier phases took."""
         before = len(baselines.ZERO_TOKEN) + 1  # passes over each window
         quality = self.journal.phases["baselines"] * EVALUATION_PASSES / before
-        settings = self.recipe.measure
-        tokens = len(settings.prompts) * min(settings.sample_tokens, self.sample_tokens())
+        tokens = len(self.recipe.measure.prompts) * self.sample_tokens
         margin = self.shares.share(time_shares.MARGIN) or 0.0
-        return margin + quality + sum(tokens / speed for speed in self.decode_speeds())
+        return margin + quality + sum(tokens / speed for speed in self.decode_speeds)
 
     def stage_seconds(self, stage: int) -> float | None:
         """Seconds that a stage may still take, None without a budget.
@@ -419,7 +420,7 @@ class Experiment:
     def sample(self) -> None:
         """Teacher and student continue the same prompts, greedily."""
         settings = self.recipe.measure
-        student, tokens = modeling.load(self.out), self.sample_tokens()
+        student, tokens = modeling.load(self.out), self.sample_tokens
         samples: list[Sample] = []
         for number, prompt in enumerate(settings.prompts):
             self.report_progress(number, len(settings.prompts))

@@ -24,8 +24,7 @@ def headlines(numbers: Mapping[str, Any]) -> list[Headline]:
     Args:
         numbers: what `html.collect` gives.
     """
-    found = [*_quality(numbers.get("eval") or {}), *_speed(numbers.get("bench") or {})]
-    return found
+    return [*_quality(numbers.get("eval") or {}), *_speed(numbers.get("bench") or {})]
 
 
 def _quality(evaluation: Mapping[str, Any]) -> Iterator[Headline]:

@@ -250,8 +250,10 @@ class StageTrainer:
 
         Machines slow down and speed up, so it is corrected on the way.
         """
+        if not self._is_length_due():
+            return
         state, limit = self.state, self.run.limit(self.index)
-        if limit is None or not self._is_length_due():
+        if limit is None:
             return
         now = time.monotonic()
         measured = (now - self.timed_from) / (state.step - self.timed_step)

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from ...core.part import Config
+from .layer_settings import move_layer_settings
 
 # Keys that say by numbers which kind of layer stands where, in some classes.
 NUMBERED = re.compile(r"\w*(layer_period|layer_offset|layer_indices|layer_ids)")
@@ -66,8 +67,10 @@ def scale_factors(config: Config) -> dict[str, Any]:
 
 
 def follow_sizes(config: Config) -> dict[str, Any]:
-    """Keys that follow layers and sizes; see `move_layer_keys` and `scale_factors`."""
-    return move_layer_keys(config) | scale_factors(config)
+    """Keys that follow layers and sizes; see `move_layer_keys`, `scale_factors` and
+    `move_layer_settings`.
+    """
+    return move_layer_keys(config) | scale_factors(config) | move_layer_settings(config)
 
 
 def _is_count(key: str, value: object, depth: int) -> bool:

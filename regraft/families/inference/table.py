@@ -19,7 +19,6 @@ from ...core.part import Config, Part
 from ...core.stock_config import config_class, silence_transformers
 from ...errors import RegraftError
 from .layer_keys import FACTORS, follow_sizes
-from .layer_settings import move_layer_settings
 from .shapes import Law, evaluate_law, list_stored, parse_name
 from .tiny_config import find_key
 
@@ -154,7 +153,7 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         scale=_build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
-        finish=_follow,
+        finish=follow_sizes,
         divides=table.divides,
         inner_ratio=ratio,
         multiples=table.multiples,
@@ -168,11 +167,6 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
 
 def _multiply(key: str, times: int, config: Config) -> int:
     return times * int(config[key])
-
-
-def _follow(config: Config) -> dict[str, Any]:
-    """Keys that follow sizes, and those of layers where layers move."""
-    return follow_sizes(config) | move_layer_settings(config)
 
 
 def _state_sizes(config: Config, stated: Mapping[str, int]) -> dict[str, Any]:
