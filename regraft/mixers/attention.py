@@ -100,6 +100,8 @@ def apply_rotary(
         first, second = rotated.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
     rotated = rotated * cos + turned * sin
+    if not passed.shape[-1]:
+        return rotated.to(x.dtype)
     return torch.cat((rotated, passed), dim=-1).to(x.dtype)
 
 

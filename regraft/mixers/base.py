@@ -6,7 +6,8 @@ keys and values, and what it must know about a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
 from .attention import Attention, HeadNorm, apply_rotary
 from .options import parse_options
+from .packing import PackedLinears, Projected
 
 State = dict[str, Tensor]
 
@@ -48,6 +50,17 @@ class MixerContext:
     valid: Bool[Tensor, "batch time"] | None = None
     # Document number of every token of a packed row; None for one document per row.
     segments: Int[Tensor, "batch time"] | None = None
+    # Whether the state before these tokens may be overwritten: nobody needs it afterwards.
+    overwrite: bool = False
+    # Outputs of layers of `Mixer.input_layers` that are computed already.
+    projected: Projected = field(default_factory=dict)
+
+    def project(
+        self, layer: nn.Module, x: Float[Tensor, "batch time hidden"]
+    ) -> Float[Tensor, "batch time features"]:
+        """What a layer gives for the mixer's input."""
+        found = self.projected.get(layer)
+        return layer(x) if found is None else found
 
 
 class Mixer(nn.Module):
@@ -78,6 +91,8 @@ class Mixer(nn.Module):
     k_norm: HeadNorm | None
     o_proj: nn.Linear
     o_gate: nn.Linear
+    # `input_layers` as one matrix, where `pack` made one.
+    packed: PackedLinears | None = None
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__()
@@ -116,7 +131,10 @@ class Mixer(nn.Module):
             )
 
     def qkv(
-        self, x: Float[Tensor, "batch time hidden"], *others: Float[Tensor, "batch time hidden"]
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        *others: Float[Tensor, "batch time hidden"],
+        mixing: MixerContext | None = None,
     ) -> tuple[
         Float[Tensor, "batch heads time features"],
         Float[Tensor, "batch states time features"],
@@ -127,14 +145,40 @@ class Mixer(nn.Module):
         Args:
             x: what queries are made of.
             others: what keys and values are made of, two tensors; x for both when left out.
+            mixing: what is computed of them already.
         """
+        mixing = mixing or MixerContext()
         layers = (self.q_proj, self.k_proj, self.v_proj)
         inputs, heads = (x, *(others or (x, x))), (self.attention.heads, self.states, self.states)
         q, k, v = (
-            layer(read).unflatten(-1, (count, -1)).transpose(1, 2)
+            mixing.project(layer, read).unflatten(-1, (count, -1)).transpose(1, 2)
             for layer, read, count in zip(layers, inputs, heads, strict=True)
         )
         return (q, k, v) if self.norms_rotated else (*self.norm_heads(q, k), v)
+
+    def input_layers(self) -> list[nn.Linear]:
+        """The layers that read a mixer's input as it is, by `MixerContext.project`."""
+        return [self.o_gate] if hasattr(self, "o_gate") else []
+
+    def pack(self) -> None:
+        """Store the weights that read the input as one matrix, for steps of one token.
+
+        Their values stay the same, and so does what they compute but for rounding.
+        """
+        layers = self.input_layers()
+        plain = all(type(layer) is nn.Linear for layer in layers)
+        self.packed = PackedLinears(layers) if len(layers) > 1 and plain else None
+
+    def project_token(
+        self, x: Float[Tensor, "batch 1 hidden"], mixing: MixerContext
+    ) -> MixerContext:
+        """The context with what all `input_layers` give, where they are packed."""
+        if self.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return mixing
+        if not self.packed.holds():
+            self.packed = None  # other weights stand in the layers now
+            return mixing
+        return replace(mixing, projected=self.packed(x))
 
     @property
     def norms_rotated(self) -> bool:
@@ -169,8 +213,7 @@ class Mixer(nn.Module):
                 rotary = rotary[0][..., ::2], rotary[1][..., ::2]
             if attention.rotary_tables != "halves":
                 rotary = torch.cat((rotary[0],) * 2, -1), torch.cat((rotary[1],) * 2, -1)
-            pairs = attention.rotary_pairs
-            q, k = apply_rotary(q, rotary, pairs), apply_rotary(k, rotary, pairs)
+            q, k = apply_to_both(lambda x: apply_rotary(x, rotary, attention.rotary_pairs), q, k)
         return self.norm_heads(q, k) if self.norms_rotated else (q, k)
 
     @classmethod
@@ -317,12 +360,14 @@ class Mixer(nn.Module):
 
         A branch, which has no output projection, gives `mix`'s outputs per head.
         """
+        if x.shape[1] == 1:
+            mixing = self.project_token(x, mixing)
         heads, state = self.mix(x, mixing, state)
         if not hasattr(self, "o_proj"):
             return heads, state
         if hasattr(self, "o_gate"):
             # The source's own gate (Qwen3-Next), behind whatever mixes its values.
-            heads = heads * self.o_gate(x).sigmoid().view_as(heads)
+            heads = heads * mixing.project(self.o_gate, x).sigmoid().view_as(heads)
         return keep_finite(self.o_proj(heads.flatten(-2)), x.dtype), state
 
 
@@ -355,6 +400,24 @@ def output_weights(attention: Attention) -> dict[str, WeightSpec]:
     if attention.gated and attention.qkv_bias:
         table["o_gate.bias"] = WeightSpec("-> kv group dim", "attn.gate.bias", decay=False)
     return table
+
+
+def is_writable(*tensors: Tensor | None) -> bool:
+    """Whether these can be written in place: they are there, and of this mode of PyTorch."""
+    inside = torch.is_inference_mode_enabled()
+    return all(one is not None and (inside or not one.is_inference()) for one in tensors)
+
+
+def apply_to_both(
+    change: Callable[[Tensor], Tensor],
+    q: Float[Tensor, "batch heads time dim"],
+    k: Float[Tensor, "batch states time dim"],
+) -> tuple[Float[Tensor, "batch heads time dim"], Float[Tensor, "batch states time dim"]]:
+    """What is done to each head of queries and keys; at once for one token, which saves calls."""
+    if q.shape[2] > 1 or q.dtype != k.dtype:
+        return change(q), change(k)
+    q, k = change(torch.cat((q, k), 1)).split((q.shape[1], k.shape[1]), 1)
+    return q, k
 
 
 def mask_padding(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..core.shapes import Float, Int
+from .base import is_writable
 from .kernels import try_fused_kernel
-from .recurrence import chunked_recurrence, naive_recurrence
+from .recurrence import chunked_recurrence, step_recurrence
 from .vector import chunked_vector, naive_vector
 
 
@@ -21,15 +22,18 @@ def recur(
     state: Float[Tensor, "batch heads dim values"] | None = None,
     bonus: Float[Tensor, "heads dim"] | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
 ) -> tuple[Float[Tensor, "batch queries time values"], Float[Tensor, "batch heads dim values"]]:
     """(outputs, last state) of `recurrence.naive_recurrence` or `vector.naive_vector`.
 
-    One token runs as written. Many run in a fused kernel on a GPU where one fits, else in chunks.
+    One token runs as written, or in place. Many run in a fused kernel on a GPU where one fits, else
+    in chunks.
 
     Args:
         g: log-decay; its number of axes chooses between one decay per head and one per key
             dimension.
         dtype: of q, k and v in the fused kernel.
+        overwrite: whether one token may write its state where the old one was.
     The others are as in `recurrence.naive_recurrence` and `vector.naive_vector`.
     """
     one_token = q.shape[2] == 1
@@ -41,5 +45,6 @@ def recur(
     if g.ndim == 4:
         vector_form = naive_vector if one_token else chunked_vector
         return vector_form(q, k, v, g, bonus, segments, state)
-    form = naive_recurrence if one_token else chunked_recurrence
-    return form(q, k, v, g, beta, segments, state)
+    if one_token:
+        return step_recurrence(q, k, v, g, beta, state, overwrite and is_writable(state))
+    return chunked_recurrence(q, k, v, g, beta, segments, state)

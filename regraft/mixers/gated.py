@@ -107,6 +107,11 @@ class GatedMixer(Mixer):
         ]
         return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
 
+    def input_layers(self) -> list[nn.Linear]:
+        """Those of both branches, and the gate."""
+        branches = [*self.window.input_layers(), *self.linear.input_layers()]
+        return [*branches, self.gate, *super().input_layers()]
+
     def mix(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
     ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
@@ -123,7 +128,7 @@ class GatedMixer(Mixer):
 
         if self.force is not None:
             return outputs[self.force], states
-        gate = self.gate(x).sigmoid().unsqueeze(-1)
+        gate = mixing.project(self.gate, x).sigmoid().unsqueeze(-1)
         return outputs["window"] + gate * (outputs["linear"] - outputs["window"]), states
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec
+from .base import MixerContext, State, WeightSpec, apply_to_both
 from .linear import ACTIVATIONS, EPS, LinearAttention, mean_decay
 from .ssm import ShortConv
 
@@ -191,6 +191,11 @@ class GatedDeltaNet(LinearAttention):
             strength = 0.3 + 0.4 * (1 - entropy.view(self.states, -1).mean(1))
             self.beta.bias.copy_(torch.logit(strength))
 
+    def input_layers(self) -> list[nn.Linear]:
+        """Queries, keys, values and both gates too."""
+        layers = [self.q_proj, self.k_proj, self.v_proj, self.decay, self.beta]
+        return layers + super().input_layers()
+
     def inputs(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
     ) -> dict[str, Tensor]:
@@ -204,11 +209,12 @@ class GatedDeltaNet(LinearAttention):
         (q, k, v), new = self.activate(x, mixing, past)
         if self.options.rotary:
             q, k = self.rotate(q, k, mixing.rotary)
-        q, k = self.unit(q.float()), self.unit(k.float())
+        q, k = apply_to_both(self.unit, q.float(), k.float())
         if self.options.scale:
             q = q * self.attention.dim**-0.5
-        g = -(self.rate.float().exp() * F.softplus(self.decay(x).float())).transpose(1, 2)
-        beta = self.beta(x).float().sigmoid().transpose(1, 2)
+        decay = F.softplus(mixing.project(self.decay, x).float())
+        g = -(self.rate.float().exp() * decay).transpose(1, 2)
+        beta = mixing.project(self.beta, x).float().sigmoid().transpose(1, 2)
         return {"q": q, "k": k, "v": v, "g": g, "beta": beta}, new
 
     def activate(
@@ -217,10 +223,10 @@ class GatedDeltaNet(LinearAttention):
         """(queries, keys and values behind convolution and activation, the former's states)."""
         if not self.options.conv:
             act = ACTIVATIONS[self.options.activation]
-            return [act(t) for t in self.qkv(x)], {}
+            return [act(t) for t in self.qkv(x, mixing=mixing)], {}
         found, new = [], {}
         convs = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
-        for (name, conv), t in zip(convs.items(), self.qkv(x), strict=True):
+        for (name, conv), t in zip(convs.items(), self.qkv(x, mixing=mixing), strict=True):
             y, new[name] = conv(t.transpose(1, 2).flatten(2), mixing, past.get(name))
             found.append(y.unflatten(-1, (t.shape[1], -1)).transpose(1, 2))
         return found, new

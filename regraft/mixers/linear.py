@@ -261,7 +261,13 @@ class LinearAttention(Mixer):
         for name in ("k", "v", "g", "beta"):
             if name in inputs:
                 (inputs[name],) = mask_padding(mixing.valid, inputs[name])
-        out, last = recur(**inputs, segments=mixing.segments, state=matrix, dtype=dtype)
+        out, last = recur(
+            **inputs,
+            segments=mixing.segments,
+            state=matrix,
+            dtype=dtype,
+            overwrite=mixing.overwrite,
+        )
         return out.transpose(1, 2), last
 
     def normalize_and_gate(

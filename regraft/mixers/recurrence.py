@@ -67,6 +67,29 @@ def naive_recurrence(
     return torch.stack(outputs, dim=3).flatten(1, 2), S
 
 
+def step_recurrence(
+    q: Float[Tensor, "batch queries 1 dim"],
+    k: Float[Tensor, "batch heads 1 dim"],
+    v: Float[Tensor, "batch heads 1 values"],
+    g: Float[Tensor, "batch heads 1"],
+    beta: Float[Tensor, "batch heads 1"] | None = None,
+    state: Float[Tensor, "batch heads dim values"] | None = None,
+    overwrite: bool = False,
+) -> tuple[Float[Tensor, "batch queries 1 values"], Float[Tensor, "batch heads dim values"]]:
+    """`naive_recurrence` of one token, in few passes over the state.
+
+    Args:
+        overwrite: write the new state where the old one was.
+    The others are as in `naive_recurrence`.
+    """
+    S, decay = initial_state(k, v, state), g.exp().unsqueeze(-1)
+    S = S.mul_(decay) if overwrite else S * decay
+    write = v if beta is None else beta.unsqueeze(-1) * (v - k @ S)
+    S = S.addcmul_(k.mT, write) if overwrite else torch.addcmul(S, k.mT, write)
+    out = q.unflatten(1, (k.shape[1], -1)).squeeze(3) @ S  # (b, h, group, e)
+    return out.flatten(1, 2).unsqueeze(2), S
+
+
 def chunked_recurrence(
     q: Float[Tensor, "batch queries time dim"],
     k: Float[Tensor, "batch heads time dim"],

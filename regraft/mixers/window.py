@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
 from .attention import Attention
-from .base import Mixer, MixerContext, State, WeightSpec, pad_time
+from .base import Mixer, MixerContext, State, WeightSpec, is_writable, pad_time
 
 SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
 EMPTY = -1  # position of padding and of unused slots in the state
@@ -87,6 +87,7 @@ class Window(Mixer):
     that cost is linear in length. The state is the last `window` keys and values and the sinks, of
     constant size: `window_k`, `window_v`, `sink_k`, `sink_v` (batch, kv, slots, dim), their
     positions `window_at` and `sink_at` (batch, slots), and `seen` (batch, 1), the tokens so far.
+    The window is a ring: a new token takes the slot of the oldest, wherever that is.
     """
 
     name = "window"
@@ -138,6 +139,10 @@ class Window(Mixer):
         forward = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
         return forward, 2 * forward
 
+    def input_layers(self) -> list[nn.Linear]:
+        """Queries, keys and values too."""
+        return [self.q_proj, self.k_proj, self.v_proj, *super().input_layers()]
+
     def initial_state(self, like: Float[Tensor, "batch kv time dim"]) -> State:
         """The state before the first token, with the type and place of the keys `like`."""
         b, kv, _, d = like.shape
@@ -152,18 +157,21 @@ class Window(Mixer):
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
     ) -> tuple[Float[Tensor, "batch time heads dim"], State]:
         """Outputs per head and the state after the last token; see `Mixer.mix`."""
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x, mixing=mixing)
         q, k = self.rotate(q, k, mixing.rotary)
         begins, state = state is None, state or self.initial_state(k)
+        overwrite = mixing.overwrite and mixing.segments is None and not begins
 
         position = self.positions(x, mixing) + state["seen"]
         if mixing.valid is not None:
             position = position.masked_fill(~mixing.valid, EMPTY)
 
         if x.shape[1] == 1:
-            heads, last = self.attend_token(q, k, v, position, state, mixing.valid is not None)
+            padded = mixing.valid is not None
+            heads, last = self.attend_token(q, k, v, position, state, padded, overwrite)
             return heads.transpose(1, 2), state if mixing.segments is not None else last
 
+        state = state if begins else self.sort_window(state)
         keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
         at = torch.cat((state["window_at"], position), 1)
         ids = self.document_ids(position, mixing.segments)
@@ -205,6 +213,16 @@ class Window(Mixer):
             return position.clamp(max=0)  # 0 for tokens, EMPTY for padding
         return segments.masked_fill(position == EMPTY, EMPTY)
 
+    def sort_window(self, state: State) -> State:
+        """The state with the oldest token of the window first, empty slots before it."""
+        order = state["window_at"].argsort(dim=1)
+        index = order[:, None, :, None].expand_as(state["window_k"])
+        return state | {
+            "window_k": state["window_k"].gather(2, index),
+            "window_v": state["window_v"].gather(2, index),
+            "window_at": state["window_at"].gather(1, order),
+        }
+
     def attend_token(
         self,
         q: Float[Tensor, "batch heads 1 dim"],
@@ -213,35 +231,73 @@ class Window(Mixer):
         position: Int[Tensor, "batch 1"],
         state: State,
         padded: bool,
+        overwrite: bool = False,
     ) -> tuple[Float[Tensor, "batch heads 1 dim"], State]:
-        """Outputs of one token, and the state with it; padding leaves the state as it was."""
+        """Outputs of one token, and the state with it.
+
+        Args:
+            q, k, v: of the token.
+            position: of the token, EMPTY on padding.
+            state: before the token.
+            padded: whether some rows are padding, which leaves their state as it was.
+            overwrite: write the new state where the old one was.
+        """
         size, sinks = self.options.window, self.options.sinks
-        slots = torch.arange(sinks, device=q.device)
-        counts, is_sink = position > EMPTY, position == slots
-        last = {"seen": state["seen"] + counts}
-
-        # The window moves on by one token, whose keys stand behind those of the sinks.
-        joined = []
-        for part, new, axis in (("k", k, 2), ("v", v, 2), ("at", position, 1)):
-            sink, window = state[f"sink_{part}"], state[f"window_{part}"]
-            both = torch.cat((sink, window.narrow(axis, 1, size - 1), new), axis)
-            moved = both.narrow(axis, sinks, size)
-            joined.append(both)
-            shape = (-1, 1, 1, 1) if axis == 2 else (-1, 1)
-            if padded:
-                moved = torch.where(counts.view(shape), moved, window)
-            taken = is_sink[:, None, :, None] if axis == 2 else is_sink
-            last[f"window_{part}"] = moved
-            last[f"sink_{part}"] = torch.where(taken, new, sink) if sinks else sink
-        keys, values, at = joined
-
-        # A sink that is still inside the window stands there too; it is counted there alone.
-        seen = torch.cat((slots <= position - size, at[:, sinks:] > EMPTY), 1)
+        overwrite = overwrite and is_writable(*state.values())
+        settled = overwrite and self.sees_all(position)
+        last = self.write_token(k, v, position, state, padded, overwrite)
+        if settled:
+            last |= {name: state[name] for name in state if name.startswith("sink_")}
+        else:
+            last |= self.keep_sinks(k, v, position, state)
+        keys, values = (last["window_k"], last["sink_k"]), (last["window_v"], last["sink_v"])
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
-        scores = self.attention.scale_scores(group @ keys.transpose(-1, -2))
-        scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
-        return (self.normalize(scores) @ values).flatten(1, 2).unsqueeze(2), last
+        scores = torch.cat([group @ part.mT for part in keys], -1)
+        scores = self.attention.scale_scores(scores)
+        if not settled:
+            # A sink that is still inside the window stands there too; it is counted there alone.
+            far = torch.arange(sinks, device=q.device) <= position - size
+            seen = torch.cat((last["window_at"] > EMPTY, far), 1)
+            scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
+        weight = self.normalize(scores)
+        out = weight[..., :size] @ values[0]
+        if sinks:
+            out = out + weight[..., size:] @ values[1]
+        return out.flatten(1, 2).unsqueeze(2), last
+
+    def sees_all(self, position: Int[Tensor, "batch 1"]) -> bool:
+        """Whether a token of every row sees all slots; asked on a processor alone, which need not
+        wait for the answer.
+        """
+        if position.device.type != "cpu":
+            return False
+        return int(position.min()) >= self.options.window + self.options.sinks - 1
+
+    def write_token(
+        self,
+        k: Float[Tensor, "batch kv 1 dim"],
+        v: Float[Tensor, "batch kv 1 dim"],
+        position: Int[Tensor, "batch 1"],
+        state: State,
+        padded: bool,
+        overwrite: bool,
+    ) -> State:
+        """The entries of the state for the window and the count; arguments as of `attend_token`."""
+        counts = position > EMPTY
+        last = {"seen": state["seen"] + counts}
+        # Empty slots are the oldest; a row of padding keeps what its slot has.
+        slot = state["window_at"].argmin(1, keepdim=True)
+        index = slot[:, None, :, None].expand_as(k)
+        parts = ("k", k, 2, index), ("v", v, 2, index), ("at", position, 1, slot)
+        for part, new, axis, at in parts:
+            window = state[f"window_{part}"]
+            if padded:
+                shape = (-1, 1, 1, 1) if axis == 2 else (-1, 1)
+                new = torch.where(counts.view(shape), new, window.gather(axis, at))
+            write = window.scatter_ if overwrite else window.scatter
+            last[f"window_{part}"] = write(axis, at, new.to(window.dtype))
+        return last
 
     def attend_blocks(
         self,
@@ -372,10 +428,11 @@ class Window(Mixer):
             last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
             index = last[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             keys, values, at = keys.gather(2, index), values.gather(2, index), at.gather(1, last)
+        # Copies: a view would keep the keys and values of all these tokens in memory.
         return {
-            "window_k": keys[:, :, -size:],
-            "window_v": values[:, :, -size:],
-            "window_at": at[:, -size:],
+            "window_k": keys[:, :, -size:].clone(),
+            "window_v": values[:, :, -size:].clone(),
+            "window_at": at[:, -size:].clone(),
         }
 
     def keep_sinks(

@@ -20,6 +20,7 @@ from ..core.auto_map import AUTO_MAP
 from ..errors import RegraftError
 from ..mixers.older_names import leave_out_caps
 from .cache import STATE_LAYER
+from .growing_cache import GROWING_LAYER
 
 CAP = "attn_logit_softcapping"  # None: no cap
 # Keys of a config that mixers were made for, and what a converted layer's `attention` says of each.
@@ -102,8 +103,9 @@ class RegraftConfig(PreTrainedConfig):
     ) -> PreTrainedConfig:
         """This config; for `decoder`, as caches ask for it: with the layer type of mixers.
 
-        This is how every cache of transformers gets a `MixerState` for each mixer, while the
-        host's own code reads the host's `layer_types`.
+        This is how every cache of transformers gets a `MixerState` for each mixer, and a
+        `GrowingLayer` for each layer with all keys and values beside them, while the host's own
+        code reads the host's `layer_types`.
         """
         if not decoder:
             return self
@@ -112,6 +114,8 @@ class RegraftConfig(PreTrainedConfig):
         # Not strict: `num_hidden_layers` may have been set to fewer.
         # Some classes keep the list under another name.
         name = self.attribute_map.get("layer_types", "layer_types")
+        if any(self.mixers or []):
+            kinds = [GROWING_LAYER if kind == "full_attention" else kind for kind in kinds]
         view.__dict__[name] = [
             STATE_LAYER if mixer else kind
             for mixer, kind in zip(self.mixers or [], kinds, strict=False)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, DynamicLayer, StaticLayer
 
+# The layer type under which transformers' caches find `GrowingLayer`; see `cache.STATE_LAYER`.
+GROWING_LAYER = f"{__name__}.GrowingLayer"
 SPARE = 8  # one part in so many of the tokens held is allocated beyond them
 LEAST = 256  # tokens, and at least so many
 
@@ -16,14 +18,15 @@ class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, written behind those before them.
 
     transformers' own layer copies all keys and values for every call, which takes longer than
-    attention to them where few tokens are read at a time.
+    attention to them where few tokens are read at a time. Where gradients go through the cache, or
+    in a graph, this one does as well.
 
     Attributes:
         keys, values: (batch, kv, tokens, dim), views of the buffers.
         buffers: the same with room for more tokens.
     """
 
-    _layer_type: str | None = None  # it would take the place of transformers' own layer
+    _layer_type: str | None = GROWING_LAYER
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -33,8 +36,11 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values, (batch, kv, new tokens, dim); all of them, as views."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and key_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self.buffers = []
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
 
         tokens = self.keys.shape[2]
@@ -52,7 +58,14 @@ class GrowingLayer(DynamicLayer):
             return False
         # What selects or repeats rows makes tensors of its own.
         held = zip(self.buffers, (self.keys, self.values), strict=True)
-        return all(buffer.data_ptr() == part.data_ptr() for buffer, part in held)
+        return all(
+            buffer.data_ptr() == part.data_ptr() and buffer.shape[:2] == part.shape[:2]
+            for buffer, part in held
+        )
+
+
+# A static cache has room for all tokens from the start.
+STATIC_LAYER_TYPE_MAPPING[GROWING_LAYER] = StaticLayer
 
 
 def grow(part: torch.Tensor, total: int) -> torch.Tensor:

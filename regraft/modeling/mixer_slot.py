@@ -106,7 +106,10 @@ class MixerSlot(nn.Module):
 
         rows, before = rows or RowLayout(), entry.state if entry is not None else None
         rotary = position_embeddings if self.rotary else None
-        y, state = self.mix(hidden_states, rotary, rows, before)
+        # Nobody sees the state again where no block is recorded, no gradient and no graph made.
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        overwrite = entry is not None and not entry.record_past and not traced
+        y, state = self.mix(hidden_states, rotary, rows, before, overwrite)
 
         def replay(tokens: int) -> State:
             part = None if rotary is None else (rotary[0][:, :tokens], rotary[1][:, :tokens])
@@ -122,6 +125,7 @@ class MixerSlot(nn.Module):
         rotary: Rotary | None,
         rows: RowLayout,
         state: State | None,
+        overwrite: bool = False,
     ) -> tuple[Float[Tensor, "batch time hidden"], State]:
         """The mixer's output and the state after the last token.
 
@@ -130,10 +134,11 @@ class MixerSlot(nn.Module):
             rotary: cos and sin, (1 or batch, time, rotary); None: nothing is rotated.
             rows: padding and documents.
             state: before these tokens.
+            overwrite: whether the new state may take its place in memory.
         """
         if rotary is not None:
             rotary = rows.gather(rotary[0]), rows.gather(rotary[1])
-        mixing = MixerContext(rotary, rows.valid, rows.segments)
+        mixing = MixerContext(rotary, rows.valid, rows.segments, overwrite)
         y, state = self.mixer(rows.gather(hidden_states), mixing, state)
         return rows.scatter(y), state
 

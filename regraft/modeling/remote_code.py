@@ -16,7 +16,13 @@ from ..mixers.base import Mixer
 from ..mixers.registry import mixer_class
 
 PACKAGE = Path(__file__).parent.parent
-MODELING_FILES = ("configuration_regraft", "modeling_regraft", "mixer_slot", "cache")
+MODELING_FILES = (
+    "configuration_regraft",
+    "modeling_regraft",
+    "mixer_slot",
+    "cache",
+    "growing_cache",
+)
 MIXER_FILES = ("base", "older_names")  # of every model
 
 # Modules that are written anew instead of copied: the registry, which finds mixers by folder, and

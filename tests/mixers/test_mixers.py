@@ -66,6 +66,7 @@ SPECS = [
 ]
 IDS = [f"{spec['name']}-{i}" for i, spec in enumerate(SPECS)]
 TOLERANCE = 1e-5
+SHAPE = SHAPES["9-heads-3-kv"]
 
 
 def bound(spec: dict) -> float:
@@ -146,6 +147,46 @@ def test_state_does_not_grow(spec: dict) -> None:
         )
         sizes.add(sum(tensor[0].numel() for tensor in state.values()))
     assert sizes == {registry.mixer_class(spec["name"]).state_size(attention, spec)}
+
+
+def decode(mixer: Mixer, x: torch.Tensor, begin: int, overwrite: bool) -> torch.Tensor:
+    """Outputs of the tokens from `begin`, one at a time but for two calls of three."""
+    position = torch.arange(x.shape[1]).expand(len(x), -1)
+    _, state = mixer(x[:, :begin], MixerContext(rotary(position[:, :begin], SHAPE)), None)
+    outputs, cuts = [], [*range(begin, x.shape[1])]
+    cuts = [cut for i, cut in enumerate(cuts) if i % 14 not in (11, 12)]
+    for start, end in zip(cuts, [*cuts[1:], x.shape[1]], strict=True):
+        mixing = MixerContext(rotary(position[:, start:end], SHAPE), overwrite=overwrite)
+        y, state = mixer(x[:, start:end], mixing, state)
+        outputs.append(y)
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@torch.no_grad()
+def test_packed_weights_and_states_in_place_change_no_number(spec: dict) -> None:
+    mixer, x = made(spec, SHAPE), torch.randn(2, 40, SHAPE.hidden)
+    before = {name: p.clone() for name, p in mixer.named_parameters()}
+    objects = dict(mixer.named_parameters())
+    expected = decode(mixer, x, 4, overwrite=False)
+    assert relative(decode(mixer, x, 4, overwrite=True), expected) < bound(spec)
+
+    mixer.pack()
+    assert (mixer.packed is not None) == (len(mixer.input_layers()) > 1)
+    for name, parameter in mixer.named_parameters():
+        assert parameter is objects[name] and torch.equal(parameter, before[name])
+    assert relative(decode(mixer, x, 4, overwrite=True), expected) < bound(spec)
+
+    # What is written into a parameter, and what takes its place, is what is computed with.
+    for layer in mixer.input_layers():
+        layer.weight.mul_(1.5)
+    written = decode(mixer, x, 4, overwrite=True)
+    packed, mixer.packed = mixer.packed, None
+    assert relative(written, decode(mixer, x, 4, overwrite=False)) < bound(spec)
+    mixer.packed = packed
+    mixer.load_state_dict(before, assign=True)
+    assert relative(decode(mixer, x, 4, overwrite=True), expected) < bound(spec)
+    assert mixer.packed is None
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
