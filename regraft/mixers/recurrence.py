@@ -108,7 +108,8 @@ def chunked_recurrence(
     """
     time, n, heads = q.shape[2], -(-q.shape[2] // chunk), k.shape[1]
     S = initial_state(k, v, state)
-    q, k, v, g = (pad_time(x, chunk).unflatten(2, (n, chunk)) for x in (q, k, v, g))
+    # Contiguous once: each product would copy its operands again.
+    q, k, v, g = (pad_time(x, chunk).contiguous().unflatten(2, (n, chunk)) for x in (q, k, v, g))
     q = q.unflatten(1, (heads, -1)).transpose(2, 3)  # (b, h, n, group, c, d)
 
     # Decay from a key to a later query of the same chunk and document, zero for other pairs.

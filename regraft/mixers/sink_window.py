@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..core.shapes import Float, Int
 from .attention import Attention
 from .base import WeightSpec
-from .window import Window, naive_scores
+from .naive_window import naive_scores
+from .window import Window
 
 SHUT = -1e4  # logit of a sink that takes nothing; bfloat16 and float16 hold it
 

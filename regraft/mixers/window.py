@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.shapes import Bool, Float, Int
+from ..core.shapes import Float, Int
 from .attention import Attention
 from .base import Mixer, MixerContext, State, WeightSpec, is_writable, pad_time
+from .naive_window import EMPTY
 
 SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
-EMPTY = -1  # position of padding and of unused slots in the state
 
 
 @dataclass(frozen=True)
@@ -23,51 +23,6 @@ class WindowOptions:
 
     window: int = 64  # the last tokens, the token itself included
     sinks: int = 4  # and the first tokens of its document
-
-
-def naive_window(
-    q: Float[Tensor, "batch heads time dim"],
-    k: Float[Tensor, "batch kv time dim"],
-    v: Float[Tensor, "batch kv time dim"],
-    attention: Attention,
-    window: int,
-    sinks: int,
-    position: Int[Tensor, "batch time"],
-    segments: Int[Tensor, "batch time"],
-) -> Float[Tensor, "batch heads time dim"]:
-    """Softmax attention under a mask of all pairs (attention sinks, arXiv 2309.17453).
-
-    Args:
-        q, k, v: queries, keys and values, already rotated.
-        attention: scales and caps the logits.
-        window, sinks: as in `WindowOptions`.
-        position: of each token in its document, EMPTY on padding.
-        segments: document number of each token.
-    """
-    scores = naive_scores(q, k, attention, window, sinks, position, segments)
-    return scores.softmax(-1) @ v.repeat_interleave(attention.group, 1)
-
-
-def naive_scores(
-    q: Float[Tensor, "batch heads time dim"],
-    k: Float[Tensor, "batch kv time dim"],
-    attention: Attention,
-    window: int,
-    sinks: int,
-    position: Int[Tensor, "batch time"],
-    segments: Int[Tensor, "batch time"],
-) -> Float[Tensor, "batch heads time keys"]:
-    """Logits of all pairs, the smallest number where a query does not see a key.
-
-    Arguments as of `naive_window`.
-    """
-    # one row per query, one column per key
-    distance = position.unsqueeze(-1) - position.unsqueeze(-2)
-    seen = (distance >= 0) & ((distance < window) | (position.unsqueeze(-2) < sinks))
-    seen &= (segments.unsqueeze(-1) == segments.unsqueeze(-2)) & (position.unsqueeze(-2) > EMPTY)
-
-    scores = attention.scale_scores(q @ k.repeat_interleave(attention.group, 1).transpose(-1, -2))
-    return scores.masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
 
 
 def spread_sinks(
@@ -134,9 +89,11 @@ class Window(Mixer):
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
         """Blocks of queries against two blocks of keys and the sinks beyond the window."""
         options = cls.parse(spec)
-        sinks = options.sinks if length > options.window else 0
-        queries = -(-length // options.window) * options.window
-        forward = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
+        queries, keys = length, options.window + length
+        if length > options.window:
+            queries = -(-length // options.window) * options.window
+            keys = 2 * options.window + options.sinks
+        forward = 4 * attention.heads * attention.dim * queries * keys
         return forward, 2 * forward
 
     def input_layers(self) -> list[nn.Linear]:
@@ -317,46 +274,54 @@ class Window(Mixer):
             ids: document number of each of these tokens, EMPTY on padding.
             sinks: keys, values, positions and document numbers; None: no query sees any.
         """
-        size, time, kv = self.options.window, q.shape[2], keys.shape[1]
-        n = -(-time // size)
+        size, (heads, time), kv = self.options.window, q.shape[1:3], keys.shape[1]
+        n, group = -(-time // size), heads // kv
 
         # A query sees back into the block before its own, the first block into the state's window:
-        # n + 1 blocks of keys give n pairs.
+        # n + 1 blocks of keys give n pairs. A single block has no more rows than there are tokens.
+        rows = size if n > 1 else time
         position = at[:, size:]
         key_ids = torch.cat((at[:, :size].clamp(max=0), ids), 1)
-        keys, values = (
-            _pair_blocks(pad_time(x, size).unflatten(2, (n + 1, size)), 2) for x in (keys, values)
-        )
         key_at, key_ids = (
-            _pair_blocks(_pad_ids(x, size).unflatten(1, (n + 1, size)), 1) for x in (at, key_ids)
+            _pair_blocks(_pad_ids(x, rows) if n > 1 else x, n) for x in (at, key_ids)
         )
+        query_at, query_ids = (_pad_ids(x, rows).unflatten(1, (n, rows)) for x in (position, ids))
 
-        # (batch, n, size, 2 * size): whether a query of a block sees a key of its two.
-        query_at, query_ids = (_pad_ids(x, size).unflatten(1, (n, size)) for x in (position, ids))
+        # Whether a query of a block sees a key of its two, and a sink beyond its window.
         distance = query_at.unsqueeze(-1) - key_at.unsqueeze(-2)
-        near = (distance >= 0) & (distance < size)
-        near = near & (query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2))
-        near = near & (key_at.unsqueeze(-2) > EMPTY)
-
-        group = pad_time(q, size).unflatten(1, (kv, -1)).unflatten(3, (n, size)).transpose(2, 3)
-        queries = group.flatten(3, 4)  # (batch, kv, n, group * size, dim)
-        scores = [self.scale_and_mask(queries @ keys.transpose(-1, -2), near, group.shape[3])]
-
+        seen = (distance >= 0) & (distance < size) & (key_at.unsqueeze(-2) > EMPTY)
+        seen = seen & (query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2))
+        more: list[tuple[Tensor, ...]] = [(), ()]
         if sinks is not None:
             sink_k, sink_v, sink_at, sink_ids = sinks
-            distance = query_at.unsqueeze(-1) - sink_at[:, None, None]
-            far = (distance >= size) & (sink_at > EMPTY)[:, None, None]
-            far = far & (query_ids.unsqueeze(-1) == sink_ids[:, None, None])
-            sink_scores = queries @ sink_k.unsqueeze(2).transpose(-1, -2)
-            scores.append(self.scale_and_mask(sink_scores, far, group.shape[3]))
+            far = (query_at.unsqueeze(-1) - sink_at[:, None, None] >= size) & (
+                (sink_at > EMPTY)[:, None, None]
+                & (query_ids.unsqueeze(-1) == sink_ids[:, None, None])
+            )
+            seen = torch.cat((seen, far), -1)  # (batch, n, rows, keys)
+            more = [(x.unsqueeze(1).expand(-1, n, -1, -1, -1),) for x in (sink_k, sink_v)]
 
-        # One softmax over both kinds of keys.
-        weight = self.normalize(torch.cat(scores, dim=-1))
-        out = weight[..., : 2 * size] @ values
-        if sinks is not None:
-            out = out + weight[..., 2 * size :] @ sink_v.unsqueeze(2)
-        out = out.unflatten(3, group.shape[3:5]).transpose(2, 3).flatten(3, 4)  # b kv g time d
-        return out.flatten(1, 2)[:, :, :time]
+        # Blocks join the batch: (batch * n, kv, keys or group * rows, dim).
+        keys, values = (
+            _pair_blocks(pad_time(x, rows) if n > 1 else x, n, *after).flatten(0, 1)
+            for x, after in zip((keys, values), more, strict=True)
+        )
+        blocks = pad_time(q, rows).unflatten(1, (kv, group)).unflatten(3, (n, rows))
+        queries = blocks.permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(2, 3)
+
+        unseen = (~seen).flatten(0, 1).repeat(1, group, 1).unsqueeze(1)
+        # What is masked gets the smallest number, not -inf: padding sees no key.
+        plain = self.attention.softcap is None and self.sinks is None
+        if plain and not torch.is_grad_enabled() and q.dtype == values.dtype:
+            bias = q.new_zeros(unseen.shape).masked_fill_(unseen, torch.finfo(q.dtype).min)
+            scale = self.attention.scale
+            out = F.scaled_dot_product_attention(queries, keys, values, bias, scale=scale)
+        else:
+            scores = self.attention.scale_scores(queries @ keys.mT)
+            scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
+            out = self.normalize(scores) @ values
+        out = out.unflatten(2, (group, rows)).unflatten(0, (-1, n))  # b n kv g rows d
+        return out.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)[:, :, :time]
 
     def normalize(
         self, scores: Float[Tensor, "batch kv ... queries keys"]
@@ -372,16 +337,6 @@ class Window(Mixer):
         sink = spread_sinks(self.sinks, scores).expand(*scores.shape[:-1], 1)
         weight = torch.cat((scores.float(), sink), -1).softmax(-1)
         return weight[..., :-1].to(scores.dtype)
-
-    def scale_and_mask(
-        self,
-        scores: Float[Tensor, "batch kv n queries keys"],
-        seen: Bool[Tensor, "batch n size keys"],
-        group: int,
-    ) -> Float[Tensor, "batch kv n queries keys"]:
-        """Logits, the smallest number where a key is not seen; `queries` is group * size."""
-        seen = seen.unsqueeze(1).repeat(1, 1, 1, group, 1)
-        return self.attention.scale_scores(scores).masked_fill(~seen, torch.finfo(scores.dtype).min)
 
     def collect_sinks(
         self,
@@ -456,13 +411,21 @@ class Window(Mixer):
         return new
 
 
-def _pair_blocks(blocks: Tensor, dim: int) -> Tensor:
-    """n + 1 blocks along `dim`, tokens along the next axis -> n blocks, each behind the one before.
+def _pair_blocks(x: Tensor, n: int, *more: Tensor) -> Tensor:
+    """Blocks of `x` (batch, tokens) or (batch, kv, tokens, dim), each behind the one before.
 
-    (..., n + 1, size, ...) -> (..., n, 2 * size, ...).
+    (batch, n, keys) or (batch, n, kv, keys, dim) from n + 1 blocks; all of `x` for n = 1.
+
+    Args:
+        more: what stands behind each of them.
     """
-    n = blocks.shape[dim] - 1
-    return torch.cat((blocks.narrow(dim, 0, n), blocks.narrow(dim, 1, n)), dim + 1)
+    if n == 1:
+        return torch.cat((x.unsqueeze(1), *more), -2) if more else x.unsqueeze(1)
+    if x.ndim == 2:
+        blocks = x.unflatten(1, (n + 1, -1))
+        return torch.cat((blocks[:, :-1], blocks[:, 1:]), 2)
+    blocks = x.unflatten(2, (n + 1, -1)).transpose(1, 2)
+    return torch.cat((blocks[:, :-1], blocks[:, 1:], *more), 3)
 
 
 def _pad_ids(x: Int[Tensor, "batch time"], multiple: int) -> Int[Tensor, "batch padded"]:

@@ -18,10 +18,10 @@ from regraft.errors import RegraftError
 from regraft.mixers import registry
 from regraft.mixers.base import Mixer, MixerContext
 from regraft.mixers.initialize import create_initial_tensor
+from regraft.mixers.naive_window import naive_window
 from regraft.mixers.recurrence import chunked_recurrence, naive_recurrence
 from regraft.mixers.sink_window import naive_sink_window
 from regraft.mixers.vector import chunked_vector, naive_vector
-from regraft.mixers.window import naive_window
 
 SMALL_WINDOW = {"name": "window", "window": 8, "sinks": 2}
 SINK_WINDOW = {"name": "sink_window", "window": 8}
@@ -340,6 +340,8 @@ def test_window_blocks_equal_masked_softmax_with_gradients(spec: dict, segmented
         expected = naive_window(q, k, v, mixer.attention, 8, 2, position, segments)
     expected = expected.transpose(1, 2)
     assert relative(heads, expected) < TOLERANCE
+    with torch.no_grad():
+        assert relative(mixer.mix(x, context, None)[0], expected) < TOLERANCE
     weight = torch.randn_like(heads)
     for a, b in zip(
         *(torch.autograd.grad((y * weight).sum(), parameters) for y in (heads, expected)),
