@@ -28,6 +28,7 @@ from regraft import modeling
 from regraft.evaluation import chunked
 from regraft.evaluation.bench import extend_cache
 from regraft.modeling.growing_cache import build_growing_cache
+from regraft.modeling.modeling_regraft import FEW_ROWS
 from regraft.modeling.speculative import decoding_bytes
 
 READ, STEPS = 80, 4
@@ -179,11 +180,10 @@ def main() -> None:
     for length in [int(text) for text in given.prefill.split(",") if text]:
         print_prefill(models, length, given.rounds)
 
-    if given.batch <= 2:
-        for name in [name for name in models if name != "teacher"]:
-            models[name].prepare_decoding()
+    for name in [name for name in models if name != "teacher"]:
+        models[name].prepare_decoding(given.batch)
     models[LAID_OUT] = load(given.teacher, torch.float32)
-    if given.batch <= 2:
+    if given.batch <= FEW_ROWS:
         lay_out(models[LAID_OUT])
     lengths = [int(text) for text in given.lengths.split(",") if text]
     if given.operations:

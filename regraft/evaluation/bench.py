@@ -180,6 +180,8 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
         synchronize(device.type)
         prefill_seconds = time.perf_counter() - begin
 
+        if isinstance(model, modeling.RegraftForCausalLM):
+            model.prepare_decoding(batch)
         extend_cache(cache, length - ids.shape[1])
         sizes = modeling.state_bytes(cache)  # by layer
 

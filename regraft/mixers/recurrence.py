@@ -76,17 +76,23 @@ def step_recurrence(
     state: Float[Tensor, "batch heads dim values"] | None = None,
     overwrite: bool = False,
 ) -> tuple[Float[Tensor, "batch queries 1 values"], Float[Tensor, "batch heads dim values"]]:
-    """`naive_recurrence` of one token, in few passes over the state.
+    """`naive_recurrence` of one token, in few calls and few passes over the state.
 
     Args:
         overwrite: write the new state where the old one was.
     The others are as in `naive_recurrence`.
     """
     S, decay = initial_state(k, v, state), g.exp().unsqueeze(-1)
-    S = S.mul_(decay) if overwrite else S * decay
-    write = v if beta is None else beta.unsqueeze(-1) * (v - k @ S)
-    S = S.addcmul_(k.mT, write) if overwrite else torch.addcmul(S, k.mT, write)
-    out = q.unflatten(1, (k.shape[1], -1)).squeeze(3) @ S  # (b, h, group, e)
+    q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, h, group, d)
+
+    # Keys and queries read the state before the token; what it writes is added to the outputs.
+    read = decay * (torch.cat((k, q), 2) @ S)
+    write = v if beta is None else beta.unsqueeze(-1) * (v - read[:, :, :1])
+    out = read[:, :, 1:] + (q * k).sum(-1, keepdim=True) * write
+    if overwrite:
+        S.mul_(decay).addcmul_(k.mT, write)
+    else:
+        S = torch.addcmul(S * decay, k.mT, write)
     return out.flatten(1, 2).unsqueeze(2), S
 
 

@@ -40,9 +40,9 @@ class Window(Mixer):
 
     Positions are the source's. Blocks of `window` queries see two blocks of keys and the sinks, so
     that cost is linear in length. The state is the last `window` keys and values and the sinks, of
-    constant size: `window_k`, `window_v`, `sink_k`, `sink_v` (batch, kv, slots, dim), their
-    positions `window_at` and `sink_at` (batch, slots), and `seen` (batch, 1), the tokens so far.
-    The window is a ring: a new token takes the slot of the oldest, wherever that is.
+    constant size: `k` and `v` (batch, kv, window + sinks, dim), their positions `at` (batch, window
+    + sinks), and `seen` (batch, 1), the tokens so far. The window is a ring: a new token takes the
+    slot of the oldest, wherever that is. Slot i of the sinks, behind it, is for position i.
     """
 
     name = "window"
@@ -102,13 +102,13 @@ class Window(Mixer):
 
     def initial_state(self, like: Float[Tensor, "batch kv time dim"]) -> State:
         """The state before the first token, with the type and place of the keys `like`."""
-        b, kv, _, d = like.shape
-        state = {"seen": torch.zeros(b, 1, dtype=torch.long, device=like.device)}
-        for part, size in (("window", self.options.window), ("sink", self.options.sinks)):
-            state[f"{part}_k"] = like.new_zeros(b, kv, size, d)
-            state[f"{part}_v"] = like.new_zeros(b, kv, size, d)
-            state[f"{part}_at"] = torch.full((b, size), EMPTY, dtype=torch.long, device=like.device)
-        return state
+        (b, kv, _, d), slots = like.shape, self.options.window + self.options.sinks
+        return {
+            "k": like.new_zeros(b, kv, slots, d),
+            "v": like.new_zeros(b, kv, slots, d),
+            "at": torch.full((b, slots), EMPTY, dtype=torch.long, device=like.device),
+            "seen": torch.zeros(b, 1, dtype=torch.long, device=like.device),
+        }
 
     def mix(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
@@ -124,25 +124,30 @@ class Window(Mixer):
             position = position.masked_fill(~mixing.valid, EMPTY)
 
         if x.shape[1] == 1:
-            padded = mixing.valid is not None
-            heads, last = self.attend_token(q, k, v, position, state, padded, overwrite)
+            heads, last = self.attend_token(q, k, v, position, state, overwrite)
             return heads.transpose(1, 2), state if mixing.segments is not None else last
 
-        state = state if begins else self.sort_window(state)
-        keys, values = torch.cat((state["window_k"], k), 2), torch.cat((state["window_v"], v), 2)
-        at = torch.cat((state["window_at"], position), 1)
+        old = self.split_state(state)
+        keys, values = torch.cat((old["window_k"], k), 2), torch.cat((old["window_v"], v), 2)
+        at = torch.cat((old["window_at"], position), 1)
         ids = self.document_ids(position, mixing.segments)
         if mixing.segments is not None:
             sinks = self.collect_sinks(k, v, position, ids)
             return self.attend_blocks(q, keys, values, at, ids, sinks).transpose(1, 2), state
 
-        last = self.keep_last(keys, values, at, mixing.valid is not None)
-        last |= self.keep_sinks(k, v, position, state)
-        last["seen"] = state["seen"] + (position > EMPTY).sum(1, keepdim=True)
+        parts = self.keep_last(keys, values, at, mixing.valid is not None)
+        parts |= self.keep_sinks(k, v, position, old)
+        last = {
+            "k": torch.cat((parts["window_k"], parts["sink_k"]), 2),
+            "v": torch.cat((parts["window_v"], parts["sink_v"]), 2),
+            "at": torch.cat((parts["window_at"], parts["sink_at"]), 1),
+            "seen": state["seen"] + (position > EMPTY).sum(1, keepdim=True),
+        }
         if begins and x.shape[1] <= self.options.window:
             # All that a query sees is in the window.
             return self.attend_blocks(q, keys, values, at, ids, None).transpose(1, 2), last
-        sinks = last["sink_k"], last["sink_v"], last["sink_at"], last["sink_at"].clamp(max=0)
+        sink_at = parts["sink_at"]
+        sinks = parts["sink_k"], parts["sink_v"], sink_at, sink_at.clamp(max=0)
         return self.attend_blocks(q, keys, values, at, ids, sinks).transpose(1, 2), last
 
     def positions(
@@ -170,14 +175,20 @@ class Window(Mixer):
             return position.clamp(max=0)  # 0 for tokens, EMPTY for padding
         return segments.masked_fill(position == EMPTY, EMPTY)
 
-    def sort_window(self, state: State) -> State:
-        """The state with the oldest token of the window first, empty slots before it."""
-        order = state["window_at"].argsort(dim=1)
-        index = order[:, None, :, None].expand_as(state["window_k"])
-        return state | {
-            "window_k": state["window_k"].gather(2, index),
-            "window_v": state["window_v"].gather(2, index),
-            "window_at": state["window_at"].gather(1, order),
+    def split_state(self, state: State) -> State:
+        """`window_k`, `window_v` and `window_at`, the oldest token first and empty slots before it,
+        and `sink_k`, `sink_v` and `sink_at`.
+        """
+        size = self.options.window
+        order = state["at"][:, :size].argsort(dim=1)
+        index = order[:, None, :, None].expand(*state["k"].shape[:2], -1, state["k"].shape[3])
+        return {
+            "window_k": state["k"].gather(2, index),
+            "window_v": state["v"].gather(2, index),
+            "window_at": state["at"].gather(1, order),
+            "sink_k": state["k"][:, :, size:],
+            "sink_v": state["v"][:, :, size:],
+            "sink_at": state["at"][:, size:],
         }
 
     def attend_token(
@@ -187,41 +198,28 @@ class Window(Mixer):
         v: Float[Tensor, "batch kv 1 dim"],
         position: Int[Tensor, "batch 1"],
         state: State,
-        padded: bool,
         overwrite: bool = False,
     ) -> tuple[Float[Tensor, "batch heads 1 dim"], State]:
         """Outputs of one token, and the state with it.
 
         Args:
             q, k, v: of the token.
-            position: of the token, EMPTY on padding.
+            position: of the token, EMPTY on padding, which leaves the state of its row as it was.
             state: before the token.
-            padded: whether some rows are padding, which leaves their state as it was.
-            overwrite: write the new state where the old one was.
+            overwrite: whether the new state may take its place in memory.
         """
-        size, sinks = self.options.window, self.options.sinks
-        overwrite = overwrite and is_writable(*state.values())
-        settled = overwrite and self.sees_all(position)
-        last = self.write_token(k, v, position, state, padded, overwrite)
-        if settled:
-            last |= {name: state[name] for name in state if name.startswith("sink_")}
-        else:
-            last |= self.keep_sinks(k, v, position, state)
-        keys, values = (last["window_k"], last["sink_k"]), (last["window_v"], last["sink_v"])
+        size = self.options.window
+        settled = overwrite and self.sees_all(position) and is_writable(*state.values())
+        last = (write_slot if settled else fill_slots)(state, k, v, position, size)
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
-        scores = torch.cat([group @ part.mT for part in keys], -1)
-        scores = self.attention.scale_scores(scores)
+        scores = self.attention.scale_scores(group @ last["k"].mT)
         if not settled:
             # A sink that is still inside the window stands there too; it is counted there alone.
-            far = torch.arange(sinks, device=q.device) <= position - size
-            seen = torch.cat((last["window_at"] > EMPTY, far), 1)
+            far = torch.arange(self.options.sinks, device=q.device) <= position - size
+            seen = torch.cat((last["at"][:, :size] > EMPTY, far), 1)
             scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
-        weight = self.normalize(scores)
-        out = weight[..., :size] @ values[0]
-        if sinks:
-            out = out + weight[..., size:] @ values[1]
-        return out.flatten(1, 2).unsqueeze(2), last
+        return (self.normalize(scores) @ last["v"]).flatten(1, 2).unsqueeze(2), last
 
     def sees_all(self, position: Int[Tensor, "batch 1"]) -> bool:
         """Whether a token of every row sees all slots; asked on a processor alone, which need not
@@ -230,31 +228,6 @@ class Window(Mixer):
         if position.device.type != "cpu":
             return False
         return int(position.min()) >= self.options.window + self.options.sinks - 1
-
-    def write_token(
-        self,
-        k: Float[Tensor, "batch kv 1 dim"],
-        v: Float[Tensor, "batch kv 1 dim"],
-        position: Int[Tensor, "batch 1"],
-        state: State,
-        padded: bool,
-        overwrite: bool,
-    ) -> State:
-        """The entries of the state for the window and the count; arguments as of `attend_token`."""
-        counts = position > EMPTY
-        last = {"seen": state["seen"] + counts}
-        # Empty slots are the oldest; a row of padding keeps what its slot has.
-        slot = state["window_at"].argmin(1, keepdim=True)
-        index = slot[:, None, :, None].expand_as(k)
-        parts = ("k", k, 2, index), ("v", v, 2, index), ("at", position, 1, slot)
-        for part, new, axis, at in parts:
-            window = state[f"window_{part}"]
-            if padded:
-                shape = (-1, 1, 1, 1) if axis == 2 else (-1, 1)
-                new = torch.where(counts.view(shape), new, window.gather(axis, at))
-            write = window.scatter_ if overwrite else window.scatter
-            last[f"window_{part}"] = write(axis, at, new.to(window.dtype))
-        return last
 
     def attend_blocks(
         self,
@@ -383,11 +356,10 @@ class Window(Mixer):
             last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
             index = last[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             keys, values, at = keys.gather(2, index), values.gather(2, index), at.gather(1, last)
-        # Copies: a view would keep the keys and values of all these tokens in memory.
         return {
-            "window_k": keys[:, :, -size:].clone(),
-            "window_v": values[:, :, -size:].clone(),
-            "window_at": at[:, -size:].clone(),
+            "window_k": keys[:, :, -size:],
+            "window_v": values[:, :, -size:],
+            "window_at": at[:, -size:],
         }
 
     def keep_sinks(
@@ -409,6 +381,37 @@ class Window(Mixer):
         for part, tokens in (("sink_k", k), ("sink_v", v)):
             new[part] = torch.where(found[:, None, :, None], tokens.gather(2, index), state[part])
         return new
+
+
+def write_slot(state: State, k: Tensor, v: Tensor, position: Tensor, size: int) -> State:
+    """The state with a token in the place of the window's oldest, written in place.
+
+    Args:
+        state: as of `Window`.
+        k, v, position: of the token, in all rows behind the sinks.
+        size: slots of the window.
+    """
+    slot = state["at"][:, :size].argmin(1, keepdim=True)
+    index = slot[:, None, :, None].expand_as(k)
+    state["k"].scatter_(2, index, k.to(state["k"].dtype))
+    state["v"].scatter_(2, index, v.to(state["v"].dtype))
+    state["at"].scatter_(1, slot, position)
+    return state | {"seen": state["seen"] + 1}
+
+
+def fill_slots(state: State, k: Tensor, v: Tensor, position: Tensor, size: int) -> State:
+    """A new state, for any token and padding; arguments as of `write_slot`."""
+    slots = torch.arange(state["at"].shape[1], device=k.device)
+    # Empty slots are the oldest.
+    slot, counts = state["at"][:, :size].argmin(1, keepdim=True), position > EMPTY
+    taken = ((slots == slot) | (slots - size == position)) & counts
+    index = taken[:, None, :, None]
+    return {
+        "k": torch.where(index, k, state["k"]),
+        "v": torch.where(index, v, state["v"]),
+        "at": torch.where(taken, position, state["at"]),
+        "seen": state["seen"] + counts,
+    }
 
 
 def _pair_blocks(x: Tensor, n: int, *more: Tensor) -> Tensor:

@@ -18,8 +18,11 @@ from ..mixers.registry import begins_with_bos
 from .cache import CACHE
 from .growing_cache import build_growing_cache
 from .loading import bos_token_id
+from .modeling_regraft import RegraftForCausalLM
 from .packed_attention import packed_attention_in
 from .speculative import Block, DraftModel, decoding_bytes
+
+MANY = 64  # tokens, for which it pays to lay weights out first
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def generate(
     ties within the rounding of its numbers; sampled text has the same distribution.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; for many tokens the weights of a linearized one are laid out
+            by its `prepare_decoding`.
         tokenizer: of the model.
         prompt: at least one character.
         tokens: how many to generate at most.
@@ -126,6 +130,8 @@ def generate(
         if source is not None:
             bos = bos_token_id(tokenizer) if needs_bos else None
             return generate_verified(model, source, inputs, options, bos)
+        if tokens >= MANY and isinstance(model, RegraftForCausalLM):
+            model.prepare_decoding(len(inputs))
         out = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -56,6 +56,8 @@ class GrowingLayer(DynamicLayer):
         """Whether the buffers hold what `keys` and `values` do, and `total` tokens fit in."""
         if not self.buffers or self.buffers[0].shape[2] < total:
             return False
+        if self.buffers[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False  # PyTorch does not let it be written here
         # What selects or repeats rows makes tensors of its own.
         held = zip(self.buffers, (self.keys, self.values), strict=True)
         return all(

@@ -31,6 +31,7 @@ from .cache import cache_kwargs
 from .configuration_regraft import RegraftConfig
 from .mixer_slot import MixerSlot, RowLayout, check_cache_reached, lay_out_rows
 
+FEW_ROWS = 2
 # Arguments of `from_pretrained` that are keys of a config too.
 OF_THE_MODEL = ("dtype", "torch_dtype", "quantization_config")
 
@@ -102,13 +103,18 @@ class RegraftPreTrainedModel(PreTrainedModel):
         """How to copy and pickle: the class is found again by its host."""
         return rebuild, (type(self).front, self.config.host), self.__dict__
 
-    def prepare_decoding(self) -> None:
+    def prepare_decoding(self, rows: int = 1) -> None:
         """Store the weights as steps of one token read them fastest on a processor.
 
         Parameters stay the same objects with the same values, in another order in memory: (inputs,
-        outputs), and what reads one input in one matrix. It pays for one or two rows; with more,
-        products are no faster. Saving the model undoes it.
+        outputs), and what reads one input in one matrix. Saving the model undoes it. Does nothing
+        on an accelerator or for many rows, where products are no faster.
+
+        Args:
+            rows: that will be decoded together.
         """
+        if self.device.type != "cpu" or rows > FEW_ROWS:
+            return
         packed: set[nn.Module] = set()
         for slot in self.slots():
             if isinstance(slot, MixerSlot):

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import FAMILIES, GROWABLE, byte_tokenizer, save_model, tiny, tokens
+from helpers.tiny import (
+    FAMILIES,
+    GROWABLE,
+    byte_tokenizer,
+    max_relative_difference,
+    save_model,
+    tiny,
+    tokens,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -279,3 +287,38 @@ def test_prompts_begin_with_bos_where_a_mixer_is_made_for_that(
     model, tokenizer = modeling.materialize(Remix(mixer, "0", window=8)(source)), byte_tokenizer()
     assert generate(model, tokenizer, "abc", 2).prompt_tokens == 3 + more
     assert generate(model, tokenizer, tokenizer.bos_token + "abc", 2).prompt_tokens == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@torch.no_grad()
+def test_weights_laid_out_for_decoding_give_the_same_text_and_files(
+    family: str, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "stock", family)
+    remix = Remix("gated_deltanet", "1", window=8, sinks=2)
+    remix(Checkpoint.open(tmp_path / "stock")).save(tmp_path / "model")
+    model, rows = modeling.load(tmp_path / "model"), tokens(2, 40)
+    expected = model(rows).logits
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.prepare_decoding(rows=3)
+    assert all(p.is_contiguous() for p in model.parameters())
+
+    model.prepare_decoding(rows=2)
+    assert not all(p.is_contiguous() for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    # Prompts under inference mode and steps outside it, and the other way round.
+    for first in (True, False):
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode(first), torch.no_grad():
+            model(rows[:, :20], use_cache=True, **modeling.cache_kwargs(cache))
+        steps = []
+        for piece in rows[:, 20:].split(1, 1):
+            with torch.inference_mode(not first), torch.no_grad():
+                out = model(piece, use_cache=True, **modeling.cache_kwargs(cache))
+            steps.append(out.logits)
+        assert max_relative_difference(expected[:, 20:], torch.cat(steps, 1)) < TOLERANCE
+
+    model.save_pretrained(tmp_path / "saved")
+    again = modeling.load(tmp_path / "saved")
+    assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
+    assert all(p.is_contiguous() for p in model.parameters())
