@@ -88,7 +88,7 @@ def apply_rotary(
 
     cos, sin = (table.unsqueeze(1) for table in rotary)
     width = cos.shape[-1]
-    rotated, passed = x[..., :width], x[..., width:]
+    rotated, passed = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
     if pairs:
         # Each pair has its angle once in the first half of the tables.
         cos, sin = (
@@ -100,7 +100,7 @@ def apply_rotary(
         first, second = rotated.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
     rotated = rotated * cos + turned * sin
-    if not passed.shape[-1]:
+    if passed is None:
         return rotated.to(x.dtype)
     return torch.cat((rotated, passed), dim=-1).to(x.dtype)
 

@@ -119,7 +119,9 @@ class Window(Mixer):
         begins, state = state is None, state or self.initial_state(k)
         overwrite = mixing.overwrite and mixing.segments is None and not begins
 
-        position = self.positions(x, mixing) + state["seen"]
+        position = state["seen"]
+        if x.shape[1] > 1:
+            position = position + self.positions(x, mixing)
         if mixing.valid is not None:
             position = position.masked_fill(~mixing.valid, EMPTY)
 

@@ -322,3 +322,35 @@ def test_weights_laid_out_for_decoding_give_the_same_text_and_files(
     again = modeling.load(tmp_path / "saved")
     assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
     assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_kept_layers_grow_in_place_and_pass_gradients(tmp_path: Path) -> None:
+    Remix("gated_deltanet", "1", window=8, sinks=2)(
+        Checkpoint.open(save_model(tmp_path / "stock", layers=3))
+    ).save(tmp_path / "model")
+    model, rows = modeling.load(tmp_path / "model"), tokens(2, 30)
+    make = modeling.cache_kwargs
+    weight = model.get_input_embeddings().weight
+
+    found = []
+    for cuts in ([30], [11, 12, 20, 30]):
+        cache, total, begin = DynamicCache(config=model.config), torch.zeros(()), 0
+        assert [type(layer).__name__ for layer in cache.layers][1] == "GrowingLayer"
+        for end in cuts:
+            total = (
+                total + model(rows[:, begin:end], use_cache=True, **make(cache)).logits.exp().sum()
+            )
+            begin = end
+        found.append(torch.autograd.grad(total, weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
+
+    # Rows that were selected as a view have a buffer of their own.
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(rows[:, :20], use_cache=True, **make(cache))
+        held = cache.layers[1].buffers[0]
+        model(rows[:, 20:25], use_cache=True, **make(cache))
+        assert cache.layers[1].buffers[0] is held
+        cache.batch_select_indices(slice(0, 1))
+        some = model(rows[:1, 25:], use_cache=True, **make(cache)).logits
+        assert max_relative_difference(model(rows[:1]).logits[:, 25:], some) < TOLERANCE
