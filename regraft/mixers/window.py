@@ -115,7 +115,8 @@ class Window(Mixer):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Keys, values and positions of the window and the sinks."""
         options = cls.parse(spec)
-        return (options.window + options.sinks) * (2 * attention.kv * attention.dim + 1) + 1
+        per_token = attention.kv * (attention.dim + attention.value_dim) + 1
+        return (options.window + options.sinks) * per_token + 1
 
     @classmethod
     def softmax_tokens(cls, spec: dict[str, Any]) -> int:
@@ -127,7 +128,8 @@ class Window(Mixer):
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Scores and weighted sum over window and sinks."""
         options = cls.parse(spec)
-        return 4 * attention.heads * attention.dim * (options.window + options.sinks)
+        pair = 2 * attention.heads * (attention.dim + attention.value_dim)
+        return pair * (options.window + options.sinks)
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
@@ -135,16 +137,18 @@ class Window(Mixer):
         options = cls.parse(spec)
         sinks = options.sinks if length > options.window else 0
         queries = -(-length // options.window) * options.window
-        forward = 4 * attention.heads * attention.dim * queries * (2 * options.window + sinks)
+        pair = 2 * attention.heads * (attention.dim + attention.value_dim)
+        forward = pair * queries * (2 * options.window + sinks)
         return forward, 2 * forward
 
     def initial_state(self, like: Float[Tensor, "batch kv time dim"]) -> State:
         """The state before the first token, with the type and place of the keys `like`."""
         b, kv, _, d = like.shape
+        value = self.attention.value_dim
         state = {"seen": torch.zeros(b, 1, dtype=torch.long, device=like.device)}
         for part, size in (("window", self.options.window), ("sink", self.options.sinks)):
             state[f"{part}_k"] = like.new_zeros(b, kv, size, d)
-            state[f"{part}_v"] = like.new_zeros(b, kv, size, d)
+            state[f"{part}_v"] = like.new_zeros(b, kv, size, value)
             state[f"{part}_at"] = torch.full((b, size), EMPTY, dtype=torch.long, device=like.device)
         return state
 
@@ -354,9 +358,8 @@ class Window(Mixer):
         else:
             count = int(needed.sum(1).max())
         columns = (~needed).long().argsort(dim=1, stable=True)[:, :count]
-        index = columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         at = position.masked_fill(~needed, EMPTY).gather(1, columns)
-        return k.gather(2, index), v.gather(2, index), at, ids.gather(1, columns)
+        return take_tokens(k, columns), take_tokens(v, columns), at, ids.gather(1, columns)
 
     def keep_last(
         self,
@@ -370,8 +373,8 @@ class Window(Mixer):
         if padded:
             # A stable sort moves padding to the front, whatever side it was on.
             last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
-            index = last[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            keys, values, at = keys.gather(2, index), values.gather(2, index), at.gather(1, last)
+            keys, values = take_tokens(keys, last), take_tokens(values, last)
+            at = at.gather(1, last)
         return {
             "window_k": keys[:, :, -size:],
             "window_v": values[:, :, -size:],
@@ -392,11 +395,18 @@ class Window(Mixer):
         slots = torch.arange(self.options.sinks, device=k.device)
         hit = position.unsqueeze(1) == slots.view(1, -1, 1)  # (batch, sinks, time)
         found, column = hit.any(-1), hit.int().argmax(-1)
-        index = column[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         new = {"sink_at": torch.where(found, slots, state["sink_at"])}
         for part, tokens in (("sink_k", k), ("sink_v", v)):
-            new[part] = torch.where(found[:, None, :, None], tokens.gather(2, index), state[part])
+            first = take_tokens(tokens, column)
+            new[part] = torch.where(found[:, None, :, None], first, state[part])
         return new
+
+
+def take_tokens(
+    x: Float[Tensor, "batch heads time dim"], places: Int[Tensor, "batch count"]
+) -> Float[Tensor, "batch heads count dim"]:
+    """Some tokens of keys or values."""
+    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _pair_blocks(blocks: Tensor, dim: int) -> Tensor:

@@ -244,7 +244,8 @@ def token_flops(checkpoint: Checkpoint, context: int) -> int:
         attention = attention_of(checkpoint, layer)
         if spec is None:
             # Scores and weighted values: a multiply-add each, per head, channel and kept token.
-            total += 4 * attention.heads * attention.dim * kept[layer]
+            pair = 2 * attention.heads * (attention.dim + attention.value_dim)
+            total += pair * kept[layer]
         else:
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total

@@ -47,6 +47,9 @@ SHAPES = {
     "9-heads-3-kv": Attention(
         hidden=36, kv=3, group=3, dim=10, scale=0.3, qkv_bias=True, o_bias=True, qk_norm=1e-6
     ),
+    "latent": Attention(
+        hidden=20, kv=3, group=1, dim=10, scale=0.3, latent=8, query_latent=6, rope=4, value=6
+    ),
     "5-heads-no-rotary": Attention(hidden=20, kv=5, group=1, dim=6, scale=6**-0.5, rotary=False),
 }
 
@@ -66,7 +69,7 @@ def made(spec: dict, attention: Attention, seed: int = 0) -> Mixer:
 
 def projections(mixer: Mixer) -> list[torch.nn.Parameter]:
     """What queries, keys and values are made with."""
-    names = [f"{letter}_proj" for letter in "qkv"] + ["q_norm", "k_norm"]
+    names = [f"{letter}_proj" for letter in "qkv"] + ["q_norm", "k_norm", "latent"]
     return [p for name, p in mixer.named_parameters() if name.split(".")[0] in names]
 
 
@@ -75,6 +78,6 @@ def rotary(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     if not attention.rotary:
         return None
-    frequency = 10.0 ** -torch.linspace(0, 2, attention.dim // 2)
+    frequency = 10.0 ** -torch.linspace(0, 2, (attention.rope or attention.dim) // 2)
     angle = (position.unsqueeze(-1) * frequency).repeat(1, 1, 2)
     return angle.cos(), angle.sin()
