@@ -165,10 +165,8 @@ class HeadNorm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(heads * dim)) if bias else None)
         self.eps, self.heads, self.unit, self.centered = eps, heads, unit, centered
 
-    def forward(
-        self, x: Float[Tensor, "batch heads time dim"]
-    ) -> Float[Tensor, "batch heads time dim"]:
-        """Normalise queries or keys."""
+    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        """Normalise queries or keys, (batch, heads, time, dim), or what they are made of."""
         wide = x.float()
         if self.centered or self.bias is not None:
             shape, bias = self.weight.shape, None if self.bias is None else self.bias.float()

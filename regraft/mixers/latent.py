@@ -95,7 +95,9 @@ def latent_weights(attention: Attention) -> dict[str, WeightSpec]:
         table[f"{name}_norm.weight"] = WeightSpec(axes, source, decay=False)
     if attention.qkv_bias:
         for name in norms:
-            axes = f"-> {maps[name].partition(' -> ')[2]}"
+            width = maps[name].partition(" -> ")[2]
+            # Tables write a bias of a number of coordinates as a tensor of that size.
+            axes = width if width.isdigit() else f"-> {width}"
             table[f"{name}_proj.bias"] = WeightSpec(axes, f"attn.{name}.bias", decay=False)
     return {f"latent.{name}": weight for name, weight in table.items()}
 

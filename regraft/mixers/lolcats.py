@@ -31,7 +31,7 @@ class WindowedTokens:
 
     q: Float[Tensor, "batch heads total dim"]  # zeros in the window, whose outputs are out already
     k: Float[Tensor, "batch states total dim"]
-    v: Float[Tensor, "batch states total dim"]
+    v: Float[Tensor, "batch states total value"]
     filled: Bool[Tensor, "batch total"]  # False on padding and on slots that no token fills
     ids: Int[Tensor, "batch total"]  # document number
     order: (
@@ -153,7 +153,7 @@ class Lolcats(Hedgehog):
         self,
         q: Float[Tensor, "batch heads time dim"],
         k: Float[Tensor, "batch states time dim"],
-        v: Float[Tensor, "batch states time dim"],
+        v: Float[Tensor, "batch states time value"],
         mixing: MixerContext,
         state: State,
     ) -> WindowedTokens:
@@ -187,10 +187,10 @@ class Lolcats(Hedgehog):
         self,
         q: Float[Tensor, "batch heads time dim"],
         k: Float[Tensor, "batch states total dim"],
-        v: Float[Tensor, "batch states total dim"],
+        v: Float[Tensor, "batch states total value"],
         filled: Bool[Tensor, "batch total"],
         ids: Int[Tensor, "batch total"],
-    ) -> Float[Tensor, "batch time heads dim+1"]:
+    ) -> Float[Tensor, "batch time heads value+1"]:
         """Sums of the window's softmax terms times values, and in the last column times one.
 
         Args:

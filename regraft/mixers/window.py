@@ -28,13 +28,13 @@ class WindowOptions:
 def naive_window(
     q: Float[Tensor, "batch heads time dim"],
     k: Float[Tensor, "batch kv time dim"],
-    v: Float[Tensor, "batch kv time dim"],
+    v: Float[Tensor, "batch kv time value"],
     attention: Attention,
     window: int,
     sinks: int,
     position: Int[Tensor, "batch time"],
     segments: Int[Tensor, "batch time"],
-) -> Float[Tensor, "batch heads time dim"]:
+) -> Float[Tensor, "batch heads time value"]:
     """Softmax attention under a mask of all pairs (attention sinks, arXiv 2309.17453).
 
     Args:
@@ -213,11 +213,11 @@ class Window(Mixer):
         self,
         q: Float[Tensor, "batch heads 1 dim"],
         k: Float[Tensor, "batch kv 1 dim"],
-        v: Float[Tensor, "batch kv 1 dim"],
+        v: Float[Tensor, "batch kv 1 value"],
         position: Int[Tensor, "batch 1"],
         state: State,
         padded: bool,
-    ) -> tuple[Float[Tensor, "batch heads 1 dim"], State]:
+    ) -> tuple[Float[Tensor, "batch heads 1 value"], State]:
         """Outputs of one token, and the state with it; padding leaves the state as it was."""
         size, sinks = self.options.window, self.options.sinks
         slots = torch.arange(sinks, device=q.device)
@@ -251,11 +251,11 @@ class Window(Mixer):
         self,
         q: Float[Tensor, "batch heads time dim"],
         keys: Float[Tensor, "batch kv total dim"],
-        values: Float[Tensor, "batch kv total dim"],
+        values: Float[Tensor, "batch kv total value"],
         at: Int[Tensor, "batch total"],
         ids: Int[Tensor, "batch time"],
         sinks: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    ) -> Float[Tensor, "batch heads time dim"]:
+    ) -> Float[Tensor, "batch heads time value"]:
         """Outputs of many tokens, in `n` blocks of `size` = window queries.
 
         Args:
@@ -334,12 +334,12 @@ class Window(Mixer):
     def collect_sinks(
         self,
         k: Float[Tensor, "batch kv time dim"],
-        v: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time value"],
         position: Int[Tensor, "batch time"],
         ids: Int[Tensor, "batch time"],
     ) -> tuple[
         Float[Tensor, "batch kv sinks dim"],
-        Float[Tensor, "batch kv sinks dim"],
+        Float[Tensor, "batch kv sinks value"],
         Int[Tensor, "batch sinks"],
         Int[Tensor, "batch sinks"],
     ]:
@@ -364,7 +364,7 @@ class Window(Mixer):
     def keep_last(
         self,
         keys: Float[Tensor, "batch kv total dim"],
-        values: Float[Tensor, "batch kv total dim"],
+        values: Float[Tensor, "batch kv total value"],
         at: Int[Tensor, "batch total"],
         padded: bool,
     ) -> State:
@@ -384,7 +384,7 @@ class Window(Mixer):
     def keep_sinks(
         self,
         k: Float[Tensor, "batch kv time dim"],
-        v: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time value"],
         position: Int[Tensor, "batch time"],
         state: State,
     ) -> State:

@@ -47,11 +47,13 @@ SHAPES = {
     "9-heads-3-kv": Attention(
         hidden=36, kv=3, group=3, dim=10, scale=0.3, qkv_bias=True, o_bias=True, qk_norm=1e-6
     ),
-    "latent": Attention(
-        hidden=20, kv=3, group=1, dim=10, scale=0.3, latent=8, query_latent=6, rope=4, value=6
-    ),
     "5-heads-no-rotary": Attention(hidden=20, kv=5, group=1, dim=6, scale=6**-0.5, rotary=False),
 }
+
+# As DeepSeek has it.
+LATENT = Attention(
+    hidden=20, kv=3, group=1, dim=10, scale=0.3, latent=8, query_latent=6, rope=4, value=6
+)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -69,7 +71,7 @@ def made(spec: dict, attention: Attention, seed: int = 0) -> Mixer:
 
 def projections(mixer: Mixer) -> list[torch.nn.Parameter]:
     """What queries, keys and values are made with."""
-    names = [f"{letter}_proj" for letter in "qkv"] + ["q_norm", "k_norm", "latent"]
+    names = [f"{letter}_proj" for letter in "qkv"] + ["q_norm", "k_norm"]
     return [p for name, p in mixer.named_parameters() if name.split(".")[0] in names]
 
 
