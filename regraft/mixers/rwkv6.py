@@ -87,7 +87,7 @@ class Rwkv6(LinearAttention):
         """No shift at first, a constant decay with a half-life of about 44 tokens."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         if options.shift:
-            why = 'the shift mixes them apart: give --options \'{"shift": false}\''
+            why = "the shift mixes them apart: give --options '{\"shift\": false}'"
             refuse_latent(attention, "'rwkv6' with shift", why)
         axes = f"{cls.state_axes(options)} dim"
 

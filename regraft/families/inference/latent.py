@@ -28,7 +28,7 @@ NAMES = {
 }
 NORMS = ("attn.q_a_norm", "attn.kv_a_norm")
 WITH_BIAS = ("attn.q_a", "attn.kv_a", "attn.o")
-CLOSED = "keys and values of all heads are made of one latent: the table has no axis for their heads"
+CLOSED = "all heads make keys and values of one latent: the table has no axis for them"
 
 
 @dataclass(frozen=True)

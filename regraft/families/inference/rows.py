@@ -255,10 +255,15 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
         role: of the tensor.
         reads: whether a map reads the dimension.
     """
+    if draft.latent and (name := name_axis(draft.latent, role, law, str(draft.keys["heads"]))):
+        return name
+    return _name_usual_axis(draft, law, role, reads)
+
+
+def _name_usual_axis(draft: Draft, law: Law | None, role: str, reads: bool) -> str:
+    """The same without latent attention."""
     keys = draft.keys
     wide = f"{query_axes(draft)} dim"
-    if draft.latent and (name := name_axis(draft.latent, role, law, str(keys["heads"]))):
-        return name
     if role in draft.heads and law is not None:
         if role in ("attn.q", "attn.q_norm") and not reads and law == query_law(draft):
             return wide
