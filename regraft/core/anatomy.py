@@ -88,12 +88,12 @@ class Anatomy:
     ignored: dict[str, str] = field(default_factory=dict)
     # Config key of the norms' epsilon. One that begins with "_" is written in the class.
     eps: str = "rms_norm_eps"
+    latent_eps: float | None = None  # that of norms over latents, where it is not `eps`
     # Whether norms over the stream subtract the mean and have no parameters at all.
     bare_norms: bool = False
     # Whether queries and keys are rotated by position.
     rotary: bool = True
-    # Whether neighbouring coordinates (2i, 2i + 1) turn together; else i and i + half of those that
-    # turn.
+    # Whether neighbours (2i, 2i + 1) turn together; else i and i + half of those that turn.
     rotary_pairs: bool = False
     # Where the class's tables of cos and sin have pair i: at i and i + half ("halves"), at 2i and
     # 2i + 1 ("neighbours"), or at i alone ("once", or "once, sin first" where cos comes second).

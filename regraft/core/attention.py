@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 QUERY_NORM = ("attn.q_norm.weight", "attn.q_norm.bias")  # roles
+LATENT = "attn.kv_b.weight"  # role of the map from the latent to keys and values
 
 
 class AttentionFields(TypedDict):
@@ -40,6 +41,12 @@ class AttentionFields(TypedDict):
     # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
     # that the source has.
     softcap: NotRequired[float | None]
+    # Latent attention, as of `mixers.attention.Attention`; left out for any other.
+    latent: NotRequired[int]
+    query_latent: NotRequired[int]
+    rope: NotRequired[int]
+    value: NotRequired[int]
+    latent_eps: NotRequired[float]
 
 
 def has_softmax(anatomy: Anatomy, config: Config, layer: int) -> bool:
@@ -53,7 +60,8 @@ def has_softmax(anatomy: Anatomy, config: Config, layer: int) -> bool:
     queries = [
         part
         for role, part in anatomy.parts.items()
-        if role == "attn.q.weight" or (role.endswith(".weight") and "attn.q" in part.fused)
+        if role in ("attn.q.weight", LATENT)
+        or (role.endswith(".weight") and "attn.q" in part.fused)
     ]
     full = anatomy.fill_defaults(config)
     return not queries or any(part.is_in_layer(full, layer) for part in queries)
@@ -101,6 +109,13 @@ def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> Attentio
         fields["gated"] = True
     if "attn.sinks.weight" in roles:
         fields["sinks"] = True
+    if LATENT in roles:
+        fields["qkv_bias"] = "attn.kv_a.bias" in roles
+        fields["latent"], fields["value"] = sizes["latent"], sizes["value"]
+        fields["rope"] = sizes["rope"]
+        if "attn.q_b.weight" in roles:
+            fields["query_latent"] = sizes["query_latent"]
+        fields["latent_eps"] = float(anatomy.latent_eps or full[anatomy.eps])
     cap = config.get(*anatomy.softcap) if anatomy.softcap else None
     if cap is not None:
         fields["softcap"] = float(cap)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part
+from ..core.attention import LATENT
 from ..core.stock_config import read_stock_config
 from ..families.llama import anatomy as llama
 
@@ -29,6 +30,8 @@ def find_differences(
         return [f"{anatomy.family} {what}"]
     if not anatomy.continues_text(config):
         return [f"{config['architectures'][0]} has no head of a language model"]
+    if LATENT in anatomy.parts:
+        return [f"{anatomy.family} has latent attention, whose keys and values are made of one"]
 
     stock = read_stock_config(config, anatomy)
     found = find_other_parts(config, anatomy, also or {})

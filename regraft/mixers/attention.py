@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,12 @@ class Attention:
     norms_rotated: bool = False  # whether the norm comes after the rotation, not before
     gated: bool = False  # whether a sigmoid of the layer's input multiplies heads' outputs
     sinks: bool = False  # whether every head has a learned logit beside its scores
+    # Latent attention (see `latent.LatentProjections`); zeros in any other.
+    latent: int = 0  # width of what keys and values are made of
+    query_latent: int = 0  # width of what queries are made of; 0: of the layer's input
+    rope: int = 0  # coordinates of a head whose keys all heads share, the only ones that turn
+    value: int = 0  # width of a head's values
+    latent_eps: float = 1e-6  # epsilon of the norms of the latents
 
     def __post_init__(self) -> None:
         if self.qk_norm_form not in QK_NORM_FORMS:
@@ -55,6 +62,23 @@ class Attention:
     def norms_heads_together(self) -> bool:
         """Whether one norm runs over all heads of the queries, and one over those of the keys."""
         return "kv" in self.qk_norm_form
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.value or self.dim
+
+    @property
+    def value_axis(self) -> str:
+        """The same as a named axis."""
+        return "value" if self.value else "dim"
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that softmax attention keeps of a token: keys and values, or the latent and the
+        keys that heads share.
+        """
+        return self.latent + self.rope if self.latent else 2 * self.kv * self.dim
 
     @property
     def heads(self) -> int:
@@ -105,6 +129,15 @@ def apply_rotary(
     return torch.cat((rotated, passed), dim=-1).to(x.dtype)
 
 
+def split_complex(tables: Any) -> Any:
+    """Tables of cos and sin; those of classes that hold them as one complex tensor, which have
+    every pair once (DeepSeek-V2), as two.
+    """
+    if isinstance(tables, Tensor) and tables.is_complex():
+        return tables.real, tables.imag
+    return tables
+
+
 class HeadNorm(nn.Module):
     """RMS norm with a gain, computed in float32: over each head, or over all of them together. A
     layer norm over each head where the source has one.
@@ -134,10 +167,8 @@ class HeadNorm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(heads * dim)) if bias else None)
         self.eps, self.heads, self.unit, self.centered = eps, heads, unit, centered
 
-    def forward(
-        self, x: Float[Tensor, "batch heads time dim"]
-    ) -> Float[Tensor, "batch heads time dim"]:
-        """Normalise queries or keys."""
+    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        """Normalise queries or keys, (batch, heads, time, dim), or what they are made of."""
         wide = x.float()
         if self.centered or self.bias is not None:
             shape, bias = self.weight.shape, None if self.bias is None else self.bias.float()

@@ -17,25 +17,12 @@ from torch import Tensor, nn
 from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
 from .attention import Attention, HeadNorm, apply_rotary
+from .latent import LatentProjections, latent_weights
 from .options import parse_options
 from .packing import PackedLinears, Projected
+from .weight_spec import WeightSpec as WeightSpec
 
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """One parameter of a mixer: its axes and where its value comes from."""
-
-    # Named axes as in `core.axes`, such as "hidden -> kv group dim".
-    signature: str
-    # Role in the source's anatomy, such as "attn.q.weight". Axes of `signature` that the source's
-    # weight lacks are broadcast: with `group`, each key/value head is repeated for its queries.
-    source: str | None = None
-    # Without a source: the initial value, as `initialize.create_initial_tensor` reads it.
-    fresh: str | None = None
-    # Whether weight decay may act on it.
-    decay: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +74,8 @@ class Mixer(nn.Module):
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
+    # Latent attention: what stands in the place of these three.
+    latent: LatentProjections
     q_norm: HeadNorm | None
     k_norm: HeadNorm | None
     o_proj: nn.Linear
@@ -100,11 +89,9 @@ class Mixer(nn.Module):
         self.options = self.parse(spec)
         self.inherit: str = spec.get("inherit", "all")
         if output:
-            self.o_proj = nn.Linear(
-                attention.heads * attention.dim, attention.hidden, bias=attention.o_bias
-            )
+            width = attention.heads * attention.value_dim
+            self.o_proj = nn.Linear(width, attention.hidden, bias=attention.o_bias)
         if output and attention.gated:
-            width = attention.heads * attention.dim
             self.o_gate = nn.Linear(attention.hidden, width, bias=attention.qkv_bias)
 
     def add_projections(self, expand: bool) -> None:
@@ -117,11 +104,14 @@ class Mixer(nn.Module):
         attention = self.attention
         hidden, dim, bias = attention.hidden, attention.dim, attention.qkv_bias
         self.states = attention.heads if expand else attention.kv
+        self.q_norm = self.k_norm = None
+        if attention.latent:
+            self.latent = LatentProjections(attention)
+            return
 
         self.q_proj = nn.Linear(hidden, attention.heads * dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.states * dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.states * dim, bias=bias)
-        self.q_norm = self.k_norm = None
         if attention.qk_norm is not None:
             together, unit = attention.norms_heads_together, "1+" in attention.qk_norm_form
             counts = (attention.heads, self.states) if together else (1, 1)
@@ -144,9 +134,12 @@ class Mixer(nn.Module):
 
         Args:
             x: what queries are made of.
-            others: what keys and values are made of, two tensors; x for both when left out.
+            others: what keys and values are made of, two tensors; x for both when left out. With a
+                latent both are made of the first.
             mixing: what is computed of them already.
         """
+        if self.attention.latent:
+            return self.latent(x)
         mixing = mixing or MixerContext()
         layers = (self.q_proj, self.k_proj, self.v_proj)
         inputs, heads = (x, *(others or (x, x))), (self.attention.heads, self.states, self.states)
@@ -165,7 +158,7 @@ class Mixer(nn.Module):
 
         Their values stay the same, and so does what they compute but for rounding.
         """
-        layers = self.input_layers()
+        layers = [] if self.attention.latent else self.input_layers()
         plain = all(type(layer) is nn.Linear for layer in layers)
         self.packed = PackedLinears(layers) if len(layers) > 1 and plain else None
 
@@ -302,6 +295,16 @@ class Mixer(nn.Module):
             inputs: what the layer got, one row per token.
         """
 
+    def value_rows(
+        self,
+    ) -> tuple[Float[Tensor, "states dim inputs"], Float[Tensor, "states dim"] | None]:
+        """Views of the weight and of the bias that give each head's values."""
+        if self.attention.latent:
+            return self.latent.value_rows(), None
+        weight, bias = self.v_proj.weight, self.v_proj.bias
+        heads = self.states, -1
+        return weight.unflatten(0, heads), None if bias is None else bias.unflatten(0, heads)
+
     @torch.no_grad()
     def fold_heads(self, maps: Float[Tensor, "heads dim dim"]) -> bool:
         """Fold a linear map of each head's output into the weights; False if it cannot be done.
@@ -310,15 +313,14 @@ class Mixer(nn.Module):
             maps: acting on rows, one per head, or one per group where the heads of a group share
                 their values.
         """
-        heads, dim = self.attention.heads, self.attention.dim
+        heads, dim = self.attention.heads, self.attention.value_dim
 
         # Values are tried first: they may be shared by a group, the output projection never is.
         if self.values_are_linear:
-            value = self.v_proj
-            heads = value.weight.shape[0] // dim
-            value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))
-            if value.bias is not None:
-                value.bias.copy_((value.bias.view(heads, 1, dim) @ maps).flatten())
+            weight, bias = self.value_rows()
+            weight.copy_(maps.mT @ weight)
+            if bias is not None:
+                bias.copy_((bias.unsqueeze(1) @ maps).squeeze(1))
         elif hasattr(self, "o_proj") and not hasattr(self, "o_gate"):
             # one block of columns per head, shaped (heads, hidden, dim)
             per_head = self.o_proj.weight.unflatten(1, (heads, dim)).transpose(0, 1)
@@ -373,6 +375,8 @@ class Mixer(nn.Module):
 
 def projection_weights(attention: Attention, expand: bool) -> dict[str, WeightSpec]:
     """The source's queries, keys and values; `expand` as of `Mixer.add_projections`."""
+    if attention.latent:
+        return latent_weights(attention)
     # With "group" in the signature, loading repeats each key/value head for its queries.
     axes = {"q": "kv group dim"} | dict.fromkeys("kv", "kv group dim" if expand else "kv dim")
     table: dict[str, WeightSpec] = {}
@@ -392,13 +396,14 @@ def projection_weights(attention: Attention, expand: bool) -> dict[str, WeightSp
 
 def output_weights(attention: Attention) -> dict[str, WeightSpec]:
     """The output projection of the source, and its gate on the heads' outputs."""
-    table = {"o_proj.weight": WeightSpec("kv group dim -> hidden", "attn.o.weight")}
+    heads = f"kv group {attention.value_axis}"
+    table = {"o_proj.weight": WeightSpec(f"{heads} -> hidden", "attn.o.weight")}
     if attention.o_bias:
         table["o_proj.bias"] = WeightSpec("-> hidden", "attn.o.bias", decay=False)
     if attention.gated:
-        table["o_gate.weight"] = WeightSpec("hidden -> kv group dim", "attn.gate.weight")
+        table["o_gate.weight"] = WeightSpec(f"hidden -> {heads}", "attn.gate.weight")
     if attention.gated and attention.qkv_bias:
-        table["o_gate.bias"] = WeightSpec("-> kv group dim", "attn.gate.bias", decay=False)
+        table["o_gate.bias"] = WeightSpec(f"-> {heads}", "attn.gate.bias", decay=False)
     return table
 
 

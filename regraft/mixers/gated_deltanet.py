@@ -73,10 +73,10 @@ class GatedDeltaNet(LinearAttention):
         self.beta = nn.Linear(attention.hidden, self.states, bias=options.beta_bias)
         self.rate = nn.Parameter(torch.zeros(self.states))
         if options.conv:
-            heads = {"q": attention.heads, "k": self.states, "v": self.states}
+            dim, value = attention.dim, attention.value_dim
+            channels = (attention.heads, dim), (self.states, dim), (self.states, value)
             self.conv_q, self.conv_k, self.conv_v = (
-                ShortConv((count, attention.dim), options.conv, bias=False)
-                for count in heads.values()
+                ShortConv(shape, options.conv, bias=False) for shape in channels
             )
 
     @classmethod
@@ -127,9 +127,9 @@ class GatedDeltaNet(LinearAttention):
         table["rate"] = WeightSpec(f"-> {axes}", fresh="zeros", decay=False)
         if not options.beta_bias:
             del table["beta.bias"]
-        for name, heads in zip("qkv", ("kv group", axes, axes), strict=True):
+        channels_of = "kv group dim", f"{axes} dim", f"{axes} {attention.value_axis}"
+        for name, channels in zip("qkv", channels_of, strict=True):
             if options.conv:
-                channels = f"{heads} dim"
                 table |= ShortConv.weights(
                     f"conv_{name}", channels, options.conv, "last_tap", bias=False
                 )
@@ -138,8 +138,10 @@ class GatedDeltaNet(LinearAttention):
     @classmethod
     def conv_channels(cls, attention: Attention, options: DeltaOptions) -> int:
         """Channels that go through the convolution."""
-        heads = attention.heads + 2 * cls.state_heads(attention, options)
-        return heads * attention.dim if options.conv else 0
+        states = cls.state_heads(attention, options)
+        keys_and_values = attention.dim + attention.value_dim
+        channels = attention.heads * attention.dim + states * keys_and_values
+        return channels if options.conv else 0
 
     @classmethod
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:

@@ -69,7 +69,7 @@ class Hedgehog(LinearAttention):
     ) -> tuple[
         Float[Tensor, "batch heads time dim"],
         Float[Tensor, "batch states time dim"],
-        Float[Tensor, "batch states time dim"],
+        Float[Tensor, "batch states time value"],
     ]:
         """Queries, keys and values before the maps."""
         q, k, v = self.qkv(x)
@@ -88,7 +88,7 @@ class Hedgehog(LinearAttention):
         self,
         q: Float[Tensor, "batch heads time dim"],
         k: Float[Tensor, "batch states time dim"],
-        v: Float[Tensor, "batch states time dim"],
+        v: Float[Tensor, "batch states time value"],
     ) -> dict[str, Tensor]:
         """The same as `inputs`, from queries, keys and values."""
         q, k = (

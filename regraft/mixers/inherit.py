@@ -9,6 +9,8 @@ from ..errors import RegraftError
 from .base import WeightSpec
 
 PROJECTIONS = ("q", "k", "v", "o")
+# Maps of latent attention -> the projection that they are a part of.
+LATENT = {"q_a": "q", "q_b": "q", "kv_a": "v", "kv_b": "v"}
 # First word of a signature -> how such a weight begins: biases, gains, gains stored minus one.
 FRESH = {"->": "zeros", "gain": "ones", "1+gain": "zeros"}
 
@@ -42,10 +44,17 @@ def apply_inherit(table: dict[str, WeightSpec], inherit: str, hidden: int) -> di
         hidden: width of the residual stream.
     """
     kept = parse_inherit(inherit)
+    from_latent = any(name.startswith("latent.") for name in table)
+    if from_latent and len(kept & {"k", "v"}) == 1:
+        raise RegraftError(
+            f"--inherit '{inherit}' parts keys from values, which latent attention makes of one"
+            " latent: name both or neither"
+        )
     matrix = f"normal {math.sqrt(0.4 / hidden):.6g}"
 
     def init_unless_inherited(weight: WeightSpec) -> WeightSpec:
-        projection = (weight.source or "").split(".")[-2:][0].removesuffix("_norm")
+        name = (weight.source or "").split(".")[-2:][0].removesuffix("_norm")
+        projection = LATENT.get(name, name)
         if weight.source is None or projection not in PROJECTIONS or projection in kept:
             return weight
         head = weight.signature.split()[0]

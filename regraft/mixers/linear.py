@@ -91,11 +91,13 @@ class LinearAttention(Mixer):
 
         # A layer has only the parameters that its options use: `weights` says the same.
         if norm != "none" and self.gain is not None:
-            size = attention.dim if self.gain == "dim" else attention.heads * attention.dim
+            width = attention.value_dim
+            size = width if self.gain == "dim" else attention.heads * width
             self.norm = nn.Parameter(torch.ones(size))
             self.norm_bias = nn.Parameter(torch.zeros(size)) if self.bias else None
         if self.activation != "none":
-            self.gate = nn.Linear(attention.hidden, attention.heads * attention.dim, bias=False)
+            width = attention.heads * attention.value_dim
+            self.gate = nn.Linear(attention.hidden, width, bias=False)
 
     @classmethod
     def parse(cls, spec: dict[str, Any]) -> Any:
@@ -134,7 +136,7 @@ class LinearAttention(Mixer):
     @classmethod
     def value_dim(cls, attention: Attention) -> int:
         """Width of values in the recurrence."""
-        return attention.dim + cls.denominator
+        return attention.value_dim + cls.denominator
 
     @property
     def values_are_linear(self) -> bool:  # type: ignore[override]
@@ -152,14 +154,14 @@ class LinearAttention(Mixer):
         table |= output_weights(attention) if output else {}
 
         if norm != "none" and cls.gain is not None:
-            table["norm"] = WeightSpec(f"gain {cls.gain}", fresh="ones", decay=False)
+            axes = cls.gain.replace("dim", attention.value_axis)
+            table["norm"] = WeightSpec(f"gain {axes}", fresh="ones", decay=False)
             if cls.bias:
-                table["norm_bias"] = WeightSpec(f"-> {cls.gain}", fresh="zeros", decay=False)
+                table["norm_bias"] = WeightSpec(f"-> {axes}", fresh="zeros", decay=False)
         # Small, not zero: silu of zero is zero and would pass no gradient to the heads.
         if gate != "none":
-            table["gate.weight"] = WeightSpec(
-                "hidden -> kv group dim", fresh="normal 0.02", decay=False
-            )
+            axes = f"hidden -> kv group {attention.value_axis}"
+            table["gate.weight"] = WeightSpec(axes, fresh="normal 0.02", decay=False)
         return table
 
     @classmethod
@@ -285,9 +287,10 @@ class LinearAttention(Mixer):
         elif self.kind == "layer":
             out = F.layer_norm(out, out.shape[-1:], eps=self.eps)
         if self.kind != "none" and self.gain is not None:
-            out = out * self.norm.float().view(-1, self.attention.dim)
+            width = self.attention.value_dim
+            out = out * self.norm.float().view(-1, width)
             if self.norm_bias is not None:
-                out = out + self.norm_bias.float().view(-1, self.attention.dim)
+                out = out + self.norm_bias.float().view(-1, width)
 
         if self.activation != "none":
             out = out * ACTIVATIONS[self.activation](self.gate(x).float()).view_as(out)

@@ -31,7 +31,7 @@ class WindowedTokens:
 
     q: Float[Tensor, "batch heads total dim"]  # zeros in the window, whose outputs are out already
     k: Float[Tensor, "batch states total dim"]
-    v: Float[Tensor, "batch states total dim"]
+    v: Float[Tensor, "batch states total value"]
     filled: Bool[Tensor, "batch total"]  # False on padding and on slots that no token fills
     ids: Int[Tensor, "batch total"]  # document number
     order: (
@@ -75,7 +75,8 @@ class Lolcats(Hedgehog):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Hedgehog's; keys, values and whether there is a token, for the window."""
         options = cls.parse(spec)
-        per_token = 2 * cls.state_heads(attention, options) * attention.dim + 1
+        widths = attention.dim + attention.value_dim
+        per_token = cls.state_heads(attention, options) * widths + 1
         return super().state_size(attention, spec) + options.window * per_token
 
     @classmethod
@@ -106,10 +107,13 @@ class Lolcats(Hedgehog):
     def initial_state(self, like: Float[Tensor, "batch states time dim"]) -> State:
         """The state before the first token, with the type and place of the keys `like`."""
         b, heads, _, dim = like.shape
-        window = like.new_zeros(b, heads, self.options.window, dim)
-        matrix = like.new_zeros(b, heads, self.key_dim(self.attention, self.options), dim + 1)
+        value = self.attention.value_dim
+        keys, values = (
+            like.new_zeros(b, heads, self.options.window, width) for width in (dim, value)
+        )
+        matrix = like.new_zeros(b, heads, self.key_dim(self.attention, self.options), value + 1)
         filled = torch.zeros(b, self.options.window, dtype=torch.bool, device=like.device)
-        return {"k": window, "v": window, "filled": filled, "matrix": matrix}
+        return {"k": keys, "v": values, "filled": filled, "matrix": matrix}
 
     def mix(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
@@ -149,7 +153,7 @@ class Lolcats(Hedgehog):
         self,
         q: Float[Tensor, "batch heads time dim"],
         k: Float[Tensor, "batch states time dim"],
-        v: Float[Tensor, "batch states time dim"],
+        v: Float[Tensor, "batch states time value"],
         mixing: MixerContext,
         state: State,
     ) -> WindowedTokens:
@@ -183,10 +187,10 @@ class Lolcats(Hedgehog):
         self,
         q: Float[Tensor, "batch heads time dim"],
         k: Float[Tensor, "batch states total dim"],
-        v: Float[Tensor, "batch states total dim"],
+        v: Float[Tensor, "batch states total value"],
         filled: Bool[Tensor, "batch total"],
         ids: Int[Tensor, "batch total"],
-    ) -> Float[Tensor, "batch time heads dim+1"]:
+    ) -> Float[Tensor, "batch time heads value+1"]:
         """Sums of the window's softmax terms times values, and in the last column times one.
 
         Args:

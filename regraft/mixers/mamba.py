@@ -53,9 +53,8 @@ class Mamba(StateSpace):
     def widths_of(cls, attention: Attention, options: SsmOptions) -> Widths:
         """All channels as one head that shares B and C, or the attention's heads."""
         if options.layout == "attention":
-            return Widths(
-                attention.heads, attention.dim, attention.dim, "kv group dim", "kv group", "dim"
-            )
+            axes = f"kv group {attention.value_axis}", "kv group", "dim"
+            return Widths(attention.heads, attention.value_dim, attention.dim, *axes)
         inner = options.expand * attention.hidden
         return Widths(1, inner, options.state, str(inner), "1", str(options.state))
 

@@ -64,7 +64,7 @@ class Mamba2(StateSpace):
         super().__init__(attention, spec, output)
         widths, taps = self.widths, self.options.conv
         channels = (widths.inner,) if self.own else (widths.heads, widths.dim)
-        keys = (widths.state,) if self.own else channels
+        keys = (widths.state,) if self.own else (widths.heads, widths.state)
         if self.own:
             self.b = nn.Linear(attention.hidden, widths.state, bias=False)
             self.c = nn.Linear(attention.hidden, widths.state, bias=False)
@@ -84,10 +84,10 @@ class Mamba2(StateSpace):
         Raises RegraftError when `head_dim` does not divide the channels.
         """
         if options.layout == "attention":
-            axes = ("kv group dim", "kv group", "kv group dim")
-            return Widths(attention.heads, attention.dim, attention.dim, *axes)
+            axes = (f"kv group {attention.value_axis}", "kv group", "kv group dim")
+            return Widths(attention.heads, attention.value_dim, attention.dim, *axes)
 
-        inner, dim = options.expand * attention.hidden, options.head_dim or attention.dim
+        inner, dim = options.expand * attention.hidden, options.head_dim or attention.value_dim
         if inner % dim:
             raise RegraftError(
                 f"mixer '{cls.name}': head_dim {dim} does not divide {inner} channels (expand "
@@ -100,7 +100,8 @@ class Mamba2(StateSpace):
     def conv_channels(cls, widths: Widths) -> int:
         """Channels of x, B and C."""
         # Axes that are a number are shared by all heads: layout `own`.
-        return widths.inner + 2 * (widths.state if widths.keys.isdigit() else widths.inner)
+        heads = 1 if widths.keys.isdigit() else widths.heads
+        return widths.inner + 2 * heads * widths.state
 
     @classmethod
     def weights(
@@ -174,12 +175,12 @@ class Mamba2(StateSpace):
         if self.own or (self.options.start, self.options.norm) != ("identity", "head"):
             return
         rows = inputs.float()
-        values = self.v_proj(inputs).float().unflatten(-1, (self.widths.heads, self.widths.dim))
-        scale = SPREAD / values.square().mean((0, 2)).sqrt().clamp(min=1e-6)  # (heads,)
-        scale = scale.repeat_interleave(self.widths.dim)
-        self.v_proj.weight.mul_(scale.unsqueeze(-1).to(self.v_proj.weight.dtype))
-        if self.v_proj.bias is not None:
-            self.v_proj.bias.mul_(scale.to(self.v_proj.bias.dtype))
+        values = self.qkv(inputs.unsqueeze(0))[2].float()  # (1, heads, rows, dim)
+        scale = SPREAD / values.square().mean((0, 2, 3)).sqrt().clamp(min=1e-6)  # (heads,)
+        weight, bias = self.value_rows()
+        weight.mul_(scale.view(-1, 1, 1).to(weight.dtype))
+        if bias is not None:
+            bias.mul_(scale.view(-1, 1).to(bias.dtype))
         assert self.conv_x.bias is not None
         self.conv_x.bias.fill_(OFFSET)
 

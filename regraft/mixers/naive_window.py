@@ -13,13 +13,13 @@ EMPTY = -1  # position of padding and of unused slots in a state
 def naive_window(
     q: Float[Tensor, "batch heads time dim"],
     k: Float[Tensor, "batch kv time dim"],
-    v: Float[Tensor, "batch kv time dim"],
+    v: Float[Tensor, "batch kv time value"],
     attention: Attention,
     window: int,
     sinks: int,
     position: Int[Tensor, "batch time"],
     segments: Int[Tensor, "batch time"],
-) -> Float[Tensor, "batch heads time dim"]:
+) -> Float[Tensor, "batch heads time value"]:
     """Softmax attention under a mask of all pairs (attention sinks, arXiv 2309.17453).
 
     Args:

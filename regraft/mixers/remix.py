@@ -28,7 +28,8 @@ from .registry import begins_with_bos, mixer_class, mixers, validate, weights
 from .remix_options import RemixOptions
 from .source_windows import source_windows
 
-NORMS = (*QK_NORM_FORMS, "gain kv dim")  # of queries and keys
+# Of queries and keys, or of what they are made of.
+NORMS = (*QK_NORM_FORMS, "gain kv dim", "gain latent", "gain query_latent")
 
 
 @dataclass(frozen=True)

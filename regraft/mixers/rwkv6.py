@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from .attention import Attention
 from .base import MixerContext, State, WeightSpec, keep_finite
+from .latent import refuse_latent
 from .linear import LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
 
@@ -85,6 +86,9 @@ class Rwkv6(LinearAttention):
     ) -> dict[str, WeightSpec]:
         """No shift at first, a constant decay with a half-life of about 44 tokens."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
+        if options.shift:
+            why = "the shift mixes them apart: give --options '{\"shift\": false}'"
+            refuse_latent(attention, "'rwkv6' with shift", why)
         axes = f"{cls.state_axes(options)} dim"
 
         # The second map of the shift starts at zero: no token is mixed with the one before it.

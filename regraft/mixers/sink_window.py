@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.shapes import Float, Int
 from .attention import Attention
 from .base import WeightSpec
+from .latent import refuse_latent
 from .naive_window import naive_scores
 from .window import Window
 
@@ -69,6 +70,8 @@ class SinkWindow(Window):
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
         """The source's projections, biases of zero where it has none, and the sinks."""
+        why = "it keeps a text's first value in the biases of values: use --mixer window --sinks 4"
+        refuse_latent(attention, "'sink_window'", why)
         there = super().weights(attention, spec, output)
         wanted = super().weights(replace(attention, qkv_bias=True, o_bias=True), spec, output)
         table = {

@@ -14,6 +14,7 @@ from ..errors import RegraftError
 from .attention import Attention
 from .base import MixerContext, WeightSpec
 from .decays import fixed_log_decays
+from .latent import refuse_latent
 from .linear import LinearAttention, LinearOptions, apply_feature_map
 
 
@@ -81,6 +82,8 @@ class T2r(LinearAttention):
 
         # Merged projections have no source: `linearize.merge` gives their values.
         if options.merged:
+            why = "its maps stay behind the projections: leave it unmerged"
+            refuse_latent(attention, "'t2r' with merged maps", why)
             for name in [name for name in table if name.startswith(("q_", "k_"))]:
                 del table[name]
             for name, heads in (("q", "kv group"), ("k", axes)):

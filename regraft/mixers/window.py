@@ -71,7 +71,8 @@ class Window(Mixer):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Keys, values and positions of the window and the sinks."""
         options = cls.parse(spec)
-        return (options.window + options.sinks) * (2 * attention.kv * attention.dim + 1) + 1
+        per_token = attention.kv * (attention.dim + attention.value_dim) + 1
+        return (options.window + options.sinks) * per_token + 1
 
     @classmethod
     def softmax_tokens(cls, spec: dict[str, Any]) -> int:
@@ -83,7 +84,8 @@ class Window(Mixer):
     def mixing_flops(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Scores and weighted sum over window and sinks."""
         options = cls.parse(spec)
-        return 4 * attention.heads * attention.dim * (options.window + options.sinks)
+        pair = 2 * attention.heads * (attention.dim + attention.value_dim)
+        return pair * (options.window + options.sinks)
 
     @classmethod
     def row_flops(cls, attention: Attention, spec: dict[str, Any], length: int) -> tuple[int, int]:
@@ -93,7 +95,8 @@ class Window(Mixer):
         if length > options.window:
             queries = -(-length // options.window) * options.window
             keys = 2 * options.window + options.sinks
-        forward = 4 * attention.heads * attention.dim * queries * keys
+        pair = 2 * attention.heads * (attention.dim + attention.value_dim)
+        forward = pair * queries * keys
         return forward, 2 * forward
 
     def input_layers(self) -> list[nn.Linear]:
@@ -105,7 +108,7 @@ class Window(Mixer):
         (b, kv, _, d), slots = like.shape, self.options.window + self.options.sinks
         return {
             "k": like.new_zeros(b, kv, slots, d),
-            "v": like.new_zeros(b, kv, slots, d),
+            "v": like.new_zeros(b, kv, slots, self.attention.value_dim),
             "at": torch.full((b, slots), EMPTY, dtype=torch.long, device=like.device),
             "seen": torch.zeros(b, 1, dtype=torch.long, device=like.device),
         }
@@ -183,10 +186,9 @@ class Window(Mixer):
         """
         size = self.options.window
         order = state["at"][:, :size].argsort(dim=1)
-        index = order[:, None, :, None].expand(*state["k"].shape[:2], -1, state["k"].shape[3])
         return {
-            "window_k": state["k"].gather(2, index),
-            "window_v": state["v"].gather(2, index),
+            "window_k": take_tokens(state["k"], order),
+            "window_v": take_tokens(state["v"], order),
             "window_at": state["at"].gather(1, order),
             "sink_k": state["k"][:, :, size:],
             "sink_v": state["v"][:, :, size:],
@@ -197,11 +199,11 @@ class Window(Mixer):
         self,
         q: Float[Tensor, "batch heads 1 dim"],
         k: Float[Tensor, "batch kv 1 dim"],
-        v: Float[Tensor, "batch kv 1 dim"],
+        v: Float[Tensor, "batch kv 1 value"],
         position: Int[Tensor, "batch 1"],
         state: State,
         overwrite: bool = False,
-    ) -> tuple[Float[Tensor, "batch heads 1 dim"], State]:
+    ) -> tuple[Float[Tensor, "batch heads 1 value"], State]:
         """Outputs of one token, and the state with it.
 
         Args:
@@ -235,11 +237,11 @@ class Window(Mixer):
         self,
         q: Float[Tensor, "batch heads time dim"],
         keys: Float[Tensor, "batch kv total dim"],
-        values: Float[Tensor, "batch kv total dim"],
+        values: Float[Tensor, "batch kv total value"],
         at: Int[Tensor, "batch total"],
         ids: Int[Tensor, "batch time"],
         sinks: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    ) -> Float[Tensor, "batch heads time dim"]:
+    ) -> Float[Tensor, "batch heads time value"]:
         """Outputs of many tokens, in `n` blocks of `size` = window queries.
 
         Args:
@@ -316,12 +318,12 @@ class Window(Mixer):
     def collect_sinks(
         self,
         k: Float[Tensor, "batch kv time dim"],
-        v: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time value"],
         position: Int[Tensor, "batch time"],
         ids: Int[Tensor, "batch time"],
     ) -> tuple[
         Float[Tensor, "batch kv sinks dim"],
-        Float[Tensor, "batch kv sinks dim"],
+        Float[Tensor, "batch kv sinks value"],
         Int[Tensor, "batch sinks"],
         Int[Tensor, "batch sinks"],
     ]:
@@ -340,14 +342,13 @@ class Window(Mixer):
         else:
             count = int(needed.sum(1).max())
         columns = (~needed).long().argsort(dim=1, stable=True)[:, :count]
-        index = columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         at = position.masked_fill(~needed, EMPTY).gather(1, columns)
-        return k.gather(2, index), v.gather(2, index), at, ids.gather(1, columns)
+        return take_tokens(k, columns), take_tokens(v, columns), at, ids.gather(1, columns)
 
     def keep_last(
         self,
         keys: Float[Tensor, "batch kv total dim"],
-        values: Float[Tensor, "batch kv total dim"],
+        values: Float[Tensor, "batch kv total value"],
         at: Int[Tensor, "batch total"],
         padded: bool,
     ) -> State:
@@ -356,8 +357,8 @@ class Window(Mixer):
         if padded:
             # A stable sort moves padding to the front, whatever side it was on.
             last = (at > EMPTY).long().argsort(dim=1, stable=True)[:, -size:]
-            index = last[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            keys, values, at = keys.gather(2, index), values.gather(2, index), at.gather(1, last)
+            keys, values = take_tokens(keys, last), take_tokens(values, last)
+            at = at.gather(1, last)
         return {
             "window_k": keys[:, :, -size:],
             "window_v": values[:, :, -size:],
@@ -367,7 +368,7 @@ class Window(Mixer):
     def keep_sinks(
         self,
         k: Float[Tensor, "batch kv time dim"],
-        v: Float[Tensor, "batch kv time dim"],
+        v: Float[Tensor, "batch kv time value"],
         position: Int[Tensor, "batch time"],
         state: State,
     ) -> State:
@@ -378,10 +379,10 @@ class Window(Mixer):
         slots = torch.arange(self.options.sinks, device=k.device)
         hit = position.unsqueeze(1) == slots.view(1, -1, 1)  # (batch, sinks, time)
         found, column = hit.any(-1), hit.int().argmax(-1)
-        index = column[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         new = {"sink_at": torch.where(found, slots, state["sink_at"])}
         for part, tokens in (("sink_k", k), ("sink_v", v)):
-            new[part] = torch.where(found[:, None, :, None], tokens.gather(2, index), state[part])
+            first = take_tokens(tokens, column)
+            new[part] = torch.where(found[:, None, :, None], first, state[part])
         return new
 
 
@@ -394,9 +395,9 @@ def write_slot(state: State, k: Tensor, v: Tensor, position: Tensor, size: int) 
         size: slots of the window.
     """
     slot = state["at"][:, :size].argmin(1, keepdim=True)
-    index = slot[:, None, :, None].expand_as(k)
-    state["k"].scatter_(2, index, k.to(state["k"].dtype))
-    state["v"].scatter_(2, index, v.to(state["v"].dtype))
+    index = slot[:, None, :, None]
+    state["k"].scatter_(2, index.expand_as(k), k.to(state["k"].dtype))
+    state["v"].scatter_(2, index.expand_as(v), v.to(state["v"].dtype))
     state["at"].scatter_(1, slot, position)
     return state | {"seen": state["seen"] + 1}
 
@@ -414,6 +415,13 @@ def fill_slots(state: State, k: Tensor, v: Tensor, position: Tensor, size: int) 
         "at": torch.where(taken, position, state["at"]),
         "seen": state["seen"] + counts,
     }
+
+
+def take_tokens(
+    x: Float[Tensor, "batch heads time dim"], places: Int[Tensor, "batch count"]
+) -> Float[Tensor, "batch heads count dim"]:
+    """Some tokens of keys or values."""
+    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _pair_blocks(x: Tensor, n: int, *more: Tensor) -> Tensor:

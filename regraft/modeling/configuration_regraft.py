@@ -28,7 +28,8 @@ OF_MIXERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "hidden_size": lambda attention: attention["hidden"],
     "num_attention_heads": lambda attention: attention["kv"] * attention["group"],
     "num_key_value_heads": lambda attention: attention["kv"],
-    "head_dim": lambda attention: attention["dim"],
+    # Classes with latent attention call the width of its rotated part so.
+    "head_dim": lambda attention: None if attention.get("latent") else attention["dim"],
     "attention_bias": lambda attention: attention.get("qkv_bias", False),
     "rms_norm_eps": lambda attention: attention.get("qk_norm"),
     "query_pre_attn_scalar": lambda attention: attention["scale"] ** -2,

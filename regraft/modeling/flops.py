@@ -61,9 +61,11 @@ def row_flops(model: Checkpoint | Config, length: int) -> tuple[int, int]:
         return sum(one[0] for one in each), sum(one[1] for one in each)
     costs = [weight_flops(config, length)]
 
-    # Softmax attention: scores and weighted sum, 2 * dim each for every pair of positions.
+    # Softmax attention: scores and weighted sum, 2 * dim each for every pair of positions; values
+    # may have a width of their own.
     anatomy, sizes = find_anatomy(config), find_anatomy(config).solve(config)
-    pair = 4 * sizes["kv"] * sizes["group"] * sizes["dim"]
+    width = sizes["dim"] + sizes.get("value", sizes["dim"])
+    pair = 2 * sizes["kv"] * sizes["group"] * width
     softmax = pair * length**2
     if "encoder_depth" in sizes:  # the encoder's own attention, and the decoder's to it
         row = sizes.get("place", length)

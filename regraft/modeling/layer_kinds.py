@@ -68,7 +68,7 @@ def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
         if kind == STATE:
             continue  # of constant size, and the same before and after
         if spec is None:
-            numbers = 2 * attention.kv * attention.dim * kept[layer]
+            numbers = attention.cached_numbers * kept[layer]
         else:
             numbers = mixer_class(spec["name"]).state_size(attention, spec)
         table[kind] = table.get(kind, 0) + 4 * numbers

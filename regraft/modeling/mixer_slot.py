@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..core.shapes import Bool, Float, Int
 from ..errors import RegraftError
-from ..mixers.attention import Attention
+from ..mixers.attention import Attention, split_complex
 from ..mixers.base import MixerContext, State
 from ..mixers.registry import build
 from .cache import CACHE, is_mixer_state
@@ -81,7 +81,9 @@ class MixerSlot(nn.Module):
         self,
         hidden_states: Float[Tensor, "batch time hidden"],
         position_embeddings: (
-            tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]] | None
+            tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]]
+            | Tensor
+            | None
         ) = None,
         rows: RowLayout | None = None,
         **host_arguments: Any,
@@ -90,7 +92,7 @@ class MixerSlot(nn.Module):
 
         Args:
             hidden_states: input of the slot.
-            position_embeddings: cos and sin, from hosts that pass them.
+            position_embeddings: cos and sin, or one complex tensor, from hosts that pass them.
             rows: padding and documents, passed through by the host.
             host_arguments: what else the family passes to its attention; only the cache is used.
 
@@ -105,7 +107,7 @@ class MixerSlot(nn.Module):
             )
 
         rows, before = rows or RowLayout(), entry.state if entry is not None else None
-        rotary = position_embeddings if self.rotary else None
+        rotary = split_complex(position_embeddings) if self.rotary else None
         # Nobody sees the state again where no block is recorded, no gradient and no graph made.
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         overwrite = entry is not None and not entry.record_past and not traced

@@ -12,6 +12,7 @@ from ..core.side_files import SideFiles, find_side_files
 from ..errors import printable
 from ..io.finite import count_nonfinite
 from ..io.safetensors import TensorEntry
+from ..mixers.latent import expanded_width
 from ..mixers.registry import mixer_class
 from ..modeling import flops as ledger
 from ..modeling.layer_kinds import attention_of, kept_tokens, layer_kinds, mixers_of, state_bytes
@@ -244,7 +245,11 @@ def token_flops(checkpoint: Checkpoint, context: int) -> int:
         attention = attention_of(checkpoint, layer)
         if spec is None:
             # Scores and weighted values: a multiply-add each, per head, channel and kept token.
-            total += 4 * attention.heads * attention.dim * kept[layer]
+            pair = 2 * attention.heads * (attention.dim + attention.value_dim)
+            total += pair * kept[layer]
+            if attention.latent:  # whose keys and values are made again of every kept token's
+                width = attention.heads * expanded_width(attention)
+                total += 2 * attention.latent * width * (kept[layer] - 1)
         else:
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total

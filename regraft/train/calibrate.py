@@ -135,7 +135,7 @@ def calibrate_layer(
             " regraft linearize --data does that, leave calibration out here (0 tokens)"
         )
     # A window has nothing of its own to set, and without q, k, v there is nothing of the source.
-    if linear.name == "window" or not hasattr(linear, "q_proj"):
+    if linear.name == "window" or not hasattr(linear, "states"):
         return {"heads_folded": 0.0}
     if not parse_inherit(linear.inherit) >= {"q", "k", "v"}:
         raise RegraftError(

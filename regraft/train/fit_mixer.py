@@ -108,7 +108,7 @@ def fit_output_gate(mixer: LinearAttention, records: Records) -> None:
     features = torch.cat([record.inputs.float() for record, _ in records])
     problem.add(features.flatten(0, 1), targets.flatten(0, 1))
     by_head = problem.solve().mT  # (heads, hidden)
-    mixer.gate.weight.copy_(by_head.repeat_interleave(mixer.attention.dim, 0))
+    mixer.gate.weight.copy_(by_head.repeat_interleave(mixer.attention.value_dim, 0))
 
 
 def invert_silu(y: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def solve_value_maps(linear: Mixer, evidence: Sequence[Evidence]) -> tuple[list[
     solved = [problem.solve(prior=float(linear.denominator)) for problem in problems]
     if not (linear.values_are_linear or hasattr(linear, "o_proj")):
         # Nothing can take a map (a branch with a norm): its error is that without one.
-        eye = torch.eye(linear.attention.dim, device=solved[0].device)
+        eye = torch.eye(linear.attention.value_dim, device=solved[0].device)
         solved = [eye.expand_as(found) for found in solved]
     errors = [
         problem.residual_error(found) for problem, found in zip(problems, solved, strict=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..mixers.attention import split_complex
 from ..mixers.base import MixerContext
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, both (batch or 1, time, rotary dim)
@@ -50,7 +51,7 @@ def record_layers(
             inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             gives_weights = len(output) > 1 and torch.is_tensor(output[1])
             weights = output[1].detach() if gives_weights else None
-            rotary = kwargs.get("position_embeddings")
+            rotary = split_complex(kwargs.get("position_embeddings"))
             keep(layer, LayerRecord(inputs.detach(), output[0].detach(), rotary, weights))
 
         return record

@@ -50,6 +50,11 @@ SHAPES = {
     "5-heads-no-rotary": Attention(hidden=20, kv=5, group=1, dim=6, scale=6**-0.5, rotary=False),
 }
 
+# As DeepSeek has it.
+LATENT = Attention(
+    hidden=20, kv=3, group=1, dim=10, scale=0.3, latent=8, query_latent=6, rope=4, value=6
+)
+
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.detach(), b.detach()
@@ -75,6 +80,6 @@ def rotary(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     if not attention.rotary:
         return None
-    frequency = 10.0 ** -torch.linspace(0, 2, attention.dim // 2)
+    frequency = 10.0 ** -torch.linspace(0, 2, (attention.rope or attention.dim) // 2)
     angle = (position.unsqueeze(-1) * frequency).repeat(1, 1, 2)
     return angle.cos(), angle.sin()

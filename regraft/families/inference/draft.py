@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .inner import find_inner
+from .latent import LatentAttention, find_latent
 from .roles import find_attention, find_named_role, find_role
 from .shapes import Law, ShapeLaws, list_tensors, parse_name, power
 from .tiny_model import TinyModel
@@ -66,6 +67,8 @@ class Draft:
     inner: Law | None = None
     # Name of the attention module with "{}" for its layer; empty without softmax attention.
     slot: str = ""
+    # Latent attention in the place of heads with keys and values of their own; None without.
+    latent: LatentAttention | None = None
 
 
 def untie(tiny: TinyModel) -> dict[str, Any]:
@@ -145,7 +148,8 @@ def start_draft(
         draft.derived[FFN] = power(str(keys["hidden"]), factor=float(draft.ffn_ratio))
     draft.owners = find_head_owners(draft)
     draft.heads = {*draft.owners, *(INNER if draft.owners else ())}
-    draft.slot = find_slot(draft)
+    draft.latent = None if draft.owners else find_latent(draft)
+    draft.slot = draft.latent.slot if draft.latent else find_slot(draft)
     draft.inner = find_inner(draft)
     return draft
 
@@ -285,6 +289,9 @@ def find_own_role(draft: Draft, template: str) -> str | None:
     none of them.
     """
     role = find_named_role(template)
+    if draft.latent is not None:
+        is_attention = (role or "").startswith("attn.")
+        return draft.latent.roles.get(template, None if is_attention else role)
     taken = draft.owners.get(role or "")
     return role if taken is None or taken == parse_name(template).module else None
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from .draft import Draft, find_inner_norms, find_names, start_draft, untie
 from .inner import divide_by_hidden
+from .latent import CLOSED
 from .rotation import Rotation, norms_after_rotation, probe_rotation
 from .rows import QKV, name_apart, write_row
 from .settings import (
@@ -15,6 +16,7 @@ from .settings import (
     find_eps,
     find_routed,
     find_scale,
+    find_scale_name,
     has_embed_scale,
     write_sizes,
 )
@@ -54,7 +56,11 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
     rows = name_apart([write_row(draft, template) for template in draft.laws.laws])
     rows.sort(key=lambda row: 0 if row.role == "embed.weight" else 1)
     sizes, fixed, filled = write_sizes(draft)
-    if not draft.heads:
+    if draft.latent:
+        draft.closed |= dict.fromkeys(("kv", "group", "dim"), CLOSED)
+        if draft.latent.why_not:
+            draft.closed["attention"] = draft.latent.why_not
+    elif not draft.heads:
         why = "no softmax attention with queries, keys and values of equal heads was found"
         draft.closed |= dict.fromkeys(("kv", "group", "dim", "attention"), why)
     elif draft.single_kv:
@@ -93,6 +99,10 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         embed_scale=has_embed_scale(draft),
         causal=draft.tiny.kind.__name__.endswith(("ForCausalLM", "LMHeadModel")),
         scale=find_scale(draft),
+        scale_name=find_scale_name(draft),
+        latent={axis: pack_law(law) for axis, law in draft.latent.sizes.items()}
+        if draft.latent else {},
+        latent_eps=draft.latent.eps if draft.latent else None,
         softcap=next((k for k in config if "attn_logit_softcap" in k), None),
         inner=pack_law(divide_by_hidden(draft, draft.inner)) if draft.inner else (),
         routed=find_routed(draft),

@@ -181,14 +181,23 @@ def _choose_table(tiny: TinyModel, prover: Any) -> InferredTable:
 
 
 def _keep(table: InferredTable, files: set[Path], prover: Any, tiny: TinyModel) -> None:
-    """Write a table, then what can be proven of its attention."""
+    """Write a table, then what can be proven of its attention.
+
+    Where classes keep both ways to turn in their module, the proof says which one this is.
+    """
     _write(table, files)
     if "attention" in table.closed:
         return
-    why = prover.prove_attention(table, tiny)
-    if why:
-        table.closed["attention"] = why
-        _write(table, files)
+    other = replace(table, rotary_pairs=not table.rotary_pairs)
+    whys = []
+    for candidate in (table, other) if table.latent and table.rotary else (table,):
+        _write(candidate, files)
+        why = prover.prove_attention(candidate, tiny)
+        if not why:
+            return
+        whys.append(why)
+    table.closed["attention"] = whys[0]
+    _write(table, files)
 
 
 def _write(table: InferredTable, files: set[Path]) -> None:

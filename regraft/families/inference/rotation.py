@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...mixers.attention import split_complex
 from .tiny_model import TinyModel, run
 from .trace import Trace
 
@@ -47,7 +48,7 @@ def probe_rotation(tiny: TinyModel, model: Any, slot: str) -> Rotation:
         slot: name of the attention modules, with "{}" for the layer.
     """
     calls = record_attention(tiny, model, slot)
-    tables = [call.named.get(TABLES) for call in calls]
+    tables = [split_complex(call.named.get(TABLES)) for call in calls]
     pairs_given = [pair for pair in tables if isinstance(pair, tuple) and len(pair) == 2]
     if not calls or len(pairs_given) < len(calls):
         return Rotation()
@@ -131,7 +132,9 @@ def is_turned(call: AttentionCall) -> bool:
     """Whether an attention module gives something else when positions are in another order."""
     import torch
 
-    named = call.named | {TABLES: tuple(table.flip(-2) for table in call.named[TABLES])}
+    given = call.named[TABLES]
+    flipped = given.flip(-2) if torch.is_tensor(given) else tuple(one.flip(-2) for one in given)
+    named = call.named | {TABLES: flipped}
     with torch.no_grad():
         result = call.module(*call.given, **named)
     return not torch.allclose(first_output(result), call.result, rtol=1e-4, atol=1e-6)

@@ -26,6 +26,7 @@ from .draft import (
 )
 from .experts import is_stacked, is_stored_output_first
 from .inner import count_inner, find_scope, writes_stream
+from .latent import NORMS, name_axis
 from .roles import name_rest
 from .shapes import Law, TensorName, list_groups, parse_name, power
 from .table import Row, pack_law
@@ -117,7 +118,7 @@ def _write_norm(
     """The row of a norm's gain or bias."""
     trace = draft.trace
     call = next((call for call in trace.stream_norms if call.name == name), None)
-    inner = role in ("attn.q_norm", "attn.k_norm")
+    inner = role in ("attn.q_norm", "attn.k_norm", *NORMS)
     axis = _name_axis(draft, laws[0], role or "") if len(laws) == 1 else _write_axes(draft, laws)
     streams: dict[str, Any] = {"reads": "stream", "writes": "normed"}
     if call is not None and axis == "hidden" and not inner:
@@ -254,6 +255,13 @@ def _name_axis(draft: Draft, law: Law | None, role: str, reads: bool = False) ->
         role: of the tensor.
         reads: whether a map reads the dimension.
     """
+    if draft.latent and (name := name_axis(draft.latent, role, law, str(draft.keys["heads"]))):
+        return name
+    return _name_usual_axis(draft, law, role, reads)
+
+
+def _name_usual_axis(draft: Draft, law: Law | None, role: str, reads: bool) -> str:
+    """The same without latent attention."""
     keys = draft.keys
     wide = f"{query_axes(draft)} dim"
     if role in draft.heads and law is not None:

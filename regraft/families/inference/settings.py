@@ -33,7 +33,10 @@ def write_sizes(
         sizes.append((keys["pos"], "pos"))
     if "_places" in draft.derived:
         sizes.append(("_places", "place"))
-    if not draft.heads:
+    if draft.latent:
+        sizes.append((heads, "kv"))
+        fixed["group"] = 1
+    elif not draft.heads:
         fixed |= {"kv": 1, "group": 1, "dim": 1}
     else:
         wide = query_axes(draft)
@@ -91,6 +94,8 @@ def has_embed_scale(draft: Draft) -> bool:
 
 def find_scale(draft: Draft) -> tuple[str, float] | None:
     """Config key and exponent of the factor on the scores; None for one over the root of dim."""
+    if draft.latent:
+        return None  # see `find_scale_name`
     module = draft.names.by_name.get(draft.slot.replace("{}", "0"))
     value = next((float(v) for v in (getattr(module, name, None) for name in SCALES)
                   if isinstance(v, int | float) and not isinstance(v, bool)), None)  # fmt: skip
@@ -114,6 +119,17 @@ def find_scale(draft: Draft) -> tuple[str, float] | None:
             return None
     draft.closed.setdefault("dim", f"the factor {value:g} on the scores follows no config key")
     return None
+
+
+def find_scale_name(draft: Draft) -> str:
+    """Attribute of a module with latent attention that holds the factor on the scores, which
+    depends on several keys (YaRN's are among them); empty where it is one over the root of a head.
+    """
+    if not draft.latent:
+        return ""
+    name = draft.slot.format(draft.latent.layers[0])
+    module = draft.names.by_name.get(name)
+    return next((one for one in SCALES if isinstance(getattr(module, one, None), float)), "")
 
 
 def find_routed(draft: Draft) -> str:

@@ -79,7 +79,13 @@ class InferredTable:
     ffn_ratio: int = 0
     # Config key of the softmax scale and its exponent; None: one over the root of the head size.
     scale: tuple[str, float] | None = None
+    # Attribute of attention modules that holds it, where the class makes it of several keys.
+    scale_name: str = ""
     softcap: str | None = None
+    # Laws of the axes of latent attention's heads; empty without.
+    latent: dict[str, tuple[tuple[Any, float], ...]] = field(default_factory=dict)
+    # Epsilon of its norms where the class fixes it; None: that of the others.
+    latent_eps: float | None = None
     # Law of the channels of layers with a state over hidden; empty where they have a key.
     inner: tuple[tuple[Any, float], ...] = ()
     routed: str = ""
@@ -142,15 +148,17 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         sizes=sizes,
         slot=table.slot,
         defaults={"tie_word_embeddings": full.get("tie_word_embeddings", True), **defaults},
-        fixed=table.fixed,
+        fixed=table.fixed
+        | {axis: evaluate_law(dict(law), full) for axis, law in table.latent.items()},
         eps=table.eps,
+        latent_eps=table.latent_eps,
         rotary=table.rotary and table.rotates != ("", ()),
         rotary_pairs=table.rotary_pairs,
         rotary_tables=cast(Any, table.rotary_tables),
         rotates=_LayerRotates(table) if table.rotates else always,
         norms_rotated=table.norms_rotated,
         ffn_ratio=table.ffn_ratio,
-        scale=_build_scale(table.scale),
+        scale=_ClassScale(table) if table.scale_name else _build_scale(table.scale),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
         finish=follow_sizes,
@@ -262,6 +270,30 @@ class CacheKey:
     def of(cls, config: Config) -> CacheKey:
         """The key of a config."""
         return cls(repr(sorted(config.items(), key=lambda item: item[0])), config)
+
+
+@dataclass(frozen=True)
+class _ClassScale:
+    """The factor on the scores, as the class computes it: it is asked."""
+
+    table: InferredTable
+
+    def __call__(self, config: Config, dim: int, layer: int) -> float:
+        """The factor in all layers of a model with this config, whatever its layers do."""
+        table = self.table
+        return _read_scale(
+            table.family, table.kind, table.slot, table.scale_name, CacheKey.of(config)
+        )
+
+
+@lru_cache(maxsize=8)
+def _read_scale(family: str, kind: str, slot: str, name: str, config: CacheKey) -> float:
+    """A number that attention modules hold, from the first that does."""
+    model = build_meta(family, kind, config.config)
+    pattern = re.compile(re.escape(slot).replace(r"\{\}", r"\d+"))
+    held = (getattr(module, name, None) for path, module in model.named_modules()
+            if pattern.fullmatch(path))  # fmt: skip
+    return next(value for value in held if isinstance(value, float))
 
 
 @lru_cache(maxsize=8)

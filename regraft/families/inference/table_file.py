@@ -50,12 +50,21 @@ def format_table(table: InferredTable, config: Config) -> str:
     missing = {key for key, _ in anatomy.sizes if config.get(key) is None} - set(table.filled)
     full = read_full(table, config)
     own = {key: full[key] for key in sorted(missing) if full.get(key) is not None}
-    lines += [f"    {line}" for line in _iter_fields(table, anatomy, own)]
+    lines += [f"    {line}" for line in _iter_fields(table, anatomy, own, full)]
     return "\n".join([*lines, ")", ""])
 
 
-def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) -> Iterator[str]:
-    """The lines of a table; `sizes` are config keys that the class fills in itself."""
+def _iter_fields(
+    table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any], full: Config
+) -> Iterator[str]:
+    """The lines of a table.
+
+    Args:
+        table: as inferred.
+        anatomy: the same for a config.
+        sizes: config keys that the class fills in itself.
+        full: the config as its class reads it.
+    """
     yield f"family={_quote(table.family)},"
     yield "parts={"
     some = {row.role for row in table.rows if row.in_some_layers}
@@ -81,7 +90,7 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) 
     if table.rotates and anatomy.rotary:
         key, values = table.rotates
         yield f"rotates=lambda config, layer: config[{_quote(key)}][layer] in {_format(values)},"
-    for name in ("fixed", "eps", "rotary", *PLAIN):
+    for name in ("fixed", "eps", "latent_eps", "rotary", *PLAIN):
         value = getattr(anatomy, name)
         if (
             name not in DEFAULT_FIELDS
@@ -91,6 +100,9 @@ def _iter_fields(table: InferredTable, anatomy: Anatomy, sizes: dict[str, Any]) 
             yield f"{name}={_format(value)},"
     if table.softcap:
         yield f"softcap=({_quote(table.softcap)}, None),"
+    if table.scale_name:
+        value = anatomy.scale(full, anatomy.solve(full)["dim"], 0)
+        yield f"scale=lambda config, dim, layer: {value!r},"
     if table.scale:
         key, exponent = table.scale
         yield f"scale=lambda config, dim, layer: float(config[{_quote(key)}]) ** {exponent},"
