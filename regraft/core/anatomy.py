@@ -20,6 +20,7 @@ from .anatomy_defaults import (
     no_keys,
     no_prefix,
     older_rope_keys,
+    read_clip,
     replace_prefix,
     softmax_scale,
 )
@@ -100,8 +101,14 @@ class Anatomy:
     rotary_tables: Literal["halves", "neighbours", "once", "once, sin first"] = "halves"
     # (config, layer) -> whether that layer rotates, in families with `rotary`.
     rotates: Callable[[Config, int], bool] = always
-    # Whether scores get ALiBi (arXiv 2108.12409), whose slopes depend on the number of heads.
-    alibi: bool = False
+    # Config -> the exponent of the last slope of ALiBi (arXiv 2108.12409), 8 in the paper; None:
+    # scores get none. Slopes depend on the number of heads.
+    alibi: Callable[[Config], float] | None = None
+    # Config -> limit that queries, keys and values are clipped to; None: they are not.
+    clip: Callable[[Config], float | None] = read_clip
+    # Config -> by layer, the last tokens that a token sees, None for all; where the class says it
+    # in keys of its own, not as transformers does.
+    windows: Callable[[Config], list[int | None]] | None = None
     # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
     ffn_ratio: int = 0
     # The same of the axis "inner", the channels of layers with a state or a convolution.

@@ -23,6 +23,11 @@ def no_prefix(config: Config) -> str:
     return ""
 
 
+def read_clip(config: Config) -> float | None:
+    """The limit of queries, keys and values under the key that most classes have for it."""
+    return config.get("clip_qkv")
+
+
 def no_bridge(config: Config) -> str | None:
     """No other family holds shapes that this one cannot."""
     return None

@@ -40,6 +40,8 @@ class AttentionFields(TypedDict):
     # c in c tanh(logits / c); left out where there is no cap. Null: the mixer leaves out the one
     # that the source has.
     softcap: NotRequired[float | None]
+    alibi: NotRequired[float]  # exponent of the last slope of ALiBi; left out without
+    clip: NotRequired[float]  # limit of queries, keys and values; left out where there is none
 
 
 def has_softmax(anatomy: Anatomy, config: Config, layer: int) -> bool:
@@ -104,4 +106,9 @@ def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> Attentio
     cap = config.get(*anatomy.softcap) if anatomy.softcap else None
     if cap is not None:
         fields["softcap"] = float(cap)
+    if anatomy.alibi is not None:
+        fields["alibi"] = anatomy.alibi(full)
+    clip = anatomy.clip(full)
+    if clip is not None:
+        fields["clip"] = float(clip)
     return fields

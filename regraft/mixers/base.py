@@ -134,7 +134,12 @@ class Mixer(nn.Module):
             layer(read).unflatten(-1, (count, -1)).transpose(1, 2)
             for layer, read, count in zip(layers, inputs, heads, strict=True)
         )
-        return (q, k, v) if self.norms_rotated else (*self.norm_heads(q, k), v)
+        if not self.norms_rotated:
+            q, k = self.norm_heads(q, k)
+        limit = self.attention.clip
+        if limit is not None:
+            q, k, v = (t.clamp(-limit, limit) for t in (q, k, v))
+        return q, k, v
 
     @property
     def norms_rotated(self) -> bool:
@@ -270,7 +275,7 @@ class Mixer(nn.Module):
         heads, dim = self.attention.heads, self.attention.dim
 
         # Values are tried first: they may be shared by a group, the output projection never is.
-        if self.values_are_linear:
+        if self.values_are_linear and self.attention.clip is None:
             value = self.v_proj
             heads = value.weight.shape[0] // dim
             value.weight.copy_((maps.mT @ value.weight.unflatten(0, (heads, dim))).flatten(0, 1))

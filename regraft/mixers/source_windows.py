@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ..core.anatomy import Config
+from ..core.anatomy import Config, find_anatomy
 from ..core.stock_config import decode_floats
 from ..errors import RegraftError, explain_errors
 
@@ -37,6 +37,9 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
             f"{family} config has use_bidirectional_attention = true: mixers read from left to "
             "right, give a decoder"
         )
+    own = find_anatomy(config).windows
+    if own is not None:
+        return own(config)
     for layer, kind in enumerate(kinds):
         if kind not in KINDS and not (states and kind in STATES):
             raise RegraftError(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
-from .attention import Attention
+from .attention import Attention, spread_heads
 from .base import Mixer, MixerContext, State, WeightSpec, pad_time
 
 SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
@@ -66,18 +66,9 @@ def naive_scores(
     seen = (distance >= 0) & ((distance < window) | (position.unsqueeze(-2) < sinks))
     seen &= (segments.unsqueeze(-1) == segments.unsqueeze(-2)) & (position.unsqueeze(-2) > EMPTY)
 
-    scores = attention.scale_scores(q @ k.repeat_interleave(attention.group, 1).transpose(-1, -2))
+    products = q @ k.repeat_interleave(attention.group, 1).transpose(-1, -2)
+    scores = attention.scale_scores(products, distance.unsqueeze(1))
     return scores.masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
-
-
-def spread_sinks(
-    sinks: Float[Tensor, " heads"], scores: Float[Tensor, "batch kv ... queries keys"]
-) -> Float[Tensor, "kv ... queries 1"]:
-    """The sink's logit beside the scores of each query; `queries` are by head, then by token."""
-    kv, rows = scores.shape[1], scores.shape[-2]
-    tokens = rows * kv // len(sinks)  # of each head
-    sink = sinks.float().view(kv, -1).repeat_interleave(tokens, 1)
-    return sink.view(kv, *[1] * (scores.ndim - 4), rows, 1)
 
 
 class Window(Mixer):
@@ -239,7 +230,8 @@ class Window(Mixer):
         seen = torch.cat((slots <= position - size, at[:, sinks:] > EMPTY), 1)
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
-        scores = self.attention.scale_scores(group @ keys.transpose(-1, -2))
+        distance = (position - at)[:, None, None]
+        scores = self.attention.scale_scores(group @ keys.transpose(-1, -2), distance)
         scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
         return (self.normalize(scores) @ values).flatten(1, 2).unsqueeze(2), last
 
@@ -284,7 +276,9 @@ class Window(Mixer):
 
         group = pad_time(q, size).unflatten(1, (kv, -1)).unflatten(3, (n, size)).transpose(2, 3)
         queries = group.flatten(3, 4)  # (batch, kv, n, group * size, dim)
-        scores = [self.scale_and_mask(queries @ keys.transpose(-1, -2), near, group.shape[3])]
+        scores = [
+            self.scale_and_mask(queries @ keys.transpose(-1, -2), near, distance, group.shape[3])
+        ]
 
         if sinks is not None:
             sink_k, sink_v, sink_at, sink_ids = sinks
@@ -292,7 +286,7 @@ class Window(Mixer):
             far = (distance >= size) & (sink_at > EMPTY)[:, None, None]
             far = far & (query_ids.unsqueeze(-1) == sink_ids[:, None, None])
             sink_scores = queries @ sink_k.unsqueeze(2).transpose(-1, -2)
-            scores.append(self.scale_and_mask(sink_scores, far, group.shape[3]))
+            scores.append(self.scale_and_mask(sink_scores, far, distance, group.shape[3]))
 
         # One softmax over both kinds of keys.
         weight = self.normalize(torch.cat(scores, dim=-1))
@@ -313,7 +307,7 @@ class Window(Mixer):
     ) -> Float[Tensor, "batch kv ... queries keys"]:
         """Weights of the keys beside a learned sink, in float32 as in GraniteSWA's class."""
         assert self.sinks is not None
-        sink = spread_sinks(self.sinks, scores).expand(*scores.shape[:-1], 1)
+        sink = spread_heads(self.sinks, scores).expand(*scores.shape[:-1], 1)
         weight = torch.cat((scores.float(), sink), -1).softmax(-1)
         return weight[..., :-1].to(scores.dtype)
 
@@ -321,11 +315,15 @@ class Window(Mixer):
         self,
         scores: Float[Tensor, "batch kv n queries keys"],
         seen: Bool[Tensor, "batch n size keys"],
+        distance: Int[Tensor, "batch n size keys"],
         group: int,
     ) -> Float[Tensor, "batch kv n queries keys"]:
         """Logits, the smallest number where a key is not seen; `queries` is group * size."""
         seen = seen.unsqueeze(1).repeat(1, 1, 1, group, 1)
-        return self.attention.scale_scores(scores).masked_fill(~seen, torch.finfo(scores.dtype).min)
+        if self.attention.alibi is not None:
+            distance = distance.unsqueeze(1).repeat(1, 1, 1, group, 1)
+        logits = self.attention.scale_scores(scores, distance)
+        return logits.masked_fill(~seen, torch.finfo(scores.dtype).min)
 
     def collect_sinks(
         self,

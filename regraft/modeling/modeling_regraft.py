@@ -29,7 +29,15 @@ from ..mixers.attention import Attention
 from ..mixers.older_names import OLDER_NAMES
 from .cache import cache_kwargs
 from .configuration_regraft import RegraftConfig
-from .mixer_slot import MixerSlot, RowLayout, check_cache_reached, lay_out_rows
+from .mixer_slot import (
+    MixerSlot,
+    RowLayout,
+    check_cache_reached,
+    hand_rows,
+    lay_out_rows,
+    name_arguments,
+    passes_keywords,
+)
 
 # Arguments of `from_pretrained` that are keys of a config too.
 OF_THE_MODEL = ("dtype", "torch_dtype", "quantization_config")
@@ -184,17 +192,18 @@ class RegraftModel(RegraftPreTrainedModel):
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left that reads it
 
-        # The host passes `rows` through to every slot with its other keyword arguments.
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            rows=rows,
-            **cache_kwargs(cache),
-            **kwargs,
-        )
+        # Most hosts pass `rows` through to every slot with their other keyword arguments.
+        with hand_rows(self.slots(), rows):
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                rows=rows,
+                **cache_kwargs(cache),
+                **kwargs,
+            )
         if use_cache and cache is not None:
             check_cache_reached(cache, tokens.shape[1])
         return output
@@ -307,5 +316,9 @@ def put_mixers(backbone: Any) -> None:
     config = backbone.config
     for layer, (spec, attention) in enumerate(zip(config.mixers, config.attention, strict=True)):
         if spec is not None:
-            slot = MixerSlot(spec, Attention(**attention), layer)
-            backbone.set_submodule(name_in_backbone(backbone, layer), slot)
+            name = name_in_backbone(backbone, layer)
+            names = name_arguments(backbone.get_submodule(name))
+            parent = backbone.get_submodule(name.rpartition(".")[0])
+            told = passes_keywords(type(parent))
+            slot = MixerSlot(spec, Attention(**attention), layer, names, told)
+            backbone.set_submodule(name, slot)
