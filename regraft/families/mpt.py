@@ -1,6 +1,7 @@
 """MPT (MosaicML, 2023): layer norms without biases, and ALiBi (arXiv 2108.12409).
 
-The MLP is four times as wide as the stream, whatever the config says.
+The MLP is four times as wide as the stream and the slopes of ALiBi are the usual ones, whatever the
+config says.
 """
 
 from typing import Any
@@ -75,7 +76,7 @@ anatomy = Anatomy(
     activation="_activation",
     rotary=False,
     finish=check_clip,
-    alibi=lambda config: float(attention_key(config, "alibi_bias_max") or 8),
+    alibi=lambda config: 8.0,
     clip=lambda config: attention_key(config, "clip_qkv") or None,
     scale=softmax_scale,
     ffn_ratio=4,

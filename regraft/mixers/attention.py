@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.shapes import Float
+from ..core.shapes import Float, Int
 from ..errors import RegraftError
 
 # The norms on queries that mixers compute, as signatures.
@@ -74,7 +74,7 @@ class Attention:
     def scale_scores(
         self,
         scores: Float[Tensor, "batch kv ... queries keys"],
-        distance: Float[Tensor, "batch #kv ... queries keys"] | None,
+        distance: Int[Tensor, "#batch #kv ... #queries keys"] | None,
     ) -> Float[Tensor, "batch kv ... queries keys"]:
         """The logits of the softmax: scaled, then capped; with ALiBi they fall with distance.
 
@@ -103,7 +103,9 @@ def alibi_slopes(heads: int, exponent: float = 8.0) -> list[float]:
     """
     power = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-exponent * (i + 1) / power) for i in range(power)]
-    return first + alibi_slopes(2 * power, exponent)[::2][: heads - power] if power < heads else first
+    return (
+        first + alibi_slopes(2 * power, exponent)[::2][: heads - power] if power < heads else first
+    )
 
 
 def spread_heads(

@@ -69,6 +69,8 @@ class Mixer(nn.Module):
     is_window: ClassVar[bool] = False
     # Whether it is made for texts that begin with the BOS token.
     begins_with_bos: ClassVar[bool] = False
+    # Whether its decays are the source's ALiBi, or begin as it has them.
+    takes_alibi: ClassVar[bool] = True
     # Whether outputs are averages of values, as those of softmax attention are.
     denominator: ClassVar[bool] = False
     q_proj: nn.Linear

@@ -49,6 +49,19 @@ def source_log_decays(
     return spread_decays(-torch.tensor(slopes) if slopes else log_decays("none", k.shape[1]), k)
 
 
+def start_decays(attention: Attention, form: str, usual: str) -> str:
+    """Initial value of a gate that gives a decay per head, as of `initialize`.
+
+    Args:
+        attention: that is replaced; its ALiBi is the start where it has one.
+        form: of `alibi_...`, what the gate is behind.
+        usual: the start without ALiBi.
+    """
+    if attention.alibi is None or attention.group > 1:
+        return usual
+    return f"alibi_{form} {attention.heads} {attention.alibi:g}"
+
+
 def spread_decays(
     decays: Float[Tensor, " heads"], k: Float[Tensor, "batch heads time dim"]
 ) -> Float[Tensor, "batch heads time"]:

@@ -212,7 +212,7 @@ class Lolcats(Hedgehog):
 
         # Keys of a block begin a window before its queries.
         places = torch.arange(window + size, device=k.device)
-        distance = (places[window:, None] - places).repeat(group.shape[3], 1)
+        distance = (places[window:, None] - places).repeat(group.shape[3], 1)[None, None, None]
         scores = self.attention.scale_scores(group.flatten(3, 4) @ keys, distance)
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         largest = scores.amax(-1, keepdim=True)

@@ -197,6 +197,12 @@ class Remix(RemixOptions):
             )
 
         capped = [i for i in replaced if config["attention"][i].get("softcap")]
+        if replaced and not mixer_class(self.mixer).takes_alibi:
+            if config["attention"][replaced[0]].get("alibi") is not None:
+                notes.append(
+                    f"{self.mixer} keeps the decays that it was published with and drops the"
+                    " source's ALiBi; lightning, supra and hedgehog have it as their decay"
+                )
         sinks = [i for i in replaced if config["attention"][i].get("sinks")]
         if sinks and not mixer_class(self.mixer).is_window:
             notes.append(

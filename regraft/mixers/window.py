@@ -320,9 +320,10 @@ class Window(Mixer):
     ) -> Float[Tensor, "batch kv n queries keys"]:
         """Logits, the smallest number where a key is not seen; `queries` is group * size."""
         seen = seen.unsqueeze(1).repeat(1, 1, 1, group, 1)
+        far = None
         if self.attention.alibi is not None:
-            distance = distance.unsqueeze(1).repeat(1, 1, 1, group, 1)
-        logits = self.attention.scale_scores(scores, distance)
+            far = distance.unsqueeze(1).repeat(1, 1, 1, group, 1)
+        logits = self.attention.scale_scores(scores, far)
         return logits.masked_fill(~seen, torch.finfo(scores.dtype).min)
 
     def collect_sinks(

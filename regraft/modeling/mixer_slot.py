@@ -172,11 +172,22 @@ def name_arguments(attention: nn.Module) -> tuple[str, ...]:
 
 
 @functools.cache
-def passes_keywords(kind: type[nn.Module]) -> bool:
-    """Whether a module of a host passes keyword arguments that it does not know on to its parts."""
+def passes_keywords(kind: type[nn.Module], part: str) -> bool:
+    """Whether a module of a host passes keyword arguments that it does not know on to a part.
+
+    Args:
+        kind: class of the module.
+        part: its attribute that holds the part.
+    """
     source = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
     calls = (node for node in ast.walk(source) if isinstance(node, ast.Call))
-    return any(keyword.arg is None for call in calls for keyword in call.keywords)
+    own = [call for call in calls if ast.unparse(call.func) == f"self.{part}"]
+    return any(keyword.arg is None for call in own for keyword in call.keywords)
+
+
+def hand_positions(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Keep the positions of a call for the backbone, whose head's class does not pass them on."""
+    model.base_model.handed_positions = named.get("position_ids")
 
 
 @contextmanager

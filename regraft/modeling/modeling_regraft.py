@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from .mixer_slot import (
     MixerSlot,
     RowLayout,
     check_cache_reached,
+    hand_positions,
     hand_rows,
     lay_out_rows,
     name_arguments,
@@ -128,6 +130,8 @@ class RegraftModel(RegraftPreTrainedModel):
     """
 
     host_auto_class = AutoModel
+    # Positions of the call, from a head that does not pass them on.
+    handed_positions: Tensor | None = None
 
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
         config.fit_layers()
@@ -178,6 +182,8 @@ class RegraftModel(RegraftPreTrainedModel):
                 f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them"
             )
 
+        if self.handed_positions is not None:
+            position_ids, self.handed_positions = self.handed_positions, None
         rows = rows or lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and position_ids is None:
             # Padding takes no position, as `generate` has it.
@@ -219,6 +225,9 @@ class RegraftWithHead(RegraftPreTrainedModel):
         setattr(self, self.base_model_prefix, nn.Identity())
         backbone = find_class(RegraftModel, str(config.host))
         setattr(self, self.base_model_prefix, backbone(config))
+        known = inspect.signature(self.forward).parameters
+        if "position_ids" not in known and not passes_keywords(type(self), self.base_model_prefix):
+            self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
 
 
@@ -319,6 +328,6 @@ def put_mixers(backbone: Any) -> None:
             name = name_in_backbone(backbone, layer)
             names = name_arguments(backbone.get_submodule(name))
             parent = backbone.get_submodule(name.rpartition(".")[0])
-            told = passes_keywords(type(parent))
+            told = passes_keywords(type(parent), name.rpartition(".")[2])
             slot = MixerSlot(spec, Attention(**attention), layer, names, told)
             backbone.set_submodule(name, slot)

@@ -113,7 +113,7 @@ def fit_sinks(
         count = count.to(v) + begins.sum()
 
         distance = column.unsqueeze(-1) - column
-        scores = attention.scale_scores(q @ k.transpose(-1, -2), distance).float()
+        scores = attention.scale_scores(q @ k.transpose(-1, -2), distance[None, None]).float()
         first = start.clamp(min=0)[:, None, :, None].expand(-1, scores.shape[1], -1, 1)
         near = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf).logsumexp(-1)
         position = column - start
