@@ -103,9 +103,9 @@ def alibi_slopes(heads: int, exponent: float = 8.0) -> list[float]:
     """
     power = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-exponent * (i + 1) / power) for i in range(power)]
-    return (
-        first + alibi_slopes(2 * power, exponent)[::2][: heads - power] if power < heads else first
-    )
+    if power == heads:
+        return first
+    return first + alibi_slopes(2 * power, exponent)[::2][: heads - power]
 
 
 def spread_heads(

@@ -73,7 +73,8 @@ class HeadDecayAttention(LinearAttention):
     """Linear attention with one decay per head.
 
     Its options have `decays`: a kind of `log_decays`, or `learned`: the slopes of `lightning` times
-    e^rate. Where the source has ALiBi, the slopes are its own. Calibration starts learned decays at the half-lives that fit the teacher best.
+    e^rate. Where the source has ALiBi, these slopes are its own. Calibration starts learned decays
+    at the half-lives that fit the teacher best.
     """
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):

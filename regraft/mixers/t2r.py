@@ -36,8 +36,8 @@ class T2r(LinearAttention):
 
     phi(x) = relu(W x + b) per head, the same for its queries and keys, and o_i = phi(q_i)^T sum_j
     phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)); zero where no feature of the query meets one of a
-    key. No decay but the source's ALiBi, no positions but the model's own. Published for fine-tuning all weights on the
-    task.
+    key. No decay but the source's ALiBi, no positions but the model's own. Published for
+    fine-tuning all weights on the task.
     """
 
     name = "t2r"

@@ -108,8 +108,8 @@ class MixerSlot(nn.Module):
         Args:
             given: what the host passes by position; first the input, (batch, time, hidden).
             rows: padding and documents, from hosts that pass them through.
-            named: what else the host passes. Read are the cache, `position_embeddings` (cos and sin)
-                and `residual`, which some classes add to the output of their attention.
+            named: what else the host passes. Read are the cache, `position_embeddings` (cos and
+                sin) and `residual`, which some classes add to the output of their attention.
 
         Raises RegraftError when the cache has keys and values for this layer, and when padding and
         documents are not known.
@@ -119,9 +119,9 @@ class MixerSlot(nn.Module):
         rows = rows or self.rows
         if rows is None:
             raise RegraftError(
-                f"layer {self.layer} was not told of padding and documents: its class passes nothing"
-                " on, so that only a forward pass of the whole model can, and none can compute the"
-                " layer again: switch gradient checkpointing off, or train with regraft"
+                f"layer {self.layer} was not told of padding and documents, which its class does"
+                " not pass on: call the whole model, without transformers' gradient checkpointing"
+                " (regraft's own works)"
             )
         caches = [arguments[name] for name in CACHES if arguments.get(name) is not None]
         entry = caches[0].layers[self.layer] if caches else None
@@ -172,7 +172,7 @@ def name_arguments(attention: nn.Module) -> tuple[str, ...]:
 
 
 @functools.cache
-def passes_keywords(kind: type[nn.Module], part: str) -> bool:
+def passes_keywords(kind: Any, part: str) -> bool:
     """Whether a module of a host passes keyword arguments that it does not know on to a part.
 
     Args:
