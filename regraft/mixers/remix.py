@@ -277,7 +277,7 @@ def check_supported(source: Checkpoint) -> None:
             "language model, which mixers are made for: give a decoder with one"
         )
 
-    if anatomy.served_only:
+    if anatomy.served_only and not anatomy.closed:
         raise RegraftError(
             f"{anatomy.family} is a form that models are served in: linearize the model that it was"
             " exported from"

@@ -84,6 +84,7 @@ class MixerSlot(nn.Module):
         layer: its number.
         names: of the arguments that the attention module takes by position.
         gets_rows: whether the host passes `rows` through; else they are handed over by `hand_rows`.
+        tables: what makes cos and sin of positions, in classes whose attention modules do so.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class MixerSlot(nn.Module):
         layer: int,
         names: tuple[str, ...] = ("hidden_states", "position_embeddings"),
         gets_rows: bool = True,
+        tables: nn.Module | None = None,
     ):
         super().__init__()
         self.mixer = build(spec, attention)
         self.layer, self.rotary = layer, attention.rotary
         self.names, self.gets_rows = names, gets_rows
         self.rows: RowLayout | None = None
+        self.rotary_emb = tables
 
     def forward(
         self, *given: Any, rows: RowLayout | None = None, **named: Any
@@ -133,6 +136,8 @@ class MixerSlot(nn.Module):
 
         before = entry.state if entry is not None else None
         rotary = arguments.get("position_embeddings") if self.rotary else None
+        if self.rotary and self.rotary_emb is not None:
+            rotary = self.rotary_emb(hidden_states, arguments["position_ids"])
         y, state = self.mix(hidden_states, rotary, rows, before)
 
         def replay(tokens: int) -> State:

@@ -326,8 +326,9 @@ def put_mixers(backbone: Any) -> None:
     for layer, (spec, attention) in enumerate(zip(config.mixers, config.attention, strict=True)):
         if spec is not None:
             name = name_in_backbone(backbone, layer)
-            names = name_arguments(backbone.get_submodule(name))
+            stock = backbone.get_submodule(name)
             parent = backbone.get_submodule(name.rpartition(".")[0])
             told = passes_keywords(type(parent), name.rpartition(".")[2])
-            slot = MixerSlot(spec, Attention(**attention), layer, names, told)
+            names, tables = name_arguments(stock), getattr(stock, "rotary_emb", None)
+            slot = MixerSlot(spec, Attention(**attention), layer, names, told, tables)
             backbone.set_submodule(name, slot)

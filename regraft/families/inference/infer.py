@@ -43,7 +43,7 @@ def infer_tables(tiny: TinyModel) -> Iterator[InferredTable]:
         draft = start_draft(untied, laws, trace, names, model, layout)
         if layout == ("interleaved" if draft.keys["kv"] else "by head"):
             continue
-        table = _write_table(draft, probe_rotation(untied, model, draft.slot))
+        table = _write_table(draft, probe_rotation(untied, model, draft.slot_module))
         yield table
         # Other ways to pack are tried where there are several.
         if draft.single_kv or not any(row.fused == QKV and not row.by_head for row in table.rows):
@@ -79,7 +79,7 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         numbers=tuple(map(pack_law, draft.numbers)),
         sizes=sizes,
         fixed=fixed,
-        slot=draft.slot,
+        slot=draft.slot_module,
         eps=eps,
         fixed_eps=fixed_eps,
         activation=next((k for k in config if re.fullmatch(r"hidden_act\w*|\w*activation\w*", k)
@@ -89,7 +89,7 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         rotary_pairs=rotation.pairs,
         rotary_tables=rotation.tables,
         rotates=rotation.layers,
-        norms_rotated=norms_after_rotation(draft.trace, draft.slot),
+        norms_rotated=norms_after_rotation(draft.trace, draft.slot_module),
         embed_scale=has_embed_scale(draft),
         causal=draft.tiny.kind.__name__.endswith(("ForCausalLM", "LMHeadModel")),
         scale=find_scale(draft),

@@ -91,7 +91,7 @@ def has_embed_scale(draft: Draft) -> bool:
 
 def find_scale(draft: Draft) -> tuple[str, float] | None:
     """Config key and exponent of the factor on the scores; None for one over the root of dim."""
-    module = draft.names.by_name.get(draft.slot.replace("{}", "0"))
+    module = draft.names.by_name.get(draft.slot_module.replace("{}", "0"))
     value = next((float(v) for v in (getattr(module, name, None) for name in SCALES)
                   if isinstance(v, int | float) and not isinstance(v, bool)), None)  # fmt: skip
     config = draft.tiny.config
