@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from functools import cache
+
 from transformers import AutoConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -46,4 +50,17 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
                 f"layer {layer} of this {family} has '{kind}', which mixers do not carry over: "
                 f"linearize a model whose layers are {' or '.join(KINDS)}"
             )
+    if not masks_windows(type(stock)):
+        return [None] * len(kinds)
     return [option.get("sliding_window") for option in options]
+
+
+@cache
+def masks_windows(kind: type) -> bool:
+    """Whether the classes of a config have sliding windows; in some only their caches slide."""
+    name = kind.__module__.replace(".configuration_", ".modeling_")
+    try:
+        source = inspect.getsource(importlib.import_module(name))
+    except ImportError:  # the class of another type
+        return True
+    return "sliding_window_causal_mask" in source or "create_causal_mask" not in source

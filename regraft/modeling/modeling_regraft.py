@@ -102,6 +102,11 @@ class RegraftPreTrainedModel(PreTrainedModel):
         kind = find_class(cls, str(config.host))
         return kind.from_pretrained(path, *args, config=config, trust_remote_code=False, **kwargs)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As a stock class: custom code's modules without parameters of their own are passed over,
+        # and some hosts fill buffers of their layers there.
+        super()._initialize_weights(module)
+
     @classmethod
     def _from_config(cls, config: RegraftConfig, **kwargs: Any) -> Any:
         if cls.front:
@@ -118,6 +123,12 @@ class RegraftPreTrainedModel(PreTrainedModel):
             self.base_model.get_submodule(name_in_backbone(self.base_model, i))
             for i in range(self.config.num_hidden_layers)
         ]
+
+    def mixer_slots(self) -> list[nn.Module]:
+        """The slots that hold mixers."""
+        backbone = self.base_model
+        converted = (layer for layer, spec in enumerate(self.config.mixers) if spec is not None)
+        return [backbone.get_submodule(name_in_backbone(backbone, one)) for one in converted]
 
 
 class RegraftModel(RegraftPreTrainedModel):
@@ -199,7 +210,7 @@ class RegraftModel(RegraftPreTrainedModel):
             attention_mask = None  # no softmax layer is left that reads it
 
         # Most hosts pass `rows` through to every slot with their other keyword arguments.
-        with hand_rows(self.slots(), rows):
+        with hand_rows(self.mixer_slots(), rows):
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

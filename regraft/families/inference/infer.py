@@ -13,6 +13,7 @@ from .rows import QKV, name_apart, write_row
 from .settings import (
     find_divisors,
     find_eps,
+    find_key_factor,
     find_routed,
     find_scale,
     has_embed_scale,
@@ -93,6 +94,7 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         embed_scale=has_embed_scale(draft),
         causal=draft.tiny.kind.__name__.endswith(("ForCausalLM", "LMHeadModel")),
         scale=find_scale(draft),
+        key_factor=find_key_factor(draft),
         softcap=next((k for k in config if "attn_logit_softcap" in k), None),
         inner=pack_law(divide_by_hidden(draft, draft.inner)) if draft.inner else (),
         routed=find_routed(draft),

@@ -116,6 +116,13 @@ def find_scale(draft: Draft) -> tuple[str, float] | None:
     return None
 
 
+def find_key_factor(draft: Draft) -> str:
+    """Config key of a factor that the attention multiplies keys by; empty without one."""
+    module = draft.names.by_name.get(draft.slot_module.replace("{}", "0"))
+    found = (key for key in draft.tiny.config if key == "key_multiplier" and hasattr(module, key))
+    return next(found, "")
+
+
 def find_routed(draft: Draft) -> str:
     """Config key of the number of experts that a token is sent to."""
     key = draft.tiny.key("routed") if draft.laws.expert else None
