@@ -152,8 +152,7 @@ class Anatomy:
     activation: str = "hidden_act"
     # Config key of the number of experts a token is sent to; empty without.
     routed: str = ""
-    # Whether it is a form that `regraft export` writes: it grows, and is linearized, only where
-    # `closed` says how far.
+    # Whether it is a form that `regraft export` writes: it grows only where `closed` says how far.
     served_only: bool = False
     # Axes that do not grow -> why; "attention": why it is not linearized. Of inferred tables.
     closed: Mapping[str, str] = field(default_factory=dict)

@@ -277,12 +277,6 @@ def check_supported(source: Checkpoint) -> None:
             "language model, which mixers are made for: give a decoder with one"
         )
 
-    if anatomy.served_only and not anatomy.closed:
-        raise RegraftError(
-            f"{anatomy.family} is a form that models are served in: linearize the model that it was"
-            " exported from"
-        )
-
     if why := anatomy.closed.get("attention"):
         raise RegraftError(
             f"the attention of {anatomy.family}, which has no table, cannot be linearized by the "
