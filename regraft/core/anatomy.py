@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ..errors import RegraftError
 from .anatomy_defaults import (
     always,
+    module_name,
     no_bridge,
     no_keys,
     no_prefix,
@@ -93,21 +94,18 @@ class Anatomy:
     bare_norms: bool = False
     # Whether queries and keys are rotated by position.
     rotary: bool = True
-    # Whether neighbouring coordinates (2i, 2i + 1) turn together; else i and i + half of those that
-    # turn.
+    # Whether neighbouring coordinates (2i, 2i + 1) turn together; else i and i + half.
     rotary_pairs: bool = False
     # Where the class's tables of cos and sin have pair i: at i and i + half ("halves"), at 2i and
     # 2i + 1 ("neighbours"), or at i alone ("once", or "once, sin first" where cos comes second).
     rotary_tables: Literal["halves", "neighbours", "once", "once, sin first"] = "halves"
     # (config, layer) -> whether that layer rotates, in families with `rotary`.
     rotates: Callable[[Config, int], bool] = always
-    # Config -> the exponent of the last slope of ALiBi (arXiv 2108.12409), 8 in the paper; None:
-    # scores get none. Slopes depend on the number of heads.
+    # Config -> minus log2 of ALiBi's last slope (arXiv 2108.12409); None: scores get no ALiBi.
     alibi: Callable[[Config], float] | None = None
     # Config -> limit that queries, keys and values are clipped to; None: they are not.
     clip: Callable[[Config], float | None] = read_clip
-    # Config -> by layer, the last tokens that a token sees, None for all; where the class says it
-    # in keys of its own, not as transformers does.
+    # Config -> by layer, the last tokens that a token sees, where the class has keys of its own.
     windows: Callable[[Config], list[int | None]] | None = None
     # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
     ffn_ratio: int = 0
@@ -450,8 +448,3 @@ def read_as_auto(config: Config) -> dict[str, Any]:
 def _import_table(family: str) -> Anatomy:
     anatomy: Anatomy = importlib.import_module(f"regraft.families.{module_name(family)}").anatomy
     return anatomy
-
-
-def module_name(family: str) -> str:
-    """The name of a family's file, without its ending."""
-    return family.replace("-", "_")

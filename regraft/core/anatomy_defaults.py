@@ -86,3 +86,8 @@ def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
     """
     found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
     return prefixes.get(found, "") + name[len(found) :]
+
+
+def module_name(family: str) -> str:
+    """The name of a family's file, without its ending."""
+    return family.replace("-", "_")
