@@ -26,6 +26,7 @@ from .growth import EXACT
 
 Step = Callable[[Checkpoint], Checkpoint]
 EVERY_AXIS = ("depth", "hidden", "ffn", "kv", "group", "dim", "attention")
+PADDING = 3  # tokens before a row, to see whether they count
 UNPROVEN = "growing it changes the logits of the stock class by {:.1g} of the largest"
 
 
@@ -177,13 +178,32 @@ def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
         before = _compute(source, tiny)
         for options in ({"keep": "all"}, {"keep": "none", "window": LENGTH + 1, "sinks": 0}):
             step = Remix(mixer="window", **options)
-            after = run(materialize(step(source)), tiny)
+            model = materialize(step(source))
+            after = run(model, tiny)
             difference = float((after - before).abs().max() / before.abs().max())
             if not difference <= EXACT:
                 return f"softmax as the table has it differs from the class's by {difference:.1g}"
+        if all(model.config.mixers) and not _knows_padding(model, after, tiny.inputs["input_ids"]):
+            return "the class does not tell its attention which tokens are padding"
     except Exception as error:  # whatever a wrong table does to the class
         return describe_failure(error)
     return None
+
+
+@torch.no_grad()
+def _knows_padding(model: Any, alone: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether rows give the same with padding before them.
+
+    Args:
+        model: whose layers all hold mixers.
+        alone: what it gives without padding.
+        ids: the rows.
+    """
+    mask = torch.ones_like(ids)
+    padded, mask = (torch.nn.functional.pad(one, (PADDING, 0)) for one in (ids, mask))
+    found = model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, PADDING:]
+    difference = float((found - alone).abs().max() / alone.abs().max())
+    return difference <= EXACT
 
 
 def describe_failure(error: Exception) -> str:

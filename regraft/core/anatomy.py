@@ -16,10 +16,12 @@ from typing import Any, Literal
 from ..errors import RegraftError
 from .anatomy_defaults import (
     always,
+    module_name,
     no_bridge,
     no_keys,
     no_prefix,
     older_rope_keys,
+    read_clip,
     replace_prefix,
     softmax_scale,
 )
@@ -93,15 +95,19 @@ class Anatomy:
     bare_norms: bool = False
     # Whether queries and keys are rotated by position.
     rotary: bool = True
-    # Whether neighbours (2i, 2i + 1) turn together; else i and i + half of those that turn.
+    # Whether neighbouring coordinates (2i, 2i + 1) turn together; else i and i + half.
     rotary_pairs: bool = False
     # Where the class's tables of cos and sin have pair i: at i and i + half ("halves"), at 2i and
     # 2i + 1 ("neighbours"), or at i alone ("once", or "once, sin first" where cos comes second).
     rotary_tables: Literal["halves", "neighbours", "once", "once, sin first"] = "halves"
     # (config, layer) -> whether that layer rotates, in families with `rotary`.
     rotates: Callable[[Config, int], bool] = always
-    # Whether scores get ALiBi (arXiv 2108.12409), whose slopes depend on the number of heads.
-    alibi: bool = False
+    # Config -> minus log2 of ALiBi's last slope (arXiv 2108.12409); None: scores get no ALiBi.
+    alibi: Callable[[Config], float] | None = None
+    # Config -> limit that queries, keys and values are clipped to; None: they are not.
+    clip: Callable[[Config], float | None] = read_clip
+    # Config -> by layer, the last tokens that a token sees, where the class has keys of its own.
+    windows: Callable[[Config], list[int | None]] | None = None
     # The MLP's width over that of the stream, where the class fixes it; 0: it has a key.
     ffn_ratio: int = 0
     # The same of the axis "inner", the channels of layers with a state or a convolution.
@@ -443,8 +449,3 @@ def read_as_auto(config: Config) -> dict[str, Any]:
 def _import_table(family: str) -> Anatomy:
     anatomy: Anatomy = importlib.import_module(f"regraft.families.{module_name(family)}").anatomy
     return anatomy
-
-
-def module_name(family: str) -> str:
-    """The name of a family's file, without its ending."""
-    return family.replace("-", "_")

@@ -23,6 +23,11 @@ def no_prefix(config: Config) -> str:
     return ""
 
 
+def read_clip(config: Config) -> float | None:
+    """The limit of queries, keys and values under the key that most classes have for it."""
+    return config.get("clip_qkv")
+
+
 def no_bridge(config: Config) -> str | None:
     """No other family holds shapes that this one cannot."""
     return None
@@ -81,3 +86,8 @@ def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
     """
     found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
     return prefixes.get(found, "") + name[len(found) :]
+
+
+def module_name(family: str) -> str:
+    """The name of a family's file, without its ending."""
+    return family.replace("-", "_")

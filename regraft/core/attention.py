@@ -47,6 +47,8 @@ class AttentionFields(TypedDict):
     rope: NotRequired[int]
     value: NotRequired[int]
     latent_eps: NotRequired[float]
+    alibi: NotRequired[float]  # exponent of the last slope of ALiBi; left out without
+    clip: NotRequired[float]  # limit of queries, keys and values; left out where there is none
 
 
 def has_softmax(anatomy: Anatomy, config: Config, layer: int) -> bool:
@@ -119,4 +121,9 @@ def describe_attention(anatomy: Anatomy, config: Config, layer: int) -> Attentio
     cap = config.get(*anatomy.softcap) if anatomy.softcap else None
     if cap is not None:
         fields["softcap"] = float(cap)
+    if anatomy.alibi is not None:
+        fields["alibi"] = anatomy.alibi(full)
+    clip = anatomy.clip(full)
+    if clip is not None:
+        fields["clip"] = float(clip)
     return fields

@@ -9,7 +9,6 @@ from ..core.part import TIED_HEAD
 from .gpt_neox import QKV
 
 LAYER = "transformer.h.{}"
-ALIBI = "adds ALiBi to its scores"
 
 anatomy = Anatomy(
     family="bloom",
@@ -54,7 +53,6 @@ anatomy = Anatomy(
     eps="layer_norm_epsilon",
     activation="_activation",
     rotary=False,
-    alibi=True,
+    alibi=lambda config: 8.0,
     ffn_ratio=4,
-    keeps_softmax=ALIBI,
 )  # fmt: skip

@@ -18,6 +18,12 @@ def list_kinds(config: Config) -> list[str]:
     return [kind for kinds, times in types for _ in range(times) for kind in kinds]
 
 
+def list_windows(config: Config) -> list[int | None]:
+    """The last tokens that each layer sees, None for all."""
+    window = int(config.get("window_size") or 256)
+    return [window if kind == "local" else None for kind in list_kinds(config)]
+
+
 def move_kinds(config: Config) -> dict[str, Any]:
     """The kinds of layers, each once, where layers move or the config has none."""
     order, kinds = config.get("_order"), list_kinds(config)
@@ -68,5 +74,5 @@ anatomy = Anatomy(
     activation="activation_function",
     rotary=False,
     scale=lambda config, dim, layer: 1.0,
-    keeps_softmax="names the windows of its layers in a way of its own (attention_types)",
+    windows=list_windows,
 )

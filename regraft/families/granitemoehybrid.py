@@ -131,5 +131,6 @@ anatomy = Anatomy(
     },
     scale=softmax_scale,
     rewrite=read_limits,
+    rotates=lambda config, layer: config.get("position_embedding_type") == "rope",
     served_only=True,
 )

@@ -1,6 +1,7 @@
 """MPT (MosaicML, 2023): layer norms without biases, and ALiBi (arXiv 2108.12409).
 
-The MLP is four times as wide as the stream, whatever the config says.
+The MLP is four times as wide as the stream and the slopes of ALiBi are the usual ones, whatever the
+config says.
 """
 
 from typing import Any
@@ -9,15 +10,24 @@ from ..core.anatomy import Anatomy, Config, linear, norm
 from ..core.anatomy_defaults import read_aliases
 from ..core.part import TIED_HEAD
 from ..errors import RegraftError
-from .bloom import ALIBI
 from .gpt2 import QKV
 
 LAYER = "transformer.blocks.{}"
 
 
+def attention_key(config: Config, key: str) -> Any:
+    """What the config of the attention says, None where it does not."""
+    return (config.get("attn_config") or {}).get(key)
+
+
+def softmax_scale(config: Config, dim: int, layer: int) -> float:
+    """The config's own factor on the scores, else one over the root of the head size."""
+    return float(attention_key(config, "softmax_scale") or dim**-0.5)
+
+
 def check_clip(config: Config) -> dict[str, Any]:
     """Refuse wider heads where queries, keys and values are clipped; gives no config keys."""
-    clip = (config.get("attn_config") or {}).get("clip_qkv")
+    clip = attention_key(config, "clip_qkv")
     before = config.get("_before", {}).get("dim", 0)
     if clip is not None and config["d_model"] != before * config["n_heads"]:
         raise RegraftError(
@@ -66,7 +76,8 @@ anatomy = Anatomy(
     activation="_activation",
     rotary=False,
     finish=check_clip,
-    alibi=True,
+    alibi=lambda config: 8.0,
+    clip=lambda config: attention_key(config, "clip_qkv") or None,
+    scale=softmax_scale,
     ffn_ratio=4,
-    keeps_softmax=ALIBI,
 )

@@ -46,13 +46,16 @@ def softmax_parts() -> dict[str, Part]:
     own: dict[str, Any] = {"in_layer": is_full}
     biased = {"bias": "attention_bias"} | own
     return {
-        **linear("attn.q", f"{attention}.q_proj", "hidden -> kv group two dim", **biased),
+        **linear(
+            "attn.q_gate", f"{attention}.q_proj", "hidden -> kv group two dim",
+            fused=("attn.q", "attn.gate"), **biased,
+        ),
         **linear("attn.k", f"{attention}.k_proj", "hidden -> kv dim", **biased),
         **linear("attn.v", f"{attention}.v_proj", "hidden -> kv dim", **biased),
         **linear("attn.o", f"{attention}.o_proj", "kv group dim -> hidden", **biased),
         **norm("attn.q_norm", f"{attention}.q_norm", "dim", **UNIT, **own),
         **norm("attn.k_norm", f"{attention}.k_norm", "dim", **UNIT, **own),
-    }
+    }  # fmt: skip
 
 
 def delta_parts() -> dict[str, Part]:

@@ -65,6 +65,11 @@ def _check_mergeable(source: Checkpoint, prefixes: list[str | None]) -> None:
             raise RegraftError(
                 f"layer {number} norms queries and keys (epsilon {epsilon}) before the map: keep it"
             )
+        limit = source.config["attention"][number].get("clip")
+        if limit is not None:
+            raise RegraftError(
+                f"layer {number} clips queries and keys to {limit:g} before the map: keep it"
+            )
 
 
 def _find_unmerged(spec: dict[str, Any] | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.shapes import Float
+from ..core.shapes import Float, Int
 from ..errors import RegraftError
 
 # The norms on queries that mixers compute, as signatures.
@@ -50,6 +51,10 @@ class Attention:
     rope: int = 0  # coordinates of a head whose keys all heads share, the only ones that turn
     value: int = 0  # width of a head's values
     latent_eps: float = 1e-6  # epsilon of the norms of the latents
+    # Scores fall by distance times each head's slope of ALiBi, the least of which is 2 to the minus
+    # this; None: they do not.
+    alibi: float | None = None
+    clip: float | None = None  # limit of queries, keys and values on both sides; None: no limit
 
     def __post_init__(self) -> None:
         if self.qk_norm_form not in QK_NORM_FORMS:
@@ -85,12 +90,56 @@ class Attention:
         """Number of query heads."""
         return self.kv * self.group
 
-    def scale_scores(self, scores: Float[Tensor, "... keys"]) -> Float[Tensor, "... keys"]:
-        """The logits of the softmax from products of queries and keys: scaled, then capped."""
+    @property
+    def slopes(self) -> list[float] | None:
+        """The slope of ALiBi of each query head; None where scores do not fall with distance."""
+        return None if self.alibi is None else alibi_slopes(self.heads, self.alibi)
+
+    def scale_scores(
+        self,
+        scores: Float[Tensor, "batch kv ... queries keys"],
+        distance: Int[Tensor, "#batch #kv ... #queries keys"] | None,
+    ) -> Float[Tensor, "batch kv ... queries keys"]:
+        """The logits of the softmax: scaled, then capped; with ALiBi they fall with distance.
+
+        Args:
+            scores: products of queries and keys; `queries` are by head, then by token.
+            distance: from each query back to each key, in tokens; only read with ALiBi.
+        """
         scores = scores * self.scale
-        if self.softcap is None:
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
+        if self.slopes is None:
             return scores
-        return self.softcap * (scores / self.softcap).tanh()
+        assert distance is not None
+        slopes = torch.tensor(self.slopes, device=scores.device)
+        return scores - (spread_heads(slopes, scores) * distance).to(scores.dtype)
+
+
+def alibi_slopes(heads: int, exponent: float = 8.0) -> list[float]:
+    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409).
+
+    Beyond a power of two, every other slope of the next power is added, as in the released code.
+
+    Args:
+        heads: number of heads.
+        exponent: the last slope is 2 to the minus this; 8 in the paper.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-exponent * (i + 1) / power) for i in range(power)]
+    if power == heads:
+        return first
+    return first + alibi_slopes(2 * power, exponent)[::2][: heads - power]
+
+
+def spread_heads(
+    numbers: Float[Tensor, " heads"], scores: Float[Tensor, "batch kv ... queries keys"]
+) -> Float[Tensor, "kv ... queries 1"]:
+    """A number of each head beside its scores; `queries` are by head, then by token."""
+    kv, rows = scores.shape[1], scores.shape[-2]
+    tokens = rows * kv // len(numbers)  # of each head
+    spread = numbers.float().view(kv, -1).repeat_interleave(tokens, 1)
+    return spread.view(kv, *[1] * (scores.ndim - 4), rows, 1)
 
 
 def apply_rotary(

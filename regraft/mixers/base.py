@@ -69,6 +69,8 @@ class Mixer(nn.Module):
     is_window: ClassVar[bool] = False
     # Whether it is made for texts that begin with the BOS token.
     begins_with_bos: ClassVar[bool] = False
+    # Whether its decays are the source's ALiBi, or begin as it has them.
+    takes_alibi: ClassVar[bool] = True
     # Whether outputs are averages of values, as those of softmax attention are.
     denominator: ClassVar[bool] = False
     q_proj: nn.Linear
@@ -147,7 +149,12 @@ class Mixer(nn.Module):
             mixing.project(layer, read).unflatten(-1, (count, -1)).transpose(1, 2)
             for layer, read, count in zip(layers, inputs, heads, strict=True)
         )
-        return (q, k, v) if self.norms_rotated else (*self.norm_heads(q, k), v)
+        if not self.norms_rotated:
+            q, k = self.norm_heads(q, k)
+        limit = self.attention.clip
+        if limit is not None:
+            q, k, v = (t.clamp(-limit, limit) for t in (q, k, v))
+        return q, k, v
 
     def input_layers(self) -> list[nn.Linear]:
         """The layers that read a mixer's input as it is, by `MixerContext.project`."""
@@ -316,7 +323,7 @@ class Mixer(nn.Module):
         heads, dim = self.attention.heads, self.attention.value_dim
 
         # Values are tried first: they may be shared by a group, the output projection never is.
-        if self.values_are_linear:
+        if self.values_are_linear and self.attention.clip is None:
             weight, bias = self.value_rows()
             weight.copy_(maps.mT @ weight)
             if bias is not None:

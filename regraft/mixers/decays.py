@@ -9,21 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.shapes import Float
-from .attention import Attention
+from .attention import Attention, alibi_slopes
 from .base import WeightSpec
 from .linear import LinearAttention
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 250.0, 1000.0)  # tokens
-
-
-def alibi_slopes(heads: int) -> list[float]:
-    """ALiBi's geometric slopes for any number of heads (arXiv 2108.12409).
-
-    Beyond a power of two, every other slope of the next power is added, as in the released code.
-    """
-    power = 2 ** math.floor(math.log2(heads))
-    first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return first if power == heads else first + alibi_slopes(2 * power)[::2][: heads - power]
 
 
 def log_decays(kind: str, heads: int) -> Float[Tensor, " heads"]:
@@ -45,14 +35,46 @@ def fixed_log_decays(
     kind: str, k: Float[Tensor, "batch heads time dim"]
 ) -> Float[Tensor, "batch heads time"]:
     """The log-decays of `log_decays` at every token of the keys `k`."""
-    return log_decays(kind, k.shape[1]).to(k.device).view(1, -1, 1).expand(k.shape[:3])
+    return spread_decays(log_decays(kind, k.shape[1]), k)
+
+
+def source_log_decays(
+    attention: Attention, k: Float[Tensor, "batch heads time dim"]
+) -> Float[Tensor, "batch heads time"]:
+    """Log-decays that are the source's ALiBi, at every token of the keys `k`; zeros without it.
+
+    e^(q k - slope distance) is e^(q k) times a decay of e^(-slope) at each token.
+    """
+    slopes = attention.slopes
+    return spread_decays(-torch.tensor(slopes) if slopes else log_decays("none", k.shape[1]), k)
+
+
+def start_decays(attention: Attention, form: str, usual: str) -> str:
+    """Initial value of a gate that gives a decay per head, as of `initialize`.
+
+    Args:
+        attention: that is replaced; its ALiBi is the start where it has one.
+        form: of `alibi_...`, what the gate is behind.
+        usual: the start without ALiBi.
+    """
+    if attention.alibi is None or attention.group > 1:
+        return usual
+    return f"alibi_{form} {attention.heads} {attention.alibi:g}"
+
+
+def spread_decays(
+    decays: Float[Tensor, " heads"], k: Float[Tensor, "batch heads time dim"]
+) -> Float[Tensor, "batch heads time"]:
+    """A log-decay of each head at every token of the keys `k`."""
+    return decays.to(k.device).view(1, -1, 1).expand(k.shape[:3])
 
 
 class HeadDecayAttention(LinearAttention):
     """Linear attention with one decay per head.
 
     Its options have `decays`: a kind of `log_decays`, or `learned`: the slopes of `lightning` times
-    e^rate. Calibration starts learned decays at the half-lives that fit the teacher best.
+    e^rate. Where the source has ALiBi, these slopes are its own. Calibration starts learned decays
+    at the half-lives that fit the teacher best.
     """
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
@@ -80,13 +102,21 @@ class HeadDecayAttention(LinearAttention):
     @torch.no_grad()
     def set_half_lives(self, tokens: Float[Tensor, " states"]) -> None:
         """Set each state's decay so that it has lost half after `tokens`."""
-        usual = -log_decays("lightning", self.states).to(tokens.device)
+        usual = -self.slope_decays().to(tokens.device)
         self.rate.copy_((math.log(2) / tokens / usual).log())
 
     def decays(
         self, k: Float[Tensor, "batch states time dim"]
     ) -> Float[Tensor, "batch states time"]:
         """Log-decay at every token of the keys `k`."""
-        if self.options.decays != "learned":
+        if self.options.decays not in ("learned", "lightning"):
             return fixed_log_decays(self.options.decays, k)
-        return fixed_log_decays("lightning", k) * self.rate.float().exp().view(1, -1, 1)
+        decays = spread_decays(self.slope_decays(), k)
+        if self.options.decays == "lightning":
+            return decays
+        return decays * self.rate.float().exp().view(1, -1, 1)
+
+    def slope_decays(self) -> Float[Tensor, " states"]:
+        """Minus the slopes of ALiBi: the source's, or those of `lightning`."""
+        slopes = self.attention.slopes
+        return -torch.tensor(slopes) if slopes else log_decays("lightning", self.states)

@@ -14,6 +14,7 @@ from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
 from .base import MixerContext, State, WeightSpec, apply_to_both
+from .decays import start_decays
 from .linear import ACTIVATIONS, EPS, LinearAttention, mean_decay
 from .ssm import ShortConv
 
@@ -117,11 +118,12 @@ class GatedDeltaNet(LinearAttention):
     def weights(
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """Gates start constant: half-life about 44 tokens, write strength one half."""
+        """Gates start constant: half-life about 44 tokens, or ALiBi's; write strength one half."""
         options = cls.parse(spec)
         axes = cls.state_axes(options)
         table = super().weights(source_parts(attention, options), spec, output)
-        for name, start in (("decay", "constant -4.0"), ("beta", "zeros")):
+        decay = start_decays(attention, "softplus", "constant -4.0")
+        for name, start in (("decay", decay), ("beta", "zeros")):
             table[f"{name}.weight"] = WeightSpec(f"hidden -> {axes}", fresh="zeros", decay=False)
             table[f"{name}.bias"] = WeightSpec(f"-> {axes}", fresh=start, decay=False)
         table["rate"] = WeightSpec(f"-> {axes}", fresh="zeros", decay=False)

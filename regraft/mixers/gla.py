@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from .attention import Attention
 from .base import MixerContext, WeightSpec
+from .decays import start_decays
 from .linear import ACTIVATIONS, LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
 
@@ -61,11 +62,12 @@ class Gla(LinearAttention):
     def weights(
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """The gate starts constant: half-life about 44 tokens."""
+        """The gate starts constant: half-life about 44 tokens, or the source's ALiBi."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         if options.gate_from == "projection":
+            start = start_decays(attention, "sigmoid", "constant 1.25")
             table |= low_rank_weights(
-                "decay", options.rank, f"{cls.state_axes(options)} dim", "constant 1.25"
+                "decay", options.rank, f"{cls.state_axes(options)} dim", start
             )
         return table
 

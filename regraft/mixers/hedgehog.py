@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from .attention import Attention
 from .base import MixerContext, WeightSpec
-from .decays import fixed_log_decays
+from .decays import source_log_decays
 from .linear import LinearAttention, LinearOptions, apply_feature_map
 
 
@@ -80,7 +80,7 @@ class Hedgehog(LinearAttention):
     def inputs(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
     ) -> dict[str, Tensor]:
-        """Features of queries and keys, values, no decay."""
+        """Features of queries and keys, values, the source's ALiBi."""
         q, k, v = self.rotated_qkv(x, mixing)
         return self.featurize(q, k, v)
 
@@ -95,7 +95,7 @@ class Hedgehog(LinearAttention):
             softmax_features(apply_feature_map(t, maps))
             for t, maps in ((q, self.q_map), (k, self.k_map))
         )
-        return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
+        return {"q": q, "k": k, "v": v, "g": source_log_decays(self.attention, k)}
 
 
 def softmax_features(x: Float[Tensor, "... dim"]) -> Float[Tensor, "... 2*dim"]:

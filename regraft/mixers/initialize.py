@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.shapes import Float
 from ..errors import RegraftError
+from .attention import alibi_slopes
 
 
 def create_initial_tensor(
@@ -29,7 +30,10 @@ def create_initial_tensor(
             `timesteps a b`: inverse softplus of log-uniform numbers on (a, b), the bias of a
             state-space model's time step;
             `log_uniform a b`: logarithm of uniform numbers on (a, b);
-            `log_counts`: log(1), log(2), ... along the last axis.
+            `log_counts`: log(1), log(2), ... along the last axis;
+            `alibi_softplus heads e`, `alibi_log heads e`, `alibi_sigmoid heads e`: numbers whose
+            softplus, exponential, or minus log-sigmoid over 16 are ALiBi's slopes of the heads, in
+            equal parts of the tensor; e as of `attention.alibi_slopes`.
         shape: of the result.
         generator: source of the random numbers.
 
@@ -55,8 +59,17 @@ def create_initial_tensor(
         ),
         "log_uniform": lambda low, high: sample_uniform(low, high).log(),
         "log_counts": lambda: torch.arange(1.0, shape[-1] + 1).log().expand(shape).clone(),
+        "alibi_softplus": lambda *numbers: _spread_slopes(shape, *numbers).expm1().log(),
+        "alibi_log": lambda *numbers: _spread_slopes(shape, *numbers).log(),
+        "alibi_sigmoid": lambda *numbers: -(16 * _spread_slopes(shape, *numbers)).expm1().log(),
     }
 
     if word not in makers:
         raise RegraftError(f"unknown initial value '{spec}': use one of {', '.join(makers)}")
     return makers[word](*values)
+
+
+def _spread_slopes(shape: tuple[int, ...], heads: float, exponent: float) -> Float[Tensor, ...]:
+    """ALiBi's slopes of the heads, each in an equal part of a tensor."""
+    slopes = torch.tensor(alibi_slopes(int(heads), exponent))
+    return slopes.repeat_interleave(math.prod(shape) // int(heads)).view(shape)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
-from .attention import Attention
+from .attention import Attention, spread_heads
 from .base import MixerContext, State, WeightSpec, keep_finite, pad_time
 from .hedgehog import Hedgehog, HedgehogOptions
-from .window import SINKS, spread_sinks
+from .window import SINKS
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ class Lolcats(Hedgehog):
         left = filled[:, :time] & (ids[:, :time] == query_ids)
         past = MixerContext(None, left, None if mixing.segments is None else query_ids)
         features = self.featurize(q, k[:, :, :time], v[:, :, :time])
+        # A key that leaves the window has fallen by ALiBi over its width already.
+        features["k"] = features["k"] * (window * features["g"][:, :, :1]).exp().unsqueeze(-1)
         before, matrix = self.run_recurrence(features, past, state["matrix"])
 
         # Numerators and denominators of both kinds are added; the division comes last.
@@ -212,11 +214,14 @@ class Lolcats(Hedgehog):
         group = pad_time(q, size).unflatten(1, (states, -1)).unflatten(3, (n, size)).transpose(2, 3)
         seen = seen[:, None, :, None].expand(-1, states, -1, group.shape[3], -1, -1).flatten(3, 4)
 
-        scores = self.attention.scale_scores(group.flatten(3, 4) @ keys)
+        # Keys of a block begin a window before its queries.
+        places = torch.arange(window + size, device=k.device)
+        distance = (places[window:, None] - places).repeat(group.shape[3], 1)[None, None, None]
+        scores = self.attention.scale_scores(group.flatten(3, 4) @ keys, distance)
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         largest = scores.amax(-1, keepdim=True)
         if self.sinks is not None:
-            sink = spread_sinks(self.sinks, scores).expand_as(largest)
+            sink = spread_heads(self.sinks, scores).expand_as(largest)
             largest = largest.maximum(sink)
         out = (scores - largest).exp() @ values.mT
         if self.sinks is not None:  # a sink takes weight and has no value

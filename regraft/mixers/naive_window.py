@@ -51,5 +51,6 @@ def naive_scores(
     seen = (distance >= 0) & ((distance < window) | (position.unsqueeze(-2) < sinks))
     seen &= (segments.unsqueeze(-1) == segments.unsqueeze(-2)) & (position.unsqueeze(-2) > EMPTY)
 
-    scores = attention.scale_scores(q @ k.repeat_interleave(attention.group, 1).transpose(-1, -2))
+    products = q @ k.repeat_interleave(attention.group, 1).transpose(-1, -2)
+    scores = attention.scale_scores(products, distance.unsqueeze(1))
     return scores.masked_fill(~seen.unsqueeze(1), finfo(q.dtype).min)

@@ -198,6 +198,12 @@ class Remix(RemixOptions):
             )
 
         capped = [i for i in replaced if config["attention"][i].get("softcap")]
+        if replaced and not mixer_class(self.mixer).takes_alibi:
+            if config["attention"][replaced[0]].get("alibi") is not None:
+                notes.append(
+                    f"{self.mixer} keeps the decays that it was published with and drops the"
+                    " source's ALiBi; lightning, supra and hedgehog have it as their decay"
+                )
         sinks = [i for i in replaced if config["attention"][i].get("sinks")]
         if sinks and not mixer_class(self.mixer).is_window:
             notes.append(
@@ -270,12 +276,6 @@ def check_supported(source: Checkpoint) -> None:
         raise RegraftError(
             f"'{source.origin}' is a {source.config['architectures'][0]} without the head of a "
             "language model, which mixers are made for: give a decoder with one"
-        )
-
-    if anatomy.served_only:
-        raise RegraftError(
-            f"{anatomy.family} is a form that models are served in: linearize the model that it was"
-            " exported from"
         )
 
     if why := anatomy.closed.get("attention"):

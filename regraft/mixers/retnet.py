@@ -32,6 +32,7 @@ class Retnet(LinearAttention):
 
     name = "retnet"
     Options = RetnetOptions
+    takes_alibi = False
 
     def inputs(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext

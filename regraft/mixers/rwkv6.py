@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from .attention import Attention
 from .base import MixerContext, State, WeightSpec, keep_finite
+from .decays import start_decays
 from .latent import refuse_latent
 from .linear import LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
@@ -84,7 +85,7 @@ class Rwkv6(LinearAttention):
     def weights(
         cls, attention: Attention, spec: dict[str, Any], output: bool = True
     ) -> dict[str, WeightSpec]:
-        """No shift at first, a constant decay with a half-life of about 44 tokens."""
+        """No shift at first, a constant decay: a half-life of about 44 tokens, or ALiBi's."""
         options, table = cls.parse(spec), super().weights(attention, spec, output)
         if options.shift:
             why = "the shift mixes them apart: give --options '{\"shift\": false}'"
@@ -101,10 +102,11 @@ class Rwkv6(LinearAttention):
             )
             table["shift_out"] = WeightSpec(f"{count} {rank} hidden", fresh="zeros", decay=False)
 
+        start = start_decays(attention, "log", "constant -4.15")
         if options.decay == "dynamic":
-            table |= low_rank_weights("decay", options.rank, axes, "constant -4.15")
+            table |= low_rank_weights("decay", options.rank, axes, start)
         else:
-            table["decay"] = WeightSpec(f"-> {axes}", fresh="constant -4.15", decay=False)
+            table["decay"] = WeightSpec(f"-> {axes}", fresh=start, decay=False)
         if options.bonus:
             table["bonus"] = WeightSpec(axes, fresh="ones", decay=False)
         return table

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from functools import cache
+
 from transformers import AutoConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ..core.anatomy import Config
+from ..core.anatomy import Config, find_anatomy
 from ..core.stock_config import decode_floats
 from ..errors import RegraftError, explain_errors
 
@@ -37,10 +41,26 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
             f"{family} config has use_bidirectional_attention = true: mixers read from left to "
             "right, give a decoder"
         )
+    own = find_anatomy(config).windows
+    if own is not None:
+        return own(config)
     for layer, kind in enumerate(kinds):
         if kind not in KINDS and not (states and kind in STATES):
             raise RegraftError(
                 f"layer {layer} of this {family} has '{kind}', which mixers do not carry over: "
                 f"linearize a model whose layers are {' or '.join(KINDS)}"
             )
+    if not masks_windows(type(stock)):
+        return [None] * len(kinds)
     return [option.get("sliding_window") for option in options]
+
+
+@cache
+def masks_windows(kind: type) -> bool:
+    """Whether the classes of a config have sliding windows; in some only their caches slide."""
+    name = kind.__module__.replace(".configuration_", ".modeling_")
+    try:
+        source = inspect.getsource(importlib.import_module(name))
+    except ImportError:  # the class of another type
+        return True
+    return "sliding_window_causal_mask" in source or "create_causal_mask" not in source

@@ -59,6 +59,8 @@ class StateSpace(Mixer):
     rotated: in the attention layout the source's rotary embedding is left out, as in MambaInLlama.
     """
 
+    takes_alibi = False
+
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         # The output projection is made below: it may be wider than the attention's.
         self.own = self.parse(spec).layout == "own"

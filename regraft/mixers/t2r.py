@@ -13,7 +13,7 @@ from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
 from .base import MixerContext, WeightSpec
-from .decays import fixed_log_decays
+from .decays import source_log_decays
 from .latent import refuse_latent
 from .linear import LinearAttention, LinearOptions, apply_feature_map
 
@@ -37,8 +37,8 @@ class T2r(LinearAttention):
 
     phi(x) = relu(W x + b) per head, the same for its queries and keys, and o_i = phi(q_i)^T sum_j
     phi(k_j) v_j^T / (phi(q_i)^T sum_j phi(k_j)); zero where no feature of the query meets one of a
-    key. No decay, no positions but the model's own. Published for fine-tuning all weights on the
-    task.
+    key. No decay but the source's ALiBi, no positions but the model's own. Published for
+    fine-tuning all weights on the task.
     """
 
     name = "t2r"
@@ -116,7 +116,7 @@ class T2r(LinearAttention):
     def inputs(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
     ) -> dict[str, Tensor]:
-        """Features of queries and keys, values, no decay."""
+        """Features of queries and keys, values, the source's ALiBi."""
         q, k, v = self.qkv(x)
         if self.options.rotary:
             q, k = self.rotate(q, k, mixing.rotary)
@@ -124,4 +124,4 @@ class T2r(LinearAttention):
         # Merged projections include the map, all but the ReLU.
         phi = F.relu if self.options.merged else self.features
         q, k = phi(q), phi(k)
-        return {"q": q, "k": k, "v": v, "g": fixed_log_decays("none", k)}
+        return {"q": q, "k": k, "v": v, "g": source_log_decays(self.attention, k)}

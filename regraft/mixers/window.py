@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.shapes import Float, Int
-from .attention import Attention
+from .attention import Attention, spread_heads
 from .base import Mixer, MixerContext, State, WeightSpec, is_writable, pad_time
 from .naive_window import EMPTY
 
@@ -23,16 +23,6 @@ class WindowOptions:
 
     window: int = 64  # the last tokens, the token itself included
     sinks: int = 4  # and the first tokens of its document
-
-
-def spread_sinks(
-    sinks: Float[Tensor, " heads"], scores: Float[Tensor, "batch kv ... queries keys"]
-) -> Float[Tensor, "kv ... queries 1"]:
-    """The sink's logit beside the scores of each query; `queries` are by head, then by token."""
-    kv, rows = scores.shape[1], scores.shape[-2]
-    tokens = rows * kv // len(sinks)  # of each head
-    sink = sinks.float().view(kv, -1).repeat_interleave(tokens, 1)
-    return sink.view(kv, *[1] * (scores.ndim - 4), rows, 1)
 
 
 class Window(Mixer):
@@ -217,7 +207,8 @@ class Window(Mixer):
         last = (write_slot if settled else fill_slots)(state, k, v, position, size)
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
-        scores = self.attention.scale_scores(group @ last["k"].mT)
+        distance = (position - last["at"])[:, None, None]
+        scores = self.attention.scale_scores(group @ last["k"].mT, distance)
         if not settled:
             # A sink that is still inside the window stands there too; it is counted there alone.
             far = torch.arange(self.options.sinks, device=q.device) <= position - size
@@ -271,11 +262,13 @@ class Window(Mixer):
         more: list[tuple[Tensor, ...]] = [(), ()]
         if sinks is not None:
             sink_k, sink_v, sink_at, sink_ids = sinks
-            far = (query_at.unsqueeze(-1) - sink_at[:, None, None] >= size) & (
+            from_sinks = query_at.unsqueeze(-1) - sink_at[:, None, None]
+            far = (from_sinks >= size) & (
                 (sink_at > EMPTY)[:, None, None]
                 & (query_ids.unsqueeze(-1) == sink_ids[:, None, None])
             )
             seen = torch.cat((seen, far), -1)  # (batch, n, rows, keys)
+            distance = torch.cat((distance, from_sinks), -1)
             more = [(x.unsqueeze(1).expand(-1, n, -1, -1, -1),) for x in (sink_k, sink_v)]
 
         # Blocks join the batch: (batch * n, kv, keys or group * rows, dim).
@@ -288,13 +281,17 @@ class Window(Mixer):
 
         unseen = (~seen).flatten(0, 1).repeat(1, group, 1).unsqueeze(1)
         # What is masked gets the smallest number, not -inf: padding sees no key.
-        plain = self.attention.softcap is None and self.sinks is None
+        attention = self.attention
+        plain = attention.softcap is None and attention.alibi is None and self.sinks is None
         if plain and not torch.is_grad_enabled() and q.dtype == values.dtype:
             bias = q.new_zeros(unseen.shape).masked_fill_(unseen, torch.finfo(q.dtype).min)
-            scale = self.attention.scale
+            scale = attention.scale
             out = F.scaled_dot_product_attention(queries, keys, values, bias, scale=scale)
         else:
-            scores = self.attention.scale_scores(queries @ keys.mT)
+            far = None
+            if attention.alibi is not None:
+                far = distance.flatten(0, 1).repeat(1, group, 1).unsqueeze(1)
+            scores = attention.scale_scores(queries @ keys.mT, far)
             scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
             out = self.normalize(scores) @ values
         out = out.unflatten(2, (group, rows)).unflatten(0, (-1, n))  # b n kv g rows d
@@ -311,7 +308,7 @@ class Window(Mixer):
     ) -> Float[Tensor, "batch kv ... queries keys"]:
         """Weights of the keys beside a learned sink, in float32 as in GraniteSWA's class."""
         assert self.sinks is not None
-        sink = spread_sinks(self.sinks, scores).expand(*scores.shape[:-1], 1)
+        sink = spread_heads(self.sinks, scores).expand(*scores.shape[:-1], 1)
         weight = torch.cat((scores.float(), sink), -1).softmax(-1)
         return weight[..., :-1].to(scores.dtype)
 

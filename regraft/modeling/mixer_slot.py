@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,35 +76,58 @@ class RowLayout:
 
 
 class MixerSlot(nn.Module):
-    """A mixer where the host's decoder layer expects its attention module."""
+    """A mixer where the host's decoder layer expects its attention module.
 
-    def __init__(self, spec: dict[str, Any], attention: Attention, layer: int):
+    Args:
+        spec: of the mixer.
+        attention: that it takes the place of.
+        layer: its number.
+        names: of the arguments that the attention module takes by position.
+        gets_rows: whether the host passes `rows` through; else they are handed over by `hand_rows`.
+        tables: what makes cos and sin of positions, in classes whose attention modules do so.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        attention: Attention,
+        layer: int,
+        names: tuple[str, ...] = ("hidden_states", "position_embeddings"),
+        gets_rows: bool = True,
+        tables: nn.Module | None = None,
+    ):
         super().__init__()
         self.mixer = build(spec, attention)
         self.layer, self.rotary = layer, attention.rotary
+        self.names, self.gets_rows = names, gets_rows
+        self.rows: RowLayout | None = None
+        self.rotary_emb = tables
 
     def forward(
-        self,
-        hidden_states: Float[Tensor, "batch time hidden"],
-        position_embeddings: (
-            tuple[Float[Tensor, "rows time rotary"], Float[Tensor, "rows time rotary"]]
-            | Tensor
-            | None
-        ) = None,
-        rows: RowLayout | None = None,
-        **host_arguments: Any,
+        self, *given: Any, rows: RowLayout | None = None, **named: Any
     ) -> tuple[Float[Tensor, "batch time hidden"], None]:
         """The mixer's output, and None in the place of attention weights.
 
         Args:
-            hidden_states: input of the slot.
-            position_embeddings: cos and sin, or one complex tensor, from hosts that pass them.
-            rows: padding and documents, passed through by the host.
-            host_arguments: what else the family passes to its attention; only the cache is used.
+            given: what the host passes by position; first the input, (batch, time, hidden).
+            rows: padding and documents, from hosts that pass them through.
+            named: what else the host passes. Read are the cache, `position_embeddings` (cos and
+                sin, or one complex tensor) and `residual`, which some classes add to the output of
+                their attention.
 
-        Raises RegraftError when the cache has keys and values for this layer.
+        Raises RegraftError when the cache has keys and values for this layer, and when padding and
+        documents are not known.
         """
-        caches = [host_arguments[name] for name in CACHES if host_arguments.get(name) is not None]
+        arguments = dict(zip(self.names, given, strict=False)) | named
+        hidden_states = arguments[self.names[0]]
+        rows = rows or self.rows
+        if rows is None:
+            raise RegraftError(
+                f"layer {self.layer} was not told of padding and documents, which its class does"
+                " not pass on: call the whole model, without transformers' gradient checkpointing"
+                " (regraft's own works)"
+            )
+        caches = [arguments[name] for name in CACHES if arguments.get(name) is not None]
         entry = caches[0].layers[self.layer] if caches else None
         if entry is not None and not is_mixer_state(entry):
             raise RegraftError(
@@ -106,8 +135,11 @@ class MixerSlot(nn.Module):
                 "DynamicCache(config=model.config) or no cache"
             )
 
-        rows, before = rows or RowLayout(), entry.state if entry is not None else None
-        rotary = split_complex(position_embeddings) if self.rotary else None
+        before = entry.state if entry is not None else None
+        rotary = arguments.get("position_embeddings") if self.rotary else None
+        if self.rotary and self.rotary_emb is not None:
+            rotary = self.rotary_emb(hidden_states, arguments["position_ids"])
+        rotary = split_complex(rotary)
         # Nobody sees the state again where no block is recorded, no gradient and no graph made.
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         overwrite = entry is not None and not entry.record_past and not traced
@@ -119,7 +151,8 @@ class MixerSlot(nn.Module):
 
         if entry is not None:
             entry.store(state, hidden_states.shape[1], replay)
-        return y, None
+        residual = arguments.get("residual")
+        return y if residual is None else y + residual, None
 
     def mix(
         self,
@@ -143,6 +176,48 @@ class MixerSlot(nn.Module):
         mixing = MixerContext(rotary, rows.valid, rows.segments, overwrite)
         y, state = self.mixer(rows.gather(hidden_states), mixing, state)
         return rows.scatter(y), state
+
+
+def name_arguments(attention: nn.Module) -> tuple[str, ...]:
+    """The arguments that a host's attention module takes by position."""
+    return tuple(inspect.signature(type(attention).forward).parameters)[1:]
+
+
+@functools.cache
+def passes_keywords(kind: Any, part: str) -> bool:
+    """Whether a module of a host passes keyword arguments that it does not know on to a part.
+
+    Args:
+        kind: class of the module.
+        part: its attribute that holds the part.
+    """
+    source = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    calls = (node for node in ast.walk(source) if isinstance(node, ast.Call))
+    own = [call for call in calls if ast.unparse(call.func) == f"self.{part}"]
+    return any(keyword.arg is None for call in own for keyword in call.keywords)
+
+
+def hand_positions(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Keep the positions of a call for the backbone, whose head's class does not pass them on."""
+    model.base_model.handed_positions = named.get("position_ids")
+
+
+@contextmanager
+def hand_rows(slots: Iterable[nn.Module], rows: RowLayout | None) -> Iterator[None]:
+    """Inside, slots whose host passes nothing on know padding and documents.
+
+    Args:
+        slots: of a model; others than such ones stay as they are.
+        rows: of the call.
+    """
+    told = [slot for slot in slots if isinstance(slot, MixerSlot) and not slot.gets_rows]
+    for slot in told:
+        slot.rows = rows
+    try:
+        yield
+    finally:
+        for slot in told:
+            slot.rows = None
 
 
 def find_counted(

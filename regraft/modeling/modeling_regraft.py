@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,7 +30,16 @@ from ..mixers.attention import Attention
 from ..mixers.older_names import OLDER_NAMES
 from .cache import cache_kwargs
 from .configuration_regraft import RegraftConfig
-from .mixer_slot import MixerSlot, RowLayout, check_cache_reached, lay_out_rows
+from .mixer_slot import (
+    MixerSlot,
+    RowLayout,
+    check_cache_reached,
+    hand_positions,
+    hand_rows,
+    lay_out_rows,
+    name_arguments,
+    passes_keywords,
+)
 
 FEW_ROWS = 2
 # Arguments of `from_pretrained` that are keys of a config too.
@@ -93,6 +103,11 @@ class RegraftPreTrainedModel(PreTrainedModel):
         kind = find_class(cls, str(config.host))
         return kind.from_pretrained(path, *args, config=config, trust_remote_code=False, **kwargs)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As a stock class: custom code's modules without parameters of their own are passed over,
+        # and some hosts fill buffers of their layers there.
+        super()._initialize_weights(module)
+
     @classmethod
     def _from_config(cls, config: RegraftConfig, **kwargs: Any) -> Any:
         if cls.front:
@@ -141,6 +156,12 @@ class RegraftPreTrainedModel(PreTrainedModel):
             for i in range(self.config.num_hidden_layers)
         ]
 
+    def mixer_slots(self) -> list[nn.Module]:
+        """The slots that hold mixers."""
+        backbone = self.base_model
+        converted = (layer for layer, spec in enumerate(self.config.mixers) if spec is not None)
+        return [backbone.get_submodule(name_in_backbone(backbone, one)) for one in converted]
+
 
 class RegraftModel(RegraftPreTrainedModel):
     """The backbone: the host's, with mixers in the slots that `config.mixers` names.
@@ -152,6 +173,8 @@ class RegraftModel(RegraftPreTrainedModel):
     """
 
     host_auto_class = AutoModel
+    # Positions of the call, from a head that does not pass them on.
+    handed_positions: Tensor | None = None
 
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
         config.fit_layers()
@@ -202,6 +225,8 @@ class RegraftModel(RegraftPreTrainedModel):
                 f"input_ids is {input_ids} and inputs_embeds is {inputs_embeds}: pass one of them"
             )
 
+        if self.handed_positions is not None:
+            position_ids, self.handed_positions = self.handed_positions, None
         rows = rows or lay_out_rows(tokens.shape[1], attention_mask, position_ids, cache)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and position_ids is None:
             # Padding takes no position, as `generate` has it.
@@ -216,17 +241,18 @@ class RegraftModel(RegraftPreTrainedModel):
         if all(self.config.mixers):
             attention_mask = None  # no softmax layer is left that reads it
 
-        # The host passes `rows` through to every slot with its other keyword arguments.
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            rows=rows,
-            **cache_kwargs(cache),
-            **kwargs,
-        )
+        # Most hosts pass `rows` through to every slot with their other keyword arguments.
+        with hand_rows(self.mixer_slots(), rows):
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                rows=rows,
+                **cache_kwargs(cache),
+                **kwargs,
+            )
         if use_cache and cache is not None:
             check_cache_reached(cache, tokens.shape[1])
         return output
@@ -242,6 +268,9 @@ class RegraftWithHead(RegraftPreTrainedModel):
         setattr(self, self.base_model_prefix, nn.Identity())
         backbone = find_class(RegraftModel, str(config.host))
         setattr(self, self.base_model_prefix, backbone(config))
+        known = inspect.signature(self.forward).parameters
+        if "position_ids" not in known and not passes_keywords(type(self), self.base_model_prefix):
+            self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
 
 
@@ -339,5 +368,10 @@ def put_mixers(backbone: Any) -> None:
     config = backbone.config
     for layer, (spec, attention) in enumerate(zip(config.mixers, config.attention, strict=True)):
         if spec is not None:
-            slot = MixerSlot(spec, Attention(**attention), layer)
-            backbone.set_submodule(name_in_backbone(backbone, layer), slot)
+            name = name_in_backbone(backbone, layer)
+            stock = backbone.get_submodule(name)
+            parent = backbone.get_submodule(name.rpartition(".")[0])
+            told = passes_keywords(type(parent), name.rpartition(".")[2])
+            names, tables = name_arguments(stock), getattr(stock, "rotary_emb", None)
+            slot = MixerSlot(spec, Attention(**attention), layer, names, told, tables)
+            backbone.set_submodule(name, slot)

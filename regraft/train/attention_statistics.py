@@ -54,7 +54,7 @@ def compute_attention_statistics(
         seen = seen & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
         start = seen.long().argmax(-1)  # the first key seen: where the query's document begins
 
-    scores = mixer.attention.scale_scores(q @ k.transpose(-1, -2))
+    scores = mixer.attention.scale_scores(q @ k.transpose(-1, -2), distance[None, None])
     weight = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
     is_far = (distance >= window) & ((index - start.unsqueeze(-1)) >= sinks)
     far = is_far.unsqueeze(1) * weight

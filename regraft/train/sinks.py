@@ -112,9 +112,9 @@ def fit_sinks(
         values = values.to(v) + (v * begins[:, None, :, None]).sum((0, 2))
         count = count.to(v) + begins.sum()
 
-        scores = attention.scale_scores(q @ k.transpose(-1, -2)).float()
-        first = start.clamp(min=0)[:, None, :, None].expand(-1, scores.shape[1], -1, 1)
         distance = column.unsqueeze(-1) - column
+        scores = attention.scale_scores(q @ k.transpose(-1, -2), distance[None, None]).float()
+        first = start.clamp(min=0)[:, None, :, None].expand(-1, scores.shape[1], -1, 1)
         near = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf).logsumexp(-1)
         position = column - start
         counted = (start >= 0) & (position >= window) & (position < (reach or len(column)))

@@ -23,6 +23,7 @@ from regraft.errors import RegraftError
 from regraft.growth.sizes import has_coupled_heads
 from regraft.io.files import read_json
 from regraft.mixers.remix import Remix
+from regraft.modeling.cache import cache_kwargs, cache_of
 
 BOUND, ENCODER_BOUND = 2e-5, 1e-4
 # Config keys that switch parts on or off -> families that have the switch.
@@ -30,6 +31,7 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"use_qk_norm": True}),
     ("cohere", {"tie_word_embeddings": False}),
     ("olmoe", {"clip_qkv": 0.5}),
+    ("mpt", {"attn_config": {"softmax_scale": 0.4}}),
     ("stablelm", {"use_parallel_residual": True}),
     ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
     ("granitemoe", {"tie_word_embeddings": True}),
@@ -75,14 +77,36 @@ def test_a_family_grows_and_linearizes(family: str, tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "grown").sizes == grown.sizes
     assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
 
-    step = Remix(mixer="window", window=64, keep="0")
-    if source.anatomy.keeps_softmax:
-        with pytest.raises(RegraftError, match="mixers do not carry that over yet"):
-            step(source)
-        return
-    step(source).save(tmp_path / "linear")
+    Remix(mixer="window", window=64, keep="0")(source).save(tmp_path / "linear")
     after = compute(tmp_path / "linear", lambda folder, dtype: regraft.load(str(folder)))
     assert max_relative_difference(before, after) < BOUND
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@torch.no_grad()
+def test_mixers_know_padding_documents_and_the_cache(family: str, tmp_path: Path) -> None:
+    """Rows with padding, packed documents and one token at a time give what rows alone do."""
+    source, _ = open_source(tmp_path / "source", family)
+    Remix(mixer="window", window=5, sinks=2, keep="none")(source).save(tmp_path / "linear")
+    model, ids = regraft.load(str(tmp_path / "linear")).eval(), tokens(2, 13)
+    alone = model(input_ids=ids).logits
+
+    mask = (torch.arange(16) >= 3).long().expand(2, -1)
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), ids), 1)
+    found = model(input_ids=padded, attention_mask=mask).logits[:, 3:]
+    assert max_relative_difference(alone, found) < BOUND
+
+    positions = torch.cat((torch.arange(6), torch.arange(7)))[None]
+    parts = [model(input_ids=part).logits for part in (ids[:1, :6], ids[:1, 6:])]
+    found = model(input_ids=ids[:1], position_ids=positions).logits
+    assert max_relative_difference(torch.cat(parts, 1), found) < BOUND
+
+    output, steps = None, []
+    for piece in ids.split((9, 1, 1, 1, 1), 1):
+        past = {} if output is None else cache_kwargs(cache_of(output))
+        output = model(input_ids=piece, use_cache=True, **past)
+        steps.append(output.logits)
+    assert max_relative_difference(alone, torch.cat(steps, 1)) < BOUND
 
 
 @torch.no_grad()
@@ -115,6 +139,21 @@ def test_growth_under_other_switches(family: str, keys: dict[str, Any], tmp_path
     source, before = open_source(tmp_path / "source", family, **keys)
     grow_every_axis(source).save(tmp_path / "grown")
     assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("mpt", {"attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.4, "alibi_bias_max": 4}}),
+        ("olmo", {"clip_qkv": 0.5}),
+        ("olmoe", {"clip_qkv": 0.5}),
+    ],
+)
+def test_windows_clip_as_the_source_does(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    source, before = open_source(tmp_path / "source", family, **keys)
+    Remix(mixer="window", window=64, keep="none")(source).save(tmp_path / "linear")
+    after = compute(tmp_path / "linear", lambda folder, dtype: regraft.load(str(folder)))
+    assert max_relative_difference(before, after) < BOUND
 
 
 @pytest.mark.parametrize("family", DECODERS)

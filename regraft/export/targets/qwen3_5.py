@@ -243,6 +243,7 @@ def build_tensor(checkpoint: Checkpoint, key: Key, placed: PlacedPart) -> LazyTe
     if role.startswith("delta."):
         return build_delta(checkpoint, key, placed, attention)
 
+    role = role.replace("q_gate", "q")  # the gate is made here
     own = find_own(checkpoint, role, layer)
     # Short floats would round a gain once more when one is taken from it.
     dtype = torch.float32 if placed.part.axes.unit else own.dtype if own else usual

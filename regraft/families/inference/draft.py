@@ -65,10 +65,13 @@ class Draft:
     derived: dict[str, Law] = field(default_factory=dict)
     # Size of the channels of layers with a state or a convolution, where it follows hidden.
     inner: Law | None = None
-    # Name of the attention module with "{}" for its layer; empty without softmax attention.
+    # Name of the attention module with "{}" for its layer, as in files; empty without softmax
+    # attention.
     slot: str = ""
     # Latent attention in the place of heads with keys and values of their own; None without.
     latent: LatentAttention | None = None
+    # The same as in the model, where it has another name.
+    slot_module: str = ""
 
 
 def untie(tiny: TinyModel) -> dict[str, Any]:
@@ -150,6 +153,7 @@ def start_draft(
     draft.heads = {*draft.owners, *(INNER if draft.owners else ())}
     draft.latent = None if draft.owners else find_latent(draft)
     draft.slot = draft.latent.slot if draft.latent else find_slot(draft)
+    draft.slot_module = find_slot_module(draft)
     draft.inner = find_inner(draft)
     return draft
 
@@ -336,6 +340,15 @@ def find_slot(draft: Draft) -> str:
     """Name of the attention module; empty without softmax attention."""
     queries = draft.owners.get("attn.q") or draft.owners.get("attn.qkv", "")
     return queries.removesuffix(".linear").rpartition(".")[0]
+
+
+def find_slot_module(draft: Draft) -> str:
+    """Name of the attention module in the model, which files may call otherwise."""
+    modules = {parse_name(f"{name}.weight").module for name in draft.names.by_name}
+    if not draft.slot or draft.slot in modules:
+        return draft.slot
+    maps = (name for name in sorted(modules) if find_role(name) in ("attn.q", "attn.qkv"))
+    return next(maps, draft.slot).rpartition(".")[0]
 
 
 def ffn_law(draft: Draft, factor: float = 1.0) -> Law | None:

@@ -14,6 +14,7 @@ from .rows import QKV, name_apart, write_row
 from .settings import (
     find_divisors,
     find_eps,
+    find_key_factor,
     find_routed,
     find_scale,
     find_scale_name,
@@ -45,7 +46,7 @@ def infer_tables(tiny: TinyModel) -> Iterator[InferredTable]:
         draft = start_draft(untied, laws, trace, names, model, layout)
         if layout == ("interleaved" if draft.keys["kv"] else "by head"):
             continue
-        table = _write_table(draft, probe_rotation(untied, model, draft.slot))
+        table = _write_table(draft, probe_rotation(untied, model, draft.slot_module))
         yield table
         # Other ways to pack are tried where there are several.
         if draft.single_kv or not any(row.fused == QKV and not row.by_head for row in table.rows):
@@ -85,7 +86,7 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         numbers=tuple(map(pack_law, draft.numbers)),
         sizes=sizes,
         fixed=fixed,
-        slot=draft.slot,
+        slot=draft.slot_module,
         eps=eps,
         fixed_eps=fixed_eps,
         activation=next((k for k in config if re.fullmatch(r"hidden_act\w*|\w*activation\w*", k)
@@ -95,7 +96,7 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         rotary_pairs=rotation.pairs,
         rotary_tables=rotation.tables,
         rotates=rotation.layers,
-        norms_rotated=norms_after_rotation(draft.trace, draft.slot),
+        norms_rotated=norms_after_rotation(draft.trace, draft.slot_module),
         embed_scale=has_embed_scale(draft),
         causal=draft.tiny.kind.__name__.endswith(("ForCausalLM", "LMHeadModel")),
         scale=find_scale(draft),
@@ -103,6 +104,7 @@ def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:
         latent={axis: pack_law(law) for axis, law in draft.latent.sizes.items()}
         if draft.latent else {},
         latent_eps=draft.latent.eps if draft.latent else None,
+        key_factor=find_key_factor(draft),
         softcap=next((k for k in config if "attn_logit_softcap" in k), None),
         inner=pack_law(divide_by_hidden(draft, draft.inner)) if draft.inner else (),
         routed=find_routed(draft),

@@ -141,6 +141,8 @@ def _simplify(key: str, value: Any) -> Any:
         return None
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and "multiplier" in key and value == 1:
+        return "one"  # a factor that cannot be told from none
     if isinstance(value, int | float):
         return "number"
     if isinstance(value, Mapping):

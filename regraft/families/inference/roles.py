@@ -21,6 +21,8 @@ PATTERNS = {
     r"|output_linear|mlp\.Wo)",
     "mlp.router": r".*\.(gate|router|gate\.wg|router\.layer)",
 }
+# What parameters are called that hold a logit of each head beside its scores.
+SINKS = ("sinks", "sink", "softmax_offset")
 # Of experts that all tokens go to; Zamba's layers share a whole block.
 SHARED = r"shared(?!_transf)"
 HEAD = r"(lm_head|embed_out|output_projection|output)"
@@ -37,7 +39,7 @@ def find_role(module: str, ending: str = "weight") -> str | None:
         return "head" if re.fullmatch(rf"(.*\.)?{HEAD}", module) else None
     # Some classes wrap each map in a module of its own.
     inside = module.partition("{}")[2].removesuffix(".linear")
-    if ending in ("sinks", "sink") and re.search(ATTENTION, inside):
+    if ending in SINKS and re.search(ATTENTION, inside):
         return "attn.sinks"
     for role, pattern in PATTERNS.items():
         if re.fullmatch(rf".*{pattern}" if role.startswith("attn.") else pattern, inside):

@@ -75,7 +75,7 @@ def write_row(draft: Draft, template: str) -> Row:
         role = "pos" if axes[0] in ("pos", "place") else name_rest(parsed.module)
         return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
 
-    role = role or _name_other(draft, parsed.module)
+    role = role or _name_other(draft, template)
     fields |= _find_streams(draft, name, laws)
     if "{e}" in template:
         fields["at"] = "routed"
@@ -94,14 +94,22 @@ def _pack_shapes(draft: Draft, template: str) -> tuple[Any, ...]:
     return groups.index(draft.laws.laws[template]), packed
 
 
-def _name_other(draft: Draft, module: str) -> str:
+def is_beside_queries(draft: Draft, template: str) -> bool:
+    """Whether a tensor is in the layers that have softmax attention, and in no others."""
+    queries = draft.owners.get("attn.q") or draft.owners.get("attn.qkv")
+    own = next((one for one in draft.laws.laws if parse_name(one).module == queries), template)
+    return draft.laws.layers.get(own) == draft.laws.layers.get(template)
+
+
+def _name_other(draft: Draft, template: str) -> str:
     """The role of a tensor by its own name; what belongs to the attention goes with it."""
+    module = parse_name(first_name(draft, template)).module
     rest = name_rest(module)
     if draft.slot and module == draft.slot:
         return "attn.own"
     if draft.slot and f"{module}.".startswith(f"{draft.slot}."):
         inside = module.removeprefix(draft.slot).removeprefix(".").replace(".", "_")
-        if re.fullmatch(r"(.*_)?(gate|g)(_proj)?", inside):
+        if re.fullmatch(r"(.*_)?(gate|g)(_proj)?", inside) and is_beside_queries(draft, template):
             return "attn.gate"
         return f"attn.{inside}".removesuffix(".")
     return rest

@@ -96,7 +96,7 @@ def find_scale(draft: Draft) -> tuple[str, float] | None:
     """Config key and exponent of the factor on the scores; None for one over the root of dim."""
     if draft.latent:
         return None  # see `find_scale_name`
-    module = draft.names.by_name.get(draft.slot.replace("{}", "0"))
+    module = draft.names.by_name.get(draft.slot_module.replace("{}", "0"))
     value = next((float(v) for v in (getattr(module, name, None) for name in SCALES)
                   if isinstance(v, int | float) and not isinstance(v, bool)), None)  # fmt: skip
     config = draft.tiny.config
@@ -130,6 +130,13 @@ def find_scale_name(draft: Draft) -> str:
     name = draft.slot.format(draft.latent.layers[0])
     module = draft.names.by_name.get(name)
     return next((one for one in SCALES if isinstance(getattr(module, one, None), float)), "")
+
+
+def find_key_factor(draft: Draft) -> str:
+    """Config key of a factor that the attention multiplies keys by; empty without one."""
+    module = draft.names.by_name.get(draft.slot_module.replace("{}", "0"))
+    found = (key for key in draft.tiny.config if key == "key_multiplier" and hasattr(module, key))
+    return next(found, "")
 
 
 def find_routed(draft: Draft) -> str:

@@ -86,6 +86,8 @@ class InferredTable:
     latent: dict[str, tuple[tuple[Any, float], ...]] = field(default_factory=dict)
     # Epsilon of its norms where the class fixes it; None: that of the others.
     latent_eps: float | None = None
+    # Config key of a factor on keys, which scores have too; empty: there is none.
+    key_factor: str = ""
     # Law of the channels of layers with a state over hidden; empty where they have a key.
     inner: tuple[tuple[Any, float], ...] = ()
     routed: str = ""
@@ -129,7 +131,8 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
     numbers = [evaluate_law(dict(law), full) for law in table.numbers]
     keys = {key for key, _ in table.sizes} | {*FACTORS}
     stated = {key: full[key] for key in keys if full.get(key) is not None}
-    others = (table.eps, table.activation, table.routed, table.scale and table.scale[0])
+    others = [table.eps, table.activation, table.routed, table.key_factor]
+    others += [table.scale[0]] if table.scale else []
     defaults = {key: full[key] for key in others if key and full.get(key) is not None}
     defaults |= {key: _DerivedSize(law) for key, law in table.derived.items()}
     if table.fixed_eps is not None:
@@ -158,7 +161,9 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         rotates=_LayerRotates(table) if table.rotates else always,
         norms_rotated=table.norms_rotated,
         ffn_ratio=table.ffn_ratio,
-        scale=_ClassScale(table) if table.scale_name else _build_scale(table.scale),
+        scale=_ClassScale(table)
+        if table.scale_name
+        else _build_scale(table.scale, table.key_factor),
         softcap=(table.softcap, None) if table.softcap else None,
         rewrite=lambda other: _state_sizes(other, stated),
         finish=follow_sizes,
@@ -323,11 +328,21 @@ def build_meta(family: str, kind: str, config: Config) -> Any:
             return find_class(kind)(stock)
 
 
-def _build_scale(scale: tuple[str, float] | None) -> Callable[[Config, int, int], float]:
-    if scale is None:
+def _build_scale(
+    scale: tuple[str, float] | None, factor: str
+) -> Callable[[Config, int, int], float]:
+    if scale is None and not factor:
         return softmax_scale
-    key, exponent = scale
-    return lambda config, dim, layer: float(config[key]) ** exponent
+    return partial(_compute_scale, scale, factor)
+
+
+def _compute_scale(
+    scale: tuple[str, float] | None, factor: str, config: Config, dim: int, layer: int
+) -> float:
+    base = (
+        softmax_scale(config, dim, layer) if scale is None else float(config[scale[0]]) ** scale[1]
+    )
+    return base * float(config[factor]) if factor else base
 
 
 def check_has_depth(full: Config, aliases: Mapping[str, str], family: str) -> None:

@@ -103,9 +103,11 @@ def _iter_fields(
     if table.scale_name:
         value = anatomy.scale(full, anatomy.solve(full)["dim"], 0)
         yield f"scale=lambda config, dim, layer: {value!r},"
-    if table.scale:
-        key, exponent = table.scale
-        yield f"scale=lambda config, dim, layer: float(config[{_quote(key)}]) ** {exponent},"
+    if table.scale or table.key_factor:
+        key, exponent = table.scale or ("", 0.0)
+        base = f"float(config[{_quote(key)}]) ** {exponent}" if key else "dim**-0.5"
+        factor = f" * config[{_quote(table.key_factor)}]" if table.key_factor else ""
+        yield f"scale=lambda config, dim, layer: {base}{factor},"
 
 
 def _format_part(role: str, part: Part) -> list[str]:
