@@ -117,6 +117,39 @@ def test_unknown_types_are_proven_on_every_axis(family: str) -> None:
     assert not any("Error:" in why for why in closed.values())
 
 
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("ctrl", {}),  # attention that takes values, keys and queries
+        ("exaone", {}),  # files call the attention otherwise than the class
+        ("moshi", {}),  # attention that makes its cos and sin; windows in the cache alone
+        ("flint", {}),  # sinks of another name
+        ("falcon_h1", {"key_multiplier": 0.4, "attention_in_multiplier": 0.7}),
+    ],
+)
+def test_attention_that_classes_have_in_ways_of_their_own(
+    family: str, keys: dict[str, Any], cache: Path
+) -> None:
+    tiny_model = find_tiny_model({"model_type": family, **keys})
+    table = next(infer_tables(tiny_model))
+    assert "attention" not in table.closed
+    # What growth would be proven for is another matter.
+    file = cache.parent / inferred.name_file({"model_type": family, **tiny_model.config})
+    inferred._write(replace(table, closed={}), {file})
+    assert table_proof.prove_attention(table, tiny_model) is None
+    if table.key_factor:
+        assert table_proof.prove_attention(replace(table, key_factor=""), tiny_model)
+
+
+def test_a_factor_on_keys_is_another_table() -> None:
+    """A table that was proven with a factor of one says nothing of others."""
+    names = [
+        inferred.name_file({"model_type": "falcon_h1", "key_multiplier": factor})
+        for factor in (1.0, 0.4, 0.3)
+    ]
+    assert names[0] != names[1] == names[2]
+
+
 def test_an_unknown_type_grows_and_is_linearized_on_disk(tmp_path: Path, cache: Path) -> None:
     """With fewer key/value heads, other sizes of heads and keys that the class would fill in."""
     save_unknown(tmp_path / "source", BOTH[0], num_key_value_heads=8, num_attention_heads=32)
