@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -184,14 +184,14 @@ def name_arguments(attention: nn.Module) -> tuple[str, ...]:
 
 
 @functools.cache
-def passes_keywords(kind: Any, part: str) -> bool:
+def passes_keywords(forward: Callable[..., Any], part: str) -> bool:
     """Whether a module of a host passes keyword arguments that it does not know on to a part.
 
     Args:
-        kind: class of the module.
+        forward: of the module's class.
         part: its attribute that holds the part.
     """
-    source = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    source = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     calls = (node for node in ast.walk(source) if isinstance(node, ast.Call))
     own = [call for call in calls if ast.unparse(call.func) == f"self.{part}"]
     return any(keyword.arg is None for call in own for keyword in call.keywords)

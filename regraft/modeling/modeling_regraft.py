@@ -269,7 +269,8 @@ class RegraftWithHead(RegraftPreTrainedModel):
         backbone = find_class(RegraftModel, str(config.host))
         setattr(self, self.base_model_prefix, backbone(config))
         known = inspect.signature(self.forward).parameters
-        if "position_ids" not in known and not passes_keywords(type(self), self.base_model_prefix):
+        passes = passes_keywords(type(self).forward, self.base_model_prefix)
+        if "position_ids" not in known and not passes:
             self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
 
@@ -371,7 +372,7 @@ def put_mixers(backbone: Any) -> None:
             name = name_in_backbone(backbone, layer)
             stock = backbone.get_submodule(name)
             parent = backbone.get_submodule(name.rpartition(".")[0])
-            told = passes_keywords(type(parent), name.rpartition(".")[2])
+            told = passes_keywords(type(parent).forward, name.rpartition(".")[2])
             names, tables = name_arguments(stock), getattr(stock, "rotary_emb", None)
             slot = MixerSlot(spec, Attention(**attention), layer, names, told, tables)
             backbone.set_submodule(name, slot)
