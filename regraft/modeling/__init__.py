@@ -29,6 +29,7 @@ from .loading import (
 from .meta import build_meta_model, build_stock_config
 from .modeling_regraft import (
     RegraftForCausalLM,
+    RegraftForImageTextToText,
     RegraftForSequenceClassification,
     RegraftForTokenClassification,
     RegraftModel,
@@ -41,6 +42,7 @@ __all__ = [
     "MixerState",
     "RegraftConfig",
     "RegraftForCausalLM",
+    "RegraftForImageTextToText",
     "RegraftForSequenceClassification",
     "RegraftForTokenClassification",
     "RegraftModel",

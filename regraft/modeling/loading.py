@@ -344,7 +344,7 @@ def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[
         )
     return [
         model.get_submodule(checkpoint.anatomy.slot.format(i))
-        for i in range(model.config.num_hidden_layers)
+        for i in range(checkpoint.layers)
     ]
 
 
