@@ -164,8 +164,8 @@ def compare_models(
     kept = find_kept_tokens(before, after)
     inputs = keep_known_tokens(inputs, kept)
     # A language model that was taken out of another reads text alone.
-    reads_images = type(after.anatomy) is type(before.anatomy)
-    images = modeling.image_inputs(before, model, seed) if reads_images else {}
+    hosts = {type(one.anatomy.host(one.config)) for one in (before, after)}
+    images = modeling.image_inputs(before, model, seed) if len(hosts) == 1 else {}
     reference = observe(model, inputs, reach, causal, images)
     del model
     progress(0.3, "the result")

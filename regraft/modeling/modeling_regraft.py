@@ -244,7 +244,7 @@ class RegraftForCausalLM(RegraftWithHead, GenerationMixin):
 
 
 class RegraftForImageTextToText(RegraftForCausalLM):
-    """A model of several parts, whose language model is a `RegraftModel`; the rest is the host's."""
+    """A model of several parts: its language model is a `RegraftModel`, the rest the host's."""
 
     host_auto_class = AutoModelForImageTextToText
 
