@@ -422,6 +422,29 @@ def cached_difference(model: Any, ids: Tensor, logits: Tensor, reach: Reach) -> 
     return worst / float(logits.abs().max())
 
 
+@torch.no_grad()
+def cached_image_difference(model: Any, images: dict[str, Tensor]) -> float:
+    """The same of a row with an image: the tokens behind it are read one by one.
+
+    Args:
+        model: what is run.
+        images: as of `modeling.image_inputs`.
+    """
+    ids = images["input_ids"]
+    logits = model(**images, use_cache=False).logits.float()
+    start = ids.shape[1] - modeling.TEXT_TOKENS
+    first = {
+        name: value[:, :start] if value.shape == ids.shape else value
+        for name, value in images.items()
+    }
+    out, worst = model(**first, use_cache=True), 0.0
+    for place in range(start, ids.shape[1]):
+        cache = modeling.cache_kwargs(modeling.cache_of(out))
+        out = model(input_ids=ids[:, place : place + 1], **cache, use_cache=True)
+        worst = max(worst, float((out.logits.float() - logits[:, place : place + 1]).abs().max()))
+    return worst / float(logits.abs().max())
+
+
 def split_row(length: int, rolls: tuple[int, ...]) -> list[int]:
     """Lengths of the pieces in which a row is decoded, see `cached_difference`.
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from . import flops
 from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state_bytes
 from .configuration_regraft import RegraftConfig
-from .image_inputs import IMAGE_TOKENS, image_inputs
+from .image_inputs import IMAGE_TOKENS, TEXT_TOKENS, image_inputs
 from .loading import (
     PAIRED,
     build_random_model,
@@ -39,6 +39,7 @@ __all__ = [
     "CACHE",
     "IMAGE_TOKENS",
     "STATE_LAYER",
+    "TEXT_TOKENS",
     "MixerState",
     "RegraftConfig",
     "RegraftForCausalLM",
