@@ -20,13 +20,8 @@ from ..mixers.registry import weights
 from ..mixers.remix import Remix
 from ..progress import ProgressCallback
 from . import conversion, growth, liveness
-from .outputs import (
-    cached_difference,
-    cached_image_difference,
-    compare_models,
-    compute_outputs,
-    steps_between,
-)
+from .images import cached_image_difference, draw_image_inputs
+from .outputs import cached_difference, compare_models, compute_outputs, steps_between
 from .reach import find_reach
 from .receipts import Receipts, find_failures, print_receipts
 from .replay import find_config_differences, find_unequal, replay_steps
@@ -332,7 +327,7 @@ def run_forward_checks(
     reach = find_reach(before, after, teacher)
     tokens = modeling.random_inputs(before, length=reach.length, seed=seed)["input_ids"]
     reference = compute_logits(teacher, tokens)
-    images = modeling.image_inputs(before, teacher, seed)
+    images = draw_image_inputs(before, after, teacher, seed)
     image_reference = compute_outputs(teacher, images)["logits"] if images else None
     del teacher
 

@@ -14,6 +14,7 @@ from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError, explain_errors
 from ..growth import build, depth
 from ..progress import ProgressCallback
+from .images import draw_image_inputs
 from .reach import LENGTH, Reach, find_reach
 
 GREEDY_TOKENS = 24
@@ -163,9 +164,7 @@ def compare_models(
     inputs = modeling.random_inputs(before, length=reach.length, seed=seed)
     kept = find_kept_tokens(before, after)
     inputs = keep_known_tokens(inputs, kept)
-    # A language model that was taken out of another reads text alone.
-    hosts = {type(one.anatomy.host(one.config)) for one in (before, after)}
-    images = modeling.image_inputs(before, model, seed) if len(hosts) == 1 else {}
+    images = draw_image_inputs(before, after, model, seed)
     reference = observe(model, inputs, reach, causal, images)
     del model
     progress(0.3, "the result")
@@ -419,29 +418,6 @@ def cached_difference(model: Any, ids: Tensor, logits: Tensor, reach: Reach) -> 
         out = model(input_ids=ids[:, piece], **modeling.cache_kwargs(cache), use_cache=True)
         cache, start = modeling.cache_of(out), start + count
         worst = max(worst, float((out.logits.float() - logits[:, piece]).abs().max()))
-    return worst / float(logits.abs().max())
-
-
-@torch.no_grad()
-def cached_image_difference(model: Any, images: dict[str, Tensor]) -> float:
-    """The same of a row with an image: the tokens behind it are read one by one.
-
-    Args:
-        model: what is run.
-        images: as of `modeling.image_inputs`.
-    """
-    ids = images["input_ids"]
-    logits = model(**images, use_cache=False).logits.float()
-    start = ids.shape[1] - modeling.TEXT_TOKENS
-    first = {
-        name: value[:, :start] if value.shape == ids.shape else value
-        for name, value in images.items()
-    }
-    out, worst = model(**first, use_cache=True), 0.0
-    for place in range(start, ids.shape[1]):
-        cache = modeling.cache_kwargs(modeling.cache_of(out))
-        out = model(input_ids=ids[:, place : place + 1], **cache, use_cache=True)
-        worst = max(worst, float((out.logits.float() - logits[:, place : place + 1]).abs().max()))
     return worst / float(logits.abs().max())
 
 

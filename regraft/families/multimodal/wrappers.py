@@ -56,11 +56,12 @@ def count_deepstack(config: Config) -> int:
 
 
 SECTIONS = {"dim": "M-RoPE shares the pairs of a head out among time, height and width"}
-BOTH_WAYS = "reads images in both directions (regraft convert --part text takes its text model out)"
+BOTH_WAYS = "reads images in both directions"
+APART = f"{BOTH_WAYS} (regraft convert --part text takes its language model out, which does not)"
 # By the config's `model_type`.
 WRAPPERS = {
     "gemma3": Wrapper(
-        {r"multi_modal_projector\.mm_input_projection_weight": "stream"}, keeps_softmax=BOTH_WAYS
+        {r"multi_modal_projector\.mm_input_projection_weight": "stream"}, keeps_softmax=APART
     ),
     "idefics3": Wrapper(CONNECTOR, images="several"),
     "internvl": Wrapper(TWO_MAPS),
