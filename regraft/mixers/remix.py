@@ -187,6 +187,11 @@ class Remix(RemixOptions):
             config: of the result.
         """
         notes, windows = [], source_windows(source.config, states=True)
+        if beside := sum(role.startswith("carried.") for role, _ in source.tensors):
+            notes.append(
+                f"the language model alone changes: {beside} tensors beside it are carried as they"
+                " are, in training on text too"
+            )
         replaced = [layer for layer, spec in enumerate(config["mixers"]) if spec]
         eps = source.anatomy.epsilon(source.config)
         asked = name_eps(self.build_spec(), eps) if replaced else None

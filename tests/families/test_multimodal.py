@@ -161,9 +161,10 @@ def test_check_proves_a_linearized_model_with_images(family: str, tmp_path: Path
     receipts = regraft.check(tmp_path / "linear", tmp_path / "grown")
     assert receipts["holds"] and "logits with an image" in receipts["compared"]
     regraft.TakeText()(Checkpoint.open(tmp_path / "linear")).save(tmp_path / "text")
-    text, ids = modeling.load(tmp_path / "text"), tokens(2, 23) % 96
+    models = [modeling.load(tmp_path / name) for name in ("linear", "text")]
     with torch.no_grad():
-        assert torch.equal(text(ids).logits, load(tmp_path / "linear")(ids).logits)
+        whole, text = (model(tokens(2, 23) % 96).logits for model in models)
+    assert torch.equal(whole, text)
 
 
 def test_a_linearized_model_is_trained_on_text(
