@@ -20,7 +20,8 @@ from ..mixers.registry import weights
 from ..mixers.remix import Remix
 from ..progress import ProgressCallback
 from . import conversion, growth, liveness
-from .outputs import cached_difference, compare_models, steps_between
+from .images import cached_image_difference, draw_image_inputs
+from .outputs import cached_difference, compare_models, compute_outputs, steps_between
 from .reach import find_reach
 from .receipts import Receipts, find_failures, print_receipts
 from .replay import find_config_differences, find_unequal, replay_steps
@@ -45,6 +46,7 @@ class ForwardChecks(TypedDict):
     window_end: float | None
     window_vs_stock: float | None
     window_vs_stock_layer: int | None
+    image_vs_stock: float | None
     parallel_vs_recurrent: float
 
 
@@ -142,6 +144,7 @@ def check_linearized(
         "zero_layers": EXACT,
         "window_end": WINDOW_END,
         "window_vs_stock": conversion.BOUND,
+        "image_vs_stock": conversion.BOUND,
         "parallel_vs_recurrent": RECURRENT,
     }
     # A linearized model differs from its source, and a trained one: only a moved one must not.
@@ -324,6 +327,8 @@ def run_forward_checks(
     reach = find_reach(before, after, teacher)
     tokens = modeling.random_inputs(before, length=reach.length, seed=seed)["input_ids"]
     reference = compute_logits(teacher, tokens)
+    images = draw_image_inputs(before, after, teacher, seed)
+    image_reference = compute_outputs(teacher, images)["logits"] if images else None
     del teacher
 
     progress(0.3, "the result")
@@ -338,8 +343,13 @@ def run_forward_checks(
         "zero_layers": None,
         "window_end": None,
         **conversion.NO_WINDOW,
+        "image_vs_stock": None,
         "parallel_vs_recurrent": cached_difference(model, tokens, logits, reach),
     }
+    if images:
+        checks["compared"] += ["logits with an image", "cache with an image"]
+        cached = cached_image_difference(model, images)
+        checks["parallel_vs_recurrent"] = max(checks["parallel_vs_recurrent"], cached)
 
     # A source that is regraft's own has been through this when it was made.
     if before.config["model_type"] == "regraft":
@@ -348,6 +358,11 @@ def run_forward_checks(
     unchanged = modeling.materialize(Remix(keep="all")(before))
     checks["zero_layers"] = relative_difference(compute_logits(unchanged, tokens), reference)
     del unchanged
+    if image_reference is not None:
+        windows = modeling.materialize(see_all(before, after, images["input_ids"].shape[1]))
+        given = compute_outputs(windows, images)["logits"]
+        checks["image_vs_stock"] = relative_difference(given, image_reference)
+        del windows
 
     if not trained:
         checks.update(conversion.compare_windows(before, after, model, tokens))
@@ -358,6 +373,13 @@ def run_forward_checks(
         window_logits = compute_logits(modeling.materialize(window(before)), tokens)
         checks["window_end"] = relative_difference(shut, window_logits)
     return checks
+
+
+def see_all(before: Checkpoint, after: Checkpoint, length: int) -> Checkpoint:
+    """The source with a window of `length` tokens in every layer that has a mixer in the output."""
+    kept = set(range(after.layers)) - set(mixer_layers(after))
+    names = ",".join(map(str, sorted(kept))) or "none"
+    return Remix(mixer="window", window=length, sinks=0, keep=names)(before)
 
 
 def window_only_remix(after: Checkpoint) -> Remix | None:

@@ -14,6 +14,7 @@ from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError, explain_errors
 from ..growth import build, depth
 from ..progress import ProgressCallback
+from .images import draw_image_inputs
 from .reach import LENGTH, Reach, find_reach
 
 GREEDY_TOKENS = 24
@@ -163,9 +164,7 @@ def compare_models(
     inputs = modeling.random_inputs(before, length=reach.length, seed=seed)
     kept = find_kept_tokens(before, after)
     inputs = keep_known_tokens(inputs, kept)
-    # A language model that was taken out of another reads text alone.
-    reads_images = type(after.anatomy) is type(before.anatomy)
-    images = modeling.image_inputs(before, model, seed) if reads_images else {}
+    images = draw_image_inputs(before, after, model, seed)
     reference = observe(model, inputs, reach, causal, images)
     del model
     progress(0.3, "the result")

@@ -44,6 +44,9 @@ class Receipts(TypedDict):
     # Windows against the stock attention in their place, and the layer that differs most.
     window_vs_stock: float | None
     window_vs_stock_layer: int | None
+    # The source with windows as long as a row that has an image in it, against the source's logits;
+    # None for models that read no images.
+    image_vs_stock: NotRequired[float | None]
     # Token by token against all tokens at once; None for encoders.
     parallel_vs_recurrent: float | None
 
@@ -85,6 +88,7 @@ MEANINGS = {
     "window_end": "gates shut: logits against the pure-window model's",
     "window_vs_stock": "windows: outputs against the stock attention's, relative",
     "window_vs_stock_layer": "the layer that differs most",
+    "image_vs_stock": "windows over a text with an image: logits against the source's",
     "parallel_vs_recurrent": "token by token against all at once",
     "exact": "every step keeps the function",
     "bound": "largest relative difference that counts as equal",
@@ -124,7 +128,7 @@ def print_receipts(receipts: Mapping[str, Any], console: Console) -> None:
         # Of a stock result, what does not apply is about linearization and left out.
         if name not in receipts or (receipts[name] is None and is_stock):
             continue
-        if receipts[name] is None and name in ("not_replayed", "reach_limited"):
+        if receipts[name] is None and name in ("not_replayed", "reach_limited", "image_vs_stock"):
             continue
         fails = name in receipts["failed"]
         value = format_receipt(receipts[name])

@@ -291,6 +291,10 @@ class Anatomy:
         """The config of the language model: `host_config`, unless it is a part of a larger one."""
         return self.host_config(config)
 
+    def name_slot(self, layer: int) -> str:
+        """The name, in files, of a layer's attention module."""
+        return self.slot.format(layer)
+
     def first_layers(self, config: Config) -> int:
         """How many layers have to stay the first ones: none, in a model of one part."""
         return 0

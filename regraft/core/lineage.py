@@ -21,6 +21,7 @@ from ..io.files import check_inside, read_own_json, sha256
 from ..io.hub import find_snapshot
 from ..io.safetensors import variant_of, weight_files
 from ..io.yaml_loader import MAX_BYTES, parse_yaml
+from .auto_map import find_architecture
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -276,9 +277,10 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
     name = printable(hub_name or Path(source["path"]).name).replace("`", "'")
     no_papers = "- none beyond the source's own"
     # Models that transformers knows need no word on loading.
+    auto = find_architecture(checkpoint.config).replace("Regraft", "AutoModel")
     load = (
         "Load it with `import regraft.modeling` (or `trust_remote_code=True`) and "
-        "`AutoModelForCausalLM.from_pretrained`.\n\n"
+        f"`{auto}.from_pretrained`.\n\n"
     )
     return (
         f"---\n{format_front_matter(checkpoint.path / CARD, hub_name)}---\n"

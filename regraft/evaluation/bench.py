@@ -173,7 +173,8 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
     reset_peak(device.type)
     loaded = peak_bytes(device.type)
 
-    ids = torch.randint(model.config.vocab_size, (batch, length if prefill else 1), device=device)
+    config = model.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (batch, length if prefill else 1), device=device)
     with torch.inference_mode():
         begin = time.perf_counter()
         logits, cache = chunked.last_logits(model, ids)
@@ -192,7 +193,7 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
             synchronize(device.type)
             seconds.append(time.perf_counter() - begin)
 
-    mixers = getattr(model.config, "mixers", None) or [None] * model.config.num_hidden_layers
+    mixers = getattr(model.config, "mixers", None) or [None] * config.num_hidden_layers
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     return {
         "length": length,

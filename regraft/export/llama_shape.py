@@ -28,6 +28,11 @@ def find_differences(
     if not anatomy.causal or not anatomy.rotary:
         what = "reads in both directions" if not anatomy.causal else "has no rotary positions"
         return [f"{anatomy.family} {what}"]
+    if any(role.startswith("carried.") for role in anatomy.parts):
+        return [
+            f"{anatomy.family} has other parts beside its language model (--part text of "
+            "regraft convert takes that out)"
+        ]
     if not anatomy.continues_text(config):
         return [f"{config['architectures'][0]} has no head of a language model"]
     if LATENT in anatomy.parts:

@@ -95,7 +95,7 @@ class RegraftAnatomy(Anatomy):
                 continue
             attention = Attention(**config["attention"][layer])
             for local, weight in weights(spec, attention).items():
-                name = f"{host.slot.format(layer)}.mixer.{local}"
+                name = f"{host.name_slot(layer)}.mixer.{local}"
                 shape = parse_signature(weight.signature).shape(sizes)
                 placed[f"mixer.{local}", layer] = PlacedPart(
                     name, Part(name, weight.signature), shape
@@ -118,6 +118,10 @@ class RegraftAnatomy(Anatomy):
             return host
         keys = {key: value for key, value in config.items() if key not in OWN_KEYS}
         return {**keys, "model_type": host}
+
+    def text_config(self, config: Config) -> Config:
+        """The language model's config, of which a host of several parts has its own."""
+        return self.host(config).text_config(self.host_config(config))
 
     def canonical_name(self, name: str) -> str:
         """The state-dict name of a tensor found in a file."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.anatomy import Key, PlacedPart, find_anatomy
 from ..core.attention import has_softmax
-from ..core.auto_map import AUTO_MAP
+from ..core.auto_map import find_architecture, find_auto_map
 from ..core.axes import Sizes, broadcast_axes, parse_signature
 from ..core.checkpoint import Checkpoint, LazyTensor, Provenance
 from ..core.step import step_entry
@@ -122,8 +122,8 @@ class Remix(RemixOptions):
         ]
         own = {
             "model_type": "regraft",
-            "architectures": ["RegraftForCausalLM"],
-            "auto_map": AUTO_MAP,
+            "architectures": [find_architecture(source.config)],
+            "auto_map": find_auto_map(source.config),
             "slot": source.anatomy.slot,
             "mixers": specs,
             "attention": attention,
@@ -188,6 +188,11 @@ class Remix(RemixOptions):
             config: of the result.
         """
         notes, windows = [], source_windows(source.config, states=True)
+        if beside := sum(role.startswith("carried.") for role, _ in source.tensors):
+            notes.append(
+                f"the language model alone changes: {beside} tensors beside it are carried as they"
+                " are, in training on text too"
+            )
         replaced = [layer for layer, spec in enumerate(config["mixers"]) if spec]
         eps = source.anatomy.epsilon(source.config)
         asked = name_eps(self.build_spec(), eps) if replaced else None

@@ -33,7 +33,7 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
     family = config["model_type"]
     fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     with explain_errors(f"transformers cannot read the config of a {family}", "fix config.json"):
-        stock = AutoConfig.for_model(family, **decode_floats(fields))
+        stock = AutoConfig.for_model(family, **decode_floats(fields)).get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(stock)
 
     if getattr(stock, "use_bidirectional_attention", None):

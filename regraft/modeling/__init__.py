@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from . import flops
 from .cache import CACHE, STATE_LAYER, MixerState, cache_kwargs, cache_of, state_bytes
 from .configuration_regraft import RegraftConfig
-from .image_inputs import IMAGE_TOKENS, image_inputs
+from .image_inputs import IMAGE_TOKENS, TEXT_TOKENS, image_inputs
 from .loading import (
     PAIRED,
     build_random_model,
@@ -29,6 +29,7 @@ from .loading import (
 from .meta import build_meta_model, build_stock_config
 from .modeling_regraft import (
     RegraftForCausalLM,
+    RegraftForImageTextToText,
     RegraftForSequenceClassification,
     RegraftForTokenClassification,
     RegraftModel,
@@ -38,9 +39,11 @@ __all__ = [
     "CACHE",
     "IMAGE_TOKENS",
     "STATE_LAYER",
+    "TEXT_TOKENS",
     "MixerState",
     "RegraftConfig",
     "RegraftForCausalLM",
+    "RegraftForImageTextToText",
     "RegraftForSequenceClassification",
     "RegraftForTokenClassification",
     "RegraftModel",

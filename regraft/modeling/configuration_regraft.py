@@ -16,7 +16,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ..core.auto_map import AUTO_MAP
+from ..core.auto_map import TEXT_CONFIG, find_architecture, find_auto_map
 from ..errors import RegraftError
 from ..mixers.older_names import leave_out_caps
 from .cache import STATE_LAYER
@@ -47,7 +47,8 @@ class RegraftConfig(PreTrainedConfig):
 
     Attributes:
         host: `model_type` of the host. Its keys (`hidden_size`, `vocab_size`, ..) stand beside
-            these, under the names and with the defaults that its class has for them.
+            these, under the names and with the defaults that its class has for them. A model of
+            several parts has its language model's keys in `text_config`.
         slot: name of layer i's attention module, with `{}` for i.
         mixers: per layer the mixer's spec, None where softmax attention is kept.
         attention: per layer what the mixer replaces, the fields of `mixers.base.Attention`; None
@@ -75,7 +76,8 @@ class RegraftConfig(PreTrainedConfig):
         # The host's other names for its keys, such as `hidden_size` for GPT-2's `n_embd`. No
         # property: every look at an attribute asks for it first, and `torch.compile` follows.
         self.__dict__["attribute_map"] = CONFIG_MAPPING[self.host].attribute_map
-        self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
+        self.__dict__["sub_configs"] = CONFIG_MAPPING[self.host].sub_configs
+        self.auto_map = kwargs.pop("auto_map", None) or find_auto_map(self.sub_configs)
 
         # The host's class fills in its defaults and derives what it derives; all of it is kept
         # here, so that there is one place for each size.
@@ -84,8 +86,9 @@ class RegraftConfig(PreTrainedConfig):
         for key, value in vars(host).items():
             if key not in given and key != "_post_init_done":
                 self.__dict__[key] = value
-        self.mixers = self.mixers or [None] * self.num_hidden_layers
-        self.attention = self.attention or [None] * self.num_hidden_layers
+        layers = self.get_text_config().num_hidden_layers
+        self.mixers = self.mixers or [None] * layers
+        self.attention = self.attention or [None] * layers
         if self.nested and getattr(self, CAP, None):
             self.attention = leave_out_caps(self.attention)
 
@@ -102,19 +105,21 @@ class RegraftConfig(PreTrainedConfig):
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None
     ) -> PreTrainedConfig:
-        """This config; for `decoder`, as caches ask for it: with the layer type of mixers.
+        """The language model's config; for `decoder`, as caches ask for it: with the layer type of
+        mixers.
 
         This is how every cache of transformers gets a `MixerState` for each mixer, and a
         `GrowingLayer` for each layer with all keys and values beside them, while the host's own
         code reads the host's `layer_types`.
         """
         if not decoder:
-            return self
-        kinds, _ = get_layer_types_and_kwargs(self)
-        view = copy.copy(self)
+            found: PreTrainedConfig = self.__dict__.get(TEXT_CONFIG, self)
+            return found
+        view = copy.copy(self.build_decoder_config())
+        kinds, _ = get_layer_types_and_kwargs(view)
         # Not strict: `num_hidden_layers` may have been set to fewer.
         # Some classes keep the list under another name.
-        name = self.attribute_map.get("layer_types", "layer_types")
+        name = view.attribute_map.get("layer_types", "layer_types")
         if any(self.mixers or []):
             kinds = [GROWING_LAYER if kind == "full_attention" else kind for kind in kinds]
         view.__dict__[name] = [
@@ -122,6 +127,23 @@ class RegraftConfig(PreTrainedConfig):
             for mixer, kind in zip(self.mixers or [], kinds, strict=False)
         ]
         return view
+
+    def build_decoder_config(self) -> RegraftConfig:
+        """The config of the model that holds the mixers: this one, or that of the language model in
+        it, made anew.
+        """
+        text = self.get_text_config()
+        if text is self:
+            return self
+        return type(self)(
+            host=text.model_type,
+            slot=self.slot,
+            mixers=self.mixers,
+            attention=self.attention,
+            attn_implementation=text._attn_implementation,
+            experts_implementation=text._experts_implementation,
+            **text.to_dict(),
+        )
 
     def fit_layers(self) -> None:
         """Make `mixers` and `attention` fit the host's keys, before a model is built.
@@ -170,13 +192,15 @@ class RegraftConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All keys, with the classes that load the model."""
         fields = super().to_dict()
-        del fields["nested"], fields["attribute_map"]
+        del fields["nested"], fields["attribute_map"], fields["sub_configs"]
         # Classes are made for a host; files name those that they are made of.
         names = [
             re.sub(r"^Regraft\w*?(Model|For\w+)$", r"Regraft\1", name)
             for name in fields.get("architectures") or []
         ]
-        return fields | {"architectures": names or None, "auto_map": dict(AUTO_MAP)}
+        if names and TEXT_CONFIG in fields:
+            names = [find_architecture(fields)]
+        return fields | {"architectures": names or None, "auto_map": find_auto_map(fields)}
 
     def validate_layer_type(self) -> None:
         """Do nothing: the stock check does not know the layer type of mixers."""

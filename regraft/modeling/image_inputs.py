@@ -33,7 +33,7 @@ def image_inputs(checkpoint: Checkpoint, model: Any, seed: int = 0) -> dict[str,
         `input_ids` (1, time), `pixel_values` and what else the class needs; {} for a model without
         images, or without a row for the image's token.
     """
-    anatomy = checkpoint.anatomy
+    anatomy = checkpoint.anatomy.host(checkpoint.config)
     if not isinstance(anatomy, MultimodalAnatomy):
         return {}
     found = [checkpoint.config.get(key, getattr(model.config, key, None)) for key in IMAGE_TOKENS]

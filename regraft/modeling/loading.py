@@ -343,8 +343,7 @@ def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[
             f"slots of a {type(model).__name__} are named by its anatomy: pass the checkpoint too"
         )
     return [
-        model.get_submodule(checkpoint.anatomy.slot.format(i))
-        for i in range(model.config.num_hidden_layers)
+        model.get_submodule(checkpoint.anatomy.slot.format(i)) for i in range(checkpoint.layers)
     ]
 
 

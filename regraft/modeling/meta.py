@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..core.auto_map import find_architecture
 from ..core.checkpoint import Checkpoint
 from ..core.stock_class import build_stock_config as build_stock_config
 from ..core.stock_class import choose_class as choose_class
@@ -17,7 +18,7 @@ from ..core.stock_class import stock_class as stock_class
 from ..core.stock_config import decode_floats
 from ..core.stock_config import silence_transformers as silence_transformers
 from .configuration_regraft import RegraftConfig
-from .modeling_regraft import RegraftForCausalLM
+from .modeling_regraft import FRONTS
 
 
 def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -63,7 +64,7 @@ def model_class(fields: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig]:
         return stock_class(fields)
     own = {key: value for key, value in fields.items() if key not in ("model_type", "auto_map")}
     with explain_model_errors("regraft"):
-        return RegraftForCausalLM, RegraftConfig(**decode_floats(own))
+        return FRONTS[find_architecture(fields)], RegraftConfig(**decode_floats(own))
 
 
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -26,6 +26,8 @@ from .cache import CACHE, is_mixer_state
 # Names under which decoder layers pass the cache to their attention.
 CACHES = (CACHE, "layer_past")
 Rotary = tuple[Tensor, Tensor]  # cos and sin
+# Axes of positions with M-RoPE: those in the text, then time, height and width.
+TEXT_AND_IMAGE = 4
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ def lay_out_rows(
     Args:
         time: tokens of this call.
         mask: (batch, cached tokens + time), 1 where a token counts, or as in `find_counted`.
-        position_ids: positions of the tokens, which restart at each document of a packed row.
+        position_ids: positions of the tokens, which restart at each document of a packed row;
+            with M-RoPE (axes, rows, time).
         cache: rows that go on from a cache are not packed.
 
     Raises RegraftError for a mask that is not 2-D.
@@ -284,6 +287,8 @@ def lay_out_rows(
             return RowLayout()  # mixers have a shorter way for that
         return RowLayout.of_mask(valid)
 
+    if position_ids is not None and position_ids.ndim == 3 and len(position_ids) == TEXT_AND_IMAGE:
+        position_ids = position_ids[0]
     if cache is None and position_ids is not None and position_ids.ndim == 2 and time > 1:
         restart = position_ids[:, 1:] != position_ids[:, :-1] + 1
         if traced or bool(restart.any()):

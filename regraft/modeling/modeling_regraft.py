@@ -11,6 +11,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationMixin,
@@ -24,6 +25,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.utils import ModelOutput
 
+from ..core.auto_map import TEXT_CONFIG
 from ..core.shapes import Float, Int
 from ..errors import RegraftError
 from ..mixers.attention import Attention
@@ -149,16 +151,21 @@ class RegraftPreTrainedModel(PreTrainedModel):
             parameter.data = parameter.data.contiguous()
         return super().save_pretrained(*args, **kwargs)
 
+    def backbone(self) -> Any:
+        """The module that has the layers with mixers."""
+        return self.base_model
+
     def slots(self) -> list[nn.Module]:
         """The attention slot of every layer, in order."""
+        backbone = self.backbone()
         return [
-            self.base_model.get_submodule(name_in_backbone(self.base_model, i))
-            for i in range(self.config.num_hidden_layers)
+            backbone.get_submodule(name_in_backbone(backbone, i))
+            for i in range(backbone.config.num_hidden_layers)
         ]
 
     def mixer_slots(self) -> list[nn.Module]:
         """The slots that hold mixers."""
-        backbone = self.base_model
+        backbone = self.backbone()
         converted = (layer for layer, spec in enumerate(self.config.mixers) if spec is not None)
         return [backbone.get_submodule(name_in_backbone(backbone, one)) for one in converted]
 
@@ -265,11 +272,14 @@ class RegraftWithHead(RegraftPreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # The host's class has made its own backbone. It goes before the one that knows mixers
         # comes, since there may be no memory for both.
-        setattr(self, self.base_model_prefix, nn.Identity())
-        backbone = find_class(RegraftModel, str(config.host))
-        setattr(self, self.base_model_prefix, backbone(config))
+        stock = self.backbone()
+        name = next(name for name, module in self.named_modules() if module is stock)
+        del stock
+        self.set_submodule(name, nn.Identity())
+        decoder = config.build_decoder_config()
+        self.set_submodule(name, find_class(RegraftModel, str(decoder.host))(decoder))
         known = inspect.signature(self.forward).parameters
-        passes = passes_keywords(type(self).forward, self.base_model_prefix)
+        passes = "." in name or passes_keywords(type(self).forward, name)
         if "position_ids" not in known and not passes:
             self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
@@ -295,6 +305,16 @@ class RegraftForCausalLM(RegraftWithHead, GenerationMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
 
+class RegraftForImageTextToText(RegraftForCausalLM):
+    """A model of several parts: its language model is a `RegraftModel`, the rest the host's."""
+
+    host_auto_class = AutoModelForImageTextToText
+
+    def backbone(self) -> Any:
+        """The language model."""
+        return self.get_decoder()
+
+
 class RegraftForSequenceClassification(RegraftWithHead):
     """A classifier of texts: `RegraftModel` and the host's head."""
 
@@ -312,10 +332,12 @@ FRONTS = {
     for kind in (
         RegraftModel,
         RegraftForCausalLM,
+        RegraftForImageTextToText,
         RegraftForSequenceClassification,
         RegraftForTokenClassification,
     )
 }
+WRAPPERS = (RegraftForImageTextToText,)  # those that are made of a host with several parts
 # By the config's class, of which every copy of this code has its own: some heads of hosts build
 # their backbone by `AutoModel`.
 for front in FRONTS.values():
@@ -333,14 +355,16 @@ def find_class(kind: Any, host: str) -> Any:
 @functools.cache
 def make_class(front: str, host: str) -> Any:
     """The subclass of FRONTS[front] and of the host's own class, the same one for every call."""
-    kind = FRONTS[front]
+    kind, host_config = FRONTS[front], CONFIG_MAPPING[host]
     mapping = kind.host_auto_class._model_mapping
-    if CONFIG_MAPPING[host] not in mapping:
+    has_parts, takes_parts = TEXT_CONFIG in host_config.sub_configs, kind in WRAPPERS
+    if host_config not in mapping or has_parts != takes_parts:
+        other = WRAPPERS[0] if has_parts else RegraftModel
         raise RegraftError(
-            f"transformers has no {front.removeprefix('Regraft')} of a {host}: use RegraftModel"
+            f"transformers has no {front.removeprefix('Regraft')} of a {host}: use {other.__name__}"
         )
 
-    stock = mapping[CONFIG_MAPPING[host]]
+    stock = mapping[host_config]
     name = f"Regraft{stock.__name__}"
     # Where the host's files have other tensors than its modules, so have those of a linearized one.
     conversion = get_checkpoint_conversion_mapping(stock.__name__)
@@ -358,10 +382,11 @@ def rebuild(front: str, host: str) -> Any:
 
 def name_in_backbone(backbone: Any, layer: int) -> str:
     """The name of a layer's attention module inside the backbone."""
-    name: str = backbone.config.slot.format(layer)
-    # Some classes have another name for their backbone in files.
-    first, _, rest = name.partition(".")
-    return rest if first == backbone.base_model_prefix or not hasattr(backbone, first) else name
+    first, _, rest = backbone.config.slot.format(layer).partition(".")
+    # Some classes have another name for their backbone in files; in a wrapper it lies deeper.
+    while first == backbone.base_model_prefix or not hasattr(backbone, first):
+        first, _, rest = rest.partition(".")
+    return f"{first}.{rest}"
 
 
 def put_mixers(backbone: Any) -> None:

@@ -21,6 +21,7 @@ from ..core.checkpoint import Checkpoint
 from ..modeling.layer_kinds import layer_kinds
 from ..modeling.mixer_slot import RowLayout
 from ..modeling.modeling_regraft import RegraftForCausalLM
+from ..modeling.text_part import run_text_part
 from ..train.calibrate import output_error
 from ..train.gradient_checkpointing import set_gradient_checkpointing
 from ..train.hooks import LayerRecord, record_layers
@@ -245,9 +246,7 @@ class StepSimulation:
         linear = isinstance(model, RegraftForCausalLM)
         kwargs = {"rows": RowLayout(segments=segments)} if linear else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_autocast):
-            hidden: Tensor = model.get_decoder()(
-                input_ids=ids, position_ids=positions, use_cache=False, **kwargs
-            )[0]
+            hidden: Tensor = run_text_part(model, positions, input_ids=ids, **kwargs)[0]
         return hidden.float()
 
     def compute_loss(self, rows: int) -> Tensor:

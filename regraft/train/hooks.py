@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..mixers.attention import split_complex
 from ..mixers.base import MixerContext
+from ..modeling.text_part import run_text_part
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, both (batch or 1, time, rotary dim)
 
@@ -69,4 +70,4 @@ def record_layers(
 @torch.no_grad()
 def run_decoder(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> None:
     """Run the decoder without its head, for what hooks record; both arguments (batch, time)."""
-    model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    run_text_part(model, position_ids, input_ids=input_ids)

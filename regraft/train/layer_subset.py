@@ -19,6 +19,7 @@ from ..data.images import Images
 from ..data.rows import Packed
 from ..errors import RegraftError
 from ..mixers.gated import GatedMixer
+from ..modeling.text_part import find_text_part
 from .stage import Stage
 
 
@@ -32,8 +33,8 @@ class SkippedLayer(nn.Module):
 
 def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a stock model, in order; RegraftError when it has no list of them."""
-    depth = model.config.num_hidden_layers
-    for module in model.modules():
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in find_text_part(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise RegraftError(

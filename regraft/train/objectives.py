@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from ..data.images import Images
 from ..data.rows import Packed, Table
 from ..errors import RegraftError
+from ..modeling.text_part import find_text_part, run_text_part
 from .stage import Kind
 
 __all__ = [
@@ -41,7 +42,10 @@ MASK_SHARE = 0.15  # BERT's share of tokens that are to be guessed
 HEADS: dict[str, tuple[str, set[str]]] = {
     "next": (
         "a decoder",
-        set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()),
+        {
+            *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+        },
     ),
     "mask": ("a ...ForMaskedLM", set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())),
     "image": (
@@ -140,7 +144,9 @@ def build_targets(
         starts = rows.position_ids[:, 1:] == 0
         return rows, rows.input_ids[:, 1:].masked_fill(starts, IGNORED)
 
-    ids, labels = mask_tokens(rows, model.config.vocab_size, mask_share, generator)
+    ids, labels = mask_tokens(
+        rows, model.config.get_text_config().vocab_size, mask_share, generator
+    )
     return replace(rows, input_ids=ids), labels
 
 
@@ -219,9 +225,7 @@ def last_hidden(model: PreTrainedModel, rows: Packed, fast: bool) -> Tensor:
     Granite's class divides the logits by `logits_scaling`; dividing here is the same.
     """
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=fast):
-        output = model.get_decoder()(
-            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False
-        )
+        output = run_text_part(model, rows.position_ids, input_ids=rows.input_ids)
     hidden: Tensor = output.last_hidden_state.float()
     return hidden / getattr(model.config, "logits_scaling", 1.0)
 
@@ -249,7 +253,7 @@ def check_rows(model: PreTrainedModel, kind: Kind, rows: Data) -> None:
     if isinstance(rows, Images):
         check_images(model, rows)
         return
-    vocab = model.config.vocab_size
+    vocab = model.config.get_text_config().vocab_size
     if rows.largest >= vocab:
         raise RegraftError(
             f"token {rows.largest} is beyond the model's {vocab}: use its own tokenizer"
@@ -285,7 +289,7 @@ def check_images(model: PreTrainedModel, rows: Images) -> None:
 
 def find_position_embedding(model: PreTrainedModel) -> nn.Embedding | None:
     """The table of learned absolute positions, None for a model without one."""
-    for name, module in model.named_modules():
+    for name, module in find_text_part(model).named_modules():
         if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe")):
             return module
     return None

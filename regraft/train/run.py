@@ -186,7 +186,7 @@ def check_teacher(run: Run, stage: Stage) -> None:
 
     if not isinstance(run.teacher, CachedTeacher):  # one behind a cache was checked when opened
         check_head(run.teacher, "next")
-    theirs, ours = run.teacher.config.vocab_size, run.model.config.vocab_size
+    theirs, ours = (one.config.get_text_config().vocab_size for one in (run.teacher, run.model))
     if theirs != ours:
         raise RegraftError(
             f"the teacher has {theirs} tokens, the model {ours}: "

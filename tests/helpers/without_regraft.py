@@ -133,7 +133,7 @@ def main() -> None:
         for other in COPIES if name in COPIES else (name,):
             if models.get(other) is not None:
                 attempt(f"{other} after {name}", check, other, models[other], name in COPIES)
-    for name in ("first", "classifier"):
+    for name in ("first", "classifier", "images"):
         attempt(f"again {name}", check_again, name, models[name])
 
     if "jaxtyping" in sys.modules:

@@ -58,12 +58,20 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def build_wrapper(family: str, seed: int = 0) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """(config, model in eval mode, float32) of one of WRAPPERS, all weights perturbed."""
+def build_wrapper(
+    family: str, seed: int = 0, **sizes: Any
+) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """(config, model in eval mode, float32) of one of WRAPPERS, all weights perturbed.
+
+    Args:
+        family: the model type.
+        seed: of the weights.
+        sizes: keys of the language model's config.
+    """
     text, vision, own = WRAPPERS[family]
     base = transformers.CONFIG_MAPPING[family]
     image = "image_token_index" if hasattr(base, "image_token_index") else "image_token_id"
-    keys = {"text_config": TEXT | text, "vision_config": vision, image: IMAGE, **own}
+    keys = {"text_config": TEXT | text | sizes, "vision_config": vision, image: IMAGE, **own}
     if family == "vipllava":
         keys["vision_feature_layers"] = [-1, -2]
     torch.manual_seed(seed)

@@ -15,8 +15,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from helpers.tiny import save_model, tiny
+from helpers.wrappers import build_wrapper
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -31,6 +33,7 @@ PROGRAM = Path(__file__).parents[1] / "helpers" / "without_regraft.py"
 IDS = torch.arange(3, 33).unsqueeze(0)
 # Name of a case -> where its model is saved. Two folders of one name, as checkpoints often have.
 FOLDERS = {"first": "one/model", "second": "two/model", "other host": "three"}
+IMAGES = "images"  # of a model that reads them
 
 
 def load(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
@@ -70,6 +73,10 @@ def make_models(place: Path) -> None:
     ).save(place / FOLDERS["other host"])
     for name, folder in FOLDERS.items():
         add(name, load(place / folder), folder)
+
+    build_wrapper("qwen2_5_vl")[1].save_pretrained(place / "whole")
+    Remix("gla", "0", window=8)(Checkpoint.open(place / "whole")).save(place / IMAGES)
+    add(IMAGES, load(place / IMAGES, AutoModelForImageTextToText))
 
     first = place / FOLDERS["first"]
     model = load(first)

@@ -53,7 +53,8 @@ class MultimodalAnatomy(Anatomy):
 
     def list_closed(self) -> dict[str, str]:
         """Axes that do not grow, and "attention" -> why."""
-        return {**self.wrapper.closed, "attention": self.keeps_softmax}
+        why = self.keeps_softmax
+        return {**self.wrapper.closed, **({"attention": why} if why else {})}
 
     def take_text_config(self, config: Config) -> dict[str, Any]:
         """The config of the language model as a model of its own.
@@ -88,6 +89,10 @@ class MultimodalAnatomy(Anatomy):
     def attention(self, config: Config, layer: int) -> AttentionFields:
         """The attention of one of the language model's layers."""
         return self.text.attention(self.text_config(config), layer)
+
+    def name_slot(self, layer: int) -> str:
+        """The name, in files, of a layer's attention module."""
+        return _prefix_of(self) + _slot_inside(self.text).format(layer)
 
     def first_layers(self, config: Config) -> int:
         """Layers that have to stay the first ones."""
@@ -180,7 +185,7 @@ def _build(config: str) -> Anatomy:
     return replace(
         bare,
         parts=_list_parts(bare, short, outline),
-        slot=outline.module + "." + text.slot.removeprefix(_prefix_of(text)).lstrip("."),
+        slot=f"{outline.module}.{_slot_inside(text)}",
     )
 
 
@@ -192,8 +197,7 @@ def _copy_table(text: Anatomy, family: str) -> MultimodalAnatomy:
         "filed": {},
         "bridge": no_bridge,
         "rewrite": no_keys,
-        "keeps_softmax": "has a vision tower beside its language model, which regraft convert "
-        "--part text takes out",
+        "keeps_softmax": WRAPPERS[family].keeps_softmax,
     }
     return MultimodalAnatomy(**kept | own, text=text, wrapper=WRAPPERS[family])
 
@@ -236,6 +240,11 @@ def _outline(config: str) -> Outline:
 def _prefix_of(text: Anatomy) -> str:
     """What stands before the names of a language model's tensors in its own table."""
     return text.name_in_file(text.parts["embed.weight"].name).removesuffix("embed_tokens.weight")
+
+
+def _slot_inside(text: Anatomy) -> str:
+    """The place of a layer's attention in a language model."""
+    return text.slot.removeprefix(_prefix_of(text)).lstrip(".")
 
 
 def _list_parts(anatomy: MultimodalAnatomy, config: Config, outline: Outline) -> dict[str, Part]:

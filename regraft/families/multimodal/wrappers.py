@@ -37,6 +37,8 @@ class Wrapper:
         closed: axes that do not grow -> why.
         images: how an image is given: "pixels", "sized" with its height and width beside, "several"
             in a row, or as "patches" with their numbers beside.
+        keeps_softmax: why no mixer can take the place of the language model's attention; empty:
+            some can.
     """
 
     writers: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class Wrapper:
     first_layers: Callable[[Config], int] = lambda config: 0
     closed: Mapping[str, str] = field(default_factory=dict)
     images: Literal["pixels", "sized", "several", "patches"] = "pixels"
+    keeps_softmax: str = ""
 
 
 def count_deepstack(config: Config) -> int:
@@ -53,9 +56,13 @@ def count_deepstack(config: Config) -> int:
 
 
 SECTIONS = {"dim": "M-RoPE shares the pairs of a head out among time, height and width"}
+BOTH_WAYS = "reads images in both directions"
+APART = f"{BOTH_WAYS} (regraft convert --part text takes its language model out, which does not)"
 # By the config's `model_type`.
 WRAPPERS = {
-    "gemma3": Wrapper({r"multi_modal_projector\.mm_input_projection_weight": "stream"}),
+    "gemma3": Wrapper(
+        {r"multi_modal_projector\.mm_input_projection_weight": "stream"}, keeps_softmax=APART
+    ),
     "idefics3": Wrapper(CONNECTOR, images="several"),
     "internvl": Wrapper(TWO_MAPS),
     "llava": Wrapper(TWO_MAPS),
@@ -63,6 +70,7 @@ WRAPPERS = {
     "paligemma": Wrapper(
         {r"multi_modal_projector\.linear": "stream"},
         ("vision_config.projection_dim", "projection_dim"),
+        keeps_softmax=BOTH_WAYS,
     ),
     "qwen2_5_vl": Wrapper(
         {r"visual\.merger\.mlp\.2": "stream"}, OUT, closed=SECTIONS, images="patches"

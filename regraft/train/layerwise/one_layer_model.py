@@ -15,6 +15,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ...core.checkpoint import Checkpoint
 from ...errors import RegraftError
 from ...modeling.meta import build_meta_model, iter_buffers, silence_transformers
+from ...modeling.text_part import run_text_part
 from ..hooks import LayerRecord, record_layers
 from ..layer_subset import SkippedLayer, layer_stack
 
@@ -62,7 +63,9 @@ class OneLayerModel:
         for number in range(len(self.layers)):
             self.stack[number] = SkippedLayer()
         self.at = 0
-        self.load_weights(None, lambda role: not role.startswith(("embed", "head")))
+        # What stands beside a language model is not run.
+        left_out = ("embed", "head", "carried.")
+        self.load_weights(None, lambda role: not role.startswith(left_out))
 
     def load_weights(self, layer: int | None, wanted: Callable[[str], bool]) -> None:
         """Read tensors of the checkpoint into the model, as float32 copies.
@@ -198,10 +201,10 @@ class OneLayerModel:
         positions are made for it, and `replace_layer_input` gives the layer its real input.
         """
         try:
-            self.model.get_decoder()(
+            run_text_part(
+                self.model,
+                position_ids.to(self.device),
                 inputs_embeds=hidden.to(self.device),
-                position_ids=position_ids.to(self.device),
-                use_cache=False,
             )
         except StopForward as stop:
             return stop.value
