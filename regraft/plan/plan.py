@@ -239,13 +239,14 @@ def token_flops(checkpoint: Checkpoint, context: int) -> int:
         return row_flops(checkpoint, context)["forward"]
 
     total = ledger.weight_flops(checkpoint.config, 1)[0]
-    kept = kept_tokens(checkpoint, context)
+    kept, sizes = kept_tokens(checkpoint, context), checkpoint.sizes
+    heads = sizes["kv"] * sizes["group"]
     for layer, spec in enumerate(mixers_of(checkpoint)):
-        attention = attention_of(checkpoint, layer)
         if spec is None:
             # Scores and weighted values: a multiply-add each, per head, channel and kept token.
-            total += 4 * attention.heads * attention.dim * kept[layer]
+            total += 4 * heads * sizes["dim"] * kept[layer]
         else:
+            attention = attention_of(checkpoint, layer)
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .inner import find_inner
 from .roles import find_attention, find_named_role, find_role
-from .shapes import Law, ShapeLaws, list_tensors, parse_name, power
+from .shapes import Law, ShapeLaws, list_stored, list_tensors, parse_name, power
 from .tiny_model import TinyModel
 from .trace import Trace
 
@@ -66,6 +66,8 @@ class Draft:
     inner: Law | None = None
     # Name of the attention module with "{}" for its layer; empty without softmax attention.
     slot: str = ""
+    # Tensors that a tied model lacks -> the tensors that stand for them.
+    tied: dict[str, str] = field(default_factory=dict)
 
 
 def untie(tiny: TinyModel) -> dict[str, Any]:
@@ -81,6 +83,20 @@ def untie(tiny: TinyModel) -> dict[str, Any]:
     except Exception:  # a class that is always tied
         return dict(tiny.config)
     return changed if untied > tied else dict(tiny.config)
+
+
+def find_tied(untied: TinyModel) -> dict[str, str]:
+    """Tensors that a model lacks where its output embedding is tied -> those that stand for them.
+
+    Args:
+        untied: with an output embedding of its own.
+    """
+    if TIE not in untied.full:
+        return {}
+    model = untied.build({TIE: True}, "meta")
+    missing = list_stored(untied.build(device="meta")).keys() - list_stored(model).keys()
+    twins: dict[str, str] = model.all_tied_weights_keys
+    return {name: twins.get(name, "") for name in missing}
 
 
 def find_names(model: Any) -> ModelNames:
@@ -136,6 +152,7 @@ def start_draft(
         coupled=keys["dim"] not in in_use,
         layout=layout,
     )
+    draft.tied = find_tied(tiny)
     draft.single_kv = _shares_one_head(draft)
     draft.ffn = _find_ffn_key(draft)
     draft.ffn_share = _find_ffn_share(draft)
