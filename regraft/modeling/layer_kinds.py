@@ -48,7 +48,10 @@ def kept_tokens(checkpoint: Checkpoint, context: int) -> list[int]:
     if not checkpoint.anatomy.host(checkpoint.config).causal:
         return [context] * checkpoint.layers
     config = checkpoint.anatomy.text_config(checkpoint.config)
-    return [min(context, window or context) for window in cached_tokens(config)]
+    # Of a decoder taken out of a model with an encoder, transformers counts the encoder's layers.
+    windows = cached_tokens(config)
+    windows += [None] * (checkpoint.layers - len(windows))
+    return [min(context, window or context) for window in windows[: checkpoint.layers]]
 
 
 def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
