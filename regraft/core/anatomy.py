@@ -40,7 +40,7 @@ from .part import Config, Inputs, Key, Part, PlacedPart, linear, norm
 from .stock_config import fill_nulls, find_layer_lists
 
 # Files of model types with a hyphen, which no module's name can have.
-HYPHENATED = ("audio-spectrogram-transformer", "deberta-v2", "xlm-roberta")
+HYPHENATED = ("audio-spectrogram-transformer", "blenderbot-small", "deberta-v2", "xlm-roberta")
 
 __all__ = [
     "Anatomy",

@@ -121,7 +121,10 @@ class Widening:
     @cached_property
     def has_tied_head(self) -> bool:
         """Whether the output embedding is the input embedding."""
-        return ("embed.weight", None) in self.source.tensors and bool(
+        tensors = self.source.tensors
+        # Some classes have both whatever the config says.
+        has_twin = ("embed.weight", None) in tensors and ("head.weight", None) not in tensors
+        return has_twin and bool(
             self.anatomy.fill_defaults(self.source.config).get("tie_word_embeddings")
         )
 

@@ -79,13 +79,6 @@ class Attention:
         return "value" if self.value else "dim"
 
     @property
-    def cached_numbers(self) -> int:
-        """Numbers that softmax attention keeps of a token: keys and values, or the latent and the
-        keys that heads share.
-        """
-        return self.latent + self.rope if self.latent else 2 * self.kv * self.dim
-
-    @property
     def heads(self) -> int:
         """Number of query heads."""
         return self.kv * self.group

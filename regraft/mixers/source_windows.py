@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from functools import cache
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -21,9 +22,6 @@ STATES = ("linear_attention", "conv", "mamba", "recurrent", "dummy", "hybrid")
 def source_windows(config: Config, states: bool = False) -> list[int | None]:
     """By layer, the last tokens that a token sees, itself included; None for all of them.
 
-    Classes derive this from several keys and defaults of their own, so transformers' config says
-    it.
-
     Args:
         config: of a stock decoder, the mapping in its config.json.
         states: whether layers with a state in the place of attention are taken, as None.
@@ -31,11 +29,7 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
     RegraftError for other layers that see other tokens than the last ones.
     """
     family = config["model_type"]
-    fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
-    with explain_errors(f"transformers cannot read the config of a {family}", "fix config.json"):
-        stock = AutoConfig.for_model(family, **decode_floats(fields)).get_text_config(decoder=True)
-        kinds, options = get_layer_types_and_kwargs(stock)
-
+    stock, kinds, windows = _read_layers(config)
     if getattr(stock, "use_bidirectional_attention", None):
         raise RegraftError(
             f"{family} config has use_bidirectional_attention = true: mixers read from left to "
@@ -52,7 +46,7 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
             )
     if not masks_windows(type(stock).__module__):
         return [None] * len(kinds)
-    return [option.get("sliding_window") for option in options]
+    return windows
 
 
 @cache
@@ -64,3 +58,26 @@ def masks_windows(module: str) -> bool:
     except ImportError:  # the class of another type
         return True
     return "sliding_window_causal_mask" in source or "create_causal_mask" not in source
+
+
+def cached_tokens(config: Config) -> list[int | None]:
+    """By layer, how many tokens transformers' cache keeps at most; None for all of them.
+
+    Args:
+        config: of a stock decoder, the mapping in its config.json; its layers may be of any kind.
+    """
+    return _read_layers(config)[2]
+
+
+def _read_layers(config: Config) -> tuple[Any, list[str], list[int | None]]:
+    """(config, kind of every layer, its window).
+
+    Classes derive these from several keys and defaults of their own, so transformers' config says
+    them.
+    """
+    family = config["model_type"]
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    with explain_errors(f"transformers cannot read the config of a {family}", "fix config.json"):
+        stock = AutoConfig.for_model(family, **decode_floats(fields)).get_text_config(decoder=True)
+        kinds, options = get_layer_types_and_kwargs(stock)
+    return stock, list(kinds), [option.get("sliding_window") for option in options]

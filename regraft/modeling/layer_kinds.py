@@ -9,7 +9,7 @@ from ..core.attention import has_softmax
 from ..core.checkpoint import Checkpoint
 from ..mixers.attention import Attention
 from ..mixers.registry import mixer_class
-from ..mixers.source_windows import source_windows
+from ..mixers.source_windows import cached_tokens
 
 STATE = "state"
 
@@ -48,8 +48,20 @@ def kept_tokens(checkpoint: Checkpoint, context: int) -> list[int]:
     if not checkpoint.anatomy.host(checkpoint.config).causal:
         return [context] * checkpoint.layers
     config = checkpoint.anatomy.text_config(checkpoint.config)
-    windows = source_windows(config, states=True)
-    return [min(context, window or context) for window in windows]
+    # Of a decoder taken out of a model with an encoder, transformers counts the encoder's layers.
+    windows = cached_tokens(config)
+    windows += [None] * (checkpoint.layers - len(windows))
+    return [min(context, window or context) for window in windows[: checkpoint.layers]]
+
+
+def cached_numbers(checkpoint: Checkpoint) -> int:
+    """Numbers that softmax attention keeps of a token: keys and values, or the latent and the keys
+    that heads share.
+    """
+    sizes = checkpoint.sizes
+    if sizes.get("latent"):
+        return sizes["latent"] + sizes["rope"]
+    return 2 * sizes["kv"] * sizes["dim"]
 
 
 def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
@@ -64,12 +76,12 @@ def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     kept = kept_tokens(checkpoint, context)
     kinds = zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
     for layer, (kind, spec) in enumerate(kinds):
-        attention = attention_of(checkpoint, layer)
         if kind == STATE:
             continue  # of constant size, and the same before and after
         if spec is None:
-            numbers = attention.cached_numbers * kept[layer]
+            numbers = cached_numbers(checkpoint) * kept[layer]
         else:
+            attention = attention_of(checkpoint, layer)
             numbers = mixer_class(spec["name"]).state_size(attention, spec)
         table[kind] = table.get(kind, 0) + 4 * numbers
     return table

@@ -240,17 +240,18 @@ def token_flops(checkpoint: Checkpoint, context: int) -> int:
         return row_flops(checkpoint, context)["forward"]
 
     total = ledger.weight_flops(checkpoint.config, 1)[0]
-    kept = kept_tokens(checkpoint, context)
+    kept, sizes = kept_tokens(checkpoint, context), checkpoint.sizes
+    heads = sizes["kv"] * sizes["group"]
     for layer, spec in enumerate(mixers_of(checkpoint)):
-        attention = attention_of(checkpoint, layer)
         if spec is None:
             # Scores and weighted values: a multiply-add each, per head, channel and kept token.
-            pair = 2 * attention.heads * (attention.dim + attention.value_dim)
-            total += pair * kept[layer]
-            if attention.latent:  # whose keys and values are made again of every kept token's
-                width = attention.heads * expanded_width(attention)
-                total += 2 * attention.latent * width * (kept[layer] - 1)
+            value = sizes.get("value") or sizes["dim"]
+            total += 2 * heads * (sizes["dim"] + value) * kept[layer]
+            if sizes.get("latent"):  # whose keys and values are made again of every kept token's
+                width = heads * expanded_width(attention_of(checkpoint, layer))
+                total += 2 * sizes["latent"] * width * (kept[layer] - 1)
         else:
+            attention = attention_of(checkpoint, layer)
             total += mixer_class(spec["name"]).mixing_flops(attention, spec)
     return total
 

@@ -25,6 +25,7 @@ from regraft.errors import RegraftError
 from regraft.families.inference import inferred, table_file
 from regraft.families.inference.infer import infer_tables
 from regraft.families.inference.table import InferredTable, build_anatomy
+from regraft.families.inference.tiny_config import DIM
 from regraft.families.inference.tiny_model import TinyModel, find_tiny_model
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
@@ -41,20 +42,26 @@ HARD: dict[str, set[str]] = {
     "ernie4_5_moe": set(),  # neighbours turn together
     "afmoe": {"dim"},  # some layers rotate; a gate on the outputs of heads
     "biogpt": {"group"},  # positions from the third row on; a fixed epsilon
-    "modernbert-decoder": {"group", "dim"},  # gate and up in one tensor; a head of another name
+    "modernbert-decoder": {"group"},  # gate and up in one tensor; a head of another name
     "persimmon": {"group", "dim"},  # layer norms over queries and keys of each head
     "gpt_bigcode": {"kv"},  # one key/value head for all queries
     "falcon": set(),  # queries, keys and values packed head by head
     "mimo_v2_flash": {"kv", "group", "dim", "attention"},  # layers of different shapes
+    # A tied bias, and a head with a map, an activation and a norm.
+    "roberta-prelayernorm": {"kv", "group", "dim", "attention"},
+    # A decoder whose config has the encoder's sizes too; its norms come after each sum.
+    "mvp": {"hidden", "kv", "group", "dim", "attention"},
+    "exaone": {"attention"},  # other names of gate and up
 }
 # Their keys that are not the default.
 KEYS: dict[str, dict[str, Any]] = {
+    "mvp": {"is_encoder_decoder": False, "architectures": ["MvpForCausalLM"]},
     "falcon": {
         "new_decoder_architecture": True,
         "hidden_size": 4096,
         "num_attention_heads": 64,
         "num_kv_heads": 8,
-    }
+    },
 }
 
 
@@ -148,6 +155,13 @@ def test_a_factor_on_keys_is_another_table() -> None:
         for factor in (1.0, 0.4, 0.3)
     ]
     assert names[0] != names[1] == names[2]
+
+
+def test_a_factor_on_scores_follows_its_key() -> None:
+    """The width of local attention is that of a head here, and is none."""
+    tiny_model = find_tiny_model({"model_type": "modernbert-decoder"})
+    assert tiny_model.config["local_attention"] == DIM
+    assert next(infer_tables(tiny_model)).scale is None
 
 
 def test_an_unknown_type_grows_and_is_linearized_on_disk(tmp_path: Path, cache: Path) -> None:

@@ -47,7 +47,7 @@ def compute(folder: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
 
 def grow_widths(source: Checkpoint) -> Checkpoint:
     """Every width that can grow exactly."""
-    tied_post_norm = source.anatomy.family == "bart"
+    tied_post_norm = source.anatomy.family in ("bart", "blenderbot-small", "plbart")
     closed = "hidden" in source.anatomy.closed or tied_post_norm
     sizes: dict[str, Any] = {"ffn": source.sizes["ffn"] + 8}
     if not closed:

@@ -41,6 +41,13 @@ QWEN3 = QWEN | {
     "deepstack_visual_indexes": [0, 1],
 }
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+QWEN3_5: dict[str, Any] = MROPE | {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # Model type -> (keys of its text model, of its vision tower, its own).
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -52,6 +59,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "paligemma": ({"model_type": "gemma"}, VISION | {"projection_dim": 40}, {"projection_dim": 40}),
     "qwen2_5_vl": (MROPE | COUPLED, QWEN2_5, {}),
     "qwen2_vl": (MROPE | COUPLED, QWEN | {"embed_dim": 32, "hidden_size": 32}, {}),
+    "qwen3_5": (QWEN3_5, QWEN3, {}),
     "qwen3_vl": (MROPE, QWEN3, {}),
     "smolvlm": ({"model_type": "llama"}, QUADS, {"scale_factor": 2}),
     "vipllava": ({"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}, {}),

@@ -181,11 +181,14 @@ T5: dict[str, Any] = STACKS | {
 # Model type -> (its class, what differs from SIZES).
 SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("BartForConditionalGeneration", STACKS),
+    "blenderbot": ("BlenderbotForConditionalGeneration", STACKS),
+    "blenderbot-small": ("BlenderbotSmallForConditionalGeneration", STACKS),
     "m2m_100": ("M2M100ForConditionalGeneration", STACKS),
     "marian": ("MarianMTModel", STACKS),
     "mbart": ("MBartForConditionalGeneration", STACKS),
     "mt5": ("MT5ForConditionalGeneration", T5),
     "pegasus": ("PegasusForConditionalGeneration", STACKS),
+    "plbart": ("PLBartForConditionalGeneration", STACKS),
     "t5": ("T5ForConditionalGeneration", T5),
     "umt5": ("UMT5ForConditionalGeneration", T5),
     "whisper": ("WhisperForConditionalGeneration", STACKS | {"scale_embedding": False}),

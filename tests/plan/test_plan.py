@@ -16,8 +16,11 @@ from transformers import DynamicCache
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.errors import RegraftError
+from regraft.growth.steps.deepen import Deepen
 from regraft.io import safetensors
 from regraft.mixers.remix import Remix
+from regraft.mixers.source_windows import cached_tokens
 from regraft.plan.plan import Plan, print_plan, state_bytes, token_flops
 
 REMIXES = [Remix(keep="every:2", window=5, sinks=2), Remix(mixer="supra", keep="none", window=0)]
@@ -55,6 +58,18 @@ def test_state_bytes_are_the_caches(source: Checkpoint, remix: Remix | None) -> 
         model(tokens(1, 40), **modeling.cache_kwargs(cache))
     held, planned = sum(modeling.state_bytes(cache)), sum(state_bytes(target, 40).values())
     assert planned == pytest.approx(held, rel=0.02)
+
+
+def test_layers_that_no_mixer_reads_are_planned(tmp_path: Path) -> None:
+    """Growth asks for no mixer: bidirectional, chunked and indexed layers are counted too."""
+    tiny("gemma", use_bidirectional_attention=True)[1].save_pretrained(tmp_path)
+    source = Checkpoint.open(tmp_path)
+    with pytest.raises(RegraftError, match="mixers read from left to right"):
+        REMIXES[0](source)
+    assert Plan.of(source, Deepen(5)(source), context=40).flops_per_token["target"] > 0
+    chunked = {"model_type": "llama4_text", "num_hidden_layers": 4, "attention_chunk_size": 16}
+    assert cached_tokens(chunked) == [16, 16, 16, None]
+    assert cached_tokens({"model_type": "deepseek_v32", "num_hidden_layers": 2}) == [None, None]
 
 
 def test_linear_layers_do_not_grow_with_context(source: Checkpoint) -> None:

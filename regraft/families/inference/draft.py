@@ -12,7 +12,7 @@ from typing import Any
 from .inner import find_inner
 from .latent import LatentAttention, find_latent
 from .roles import find_attention, find_named_role, find_role
-from .shapes import Law, ShapeLaws, list_tensors, parse_name, power
+from .shapes import Law, ShapeLaws, list_stored, list_tensors, parse_name, power
 from .tiny_model import TinyModel
 from .trace import Trace
 
@@ -72,6 +72,8 @@ class Draft:
     latent: LatentAttention | None = None
     # The same as in the model, where it has another name.
     slot_module: str = ""
+    # Tensors that a tied model lacks -> the tensors that stand for them.
+    tied: dict[str, str] = field(default_factory=dict)
 
 
 def untie(tiny: TinyModel) -> dict[str, Any]:
@@ -87,6 +89,23 @@ def untie(tiny: TinyModel) -> dict[str, Any]:
     except Exception:  # a class that is always tied
         return dict(tiny.config)
     return changed if untied > tied else dict(tiny.config)
+
+
+def find_tied(untied: TinyModel) -> dict[str, str]:
+    """Tensors that a model lacks where its output embedding is tied -> those that stand for them.
+
+    Args:
+        untied: with an output embedding of its own.
+    """
+    if TIE not in untied.full:
+        return {}
+    try:
+        model = untied.build({TIE: True}, "meta")
+    except Exception:  # a class that is never tied
+        return {}
+    missing = list_stored(untied.build(device="meta")).keys() - list_stored(model).keys()
+    twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: twins.get(name, "") for name in missing}
 
 
 def find_names(model: Any) -> ModelNames:
@@ -142,6 +161,7 @@ def start_draft(
         coupled=keys["dim"] not in in_use,
         layout=layout,
     )
+    draft.tied = find_tied(tiny)
     draft.single_kv = _shares_one_head(draft)
     draft.ffn = _find_ffn_key(draft)
     draft.ffn_share = _find_ffn_share(draft)

@@ -48,9 +48,27 @@ def infer_tables(tiny: TinyModel) -> Iterator[InferredTable]:
             continue
         table = _write_table(draft, probe_rotation(untied, model, draft.slot_module))
         yield table
+        yield from _activate_heads(table)
         # Other ways to pack are tried where there are several.
         if draft.single_kv or not any(row.fused == QKV and not row.by_head for row in table.rows):
             return
+
+
+def _activate_heads(table: InferredTable) -> Iterator[InferredTable]:
+    """The same with an activation behind the maps over the stream that stand outside the layers, as
+    in the heads of masked language models; nothing where there are none.
+    """
+    maps = {
+        row.name.rpartition(".")[0]
+        for row in table.rows
+        if "{}" not in row.name and row.signature == "hidden -> hidden"
+    }
+    if maps:
+        rows = tuple(
+            replace(row, writes="activated") if row.name.rpartition(".")[0] in maps else row
+            for row in table.rows
+        )
+        yield replace(table, rows=rows)
 
 
 def _write_table(draft: Draft, rotation: Rotation) -> InferredTable:

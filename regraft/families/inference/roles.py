@@ -15,8 +15,9 @@ PATTERNS = {
     "attn.v": rf"{ATTENTION}.*\.(v_proj|value|v_lin|wv|Wv|v)",
     "attn.o": rf"{ATTENTION}.*\.(o_proj|out_proj|dense|c_proj|out_lin|wo|Wo)",
     "mlp.gate_up": r".*\.(gate_up_proj|input_linear|mlp\.Wi)",
-    "mlp.gate": r".*\.(gate_proj|w1)",
-    "mlp.up": r".*\.(up_proj|w3|fc1|fc_in|c_fc|dense_h_to_4h|ffn\.0|intermediate\.dense|lin1)",
+    "mlp.gate": r".*\.(gate_proj|w1|c_fc_0)",
+    "mlp.up": r".*\.(up_proj|w3|fc1|fc_in|c_fc|c_fc_1|dense_h_to_4h|ffn\.0"
+    r"|intermediate\.dense|lin1)",
     "mlp.down": r".*\.(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|ffn\.2|output\.dense|lin2"
     r"|output_linear|mlp\.Wo)",
     "mlp.router": r".*\.(gate|router|gate\.wg|router\.layer)",

@@ -68,8 +68,12 @@ def write_row(draft: Draft, template: str) -> Row:
         return _write_norm(draft, name, parsed.suffix, role, laws, fields)
     if module is not None and module is draft.head:
         role = "head"
-    if role == "head" and parsed.suffix == "weight":
-        fields["unless"] = TIE if TIE in draft.tiny.full else None
+    if template in draft.tied:
+        fields["unless"] = TIE
+    if parsed.suffix == "bias" and template in draft.tied:
+        role = "head.own"  # as `model_tensors.TIES` calls it
+    elif parsed.suffix == "bias" and template in draft.tied.values():
+        role = "head"
     if isinstance(module, Embedding) and parsed.suffix == "weight":
         axes = _name_axis(draft, laws[0], "pos"), _name_axis(draft, laws[1], "")
         role = "pos" if axes[0] in ("pos", "place") else name_rest(parsed.module)

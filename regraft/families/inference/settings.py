@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from .draft import Draft, query_axes
 from .shapes import parse_name, power, read_shapes
@@ -96,16 +97,14 @@ def find_scale(draft: Draft) -> tuple[str, float] | None:
     """Config key and exponent of the factor on the scores; None for one over the root of dim."""
     if draft.latent:
         return None  # see `find_scale_name`
-    module = draft.names.by_name.get(draft.slot_module.replace("{}", "0"))
-    value = next((float(v) for v in (getattr(module, name, None) for name in SCALES)
-                  if isinstance(v, int | float) and not isinstance(v, bool)), None)  # fmt: skip
+    value = _read_scale(draft.names.by_name.get(draft.slot_module.replace("{}", "0")))
     config = draft.tiny.config
     dim = config.get(draft.keys["dim"] or "") or draft.trace.width // config.get(
         draft.keys["heads"] or "", 1
     )
     if value is None:
         return None
-    # Other numbers may happen to be equal: names that speak of attention come first.
+    # Other numbers may happen to be equal: the factor has to follow the key.
     for words in ("att|query", "scal|multiplier"):
         for key, given in config.items():
             is_number = isinstance(given, int | float) and not isinstance(given, bool)
@@ -113,7 +112,7 @@ def find_scale(draft: Draft) -> tuple[str, float] | None:
             if not is_number or is_size or given <= 0 or not re.search(words, key):
                 continue
             for exponent in (1.0, -0.5, -1.0):
-                if abs(float(given) ** exponent - value) < 1e-6:
+                if abs(float(given) ** exponent - value) < 1e-6 and _follows(draft, key, exponent):
                     return key, exponent
         if abs(value - dim**-0.5) < 1e-6:
             return None
@@ -137,6 +136,24 @@ def find_key_factor(draft: Draft) -> str:
     module = draft.names.by_name.get(draft.slot_module.replace("{}", "0"))
     found = (key for key in draft.tiny.config if key == "key_multiplier" and hasattr(module, key))
     return next(found, "")
+
+
+def _read_scale(module: Any) -> float | None:
+    """The factor on the scores that an attention module holds; None when it has none."""
+    held = (getattr(module, name, None) for name in SCALES)
+    numbers = (v for v in held if isinstance(v, int | float) and not isinstance(v, bool))
+    return next(map(float, numbers), None)
+
+
+def _follows(draft: Draft, key: str, exponent: float) -> bool:
+    """Whether the factor on the scores is a power of a config key's value, whatever that is."""
+    changed = 2 * draft.tiny.config[key]
+    try:
+        model = draft.tiny.build({key: changed}, "meta")
+        value = _read_scale(model.get_submodule(draft.slot_module.replace("{}", "0")))
+    except Exception:  # classes raise anything for values that they do not take
+        return False
+    return value is not None and abs(float(changed) ** exponent - value) < 1e-6
 
 
 def find_routed(draft: Draft) -> str:

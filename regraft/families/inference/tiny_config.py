@@ -102,7 +102,12 @@ def find_key(full: Config, aliases: Mapping[str, str], kind: str) -> str | None:
     stated = [key for key in found if full[key] is not None] or found
     rank = {key: order.index(key) if key in order else len(order) for key in stated}
     aliased = {real for other, real in aliases.items() if other in order}
-    return min(stated, key=lambda key: (key not in aliased, rank[key]), default=None)
+
+    # A decoder that is taken out of a model with an encoder has the sizes of both in its config.
+    def sort(key: str) -> tuple[bool, bool, int]:
+        return "decoder_" not in key, key not in aliased, rank[key]
+
+    return min(stated, key=sort, default=None)
 
 
 def shrink_config(

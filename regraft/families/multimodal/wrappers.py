@@ -81,6 +81,7 @@ WRAPPERS = {
         closed=SECTIONS,
         images="patches",
     ),
+    "qwen3_5": Wrapper(MERGER, OUT, closed=SECTIONS, images="patches"),
     "qwen3_vl": Wrapper(DEEPSTACK, OUT, count_deepstack, SECTIONS, "patches"),
     "smolvlm": Wrapper(CONNECTOR, images="several"),
     "vipllava": Wrapper(TWO_MAPS),
