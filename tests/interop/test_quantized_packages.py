@@ -134,9 +134,7 @@ def test_compressed_tensors(scheme, plain, tmp_path):
     groups = {"group_0": {"targets": ["Linear"], "weights": options}}
     settings = {"quant_method": "compressed-tensors", "format": kind, "config_groups": groups}
     torch.manual_seed(0)
-    check_numbers(
-        plain, tmp_path / "model", settings, lambda *one: compress(*one, kind, options)
-    )
+    check_numbers(plain, tmp_path / "model", settings, lambda *one: compress(*one, kind, options))
 
 
 def pack_gptq(
