@@ -15,7 +15,7 @@ test: lint
 test-wheel: .venv/.ready
 	$(BIN)/python tests/wheel.py --torch-args "$(TORCH_ARGS)"
 
-# With the packages that people use around transformers: PEFT, TRL, accelerate, lm-eval.
+# With the packages that people use around transformers: PEFT, TRL, accelerate, lm-eval, and those that quantise.
 interop: .venv/.interop
 	$(BIN)/python -m pytest tests/interop
 

@@ -299,10 +299,11 @@ class RemoteTensorEntry(TensorEntry):
         return super().read()
 
     def peek(self) -> Tensor:
-        """The bytes of a small tensor, from the hub."""
+        """The values of a small tensor of bytes or whole numbers, from the hub."""
         assert self.snapshot is not None
         raw, _ = read_range(self.snapshot, self.file.name, self.offset, self.offset + self.bytes)
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        dtype = {"I32": torch.int32, "I64": torch.int64}.get(self.dtype, torch.uint8)
+        return torch.frombuffer(bytearray(raw), dtype=dtype)
 
     def blocks(self, rows: int) -> Iterator[Tensor]:
         """The first and the last numbers alone: others are not fetched to be compared."""

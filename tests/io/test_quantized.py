@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from helpers.cli import refused
 from helpers.gguf_model import write_gguf
+from helpers.quantized_model import NAMES, Encoded, quantize, save_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,10 +26,6 @@ from regraft.io.quantized.mxfp4 import claim as claim_mxfp4
 from regraft.io.quantized.schemes import dequantize
 from regraft.io.safetensors import read_entries
 
-# Maps that are quantised in tests: of both shapes, (outputs, inputs).
-NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight")
-Encoded = tuple[dict[str, Tensor], Tensor]
-
 
 def draw(low: int, high: int, shape: Iterable[int], seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -37,15 +33,10 @@ def draw(low: int, high: int, shape: Iterable[int], seed: int = 0) -> Tensor:
 
 
 def pack_words(rows: Tensor, bits: int) -> Tensor:
-    """Integers of each row in words of 32 bits, the first lowest; one at a time."""
-    per = 32 // bits
-    words = [
-        [
-            sum(value << (bits * place) for place, value in enumerate(row[start : start + per]))
-            for start in range(0, len(row), per)
-        ]
-        for row in rows.tolist()
-    ]
+    """Integers of each row as one stream of bits in words of 32, the first lowest."""
+    count = -(-rows.shape[1] * bits // 32)
+    streams = [sum(value << bits * at for at, value in enumerate(row)) for row in rows.tolist()]
+    words = [[stream >> 32 * at & (1 << 32) - 1 for at in range(count)] for stream in streams]
     return torch.tensor(words, dtype=torch.int64).to(torch.int32)
 
 
@@ -102,6 +93,33 @@ def packed(name: str, weight: Tensor, bits: int, zeros: str) -> Encoded:
     return pieces, (numbers - zero[:, group]).float() * scale.float()[:, group]
 
 
+def mixed(name: str, weight: Tensor) -> Encoded:
+    """Queries in 8 bits with a scale a row, the other map in 4 bits with groups."""
+    if "q_proj" not in name:
+        return packed(name, weight, 4, "")
+    numbers, scale = draw(-128, 128, weight.shape), torch.rand(len(weight), 1) + 0.1
+    pieces = {f"{name}_packed": pack_words(numbers + 128, 8), f"{name}_scale": scale}
+    return pieces | {f"{name}_shape": torch.tensor(weight.shape)}, numbers.float() * scale
+
+
+def mxfp8(name: str, weight: Tensor) -> Encoded:
+    stored, columns = weight.to(torch.float8_e4m3fn), weight.shape[1]
+    exponents = draw(120, 130, (len(weight), columns // 32))
+    scale = 2.0 ** (exponents - 127)
+    plain = stored.float() * scale[:, torch.arange(columns) // 32]
+    return {name: stored, f"{name}_scale": exponents.to(torch.uint8)}, plain
+
+
+def torchao(name: str, weight: Tensor) -> Encoded:
+    base, columns = name.removesuffix(".weight"), weight.shape[1]
+    stored, groups = draw(-8, 8, weight.shape), (len(weight), columns // 32)
+    scale, zero = torch.rand(groups).bfloat16(), draw(-8, 8, groups, seed=1)
+    pieces = {"qdata": stored.to(torch.int8), "scale": scale, "zero_point": zero.to(torch.int8)}
+    group = torch.arange(columns) // 32
+    plain = (stored - zero[:, group]).float() * scale.float()[:, group]
+    return {f"{base}._weight_{piece}": value for piece, value in pieces.items()}, plain
+
+
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -117,6 +135,10 @@ def nvfp4(name: str, weight: Tensor) -> Encoded:
     }, plain
 
 
+# A one for every number of a word, by bits.
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+
+
 def gptq(name: str, weight: Tensor, bits: int, act_order: bool, version: int) -> Encoded:
     outputs, inputs = weight.shape
     base, groups = name.removesuffix(".weight"), inputs // 32
@@ -128,7 +150,8 @@ def gptq(name: str, weight: Tensor, bits: int, act_order: bool, version: int) ->
         group = group[torch.randperm(inputs, generator=torch.Generator().manual_seed(2))]
     pieces = {
         f"{base}.qweight": pack_words(numbers, bits).T.contiguous(),
-        f"{base}.qzeros": pack_words((zeros - int(version == 1)) % (1 << bits), bits),
+        # Writers subtract one from all numbers of a word at once.
+        f"{base}.qzeros": pack_words(zeros, bits) - (ONES[bits] if version == 1 else 0),
         f"{base}.scales": scales,
     }
     if act_order or version == 2:
@@ -152,7 +175,9 @@ def awq(name: str, weight: Tensor) -> Encoded:
     return pieces | {f"{base}.scales": scales}, plain.T
 
 
-def four_bits(name: str, weight: Tensor, kind: str, nested: bool) -> Encoded:
+def four_bits(
+    name: str, weight: Tensor, kind: str, nested: bool, storage: torch.dtype = torch.uint8
+) -> Encoded:
     table = torch.linspace(-1, 1, 16).sin()
     numbers = draw(0, 16, (weight.numel(),))
     state: dict[str, Any] = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16"}
@@ -171,7 +196,7 @@ def four_bits(name: str, weight: Tensor, kind: str, nested: bool) -> Encoded:
         factors = inner[indices] * outer[torch.arange(len(factors)) // 256] + 0.25
     else:
         pieces[f"{name}.absmax"] = factors
-    pieces[name] = (numbers[::2] << 4 | numbers[1::2]).to(torch.uint8).reshape(-1, 1)
+    pieces[name] = (numbers[::2] << 4 | numbers[1::2]).to(torch.uint8).view(storage).reshape(-1, 1)
     text = json.dumps(state).encode()
     pieces[f"{name}.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(text)).to(torch.uint8)
     plain = table[numbers] * factors[torch.arange(weight.numel()) // 64]
@@ -196,6 +221,12 @@ def gptq_config(bits: int, **more: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": 32, **more}
 
 
+def torchao_config(kind: str) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_data": {}}}}
+
+
+MIXED = compressed("pack-quantized", num_bits=4, group_size=32)
+MIXED["config_groups"]["group_1"] = {"weights": {"num_bits": 8, "strategy": "channel"}}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [48, 32]}
 # What is quantised -> (quantization_config, what a map becomes).
 SCHEMES: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], Encoded]]] = {
@@ -216,9 +247,23 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], Encoded]]] = {
         compressed("pack-quantized", num_bits=4, group_size=32),
         lambda name, weight: packed(name, weight, 4, "plain"),
     ),
+    "packed integers in 3 bits": (
+        compressed("pack-quantized", num_bits=3, group_size=32),
+        lambda name, weight: packed(name, weight, 3, "packed"),
+    ),
+    "packed integers of several sizes": (MIXED, mixed),
+    "mxfp8 of compressed-tensors": (compressed("mxfp8-quantized", num_bits=8), mxfp8),
     "nvfp4": (compressed("nvfp4-pack-quantized", num_bits=4, group_size=16), nvfp4),
     "gptq": (gptq_config(4), lambda name, weight: gptq(name, weight, 4, False, 1)),
     "gptq in 2 bits": (gptq_config(2), lambda name, weight: gptq(name, weight, 2, False, 1)),
+    "gptq in 3 bits": (
+        gptq_config(3, format="gptq_v2"),
+        lambda name, weight: gptq(name, weight, 3, True, 2),
+    ),
+    "gptq of several sizes": (
+        gptq_config(4),
+        lambda name, weight: gptq(name, weight, 8 if "q_proj" in name else 4, False, 1),
+    ),
     "gptq of version 2, with an order": (
         gptq_config(8, desc_act=True, checkpoint_format="gptq_v2"),
         lambda name, weight: gptq(name, weight, 8, True, 2),
@@ -232,42 +277,18 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], Encoded]]] = {
         {"load_in_4bit": True},
         lambda name, weight: four_bits(name, weight, "fp4", True),
     ),
+    "nf4 stored as bfloat16": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        lambda name, weight: four_bits(name, weight, "nf4", True, torch.bfloat16),
+    ),
+    "torchao": (torchao_config("IntxWeightOnlyConfig"), torchao),
     "int8 of bitsandbytes": ({"quant_method": "bitsandbytes"}, eight_bits),
 }
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama in bfloat16 whose sizes are those that schemes can pack."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    folder = tmp_path_factory.mktemp("plain") / "model"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def quantize(
-    plain: Path, out: Path, settings: dict[str, Any], encode: Callable[[str, Tensor], Encoded]
-) -> dict[str, Tensor]:
-    """Write a model with some maps quantised; what they are afterwards, by name."""
-    shutil.copytree(plain, out)
-    values = load_file(plain / "model.safetensors")
-    expected = {}
-    for name in NAMES:
-        pieces, expected[name] = encode(name, values.pop(name).float())
-        values |= pieces
-    contiguous = {name: value.contiguous() for name, value in values.items()}
-    save_file(contiguous, out / "model.safetensors", {"format": "pt"})
-    config = json.loads((out / "config.json").read_text()) | {"quantization_config": settings}
-    (out / "config.json").write_text(json.dumps(config))
-    return expected
+    return save_llama(tmp_path_factory.mktemp("plain") / "model")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -337,17 +358,24 @@ def damaged(plain: Path, out: Path, scheme: str, lost: str = "", **changes: Any)
     return out
 
 
+SPARSE = {"sparsity_config": {"format": "sparse-24-bitmask"}}
+
+
 @pytest.mark.parametrize(
     ("scheme", "damage", "words"),
     [
         ("gptq", {"quant_method": "hqq"}, "is quantised by 'hqq', which is not read"),
-        ("gptq", {"bits": 3}, "has 3 bits, which are not read"),
+        ("gptq", {"bits": 5}, "has 5 bits, which are not read"),
+        ("gptq", {"format": "gptq_p"}, "checkpoint_format 'gptq_p'"),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
         ("gptq", {"lost": ".scales"}, "has no 'model.layers.0.self_attn.q_proj.scales' beside it"),
         ("awq", {"version": "gemv"}, "has version 'gemv', which is not read"),
         ("nf4", {"lost": ".absmax"}, "q_proj.weight.absmax' beside it"),
         ("fp8 in blocks", {"lost": "_scale_inv"}, "q_proj.weight_scale_inv' beside it"),
         ("nvfp4", {"format": "marlin-24"}, "has the format 'marlin-24', which is not read"),
+        ("packed integers", SPARSE, "sparse weights in the format 'sparse-24-bitmask'"),
+        ("packed integers", {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+        ("torchao", torchao_config("Int4WeightOnlyConfig"), "torchao's 'Int4WeightOnlyConfig'"),
     ],
 )
 def test_what_is_not_read_is_one_line(scheme, damage, words, plain, tmp_path, capsys):

@@ -85,7 +85,8 @@ def compute_4_bits(stored: Mapping[str, Tensor], state: QuantState) -> Tensor:
         stored: the pieces.
         state: what is told of them.
     """
-    packed = stored["weight"].flatten()
+    # Bytes may be stored as another dtype, `bnb_4bit_quant_storage`.
+    packed = stored["weight"].contiguous().flatten().view(torch.uint8)
     indices = torch.stack([packed >> 4, packed & 15], dim=-1).flatten().long()
     factors = stored["absmax"]
     if "nested_absmax" in stored:

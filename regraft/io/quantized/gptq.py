@@ -18,54 +18,66 @@ from torch import Tensor
 from ...errors import RegraftError
 from ..computed_tensor import Compute
 from .entry import Found
+from .packing import WORD, check_bits, check_words, count_bits, group_inputs, unpack
 
-WORD = 32
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
+AWQ_BITS = (4,)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_VERSION = "gemm"
 
 
 def claim_gptq(found: Found) -> None:
-    """Claim the pieces of GPTQ layers; RegraftError for an unknown number of bits."""
-    bits = read_bits(found, BITS)
-    version = str(found.config.get("checkpoint_format") or "gptq")
+    """Claim the pieces of GPTQ layers; RegraftError for an unknown number of bits or order."""
+    said = read_bits(found, BITS)
+    version = read_version(found, "checkpoint_format", "format") or "gptq"
     if version not in ("gptq", "gptq_v2"):
         raise RegraftError(
             f"quantization_config has checkpoint_format '{version}', which is not read: take the "
             "model that it was made from, or one in format gptq or gptq_v2"
         )
     for name in found.names(".qweight"):
+        check_words(found, f"{name}.qweight")
         rows, outputs = found.entries[f"{name}.qweight"].shape
-        add_layer(
-            found,
-            name,
-            (outputs, rows * WORD // bits),
-            partial(compute_gptq, bits=bits, offset=int(version == "gptq")),
+        zeros = found.require(f"{name}.qzeros", f"{name}.qweight")
+        bits = count_bits(zeros.shape[-1], outputs, said)
+        check_bits(bits, BITS, f"'{name}'")
+        order = found.entries.get(f"{name}.g_idx")
+        inputs = order.shape[0] if order else rows * WORD // bits
+        compute = partial(
+            compute_gptq,
+            bits=bits,
+            less_one=version == "gptq",
+            group_size=found.config.get("group_size"),
         )
+        add_layer(found, name, (outputs, inputs), compute)
 
 
 def claim_awq(found: Found) -> None:
     """Claim the pieces of AWQ layers; RegraftError for another packing than GEMM in 4 bits."""
-    bits = read_bits(found, (4,))
-    version = str(found.config.get("version") or AWQ_VERSION).lower()
+    said = read_bits(found, AWQ_BITS)
+    version = read_version(found, "version", "checkpoint_format", "format") or AWQ_VERSION
     if version != AWQ_VERSION:
         raise RegraftError(
             f"quantization_config has version '{version}', which is not read: take the model that "
             f"it was made from, or one in version {AWQ_VERSION}"
         )
     for name in found.names(".qweight"):
+        check_words(found, f"{name}.qweight")
         inputs, columns = found.entries[f"{name}.qweight"].shape
-        add_layer(found, name, (columns * WORD // bits, inputs), compute_awq)
+        scales = found.require(f"{name}.scales", f"{name}.qweight")
+        check_bits(count_bits(columns, scales.shape[-1], said), AWQ_BITS, f"'{name}'")
+        add_layer(found, name, (scales.shape[-1], inputs), compute_awq)
+
+
+def read_version(found: Found, *keys: str) -> str:
+    """How numbers are laid out: what the first key of the config says that has a value, or ""."""
+    return str(next(filter(None, map(found.config.get, keys)), "")).lower()
 
 
 def read_bits(found: Found, known: tuple[int, ...]) -> int:
-    """Bits of a number; RegraftError when they are not known."""
+    """Bits of a number as the config has them; RegraftError when they are not known."""
     bits = found.config.get("bits", found.config.get("w_bit", 4))
-    if bits not in known:
-        raise RegraftError(
-            f"quantization_config has {bits!r} bits, which are not read: take the model that it "
-            f"was made from, or one with {' or '.join(map(str, known))}"
-        )
+    check_bits(bits, known, "quantization_config")
     return int(bits)
 
 
@@ -84,27 +96,41 @@ def add_layer(found: Found, name: str, shape: tuple[int, int], compute: Compute)
     found.add(f"{name}.weight", shape, pieces, compute)
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """The integers in words of 32 bits, lowest first: (.., n) -> (.., n * 32 / bits)."""
-    shifts = torch.arange(0, WORD, bits, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
-
-
-def compute_gptq(stored: Mapping[str, Tensor], bits: int, offset: int) -> Tensor:
+def compute_gptq(
+    stored: Mapping[str, Tensor], bits: int, less_one: bool, group_size: object
+) -> Tensor:
     """The weight of a GPTQ layer, (outputs, inputs), in float32.
 
     Args:
         stored: the pieces by name; `g_idx` may be missing.
         bits: of a number.
-        offset: what zeros are stored less by.
+        less_one: whether zeros are stored less one.
+        group_size: inputs of a group, as the config has them.
     """
     numbers = unpack(stored["qweight"].T, bits)  # (outputs, inputs)
-    zeros = (unpack(stored["qzeros"], bits) + offset) & (2**bits - 1)  # (groups, outputs)
     scales = stored["scales"].float()
-    inputs, groups = numbers.shape[1], scales.shape[0]
-    usual = torch.arange(inputs) // -(-inputs // groups)
+    groups, outputs = scales.shape
+    zeros = unpack_zeros(stored["qzeros"], bits, less_one)[:, :outputs]
+    usual = group_inputs(numbers.shape[1], groups, group_size)
     group = stored.get("g_idx", usual).long()
+    numbers = numbers[:, : len(group)]
     return (numbers - zeros[group].T).float() * scales[group].T
+
+
+def unpack_zeros(words: Tensor, bits: int, less_one: bool) -> Tensor:
+    """Zeros of a GPTQ layer, (groups, outputs), integers.
+
+    Args:
+        words: as stored, (groups, outputs * bits / 32).
+        bits: of a number.
+        less_one: whether they are stored less one. One is added to all numbers of a word at once,
+            as writers subtract it: a zero of 0 borrows from the number above it.
+    """
+    if less_one and WORD % bits == 0:
+        ones = sum(1 << place for place in range(0, WORD, bits))
+        words = (words.long() + ones).int()
+    zeros = unpack(words, bits)
+    return (zeros + 1) & (2**bits - 1) if less_one and WORD % bits else zeros
 
 
 def compute_awq(stored: Mapping[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import RegraftError
 from ..safetensors import DTYPES, TensorEntry
-from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
+from . import bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, torchao
 from .entry import Found
 
 # `quant_method` of config.json -> what claims the pieces of its tensors.
@@ -21,6 +21,7 @@ SCHEMES: dict[str, Callable[[Found], None]] = {
     "awq": gptq.claim_awq,
     "bitsandbytes": bitsandbytes.claim,
     "compressed-tensors": compressed_tensors.claim,
+    "torchao": torchao.claim,
 }
 # Names of dtypes in config.json -> as safetensors writes them.
 NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
