@@ -70,6 +70,16 @@ def naive_scores(
     return scores.masked_fill(~seen.unsqueeze(1), torch.finfo(q.dtype).min)
 
 
+def token_numbers(attention: Attention) -> int:
+    """Numbers of state that a token in a window takes: keys, values, position."""
+    return 2 * attention.kv * attention.dim + 1
+
+
+def window_tokens(attention: Attention, numbers: int) -> int:
+    """Tokens of window and sinks that a state of so many numbers holds."""
+    return (numbers - 1) // token_numbers(attention)
+
+
 def spread_sinks(
     sinks: Float[Tensor, " heads"], scores: Float[Tensor, "batch kv ... queries keys"]
 ) -> Float[Tensor, "kv ... queries 1"]:
@@ -115,7 +125,7 @@ class Window(Mixer):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Keys, values and positions of the window and the sinks."""
         options = cls.parse(spec)
-        return (options.window + options.sinks) * (2 * attention.kv * attention.dim + 1) + 1
+        return (options.window + options.sinks) * token_numbers(attention) + 1
 
     @classmethod
     def softmax_tokens(cls, spec: dict[str, Any]) -> int:
