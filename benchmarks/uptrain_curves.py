@@ -76,6 +76,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
             kind, count, length=length, **{name: rate * times[kind] for name, rate in rates.items()}
         )
         for kind, count in counts.items()
+        if count
     ]
 
 

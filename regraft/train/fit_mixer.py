@@ -42,6 +42,14 @@ class RidgeRegression:
         self.cross = self.cross + features.mT @ targets
         self.energy = self.energy + targets.square().sum((-2, -1))
 
+    def merge(self, other: RidgeRegression) -> RidgeRegression:
+        """Both's rows in one."""
+        both = RidgeRegression()
+        both.gram = self.gram + other.gram
+        both.cross = self.cross + other.cross
+        both.energy = self.energy + other.energy
+        return both
+
     def solve(self, ridge: float = RIDGE, prior: float = 0.0) -> Tensor:
         """Coefficients W (..., f, t) of min ||X W - Y||^2 + penalty ||W - prior I||^2.
 
@@ -233,13 +241,51 @@ def choose_half_lives(linear: Mixer, candidates: Tensor, evidence: Sequence[Evid
 def solve_value_maps(linear: Mixer, evidence: Sequence[Evidence]) -> tuple[list[Tensor], Tensor]:
     """The best value maps for each gate candidate, and how well they do.
 
+    With several batches the last quarter judges maps that the others gave: beside a wide window
+    little is left to explain, and a map that explains it on its own rows alone does harm.
+
     Args:
         linear: the linear branch.
         evidence: by batch; a mixer without a gate counts as one candidate.
 
     Returns:
-        (by candidate, maps (maps, dim, dim); squared errors left, (candidates, maps)).
+        (by candidate, maps (maps, dim, dim) from all batches; squared errors left by those of the
+        others on the batches that judge, (candidates, maps)).
     """
+    judges = len(evidence) // 4 or len(evidence) // 2
+    parts = evidence[: len(evidence) - judges], evidence[len(evidence) - judges :]
+    fit, judge = (gather_regressions(linear, part) for part in parts)
+    # Averages of values, as the teacher's outputs are too, are drawn to the identity, else to zero.
+    prior = float(linear.denominator)
+
+    def solve(problems: Sequence[RidgeRegression]) -> list[Tensor]:
+        solved = [problem.solve(prior=prior) for problem in problems]
+        if linear.values_are_linear or hasattr(linear, "o_proj"):
+            return solved
+        # Nothing can take a map (a branch with a norm): its error is that without one.
+        eye = torch.eye(linear.attention.dim, device=solved[0].device)
+        return [eye.expand_as(found) for found in solved]
+
+    if not judge:
+        maps = solve(fit)
+        return maps, stack_errors(fit, maps)
+    errors = stack_errors(judge, solve(fit))
+    return solve([one.merge(two) for one, two in zip(fit, judge, strict=True)]), errors
+
+
+def stack_errors(problems: Sequence[RidgeRegression], maps: Sequence[Tensor]) -> Tensor:
+    """Squared errors by candidate: (candidates, maps)."""
+    return torch.stack(
+        [problem.residual_error(found) for problem, found in zip(problems, maps, strict=True)]
+    )
+
+
+def gather_regressions(linear: Mixer, evidence: Sequence[Evidence]) -> list[RidgeRegression]:
+    """By gate candidate, the regression of what the window leaves on the linear branch's outputs;
+    none without evidence.
+    """
+    if not evidence:
+        return []
     maps = linear.attention.heads
     if linear.values_are_linear:  # the maps fold into v, whose heads are shared by groups
         maps = linear.states
@@ -255,17 +301,7 @@ def solve_value_maps(linear: Mixer, evidence: Sequence[Evidence]) -> tuple[list[
         # g out W + (1 - g) window = teacher: what is left for W is teacher - (1 - g) window.
         for problem, gate in zip(problems, one.gates, strict=True):
             problem.add(*_group_heads(maps, gate * out, one.heads - (1 - gate) * one.window))
-
-    # Averages of values, as the teacher's outputs are too, are drawn to the identity, else to zero.
-    solved = [problem.solve(prior=float(linear.denominator)) for problem in problems]
-    if not (linear.values_are_linear or hasattr(linear, "o_proj")):
-        # Nothing can take a map (a branch with a norm): its error is that without one.
-        eye = torch.eye(linear.attention.dim, device=solved[0].device)
-        solved = [eye.expand_as(found) for found in solved]
-    errors = [
-        problem.residual_error(found) for problem, found in zip(problems, solved, strict=True)
-    ]
-    return solved, torch.stack(errors)
+    return problems
 
 
 def _group_heads(maps: int, *tensors: Tensor) -> tuple[Tensor, ...]:

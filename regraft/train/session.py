@@ -31,6 +31,7 @@ from ..modeling.reopen import save_model
 from ..progress import Ticker
 from . import fsdp, loop
 from .calibrate import calibrate
+from .gate_shift import choose_gate_shift
 from .monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stages
 from .objectives import Data, Rows
 from .output import TEXT, TRAINED, finish_run, open_run, publish_model
@@ -132,7 +133,9 @@ def calibrate_mixers(
     """Run the closed-form start over all layers and count the tokens; see `calibrate_once`."""
     slots = modeling.slots(student)
     rows = calibrate(slots, teacher, list(teacher_slots), batches, ticker.update, seconds)
-    return max((row["tokens"] for row in rows), default=0)
+    tokens = max((row["tokens"] for row in rows), default=0)
+    choose_gate_shift(slots, student, teacher, batches[-1][0])
+    return tokens
 
 
 def mixer_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
