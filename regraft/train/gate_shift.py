@@ -48,7 +48,7 @@ def choose_gate_shift(
     )
     best = min(SHIFTS, key=lambda shift: scores[str(shift)].kl or 0.0)
     for bias in gates:
-        bias += best
+        bias.add_(best)
     return best
 
 
