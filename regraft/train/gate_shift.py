@@ -22,10 +22,12 @@ TEACHER = "teacher"
 def choose_gate_shift(
     slots: Sequence[Any], student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor
 ) -> float | None:
-    """Add to the gates' logits that one of SHIFTS which leaves the least KL to the teacher.
+    """Add to the gates' logits that one of SHIFTS which brings every row nearest to the teacher.
 
-    The closed form opens each gate by its own layer's error. Where little is left to explain, as
-    beside a wide window, what the layers add together takes the model away from its teacher.
+    The closed form opens each gate by its own layer's error, on the rows it has seen. Where little
+    is left to explain, as beside a wide window, what the layers add together may take a row of
+    another kind away from the teacher. So KL is taken by row, as a share of what closed gates
+    leave, and the row that gains least decides.
 
     Args:
         slots: the student's attention modules, by layer.
@@ -46,7 +48,9 @@ def choose_gate_shift(
     scores = measure(
         {TEACHER: Candidate(teacher), **shifted}, input_ids, torch.ones(len(input_ids)), TEACHER
     )
-    best = min(SHIFTS, key=lambda shift: scores[str(shift)].kl or 0.0)
+    left = {shift: torch.tensor(scores[str(shift)].divergences) for shift in SHIFTS}
+    closed = left[SHIFTS[-1]].clamp(min=1e-12)
+    best = min(SHIFTS, key=lambda shift: float((left[shift] / closed).max()))
     for bias in gates:
         bias.add_(best)
     return best

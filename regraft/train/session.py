@@ -130,11 +130,19 @@ def calibrate_mixers(
     ticker: Ticker,
     seconds: float | None = None,
 ) -> int:
-    """Run the closed-form start over all layers and count the tokens; see `calibrate_once`."""
+    """Run the closed-form start over all layers and count the tokens; see `calibrate_once`.
+
+    With four batches or more the last quarter is kept apart, to judge how far gates open.
+    """
     slots = modeling.slots(student)
-    rows = calibrate(slots, teacher, list(teacher_slots), batches, ticker.update, seconds)
+    apart = len(batches) // 4
+    fitted, judges = batches[: len(batches) - apart], batches[len(batches) - apart :]
+    rows = calibrate(slots, teacher, list(teacher_slots), fitted, ticker.update, seconds)
     tokens = max((row["tokens"] for row in rows), default=0)
-    choose_gate_shift(slots, student, teacher, batches[-1][0])
+    if judges:
+        input_ids = torch.cat([ids for ids, _, _ in judges])
+        if choose_gate_shift(slots, student, teacher, input_ids) is not None:
+            tokens += input_ids.numel()
     return tokens
 
 
