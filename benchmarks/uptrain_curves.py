@@ -76,6 +76,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
             kind, count, length=length, **{name: rate * times[kind] for name, rate in rates.items()}
         )
         for kind, count in counts.items()
+        if count
     ]
 
 
@@ -124,6 +125,9 @@ def main() -> None:
     parser.add_argument(
         "--length", type=int, default=1024, help="tokens of a row, of which each step has one"
     )
+    parser.add_argument("--window", type=int, help="tokens of the window beside the mixer")
+    parser.add_argument("--data", help="text to train on instead of the arm's")
+    parser.add_argument("--seed", type=int, default=0, help="of new weights and the order of rows")
     parser.add_argument(
         "--options", type=json.loads, help="the mixer's own, as JSON, instead of the arm's"
     )
@@ -139,7 +143,12 @@ def main() -> None:
         flags = ", ".join(f"--{flag.replace('_', '-')} {getattr(options, flag)}" for flag in given)
         parser.error(f"--arm {options.arm} is a method, with stages of its own: leave out {flags}")
     remix, curve, begin = ARMS[options.arm], Curve(options.out), time.monotonic()
-    asked = {"keep": options.keep, "options": options.options}
+    asked = {
+        "keep": options.keep,
+        "options": options.options,
+        "window": options.window,
+        "seed": options.seed,
+    }
     remix = dataclasses.replace(
         remix, **{key: value for key, value in asked.items() if value is not None}
     )
@@ -167,11 +176,18 @@ def main() -> None:
         Text(str(CACHE / f"text/{name}.jsonl"), share)
         for name, share in SHARES[options.arm].items()
     ]
+    if options.data:
+        texts = [Text(options.data, 1.0)]
     rows, slots = training_rows(texts, tokenizer), modeling.slots(teacher, source)
     with Ticker() as ticker:
         ticker.start("calibrate")
         calibrate_once(
-            student, teacher, slots, loop.calibration_batches(rows(1024), 8, 0), options.out, ticker
+            student,
+            teacher,
+            slots,
+            loop.calibration_batches(rows(1024), 8, options.seed),
+            options.out,
+            ticker,
         )
         point("calibrated, no gradient step", Candidate(student), tokens=8192)
         plan = stages(options)
@@ -182,7 +198,9 @@ def main() -> None:
                 tokens = sum(earlier.tokens for earlier in plan[: row["stage"]]) + row["tokens"]
                 point(f"{stage.kind}, {tokens:,} tokens", Candidate(student), tokens=tokens)
 
-        run = loop.Run(student, plan, rows, options.out, teacher, slots, progress=tell)
+        run = loop.Run(
+            student, plan, rows, options.out, teacher, slots, options.seed, progress=tell
+        )
         ledger = loop.train(run)
     for name, candidate in baselines.model_candidates(student).items():
         point(name, candidate, tokens=ledger["tokens"], flops=ledger["flops"])

@@ -11,7 +11,10 @@ from torch import nn
 from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import explain_errors
+from ..mixers.registry import mixer_class
 from ..mixers.remix import Remix
+from ..mixers.window import window_tokens
+from ..modeling.layer_kinds import attention_of, mixers_of
 from .perplexity import Candidate
 
 TEACHER = "teacher"
@@ -20,7 +23,7 @@ WINDOW_KEPT = "same kept layers, window elsewhere"
 UNTRAINED = "converted, before training"
 MODEL = "model"
 NO_LINEAR = "model, linear branch off"
-WINDOW, SINKS = 64, 4  # tokens, of windows for models that have none
+WINDOW, SINKS = 64, 4  # tokens, least width and first tokens for models without a window
 SCRATCH = "same architecture, from scratch"
 # Rows that need no training. A trained model that is no better than a sliding window, which costs
 # as little memory, has learned nothing.
@@ -28,23 +31,44 @@ ZERO_TOKEN = (WINDOW_ALL, WINDOW_KEPT, UNTRAINED)
 ROWS = (TEACHER, *ZERO_TOKEN, SCRATCH, NO_LINEAR)
 
 
-def variants(remix: Remix) -> dict[str, Remix | None]:
+def variants(source: Checkpoint, remix: Remix) -> dict[str, Remix | None]:
     """How each row that needs no training is made of the source, by name; None leaves it as it is.
 
+    Windows hold as much state as a linearized layer holds: its own window and, in more tokens, its
+    linear branch. They always see first tokens: 4 where its own window sees none.
+
     Args:
-        remix: how the model was linearized. Windows are as wide as its own, or 64 tokens where it
-            has none, and always see first tokens: 4 where its own see none.
+        source: the teacher.
+        remix: how the model was linearized.
     """
-    size, sinks = remix.window or WINDOW, remix.sinks or SINKS
+    sinks = remix.sinks or SINKS
+    size = same_state_window(source, remix, sinks)
     everywhere = Remix(mixer="window", keep="none", window=size, sinks=sinks)
     elsewhere = Remix(mixer="window", keep=remix.keep, window=size, sinks=sinks)
     return {TEACHER: None, WINDOW_ALL: everywhere, WINDOW_KEPT: elsewhere, UNTRAINED: remix}
 
 
+def same_state_window(source: Checkpoint, remix: Remix, sinks: int) -> int:
+    """Tokens of a window whose state is as large as that of the first linearized layer, and at
+    least as wide as the layer's own window, or 64 where it has none.
+
+    A linear mixer alone holds much less than 64 tokens; a window that narrow would be no opponent.
+    """
+    least = remix.window or WINDOW
+    after = remix(source)
+    for layer, spec in enumerate(mixers_of(after)):
+        if spec is not None:
+            attention = attention_of(after, layer)
+            numbers = mixer_class(spec["name"]).state_size(attention, spec)
+            return max(least, window_tokens(attention, numbers) - sinks)
+    return least
+
+
 def zero_token(source: Checkpoint, remix: Remix) -> dict[str, Callable[[], Candidate]]:
     """Functions that build the rows that need no training, by name; the models stay in memory."""
     return {
-        name: partial(build_candidate, source, variant) for name, variant in variants(remix).items()
+        name: partial(build_candidate, source, variant)
+        for name, variant in variants(source, remix).items()
     }
 
 

@@ -174,7 +174,11 @@ def benchmark(
     remix = baselines.remix_of(checkpoint)
     variants: dict[str, Remix | None] = {}
     if baseline:
-        variants = baselines.variants(remix) if remix else {baselines.TEACHER: None}
+        variants = (
+            baselines.variants(Checkpoint.open(baseline), remix)
+            if remix
+            else {baselines.TEACHER: None}
+        )
     if scratch:
         check_same_vocabulary(scratch, checkpoint)
 

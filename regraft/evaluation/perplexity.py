@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegraftError
+from .recall import standard_error
 from .rows import PerplexityRow
 
 Progress = Callable[[int, int], None]  # (forward passes done, all of them)
@@ -40,6 +41,7 @@ class Score:
         tokens: predicted tokens.
         bytes: UTF-8 bytes of the windows' text.
         windows: each window's mean negative log-likelihood per token.
+        divergences: each window's mean KL per token, with a teacher.
     """
 
     nll: float = 0.0
@@ -47,20 +49,19 @@ class Score:
     tokens: int = 0
     bytes: int = 0
     windows: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
 
     def json(self) -> PerplexityRow:
         """The means as a row of a table."""
         bits = self.nll / self.bytes / math.log(2)
-        # The standard error is that of log perplexity: 0.01 is 1 % of the perplexity.
-        error = None
-        if len(self.windows) > 1:
-            error = torch.tensor(self.windows).std().item() / math.sqrt(len(self.windows))
         return {
             "perplexity": math.exp(self.nll / self.tokens),
-            "perplexity_error": error,
+            # that of log perplexity: 0.01 is 1 % of the perplexity
+            "perplexity_error": standard_error(torch.tensor(self.windows)),
             "byte_perplexity": 2**bits,
             "bits_per_byte": bits,
             "kl": None if self.kl is None else self.kl / self.tokens,
+            "kl_error": standard_error(torch.tensor(self.divergences)),
             "tokens": self.tokens,
             "windows": len(self.windows),
         }
@@ -154,3 +155,4 @@ def add_window(
     score.windows.append(nll / len(targets))
     if reference is not None:
         score.kl = (score.kl or 0.0) + kl
+        score.divergences.append(kl / len(targets))

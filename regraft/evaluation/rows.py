@@ -74,6 +74,7 @@ class PerplexityRow(TypedDict):
     byte_perplexity: float
     bits_per_byte: float
     kl: float | None  # mean KL(teacher || model) per token in nats
+    kl_error: float | None  # standard error of `kl` over windows
     tokens: int  # predicted tokens
     windows: int
 

@@ -155,7 +155,7 @@ def train_linearized(
         form.
     """
     checkpoint, work = Checkpoint.open(folder, source.allow_nonfinite), out / WORK
-    check_row_lengths(source, stages)
+    check_row_lengths(source, stages, remix_of(checkpoint))
     length = stages[0].length if stages else length
     batches = []
     if calibration:
@@ -263,7 +263,7 @@ def run_method(
     RegraftError when `out` holds a finished model (without `overwrite`), another conversion,
     anything else, or the source.
     """
-    check_row_lengths(source, stages)
+    check_row_lengths(source, stages, method.remix)
     distributed.on_rank0(lambda: str(source.path))  # a GGUF file is converted by one process
     target = output.check_apart(out, [("source", source.origin), ("source", source.path)])
     if not overwrite and target.exists():
@@ -342,10 +342,21 @@ def convert_and_train(
     return ledger
 
 
-def check_row_lengths(source: Checkpoint, stages: Sequence[Stage]) -> None:
-    """RegraftError when a stage has longer rows than the model has positions."""
+def check_row_lengths(
+    source: Checkpoint, stages: Sequence[Stage], remix: RemixOptions | None
+) -> None:
+    """RegraftError when a stage has longer rows than the model has positions, or rows that the
+    window beside a linear mixer sees whole.
+    """
+    window = remix.window if remix and not mixer_class(remix.mixer).is_window else 0
     for stage in stages:
         flops.count_positions(source, stage.length)
+        if stage.length <= window:
+            raise RegraftError(
+                f"rows of {stage.length} tokens never leave the window of {window}, so that the "
+                f"linear branch beside it would learn nothing: give --length {4 * window} or at "
+                f"least {window + 1}, or a narrower --window such as {max(stage.length // 4, 1)}"
+            )
 
 
 def text_rows(

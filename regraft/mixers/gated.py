@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.shapes import Float
+from ..core.shapes import Bool, Float
 from .attention import Attention
 from .base import Mixer, MixerContext, State, WeightSpec, output_weights
 from .inherit import apply_inherit
 from .registry import mixer_class
+from .window import Window
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class GatedOptions:
     window: dict[str, Any] = field(default_factory=lambda: {"name": "window"})
     # Initial logit of the gate; negative: mostly the window.
     start: float | int = -4.0
+    # The linear branch counts only for tokens that have others before their window: until then the
+    # window is the teacher's attention.
+    past_window: bool = False
 
 
 class GatedMixer(Mixer):
@@ -128,8 +132,22 @@ class GatedMixer(Mixer):
 
         if self.force is not None:
             return outputs[self.force], states
-        gate = mixing.project(self.gate, x).sigmoid().unsqueeze(-1)
-        return outputs["window"] + gate * (outputs["linear"] - outputs["window"]), states
+        gate = mixing.project(self.gate, x).sigmoid()
+        if self.options.past_window:
+            gate = gate * self.leaves_window(x, mixing, state).unsqueeze(-1)
+        mixed = gate.unsqueeze(-1) * (outputs["linear"] - outputs["window"])
+        return outputs["window"] + mixed, states
+
+    def leaves_window(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> Bool[Tensor, "batch time"]:
+        """Which tokens have tokens before them that neither their window nor the sinks show."""
+        window = self.window
+        assert isinstance(window, Window)
+        position = window.positions(x, mixing)
+        if state:
+            position = position + _branch_state(state, "window")["seen"]
+        return position >= window.options.window + window.options.sinks
 
 
 def _branch_state(state: State, name: str) -> State:

@@ -178,7 +178,8 @@ class Remix(RemixOptions):
             )
         # The default start is left out, as it was before there was an option for it.
         start = {} if self.gate == Remix.gate else {"start": self.gate}
-        return {"name": "gated", "linear": plain, "window": window} | start
+        past = {"past_window": True} if self.past_window else {}
+        return {"name": "gated", "linear": plain, "window": window} | start | past
 
     def list_notes(self, source: Checkpoint, config: Mapping[str, Any]) -> list[str]:
         """What a user should know of the conversion beyond its weights.

@@ -23,8 +23,9 @@ class RemixOptions:
     # "none".
     keep: str = "every:4"
     # With more than 0 tokens, a linear mixer gets a gated branch of sliding-window attention beside
-    # it; 0: no window. The window branch is the source's own attention.
-    window: int = 64
+    # it; 0: no window. The window branch is the source's own attention. Of what costs no training a
+    # wide window keeps most for its state (docs/evaluation.md).
+    window: int = 256
     # First tokens that the window branch always sees.
     sinks: int = 4
     # Of new weights; each tensor has its own random numbers, by this seed and its name.
@@ -36,6 +37,8 @@ class RemixOptions:
     inherit: str = "all"
     # Initial logit of the linear branch's share beside a window (0: half).
     gate: float = -4.0
+    # Beside a window the linear branch counts only where tokens lie before it.
+    past_window: bool = True
     # How the layers of `keep` were chosen, when they were measured (`linearize.select_layers`).
     # Changes nothing here.
     scores: dict[str, Any] = field(default_factory=dict)

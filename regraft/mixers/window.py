@@ -25,6 +25,16 @@ class WindowOptions:
     sinks: int = 4  # and the first tokens of its document
 
 
+def token_numbers(attention: Attention) -> int:
+    """Numbers of state that a token in a window takes: keys, values, position."""
+    return attention.kv * (attention.dim + attention.value_dim) + 1
+
+
+def window_tokens(attention: Attention, numbers: int) -> int:
+    """Tokens of window and sinks that a state of so many numbers holds."""
+    return (numbers - 1) // token_numbers(attention)
+
+
 class Window(Mixer):
     """Sliding window with attention sinks (StreamingLLM, Xiao et al., arXiv 2309.17453).
 
@@ -61,8 +71,7 @@ class Window(Mixer):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Keys, values and positions of the window and the sinks."""
         options = cls.parse(spec)
-        per_token = attention.kv * (attention.dim + attention.value_dim) + 1
-        return (options.window + options.sinks) * per_token + 1
+        return (options.window + options.sinks) * token_numbers(attention) + 1
 
     @classmethod
     def softmax_tokens(cls, spec: dict[str, Any]) -> int:

@@ -58,8 +58,15 @@ def quality(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:
         yield (
             title,
             ["", *keys.values()],
-            [[name, *(format_number(row.get(key)) for key in keys)] for name, row in own],
+            [[name, *(format_quality(row, key) for key in keys)] for name, row in own],
         )
+
+
+def format_quality(row: Mapping[str, Any], key: str) -> str:
+    """A number, with the standard error over windows for KL."""
+    shown = format_number(row.get(key))
+    error = row.get("kl_error") if key == "kl" else None
+    return shown if error is None else f"{shown} ± {error:.2g}"
 
 
 def benchmarks(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Numbers]:

@@ -18,6 +18,7 @@ from .attention_statistics import Records
 from .hooks import LayerRecord
 
 RIDGE = 1e-3
+RIDGES = (1e-3, 1e-2, 1e-1)  # of value maps, the one that judging batches like best
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # gate candidates: these shares of the far attention mass
 GATE_RANGE = (0.01, 0.9)  # targets of the gate, so that its logit stays finite
 SIZE_RANGE = (0.02, 4.0)  # of a head's output, as a share of its mean
@@ -42,6 +43,14 @@ class RidgeRegression:
         self.cross = self.cross + features.mT @ targets
         self.energy = self.energy + targets.square().sum((-2, -1))
 
+    def merge(self, other: RidgeRegression) -> RidgeRegression:
+        """Both's rows in one."""
+        both = RidgeRegression()
+        both.gram = self.gram + other.gram
+        both.cross = self.cross + other.cross
+        both.energy = self.energy + other.energy
+        return both
+
     def solve(self, ridge: float = RIDGE, prior: float = 0.0) -> Tensor:
         """Coefficients W (..., f, t) of min ||X W - Y||^2 + penalty ||W - prior I||^2.
 
@@ -64,22 +73,28 @@ class RidgeRegression:
         return torch.as_tensor(self.energy) - (linear - quadratic)
 
 
-def gate_candidates(records: Records) -> Tensor:
+def gate_candidates(records: Records, counted: Sequence[Tensor] | None = None) -> Tensor:
     """Gate weights and bias for g = share x attention mass m outside the window.
 
     Softmax attention is exactly (1 - m) window + m rest, so m is the right gate for a linear
     branch that gives the rest; smaller shares suit one that does not. The candidates are ridge
     regressions of logit(share x m) on the layer's input, solved as one.
 
+    Args:
+        records: by batch, what the layer got and what its attention was.
+        counted: by batch, the tokens whose gate may open (batch, time); None for all.
+
     Returns:
         (candidates, hidden + 1, heads), the bias last.
     """
     problem = RidgeRegression()
     shares = torch.tensor(SHARES)
-    for record, seen in records:
+    for number, (record, seen) in enumerate(records):
         outside = seen.outside.transpose(1, 2).flatten(0, 1)  # (batch * time, heads)
         targets = (shares.to(outside)[:, None] * outside[:, None]).clamp(*GATE_RANGE).logit()
         features = _append_ones(record.inputs).flatten(0, 1)  # (batch * time, hidden + 1)
+        if counted is not None:
+            features = features * counted[number].flatten()[:, None]
         problem.add(features, targets.flatten(1))
     return problem.solve().unflatten(1, (len(SHARES), -1)).transpose(0, 1)
 
@@ -162,6 +177,9 @@ def gather_evidence(
             one.window = window.float().transpose(1, 2)
             values = torch.einsum("bth,chk->cbkt", _append_ones(record.inputs), gates)
             one.gates = values.sigmoid().unsqueeze(-1)
+            if mixer.options.past_window:
+                counted = mixer.leaves_window(record.inputs, one.context, None)
+                one.gates = one.gates * counted[:, None, :, None]
         gathered.append(one)
     return gathered
 
@@ -184,7 +202,15 @@ def fit_mixer(
         (whether the maps were folded, the mean of the chosen gate shares).
     """
     linear = linear_branch(mixer)
-    gates = gate_candidates(records) if isinstance(mixer, GatedMixer) else None
+    gates = None
+    if isinstance(mixer, GatedMixer):
+        counted = None
+        if mixer.options.past_window:
+            counted = [
+                mixer.leaves_window(record.inputs, record.mixer_context(ids), None)
+                for (record, _), ids in zip(records, segments, strict=True)
+            ]
+        gates = gate_candidates(records, counted)
     evidence = gather_evidence(mixer, records, segments, gates)
     if linear.half_lives is not None:
         choose_half_lives(linear, linear.half_lives, evidence)
@@ -233,13 +259,55 @@ def choose_half_lives(linear: Mixer, candidates: Tensor, evidence: Sequence[Evid
 def solve_value_maps(linear: Mixer, evidence: Sequence[Evidence]) -> tuple[list[Tensor], Tensor]:
     """The best value maps for each gate candidate, and how well they do.
 
+    With several batches the last quarter judges maps that the others gave: beside a wide window
+    little is left to explain, and a map that explains it on its own rows alone does harm.
+
     Args:
         linear: the linear branch.
         evidence: by batch; a mixer without a gate counts as one candidate.
 
     Returns:
-        (by candidate, maps (maps, dim, dim); squared errors left, (candidates, maps)).
+        (by candidate, maps (maps, dim, dim) from all batches; squared errors left by those of the
+        others on the batches that judge, (candidates, maps)).
     """
+    judges = len(evidence) // 4 or len(evidence) // 2
+    parts = evidence[: len(evidence) - judges], evidence[len(evidence) - judges :]
+    fit, judge = (gather_regressions(linear, part) for part in parts)
+    # Averages of values, as the teacher's outputs are too, are drawn to the identity, else to zero.
+    prior = float(linear.denominator)
+
+    def solve(problems: Sequence[RidgeRegression], ridge: float) -> list[Tensor]:
+        solved = [problem.solve(ridge, prior) for problem in problems]
+        if linear.values_are_linear or hasattr(linear, "o_proj"):
+            return solved
+        # Nothing can take a map (a branch with a norm): its error is that without one.
+        eye = torch.eye(linear.attention.value_dim, device=solved[0].device)
+        return [eye.expand_as(found) for found in solved]
+
+    if not judge:
+        maps = solve(fit, RIDGE)
+        return maps, stack_errors(fit, maps)
+    both = [one.merge(two) for one, two in zip(fit, judge, strict=True)]
+    judged = torch.stack([stack_errors(judge, solve(fit, ridge)) for ridge in RIDGES])
+    errors, best = judged.min(0)  # (candidates, maps)
+    found = torch.stack([torch.stack(solve(both, ridge)) for ridge in RIDGES])
+    rows, columns = (torch.arange(size, device=best.device) for size in best.shape)
+    return list(found[best, rows[:, None], columns]), errors
+
+
+def stack_errors(problems: Sequence[RidgeRegression], maps: Sequence[Tensor]) -> Tensor:
+    """Squared errors by candidate: (candidates, maps)."""
+    return torch.stack(
+        [problem.residual_error(found) for problem, found in zip(problems, maps, strict=True)]
+    )
+
+
+def gather_regressions(linear: Mixer, evidence: Sequence[Evidence]) -> list[RidgeRegression]:
+    """By gate candidate, the regression of what the window leaves on the linear branch's outputs;
+    none without evidence.
+    """
+    if not evidence:
+        return []
     maps = linear.attention.heads
     if linear.values_are_linear:  # the maps fold into v, whose heads are shared by groups
         maps = linear.states
@@ -255,17 +323,7 @@ def solve_value_maps(linear: Mixer, evidence: Sequence[Evidence]) -> tuple[list[
         # g out W + (1 - g) window = teacher: what is left for W is teacher - (1 - g) window.
         for problem, gate in zip(problems, one.gates, strict=True):
             problem.add(*_group_heads(maps, gate * out, one.heads - (1 - gate) * one.window))
-
-    # Averages of values, as the teacher's outputs are too, are drawn to the identity, else to zero.
-    solved = [problem.solve(prior=float(linear.denominator)) for problem in problems]
-    if not (linear.values_are_linear or hasattr(linear, "o_proj")):
-        # Nothing can take a map (a branch with a norm): its error is that without one.
-        eye = torch.eye(linear.attention.value_dim, device=solved[0].device)
-        solved = [eye.expand_as(found) for found in solved]
-    errors = [
-        problem.residual_error(found) for problem, found in zip(problems, solved, strict=True)
-    ]
-    return solved, torch.stack(errors)
+    return problems
 
 
 def _group_heads(maps: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -16,6 +16,8 @@ from regraft.evaluation import baselines, bench, evaluate
 from regraft.evaluation.perplexity import SLICE, Candidate, measure
 from regraft.io.units import parse_lengths
 from regraft.mixers.remix import Remix
+from regraft.mixers.window import token_numbers
+from regraft.modeling.layer_kinds import attention_of, state_bytes
 from regraft.report import html, plots, tables
 
 
@@ -86,11 +88,40 @@ def test_table_has_every_baseline_in_order(source, linearized, text):
     assert table["perplexity"] == pytest.approx(before["perplexity"], rel=1e-6), (
         "an untrained model is its own baseline"
     )
-    off = table["baselines"][baselines.NO_LINEAR]
-    window = table["baselines"][baselines.WINDOW_KEPT]
-    assert off["perplexity"] == pytest.approx(window["perplexity"], rel=1e-5), (
-        "gate at the window end is the window"
+
+
+def test_a_gate_at_the_window_end_is_the_window(source, linearized):
+    model = modeling.load(linearized)
+    off = baselines.model_candidates(model)[baselines.NO_LINEAR]
+    window = modeling.materialize(
+        Remix("window", keep="0", window=16, sinks=2)(Checkpoint.open(source))
     )
+    rows = {"off": off, "window": Candidate(window)}
+    scores = measure(rows, tokens(2, 64), torch.ones(2))
+    assert scores["off"].nll == pytest.approx(scores["window"].nll, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mixer, width",
+    [("gated_deltanet", 16), ("gated_deltanet", 64), ("retnet", 64), ("supra", 0), ("window", 16)],
+)
+def test_windows_that_need_no_training_hold_the_state_of_the_model(source, mixer, width):
+    checkpoint = Checkpoint.open(source)
+    remix = Remix(mixer, keep="0", window=width, sinks=2 if width else 0)
+    found = baselines.variants(checkpoint, remix)[baselines.WINDOW_KEPT]
+    assert found is not None
+
+    def numbers(remix: Remix) -> int:
+        sizes = state_bytes(remix(checkpoint), 10**6)
+        return sum(size for kind, size in sizes.items() if kind != "softmax") // 4
+
+    own, windows = numbers(remix), numbers(found)
+    layers = checkpoint.layers - 1
+    token = layers * token_numbers(attention_of(checkpoint, 0))
+    if found.window == baselines.WINDOW and not width:
+        assert own < windows, "narrower than 64 it would be no opponent"
+    else:
+        assert own - token < windows <= own, "to a token"
 
 
 def test_window_everywhere_needs_text_longer_than_the_window(source, linearized, text):

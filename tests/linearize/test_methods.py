@@ -20,9 +20,12 @@ from regraft.errors import RegraftError
 from regraft.evaluation.baselines import remix_of
 from regraft.linearize import methods
 from regraft.linearize.method import expand_method
+from regraft.linearize.pipeline import check_row_lengths
+from regraft.mixers.remix_options import RemixOptions
 from regraft.recipes import schema
 from regraft.train import loop
 from regraft.train.output import WORK
+from regraft.train.stage import Stage
 
 NAMES = methods.list_methods()
 
@@ -38,6 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(folder: Path, method: str, out: Path, *more: object) -> list[object]:
     text = folder / "text.txt"
     plain = ["linearize", folder / "model", out, "--method", method, "--data", text]
+    if methods.find_method(method).remix.window:
+        plain += ["--window", 16]
     return [*plain, "--tokens", 1024, "--length", 64, "--json", *more]
 
 
@@ -169,6 +174,18 @@ def test_wrong_use(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "full" / "thing").write_text("mine")
     assert "is not of regraft" in refused(capsys, *words(folder, "auto", tmp_path / "full"))
     assert json.loads((folder / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_rows_must_leave_the_window(folder: Path, tmp_path: Path, capsys) -> None:
+    line = words(folder, "auto", tmp_path / "out")
+    assert "never leave the window of 64" in refused(capsys, *line, "--window", 64)
+    assert not (tmp_path / "out").exists()
+    rows = [Stage("align", tokens=64, length=64)]
+    source = Checkpoint.open(folder / "model")
+    check_row_lengths(source, rows, RemixOptions(window=63))
+    check_row_lengths(source, rows, RemixOptions("window", window=64))
+    with pytest.raises(RegraftError, match="give --length 256"):
+        check_row_lengths(source, rows, RemixOptions(window=64))
 
 
 def test_dropping_windows_needs_windows(folder: Path, tmp_path: Path) -> None:

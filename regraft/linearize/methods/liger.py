@@ -18,6 +18,14 @@ GLA = {
 }
 
 method = Method(
-    RemixOptions(mixer="gla", keep="none", options=GLA, gate=0.0, sinks=0),
+    RemixOptions(
+        mixer="gla",
+        keep="none",
+        window=64,
+        sinks=0,
+        options=GLA,
+        gate=0.0,
+        past_window=False,
+    ),
     (StageShare("next", 1.0, {"rank": 8, "lr_new": 0.0, "lr_mixer": 1e-4}),),
 )
