@@ -12,11 +12,11 @@ A quarter of the layers keeps softmax: those whose loss costs most recall, measu
 from ...mixers.remix_options import RemixOptions
 from ..method import Method, StageShare
 
-RATES = {"lr_new": 5e-4, "lr_mixer": 1.25e-4}
+RATES = {"lr_new": 1.25e-4, "lr_mixer": 3e-5}
 
 method = Method(
     RemixOptions(keep="recall:25%"),
-    (StageShare("align", 0.25, RATES), StageShare("distil", 0.75, RATES | {"lr_body": 1.25e-5})),
+    (StageShare("align", 0.25, RATES), StageShare("distil", 0.75, RATES | {"lr_body": 3e-6})),
     calibration=8192,
     unmeasured="every:4",
 )
