@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, get_layer_types_and_kwargs
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -147,6 +147,8 @@ class RegraftModel(RegraftPreTrainedModel):
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
         config.fit_layers()
         super().__init__(config, *args, **kwargs)
+        # Whether layers have a state beside their attention, which padding must not enter.
+        self.has_states_beside = "hybrid" in get_layer_types_and_kwargs(config)[0]
         put_mixers(self)
         self.post_init()
 
@@ -206,7 +208,7 @@ class RegraftModel(RegraftPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if all(self.config.mixers):
+        if all(self.config.mixers) and not self.has_states_beside:
             attention_mask = None  # no softmax layer is left that reads it
 
         # Most hosts pass `rows` through to every slot with their other keyword arguments.
@@ -339,7 +341,9 @@ def put_mixers(backbone: Any) -> None:
             name = name_in_backbone(backbone, layer)
             stock = backbone.get_submodule(name)
             parent = backbone.get_submodule(name.rpartition(".")[0])
-            told = passes_keywords(type(parent), name.rpartition(".")[2])
+            # Layers in a module of their own, as OPT's, may get nothing from the model around it.
+            direct = isinstance(backbone.get_submodule(name.partition(".")[0]), nn.ModuleList)
+            told = direct and passes_keywords(type(parent), name.rpartition(".")[2])
             names, tables = name_arguments(stock), getattr(stock, "rotary_emb", None)
             slot = MixerSlot(spec, Attention(**attention), layer, names, told, tables)
             backbone.set_submodule(name, slot)
