@@ -238,10 +238,31 @@ class RegraftWithHead(RegraftPreTrainedModel):
         setattr(self, self.base_model_prefix, nn.Identity())
         backbone = find_class(RegraftModel, str(config.host))
         setattr(self, self.base_model_prefix, backbone(config))
+        if f"self.{self.base_model_prefix}(" not in inspect.getsource(type(self).forward):
+            # The head calls a part of the backbone, as OPT's does, and not the backbone.
+            self.register_forward_pre_hook(tell_rows, with_kwargs=True)
+            self.register_forward_hook(forget_rows)
         known = inspect.signature(self.forward).parameters
         if "position_ids" not in known and not passes_keywords(type(self), self.base_model_prefix):
             self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
+
+
+def tell_rows(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Tell the slots of a model of padding and documents, before its head calls their layers."""
+    tokens = given[0] if given else named.get("input_ids")
+    tokens = named["inputs_embeds"] if tokens is None else tokens
+    caches = (named.get(name) for name in ("cache", "past_key_values"))
+    cache = next((one for one in caches if one is not None), None)
+    mask, positions = named.get("attention_mask"), named.get("position_ids")
+    for slot in model.base_model.mixer_slots():
+        slot.rows = lay_out_rows(tokens.shape[1], mask, positions, cache)
+
+
+def forget_rows(model: Any, given: Any, output: Any) -> None:
+    """The end of a call that began with `tell_rows`."""
+    for slot in model.base_model.mixer_slots():
+        slot.rows = None
 
 
 class RegraftForCausalLM(RegraftWithHead, GenerationMixin):
