@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, get_layer_types_and_kwargs
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -186,6 +186,8 @@ class RegraftModel(RegraftPreTrainedModel):
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
         config.fit_layers()
         super().__init__(config, *args, **kwargs)
+        # Whether layers have a state beside their attention, which padding must not enter.
+        self.has_states_beside = "hybrid" in get_layer_types_and_kwargs(config)[0]
         put_mixers(self)
         self.post_init()
 
@@ -245,7 +247,7 @@ class RegraftModel(RegraftPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if all(self.config.mixers):
+        if all(self.config.mixers) and not self.has_states_beside:
             attention_mask = None  # no softmax layer is left that reads it
 
         # Most hosts pass `rows` through to every slot with their other keyword arguments.
@@ -278,11 +280,32 @@ class RegraftWithHead(RegraftPreTrainedModel):
         self.set_submodule(name, nn.Identity())
         decoder = config.build_decoder_config()
         self.set_submodule(name, find_class(RegraftModel, str(decoder.host))(decoder))
+        if "." not in name and f"self.{name}(" not in inspect.getsource(type(self).forward):
+            # The head calls a part of the backbone, as OPT's does, and not the backbone.
+            self.register_forward_pre_hook(tell_rows, with_kwargs=True)
+            self.register_forward_hook(forget_rows)
         known = inspect.signature(self.forward).parameters
         passes = "." in name or passes_keywords(type(self).forward, name)
         if "position_ids" not in known and not passes:
             self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
+
+
+def tell_rows(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Tell the slots of a model of padding and documents, before its head calls their layers."""
+    tokens = given[0] if given else named.get("input_ids")
+    tokens = named["inputs_embeds"] if tokens is None else tokens
+    caches = (named.get(name) for name in ("cache", "past_key_values"))
+    cache = next((one for one in caches if one is not None), None)
+    mask, positions = named.get("attention_mask"), named.get("position_ids")
+    for slot in model.base_model.mixer_slots():
+        slot.rows = lay_out_rows(tokens.shape[1], mask, positions, cache)
+
+
+def forget_rows(model: Any, given: Any, output: Any) -> None:
+    """The end of a call that began with `tell_rows`."""
+    for slot in model.base_model.mixer_slots():
+        slot.rows = None
 
 
 class RegraftForCausalLM(RegraftWithHead, GenerationMixin):
@@ -397,7 +420,9 @@ def put_mixers(backbone: Any) -> None:
             name = name_in_backbone(backbone, layer)
             stock = backbone.get_submodule(name)
             parent = backbone.get_submodule(name.rpartition(".")[0])
-            told = passes_keywords(type(parent).forward, name.rpartition(".")[2])
+            # Layers in a module of their own, as OPT's, may get nothing from the model around it.
+            direct = isinstance(backbone.get_submodule(name.partition(".")[0]), nn.ModuleList)
+            told = direct and passes_keywords(type(parent).forward, name.rpartition(".")[2])
             names, tables = name_arguments(stock), getattr(stock, "rotary_emb", None)
             slot = MixerSlot(spec, Attention(**attention), layer, names, told, tables)
             backbone.set_submodule(name, slot)
