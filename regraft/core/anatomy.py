@@ -130,8 +130,7 @@ class Anatomy:
     older: Callable[[Config], dict[str, Any]] = older_rope_keys
     # Config -> family that can hold shapes this class cannot (used by --bridge); None: none can.
     bridge: Callable[[Config], str | None] = no_bridge
-    # Config -> keys that Auto changes when it reads the file, such as the `model_type`, and those
-    # that the class cannot do without.
+    # Config -> keys that Auto changes when it reads the file, and those that the class needs.
     rewrite: Callable[[Config], dict[str, Any]] = no_keys
     # Config keys whose null the class takes, but cannot run with.
     not_null: tuple[str, ...] = ()
@@ -179,8 +178,7 @@ class Anatomy:
         config = self.fill_defaults(config)
         sizes = dict(self.fixed)
 
-        # An equation with one unknown axis gives that axis. One with several waits for a later
-        # round, when the others have filled some in.
+        # An equation with several unknown axes waits until others have filled some in.
         waiting = list(self.sizes)
         while waiting:
             unsolved = [pair for pair in waiting if not self._solve_one(config, *pair, sizes)]
@@ -324,8 +322,7 @@ class Anatomy:
         Args:
             config: the config as it is.
             sizes: all axis sizes of the new model.
-            order: for each new layer, the old layer whose per-layer settings it takes; None when
-                the layers stay.
+            order: for each new layer, the old one whose settings it takes; None: the layers stay.
             extra: keys that are set as well.
 
         RegraftError when the family cannot hold the sizes.
@@ -354,8 +351,7 @@ class Anatomy:
 
     def _drop_defaults(self, config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
         """`written` without keys that `config` lacks and whose value the defaults give anyway."""
-        # What a reader would get from the required keys and the keys that the config has, null ones
-        # as null.
+        # What a reader would get from the required keys and the config's, null ones as null.
         required = self.required_keys()
         stated = {
             key: value if key in required or config[key] is not None else None
