@@ -120,7 +120,8 @@ class Mixer(nn.Module):
                 latent both are made of the first.
         """
         if self.attention.latent:
-            return self.latent(x)
+            q, k, v = self.latent(x)
+            return q, k, v
         layers = (self.q_proj, self.k_proj, self.v_proj)
         inputs, heads = (x, *(others or (x, x))), (self.attention.heads, self.states, self.states)
         q, k, v = (
