@@ -115,8 +115,9 @@ def test_the_package_stays_small():
     # tables inferred from stock classes 2,000; the hub, quantised sources, adapters 1,700; rows of
     # the vocabulary, experts and undoing a growth 1,200; encoders with decoders 500, multimodal
     # models 450, hybrids 450, rotation and experts of inferred tables 500, drafts that their source
-    # verifies 350, a tenth of run's minutes for calibration and a report for people 250.
-    assert sum(code_lines(file) for file in FILES) <= 39800
+    # verifies 350, a tenth of run's minutes for calibration and a report for people 250; latent
+    # attention in inferred tables and in mixers 350.
+    assert sum(code_lines(file) for file in FILES) <= 40150
     assert (
         statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES)
         <= 130
