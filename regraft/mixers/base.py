@@ -141,7 +141,8 @@ class Mixer(nn.Module):
             mixing: what is computed of them already.
         """
         if self.attention.latent:
-            return self.latent(x)
+            q, k, v = self.latent(x)
+            return q, k, v
         mixing = mixing or MixerContext()
         layers = (self.q_proj, self.k_proj, self.v_proj)
         inputs, heads = (x, *(others or (x, x))), (self.attention.heads, self.states, self.states)

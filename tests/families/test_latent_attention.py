@@ -32,7 +32,6 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.7,  # changes the scale of the softmax
     "original_max_position_embeddings": 32,
-    "max_position_embeddings": 128,
 }
 # Neighbours or halves turn, tables are real or complex or there are none, queries have a latent or
 # not, some layers have a state, the class has biases and an epsilon of its own.
