@@ -24,8 +24,9 @@ from regraft.core.part import PlacedPart
 from regraft.errors import RegraftError
 from regraft.families.inference import inferred, table_file
 from regraft.families.inference.infer import infer_tables
+from regraft.families.inference.roles import find_role
 from regraft.families.inference.table import InferredTable, build_anatomy
-from regraft.families.inference.tiny_config import DIM
+from regraft.families.inference.tiny_config import DIM, find_key
 from regraft.families.inference.tiny_model import TinyModel, find_tiny_model
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
@@ -49,13 +50,9 @@ HARD: dict[str, set[str]] = {
     "mimo_v2_flash": {"kv", "group", "dim", "attention"},  # layers of different shapes
     # A tied bias, and a head with a map, an activation and a norm.
     "roberta-prelayernorm": {"kv", "group", "dim", "attention"},
-    # A decoder whose config has the encoder's sizes too; its norms come after each sum.
-    "mvp": {"hidden", "kv", "group", "dim", "attention"},
-    "exaone": {"attention"},  # other names of gate and up
 }
 # Their keys that are not the default.
 KEYS: dict[str, dict[str, Any]] = {
-    "mvp": {"is_encoder_decoder": False, "architectures": ["MvpForCausalLM"]},
     "falcon": {
         "new_decoder_architecture": True,
         "hidden_size": 4096,
@@ -155,6 +152,16 @@ def test_a_factor_on_keys_is_another_table() -> None:
         for factor in (1.0, 0.4, 0.3)
     ]
     assert names[0] != names[1] == names[2]
+
+
+def test_names_of_a_decoder_come_before_those_of_its_encoder() -> None:
+    full = {"encoder_layers": 3, "num_hidden_layers": 3, "decoder_layers": 2}
+    aliases = {"num_attention_heads": "encoder_attention_heads"}
+    assert find_key(full, aliases, "depth") == "decoder_layers"
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 2}
+    assert find_key(heads, aliases, "heads") == "decoder_attention_heads"
+    roles = [find_role(f"transformer.h.{{}}.mlp.c_fc_{number}") for number in (0, 1)]
+    assert roles == ["mlp.gate", "mlp.up"]  # EXAONE's
 
 
 def test_a_factor_on_scores_follows_its_key() -> None:
