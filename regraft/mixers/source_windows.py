@@ -50,15 +50,15 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
                 f"layer {layer} of this {family} has '{kind}', which mixers do not carry over: "
                 f"linearize a model whose layers are {' or '.join(KINDS)}"
             )
-    if not masks_windows(type(stock)):
+    if not masks_windows(type(stock).__module__):
         return [None] * len(kinds)
     return [option.get("sliding_window") for option in options]
 
 
 @cache
-def masks_windows(kind: type) -> bool:
-    """Whether the classes of a config have sliding windows; in some only their caches slide."""
-    name = kind.__module__.replace(".configuration_", ".modeling_")
+def masks_windows(module: str) -> bool:
+    """Whether the classes beside a config's module have windows; in some only their caches slide."""
+    name = module.replace(".configuration_", ".modeling_")
     try:
         source = inspect.getsource(importlib.import_module(name))
     except ImportError:  # the class of another type

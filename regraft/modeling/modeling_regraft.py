@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -243,7 +243,9 @@ class RegraftWithHead(RegraftPreTrainedModel):
             self.register_forward_pre_hook(tell_rows, with_kwargs=True)
             self.register_forward_hook(forget_rows)
         known = inspect.signature(self.forward).parameters
-        if "position_ids" not in known and not passes_keywords(type(self), self.base_model_prefix):
+        if "position_ids" not in known and not passes_keywords(
+            cast(Any, type(self)), self.base_model_prefix
+        ):
             self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
 
@@ -364,7 +366,7 @@ def put_mixers(backbone: Any) -> None:
             parent = backbone.get_submodule(name.rpartition(".")[0])
             # Layers in a module of their own, as OPT's, may get nothing from the model around it.
             direct = isinstance(backbone.get_submodule(name.partition(".")[0]), nn.ModuleList)
-            told = direct and passes_keywords(type(parent), name.rpartition(".")[2])
+            told = direct and passes_keywords(cast(Any, type(parent)), name.rpartition(".")[2])
             names, tables = name_arguments(stock), getattr(stock, "rotary_emb", None)
             slot = MixerSlot(spec, Attention(**attention), layer, names, told, tables)
             backbone.set_submodule(name, slot)
