@@ -57,7 +57,7 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
 
 @cache
 def masks_windows(module: str) -> bool:
-    """Whether the classes beside a config's module have windows; in some only their caches slide."""
+    """Whether the classes beside a config have windows; in some only their caches slide."""
     name = module.replace(".configuration_", ".modeling_")
     try:
         source = inspect.getsource(importlib.import_module(name))
