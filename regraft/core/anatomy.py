@@ -116,8 +116,7 @@ class Anatomy:
     norms_rotated: bool = False
     # Why no mixer can take the place of its attention; empty: some can.
     keeps_softmax: str = ""
-    # Config keys of constant factors on embeddings, branches or logits.
-    factors: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()  # config keys of constant factors on embeddings, branches, logits
     # (config, head dim, layer) -> factor on the attention logits.
     scale: Callable[[Config, int, int], float] = softmax_scale
     # (config key of the cap on the logits, its value when the key is missing; null is no cap).
