@@ -177,7 +177,7 @@ def test_a_linearized_model_is_trained_on_text(
     byte_tokenizer().save_pretrained(source)
     (source / "preprocessor_config.json").write_text('{"image_processor_type": "Some"}')
     data = write_text(tmp_path / "text.txt")
-    flags = ("--mixer", "gla", "--keep", "0", "--data", data, "--tokens", "64", "--length", "32")
+    flags = ("--mixer", "gla", "--keep", "0", "--data", data, "--tokens", "128", "--length", "32")
     code, _, said = run_main(capsys, "linearize", source, out, *flags, "--json")
     assert code == 0, said
     before, after = Checkpoint.open(source), Checkpoint.open(out)
