@@ -13,7 +13,7 @@ from ..core.checkpoint import Checkpoint
 from ..errors import explain_errors
 from ..mixers.registry import mixer_class
 from ..mixers.remix import Remix
-from ..mixers.window import window_tokens
+from ..mixers.window import Window
 from ..modeling.layer_kinds import attention_of, mixers_of
 from .perplexity import Candidate
 
@@ -60,7 +60,11 @@ def same_state_window(source: Checkpoint, remix: Remix, sinks: int) -> int:
         if spec is not None:
             attention = attention_of(after, layer)
             numbers = mixer_class(spec["name"]).state_size(attention, spec)
-            return max(least, window_tokens(attention, numbers) - sinks)
+            one, two = (
+                Window.state_size(attention, {"name": "window", "window": width, "sinks": sinks})
+                for width in (1, 2)
+            )
+            return max(least, (numbers - one) // (two - one) + 1)
     return least
 
 

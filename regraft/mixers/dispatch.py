@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..core.shapes import Float, Int
-from .base import is_writable
 from .kernels import try_fused_kernel
 from .recurrence import chunked_recurrence, step_recurrence
+from .tensors import is_writable
 from .vector import chunked_vector, naive_vector
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec, apply_to_both
+from .base import MixerContext, State, WeightSpec
 from .decays import start_decays
 from .linear import ACTIVATIONS, EPS, LinearAttention, mean_decay
 from .ssm import ShortConv
+from .tensors import apply_to_both
 
 HALF_LIVES = (8.0, 64.0, 512.0)  # tokens
 

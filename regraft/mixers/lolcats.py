@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
 from .attention import Attention, spread_heads
-from .base import MixerContext, State, WeightSpec, keep_finite, pad_time
+from .base import MixerContext, State, WeightSpec
 from .hedgehog import Hedgehog, HedgehogOptions
+from .tensors import keep_finite, pad_time
 from .window import SINKS
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec, keep_finite
+from .base import MixerContext, State, WeightSpec
 from .ssm import (
     DT_INIT,
     ShortConv,
@@ -20,6 +20,7 @@ from .ssm import (
     no_decay_weight,
     scan,
 )
+from .tensors import keep_finite
 
 
 class Mamba(StateSpace):

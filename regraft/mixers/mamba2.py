@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec, mask_padding
+from .base import MixerContext, State, WeightSpec
 from .dispatch import recur
 from .recurrence import chunked_flops
 from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, no_decay_weight
+from .tensors import mask_padding
 
 EPS = 1e-5
 # Of the values before SiLU, which is nearly the identity so far from zero.

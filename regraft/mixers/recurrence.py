@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.shapes import Float, Int
-from .base import pad_time
+from .tensors import pad_time
 
 CHUNK = 64  # tokens
 

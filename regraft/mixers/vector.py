@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.shapes import Bool, Float, Int
-from .base import pad_time
 from .recurrence import CHUNK, carry_plain, chunk_ids, document_masks, initial_state
+from .tensors import pad_time
 
 PAIRS = CHUNK * (CHUNK - 1) // 2  # of a query and an earlier key, in a chunk
 

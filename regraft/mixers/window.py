@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float, Int
 from .attention import Attention, spread_heads
-from .base import Mixer, MixerContext, State, WeightSpec, is_writable, pad_time
+from .base import Mixer, MixerContext, State, WeightSpec
 from .naive_window import EMPTY
+from .tensors import is_writable, pad_time
 
 SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
 
@@ -23,16 +24,6 @@ class WindowOptions:
 
     window: int = 64  # the last tokens, the token itself included
     sinks: int = 4  # and the first tokens of its document
-
-
-def token_numbers(attention: Attention) -> int:
-    """Numbers of state that a token in a window takes: keys, values, position."""
-    return attention.kv * (attention.dim + attention.value_dim) + 1
-
-
-def window_tokens(attention: Attention, numbers: int) -> int:
-    """Tokens of window and sinks that a state of so many numbers holds."""
-    return (numbers - 1) // token_numbers(attention)
 
 
 class Window(Mixer):
@@ -71,7 +62,8 @@ class Window(Mixer):
     def state_size(cls, attention: Attention, spec: dict[str, Any]) -> int:
         """Keys, values and positions of the window and the sinks."""
         options = cls.parse(spec)
-        return (options.window + options.sinks) * token_numbers(attention) + 1
+        per_token = attention.kv * (attention.dim + attention.value_dim) + 1
+        return (options.window + options.sinks) * per_token + 1
 
     @classmethod
     def softmax_tokens(cls, spec: dict[str, Any]) -> int:

@@ -164,10 +164,8 @@ class RegraftPreTrainedModel(PreTrainedModel):
         ]
 
     def mixer_slots(self) -> list[nn.Module]:
-        """The slots that hold mixers."""
-        backbone = self.backbone()
-        converted = (layer for layer, spec in enumerate(self.config.mixers) if spec is not None)
-        return [backbone.get_submodule(name_in_backbone(backbone, one)) for one in converted]
+        """The slots that hold mixers, but for those of layers that are left out."""
+        return [module for module in self.backbone().modules() if isinstance(module, MixerSlot)]
 
 
 class RegraftModel(RegraftPreTrainedModel):

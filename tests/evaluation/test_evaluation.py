@@ -16,7 +16,7 @@ from regraft.evaluation import baselines, bench, evaluate
 from regraft.evaluation.perplexity import SLICE, Candidate, measure
 from regraft.io.units import parse_lengths
 from regraft.mixers.remix import Remix
-from regraft.mixers.window import token_numbers
+from regraft.mixers.window import Window
 from regraft.modeling.layer_kinds import attention_of, state_bytes
 from regraft.report import html, plots, tables
 
@@ -117,7 +117,11 @@ def test_windows_that_need_no_training_hold_the_state_of_the_model(source, mixer
 
     own, windows = numbers(remix), numbers(found)
     layers = checkpoint.layers - 1
-    token = layers * token_numbers(attention_of(checkpoint, 0))
+    sizes = [
+        Window.state_size(attention_of(checkpoint, 0), {"name": "window", "window": width})
+        for width in (1, 2)
+    ]
+    token = layers * (sizes[1] - sizes[0])
     if found.window == baselines.WINDOW and not width:
         assert own < windows, "narrower than 64 it would be no opponent"
     else:

@@ -193,7 +193,7 @@ def test_layers_to_keep(keep: str, layers: int, kept: set[int]) -> None:
             "--inherit 'o,w' names 'w': give all, none or a list of q, k, v, o",
         ),
         (Remix(window=0, inherit=""), "names ''"),
-        (Remix(inherit="q,k,v"), "leaves out o, which the window branch of 64 tokens shares"),
+        (Remix(inherit="q,k,v"), "leaves out o, which the window branch of 256 tokens shares"),
     ],
 )
 def test_wrong_use_is_refused(step: Remix, message: str, tmp_path: Path) -> None:
