@@ -13,6 +13,7 @@ from ..core.checkpoint import Checkpoint
 from ..mixers.registry import mixer_class
 from ..mixers.source_windows import source_windows
 from ..modeling.layer_kinds import mixers_of
+from ..modeling.mixer_slot import RowLayout
 from ..train.hooks import LayerRecord, record_layers
 
 BOUND = 1e-5  # largest difference in float32 that rounding makes, relative to the largest output
@@ -54,7 +55,9 @@ def compare_windows(
         for layer, length in lengths.items():
             # Attention is causal: its first outputs are those of a row that ends there.
             record = cut_record(records[layer], length)
-            given, _ = slots[layer](record.inputs, position_embeddings=record.rotary)
+            given, _ = slots[layer](
+                record.inputs, position_embeddings=record.rotary, rows=RowLayout()
+            )
             scale = record.outputs.abs().max()
             difference = float((given - record.outputs).abs().max() / scale)
             # `not <=`, so that NaN counts as the largest.

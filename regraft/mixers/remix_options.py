@@ -38,7 +38,7 @@ class RemixOptions:
     # Initial logit of the linear branch's share beside a window (0: half).
     gate: float = -4.0
     # Beside a window the linear branch counts only where tokens lie before it.
-    past_window: bool = True
+    past_window: bool = False
     # How the layers of `keep` were chosen, when they were measured (`linearize.select_layers`).
     # Changes nothing here.
     scores: dict[str, Any] = field(default_factory=dict)

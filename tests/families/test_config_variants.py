@@ -381,7 +381,7 @@ def test_few_positions(family: str, tmp_path: Path) -> None:
     # Rows of a training are as long as asked for: too long ones are refused before any work.
     long = Stage("next", tokens=4096, length=128)
     for check in (
-        lambda: check_row_lengths(source, [long]),
+        lambda: check_row_lengths(source, [long], None),
         lambda: check_stage(source, str(folder), long, None, None),
     ):
         with pytest.raises(RegraftError, match=f"rows of 128 tokens in a {family}: give 1 to 64"):

@@ -110,6 +110,11 @@ def test_a_language_model_is_linearized_inside(family: str, tmp_path: Path) -> N
     build_wrapper(family)[1].save_pretrained(tmp_path / "source")
     source, remix = Checkpoint.open(tmp_path / "source"), Remix("window", "0", window=96, sinks=0)
     before = compute(tmp_path / "source")
+    if "layers with a state" in source.anatomy.keeps_softmax:
+        with pytest.raises(RegraftError, match="convert --part text"):
+            remix(source)
+        remix(regraft.TakeText()(source))
+        return
     if source.anatomy.keeps_softmax:
         with pytest.raises(RegraftError, match="reads images in both directions"):
             remix(source)
@@ -177,7 +182,8 @@ def test_a_linearized_model_is_trained_on_text(
     byte_tokenizer().save_pretrained(source)
     (source / "preprocessor_config.json").write_text('{"image_processor_type": "Some"}')
     data = write_text(tmp_path / "text.txt")
-    flags = ("--mixer", "gla", "--keep", "0", "--data", data, "--tokens", "128", "--length", "32")
+    flags = ("--mixer", "gla", "--keep", "0", "--window", "8", "--data", data)
+    flags += ("--tokens", "128", "--length", "32")
     code, _, said = run_main(capsys, "linearize", source, out, *flags, "--json")
     assert code == 0, said
     before, after = Checkpoint.open(source), Checkpoint.open(out)
@@ -196,6 +202,8 @@ def test_a_linearized_model_is_trained_on_text(
 def test_documents_of_a_row_are_apart_in_training(family: str) -> None:
     """Classes with M-RoPE read where documents begin in another way than the others."""
     model, ids = build_wrapper(family)[1], tokens(1, 20) % 96
+    if "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        pytest.skip("states of the stock class run on from one document into the next")
     positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
     with torch.no_grad():
         both = run_text_part(model, positions, input_ids=ids)[0][:, 12:]

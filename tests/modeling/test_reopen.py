@@ -124,7 +124,7 @@ def test_large_models_with_experts_are_not_read_whole(
 VERBS = {
     "grow": "grow {model} {out} --layers 5",
     "linearize": "linearize {model} {out} --keep 0 --window 8",
-    "linearize and train": "linearize {model} {out} --data {text} --tokens 256 --length 32 --keep 0",
+    "linearize and train": "linearize {model} {out} --data {text} --tokens 256 --length 32 --keep 0 --window 8",
     "train": "train {model} {out} --data {text} --stage next --tokens 64 --length 32",
     "train layer by layer": "train {linear} {out} --teacher {model} --data {text} --stage align"
     " --tokens 64 --length 32 --stream",

@@ -93,7 +93,7 @@ WORDS: dict[str, Callable[[Path, Path], list[Any]]] = {
     ],
     "linearize": lambda model, out: [
         "linearize", model, out, "--data", model / "text.txt", "--tokens", 640, "--length", 32,
-        "--keep", "every:2",
+        "--window", 8, "--keep", "every:2",
     ],
     "eval": lambda model, out: ["eval", model, "--data", model / "text.txt"],
 }  # fmt: skip

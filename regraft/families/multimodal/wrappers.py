@@ -57,6 +57,10 @@ def count_deepstack(config: Config) -> int:
 
 SECTIONS = {"dim": "M-RoPE shares the pairs of a head out among time, height and width"}
 BOTH_WAYS = "reads images in both directions"
+STATES = (
+    "has layers with a state beside its other parts (regraft convert --part text takes its language"
+    " model out, which is linearized)"
+)
 APART = f"{BOTH_WAYS} (regraft convert --part text takes its language model out, which does not)"
 # By the config's `model_type`.
 WRAPPERS = {
@@ -81,7 +85,7 @@ WRAPPERS = {
         closed=SECTIONS,
         images="patches",
     ),
-    "qwen3_5": Wrapper(MERGER, OUT, closed=SECTIONS, images="patches"),
+    "qwen3_5": Wrapper(MERGER, OUT, closed=SECTIONS, images="patches", keeps_softmax=STATES),
     "qwen3_vl": Wrapper(DEEPSTACK, OUT, count_deepstack, SECTIONS, "patches"),
     "smolvlm": Wrapper(CONNECTOR, images="several"),
     "vipllava": Wrapper(TWO_MAPS),

@@ -15,7 +15,7 @@ from ..method import Method, StageShare
 RATES = {"lr_new": 1.25e-4, "lr_mixer": 3e-5}
 
 method = Method(
-    RemixOptions(keep="recall:25%"),
+    RemixOptions(keep="recall:25%", past_window=True),
     (StageShare("align", 0.25, RATES), StageShare("distil", 0.75, RATES | {"lr_body": 3e-6})),
     calibration=8192,
     unmeasured="every:4",

@@ -25,7 +25,6 @@ method = Method(
         sinks=0,
         options=GLA,
         gate=0.0,
-        past_window=False,
     ),
     (StageShare("next", 1.0, {"rank": 8, "lr_new": 0.0, "lr_mixer": 1e-4}),),
 )
