@@ -24,6 +24,7 @@ from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.mixers.remix import Remix
 from regraft.mixers.window import Window
+from regraft.modeling.mixer_slot import RowLayout
 
 WINDOW, TIME = 12, 40
 REMIX = Remix(mixer="supra", keep="1", window=WINDOW, sinks=2)
@@ -281,7 +282,8 @@ def test_rotation_is_the_hosts_only_where_the_source_rotates(tmp_path: Path) -> 
     slot, x = model.slots()[0], torch.randn(1, 5, 36)
     angle = torch.rand(1, 5, 4).repeat(1, 1, 2)
     tables = (angle.cos(), angle.sin())
-    turned, plain = slot(x, position_embeddings=tables)[0], slot(x)[0]
+    rows = RowLayout()
+    turned, plain = slot(x, position_embeddings=tables, rows=rows)[0], slot(x, rows=rows)[0]
     slot.rotary = False
-    assert torch.equal(slot(x, position_embeddings=tables)[0], plain)
+    assert torch.equal(slot(x, position_embeddings=tables, rows=rows)[0], plain)
     assert not torch.equal(turned, plain)
