@@ -88,7 +88,7 @@ def main() -> None:
         print(f"{name:<12}", *(f"{value:8.4f}" for value in errors), flush=True)
 
     print(f"{'layer':<12}", *(f"{layer:>8}" for layer in layers))
-    show("window", modeling.materialize(Remix("window", keep)(source)))
+    show("window", modeling.materialize(Remix("window", keep, window=64)(source)))
     student = modeling.materialize(
         Remix(options.mixer, keep, window=options.window, options=options.options)(source)
     )

@@ -63,7 +63,7 @@ def main() -> None:
     mixer = single_layer_kl(
         source, Remix(options.mixer, "none", window=0), SelectionData(picked, batches)
     )
-    window = single_layer_kl(source, Remix("window", "none"), SelectionData(picked))
+    window = single_layer_kl(source, Remix("window", "none", window=64), SelectionData(picked))
     print(f"{'layer':>5} {options.mixer:>15} {'window':>8} {'more':>8}")
     for layer in sorted(range(source.layers), key=lambda layer: window[layer] - mixer[layer]):
         print(

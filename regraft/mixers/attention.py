@@ -102,11 +102,12 @@ class Attention:
         scores = scores * self.scale
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
-        if self.slopes is None:
+        slopes = self.slopes
+        if slopes is None:
             return scores
         assert distance is not None
-        slopes = torch.tensor(self.slopes, device=scores.device)
-        return scores - (spread_heads(slopes, scores) * distance).to(scores.dtype)
+        spread = spread_heads(torch.tensor(slopes, device=scores.device), scores)
+        return scores - (spread * distance).to(scores.dtype)
 
 
 def alibi_slopes(heads: int, exponent: float = 8.0) -> list[float]:

@@ -144,9 +144,8 @@ class GatedMixer(Mixer):
         """Which tokens have tokens before them that neither their window nor the sinks show."""
         window = self.window
         assert isinstance(window, Window)
-        position = window.positions(x, mixing)
-        if state:
-            position = position + _branch_state(state, "window")["seen"]
+        past = _branch_state(state, "window") if state else None
+        position = window.place_tokens(x, mixing, past)
         return position >= window.options.window + window.options.sinks
 
 

@@ -13,7 +13,7 @@ from ..core.shapes import Bool, Float, Int
 from .attention import Attention, spread_heads
 from .base import MixerContext, State, WeightSpec
 from .hedgehog import Hedgehog, HedgehogOptions
-from .tensors import keep_finite, pad_time
+from .tensors import keep_finite, pad_time, take_tokens
 from .window import SINKS
 
 
@@ -180,10 +180,7 @@ class Lolcats(Hedgehog):
         # Padding goes to the front, so that `window` places are `window` tokens.
         order = filled.long().argsort(dim=1, stable=True)
         filled, ids = filled.gather(1, order), ids.gather(1, order)
-        q, k, v = (
-            t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
-            for t in (q, k, v)
-        )
+        q, k, v = (take_tokens(t, order) for t in (q, k, v))
         return WindowedTokens(q, k, v, filled, ids, order)
 
     def window_softmax_sums(

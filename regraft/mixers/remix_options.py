@@ -24,7 +24,7 @@ class RemixOptions:
     keep: str = "every:4"
     # With more than 0 tokens, a linear mixer gets a gated branch of sliding-window attention beside
     # it; 0: no window. The window branch is the source's own attention. Of what costs no training a
-    # wide window keeps most for its state (docs/evaluation.md).
+    # wide window keeps most for its state (docs/log.md).
     window: int = 256
     # First tokens that the window branch always sees.
     sinks: int = 4

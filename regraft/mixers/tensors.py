@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.shapes import Bool, Float
+from ..core.shapes import Bool, Float, Int
 
 
 def is_writable(*tensors: Tensor | None) -> bool:
@@ -57,3 +57,10 @@ def pad_time(
     """Zero-pad axis 2 (time) at the end to a multiple of `multiple`."""
     short = -x.shape[2] % multiple
     return F.pad(x, [0, 0] * (x.ndim - 3) + [0, short]) if short else x
+
+
+def take_tokens(
+    x: Float[Tensor, "batch heads time dim"], places: Int[Tensor, "batch count"]
+) -> Float[Tensor, "batch heads count dim"]:
+    """Some tokens of keys or values."""
+    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

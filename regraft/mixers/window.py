@@ -13,7 +13,7 @@ from ..core.shapes import Float, Int
 from .attention import Attention, spread_heads
 from .base import Mixer, MixerContext, State, WeightSpec
 from .naive_window import EMPTY
-from .tensors import is_writable, pad_time
+from .tensors import is_writable, pad_time, take_tokens
 
 SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
 
@@ -113,9 +113,7 @@ class Window(Mixer):
         begins, state = state is None, state or self.initial_state(k)
         overwrite = mixing.overwrite and mixing.segments is None and not begins
 
-        position = state["seen"]
-        if x.shape[1] > 1:
-            position = position + self.positions(x, mixing)
+        position = self.place_tokens(x, mixing, state)
         if mixing.valid is not None:
             position = position.masked_fill(~mixing.valid, EMPTY)
 
@@ -145,6 +143,15 @@ class Window(Mixer):
         sink_at = parts["sink_at"]
         sinks = parts["sink_k"], parts["sink_v"], sink_at, sink_at.clamp(max=0)
         return self.attend_blocks(q, keys, values, at, ids, sinks).transpose(1, 2), last
+
+    def place_tokens(
+        self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext, state: State | None
+    ) -> Int[Tensor, "batch time"]:
+        """Each token's place in its document; any number on padding."""
+        if state is None:
+            return self.positions(x, mixing)
+        # A single token is the next one, whatever the layout.
+        return state["seen"] + (self.positions(x, mixing) if x.shape[1] > 1 else 0)
 
     def positions(
         self, x: Float[Tensor, "batch time hidden"], mixing: MixerContext
@@ -208,7 +215,9 @@ class Window(Mixer):
         last = (write_slot if settled else fill_slots)(state, k, v, position, size)
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
-        distance = (position - last["at"])[:, None, None]
+        distance = None
+        if self.attention.alibi is not None:
+            distance = (position - last["at"])[:, None, None]
         scores = self.attention.scale_scores(group @ last["k"].mT, distance)
         if not settled:
             # A sink that is still inside the window stands there too; it is counted there alone.
@@ -413,13 +422,6 @@ def fill_slots(state: State, k: Tensor, v: Tensor, position: Tensor, size: int) 
         "at": torch.where(taken, position, state["at"]),
         "seen": state["seen"] + counts,
     }
-
-
-def take_tokens(
-    x: Float[Tensor, "batch heads time dim"], places: Int[Tensor, "batch count"]
-) -> Float[Tensor, "batch heads count dim"]:
-    """Some tokens of keys or values."""
-    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _pair_blocks(x: Tensor, n: int, *more: Tensor) -> Tensor:

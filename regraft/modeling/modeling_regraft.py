@@ -180,6 +180,8 @@ class RegraftModel(RegraftPreTrainedModel):
     host_auto_class = AutoModel
     # Positions of the call, from a head that does not pass them on.
     handed_positions: Tensor | None = None
+    # Whether a slot has to be told of padding and documents, since its host passes nothing on.
+    hands_rows = False
 
     def __init__(self, config: RegraftConfig, *args: Any, **kwargs: Any):
         config.fit_layers()
@@ -249,7 +251,7 @@ class RegraftModel(RegraftPreTrainedModel):
             attention_mask = None  # no softmax layer is left that reads it
 
         # Most hosts pass `rows` through to every slot with their other keyword arguments.
-        with hand_rows(self.mixer_slots(), rows):
+        with hand_rows(self.mixer_slots() if self.hands_rows else (), rows):
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -296,8 +298,9 @@ def tell_rows(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None
     caches = (named.get(name) for name in ("cache", "past_key_values"))
     cache = next((one for one in caches if one is not None), None)
     mask, positions = named.get("attention_mask"), named.get("position_ids")
+    rows = lay_out_rows(tokens.shape[1], mask, positions, cache)
     for slot in model.base_model.mixer_slots():
-        slot.rows = lay_out_rows(tokens.shape[1], mask, positions, cache)
+        slot.rows = rows
 
 
 def forget_rows(model: Any, given: Any, output: Any) -> None:
@@ -421,6 +424,7 @@ def put_mixers(backbone: Any) -> None:
             # Layers in a module of their own, as OPT's, may get nothing from the model around it.
             direct = isinstance(backbone.get_submodule(name.partition(".")[0]), nn.ModuleList)
             told = direct and passes_keywords(type(parent).forward, name.rpartition(".")[2])
+            backbone.hands_rows = backbone.hands_rows or not told
             names, tables = name_arguments(stock), getattr(stock, "rotary_emb", None)
             slot = MixerSlot(spec, Attention(**attention), layer, names, told, tables)
             backbone.set_submodule(name, slot)

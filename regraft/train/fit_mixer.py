@@ -159,7 +159,11 @@ class Evidence:
 
 
 def gather_evidence(
-    mixer: Mixer, records: Records, segments: Sequence[Tensor | None], gates: Tensor | None
+    mixer: Mixer,
+    records: Records,
+    segments: Sequence[Tensor | None],
+    gates: Tensor | None,
+    counted: Sequence[Tensor] | None = None,
 ) -> list[Evidence]:
     """What all candidates share, computed once.
 
@@ -168,18 +172,18 @@ def gather_evidence(
         records: by batch, what the layer got and what its attention was.
         segments: by batch, (batch, time) numbers of documents, or None.
         gates: gate candidates (candidates, hidden + 1, heads); None for a mixer without a gate.
+        counted: as of `gate_candidates`.
     """
     gathered = []
-    for (record, seen), ids in zip(records, segments, strict=True):
+    for number, ((record, seen), ids) in enumerate(zip(records, segments, strict=True)):
         one = Evidence(record, seen.heads, record.mixer_context(ids), None, None)
         if gates is not None and isinstance(mixer, GatedMixer):
             window = mixer.window.mix(record.inputs, one.context, None)[0]
             one.window = window.float().transpose(1, 2)
             values = torch.einsum("bth,chk->cbkt", _append_ones(record.inputs), gates)
             one.gates = values.sigmoid().unsqueeze(-1)
-            if mixer.options.past_window:
-                counted = mixer.leaves_window(record.inputs, one.context, None)
-                one.gates = one.gates * counted[:, None, :, None]
+            if counted is not None:
+                one.gates = one.gates * counted[number][:, None, :, None]
         gathered.append(one)
     return gathered
 
@@ -202,16 +206,15 @@ def fit_mixer(
         (whether the maps were folded, the mean of the chosen gate shares).
     """
     linear = linear_branch(mixer)
-    gates = None
+    gates = counted = None
     if isinstance(mixer, GatedMixer):
-        counted = None
         if mixer.options.past_window:
             counted = [
                 mixer.leaves_window(record.inputs, record.mixer_context(ids), None)
                 for (record, _), ids in zip(records, segments, strict=True)
             ]
         gates = gate_candidates(records, counted)
-    evidence = gather_evidence(mixer, records, segments, gates)
+    evidence = gather_evidence(mixer, records, segments, gates, counted)
     if linear.half_lives is not None:
         choose_half_lives(linear, linear.half_lives, evidence)
 

@@ -41,8 +41,7 @@ def choose_gate_shift(
     Returns:
         The shift, None for a model without gates.
     """
-    mixers = [getattr(slot, "mixer", None) for slot in slots]
-    gates = [mixer.gate.bias for mixer in mixers if isinstance(mixer, GatedMixer)]
+    gates = find_gates(slots)
     if not gates:
         return None
     left = torch.zeros(len(SHIFTS), len(input_ids))
@@ -57,6 +56,12 @@ def choose_gate_shift(
     for bias in gates:
         bias.add_(best)
     return best
+
+
+def find_gates(slots: Sequence[Any]) -> list[Tensor]:
+    """The biases of the gates beside windows, (heads,) each."""
+    mixers = (getattr(slot, "mixer", None) for slot in slots)
+    return [mixer.gate.bias for mixer in mixers if isinstance(mixer, GatedMixer)]
 
 
 def predict_tokens(

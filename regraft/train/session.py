@@ -31,7 +31,7 @@ from ..modeling.reopen import save_model
 from ..progress import Ticker
 from . import fsdp, loop
 from .calibrate import calibrate
-from .gate_shift import choose_gate_shift
+from .gate_shift import choose_gate_shift, find_gates
 from .monitor import DEFAULT_MONITORING, MonitorConfig, summarize_stages
 from .objectives import Data, Rows
 from .output import TEXT, TRAINED, finish_run, open_run, publish_model
@@ -132,17 +132,18 @@ def calibrate_mixers(
 ) -> int:
     """Run the closed-form start over all layers and count the tokens; see `calibrate_once`.
 
-    With four batches or more the last quarter is kept apart, to judge how far gates open.
+    Of a model with gates the last quarter of four batches or more is kept apart, to judge how far
+    they open.
     """
     slots = modeling.slots(student)
-    apart = len(batches) // 4
+    apart = len(batches) // 4 if find_gates(slots) else 0
     fitted, judges = batches[: len(batches) - apart], batches[len(batches) - apart :]
     rows = calibrate(slots, teacher, list(teacher_slots), fitted, ticker.update, seconds)
     tokens = max((row["tokens"] for row in rows), default=0)
     if judges:
         input_ids = torch.cat([ids for ids, _, _ in judges])
-        if choose_gate_shift(slots, student, teacher, input_ids) is not None:
-            tokens += input_ids.numel()
+        choose_gate_shift(slots, student, teacher, input_ids)
+        tokens += input_ids.numel()
     return tokens
 
 

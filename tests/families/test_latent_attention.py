@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.decoding import decode
 from helpers.tiny import max_relative_difference, tokens
 from transformers import AutoModelForCausalLM
 
@@ -70,18 +71,6 @@ def save_tiny(folder: Path, case: str) -> Checkpoint:
 
 def load_stock(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def decode(model: Any, rows: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Logits of the last tokens of rows, read one by one behind a prefix."""
-    output = model(input_ids=rows[:, :prefix], use_cache=True)
-    logits = [output.logits[:, -1:]]
-    for place in range(prefix, rows.shape[1]):
-        name = "cache" if "cache" in output else "past_key_values"
-        output = model(input_ids=rows[:, place : place + 1], use_cache=True, **{name: output[name]})
-        logits.append(output.logits)
-    return torch.cat(logits, 1)
 
 
 @torch.no_grad()
