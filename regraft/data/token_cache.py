@@ -180,7 +180,10 @@ class TokenCache:
             # the system drops the lock of a process that is killed
             with FileLock(self.folder / "lock", timeout=0):
                 remove_parts(self.folder)  # a journal that was being written in a kill
-                self._fill(self.read_journal(), enough, BadLines(skip_bad), report_progress)
+                known = self.read_journal()
+                # Another process may have read all of it since the caller looked.
+                if not known.done:
+                    self._fill(known, enough, BadLines(skip_bad), report_progress)
         except Timeout:
             return False
         except OSError as error:

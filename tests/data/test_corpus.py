@@ -288,6 +288,21 @@ def test_a_file_that_another_process_reads_is_left_to_it(tmp_path, monkeypatch, 
     assert len(corpus.rows(50)) == len(pack(documents(), TOKENIZER, 50))
 
 
+@pytest.mark.parametrize("enough", [None, 1 << 20])
+def test_a_file_that_another_process_has_just_read_is_not_read_again(
+    enough: int | None, tmp_path: Path, small: None
+) -> None:
+    """Both found it unread, and the second got the lock when the first was done."""
+    file = write(tmp_path, ".jsonl", documents())
+    first, second = (Corpus(Text(str(file)), TOKENIZER, tmp_path / "cache") for _ in range(2))
+    [(early, _)], [(late, _)] = (corpus.find_unread_files(enough) for corpus in (first, second))
+    assert early.fill(enough, False)
+    before = contents(tmp_path / "cache")
+    assert late.fill(enough, False)
+    assert contents(tmp_path / "cache") == before
+    assert late.journal.tokens == early.journal.tokens
+
+
 BAD = [
     (
         "a.jsonl",
