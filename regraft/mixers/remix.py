@@ -26,7 +26,7 @@ from .initialize import create_initial_tensor
 from .older_names import first_name
 from .registry import begins_with_bos, mixer_class, mixers, validate, weights
 from .remix_options import RemixOptions
-from .source_windows import source_windows
+from .source_windows import chunked_layers, source_windows
 
 # Of queries and keys, or of what they are made of.
 NORMS = (*QK_NORM_FORMS, "gain kv dim", "gain latent", "gain query_latent")
@@ -111,6 +111,7 @@ class Remix(RemixOptions):
             for layer in range(source.layers)
             if not has_softmax(source.anatomy, source.config, layer)
         }
+        kept |= {*chunked_layers(source.config)}
         eps = source.anatomy.epsilon(source.config)
         specs = [
             None if layer in kept else name_eps(self.build_spec(window), eps)
@@ -216,11 +217,21 @@ class Remix(RemixOptions):
                 f"linear attention has no softmax, so {self.mixer} drops the source's learned"
                 " sinks; softmax within a window keeps them"
             )
-        rope = source.anatomy.fill_defaults(source.config).get("rope_parameters") or {}
+        if chunked := chunked_layers(source.config):
+            notes.append(
+                f"{len(chunked)} layers attend within chunks, anew in each, and stay as they are"
+            )
+        full = source.anatomy.fill_defaults(source.config)
+        rope = full.get("rope_parameters") or {}
         if replaced and rope.get("llama_4_scaling_beta"):
             notes.append(
                 "mixers leave out the factor on queries, which is 1 for the first"
                 f" {rope.get('original_max_position_embeddings')} tokens of a text"
+            )
+        if replaced and full.get("attn_temperature_tuning"):
+            notes.append(
+                "mixers leave out the factor on queries, which is 1 for the first"
+                f" {full.get('floor_scale')} tokens of a text"
             )
         if capped and not mixer_class(self.mixer).is_window:
             cap = config["attention"][capped[0]]["softcap"]

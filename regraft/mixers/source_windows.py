@@ -17,6 +17,9 @@ from ..errors import RegraftError, explain_errors
 KINDS = ("full_attention", "sliding_attention")
 # Layers that have a state, or nothing, in the place of softmax attention, or a state beside it.
 STATES = ("linear_attention", "conv", "mamba", "recurrent", "dummy", "hybrid")
+# Softmax attention that begins anew at every chunk: such layers stay as they are, since their cost
+# does not grow with the text and a state would run on over the chunk's end.
+CHUNKED = "chunked_attention"
 
 
 def source_windows(config: Config, states: bool = False) -> list[int | None]:
@@ -24,7 +27,8 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
 
     Args:
         config: of a stock decoder, the mapping in its config.json.
-        states: whether layers with a state in the place of attention are taken, as None.
+        states: whether layers that mixers never replace are taken: with a state in the place of
+            attention, or with attention in chunks, both as None.
 
     RegraftError for other layers that see other tokens than the last ones.
     """
@@ -39,7 +43,7 @@ def source_windows(config: Config, states: bool = False) -> list[int | None]:
     if own is not None:
         return own(config)
     for layer, kind in enumerate(kinds):
-        if kind not in KINDS and not (states and kind in STATES):
+        if kind not in KINDS and not (states and kind in (*STATES, CHUNKED)):
             raise RegraftError(
                 f"layer {layer} of this {family} has '{kind}', which mixers do not carry over: "
                 f"linearize a model whose layers are {' or '.join(KINDS)}"
@@ -67,6 +71,11 @@ def cached_tokens(config: Config) -> list[int | None]:
         config: of a stock decoder, the mapping in its config.json; its layers may be of any kind.
     """
     return _read_layers(config)[2]
+
+
+def chunked_layers(config: Config) -> list[int]:
+    """The layers of a stock decoder whose attention begins anew at every chunk."""
+    return [layer for layer, kind in enumerate(_read_layers(config)[1]) if kind == CHUNKED]
 
 
 def _read_layers(config: Config) -> tuple[Any, list[str], list[int | None]]:

@@ -201,7 +201,7 @@ def passes_keywords(forward: Callable[..., Any], part: str) -> bool:
 
 def hand_positions(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Keep the positions of a call for the backbone, whose head's class does not pass them on."""
-    model.base_model.handed_positions = named.get("position_ids")
+    model.backbone().handed_positions = named.get("position_ids")
 
 
 @contextmanager

@@ -290,6 +290,13 @@ class RegraftWithHead(RegraftPreTrainedModel):
             self.register_forward_pre_hook(hand_positions, with_kwargs=True)
         self.post_init()
 
+    def backbone(self) -> Any:
+        """The module that has the layers with mixers."""
+        if self.base_model is not self:
+            return self.base_model
+        # The class says another name than its backbone has, as Llama 4's does.
+        return next(part for part in self.children() if isinstance(part, PreTrainedModel))
+
 
 def tell_rows(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Tell the slots of a model of padding and documents, before its head calls their layers."""
@@ -299,13 +306,13 @@ def tell_rows(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None
     cache = next((one for one in caches if one is not None), None)
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     rows = lay_out_rows(tokens.shape[1], mask, positions, cache)
-    for slot in model.base_model.mixer_slots():
+    for slot in model.backbone().mixer_slots():
         slot.rows = rows
 
 
 def forget_rows(model: Any, given: Any, output: Any) -> None:
     """The end of a call that began with `tell_rows`."""
-    for slot in model.base_model.mixer_slots():
+    for slot in model.backbone().mixer_slots():
         slot.rows = None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import GROWABLE, tiny
+from helpers.tiny import GROWABLE, max_relative_difference, tiny
 
 import regraft
 from regraft.checks import table_proof
@@ -31,6 +31,8 @@ from regraft.families.inference.tiny_model import TinyModel, find_tiny_model
 from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.mixers.remix import Remix
+from regraft.mixers.source_windows import chunked_layers
+from regraft.modeling.loading import materialize
 
 ENCODERS = ("bert", "roberta", "vit", "dinov2")
 DECODERS = [family for family in GROWABLE if family not in ENCODERS]
@@ -128,6 +130,7 @@ def test_unknown_types_are_proven_on_every_axis(family: str) -> None:
         ("exaone", {}),  # files call the attention otherwise than the class
         ("moshi", {}),  # attention that makes its cos and sin; windows in the cache alone
         ("flint", {}),  # sinks of another name
+        ("llama4_text", {}),  # chunks, and layers that do not rotate
         ("falcon_h1", {"key_multiplier": 0.4, "attention_in_multiplier": 0.7}),
     ],
 )
@@ -143,6 +146,28 @@ def test_attention_that_classes_have_in_ways_of_their_own(
     assert table_proof.prove_attention(table, tiny_model) is None
     if table.key_factor:
         assert table_proof.prove_attention(replace(table, key_factor=""), tiny_model)
+
+
+def test_layers_that_attend_in_chunks_stay(tmp_path: Path, cache: Path) -> None:
+    """Rows are longer than a chunk: the class alone knows where one ends."""
+    sizes = {"attention_chunk_size": 16, "interleave_moe_layer_step": 1, "num_local_experts": 2}
+    save_unknown(tmp_path / "source", "llama4_text", **sizes)
+    source = Checkpoint.open(tmp_path / "source")
+    step = Remix("window", "none", window=64, sinks=0)
+    converted = step(source)
+    kinds = chunked_layers(source.config)
+    mixers = converted.config["mixers"]
+    assert kinds and [layer for layer, spec in enumerate(mixers) if spec is None] == kinds
+    assert any("chunks" in note for note in converted.history[-1]["notes"])
+    stock, linear = regraft.load(tmp_path / "source"), materialize(converted)
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert max_relative_difference(stock(ids).logits, linear(ids).logits) < 1e-5
+    texts = [
+        model.generate(ids[:, :12], max_new_tokens=12, do_sample=False, pad_token_id=0)
+        for model in (stock, linear)
+    ]
+    assert torch.equal(*texts)
 
 
 def test_a_factor_on_keys_is_another_table() -> None:

@@ -165,6 +165,7 @@ def find_rule(config: dict[str, Any], turns: Sequence[bool]) -> LayerRule | None
     """
     if not any(turns):
         return "", ()
+    found: list[tuple[int, LayerRule]] = []
     for key, value in config.items():
         if not isinstance(value, list) or len(value) != len(turns):
             continue
@@ -173,5 +174,6 @@ def find_rule(config: dict[str, Any], turns: Sequence[bool]) -> LayerRule | None
         inside = {one for one, turn in zip(value, turns, strict=True) if turn}
         outside = {one for one, turn in zip(value, turns, strict=True) if not turn}
         if not inside & outside:
-            return key, tuple(sorted(inside, key=repr))
-    return None
+            found.append((len({*value}), (key, tuple(sorted(inside, key=repr)))))
+    # A list with other values for each layer, such as one of numbers of layers, fits anything.
+    return min(found, key=lambda one: one[0], default=(0, None))[1]
