@@ -16,10 +16,10 @@ from ..errors import RegraftError
 
 AXES = frozenset(
     (
-        "vocab hidden ffn inner dense_ffn shared_ffn kv group dim depth pos place one two three "
-        "expert kernel type label pool channel patch register bucket key_head key_dim "
-        "value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap embed task "
-        "encoder_depth mel latent query_latent rope value"
+        "vocab hidden ffn inner dense_ffn shared_ffn routed_ffn kv group dim depth pos place "
+        "one two three expert kernel type label pool channel patch register bucket key_head "
+        "key_dim value_group value_dim ssm_head ssm_dim ssm_group ssm_state ssm_conv tap embed "
+        "task encoder_depth mel latent query_latent rope value"
     ).split()
 )
 # What names of axes begin with that belong to a stack beside the one that grows.

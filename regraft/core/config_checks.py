@@ -17,6 +17,7 @@ from .stock_config import CHECKED_LISTS, check_length
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
+    from .part import Part
 
 # The deepest models that were published have 1,000 layers (DeepNet, arXiv 2203.00555), those with
 # the most experts 2,048 (Switch, arXiv 2101.03961), in 15 layers.
@@ -107,6 +108,11 @@ def check_config(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     _check_attention_keys(config, anatomy)
 
 
+def present_parts(anatomy: Anatomy, full: Mapping[str, Any]) -> list[Part]:
+    """The parts that a model has in some layer, by its config with all defaults."""
+    return [part for part in anatomy.parts.values() if part.is_present(full)]
+
+
 def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     """RegraftError when keys are of the right types, but the model could not run with them."""
     if any(config.get(key) is None for key in anatomy.required_keys()):
@@ -116,7 +122,8 @@ def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
 
     experts = full.get(anatomy.routed, 1)
     count = next((full.get(key) for key, axis in anatomy.sizes if axis == "expert"), 1)
-    if experts is not None and count is not None and not 1 <= experts <= count:
+    is_bad = experts is not None and count is not None and not 1 <= experts <= count
+    if is_bad and any(part.at == "routed" for part in present_parts(anatomy, full)):
         raise RegraftError(
             f"{anatomy.family} config has {anatomy.routed} = {experts}: give 1 to {count}"
         )
@@ -193,14 +200,17 @@ def check_sizes(family: str, sizes: Mapping[str, int]) -> None:
             )
 
 
-def check_counts(family: str, sizes: Mapping[str, int], entries: Mapping[str, TensorEntry]) -> None:
+def check_counts(
+    anatomy: Anatomy, sizes: Mapping[str, int], entries: Mapping[str, TensorEntry]
+) -> None:
     """RegraftError when files do not have as many tensors as layers and experts need."""
-    needed = sizes.get("depth", 1) * sizes.get("expert", 1)
-    if needed > len(entries):
-        layers, experts = sizes.get("depth", 1), sizes.get("expert")
-        count = f"{layers:,} layers" + (f" of {experts:,} experts" if experts else "")
+    # Many classes hold all experts of a layer in one tensor.
+    apart = any("{e}" in part.name for part in anatomy.parts.values())
+    layers, experts = sizes.get("depth", 1), sizes.get("expert", 1) if apart else 1
+    if layers * experts > len(entries):
+        count = f"{layers:,} layers" + (f" of {experts:,} experts" if apart else "")
         raise RegraftError(
-            f"{family} config says {count}, the files hold {len(entries):,} tensors: "
+            f"{anatomy.family} config says {count}, the files hold {len(entries):,} tensors: "
             "config.json and weights do not belong together"
         )
 

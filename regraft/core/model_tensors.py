@@ -149,7 +149,7 @@ def read_model_tensors(
     if quantization:
         found, unused = dequantize(found, quantization, config, folder)
     with explain_config_errors(folder / "config.json"):
-        check_counts(anatomy.family, anatomy.solve(config), found)
+        check_counts(anatomy, anatomy.solve(config), found)
         anatomy.place(config)
     names, dropped = match_names(found, anatomy, config)
 

@@ -1,5 +1,5 @@
-"""Granite hybrid (IBM, 2025) without experts: Llama with Mamba-2 layers in the place of some
-softmax layers, and factors on embeddings, branches, scores and logits.
+"""Granite hybrid (IBM, 2025): Llama with Mamba-2 layers in the place of some softmax layers, and
+factors on embeddings, branches, scores and logits. Larger ones have experts beside the MLP.
 """
 
 from __future__ import annotations
@@ -7,10 +7,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
+from ..errors import RegraftError
 from .granite_swa import softmax_scale
 from .llama import DEFAULTS, LAYER, SIZES
 from .llama import parts as llama_parts
+from .qwen2_moe import MULTIPLES
 
+EXPERTS = f"{LAYER}.block_sparse_moe"
 MAMBA = f"{LAYER}.mamba"
 # `layer_types` of today's class, then of older releases.
 LINEAR = ("linear_attention", "mamba")
@@ -42,6 +45,40 @@ def read_limits(config: Config) -> dict[str, Any]:
     return {"time_step_limit": [float(one) for one in numbers]}
 
 
+def keep_inner_width(config: Config) -> dict[str, Any]:
+    """The factor from `hidden` to the width inside Mamba-2 layers, which stays as it is.
+
+    RegraftError when it is no whole number: the class has no key for that width.
+    """
+    hidden, before = config["hidden_size"], config["_before"]
+    inner = before["ssm_head"] * before["ssm_dim"]
+    if hidden == before["hidden"]:
+        return {}
+    if inner % hidden:
+        raise RegraftError(
+            f"{config['model_type']} with hidden {hidden} cannot keep Mamba-2 layers of {inner}"
+            f" channels, which its class has as a multiple of hidden: give a divisor of {inner}"
+        )
+    return {"mamba_expand": inner // hidden}
+
+
+def experts() -> dict[str, Part]:
+    """The router and the experts, all in one tensor for each map; `num_local_experts` 0: none."""
+    when, stored = "_has_experts", "expert out in"
+    return {
+        **linear("moe.router", f"{EXPERTS}.router.layer", "hidden -> expert", when=when),
+        **linear(
+            "moe.gate_up", f"{EXPERTS}.input_linear",
+            "hidden -> expert routed_ffn + expert routed_ffn",
+            stored=stored, fused=("moe.gate", "moe.up"), at="routed", when=when,
+        ),
+        **linear(
+            "moe.down", f"{EXPERTS}.output_linear", "routed_ffn -> expert hidden",
+            stored=stored, at="routed", when=when,
+        ),
+    }  # fmt: skip
+
+
 def mamba_parts() -> dict[str, Part]:
     """What a Mamba-2 layer has: gate, x, B, C and dt of the input in one matrix."""
     inner, keys = "ssm_head ssm_dim", "ssm_group ssm_state"
@@ -63,11 +100,10 @@ def mamba_parts() -> dict[str, Part]:
         "dt_bias": ("dt_bias", "-> ssm_head", None),
         "A_log": ("A_log", "-> ssm_head", None),
         "D": ("D", "-> ssm_head", None),
-        "norm.weight": ("norm.weight", f"scale {inner}", None),
     }
     for role, (name, axes, when) in plain.items():
         rows[f"mamba.{role}"] = Part(f"{MAMBA}.{name}", axes, when=when, in_layer=is_linear)
-    return rows
+    return rows | norm("mamba.norm", f"{MAMBA}.norm", inner, in_layer=is_linear)
 
 
 def parts() -> dict[str, Part]:
@@ -93,6 +129,7 @@ def parts() -> dict[str, Part]:
             fused=("mlp.gate", "mlp.up"),
         ),
         **linear("mlp.down", f"{mlp}.output_linear", "ffn -> hidden"),
+        **experts(),
         **norm("norm.final", "model.norm", writes="head"),
     }
 
@@ -110,7 +147,8 @@ anatomy = Anatomy(
     family="granitemoehybrid",
     parts=parts(),
     sizes=tuple(("shared_intermediate_size" if axes == "ffn" else key, axes) for key, axes in SIZES)
-    + MAMBA_SIZES,
+    + MAMBA_SIZES
+    + (("_experts", "expert"), ("intermediate_size", "routed_ffn")),
     slot=f"{LAYER}.self_attn",
     defaults={
         **DEFAULTS,
@@ -128,9 +166,18 @@ anatomy = Anatomy(
         "mamba_conv_bias": True,
         "mamba_proj_bias": False,
         "_conv_channels": conv_channels,
+        "intermediate_size": 11008,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "_has_experts": lambda config: bool(config["num_local_experts"]),
+        "_experts": lambda config: config["num_local_experts"] or 1,
     },
+    finish=keep_inner_width,
+    multiples=MULTIPLES,
+    routed="num_experts_per_tok",
     scale=softmax_scale,
     rewrite=read_limits,
     rotates=lambda config, layer: config.get("position_embedding_type") == "rope",
     served_only=True,
+    closed={"expert": "more of them beside Mamba-2 layers are not proven to be exact"},
 )

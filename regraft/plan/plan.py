@@ -275,8 +275,9 @@ def print_plan(plan: Plan, console: Console) -> None:
 
     for kind, layers in plan.layers.items():
         numbers = format_ranges(layers)
-        state = format_megabytes(plan.state_bytes[kind])
-        suffix = f"; state {state} MB" if keeps_state(plan) else ""
+        state = plan.state_bytes.get(kind)
+        weighs = "unchanged, not counted" if state is None else f"{format_megabytes(state)} MB"
+        suffix = f"; state {weighs}" if keeps_state(plan) else ""
         console.print(f"{kind}: layers {numbers}{suffix}", soft_wrap=True, highlight=False)
     for note in [*plan.notes, *format_left_out(plan), *format_scan(plan)]:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)

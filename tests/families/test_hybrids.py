@@ -14,6 +14,7 @@ from helpers.tiny import max_relative_difference, tokens
 from transformers import AutoModelForCausalLM
 
 import regraft
+from regraft.cli.main import main
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.stock_config import decode_floats
 from regraft.errors import RegraftError
@@ -61,7 +62,9 @@ def compute(folder: Path, load: Any = AutoModelForCausalLM.from_pretrained) -> t
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_a_hybrid_grows_and_its_softmax_layers_give_way(family: str, tmp_path: Path) -> None:
+def test_a_hybrid_grows_and_its_softmax_layers_give_way(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_tiny(tmp_path / "source", {"model_type": family, **HYBRIDS[family]})
     source, before = Checkpoint.open(tmp_path / "source"), compute(tmp_path / "source")
     closed = set(inferred.find_table(source.config).closed)
@@ -75,6 +78,9 @@ def test_a_hybrid_grows_and_its_softmax_layers_give_way(family: str, tmp_path: P
     assert max_relative_difference(before, compute(tmp_path / "grown")) < AMPLIFIED
     assert Checkpoint.open(tmp_path / "grown").layers == 2 * source.layers
 
+    assert main(["plan", str(tmp_path / "source"), "--mixer", "supra", "--keep", "none"]) == 0
+    assert "state unchanged, not counted" in capsys.readouterr().out
+
     linear = Remix(mixer="window", window=64, sinks=0, keep="none")(source)
     assert layer_kinds(linear) == [kind.replace("softmax", "window") for kind in kinds]
     linear.save(tmp_path / "linear")
@@ -85,6 +91,29 @@ def test_a_hybrid_grows_and_its_softmax_layers_give_way(family: str, tmp_path: P
     rows = tokens(2, 14)
     found = decode(regraft.load(str(tmp_path / "linear")).eval(), rows, 8)
     assert max_relative_difference(decode(stock, rows, 8), found) < BOUND
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_granite_hybrids_grow_and_are_linearized(experts: int, tmp_path: Path) -> None:
+    """Dense ones have no expert to send a token to, and say so."""
+    sizes = {"num_local_experts": experts, "num_experts_per_tok": min(experts, 2)}
+    types = ["linear_attention", "full_attention"] * 2
+    save_tiny(
+        tmp_path / "source",
+        {"model_type": "granitemoehybrid", "num_hidden_layers": 4, "layer_types": types, **sizes},
+    )
+    source, before = Checkpoint.open(tmp_path / "source"), compute(tmp_path / "source")
+    assert any("moe.gate_up" in role for role, _ in source.tensors) == bool(experts)
+    hidden, ffn = source.sizes["hidden"], source.sizes["ffn"]
+    grown = Deepen(8)(regraft.Widen(hidden=2 * hidden, ffn=ffn + 8)(source))
+    grown.save(tmp_path / "grown")
+    assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
+    with pytest.raises(RegraftError, match=f"Mamba-2 layers of {2 * hidden} channels"):
+        regraft.Widen(hidden=hidden + hidden // 2)(source)
+
+    Remix(mixer="window", window=64, sinks=0, keep="none")(source).save(tmp_path / "linear")
+    after = compute(tmp_path / "linear", lambda folder, dtype: regraft.load(folder))
+    assert max_relative_difference(before, after) < BOUND
 
 
 def test_kinds_by_a_number_of_first_layers_follow_their_layers(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from helpers.gguf_model import write_gguf
 from helpers.tiny import byte_tokenizer, save_model, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from regraft.core.checkpoint import Checkpoint
 from regraft.core.config_checks import MAX_COUNT, MAX_LAYERS, MAX_SIZE
@@ -65,6 +66,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "true": ("llama", {"num_attention_heads": True}, "num_attention_heads is True, not a whole"),
     "not finite": ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a finite"),
 }  # fmt: skip
+
+
+def test_experts_in_one_tensor_are_no_tensors_each(tmp_path: Path) -> None:
+    """gpt-oss has more experts in all its layers than it has tensors."""
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 64}
+    GraniteMoeForCausalLM(GraniteMoeConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    source = Checkpoint.open(tmp_path)
+    assert source.sizes["expert"] * source.layers > len(source.tensors)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
