@@ -15,9 +15,9 @@ from ..core import lineage
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..mixers.attention import Attention
-from ..mixers.base import WeightSpec
 from ..mixers.registry import weights
 from ..mixers.remix import Remix
+from ..mixers.weight_spec import WeightSpec
 from ..progress import ProgressCallback
 from . import conversion, growth, liveness
 from .images import cached_image_difference, draw_image_inputs

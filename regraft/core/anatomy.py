@@ -32,6 +32,7 @@ from .config_checks import (
     check_config,
     check_divisors,
     check_family,
+    check_layer_settings,
     check_multiples,
     check_open,
     check_sizes,
@@ -413,19 +414,19 @@ def list_served_families() -> list[str]:
 
 
 def find_anatomy(config: Config) -> Anatomy:
-    """The table for a config's `model_type`, for the class that its `architectures` names.
+    """The table for a config's `model_type` and `architectures`, inferred where none is written.
 
-    A type without one gets what is inferred. RegraftError when no table can hold the type, and when
-    a key of the config is of a wrong type.
+    RegraftError when no table can hold the type, and when a key of the config is of a wrong type.
     """
     family = check_family(config)
     if family not in list_families():
         wrapped = importlib.import_module("regraft.families.multimodal.wrapped_model")
         infer = importlib.import_module("regraft.families.inference.inferred").find_inferred
-        anatomy: Anatomy = wrapped.find_wrapped(config) or infer(config)
-        anatomy.check(config)
-        return anatomy
+        found: Anatomy = wrapped.find_wrapped(config) or infer(config)
+        found.check(config)
+        return found
     anatomy = _import_table(_import_table(family).rewrite(config).get("model_type", family))
+    check_layer_settings(config)
     anatomy.check(config)
     return adapt_to_class(anatomy, config)
 
@@ -434,9 +435,7 @@ def read_as_auto(config: Config) -> dict[str, Any]:
     """The config that transformers' Auto classes make of the mapping in a config.json.
 
     Its `model_type` is that of the class that Auto takes, and no key is null that the class does
-    not take as null.
-
-    RegraftError as of `find_anatomy`.
+    not take as null. RegraftError as of `find_anatomy`.
     """
     anatomy = find_anatomy(config)
     if anatomy.host(config) is not anatomy:

@@ -132,11 +132,15 @@ def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     for key in CHECKED_LISTS:
         if config.get(key) is not None:
             check_length(anatomy.family, key, config[key], depth)
+
+
+def check_layer_settings(config: Mapping[str, Any]) -> None:
+    """RegraftError for settings of single layers, which written tables do not read."""
     if config.get("per_layer_config"):
         layers = ", ".join(map(str, config["per_layer_config"]))
         raise RegraftError(
-            f"{anatomy.family} config has per_layer_config for layers {layers}: no table reads"
-            " settings of single layers, so give a model without them"
+            f"{config['model_type']} config has per_layer_config for layers {layers}: its table"
+            " does not read settings of single layers, so give a model without them"
         )
 
 

@@ -19,7 +19,7 @@ from .latent import LatentProjections, latent_weights
 from .options import parse_options
 from .packing import PackedLinears, Projected
 from .tensors import apply_to_both, keep_finite
-from .weight_spec import WeightSpec as WeightSpec
+from .weight_spec import WeightSpec
 
 State = dict[str, Tensor]
 

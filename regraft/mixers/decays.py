@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from .attention import Attention, alibi_slopes
-from .base import WeightSpec
 from .linear import LinearAttention
+from .weight_spec import WeightSpec
 
 HALF_LIVES = (0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 250.0, 1000.0)  # tokens
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float
 from .attention import Attention
-from .base import Mixer, MixerContext, State, WeightSpec, output_weights
+from .base import Mixer, MixerContext, State, output_weights
 from .inherit import apply_inherit
 from .registry import mixer_class
+from .weight_spec import WeightSpec
 from .window import Window
 
 

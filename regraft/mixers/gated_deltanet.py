@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec
+from .base import MixerContext, State
 from .decays import start_decays
 from .linear import ACTIVATIONS, EPS, LinearAttention, mean_decay
 from .ssm import ShortConv
 from .tensors import apply_to_both
+from .weight_spec import WeightSpec
 
 HALF_LIVES = (8.0, 64.0, 512.0)  # tokens
 

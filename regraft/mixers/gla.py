@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from .attention import Attention
-from .base import MixerContext, WeightSpec
+from .base import MixerContext
 from .decays import start_decays
 from .linear import ACTIVATIONS, LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .vector import PAIRS
+from .weight_spec import WeightSpec
 
 GATE_TEMPERATURE = 16  # tau of eq. 5: divides the gate's logit
 

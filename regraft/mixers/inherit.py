@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from ..errors import RegraftError
-from .base import WeightSpec
+from .weight_spec import WeightSpec
 
 PROJECTIONS = ("q", "k", "v", "o")
 # Maps of latent attention -> the projection that they are a part of.

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import Mixer, MixerContext, State, WeightSpec, output_weights, projection_weights
+from .base import Mixer, MixerContext, State, output_weights, projection_weights
 from .dispatch import recur
 from .recurrence import CHUNK, chunked_flops
 from .tensors import keep_finite, mask_padding
+from .weight_spec import WeightSpec
 
 ACTIVATIONS = {
     "none": lambda x: x,

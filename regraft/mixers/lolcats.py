@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..core.shapes import Bool, Float, Int
 from .attention import Attention, spread_heads
-from .base import MixerContext, State, WeightSpec
+from .base import MixerContext, State
 from .hedgehog import Hedgehog, HedgehogOptions
 from .tensors import keep_finite, pad_time, take_tokens
+from .weight_spec import WeightSpec
 from .window import SINKS
 
 

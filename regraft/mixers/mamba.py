@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec
+from .base import MixerContext, State
 from .ssm import (
     DT_INIT,
     ShortConv,
@@ -21,6 +21,7 @@ from .ssm import (
     scan,
 )
 from .tensors import keep_finite
+from .weight_spec import WeightSpec
 
 
 class Mamba(StateSpace):

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec
+from .base import MixerContext, State
 from .dispatch import recur
 from .recurrence import chunked_flops
 from .ssm import DT_INIT, ShortConv, SsmOptions, StateSpace, Widths, dense_weight, no_decay_weight
 from .tensors import mask_padding
+from .weight_spec import WeightSpec
 
 EPS = 1e-5
 # Of the values before SiLU, which is nearly the identity so far from zero.

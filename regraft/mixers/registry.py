@@ -11,8 +11,9 @@ from typing import Any, TypedDict
 from ..errors import RegraftError
 from ..io.schema import check_json
 from .attention import Attention
-from .base import Mixer, WeightSpec
+from .base import Mixer
 from .inherit import apply_inherit, parse_inherit
+from .weight_spec import WeightSpec
 
 
 class _RequiredSpecFields(TypedDict):

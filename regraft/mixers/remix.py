@@ -20,13 +20,13 @@ from ..core.step import step_entry
 from ..errors import RegraftError
 from ..families.regraft import join_host
 from .attention import QK_NORM_FORMS, Attention
-from .base import WeightSpec
 from .inherit import parse_inherit
 from .initialize import create_initial_tensor
 from .older_names import first_name
 from .registry import begins_with_bos, mixer_class, mixers, validate, weights
 from .remix_options import RemixOptions
 from .source_windows import chunked_layers, source_windows
+from .weight_spec import WeightSpec
 
 # Of queries and keys, or of what they are made of.
 NORMS = (*QK_NORM_FORMS, "gain kv dim", "gain latent", "gain query_latent")

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from .attention import Attention
-from .base import MixerContext, State, WeightSpec
+from .base import MixerContext, State
 from .decays import start_decays
 from .latent import refuse_latent
 from .linear import LinearAttention, LinearOptions, low_rank_weights, mean_decay
 from .tensors import keep_finite
 from .vector import PAIRS
+from .weight_spec import WeightSpec
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float, Int
 from .attention import Attention
-from .base import WeightSpec
 from .latent import refuse_latent
 from .naive_window import naive_scores
+from .weight_spec import WeightSpec
 from .window import Window
 
 SHUT = -1e4  # logit of a sink that takes nothing; bfloat16 and float16 hold it

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import Mixer, MixerContext, WeightSpec, output_weights, projection_weights
+from .base import Mixer, MixerContext, output_weights, projection_weights
+from .weight_spec import WeightSpec
 
 DT_INIT = "timesteps 0.001 0.1"
 # Options of layout `own`; in the other layout the sizes of the attention decide them.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float
 from .attention import Attention
-from .base import MixerContext, WeightSpec
+from .base import MixerContext
 from .decays import HeadDecayAttention
 from .linear import apply_feature_map
+from .weight_spec import WeightSpec
 
 
 @dataclass(frozen=True)

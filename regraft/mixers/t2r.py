@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..core.shapes import Float
 from ..errors import RegraftError
 from .attention import Attention
-from .base import MixerContext, WeightSpec
+from .base import MixerContext
 from .decays import source_log_decays
 from .latent import refuse_latent
 from .linear import LinearAttention, LinearOptions, apply_feature_map
+from .weight_spec import WeightSpec
 
 
 @dataclass(frozen=True)

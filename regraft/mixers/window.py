@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..core.shapes import Float, Int
 from .attention import Attention, spread_heads
-from .base import Mixer, MixerContext, State, WeightSpec
+from .base import Mixer, MixerContext, State
 from .naive_window import EMPTY
 from .tensors import is_writable, pad_time, take_tokens
+from .weight_spec import WeightSpec
 
 SINKS = "attn.sinks.weight"  # role of an attention's learned sinks
 

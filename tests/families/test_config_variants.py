@@ -259,7 +259,7 @@ def test_a_list_of_another_length_is_an_error(family: str, tmp_path: Path) -> No
     with pytest.raises(RegraftError, match=f"{family} config has 4 layer_types for 3 layers: give"):
         Checkpoint.open(folder)
     edit(folder, ["layer_types"], per_layer_config={"1": {"attention_dropout": 0.1}})
-    with pytest.raises(RegraftError, match="per_layer_config for layers 1: no table reads"):
+    with pytest.raises(RegraftError, match="per_layer_config for layers 1: its table"):
         Checkpoint.open(folder)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import GROWABLE, max_relative_difference, tiny
+from transformers import AutoModelForCausalLM
 
 import regraft
 from regraft.checks import table_proof
@@ -168,6 +169,22 @@ def test_layers_that_attend_in_chunks_stay(tmp_path: Path, cache: Path) -> None:
         for model in (stock, linear)
     ]
     assert torch.equal(*texts)
+
+
+def test_settings_of_single_layers_are_read(tmp_path: Path, cache: Path) -> None:
+    """Layers with full attention have wider heads, which the config says layer by layer."""
+    save_unknown(tmp_path / "source", "gemma4_text", hidden_size_per_layer_input=0)
+    source = Checkpoint.open(tmp_path / "source")
+    assert source.config["per_layer_config"]
+    sizes = {"hidden": source.sizes["hidden"] + 16, "ffn": source.sizes["ffn"] + 8}
+    Widen(**sizes)(source).save(tmp_path / "grown")
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)(ids).logits
+            for name in ("source", "grown")
+        )
+    assert max_relative_difference(before, after) < 2e-5
 
 
 def test_a_factor_on_keys_is_another_table() -> None:
