@@ -251,6 +251,7 @@ def stage_for(family: str, batch: int = 4) -> Stage:
     return Stage(kind, 1000, 16, batch, precision="float32")
 
 
+STEPS = 5
 FITTED = [
     (family, {})
     for family in ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "bert", "roberta", "vit")
@@ -286,7 +287,7 @@ def test_fitting_learns_and_folds_into_what_it_learned(
     growth = Growth(
         hidden=2 * source.sizes["hidden"], ffn=2 * source.sizes["ffn"], layers=5, width_init="ligo"
     )
-    method, stage, rows = Ligo(steps=12, lr=1e-2, **options), stage_for(family), rows_for(family)
+    method, stage, rows = Ligo(steps=STEPS, lr=1e-2, **options), stage_for(family), rows_for(family)
     losses: list[float] = []
     learned = fit_maps(
         source,
@@ -314,9 +315,9 @@ def test_fitting_learns_and_folds_into_what_it_learned(
         ).item()  # type: ignore[arg-type]
         for one in (replace(learned, maps={}), learned)
     )
-    assert len(losses) == 12 and after < before
+    assert len(losses) == STEPS and after < before
     assert (
-        learned.cost["steps"] == 12 and learned.cost["flops"] > 0 and 0 < learned.cost["overhead"]
+        learned.cost["steps"] == STEPS and learned.cost["flops"] > 0 and 0 < learned.cost["overhead"]
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 EVERY_KIND = sum(KINDS)
 # Of the changes of a command: how many of the last, and how many of those before them.
-QUICK, LONG, LONGEST = (5, 2), (1, 1), (1, 0)
+QUICK, LONG, LONGEST = (3, 1), (1, 1), (1, 0)
 SAMPLES = {
     name: QUICK
     if name.startswith(("grow", "linearize")) and " and " not in name and "measured" not in name
