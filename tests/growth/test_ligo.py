@@ -317,7 +317,9 @@ def test_fitting_learns_and_folds_into_what_it_learned(
     )
     assert len(losses) == STEPS and after < before
     assert (
-        learned.cost["steps"] == STEPS and learned.cost["flops"] > 0 and 0 < learned.cost["overhead"]
+        learned.cost["steps"] == STEPS
+        and learned.cost["flops"] > 0
+        and 0 < learned.cost["overhead"]
     )
 
 
