@@ -32,7 +32,6 @@ from .config_checks import (
     check_config,
     check_divisors,
     check_family,
-    check_layer_settings,
     check_multiples,
     check_open,
     check_sizes,
@@ -152,6 +151,8 @@ class Anatomy:
     routed: str = ""
     # Whether it is a form that `regraft export` writes: it grows only where `closed` says how far.
     served_only: bool = False
+    # Whether it reads settings of single layers (`per_layer_config`), as inferred tables do.
+    reads_layer_settings: bool = False
     # Axes that do not grow -> why; "attention": why it is not linearized. Of inferred tables.
     closed: Mapping[str, str] = field(default_factory=dict)
 
@@ -422,11 +423,10 @@ def find_anatomy(config: Config) -> Anatomy:
     if family not in list_families():
         wrapped = importlib.import_module("regraft.families.multimodal.wrapped_model")
         infer = importlib.import_module("regraft.families.inference.inferred").find_inferred
-        found: Anatomy = wrapped.find_wrapped(config) or infer(config)
-        found.check(config)
-        return found
+        anatomy: Anatomy = wrapped.find_wrapped(config) or infer(config)
+        anatomy.check(config)
+        return anatomy
     anatomy = _import_table(_import_table(family).rewrite(config).get("model_type", family))
-    check_layer_settings(config)
     anatomy.check(config)
     return adapt_to_class(anatomy, config)
 

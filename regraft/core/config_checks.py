@@ -17,7 +17,6 @@ from .stock_config import CHECKED_LISTS, check_length
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
-    from .part import Part
 
 # The deepest models that were published have 1,000 layers (DeepNet, arXiv 2203.00555), those with
 # the most experts 2,048 (Switch, arXiv 2101.03961), in 15 layers.
@@ -108,11 +107,6 @@ def check_config(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     _check_attention_keys(config, anatomy)
 
 
-def present_parts(anatomy: Anatomy, full: Mapping[str, Any]) -> list[Part]:
-    """The parts that a model has in some layer, by its config with all defaults."""
-    return [part for part in anatomy.parts.values() if part.is_present(full)]
-
-
 def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     """RegraftError when keys are of the right types, but the model could not run with them."""
     if any(config.get(key) is None for key in anatomy.required_keys()):
@@ -123,7 +117,8 @@ def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     experts = full.get(anatomy.routed, 1)
     count = next((full.get(key) for key, axis in anatomy.sizes if axis == "expert"), 1)
     is_bad = experts is not None and count is not None and not 1 <= experts <= count
-    if is_bad and any(part.at == "routed" for part in present_parts(anatomy, full)):
+    parts = anatomy.parts.values()
+    if is_bad and any(part.at == "routed" and part.is_present(full) for part in parts):
         raise RegraftError(
             f"{anatomy.family} config has {anatomy.routed} = {experts}: give 1 to {count}"
         )
@@ -132,14 +127,10 @@ def _check_attention_keys(config: Mapping[str, Any], anatomy: Anatomy) -> None:
     for key in CHECKED_LISTS:
         if config.get(key) is not None:
             check_length(anatomy.family, key, config[key], depth)
-
-
-def check_layer_settings(config: Mapping[str, Any]) -> None:
-    """RegraftError for settings of single layers, which written tables do not read."""
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") and not anatomy.reads_layer_settings:
         layers = ", ".join(map(str, config["per_layer_config"]))
         raise RegraftError(
-            f"{config['model_type']} config has per_layer_config for layers {layers}: its table"
+            f"{anatomy.family} config has per_layer_config for layers {layers}: its table"
             " does not read settings of single layers, so give a model without them"
         )
 

@@ -9,11 +9,11 @@ from typing import Any
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
 from .granite_swa import softmax_scale
+from .granitemoe import experts
 from .llama import DEFAULTS, LAYER, SIZES
 from .llama import parts as llama_parts
 from .qwen2_moe import MULTIPLES
 
-EXPERTS = f"{LAYER}.block_sparse_moe"
 MAMBA = f"{LAYER}.mamba"
 # `layer_types` of today's class, then of older releases.
 LINEAR = ("linear_attention", "mamba")
@@ -60,23 +60,6 @@ def keep_inner_width(config: Config) -> dict[str, Any]:
             f" channels, which its class has as a multiple of hidden: give a divisor of {inner}"
         )
     return {"mamba_expand": inner // hidden}
-
-
-def experts() -> dict[str, Part]:
-    """The router and the experts, all in one tensor for each map; `num_local_experts` 0: none."""
-    when, stored = "_has_experts", "expert out in"
-    return {
-        **linear("moe.router", f"{EXPERTS}.router.layer", "hidden -> expert", when=when),
-        **linear(
-            "moe.gate_up", f"{EXPERTS}.input_linear",
-            "hidden -> expert routed_ffn + expert routed_ffn",
-            stored=stored, fused=("moe.gate", "moe.up"), at="routed", when=when,
-        ),
-        **linear(
-            "moe.down", f"{EXPERTS}.output_linear", "routed_ffn -> expert hidden",
-            stored=stored, at="routed", when=when,
-        ),
-    }  # fmt: skip
 
 
 def mamba_parts() -> dict[str, Part]:
@@ -129,7 +112,7 @@ def parts() -> dict[str, Part]:
             fused=("mlp.gate", "mlp.up"),
         ),
         **linear("mlp.down", f"{mlp}.output_linear", "ffn -> hidden"),
-        **experts(),
+        **experts("moe", "routed_ffn", when="_has_experts"),
         **norm("norm.final", "model.norm", writes="head"),
     }
 

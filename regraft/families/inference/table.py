@@ -174,6 +174,7 @@ def build_anatomy(table: InferredTable, config: Config) -> Anatomy:
         causal=table.causal,
         activation=table.activation,
         routed=table.routed,
+        reads_layer_settings=True,
         closed=table.closed,
     )
 
