@@ -221,17 +221,10 @@ class Remix(RemixOptions):
             notes.append(
                 f"{len(chunked)} layers attend within chunks, anew in each, and stay as they are"
             )
-        full = source.anatomy.fill_defaults(source.config)
-        rope = full.get("rope_parameters") or {}
-        if replaced and rope.get("llama_4_scaling_beta"):
+        if replaced and (tokens := tokens_without_factor(source)):
             notes.append(
                 "mixers leave out the factor on queries, which is 1 for the first"
-                f" {rope.get('original_max_position_embeddings')} tokens of a text"
-            )
-        if replaced and full.get("attn_temperature_tuning"):
-            notes.append(
-                "mixers leave out the factor on queries, which is 1 for the first"
-                f" {full.get('floor_scale')} tokens of a text"
+                f" {tokens} tokens of a text"
             )
         if capped and not mixer_class(self.mixer).is_window:
             cap = config["attention"][capped[0]]["softcap"]
@@ -256,6 +249,19 @@ class Remix(RemixOptions):
         dtype = source.tensors["embed.weight", None].dtype
         read = _init_reader(spec, shape, seed, dtype)
         return LazyTensor(shape, dtype, Provenance(kind, (), spec), read)
+
+
+def tokens_without_factor(source: Checkpoint) -> int | None:
+    """The first tokens of a text whose queries have a factor of 1; None where all have.
+
+    Ministral 3 changes it at multiples of a length, Llama 4 a token earlier.
+    """
+    full = source.anatomy.fill_defaults(source.config)
+    rope = full.get("rope_parameters") or {}
+    if rope.get("llama_4_scaling_beta"):
+        return rope.get("original_max_position_embeddings")
+    scale = full.get("attn_temperature_tuning") and full.get("floor_scale")
+    return int(scale) - 1 if scale else None
 
 
 def needs_bos(checkpoint: Checkpoint) -> bool:
