@@ -15,6 +15,7 @@ import pytest  # noqa: E402  # the variables must be set before torch is importe
 
 pytest.register_assert_rewrite("helpers")
 import helpers.typecheck  # noqa: E402, F401  # before regraft, whose signatures it checks
+import jaxtyping  # noqa: E402
 import torch  # noqa: E402
 from helpers.faults import ForkServer  # noqa: E402
 from helpers.tiny import save_model  # noqa: E402
@@ -29,6 +30,14 @@ os.fsync = lambda file: None  # milliseconds, for files that need not outlive th
 def pytest_collection_modifyitems(items):
     """Slow tests first: then no process has them left when the other is done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_runtest_setup(item):
+    """Shapes in signatures are checked in the tests of the packages that have them: elsewhere the
+    same functions run, and the checks cost an eighth of the time.
+    """
+    folders = {parent.name for parent in item.path.relative_to(item.config.rootpath).parents}
+    jaxtyping.config.update("jaxtyping_disable", not folders & {"growth", "mixers"})
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ CONV = {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}
 # a convolution, experts, a gate behind attention, nothing but an MLP in a layer.
 HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_next": {},
-    "lfm2": CONV | {"block_auto_adjust_ff_dim": False},
+    "lfm2_moe": CONV | {"num_dense_layers": 2},
     "jamba": {},
     "nemotron_h": {},
 }
@@ -156,7 +156,7 @@ def test_layers_are_placed_where_their_kinds_are() -> None:
 def test_a_depth_without_a_place_for_every_layer_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny(tmp_path, {"model_type": "lfm2", **HYBRIDS["lfm2"]})
+    save_tiny(tmp_path, {"model_type": "lfm2_moe", **HYBRIDS["lfm2_moe"]})
     source = Checkpoint.open(tmp_path)
     order = depth.build_layer_order("identity", source.layers, source.layers + 1)
     assert layer_places.fit_stack(source, order, "identity", {"depth": len(order)}).order == order

@@ -20,7 +20,7 @@ from regraft.growth.sizes_to_steps import Growth
 from regraft.train import fit_ligo, fsdp, loop, session
 from regraft.train.stage import LAYERWISE, Stage
 
-STEPS, LENGTH, BATCH = 8, 32, 12
+STEPS, LENGTH, BATCH = 6, 32, 12
 SIZE: dict[str, Any] = {"length": LENGTH, "batch": BATCH, "precision": "float32"}
 TOKENS = STEPS * LENGTH * BATCH
 STAGES = {

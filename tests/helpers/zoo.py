@@ -54,6 +54,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     "helium": COUPLED | {"head_dim": 8},
     "hunyuan_v1_dense": {},
     "internlm3": {},
+    "lfm2": {
+        "layer_types": ["conv", F, "conv"],
+        "block_multiple_of": 20,
+    },
     "ministral3": {},
     "mixtral": LOCAL | {"head_dim": None},
     "mpt": COUPLED,
