@@ -29,7 +29,7 @@ from regraft.mixers.remix import Remix
 # where it does not.
 AXES = {
     "vocab": 11, "hidden": 48, "pool": 48, "ffn": 96, "kv": 2, "group": 2, "dim": 8, "depth": 2, "encoder_depth": 2, "mel": 4, "embed": 20, "task": 3, "pos": 7, "place": 9, "type": 2,
-    "expert": 8, "dense_ffn": 96, "shared_ffn": 96, "routed_ffn": 48, "label": 3, "channel": 3, "decoder_hidden": 32, "decoder_ffn": 48, "decoder_depth": 1, "register": 4, "bucket": 5, "patch": 2, "kernel": 4,
+    "inner": 48, "tap": 3, "expert": 8, "dense_ffn": 96, "shared_ffn": 96, "routed_ffn": 48, "label": 3, "channel": 3, "decoder_hidden": 32, "decoder_ffn": 48, "decoder_depth": 1, "register": 4, "bucket": 5, "patch": 2, "kernel": 4,
 }  # fmt: skip
 FLAGS = {
     "ffn": "--ffn",

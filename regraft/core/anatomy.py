@@ -11,6 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from ..errors import RegraftError
@@ -143,9 +144,8 @@ class Anatomy:
     head_scale: str = ""
     # Whether it is a decoder, in which a token attends only to earlier ones.
     causal: bool = True
-    # What the model reads: one of `part.Inputs`.
-    inputs: Inputs = "tokens"
-    # Config key that names the MLP's activation function.
+    inputs: Inputs = "tokens"  # what the model reads
+    # Config key of the MLP's activation function. One with "_" before it is written in the class.
     activation: str = "hidden_act"
     # Config key of the number of experts a token is sent to; empty without.
     routed: str = ""
@@ -401,12 +401,13 @@ class Anatomy:
         """Write further files that a saved model needs: none, unless it is linearized."""
 
 
-def list_families() -> list[str]:
+@cache
+def list_families() -> tuple[str, ...]:
     """The model types that have a table, which are the files in regraft/families."""
     package = importlib.import_module("regraft.families")
-    found = pkgutil.iter_modules(package.__path__)
+    found = [one.name for one in pkgutil.iter_modules(package.__path__) if not one.ispkg]
     hyphenated = {module_name(name): name for name in HYPHENATED}
-    return sorted(hyphenated.get(one.name, one.name) for one in found if not one.ispkg)
+    return tuple(sorted(hyphenated.get(name, name) for name in found))
 
 
 def list_served_families() -> list[str]:

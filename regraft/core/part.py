@@ -31,6 +31,8 @@ class Part:
     - "branch": the output of attention or MLP that passes a norm before it is added to the stream;
     - "head": the input of the output embedding;
     - "own": used by this part alone.
+
+    A number that reads and writes the stream multiplies all of it (Gemma 4).
     """
 
     # Name in the model's state dict. "{}" stands for the layer, "{e}" for the expert, "{p}" for the

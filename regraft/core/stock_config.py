@@ -155,6 +155,19 @@ def read_stock_config(config: Config, anatomy: Anatomy) -> Any:
         return config_class(anatomy.family).from_dict(decode_floats(config))
 
 
+def find_activation(config: Config, anatomy: Anatomy) -> str | None:
+    """The MLP's activation function, by the config or by the table; None when neither says.
+
+    Args:
+        config: of a stock model.
+        anatomy: its table.
+    """
+    key = anatomy.activation
+    stock = read_stock_config(config, anatomy)
+    found: str | None = getattr(stock, key, anatomy.fill_defaults(config).get(key))
+    return found
+
+
 def config_class(family: str | None) -> Any:
     """transformers' config class of a `model_type`; None: the one that all others extend."""
     from transformers import PreTrainedConfig

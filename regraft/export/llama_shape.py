@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part
 from ..core.attention import LATENT
-from ..core.stock_config import read_stock_config
+from ..core.stock_config import find_activation, read_stock_config
 from ..families.llama import anatomy as llama
 
 ACTIVATION = "silu"
@@ -42,9 +42,9 @@ def find_differences(
     found = find_other_parts(config, anatomy, also or {})
     if anatomy.eps != llama.eps:
         found.append(f"{anatomy.eps} is of norms that subtract the mean")
-    activation = getattr(stock, anatomy.activation)
+    activation = find_activation(config, anatomy)
     if activation != ACTIVATION:
-        found.append(f"{anatomy.activation} is {activation}, not {ACTIVATION}")
+        found.append(f"{anatomy.activation.lstrip('_')} is {activation}, not {ACTIVATION}")
     for key in anatomy.factors:
         if getattr(stock, key) not in (None, 1):
             found.append(f"{key} is {getattr(stock, key):g}, not 1")

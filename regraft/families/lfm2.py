@@ -46,7 +46,7 @@ def ffn_width(config: Config) -> int:
 
 def write_ffn(config: Config) -> dict[str, Any]:
     """The keys of the width of the MLP where it has changed."""
-    if config["_ffn"] == config["_before"]["ffn"]:
+    if config["_ffn"] == ffn_width(config):
         return {}
     return {"intermediate_size": config["_ffn"], "block_auto_adjust_ff_dim": False}
 
@@ -113,10 +113,12 @@ anatomy = Anatomy(
         "conv_bias": False,
         "conv_L_cache": 3,
         "layer_types": layer_types,
+        "_activation": "silu",
         "_ffn": ffn_width,
         "_inner": lambda config: config["hidden_size"],
     },
     eps="norm_eps",
+    activation="_activation",
     finish=write_ffn,
     rewrite=read,
     inner_ratio=1,

@@ -39,6 +39,8 @@ class IdentityLayer:
     outputs: set[str]
     # What each role writes.
     writes: dict[str, str]
+    # Roles of numbers that multiply the whole stream.
+    factors: set[str]
 
     def __init__(self, source: Checkpoint, placed: Mapping[Key, PlacedPart], stack: str = "depth"):
         self.source, self.placed = source, placed
@@ -60,6 +62,7 @@ class IdentityLayer:
         self.last_norm = f"{in_order[-1]}." if in_order else ""
         self.writes = {role: part.writes for role, part in parts.items()}
         self.outputs = {role for role, part in parts.items() if _writes_hidden(part)}
+        self.factors = {role for role, part in parts.items() if _multiplies_stream(part)}
 
     def silences(self, role: str) -> bool:
         """Whether a tensor of such a layer is zero."""
@@ -90,6 +93,8 @@ class IdentityLayer:
             keeps = self.source.holds == "exp_avg_sq" or self.is_last_norm(role)
             return lazy if keeps else constant_tensor(lazy, 0.0)
 
+        if role in self.factors:
+            return constant_tensor(lazy, 1.0)
         # A gain of zero silences the branch and lets its maps learn at once (L10).
         if role in self.zero_gains:
             return constant_tensor(lazy, -1.0 if part.axes.unit else 0.0)
@@ -118,6 +123,11 @@ class IdentityLayer:
 def _writes_hidden(part: Part) -> bool:
     is_output = not part.norm and part.axes.kind in ("map", "bias")
     return is_output and any("hidden" in output for output in part.axes.outputs)
+
+
+def _multiplies_stream(part: Part) -> bool:
+    is_number = part.axes.kind in ("plain", "scale") and not part.norm
+    return is_number and part.reads == part.writes == "stream"
 
 
 def constant_tensor(lazy: LazyTensor, value: float) -> LazyTensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from functools import cache
 from typing import Any, Literal
 
 from ..errors import RegraftError
@@ -27,10 +28,16 @@ def parse_options(name: str, kind: type, values: dict[str, Any]) -> Any:
             f"mixer '{name}' has no option '{unknown[0]}': it takes {', '.join(known)}"
         )
 
-    for key, hint in typing.get_type_hints(kind).items():
+    for key, hint in _find_hints(kind).items():
         if key in values and not _fits(values[key], hint):
             raise RegraftError(f"mixer '{name}': {key} is '{values[key]}', {_advice(hint)}")
     return kind(**values)
+
+
+@cache
+def _find_hints(kind: type) -> dict[str, Any]:
+    """The types of an options dataclass's fields."""
+    return typing.get_type_hints(kind)
 
 
 def _advice(hint: Any) -> str:

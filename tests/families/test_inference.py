@@ -172,12 +172,21 @@ def test_layers_that_attend_in_chunks_stay(tmp_path: Path, cache: Path) -> None:
 
 
 def test_settings_of_single_layers_are_read(tmp_path: Path, cache: Path) -> None:
-    """Layers with full attention have wider heads, which the config says layer by layer."""
-    save_unknown(tmp_path / "source", "gemma4_text", hidden_size_per_layer_input=0)
+    """Layers with full attention have wider heads, which the config says layer by layer; what a
+    layer gives is multiplied by a number, which is one where it starts as the identity.
+    """
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    keys = {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+    save_unknown(tmp_path / "source", "gemma4_text", hidden_size_per_layer_input=0, **keys)
     source = Checkpoint.open(tmp_path / "source")
-    assert source.config["per_layer_config"]
+    assert len(source.config["per_layer_config"]) > 1
+    factors = [one for (role, _), one in source.tensors.items() if "layer_scalar" in role]
+    assert factors and not any(one.read() == 1 for one in factors)
     sizes = {"hidden": source.sizes["hidden"] + 16, "ffn": source.sizes["ffn"] + 8}
-    Widen(**sizes)(source).save(tmp_path / "grown")
+    grown = Deepen(source.layers + 3)(Widen(**sizes)(source))
+    grown.save(tmp_path / "grown")
+    # Layers in another order are of the same kinds: their table is there.
+    assert inferred.name_file(source.config) == inferred.name_file(grown.config)
     ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = (

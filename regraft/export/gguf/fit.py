@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ...core.anatomy import Config, find_anatomy
-from ...core.stock_config import config_class, read_stock_config
+from ...core.stock_config import config_class, find_activation, read_stock_config
 from ...mixers.source_windows import source_windows
 from .architecture import GGUFArchitecture, find_architecture
 from .rotary import find_rope_keys, find_rope_misfits
@@ -69,9 +69,11 @@ def find_part_misfits(config: Config, architecture: GGUFArchitecture) -> list[st
             found.append(f"it has '{part.name}', llama.cpp's {name} has no such bias")
             break
 
-    activation = find_activation(config)
+    activation = find_host_activation(config)
     if activation not in architecture.activations:
-        found.append(f"{anatomy.activation} is {activation}, llama.cpp's {name} has another")
+        found.append(
+            f"{anatomy.activation.lstrip('_')} is {activation}, llama.cpp's {name} has another"
+        )
 
     if architecture.tied and not anatomy.fill_defaults(config)["tie_word_embeddings"]:
         found.append(f"its head is not the embedding, in llama.cpp's {name} it is")
@@ -102,16 +104,15 @@ def find_unread_keys(config: Config, architecture: GGUFArchitecture) -> list[str
     ][:1]
 
 
-def find_activation(config: Config) -> str:
-    """The activation of a model's MLP."""
+def find_host_activation(config: Config) -> str | None:
+    """The activation of a model's MLP; None where neither its config nor its table says."""
     whole = find_anatomy(config)
-    stock, anatomy = whole.host_config(config), whole.host(config)
-    return str(getattr(read_stock_config(stock, anatomy), anatomy.activation))
+    return find_activation(whole.host_config(config), whole.host(config))
 
 
 def is_rounded(config: Config) -> bool:
     """Whether llama.cpp takes the activation from a table in half precision, as it does GELU."""
-    return "gelu" in find_activation(config)
+    return "gelu" in (find_host_activation(config) or "")
 
 
 def find_notes(config: Config) -> list[str]:
@@ -121,9 +122,10 @@ def find_notes(config: Config) -> list[str]:
     own = architecture.find_notes(read_stock_config(config, anatomy)) if architecture else []
     if not is_rounded(config):
         return own
-    exact = " by its tanh approximation" if find_activation(config) == "gelu" else ""
+    activation = find_host_activation(config)
+    exact = " by its tanh approximation" if activation == "gelu" else ""
     return [
-        f"llama.cpp computes {find_activation(config)}{exact} in half precision: its logits differ"
+        f"llama.cpp computes {activation}{exact} in half precision: its logits differ"
         " from those of transformers by up to a thousandth of the largest",
         *own,
     ]

@@ -20,6 +20,7 @@ from ...io.files import read_json, write_json
 from ...io.gguf import cache_folder
 from ...progress import print_line
 from .infer import infer_tables
+from .layer_settings import holds_settings
 from .table import CacheKey, InferredTable, build_anatomy
 from .tiny_config import find_kind
 from .tiny_model import (
@@ -143,8 +144,12 @@ def _simplify(key: str, value: Any) -> Any:
         return value
     if isinstance(value, float) and "multiplier" in key and value == 1:
         return "one"  # a factor that cannot be told from none
+    if isinstance(value, int) and value == 0:
+        return "none"  # of what some models have
     if isinstance(value, int | float):
         return "number"
+    if holds_settings(value):
+        return sorted({repr(_simplify("", one)) for one in value.values()})
     if isinstance(value, Mapping):
         kept = ("rope_type", "type")
         return {name: _simplify(name, one) for name, one in sorted(value.items())

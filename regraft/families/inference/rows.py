@@ -29,6 +29,7 @@ from .inner import count_inner, find_scope, writes_stream
 from .latent import NORMS, name_axis
 from .roles import name_rest
 from .shapes import Law, TensorName, list_groups, parse_name, power
+from .stream_factors import multiplies_stream
 from .table import Row, pack_law
 
 GATED = ("attn.q", "attn.gate")
@@ -80,6 +81,9 @@ def write_row(draft: Draft, template: str) -> Row:
         return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
 
     role = role or _name_other(draft, template)
+    if multiplies_stream(draft.tiny, draft.names.by_name[""], first_name(draft, template), laws):
+        fields |= {"reads": "stream", "writes": "stream"}
+        return Row(f"{role}.{parsed.suffix}", signature=_write_axes(draft, laws), **fields)
     fields |= _find_streams(draft, name, laws)
     if "{e}" in template:
         fields["at"] = "routed"

@@ -236,7 +236,8 @@ def _halve(value: int) -> int:
 
 
 def choose_layers(lists: Mapping[str, list[Any]], depth: int) -> list[int]:
-    """Layers of a deep model that stand for all: the first of every kind, then others in order.
+    """Layers of a deep model that stand for all: the first of every kind, then the last, whose
+    kind some classes fix, then others in order.
 
     Args:
         lists: what is said of each layer, by key.
@@ -244,7 +245,7 @@ def choose_layers(lists: Mapping[str, list[Any]], depth: int) -> list[int]:
     """
     kinds = [repr([values[layer] for values in lists.values()]) for layer in range(depth)]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)][: 2 * LAYERS]
-    others = [layer for layer in range(depth) if layer not in firsts]
+    others = [layer for layer in (depth - 1, *range(depth - 1)) if layer not in firsts]
     return sorted([*firsts, *others[: max(0, LAYERS - len(firsts))]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 ROWS, LENGTH = 2, 21  # of the token ids that a tiny model reads
 LARGEST = 3_000_000  # parameters of a tiny model
+# Names of buffers that classes compute from the config, whatever a file says.
+COMPUTED = re.compile(r"inv_freq|cos|sin|angle|position")
 NOT_SAID = ("transformers_version", "model_type", "_name_or_path", "architectures", "auto_map")
 
 
@@ -109,6 +112,11 @@ def randomize(model: Any, seed: int = 0) -> None:
                     parameter.copy_(0.7 * noise)
                 else:
                     parameter.copy_(1.2 * noise / max(1, parameter.shape[-1]) ** 0.5)
+            for name, buffer in module.named_buffers(recurse=False):
+                saved = name not in module._non_persistent_buffers_set
+                if saved and buffer.is_floating_point() and not COMPUTED.search(name):
+                    # Variances and factors stay positive.
+                    buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator))
 
 
 def find_tiny_model(config: Config) -> TinyModel:
