@@ -17,6 +17,7 @@ import torch
 from ..core.checkpoint import Checkpoint
 from ..core.lazy import LazyTensor, Provenance
 from ..errors import RegraftError, first_line
+from ..families.inference.layer_settings import holds_settings
 from ..families.inference.shapes import list_stored
 from ..families.inference.table import InferredTable, build_anatomy
 from ..families.inference.tiny_model import LENGTH, TinyModel, run
@@ -224,6 +225,8 @@ def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
         if all(model.config.mixers) and not _knows_padding(model, after, tiny.inputs["input_ids"]):
             return "the class does not tell its attention which tokens are padding"
     except Exception as error:  # whatever a wrong table does to the class
+        if any(map(holds_settings, tiny.config.values())):
+            return "layers have settings of their own, which a linearized model does not keep"
         return describe_failure(error)
     return None
 

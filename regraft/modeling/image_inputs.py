@@ -71,6 +71,11 @@ def draw_image(form: str, vision: Any, random: torch.Generator) -> dict[str, Ten
         inner = channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.randn(side * side, inner, generator=random)
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]])}
+    if form == "placed":
+        side = PATCHES * vision.pooling_kernel_size
+        pixels = torch.randn(1, side * side, channels * vision.patch_size**2, generator=random)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)
+        return {"pixel_values": pixels, "image_position_ids": places[None]}
     size = vision.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     pixels = torch.randn(1, channels, height, width, generator=random)

@@ -11,7 +11,9 @@ from ..mixers.attention import Attention
 from ..mixers.registry import mixer_class
 from ..mixers.source_windows import cached_tokens
 
+PER_LAYER = "per_layer_config"  # config key of settings by the number of a layer
 STATE = "state"
+OWN_SIZES = "attention with sizes of its own"
 
 
 def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
@@ -20,17 +22,25 @@ def mixers_of(checkpoint: Checkpoint) -> list[dict[str, Any] | None]:
 
 
 def layer_kinds(checkpoint: Checkpoint) -> list[str]:
-    """The kind of every layer: `softmax`, `state` where the source has no softmax attention, or
-    such as `gated(gated_deltanet, window)`.
+    """The kind of every layer: `softmax`, `state` where the source has no softmax attention,
+    `attention with sizes of its own` where the config has settings of that layer, or such as
+    `gated(gated_deltanet, window)`.
     """
     host, config = (
         checkpoint.anatomy.host(checkpoint.config),
         checkpoint.anatomy.host_config(checkpoint.config),
     )
-    return [
-        _mixer_name(spec) if spec else "softmax" if has_softmax(host, config, layer) else STATE
-        for layer, spec in enumerate(mixers_of(checkpoint))
-    ]
+    text = checkpoint.anatomy.text_config(checkpoint.config)
+    own = {str(layer) for layer in text.get(PER_LAYER) or ()}
+
+    def find_kind(layer: int, spec: Mapping[str, Any] | None) -> str:
+        if spec:
+            return _mixer_name(spec)
+        if has_softmax(host, config, layer):
+            return "softmax"
+        return OWN_SIZES if str(layer) in own else STATE
+
+    return [find_kind(layer, spec) for layer, spec in enumerate(mixers_of(checkpoint))]
 
 
 def _mixer_name(spec: Mapping[str, Any]) -> str:
@@ -76,8 +86,8 @@ def state_bytes(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     kept = kept_tokens(checkpoint, context)
     kinds = zip(layer_kinds(checkpoint), mixers_of(checkpoint), strict=True)
     for layer, (kind, spec) in enumerate(kinds):
-        if kind == STATE:
-            continue  # of constant size, and the same before and after
+        if kind in (STATE, OWN_SIZES):
+            continue  # the same before and after; a state is of constant size
         if spec is None:
             numbers = cached_numbers(checkpoint) * kept[layer]
         else:

@@ -33,6 +33,7 @@ from regraft.growth.steps.deepen import Deepen
 from regraft.growth.steps.widen import Widen
 from regraft.mixers.remix import Remix
 from regraft.mixers.source_windows import chunked_layers
+from regraft.modeling.layer_kinds import OWN_SIZES, layer_kinds
 from regraft.modeling.loading import materialize
 
 ENCODERS = ("bert", "roberta", "vit", "dinov2")
@@ -183,6 +184,9 @@ def test_settings_of_single_layers_are_read(tmp_path: Path, cache: Path) -> None
     assert len(source.config["per_layer_config"]) > 1
     factors = [one for (role, _), one in source.tensors.items() if "layer_scalar" in role]
     assert factors and not any(one.read() == 1 for one in factors)
+    own = source.config["per_layer_config"]
+    kinds = [OWN_SIZES if str(layer) in own else "softmax" for layer in range(source.layers)]
+    assert layer_kinds(source) == kinds
     sizes = {"hidden": source.sizes["hidden"] + 16, "ffn": source.sizes["ffn"] + 8}
     grown = Deepen(source.layers + 3)(Widen(**sizes)(source))
     grown.save(tmp_path / "grown")

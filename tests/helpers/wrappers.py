@@ -24,6 +24,20 @@ VISION: dict[str, Any] = {
 }
 QUADS = VISION | {"image_size": 20}
 PIXTRAL = QUADS | {"head_dim": 16, "model_type": "pixtral"}
+# Layers with full attention have wider heads, each patch comes with its place.
+GEMMA4: dict[str, Any] = {
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "sliding_window": 16,
+}
+PLACED = VISION | {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+}
 # Of Qwen's: sizes have other names, and the merger writes the stream.
 QWEN = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2}
 QWEN2_5 = QWEN | {
@@ -52,6 +66,7 @@ LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attent
 # Model type -> (keys of its text model, of its vision tower, its own).
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (GEMMA | LAYERS, VISION, {"mm_tokens_per_image": 9}),
+    "gemma4": (GEMMA4, PLACED | {"position_embedding_size": 32}, {"audio_config": None}),
     "idefics3": ({"model_type": "llama"}, QUADS, {"scale_factor": 2}),
     "internvl": ({"model_type": "qwen2"}, QUADS, {"downsample_ratio": 0.5}),
     "llava": ({"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}, {}),

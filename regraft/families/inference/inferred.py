@@ -148,8 +148,8 @@ def _simplify(key: str, value: Any) -> Any:
         return "none"  # of what some models have
     if isinstance(value, int | float):
         return "number"
-    if holds_settings(value):
-        return sorted({repr(_simplify("", one)) for one in value.values()})
+    if holds_settings(value):  # the table has their sizes as numbers
+        return sorted({repr(sorted(one.items())) for one in value.values()})
     if isinstance(value, Mapping):
         kept = ("rope_type", "type")
         return {name: _simplify(name, one) for name, one in sorted(value.items())

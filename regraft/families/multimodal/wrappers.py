@@ -36,7 +36,8 @@ class Wrapper:
             what they give by their numbers.
         closed: axes that do not grow -> why.
         images: how an image is given: "pixels", "sized" with its height and width beside, "several"
-            in a row, or as "patches" with their numbers beside.
+            in a row, as "patches" with their numbers beside, or "placed" patches with the row and
+            column of each.
         keeps_softmax: why no mixer can take the place of the language model's attention; empty:
             some can.
     """
@@ -45,7 +46,7 @@ class Wrapper:
     follows: tuple[str, ...] = ()
     first_layers: Callable[[Config], int] = lambda config: 0
     closed: Mapping[str, str] = field(default_factory=dict)
-    images: Literal["pixels", "sized", "several", "patches"] = "pixels"
+    images: Literal["pixels", "sized", "several", "patches", "placed"] = "pixels"
     keeps_softmax: str = ""
 
 
@@ -66,6 +67,11 @@ APART = f"{BOTH_WAYS} (regraft convert --part text takes its language model out,
 WRAPPERS = {
     "gemma3": Wrapper(
         {r"multi_modal_projector\.mm_input_projection_weight": "stream"}, keeps_softmax=APART
+    ),
+    "gemma4": Wrapper(
+        {r"embed_(vision|audio)\.embedding_projection": "stream"},
+        images="placed",
+        keeps_softmax=BOTH_WAYS,
     ),
     "idefics3": Wrapper(CONNECTOR, images="several"),
     "internvl": Wrapper(TWO_MAPS),
