@@ -142,7 +142,7 @@ def describe_proof(proof: Mapping[str, Any]) -> list[str]:
 def print_targets(source: str, misfits: dict[str, list[str]], console: Console) -> None:
     """Which targets hold a model, and why others do not."""
     for name, found in misfits.items():
-        text = "; ".join(found) if found else f"regraft export {source} OUT --to {name}"
+        text = "; ".join(found) if found else f"regraft export {source} SERVED --to {name}"
         verdict = "no" if found else "yes"
         console.print(f"{name:15s} {verdict:4s} {text}", soft_wrap=True, highlight=False)
 

@@ -68,6 +68,7 @@ class StepEntry(_RequiredStepFields, total=False):
 
     papers: list[str]  # citations for the model card
     notes: list[str]  # what `plan` prints about the step
+    engines: list[str]  # Export: what runs the result, from which release
     ledger: dict[str, Any]  # Train: tokens, FLOPs and seconds per stage
     cost: dict[str, Any]  # Learned: what fitting the maps took
     maps: str  # Learned: sha256 of the maps
@@ -272,6 +273,10 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
     papers = "\n".join(f"- {paper}" for paper in dict.fromkeys(cited))  # each once, in order
     steps = "\n".join(f"{n}. {format_step(step)}" for n, step in enumerate(checkpoint.history, 1))
 
+    last = checkpoint.history[-1] if checkpoint.history else {}
+    lines = "".join(f"- {line}\n" for line in last.get("engines", ()))
+    runs = f"## Runs in\n\n{lines}\n" if lines and transformers else ""
+
     # A name cannot end the code that it stands in.
     hub_name = source.get("hub")
     name = printable(hub_name or Path(source["path"]).name).replace("`", "'")
@@ -287,7 +292,7 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
         f"# {source['family']}, regrafted\n\n"
         f"Source: `{name}`, sha256 `{source['sha256']}`.\n\n"
         f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
-        f"{load if mixers and transformers else ''}## Papers\n\n{papers or no_papers}\n\n"
+        f"{runs}{load if mixers and transformers else ''}## Papers\n\n{papers or no_papers}\n\n"
         f"`{FILE}` says where every number comes from.\n"
     )
 
@@ -319,8 +324,9 @@ def format_front_matter(card: Path, hub_name: str | None = None) -> str:
 
 
 def format_step(step: dict[str, Any]) -> str:
-    """A step (see `StepEntry`) as `Name(argument=value, ...)`."""
-    arguments = ", ".join(f"{key}={value!r}" for key, value in step.get("arguments", {}).items())
+    """A step (see `StepEntry`) as `Name(argument=value, ...)`, without what was measured for it."""
+    known = {key: value for key, value in step.get("arguments", {}).items() if key != "scores"}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in known.items())
     return f"{step.get('step', '?')}({arguments})"
 
 

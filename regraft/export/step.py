@@ -32,4 +32,6 @@ class Export:
         entry = step_entry(self)
         if papers := cite_mixers(source.config):
             entry["papers"] = papers
+        if target.engines:
+            entry["engines"] = list(target.engines)
         return replace(made, history=(*source.history, entry))

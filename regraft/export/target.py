@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..core.anatomy import Config, find_anatomy
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError, suggest
+from .gguf.architecture import ENGINE
 
 if TYPE_CHECKING:
     from .gguf.model import GGUFModel
+
+VLLM = "0.32.0"  # release of vLLM that results are compared with
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ExportTarget:
         remix: fields of a `Remix` that makes models which fit.
         method: the method of `linearize` that trains them, where none is given.
         build_config: config of a model that fits -> config of the result.
+        engines: what runs the result and from which release, as it was proven, a line each.
         code: whether the result needs `import regraft.modeling` or `trust_remote_code`.
         prepare: a converted model, ready to be written as GGUF files; None: the result is a
             directory that transformers loads.
@@ -41,6 +45,7 @@ class ExportTarget:
     remix: dict[str, Any] = field(default_factory=dict)
     method: str = "auto"
     build_config: Callable[[Config], Config] = lambda config: config
+    engines: tuple[str, ...] = ()
     code: bool = False
     prepare: Callable[[Checkpoint], GGUFModel] | None = None
 
@@ -50,6 +55,23 @@ class ExportTarget:
             raise RegraftError(
                 f"{self.name} cannot hold '{checkpoint.origin}': {'; '.join(misfits)}"
             )
+
+
+def name_engines(kind: str, vllm: str = "", others: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """`ExportTarget.engines` of a class that transformers, vLLM and llama.cpp have.
+
+    Args:
+        kind: name of the class.
+        vllm: what has to be known of vLLM.
+        others: further lines.
+    """
+    return (
+        f"transformers 5.24 or newer (`{kind}`)",
+        f"vLLM {VLLM} or newer{vllm}",
+        f"llama.cpp, as of llama-cpp-python {ENGINE}, from the GGUF file"
+        " (`regraft export --to gguf` writes one)",
+        *others,
+    )
 
 
 # Targets with a class of transformers for linearized models, the preferred one first.

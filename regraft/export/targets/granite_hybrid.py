@@ -30,7 +30,7 @@ from ..conversion import (
     name_mixer,
 )
 from ..llama_shape import find_differences
-from ..target import ExportTarget
+from ..target import ExportTarget, name_engines
 
 FULL, LINEAR = "full_attention", "linear_attention"
 OTHER = (
@@ -261,6 +261,9 @@ def fill_block(own: LazyTensor | None, shape: tuple[int, ...], dtype: torch.dtyp
 target = ExportTarget(
     name="granite_hybrid",
     loads="GraniteMoeHybridForCausalLM of transformers",
+    engines=name_engines(
+        "GraniteMoeHybridForCausalLM", ", where the heads are together as wide as `hidden_size`"
+    ),
     find_misfits=find_misfits,
     convert=convert,
     build_config=build_config,

@@ -31,7 +31,7 @@ from ..conversion import (
     windows_of,
 )
 from ..llama_shape import find_differences
-from ..target import ExportTarget
+from ..target import ExportTarget, name_engines
 
 FULL, SLIDING = KINDS
 
@@ -129,6 +129,9 @@ def constant_reader(shape: tuple[int, ...], value: float, dtype: torch.dtype) ->
 target = ExportTarget(
     name="granite_swa",
     loads="GraniteSWAForCausalLM of transformers",
+    engines=name_engines(
+        "GraniteSWAForCausalLM", others=("not SGLang 0.5.23, which leaves out the biases",)
+    ),
     find_misfits=find_misfits,
     convert=convert,
     build_config=build_config,

@@ -37,7 +37,7 @@ from ..conversion import (
     windows_of,
 )
 from ..llama_shape import find_differences
-from ..target import ExportTarget
+from ..target import ExportTarget, name_engines
 
 # Of `gated_deltanet`, as the class computes. Any `conv` of 1 or more and both values of `grouped`
 # are held too.
@@ -361,6 +361,7 @@ def per_query(value: Tensor, states: int, attention: Attention) -> Tensor:
 target = ExportTarget(
     name="qwen3_5",
     loads="Qwen3_5ForCausalLM of transformers",
+    engines=name_engines("Qwen3_5ForCausalLM", ", in bfloat16 on a processor"),
     find_misfits=find_misfits,
     convert=convert,
     build_config=build_config,
