@@ -21,7 +21,13 @@ from ..mixers.weight_spec import WeightSpec
 from ..progress import ProgressCallback
 from . import conversion, growth, liveness
 from .images import cached_image_difference, draw_image_inputs
-from .outputs import cached_difference, compare_models, compute_outputs, steps_between
+from .outputs import (
+    cached_difference,
+    compare_models,
+    compute_outputs,
+    relative_difference,
+    steps_between,
+)
 from .reach import find_reach
 from .receipts import Receipts, find_failures, print_receipts
 from .replay import find_config_differences, find_unequal, replay_steps
@@ -399,8 +405,3 @@ def compute_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """tokens: (batch, time) -> logits (batch, time, vocab), all tokens at once."""
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
     return logits
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|."""
-    return float((a - b).abs().max() / b.abs().max())

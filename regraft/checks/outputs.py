@@ -311,6 +311,11 @@ def layer_order(before: Checkpoint, after: Checkpoint) -> list[int]:
     return done
 
 
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
 def max_difference(before: Tensor, after: Tensor, index: Tensor) -> tuple[float, float]:
     """(relative, absolute) largest difference of an output.
 

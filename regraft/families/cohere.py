@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Part, linear, norm
 from ..core.part import TIED_HEAD
-from .llama import DEFAULTS, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES, attention_parts
 
 ATTENTION, MLP, BIAS = f"{LAYER}.self_attn", f"{LAYER}.mlp", "attention_bias"
 QK: dict[str, Any] = {"norm": True, "centered": True, "writes": "normed", "when": "use_qk_norm"}
@@ -18,10 +18,7 @@ def parts() -> dict[str, Part]:
     return {
         **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
         **norm("norm.attn", f"{LAYER}.input_layernorm", centered=True),
-        **linear("attn.q", f"{ATTENTION}.q_proj", "hidden -> kv group dim", bias=BIAS),
-        **linear("attn.k", f"{ATTENTION}.k_proj", "hidden -> kv dim", bias=BIAS),
-        **linear("attn.v", f"{ATTENTION}.v_proj", "hidden -> kv dim", bias=BIAS),
-        **linear("attn.o", f"{ATTENTION}.o_proj", "kv group dim -> hidden", bias=BIAS),
+        **attention_parts(BIAS, BIAS),
         **linear("mlp.gate", f"{MLP}.gate_proj", "hidden -> ffn"),
         **linear("mlp.up", f"{MLP}.up_proj", "hidden -> ffn"),
         **linear("mlp.down", f"{MLP}.down_proj", "ffn -> hidden"),

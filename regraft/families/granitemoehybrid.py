@@ -10,7 +10,7 @@ from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..errors import RegraftError
 from .granite_swa import softmax_scale
 from .granitemoe import experts
-from .llama import DEFAULTS, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES, attention_parts
 from .llama import parts as llama_parts
 from .qwen2_moe import MULTIPLES
 
@@ -92,18 +92,9 @@ def mamba_parts() -> dict[str, Part]:
 def parts() -> dict[str, Part]:
     """Llama's parts, softmax in some layers only, and the Mamba-2 layers."""
     mlp, rows = f"{LAYER}.shared_mlp", llama_parts("attention_bias", "attention_bias", False)
-    attention = f"{LAYER}.self_attn"
-    bias, only = "attention_bias", is_softmax
     return {
         **{role: part for role, part in rows.items() if not role.startswith(("attn.", "mlp."))},
-        **linear(
-            "attn.q", f"{attention}.q_proj", "hidden -> kv group dim", bias=bias, in_layer=only
-        ),
-        **linear("attn.k", f"{attention}.k_proj", "hidden -> kv dim", bias=bias, in_layer=only),
-        **linear("attn.v", f"{attention}.v_proj", "hidden -> kv dim", bias=bias, in_layer=only),
-        **linear(
-            "attn.o", f"{attention}.o_proj", "kv group dim -> hidden", bias=bias, in_layer=only
-        ),
+        **attention_parts("attention_bias", "attention_bias", in_layer=is_softmax),
         **mamba_parts(),
         **linear(
             "mlp.gate_up",

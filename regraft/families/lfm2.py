@@ -10,17 +10,12 @@ from typing import Any
 
 from ..core.anatomy import Anatomy, Config, Part, linear, norm
 from ..core.anatomy_defaults import read_aliases
-from .llama import DEFAULTS, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES, attention_parts
+from .qwen3_5_text import FULL, is_full
 
-FULL = "full_attention"
 read_older_names = read_aliases(
     {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
 )
-
-
-def is_full(config: Config, layer: int) -> bool:
-    """Whether a layer has softmax attention."""
-    return bool(config["layer_types"][layer] == FULL)
 
 
 def is_conv(config: Config, layer: int) -> bool:
@@ -78,10 +73,7 @@ def parts() -> dict[str, Part]:
         "conv.weight": Part(f"{conv}.conv.weight", "inner one tap", in_layer=is_conv),
         "conv.bias": Part(f"{conv}.conv.bias", "-> inner", when="conv_bias", in_layer=is_conv),
         **linear("conv.out", f"{conv}.out_proj", "inner -> hidden", **short),
-        **linear("attn.q", f"{attention}.q_proj", "hidden -> kv group dim", **softmax),
-        **linear("attn.k", f"{attention}.k_proj", "hidden -> kv dim", **softmax),
-        **linear("attn.v", f"{attention}.v_proj", "hidden -> kv dim", **softmax),
-        **linear("attn.o", f"{attention}.out_proj", "kv group dim -> hidden", **softmax),
+        **attention_parts(False, False, "out_proj", **softmax),
         **norm("attn.q_norm", f"{attention}.q_layernorm", "dim", **softmax),
         **norm("attn.k_norm", f"{attention}.k_layernorm", "dim", **softmax),
         **norm("norm.mlp", f"{LAYER}.ffn_norm"),

@@ -36,6 +36,29 @@ def kv_heads(missing: int) -> Callable[[Config], int]:
     )
 
 
+def attention_parts(
+    qkv_bias: bool | str, o_bias: bool | str, output: str = "o_proj", **fields: Any
+) -> dict[str, Part]:
+    """Queries, keys, values and output of softmax attention.
+
+    Args:
+        qkv_bias: whether queries, keys and values have biases, or the config key that decides it.
+        o_bias: the same for the output.
+        output: the class's name of the output projection.
+        fields: further ones of all parts, such as `in_layer`.
+    """
+    attention = f"{LAYER}.self_attn"
+    queries, keys = "hidden -> kv group dim", "hidden -> kv dim"
+    return {
+        **linear("attn.q", f"{attention}.q_proj", queries, bias=qkv_bias, **fields),
+        **linear("attn.k", f"{attention}.k_proj", keys, bias=qkv_bias, **fields),
+        **linear("attn.v", f"{attention}.v_proj", keys, bias=qkv_bias, **fields),
+        **linear(
+            "attn.o", f"{attention}.{output}", "kv group dim -> hidden", bias=o_bias, **fields
+        ),
+    }
+
+
 def parts(qkv_bias: bool | str, o_bias: bool | str, mlp_bias: bool | str) -> dict[str, Part]:
     """Llama's parts.
 
@@ -44,15 +67,12 @@ def parts(qkv_bias: bool | str, o_bias: bool | str, mlp_bias: bool | str) -> dic
         o_bias: the same for the attention's output.
         mlp_bias: the same for the MLP.
     """
-    attention, mlp = f"{LAYER}.self_attn", f"{LAYER}.mlp"
+    mlp = f"{LAYER}.mlp"
 
     return {
         **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
         **norm("norm.attn", f"{LAYER}.input_layernorm"),
-        **linear("attn.q", f"{attention}.q_proj", "hidden -> kv group dim", bias=qkv_bias),
-        **linear("attn.k", f"{attention}.k_proj", "hidden -> kv dim", bias=qkv_bias),
-        **linear("attn.v", f"{attention}.v_proj", "hidden -> kv dim", bias=qkv_bias),
-        **linear("attn.o", f"{attention}.o_proj", "kv group dim -> hidden", bias=o_bias),
+        **attention_parts(qkv_bias, o_bias),
         **norm("norm.mlp", f"{LAYER}.post_attention_layernorm"),
         **linear("mlp.gate", f"{mlp}.gate_proj", "hidden -> ffn", bias=mlp_bias),
         **linear("mlp.up", f"{mlp}.up_proj", "hidden -> ffn", bias=mlp_bias),

@@ -5,7 +5,7 @@ Every map may have a bias.
 
 from ..core.anatomy import Anatomy, linear, norm
 from ..core.part import TIED_HEAD
-from .llama import DEFAULTS, LAYER, SIZES
+from .llama import DEFAULTS, LAYER, SIZES, attention_parts
 
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 
@@ -14,10 +14,7 @@ anatomy = Anatomy(
     parts={
         **linear("embed", "model.embed_tokens", "vocab -> hidden", stored="in out"),
         **norm("norm.attn", f"{LAYER}.input_layernorm", bias=True),
-        **linear("attn.q", f"{ATTENTION}.q_proj", "hidden -> kv group dim", bias="use_bias"),
-        **linear("attn.k", f"{ATTENTION}.k_proj", "hidden -> kv dim", bias="use_bias"),
-        **linear("attn.v", f"{ATTENTION}.v_proj", "hidden -> kv dim", bias="use_bias"),
-        **linear("attn.o", f"{ATTENTION}.o_proj", "kv group dim -> hidden", bias="use_bias"),
+        **attention_parts("use_bias", "use_bias"),
         **norm("norm.mlp", f"{LAYER}.post_attention_layernorm", bias=True),
         **linear("mlp.up", f"{MLP}.c_fc", "hidden -> ffn", bias="use_bias"),
         **linear("mlp.down", f"{MLP}.c_proj", "ffn -> hidden", bias="use_bias"),

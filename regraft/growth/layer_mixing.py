@@ -87,13 +87,11 @@ class SourceLayers:
 
     # Maps of a role in all layers, (source layers, ...) each, once they are held in memory.
     stacks: dict[str, list[Tensor]]
-    # What widens the maps of a tensor, by role and layer, once it was asked for.
-    known: dict[Key, list[MapWidener]]
 
     def __init__(self, widening: Widening, placed: Mapping[Key, PlacedPart], folds_norms: bool):
         self.widening, self.placed, self.folds_norms = widening, placed, folds_norms
         self.source = widening.source
-        self.stacks, self.known = {}, {}
+        self.stacks = {}
 
     def hold_in_memory(self) -> None:
         """Keep all maps in memory from now on."""
@@ -102,10 +100,8 @@ class SourceLayers:
 
     def wideners(self, role: str, layer: int | None) -> list[MapWidener]:
         """What widens each map of a tensor."""
-        if (role, layer) not in self.known:
-            specs = map_specs(self.placed[role, layer].part, role, layer)
-            self.known[role, layer] = [MapWidener(self.widening, spec) for spec in specs]
-        return self.known[role, layer]
+        specs = map_specs(self.placed[role, layer].part, role, layer)
+        return [MapWidener(self.widening, spec) for spec in specs]
 
     def split(self, role: str, layer: int | None) -> list[Float[Tensor, "*axes"]]:
         """The maps of one tensor as stored, (outputs, inputs), float32."""

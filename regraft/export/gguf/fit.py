@@ -110,19 +110,14 @@ def find_host_activation(config: Config) -> str | None:
     return find_activation(whole.host_config(config), whole.host(config))
 
 
-def is_rounded(config: Config) -> bool:
-    """Whether llama.cpp takes the activation from a table in half precision, as it does GELU."""
-    return "gelu" in (find_host_activation(config) or "")
-
-
 def find_notes(config: Config) -> list[str]:
     """What llama.cpp computes a little differently, a line each."""
     anatomy = find_anatomy(config)
     architecture = find_architecture(anatomy.family)
     own = architecture.find_notes(read_stock_config(config, anatomy)) if architecture else []
-    if not is_rounded(config):
-        return own
     activation = find_host_activation(config)
+    if "gelu" not in (activation or ""):  # which llama.cpp takes from a table in half precision
+        return own
     exact = " by its tanh approximation" if activation == "gelu" else ""
     return [
         f"llama.cpp computes {activation}{exact} in half precision: its logits differ"

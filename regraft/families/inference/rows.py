@@ -81,7 +81,7 @@ def write_row(draft: Draft, template: str) -> Row:
         return Row(f"{role}.weight", signature=f"{axes[0]} -> {axes[1]}", stored="in out", **fields)
 
     role = role or _name_other(draft, template)
-    if multiplies_stream(draft.tiny, draft.names.by_name[""], first_name(draft, template), laws):
+    if multiplies_stream(draft.tiny, draft.names.by_name, first_name(draft, template), laws):
         fields |= {"reads": "stream", "writes": "stream"}
         return Row(f"{role}.{parsed.suffix}", signature=_write_axes(draft, laws), **fields)
     fields |= _find_streams(draft, name, laws)

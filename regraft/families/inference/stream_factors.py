@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from .rotation import first_output
 from .shapes import Law, list_tensors
 from .tiny_model import TinyModel, run
 
 ONE: Law = {(): 1.0}
 
 
-def multiplies_stream(tiny: TinyModel, model: Any, name: str, laws: list[Law | None]) -> bool:
+def multiplies_stream(
+    tiny: TinyModel, modules: Mapping[str, Any], name: str, laws: list[Law | None]
+) -> bool:
     """Whether a tensor is one number by which all is multiplied that a layer gives.
 
     With zero in its place the layer gives zeros.
 
     Args:
         tiny: says what the model reads.
-        model: an instance of it.
+        modules: of an instance of it by name, itself under "".
         name: of the tensor.
         laws: of its dimensions.
     """
@@ -27,21 +31,19 @@ def multiplies_stream(tiny: TinyModel, model: Any, name: str, laws: list[Law | N
     layer = re.match(r"(.*?\.\d+)\.", name)
     if layer is None or any(law != ONE for law in laws):
         return False
-    modules, tensor = dict(model.named_modules()), list_tensors(model).get(name)
+    tensor = list_tensors(modules[""]).get(name)
     if tensor is None or layer[1] not in modules:
         return False
 
     given: list[Any] = []
     handle = modules[layer[1]].register_forward_hook(
-        lambda module, inputs, result: given.append(
-            result[0] if isinstance(result, tuple) else result
-        )
+        lambda module, inputs, result: given.append(first_output(result))
     )
     before = tensor.detach().clone()
     try:
         with torch.no_grad():
             tensor.zero_()
-            run(model, tiny)
+            run(modules[""], tiny)
     finally:
         handle.remove()
         with torch.no_grad():
