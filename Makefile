@@ -11,9 +11,9 @@ export TOKENIZERS_PARALLELISM := false
 test: lint
 	$(BIN)/python -m pytest
 
-# The wheel alone, in a fresh environment.
-test-wheel: .venv/.ready
-	$(BIN)/python tests/wheel.py --torch-args "$(TORCH_ARGS)"
+# The wheel alone, in a fresh environment; needs no .venv.
+test-wheel:
+	$(PYTHON) tests/wheel.py --torch-args "$(TORCH_ARGS)"
 
 # With the packages that people use around transformers: PEFT, TRL, accelerate, lm-eval, and those that quantise.
 interop: .venv/.interop

@@ -6,7 +6,7 @@ times. Sources decode as transformers' `generate` does; `same cache` is the sour
 and the attention that verifying uses. All in one process on the same weights, in turn. Reading a
 context of 65,536 tokens takes a processor tens of minutes, so lengths are given. Run:
 python benchmarks/lossless.py SOURCE MODEL [--lengths 1024,4096] [--tokens 64] [--prompts 200] [--kinds documentation]
-[--text name=file.jsonl] [--threads 2]
+[--text name=file.jsonl] [--dtype int8] [--threads 2]
 """
 
 from __future__ import annotations
@@ -100,11 +100,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=0, help="texts to compare, of each kind")
     parser.add_argument("--kinds", help="names of texts, all by default")
     parser.add_argument("--text", action="append", default=[], help="name=file.jsonl")
+    parser.add_argument("--dtype", default="float32", help="of the model's weights, such as int8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
 
     torch.set_num_threads(given.threads)
-    source, model = modeling.load(given.source), modeling.load(given.model)
+    source = modeling.load(given.source)
+    model = modeling.load(given.model, modeling.parse_decoding_dtype(given.dtype))
     tokenizer = modeling.load_tokenizer(given.source)
     own = modeling.load_tokenizer(given.model)
     check_draft((given.model, given.source), (model, source), (own, tokenizer))

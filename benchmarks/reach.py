@@ -82,10 +82,11 @@ def try_all(families: list[str]) -> dict[str, tuple[list[str], dict[str, str]]]:
 
 
 def group_reasons(closed: dict[str, str]) -> dict[str, list[str]]:
-    """Reason -> the columns that it closes."""
+    """Reason -> the columns that it closes, both in the order of the table."""
     groups: dict[str, list[str]] = {}
-    for name, why in closed.items():
-        groups.setdefault(why, []).append(name)
+    for name in (*COLUMNS, *sorted(closed.keys() - {*COLUMNS})):
+        if name in closed:
+            groups.setdefault(closed[name], []).append(name)
     return groups
 
 

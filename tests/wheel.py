@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, ROOT, cwd=folder)
+        # Of a copy: another pip may be at work in the checkout.
+        checkout = folder / "checkout"
+        shutil.copytree(ROOT / "regraft", checkout / "regraft")
+        for file in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / file, checkout)
+        run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, checkout, cwd=folder)
         (wheel,) = folder.glob("regraft-*.whl")
 
         venv.create(folder / "fresh", with_pip=True)

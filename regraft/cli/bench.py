@@ -21,6 +21,7 @@ def bench(
     batch: int = 1,
     skip_prefill: bool = False,
     verify: bool = False,
+    dtype: str = "float32",
     plot: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -32,9 +33,9 @@ def bench(
         lengths: context lengths, such as 1k,4k,16k
         steps: decoding steps behind each median
         batch: rows decoded together; speeds and bytes are those of all rows
-        skip_prefill: time decoding alone, from a cache filled with copies of one token instead of a
-            context
+        skip_prefill: time decoding alone, behind copies of one token instead of a context
         verify: also time the model drafting for --against, which verifies, on held-out text
+        dtype: of the model's weights (float32, bfloat16, float16, int8); --against keeps float32
         plot: also draw the rows into bench.svg in the current folder
         json: print one JSON object on standard output and nothing else
     """
@@ -50,6 +51,7 @@ def bench(
     if verify:
         check_verify(against, batch, skip_prefill)
     counts = parse_lengths(lengths)
+    modeling.parse_decoding_dtype(dtype)  # an unknown one is refused before any work
     modeling.check_decoder(model, against)
     models = {"model": model} | ({"against": against} if against else {})
     for path in models.values():
@@ -73,9 +75,10 @@ def bench(
             report,
             batch,
             not skip_prefill,
+            dtypes={"model": dtype},
         )
         if verify and against:
-            blocks = bench_verified(model, against, counts, steps, report)
+            blocks = bench_verified(model, against, counts, steps, report, dtype)
             rows["verified"] = list(blocks)
     if plot:
         write_plot("bench.svg", plots.plot_speed(rows))

@@ -22,6 +22,7 @@ def evaluate(
     positions: bool = False,
     plot: bool = False,
     bos: bool = False,
+    dtype: str = "float32",
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -49,6 +50,7 @@ def evaluate(
         plot: also draw positions.svg in the current folder
         bos: windows begin with the tokenizer's BOS token, in the place of their first, as they do
             for models with sink_window
+        dtype: of the model's weights (float32, bfloat16, float16, int8); baselines keep float32
         trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
     """
@@ -71,6 +73,7 @@ def evaluate(
     from ..report import html, plots
     from ..report import tables as printing
 
+    weights = modeling.parse_decoding_dtype(dtype)
     modeling.check_decoder(model, baseline, scratch)
     if plot:
         check_plot("positions.svg")
@@ -88,6 +91,7 @@ def evaluate(
                 scratch,
                 trust_remote_code,
                 bos,
+                weights,
             )
         else:
             suite = evaluation.build_suite(
@@ -103,7 +107,7 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
                 bos=bos,
             )
-            found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update)
+            found = evaluation.benchmark(model, suite, baseline, scratch, ticker.update, weights)
     if plot:
         write_plot("positions.svg", plots.plot_positions(html.eval_rows(found)))
     return Outcome(found, lambda console: printing.print_evaluation(found, console))
@@ -140,6 +144,7 @@ VERB = Verb(
             "batch",
         ),
         "output": (
+            "dtype",
             "trust_remote_code",
             "json",
         ),

@@ -17,6 +17,7 @@ def generate_text(
     seed: int = 0,
     chat: bool = False,
     verify: str | None = None,
+    dtype: str = "float32",
     trust_remote_code: bool = False,
     json: bool = False,
 ) -> Outcome:
@@ -30,6 +31,8 @@ def generate_text(
         seed: of the sampling
         chat: wrap the prompt in the model's chat template
         verify: the source: it checks blocks that the model drafts, and the text is exactly its own
+        dtype: of the model's weights (float32, bfloat16, float16, int8); a source that verifies
+            keeps float32
         trust_remote_code: run the Python files beside the tokenizer, if it needs them
         json: print one JSON object on standard output and nothing else
     """
@@ -39,8 +42,9 @@ def generate_text(
     def print_piece(piece: str) -> None:
         print(piece, end="", flush=True)
 
+    weights = modeling.parse_decoding_dtype(dtype)
     modeling.check_decoder(model, verify)
-    loaded = modeling.load(model)
+    loaded = modeling.load(model, weights)
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
     source = load_source(verify, model, loaded, tokenizer, prompt, trust_remote_code)
     sink = None if json else print_piece

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..io.linux import available_memory
+from ..mixers.registry import mixer_class
 from .bench_time import TimeLimit, extrapolate
 from .rows import BenchRow
 
@@ -38,6 +39,7 @@ def bench(
     batch: int = 1,
     prefill: bool = True,
     seconds: float | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> dict[str, list[BenchRow]]:
     """Measure models at several context lengths; rows by name of the model.
 
@@ -51,11 +53,13 @@ def bench(
         steps: decoding steps; the speed is their median, after one step to warm up.
         progress: called with the rows done, their total, and what is measured.
         batch: rows decoded together.
-        prefill: read the context. Else the cache is filled with copies of a first token's keys and
-            values, which takes no attention over the context: decoding is timed alone.
+        prefill: read the context. Else windows are read, and all other keys and values are copies
+            of the last, which takes no attention over the context: decoding is timed alone.
         seconds: what all of it may take. Where reading a context would take longer, decoding is
             timed alone; where that would, nothing is. What is left out is extrapolated from shorter
             contexts. None: everything is measured.
+        dtypes: of weights by name of the model, as `parse_decoding_dtype` knows them; float32 for
+            others.
 
     RegraftError for a batch or number of steps below one, and when a process fails.
     """
@@ -67,6 +71,7 @@ def bench(
     rows: dict[str, list[BenchRow]] = {name: [] for name in models}
     opened = {name: Checkpoint.open(path) for name, path in models.items()}
     lengths, limit = sorted(lengths), TimeLimit(seconds, steps, len(models))
+    dtypes = dict.fromkeys(models, "float32") | dict(dtypes or {})
 
     for done, length in enumerate(lengths):
         level = limit.choose(rows, length, len(lengths) - done) if prefill else "decode"
@@ -74,16 +79,19 @@ def bench(
             if progress:
                 job = done * len(models) + number
                 progress(job, len(lengths) * len(models), f"{name} at {length}")
-            row = row_if_too_large(checkpoint, length, batch)
+            row = row_if_too_large(checkpoint, length, batch, dtypes[name])
             if row is None and level == "nothing":
                 row = unmeasured_row(checkpoint, length, batch)
             if row is None:
-                row = run_worker(models[name], length, steps, batch, level == "all")
+                reads = level == "all"
+                row = run_worker(models[name], length, steps, batch, reads, dtypes[name])
             rows[name].append(row if seconds is None else extrapolate(row, rows[name]))
     return rows
 
 
-def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> BenchRow | None:
+def row_if_too_large(
+    checkpoint: Checkpoint, length: int, batch: int, dtype: str = "float32"
+) -> BenchRow | None:
     """The row of a model that does not fit into the machine's free memory; None when it fits.
 
     Always None with an accelerator: what its memory holds is not forecast here.
@@ -92,7 +100,8 @@ def row_if_too_large(checkpoint: Checkpoint, length: int, batch: int) -> BenchRo
     if free is None or torch.cuda.is_available():
         return None
     row = unmeasured_row(checkpoint, length, batch)
-    weights = 4 * sum(lazy.size for lazy in checkpoint.tensors.values())  # float32
+    size = 2 if dtype in ("bfloat16", "float16") else 4  # int8 is loaded as float32
+    weights = size * sum(lazy.size for lazy in checkpoint.tensors.values())
     return None if weights + row["state_bytes"] <= free[0] else row
 
 
@@ -122,11 +131,17 @@ def unmeasured_row(checkpoint: Checkpoint, length: int, batch: int) -> BenchRow:
 
 
 def run_worker(
-    path: str, length: int, steps: int, batch: int = 1, prefill: bool = True
+    path: str,
+    length: int,
+    steps: int,
+    batch: int = 1,
+    prefill: bool = True,
+    dtype: str = "float32",
 ) -> BenchRow:
     """`measure` in a child process; errors as of `run_in_process`."""
     numbers = map(str, (length, steps, batch, int(prefill)))
-    row: BenchRow = run_in_process(__name__, [path, *numbers], f"{path} at {length} tokens")
+    words = [path, dtype, *numbers]
+    row: BenchRow = run_in_process(__name__, words, f"{path} at {length} tokens")
     return row
 
 
@@ -159,13 +174,20 @@ def run_in_process(module: str, words: Sequence[str], what: str) -> Any:
     return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
-def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = True) -> BenchRow:
+def measure(
+    path: str,
+    length: int,
+    steps: int,
+    batch: int = 1,
+    prefill: bool = True,
+    dtype: str = "float32",
+) -> BenchRow:
     """The row of one model at one length, measured in this process; see `bench`."""
     from .. import modeling
     from . import chunked
 
     torch.manual_seed(0)
-    model: Any = modeling.load(path)
+    model: Any = modeling.load(path, modeling.parse_decoding_dtype(dtype))
     device = next(model.parameters()).device
     # Weights may be pages of a mapped file, which would count once for every tensor near them.
     for parameter in model.parameters():
@@ -174,7 +196,11 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
     loaded = peak_bytes(device.type)
 
     config = model.config.get_text_config()
-    ids = torch.randint(config.vocab_size, (batch, length if prefill else 1), device=device)
+    mixers = getattr(model.config, "mixers", None) or [None] * config.num_hidden_layers
+    # Windows are full, as behind any long context: what is then written takes no new memory.
+    tokens = [mixer_class(spec["name"]).softmax_tokens(spec) for spec in mixers if spec]
+    read = length if prefill else min(length, max(tokens, default=0) + 1)
+    ids = torch.randint(config.vocab_size, (batch, read), device=device)
     with torch.inference_mode():
         begin = time.perf_counter()
         logits, cache = chunked.last_logits(model, ids)
@@ -193,7 +219,6 @@ def measure(path: str, length: int, steps: int, batch: int = 1, prefill: bool = 
             synchronize(device.type)
             seconds.append(time.perf_counter() - begin)
 
-    mixers = getattr(model.config, "mixers", None) or [None] * config.num_hidden_layers
     converted = sum(size for size, mixer in zip(sizes, mixers, strict=True) if mixer is not None)
     return {
         "length": length,
@@ -263,5 +288,6 @@ def reset_peak(device: str) -> None:
 
 
 if __name__ == "__main__":
-    at, times, rows, reads = map(int, sys.argv[2:])
-    print(json.dumps(measure(sys.argv[1], at, times, rows, bool(reads))))
+    file, kind = sys.argv[1:3]
+    at, times, rows, reads = map(int, sys.argv[3:])
+    print(json.dumps(measure(file, at, times, rows, bool(reads), kind)))

@@ -66,6 +66,7 @@ def evaluate(
     scratch: str | None = None,
     trust_remote_code: bool = False,
     bos: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Perplexity of a model and its baselines on the same windows of text.
 
@@ -84,6 +85,7 @@ def evaluate(
         trust_remote_code: whether code of the tokenizer may be run.
         bos: whether windows begin with the tokenizer's BOS token; they do for models whose mixers
             are made for that.
+        dtype: of the model's weights, not of the others'.
     """
     checkpoint = Checkpoint.open(model)
     tokenizer = modeling.load_tokenizer(model, trust_remote_code)
@@ -100,7 +102,7 @@ def evaluate(
     if scratch:
         check_same_vocabulary(scratch, checkpoint)
         candidates[baselines.SCRATCH] = Candidate(modeling.load(scratch))
-    candidates |= baselines.model_candidates(modeling.load_stored(checkpoint))
+    candidates |= baselines.model_candidates(modeling.load_stored(checkpoint, dtype))
 
     teacher = baselines.TEACHER if baseline else None
     scores = measure(candidates, rows.input_ids, rows.bytes, teacher, progress)
@@ -158,6 +160,7 @@ def benchmark(
     baseline: str | None = None,
     scratch: str | None = None,
     report_progress: Report = lambda share, words: None,
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """What a suite measures, of a model and the same baselines as in `evaluate`.
 
@@ -169,6 +172,7 @@ def benchmark(
         baseline: path of its source. Tasks then also have `of_teacher`.
         scratch: path of a model of the same architecture that was trained from scratch.
         report_progress: called with the share done, 0 to 1, and a few words.
+        dtype: of the model's weights, not of the others'.
     """
     checkpoint = Checkpoint.open(model)
     remix = baselines.remix_of(checkpoint)
@@ -205,7 +209,8 @@ def benchmark(
             rows[name] = measure_row(name, candidate)
     if scratch:
         rows[baselines.SCRATCH] = measure_row(baselines.SCRATCH, Candidate(modeling.load(scratch)))
-    for name, candidate in baselines.model_candidates(modeling.load_stored(checkpoint)).items():
+    own = modeling.load_stored(checkpoint, dtype)
+    for name, candidate in baselines.model_candidates(own).items():
         rows[name] = measure_row(name, candidate)
 
     if baseline:

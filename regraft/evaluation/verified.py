@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..data.default_text import heldout_topics
-from ..modeling import load, load_tokenizer
+from ..modeling import load, load_tokenizer, parse_decoding_dtype
 from ..modeling.generate import Generation, generate_verified
 from ..modeling.speculative import check_draft, share_weights
 from .bench import peak_bytes, reset_peak, run_in_process, synchronize
@@ -65,6 +65,7 @@ def bench_verified(
     lengths: Sequence[int],
     steps: int,
     progress: Callable[[int, int, str], None] | None = None,
+    dtype: str = "float32",
 ) -> list[VerifiedRow]:
     """Measure greedy text behind held-out documentation, by length of context.
 
@@ -74,6 +75,7 @@ def bench_verified(
         lengths: tokens of context.
         steps: a quarter of the tokens that are generated.
         progress: as of `bench`.
+        dtype: of the draft's weights, a name that `parse_decoding_dtype` knows.
 
     RegraftError when a process fails.
     """
@@ -81,14 +83,14 @@ def bench_verified(
     for done, length in enumerate(lengths):
         if progress:
             progress(done, len(lengths), f"verified at {length}")
-        words = [model, source, str(length), str(4 * steps)]
+        words = [model, source, dtype, str(length), str(4 * steps)]
         rows.append(run_in_process(__name__, words, f"{model} with {source} at {length} tokens"))
     return rows
 
 
-def measure_verified(model: str, source: str, length: int, tokens: int) -> VerifiedRow:
+def measure_verified(model: str, source: str, dtype: str, length: int, tokens: int) -> VerifiedRow:
     """The row of one length, measured in this process; see `bench_verified`."""
-    student, teacher = load(model), load(source)
+    student, teacher = load(model, parse_decoding_dtype(dtype)), load(source)
     tokenizer = load_tokenizer(source)
     check_draft((model, source), (student, teacher), (load_tokenizer(model), tokenizer))
     share_weights(student, teacher)
@@ -133,4 +135,5 @@ def repeat_text(text: str, tokenizer: Any, length: int) -> Tensor:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps(measure_verified(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))))
+    draft, verifies, kind = sys.argv[1:4]
+    print(json.dumps(measure_verified(draft, verifies, kind, *map(int, sys.argv[4:]))))

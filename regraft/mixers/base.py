@@ -17,7 +17,7 @@ from ..errors import RegraftError
 from .attention import Attention, HeadNorm, apply_rotary
 from .latent import LatentProjections, latent_weights
 from .options import parse_options
-from .packing import PackedLinears, Projected
+from .packing import Packed, Projected, pack_linears
 from .tensors import apply_to_both, keep_finite
 from .weight_spec import WeightSpec
 
@@ -82,7 +82,7 @@ class Mixer(nn.Module):
     o_proj: nn.Linear
     o_gate: nn.Linear
     # `input_layers` as one matrix, where `pack` made one.
-    packed: PackedLinears | None = None
+    packed: Packed | None = None
 
     def __init__(self, attention: Attention, spec: dict[str, Any], output: bool = True):
         super().__init__()
@@ -165,9 +165,7 @@ class Mixer(nn.Module):
 
         Their values stay the same, and so does what they compute but for rounding.
         """
-        layers = [] if self.attention.latent else self.input_layers()
-        plain = all(type(layer) is nn.Linear for layer in layers)
-        self.packed = PackedLinears(layers) if len(layers) > 1 and plain else None
+        self.packed = pack_linears([] if self.attention.latent else self.input_layers())
 
     def project_token(
         self, x: Float[Tensor, "batch 1 hidden"], mixing: MixerContext

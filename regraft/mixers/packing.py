@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.shapes import Float
+from .int8 import Int8Linear
 
 # What layers gave already for the tokens at hand.
 Projected = Mapping[nn.Module, Tensor]
@@ -52,3 +53,49 @@ class PackedLinears:
         out = rows @ self.matrix if self.bias is None else self.bias.addmm(rows, self.matrix)
         parts = out.view(*x.shape[:2], -1).split(self.widths, -1)
         return dict(zip(self.layers, parts, strict=True))
+
+
+class PackedInt8:
+    """Layers with the same inputs as one, of whose weights theirs are views; see `PackedLinears`.
+
+    Args:
+        layers: whose outputs are wanted.
+    """
+
+    def __init__(self, layers: list[Int8Linear]):
+        self.layers, self.widths = layers, [layer.out_features for layer in layers]
+        bias = None
+        if any(layer.bias is not None for layer in layers):
+            zeros = (torch.zeros(width) for width in self.widths)
+            parts = zip((layer.bias for layer in layers), zeros, strict=True)
+            bias = torch.cat([zero if own is None else own for own, zero in parts])
+        int8, scale = (
+            torch.cat([getattr(one, name) for one in layers]) for name in ("int8", "scale")
+        )
+        for layer, part in zip(layers, int8.split(self.widths), strict=True):
+            layer.int8 = part
+        self.whole = Int8Linear(layers[0].in_features, int8, scale, bias)
+
+    def holds(self) -> bool:
+        """Yes: such weights do not change."""
+        return True
+
+    def __call__(self, x: Float[Tensor, "batch time hidden"]) -> dict[nn.Module, Tensor]:
+        """Each layer's output (batch, time, outputs)."""
+        return dict(zip(self.layers, self.whole(x).split(self.widths, -1), strict=True))
+
+
+Packed = PackedLinears | PackedInt8
+
+
+def pack_linears(layers: Sequence[nn.Module]) -> Packed | None:
+    """Layers with the same inputs as one; None where there are not several of one class.
+
+    Args:
+        layers: of any classes; subclasses may compute more than a product and are left alone.
+    """
+    linear = [layer for layer in layers if type(layer) is nn.Linear]
+    int8 = [layer for layer in layers if isinstance(layer, Int8Linear)]
+    if len(layers) == len(linear) > 1:
+        return PackedLinears(linear)
+    return PackedInt8(int8) if len(layers) == len(int8) > 1 else None

@@ -211,29 +211,24 @@ class Window(Mixer):
             state: before the token.
             overwrite: whether the new state may take its place in memory.
         """
-        size = self.options.window
-        settled = overwrite and self.sees_all(position) and is_writable(*state.values())
-        last = (write_slot if settled else fill_slots)(state, k, v, position, size)
+        size, sinks = self.options.window, self.options.sinks
+        # Asked on a processor alone, which need not wait for the answer.
+        known = overwrite and position.device.type == "cpu"
+        least = int(position.min()) if known else EMPTY
+        in_place = known and least >= sinks and is_writable(*state.values())
+        last = (write_slot if in_place else fill_slots)(state, k, v, position, size)
 
         group = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (b, kv, group, d)
         distance = None
         if self.attention.alibi is not None:
             distance = (position - last["at"])[:, None, None]
         scores = self.attention.scale_scores(group @ last["k"].mT, distance)
-        if not settled:
+        if least < size + sinks - 1:  # some slots are empty still
             # A sink that is still inside the window stands there too; it is counted there alone.
-            far = torch.arange(self.options.sinks, device=q.device) <= position - size
+            far = torch.arange(sinks, device=q.device) <= position - size
             seen = torch.cat((last["at"][:, :size] > EMPTY, far), 1)
             scores = scores.masked_fill(~seen[:, None, None], torch.finfo(scores.dtype).min)
         return (self.normalize(scores) @ last["v"]).flatten(1, 2).unsqueeze(2), last
-
-    def sees_all(self, position: Int[Tensor, "batch 1"]) -> bool:
-        """Whether a token of every row sees all slots; asked on a processor alone, which need not
-        wait for the answer.
-        """
-        if position.device.type != "cpu":
-            return False
-        return int(position.min()) >= self.options.window + self.options.sinks - 1
 
     def attend_blocks(
         self,

@@ -24,8 +24,16 @@ from ..io.identity import TOKENIZER
 from ..mixers.gated import GatedMixer
 from .meta import explain_model_errors, model_class, silence_transformers, stock_class
 from .modeling_regraft import RegraftForCausalLM
+from .quantize import quantize_linears
 from .stock import load_stock
 
+# Of weights of a model that is run.
+DECODING_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 # What models with an encoder in front of a decoder read (`Anatomy.inputs`).
 PAIRED = ("token pairs", "audio")
 
@@ -207,7 +215,7 @@ def load(
 
     Args:
         path: a directory of a supported family or of a linearized model, or a GGUF file.
-        dtype: of the weights.
+        dtype: of the weights; `torch.int8` for decoding on a processor, see `quantize_linears`.
         allow_nonfinite: take NaN and infinity.
 
     Raises RegraftError when the path is no model, or its files do not fit its config.
@@ -222,17 +230,27 @@ def load_stored(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
 
     Args:
         checkpoint: as opened: no step has changed it.
-        dtype: of the weights.
+        dtype: as of `load`.
     """
     # First: transformers' own reader of it has no words for what is wrong.
     file = Path(checkpoint.path) / "generation_config.json"
     generation = read_generation_config(file) if file.exists() else None
     # transformers would need the packages and devices of a quantisation.
     in_memory = checkpoint.config["model_type"] == "regraft" or checkpoint.is_computed
-    model = materialize(checkpoint, dtype) if in_memory else load_stock(checkpoint, dtype)
+    stored = torch.float32 if dtype == torch.int8 else dtype
+    model = materialize(checkpoint, stored) if in_memory else load_stock(checkpoint, stored)
     if generation is not None:
         model.generation_config = generation
+    if dtype == torch.int8:
+        quantize_linears(model)
     return model
+
+
+def parse_decoding_dtype(name: str) -> torch.dtype:
+    """The dtype of a model that is loaded to be run; RegraftError for other names."""
+    if name not in DECODING_DTYPES:
+        raise RegraftError(f"--dtype {name:.40}: use one of {', '.join(DECODING_DTYPES)}")
+    return DECODING_DTYPES[name]
 
 
 def read_generation_config(file: Path) -> GenerationConfig:

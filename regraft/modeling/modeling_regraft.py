@@ -29,6 +29,8 @@ from ..core.auto_map import TEXT_CONFIG
 from ..core.shapes import Float, Int
 from ..errors import RegraftError
 from ..mixers.attention import Attention
+from ..mixers.int8 import FEW as FEW_INT8_ROWS
+from ..mixers.int8 import Int8Linear
 from ..mixers.older_names import OLDER_NAMES
 from .cache import cache_kwargs
 from .configuration_regraft import RegraftConfig
@@ -130,7 +132,8 @@ class RegraftPreTrainedModel(PreTrainedModel):
         Args:
             rows: that will be decoded together.
         """
-        if self.device.type != "cpu" or rows > FEW_ROWS:
+        int8 = any(isinstance(module, Int8Linear) for module in self.modules())
+        if self.device.type != "cpu" or rows > (FEW_INT8_ROWS if int8 else FEW_ROWS):
             return
         packed: set[nn.Module] = set()
         for slot in self.slots():

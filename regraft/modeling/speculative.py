@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..core.shapes import Int
 from ..errors import RegraftError
+from ..mixers.int8 import Int8Linear
 from .cache import cache_kwargs, cache_of, state_bytes
 
 MOST = 16  # drafted tokens in a block
@@ -226,7 +227,9 @@ def decoding_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that a step reads: all but rows of an embedding that is no output too."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     lookup = None if head is None or head.weight is embedding.weight else embedding.weight
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p is not lookup)
+    weights = [p for p in model.parameters() if p is not lookup]
+    weights += [part.int8 for part in model.modules() if isinstance(part, Int8Linear)]
+    return sum(part.numel() * part.element_size() for part in weights)
 
 
 def share_weights(model: nn.Module, source: nn.Module) -> tuple[int, int]:

@@ -232,6 +232,16 @@ def test_the_source_s_card_is_kept_and_its_licence_named(model: Path, tmp_path: 
         assert "Widen(" in (folder / "README.md").read_text()
 
 
+def test_a_card_says_what_training_read() -> None:
+    closed, distilled = {"kind": "closed form", "tokens": 8192}, {"kind": "distil", "tokens": 5}
+    ledger = {"start": [closed], "stages": [distilled]}
+    step = {"step": "Train", "arguments": {"stages": [{"kind": "distil"}]}, "ledger": ledger}
+    shown = side_files.lineage.format_step(step)
+    assert shown == "Train(closed form of 8,192 tokens, distil of 5 tokens)"
+    # A ledger that someone else wrote ends nothing.
+    assert side_files.lineage.format_step({"ledger": {"stages": [{}]}}) == "?(? of 0 tokens)"
+
+
 @pytest.mark.parametrize("head", ["---\n*x\n---\n", "---\n- 1\n---\n", "---\n", "", "\xff---\n"])
 def test_a_card_that_cannot_be_read_says_nothing(head: str, model: Path, tmp_path: Path) -> None:
     source = copy_model(model, tmp_path / "source")
