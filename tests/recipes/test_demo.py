@@ -34,9 +34,14 @@ def test_held_out_topics_are_about_a_fifth_and_never_trained_on():
     )
 
 
-def test_encyclopedia_skips_empty_articles(tmp_path):
-    articles = default_text.encyclopedia(pretend_packages(tmp_path / "packages"))
-    assert len(articles) == 20 and articles[0].startswith("Thing 0\n\nA thing")
+def test_encyclopedia_skips_empty_articles_and_joins_the_others(tmp_path, monkeypatch):
+    packages = pretend_packages(tmp_path / "packages")
+    (whole,) = default_text.encyclopedia(packages)
+    assert whole.startswith("Thing 0\n\nA thing") and "Nothing" not in whole
+    assert sum(whole.count(f"Thing {n}\n\nA thing") for n in range(20)) == 20
+    monkeypatch.setattr(default_text, "TOGETHER", 8)
+    parts = default_text.encyclopedia(packages)
+    assert len(parts) == 3 and "\n\n".join(parts) == whole
     with pytest.raises(RegraftError, match="no encyclopedia text at"):
         default_text.encyclopedia(tmp_path)
 
