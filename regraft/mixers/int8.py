@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..core.shapes import Float
 
@@ -38,15 +39,18 @@ class Int8Linear(nn.Module):
         self.bias = bias
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> Int8Linear:
+    def of(cls, layer: nn.Linear | Conv1D) -> Int8Linear:
         """The layer with weights rounded to the nearest of its outputs' 255 values."""
+        # GPT-2's class stores (inputs, outputs).
         weight = layer.weight.detach().float()
+        weight = weight.t() if isinstance(layer, Conv1D) else weight
         scale = weight.abs().amax(1) / LARGEST
         scale = torch.where(scale > 0, scale, 1).bfloat16()
         rounded = (weight / scale.float().unsqueeze(1)).round().clamp(-LARGEST, LARGEST)
-        padded = nn.functional.pad(rounded.to(torch.int8), (0, -layer.in_features % BLOCK))
+        inputs = weight.shape[1]
+        padded = nn.functional.pad(rounded.to(torch.int8), (0, -inputs % BLOCK))
         bias = None if layer.bias is None else layer.bias.detach()
-        return cls(layer.in_features, padded.contiguous(), scale, bias)
+        return cls(inputs, padded.contiguous(), scale, bias)
 
     @property
     def weight(self) -> Float[Tensor, "outputs inputs"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def choose_gate_shift(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     input_ids: Int[Tensor, "rows time"],
+    report: Callable[[float], None] = lambda share: None,
 ) -> float | None:
     """Add to the gates' logits that one of SHIFTS which brings every row nearest to the teacher.
 
@@ -37,6 +38,7 @@ def choose_gate_shift(
         student: the calibrated model.
         teacher: the source model.
         input_ids: rows to judge on, (rows, time).
+        report: called with the share of the rows that are judged.
 
     Returns:
         The shift, None for a model without gates.
@@ -46,6 +48,7 @@ def choose_gate_shift(
         return None
     left = torch.zeros(len(SHIFTS), len(input_ids))
     for number, row in enumerate(input_ids):
+        report(number / len(input_ids))
         wanted = predict_tokens(teacher, row)
         for shift, kept in zip(SHIFTS, left, strict=True):
             with shift_gates(gates, shift):

@@ -142,7 +142,8 @@ def calibrate_mixers(
     tokens = max((row["tokens"] for row in rows), default=0)
     if judges:
         input_ids = torch.cat([ids for ids, _, _ in judges])
-        choose_gate_shift(slots, student, teacher, input_ids)
+        report = functools.partial(ticker.update, note="choosing how far gates open")
+        choose_gate_shift(slots, student, teacher, input_ids, report)
         tokens += input_ids.numel()
     return tokens
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from regraft import modeling
 from regraft.core.checkpoint import Checkpoint
+from regraft.errors import RegraftError
 from regraft.evaluation import bench, verified
 from regraft.mixers.int8 import FEW, LARGEST, Int8Linear
 from regraft.modeling.quantize import quantize_linears
@@ -96,6 +97,9 @@ def test_stock_classes_read_int8_weights(family: str) -> None:
         quantize_linears(model)
         assert divergence(expected, model(rows).logits) < 0.01
     assert torch.equal(model.get_output_embeddings().weight, head)
+    assert any(isinstance(module, Int8Linear) for module in model.modules())
+    with pytest.raises(RegraftError, match="no linear layer beside its head"):
+        quantize_linears(model)
 
 
 def test_int8_weights_are_neither_saved_nor_trained(source: Path, tmp_path: Path) -> None:
