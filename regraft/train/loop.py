@@ -49,6 +49,7 @@ from .step import step_generator, train_step
 __all__ = ["Run", "calibration_batches", "shuffled_indices", "train"]
 
 MEASURED_STEPS = 3  # a stage with a time limit sets its length after these
+FEW_STEPS = 20  # or after the first, where no more than these fit by what it took
 REFITS = (1 / 4, 1 / 2, 3 / 4)  # shares of a stage at which it corrects its length
 
 
@@ -107,6 +108,10 @@ class StageTrainer:
         self.rows = self._read_rows()
         if state.tokens:  # a time limit has shortened the stage before the run was resumed
             self.stage = dataclasses.replace(self.stage, tokens=state.tokens)
+        elif run.limit(index) is not None:
+            # Until the length is known: a rise over the planned steps may be longer than the stage.
+            share = (MEASURED_STEPS + 1) / self.stage.steps
+            self.stage = dataclasses.replace(self.stage, warmup=min(self.stage.warmup, share))
 
         # A resumed stage must not measure again: it would end in the other precision.
         if state.fast is None:
@@ -176,7 +181,9 @@ class StageTrainer:
             row = self._record_step(result)
             if state.step == self.first + 1:
                 # The first step is slower (FLOPs are counted, memory is new): time the others.
-                self.timed_from, self.timed_step = time.monotonic(), state.step
+                now = time.monotonic()
+                self.first_seconds, self.timed_from = now - self.timed_from, now
+                self.timed_step = state.step
             self.run.progress(self.stage, state.step, self.stage.steps, row)
 
             # The time limit may make this step the last one, which is always evaluated.
@@ -256,7 +263,8 @@ class StageTrainer:
         if limit is None:
             return
         now = time.monotonic()
-        measured = (now - self.timed_from) / (state.step - self.timed_step)
+        steps = state.step - self.timed_step
+        measured = (now - self.timed_from) / steps if steps else self.first_seconds
         # Processes measure different times, but must agree on the number of steps.
         left, per_step = distributed.broadcast((limit, measured))
         self.stage = fit_to_time(self.run.stages[self.index], state, left, per_step)
@@ -267,7 +275,9 @@ class StageTrainer:
         """Whether a stage with a time limit sets or corrects its length after this step."""
         done = self.state.step - self.first
         if not self.state.tokens:
-            return done == MEASURED_STEPS
+            limit = self.run.limit(self.index) if done == 1 else None
+            few = limit is not None and self.first_seconds * FEW_STEPS > limit
+            return done == MEASURED_STEPS or (done == 1 and bool(distributed.broadcast(few)))
         marks = {int(share * self.stage.steps) for share in REFITS}
         return self.state.step in marks and self.state.step - self.timed_step >= MEASURED_STEPS
 

@@ -387,6 +387,30 @@ def test_a_machine_that_changes_its_speed_still_keeps_the_time(
     assert clock[0] == pytest.approx(total, rel=0.1)
 
 
+def test_a_slow_machine_learns_at_the_full_rate_soon(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven steps fit, of ten thousand: each takes a second of a clock that the test turns."""
+    clock, total = [0.0], 7.5
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    step = loop.train_step
+
+    def turn(*given: Any) -> Any:
+        clock[0] += 1.0
+        return step(*given)
+
+    monkeypatch.setattr(loop, "train_step", turn)
+    model = modeling.materialize(REMIX(source))
+    stage = Stage("next", 10_000 * 32, length=32, precision="float32", cooldown=0.1)
+    run = loop.Run(
+        model, [stage], lambda length: text_rows(), tmp_path, limit=lambda index: total - clock[0]
+    )
+    loop.train(run)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["lr"] / stage.lr_new for line in lines]
+    assert len(rates) == 7 and rates == pytest.approx([0.25, *[1.0] * 6])
+
+
 def test_stages_without_their_teacher_or_tokens_are_refused(
     source: Checkpoint, tmp_path: Path
 ) -> None:
