@@ -146,6 +146,17 @@ def test_heads_that_share_a_key_are_spread(tmp_path: Path) -> None:
     assert torch.equal(stored["blk.0.attn_qkv.weight"], torch.cat((whole[:32], whole[32:][rows])))
 
 
+def test_queries_and_gates_stay_head_by_head(tmp_path: Path) -> None:
+    model = GGUFModel.of(Checkpoint.open(save_hybrid(tmp_path / "model", "qwen3_5_text")))
+    stored = {one.name: one for one in model.tensors}
+    packed = [key for key in model.checkpoint.tensors if key[0] == "attn.q_gate.weight"]
+    assert packed
+    for role, layer in packed:
+        own = model.checkpoint.tensors[role, layer].read()
+        assert torch.equal(stored[f"blk.{layer}.attn_q.weight"].read(), own)
+        assert stored[f"blk.{layer}.attn_q.weight"].shape == tuple(own.shape)
+
+
 def test_short_convolutions_get_zeros_for_older_tokens(tmp_path: Path) -> None:
     saved = save_hybrid(tmp_path / "model", "granitemoehybrid", mamba_conv_bias=False)
     model = GGUFModel.of(Checkpoint.open(saved))

@@ -35,6 +35,8 @@ class GGUFArchitecture:
         needed: those of them that must have one; zeros are written where a model has none.
         zero: those of them that it does not have, and that are left out where they are zero.
         split: roles of packed tensors whose maps it has apart.
+        packed: those of them that it reads row by row as the class does; of others the maps are
+            one below the other.
         reads: config keys, beyond those of sizes and norms, whose values the file holds.
         ropes: the `rope_type`s that it computes.
         interleaved: whether it rotates neighbours, not a head's first half with the second.
@@ -63,6 +65,7 @@ class GGUFArchitecture:
     needed: str = ""
     zero: str = ""
     split: str = ""
+    packed: str = ""
     reads: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     interleaved: bool = False

@@ -145,7 +145,9 @@ def reader(
     part = checkpoint.part(role)
     assert part is not None
     packed = part.fused if role in checkpoint.anatomy.parts else ()
-    kind = role.rpartition(".")[2]
+    base, _, kind = role.rpartition(".")
+    if base in architecture.packed.split():
+        packed = ()
 
     def one(name: str) -> Tensor:
         value = checkpoint[name, layer].read()

@@ -95,6 +95,7 @@ architecture = GGUFArchitecture(
     names="QWEN35",
     biases="attn.q_gate attn.k attn.v attn.o delta.decay",
     zero="attn.o",
+    packed="attn.q_gate",
     reads=("mrope_section", "mrope_interleaved"),
     partial=True,
     hybrid=True,
