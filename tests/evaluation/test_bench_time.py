@@ -75,7 +75,8 @@ def test_a_limited_bench_measures_short_contexts_and_marks_the_others(
     tiny("llama", layers=2)[1].save_pretrained(tmp_path)
     asked: list[tuple[int, bool]] = []
 
-    def run(path: str, length: int, steps: int, batch: int, prefill: bool) -> BenchRow:
+    def run(path: str, length: int, steps: int, batch: int, prefill: bool, dtype: str) -> BenchRow:
+        assert dtype == "float32"
         asked.append((length, prefill))
         return row(length, prefill=prefill, batch=batch)
 
