@@ -399,8 +399,7 @@ def attention_implementations(model: PreTrainedModel, folder: Path) -> None:
     for name in ("eager", "sdpa", "flex_attention"):
         other = load(folder, attn_implementation=name)
         close(logits(other, tokens), wanted)
-        # Behind a cache, PyTorch's flex kernel gives a stock Llama NaN on processors without
-        # AVX-512: it reads beyond the last keys.
+        # Behind a cache, PyTorch's flex kernel gives a stock Llama NaN on some processors.
         if name != "flex_attention":
             assert torch.equal(greedy(other, tokens), chosen)
 
