@@ -359,11 +359,11 @@ def test_time_limit_shortens_a_stage_and_survives_resume(
     ledger = loop.train(
         loop.Run(model, [stage], lambda length: text_rows(), tmp_path, limit=lambda index: 0.5)
     )
-    assert 3 * 32 <= ledger["tokens"] < stage.tokens
+    assert 32 <= ledger["tokens"] < stage.tokens
     rates = [
         json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
-    assert rates[-1] < 0.5 * stage.lr_new  # the schedule fits the shortened stage
+    assert rates[-1] <= 0.5 * stage.lr_new  # the schedule fits the shortened stage
 
 
 @pytest.mark.parametrize("later", [0.25, 4.0])
