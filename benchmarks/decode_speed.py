@@ -31,10 +31,9 @@ from regraft.modeling.growing_cache import build_growing_cache
 from regraft.modeling.modeling_regraft import FEW_ROWS
 from regraft.modeling.speculative import decoding_bytes
 
-READ, STEPS = (
-    320,
-    4,
-)  # more than the window and sinks of a state, as of decoding behind any long context
+# Tokens that are read: more than a window and its sinks, as behind any long context.
+READ = 320
+STEPS = 4
 # Of the teacher's speed, by tokens of context: what a student shall reach at least.
 DECODE_GOALS = {256: 1.0, 1024: 1.0, 4096: 1.5, 16384: 2.2}
 PREFILL_GOALS = {1024: 1.0, 16384: 2.0}
