@@ -324,14 +324,15 @@ def format_front_matter(card: Path, hub_name: str | None = None) -> str:
 
 
 def format_step(step: dict[str, Any]) -> str:
-    """A step (see `StepEntry`) as `Name(argument=value, ...)`, without what was measured for it; of
-    training what was learned from how much text.
+    """A step (see `StepEntry`) as `Name(argument=value, ...)`, without what was measured for it and
+    what is None; of training what was learned from how much text.
     """
     if ledger := step.get("ledger"):
         costs = [*ledger.get("start", ()), *ledger.get("stages", ())]
         parts = [f"{cost.get('kind', '?')} of {cost.get('tokens', 0):,} tokens" for cost in costs]
         return f"{step.get('step', '?')}({', '.join(parts)})"
-    known = {key: value for key, value in step.get("arguments", {}).items() if key != "scores"}
+    given = step.get("arguments", {}).items()
+    known = {key: value for key, value in given if key != "scores" and value is not None}
     arguments = ", ".join(f"{key}={value!r}" for key, value in known.items())
     return f"{step.get('step', '?')}({arguments})"
 

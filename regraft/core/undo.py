@@ -35,6 +35,7 @@ STEPS = (
     "Transplant",
     "GrowVocab",
     "AddExperts",
+    "GrowTower",
     "Store",
 )
 SMALL = 1 << 16  # numbers of a tensor that is kept

@@ -26,7 +26,8 @@ from regraft.io.files import read_json, write_json
 from regraft.mixers.remix import Remix
 from regraft.modeling.cache import cache_kwargs, cache_of
 
-BOUND, ENCODER_BOUND = 2e-5, 1e-4
+# Norms over heads of eight numbers pass on rounding, which differs between processors.
+BOUND, ENCODER_BOUND = 5e-5, 1e-4
 # Config keys that switch parts on or off -> families that have the switch.
 SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"use_qk_norm": True}),

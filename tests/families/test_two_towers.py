@@ -27,9 +27,9 @@ BOUND = 2e-5
 
 @torch.no_grad()
 def compute(family: str, folder: Path) -> torch.Tensor:
-    """Scores of texts and images by the stock class."""
+    """Scores of texts and images by the stock class, in float64: scores are small differences."""
     kind = getattr(transformers, TWO_TOWERS[family][0])
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    model = kind.from_pretrained(folder, dtype=torch.float64).eval()
     pixels = inputs(model.config.vision_config)
     return model(input_ids=tokens(3, 11), **pixels).logits_per_image
 

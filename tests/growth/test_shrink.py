@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.cli import run_main
 from helpers.tiny import read_files, save_model, tiny
+from helpers.zoo import TWO_TOWERS, build_towers
 
 import regraft
 from regraft.core.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from regraft.core.undo import FILE
 from regraft.errors import RegraftError
 from regraft.growth.shrink import find_places, shrink
 from regraft.growth.sizes_to_steps import Growth
+from regraft.growth.steps.grow_tower import GrowTower
 from regraft.io.files import read_json, sha256, write_json
 from regraft.io.output import MARKER
 
@@ -53,6 +55,25 @@ def test_the_source_comes_back_byte_for_byte(
     files = read_files(tmp_path / "out")
     files.pop(MARKER)
     assert files == read_files(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("family", TWO_TOWERS)
+def test_a_tower_comes_back(family: str, tmp_path: Path) -> None:
+    build_towers(family)[1].save_pretrained(tmp_path / "source")
+    first = GrowTower(tower="text", hidden=64, ffn=40, heads=8, layers=5)
+    second = GrowTower(tower="vision", ffn=40, layers=4)
+    second(first(Checkpoint.open(tmp_path / "source"))).save(tmp_path / "grown")
+    shrink(tmp_path / "grown", tmp_path / "out")
+    files = read_files(tmp_path / "out")
+    files.pop(MARKER)
+    assert files == read_files(tmp_path / "source")
+
+    GrowTower(tower="text", hidden=64, how="duplicate")(Checkpoint.open(tmp_path / "source")).save(
+        tmp_path / "copies"
+    )
+    with pytest.raises(RegraftError, match=r"text_model.*GrowTower\(.*rounding cannot"):
+        shrink(tmp_path / "copies", tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
 
 
 def test_shards_tokens_card_and_two_growths_come_back(tmp_path: Path, capsys: Any) -> None:
