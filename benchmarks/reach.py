@@ -24,6 +24,10 @@ COLUMNS = ("depth", "hidden", "ffn", "kv", "group", "dim", "attention")
 SHOWN = {"depth": "layers", "hidden": "hidden", "ffn": "ffn", "kv": "key/value heads",
          "group": "queries per head", "dim": "head dim", "attention": "linearize"}  # fmt: skip
 LIMIT = 60  # seconds of processor time a type
+# What a class has no default for.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 8, "num_hidden_layers": 24}
+}
 
 
 def list_decoders() -> list[str]:
@@ -55,7 +59,7 @@ def try_type(family: str) -> tuple[list[str], dict[str, str]]:
     signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
     try:
-        closed = find_table({"model_type": family}).closed
+        closed = find_table({"model_type": family} | SETTINGS.get(family, {})).closed
     except RegraftError as error:
         return [], {"refused": str(error)}
     except Exception as error:  # a bug of regraft
@@ -111,7 +115,8 @@ def write_page(found: dict[str, tuple[list[str], dict[str, str]]], file: str) ->
         f"What `python benchmarks/reach.py --page {file}` found with transformers"
         f" {transformers.__version__}: the table of each type is",
         "[inferred](guides/any_family.md) and every column proven on a tiny model with the class's"
-        " own default settings.",
+        " own default settings,",
+        f"with layers of given kinds where it has none ({', '.join(SETTINGS)}).",
         "Another config of the same type may open more or less; `regraft anatomy SOURCE` says.",
         "",
         count(found) + ".",

@@ -60,9 +60,14 @@ def explain_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception, at most 200 characters, its type where it says nothing."""
-    lines = printable(error, "\n").strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
+    """The first line of an exception, with the one that it announces by a colon; at most 200
+    characters, its type where it says nothing.
+    """
+    lines = [line.strip() for line in printable(error, "\n").splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}"[:200]
 
 
 def printable(text: object, keep: str = "") -> str:

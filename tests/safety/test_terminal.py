@@ -24,7 +24,7 @@ from rich.text import Text
 
 from regraft.cli.main import main
 from regraft.compare.report import escape_markdown
-from regraft.errors import NOT_PRINTABLE, printable
+from regraft.errors import NOT_PRINTABLE, first_line, printable
 from regraft.io.streams import GuardedStream, PrintableStream
 from regraft.progress import PlainConsole, Ticker
 from regraft.report import html, plots, tables
@@ -256,3 +256,12 @@ def test_files_get_no_number_of_a_closed_stream() -> None:
     )
     line = f'exec {sys.executable} -c "{program}" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", line], cwd=ROOT).returncode == 0
+
+
+def test_the_first_line_has_what_it_announces() -> None:
+    assert (
+        first_line(ValueError("invalid:\n\n  layers is 3\nmore"))
+        == "ValueError: invalid: layers is 3"
+    )
+    assert first_line(ValueError("one\ntwo")) == "ValueError: one"
+    assert first_line(ValueError()) == "ValueError"

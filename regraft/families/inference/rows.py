@@ -170,7 +170,7 @@ def _write_map(
     if draft.inner and find_scope(draft, template):
         return _write_inner(draft, template, full_role, laws, fields)
     if len(laws) > 2 or not laws:
-        return Row(full_role, signature=_write_axes(draft, laws) or "one", **fields)
+        return Row(full_role, signature=_write_axes(draft, laws) or "scalar", **fields)
     in_out = is_in_out(draft, template) and len(laws) == 2
     output, fused = _name_output(draft, laws[-1 if in_out else 0], role)
     if output != "hidden":
