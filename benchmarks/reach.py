@@ -24,9 +24,10 @@ COLUMNS = ("depth", "hidden", "ffn", "kv", "group", "dim", "attention")
 SHOWN = {"depth": "layers", "hidden": "hidden", "ffn": "ffn", "kv": "key/value heads",
          "group": "queries per head", "dim": "head dim", "attention": "linearize"}  # fmt: skip
 LIMIT = 60  # seconds of processor time a type
-# What a class has no default for.
+# Where the class has no default, or one without softmax attention.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 8, "num_hidden_layers": 24}
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 8, "num_hidden_layers": 24},
 }
 
 
@@ -116,7 +117,7 @@ def write_page(found: dict[str, tuple[list[str], dict[str, str]]], file: str) ->
         f" {transformers.__version__}: the table of each type is",
         "[inferred](guides/any_family.md) and every column proven on a tiny model with the class's"
         " own default settings,",
-        f"with layers of given kinds where it has none ({', '.join(SETTINGS)}).",
+        f"with kinds of layers from `SETTINGS` where these say little ({', '.join(SETTINGS)}).",
         "Another config of the same type may open more or less; `regraft anatomy SOURCE` says.",
         "",
         count(found) + ".",
