@@ -205,6 +205,8 @@ def fingerprint(
 
     Two runs with the same fingerprint write the same bytes, so that one may resume the other.
 
+    RegraftError when a file of the source is not as its lineage.json records.
+
     Args:
         checkpoint: the model to be saved.
         shard_bytes: size limit of a file of weights.
@@ -212,11 +214,13 @@ def fingerprint(
     """
     folder = checkpoint.path  # of a GGUF file the conversion
     named = {checkpoint.names[key]: lazy for key, lazy in checkpoint.tensors.items()}
+    files = [*weight_files(checkpoint.weights), folder / "config.json"]
+    hashes = {file.name: sha256(file) for file in files}
+    recorded = read_lineage(folder).get("files", {})
+    for file in files:
+        check_hash(file, hashes[file.name], recorded.get(file.name, hashes[file.name]))
     facts = {
-        "source": {
-            file.name: sha256(file)
-            for file in [*weight_files(checkpoint.weights), folder / "config.json"]
-        },
+        "source": hashes,
         "config": checkpoint.config,
         "steps": list(checkpoint.history),
         "tensors": [
@@ -252,11 +256,16 @@ def verify(folder: Path) -> None:
             raise RegraftError(
                 f"'{folder}' lacks '{name}' that its {FILE} records: make the model again"
             )
-        if (found := sha256(file)) != recorded:
-            raise RegraftError(
-                f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]}; "
-                "make the model again"
-            )
+        check_hash(file, sha256(file), recorded)
+
+
+def check_hash(file: Path, found: str, recorded: str) -> None:
+    """RegraftError when a file's sha256 is not the recorded one."""
+    if found != recorded:
+        raise RegraftError(
+            f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]}; "
+            "make the model again"
+        )
 
 
 def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:

@@ -110,6 +110,7 @@ def write_export(
     proof: Proof = {}
 
     if target.prepare is not None:
+        checkpoint.verify()  # as `Checkpoint.save` does
         model = target.prepare(made)
         kinds = [model.dtype, *([quantization] if quantization else [])]
 
