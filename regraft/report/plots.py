@@ -70,6 +70,8 @@ def plot_losses(
         axis.plot(tokens, values, color=colour, alpha=0.3, linewidth=0.8)
         axis.plot(tokens, smooth(values), color=colour, linewidth=1.6)
         axis.set(title=label(stage), xlabel="tokens", ylabel="loss")
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter(lambda value, _: format_tokens(value))
         if min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
         if stage.endswith(" distil"):
@@ -146,14 +148,30 @@ def plot_speed(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         axis.set(title=title, xlabel="context, tokens")
         axis.set_xscale("log", base=2)
         if axis.lines and any(len(line.get_xdata()) for line in axis.lines):
-            axis.set_yscale("log")
-            for place in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                place("{x:.3g}")
-            axis.tick_params(axis="y", which="both", labelsize=7)
+            scale_by_factors(axis)
         ticks = sorted({row["length"] for rows in models.values() for row in rows})
         axis.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks])
     axes[0].legend(fontsize=8)
     return svg(drawing)
+
+
+def format_tokens(count: float) -> str:
+    """A number of tokens on an axis, such as 500, 20k or 1.5M."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if abs(count) >= size:
+            return f"{count / size:g}{unit}"
+    return f"{count:g}"
+
+
+def scale_by_factors(axis: Any) -> None:
+    """A logarithmic y axis whose ticks have room, and at least two of them."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:,.10g}")
+    axis.tick_params(axis="y", labelsize=7)
 
 
 def plot_positions(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
