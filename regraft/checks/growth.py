@@ -13,6 +13,7 @@ from .. import modeling
 from ..core.checkpoint import Checkpoint
 from ..errors import RegraftError
 from ..growth import depth
+from ..growth.sizes_to_steps import DTYPES
 from .outputs import (
     compute_outputs,
     find_kept_tokens,
@@ -103,9 +104,16 @@ def keeps_choices(steps: list[dict[str, Any]]) -> bool:
 def difference_bound(before: Checkpoint, after: Checkpoint) -> float:
     """Largest relative difference of outputs that counts as equal.
 
-    By storage dtype, and wider for families whose new layers stand behind post-norms.
+    By the dtypes that growth was stored in, and wider for families whose new layers stand behind
+    post-norms.
     """
-    dtypes = {lazy.dtype for lazy in (*before.tensors.values(), *after.tensors.values())}
+    current = {lazy.dtype for lazy in before.tensors.values()}
+    dtypes = {lazy.dtype for lazy in after.tensors.values()}
+    for step in steps_between(before, after):
+        if step.get("step") == "Store":
+            current = {DTYPES.get(step["arguments"]["dtype"], torch.float32)}
+        elif step.get("step") in GROWTH_STEPS:
+            dtypes |= current
     rounding = max([EXACT, *(BOUNDS.get(dtype, EXACT) for dtype in dtypes)])
 
     # A post-norm normalises the stream once more: where a new layer adds nothing, what is

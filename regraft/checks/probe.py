@@ -74,7 +74,8 @@ def iter_probed_maps(checkpoint: Checkpoint, steps: int, seed: int) -> Iterator[
         reached = modeling.to_checkpoint_names(model, masks, checkpoint.anatomy)
         after = modeling.to_checkpoint_names(model, moved, checkpoint.anatomy)
 
-    sizes, buffers = checkpoint.sizes, {name for name, _ in model.named_buffers()}
+    buffers = modeling.to_checkpoint_names(model, dict(model.named_buffers()), checkpoint.anatomy)
+    sizes = checkpoint.sizes
     for (role, layer), placed in checkpoint.anatomy.place(checkpoint.config).items():
         name, part = placed.name, placed.part
         if placed.shape == ():  # a constant that the class stores

@@ -202,8 +202,8 @@ def _compute(checkpoint: Checkpoint, tiny: TinyModel) -> torch.Tensor:
 def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
     """Why the attention of a type cannot be linearized; None when it can.
 
-    A window as wide as the text must compute what the stock attention does, and a model whose
-    layers are all kept must be the stock model.
+    A window as wide as the text must compute what the stock attention does, a model whose layers
+    are all kept must be the stock model, and both must write text with a cache.
     """
     if not tiny.kind.__module__.startswith("transformers."):
         return "its class is code beside the weights, which a linearized model cannot name"
@@ -217,6 +217,7 @@ def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
             difference = relative_difference(after, before)
             if not difference <= EXACT:
                 return f"softmax as the table has it differs from the class's by {difference:.1g}"
+        _write_tokens(model, tiny.inputs["input_ids"])
         if all(model.config.mixers) and not _knows_padding(model, after, tiny.inputs["input_ids"]):
             return "the class does not tell its attention which tokens are padding"
     except Exception as error:  # whatever a wrong table does to the class
@@ -225,6 +226,14 @@ def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
             return "layers have settings of their own, which a linearized model does not keep"
         return describe_failure(error)
     return None
+
+
+def _write_tokens(model: Any, ids: torch.Tensor) -> None:
+    """Write two tokens with a cache; whatever the class raises when it cannot."""
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -116,9 +116,13 @@ class Growth(TargetSizes):
                 " CONFIG_DIR"
             )
 
+        # What steps compute is rounded to the stored dtype: a wider one comes first.
+        early = self.dtype is not None and widens(source, self.dtype)
+        if self.dtype and early:
+            source = cast_checkpoint(source, self.dtype)
         for step in steps:
             source = fitted(source) if fitted and isinstance(step, Learned) else step(source)
-        return cast_checkpoint(source, self.dtype) if self.dtype else source
+        return cast_checkpoint(source, self.dtype) if self.dtype and not early else source
 
     def steps(self, source: Checkpoint) -> list[GrowthStep]:
         """The growth steps in order; RegraftError for options that do not go together."""
@@ -312,11 +316,25 @@ def _check_equal_towers(growth: Growth, source: Checkpoint) -> None:
             )
 
 
-def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The same numbers stored in another dtype, a key of DTYPES; RegraftError for other names."""
+def widens(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a dtype, a key of DTYPES, holds all numbers of a checkpoint as they are.
+
+    RegraftError for other names.
+    """
+    wide, stored = find_dtype(name), {lazy.dtype for lazy in checkpoint.tensors.values()}
+    return all(torch.promote_types(dtype, wide) == wide for dtype in stored)
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """The dtype of a key of DTYPES; RegraftError for other names."""
     if name not in DTYPES:
         raise RegraftError(f"unknown --dtype '{name}': use one of {', '.join(DTYPES)}")
-    dtype = DTYPES[name]
+    return DTYPES[name]
+
+
+def cast_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The same numbers stored in another dtype, a key of DTYPES; RegraftError for other names."""
+    dtype = find_dtype(name)
 
     def build_reader(key: Key) -> Callable[[], Tensor]:
         read, tensor = checkpoint.tensors[key].read, checkpoint.names[key]

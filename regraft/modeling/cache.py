@@ -204,12 +204,18 @@ def cache_of(output: Any) -> Cache:
 
 
 def state_bytes(cache: Cache) -> list[int]:
-    """Bytes of each layer of a cache, of mixer states and of keys and values."""
-    sizes = []
-    for layer in cache.layers:
-        if is_mixer_state(layer):
-            tensors = list(layer.state.values())
-        else:
-            tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
-        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    return sizes
+    """Bytes of each layer of a cache: mixer states, keys and values, states that a source has."""
+    return [
+        sum(tensor.numel() * tensor.element_size() for tensor in list_states(layer))
+        for layer in cache.layers
+    ]
+
+
+def list_states(layer: Any) -> list[torch.Tensor]:
+    """The tensors that a layer of a cache holds."""
+    if is_mixer_state(layer):
+        return list(layer.state.values())
+    found = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        found += getattr(layer, name, {}).values()
+    return [tensor for tensor in found if tensor is not None]

@@ -23,7 +23,7 @@ from ..io.finite import cast_finite
 from ..io.identity import TOKENIZER
 from ..mixers.gated import GatedMixer
 from .meta import explain_model_errors, model_class, silence_transformers, stock_class
-from .modeling_regraft import RegraftForCausalLM
+from .modeling_regraft import RegraftForCausalLM, find_submodule
 from .quantize import quantize_linears
 from .stock import load_stock
 
@@ -120,10 +120,16 @@ def to_checkpoint_names(
         values: the tensors.
         anatomy: of the checkpoint; None: the one of the model's own config.
     """
-    canonical = (anatomy or find_anatomy(model.config.to_dict())).canonical_name
+    config = model.config.to_dict()
+    anatomy = anatomy or find_anatomy(config)
+    # Mixers have one name everywhere: what a class's files call its own layers is not for them.
+    placed = anatomy.place(config) if isinstance(model, RegraftForCausalLM) else {}
+    mixers = {part.name for (role, _), part in placed.items() if role.startswith("mixer.")}
+    own = {name: value for name, value in values.items() if anatomy.canonical_name(name) in mixers}
+    rest = {name: value for name, value in values.items() if name not in own}
     return {
-        canonical(name): value
-        for name, value in revert_weight_conversion(model, dict(values)).items()
+        anatomy.canonical_name(name): value
+        for name, value in (own | revert_weight_conversion(model, rest)).items()
     }
 
 
@@ -346,7 +352,7 @@ def format_first_line(error: Exception) -> str:
 
 
 def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[nn.Module]:
-    """The attention module of every layer, in order.
+    """The attention module of every layer, in order; an `nn.Identity` for a layer without one.
 
     Args:
         model: linearized or stock.
@@ -360,9 +366,8 @@ def slots(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> list[
         raise RegraftError(
             f"slots of a {type(model).__name__} are named by its anatomy: pass the checkpoint too"
         )
-    return [
-        model.get_submodule(checkpoint.anatomy.slot.format(i)) for i in range(checkpoint.layers)
-    ]
+    slot = checkpoint.anatomy.slot
+    return [find_submodule(model, slot.format(i)) for i in range(checkpoint.layers)]
 
 
 @contextmanager

@@ -159,10 +159,10 @@ class RegraftPreTrainedModel(PreTrainedModel):
         return self.base_model
 
     def slots(self) -> list[nn.Module]:
-        """The attention slot of every layer, in order."""
+        """The attention slot of every layer, in order; an `nn.Identity` for a layer without."""
         backbone = self.backbone()
         return [
-            backbone.get_submodule(name_in_backbone(backbone, i))
+            find_submodule(backbone, name_in_backbone(backbone, i))
             for i in range(backbone.config.num_hidden_layers)
         ]
 
@@ -421,6 +421,14 @@ def name_in_backbone(backbone: Any, layer: int) -> str:
     while first == backbone.base_model_prefix or not hasattr(backbone, first):
         first, _, rest = rest.partition(".")
     return f"{first}.{rest}"
+
+
+def find_submodule(model: nn.Module, name: str) -> nn.Module:
+    """A module by its name; an `nn.Identity` where there is none, as in layers of other kinds."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return nn.Identity()
 
 
 def put_mixers(backbone: Any) -> None:

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cli import run_main
 from helpers.decoding import decode
 from helpers.tiny import max_relative_difference, tokens
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import regraft
 from regraft.cli.main import main
@@ -91,6 +95,39 @@ def test_a_hybrid_grows_and_its_softmax_layers_give_way(
     rows = tokens(2, 14)
     found = decode(regraft.load(str(tmp_path / "linear")).eval(), rows, 8)
     assert max_relative_difference(decode(stock, rows, 8), found) < BOUND
+
+
+def byte_words(vocab: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with fewer tokens than a tiny model has."""
+    words = {word: row for row, word in enumerate(("<pad>", "<unk>", *"abcdefghij"))}
+    assert len(words) <= vocab
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("family", [*HYBRIDS, "lfm2"])
+def test_a_hybrid_is_checked_trained_and_writes(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers without softmax attention are in nobody's way."""
+    config = {"model_type": family, **HYBRIDS.get(family, CONV)}
+    save_tiny(tmp_path / "source", config)
+    source = Checkpoint.open(tmp_path / "source")
+    byte_words(source.sizes["vocab"]).save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text("a b c d e f g h i j " * 200)
+
+    flags = ("--mixer", "gated_deltanet", "--window", "8", "--keep", "none")
+    training = ("--data", tmp_path / "text.txt", "--tokens", "128", "--length", "32")
+    for out, more in (("linear", ()), ("trained", training)):
+        code, _, err = run_main(
+            capsys, "linearize", tmp_path / "source", tmp_path / out, *flags, *more
+        )
+        assert code == 0, err
+        code, said, _ = run_main(capsys, "check", tmp_path / "source", tmp_path / out)
+        assert code == 0, said
+        code, text, err = run_main(capsys, "generate", tmp_path / out, "a b c", "--tokens", "4")
+        assert code == 0 and text, err
 
 
 @pytest.mark.parametrize("experts", [0, 4])

@@ -194,6 +194,21 @@ def test_another_storage_dtype(
     assert check(given, out)["holds"]
 
 
+def test_a_wider_dtype_rounds_nothing_to_the_source_s(tmp_path: Path) -> None:
+    """Grown in float32, a model in bfloat16 has logits as near as one in float32."""
+    model = tiny("llama", dtype="bfloat16")[1].to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    before = Checkpoint.open(tmp_path / "source")
+    Growth(hidden=72, dtype="float32")(before).save(tmp_path / "wide")
+    found = check(tmp_path / "source", tmp_path / "wide")
+    assert found["holds"] and found["bound"] == 2e-5 and found["rel_logit_diff"] < 2e-5
+
+    # What was rounded on the way is allowed for, whatever it is stored as in the end.
+    Growth(hidden=72)(before).save(tmp_path / "grown")
+    Growth(layers=5, dtype="float32")(Checkpoint.open(tmp_path / "grown")).save(tmp_path / "out")
+    assert check(tmp_path / "source", tmp_path / "out")["bound"] == 3e-2
+
+
 def test_moments_come_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, out = source(tmp_path), tmp_path / "out"
     names = Checkpoint.open(given).names.values()

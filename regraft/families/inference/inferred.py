@@ -112,9 +112,9 @@ def _identify_class(kind: Any) -> str:
 
     from ... import __version__
 
-    own = "".join(
-        file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))
-    )
+    proof = Path(__file__).parents[2] / f"{PROOF.partition('.')[2].replace('.', '/')}.py"
+    files = [*sorted(Path(__file__).parent.glob("*.py")), proof]
+    own = "".join(file.read_text(encoding="utf-8") for file in files)
     source = inspect.getsource(inspect.getmodule(kind) or kind)
     return "\n".join([kind.__name__, transformers.__version__, __version__, own, source])
 
