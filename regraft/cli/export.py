@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RegraftError
@@ -52,6 +53,7 @@ def export(
     from ..export import write
     from ..export.target import find_served_target, find_target
     from ..io import shard_writer
+    from ..progress import Ticker
 
     given = locals()
     if to:
@@ -76,20 +78,24 @@ def export(
     target, proof = find_target(to), write.Proof()
     notes += write.list_notes(checkpoint, bool(quantize) or target.prepare is not None)
     if not done:
-        proof = write.write_export(
-            checkpoint,
-            to,
-            out,
-            not no_check,
-            quantize,
-            check_engine,
-            overwrite=overwrite,
-            request=request,
-        )
+        with Ticker() as ticker:
+            ticker.start(f"writing {out}")
+            proof = write.write_export(
+                checkpoint,
+                to,
+                out,
+                not no_check,
+                quantize,
+                check_engine,
+                overwrite=overwrite,
+                request=request,
+            )
 
     def show(console: Console) -> None:
         wrote = f"{out} is there already" if done else f"Wrote {out}"
-        for line in (*describe_proof(proof), *notes, f"{wrote}: {target.loads}"):
+        files = sorted(Path(out).glob("*.gguf"))
+        loads = target.loads.replace("OUT/FILE.gguf", str(files[-1]) if files else "")
+        for line in (*describe_proof(proof), *notes, f"{wrote}: {loads}"):
             console.print(line, soft_wrap=True, highlight=False)
 
     facts: dict[str, Any] = {

@@ -142,7 +142,9 @@ def linearize(
     name = name_method(method, for_)
     recipe, notes = methods.find_method(name).with_remix(seed=seed, **changes), list[str]()
     if for_:
-        pipeline.check_target(before, recipe.remix, for_)
+        names = ("method", "mixer", "window", "sinks", "options")
+        flags = [f"--{one}" for one in names if given[one] is not None]
+        pipeline.check_target(before, recipe.remix, for_, flags)
     text = None
     if data:
         text = Text(
@@ -201,6 +203,7 @@ def linearize(
             distributed.on_rank0(
                 lambda: save_model(after, out, overwrite=overwrite, request=request)
             )
+            notes += pipeline.note_untrained(after, out)
     plan = Plan.of(before, after, notes=notes)
 
     def show(console: Console) -> None:

@@ -170,6 +170,18 @@ def report_lost_output(error: OSError) -> int:
     return WRONG
 
 
+def find_partial(out: Path) -> Path | None:
+    """The hidden folder of finished files that a stopped command left for its output."""
+    if (
+        "regraft.io.shard_writer" not in sys.modules
+    ):  # nothing was written, and importing it is slow
+        return None
+    from ..io import output, shard_writer
+
+    folder = shard_writer.partial_path(output.real_path(out))
+    return folder if folder.is_dir() else None
+
+
 def report_stop(number: int, verb: str, options: Mapping[str, Any], said: str = "") -> int:
     """One line on what is kept after a signal; the exit code.
 
@@ -183,6 +195,8 @@ def report_stop(number: int, verb: str, options: Mapping[str, Any], said: str = 
     kept = "nothing was finished; run the command again"
     if verb in VERBS and VERBS[verb].resumes and out.is_dir() and any(out.iterdir()):
         kept = f"what '{out}' holds is kept; run the same command again"
+    elif "out" in options and (partial := find_partial(out)):
+        kept = f"files that are finished are kept in '{partial}'; run the same command again"
     if is_main_process():
         print_line(said or f"stopped by {signal.Signals(number).name}; {kept}")
     return 128 + number

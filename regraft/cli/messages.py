@@ -49,7 +49,7 @@ def explain_unknown_flag(message: str, words: Sequence[str], verb: Verb | None) 
         order = " ".join(name.upper() for name in places)
         return f"unknown flag {flag}: it is given by its place, regraft {words[0]} {order}"
     names = [*verb.optional, *(["variant"] if verb.source else [])] if verb else []
-    known = [f"--{name.replace('_', '-')}" for name in names]
+    known = [f"--{name.strip('_').replace('_', '-')}" for name in names]
     remedy = suggest(flag, known) or f"regraft {words[0] if verb else ''} --help lists all"
     return re.sub(" +", " ", f"unknown flag {flag} (in '{as_typed}'): {remedy}").strip()
 
@@ -81,4 +81,5 @@ def explain_wrong_type(message: str) -> str | None:
     ]
     if not choices and not kinds:
         return None
-    return f"--{name.replace('_', '-')} takes {' or '.join(choices or kinds[:1])}, got '{value}'"
+    flag = f"--{name.strip('_').replace('_', '-')}"
+    return f"{flag} takes {' or '.join(choices or kinds[:1])}, got '{value}'"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -263,8 +263,8 @@ def check_hash(file: Path, found: str, recorded: str) -> None:
     """RegraftError when a file's sha256 is not the recorded one."""
     if found != recorded:
         raise RegraftError(
-            f"'{file}' is damaged: sha256 {found[:12]} where {FILE} records {recorded[:12]}; "
-            "make the model again"
+            f"'{file}' is damaged or was edited: sha256 {found[:12]} where {FILE} records"
+            f" {recorded[:12]}; make the model again"
         )
 
 
@@ -297,21 +297,35 @@ def format_model_card(checkpoint: Checkpoint, transformers: bool = True) -> str:
         f"`{auto}.from_pretrained`.\n\n"
     )
     return (
-        f"---\n{format_front_matter(checkpoint.path / CARD, hub_name)}---\n"
+        f"---\n{format_front_matter(checkpoint.path / CARD, hub_name, transformers)}---\n"
         f"# {source['family']}, regrafted\n\n"
         f"Source: `{name}`, sha256 `{source['sha256']}`.\n\n"
         f"## What was done\n\n{steps or '1. saved unchanged'}\n\n"
+        f"{describe_training(checkpoint.history)}"
         f"{runs}{load if mixers and transformers else ''}## Papers\n\n{papers or no_papers}\n\n"
         f"`{FILE}` says where every number comes from.\n"
     )
 
 
-def format_front_matter(card: Path, hub_name: str | None = None) -> str:
+def describe_training(history: Sequence[Mapping[str, Any]]) -> str:
+    """A paragraph for a model whose attention was replaced and never trained; empty for others."""
+    replaced = [number for number, step in enumerate(history) if step.get("step") == "Remix"]
+    if not replaced:
+        return ""
+    later = [step for step in history[replaced[-1] :] if step.get("step") == "Train"]
+    if any(step.get("ledger", {}).get("stages") for step in later):
+        return ""
+    start = "beyond a closed-form start " if later else ""
+    return f"The layers that were replaced have not been trained {start}since.\n\n"
+
+
+def format_front_matter(card: Path, hub_name: str | None = None, transformers: bool = True) -> str:
     """The head of a model card as YAML: what the source's card says of licence, language and use.
 
     Args:
         card: of the source, which need not exist.
         hub_name: of the source, ORG/MODEL@COMMIT, where it came from the hub.
+        transformers: whether transformers loads the model.
     """
     # A card is foreign text: one whose head cannot be read says nothing.
     known: Any = None
@@ -326,7 +340,8 @@ def format_front_matter(card: Path, hub_name: str | None = None) -> str:
     tags = known.get("tags")
     tags = [tag for tag in tags if tag != TAG] if isinstance(tags, list) else []
     kept = {key: known[key] for key in known if re.fullmatch(KEPT_CARD_KEYS, str(key))}
-    head = {"library_name": "transformers"} | kept | {"tags": [*tags, TAG]}
+    library = {"library_name": "transformers"} if transformers else {}
+    head = library | kept | {"tags": [*tags, TAG]}
     if hub_name:
         head["base_model"] = hub_name.partition("@")[0]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)

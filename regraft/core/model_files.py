@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegraftError
+from ..io import output
 from ..io.files import check_inside, read_json
 from .sentence_transformers import read_modules
 from .side_files import SIDE_FILES
@@ -81,6 +82,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").is_file():
         read_modules(folder)  # of sentence-transformers: says where the transformer lies
+        if (marker := output.read_marker(folder)) and not marker.complete:
+            raise RegraftError(
+                f"'{folder}' is not finished: run the command that writes it again, it goes on"
+            )
         raise RegraftError(
             f"no config.json in '{folder}': give a Hugging Face model directory or a GGUF file"
         )

@@ -42,7 +42,13 @@ class Proof(TypedDict, total=False):
 
 def list_misfits(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """By target, what of a model it cannot hold; an empty list where it holds it."""
-    return {name: find_target(name).find_misfits(checkpoint.config) for name in list_targets()}
+    found = {name: find_target(name).find_misfits(checkpoint.config) for name in list_targets()}
+    if not has_tokenizer(checkpoint):
+        missing = "it has no tokenizer, which a GGUF file holds: put tokenizer.json there"
+        for name, misfits in found.items():
+            if not misfits and find_target(name).prepare is not None:
+                found[name] = [missing]
+    return found
 
 
 def list_notes(checkpoint: Checkpoint, for_llama_cpp: bool) -> list[str]:

@@ -41,6 +41,7 @@ SAMPLE = 1 << 15  # bytes of a tensor that is compared with another one
 THREADS, RETRIES = 8, 3  # of requests for headers
 SHA256 = re.compile("[0-9a-f]{64}")  # the name that the cache gives a file of weights
 MESSAGE = 300  # characters of what the client says
+ADVICE = re.compile(r" *To enable [^.]*'local_files_only=False' as input\.")
 # Class of an error of the client -> what to do, the first that fits.
 REMEDIES = {
     "GatedRepoError": "ask for access on the model's page, then `hf auth login`",
@@ -405,7 +406,9 @@ def explain_hub_errors(name: str, action: str = "fetch") -> Iterator[None]:
     except RegraftError:
         raise
     except Exception as error:  # errors of the client, the network and the disk
-        words = " ".join(printable(error, "\n").split())[:MESSAGE] or type(error).__name__
+        # What the client advises is for callers of its functions.
+        words = ADVICE.sub("", " ".join(printable(error, "\n").split()))
+        words = words[:MESSAGE] or type(error).__name__
         raise RegraftError(f"cannot {action} '{name}' ({words}): {find_remedy(error)}") from error
 
 

@@ -55,7 +55,10 @@ def identify_model(path: str | Path) -> Identity:
         return {**identify_model(known["base"]), "adapter": identify_file(adapter)}
     folder = hub.fetch(path) if hub.names_model(path) else Path(path)
     if not folder.exists():
-        raise RegraftError(f"no model at '{path}': give the model that the run began with")
+        raise RegraftError(
+            f"no model at '{path}': give a Hugging Face model directory, a GGUF file or a name on"
+            " the hub, ORG/MODEL"
+        )
     weights = safetensors.weight_files(folder) if safetensors.variant_of(folder) else None
     if weights is None and (file := gguf.find_gguf_file(folder)):
         return {"GGUF file": sha256(file)}  # opening it needs this hash too

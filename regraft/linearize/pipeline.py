@@ -58,7 +58,9 @@ class ConversionRequest(TypedDict):
     inputs: dict[str, Identity]
 
 
-def check_target(source: Checkpoint, options: RemixOptions, name: str) -> None:
+def check_target(
+    source: Checkpoint, options: RemixOptions, name: str, flags: Sequence[str] = ()
+) -> None:
     """RegraftError when a target of `regraft export` cannot hold what a Remix makes.
 
     Args:
@@ -66,11 +68,17 @@ def check_target(source: Checkpoint, options: RemixOptions, name: str) -> None:
         options: what is replaced by what. Layers that are chosen by measurement are not known yet:
             the target must hold any.
         name: of the target.
+        flags: that changed what the target chooses, for the message.
     """
     measured = select_layers.parse_keep(options.keep) is not None
     for keep in ("none", "all", "every:2") if measured else (options.keep,):
         remix = Remix.from_options(options, keep=keep, scores={})
-        find_target(name).check_holds(remix(source))
+        try:
+            find_target(name).check_holds(remix(source))
+        except RegraftError as error:
+            if not flags or f"--for {name}" not in str(error):
+                raise
+            raise RegraftError(f"{error}, without {', '.join(flags)}") from None
 
 
 def choose_layers(
@@ -326,7 +334,7 @@ def convert_and_train(
             save_model(remix(source), linear, overwrite=True)
 
     distributed.on_rank0(convert)
-    ticker.start("training")
+    ticker.start("training" if stages else "closed form")
     teacher = partial(modeling.load_stored, source)
     ledger = train_linearized(
         source,
@@ -361,6 +369,24 @@ def check_row_lengths(
                 f"linear branch beside it would learn nothing: give --length {4 * window} or at "
                 f"least {window + 1}, or a narrower --window such as {max(stage.length // 4, 1)}"
             )
+
+
+def note_untrained(checkpoint: Checkpoint, out: str | Path) -> list[str]:
+    """A line for a converted model with mixers that do not start as the source's attention.
+
+    Args:
+        checkpoint: the linearized model, not trained.
+        out: where it is.
+    """
+    specs = [spec for spec in checkpoint.config["mixers"] if spec]
+    names = {spec["name"] for spec in specs if not mixer_class(spec["name"]).softmax_tokens(spec)}
+    if not names:
+        return []
+    return [
+        f"{', '.join(sorted(names))} without a window does not compute the source's attention"
+        f" before it is trained: regraft train {out} --data TEXT --tokens 200000, or linearize"
+        " with --data and --tokens"
+    ]
 
 
 def warn_of_short_documents(checkpoint: Checkpoint, rows: Table, seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,6 +44,7 @@ def quantize_k(source: Path, file: Path) -> None:
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         failed = done.returncode
     else:
+        importlib.import_module("llama_cpp._logger").set_verbose(False)  # a line for each tensor
         settings = tool.llama_model_quantize_default_params()
         settings.ftype = Q4_K_M
         failed = tool.llama_model_quantize(
