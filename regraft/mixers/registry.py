@@ -45,7 +45,9 @@ def _iter_subclasses(mixer: type[Mixer]) -> Iterator[type[Mixer]]:
 def mixer_class(name: str) -> type[Mixer]:
     """The class registered as `name`; RegraftError for an unknown name."""
     if name not in mixers():
-        raise RegraftError(f"unknown mixer '{name}': use one of {', '.join(sorted(mixers()))}")
+        # A mixer beside a window is made by the width of the window, not by its name.
+        names = sorted({*mixers()} - {"gated"})
+        raise RegraftError(f"unknown mixer '{name}': use one of {', '.join(names)}")
     return mixers()[name]
 
 
