@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 # The layer type under which transformers' caches find `MixerState`. Named after this module: copies
 # of it, saved with models, each register their own, and none takes another's place.
 STATE_LAYER = f"{__name__}.MixerState"
+# The same for layers that have a state of the source's beside attention, as all of Falcon-H1's do.
+BESIDE_LAYER = f"{__name__}.MixerStateBeside"
+# Words for such layers: those of transformers, and ours where a view is made of a view.
+BESIDE_KINDS = ("hybrid", "hybrid_sliding", BESIDE_LAYER)
 # The argument of models that takes a cache; transformers 5.24 renamed it.
 _STOCK = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _STOCK else "past_key_values"
@@ -184,7 +193,77 @@ class StaticMixerState(MixerState):
         return not self.record_past
 
 
+class MixerStateBeside(LinearAttentionLayer, MixerState):
+    """The state of a mixer, and in the same layer the convolution and recurrence of the source."""
+
+    _layer_type: str | None = BESIDE_LAYER
+
+    def __init__(self, number_of_states: int = 1, **kwargs: Any):
+        MixerState.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make the source's states; the mixer makes its own."""
+        if kwargs:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def _map(self, change: Any) -> None:
+        MixerState._map(self, change)
+        for states in (self.conv_states, self.recurrent_states):
+            for index, tensor in states.items():
+                states[index] = None if tensor is None else change(tensor)
+
+    def reset(self) -> None:
+        """Return to the states before the first token."""
+        LinearAttentionLayer.reset(self)
+        MixerState.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Select the rows of the beams that go on."""
+        MixerState.reorder_cache(self, beam_idx)
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        MixerState.offload(self)
+
+    def prefetch(self) -> None:
+        """Move the source's states back to their device."""
+        LinearAttentionLayer.prefetch(self)
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what went into the source's recurrence cannot be taken back."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """As `MixerState`."""
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError for any token: see `is_croppable`."""
+        if tokens_to_remove:
+            raise ValueError(
+                f"cannot take {abs(tokens_to_remove)} tokens back out of a recurrence of the source"
+            )
+
+
+class StaticMixerStateBeside(MixerStateBeside):
+    """The same in a static cache."""
+
+    _layer_type: str | None = None  # as in `StaticMixerState`
+
+    def __init__(self, max_cache_len: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.max_cache_len = max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(places, offset) as of a static layer with keys and values."""
+        return self.max_cache_len, 0
+
+
 STATIC_LAYER_TYPE_MAPPING[STATE_LAYER] = StaticMixerState
+STATIC_LAYER_TYPE_MAPPING[BESIDE_LAYER] = StaticMixerStateBeside
 
 
 def is_mixer_state(layer: Any) -> bool:
@@ -213,9 +292,9 @@ def state_bytes(cache: Cache) -> list[int]:
 
 def list_states(layer: Any) -> list[torch.Tensor]:
     """The tensors that a layer of a cache holds."""
-    if is_mixer_state(layer):
-        return list(layer.state.values())
     found = [getattr(layer, name, None) for name in ("keys", "values")]
+    if is_mixer_state(layer):
+        found = list(layer.state.values())
     for name in ("conv_states", "recurrent_states"):
         found += getattr(layer, name, {}).values()
     return [tensor for tensor in found if tensor is not None]

@@ -19,7 +19,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from ..core.auto_map import TEXT_CONFIG, find_architecture, find_auto_map
 from ..errors import RegraftError
 from ..mixers.older_names import leave_out_caps
-from .cache import STATE_LAYER
+from .cache import BESIDE_KINDS, BESIDE_LAYER, STATE_LAYER
 from .growing_cache import GROWING_LAYER
 
 CAP = "attn_logit_softcapping"  # None: no cap
@@ -123,7 +123,7 @@ class RegraftConfig(PreTrainedConfig):
         if any(self.mixers or []):
             kinds = [GROWING_LAYER if kind == "full_attention" else kind for kind in kinds]
         view.__dict__[name] = [
-            STATE_LAYER if mixer else kind
+            (BESIDE_LAYER if kind in BESIDE_KINDS else STATE_LAYER) if mixer else kind
             for mixer, kind in zip(self.mixers or [], kinds, strict=False)
         ]
         return view
