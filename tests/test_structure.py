@@ -120,7 +120,7 @@ def test_the_package_stays_small():
     # name their attention otherwise, 200; mixers inside multimodal models, their training and checks
     # 200; more kinds of types that grow by inference 200, a start that the whole model judges 100,
     # hybrids with convolutions, Gemma 4, rounding told from wrong tables 200; int8 weights 150.
-    assert sum(code_lines(file) for file in FILES) <= 41600
+    assert sum(code_lines(file) for file in FILES) <= 42000
     assert (
         statistics.median(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES)
         <= 130
