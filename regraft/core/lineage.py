@@ -340,8 +340,9 @@ def format_front_matter(card: Path, hub_name: str | None = None, transformers: b
     tags = known.get("tags")
     tags = [tag for tag in tags if tag != TAG] if isinstance(tags, list) else []
     kept = {key: known[key] for key in known if re.fullmatch(KEPT_CARD_KEYS, str(key))}
-    library = {"library_name": "transformers"} if transformers else {}
-    head = library | kept | {"tags": [*tags, TAG]}
+    head = {"library_name": "transformers"} | kept | {"tags": [*tags, TAG]}
+    if not transformers:
+        del head["library_name"]
     if hub_name:
         head["base_model"] = hub_name.partition("@")[0]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)

@@ -44,11 +44,14 @@ def quantize_k(source: Path, file: Path) -> None:
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         failed = done.returncode
     else:
-        importlib.import_module("llama_cpp._logger").set_verbose(False)  # a line for each tensor
+        # It would print a line or two for each tensor.
+        silent = tool.llama_log_callback(lambda level, text, data: None)
+        tool.llama_log_set(silent, None)
         settings = tool.llama_model_quantize_default_params()
         settings.ftype = Q4_K_M
         failed = tool.llama_model_quantize(
             str(source).encode(), str(file).encode(), ctypes.byref(settings)
         )
+        tool.llama_log_set(importlib.import_module("llama_cpp._logger").llama_log_callback, None)
     if failed or not file.is_file():
         raise RegraftError(f"llama.cpp cannot quantise '{source.name}' (code {failed}): use q8_0")
