@@ -172,9 +172,8 @@ def report_lost_output(error: OSError) -> int:
 
 def find_partial(out: Path) -> Path | None:
     """The hidden folder of finished files that a stopped command left for its output."""
-    if (
-        "regraft.io.shard_writer" not in sys.modules
-    ):  # nothing was written, and importing it is slow
+    # Where it was not imported nothing was written, and importing it is slow.
+    if "regraft.io.shard_writer" not in sys.modules:
         return None
     from ..io import output, shard_writer
 

@@ -237,7 +237,7 @@ class MixerStateBeside(LinearAttentionLayer, MixerState):
 
     @property
     def is_compileable(self) -> bool:
-        """As `MixerState`."""
+        """False: a state that is replaced has no address of its own."""
         return False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -26,8 +26,7 @@ from regraft.io.files import read_json, write_json
 from regraft.mixers.remix import Remix
 from regraft.modeling.cache import cache_kwargs, cache_of
 
-# Norms over heads of eight numbers pass on rounding, which differs between processors.
-BOUND, ENCODER_BOUND = 5e-5, 1e-4
+BOUND, ENCODER_BOUND = 2e-5, 1e-4
 # Config keys that switch parts on or off -> families that have the switch.
 SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"use_qk_norm": True}),
@@ -45,9 +44,13 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
 
 
 @torch.no_grad()
-def compute(folder: Path, load: Any = AutoModelForCausalLM.from_pretrained) -> torch.Tensor:
+def compute(
+    folder: Path,
+    load: Any = AutoModelForCausalLM.from_pretrained,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Logits on rows longer than the windows."""
-    return load(folder, dtype=torch.float32).eval()(input_ids=tokens(2, 23)).logits
+    return load(folder, dtype=dtype).eval()(input_ids=tokens(2, 23)).logits
 
 
 def grow_every_axis(source: Checkpoint, head_dim: int | None = None) -> Checkpoint:
@@ -144,9 +147,12 @@ def test_an_encoder_grows(family: str, architecture: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("family", "keys"), SWITCHES, ids=lambda value: str(value))
 def test_growth_under_other_switches(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
-    source, before = open_source(tmp_path / "source", family, **keys)
+    source, _ = open_source(tmp_path / "source", family, **keys)
     grow_every_axis(source).save(tmp_path / "grown")
-    assert max_relative_difference(before, compute(tmp_path / "grown")) < BOUND
+    # Norms of a few numbers, less their mean, pass on rounding, which differs between processors.
+    dtype = torch.float64 if "use_qk_norm" in keys else torch.float32
+    before, after = (compute(tmp_path / name, dtype=dtype) for name in ("source", "grown"))
+    assert max_relative_difference(before, after) < BOUND
 
 
 def test_older_names_of_lfm2_keys(tmp_path: Path) -> None:

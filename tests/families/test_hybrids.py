@@ -97,7 +97,7 @@ def test_a_hybrid_grows_and_its_softmax_layers_give_way(
     assert max_relative_difference(decode(stock, rows, 8), found) < BOUND
 
 
-def byte_words(vocab: int) -> PreTrainedTokenizerFast:
+def letter_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     """A tokenizer with fewer tokens than a tiny model has."""
     words = {word: row for row, word in enumerate(("<pad>", "<unk>", *"abcdefghij"))}
     assert len(words) <= vocab
@@ -114,7 +114,7 @@ def test_a_hybrid_is_checked_trained_and_writes(
     config = {"model_type": family, **HYBRIDS.get(family, CONV if family == "lfm2" else {})}
     save_tiny(tmp_path / "source", config)
     source = Checkpoint.open(tmp_path / "source")
-    byte_words(source.sizes["vocab"]).save_pretrained(tmp_path / "source")
+    letter_tokenizer(source.sizes["vocab"]).save_pretrained(tmp_path / "source")
     (tmp_path / "text.txt").write_text("a b c d e f g h i j " * 200)
 
     flags = ("--mixer", "gated_deltanet", "--window", "8", "--keep", "none")
