@@ -202,8 +202,8 @@ def _compute(checkpoint: Checkpoint, tiny: TinyModel) -> torch.Tensor:
 def prove_attention(table: InferredTable, tiny: TinyModel) -> str | None:
     """Why the attention of a type cannot be linearized; None when it can.
 
-    A window as wide as the text must compute what the stock attention does, a model whose layers
-    are all kept must be the stock model, and both must write text with a cache.
+    A model whose layers are all kept must be the stock model, a window as wide as the text must
+    compute what the stock attention does, and write text with a cache.
     """
     if not tiny.kind.__module__.startswith("transformers."):
         return "its class is code beside the weights, which a linearized model cannot name"
